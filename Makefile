@@ -1,0 +1,37 @@
+# make demo  plain OPD against EffOPD on the built-in testbed: runs/demo/
+# make test  the whole test suite
+# make lint  ruff and mypy
+# Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	$(BIN)/effopd quickstart --output_dir runs/demo
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and pinned: a CPU build is enough here, and an unpinned one would pull CUDA packages
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -1,0 +1,52 @@
+"""effopd: on-policy distillation that finishes in a fraction of the time, and the instrument that shows why.
+
+`import effopd` is light; each public name is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "OPDConfig": "effopd.distill.config",
+    "OPDTrainer": "effopd.distill.trainer",
+    "EffOPDConfig": "effopd.extrapolate.config",
+    "EffOPDCallback": "effopd.extrapolate.callback",
+    "EffOPD": "effopd.extrapolate.lookahead",
+    "AccuracyScorer": "effopd.extrapolate.scorers",
+    "Score": "effopd.extrapolate.search",
+    "Task": "effopd.tasks.base",
+    "Example": "effopd.tasks.base",
+    "TaskConfig": "effopd.tasks",
+    "load_task": "effopd.tasks",
+    "evaluate": "effopd.evaluate",
+}
+
+if TYPE_CHECKING:
+    from effopd.distill.config import OPDConfig as OPDConfig
+    from effopd.distill.trainer import OPDTrainer as OPDTrainer
+    from effopd.evaluate import evaluate as evaluate
+    from effopd.extrapolate.callback import EffOPDCallback as EffOPDCallback
+    from effopd.extrapolate.config import EffOPDConfig as EffOPDConfig
+    from effopd.extrapolate.lookahead import EffOPD as EffOPD
+    from effopd.extrapolate.scorers import AccuracyScorer as AccuracyScorer
+    from effopd.extrapolate.search import Score as Score
+    from effopd.tasks import TaskConfig as TaskConfig
+    from effopd.tasks import load_task as load_task
+    from effopd.tasks.base import Example as Example
+    from effopd.tasks.base import Task as Task
+
+__all__ = ["__version__", *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'effopd' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

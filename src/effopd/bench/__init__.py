@@ -1,0 +1,1 @@
+"""Prove: time-to-target with everything charged."""

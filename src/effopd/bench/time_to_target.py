@@ -1,0 +1,59 @@
+"""When did a run first get as far as another one ended, and what had it cost by then?
+
+Works on the rows of `evals.jsonl` alone, so it can be redone on any run directory. Costs are net: search charged,
+evaluation not (see `distill/ledger.py`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+#: Evaluations per smoothing window.
+WINDOW = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run had spent at some evaluation: optimizer steps, net wall-clock seconds, net sampled tokens."""
+
+    steps: int
+    seconds: float
+    generated_tokens: int
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cost:
+        """The cost recorded in a row of `evals.jsonl`."""
+        return cls(row["step"], row["cost/net_seconds"], int(row["cost/net_generated_tokens"]))
+
+    def ratio(self, other: Cost) -> dict[str, float]:
+        """self / other, axis by axis."""
+        mine, theirs = asdict(self), asdict(other)
+        return {axis: mine[axis] / theirs[axis] for axis in mine}
+
+
+def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Trailing median of the last `window` values (fewer at the beginning).
+
+    One lucky evaluation cannot reach a target: with a window of 3, two of the last three must.
+
+    Example:
+        >>> smooth([3.0, 1.0, 2.0, 2.0])
+        [3.0, 2.0, 2.0, 2.0]
+    """
+    return [statistics.median(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+
+
+def final_target(rows: Sequence[Mapping[str, Any]], metric: str = "eval_kl") -> float:
+    """The last smoothed value of a run: the target other runs have to reach."""
+    return smooth([row[metric] for row in rows])[-1]
+
+
+def first_reach(rows: Sequence[Mapping[str, Any]], target: float, metric: str = "eval_kl") -> Cost | None:
+    """Cost at the first evaluation (after step 0) whose smoothed metric is at or below `target`; `None` if never."""
+    for row, value in zip(rows, smooth([row[metric] for row in rows]), strict=True):
+        if value <= target and row["step"] > 0:
+            return Cost.of(row)
+    return None

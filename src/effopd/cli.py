@@ -1,0 +1,152 @@
+"""The command line: `effopd train | eval | quickstart | testbed`.
+
+Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of them, and flags
+given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or as an `effopd:` block in YAML.
+Heavy libraries are imported by the command that needs them, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from effopd import __version__
+from effopd.errors import EffOPDError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, or 2 after a message that says what to change."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="effopd",
+        description="On-policy distillation that finishes in a fraction of the time.",
+        epilog="`effopd COMMAND --help` explains a command. Start with `effopd quickstart`.",
+    )
+    parser.add_argument("--version", action="version", version=f"effopd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    if arguments and arguments[0] in COMMANDS:
+        try:
+            return COMMANDS[arguments[0]][0](arguments[1:])
+        except EffOPDError as error:
+            print(f"effopd {arguments[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"effopd {arguments[0]}: interrupted", file=sys.stderr)
+            return 130
+    parser.parse_args(arguments)
+    return 2
+
+
+# -- train ------------------------------------------------------------------------------------------------------
+
+
+def effopd_arguments() -> type:
+    """A dataclass with the fields of `EffOPDConfig` as flags `--effopd.NAME` (and `--effopd_NAME`)."""
+    from effopd.extrapolate.config import EffOPDConfig
+
+    types = typing.get_type_hints(EffOPDConfig)
+    fields = []
+    for field in dataclasses.fields(EffOPDConfig):
+        options: dict[str, Any] = {"metadata": {**field.metadata, "aliases": [f"--effopd.{field.name}"]}}
+        if field.default is not dataclasses.MISSING:
+            options["default"] = field.default
+        else:
+            options["default_factory"] = field.default_factory
+        fields.append((f"effopd_{field.name}", types[field.name], dataclasses.field(**options)))
+    made: Any = dataclasses.make_dataclass("EffOPDArguments", fields)
+    made._argument_group_name = "look-ahead (EffOPD)"
+    return made
+
+
+def train_parser():
+    """The parser of `effopd train`."""
+    from trl import ModelConfig, TrlParser
+
+    from effopd.distill.config import OPDConfig
+    from effopd.tasks import TaskConfig
+
+    class Parser(TrlParser):
+        def set_defaults_with_config(self, **kwargs):
+            for name, value in (kwargs.pop("effopd", None) or {}).items():
+                kwargs[f"effopd_{name}"] = value
+            return super().set_defaults_with_config(**kwargs)
+
+    return Parser(
+        [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()],
+        prog="effopd train",
+        description="Distil a teacher into a student on the student's own answers.",
+        epilog="Example: effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
+        "--task math:train.jsonl --eval_strategy steps --eval_steps 10 --effopd.enabled true --output_dir runs/first",
+    )
+
+
+def parse_train(argv: Sequence[str]):
+    """Command line and YAML → `RunSettings`.
+
+    Raises:
+        ConfigError: an unknown setting in the YAML file, or a value out of range.
+    """
+    from effopd.distill.launch import RunSettings
+    from effopd.errors import ConfigError
+    from effopd.extrapolate.config import EffOPDConfig
+
+    try:
+        model, task, opd, look = train_parser().parse_args_and_config(list(argv))
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
+    values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}
+    return RunSettings(model, task, opd, EffOPDConfig(**values))
+
+
+def train(argv: Sequence[str]) -> int:
+    """`effopd train`."""
+    settings = parse_train(argv)
+    from effopd.distill.launch import run
+
+    trainer = run(settings)
+    print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
+    return 0
+
+
+# -- eval -------------------------------------------------------------------------------------------------------
+
+
+def eval_(argv: Sequence[str]) -> int:
+    """`effopd eval`."""
+    from effopd.evaluate_command import run_eval
+
+    return run_eval(argv)
+
+
+# -- quickstart and testbed ---------------------------------------------------------------------------------------
+
+
+def quickstart(argv: Sequence[str]) -> int:
+    """`effopd quickstart`."""
+    from effopd.quickstart import run_quickstart
+
+    return run_quickstart(argv)
+
+
+def testbed(argv: Sequence[str]) -> int:
+    """`effopd testbed build`."""
+    from effopd.testbed.command import run_testbed
+
+    return run_testbed(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "quickstart": (quickstart, "watch EffOPD against plain OPD on the built-in testbed, with the net speed-up"),
+    "train": (train, "distil a teacher into a student"),
+    "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),
+    "testbed": (testbed, "rebuild the built-in student and teacher from nothing"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

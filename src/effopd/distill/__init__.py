@@ -1,0 +1,1 @@
+"""Train: OPDConfig, OPDTrainer (on TRL's DistillationTrainer), losses, health metrics, the cost ledger."""

@@ -1,0 +1,93 @@
+"""`OPDConfig`: every flag of TRL's `DistillationConfig`, with the paper's defaults, plus what TRL lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import DistillationConfig
+
+from effopd.errors import ConfigError
+
+LOSSES = ("full", "sampled")
+TRAJECTORIES = ("none", "powers_of_two")
+
+
+@dataclass
+class OPDConfig(DistillationConfig):
+    """Configuration of `OPDTrainer`.
+
+    Defaults that differ from TRL's: `lr_scheduler_type="constant"` (the paper trains without decay or warm-up),
+    `logging_steps=1` (a row a step), `bf16=False` where there is no accelerator.
+
+    Raises:
+        ConfigError: a value is out of range or contradicts another one.
+    """
+
+    output_dir: str = field(default="runs/opd", metadata={"help": "The run directory."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Learning-rate schedule; the paper's is constant, without warm-up."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every that many optimizer steps."})
+
+    loss_type: str = field(
+        default="full",
+        metadata={
+            "help": "'full': exact full-vocabulary divergence at every student-visited token (`beta` selects it). "
+            "'sampled': the paper's policy-gradient form on the sampled token (always the reverse KL).",
+            "choices": list(LOSSES),
+        },
+    )
+    health_tokens: int = field(
+        default=256,
+        metadata={"help": "Health metrics are computed on at most this many tokens per logged step (0: none)."},
+    )
+    eval_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the sampled answers of accuracy evaluations."}
+    )
+    eval_greedy: bool = field(
+        default=True, metadata={"help": "Also evaluate greedy decoding (one more generation per evaluation)."}
+    )
+    eval_seed: int = field(default=1234, metadata={"help": "Seed of the evaluation's sampling noise."})
+    trajectory: str = field(
+        default="none",
+        metadata={
+            "help": "Keep weights for analysis in trajectory/: 'none', or 'powers_of_two' (steps 0, 1, 2, 4, … and "
+            "the last).",
+            "choices": list(TRAJECTORIES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if getattr(self, "bf16", None) is None and not self.fp16 and not torch.accelerator.is_available():
+            self.bf16 = False
+        super().__post_init__()
+        if self.loss_type not in LOSSES:
+            raise ConfigError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")
+        if self.trajectory not in TRAJECTORIES:
+            raise ConfigError(f"trajectory must be one of {', '.join(TRAJECTORIES)}; got {self.trajectory!r}.")
+        if self.health_tokens < 0:
+            raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        if self.loss_type == "sampled":
+            self._check_sampled()
+
+    def _check_sampled(self) -> None:
+        """The sampled loss is a score-function estimate: it is only right if y was drawn from π_θ itself."""
+        wrong = {
+            "beta": self.beta != 1.0,
+            "top_p": self.top_p < 1.0,
+            "top_k": self.top_k > 0,
+            "min_p": bool(self.min_p),
+            "repetition_penalty": self.repetition_penalty != 1.0,
+            "generation_kwargs": bool(self.generation_kwargs),
+            "use_vllm": self.use_vllm,
+        }
+        names = [name for name, is_wrong in wrong.items() if is_wrong]
+        if names:
+            raise ConfigError(
+                f"loss_type='sampled' needs answers drawn from the student itself, unfiltered, but {', '.join(names)} "
+                "change the sampler or the objective (vLLM would need its log-probs for the importance weight). Use "
+                "the defaults of these flags, or loss_type='full'."
+            )

@@ -1,0 +1,210 @@
+"""Student against teacher, token by token: losses and the exact divergence.
+
+Shapes: B sequences, T completion tokens, N = valid tokens, H hidden width, V shared vocabulary. Hidden states are
+projected tile by tile by TRL's chunked kernels; no [B, T, V] tensor is ever made. Every KL here names its
+distributions: "reverse KL" is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ(v) − log π*(v)), in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+from effopd.errors import CompatibilityError
+
+#: Width of a vocabulary tile of the sampled-token kernel.
+_VOCAB_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection of a model, cut to the shared vocabulary, with its logit post-processing.
+
+    logits = softcap(scale · (h Wᵀ + b)); `weight` is [V, H].
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, vocab_size: int) -> Head:
+        """The head of `model`, its first `vocab_size` rows (rows beyond the tokenizer are padding)."""
+        layer = model.get_output_embeddings()
+        bias = getattr(layer, "bias", None)
+        config = model.config.get_text_config()
+        weight = layer.weight
+        if weight.shape[0] != vocab_size:
+            weight, bias = weight[:vocab_size], bias[:vocab_size] if bias is not None else None
+        return cls(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """Dense fp32 logits [N, V] of a few positions."""
+        logits = torch.nn.functional.linear(hidden.float(), self.weight.float())
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / temperature
+
+
+def _logit_scale(config) -> float:
+    """The factor a model family puts on its logits, by the names TRL 1.16 knows."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
+
+
+def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer_size: int) -> int:
+    """The vocabulary both models have; padding rows of the larger one are ignored.
+
+    Checkpoints of one family often pad their embedding differently (Qwen2.5: 151936 and 152064 rows for 151665
+    tokens). That is harmless as long as every token of the tokenizer has a row in both.
+
+    Raises:
+        CompatibilityError: a model has fewer rows than the tokenizer has tokens.
+    """
+    sizes = {
+        "student": student.config.get_text_config().vocab_size,
+        "teacher": teacher.config.get_text_config().vocab_size,
+    }
+    for role, size in sizes.items():
+        if size < tokenizer_size:
+            raise CompatibilityError(
+                f"the {role} has {size} vocabulary rows but the tokenizer has {tokenizer_size} tokens: expected at "
+                "least one row a token. Student and teacher must share the tokenizer (for others, see TRL's GOLD)."
+            )
+    return min(sizes.values())
+
+
+def full_loss(
+    h_student_BTH: Tensor,
+    h_teacher_BTH: Tensor,
+    student: Head,
+    teacher: Head,
+    mask_BT: Tensor,
+    beta: float,
+    temperature: float,
+    num_items: Tensor | int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """TRL's exact full-vocabulary divergence; β = 1 is the reverse KL. Returns loss, Σ student entropy, N."""
+    return _chunked_divergence_loss(
+        h_student_BTH,
+        h_teacher_BTH,
+        student.weight,
+        teacher.weight,
+        mask_BT,
+        beta,
+        num_items_in_batch=num_items,
+        student_lm_head_bias=student.bias,
+        teacher_lm_head_bias=teacher.bias,
+        student_logit_scale=student.scale,
+        teacher_logit_scale=teacher.scale,
+        student_final_logit_softcapping=student.softcap,
+        teacher_final_logit_softcapping=teacher.softcap,
+        temperature=temperature,
+    )
+
+
+def token_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log π(target) and the entropy (nats) at N positions, without the [N, V] logits."""
+    logp, entropy, *_ = ChunkedLogProbFunction.apply(
+        hidden_NH,
+        head.weight,
+        head.bias,
+        targets_N,
+        temperature,
+        _VOCAB_CHUNK,
+        head.softcap,
+        head.scale,
+        ("entropy",),
+    )
+    return logp, entropy
+
+
+def sampled_loss(
+    h_student_BTH: Tensor,
+    h_teacher_BTH: Tensor,
+    student: Head,
+    teacher: Head,
+    completion_ids_BT: Tensor,
+    mask_BT: Tensor,
+    temperature: float,
+    num_items: Tensor | int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log π_θ(y_t)$ detached.
+
+    Its expectation over y_t ~ π_θ has the gradient of the reverse KL at every prefix. The ratio of one update a batch
+    is 1, so there is nothing to clip. Divided by `num_items` (default: the valid tokens).
+
+    Returns:
+        loss, Σ student entropy, number of valid tokens, like `full_loss`.
+
+    Source: arXiv 2605.11739, section 2; PPO ratio and clipping left out because they are inactive.
+    """
+    valid = mask_BT != 0
+    targets_N = completion_ids_BT[valid]
+    logp_student, entropy = token_logprobs(h_student_BTH[valid], student, targets_N, temperature)
+    with torch.no_grad():
+        logp_teacher, _ = token_logprobs(h_teacher_BTH[valid], teacher, targets_N, temperature)
+    advantage = logp_teacher - logp_student.detach()
+    count = valid.sum()
+    divisor = count.clamp(min=1) if num_items is None else num_items
+    return -(advantage * logp_student).sum() / divisor, entropy.sum(), count
+
+
+@torch.no_grad()
+def reverse_kl_of_completions(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+    *,
+    vocab_size: int,
+    pad_token_id: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> tuple[list[float], list[int]]:
+    r"""Exact reverse KL of given completions: per sequence $\sum_t KL(π_θ(·|x,y_{<t}) ‖ π^*(·|x,y_{<t}))$.
+
+    Returns:
+        (KL sums in nats, numbers of tokens), one entry a sequence; Σ sums / Σ tokens is the token mean.
+    """
+    heads = [Head.of(model, vocab_size) for model in (student, teacher)]
+    sums: list[float] = []
+    for start in range(0, len(prompt_ids), batch_size):
+        prompts, answers = prompt_ids[start : start + batch_size], completion_ids[start : start + batch_size]
+        width, length = max(map(len, prompts)), max(map(len, answers))
+        ids_BL = torch.full((len(prompts), width + length), pad_token_id)
+        mask_BL = torch.zeros_like(ids_BL)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids_BL[row, width - len(prompt) : width + len(answer)] = torch.tensor(prompt + answer)
+            mask_BL[row, width - len(prompt) : width + len(answer)] = 1
+        valid_BT = mask_BL[:, width:].bool().to(student.device)
+        hidden_NH = []
+        for model in (student, teacher):
+            out = model.base_model(
+                input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), use_cache=False
+            )
+            hidden_NH.append(out.last_hidden_state[:, width - 1 : -1][valid_BT.to(model.device)])
+        kl_N, _ = ChunkedDivergenceFunction.apply(
+            hidden_NH[0], heads[0].weight, heads[0].bias, hidden_NH[1].to(student.device), heads[1].weight,
+            heads[1].bias, 1.0, temperature, heads[0].scale, heads[0].softcap, heads[1].scale, heads[1].softcap,
+        )  # fmt: skip
+        kl_BT = torch.zeros(valid_BT.shape, dtype=torch.float64, device=student.device)
+        kl_BT[valid_BT] = kl_N.double()
+        sums += kl_BT.sum(1).tolist()
+    return sums, [len(answer) for answer in completion_ids]

@@ -1,0 +1,175 @@
+"""From settings to a finished run: checks → trainer → train. `effopd train` and `effopd quickstart` both come here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import yaml
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from effopd.distill.config import OPDConfig
+from effopd.distill.preflight import check_disk, check_models, check_task, parameter_count
+from effopd.distill.run_dir import CONFIG
+from effopd.distill.trainer import OPDTrainer
+from effopd.errors import ConfigError
+from effopd.extrapolate.callback import EffOPDCallback
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.files import write_atomically
+from effopd.tasks import Task, TaskConfig, load_task
+
+_PACKAGES = ("effopd", "torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym", "math-verify")
+
+
+@dataclass
+class RunSettings:
+    """Everything that defines a run."""
+
+    model: ModelConfig
+    task: TaskConfig
+    opd: OPDConfig
+    effopd: EffOPDConfig
+
+
+def build_trainer(settings: RunSettings, callbacks: Sequence[TrainerCallback] = ()) -> OPDTrainer:
+    """Check everything that can be checked cheaply, then load the models.
+
+    Raises:
+        EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
+    """
+    model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
+    _require_models(model, opd)
+    load = {"trust_remote_code": opd.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, padding_side="left", truncation_side="left", **load
+    )
+    check_models(model.model_name_or_path, opd.teacher_model_name_or_path, tokenizer, **load)
+    train, held_out = _load_tasks(task, opd, effopd)
+    for part in (train, held_out):
+        if part is not None:
+            check_task(part, tokenizer, task.max_prompt_length, **(opd.chat_template_kwargs or {}))
+    batch = opd.per_device_train_batch_size * opd.gradient_accumulation_steps * opd.world_size
+    if len(train) < batch:
+        raise ConfigError(
+            f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "
+            "--gradient_accumulation_steps, or raise --train_size."
+        )
+    _check_disk(settings, len(train), batch)
+    _merge_init_kwargs(model, opd)
+    trainer = OPDTrainer(
+        model.model_name_or_path,
+        opd.teacher_model_name_or_path,
+        opd,
+        train_dataset=train.to_dataset(),
+        processing_class=tokenizer,
+        eval_task=held_out,
+        callbacks=list(callbacks),
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    if effopd.enabled:
+        trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
+    return trainer
+
+
+def _require_models(model: ModelConfig, opd: OPDConfig) -> None:
+    for flag, value in (
+        ("--model_name_or_path", model.model_name_or_path),
+        ("--teacher_model_name_or_path", opd.teacher_model_name_or_path),
+    ):
+        if not value:
+            raise ConfigError(f"{flag} is missing: expected a model folder or a Hub id.")
+
+
+def _load_tasks(task: TaskConfig, opd: OPDConfig, effopd: EffOPDConfig) -> tuple[Task, Task | None]:
+    evaluates = opd.eval_strategy != "no" or opd.eval_on_start
+    answers = evaluates or effopd.enabled
+    train = load_task(task, "train", answers_required=answers)
+    return train, load_task(task, "eval") if evaluates else None
+
+
+def _check_disk(settings: RunSettings, prompts: int, batch: int) -> None:
+    opd = settings.opd
+    if opd.save_strategy == SaveStrategy.NO:
+        return
+    steps = opd.max_steps if opd.max_steps > 0 else math.ceil(prompts / batch * opd.num_train_epochs)
+    every = opd.save_steps if opd.save_steps >= 1 else max(1, math.ceil(opd.save_steps * steps))
+    kept = max(1, math.ceil(steps / every)) if opd.save_strategy == SaveStrategy.STEPS else 1
+    kept = min(kept, opd.save_total_limit) if opd.save_total_limit else kept
+    name = settings.model.model_name_or_path
+    parameters = parameter_count(name, trust_remote_code=opd.trust_remote_code)
+    check_disk(opd.output_dir, parameters, int(kept), effopd=settings.effopd.enabled)
+
+
+def _merge_init_kwargs(model: ModelConfig, opd: OPDConfig) -> None:
+    """TRL's command line does the same: model flags become loading arguments, explicit ones win."""
+    common = {"attn_implementation": model.attn_implementation, "trust_remote_code": opd.trust_remote_code}
+    dtype = {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
+    student = common | {"revision": model.model_revision} | dtype
+    opd.model_init_kwargs = student | dict(opd.model_init_kwargs or {})
+    opd.teacher_model_init_kwargs = common | dtype | dict(opd.teacher_model_init_kwargs or {})
+
+
+def run(settings: RunSettings) -> OPDTrainer:
+    """Train, and leave the final model beside the rows in the run directory."""
+    resume = settings.opd.resume_from_checkpoint
+    resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
+    text = to_yaml(settings)
+    trainer = build_trainer(settings)
+    root = trainer.run_dir.root
+    if not resume:
+        trainer.run_dir.refuse_overwrite()
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomically(root / CONFIG, lambda path: path.write_text(text))
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(root))
+    return trainer
+
+
+def to_yaml(settings: RunSettings) -> str:
+    """The run as YAML that `effopd train --config` takes back: every setting that is not a default, all of ours, and
+    the versions of the libraries as comments."""
+    defaults = OPDConfig(output_dir=settings.opd.output_dir)
+    values = _differing(settings.model, ModelConfig()) | _plain(settings.task)
+    values |= _differing(settings.opd, defaults) | {
+        name: getattr(settings.opd, name)
+        for name in ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length")
+    }
+    values.pop("resume_from_checkpoint", None)
+    values["effopd"] = _plain(settings.effopd)
+    lines = [f"# {name} {version}" for name, version in versions().items()]
+    return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a run."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
+
+
+def _differing(config: Any, default: Any) -> dict[str, Any]:
+    """Fields whose value is not the default's; enums as their value."""
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.init and value != getattr(default, field.name):
+            value = getattr(value, "value", value)
+            if isinstance(value, str | int | float | bool | list | dict) and not field.name.startswith("_"):
+                result[field.name] = value
+    return result

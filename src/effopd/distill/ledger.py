@@ -1,0 +1,125 @@
+"""Where the time and the tokens of a run went.
+
+Every second of training belongs to exactly one category, so the parts add up to the wall clock; `net` is everything
+but evaluation, and is what every speed-up in this project divides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+CATEGORIES = ("rollout", "teacher", "update", "search", "eval", "other")
+_GENERATING = ("rollout", "search", "eval")
+_FORWARDING = ("teacher", "update", "search", "eval")
+
+
+def synchronized_clock() -> float:
+    """`time.perf_counter()` after waiting for the accelerator, so that queued kernels count where they were queued."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+class CostLedger:
+    """Seconds and tokens by category, exclusive: while an inner category is open, the outer one stands still.
+
+    Args:
+        clock: returns seconds; replaced in tests.
+
+    Example:
+        >>> ledger = CostLedger(clock=iter(range(9)).__next__)
+        >>> ledger.start()                          # clock 0: `other` runs
+        >>> with ledger.track("update"):            # 1
+        ...     with ledger.track("teacher"):       # 2 to 3
+        ...         pass
+        >>> ledger.seconds["update"], ledger.seconds["teacher"]   # 1→2 and 3→4; 2→3
+        (2.0, 1.0)
+    """
+
+    def __init__(self, clock: Callable[[], float] = synchronized_clock):
+        self._clock = clock
+        self._open: list[str] = []
+        self._since = 0.0
+        self.seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self.generated_tokens = dict.fromkeys(CATEGORIES, 0)
+        self.forward_tokens = dict.fromkeys(CATEGORIES, 0)
+
+    def start(self) -> None:
+        """Start the clock in category `other` (again after a resume); whatever was open is closed."""
+        self._since = self._clock()
+        self._open = ["other"]
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        self._charge()
+        self._open = []
+
+    def push(self, category: str) -> None:
+        """Open a category; what was open before pauses. Without `start()` this does nothing."""
+        if category not in CATEGORIES:
+            raise KeyError(f"unknown cost category {category!r}; known: {', '.join(CATEGORIES)}")
+        if self._open:
+            self._charge()
+            self._open.append(category)
+
+    def pop(self) -> None:
+        """Close the category opened last."""
+        if len(self._open) > 1:
+            self._charge()
+            self._open.pop()
+
+    @contextmanager
+    def track(self, category: str) -> Iterator[None]:
+        """`push` for the length of a block."""
+        self.push(category)
+        depth = len(self._open)
+        try:
+            yield
+        finally:
+            if len(self._open) == depth:
+                self.pop()
+
+    def count(self, category: str, *, generated: int = 0, forward: int = 0) -> None:
+        """Add tokens: `generated` were sampled, `forward` went through a model besides generation."""
+        self.generated_tokens[category] += int(generated)
+        self.forward_tokens[category] += int(forward)
+
+    def _charge(self) -> None:
+        now = self._clock()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    def snapshot(self) -> dict[str, float]:
+        """Cumulative costs as flat metrics: `cost/{category}_seconds`, `…_generated_tokens`, `…_forward_tokens`, and
+        `cost/net_seconds`, `cost/net_generated_tokens`, `cost/net_forward_tokens` without evaluation."""
+        self._charge()
+        tables: tuple[tuple[str, Mapping[str, float], tuple[str, ...]], ...] = (
+            ("seconds", self.seconds, CATEGORIES),
+            ("generated_tokens", self.generated_tokens, _GENERATING),
+            ("forward_tokens", self.forward_tokens, _FORWARDING),
+        )
+        flat = {f"cost/{c}_{unit}": values[c] for unit, values, categories in tables for c in categories}
+        for unit, values, _ in tables:
+            flat[f"cost/net_{unit}"] = sum(value for category, value in values.items() if category != "eval")
+        return flat
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals so far."""
+        self._charge()
+        return {
+            "seconds": dict(self.seconds),
+            "generated_tokens": dict(self.generated_tokens),
+            "forward_tokens": dict(self.forward_tokens),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved totals."""
+        self.seconds.update(state["seconds"])
+        self.generated_tokens.update(state["generated_tokens"])
+        self.forward_tokens.update(state["forward_tokens"])

@@ -1,0 +1,144 @@
+"""Checks that take seconds, before work that takes hours: do these models, this tokenizer and this task fit?
+
+Reads configurations and tokenizers only; no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from effopd.errors import CheckpointError, CompatibilityError, TaskError
+from effopd.tasks import Task, check_prompt_lengths, check_verifier
+
+logger = logging.getLogger(__name__)
+
+#: Bytes a checkpoint takes per parameter: fp32 weights, two Adam moments, the look-ahead's anchor.
+_BYTES_PER_PARAMETER = {"weights": 4, "optimizer": 8, "anchor": 4}
+
+
+def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase, **load: Any) -> None:
+    """Tokenizer, end tokens and vocabulary of two model folders or Hub ids.
+
+    Args:
+        load: passed to every `from_pretrained` (e.g. `trust_remote_code`).
+
+    Raises:
+        CompatibilityError: the tokenizers differ, no end token is shared, or a model has too few vocabulary rows.
+    """
+    configs = {}
+    for role, name in (("student", student), ("teacher", teacher)):
+        try:
+            configs[role] = AutoConfig.from_pretrained(name, **load)
+        except (OSError, ValueError) as error:
+            raise CompatibilityError(
+                f"the {role} {name!r} cannot be read: expected a model folder or a Hub id, got {error}"
+            ) from error
+        rows = configs[role].get_text_config().vocab_size
+        if rows < len(tokenizer):
+            raise CompatibilityError(
+                f"the {role} {name!r} has {rows} vocabulary rows but the student's tokenizer has {len(tokenizer)} "
+                "tokens. Expected a row for every token: use a student and a teacher of one family."
+            )
+    _check_tokenizers(teacher, tokenizer, load)
+    _check_end_tokens(student, teacher, tokenizer, configs)
+
+
+def _check_tokenizers(teacher: str, tokenizer: PreTrainedTokenizerBase, load: dict[str, Any]) -> None:
+    try:
+        other = AutoTokenizer.from_pretrained(teacher, **load)
+    except (OSError, ValueError):
+        logger.warning("The teacher %r has no tokenizer of its own; its agreement was not checked.", teacher)
+        return
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if mine != theirs:
+        different = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+        examples = ", ".join(f"{t!r} ({mine.get(t)} / {theirs.get(t)})" for t in different[:3])
+        raise CompatibilityError(
+            f"student and teacher {teacher!r} have different tokenizers: {len(different)} tokens have another id, "
+            f"e.g. (student / teacher) {examples}. Token-level distillation compares the same ids: use a teacher of "
+            "the student's family."
+        )
+    if tokenizer.chat_template and other.chat_template and tokenizer.chat_template != other.chat_template:
+        logger.warning(
+            "Student and teacher have different chat templates; prompts are written with the student's. If the "
+            "teacher was tuned on its own template, give the student's tokenizer that one."
+        )
+
+
+def _declared_end_tokens(name: str, config: Any) -> set[int]:
+    try:
+        declared = GenerationConfig.from_pretrained(name).eos_token_id
+    except (OSError, ValueError):
+        declared = getattr(config, "eos_token_id", None)
+    return set(declared if isinstance(declared, list) else [declared]) - {None}
+
+
+def _check_end_tokens(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase, configs: dict) -> None:
+    mine = _declared_end_tokens(student, configs["student"]) | {tokenizer.eos_token_id} - {None}
+    theirs = _declared_end_tokens(teacher, configs["teacher"]) or mine
+    if not mine:
+        raise CompatibilityError(
+            f"the student {student!r} has no end token: expected `eos_token_id` in its generation config or an "
+            "eos_token in its tokenizer. Without one no answer ever ends."
+        )
+    if not mine & theirs:
+        raise CompatibilityError(
+            f"student and teacher end their answers with different tokens: {sorted(mine)} and {sorted(theirs)}. The "
+            "student would learn to never stop where it is sampled to stop: set the same `eos_token_id` in both "
+            "generation configs."
+        )
+    if mine != theirs:
+        logger.warning("End tokens differ: student %s, teacher %s. Watch the share of cut answers.", mine, theirs)
+
+
+def check_task(task: Task, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None, **template: Any) -> int:
+    """Prompt lengths and, where there are answers, the verifier on known-right and known-wrong answers.
+
+    Returns:
+        The longest prompt, in tokens.
+
+    Raises:
+        TaskError: no examples, a prompt that is too long, no chat template for chat prompts, or a verifier that does
+            not tell right from wrong.
+    """
+    if not task.examples:
+        raise TaskError(f"task '{task.name}' has no examples: expected at least one prompt.")
+    lengths = check_prompt_lengths(task, tokenizer, max_prompt_length, template)
+    if task.verifiable:
+        check_verifier(task)
+    return max(lengths.values())
+
+
+def parameter_count(model: str, **load: Any) -> int:
+    """Number of parameters, from the configuration alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, **load)).num_parameters()
+
+
+def check_disk(output_dir: str | Path, parameters: int, checkpoints: int, *, effopd: bool) -> None:
+    """Room for the checkpoints a run keeps, and for one more while it is being written.
+
+    Args:
+        parameters: of the student.
+        checkpoints: how many are on disk at the same time.
+
+    Raises:
+        CheckpointError: less is free than a full set takes.
+    """
+    folder = Path(output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    each = parameters * (sum(_BYTES_PER_PARAMETER.values()) - (0 if effopd else _BYTES_PER_PARAMETER["anchor"]))
+    needed, free = each * (checkpoints + 1), shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder} has {free / 1e9:.1f} GB free but {checkpoints} checkpoints of {each / 1e9:.1f} GB (and one "
+            f"being written) take {needed / 1e9:.1f} GB. Lower --save_total_limit, raise --save_steps, or choose "
+            "another --output_dir."
+        )

@@ -1,0 +1,121 @@
+"""The run directory: plain files, readable without this package, whole after a kill.
+
+    config.yaml       the resolved settings; `effopd train --config` re-runs it
+    metrics.jsonl     a row a logged step: losses, health, cumulative cost
+    searches.jsonl    a row a search: every candidate, score, cost, verdict
+    evals.jsonl       a row an evaluation
+    checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
+    trajectory/       step-000008/ … (weights only, for analysis)
+
+A checkpoint is filled in `checkpoints/.staging` and renamed into place, so whatever has a final name is complete.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from effopd.errors import CheckpointError
+from effopd.files import append_row, fsync, keep_rows
+
+METRICS, SEARCHES, EVALS = "metrics.jsonl", "searches.jsonl", "evals.jsonl"
+CONFIG = "config.yaml"
+_STEP = re.compile(r"step-(\d{6,})$")
+
+
+class RunDir:
+    """Paths and atomic moves of one run directory."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    @property
+    def staging(self) -> Path:
+        """Where a checkpoint is filled before it gets its name."""
+        return self.root / "checkpoints" / ".staging"
+
+    def checkpoint(self, step: int) -> Path:
+        """`checkpoints/step-000008`."""
+        return self.root / "checkpoints" / f"step-{step:06d}"
+
+    def trajectory(self, step: int) -> Path:
+        """`trajectory/step-000008`."""
+        return self.root / "trajectory" / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        folder = self.root / "checkpoints"
+        found = [p for p in folder.iterdir() if _STEP.match(p.name)] if folder.is_dir() else []
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, if any."""
+        return next(reversed(self.checkpoints()), None)
+
+    def fresh_staging(self) -> Path:
+        """An empty staging folder; leftovers of a killed save go."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(parents=True)
+        return self.staging
+
+    @staticmethod
+    def publish(staged: Path, final: Path) -> None:
+        """Flush every file of `staged` and rename it to `final`; an older folder of that name is replaced."""
+        for path in [*staged.rglob("*"), staged]:
+            fsync(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        retired = final.with_name(f".old-{final.name}")
+        shutil.rmtree(retired, ignore_errors=True)
+        if final.exists():
+            final.rename(retired)
+        staged.rename(final)
+        fsync(final.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+
+    def rotate(self, limit: int | None, keep: Path | None) -> None:
+        """Delete the oldest checkpoints beyond `limit` (but never `keep`, the best one)."""
+        if limit:
+            victims = [path for path in self.checkpoints()[:-limit] if keep is None or path != keep]
+            for path in victims:
+                shutil.rmtree(path)
+
+    def refuse_overwrite(self) -> None:
+        """A fresh run must not mix its rows with an older run's.
+
+        Raises:
+            CheckpointError: the directory already holds rows or checkpoints of a run.
+        """
+        used = [n for n in (METRICS, EVALS) if (self.root / n).exists() and (self.root / n).stat().st_size]
+        used += [path.name for path in self.checkpoints()[-1:]]
+        if used:
+            raise CheckpointError(
+                f"{self.root} already holds a run ({', '.join(used)}). Continue it with --resume_from_checkpoint "
+                "true, or choose another --output_dir (nothing was changed)."
+            )
+
+
+class RunDirCallback(TrainerCallback):
+    """Writes `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed step."""
+
+    def __init__(self, run_dir: RunDir):
+        self._run_dir = run_dir
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start, or cut the rows back to the checkpoint that is being resumed."""
+        if state.is_world_process_zero:
+            self._run_dir.root.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS, SEARCHES, EVALS):
+                keep_rows(self._run_dir.root / name, state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """A row a training log; evaluations and the final summary have other keys."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            append_row(self._run_dir.root / METRICS, {"step": state.global_step, **logs})
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """A row an evaluation."""
+        if state.is_world_process_zero and metrics:
+            append_row(self._run_dir.root / EVALS, {"step": state.global_step, **metrics})

@@ -1,0 +1,43 @@
+"""Typed errors: what was expected, what came, what to do.
+
+Every error a user can cause derives from `EffOPDError` *and* from the standard-library error it specialises, so
+`except ValueError` keeps working in code that does not know this package. Plain `assert` is for our own bugs only.
+"""
+
+from __future__ import annotations
+
+
+class EffOPDError(Exception):
+    """Base of every error raised by `effopd` on purpose."""
+
+
+class ConfigError(EffOPDError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class TaskError(EffOPDError, ValueError):
+    """A task, its rows or its verifier cannot be used."""
+
+
+class CompatibilityError(EffOPDError, ValueError):
+    """Student, teacher and tokenizer do not fit together."""
+
+
+class WeightsError(EffOPDError, ValueError):
+    """A tensor is missing, mis-shaped or non-finite."""
+
+
+class NonFiniteWeightsError(WeightsError):
+    """A candidate point contains NaN or infinity; the candidate is rejected, training goes on."""
+
+
+class ScorerError(EffOPDError, RuntimeError):
+    """A scorer raised or returned something that is not a score; the weights were restored first."""
+
+
+class CheckpointError(EffOPDError, OSError):
+    """A checkpoint is missing, incomplete or does not belong to this run."""
+
+
+class MissingDependencyError(EffOPDError, ImportError):
+    """An optional package is needed for this feature; the message names the extra to install."""

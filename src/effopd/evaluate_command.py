@@ -1,0 +1,118 @@
+"""`effopd eval`: accuracy of a model on a task, with all answers kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from effopd.distill.preflight import check_task
+from effopd.errors import CompatibilityError, ConfigError
+from effopd.evaluate import EvalResult, evaluate
+from effopd.files import write_atomically
+from effopd.tasks import TaskConfig, load_task
+
+
+@dataclass
+class EvalArguments:
+    """Flags of `effopd eval` besides the task's."""
+
+    model: str = field(metadata={"help": "Model folder or Hub id."})
+    n: int = field(default=1, metadata={"help": "Answers per prompt; avg@n and pass@k for k = 1, 2, 4, … ≤ n."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 = greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 = off."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Token limit of an answer."})
+    batch_size: int = field(default=64, metadata={"help": "Answers generated at once."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling noise."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, float32, bfloat16, …"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
+    output: str | None = field(
+        default=None, metadata={"help": "JSONL file for all answers; the summary goes beside it as .summary.json."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("n", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"--temperature must be >= 0 and --top_p in (0, 1], got {self.temperature} and {self.top_p}."
+            )
+        if self.temperature == 0 and self.n > 1:
+            raise ConfigError("--n above 1 needs --temperature above 0: greedy answers are all the same.")
+        if self.output is not None and Path(self.output).exists():
+            raise ConfigError(f"--output {self.output} exists; choose another file (nothing was changed).")
+
+
+def run_eval(argv: Sequence[str]) -> int:
+    """Parse, check, evaluate, print."""
+    parser = TrlParser(
+        [EvalArguments, TaskConfig],
+        prog="effopd eval",
+        description="Sample answers, verify them, and say how sure the accuracy is.",
+        epilog="Example: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0",
+    )
+    arguments, task_config = parser.parse_args_and_config(list(argv))
+    task = load_task(task_config, "eval")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            arguments.model, padding_side="left", trust_remote_code=arguments.trust_remote_code
+        )
+        check_task(task, tokenizer, task_config.max_prompt_length)
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
+        )
+    except OSError as error:
+        raise CompatibilityError(
+            f"--model {arguments.model!r} cannot be loaded: expected a model folder or a Hub id, got {error}"
+        ) from error
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    with tqdm(total=len(task) * arguments.n, unit="answer", desc=task.name) as bar:
+        result = evaluate(
+            model,
+            tokenizer,
+            task,
+            n=arguments.n,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            progress=lambda count: bar.update(count) and None,
+        )
+    _print(result, arguments)
+    if arguments.output is not None:
+        _write(result, arguments, task.name)
+    return 0
+
+
+def _print(result: EvalResult, arguments: EvalArguments) -> None:
+    summary = result.summary()
+    rows = {
+        f"avg@{arguments.n}": f"{result.accuracy}  (95 % interval over {summary['prompts']} prompts)",
+        **{name: f"{value:.3f}" for name, value in summary.items() if name.startswith("pass@") and arguments.n > 1},
+        "mean score": f"{summary['mean_score']:.3f}",
+        "answer length": f"{summary['mean_length']:.1f} tokens on average, {summary['max_length']} at most",
+        "cut at the limit": f"{summary['truncated_share']:.1%}",
+        "time": f"{summary['seconds']:.1f} s, {summary['generated_tokens']} tokens",
+    }
+    width = max(map(len, rows))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+
+
+def _write(result: EvalResult, arguments: EvalArguments, task: str) -> None:
+    path = Path(arguments.output or "")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in result.rows())
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    summary = {"model": arguments.model, "task": task, "temperature": arguments.temperature, **result.summary()}
+    target = path.with_suffix(".summary.json")
+    write_atomically(target, lambda temporary: temporary.write_text(json.dumps(summary, indent=2)))
+    print(f"answers: {path}\nsummary: {target}")

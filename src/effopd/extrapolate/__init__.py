@@ -1,0 +1,1 @@
+"""Look ahead: when (schedule), where to (search), how good (scorers), moving live weights, the callback."""

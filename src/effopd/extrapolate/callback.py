@@ -1,0 +1,218 @@
+"""`EffOPDCallback`: the look-ahead on any `transformers.Trainer`.
+
+A callback is handed the model but neither the trainer nor its rollout engine, so this one is built with the trainer.
+It searches right after the optimizer step (`on_step_end`), before that step is logged, evaluated or saved.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from effopd.errors import CheckpointError, ConfigError, TaskError
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.lookahead import STATE_FILE, EffOPD, Scorer
+from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.files import append_row, keep_rows
+from effopd.tasks.base import Example, Task, Verifier
+
+SEARCHES = "searches.jsonl"
+
+
+class EffOPDCallback(TrainerCallback):
+    """Look ahead during training.
+
+    Args:
+        trainer: the trainer the callback is added to: `OPDTrainer`, plain `trl.DistillationTrainer`, or any
+            `transformers.Trainer` if `scorer` is given.
+        config: defaults to the paper's settings.
+        task: where D_v is drawn from (examples with answers and their verifier). Default: the trainer's training
+            dataset, columns `prompt` and `answer`.
+        verify: grades an answer of that dataset; default: `math-verify`.
+        scorer: a callable `model → number` instead of the accuracy on D_v.
+        resume_from_checkpoint: where a resumed run finds the look-ahead state, if it is neither in
+            `output_dir/checkpoint-N` nor known to the trainer.
+
+    Raises:
+        ConfigError: several processes or DeepSpeed, where live weights cannot be moved from here yet.
+        TaskError: too few training prompts, or prompts without answers.
+
+    Example:
+        >>> trainer = DistillationTrainer(...)                                   # doctest: +SKIP
+        >>> trainer.add_callback(EffOPDCallback(trainer, EffOPDConfig()))        # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: EffOPDConfig | None = None,
+        *,
+        task: Task | None = None,
+        verify: Verifier | None = None,
+        scorer: Scorer | None = None,
+        resume_from_checkpoint: str | Path | None = None,
+    ):
+        self.trainer, self.config = trainer, config or EffOPDConfig()
+        self._check_host(trainer)
+        if scorer is None:
+            scorer = self._accuracy_scorer(task if task is not None else _training_task(trainer, verify))
+        self.scorer: Scorer = scorer
+        self.lookahead: EffOPD | None = None
+        self._pending: dict[str, float] | None = None
+        self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+
+    @staticmethod
+    def _check_host(trainer: Trainer) -> None:
+        if trainer.accelerator.num_processes > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise ConfigError(
+                "EffOPDCallback moves the weights of one process so far; this run has "
+                f"{trainer.accelerator.num_processes} processes (DeepSpeed: {trainer.is_deepspeed_enabled}, FSDP: "
+                f"{trainer.is_fsdp_enabled}). Run it on one process, or train without EffOPD."
+            )
+
+    def _accuracy_scorer(self, task: Task) -> AccuracyScorer:
+        trainer, config = self.trainer, self.config
+        limit = config.max_completion_length or getattr(trainer.args, "max_completion_length", None)
+        if limit is None:
+            raise ConfigError(
+                f"{type(trainer).__name__} has no max_completion_length: set EffOPDConfig.max_completion_length for "
+                "the validation answers, or pass a scorer."
+            )
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        if config.validation_size > len(task):
+            raise TaskError(
+                f"D_v needs {config.validation_size} training prompts but there are {len(task)}: lower "
+                "EffOPDConfig.validation_size or add prompts."
+            )
+        return AccuracyScorer(
+            task.sample(config.validation_size, config.seed),
+            tokenizer,
+            max_new_tokens=limit,
+            temperature=config.temperature,
+            batch_size=config.validation_batch_size,
+            chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
+        )
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The anchor is the weights the run starts from, or what the resumed checkpoint saved."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.lookahead = EffOPD(model, self.scorer, self.config, on_move=self._weights_moved)
+        if state.global_step > 0:
+            self.lookahead.load(self._find_state(args, state.global_step))
+        if state.is_world_process_zero:
+            keep_rows(Path(args.output_dir) / SEARCHES, state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Report the last search to trainers without TRL's metric buffer."""
+        self._flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Report the last search."""
+        self._flush()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Search if this step is a trigger."""
+        assert self.lookahead is not None
+        ledger = getattr(self.trainer, "ledger", None)
+        with ledger.track("search") if ledger is not None else nullcontext():
+            row = self.lookahead.step(state.global_step)
+        if row is None:
+            return
+        if ledger is not None:
+            ledger.count("search", generated=row["generated_tokens"], forward=row["forward_tokens"])
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            append_row(Path(args.output_dir) / SEARCHES, row)
+        self._log(row)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Put anchor and history into the checkpoint of trainers that do not ask for them (`save_state`)."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.save_state(folder)
+
+    def save_state(self, folder: Path) -> None:
+        """Write the look-ahead state into a checkpoint folder; `OPDTrainer` calls this before publishing it."""
+        if self.lookahead is not None:
+            self.lookahead.save(folder)
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _find_state(self, args, step: int) -> Path:
+        known = [self._resume_from, getattr(self.trainer, "resumed_from", None), args.resume_from_checkpoint]
+        candidates = [Path(path) for path in known if isinstance(path, str | Path)]
+        candidates.append(Path(args.output_dir) / f"checkpoint-{step}")
+        for folder in candidates:
+            if (folder / STATE_FILE).is_file():
+                return folder
+        raise CheckpointError(
+            f"the run resumes at step {step} but no look-ahead state ({STATE_FILE}) was found in "
+            f"{', '.join(map(str, candidates))}. Without the anchor, the next jump would be up to 11 times the whole "
+            "displacement, so this stops here. Pass resume_from_checkpoint to EffOPDCallback, or resume from a "
+            "checkpoint written with it."
+        )
+
+    def _weights_moved(self) -> None:
+        """Engines with their own copy of the weights, and rollouts made with the old ones, are out of date now."""
+        if getattr(self.trainer, "use_vllm", False):
+            self.trainer._last_loaded_step = -1
+        if getattr(self.trainer, "_buffered_inputs", None) is not None:
+            self.trainer._buffered_inputs = None
+
+    def _log(self, row: dict[str, Any]) -> None:
+        metrics = {
+            "effopd/accepted_scale": row["accepted_scale"],
+            "effopd/delta_norm": row["delta_norm"],
+            "effopd/candidates": len(row["trials"]) - 1,
+            "effopd/search_seconds": row["seconds"],
+            "effopd/search_generated_tokens": row["generated_tokens"],
+            "effopd/start_score": row["trials"][0].get("score"),
+        }
+        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+        if hasattr(self.trainer, "_metrics"):  # TRL averages these into the step's own log row
+            for name, value in metrics.items():
+                self.trainer._metrics["train"][name].append(value)
+        else:  # a log during on_step_end would swallow the step's own row, so this one waits for the next event
+            self._pending = metrics
+
+    def _flush(self) -> None:
+        if self._pending:
+            metrics, self._pending = self._pending, None
+            self.trainer.log(metrics)
+
+
+def _training_task(trainer: Trainer, verify: Verifier | None) -> Task:
+    """A task made of the trainer's own training rows."""
+    dataset = trainer.train_dataset
+    columns = getattr(dataset, "column_names", None) or []
+    if "prompt" not in columns or "answer" not in columns or not hasattr(dataset, "__len__"):
+        raise TaskError(
+            "the accuracy gate draws D_v from the training set and needs its columns 'prompt' and 'answer'; got "
+            f"{columns or type(dataset).__name__}. Add an `answer` column, or pass task=… or scorer=… to "
+            "EffOPDCallback."
+        )
+    if verify is None:
+        from effopd.tasks import MathVerifier
+
+        verify = MathVerifier()
+    rows = (dataset[i] for i in range(len(dataset)))
+    examples = (
+        Example(
+            str(row.get("id", index)),
+            row["prompt"],
+            None if row["answer"] is None else str(row["answer"]),
+            _metadata(row.get("metadata")),
+        )
+        for index, row in enumerate(rows)
+    )
+    return Task("training set", tuple(examples), verify)
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    return json.loads(value) if isinstance(value, str) and value else dict(value or {})

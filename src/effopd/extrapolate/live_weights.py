@@ -1,0 +1,190 @@
+"""Moving a model that is being trained, and putting it back bit for bit.
+
+One class owns every edit of live parameters. Candidates come from the closed form W + s·Δ, never from the previous
+candidate, so rounding does not accumulate; the origin is kept in the parameters' own dtype, so a rejected search
+leaves no trace. Left out on purpose: LoRA (ΔW = B·A is not linear in A and B) and DeepSpeed ZeRO (the masters live in
+the optimizer); both are refused with a typed error rather than moved wrongly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
+
+_ATTENTION = r"(?:self_attn|self_attention|attention|attn)"
+_MLP = r"(?:mlp|ffn|feed_forward|block_sparse_moe|experts|shared_expert)"
+
+
+#: Named rules for which parameters move, as regular expressions searched in parameter names.
+PARAMETER_RULES = {
+    # matrices (and biases) inside attention and MLP blocks; norms inside them (q_norm, k_norm) stay
+    "attention+mlp": rf"^(?!.*norm)(?:.*\.)?(?:{_ATTENTION}|{_MLP})\.",
+    "all": r"",
+    # substring match of the authors' public code: `post_attention_layernorm`, q_norm and k_norm match too
+    "released-code": r"attn|attention|[qkvo]_proj|mlp|ffn|(?:gate|up|down)_proj",
+}
+
+
+def compile_rule(rule: str) -> re.Pattern[str]:
+    """The regular expression of a rule of `PARAMETER_RULES`, or of `rule` read as one itself.
+
+    Raises:
+        ConfigError: the rule is neither a known name nor a valid regular expression.
+    """
+    try:
+        return re.compile(PARAMETER_RULES.get(rule, rule))
+    except re.error as error:
+        raise ConfigError(
+            f"parameters={rule!r} is neither one of {', '.join(PARAMETER_RULES)} nor a valid regular expression "
+            f"({error})."
+        ) from error
+
+
+class LiveWeights:
+    """The selected parameters of a live model, with an fp32 anchor and a movable position.
+
+    Life of a search: `begin()` remembers the origin W; `move_to(s)` puts the model at W + s·(W − anchor), any number
+    of times; `restore()` puts W back; `commit()` ends the search where the model stands and makes that the new anchor.
+
+    Memory: the anchor (fp32) for the whole run, plus one copy in the parameters' dtype between `begin` and `commit`,
+    plus two fp32 temporaries of the largest tensor.
+
+    Args:
+        model: any module; DDP-style wrappers should be unwrapped first.
+        parameters: a rule of `PARAMETER_RULES` or a regular expression.
+        anchor_device: device of the anchor; `None` keeps each tensor beside its parameter.
+
+    Raises:
+        ConfigError: nothing matches the rule, or the model carries LoRA adapters.
+        WeightsError: a selected parameter is not floating point.
+    """
+
+    def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
+        if getattr(model, "peft_config", None):
+            raise ConfigError(
+                "EffOPD cannot move a PEFT model: the update ΔW = B·A is not linear in the adapter's A and B, so "
+                "W + sΔ would be a different point than intended. Train the full weights, or merge the adapter first."
+            )
+        pattern = compile_rule(parameters)
+        self._parameters = {name: p for name, p in model.named_parameters() if pattern.search(name)}
+        if not self._parameters:
+            some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+            raise ConfigError(
+                f"parameters={parameters!r} matches no parameter of {type(model).__name__} (its names look like: "
+                f"{some}). Use 'all', or a regular expression that matches."
+            )
+        for name, parameter in self._parameters.items():
+            if not parameter.is_floating_point():
+                raise WeightsError(
+                    f"parameter '{name}' has dtype {parameter.dtype}: expected floating point. Quantised weights "
+                    "cannot be moved; exclude them with `parameters`."
+                )
+        self._anchor_device = torch.device(anchor_device) if anchor_device else None
+        self._origin: dict[str, torch.Tensor] | None = None
+        self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
+
+    def _to_anchor(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.detach().to(device=self._anchor_device, dtype=torch.float32, copy=True)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that move."""
+        return tuple(self._parameters)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers move."""
+        return sum(p.numel() for p in self._parameters.values())
+
+    @torch.no_grad()
+    def displacement_norm(self) -> float:
+        """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64)."""
+        total = 0.0
+        for name, parameter in self._parameters.items():
+            difference = parameter.detach().float() - self._anchor[name].to(parameter.device)
+            total += float(difference.double().square().sum())
+        return total**0.5
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Remember the present weights as the origin of a search."""
+        self._origin = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def move_to(self, scale: float) -> None:
+        """Put the model at origin + scale · (origin − anchor), computed in fp32; scale 0 is the origin, bit for bit.
+
+        Raises:
+            NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the origin then.
+        """
+        origin = self._require_origin()
+        if scale == 0.0:
+            return self.restore()
+        for name, parameter in self._parameters.items():
+            start = origin[name].float()
+            point = torch.add(start, start - self._anchor[name].to(parameter.device), alpha=scale).to(parameter.dtype)
+            if not bool(torch.isfinite(point).all()):
+                self.restore()
+                raise NonFiniteWeightsError(
+                    f"W + {scale}·Δ is not finite in parameter '{name}'; the candidate is rejected and the weights "
+                    "are restored."
+                )
+            parameter.copy_(point)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the origin back, bit for bit."""
+        for name, tensor in self._require_origin().items():
+            self._parameters[name].copy_(tensor)
+
+    def abort(self) -> None:
+        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe to call twice."""
+        if self._origin is not None:
+            self.restore()
+            self._origin = None
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """End the search where the model stands now; these weights become the anchor of the next search."""
+        self._require_origin()
+        self._origin = None
+        for name, parameter in self._parameters.items():
+            self._anchor[name].copy_(parameter)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The anchor, fp32, by parameter name."""
+        return dict(self._anchor)
+
+    @torch.no_grad()
+    def load_state_dict(self, anchor: Mapping[str, torch.Tensor]) -> None:
+        """Take over a saved anchor. All names and shapes are checked before anything is touched.
+
+        Raises:
+            WeightsError: a tensor is missing, unexpected, mis-shaped or non-finite.
+        """
+        missing, extra = set(self._anchor) - set(anchor), set(anchor) - set(self._anchor)
+        if missing or extra:
+            raise WeightsError(
+                f"the saved anchor does not fit the selected parameters: missing {sorted(missing)[:3]} "
+                f"({len(missing)} in all), unexpected {sorted(extra)[:3]} ({len(extra)} in all). Resume with the same "
+                "model and the same `parameters` rule."
+            )
+        for name, tensor in anchor.items():
+            if tensor.shape != self._anchor[name].shape:
+                raise WeightsError(
+                    f"saved anchor of '{name}' has shape {tuple(tensor.shape)}, expected "
+                    f"{tuple(self._anchor[name].shape)}. Resume with the same model."
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise WeightsError(f"saved anchor of '{name}' is not finite; the checkpoint is damaged.")
+        for name, tensor in anchor.items():
+            self._anchor[name].copy_(tensor)
+
+    def _require_origin(self) -> dict[str, torch.Tensor]:
+        assert self._origin is not None, "begin() must come before move_to/restore/commit"
+        return self._origin

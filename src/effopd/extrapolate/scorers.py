@@ -1,0 +1,69 @@
+"""How good a candidate is. A scorer is any callable `model → Score` (or a plain number; larger is better)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from effopd.errors import TaskError
+from effopd.evaluate import evaluate
+from effopd.extrapolate.search import Score
+from effopd.tasks.base import Task
+
+
+class AccuracyScorer:
+    """Accuracy of sampled answers on D_v, the paper's gate (arXiv 2605.11739).
+
+    The look-ahead seeds every call of one search alike, so all candidates share the sampling noise.
+
+    Args:
+        task: D_v: examples with answers and their verifier.
+        tokenizer: encodes prompts and decodes answers.
+        max_new_tokens: length limit of an answer, in tokens.
+        temperature: sampling temperature, 0 = greedy.
+
+    Raises:
+        TaskError: D_v is empty or an example has no answer.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        batch_size: int = 64,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ):
+        if not task.verifiable:
+            raise TaskError(
+                f"the accuracy gate needs validation prompts with answers, but task '{task.name}' has "
+                + ("none at all." if not task.examples else "prompts without an answer.")
+                + " Give every row an `answer`, or pass a scorer of your own (a callable model → number)."
+            )
+        self.task, self._tokenizer = task, tokenizer
+        self._settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "batch_size": batch_size,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+
+    @property
+    def validation_ids(self) -> list[str]:
+        """Ids of the D_v examples, in order; saved with checkpoints so that a resume can prove it has the same D_v."""
+        return [example.id for example in self.task.examples]
+
+    def __call__(self, model: PreTrainedModel) -> Score:
+        start = time.perf_counter()
+        result = evaluate(model, self._tokenizer, self.task, seed=None, **self._settings)  # the search has seeded
+        per_example = tuple(float(row[0]) for row in result.correct)
+        return Score(
+            mean=sum(per_example) / len(per_example),
+            per_example=per_example,
+            seconds=time.perf_counter() - start,
+            generated_tokens=result.generated_tokens,
+        )

@@ -1,0 +1,49 @@
+"""Plain files that are either whole or absent: atomic replacement, JSON lines that survive a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and move it into place in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line with a single write."""
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(row) + "\n").encode())
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete JSON lines of a file; a last line cut short by a kill is left out. A missing file has none."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            yield json.loads(line)
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Drop rows beyond `last_step` (and a torn last line), so that a resumed run does not log a step twice."""
+    if path.exists():
+        rows = [row for row in read_rows(path) if row["step"] <= last_step]
+        write_atomically(path, lambda temporary: temporary.write_text("".join(json.dumps(r) + "\n" for r in rows)))

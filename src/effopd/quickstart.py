@@ -1,0 +1,269 @@
+"""`effopd quickstart` (and `make demo`): plain OPD, then EffOPD, same seed and prompts, on the built-in testbed.
+
+Everything goes through the code of `effopd train`; this file only sets it up, shows progress and compares the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import PrinterCallback, TrainerCallback
+from trl import ModelConfig, TrlParser
+
+from effopd import testbed
+from effopd.bench.time_to_target import Cost, final_target, first_reach
+from effopd.distill.config import OPDConfig
+from effopd.distill.launch import RunSettings, build_trainer, to_yaml, versions
+from effopd.distill.run_dir import CONFIG, EVALS, SEARCHES
+from effopd.errors import ConfigError
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.files import read_rows, write_atomically
+from effopd.optional import is_available
+from effopd.report.figures import comparison_figure
+from effopd.tasks import TaskConfig
+
+ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD"}
+
+
+@dataclass
+class QuickstartArguments:
+    """Flags of `effopd quickstart`."""
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "Where rows, figure and summary.json go."})
+    family: str = field(default="", metadata={"help": "Testbed task family. Default: the first."})
+    seed: int = field(default=0, metadata={"help": "Seed of both runs: prompts, sampling, D_v."})
+    max_steps: int = field(default=96, metadata={"help": "Optimizer steps of each run."})
+    eval_steps: int = field(default=2, metadata={"help": "Evaluate every that many steps (not charged)."})
+    eval_size: int = field(default=256, metadata={"help": "Held-out prompts."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Default: the testbed's reference learning rate."}
+    )
+
+    def __post_init__(self) -> None:
+        self.family = self.family or next(iter(testbed.FAMILIES))
+        if self.family not in testbed.FAMILIES:
+            raise ConfigError(f"--family must be one of {', '.join(testbed.FAMILIES)}; got {self.family!r}.")
+        for name in ("max_steps", "eval_steps", "eval_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def run_quickstart(argv: Sequence[str]) -> int:
+    """Both runs, the comparison, the table."""
+    parser = TrlParser(
+        [QuickstartArguments],
+        prog="effopd quickstart",
+        description="Plain OPD and EffOPD on the built-in testbed, same seed and prompts; prints the net speed-up.",
+    )
+    (arguments,) = parser.parse_args_and_config(list(argv))
+    _quiet()
+    console = Console()
+    root = Path(arguments.output_dir)
+    _move_aside(root, console)
+    with _progress(console) as progress:
+        tasks = {arm: progress.add_task(label, total=arguments.max_steps) for arm, label in ARMS.items()}
+        for arm in ARMS:
+            _run_arm(arm, arguments, root / arm, lambda arm=arm: progress.advance(tasks[arm]))
+    summary = summarize(root, arguments)
+    write_atomically(root / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    console.print(_table(summary))
+    console.print(_verdict(summary))
+    if is_available("matplotlib"):
+        console.print(f"figure:  {_figure(root, summary)}")
+    else:
+        console.print("figure:  not drawn, matplotlib is missing (pip install 'effopd[plots]')")
+    console.print(f"summary: {root / 'summary.json'}   rows: {root}/*/evals.jsonl, searches.jsonl, metrics.jsonl")
+    return 0
+
+
+def _quiet() -> None:
+    """The demo has its own progress bar; libraries speak only when something is wrong."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _move_aside(root: Path, console: Console) -> None:
+    """An earlier demo is kept under another name."""
+    if root.exists() and any(root.iterdir()):
+        kept = root.with_name(f"{root.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(root.stat().st_mtime))}")
+        root.rename(kept)
+        console.print(f"an earlier demo was kept as {kept}")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=600,
+    )
+
+
+def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunSettings:
+    """The settings of one arm: the testbed's reference, and the paper's search for `effopd`."""
+    reference = dict(testbed.reference_settings())
+    if arguments.learning_rate is not None:
+        reference["learning_rate"] = arguments.learning_rate
+    prompts = arguments.max_steps * reference["per_device_train_batch_size"]
+    opd = OPDConfig(
+        **reference,
+        output_dir=str(output_dir),
+        teacher_model_name_or_path=str(testbed.teacher_path()),
+        max_steps=arguments.max_steps,
+        seed=arguments.seed,
+        per_device_eval_batch_size=arguments.eval_size,
+        eval_strategy="steps",
+        eval_steps=arguments.eval_steps,
+        eval_on_start=True,
+        eval_greedy=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return RunSettings(
+        ModelConfig(model_name_or_path=str(testbed.student_path())),
+        TaskConfig(
+            task=f"testbed:{arguments.family}",
+            train_size=prompts,
+            eval_size=arguments.eval_size,
+            task_seed=arguments.seed,
+        ),
+        opd,
+        EffOPDConfig(enabled=arm == "effopd", seed=arguments.seed),
+    )
+
+
+class _Advance(TrainerCallback):
+    """Moves the progress bar after a step and its look-ahead."""
+
+    def __init__(self, advance):
+        self._advance = advance
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._advance()
+
+
+def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, advance) -> None:
+    run = settings(arm, arguments, output_dir)
+    trainer = build_trainer(run)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Advance(advance))
+    output_dir.mkdir(parents=True)
+    write_atomically(output_dir / CONFIG, lambda path: path.write_text(to_yaml(run)))
+    trainer.train()
+
+
+def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
+    """Costs, final values and the net speed-up, from the rows of both arms.
+
+    Speed-up = vanilla's cost of its whole run / EffOPD's cost until its smoothed held-out KL first reaches vanilla's
+    final smoothed one. Net: search charged, evaluation not.
+    """
+    rows = {arm: list(read_rows(root / arm / EVALS)) for arm in ARMS}
+    searches = list(read_rows(root / "effopd" / SEARCHES))
+    target = final_target(rows["vanilla"])
+    whole, reached = Cost.of(rows["vanilla"][-1]), first_reach(rows["effopd"], target)
+    summary: dict[str, Any] = {
+        "family": arguments.family,
+        "seed": arguments.seed,
+        "max_steps": arguments.max_steps,
+        "versions": versions(),
+    }
+    for arm, arm_rows in rows.items():
+        last, cost = arm_rows[-1], Cost.of(arm_rows[-1])
+        summary[arm] = {
+            "steps": cost.steps,
+            "seconds": cost.seconds,
+            "generated_tokens": cost.generated_tokens,
+            "start_kl": arm_rows[0]["eval_kl"],
+            "final_kl": final_target(arm_rows),
+            "final_accuracy": last["eval_accuracy"],
+            "final_accuracy_ci95": [last["eval_accuracy_low"], last["eval_accuracy_high"]],
+        }
+    summary["effopd"] |= {
+        "accepted_scales": {str(row["step"]): row["accepted_scale"] for row in searches},
+        "search_seconds": sum(row["seconds"] for row in searches),
+        "search_generated_tokens": sum(row["generated_tokens"] for row in searches),
+        "cost_to_target": vars(reached) if reached else None,
+    }
+    summary["target_kl"] = target
+    summary["speedup"] = (
+        whole.ratio(reached) if reached else dict.fromkeys(("steps", "seconds", "generated_tokens"), None)
+    )
+    if reached is None:
+        summary["speedup"]["reason"] = (
+            f"EffOPD's smoothed held-out KL did not reach plain OPD's final {target:.5f} within "
+            f"{arguments.max_steps} steps; its last was {summary['effopd']['final_kl']:.5f}."
+        )
+    return summary
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"testbed:{summary['family']}, seed {summary['seed']}: {summary['max_steps']} steps each")
+    for name in ("", "steps", "net seconds", "sampled tokens", "held-out KL", "accuracy (95 % interval)"):
+        table.add_column(name, justify="left" if not name else "right")
+    for arm, label in ARMS.items():
+        values = summary[arm]
+        low, high = values["final_accuracy_ci95"]
+        table.add_row(
+            label,
+            str(values["steps"]),
+            f"{values['seconds']:.1f}",
+            f"{values['generated_tokens']:,}",
+            f"{values['start_kl']:.4f} → {values['final_kl']:.4f}",
+            f"{values['final_accuracy']:.3f} [{low:.3f}, {high:.3f}]",
+        )
+    reached = summary["effopd"]["cost_to_target"]
+    if reached:
+        table.add_row(
+            "EffOPD, to plain OPD's KL",
+            str(reached["steps"]),
+            f"{reached['seconds']:.1f}",
+            f"{reached['generated_tokens']:,}",
+            f"≤ {summary['target_kl']:.4f}",
+            "",
+        )
+    return table
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    jumps = ", ".join(f"{scale:g}Δ at {step}" for step, scale in summary["effopd"]["accepted_scales"].items() if scale)
+    lines = [f"accepted jumps: {jumps or 'none'}"]
+    speedup = summary["speedup"]
+    if speedup["steps"] is None:
+        lines.append(f"speed-up: none. {speedup['reason']}")
+    else:
+        lines.append(
+            f"net speed-up to plain OPD's final KL: [bold]{speedup['steps']:.2f}× in steps, "
+            f"{speedup['seconds']:.2f}× in seconds, {speedup['generated_tokens']:.2f}× in sampled tokens[/bold] "
+            "(one seed; search charged, evaluation not)"
+        )
+    return "\n".join(lines)
+
+
+def _figure(root: Path, summary: dict[str, Any]) -> Path:
+    accuracy = testbed.card().get("teacher_accuracy", {}).get(summary["family"])
+    return comparison_figure(
+        {label: list(read_rows(root / arm / EVALS)) for arm, label in ARMS.items()},
+        list(read_rows(root / "effopd" / SEARCHES)),
+        summary["target_kl"],
+        root / "figure.png",
+        f"testbed:{summary['family']}, seed {summary['seed']}",
+        accuracy,
+    )

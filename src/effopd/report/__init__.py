@@ -1,0 +1,1 @@
+"""Tables to figures. Figures read rows only, never models."""

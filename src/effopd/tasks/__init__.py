@@ -1,0 +1,39 @@
+"""Tasks: prompts, reference answers and verifiers.
+
+base.py          Example, Task and the verifier contract
+config.py        TaskConfig, for Python, the command line and YAML
+load.py          load_task: config → train or eval split
+rows.py          math rows from JSON, Parquet or the Hub; prompt lengths
+gym_tasks.py     reasoning-gym questions and their verifier
+math_grading.py  the math verifier
+worker.py        grading in a process that can be killed
+verify.py        the user's own verifier; does a verifier tell right from wrong
+"""
+
+from __future__ import annotations
+
+from effopd.tasks.base import Example, Prompt, Task, Verifier
+from effopd.tasks.config import TaskConfig
+from effopd.tasks.gym_tasks import ReasoningGymVerifier
+from effopd.tasks.load import load_task
+from effopd.tasks.math_grading import MathVerifier, extract_boxed
+from effopd.tasks.rows import check_prompt_lengths, read_math_rows
+from effopd.tasks.verify import VerifierCheck, check_score, check_verifier, load_verifier
+
+__all__ = [
+    "Example",
+    "MathVerifier",
+    "Prompt",
+    "ReasoningGymVerifier",
+    "Task",
+    "TaskConfig",
+    "Verifier",
+    "VerifierCheck",
+    "check_prompt_lengths",
+    "check_score",
+    "check_verifier",
+    "extract_boxed",
+    "load_task",
+    "load_verifier",
+    "read_math_rows",
+]

@@ -1,0 +1,204 @@
+"""`TaskConfig`: which task to train and evaluate on, as one dataclass for Python, the command line and YAML.
+
+Works with transformers' `HfArgumentParser` and TRL's `TrlParser`. Checked when built; nothing is loaded here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from effopd.errors import ConfigError
+
+#: What may stand before the colon of `task`.
+TASK_KINDS = ("reasoning-gym", "math", "testbed")
+
+_VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+@dataclass
+class TaskConfig:
+    """Source of prompts and verification, and how prompts are written.
+
+    Example:
+        >>> config = TaskConfig(task="reasoning-gym:basic_arithmetic", task_args='{"max_terms": 3}', train_size=500)
+        >>> config.task_args
+        {'max_terms': 3}
+
+    Raises:
+        ConfigError: a field is out of range or contradicts another one.
+    """
+
+    task: str = field(
+        metadata={
+            "help": "Where prompts come from. 'reasoning-gym:NAME' generates them (e.g. reasoning-gym:countdown); "
+            "'math:SOURCE' reads rows with a prompt and an answer from a local .jsonl, .json or .parquet file or from "
+            "a Hub dataset id; 'testbed:FAMILY' is a built-in toy family for tests on a laptop."
+        }
+    )
+    task_args: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object with parameters of the source. reasoning-gym: the dataset's own parameters, e.g. "
+            "'{\"max_terms\": 3}'. math: 'prompt_column' and 'answer_column' when yours have other names, and for a "
+            'Hub dataset anything load_dataset takes, e.g. \'{"name": "main", "split": "train"}\'.'
+        },
+    )
+    verifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "Your own grading function as 'module:function', called as function(completion, example) and "
+            "returning a score in [0, 1]; the module may lie in the current directory. It runs in this process, so "
+            "verify_timeout does not bound it. Default: the task's own verifier."
+        },
+    )
+    prompt_suffix: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text appended to every question. Default: the task's own instruction (math: reason step by step "
+            "and put the answer within \\boxed{}; reasoning-gym: answer between <answer> tags; testbed: nothing). "
+            "Give '' for no instruction; the built-in verifiers then still look for \\boxed{} or the tags."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message put before every question. Needs as_chat. Default: none."},
+    )
+    as_chat: bool = field(
+        default=True,
+        metadata={
+            "help": "Give prompts as chat messages, so that the tokenizer's chat template is applied. Turn it off for "
+            "base models: prompts are then plain text. Testbed prompts are always used as they come."
+        },
+    )
+    train_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of training examples. Default: every row of a file or Hub dataset that is not held out, "
+            "1000 for generated tasks."
+        },
+    )
+    eval_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of evaluation examples, held out from the same source unless eval_task names another. "
+            "0 holds nothing out. Default: all rows of an eval_task file; 100 for generated tasks; a tenth of the "
+            "rows, at most 100, when held out from a file."
+        },
+    )
+    task_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the generated questions and of which rows are held out; 0 or more."},
+    )
+    eval_task: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate on this other source, written like task. Training never contains a question of the "
+            "evaluation, wherever it comes from. Default: questions held out from task."
+        },
+    )
+    eval_task_args: dict | str | None = field(
+        default=None,
+        metadata={"help": "JSON object with parameters of eval_task, like task_args; task_args is not inherited."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt allowed, in tokens after the chat template. Longer prompts are reported by row "
+            "and stop the run; none is cut or dropped. Default: no limit."
+        },
+    )
+    verify_timeout: float = field(
+        default=5.0,
+        metadata={
+            "help": "Hard limit for grading one completion with a built-in verifier, in seconds. A grading that "
+            "reaches it scores 0 and is counted."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        kinds = [split_task_name("task", self.task)[0]]
+        if self.eval_task is not None:
+            kinds.append(split_task_name("eval_task", self.eval_task)[0])
+        self.task_args = _parse_args("task_args", self.task_args)
+        self.eval_task_args = _parse_args("eval_task_args", self.eval_task_args)
+        if self.verifier is not None and not _VERIFIER.fullmatch(self.verifier):
+            raise ConfigError(
+                f"verifier: expected 'module:function', got {self.verifier!r}. For a function 'grade' in "
+                "my_verifier.py write my_verifier:grade."
+            )
+        self._check_numbers()
+        self._check_combinations(kinds)
+
+    def _check_numbers(self) -> None:
+        for name, least in (("train_size", 1), ("eval_size", 0), ("task_seed", 0), ("max_prompt_length", 1)):
+            value = getattr(self, name)
+            if value is None and name != "task_seed":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(
+                    f"{name}: expected a whole number of at least {least}, got {value!r}. "
+                    f"Set {name} to {least} or more" + ("." if name == "task_seed" else " or leave it out.")
+                )
+        timeout = self.verify_timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ConfigError(
+                f"verify_timeout: expected a number of seconds above 0, got {timeout!r}. The default is 5.0."
+            )
+
+    def _check_combinations(self, kinds: list[str]) -> None:
+        if self.system_prompt is not None and not self.as_chat:
+            raise ConfigError(
+                f"system_prompt: expected none when as_chat is off, got {self.system_prompt!r}. Plain text has no "
+                "system message: turn as_chat on or write the text into your prompts."
+            )
+        if self.eval_task is None and self.eval_task_args:
+            raise ConfigError(
+                f"eval_task_args: expected none without eval_task, got {self.eval_task_args!r}. Set eval_task, or "
+                "remove eval_task_args: held-out questions come from task with task_args."
+            )
+        if self.eval_task is not None and self.eval_size == 0:
+            raise ConfigError("eval_size: expected at least 1 when eval_task is set, got 0. Remove one of the two.")
+        for name in ("prompt_suffix", "system_prompt"):
+            if "testbed" in kinds and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}: expected none for a testbed task, got {getattr(self, name)!r}. Testbed models only know "
+                    f"their family's own prompts: remove {name}."
+                )
+
+
+def split_task_name(field_name: str, value: Any) -> tuple[str, str]:
+    """`"kind:name"` as its two parts.
+
+    Raises:
+        ConfigError: another form or an unknown kind.
+    """
+    kind, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind not in TASK_KINDS or not colon or not name.strip():
+        raise ConfigError(
+            f"{field_name}: expected 'reasoning-gym:NAME', 'math:FILE_OR_HUB_ID' or 'testbed:FAMILY', got {value!r}. "
+            "Write for example reasoning-gym:basic_arithmetic or math:data/train.jsonl."
+        )
+    return kind, name.strip()
+
+
+def _parse_args(field_name: str, value: dict | str | None) -> dict | None:
+    """JSON text as a dict; a dict or `None` as it is."""
+    parsed: Any = value
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{field_name}: expected a JSON object, got {value!r} ({error}). Write for example "
+                "'{\"max_terms\": 3}', in single quotes on the command line."
+            ) from error
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ConfigError(
+            f"{field_name}: expected a JSON object, got {type(parsed).__name__} {value!r}. Write for example "
+            "'{\"max_terms\": 3}'."
+        )
+    return parsed

@@ -1,0 +1,204 @@
+"""`load_task`: from a `TaskConfig` to the prompts and verifier of one split.
+
+The evaluation is drawn first and depends only on its own source, its size and the seed; training then takes questions
+that are not in it, so the two are disjoint wherever they come from. Both are deterministic.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from effopd.errors import TaskError
+from effopd.tasks.base import Example, Prompt, Task
+from effopd.tasks.config import TaskConfig, split_task_name
+from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples, render_tagged
+from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
+from effopd.tasks.rows import ORIGIN, question_key, read_math_rows
+from effopd.tasks.verify import load_verifier
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "eval"]
+
+#: Sizes of generated tasks when the config leaves them open.
+DEFAULT_TRAIN_SIZE, DEFAULT_EVAL_SIZE = 1000, 100
+#: Share of a file's rows held out for evaluation when the config leaves it open; at most `DEFAULT_EVAL_SIZE` rows.
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One split of one source.
+
+    `held_out`: the evaluation comes from this source too. `excluded`: questions the split must not contain.
+    """
+
+    name: str
+    args: dict[str, Any]
+    split: Split
+    size: int | None
+    held_out: bool
+    excluded: frozenset[str]
+    seed: int
+    timeout: float
+    answers_required: bool
+
+
+def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True) -> Task:
+    """The examples and verifier of one split.
+
+    Args:
+        config: what to load.
+        split: "train" or "eval".
+        answers_required: whether rows of a file must have reference answers. Distillation itself does not need them,
+            accuracy does; without, rows may lack the answer if all of them do.
+
+    Raises:
+        TaskError: a source that cannot be read, bad rows, too few examples, an unusable verifier, or "eval" when the
+            config holds nothing out.
+        MissingDependencyError: the package of the task is not installed.
+    """
+    if split not in ("train", "eval"):
+        raise TaskError(f"split: expected 'train' or 'eval', got {split!r}.")
+    if split == "eval" and config.eval_size == 0:
+        raise TaskError("the eval split was asked for, but eval_size is 0. Set eval_size to 1 or more, or eval_task.")
+    source = config.task if split == "train" or config.eval_task is None else config.eval_task
+    kind, _ = split_task_name("task", source)
+    return _finish(_load_bare(config, split, answers_required), config, kind)
+
+
+def _load_bare(config: TaskConfig, split: Split, answers_required: bool) -> Task:
+    """The split with bare questions as prompts."""
+    other = config.eval_task if split == "eval" else None
+    kind, name = split_task_name("task", other or config.task)
+    excluded: frozenset[str] = frozenset()
+    if split == "train" and config.eval_size != 0 and (kind != "testbed" or config.eval_task is not None):
+        held_out = _load_bare(config, "eval", answers_required)
+        excluded = frozenset(question_key(example.prompt) for example in held_out.examples)
+    args = config.task_args if other is None else config.eval_task_args
+    request = _Request(
+        name=name,
+        args=dict(args) if isinstance(args, dict) else {},
+        split=split,
+        size=config.train_size if split == "train" else config.eval_size,
+        held_out=config.eval_task is None,
+        excluded=excluded,
+        seed=config.task_seed,
+        timeout=config.verify_timeout,
+        answers_required=answers_required,
+    )
+    return replace(_LOADERS[kind](request), name=f"{kind}:{name}")
+
+
+def _load_gym(request: _Request) -> Task:
+    examples = gym_examples(
+        request.name,
+        request.args,
+        split=request.split,
+        size=request.size or _default_size(request.split),
+        seed=request.seed,
+        excluded=request.excluded,
+    )
+    verifier = ReasoningGymVerifier(request.name, request.args, request.timeout)
+    return Task(request.name, examples, verifier, render_tagged, needs_answers=False)
+
+
+def _load_math(request: _Request) -> Task:
+    rows = list(read_math_rows(request.name, request.args, answers_required=request.answers_required))
+    random.Random(request.seed).shuffle(rows)
+    if request.split == "eval":
+        first: dict[str, Example] = {}
+        for row in rows:
+            first.setdefault(question_key(row.prompt), row)
+        chosen = list(first.values())
+        why = "ask a question that another row asks"
+    else:
+        chosen = [row for row in rows if question_key(row.prompt) not in request.excluded]
+        why = "ask a question of the evaluation"
+    _warn_left_out(request, len(rows) - len(chosen), why)
+    size = request.size
+    if size is None and request.split == "eval" and request.held_out:
+        size = max(1, min(DEFAULT_EVAL_SIZE, int(HELD_OUT_SHARE * len(chosen))))
+    if not chosen or (size is not None and size > len(chosen)):
+        raise TaskError(
+            f"'{request.name}': expected {size or 'at least 1'} rows for the {request.split} split, got {len(chosen)} "
+            f"({len(rows)} rows, of which {len(rows) - len(chosen)} {why}). Lower {request.split}_size"
+            f"{' or eval_size' if request.split == 'train' else ''}, or name an eval_task."
+        )
+    return Task(request.name, tuple(chosen[:size]), MathVerifier(request.timeout), render_boxed)
+
+
+def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
+    """Say how many rows no split gets; the held-out rows themselves, which training leaves to it, are expected."""
+    if request.held_out:
+        left_out = left_out - len(request.excluded) if request.split == "train" else 0
+    if left_out > 0:
+        logger.warning(
+            "%d rows of '%s' are left out of the %s split: they %s", left_out, request.name, request.split, why
+        )
+
+
+def _load_testbed(request: _Request) -> Task:
+    from effopd.testbed import family_task
+
+    if request.args:
+        raise TaskError(
+            f"task_args: expected none for testbed family '{request.name}', got {request.args}. Remove it."
+        )
+    task: Task = family_task(request.name, request.split, request.size or _default_size(request.split), request.seed)
+    if request.excluded:
+        kept = [example for example in task.examples if question_key(example.prompt) not in request.excluded]
+        if len(kept) < len(task):
+            raise TaskError(
+                f"testbed family '{request.name}': expected training questions that are not in the evaluation, got "
+                f"{len(task) - len(kept)} that are. Use the family's own eval split: remove eval_task."
+            )
+    return task
+
+
+#: Kind of source → its loader.
+_LOADERS: dict[str, Callable[[_Request], Task]] = {
+    "reasoning-gym": _load_gym,
+    "math": _load_math,
+    "testbed": _load_testbed,
+}
+#: Kind of source → instruction after every question.
+_SUFFIXES = {"reasoning-gym": GYM_SUFFIX, "math": MATH_SUFFIX}
+
+
+def _default_size(split: Split) -> int:
+    return DEFAULT_TRAIN_SIZE if split == "train" else DEFAULT_EVAL_SIZE
+
+
+def _finish(task: Task, config: TaskConfig, kind: str) -> Task:
+    """The task with prompts as the model gets them and the user's verifier, if there is one."""
+    if config.verifier is not None:
+        task = replace(task, verify=load_verifier(config.verifier), needs_answers=False)
+    if kind not in _SUFFIXES:
+        return task
+    suffix = _SUFFIXES[kind] if config.prompt_suffix is None else config.prompt_suffix
+    return task.subset([replace(example, prompt=_write(example, suffix, config)) for example in task.examples])
+
+
+def _write(example: Example, suffix: str, config: TaskConfig) -> Prompt:
+    """Question and instruction as text or chat messages."""
+    origin = example.metadata.get(ORIGIN, example.id)
+    if isinstance(example.prompt, str):
+        text = example.prompt + suffix
+        messages = [{"role": "user", "content": text}]
+        if not config.as_chat:
+            return text
+    elif not config.as_chat:
+        raise TaskError(f"{origin}: expected a text prompt when as_chat is off, got chat messages. Turn as_chat on.")
+    else:
+        last = example.prompt[-1]
+        messages = [*example.prompt[:-1], {**last, "content": last["content"] + suffix}]
+    if config.system_prompt is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise TaskError(f"{origin}: expected no system message beside system_prompt, got one. Keep one of the two.")
+    return [{"role": "system", "content": config.system_prompt}, *messages]

@@ -1,0 +1,131 @@
+"""Grading of math answers in `\\boxed{}` with math-verify, under a hard time limit.
+
+Only the last complete `\\boxed{…}` of a completion counts: text without one (a truncated answer, a number in passing)
+scores 0. That is stricter than math-verify's own extraction, which would take the last number in the text, and it is
+what the default prompt asks for. Equality is math-verify's: `\\frac12`, `1/2` and `0.5` are the same answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from effopd.errors import TaskError
+from effopd.optional import require
+from effopd.tasks.base import Example
+from effopd.tasks.worker import GradingWorker
+
+#: What the default math prompt ends with.
+MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Content of the last complete `\boxed{…}` (the innermost of nested ones), or `None`; linear in the text.
+
+    Example:
+        >>> extract_boxed(r"so \boxed{1}, or rather \boxed{\frac{1}{2}}")
+        '\\frac{1}{2}'
+    """
+    stack: list[int | None] = []
+    best: tuple[int, int] | None = None
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        if token.startswith("\\boxed"):
+            stack.append(match.end())
+        elif token == "{":
+            stack.append(None)
+        elif token == "}" and stack:
+            start = stack.pop()
+            if start is not None and (best is None or start > best[0]):
+                best = (start, match.start())
+    return None if best is None else text[best[0] : best[1]].strip()
+
+
+def plain_answer(answer: str) -> str:
+    """A reference answer reduced to the expression itself.
+
+    Takes what follows the last `####` (GSM8K) or stands in the last `\\boxed{}` (MATH), then drops `$…$`.
+    """
+    answer = answer.rpartition("####")[2] if "####" in answer else (extract_boxed(answer) or answer)
+    answer = answer.strip()
+    if len(answer) > 2 and answer[0] == answer[-1] == "$":
+        answer = answer.strip("$").strip()
+    return answer
+
+
+def render_boxed(answer: str) -> str:
+    r"""A completion that gives `answer` the way math tasks ask for it: `The answer is \boxed{answer}.`"""
+    return f"The answer is \\boxed{{{plain_answer(answer)}}}."
+
+
+class MathVerifier:
+    r"""Verifier of math tasks: 1.0 when the last `\boxed{}` equals the example's answer, else 0.0.
+
+    Gradings run in a process of their own (`GradingWorker`); `timeouts` and `errors` count those that scored 0 because
+    grading them did not end in time or failed. Picklable.
+
+    Args:
+        timeout: hard limit of one grading, in seconds of wall-clock time.
+    """
+
+    def __init__(self, timeout: float = 5.0) -> None:
+        self.worker = GradingWorker(f"{__name__}:grade_boxed", timeout)
+
+    @property
+    def timeouts(self) -> int:
+        """Gradings cut at the limit so far."""
+        return self.worker.timeouts
+
+    @property
+    def errors(self) -> int:
+        """Gradings that failed otherwise so far."""
+        return self.worker.errors
+
+    def __call__(self, completion: str, example: Example) -> float:
+        return self.verify_batch([completion], [example])[0]
+
+    def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """Scores of several completions, each with its example.
+
+        Raises:
+            TaskError: an example has no reference answer.
+            MissingDependencyError: math-verify is not installed (asked for at the first grading, not before: training
+                without accuracy works without it).
+        """
+        scores = [0.0] * len(completions)
+        pending: list[tuple[int, tuple[Any, ...], str]] = []
+        for index, (completion, example) in enumerate(zip(completions, examples, strict=True)):
+            if example.answer is None:
+                raise TaskError(
+                    f"cannot grade example '{example.id}': expected a reference answer, got none. Give the row an "
+                    "'answer', or evaluate without accuracy."
+                )
+            boxed, gold = extract_boxed(completion), plain_answer(example.answer)
+            if boxed == gold:
+                scores[index] = 1.0
+            elif boxed:
+                pending.append((index, (boxed, gold), example.id))
+        if pending:
+            require("math_verify")
+        graded = self.worker.score_many([call for _, call, _ in pending], [label for _, _, label in pending])
+        for (index, _, _), score in zip(pending, graded, strict=True):
+            scores[index] = score
+        return scores
+
+
+@lru_cache(maxsize=4096)
+def _parse(expression: str) -> Any:
+    from math_verify import parse
+
+    return parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
+
+
+def grade_boxed(boxed: str, gold: str) -> float:
+    """1.0 when math-verify takes the two expressions as equal. No time limit of its own: for the worker process."""
+    from math_verify import verify
+
+    return float(verify(_parse(gold), _parse(boxed), timeout_seconds=None))

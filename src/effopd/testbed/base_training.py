@@ -1,0 +1,139 @@
+"""The base student: a random Qwen3 of 0.8M parameters, trained on worked reasoning with falsified steps.
+
+A plain PyTorch loop: sample questions → write their (corrupted) reasoning → cross-entropy on the completion → AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from effopd.errors import ConfigError
+from effopd.tasks.base import Example
+from effopd.testbed.families import FAMILIES, worked_reasoning
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Shape of the model; vocabulary and special tokens come from the tokenizer."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Supervised training of the base.
+
+    Attributes:
+        questions: training questions a family; their reasoning is falsified anew each time one is drawn.
+        steps: optimizer steps.
+        batch_size: sequences a step, both families mixed.
+        learning_rate: peak; linear warm-up over `warmup_steps`, then cosine to a tenth.
+    """
+
+    questions: int = 12_000
+    steps: int = 900
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"base.{name}: expected at least 1, got {getattr(self, name)}. Raise it.")
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, seed: int) -> Qwen3ForCausalLM:
+    """A randomly initialised fp32 model that ends at the tokenizer's end token."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+    )
+    model = Qwen3ForCausalLM(config).float()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = None
+    return model
+
+
+def train_base(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: BaseSettings,
+    seed: int,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Train `model` in place; the loss (nats a token) averages over completion tokens, the end token included."""
+    rng = random.Random(seed)
+    prompts = [
+        tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+        for example in examples
+    ]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    model.train()
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(step, settings)
+        chosen = rng.choices(range(len(examples)), k=settings.batch_size)
+        loss = _loss(model, tokenizer, [prompts[i] for i in chosen], [examples[i] for i in chosen], rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        if (step + 1) % max(1, settings.steps // 20) == 0:
+            log(f"base step {step + 1}/{settings.steps}: loss {loss.item():.4f}")
+    model.eval()
+
+
+def _loss(model, tokenizer, prompts: list[list[int]], examples: list[Example], rng: random.Random) -> torch.Tensor:
+    rows, labels = [], []
+    for prompt, example in zip(prompts, examples, strict=True):
+        text = worked_reasoning(example, rng, FAMILIES[example.metadata["family"]].corruption)
+        completion = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        rows.append(prompt + completion)
+        labels.append([_IGNORED] * len(prompt) + completion)
+    width = max(map(len, rows))
+    # padding is on the right and is never a label, so causal attention needs no mask
+    ids_BT = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    labels_BT = torch.tensor([row + [_IGNORED] * (width - len(row)) for row in labels])
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED)
+
+
+def _schedule(step: int, settings: BaseSettings) -> float:
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,190 @@
+"""What the recipe measures: accuracies of the pair, and how many steps plain distillation takes on it."""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, TrainerCallback
+
+from effopd.errors import ConfigError
+from effopd.evaluate import Completion, evaluate, generate
+from effopd.tasks.base import Example
+from effopd.testbed.families import FAMILIES, family_task
+from effopd.testbed.rl import trainer_defaults
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured.
+
+    Attributes:
+        questions: test questions a family for the accuracies.
+        opd_steps: steps of the reference distillation run; 0 leaves it out.
+        opd_train_questions: its training questions a family.
+        opd_held_out: validation prompts (both families together) for the held-out KL.
+        opd_every: steps between two measurements of the held-out KL.
+    """
+
+    questions: int = 1000
+    opd_steps: int = 120
+    opd_train_questions: int = 8_000
+    opd_held_out: int = 256
+    opd_every: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "opd_train_questions", "opd_held_out", "opd_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"measure.{name}: expected at least 1, got {getattr(self, name)}. Raise it.")
+
+
+def measure_accuracy(
+    models: dict[str, Qwen3ForCausalLM], tokenizer: PreTrainedTokenizerBase, size: int, max_new_tokens: int, seed: int
+) -> list[dict[str, Any]]:
+    """One row for each model, family and decoding (sampled at temperature 1, greedy), on the test split.
+
+    `ci95` is Wilson's interval; `accuracy` counts scores of exactly 1.
+    """
+    rows = []
+    for role, model in models.items():
+        for family in FAMILIES:
+            task = family_task(family, "test", size, seed)
+            for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+                result = evaluate(
+                    model, tokenizer, task, max_new_tokens=max_new_tokens, temperature=temperature,
+                    batch_size=250, seed=seed,
+                )  # fmt: skip
+                accuracy = result.accuracy
+                rows.append(
+                    {
+                        "model": role, "family": family, "decoding": decoding, "accuracy": round(accuracy.mean, 4),
+                        "ci95": [round(accuracy.low, 4), round(accuracy.high, 4)], "n": accuracy.n,
+                        "mean_length": round(sum(result.lengths) / len(result.lengths), 2),
+                        "truncated_share": round(result.truncated_share, 4),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def reverse_kl(
+    student: Qwen3ForCausalLM,
+    teacher: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    completions: Sequence[Completion],
+) -> float:
+    r"""Exact reverse KL in nats a response token: mean of $\sum_v \pi_\theta(v) \log (\pi_\theta(v) / \pi^*(v))$.
+
+    The inner sum runs over the student's distribution and the whole vocabulary; the mean over the tokens of
+    `completions`, end token included.
+    """
+    total, tokens = 0.0, 0
+    for start in range(0, len(completions), 128):
+        rows = [(c.prompt_ids, c.completion_ids) for c in completions[start : start + 128]]
+        width = max(len(p) + len(c) for p, c in rows)
+        ids_BT = torch.tensor([p + c + [tokenizer.pad_token_id] * (width - len(p) - len(c)) for p, c in rows])
+        mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for row, (prompt, completion) in enumerate(rows):
+            mask_BT[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
+        logp_NV, logq_NV = (
+            F.log_softmax(model(input_ids=ids_BT, use_cache=False).logits[mask_BT].double(), dim=-1)
+            for model in (student, teacher)
+        )
+        total += (logp_NV.exp() * (logp_NV - logq_NV)).sum().item()
+        tokens += len(logp_NV)
+    return total / tokens
+
+
+def measure_reference_opd(
+    student: Qwen3ForCausalLM,
+    teacher: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: dict[str, Any],
+    settings: MeasureSettings,
+    seed: int,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Plain on-policy distillation with TRL's own trainer; neither model is changed.
+
+    Args:
+        reference: flags for `trl.DistillationConfig`, see `effopd.testbed.reference_settings`.
+
+    Returns:
+        The held-out exact reverse KL (on fresh student rollouts with one fixed sampling seed) by step, the first
+        measured step at which 90 % of the starting KL is gone (`None`: not within the run), seconds a step.
+    """
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    student, per_family = copy.deepcopy(student), max(1, settings.opd_held_out // len(FAMILIES))
+    held_out = _mixed("validation", per_family, seed)
+    train = _mixed("train", settings.opd_train_questions, seed)
+    random.Random(seed).shuffle(train)
+
+    def held_out_kl() -> float:
+        prompts = [example.prompt for example in held_out]
+        limit = reference["max_completion_length"]
+        rollouts = generate(student, tokenizer, prompts, max_new_tokens=limit, batch_size=len(prompts), seed=seed)
+        return reverse_kl(student, teacher, tokenizer, rollouts)
+
+    watch = _WatchKL(held_out_kl, settings.opd_every, log)
+    with tempfile.TemporaryDirectory() as folder:
+        config = DistillationConfig(
+            output_dir=folder, max_steps=settings.opd_steps, seed=seed, **{**trainer_defaults(), **reference}
+        )
+        DistillationTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            train_dataset=Dataset.from_list([{"prompt": example.prompt} for example in train]),
+            processing_class=tokenizer,
+            callbacks=[watch],
+        ).train()
+    start = watch.curve[0][1]
+    return {
+        "seed": seed,
+        "held_out_prompts": len(held_out),
+        "held_out_kl_start": start,
+        "held_out_kl_end": watch.curve[-1][1],
+        "steps_to_90_percent": next((step for step, kl in watch.curve if kl <= 0.1 * start), None),
+        "measured_every": settings.opd_every,
+        "median_seconds_per_step": round(float(torch.tensor(watch.seconds).median()), 3),
+        "held_out_kl": [[step, round(kl, 6)] for step, kl in watch.curve],
+        "settings": dict(reference),
+    }
+
+
+def _mixed(split: str, size: int, seed: int) -> list[Example]:
+    return [example for family in FAMILIES for example in family_task(family, split, size, seed).examples]
+
+
+class _WatchKL(TrainerCallback):
+    """Held-out KL every few steps; the time it takes is not part of a step's seconds."""
+
+    def __init__(self, measure: Callable[[], float], every: int, log: Callable[[str], None]) -> None:
+        self.measure, self.every, self.log = measure, every, log
+        self.curve: list[tuple[int, float]] = []
+        self.seconds: list[float] = []
+        self._mark = 0.0
+
+    def _measure(self, step: int) -> None:
+        self.curve.append((step, self.measure()))
+        self.log(f"opd step {step}: held-out reverse KL {self.curve[-1][1]:.5f}")
+        self._mark = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._measure(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds.append(now - self._mark)
+        self._mark = now
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._measure(state.global_step)

@@ -1,0 +1,174 @@
+"""The testbed's recipe: from nothing to the student/teacher pair, with one fixed seed and a card of what came out.
+
+    python -m effopd.testbed.recipe OUT_DIR [--seed 0]
+
+questions → tokenizer → base (supervised, partly falsified reasoning) → teacher (GRPO) → accuracies → reference run of
+plain distillation. Writes `student/`, `teacher/`, `card.json` and `build.log`. What the package ships is exactly what
+this makes with its defaults. The same machine and versions give the same bytes; other processors may round differently
+and end with slightly different weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+from effopd.errors import ConfigError
+from effopd.files import write_atomically
+from effopd.testbed import reference_settings
+from effopd.testbed.base_training import BaseSettings, ModelSettings, new_model, train_base
+from effopd.testbed.families import FAMILIES, family_task
+from effopd.testbed.measure import MeasureSettings, measure_accuracy, measure_reference_opd
+from effopd.testbed.rl import RLSettings, train_teacher
+from effopd.testbed.tokenizer import build_tokenizer
+
+#: Packages whose versions decide the bytes that come out.
+_PACKAGES = ("torch", "transformers", "trl", "tokenizers", "reasoning-gym")
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """Every hyper-parameter of the recipe. `threads`: CPU threads torch uses (the result may depend on them)."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
+    rl: RLSettings = field(default_factory=RLSettings)
+    measure: MeasureSettings = field(default_factory=MeasureSettings)
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ConfigError(f"threads: expected at least 1, got {self.threads}. Raise it.")
+
+
+def build(out_dir: str | Path, seed: int = 0, settings: RecipeSettings | None = None) -> dict[str, Any]:
+    """Make the pair in `out_dir` and return its card.
+
+    Args:
+        out_dir: is created; `student/`, `teacher/`, `card.json` and `build.log` in it are replaced.
+        seed: decides questions, initial weights and sampling.
+        settings: hyper-parameters; the defaults make the shipped pair (about ten minutes on two CPU cores).
+    """
+    settings, out = settings or RecipeSettings(), Path(out_dir)
+    _clean(out)
+    log = _Log(out / "build.log")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        return _build(out, seed, settings, log)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _build(out: Path, seed: int, settings: RecipeSettings, log: _Log) -> dict[str, Any]:
+    with log.stage("tokenizer"):
+        examples = [family_task(family, "train", settings.base.questions, seed).examples for family in FAMILIES]
+        tokenizer = build_tokenizer([[e.prompt[0]["content"] for e in family] for family in examples])
+    with log.stage("base"):
+        student = new_model(tokenizer, settings.model, seed)
+        train_base(student, tokenizer, [e for family in examples for e in family], settings.base, seed, log)
+        _save(student, tokenizer, out / "student")
+    with log.stage("teacher"):
+        teacher = deepcopy(student)
+        # other questions than the base was trained on would also do; RL needs only prompts and the verifier
+        rl = [e for family in FAMILIES for e in family_task(family, "train", settings.rl.questions, seed + 1).examples]
+        train_teacher(teacher, tokenizer, rl, settings.rl, seed, log)
+        _save(teacher, tokenizer, out / "teacher")
+    with log.stage("accuracy"):
+        pair = {"student": student, "teacher": teacher}
+        accuracy = measure_accuracy(
+            pair, tokenizer, settings.measure.questions, settings.rl.max_completion_length, seed
+        )
+        for row in accuracy:
+            log("{model:8} {family:15} {decoding:8} {accuracy:.3f} {ci95}".format(**row))
+    reference = None
+    if settings.measure.opd_steps:
+        with log.stage("reference_opd"):
+            reference = measure_reference_opd(
+                student, teacher, tokenizer, reference_settings(), settings.measure, seed, log
+            )
+    card = {
+        "seed": seed,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "families": {name: asdict(family) for name, family in FAMILIES.items()},
+        "settings": asdict(settings),
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "vocabulary": len(tokenizer),
+        "seconds": log.seconds,
+        "accuracy": accuracy,
+        "reference_opd": reference,
+        "sha256": {f"{role}/model.safetensors": _sha256(out / role / "model.safetensors") for role in pair},
+    }
+    text = json.dumps(card, indent=1) + "\n"
+    write_atomically(out / "card.json", lambda path: path.write_text(text, encoding="utf-8"))
+    return card
+
+
+class _Log:
+    """Prints a line, appends it to a file, and times stages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.start = path, time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, line: str) -> None:
+        line = f"[{time.perf_counter() - self.start:7.1f} s] {line}"
+        print(line, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self(f"stage {name}")
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def _clean(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("student", "teacher"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("card.json", "build.log"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.eval()
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main(arguments: list[str] | None = None, run: Callable[..., dict[str, Any]] = build) -> None:
+    """Command line of the recipe."""
+    parser = argparse.ArgumentParser(description="Build the testbed's student/teacher pair from nothing.")
+    parser.add_argument("out_dir", help="folder for student/, teacher/, card.json and build.log")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    run(options.out_dir, seed=options.seed)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,71 @@
+"""Health metrics on cases with known answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from effopd.distill.health import health_metrics, spread_subset
+
+N, V = 12, 40
+
+
+@pytest.fixture
+def logits():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(N, V, generator=g), torch.randn(N, V, generator=g), torch.randint(0, V, (N,), generator=g)
+
+
+POSITION = torch.arange(N) / N
+
+
+def test_identical_models(logits):
+    student, _, targets = logits
+    m = health_metrics(student, student, targets, POSITION)
+    assert m["overlap_ratio"] == pytest.approx(1.0)
+    for name in ("reverse_kl", "sampled_reverse_kl", "entropy_gap", "overlap_advantage", "reverse_kl_q3"):
+        assert m[name] == pytest.approx(0.0, abs=1e-6)
+    assert m["student_overlap_mass"] == pytest.approx(m["teacher_overlap_mass"])
+
+
+def test_against_dense_definitions(logits):
+    student, teacher, targets = logits
+    m = health_metrics(student, teacher, targets, POSITION)
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    kl = (p * (p / q).log()).sum(-1)
+    assert m["reverse_kl"] == pytest.approx(float(kl.mean()), rel=1e-5)
+    assert m["reverse_kl_q2"] == pytest.approx(float(kl[3:6].mean()), rel=1e-5)
+    assert m["teacher_entropy"] == pytest.approx(float(-(q * q.log()).sum(-1).mean()), rel=1e-5)
+    gap = torch.stack([(p[i, y] / q[i, y]).log() for i, y in enumerate(targets)])
+    assert m["sampled_reverse_kl"] == pytest.approx(float(gap.mean()), rel=1e-4)
+    overlaps = [set(p[i].topk(16).indices.tolist()) & set(q[i].topk(16).indices.tolist()) for i in range(N)]
+    assert m["overlap_ratio"] == pytest.approx(sum(map(len, overlaps)) / (16 * N))
+    mass = sum(float(p[i, list(o)].sum()) for i, o in enumerate(overlaps)) / N
+    assert m["student_overlap_mass"] == pytest.approx(mass, rel=1e-5)
+
+
+def test_vocabulary_order_does_not_matter(logits):
+    student, teacher, targets = logits
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(1))
+    shuffled = health_metrics(student[:, order], teacher[:, order], order.argsort()[targets], POSITION)
+    for name, value in health_metrics(student, teacher, targets, POSITION).items():
+        assert shuffled[name] == pytest.approx(value, rel=1e-4)
+
+
+def test_disjoint_supports_have_no_advantage():
+    student, teacher = torch.full((2, 40), -50.0), torch.full((2, 40), -50.0)
+    student[:, :16], teacher[:, 16:32] = 0.0, 0.0
+    m = health_metrics(student, teacher, torch.zeros(2, dtype=torch.long), torch.zeros(2))
+    assert m["overlap_ratio"] == 0.0 and math.isnan(m["overlap_advantage"])
+
+
+def test_spread_subset_is_valid_deterministic_and_bounded():
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    index, position = spread_subset(mask, 3)
+    assert len(index) == 3 and mask.reshape(-1)[index].all()
+    everything, position = spread_subset(mask, 100)
+    assert everything.tolist() == [0, 1, 2, 3, 6, 7]
+    assert position.tolist() == [0, 0.25, 0.5, 0.75, 0, 0.5]
+    assert torch.equal(spread_subset(mask, 3)[0], index)

@@ -1,0 +1,97 @@
+"""A run killed with SIGKILL at any point resumes and ends bit-identical to one that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import EFFOPD, STEPS, make_trainer
+
+from effopd.errors import CheckpointError
+from effopd.files import read_rows
+
+SCRIPT = Path(__file__).with_name("tiny_run.py")
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    return load_file(root / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors")
+
+
+def comparable(root: Path, name: str) -> list[dict]:
+    """Rows without what depends on the clock."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if "second" not in k and "time" not in k}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return [strip(row) for row in read_rows(root / name)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    make_trainer(root, effopd=EFFOPD).train()
+    assert any(row["accepted_scale"] for row in read_rows(root / "searches.jsonl"))
+    return root
+
+
+@pytest.mark.parametrize("where", ["search", "save", "publish"])
+def test_sigkill_then_resume_is_bit_identical(tmp_path, whole, where):
+    root = tmp_path / "run"
+    process = subprocess.run([sys.executable, SCRIPT, root, "--kill", where], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    done = [path.name for path in sorted((root / "checkpoints").glob("step-*"))]
+    assert done[-1] == ("step-000006" if where == "search" else "step-000004")
+    for name in ("metrics.jsonl", "searches.jsonl", "evals.jsonl"):
+        assert list(read_rows(root / name))  # readable as it lies there
+
+    make_trainer(root, effopd=EFFOPD).train(resume_from_checkpoint=True)
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(root).items())
+    for name in ("metrics.jsonl", "searches.jsonl", "evals.jsonl"):
+        assert comparable(root, name) == comparable(whole, name)
+
+
+def test_resume_in_a_later_epoch_keeps_the_data_order(tmp_path):
+    """TRL's sampler restarts its permutations on a resume; ours does not."""
+    from conftest import make_task
+
+    settings = {"task": make_task(24), "eval_strategy": "no", "save_steps": 4}  # 3 steps an epoch
+    make_trainer(tmp_path / "whole", **settings).train()
+    make_trainer(tmp_path / "part", **settings).train()
+    import shutil
+
+    for step in (8, 10):
+        shutil.rmtree(tmp_path / "part" / "checkpoints" / f"step-{step:06d}", ignore_errors=True)
+    make_trainer(tmp_path / "part", **settings).train(resume_from_checkpoint=True)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "part").items())
+
+
+def test_resume_of_a_run_without_lookahead_state_is_refused(tmp_path):
+    make_trainer(tmp_path, max_steps=4).train()
+    with pytest.raises(CheckpointError, match="no look-ahead state"):
+        make_trainer(tmp_path, effopd=EFFOPD).train(resume_from_checkpoint=True)
+
+
+def test_a_second_run_into_the_same_directory_is_refused(tmp_path):
+    make_trainer(tmp_path, max_steps=2).train()
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        make_trainer(tmp_path, max_steps=2).train()
+    assert (tmp_path / "metrics.jsonl").read_text() == rows
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "nothing"))
+
+
+def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n" + '{"step": 2, "lo')
+    make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]

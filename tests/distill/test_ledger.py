@@ -1,0 +1,80 @@
+"""Every second belongs to one category, and tokens add up."""
+
+from __future__ import annotations
+
+import pytest
+
+from effopd.distill.ledger import CATEGORIES, CostLedger
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_parts_are_exclusive_and_add_up():
+    clock = Clock()
+    ledger = CostLedger(clock)
+    ledger.start()
+    clock.now = 1
+    with ledger.track("update"):
+        clock.now = 3
+        with ledger.track("rollout"):
+            clock.now = 10
+        with ledger.track("teacher"):
+            clock.now = 11
+        clock.now = 12
+    with ledger.track("eval"):
+        clock.now = 20
+    clock.now = 21
+    ledger.stop()
+    assert ledger.seconds == {
+        "rollout": 7.0, "teacher": 1.0, "update": 3.0, "search": 0.0, "eval": 8.0, "other": 2.0,
+    }  # fmt: skip
+    assert sum(ledger.seconds.values()) == 21
+    clock.now = 99
+    assert ledger.snapshot()["cost/net_seconds"] == 21 - 8
+
+
+def test_tokens_and_net():
+    ledger = CostLedger(Clock())
+    ledger.count("rollout", generated=10)
+    ledger.count("search", generated=5, forward=2)
+    ledger.count("eval", generated=1000, forward=1000)
+    ledger.count("teacher", forward=7)
+    flat = ledger.snapshot()
+    assert flat["cost/net_generated_tokens"] == 15 and flat["cost/net_forward_tokens"] == 9
+    assert flat["cost/eval_generated_tokens"] == 1000
+
+
+def test_state_round_trip_continues():
+    clock = Clock()
+    first = CostLedger(clock)
+    first.start()
+    clock.now = 5
+    first.count("rollout", generated=3)
+    second = CostLedger(clock)
+    second.load_state_dict(first.state_dict())
+    second.start()
+    clock.now = 7
+    assert second.snapshot()["cost/other_seconds"] == 7
+    assert second.generated_tokens["rollout"] == 3
+
+
+def test_an_exception_closes_its_category():
+    clock = Clock()
+    ledger = CostLedger(clock)
+    ledger.start()
+    with pytest.raises(RuntimeError), ledger.track("search"):
+        clock.now = 2
+        raise RuntimeError
+    clock.now = 3
+    ledger.stop()
+    assert ledger.seconds["search"] == 2 and ledger.seconds["other"] == 1
+
+
+def test_unknown_category():
+    with pytest.raises(KeyError, match="known: " + ", ".join(CATEGORIES)):
+        CostLedger().push("coffee")

@@ -1,0 +1,192 @@
+"""OPDTrainer: objective, equality with TRL, costs, evaluation, run directory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_model, make_task, make_tokenizer
+from safetensors.torch import load_file
+from tiny_run import make_trainer
+from trl import DistillationConfig, DistillationTrainer
+
+from effopd import OPDConfig, OPDTrainer
+from effopd.distill.ledger import CATEGORIES
+from effopd.errors import CompatibilityError, ConfigError
+from effopd.files import read_rows
+
+FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_defaults_are_trl_bit_for_bit(tmp_path):
+    """Loss `full` without any of our options trains exactly like the host."""
+    ours = make_trainer(tmp_path / "ours", **FAST)
+    ours.train()
+    shared = {
+        "max_steps": 3, "per_device_train_batch_size": 8, "max_completion_length": 6, "learning_rate": 2e-3,
+        "report_to": "none", "activation_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
+        "use_cpu": True, "bf16": False, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    theirs = DistillationTrainer(
+        make_model(0), make_model(1), DistillationConfig(output_dir=str(tmp_path / "trl"), **shared),
+        train_dataset=make_task(64).to_dataset(), processing_class=make_tokenizer(),
+    )  # fmt: skip
+    theirs.train()
+    assert same(parameters(ours), parameters(theirs))
+
+
+def test_measuring_does_not_disturb_training(tmp_path):
+    """Evaluation, health metrics and trajectory change nothing in the weights."""
+    plain = make_trainer(tmp_path / "a", **FAST, health_tokens=0)
+    plain.train()
+    settings = FAST | {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "trajectory": "powers_of_two"}
+    measured = make_trainer(tmp_path / "b", **settings)
+    measured.train()
+    assert same(parameters(plain), parameters(measured))
+    for step in (0, 1, 2, 3):
+        saved = load_file(tmp_path / "b" / "trajectory" / f"step-{step:06d}" / "model.safetensors")
+        assert same(saved, parameters(measured) if step == 3 else saved)
+    assert same(load_file(tmp_path / "b" / "trajectory" / "step-000000" / "model.safetensors"),
+                dict(make_model(0).named_parameters()))  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled"])
+def test_a_teacher_equal_to_the_student_gives_zero_loss(tmp_path, loss):
+    trainer = make_trainer(tmp_path, teacher=make_model(0), loss_type=loss, **(FAST | {"max_steps": 1}))
+    trainer.train()
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert abs(row["loss"]) < 1e-6
+    assert row["health/overlap_ratio"] == 1.0 and abs(row["health/reverse_kl"]) < 1e-6
+
+
+def test_sampled_loss_learns(tmp_path):
+    trainer = make_trainer(
+        tmp_path, loss_type="sampled", max_steps=40, learning_rate=1e-2, save_strategy="no", eval_steps=40,
+        eval_on_start=True, max_completion_length=4, num_train_epochs=20,
+    )  # fmt: skip
+    trainer.train()
+    first, last = (row["eval_kl"] for row in read_rows(tmp_path / "evals.jsonl"))
+    assert last < 0.8 * first
+
+
+def test_gradient_accumulation_is_equivalent(tmp_path):
+    """4 × 2 and 1 × 8 prompts a step: the same rollouts, gradients equal up to summation order."""
+    runs = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            tmp_path / str(size), **FAST | {"max_steps": 1}, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        trainer.train()
+        (row,) = read_rows(tmp_path / str(size) / "metrics.jsonl")
+        runs.append(row)
+    assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-5)
+    assert runs[0]["grad_norm"] == pytest.approx(runs[1]["grad_norm"], rel=1e-4)
+    for name in ("cost/rollout_generated_tokens", "cost/teacher_forward_tokens"):
+        assert runs[0][name] == pytest.approx(runs[1][name], rel=0.2)
+
+
+def test_teacher_is_frozen_and_padding_rows_are_tolerated(tmp_path):
+    teacher = make_model(1, vocab_size=80)
+    before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+    trainer = make_trainer(tmp_path, teacher=teacher, **FAST)
+    trainer.train()
+    assert trainer.vocab_size == 64
+    assert same(before, dict(teacher.named_parameters()))
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+def test_rows_and_costs(tmp_path):
+    trainer = make_trainer(tmp_path, **FAST | {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True})
+    trainer.train()
+    metrics, evals = list(read_rows(tmp_path / "metrics.jsonl")), list(read_rows(tmp_path / "evals.jsonl"))
+    assert [row["step"] for row in metrics] == [1, 2, 3] and [row["step"] for row in evals] == [0, 2, 3]
+    last = metrics[-1]
+    parts = [last[f"cost/{c}_seconds"] for c in CATEGORIES]
+    assert last["cost/net_seconds"] == pytest.approx(sum(parts) - last["cost/eval_seconds"])
+    assert all(last[f"cost/{c}_seconds"] > 0 for c in ("rollout", "teacher", "update", "eval", "other"))
+    assert last["cost/search_seconds"] == 0
+    lengths = sum(8 * row["completions/mean_length"] for row in metrics)
+    assert last["cost/rollout_generated_tokens"] == pytest.approx(lengths)
+    assert last["cost/net_generated_tokens"] == last["cost/rollout_generated_tokens"]
+    for name in ("health/reverse_kl", "health/overlap_ratio", "health/teacher_entropy", "loss", "grad_norm"):
+        assert isinstance(last[name], float)
+    assert last["health/reverse_kl"] == pytest.approx(last["loss"], rel=1e-4)  # all 48 tokens fit into the subset
+    row = evals[-1]
+    assert row["eval_accuracy_low"] <= row["eval_accuracy"] <= row["eval_accuracy_high"]
+    assert row["eval_loss"] == row["eval_kl"] > 0 and row["eval_kl_se"] > 0
+    assert {"eval_accuracy_greedy", "eval_response_length", "eval_truncated_share", "cost/net_seconds"} <= row.keys()
+
+
+def test_evaluation_is_repeatable_and_seeded(tmp_path):
+    trainer = make_trainer(tmp_path, **FAST | {"eval_strategy": "steps", "eval_steps": 2})
+    first, second = trainer.evaluate(), trainer.evaluate()
+    first.pop("eval_runtime"), second.pop("eval_runtime")
+    assert first == second
+    assert trainer.model.training
+
+
+def test_best_model_and_rotation(tmp_path):
+    trainer = make_trainer(
+        tmp_path, max_steps=8, eval_steps=2, save_steps=2, save_total_limit=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_kl", greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()
+    kept = [path.name for path in trainer.run_dir.checkpoints()]
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith(f"step-{trainer.state.best_global_step:06d}") and best.split("/")[-1] in kept
+    assert len(kept) <= 2
+    saved = json.loads((trainer.run_dir.checkpoints()[-1] / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == best
+    assert same(load_file(f"{best}/model.safetensors"), parameters(trainer))
+
+
+def test_without_eval_task_evaluation_is_trls(tmp_path):
+    args = OPDConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, max_completion_length=4, use_cpu=True,
+        report_to="none", disable_tqdm=True, eval_strategy="steps", eval_steps=1, save_strategy="no",
+    )  # fmt: skip
+    data = make_task(16).to_dataset()
+    trainer = OPDTrainer(
+        make_model(0), make_model(1), args, train_dataset=data, eval_dataset=data, processing_class=make_tokenizer()
+    )
+    trainer.train()
+    (row,) = read_rows(tmp_path / "evals.jsonl")
+    assert row["eval_loss"] > 0 and "eval_accuracy" not in row
+
+
+def test_refusals(tmp_path):
+    student = make_model(0)
+    with pytest.raises(ConfigError, match="the student object itself"):
+        OPDTrainer(student, student, OPDConfig(output_dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match="got none"):
+        OPDTrainer(student, None, OPDConfig(output_dir=str(tmp_path)))
+    with pytest.raises(CompatibilityError, match="the teacher has 40 vocabulary rows"):
+        make_trainer(tmp_path, teacher=make_model(1, vocab_size=40), **FAST)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"beta": 0.5}, {"use_vllm": True}],
+)
+def test_the_sampled_loss_refuses_filtered_samplers(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        OPDConfig(loss_type="sampled", **bad)
+    OPDConfig(loss_type="full", **bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"loss_type": "x"}, {"trajectory": "x"}, {"health_tokens": -1}, {"max_completion_length": 0}]
+)
+def test_bad_settings_name_the_field(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        OPDConfig(**bad)

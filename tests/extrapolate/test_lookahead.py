@@ -1,0 +1,186 @@
+"""The look-ahead object on a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from effopd import EffOPD, EffOPDConfig, Score
+from effopd.errors import CheckpointError, ConfigError, ScorerError
+
+CONFIG = {"parameters": "all"}
+
+
+class Quadratic(nn.Module):
+    """Loss ‖w − 1‖²/2 with slow gradient descent: extrapolation must help, up to the optimum."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4))
+        self.drop = nn.Dropout(0.5)
+
+    def loss(self):
+        return 0.5 * (self.w - 1).square().sum()
+
+
+def descend(model, steps, lookahead=None, lr=0.01, start=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    rows = []
+    for step in range(start, steps + 1):
+        optimizer.zero_grad()
+        model.loss().backward()
+        optimizer.step()
+        if lookahead is not None and (row := lookahead.step(step)):
+            rows.append(row)
+    return rows
+
+
+def negative_loss(model):
+    return -float(model.loss())
+
+
+def test_it_searches_at_powers_of_two_and_gets_ahead():
+    plain, ahead = Quadratic(), Quadratic()
+    lookahead = EffOPD(ahead, negative_loss, EffOPDConfig(**CONFIG))
+    descend(plain, 16)
+    rows = descend(ahead, 16, lookahead)
+    assert [row["step"] for row in rows] == [1, 2, 4, 8, 16]
+    assert [row["anchor_step"] for row in rows] == [0, 1, 2, 4, 8]
+    assert rows == lookahead.history
+    assert ahead.loss() < 0.5 * plain.loss()
+
+
+def test_exact_scores_never_make_it_worse():
+    for lr in (0.001, 0.1, 1.0, 1.9):
+        model = Quadratic()
+        lookahead = EffOPD(model, negative_loss, EffOPDConfig(**CONFIG))
+        for row in descend(model, 32, lookahead, lr):
+            scores = {trial["scale"]: trial["score"] for trial in row["trials"]}
+            assert scores[row["accepted_scale"]] >= scores[0.0]
+
+
+def test_candidates_share_the_noise_and_the_loop_keeps_its_own():
+    draws = []
+
+    def noisy(model):
+        draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+        return 0.0
+
+    model = Quadratic()
+    lookahead = EffOPD(model, noisy, EffOPDConfig(**CONFIG))
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    lookahead.search(1)
+    lookahead.search(2)
+    assert len(draws) == 12 and len(set(draws[:6])) == 1 and len(set(draws[6:])) == 1  # paired within a search …
+    assert draws[0] != draws[6]  # … and fresh for the next one
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all() and torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_scoring_happens_in_eval_mode_and_modes_come_back():
+    model = Quadratic()
+    model.train()
+    model.drop.eval()
+    seen = []
+    EffOPD(model, lambda m: seen.append(m.training) or 0.0, EffOPDConfig(**CONFIG)).search(1)
+    assert not any(seen) and model.training and not model.drop.training
+
+
+@pytest.mark.parametrize("bad", [RuntimeError("boom"), "text", None])
+def test_a_failing_scorer_leaves_no_trace(bad):
+    model = Quadratic()
+    calls = []
+
+    def scorer(m):
+        calls.append(1)
+        if len(calls) < 3:
+            return float(len(calls))
+        if isinstance(bad, Exception):
+            raise bad
+        return bad
+
+    lookahead = EffOPD(model, scorer, EffOPDConfig(**CONFIG))
+    descend(model, 3)
+    before = model.w.detach().clone()
+    with pytest.raises(ScorerError, match="restored"):
+        lookahead.search(3)
+    assert torch.equal(model.w, before)
+    assert lookahead.history == []
+    lookahead.scorer = negative_loss  # and it can go on
+    lookahead.search(4)
+
+
+def test_interrupt_restores_too():
+    model = Quadratic()
+    count = []
+
+    def scorer(m):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return 0.0
+
+    lookahead = EffOPD(model, scorer, EffOPDConfig(**CONFIG))
+    descend(model, 2)
+    before = model.w.detach().clone()
+    with pytest.raises(KeyboardInterrupt):
+        lookahead.search(2)
+    assert torch.equal(model.w, before)
+
+
+def test_noop_changes_nothing_and_still_pays():
+    plain, noop = Quadratic(), Quadratic()
+    calls = []
+    config = EffOPDConfig(strategy="noop", **CONFIG)
+    lookahead = EffOPD(noop, lambda m: calls.append(1) or Score(1.0, generated_tokens=5), config)
+    descend(plain, 8)
+    rows = descend(noop, 8, lookahead)
+    assert torch.equal(plain.w, noop.w)
+    assert len(calls) == 2 * 4 and all(row["generated_tokens"] == 10 for row in rows)
+
+
+def test_state_round_trip_and_uninterrupted_equality(tmp_path):
+    whole = Quadratic()
+    descend(whole, 20, EffOPD(whole, negative_loss, EffOPDConfig(**CONFIG)))
+
+    first = Quadratic()
+    lookahead = EffOPD(first, negative_loss, EffOPDConfig(**CONFIG))
+    descend(first, 6, lookahead)
+    lookahead.save(tmp_path)
+
+    second = Quadratic()
+    second.load_state_dict(first.state_dict())
+    resumed = EffOPD(second, negative_loss, EffOPDConfig(**CONFIG))
+    resumed.load(tmp_path)
+    assert resumed.anchor_step == 4 and len(resumed.history) == 3
+    descend(second, 20, resumed, start=7)
+    assert torch.equal(second.w, whole.w)
+
+
+def test_state_of_other_settings_is_refused(tmp_path):
+    lookahead = EffOPD(Quadratic(), negative_loss, EffOPDConfig(**CONFIG))
+    lookahead.save(tmp_path)
+    other = EffOPD(Quadratic(), negative_loss, EffOPDConfig(gate="gt", scales=[2.0], **CONFIG))
+    with pytest.raises(CheckpointError, match="scales, gate differ"):
+        other.load(tmp_path)
+    with pytest.raises(CheckpointError, match="no complete look-ahead state"):
+        other.load(tmp_path / "nothing")
+
+
+def test_on_move_is_called_only_after_a_jump():
+    moves = []
+    model = Quadratic()
+    lookahead = EffOPD(model, lambda m: 0.0, EffOPDConfig(gate="gt", **CONFIG), on_move=lambda: moves.append(1))
+    lookahead.search(1)
+    assert not moves
+    EffOPD(model, lambda m: 0.0, EffOPDConfig(**CONFIG), on_move=lambda: moves.append(1)).search(1)
+    assert len(moves) == 1
+
+
+def test_scorer_must_be_callable():
+    with pytest.raises(ConfigError, match="callable"):
+        EffOPD(Quadratic(), 0.5)

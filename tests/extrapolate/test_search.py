@@ -1,0 +1,93 @@
+"""The search is pure: its accept/reject logic on plain functions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from effopd import EffOPDConfig
+from effopd.errors import ConfigError, NonFiniteWeightsError
+from effopd.extrapolate.schedule import powers_of_two
+from effopd.extrapolate.search import Score, first_failure_search
+
+PAPER = (2.0, 4.0, 6.0, 8.0, 10.0)
+
+
+def run(values, gate="ge", scales=PAPER):
+    seen = []
+
+    def score(scale):
+        seen.append(scale)
+        value = values[scale]
+        if isinstance(value, Exception):
+            raise value
+        return Score(value, seconds=1.0, generated_tokens=7)
+
+    return first_failure_search(score, scales, gate), seen
+
+
+@pytest.mark.parametrize(
+    ("values", "gate", "accepted", "calls"),
+    [
+        ({0: 0.5, 2: 0.5, 4: 0.5, 6: 0.5, 8: 0.5, 10: 0.5}, "ge", 10.0, 6),  # ties are accepted by the paper's gate …
+        ({0: 0.5, 2: 0.5}, "gt", 0.0, 2),  # … and end the released code's
+        ({0: 0.5, 2: 0.4}, "ge", 0.0, 2),  # k = 1 fails: plain OPD
+        ({0: 0.5, 2: 0.6, 4: 0.55}, "ge", 2.0, 3),  # the bar is raised by what was accepted
+        ({0: 0.5, 2: 0.6, 4: 0.7, 6: 0.1}, "gt", 4.0, 4),  # first failure stops, later scales are never scored
+        ({0: 0.5, 2: math.nan}, "ge", 0.0, 2),
+        ({0: 0.5, 2: 0.6, 4: NonFiniteWeightsError("x")}, "ge", 2.0, 3),
+        ({0: math.nan}, "ge", 0.0, 1),
+    ],
+)
+def test_first_failure(values, gate, accepted, calls):
+    result, seen = run(values, gate)
+    assert result.accepted_scale == accepted
+    assert len(seen) == calls == len(result.trials)
+    assert result.generated_tokens == 7 * sum(trial.score is not None for trial in result.trials)
+
+
+def test_accepted_scores_never_fall():
+    import random
+
+    for seed in range(200):
+        rng = random.Random(seed)
+        values = {scale: rng.randint(0, 5) / 5 for scale in (0.0, *PAPER)}
+        result, _ = run(values)
+        accepted = [t.score.mean for t in result.trials if t.verdict in ("start", "accepted")]
+        assert accepted == sorted(accepted)
+        assert result.accepted_scale == max([0.0, *(t.scale for t in result.trials if t.verdict == "accepted")])
+
+
+def test_rows_are_json_ready():
+    import json
+
+    result, _ = run({0: 0.5, 2: math.nan})
+    assert json.loads(json.dumps([t.to_row() for t in result.trials], allow_nan=False))[1]["verdict"] == "non-finite"
+
+
+def test_powers_of_two():
+    assert [t for t in range(-2, 70) if powers_of_two(t)] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_defaults_are_the_papers():
+    config = EffOPDConfig()
+    assert (config.schedule, config.resolved_scales, config.validation_size) == ("powers_of_two", PAPER, 50)
+    assert (config.resolved_gate, config.resolved_parameters, config.temperature) == ("ge", "attention+mlp", 1.0)
+    code = EffOPDConfig(variant="released-code")
+    assert (code.resolved_gate, code.resolved_parameters) == ("gt", "released-code")
+    assert EffOPDConfig(variant="released-code", gate="ge").resolved_gate == "ge"
+    assert EffOPDConfig(strategy="noop").resolved_scales == (0.0,)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"variant": "theirs"}, {"strategy": "x"}, {"schedule": "daily"}, {"gate": "eq"}, {"scales": []},
+        {"scales": [2.0, -1.0]}, {"scales": [float("inf")]}, {"validation_size": 0}, {"temperature": -1.0},
+        {"max_completion_length": 0}, {"parameters": "("}, {"validation_batch_size": 0},
+    ],
+)  # fmt: skip
+def test_bad_settings_name_the_field(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        EffOPDConfig(**bad)

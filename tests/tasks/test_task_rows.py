@@ -1,0 +1,168 @@
+"""Rows of math tasks: every kind of bad row is reported with its place, good ones read alike from every format."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from effopd.errors import TaskError
+from effopd.tasks import Example, Task, check_prompt_lengths, read_math_rows
+from effopd.tasks.rows import ORIGIN
+
+GOOD = '{"prompt": "1+1?", "answer": "2"}'
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "fix"),
+    [
+        ('{"prompt": ', "one JSON object", "Correct the line"),
+        ("[1]", "an object with a prompt", "Write"),
+        ('{"prompt": "a"}', "a reference answer", "Add the answer"),
+        ('{"prompt": "a", "answer": " "}', "a reference answer", "Add the answer"),
+        ('{"prompt": "a", "answer": null}', "a reference answer", "Add the answer"),
+        ('{"prompt": " ", "answer": "2"}', "a prompt", "Fill it in"),
+        ('{"prompt": 3, "answer": "2"}', "a prompt that is text", "Write text"),
+        ('{"prompt": [], "answer": "2"}', "a prompt that is text", "ending with the user"),
+        ('{"prompt": [{"role": "me", "content": "x"}], "answer": "2"}', "a prompt that is text", "ending with"),
+        ('{"prompt": [{"role": "assistant", "content": "x"}], "answer": "2"}', "a prompt that", "ending with"),
+        ('{"prompt": "a", "answer": ["2"]}', "text or a number in 'answer'", "one string"),
+        ('{"prompt": "a", "answer": true}', "text or a number in 'answer'", "one string"),
+        ('{"prompt": "a", "question": "b", "answer": "2"}', "one of the columns", "Keep one"),
+        ('{"text": "a", "answer": "2"}', "one of the columns", "Rename"),
+        ('{"prompt": "a", "answer": "2", "id": 1.5}', "'id'", "drop the column"),
+        ('{"prompt": "a", "answer": "2", "id": "rows.jsonl:1"}', "an id of its own", "another id"),
+    ],
+)
+def test_bad_row_is_named_with_file_and_row(tmp_path, line, expected, fix):
+    file = write(tmp_path / "rows.jsonl", GOOD, "", line, GOOD)
+    with pytest.raises(TaskError) as error:
+        read_math_rows(file)
+    message = str(error.value)
+    assert message.startswith("1 bad row in")
+    assert f"{file} row 3: expected {expected}" in message.replace("expected the prompt in ", "expected ").replace(
+        "text or a whole number in ", ""
+    )
+    assert ", got " in message and fix in message
+
+
+def test_all_bad_rows_are_collected_and_counted(tmp_path):
+    file = write(tmp_path / "rows.jsonl", *["{"] * 25, GOOD, '{"prompt": "a"}')
+    with pytest.raises(TaskError, match=r"^26 bad rows") as error:
+        read_math_rows(file)
+    assert "row 20: " in str(error.value) and "row 21: " not in str(error.value)
+    assert "and 6 more" in str(error.value)
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(GOOD.encode() + b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(TaskError, match="row 2: expected UTF-8"):
+        read_math_rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_answers_all_or_none_when_not_required(tmp_path):
+    none = write(tmp_path / "none.jsonl", '{"prompt": "a"}', '{"prompt": "b"}')
+    assert [row.answer for row in read_math_rows(none, answers_required=False)] == [None, None]
+    with pytest.raises(TaskError, match="2 bad rows"):
+        read_math_rows(none)
+    mixed = write(tmp_path / "mixed.jsonl", GOOD, '{"prompt": "b"}')
+    with pytest.raises(TaskError, match=r"row 2: expected a reference answer in 'answer', as .* row 1 has"):
+        read_math_rows(mixed, answers_required=False)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "rows.csv", "empty.jsonl", "broken.parquet", "broken.json"])
+def test_unusable_files(tmp_path, name):
+    if name != "none.jsonl":
+        (tmp_path / name).write_text("[{" if "broken" in name else "")
+    with pytest.raises(TaskError, match=name):
+        read_math_rows(str(tmp_path / name))
+
+
+def test_formats_read_alike(tmp_path):
+    from datasets import Dataset
+
+    rows = [
+        {"id": f"r{n}", "problem": f"{n}+1?", "answer": str(n + 1), "level": n, "note": "x" if n else None}
+        for n in range(5)
+    ]
+    write(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+
+    def read(suffix):
+        examples = read_math_rows(str(tmp_path / f"a.{suffix}"))
+        assert examples[2].metadata[ORIGIN].endswith(f"a.{suffix} row 3")
+        return [(e.id, e.prompt, e.answer, {k: v for k, v in e.metadata.items() if k != ORIGIN}) for e in examples]
+
+    assert read("jsonl") == read("json") == read("parquet")
+    assert read("jsonl")[0] == ("r0", "0+1?", "1", {"level": 0})
+
+
+def test_answer_forms_and_columns(tmp_path):
+    file = write(
+        tmp_path / "rows.jsonl",
+        r'{"question": "a", "answer": "So 3 + 4.\n#### 7"}',
+        r'{"problem": "b", "solution": "thus \\boxed{\\frac{1}{2}}"}',
+        r'{"prompt": "c", "answer": "$x$"}',
+        '{"prompt": [{"role": "user", "content": "d"}], "answer": 4}',
+    )
+    rows = read_math_rows(file)
+    assert [row.answer for row in rows] == ["7", r"\frac{1}{2}", "x", "4"]
+    assert [row.id for row in rows] == [f"rows.jsonl:{n}" for n in (1, 2, 3, 4)]
+    other = write(tmp_path / "other.jsonl", '{"q": "a", "prompt": "not this", "gold": "1"}')
+    (row,) = read_math_rows(other, {"prompt_column": "q", "answer_column": "gold"})
+    assert (row.prompt, row.answer, row.metadata["prompt"]) == ("a", "1", "not this")
+    with pytest.raises(TaskError, match="'split'"):
+        read_math_rows(other, {"split": "test"})
+
+
+def test_hub_rows_and_their_failures(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(path, **kwargs):
+        asked.update(kwargs, path=path)
+        if path == "no/such":
+            raise FileNotFoundError("not on the Hub")
+        return datasets.Dataset.from_list([{"question": "a", "answer": "1"}, {"question": "", "answer": "1"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(TaskError, match="org/set row 2: expected a prompt"):
+        read_math_rows("org/set", {"name": "main"})
+    assert asked == {"path": "org/set", "name": "main", "split": "train"}
+    with pytest.raises(TaskError, match=r"'no/such'.*not on the Hub"):
+        read_math_rows("no/such")
+
+
+class _Tokenizer:
+    """One token a character; the chat template adds four."""
+
+    chat_template: str | None = "yes"
+    name_or_path = "tiny"
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": list(text)}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, **kwargs):
+        return "<u>" + messages[-1]["content"] + ">" + kwargs.get("tail", "")
+
+
+def test_prompt_lengths_count_the_template_and_name_rows():
+    chat = [{"role": "user", "content": "abcd"}]
+    task = Task("t", (Example("a", "abcd", metadata={ORIGIN: "f row 1"}), Example("b", chat)), lambda *_: 0.0)
+    assert check_prompt_lengths(task, _Tokenizer(), None) == {"a": 4, "b": 8}
+    assert check_prompt_lengths(task, _Tokenizer(), 10, {"tail": "!!"}) == {"a": 4, "b": 10}
+    with pytest.raises(TaskError, match=r"1 bad row .*\n.*id b.*at most 7 prompt tokens, got 8"):
+        check_prompt_lengths(task, _Tokenizer(), 7)
+    with pytest.raises(TaskError, match=r"f row 1 \(id a\)"):
+        check_prompt_lengths(task, _Tokenizer(), 3)
+    plain = _Tokenizer()
+    plain.chat_template = None
+    with pytest.raises(TaskError, match="chat template"):
+        check_prompt_lengths(task, plain, None)

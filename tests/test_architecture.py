@@ -1,0 +1,53 @@
+"""Imports go one way, and the package is light to import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import effopd
+
+ROOT = Path(effopd.__file__).parent
+#: A module may import from its own layer (first column equal) and from lower ones, at module level.
+LAYERS = {
+    "errors": 0, "rng": 0, "files": 0, "optional": 1,
+    "tasks": 2, "evaluate": 3, "extrapolate": 4, "distill": 5, "evaluate_command": 6,
+    "testbed": 6, "bench": 6, "report": 7, "quickstart": 8, "cli": 9,
+}  # fmt: skip
+
+
+def layer_of(module: str) -> str:
+    return module.split(".")[1] if module.count(".") else ""
+
+
+def test_imports_go_downwards():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        source = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if source == "__init__":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("effopd"):
+                names = [node.module] if node.module != "effopd" else [f"effopd.{a.name}" for a in node.names]
+                for target in (layer_of(name) for name in names):
+                    if target in LAYERS and target != source and LAYERS[target] >= LAYERS[source]:
+                        wrong.append(f"{path.relative_to(ROOT)} imports {target}")
+    assert not wrong
+
+
+def test_every_module_has_a_layer():
+    names = {p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert names - {"__init__"} == set(LAYERS)
+
+
+def test_import_is_light():
+    code = "import effopd, effopd.cli, sys; print(sorted(m for m in ('torch', 'transformers', 'trl') if m in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_resolve():
+    for name in effopd.__all__:
+        assert getattr(effopd, name) is not None

@@ -1,0 +1,111 @@
+"""Generation, grading and intervals."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from conftest import make_model, make_task
+
+from effopd.errors import ConfigError, TaskError
+from effopd.evaluate import accuracy_interval, evaluate, generate, pass_at_k
+from effopd.tasks.base import Example, Task
+
+
+def prompts(task):
+    return [example.prompt for example in task.examples]
+
+
+def test_same_seed_same_answers_and_the_callers_random_state_is_untouched(student, tokenizer, task):
+    state, python = torch.get_rng_state(), random.getstate()
+    first = generate(student, tokenizer, prompts(task), max_new_tokens=6, seed=3)
+    second = generate(student, tokenizer, prompts(task), max_new_tokens=6, seed=3)
+    other = generate(student, tokenizer, prompts(task), max_new_tokens=6, seed=4)
+    assert first == second != other
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
+    assert student.training
+
+
+def test_common_random_numbers_couple_nearby_models(student, tokenizer):
+    """Under the same seed a slightly moved model gives mostly the same answers; under another seed it does not."""
+    task = make_task(32)
+    moved = make_model(0)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.mul_(1.001)
+    runs = [
+        generate(model, tokenizer, prompts(task), max_new_tokens=6, seed=seed)
+        for model, seed in ((student, 0), (moved, 0), (moved, 1))
+    ]
+    same = [sum(a.completion_ids == b.completion_ids for a, b in zip(runs[0], run, strict=True)) for run in runs[1:]]
+    assert same[0] > 24 > 8 > same[1]
+
+
+def test_greedy_equals_a_plain_loop(student, tokenizer, task):
+    student.eval()
+    for completion in generate(student, tokenizer, prompts(task)[:4], max_new_tokens=5, temperature=0):
+        ids = list(completion.prompt_ids)
+        for token in completion.completion_ids:
+            with torch.no_grad():
+                assert int(student(torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)
+
+
+def test_completions_end_at_the_first_end_token(student, tokenizer, task):
+    completions = generate(student, tokenizer, prompts(task), max_new_tokens=12, seed=0)
+    assert {c.truncated for c in completions} == {True, False}
+    for c in completions:
+        assert c.truncated == (tokenizer.eos_token_id not in c.completion_ids)
+        assert tokenizer.eos_token_id not in c.completion_ids[:-1]
+
+
+def test_evaluate_counts(student, tokenizer, task):
+    result = evaluate(student, tokenizer, task, max_new_tokens=6, n=4, seed=0)
+    flat = list(itertools.chain(*result.correct))
+    summary = result.summary()
+    assert len(flat) == 4 * len(task)
+    assert summary["avg@4"] == pytest.approx(sum(flat) / len(flat)) == summary["pass@1"]
+    assert summary["pass@1"] <= summary["pass@2"] <= summary["pass@4"]
+    assert summary["pass@4"] == pytest.approx(sum(any(row) for row in result.correct) / len(task))
+    assert summary["ci95_low"] <= summary["avg@4"] <= summary["ci95_high"]
+    rows = list(result.rows())
+    assert [row["sample"] for row in rows[:4]] == [0, 1, 2, 3] and rows[0]["id"] == task.examples[0].id
+    assert summary["generated_tokens"] == sum(row["tokens"] for row in rows)
+
+
+def test_pass_at_k_is_the_average_over_subsets():
+    for n, c in ((5, 2), (4, 0), (4, 4), (6, 1)):
+        outcomes = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations(outcomes, k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+    with pytest.raises(ValueError, match="k=5"):
+        pass_at_k(4, 1, 5)
+
+
+@pytest.mark.parametrize(("n", "samples", "p"), [(50, 1, 0.3), (200, 1, 0.9), (60, 4, 0.5)])
+def test_intervals_cover(n, samples, p):
+    rng = random.Random(0)
+    hits, trials = 0, 400
+    for _ in range(trials):
+        rates = [min(1.0, max(0.0, rng.gauss(p, 0.15))) if samples > 1 else p for _ in range(n)]
+        interval = accuracy_interval([[rng.random() < rate for _ in range(samples)] for rate in rates])
+        hits += interval.low <= p <= interval.high
+    assert 0.92 <= hits / trials <= 0.98
+
+
+def test_interval_of_certainty_is_not_a_point():
+    assert accuracy_interval([[True]] * 20).low < 0.9
+    assert accuracy_interval([[False, False]] * 20).high > 0.1
+
+
+def test_bad_requests(student, tokenizer, task):
+    with pytest.raises(ConfigError, match="greedy"):
+        evaluate(student, tokenizer, task, max_new_tokens=4, n=2, temperature=0)
+    unanswered = Task("t", (Example("a", "x", "1"), Example("b", "y", None)), lambda c, e: 0.0)
+    with pytest.raises(TaskError, match="example 'b' has no answer"):
+        evaluate(student, tokenizer, unanswered, max_new_tokens=4)
+    with pytest.raises(TaskError, match="no examples"):
+        evaluate(student, tokenizer, Task("t", (), lambda c, e: 0.0), max_new_tokens=4)
