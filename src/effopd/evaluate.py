@@ -125,7 +125,7 @@ def generate(
     batch_size: int = 64,
     seed: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Completion]:
     """Sample one answer a prompt with `model.generate`, in the given order and in fixed batches.
 
@@ -276,7 +276,7 @@ def evaluate(
     batch_size: int = 64,
     seed: int | None = 0,
     chat_template_kwargs: dict[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> EvalResult:
     """Answer every example `n` times and grade the answers.
 

@@ -85,7 +85,7 @@ def run_eval(argv: Sequence[str]) -> int:
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
-            progress=lambda count: bar.update(count) and None,
+            progress=bar.update,
         )
     _print(result, arguments)
     if arguments.output is not None:

@@ -23,15 +23,18 @@ from trl import ModelConfig, TrlParser
 from effopd import testbed
 from effopd.bench.time_to_target import Cost, final_target, first_reach
 from effopd.distill.config import OPDConfig
-from effopd.distill.launch import RunSettings, build_trainer, to_yaml, versions
-from effopd.distill.run_dir import CONFIG, EVALS, SEARCHES
+from effopd.distill.launch import RunSettings, build_trainer, versions
+from effopd.distill.run_dir import EVALS
 from effopd.errors import ConfigError
+from effopd.extrapolate.callback import SEARCHES
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.files import read_rows, write_atomically
 from effopd.optional import is_available
 from effopd.report.figures import comparison_figure
 from effopd.tasks import TaskConfig
 
+#: Training prompts of the demo; the runs go over them several times.
+TRAIN_SIZE = 4096
 ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD"}
 
 
@@ -120,7 +123,6 @@ def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunS
     reference = dict(testbed.reference_settings())
     if arguments.learning_rate is not None:
         reference["learning_rate"] = arguments.learning_rate
-    prompts = arguments.max_steps * reference["per_device_train_batch_size"]
     opd = OPDConfig(
         **reference,
         output_dir=str(output_dir),
@@ -140,7 +142,7 @@ def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunS
         ModelConfig(model_name_or_path=str(testbed.student_path())),
         TaskConfig(
             task=f"testbed:{arguments.family}",
-            train_size=prompts,
+            train_size=TRAIN_SIZE,
             eval_size=arguments.eval_size,
             task_seed=arguments.seed,
         ),
@@ -160,12 +162,9 @@ class _Advance(TrainerCallback):
 
 
 def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, advance) -> None:
-    run = settings(arm, arguments, output_dir)
-    trainer = build_trainer(run)
+    trainer = build_trainer(settings(arm, arguments, output_dir))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Advance(advance))
-    output_dir.mkdir(parents=True)
-    write_atomically(output_dir / CONFIG, lambda path: path.write_text(to_yaml(run)))
     trainer.train()
 
 

@@ -17,7 +17,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from effopd.distill.config import OPDConfig
 from effopd.distill.preflight import check_disk, check_models, check_task, parameter_count
-from effopd.distill.run_dir import CONFIG
+from effopd.distill.run_dir import CONFIG, RunDir
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import EffOPDCallback
@@ -39,13 +39,17 @@ class RunSettings:
 
 
 def build_trainer(settings: RunSettings, callbacks: Sequence[TrainerCallback] = ()) -> OPDTrainer:
-    """Check everything that can be checked cheaply, then load the models.
+    """Check everything that can be checked cheaply, load the models, and write the run's `config.yaml`.
 
     Raises:
         EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
     """
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     _require_models(model, opd)
+    run_dir = RunDir(opd.output_dir)
+    if not _resume(opd):
+        run_dir.refuse_overwrite()
+    text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
     load = {"trust_remote_code": opd.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(
         model.model_name_or_path, revision=model.model_revision, padding_side="left", truncation_side="left", **load
@@ -76,7 +80,15 @@ def build_trainer(settings: RunSettings, callbacks: Sequence[TrainerCallback] = 
     )
     if effopd.enabled:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir.root / CONFIG, lambda path: path.write_text(text))
     return trainer
+
+
+def _resume(opd: OPDConfig) -> str | bool | None:
+    """`resume_from_checkpoint` with the words of a command line understood."""
+    value = opd.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
 def _require_models(model: ModelConfig, opd: OPDConfig) -> None:
@@ -119,17 +131,9 @@ def _merge_init_kwargs(model: ModelConfig, opd: OPDConfig) -> None:
 
 def run(settings: RunSettings) -> OPDTrainer:
     """Train, and leave the final model beside the rows in the run directory."""
-    resume = settings.opd.resume_from_checkpoint
-    resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
-    text = to_yaml(settings)
     trainer = build_trainer(settings)
-    root = trainer.run_dir.root
-    if not resume:
-        trainer.run_dir.refuse_overwrite()
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomically(root / CONFIG, lambda path: path.write_text(text))
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(str(root))
+    trainer.train(resume_from_checkpoint=_resume(settings.opd))
+    trainer.save_model(str(trainer.run_dir.root))
     return trainer
 
 
@@ -164,12 +168,12 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _differing(config: Any, default: Any) -> dict[str, Any]:
-    """Fields whose value is not the default's; enums as their value."""
+    """Fields whose value is not the default's; enums as their value, nested configs as dictionaries."""
     result = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.init and value != getattr(default, field.name):
-            value = getattr(value, "value", value)
+            value = value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)
             if isinstance(value, str | int | float | bool | list | dict) and not field.name.startswith("_"):
                 result[field.name] = value
     return result

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from effopd.errors import CheckpointError, CompatibilityError, TaskError
 from effopd.tasks import Task, check_prompt_lengths, check_verifier
@@ -50,11 +51,14 @@ def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase,
 
 
 def _check_tokenizers(teacher: str, tokenizer: PreTrainedTokenizerBase, load: dict[str, Any]) -> None:
-    try:
-        other = AutoTokenizer.from_pretrained(teacher, **load)
-    except (OSError, ValueError):
+    # without these files `AutoTokenizer` makes up an empty tokenizer of the model's type
+    if all(
+        cached_file(teacher, name, _raise_exceptions_for_missing_entries=False) is None
+        for name in ("tokenizer_config.json", "tokenizer.json")
+    ):
         logger.warning("The teacher %r has no tokenizer of its own; its agreement was not checked.", teacher)
         return
+    other = AutoTokenizer.from_pretrained(teacher, **load)
     mine, theirs = tokenizer.get_vocab(), other.get_vocab()
     if mine != theirs:
         different = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))

@@ -19,9 +19,10 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from effopd.errors import CheckpointError
+from effopd.extrapolate.callback import SEARCHES
 from effopd.files import append_row, fsync, keep_rows
 
-METRICS, SEARCHES, EVALS = "metrics.jsonl", "searches.jsonl", "evals.jsonl"
+METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
 CONFIG = "config.yaml"
 _STEP = re.compile(r"step-(\d{6,})$")
 

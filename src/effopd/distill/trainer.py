@@ -10,11 +10,9 @@ Departures from TRL: vocabularies that differ only in padding rows are accepted;
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,15 +24,14 @@ from effopd.distill.config import OPDConfig
 from effopd.distill.divergence import (
     Head,
     full_loss,
-    reverse_kl_of_completions,
     sampled_loss,
     shared_vocab_size,
 )
 from effopd.distill.health import health_metrics, spread_subset
 from effopd.distill.ledger import CostLedger
 from effopd.distill.run_dir import RunDir, RunDirCallback
+from effopd.distill.task_eval import evaluate_task
 from effopd.errors import CheckpointError, ConfigError
-from effopd.evaluate import evaluate
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
 
@@ -279,54 +276,21 @@ class OPDTrainer(DistillationTrainer):
             with self.ledger.track("eval"):
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self.ledger.track("eval"):
-            metrics = self._evaluate_task(self.eval_task)
+            metrics, generated = evaluate_task(
+                self.accelerator.unwrap_model(self.model),
+                self.accelerator.unwrap_model(self.teacher_model),
+                self._tokenizer,
+                self.eval_task,
+                self.args,
+                vocab_size=self.vocab_size,
+                autocast=self.compute_loss_context_manager,
+            )
+        self.ledger.count("eval", generated=generated)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._metrics["eval"].clear()
         row = metrics | self.ledger.snapshot()
         super(DistillationTrainer, self).log(dict(metrics))  # TRL would log the training metrics here too
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
-        return metrics
-
-    def _evaluate_task(self, task: Task) -> dict[str, float]:
-        start = time.perf_counter()
-        student = self.accelerator.unwrap_model(self.model)
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        settings = {
-            "max_new_tokens": self.max_completion_length,
-            "batch_size": self.args.per_device_eval_batch_size,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "seed": self.args.eval_seed,
-        }
-        sampled = evaluate(student, self._tokenizer, task, temperature=self.args.eval_temperature, **settings)
-        answers = [row[0] for row in sampled.completions]
-        was_training = student.training
-        student.eval(), teacher.eval()
-        with self.compute_loss_context_manager():
-            sums, counts = reverse_kl_of_completions(
-                student,
-                teacher,
-                [answer.prompt_ids for answer in answers],
-                [answer.completion_ids for answer in answers],
-                vocab_size=self.vocab_size,
-                pad_token_id=self._tokenizer.pad_token_id,
-                temperature=self.temperature,
-                batch_size=self.args.per_device_eval_batch_size,
-            )
-        student.train(was_training)
-        metrics = _kl_with_error(sums, counts)
-        metrics["loss"] = metrics["kl"]
-        results = {"accuracy": sampled}
-        if self.args.eval_greedy:
-            results["accuracy_greedy"] = evaluate(student, self._tokenizer, task, temperature=0.0, **settings)
-        for name, result in results.items():
-            interval = result.accuracy
-            metrics |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-            self.ledger.count("eval", generated=result.generated_tokens)
-        metrics |= {
-            "response_length": float(np.mean(sampled.lengths)),
-            "truncated_share": sampled.truncated_share,
-            "runtime": time.perf_counter() - start,
-        }
         return metrics
 
     # -- saving and resuming ------------------------------------------------------------------------------------
@@ -403,12 +367,3 @@ class OPDTrainer(DistillationTrainer):
         staged = self.run_dir.fresh_staging() / "trajectory"
         self.save_model(str(staged), _internal_call=True)
         self.run_dir.publish(staged, self.run_dir.trajectory(step))
-
-
-def _kl_with_error(sums: list[float], counts: list[int]) -> dict[str, float]:
-    """Token-mean KL = Σ sums / Σ counts, and its standard error over sequences (ratio estimator, delta method)."""
-    s, c = np.asarray(sums), np.asarray(counts, dtype=np.float64)
-    mean = s.sum() / c.sum()
-    residual = s - mean * c
-    error = np.sqrt(residual.var(ddof=1) / len(s)) / c.mean() if len(s) > 1 else 0.0
-    return {"kl": float(mean), "kl_se": float(error)}

@@ -95,6 +95,7 @@ class EffOPDCallback(TrainerCallback):
             temperature=config.temperature,
             batch_size=config.validation_batch_size,
             chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
+            progress=not trainer.args.disable_tqdm,
         )
 
     # -- events -------------------------------------------------------------------------------------------------

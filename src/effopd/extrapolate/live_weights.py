@@ -124,7 +124,8 @@ class LiveWeights:
         """
         origin = self._require_origin()
         if scale == 0.0:
-            return self.restore()
+            self.restore()
+            return
         for name, parameter in self._parameters.items():
             start = origin[name].float()
             point = torch.add(start, start - self._anchor[name].to(parameter.device), alpha=scale).to(parameter.dtype)

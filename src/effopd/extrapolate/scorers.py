@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.errors import TaskError
@@ -23,6 +24,7 @@ class AccuracyScorer:
         tokenizer: encodes prompts and decodes answers.
         max_new_tokens: length limit of an answer, in tokens.
         temperature: sampling temperature, 0 = greedy.
+        progress: show a bar for each candidate.
 
     Raises:
         TaskError: D_v is empty or an example has no answer.
@@ -37,6 +39,7 @@ class AccuracyScorer:
         temperature: float = 1.0,
         batch_size: int = 64,
         chat_template_kwargs: dict[str, Any] | None = None,
+        progress: bool = False,
     ):
         if not task.verifiable:
             raise TaskError(
@@ -44,7 +47,7 @@ class AccuracyScorer:
                 + ("none at all." if not task.examples else "prompts without an answer.")
                 + " Give every row an `answer`, or pass a scorer of your own (a callable model → number)."
             )
-        self.task, self._tokenizer = task, tokenizer
+        self.task, self._tokenizer, self._progress = task, tokenizer, progress
         self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -59,7 +62,10 @@ class AccuracyScorer:
 
     def __call__(self, model: PreTrainedModel) -> Score:
         start = time.perf_counter()
-        result = evaluate(model, self._tokenizer, self.task, seed=None, **self._settings)  # the search has seeded
+        with tqdm(total=len(self.task), desc="look ahead", leave=False, disable=not self._progress) as bar:
+            result = evaluate(  # no seed: the search has seeded
+                model, self._tokenizer, self.task, seed=None, progress=bar.update, **self._settings
+            )
         per_example = tuple(float(row[0]) for row in result.correct)
         return Score(
             mean=sum(per_example) / len(per_example),

@@ -45,7 +45,7 @@ class BaseSettings:
     """
 
     questions: int = 12_000
-    steps: int = 900
+    steps: int = 1200
     batch_size: int = 128
     learning_rate: float = 3e-3
     warmup_steps: int = 50

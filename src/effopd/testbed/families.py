@@ -50,7 +50,7 @@ SPLITS = ("train", "validation", "test")
 #: Out of 20 hash buckets: 2 for validation, 2 for test, 16 for training.
 _BUCKETS, _HELD_OUT_BUCKETS = 20, {0: "validation", 1: "validation", 2: "test", 3: "test"}
 #: Draws of questions in a row without a new one for the split, before the family counts as exhausted.
-_MAX_DRY_DRAWS = 20_000
+_MAX_DRY_DRAWS = 5_000
 _CHUNK = 2_000
 _CLOSE_TAG = "</answer>"
 
@@ -84,8 +84,8 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
     seen: set[str] = set()
     dry = 0
     for entry in _entries(name, split, seed):
-        question = entry["question"]
-        if question in seen or split_of(question) != split:
+        text = entry["question"]
+        if text in seen or split_of(text) != split:
             dry += 1
             if dry > _MAX_DRY_DRAWS:
                 raise TaskError(
@@ -94,16 +94,21 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
                 )
             continue
         dry = 0
-        seen.add(question)
+        seen.add(text)
         examples.append(_example(f"{name}-{split}-{seed}-{len(examples)}", name, entry))
         if len(examples) == size:
             break
     return Task(f"testbed:{name}", tuple(examples), verify, render_tagged)
 
 
-def split_of(question: str) -> str:
+def question(example: Example) -> str:
+    """The question's text, without the chat message around it."""
+    return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+
+
+def split_of(text: str) -> str:
     """The split a question belongs to, from a hash of its text."""
-    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % _BUCKETS
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % _BUCKETS
     return _HELD_OUT_BUCKETS.get(bucket, "train")
 
 

@@ -18,7 +18,7 @@ from effopd.errors import ConfigError
 from effopd.evaluate import Completion, evaluate, generate
 from effopd.tasks.base import Example
 from effopd.testbed.families import FAMILIES, family_task
-from effopd.testbed.rl import trainer_defaults
+from effopd.testbed.rl import run_quietly, trainer_defaults
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class MeasureSettings:
     """
 
     questions: int = 1000
-    opd_steps: int = 120
+    opd_steps: int = 100
     opd_train_questions: int = 8_000
     opd_held_out: int = 256
     opd_every: int = 4
@@ -139,14 +139,15 @@ def measure_reference_opd(
         config = DistillationConfig(
             output_dir=folder, max_steps=settings.opd_steps, seed=seed, **{**trainer_defaults(), **reference}
         )
-        DistillationTrainer(
+        trainer = DistillationTrainer(
             model=student,
             teacher_model=teacher,
             args=config,
             train_dataset=Dataset.from_list([{"prompt": example.prompt} for example in train]),
             processing_class=tokenizer,
             callbacks=[watch],
-        ).train()
+        )
+        run_quietly(trainer)
     start = watch.curve[0][1]
     return {
         "seed": seed,

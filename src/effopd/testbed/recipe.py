@@ -1,6 +1,6 @@
 """The testbed's recipe: from nothing to the student/teacher pair, with one fixed seed and a card of what came out.
 
-    python -m effopd.testbed.recipe OUT_DIR [--seed 0]
+    python -m effopd.testbed.recipe OUT_DIR [--seed 0]     # OMP_WAIT_POLICY=PASSIVE helps where others use the cores
 
 questions → tokenizer → base (supervised, partly falsified reasoning) → teacher (GRPO) → accuracies → reference run of
 plain distillation. Writes `student/`, `teacher/`, `card.json` and `build.log`. What the package ships is exactly what
@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from effopd.errors import ConfigError
 from effopd.files import write_atomically
 from effopd.testbed import reference_settings
 from effopd.testbed.base_training import BaseSettings, ModelSettings, new_model, train_base
-from effopd.testbed.families import FAMILIES, family_task
+from effopd.testbed.families import FAMILIES, family_task, question
 from effopd.testbed.measure import MeasureSettings, measure_accuracy, measure_reference_opd
 from effopd.testbed.rl import RLSettings, train_teacher
 from effopd.testbed.tokenizer import build_tokenizer
@@ -78,15 +78,14 @@ def build(out_dir: str | Path, seed: int = 0, settings: RecipeSettings | None = 
 def _build(out: Path, seed: int, settings: RecipeSettings, log: _Log) -> dict[str, Any]:
     with log.stage("tokenizer"):
         examples = [family_task(family, "train", settings.base.questions, seed).examples for family in FAMILIES]
-        tokenizer = build_tokenizer([[e.prompt[0]["content"] for e in family] for family in examples])
+        tokenizer = build_tokenizer([[question(example) for example in family] for family in examples])
     with log.stage("base"):
         student = new_model(tokenizer, settings.model, seed)
         train_base(student, tokenizer, [e for family in examples for e in family], settings.base, seed, log)
         _save(student, tokenizer, out / "student")
     with log.stage("teacher"):
         teacher = deepcopy(student)
-        # other questions than the base was trained on would also do; RL needs only prompts and the verifier
-        rl = [e for family in FAMILIES for e in family_task(family, "train", settings.rl.questions, seed + 1).examples]
+        rl = [e for family in FAMILIES for e in family_task(family, "train", settings.rl.questions, seed).examples]
         train_teacher(teacher, tokenizer, rl, settings.rl, seed, log)
         _save(teacher, tokenizer, out / "teacher")
     with log.stage("accuracy"):
@@ -105,12 +104,14 @@ def _build(out: Path, seed: int, settings: RecipeSettings, log: _Log) -> dict[st
     card = {
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "machine": {"processor": platform.machine(), "vector_units": torch.backends.cpu.get_cpu_capability()},
         "families": {name: asdict(family) for name, family in FAMILIES.items()},
         "settings": asdict(settings),
         "parameters": sum(p.numel() for p in student.parameters()),
         "vocabulary": len(tokenizer),
         "seconds": log.seconds,
         "accuracy": accuracy,
+        **{f"{role}_accuracy": _sampled(accuracy, role) for role in pair},
         "reference_opd": reference,
         "sha256": {f"{role}/model.safetensors": _sha256(out / role / "model.safetensors") for role in pair},
     }
@@ -149,24 +150,31 @@ def _clean(out: Path) -> None:
 
 
 def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    model.eval()
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**ends)
+    model.config.use_cache = True  # trainers switch it off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors files are born private, which breaks installs shared by several users
+
+
+def _sampled(rows: list[dict[str, Any]], role: str) -> dict[str, float]:
+    """Sampled accuracy of one model by family."""
+    return {r["family"]: r["accuracy"] for r in rows if r["model"] == role and r["decoding"] == "sampled"}
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def main(arguments: list[str] | None = None, run: Callable[..., dict[str, Any]] = build) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line of the recipe."""
     parser = argparse.ArgumentParser(description="Build the testbed's student/teacher pair from nothing.")
     parser.add_argument("out_dir", help="folder for student/, teacher/, card.json and build.log")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    run(options.out_dir, seed=options.seed)
+    build(options.out_dir, seed=options.seed)
 
 
 if __name__ == "__main__":

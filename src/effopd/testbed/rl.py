@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Qwen3ForCausalLM, Trainer, TrainerCallback
 
 from effopd.errors import ConfigError
 from effopd.tasks.base import Example
@@ -34,7 +34,7 @@ class RLSettings:
     steps: int = 120
     prompts_per_step: int = 48
     num_generations: int = 8
-    learning_rate: float = 3e-5
+    learning_rate: float = 5e-5
     max_completion_length: int = 24
     temperature: float = 1.0
     beta: float = 0.0
@@ -97,8 +97,14 @@ def train_teacher(
             processing_class=tokenizer,
             callbacks=[_LogReward(log, settings.steps)],
         )
-        trainer.train()
+        run_quietly(trainer)
     model.eval()
+
+
+def run_quietly(trainer: Trainer) -> None:
+    """Train without the line that transformers prints for every logged step."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def trainer_defaults() -> dict:
@@ -119,7 +125,8 @@ class _LogReward(TrainerCallback):
     """Mean reward and length, averaged over a twentieth of the run."""
 
     def __init__(self, log: Callable[[str], None], steps: int) -> None:
-        self.log, self.every, self.rewards = log, max(1, steps // 20), []
+        self.log, self.every = log, max(1, steps // 20)
+        self.rewards: list[float] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or "reward" not in logs:

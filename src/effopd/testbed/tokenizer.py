@@ -7,7 +7,6 @@ single tokens, which is what makes arithmetic and spelling learnable for a tiny 
 
 from __future__ import annotations
 
-import os
 import string
 from collections.abc import Sequence
 
@@ -57,5 +56,6 @@ def build_tokenizer(questions: Sequence[Sequence[str]]) -> PreTrainedTokenizerFa
 
 def constant_phrase(questions: Sequence[str]) -> str:
     """What all questions begin with, cut after its last space; empty if they share nothing."""
-    prefix = os.path.commonprefix(list(questions))
-    return prefix[: prefix.rfind(" ") + 1]
+    first, last = min(questions), max(questions)  # what these two share, everything between them shares
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[: first.rfind(" ", 0, length) + 1]

@@ -1,0 +1,38 @@
+"""When a target is reached, and at what cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from effopd.bench.time_to_target import Cost, final_target, first_reach, smooth
+
+
+def rows(values, seconds=1.0):
+    return [
+        {"step": i, "eval_kl": v, "cost/net_seconds": seconds * i, "cost/net_generated_tokens": 10 * i}
+        for i, v in enumerate(values)
+    ]
+
+
+def test_a_planted_speedup_is_found_and_none_where_there_is_none():
+    slow = rows([0.98**i for i in range(201)])
+    fast = rows([0.98 ** (2 * i) for i in range(201)], seconds=1.5)
+    reached = first_reach(fast, final_target(slow))
+    assert Cost.of(slow[-1]).ratio(reached)["steps"] == pytest.approx(2.0, rel=0.03)
+    assert Cost.of(slow[-1]).ratio(reached)["seconds"] == pytest.approx(2 / 1.5, rel=0.03)
+    same = first_reach(slow, final_target(slow))
+    assert Cost.of(slow[-1]).ratio(same) == {"steps": 1.0, "seconds": 1.0, "generated_tokens": 1.0}
+
+
+def test_one_lucky_evaluation_is_not_enough():
+    assert first_reach(rows([1, 1, 0.1, 1, 1]), 0.5) is None
+    assert first_reach(rows([1, 1, 0.1, 0.2, 1]), 0.5).steps == 3
+
+
+def test_never_reached_is_none():
+    assert first_reach(rows([1.0, 0.9, 0.8]), 0.5) is None
+
+
+def test_smoothing_is_a_trailing_median():
+    assert smooth([5, 1, 3, 2, 100]) == [5, 3.0, 3, 2, 3]
+    assert smooth([4.0]) == [4.0]

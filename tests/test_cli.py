@@ -1,0 +1,165 @@
+"""The commands as a user runs them: math problems in a JSONL file, a random Qwen3 pair."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file
+
+from effopd.cli import main, parse_train
+from effopd.errors import ConfigError
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.files import read_rows
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher")):
+        make_model(seed).save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+    rng = random.Random(0)
+    numbers = [(rng.randrange(100), rng.randrange(100)) for _ in range(80)]
+    rows = [{"problem": f"what is {a} + {b}", "answer": str(a + b)} for a, b in dict.fromkeys(numbers)]
+    (root / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def train_flags(pair, output_dir, *extra):
+    return [
+        "--model_name_or_path", str(pair / "student"), "--teacher_model_name_or_path", str(pair / "teacher"),
+        "--task", f"math:{pair / 'math.jsonl'}", "--prompt_suffix", "", "--eval_size", "12",
+        "--max_steps", "4", "--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "12",
+        "--max_completion_length", "6", "--learning_rate", "1e-3", "--eval_strategy", "steps", "--eval_steps", "2",
+        "--save_strategy", "steps", "--save_steps", "2", "--activation_checkpointing", "false", "--use_cpu",
+        "--report_to", "none", "--output_dir", str(output_dir),
+        "--effopd.enabled", "true", "--effopd.validation_size", "8", *extra,
+    ]  # fmt: skip
+
+
+def test_train_evaluates_checkpoints_and_resumes(pair, tmp_path, capsys):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main(["train", *train_flags(pair, whole)]) == 0
+    assert [row["step"] for row in read_rows(whole / "evals.jsonl")] == [2, 4]
+    assert [row["step"] for row in read_rows(whole / "searches.jsonl")] == [1, 2, 4]
+    assert (whole / "checkpoints" / "step-000002" / "effopd_anchor.safetensors").exists()
+
+    assert main(["train", *train_flags(pair, part, "--max_steps", "2")]) == 0
+    assert main(["train", *train_flags(pair, part)]) == 2  # without resume: refused, nothing lost
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert main(["train", *train_flags(pair, part, "--resume_from_checkpoint", "true")]) == 0
+    one, other = (load_file(root / "model.safetensors") for root in (whole, part))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    # the saved YAML re-runs the run
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(whole / "config.yaml"), "--output_dir", str(again)]) == 0
+    other = load_file(again / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert yaml.safe_load((whole / "config.yaml").read_text())["effopd"]["validation_size"] == 8
+    assert "# trl 1.16" in (whole / "config.yaml").read_text()
+
+
+def test_eval_command(pair, tmp_path, capsys):
+    output = tmp_path / "answers.jsonl"
+    flags = ["eval", "--model", str(pair / "student"), "--task", f"math:{pair / 'math.jsonl'}", "--eval_size", "10",
+             "--prompt_suffix", "", "--n", "4", "--max_new_tokens", "6", "--output", str(output)]  # fmt: skip
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "avg@4" in printed and "pass@4" in printed and "95 % interval over 10 prompts" in printed
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 40 and {"completion", "score", "answer", "truncated"} <= rows[0].keys()
+    summary = json.loads(output.with_suffix(".summary.json").read_text())
+    assert summary["avg@4"] == pytest.approx(sum(row["correct"] for row in rows) / 40)
+    assert main(flags) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_bad_rows_are_reported_with_file_and_row(pair, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    lines = (pair / "math.jsonl").read_text().splitlines()
+    lines[3], lines[5] = json.dumps({"problem": "x"}), json.dumps({"problem": "", "answer": "1"})
+    path.write_text("\n".join(lines))
+    flags = train_flags(pair, tmp_path / "run")
+    flags[flags.index("--task") + 1] = f"math:{path}"
+    assert main(["train", *flags]) == 2
+    message = capsys.readouterr().err
+    assert "bad.jsonl" in message and "row 4" in message and "row 6" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--effopd.scales", "-1", "scales"),
+        ("--loss_type", "half", "invalid choice"),
+        ("--teacher_model_name_or_path", "/nowhere/at/all", "cannot be read"),
+        ("--per_device_train_batch_size", "1000", "a step takes 1000 prompts"),
+        ("--max_prompt_length", "3", "at most 3"),
+        ("--effopd.validation_size", "500", "D_v needs 500"),
+    ],
+)
+def test_mistakes_are_explained_before_any_work(pair, tmp_path, capsys, flag, value, message):
+    try:
+        status = main(["train", *train_flags(pair, tmp_path / "run", flag, value)])
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_unknown_yaml_keys_are_named(pair, tmp_path):
+    (tmp_path / "c.yaml").write_text("learning_rat: 1.0\n")
+    with pytest.raises(ConfigError, match="learning_rat"):
+        parse_train(["--config", str(tmp_path / "c.yaml"), *train_flags(pair, tmp_path / "run")])
+
+
+def other_value(field, default):
+    special = {"variant": "released-code", "strategy": "noop", "gate": "gt", "parameters": "mlp", "scales": [3.0, 5.0],
+               "anchor_device": "cpu", "max_completion_length": 7, "schedule": "powers_of_two"}  # fmt: skip
+    if field.name in special:
+        return special[field.name]
+    return not default if isinstance(default, bool) else default + 1
+
+
+def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path):
+    default = EffOPDConfig()
+    wanted = {f.name: other_value(f, getattr(default, f.name)) for f in dataclasses.fields(EffOPDConfig)}
+    flags = []
+    for name, value in wanted.items():
+        flags += [f"--effopd.{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    base = train_flags(pair, tmp_path / "run")[:-4]
+    assert dataclasses.asdict(parse_train([*base, *flags]).effopd) == wanted
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"effopd": wanted}))
+    assert dataclasses.asdict(parse_train(["--config", str(tmp_path / "c.yaml"), *base]).effopd) == wanted
+
+
+def test_settings_survive_the_yaml_round_trip(pair, tmp_path):
+    from effopd.distill.launch import to_yaml
+
+    extra = ("--loss_type", "sampled", "--temperature", "0.9", "--warmup_steps", "3", "--eval_on_start", "true")
+    settings = parse_train(train_flags(pair, tmp_path / "run", *extra))
+    (tmp_path / "c.yaml").write_text(to_yaml(settings))
+    again = parse_train(["--config", str(tmp_path / "c.yaml")])
+    assert to_yaml(again) == to_yaml(settings)
+    assert again.task == settings.task and again.effopd == settings.effopd
+    for name in ("loss_type", "temperature", "warmup_steps", "eval_on_start", "learning_rate", "eval_steps"):
+        assert getattr(again.opd, name) == getattr(settings.opd, name)
+
+
+def test_help_teaches():
+    for command in ([], ["train"], ["eval"], ["quickstart"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "effopd.cli", *command, "--help"], capture_output=True, text=True, check=True
+        )
+        assert ("effopd" in result.stdout and "Example" in result.stdout) or command in ([], ["quickstart"])
+    with pytest.raises(SystemExit):
+        main(["fly"])

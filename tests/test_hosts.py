@@ -1,0 +1,105 @@
+"""What we rely on inside the host libraries. If one of these fails after an upgrade, read the new source first."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from conftest import make_model, make_task, make_tokenizer
+from transformers import Trainer, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer, GRPOTrainer
+
+from effopd.distill.trainer import OPDTrainer
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_private_methods_we_override_have_their_signatures():
+    assert parameters(DistillationTrainer._compute_loss) == [
+        "self",
+        "unwrapped_student",
+        "inputs",
+        "num_items_in_batch",
+    ]
+    assert parameters(DistillationTrainer._generate_and_score_completions) == ["self", "inputs"]
+    assert parameters(DistillationTrainer._get_train_sampler) == ["self", "dataset"]
+    assert parameters(DistillationTrainer._get_last_hidden_state)[:5] == [
+        "self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep",
+    ]  # fmt: skip
+    assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters(Trainer._get_output_dir) == ["self", "trial"]
+    assert parameters(Trainer._load_from_checkpoint)[1] == "resume_from_checkpoint"
+    assert parameters(DistillationTrainer.__init__)[:4] == ["self", "model", "teacher_model", "args"]
+
+
+def test_private_names_we_read_exist():
+    source = inspect.getsource(DistillationTrainer)
+    for name in ("_last_loaded_step", "_buffered_inputs", "_metrics", "_forward_redirection", "eos_token_ids"):
+        assert f"self.{name}" in source
+    assert "self._last_loaded_step" in inspect.getsource(GRPOTrainer)
+
+
+def test_our_multimodal_keys_are_trls():
+    from effopd.distill.trainer import _MULTIMODAL_KEYS
+
+    source = inspect.getsource(DistillationTrainer._compute_loss)
+    assert all(f'"{key}"' in source for key in _MULTIMODAL_KEYS)
+    assert source.count("image_grid_thw") == 1
+
+
+def test_our_logit_scale_names_are_trls():
+    ours = inspect.getsource(__import__("effopd.distill.divergence", fromlist=["_logit_scale"])._logit_scale)
+    theirs = inspect.getsource(DistillationTrainer._compute_loss)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "hyperclovax"):
+        assert name in ours and name in theirs
+
+
+def test_order_of_a_step(tmp_path):
+    """optimizer.step → global_step += 1 → on_step_end → log → evaluate → save."""
+    events = []
+
+    class Spy(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            events.append(("optimizer", state.global_step))
+
+        def on_step_end(self, args, state, control, **kwargs):
+            events.append(("step_end", state.global_step))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                events.append(("log", state.global_step))
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            events.append(("evaluate", state.global_step))
+
+        def on_save(self, args, state, control, **kwargs):
+            events.append(("save", state.global_step))
+
+    args = DistillationConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=4,
+        max_completion_length=3, report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=1,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, activation_checkpointing=False,
+    )  # fmt: skip
+    data = make_task(8).to_dataset()
+    trainer = DistillationTrainer(
+        make_model(0), make_model(1), args, train_dataset=data, eval_dataset=data,
+        processing_class=make_tokenizer(), callbacks=[Spy()],
+    )  # fmt: skip
+    trainer.train()
+    assert events == [("optimizer", 0), ("step_end", 1), ("log", 1), ("evaluate", 1), ("save", 1)]
+
+
+def test_cpu_sampling_is_exponential_race():
+    """Common random numbers rest on this: one exponential per entry, argmax of p/noise, independent of p."""
+    p = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    torch.manual_seed(3)
+    drawn = torch.multinomial(p, 1)[:, 0]
+    torch.manual_seed(3)
+    noise = torch.empty_like(p).exponential_()
+    assert torch.equal(drawn, (p / noise).argmax(-1))
+
+
+def test_trainer_class_is_a_distillation_trainer():
+    assert issubclass(OPDTrainer, DistillationTrainer)

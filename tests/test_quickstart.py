@@ -1,0 +1,56 @@
+"""`effopd quickstart` end to end, a few steps long; and what its summary says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from effopd.cli import main
+from effopd.files import append_row, read_rows
+from effopd.quickstart import QuickstartArguments, summarize
+
+
+def test_quickstart_end_to_end(tmp_path, capsys):
+    root = tmp_path / "demo"
+    flags = ["--max_steps", "2", "--eval_steps", "1", "--eval_size", "16", "--output_dir", str(root)]
+    assert main(["quickstart", *flags]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((root / "summary.json").read_text())
+    for arm in ("vanilla", "effopd"):
+        assert {"steps", "seconds", "generated_tokens", "final_kl", "final_accuracy"} <= summary[arm].keys()
+        assert summary[arm]["steps"] == 2 and summary[arm]["seconds"] > 0
+    assert set(summary["effopd"]["accepted_scales"]) == {"1", "2"}
+    assert {"steps", "seconds", "generated_tokens"} <= summary["speedup"].keys()
+    assert (root / "figure.png").stat().st_size > 10_000
+    assert "net seconds" in printed and "speed-up" in printed
+    first = [next(iter(read_rows(root / arm / "evals.jsonl"))) for arm in ("vanilla", "effopd")]
+    assert first[0]["eval_kl"] == first[1]["eval_kl"]  # same start, same held-out prompts, same noise
+
+    assert main(["quickstart", *flags]) == 0  # again: the earlier demo is kept
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("demo")]) == 2
+
+
+def rows(root, arm, values, seconds):
+    (root / arm).mkdir(parents=True)
+    for i, value in enumerate(values):
+        row = {"step": i, "eval_kl": value, "cost/net_seconds": seconds * i, "cost/net_generated_tokens": 100 * i}
+        row |= {"eval_accuracy": 0.5, "eval_accuracy_low": 0.4, "eval_accuracy_high": 0.6}
+        append_row(root / arm / "evals.jsonl", row)
+
+
+def test_summary_finds_a_planted_speedup_and_reports_never(tmp_path):
+    rows(tmp_path / "a", "vanilla", [0.9**i for i in range(31)], 1.0)
+    rows(tmp_path / "a", "effopd", [0.9 ** (3 * i) for i in range(31)], 1.5)
+    speedup = summarize(tmp_path / "a", QuickstartArguments(max_steps=30))["speedup"]
+    assert speedup["steps"] == pytest.approx(3.0, rel=0.1) and speedup["seconds"] == pytest.approx(2.0, rel=0.1)
+
+    rows(tmp_path / "b", "vanilla", [0.9**i for i in range(31)], 1.0)
+    rows(tmp_path / "b", "effopd", [0.99**i for i in range(31)], 1.0)
+    speedup = summarize(tmp_path / "b", QuickstartArguments(max_steps=30))["speedup"]
+    assert speedup["steps"] is None and speedup["seconds"] is None and "did not reach" in speedup["reason"]
+
+
+def test_mistakes(capsys):
+    assert main(["quickstart", "--family", "poetry"]) == 2
+    assert "--family must be one of" in capsys.readouterr().err

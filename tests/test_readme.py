@@ -1,0 +1,46 @@
+"""The integrations of the README run word for word, and its tree is the tree on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_is_one_block_for_trl_and_one_for_pytorch():
+    assert len(BLOCKS) == 2
+    assert "DistillationTrainer(" in BLOCKS[0] and "lookahead.step(step)" in BLOCKS[1]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["trl", "pytorch"])
+def test_blocks_run_as_they_stand(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(BLOCKS[index], f"README block {index}", "exec"), names)
+    lookahead = names["lookahead"] if index else names["trainer"].callback_handler.callbacks[-1].lookahead
+    assert [row["step"] for row in lookahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index else [1, 2, 4])
+
+
+def test_the_printed_tree_is_the_tree_on_disk():
+    block = re.search(r"```\n(src/effopd/.*?)```", README, flags=re.DOTALL)
+    assert block is not None
+    printed, folder = set(), ""
+    for line in block.group(1).splitlines():
+        name = re.search(r"([\w.]+/?)(?:\s{2,}|$)", line.lstrip("│├└─ ").strip())
+        if not name or line.startswith("src/"):
+            continue
+        depth = len(line) - len(line.lstrip("│├└─ "))
+        if depth <= 4:
+            folder = name.group(1) if name.group(1).endswith("/") else ""
+            printed.add(name.group(1))
+        else:
+            printed.add(folder + name.group(1))
+    package = ROOT / "src" / "effopd"
+    on_disk = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    printed_files = {name for name in printed if name.endswith(".py")}
+    assert printed_files == on_disk
