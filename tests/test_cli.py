@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,3 +164,37 @@ def test_help_teaches():
         assert ("effopd" in result.stdout and "Example" in result.stdout) or command in ([], ["quickstart"])
     with pytest.raises(SystemExit):
         main(["fly"])
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def test_recipe_testbed_runs_two_steps_through_its_command(tmp_path):
+    flags = ["--max_steps", "2", "--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
+    flags += ["--per_device_train_batch_size", "16", "--output_dir", str(tmp_path), "--use_cpu"]
+    assert main(["train", "--config", str(RECIPES / "testbed.yaml"), *flags]) == 0
+    assert [row["step"] for row in read_rows(tmp_path / "searches.jsonl")] == [1, 2]
+
+
+def test_recipe_testbed_is_the_reference():
+    from effopd import testbed
+
+    opd = parse_train(["--config", str(RECIPES / "testbed.yaml")]).opd
+    for name, value in testbed.reference_settings().items():
+        assert getattr(opd, name) == value, name
+
+
+def test_recipe_paper_says_what_the_paper_says(pair, tmp_path):
+    flags = ["--model_name_or_path", "S", "--teacher_model_name_or_path", "T", "--task", "math:x.jsonl"]
+    settings = parse_train(["--config", str(RECIPES / "paper.yaml"), *flags])
+    opd = settings.opd
+    assert opd.per_device_train_batch_size * opd.gradient_accumulation_steps == 1024
+    assert (opd.learning_rate, opd.loss_type, opd.max_completion_length) == (1e-6, "sampled", 16384)
+    assert settings.effopd == EffOPDConfig(enabled=True)
+    assert settings.task.max_prompt_length == 2048
+
+
+def test_eval_of_the_shipped_teacher(capsys):
+    flags = ["--task", "testbed:chain_sum", "--eval_size", "64", "--max_new_tokens", "24", "--temperature", "0"]
+    assert main(["eval", "--model", "testbed:teacher", *flags]) == 0
+    assert "avg@1" in capsys.readouterr().out

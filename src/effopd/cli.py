@@ -95,11 +95,14 @@ def parse_train(argv: Sequence[str]):
     from effopd.distill.launch import RunSettings
     from effopd.errors import ConfigError
     from effopd.extrapolate.config import EffOPDConfig
+    from effopd.testbed import resolve_model
 
     try:
         model, task, opd, look = train_parser().parse_args_and_config(list(argv))
     except (ValueError, OSError) as error:
         raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
+    model.model_name_or_path = resolve_model(model.model_name_or_path)
+    opd.teacher_model_name_or_path = resolve_model(opd.teacher_model_name_or_path)
     values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}
     return RunSettings(model, task, opd, EffOPDConfig(**values))
 

@@ -17,13 +17,14 @@ from effopd.errors import CompatibilityError, ConfigError
 from effopd.evaluate import EvalResult, evaluate
 from effopd.files import write_atomically
 from effopd.tasks import TaskConfig, load_task
+from effopd.testbed import resolve_model
 
 
 @dataclass
 class EvalArguments:
     """Flags of `effopd eval` besides the task's."""
 
-    model: str = field(metadata={"help": "Model folder or Hub id."})
+    model: str = field(metadata={"help": "Model folder or Hub id; testbed:student and testbed:teacher ship."})
     n: int = field(default=1, metadata={"help": "Answers per prompt; avg@n and pass@k for k = 1, 2, 4, … ≤ n."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 = greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 = off."})
@@ -59,6 +60,7 @@ def run_eval(argv: Sequence[str]) -> int:
         epilog="Example: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0",
     )
     arguments, task_config = parser.parse_args_and_config(list(argv))
+    arguments.model = resolve_model(arguments.model)
     task = load_task(task_config, "eval")
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import transformers
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import ModelConfig, TrlParser
 
 from effopd import testbed
-from effopd.bench.time_to_target import Cost, final_target, first_reach
+from effopd.bench.time_to_target import Cost, final_target, first_reach, speedup_by_gap
 from effopd.distill.config import OPDConfig
 from effopd.distill.launch import RunSettings, build_trainer, versions
 from effopd.distill.run_dir import EVALS
@@ -69,14 +71,20 @@ def run_quickstart(argv: Sequence[str]) -> int:
         description="Plain OPD and EffOPD on the built-in testbed, same seed and prompts; prints the net speed-up.",
     )
     (arguments,) = parser.parse_args_and_config(list(argv))
-    _quiet()
-    console = Console()
+    quiet()
+    console = Console(soft_wrap=True)
     root = Path(arguments.output_dir)
     _move_aside(root, console)
     with _progress(console) as progress:
         tasks = {arm: progress.add_task(label, total=arguments.max_steps) for arm, label in ARMS.items()}
         for arm in ARMS:
             _run_arm(arm, arguments, root / arm, lambda arm=arm: progress.advance(tasks[arm]))
+    conclude(root, arguments, console)
+    return 0
+
+
+def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> None:
+    """Summary, table and figure from the rows of both arms; no model is touched."""
     summary = summarize(root, arguments)
     write_atomically(root / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     console.print(_table(summary))
@@ -86,11 +94,11 @@ def run_quickstart(argv: Sequence[str]) -> int:
     else:
         console.print("figure:  not drawn, matplotlib is missing (pip install 'effopd[plots]')")
     console.print(f"summary: {root / 'summary.json'}   rows: {root}/*/evals.jsonl, searches.jsonl, metrics.jsonl")
-    return 0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """The demo has its own progress bar; libraries speak only when something is wrong."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -210,13 +218,15 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
             f"EffOPD's smoothed held-out KL did not reach plain OPD's final {target:.5f} within "
             f"{arguments.max_steps} steps; its last was {summary['effopd']['final_kl']:.5f}."
         )
+    summary["speedup_by_gap_closed"] = speedup_by_gap(rows["vanilla"], rows["effopd"])
     return summary
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"testbed:{summary['family']}, seed {summary['seed']}: {summary['max_steps']} steps each")
-    for name in ("", "steps", "net seconds", "sampled tokens", "held-out KL", "accuracy (95 % interval)"):
-        table.add_column(name, justify="left" if not name else "right")
+    title = f"testbed:{summary['family']}, seed {summary['seed']}: {summary['max_steps']} steps each"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    for name in ("", "steps", "net s", "tokens", "held-out KL", "accuracy [95 %]"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for arm, label in ARMS.items():
         values = summary[arm]
         low, high = values["final_accuracy_ci95"]
@@ -231,7 +241,7 @@ def _table(summary: dict[str, Any]) -> Table:
     reached = summary["effopd"]["cost_to_target"]
     if reached:
         table.add_row(
-            "EffOPD, to plain OPD's KL",
+            "… to target",
             str(reached["steps"]),
             f"{reached['seconds']:.1f}",
             f"{reached['generated_tokens']:,}",
@@ -253,16 +263,23 @@ def _verdict(summary: dict[str, Any]) -> str:
             f"{speedup['seconds']:.2f}× in seconds, {speedup['generated_tokens']:.2f}× in sampled tokens[/bold] "
             "(one seed; search charged, evaluation not)"
         )
+    on_the_way = [
+        f"{row['gap_closed']:.0%} of the gap: {row['speedup']['steps']:.1f}× / {row['speedup']['seconds']:.1f}×"
+        for row in summary["speedup_by_gap_closed"]
+        if row["speedup"]
+    ]
+    lines.append(f"on the way there (steps / seconds): {', '.join(on_the_way) or 'not reached'}")
     return "\n".join(lines)
 
 
 def _figure(root: Path, summary: dict[str, Any]) -> Path:
-    accuracy = testbed.card().get("teacher_accuracy", {}).get(summary["family"])
+    wanted = {"model": "teacher", "family": summary["family"], "decoding": "sampled"}
+    measured = (row["accuracy"] for row in testbed.card()["accuracy"] if wanted.items() <= row.items())
     return comparison_figure(
         {label: list(read_rows(root / arm / EVALS)) for arm, label in ARMS.items()},
         list(read_rows(root / "effopd" / SEARCHES)),
         summary["target_kl"],
         root / "figure.png",
         f"testbed:{summary['family']}, seed {summary['seed']}",
-        accuracy,
+        next(measured, None),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from effopd.bench.time_to_target import Cost, final_target, first_reach, smooth
+from effopd.bench.time_to_target import Cost, final_target, first_reach, smooth, speedup_by_gap
 
 
 def rows(values, seconds=1.0):
@@ -36,3 +36,12 @@ def test_never_reached_is_none():
 def test_smoothing_is_a_trailing_median():
     assert smooth([5, 1, 3, 2, 100]) == [5, 3.0, 3, 2, 3]
     assert smooth([4.0]) == [4.0]
+
+
+def test_speedup_by_gap_closed():
+    slow, fast = rows([0.95**i for i in range(60)]), rows([0.95 ** (3 * i) for i in range(60)], seconds=1.5)
+    table = speedup_by_gap(slow, fast, shares=(0.5, 0.9, 0.999))
+    assert [row["gap_closed"] for row in table] == [0.5, 0.9, 0.999]
+    assert table[1]["speedup"]["steps"] == pytest.approx(3.0, rel=0.15)
+    assert table[1]["speedup"]["seconds"] == pytest.approx(2.0, rel=0.15)
+    assert table[2]["speedup"] is None  # the slow run never closes 99.9 %

@@ -37,7 +37,7 @@ def comparable(root: Path, name: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
-    make_trainer(root, effopd=EFFOPD).train()
+    make_trainer(root, effopd=EFFOPD, eval_on_start=True).train()
     assert any(row["accepted_scale"] for row in read_rows(root / "searches.jsonl"))
     return root
 
@@ -52,7 +52,7 @@ def test_sigkill_then_resume_is_bit_identical(tmp_path, whole, where):
     for name in ("metrics.jsonl", "searches.jsonl", "evals.jsonl"):
         assert list(read_rows(root / name))  # readable as it lies there
 
-    make_trainer(root, effopd=EFFOPD).train(resume_from_checkpoint=True)
+    make_trainer(root, effopd=EFFOPD, eval_on_start=True).train(resume_from_checkpoint=True)
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(root).items())
     for name in ("metrics.jsonl", "searches.jsonl", "evals.jsonl"):

@@ -164,6 +164,29 @@ def test_without_eval_task_evaluation_is_trls(tmp_path):
     assert row["eval_loss"] > 0 and "eval_accuracy" not in row
 
 
+def test_lora_students_train_and_evaluate_but_are_not_moved(tmp_path):
+    from peft import LoraConfig
+
+    from effopd import EffOPDCallback
+
+    args = OPDConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, max_completion_length=4, use_cpu=True,
+        report_to="none", disable_tqdm=True, eval_strategy="steps", eval_steps=2, save_strategy="no",
+        learning_rate=1e-2, eval_on_start=True,
+    )  # fmt: skip
+    task = make_task(16)
+    trainer = OPDTrainer(
+        make_model(0), make_model(1), args, train_dataset=task.to_dataset(), processing_class=make_tokenizer(),
+        eval_task=task, peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="PEFT"):
+        EffOPDCallback(trainer, task=task, scorer=lambda model: 0.0)
+    trainer.train()
+    first, last = (row["eval_kl"] for row in read_rows(tmp_path / "evals.jsonl"))
+    reference = make_trainer(tmp_path / "b", **FAST)
+    assert first != last and first == pytest.approx(reference.evaluate()["eval_kl"], rel=0.2)
+
+
 def test_refusals(tmp_path):
     student = make_model(0)
     with pytest.raises(ConfigError, match="the student object itself"):

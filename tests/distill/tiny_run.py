@@ -94,4 +94,4 @@ if __name__ == "__main__":
     parser.add_argument("--kill", default="")
     arguments = parser.parse_args()
     _arm(arguments.kill)
-    make_trainer(arguments.output_dir, effopd=EFFOPD).train()
+    make_trainer(arguments.output_dir, effopd=EFFOPD, eval_on_start=True).train()

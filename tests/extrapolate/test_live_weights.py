@@ -121,6 +121,11 @@ def test_loading_checks_everything_before_touching_anything():
         assert all(torch.equal(t, before[name]) for name, t in live.state_dict().items())
 
 
+def test_low_precision_is_warned_about(caplog):
+    LiveWeights(make_model(0).to(torch.bfloat16), "all")
+    assert "torch.bfloat16" in caplog.text
+
+
 def test_refusals():
     with pytest.raises(ConfigError, match="matches no parameter"):
         LiveWeights(make_model(0), "lora_")

@@ -13,6 +13,8 @@ from typing import Any
 
 #: Evaluations per smoothing window.
 WINDOW = 3
+#: Shares of the starting gap at which a speed-up is reported.
+GAP_SHARES = (0.5, 0.75, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,29 @@ def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
 def final_target(rows: Sequence[Mapping[str, Any]], metric: str = "eval_kl") -> float:
     """The last smoothed value of a run: the target other runs have to reach."""
     return smooth([row[metric] for row in rows])[-1]
+
+
+def speedup_by_gap(
+    baseline: Sequence[Mapping[str, Any]],
+    other: Sequence[Mapping[str, Any]],
+    shares: Sequence[float] = GAP_SHARES,
+    metric: str = "eval_kl",
+) -> list[dict[str, Any]]:
+    r"""Speed-up as a function of how far one wants to go.
+
+    For each share g of the starting gap: target = (1 − g) · metric at step 0 (a reverse KL to the teacher is itself
+    the gap); both runs' smoothed curves have to reach it; ratios are baseline cost / other cost.
+
+    Returns:
+        one row a share: `gap_closed`, `target`, and `speedup` by axis, `None` where either run never gets there.
+    """
+    rows = []
+    for share in shares:
+        target = (1 - share) * baseline[0][metric]
+        costs = [first_reach(run, target, metric) for run in (baseline, other)]
+        ratio = costs[0].ratio(costs[1]) if costs[0] and costs[1] else None
+        rows.append({"gap_closed": share, "target": target, "speedup": ratio})
+    return rows
 
 
 def first_reach(rows: Sequence[Mapping[str, Any]], target: float, metric: str = "eval_kl") -> Cost | None:

@@ -61,6 +61,8 @@ class OPDConfig(DistillationConfig):
     def __post_init__(self) -> None:
         if getattr(self, "bf16", None) is None and not self.fp16 and not torch.accelerator.is_available():
             self.bf16 = False
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin for; torch would warn
         super().__post_init__()
         if self.loss_type not in LOSSES:
             raise ConfigError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")

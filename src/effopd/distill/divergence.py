@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -166,6 +167,11 @@ def sampled_loss(
     return -(advantage * logp_student).sum() / divisor, entropy.sum(), count
 
 
+def _backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """The model without its head; adapters stay active, they live inside its layers."""
+    return (model.base_model.model if is_peft_model(model) else model).base_model
+
+
 @torch.no_grad()
 def reverse_kl_of_completions(
     student: PreTrainedModel,
@@ -196,7 +202,7 @@ def reverse_kl_of_completions(
         valid_BT = mask_BL[:, width:].bool().to(student.device)
         hidden_NH = []
         for model in (student, teacher):
-            out = model.base_model(
+            out = _backbone(model)(
                 input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), use_cache=False
             )
             hidden_NH.append(out.last_hidden_state[:, width - 1 : -1][valid_BT.to(model.device)])

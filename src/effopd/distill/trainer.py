@@ -317,6 +317,7 @@ class OPDTrainer(DistillationTrainer):
                 )
             self._load_ledger(checkpoint)
             self.resumed_from = checkpoint
+            self.args.eval_on_start = False  # the run has started before; its rows are there
         else:
             self._save_trajectory()
         return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)

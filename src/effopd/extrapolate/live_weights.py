@@ -8,6 +8,7 @@ the optimizer); both are refused with a typed error rather than moved wrongly.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
+
+logger = logging.getLogger(__name__)
 
 _ATTENTION = r"(?:self_attn|self_attention|attention|attn)"
 _MLP = r"(?:mlp|ffn|feed_forward|block_sparse_moe|experts|shared_expert)"
@@ -45,6 +48,19 @@ def compile_rule(rule: str) -> re.Pattern[str]:
         ) from error
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """LoRA is not supported.
+
+    Raises:
+        ConfigError: the model carries PEFT adapters.
+    """
+    if getattr(model, "peft_config", None):
+        raise ConfigError(
+            "EffOPD cannot move a PEFT model: the update ΔW = B·A is not linear in the adapter's A and B, so "
+            "W + sΔ would be a different point than intended. Train the full weights, or merge the adapter first."
+        )
+
+
 class LiveWeights:
     """The selected parameters of a live model, with an fp32 anchor and a movable position.
 
@@ -65,11 +81,7 @@ class LiveWeights:
     """
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
-        if getattr(model, "peft_config", None):
-            raise ConfigError(
-                "EffOPD cannot move a PEFT model: the update ΔW = B·A is not linear in the adapter's A and B, so "
-                "W + sΔ would be a different point than intended. Train the full weights, or merge the adapter first."
-            )
+        refuse_adapters(model)
         pattern = compile_rule(parameters)
         self._parameters = {name: p for name, p in model.named_parameters() if pattern.search(name)}
         if not self._parameters:
@@ -84,6 +96,15 @@ class LiveWeights:
                     f"parameter '{name}' has dtype {parameter.dtype}: expected floating point. Quantised weights "
                     "cannot be moved; exclude them with `parameters`."
                 )
+        low = sorted(
+            {str(p.dtype) for p in self._parameters.values() if p.dtype not in (torch.float32, torch.float64)}
+        )
+        if low:
+            logger.warning(
+                "EffOPD moves %s weights: at small learning rates most of an update is lost in their rounding, and "
+                "candidates are nearly the same model. Keep the trained weights in float32 (TRL's default).",
+                ", ".join(low),
+            )
         self._anchor_device = torch.device(anchor_device) if anchor_device else None
         self._origin: dict[str, torch.Tensor] | None = None
         self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}

@@ -28,7 +28,16 @@ from typing import Any
 from effopd.errors import CheckpointError, TaskError
 from effopd.testbed.families import FAMILIES, family_task, verify
 
-__all__ = ["FAMILIES", "card", "family_task", "reference_settings", "student_path", "teacher_path", "verify"]
+__all__ = [
+    "FAMILIES",
+    "card",
+    "family_task",
+    "reference_settings",
+    "resolve_model",
+    "student_path",
+    "teacher_path",
+    "verify",
+]
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -48,7 +57,7 @@ _REFERENCE: dict[str, Any] = {
     "adam_beta2": 0.999,
     "weight_decay": 0.0,
     "bf16": False,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
 }
 
 
@@ -68,6 +77,12 @@ def teacher_path() -> Path:
         CheckpointError: the package was installed without its assets.
     """
     return _asset("teacher")
+
+
+def resolve_model(name: str | None) -> str | None:
+    """`testbed:student` and `testbed:teacher` as folders; every other name as it is."""
+    shipped = {"testbed:student": student_path, "testbed:teacher": teacher_path}
+    return str(shipped[name]()) if name in shipped else name
 
 
 def card() -> dict[str, Any]:

@@ -6,16 +6,16 @@ import copy
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, TrainerCallback
 
+from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.errors import ConfigError
-from effopd.evaluate import Completion, evaluate, generate
+from effopd.evaluate import evaluate, generate
 from effopd.tasks.base import Example
 from effopd.testbed.families import FAMILIES, family_task
 from effopd.testbed.rl import run_quietly, trainer_defaults
@@ -73,35 +73,6 @@ def measure_accuracy(
     return rows
 
 
-@torch.no_grad()
-def reverse_kl(
-    student: Qwen3ForCausalLM,
-    teacher: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    completions: Sequence[Completion],
-) -> float:
-    r"""Exact reverse KL in nats a response token: mean of $\sum_v \pi_\theta(v) \log (\pi_\theta(v) / \pi^*(v))$.
-
-    The inner sum runs over the student's distribution and the whole vocabulary; the mean over the tokens of
-    `completions`, end token included.
-    """
-    total, tokens = 0.0, 0
-    for start in range(0, len(completions), 128):
-        rows = [(c.prompt_ids, c.completion_ids) for c in completions[start : start + 128]]
-        width = max(len(p) + len(c) for p, c in rows)
-        ids_BT = torch.tensor([p + c + [tokenizer.pad_token_id] * (width - len(p) - len(c)) for p, c in rows])
-        mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-        for row, (prompt, completion) in enumerate(rows):
-            mask_BT[row, len(prompt) - 1 : len(prompt) + len(completion) - 1] = True
-        logp_NV, logq_NV = (
-            F.log_softmax(model(input_ids=ids_BT, use_cache=False).logits[mask_BT].double(), dim=-1)
-            for model in (student, teacher)
-        )
-        total += (logp_NV.exp() * (logp_NV - logq_NV)).sum().item()
-        tokens += len(logp_NV)
-    return total / tokens
-
-
 def measure_reference_opd(
     student: Qwen3ForCausalLM,
     teacher: Qwen3ForCausalLM,
@@ -132,7 +103,15 @@ def measure_reference_opd(
         prompts = [example.prompt for example in held_out]
         limit = reference["max_completion_length"]
         rollouts = generate(student, tokenizer, prompts, max_new_tokens=limit, batch_size=len(prompts), seed=seed)
-        return reverse_kl(student, teacher, tokenizer, rollouts)
+        sums, counts = reverse_kl_of_completions(
+            student,
+            teacher,
+            [rollout.prompt_ids for rollout in rollouts],
+            [rollout.completion_ids for rollout in rollouts],
+            vocab_size=student.config.vocab_size,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return sum(sums) / sum(counts)
 
     watch = _WatchKL(held_out_kl, settings.opd_every, log)
     with tempfile.TemporaryDirectory() as folder:

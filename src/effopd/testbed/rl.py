@@ -112,7 +112,7 @@ def trainer_defaults() -> dict:
     return {
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "save_strategy": "no",
         "report_to": "none",
         "logging_steps": 1,

@@ -1,0 +1,78 @@
+"""The demo over several seeds: the figures of the README and of docs/demo/.
+
+    .venv/bin/python benchmarks/demo_seeds.py [--family chain_sum] [--seeds 0 1 2] [--keep docs/demo]
+
+Runs `effopd quickstart` once a seed into runs/demo-FAMILY-SEED (a finished seed is not run again, only redrawn), copies
+the summaries and the first seed's figure to `--keep`, and prints the table and the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+
+from effopd.cli import main as effopd
+from effopd.quickstart import QuickstartArguments, conclude
+
+AXES = ("steps", "seconds", "generated_tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="chain_sum")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--keep", type=Path, default=Path("docs/demo"))
+    parser.add_argument("--max_steps", type=int, default=96)
+    arguments = parser.parse_args()
+    arguments.keep.mkdir(parents=True, exist_ok=True)
+    summaries = {}
+    for seed in arguments.seeds:
+        root = Path("runs") / f"demo-{arguments.family}-{seed}"
+        demo = QuickstartArguments(seed=seed, family=arguments.family, max_steps=arguments.max_steps)
+        if (root / "summary.json").exists():
+            conclude(root, demo, Console(soft_wrap=True))  # redraw from the rows
+        else:
+            effopd(["quickstart", "--seed", str(seed), "--family", arguments.family, "--output_dir", str(root),
+                    "--max_steps", str(arguments.max_steps)])  # fmt: skip
+        summaries[seed] = json.loads((root / "summary.json").read_text())
+        shutil.copy(root / "summary.json", arguments.keep / f"{arguments.family}-seed-{seed}.json")
+        if seed == arguments.seeds[0]:
+            shutil.copy(root / "figure.png", arguments.keep / f"{arguments.family}.png")
+    print(table(summaries))
+
+
+def table(summaries: dict[int, dict]) -> str:
+    """Markdown: a row a seed, then the medians; a seed that never reached the target counts as below every ratio."""
+    lines = [
+        "| seed | speed-up: steps | seconds | sampled tokens | accepted jumps (step: scale) | final accuracy: plain | EffOPD |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for seed, summary in summaries.items():
+        speedup = summary["speedup"]
+        cells = ["never" if speedup[a] is None else f"{speedup[a]:.2f}×" for a in AXES]
+        jumps = ", ".join(f"{step}: {scale:g}" for step, scale in summary["effopd"]["accepted_scales"].items())
+        accuracy = [
+            "{:.3f} [{:.3f}, {:.3f}]".format(summary[arm]["final_accuracy"], *summary[arm]["final_accuracy_ci95"])
+            for arm in ("vanilla", "effopd")
+        ]
+        lines.append(f"| {seed} | " + " | ".join([*cells, jumps, *accuracy]) + " |")
+    for share in (row["gap_closed"] for row in next(iter(summaries.values()))["speedup_by_gap_closed"]):
+        rows = [
+            next(r for r in s["speedup_by_gap_closed"] if r["gap_closed"] == share)["speedup"]
+            or dict.fromkeys(AXES, 0.0)
+            for s in summaries.values()
+        ]
+        cells = [f"{statistics.median([row[axis] for row in rows]):.2f}×" for axis in AXES]
+        lines.append(f"| median at {share:.0%} of the gap | " + " | ".join(cells) + " | | | |")
+    medians = [statistics.median([s["speedup"][axis] or 0.0 for s in summaries.values()]) for axis in AXES]
+    lines.append("| median | " + " | ".join(f"{m:.2f}×" for m in medians) + " | | | |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

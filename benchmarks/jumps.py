@@ -1,0 +1,39 @@
+"""Did each accepted jump help? Held-out KL and accuracy at the evaluation before it and right after it.
+
+    .venv/bin/python benchmarks/jumps.py runs/demo-chain_sum-0/effopd [RUN_DIR ...]
+
+Reads `searches.jsonl` and `evals.jsonl` only. "Before" is the last evaluation at an earlier step, so it lags the jump
+by up to `eval_steps` steps of ordinary training (which lower the KL a little): the listed change flatters the jump.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from effopd.files import read_rows
+
+
+def main(folders: list[str]) -> None:
+    print("| run | step | scale | gate: start → accepted | KL before → after | accuracy before → after |")
+    print("|---|---|---|---|---|---|")
+    for folder in map(Path, folders):
+        evals = list(read_rows(folder / "evals.jsonl"))
+        for search in read_rows(folder / "searches.jsonl"):
+            after = next((row for row in evals if row["step"] == search["step"]), None)
+            before = [row for row in evals if row["step"] < search["step"]]
+            if not search["accepted_scale"] or after is None:
+                continue
+            start = search["trials"][0]["score"]
+            accepted = next(t["score"] for t in search["trials"] if t["scale"] == search["accepted_scale"])
+            kl, accuracy = ((before[-1][key], after[key]) for key in ("eval_kl", "eval_accuracy"))
+            worse = " **worse**" if kl[1] > kl[0] else ""
+            print(
+                f"| {folder.parent.name}/{folder.name} | {search['step']} | {search['accepted_scale']:g} "
+                f"| {start:.2f} → {accepted:.2f} | {kl[0]:.4f} → {kl[1]:.4f}{worse} "
+                f"| {accuracy[0]:.3f} → {accuracy[1]:.3f} |"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

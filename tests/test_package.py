@@ -1,0 +1,56 @@
+"""The built wheel holds what the package needs and works outside of this repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_holds_code_assets_and_licence(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in (
+        "effopd/py.typed",
+        "effopd/testbed/assets/card.json",
+        "effopd/testbed/assets/student/model.safetensors",
+        "effopd/testbed/assets/teacher/chat_template.jinja",
+    ):
+        assert name in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests", "runs", "benchmarks")) for name in names)
+    source = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src" / "effopd").rglob("*.py")}
+    assert source <= set(names)
+
+
+def test_help_works_from_an_environment_with_nothing_else(wheel, tmp_path):
+    """No torch, no transformers: `effopd --help`, `--version` and the light imports need the standard library only."""
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    site = next((environment / "lib").glob("python3*")) / "site-packages"
+    zipfile.ZipFile(wheel).extractall(site)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    for arguments, expected in (
+        (["-m", "effopd.cli", "--help"], "quickstart"),
+        (["-m", "effopd.cli", "--version"], "effopd 0."),
+        (["-c", "import effopd; from effopd import Task, Example; print(Task('t', (), lambda c, e: 0.0).name)"], "t"),
+    ):
+        result = subprocess.run(
+            [environment / "bin" / "python", *arguments], capture_output=True, text=True, cwd=tmp_path, env=clean
+        )
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout
