@@ -137,7 +137,7 @@ def test_card_records_accuracies_and_steps_within_their_targets():
     reference = card()["reference_opd"]
     assert reference["settings"] == reference_settings()
     assert reference["steps_to_90_percent"] >= 48
-    assert reference["median_seconds_per_step"] > 0  # recorded, not judged: it depends on what else the machine did
+    assert reference["median_seconds_per_step"] <= 1.0  # as recorded on 2 idle cores when the pair was made
 
 
 def test_reference_settings_are_flags_of_trl():

@@ -91,6 +91,7 @@ class RunDir:
         """
         used = [n for n in (METRICS, EVALS) if (self.root / n).exists() and (self.root / n).stat().st_size]
         used += [path.name for path in self.checkpoints()[-1:]]
+        used += ["trajectory"] if (self.root / "trajectory").exists() else []
         if used:
             raise CheckpointError(
                 f"{self.root} already holds a run ({', '.join(used)}). Continue it with --resume_from_checkpoint "

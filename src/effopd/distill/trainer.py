@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DistillationTrainer
@@ -112,6 +113,8 @@ class OPDTrainer(DistillationTrainer):
         model: str | PreTrainedModel,
         teacher_model: str | PreTrainedModel | None = None,
         args: OPDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         *positional: Any,
         eval_task: Task | None = None,
         **kwargs: Any,
@@ -128,9 +131,9 @@ class OPDTrainer(DistillationTrainer):
         self.resumed_from: Path | None = None
         self._saving = False
         self._health_rows: dict[str, torch.Tensor] | None = None
-        if eval_task is not None and not positional[1:2] and kwargs.get("eval_dataset") is None:
-            kwargs["eval_dataset"] = eval_task.to_dataset()
-        super().__init__(model, None, args, *positional, **kwargs)
+        if eval_task is not None and eval_dataset is None:
+            eval_dataset = eval_task.to_dataset()
+        super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
         self.teacher_model = self._prepare_teacher(teacher_model)
         self.vocab_size = shared_vocab_size(
