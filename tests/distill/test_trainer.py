@@ -121,10 +121,20 @@ def test_rows_and_costs(tmp_path):
     for name in ("health/reverse_kl", "health/overlap_ratio", "health/teacher_entropy", "loss", "grad_norm"):
         assert isinstance(last[name], float)
     assert last["health/reverse_kl"] == pytest.approx(last["loss"], rel=1e-4)  # all 48 tokens fit into the subset
+    assert any(row.get("cost/net_seconds") and "health/reverse_kl" in row for row in trainer.state.log_history)
     row = evals[-1]
     assert row["eval_accuracy_low"] <= row["eval_accuracy"] <= row["eval_accuracy_high"]
     assert row["eval_loss"] == row["eval_kl"] > 0 and row["eval_kl_se"] > 0
     assert {"eval_accuracy_greedy", "eval_response_length", "eval_truncated_share", "cost/net_seconds"} <= row.keys()
+
+
+def test_sampler_gap_is_rounding_in_fp32_and_visible_under_autocast(tmp_path):
+    gaps = []
+    for bf16 in (False, True):
+        make_trainer(tmp_path / str(bf16), **FAST, bf16=bf16).train()
+        gaps.append([row["health/sampler_logp_gap"] for row in read_rows(tmp_path / str(bf16) / "metrics.jsonl")])
+    assert len(gaps[0]) == 3 and max(gaps[0]) < 1e-5
+    assert min(gaps[1]) > 1e-4
 
 
 def test_evaluation_is_repeatable_and_seeded(tmp_path):

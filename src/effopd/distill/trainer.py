@@ -3,7 +3,7 @@
     sample (TRL) → teacher → loss → optimizer step → look ahead (callback) → log → evaluate → save
 
 Departures from TRL: vocabularies that differ only in padding rows are accepted; checkpoints go to
-`checkpoints/step-000008` and appear there whole or not at all; the data order of a later epoch survives a resume
+`checkpoints/step-000008` and appear there whole or not at all; `bf16=True` holds on one process too; the data order of a later epoch survives a resume
 (TRL's sampler restarts its permutations). Left out: a remote teacher, and what TRL itself refuses.
 """
 
@@ -27,6 +27,7 @@ from effopd.distill.divergence import (
     full_loss,
     sampled_loss,
     shared_vocab_size,
+    token_logprobs,
 )
 from effopd.distill.health import health_metrics, spread_subset
 from effopd.distill.ledger import CostLedger
@@ -191,6 +192,12 @@ class OPDTrainer(DistillationTrainer):
         return output
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        # On one process TRL's forward redirection replaces the forward that accelerate had wrapped, so `bf16=True`
+        # would silently train in fp32; entering autocast here is harmless where it is on already.
+        with self.accelerator.autocast():
+            return self._loss_of(unwrapped_student, inputs, num_items_in_batch)
+
+    def _loss_of(self, unwrapped_student, inputs, num_items_in_batch):
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         mask = inputs["completion_mask"]
@@ -205,7 +212,9 @@ class OPDTrainer(DistillationTrainer):
         h_student, h_teacher, mask = h_student.to(device), h_teacher.to(device), mask.to(device)
         if self.model.training:
             self.ledger.count("update", forward=int(attention_mask.sum()))
-            self._keep_for_health(h_student, h_teacher, inputs["completion_ids"].to(device), mask)
+            ids = inputs["completion_ids"].to(device)
+            if self._keep_for_health(h_student, h_teacher, ids, mask) and not (multimodal or self.use_vllm):
+                self._log_sampler_gap(unwrapped_student, input_ids, attention_mask, h_student, ids, mask)
         if self.args.loss_type == "sampled":
             loss, entropy, count = sampled_loss(
                 h_student, h_teacher, student_head, teacher_head, inputs["completion_ids"].to(device), mask,
@@ -231,11 +240,12 @@ class OPDTrainer(DistillationTrainer):
 
     # -- health -------------------------------------------------------------------------------------------------
 
-    def _keep_for_health(self, h_student, h_teacher, completion_ids, mask) -> None:
-        """Remember a few positions of the first micro-batch; measured after the wrapped forward has returned."""
+    def _keep_for_health(self, h_student, h_teacher, completion_ids, mask) -> bool:
+        """Remember a few positions of the first micro-batch of a logged step; measured after the wrapped forward has
+        returned. Says whether this was that micro-batch."""
         due = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
         if not due or not self.args.health_tokens or self._health_rows is not None or not bool(mask.any()):
-            return
+            return False
         index, position = spread_subset(mask, self.args.health_tokens)
         self._health_rows = {
             "student": h_student.detach().flatten(0, 1)[index],
@@ -243,6 +253,21 @@ class OPDTrainer(DistillationTrainer):
             "targets": completion_ids.reshape(-1)[index],
             "position": position,
         }
+        return True
+
+    @torch.no_grad()
+    def _log_sampler_gap(self, student, input_ids, attention_mask, h_student, completion_ids, mask) -> None:
+        """Mean |log π_sampler(y) − log π_train(y)| (nats) of the batch's first rollout. The sampler is the same model
+        outside of autocast; for vLLM the host hands over no sampler log-probs, so nothing is logged there."""
+        with torch.autocast(h_student.device.type, enabled=False):
+            hidden = self._get_last_hidden_state(student, input_ids[:1], attention_mask[:1], completion_ids.size(1))
+        valid, head = mask[0] != 0, Head.of(student, self.vocab_size)
+        targets = completion_ids[0][valid]
+        with torch.autocast(h_student.device.type, enabled=False):
+            sampler, _ = token_logprobs(hidden[0][valid], head, targets, self.temperature)
+        train, _ = token_logprobs(h_student.detach()[0][valid], head, targets, self.temperature)
+        gap = float((sampler - train).abs().mean()) if bool(valid.any()) else 0.0
+        self._metrics["train"]["health/sampler_logp_gap"].append(gap)
 
     def _log_health(self) -> None:
         rows, self._health_rows = self._health_rows, None
@@ -286,7 +311,7 @@ class OPDTrainer(DistillationTrainer):
                 self.eval_task,
                 self.args,
                 vocab_size=self.vocab_size,
-                autocast=self.compute_loss_context_manager,
+                autocast=self.accelerator.autocast,
             )
         self.ledger.count("eval", generated=generated)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

@@ -64,15 +64,22 @@ def comparison_figure(
 
 
 def _mark_jumps(top, bottom, rows: Rows, x_of, jumps: Mapping[int, float]) -> None:
-    """A triangle at the first evaluation at or after each accepted jump, labelled with its scale."""
+    """A triangle at the first evaluation at or after accepted jumps, labelled with their scales."""
+    labels: dict[int, list[str]] = {}
     for step, scale in jumps.items():
         index = next((i for i, row in enumerate(rows) if row["step"] >= step), None)
-        if index is None:
-            continue
+        if index is not None:
+            labels.setdefault(index, []).append(f"+{scale:g}Δ")
+    for index, scales in labels.items():
         row = rows[index]
         kl = smooth([r["eval_kl"] for r in rows[: index + 1]])[-1]
         for axis, y in ((top, kl), (bottom, row["eval_accuracy"])):
             axis.plot([x_of(row)], [y], marker="^", color=_COLORS["EffOPD"], markersize=8, zorder=5)
             axis.annotate(
-                f"+{scale:g}Δ", (x_of(row), y), textcoords="offset points", xytext=(6, 6), fontsize=8, color="#7a2833"
+                ", ".join(scales),
+                (x_of(row), y),
+                textcoords="offset points",
+                xytext=(6, 6),
+                fontsize=8,
+                color="#7a2833",
             )

@@ -22,7 +22,7 @@ from typing import Any
 from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example
-from effopd.tasks.worker import GradingWorker
+from effopd.tasks.worker import WorkerVerifier
 
 #: What the default reasoning-gym prompt ends with.
 GYM_SUFFIX = "\nThink step by step, then give only the final answer between <answer> and </answer>."
@@ -67,7 +67,7 @@ def gym_examples(
     )
 
 
-class ReasoningGymVerifier:
+class ReasoningGymVerifier(WorkerVerifier):
     """Verifier with reasoning-gym's own `score_answer`, in a process of its own with a hard time limit. Picklable.
 
     Args:
@@ -80,20 +80,7 @@ class ReasoningGymVerifier:
         require("reasoning_gym")
         self.name = name
         self.params = json.dumps(dict(params or {}), sort_keys=True)
-        self.worker = GradingWorker(f"{__name__}:grade_gym", timeout)
-
-    @property
-    def timeouts(self) -> int:
-        """Gradings cut at the limit so far."""
-        return self.worker.timeouts
-
-    @property
-    def errors(self) -> int:
-        """Gradings in which the library raised so far."""
-        return self.worker.errors
-
-    def __call__(self, completion: str, example: Example) -> float:
-        return self.verify_batch([completion], [example])[0]
+        super().__init__(f"{__name__}:grade_gym", timeout)
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Scores of several completions, each with its example.

@@ -15,7 +15,7 @@ from typing import Any
 from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example
-from effopd.tasks.worker import GradingWorker
+from effopd.tasks.worker import WorkerVerifier
 
 #: What the default math prompt ends with.
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -62,7 +62,7 @@ def render_boxed(answer: str) -> str:
     return f"The answer is \\boxed{{{plain_answer(answer)}}}."
 
 
-class MathVerifier:
+class MathVerifier(WorkerVerifier):
     r"""Verifier of math tasks: 1.0 when the last `\boxed{}` equals the example's answer, else 0.0.
 
     Gradings run in a process of their own (`GradingWorker`); `timeouts` and `errors` count those that scored 0 because
@@ -73,20 +73,7 @@ class MathVerifier:
     """
 
     def __init__(self, timeout: float = 5.0) -> None:
-        self.worker = GradingWorker(f"{__name__}:grade_boxed", timeout)
-
-    @property
-    def timeouts(self) -> int:
-        """Gradings cut at the limit so far."""
-        return self.worker.timeouts
-
-    @property
-    def errors(self) -> int:
-        """Gradings that failed otherwise so far."""
-        return self.worker.errors
-
-    def __call__(self, completion: str, example: Example) -> float:
-        return self.verify_batch([completion], [example])[0]
+        super().__init__(f"{__name__}:grade_boxed", timeout)
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Scores of several completions, each with its example.

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from effopd.errors import TaskError
+from effopd.tasks.base import Example
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,35 @@ class GradingWorker:
                 f"the grading process for '{self.function}' did not start: {problem}. Expected a fresh "
                 f"'{sys.executable}' to import it; check that the package it needs is installed there."
             )
+
+
+class WorkerVerifier:
+    """A verifier that grades in a `GradingWorker`; subclasses say how, in `verify_batch`. Picklable.
+
+    Args:
+        function: see `GradingWorker`.
+        timeout: hard limit of one grading, in seconds of wall-clock time.
+    """
+
+    def __init__(self, function: str, timeout: float) -> None:
+        self.worker = GradingWorker(function, timeout)
+
+    @property
+    def timeouts(self) -> int:
+        """Gradings cut at the limit so far."""
+        return self.worker.timeouts
+
+    @property
+    def errors(self) -> int:
+        """Gradings that failed otherwise so far."""
+        return self.worker.errors
+
+    def __call__(self, completion: str, example: Example) -> float:
+        return self.verify_batch([completion], [example])[0]
+
+    def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """Scores of several completions, each with its example."""
+        raise NotImplementedError
 
 
 def _environment() -> dict[str, str]:
