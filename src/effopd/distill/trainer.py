@@ -3,8 +3,9 @@
     sample (TRL) → teacher → loss → optimizer step → look ahead (callback) → log → evaluate → save
 
 Departures from TRL: vocabularies that differ only in padding rows are accepted; checkpoints go to
-`checkpoints/step-000008` and appear there whole or not at all; `bf16=True` holds on one process too; the data order of a later epoch survives a resume
-(TRL's sampler restarts its permutations). Left out: a remote teacher, and what TRL itself refuses.
+`checkpoints/step-000008` and appear there whole or not at all; the data order of a later epoch survives a resume (TRL's
+sampler restarts its permutations); `bf16=True` holds on one process too. Left out: a remote teacher, and what TRL
+itself refuses.
 """
 
 from __future__ import annotations

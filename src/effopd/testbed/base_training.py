@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.errors import ConfigError
+from effopd.evaluate import encode_prompts
 from effopd.tasks.base import Example
 from effopd.testbed.families import FAMILIES, worked_reasoning
 
@@ -93,12 +94,7 @@ def train_base(
 ) -> None:
     """Train `model` in place; the loss (nats a token) averages over completion tokens, the end token included."""
     rng = random.Random(seed)
-    prompts = [
-        tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-        for example in examples
-    ]
+    prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
