@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import PrinterCallback
 from trl import ModelConfig
 
@@ -30,6 +29,7 @@ from effopd.distill.launch import RunSettings, build_trainer
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.extrapolate.search import Score
+from effopd.quickstart import quiet
 from effopd.tasks import TaskConfig
 
 
@@ -68,8 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=33)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     import effopd.extrapolate.callback as callback
 
     callback.AccuracyScorer = Rejecting

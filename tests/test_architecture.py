@@ -12,7 +12,7 @@ import effopd
 ROOT = Path(effopd.__file__).parent
 #: A module may import from its own layer (first column equal) and from lower ones, at module level.
 LAYERS = {
-    "errors": 0, "rng": 0, "files": 0, "optional": 1,
+    "errors": 0, "restore": 0, "files": 0, "optional": 1,
     "tasks": 2, "evaluate": 3, "extrapolate": 4, "distill": 5,
     "testbed": 6, "evaluate_command": 7, "bench": 6, "report": 7, "quickstart": 8, "cli": 9,
 }  # fmt: skip

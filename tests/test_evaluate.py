@@ -28,6 +28,14 @@ def test_same_seed_same_answers_and_the_callers_random_state_is_untouched(studen
     assert student.training
 
 
+def test_every_submodule_keeps_its_mode(student, tokenizer, task):
+    student.train()
+    student.model.layers[0].eval()  # a part that is meant to stay frozen
+    modes = [module.training for module in student.modules()]
+    generate(student, tokenizer, prompts(task)[:2], max_new_tokens=2, seed=0)
+    assert [module.training for module in student.modules()] == modes
+
+
 def test_common_random_numbers_couple_nearby_models(student, tokenizer):
     """Under the same seed a slightly moved model gives mostly the same answers; under another seed it does not."""
     task = make_task(32)

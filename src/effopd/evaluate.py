@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.errors import ConfigError, TaskError
-from effopd.rng import isolated_rng
+from effopd.restore import evaluating, isolated_rng
 from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.verify import check_score
 
@@ -147,18 +147,13 @@ def generate(
         pad_token_id=pad if pad is not None else (eos[0] if eos else None),
     )
     prompt_ids = encode_prompts(tokenizer, prompts, chat_template_kwargs)
-    was_training = model.training
-    model.eval()
     completions: list[Completion] = []
-    try:
-        with isolated_rng(seed):
-            for start in range(0, len(prompt_ids), batch_size):
-                batch = prompt_ids[start : start + batch_size]
-                completions += _generate_batch(model, tokenizer, batch, config, eos)
-                if progress is not None:
-                    progress(len(batch))
-    finally:
-        model.train(was_training)
+    with evaluating(model), isolated_rng(seed):
+        for start in range(0, len(prompt_ids), batch_size):
+            batch = prompt_ids[start : start + batch_size]
+            completions += _generate_batch(model, tokenizer, batch, config, eos)
+            if progress is not None:
+                progress(len(batch))
     return completions
 
 

@@ -1,4 +1,4 @@
-"""The one place that guards optional packages and names the extra that installs them."""
+"""The one place that guards packages which may be missing, and says what to install."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from types import ModuleType
 
 from effopd.errors import MissingDependencyError
 
-#: importable module -> (what needs it, extra that brings it)
-_EXTRAS = {
-    "matplotlib": ("drawing figures", "plots"),
-    "math_verify": ("verifying math answers", "math"),
-    "reasoning_gym": ("reasoning-gym tasks", "tasks"),
-    "peft": ("LoRA training", "peft"),
-    "vllm": ("vLLM rollouts", "vllm"),
+#: importable module -> (what needs it, what brings it)
+_NEEDS = {
+    "matplotlib": ("drawing figures", "effopd[plots]"),
+    "math_verify": ("verifying math answers", "math-verify"),
+    "reasoning_gym": ("reasoning-gym tasks", "reasoning-gym"),
 }
 
 
@@ -29,11 +27,11 @@ def require(module: str) -> ModuleType:
     Raises:
         MissingDependencyError: the module is not installed; the message gives the `pip install` line.
     """
-    purpose, extra = _EXTRAS[module.partition(".")[0]]
+    purpose, package = _NEEDS[module.partition(".")[0]]
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
             f"{purpose} needs the package '{module.partition('.')[0]}', which could not be imported ({error}). "
-            f"Install it with: pip install 'effopd[{extra}]'"
+            f"Install it with: pip install '{package}'"
         ) from error

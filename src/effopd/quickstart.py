@@ -273,13 +273,11 @@ def _verdict(summary: dict[str, Any]) -> str:
 
 
 def _figure(root: Path, summary: dict[str, Any]) -> Path:
-    wanted = {"model": "teacher", "family": summary["family"], "decoding": "sampled"}
-    measured = (row["accuracy"] for row in testbed.card()["accuracy"] if wanted.items() <= row.items())
     return comparison_figure(
         {label: list(read_rows(root / arm / EVALS)) for arm, label in ARMS.items()},
         list(read_rows(root / "effopd" / SEARCHES)),
         summary["target_kl"],
         root / "figure.png",
         f"testbed:{summary['family']}, seed {summary['seed']}",
-        next(measured, None),
+        testbed.card()["teacher_accuracy"][summary["family"]],
     )

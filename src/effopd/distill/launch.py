@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -38,7 +38,7 @@ class RunSettings:
     effopd: EffOPDConfig
 
 
-def build_trainer(settings: RunSettings, callbacks: Sequence[TrainerCallback] = ()) -> OPDTrainer:
+def build_trainer(settings: RunSettings) -> OPDTrainer:
     """Check everything that can be checked cheaply, load the models, and write the run's `config.yaml`.
 
     Raises:
@@ -74,7 +74,6 @@ def build_trainer(settings: RunSettings, callbacks: Sequence[TrainerCallback] = 
         train_dataset=train.to_dataset(),
         processing_class=tokenizer,
         eval_task=held_out,
-        callbacks=list(callbacks),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
@@ -152,10 +151,10 @@ def to_yaml(settings: RunSettings) -> str:
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     """Versions of Python and of the libraries that decide a run."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from effopd.distill.config import OPDConfig
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.evaluate import EvalResult, evaluate
+from effopd.restore import evaluating
 from effopd.tasks.base import Task
 
 
@@ -68,10 +69,7 @@ def evaluate_task(
 
 def _kl(student, teacher, sampled: EvalResult, args: OPDConfig, vocab_size: int, pad: int, autocast):
     answers = [row[0] for row in sampled.completions]
-    was_training = student.training
-    student.eval()
-    teacher.eval()
-    with autocast():
+    with evaluating(student, teacher), autocast():
         sums, counts = reverse_kl_of_completions(
             student,
             teacher,
@@ -82,7 +80,6 @@ def _kl(student, teacher, sampled: EvalResult, args: OPDConfig, vocab_size: int,
             temperature=args.temperature,
             batch_size=args.per_device_eval_batch_size,
         )
-    student.train(was_training)
     mean, error = ratio_with_error(sums, counts)
     return {"kl": mean, "kl_se": error, "loss": mean}
 

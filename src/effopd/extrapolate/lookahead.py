@@ -14,8 +14,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from effopd.extrapolate.live_weights import LiveWeights
 from effopd.extrapolate.schedule import SCHEDULES
 from effopd.extrapolate.search import Score, SearchResult, first_failure_search
 from effopd.files import write_atomically
-from effopd.rng import isolated_rng
+from effopd.restore import evaluating, isolated_rng
 
 Scorer = Callable[[Any], "Score | float"]
 
@@ -92,7 +91,7 @@ class EffOPD:
         seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
         self.weights.begin()
         try:
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 result = first_failure_search(
                     lambda scale: self._score(scale, seed), self.config.resolved_scales, self.config.resolved_gate
                 )
@@ -207,15 +206,3 @@ class EffOPD:
             )
         state = json.loads((folder / STATE_FILE).read_text())
         self.load_state_dict(state | {"anchor": load_file(folder / ANCHOR_FILE)})
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; every submodule gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -8,7 +8,7 @@ torch, no transformers.
     base_training.py  random Qwen3 → base student, by supervised training on partly falsified reasoning
     rl.py             base student → teacher, by GRPO
     measure.py        accuracies, and plain distillation as the reference run
-    recipe.py         all of it from nothing: `python -m effopd.testbed.recipe OUT_DIR`
+    recipe.py         all of it from nothing: `effopd testbed build --output_dir OUT_DIR`
     assets/           what the recipe made with its default seed: student/, teacher/, card.json, build.log
 
 Example:
@@ -111,6 +111,6 @@ def _asset(name: str) -> Path:
     if not path.exists():
         raise CheckpointError(
             f"the testbed's '{name}' is missing: expected {path}. Reinstall the package, or build the pair with: "
-            f"python -m effopd.testbed.recipe {ASSETS}"
+            f"effopd testbed build --output_dir {ASSETS}"
         )
     return path

@@ -22,6 +22,7 @@ from typing import Any
 from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example, Task
+from effopd.tasks.gym_tasks import extract_tagged, render_tagged
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ _BUCKETS, _HELD_OUT_BUCKETS = 20, {0: "validation", 1: "validation", 2: "test", 
 #: Draws of questions in a row without a new one for the split, before the family counts as exhausted.
 _MAX_DRY_DRAWS = 5_000
 _CHUNK = 2_000
-_CLOSE_TAG = "</answer>"
 
 
 def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0) -> Task:
@@ -101,6 +101,11 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
     return Task(f"testbed:{name}", tuple(examples), verify, render_tagged)
 
 
+def mixed_examples(split: str, size: int, seed: int) -> list[Example]:
+    """`size` questions of each family, one family after the other."""
+    return [example for family in FAMILIES for example in family_task(family, split, size, seed).examples]
+
+
 def question(example: Example) -> str:
     """The question's text, without the chat message around it."""
     return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
@@ -114,18 +119,10 @@ def split_of(text: str) -> str:
 
 def verify(completion: str, example: Example) -> float:
     """reasoning-gym's score of what stands in the last `<answer>` tags; 0.0 without tags. 1.0 is correct."""
-    end = completion.rfind(_CLOSE_TAG)
-    if end < 0:
-        return 0.0
-    answer = require("reasoning_gym.utils").extract_answer(completion[: end + len(_CLOSE_TAG)], tag_name="answer")
+    answer = extract_tagged(completion)
     if answer is None:
         return 0.0
     return float(_scorer(example.metadata["family"]).score_answer(answer, {"answer": example.answer}))
-
-
-def render_tagged(answer: str) -> str:
-    """A completion that gives `answer` the way the verifier looks for it."""
-    return f"<answer>{answer}</answer>"
 
 
 def worked_reasoning(example: Example, rng: random.Random | None = None, corruption: float = 0.0) -> str:

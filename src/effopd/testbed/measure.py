@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, TrainerCallb
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.errors import ConfigError
 from effopd.evaluate import evaluate, generate
-from effopd.tasks.base import Example
-from effopd.testbed.families import FAMILIES, family_task
+from effopd.testbed.families import FAMILIES, family_task, mixed_examples
 from effopd.testbed.rl import run_quietly, trainer_defaults
 
 
@@ -95,8 +94,8 @@ def measure_reference_opd(
     from trl import DistillationConfig, DistillationTrainer
 
     student, per_family = copy.deepcopy(student), max(1, settings.opd_held_out // len(FAMILIES))
-    held_out = _mixed("validation", per_family, seed)
-    train = _mixed("train", settings.opd_train_questions, seed)
+    held_out = mixed_examples("validation", per_family, seed)
+    train = mixed_examples("train", settings.opd_train_questions, seed)
     random.Random(seed).shuffle(train)
 
     def held_out_kl() -> float:
@@ -139,10 +138,6 @@ def measure_reference_opd(
         "held_out_kl": [[step, round(kl, 6)] for step, kl in watch.curve],
         "settings": dict(reference),
     }
-
-
-def _mixed(split: str, size: int, seed: int) -> list[Example]:
-    return [example for family in FAMILIES for example in family_task(family, split, size, seed).examples]
 
 
 class _WatchKL(TrainerCallback):

@@ -1,6 +1,6 @@
 """The testbed's recipe: from nothing to the student/teacher pair, with one fixed seed and a card of what came out.
 
-    python -m effopd.testbed.recipe OUT_DIR [--seed 0]     # OMP_WAIT_POLICY=PASSIVE helps where others use the cores
+    effopd testbed build --output_dir OUT_DIR [--seed 0]     # OMP_WAIT_POLICY=PASSIVE helps where others use the cores
 
 questions → tokenizer → base (supervised, partly falsified reasoning) → teacher (GRPO) → accuracies → reference run of
 plain distillation. Writes `student/`, `teacher/`, `card.json` and `build.log`. What the package ships is exactly what
@@ -10,10 +10,8 @@ and end with slightly different weights.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -21,18 +19,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from effopd.distill.launch import versions
 from effopd.errors import ConfigError
 from effopd.files import write_atomically
 from effopd.testbed import reference_settings
 from effopd.testbed.base_training import BaseSettings, ModelSettings, new_model, train_base
-from effopd.testbed.families import FAMILIES, family_task, question
+from effopd.testbed.families import FAMILIES, family_task, mixed_examples, question
 from effopd.testbed.measure import MeasureSettings, measure_accuracy, measure_reference_opd
 from effopd.testbed.rl import RLSettings, train_teacher
 from effopd.testbed.tokenizer import build_tokenizer
@@ -85,7 +83,7 @@ def _build(out: Path, seed: int, settings: RecipeSettings, log: _Log) -> dict[st
         _save(student, tokenizer, out / "student")
     with log.stage("teacher"):
         teacher = deepcopy(student)
-        rl = [e for family in FAMILIES for e in family_task(family, "train", settings.rl.questions, seed).examples]
+        rl = mixed_examples("train", settings.rl.questions, seed)
         train_teacher(teacher, tokenizer, rl, settings.rl, seed, log)
         _save(teacher, tokenizer, out / "teacher")
     with log.stage("accuracy"):
@@ -103,7 +101,7 @@ def _build(out: Path, seed: int, settings: RecipeSettings, log: _Log) -> dict[st
             )
     card = {
         "seed": seed,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": versions(_PACKAGES),
         "machine": {"processor": platform.machine(), "vector_units": torch.backends.cpu.get_cpu_capability()},
         "families": {name: asdict(family) for name, family in FAMILIES.items()},
         "settings": asdict(settings),
@@ -166,17 +164,3 @@ def _sampled(rows: list[dict[str, Any]], role: str) -> dict[str, float]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line of the recipe."""
-    parser = argparse.ArgumentParser(description="Build the testbed's student/teacher pair from nothing.")
-    parser.add_argument("out_dir", help="folder for student/, teacher/, card.json and build.log")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    build(options.out_dir, seed=options.seed)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()

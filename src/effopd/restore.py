@@ -1,4 +1,4 @@
-"""Random state that comes back: evaluations and searches must not disturb training's random numbers."""
+"""State that comes back: evaluations and searches must not disturb training's random numbers or module modes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -34,3 +35,16 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; every submodule gets its own mode back, even if the block raises."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
