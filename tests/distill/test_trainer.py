@@ -59,6 +59,14 @@ def test_measuring_does_not_disturb_training(tmp_path):
                 dict(make_model(0).named_parameters()))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("rule", "kept"), [("none", []), ("powers_of_two", [0, 1, 2, 4, 8, 10]), ("4", [0, 4, 8, 10]), ("1", range(11))]
+)
+def test_which_steps_a_trajectory_keeps(rule, kept):
+    assert [step for step in range(11) if in_trajectory(rule, step, 10)] == list(kept)
+    assert OPDConfig(trajectory=int(rule) if rule.isdecimal() else rule).trajectory == rule
+
+
 @pytest.mark.parametrize("loss", ["full", "sampled"])
 def test_a_teacher_equal_to_the_student_gives_zero_loss(tmp_path, loss):
     trainer = make_trainer(tmp_path, teacher=make_model(0), loss_type=loss, **(FAST | {"max_steps": 1}))
@@ -218,7 +226,15 @@ def test_the_sampled_loss_refuses_filtered_samplers(bad):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"loss_type": "x"}, {"trajectory": "x"}, {"health_tokens": -1}, {"max_completion_length": 0}]
+    "bad",
+    [
+        {"loss_type": "x"},
+        {"trajectory": "x"},
+        {"trajectory": "0"},
+        {"trajectory": "2.5"},
+        {"health_tokens": -1},
+        {"max_completion_length": 0},
+    ],
 )
 def test_bad_settings_name_the_field(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from trl import DistillationConfig
 
+from effopd.distill.run_dir import in_trajectory
 from effopd.errors import ConfigError
 
 LOSSES = ("full", "sampled")
-TRAJECTORIES = ("none", "powers_of_two")
 
 
 @dataclass
@@ -52,9 +52,8 @@ class OPDConfig(DistillationConfig):
     trajectory: str = field(
         default="none",
         metadata={
-            "help": "Keep weights for analysis in trajectory/: 'none', or 'powers_of_two' (steps 0, 1, 2, 4, … and "
-            "the last).",
-            "choices": list(TRAJECTORIES),
+            "help": "Keep weights for analysis in trajectory/: 'none', 'powers_of_two' (steps 0, 1, 2, 4, …), or a "
+            "number N (steps 0, N, 2N, …); the last step is always kept."
         },
     )
 
@@ -66,8 +65,8 @@ class OPDConfig(DistillationConfig):
         super().__post_init__()
         if self.loss_type not in LOSSES:
             raise ConfigError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")
-        if self.trajectory not in TRAJECTORIES:
-            raise ConfigError(f"trajectory must be one of {', '.join(TRAJECTORIES)}; got {self.trajectory!r}.")
+        self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
+        in_trajectory(self.trajectory, 0, 0)
         if self.health_tokens < 0:
             raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
         if self.max_completion_length is None or self.max_completion_length < 1:

@@ -18,13 +18,34 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from effopd.errors import CheckpointError
+from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.callback import SEARCHES
+from effopd.extrapolate.schedule import powers_of_two
 from effopd.files import append_row, fsync, keep_rows
 
 METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
 CONFIG = "config.yaml"
 _STEP = re.compile(r"step-(\d{6,})$")
+
+
+def in_trajectory(rule: str, step: int, last: int) -> bool:
+    """Whether the weights of `step` are kept for analysis in a run of `last` steps.
+
+    Args:
+        rule: `none`; `powers_of_two`: steps 0, 1, 2, 4, …; or a number N: steps 0, N, 2N, …. Both end with `last`.
+
+    Raises:
+        ConfigError: the rule is none of these.
+    """
+    if rule == "none":
+        return False
+    if rule == "powers_of_two":
+        return step in (0, last) or powers_of_two(step)
+    if not rule.isdecimal() or int(rule) < 1:
+        raise ConfigError(
+            f"trajectory must be 'none', 'powers_of_two' or a number of steps of at least 1; got {rule!r}."
+        )
+    return step == last or step % int(rule) == 0
 
 
 class RunDir:

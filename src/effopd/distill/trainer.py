@@ -32,10 +32,9 @@ from effopd.distill.divergence import (
 )
 from effopd.distill.health import health_metrics, spread_subset
 from effopd.distill.ledger import CostLedger
-from effopd.distill.run_dir import RunDir, RunDirCallback
+from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.distill.task_eval import evaluate_task
 from effopd.errors import CheckpointError, ConfigError
-from effopd.extrapolate.schedule import powers_of_two
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
 
@@ -392,7 +391,7 @@ class OPDTrainer(DistillationTrainer):
 
     def _save_trajectory(self) -> None:
         step = self.state.global_step
-        wanted = self.args.trajectory == "powers_of_two" and (step in (0, self.state.max_steps) or powers_of_two(step))
+        wanted = in_trajectory(self.args.trajectory, step, self.state.max_steps)
         if not wanted or not self.args.should_save or self.run_dir.trajectory(step).exists():
             return
         staged = self.run_dir.fresh_staging() / "trajectory"

@@ -58,8 +58,9 @@ def train_teacher(
     settings: RLSettings,
     seed: int,
     log: Callable[[str], None] = print,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
-    """Tune `model` in place."""
+    """Tune `model` in place; `callbacks` join the trainer's own."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -95,7 +96,7 @@ def train_teacher(
             args=config,
             train_dataset=Dataset.from_list([{"prompt": e.prompt, "example_id": e.id} for e in examples]),
             processing_class=tokenizer,
-            callbacks=[_LogReward(log, settings.steps)],
+            callbacks=[_LogReward(log, settings.steps), *callbacks],
         )
         run_quietly(trainer)
     model.eval()
