@@ -13,6 +13,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from effopd import OPDConfig, OPDTrainer
 from effopd.distill.ledger import CATEGORIES
+from effopd.distill.run_dir import in_trajectory
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.files import read_rows
 
