@@ -2,25 +2,20 @@
 
     sample (TRL) → teacher → loss → optimizer step → look ahead (callback) → log → evaluate → save
 
-Departures from TRL: vocabularies that differ only in padding rows are accepted; checkpoints go to
-`checkpoints/step-000008` and appear there whole or not at all; the data order of a later epoch survives a resume (TRL's
-sampler restarts its permutations); `bf16=True` holds on one process too. Left out: a remote teacher, and what TRL
-itself refuses.
+Departures from TRL: vocabularies that differ only in padding rows are accepted; `bf16=True` holds on one process too;
+and those of `RunMixin`. Left out: a remote teacher, and what TRL itself refuses.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel
 from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import RepeatSampler, create_model_from_path
+from trl.trainer.utils import create_model_from_path
 
 from effopd.distill.config import OPDConfig
 from effopd.distill.divergence import (
@@ -31,11 +26,9 @@ from effopd.distill.divergence import (
     token_logprobs,
 )
 from effopd.distill.health import health_metrics, spread_subset
-from effopd.distill.ledger import CostLedger
-from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
+from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
-from effopd.errors import CheckpointError, ConfigError
-from effopd.files import write_atomically
+from effopd.errors import ConfigError
 from effopd.tasks.base import Task
 
 LEDGER_FILE = "effopd_ledger.json"
@@ -51,42 +44,7 @@ _MULTIMODAL_KEYS = (
 )
 
 
-class EpochRepeatSampler(RepeatSampler):
-    """TRL's `RepeatSampler` whose permutation is a function of (seed, epoch); epoch 0 is TRL's own order."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch, also the one a resume starts in."""
-        if self.shuffle and self.seed is not None:
-            self.generator.manual_seed(self.seed + epoch)
-
-
-class _LedgerCallback(TrainerCallback):
-    """Opens `update` for the length of an optimizer step. Must run before every other callback."""
-
-    def __init__(self, ledger: CostLedger):
-        self._ledger = ledger
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._ledger.push("update")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._ledger.pop()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._ledger.stop()
-
-
-class _StartLedgerCallback(TrainerCallback):
-    """Starts the clock when training starts. Set-up before it (loading, checks) is not part of any comparison."""
-
-    def __init__(self, ledger: CostLedger):
-        self._ledger = ledger
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._ledger.start()
-
-
-class OPDTrainer(DistillationTrainer):
+class OPDTrainer(RunMixin, DistillationTrainer):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Takes everything `trl.DistillationTrainer` takes, and:
@@ -109,6 +67,7 @@ class OPDTrainer(DistillationTrainer):
     """
 
     _tag_names: ClassVar = ["trl", "effopd", "on-policy-distillation"]
+    _host = DistillationTrainer
 
     def __init__(
         self,
@@ -129,9 +88,7 @@ class OPDTrainer(DistillationTrainer):
                 f"{'none' if teacher_model is None else 'the student object itself, which would be trained too'}. "
                 "Pass teacher_model, or --teacher_model_name_or_path."
             )
-        self.eval_task, self.ledger, self.run_dir = eval_task, CostLedger(), RunDir(args.output_dir)
-        self.resumed_from: Path | None = None
-        self._saving = False
+        self._open_run(args.output_dir, eval_task)
         self._health_rows: dict[str, torch.Tensor] | None = None
         if eval_task is not None and eval_dataset is None:
             eval_dataset = eval_task.to_dataset()
@@ -143,9 +100,7 @@ class OPDTrainer(DistillationTrainer):
             self.accelerator.unwrap_model(self.teacher_model),
             len(self._tokenizer),
         )
-        self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
-        self.add_callback(RunDirCallback(self.run_dir))
-        self.add_callback(_StartLedgerCallback(self.ledger))
+        self._attach_run()
 
     def _check_student(self) -> None:
         if self.args.loss_type == "sampled" and self.tools:
@@ -170,27 +125,7 @@ class OPDTrainer(DistillationTrainer):
             return prepare_deepspeed(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
-    # -- data order ---------------------------------------------------------------------------------------------
-
-    def _get_train_sampler(self, dataset=None):
-        sampler = super()._get_train_sampler(dataset)
-        return EpochRepeatSampler(
-            data_source=sampler.data_source,
-            mini_repeat_count=sampler.mini_repeat_count,
-            batch_size=sampler.batch_size,
-            repeat_count=sampler.repeat_count,
-            shuffle=sampler.shuffle,
-            seed=sampler.seed,
-        )
-
     # -- sample → teacher → loss --------------------------------------------------------------------------------
-
-    def _generate_and_score_completions(self, inputs):
-        category = "rollout" if self.model.training else "eval"
-        with self.ledger.track(category):
-            output = super()._generate_and_score_completions(inputs)
-        self.ledger.count(category, generated=int(output["completion_mask"].sum()))
-        return output
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         # On one process TRL's forward redirection replaces the forward that accelerate had wrapped, so `bf16=True`
@@ -291,109 +226,15 @@ class OPDTrainer(DistillationTrainer):
             self._log_health()
         return output
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, with the cost ledger in every training row."""
-        if "loss" in logs:
-            logs.update(self.ledger.snapshot())
-        super().log(logs, start_time)
-
     # -- evaluation ---------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluate `eval_task` (see the class), or like TRL if there is none or another dataset is passed."""
-        if self.eval_task is None or eval_dataset is not None:
-            with self.ledger.track("eval"):
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        with self.ledger.track("eval"):
-            metrics, generated = evaluate_task(
-                self.accelerator.unwrap_model(self.model),
-                self.accelerator.unwrap_model(self.teacher_model),
-                self._tokenizer,
-                self.eval_task,
-                self.args,
-                vocab_size=self.vocab_size,
-                autocast=self.accelerator.autocast,
-            )
-        self.ledger.count("eval", generated=generated)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self._metrics["eval"].clear()
-        row = metrics | self.ledger.snapshot()
-        super(DistillationTrainer, self).log(dict(metrics))  # TRL would log the training metrics here too
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
-        return metrics
-
-    # -- saving and resuming ------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint of the run directory
-        (from the start if the run was killed before its first); a path continues from that one.
-
-        Raises:
-            CheckpointError: a fresh start into a directory that holds a run, or a checkpoint path that is none.
-        """
-        if resume_from_checkpoint is True:
-            checkpoint = self.run_dir.last_checkpoint()
-        elif resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-        else:
-            checkpoint = None
-            self.run_dir.refuse_overwrite()
-        if checkpoint is not None:
-            if not (checkpoint / TRAINER_STATE_NAME).is_file():
-                raise CheckpointError(
-                    f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as "
-                    f"{self.run_dir.checkpoint(8)}."
-                )
-            self._load_ledger(checkpoint)
-            self.resumed_from = checkpoint
-            self.args.eval_on_start = False  # the run has started before; its rows are there
-        else:
-            self._save_trajectory()
-        return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
-
-    def _load_ledger(self, checkpoint: Path) -> None:
-        path = checkpoint / LEDGER_FILE
-        if path.exists():
-            self.ledger.load_state_dict(json.loads(path.read_text()))
-
-    def _get_output_dir(self, trial):
-        return str(self.run_dir.staging) if self._saving else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial):
-        step = self.state.global_step
-        if self.args.should_save:
-            self.run_dir.fresh_staging()
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        staged, final = self.run_dir.staging / f"checkpoint-{step}", self.run_dir.checkpoint(step)
-        if self.args.should_save:
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "save_state"):
-                    callback.save_state(staged)
-            if self.state.best_global_step is not None:
-                self.state.best_model_checkpoint = str(self.run_dir.checkpoint(self.state.best_global_step))
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            write_atomically(
-                staged / LEDGER_FILE, lambda path: path.write_text(json.dumps(self.ledger.state_dict(), indent=1))
-            )
-            self.run_dir.publish(staged, final)
-            best = self.state.best_model_checkpoint
-            self.run_dir.rotate(self.args.save_total_limit, Path(best) if best else None)
-        self.accelerator.wait_for_everyone()
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self._save_trajectory()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _save_trajectory(self) -> None:
-        step = self.state.global_step
-        wanted = in_trajectory(self.args.trajectory, step, self.state.max_steps)
-        if not wanted or not self.args.should_save or self.run_dir.trajectory(step).exists():
-            return
-        staged = self.run_dir.fresh_staging() / "trajectory"
-        self.save_model(str(staged), _internal_call=True)
-        self.run_dir.publish(staged, self.run_dir.trajectory(step))
+    def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
+        return evaluate_task(
+            self.accelerator.unwrap_model(self.model),
+            self.accelerator.unwrap_model(self.teacher_model),
+            self._tokenizer,
+            task,
+            self.args,
+            vocab_size=self.vocab_size,
+            autocast=self.accelerator.autocast,
+        )

@@ -1,0 +1,212 @@
+"""What every trainer of this package adds to its TRL host: a run directory, costs, task evaluation, safe resume.
+
+`OPDTrainer` and the reinforcement-learning trainers mix this in, so their rows, checkpoints, trajectories, accuracies and
+seconds mean the same. Rollouts and losses stay with the host. Departures from TRL: checkpoints go to
+`checkpoints/step-000008` and appear there whole or not at all; the data order of a later epoch survives a resume (TRL's
+sampler restarts its permutations).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer import TRAINER_STATE_NAME
+from trl.trainer.utils import RepeatSampler
+
+from effopd.distill.ledger import CostLedger
+from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
+from effopd.errors import CheckpointError
+from effopd.files import write_atomically
+from effopd.tasks.base import Task
+
+LEDGER_FILE = "effopd_ledger.json"
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's `RepeatSampler` whose permutation is a function of (seed, epoch); epoch 0 is TRL's own order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch, also the one a resume starts in."""
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+class _LedgerCallback(TrainerCallback):
+    """Opens `update` for the length of an optimizer step. Must run before every other callback."""
+
+    def __init__(self, ledger: CostLedger):
+        self._ledger = ledger
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._ledger.push("update")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._ledger.pop()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._ledger.stop()
+
+
+class _StartLedgerCallback(TrainerCallback):
+    """Starts the clock when training starts. Set-up before it (loading, checks) is not part of any comparison."""
+
+    def __init__(self, ledger: CostLedger):
+        self._ledger = ledger
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._ledger.start()
+
+
+_Host: Any = Trainer if TYPE_CHECKING else object
+
+
+class RunMixin(_Host):
+    """Mixed into a TRL trainer, before it: `class OPDTrainer(RunMixin, DistillationTrainer)`.
+
+    The trainer calls `_open_run` before and `_attach_run` after its host's `__init__`, and defines `_measure_task`.
+
+    Attributes:
+        ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
+        run_dir: the run directory.
+        eval_task: what an evaluation answers, or `None` for the host's own evaluation.
+        resumed_from: the checkpoint the run went on from, if any.
+    """
+
+    #: The TRL class below; its `log` is passed over where it would add training metrics to an evaluation.
+    _host: ClassVar[Any]
+
+    def _open_run(self, output_dir: str, eval_task: Task | None) -> None:
+        self.eval_task, self.ledger, self.run_dir = eval_task, CostLedger(), RunDir(output_dir)
+        self.resumed_from: Path | None = None
+        self._saving = False
+
+    def _attach_run(self) -> None:
+        self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
+        self.add_callback(RunDirCallback(self.run_dir))
+        self.add_callback(_StartLedgerCallback(self.ledger))
+
+    def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
+        """Metrics of an evaluation (without prefix) and the tokens it generated."""
+        raise NotImplementedError
+
+    # -- data order ---------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(
+            data_source=sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+        )
+
+    # -- rollout, logging and evaluation ------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        category = "rollout" if self.model.training else "eval"
+        with self.ledger.track(category):
+            output = super()._generate_and_score_completions(inputs)
+        self.ledger.count(category, generated=int(output["completion_mask"].sum()))
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The host's log, with the cost ledger in every training row."""
+        if "loss" in logs:
+            logs.update(self.ledger.snapshot())
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluate `eval_task`, or like the host if there is none or another dataset is passed."""
+        if self.eval_task is None or eval_dataset is not None:
+            with self.ledger.track("eval"):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self.ledger.track("eval"):
+            metrics, generated = self._measure_task(self.eval_task)
+        self.ledger.count("eval", generated=generated)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._metrics["eval"].clear()
+        row = metrics | self.ledger.snapshot()
+        super(self._host, self).log(dict(metrics))  # the host would log the training metrics here too
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
+        return metrics
+
+    # -- saving and resuming ------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint of the run directory
+        (from the start if the run was killed before its first); a path continues from that one.
+
+        Raises:
+            CheckpointError: a fresh start into a directory that holds a run, or a checkpoint path that is none.
+        """
+        if resume_from_checkpoint is True:
+            checkpoint = self.run_dir.last_checkpoint()
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+        else:
+            checkpoint = None
+            self.run_dir.refuse_overwrite()
+        if checkpoint is not None:
+            if not (checkpoint / TRAINER_STATE_NAME).is_file():
+                raise CheckpointError(
+                    f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as "
+                    f"{self.run_dir.checkpoint(8)}."
+                )
+            self._load_ledger(checkpoint)
+            self.resumed_from = checkpoint
+            self.args.eval_on_start = False  # the run has started before; its rows are there
+        else:
+            self._save_trajectory()
+        return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+
+    def _load_ledger(self, checkpoint: Path) -> None:
+        path = checkpoint / LEDGER_FILE
+        if path.exists():
+            self.ledger.load_state_dict(json.loads(path.read_text()))
+
+    def _get_output_dir(self, trial):
+        return str(self.run_dir.staging) if self._saving else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        step = self.state.global_step
+        if self.args.should_save:
+            self.run_dir.fresh_staging()
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        staged, final = self.run_dir.staging / f"checkpoint-{step}", self.run_dir.checkpoint(step)
+        if self.args.should_save:
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "save_state"):
+                    callback.save_state(staged)
+            if self.state.best_global_step is not None:
+                self.state.best_model_checkpoint = str(self.run_dir.checkpoint(self.state.best_global_step))
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            write_atomically(
+                staged / LEDGER_FILE, lambda path: path.write_text(json.dumps(self.ledger.state_dict(), indent=1))
+            )
+            self.run_dir.publish(staged, final)
+            best = self.state.best_model_checkpoint
+            self.run_dir.rotate(self.args.save_total_limit, Path(best) if best else None)
+        self.accelerator.wait_for_everyone()
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._save_trajectory()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_trajectory(self) -> None:
+        step = self.state.global_step
+        wanted = in_trajectory(self.args.trajectory, step, self.state.max_steps)
+        if not wanted or not self.args.should_save or self.run_dir.trajectory(step).exists():
+            return
+        staged = self.run_dir.fresh_staging() / "trajectory"
+        self.save_model(str(staged), _internal_call=True)
+        self.run_dir.publish(staged, self.run_dir.trajectory(step))
