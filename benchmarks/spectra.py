@@ -15,8 +15,8 @@ import statistics
 import time
 
 import torch
-from effopd.dynamics.entries import entry_metrics
 
+from effopd.dynamics.entries import entry_metrics
 from effopd.dynamics.leading import leading_directions
 from effopd.dynamics.spectrum import singular_values, spectrum_metrics
 

@@ -1,4 +1,4 @@
-"""The command line: `effopd train | eval | quickstart | testbed`.
+"""The command line: `effopd quickstart | train | rl | eval | analyze | intervene | testbed`.
 
 Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of them, and flags
 given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or as an `effopd:` block in YAML.
@@ -117,6 +117,67 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
+# -- rl ---------------------------------------------------------------------------------------------------------
+
+
+def parse_rl(argv: Sequence[str]):
+    """Command line and YAML → `RLRunSettings`; the algorithm's preset gives the defaults.
+
+    Raises:
+        ConfigError: unknown algorithm or setting, or a value out of range.
+    """
+    from trl import ModelConfig, TrlParser
+
+    from effopd.distill.launch_rl import RLRunSettings
+    from effopd.distill.rl_config import PRESETS, config_class
+    from effopd.errors import ConfigError
+    from effopd.tasks import TaskConfig
+    from effopd.testbed import resolve_model
+
+    algorithm = _algorithm(list(argv))
+    parser = TrlParser(
+        [ModelConfig, TaskConfig, config_class(algorithm)],
+        prog="effopd rl",
+        description="Reinforcement learning on a task: GRPO, DAPO or RLOO with their published settings as defaults.",
+        epilog="Example: effopd rl --algorithm grpo --model_name_or_path STUDENT --task math:train.jsonl "
+        "--per_device_train_batch_size 64 --trajectory powers_of_two --output_dir runs/teacher",
+    )
+    parser.set_defaults(**PRESETS[algorithm])
+    try:
+        model, task, rl = parser.parse_args_and_config(list(argv))
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
+    model.model_name_or_path = resolve_model(model.model_name_or_path)
+    return RLRunSettings(model, task, rl)
+
+
+def _algorithm(argv: list[str]) -> str:
+    """`--algorithm` from the command line, else from the YAML file: it decides which flags there are."""
+    import yaml
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algorithm")
+    first.add_argument("--config")
+    known, _ = first.parse_known_args(argv)
+    if known.algorithm is None and known.config is not None:
+        from pathlib import Path
+
+        path = Path(known.config)
+        settings = yaml.safe_load(path.read_text()) if path.is_file() else None
+        known.algorithm = settings.get("algorithm") if isinstance(settings, dict) else None
+    return known.algorithm or "grpo"
+
+
+def rl(argv: Sequence[str]) -> int:
+    """`effopd rl`."""
+    settings = parse_rl(argv)
+    from effopd.distill.launch_rl import run_rl
+
+    trainer = run_rl(settings)
+    print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
+    return 0
+
+
 # -- eval -------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +208,7 @@ def testbed(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "quickstart": (quickstart, "watch EffOPD against plain OPD on the built-in testbed, with the net speed-up"),
     "train": (train, "distil a teacher into a student"),
+    "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
     "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),
     "testbed": (testbed, "rebuild the built-in student and teacher from nothing"),
 }

@@ -14,34 +14,18 @@ LOSSES = ("full", "sampled")
 
 
 @dataclass
-class OPDConfig(DistillationConfig):
-    """Configuration of `OPDTrainer`.
-
-    Defaults that differ from TRL's: `lr_scheduler_type="constant"` (the paper trains without decay or warm-up),
-    `logging_steps=1` (a row a step), `bf16=False` where there is no accelerator.
+class RunArguments:
+    """Flags that every trainer of this package adds to its TRL host's, and defaults it changes: a constant learning
+    rate, a row a step, `bf16=False` where there is no accelerator.
 
     Raises:
-        ConfigError: a value is out of range or contradicts another one.
+        ConfigError: a value is out of range.
     """
 
-    output_dir: str = field(default="runs/opd", metadata={"help": "The run directory."})
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Learning-rate schedule; the paper's is constant, without warm-up."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every that many optimizer steps."})
-
-    loss_type: str = field(
-        default="full",
-        metadata={
-            "help": "'full': exact full-vocabulary divergence at every student-visited token (`beta` selects it). "
-            "'sampled': the paper's policy-gradient form on the sampled token (always the reverse KL).",
-            "choices": list(LOSSES),
-        },
-    )
-    health_tokens: int = field(
-        default=256,
-        metadata={"help": "Health metrics are computed on at most this many tokens per logged step (0: none)."},
-    )
     eval_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the sampled answers of accuracy evaluations."}
     )
@@ -58,19 +42,51 @@ class OPDConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
-        if getattr(self, "bf16", None) is None and not self.fp16 and not torch.accelerator.is_available():
+        if (
+            getattr(self, "bf16", None) is None
+            and not getattr(self, "fp16", False)
+            and not torch.accelerator.is_available()
+        ):
             self.bf16 = False
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn
+        super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
+        self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
+        in_trajectory(self.trajectory, 0, 0)
+        length = getattr(self, "max_completion_length", None)
+        if length is None or length < 1:
+            raise ConfigError(f"max_completion_length must be at least 1, got {length}.")
+
+
+@dataclass
+class OPDConfig(RunArguments, DistillationConfig):
+    """Configuration of `OPDTrainer`.
+
+    Raises:
+        ConfigError: a value is out of range or contradicts another one.
+    """
+
+    output_dir: str = field(default="runs/opd", metadata={"help": "The run directory."})
+
+    loss_type: str = field(
+        default="full",
+        metadata={
+            "help": "'full': exact full-vocabulary divergence at every student-visited token (`beta` selects it). "
+            "'sampled': the paper's policy-gradient form on the sampled token (always the reverse KL).",
+            "choices": list(LOSSES),
+        },
+    )
+    health_tokens: int = field(
+        default=256,
+        metadata={"help": "Health metrics are computed on at most this many tokens per logged step (0: none)."},
+    )
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss_type not in LOSSES:
             raise ConfigError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")
-        self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
-        in_trajectory(self.trajectory, 0, 0)
         if self.health_tokens < 0:
             raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
-        if self.max_completion_length is None or self.max_completion_length < 1:
-            raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
         if self.loss_type == "sampled":
             self._check_sampled()
 

@@ -47,7 +47,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     _require_models(model, opd)
     run_dir = RunDir(opd.output_dir)
-    if not _resume(opd):
+    if not resume_argument(opd):
         run_dir.refuse_overwrite()
     text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
     load = {"trust_remote_code": opd.trust_remote_code}
@@ -55,7 +55,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
         model.model_name_or_path, revision=model.model_revision, padding_side="left", truncation_side="left", **load
     )
     check_models(model.model_name_or_path, opd.teacher_model_name_or_path, tokenizer, **load)
-    train, held_out = _load_tasks(task, opd, effopd)
+    train, held_out = load_tasks(task, opd, answers=effopd.enabled)
     for part in (train, held_out):
         if part is not None:
             check_task(part, tokenizer, task.max_prompt_length, **(opd.chat_template_kwargs or {}))
@@ -65,7 +65,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
             f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "
             "--gradient_accumulation_steps, or raise --train_size."
         )
-    _check_disk(settings, len(train), batch)
+    check_space(model.model_name_or_path, opd, len(train), batch, effopd=effopd.enabled)
     _merge_init_kwargs(model, opd)
     trainer = OPDTrainer(
         model.model_name_or_path,
@@ -84,7 +84,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     return trainer
 
 
-def _resume(opd: OPDConfig) -> str | bool | None:
+def resume_argument(opd: Any) -> str | bool | None:
     """`resume_from_checkpoint` with the words of a command line understood."""
     value = opd.resume_from_checkpoint
     return {"true": True, "false": None}.get(str(value).lower(), value)
@@ -99,24 +99,27 @@ def _require_models(model: ModelConfig, opd: OPDConfig) -> None:
             raise ConfigError(f"{flag} is missing: expected a model folder or a Hub id.")
 
 
-def _load_tasks(task: TaskConfig, opd: OPDConfig, effopd: EffOPDConfig) -> tuple[Task, Task | None]:
-    evaluates = opd.eval_strategy != "no" or opd.eval_on_start
-    answers = evaluates or effopd.enabled
-    train = load_task(task, "train", answers_required=answers)
+def load_tasks(task: TaskConfig, args: Any, *, answers: bool) -> tuple[Task, Task | None]:
+    """Training and, where the run evaluates, held-out prompts; `answers`: training itself needs them."""
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    train = load_task(task, "train", answers_required=answers or evaluates)
     return train, load_task(task, "eval") if evaluates else None
 
 
-def _check_disk(settings: RunSettings, prompts: int, batch: int) -> None:
-    opd = settings.opd
+def check_space(name: str, opd: Any, prompts: int, batch: int, *, effopd: bool) -> None:
+    """Refuse a run whose checkpoints will not fit on the disk.
+
+    Raises:
+        CheckpointError: less is free than a full set takes.
+    """
     if opd.save_strategy == SaveStrategy.NO:
         return
     steps = opd.max_steps if opd.max_steps > 0 else math.ceil(prompts / batch * opd.num_train_epochs)
     every = opd.save_steps if opd.save_steps >= 1 else max(1, math.ceil(opd.save_steps * steps))
     kept = max(1, math.ceil(steps / every)) if opd.save_strategy == SaveStrategy.STEPS else 1
     kept = min(kept, opd.save_total_limit) if opd.save_total_limit else kept
-    name = settings.model.model_name_or_path
     parameters = parameter_count(name, trust_remote_code=opd.trust_remote_code)
-    check_disk(opd.output_dir, parameters, int(kept), effopd=settings.effopd.enabled)
+    check_disk(opd.output_dir, parameters, int(kept), effopd=effopd)
 
 
 def _merge_init_kwargs(model: ModelConfig, opd: OPDConfig) -> None:
@@ -131,22 +134,28 @@ def _merge_init_kwargs(model: ModelConfig, opd: OPDConfig) -> None:
 def run(settings: RunSettings) -> OPDTrainer:
     """Train, and leave the final model beside the rows in the run directory."""
     trainer = build_trainer(settings)
-    trainer.train(resume_from_checkpoint=_resume(settings.opd))
+    trainer.train(resume_from_checkpoint=resume_argument(settings.opd))
     trainer.save_model(str(trainer.run_dir.root))
     return trainer
 
 
 def to_yaml(settings: RunSettings) -> str:
-    """The run as YAML that `effopd train --config` takes back: every setting that is not a default, all of ours, and
-    the versions of the libraries as comments."""
-    defaults = OPDConfig(output_dir=settings.opd.output_dir)
-    values = _differing(settings.model, ModelConfig()) | _plain(settings.task)
-    values |= _differing(settings.opd, defaults) | {
-        name: getattr(settings.opd, name)
+    """The run as YAML that `effopd train --config` takes back."""
+    return settings_yaml(settings.model, settings.task, settings.opd, {"effopd": plain(settings.effopd)})
+
+
+def settings_yaml(model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any]) -> str:
+    """Every setting that is not a default, all of ours, and the versions of the libraries as comments."""
+    values = differing(model, ModelConfig()) | plain(task)
+    values |= differing(args, type(args)(output_dir=args.output_dir)) | {
+        name: getattr(args, name)
         for name in ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length")
+        if hasattr(args, name)
     }
     values.pop("resume_from_checkpoint", None)
-    values["effopd"] = _plain(settings.effopd)
+    if "steps_per_generation" in values:
+        values.pop("generation_batch_size", None)  # TRL derives one from the other and takes only one back
+    values |= extra
     lines = [f"# {name} {version}" for name, version in versions().items()]
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
 
@@ -162,11 +171,12 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     return found
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
+    """Fields that are set, as a dictionary."""
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
 
 
-def _differing(config: Any, default: Any) -> dict[str, Any]:
+def differing(config: Any, default: Any) -> dict[str, Any]:
     """Fields whose value is not the default's; enums as their value, nested configs as dictionaries."""
     result = {}
     for field in dataclasses.fields(config):

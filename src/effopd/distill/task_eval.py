@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from effopd.distill.config import OPDConfig
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.evaluate import EvalResult, evaluate
 from effopd.restore import evaluating
@@ -19,22 +19,22 @@ from effopd.tasks.base import Task
 
 def evaluate_task(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    args: OPDConfig,
+    args: Any,
     *,
     vocab_size: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[dict[str, float], int]:
-    """Sample one answer a prompt, measure its KL to the teacher and its accuracy; then greedy, if asked for.
+    """Sample one answer a prompt, measure its KL to the teacher (if there is one) and its accuracy; then greedy, if asked.
 
     Always the same prompts and the same sampling noise (`args.eval_seed`), so a curve over training is paired.
 
     Returns:
         (`kl` in nats per token with its standard error `kl_se` over prompts, `loss` (= `kl`), `accuracy` with
         `accuracy_low` and `accuracy_high`, the same for `accuracy_greedy`, `response_length`, `truncated_share`,
-        `runtime`; number of tokens generated).
+        `runtime`; number of tokens generated). Without a teacher there is no `kl` and no `loss`.
     """
     start = time.perf_counter()
 
@@ -53,7 +53,9 @@ def evaluate_task(
             )
 
     results = {"accuracy": answer(args.eval_temperature)}
-    metrics = _kl(student, teacher, results["accuracy"], args, vocab_size, tokenizer.pad_token_id, autocast)
+    metrics: dict[str, float] = {}
+    if teacher is not None:
+        metrics = _kl(student, teacher, results["accuracy"], args, vocab_size, tokenizer.pad_token_id, autocast)
     if args.eval_greedy:
         results["accuracy_greedy"] = answer(0.0)
     for name, result in results.items():
@@ -67,7 +69,7 @@ def evaluate_task(
     return metrics, sum(result.generated_tokens for result in results.values())
 
 
-def _kl(student, teacher, sampled: EvalResult, args: OPDConfig, vocab_size: int, pad: int, autocast):
+def _kl(student, teacher, sampled: EvalResult, args, vocab_size: int, pad: int, autocast):
     answers = [row[0] for row in sampled.completions]
     with evaluating(student, teacher), autocast():
         sums, counts = reverse_kl_of_completions(

@@ -58,9 +58,8 @@ def train_teacher(
     settings: RLSettings,
     seed: int,
     log: Callable[[str], None] = print,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
-    """Tune `model` in place; `callbacks` join the trainer's own."""
+    """Tune `model` in place."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -96,7 +95,7 @@ def train_teacher(
             args=config,
             train_dataset=Dataset.from_list([{"prompt": e.prompt, "example_id": e.id} for e in examples]),
             processing_class=tokenizer,
-            callbacks=[_LogReward(log, settings.steps), *callbacks],
+            callbacks=[_LogReward(log, settings.steps)],
         )
         run_quietly(trainer)
     model.eval()

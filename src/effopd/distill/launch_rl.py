@@ -1,0 +1,90 @@
+"""From settings to a finished reinforcement-learning run; the counterpart of `launch.py` for `effopd rl`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from effopd.distill.launch import check_space, load_tasks, resume_argument, settings_yaml
+from effopd.distill.preflight import check_models, check_task
+from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
+from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
+from effopd.distill.run_dir import CONFIG, RunDir
+from effopd.errors import ConfigError
+from effopd.files import write_atomically
+from effopd.tasks import TaskConfig
+
+
+@dataclass
+class RLRunSettings:
+    """Everything that defines a reinforcement-learning run."""
+
+    model: ModelConfig
+    task: TaskConfig
+    rl: TaskGRPOConfig | TaskRLOOConfig
+
+
+def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
+    """Check everything that can be checked cheaply, load the model, and write the run's `config.yaml`.
+
+    Raises:
+        EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
+    """
+    model, task, rl = settings.model, settings.task, settings.rl
+    name = model.model_name_or_path
+    if not name:
+        raise ConfigError("--model_name_or_path is missing: expected a model folder or a Hub id.")
+    run_dir = RunDir(rl.output_dir)
+    if not resume_argument(rl):
+        run_dir.refuse_overwrite()
+    text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
+    load = {"trust_remote_code": rl.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=model.model_revision, padding_side="left", truncation_side="left", **load
+    )
+    check_models(name, name, tokenizer, **load)
+    train, held_out = load_tasks(task, rl, answers=True)
+    for part in (train, held_out):
+        if part is not None:
+            check_task(part, tokenizer, task.max_prompt_length, **(rl.chat_template_kwargs or {}))
+    prompts = rl.generation_batch_size // rl.num_generations
+    if len(train) < prompts:
+        raise ConfigError(
+            f"a generation batch takes {prompts} prompts ({rl.generation_batch_size} answers, {rl.num_generations} a "
+            f"prompt) but the task has {len(train)}: lower --per_device_train_batch_size or raise --train_size."
+        )
+    check_space(name, rl, len(train), prompts, effopd=False)
+    dtype = {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
+    rl.model_init_kwargs = (
+        {"attn_implementation": model.attn_implementation, "revision": model.model_revision}
+        | dtype
+        | dict(rl.model_init_kwargs or {})
+    )
+    trainer_class = TaskRLOOTrainer if isinstance(rl, TaskRLOOConfig) else TaskGRPOTrainer
+    trainer = trainer_class(
+        name,
+        rl,
+        train,
+        held_out,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir.root / CONFIG, lambda path: path.write_text(text))
+    return trainer
+
+
+def run_rl(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
+    """Train, and leave the final model beside the rows in the run directory."""
+    trainer = build_rl_trainer(settings)
+    trainer.train(resume_from_checkpoint=resume_argument(settings.rl))
+    trainer.save_model(str(trainer.run_dir.root))
+    return trainer
+
+
+def rl_yaml(settings: RLRunSettings) -> str:
+    """The run as YAML that `effopd rl --config` takes back."""
+    return settings_yaml(settings.model, settings.task, settings.rl, {"algorithm": settings.rl.algorithm})

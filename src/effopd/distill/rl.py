@@ -1,0 +1,109 @@
+"""Reinforcement learning on a task, through TRL: the other side of every analysis, and the maker of teachers.
+
+    sample n answers a prompt (TRL) → verify → advantage → loss → step → log → evaluate → save
+
+Rows, evaluation, ledger, checkpoints and trajectory are those of `effopd train` (`RunMixin`). The reward is 1 for a
+verified answer and 0 otherwise; partial credit is left out, so that accuracy is what grows. Left out: DAPO's dynamic
+sampling, which TRL does not have: groups whose answers are all right or all wrong stay in the batch with advantage 0
+(`frac_reward_zero_std` counts them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+from trl import GRPOTrainer, RLOOTrainer
+from trl.rewards import get_soft_overlong_punishment
+
+from effopd.distill.run_mixin import RunMixin
+from effopd.distill.task_eval import evaluate_task
+from effopd.errors import TaskError
+from effopd.evaluate import CORRECT
+from effopd.tasks.base import Task
+
+
+def correct_reward(task: Task) -> Callable[..., list[float]]:
+    """TRL's reward function for a task: 1.0 where the verifier's score is 1, else 0.0; rows are found by column `id`."""
+    by_id = {example.id: example for example in task.examples}
+
+    def correct(completions, id, **_) -> list[float]:
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        scores = task.verify_batch(texts, [by_id[i] for i in id])
+        return [float(score >= CORRECT) for score in scores]
+
+    return correct
+
+
+class TaskRLMixin(RunMixin):
+    """A TRL reinforcement-learning trainer on a `Task`.
+
+    Args:
+        model: path or model.
+        args: a `TaskGRPOConfig` or `TaskRLOOConfig`.
+        train_task: prompts with answers.
+        eval_task: held-out prompts with answers; an evaluation reports `eval_accuracy` and `eval_accuracy_greedy` with
+            95 % intervals.
+
+    Raises:
+        TaskError: examples of the training task cannot be graded.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: Any,
+        train_task: Task,
+        eval_task: Task | None = None,
+        **kwargs: Any,
+    ):
+        if not train_task.verifiable:
+            raise TaskError(
+                f"task '{train_task.name}' cannot be a reward: expected examples that all have an answer. Fill in the "
+                "`answer` column or use another task."
+            )
+        self._open_run(args.output_dir, eval_task)
+        rewards = [correct_reward(train_task)]
+        if args.overlong_cache:
+            limit = args.max_completion_length
+            rewards.append(get_soft_overlong_punishment(limit, max(1, round(args.overlong_cache * limit))))
+        super().__init__(
+            model=model,
+            reward_funcs=rewards,
+            args=args,
+            train_dataset=train_task.to_dataset(),
+            eval_dataset=eval_task.to_dataset() if eval_task is not None else None,
+            **kwargs,
+        )
+        self._attach_run()
+
+    def _compute_loss(self, model, inputs):
+        if self.model.training:
+            self.ledger.count("update", forward=int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()))
+        return super()._compute_loss(model, inputs)
+
+    def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
+        return evaluate_task(
+            self.accelerator.unwrap_model(self.model),
+            None,
+            self.processing_class,
+            task,
+            self.args,
+            vocab_size=0,
+            autocast=self.accelerator.autocast,
+        )
+
+
+class TaskGRPOTrainer(TaskRLMixin, GRPOTrainer):
+    """GRPO and DAPO (arXiv 2402.03300, 2503.14476)."""
+
+    _tag_names: ClassVar = ["trl", "effopd", "grpo"]
+    _host = GRPOTrainer
+
+
+class TaskRLOOTrainer(TaskRLMixin, RLOOTrainer):
+    """RLOO (arXiv 2402.14740)."""
+
+    _tag_names: ClassVar = ["trl", "effopd", "rloo"]
+    _host = RLOOTrainer

@@ -1,0 +1,76 @@
+"""The reinforcement-learning baselines: TRL's GRPO and RLOO configurations with the published settings as presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig, RLOOConfig
+
+from effopd.distill.config import RunArguments
+from effopd.errors import ConfigError
+
+#: Defaults of `effopd rl` by `--algorithm`; flags and YAML win over them.
+PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv 2402.03300 as the paper (2605.11739) runs it: clip 0.2, KL 0.001 to the start, 16 answers a prompt
+    "grpo": {
+        "learning_rate": 1e-6, "num_generations": 16, "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.001,
+        "loss_type": "grpo", "scale_rewards": "group",
+    },
+    # arXiv 2503.14476: higher upper clip, no KL, mean over tokens, soft punishment of overlong answers
+    "dapo": {
+        "learning_rate": 1e-6, "num_generations": 16, "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0,
+        "loss_type": "dapo", "scale_rewards": "group", "overlong_cache": 0.2,
+    },
+    # arXiv 2402.14740
+    "rloo": {"learning_rate": 1e-6, "num_generations": 16, "beta": 0.0},
+}  # fmt: skip
+
+
+@dataclass
+class RLArguments(RunArguments):
+    """What the reinforcement-learning trainers add."""
+
+    output_dir: str = field(default="runs/rl", metadata={"help": "The run directory."})
+    algorithm: str = field(
+        default="grpo",
+        metadata={
+            "help": "grpo, dapo or rloo: the trainer, and a preset of published settings under your own flags.",
+            "choices": list(PRESETS),
+        },
+    )
+    overlong_cache: float = field(
+        default=0.0,
+        metadata={
+            "help": "Soft overlong punishment (DAPO, eq. 13): from this share of max_completion_length before the "
+            "limit on, the reward falls linearly to −1. 0: none."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.algorithm not in PRESETS:
+            raise ConfigError(f"algorithm must be one of {', '.join(PRESETS)}; got {self.algorithm!r}.")
+        if not 0.0 <= self.overlong_cache < 1.0:
+            raise ConfigError(f"overlong_cache must be in [0, 1), got {self.overlong_cache}.")
+
+
+@dataclass
+class TaskGRPOConfig(RLArguments, GRPOConfig):
+    """`trl.GRPOConfig` and `RLArguments`; for `algorithm` grpo and dapo."""
+
+
+@dataclass
+class TaskRLOOConfig(RLArguments, RLOOConfig):
+    """`trl.RLOOConfig` and `RLArguments`."""
+
+
+def config_class(algorithm: str) -> type[TaskGRPOConfig] | type[TaskRLOOConfig]:
+    """The configuration class of an algorithm.
+
+    Raises:
+        ConfigError: unknown algorithm.
+    """
+    if algorithm not in PRESETS:
+        raise ConfigError(f"--algorithm must be one of {', '.join(PRESETS)}; got {algorithm!r}.")
+    return TaskRLOOConfig if algorithm == "rloo" else TaskGRPOConfig

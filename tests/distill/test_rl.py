@@ -1,0 +1,174 @@
+"""The reinforcement-learning baselines: TRL's updates, this package's run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_model, make_task, make_tokenizer
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from effopd.cli import main, parse_rl
+from effopd.distill.launch_rl import rl_yaml
+from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer, correct_reward
+from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
+from effopd.errors import CheckpointError, ConfigError, TaskError
+from effopd.files import read_rows
+from effopd.tasks.base import Example, Task
+
+SHARED = {
+    "per_device_train_batch_size": 16, "num_generations": 4, "beta": 0.0, "max_completion_length": 5, "learning_rate": 2e-3,
+    "lr_scheduler_type": "constant", "report_to": "none", "activation_checkpointing": False, "disable_tqdm": True,
+    "use_cpu": True, "bf16": False, "logging_steps": 1, "max_steps": 4, "dataloader_pin_memory": False,
+}  # fmt: skip
+
+
+def make_trainer(output_dir, kind=TaskGRPOTrainer, config=TaskGRPOConfig, **settings):
+    args = config(output_dir=str(output_dir), **(SHARED | settings))
+    task = make_task(32)
+    return kind(make_model(0), args, task, task.sample(8, 1), processing_class=make_tokenizer())
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "host", "host_config"),
+    [
+        (TaskGRPOTrainer, TaskGRPOConfig, GRPOTrainer, GRPOConfig),
+        (TaskRLOOTrainer, TaskRLOOConfig, RLOOTrainer, RLOOConfig),
+    ],
+)
+def test_trains_bit_for_bit_like_trl(tmp_path, kind, config, host, host_config):
+    settings = {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1, "trajectory": "1"}
+    ours = make_trainer(tmp_path / "ours", kind, config, **settings)
+    ours.train()
+    task = make_task(32)
+    theirs = host(
+        make_model(0), correct_reward(task), host_config(output_dir=str(tmp_path / "trl"), save_strategy="no", **SHARED),
+        task.to_dataset(), processing_class=make_tokenizer(),
+    )  # fmt: skip
+    theirs.train()
+    assert same(parameters(ours), parameters(theirs))
+    assert not same(parameters(ours), dict(make_model(0).named_parameters()))
+    saved = [path.name for path in sorted((tmp_path / "ours" / "trajectory").iterdir())]
+    assert saved == [f"step-{step:06d}" for step in range(5)]
+    assert same(
+        load_file(tmp_path / "ours" / "trajectory" / "step-000004" / "model.safetensors"),
+        {n: p for n, p in parameters(ours).items() if n != "lm_head.weight"},
+    )
+
+
+def test_rows(tmp_path):
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, eval_on_start=True, save_strategy="no")
+    trainer.train()
+    rows, evals = list(read_rows(tmp_path / "metrics.jsonl")), list(read_rows(tmp_path / "evals.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in evals] == [0, 2, 4]
+    for row in rows:
+        assert 0 <= row["rewards/correct/mean"] <= 1
+    last = rows[-1]
+    assert last["cost/rollout_generated_tokens"] > 0 and last["cost/update_forward_tokens"] > 0
+    parts = [last[f"cost/{name}_seconds"] for name in ("rollout", "teacher", "update", "search", "other")]
+    assert last["cost/net_seconds"] == pytest.approx(sum(parts))
+    assert {"eval_accuracy", "eval_accuracy_low", "eval_accuracy_greedy"} <= evals[0].keys()
+    assert "eval_kl" not in evals[0]
+
+
+@pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}])
+def test_resume_ends_with_the_same_weights(tmp_path, extra):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6} | extra
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    first = make_trainer(tmp_path / "cut", **settings)
+    first.add_callback(_StopAt(3))
+    first.train()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        make_trainer(tmp_path / "cut", **settings).train()
+    again = make_trainer(tmp_path / "cut", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert same(parameters(whole), parameters(again))
+
+
+class _StopAt(TrainerCallback):
+    """Ends a run early, after its last checkpoint at step 2 is complete."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop, control.should_save = True, False
+        return control
+
+
+def test_reward_is_verified_correctness():
+    task = make_task(8)
+    reward = correct_reward(task)
+    answers = [[{"role": "assistant", "content": text}] for text in ("xa", "xb", "b")]
+    assert reward(completions=answers, id=["0", "0", "1"], prompts=None) == [1.0, 0.0, 1.0]
+    assert reward(completions=["a", "z"], id=["0", "0"]) == [1.0, 0.0]
+
+
+def test_overlong_answers_are_punished(tmp_path):
+    trainer = make_trainer(tmp_path, overlong_cache=0.4, save_strategy="no", max_steps=1)
+    assert len(trainer.reward_funcs) == 2
+    punish = trainer.reward_funcs[1]
+    assert punish(completion_ids=[[1] * 3, [1] * 4, [1] * 5]) == [0.0, -0.5, -1.0]
+
+
+def flags(output_dir, *extra):
+    return ["--model_name_or_path", "testbed:student", "--task", "testbed:chain_sum", "--output_dir", str(output_dir),
+            "--train_size", "64", "--eval_size", "8", "--max_completion_length", "12", "--report_to", "none",
+            "--per_device_train_batch_size", "32", "--activation_checkpointing", "false", *extra]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", PRESETS)
+def test_presets_are_defaults_that_flags_override(tmp_path, algorithm):
+    rl = parse_rl(flags(tmp_path, "--algorithm", algorithm)).rl
+    assert {name: getattr(rl, name) for name in PRESETS[algorithm]} == PRESETS[algorithm]
+    assert parse_rl(flags(tmp_path, "--algorithm", algorithm, "--beta", "0.5")).rl.beta == 0.5
+
+
+@pytest.mark.parametrize("algorithm", PRESETS)
+def test_the_written_yaml_is_the_run_again(tmp_path, algorithm):
+    extra = ["--algorithm", algorithm, "--gradient_accumulation_steps", "2", "--trajectory", "8", "--seed", "3"]
+    settings = parse_rl(flags(tmp_path, *extra))
+    (tmp_path / "c.yaml").write_text(rl_yaml(settings))
+    again = parse_rl(["--config", str(tmp_path / "c.yaml")])
+    assert type(again.rl) is type(settings.rl)
+    assert rl_yaml(again) == rl_yaml(settings)
+    for field in dataclasses.fields(settings.task):
+        assert getattr(again.task, field.name) == getattr(settings.task, field.name)
+
+
+def test_the_command(tmp_path, capsys):
+    assert (
+        main(["rl", *flags(tmp_path / "run", "--max_steps", "2", "--algorithm", "grpo", "--num_generations", "4")])
+        == 0
+    )
+    assert "Done: step 2" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert "algorithm: grpo" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_mistakes_are_refused_before_training(tmp_path, capsys):
+    assert main(["rl", *flags(tmp_path / "run", "--algorithm", "ppo")]) == 2
+    assert "grpo, dapo, rloo" in capsys.readouterr().err
+    assert main(["rl", *flags(tmp_path / "run", "--train_size", "1")]) == 2
+    assert "a generation batch takes 2 prompts" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="overlong_cache"):
+        TaskGRPOConfig(overlong_cache=1.5)
+    unanswered = Task("open", (Example("0", "hi"),), lambda text, example: 1.0)
+    with pytest.raises(TaskError, match="cannot be a reward"):
+        TaskGRPOTrainer(make_model(0), TaskGRPOConfig(output_dir=str(tmp_path), **SHARED), unanswered)
