@@ -1,0 +1,1 @@
+"""What a training run did to the weights: spectra, directions, subspaces and entries of updates, as tidy tables."""
