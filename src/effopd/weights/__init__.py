@@ -1,0 +1,22 @@
+"""Checkpoints on disk: where each tensor belongs, reading and comparing one at a time, writing edited copies."""
+
+from effopd.weights.adapter import Adapter
+from effopd.weights.difference import Difference, Update
+from effopd.weights.naming import MODULES, Part, Place
+from effopd.weights.reader import Checkpoint, open_checkpoint
+from effopd.weights.trajectory import Snapshot, find_snapshots
+from effopd.weights.writer import write_checkpoint
+
+__all__ = [
+    "MODULES",
+    "Adapter",
+    "Checkpoint",
+    "Difference",
+    "Part",
+    "Place",
+    "Snapshot",
+    "Update",
+    "find_snapshots",
+    "open_checkpoint",
+    "write_checkpoint",
+]

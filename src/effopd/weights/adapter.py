@@ -1,0 +1,160 @@
+r"""LoRA adapters: the update is known by its factors, ΔW = scaling · B A, and never has to be formed.
+
+Reads what PEFT's `save_pretrained` writes. Scaling is α/r, or α/√r for rank-stabilised LoRA, with PEFT's per-module patterns.
+Refused, each with the way out: DoRA (its update is not B A), other PEFT methods, trained tokens, and adapters on stacked
+expert parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effopd.errors import CheckpointError, ConfigError, WeightsError
+from effopd.weights.reader import ADAPTER, Stored, read_header, read_json, read_tensor
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
+_MERGE = (
+    "Merge it into its base first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW)."
+)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The stored factors of one module."""
+
+    a: str
+    b: str
+    embedding: bool
+
+
+class Adapter:
+    """A LoRA adapter folder, lazily.
+
+    Args:
+        path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Attributes:
+        config: `adapter_config.json`.
+        files: stored tensor → file, for error messages.
+
+    Raises:
+        CheckpointError: a file is missing or cut short, a factor has no counterpart, or there are pickle files only.
+        ConfigError: not LoRA, or a variant whose update is not B A.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config: dict[str, Any] = read_json(self.path / ADAPTER)
+        self._check_config()
+        file = self.path / ADAPTER_WEIGHTS
+        if not file.is_file() and (self.path / "adapter_model.bin").is_file():
+            raise CheckpointError(
+                f"{self.path} has adapter_model.bin only, a pickle file, which runs code when it is loaded. Load it with PEFT "
+                "once, if you trust it, and save it again: model.save_pretrained(NEW_FOLDER)."
+            )
+        self._stored: dict[str, Stored] = read_header(file)
+        self.files = {name: stored.file for name, stored in self._stored.items()}
+        self._pairs: dict[str, _Pair] = {}
+        self._full: dict[str, str] = {}
+        self._sort()
+
+    def _check_config(self) -> None:
+        kind = str(self.config.get("peft_type"))
+        if kind != "LORA":
+            raise ConfigError(f"{self.path}: expected a LoRA adapter, got peft_type={kind}. {_MERGE}")
+        for field in ("use_dora", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
+            if self.config.get(field):
+                raise ConfigError(
+                    f"{self.path}: adapters with {field} are not supported: their update is not just scaling · B A. {_MERGE}"
+                )
+
+    def _sort(self) -> None:
+        """Tell factors from tensors that are stored in full."""
+        halves: dict[str, dict[str, str]] = {}
+        embeddings = set()
+        for name in self._stored:
+            factor = _FACTOR.match(name)
+            module = _base_name(factor[1] if factor else name)
+            if factor is None:
+                if ".lora_" in name:
+                    raise ConfigError(f"{self.path}: tensor '{name}' is of an unknown kind of LoRA. {_MERGE}")
+                self._full[module] = name
+                continue
+            halves.setdefault(module, {})[factor[3]] = name
+            if factor[2]:
+                embeddings.add(module)
+        for module, found in halves.items():
+            if found.keys() != {"A", "B"}:
+                raise CheckpointError(
+                    f"{self.path / ADAPTER_WEIGHTS}: module '{module}' has lora_{''.join(found)} but not its counterpart. The "
+                    "file is incomplete; copy it again."
+                )
+            self._pairs[f"{module}.weight"] = _Pair(found["A"], found["B"], module in embeddings)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The base's tensors that this adapter changes or replaces."""
+        return (*self._pairs, *self._full)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(b [out, R], a [R, in]) with ΔW = b a, float64, the scaling folded into b; `None` if `name` has no factors.
+
+        Raises:
+            WeightsError: not finite, or shapes that do not multiply.
+        """
+        pair = self._pairs.get(name)
+        if pair is None:
+            return None
+        a, b = (read_tensor(self._stored[key], key).to(torch.float64) for key in (pair.a, pair.b))
+        if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
+            raise WeightsError(
+                f"{self.path / ADAPTER_WEIGHTS}: factors of '{name}' have shapes {tuple(b.shape)} and {tuple(a.shape)}: "
+                f"expected [out, r] and [r, in]. {_MERGE}"
+            )
+        b = b * self._scaling(name.removesuffix(".weight"), rank=a.shape[0])
+        return (a.T, b.T) if pair.embedding else (b, a)  # an embedding is stored [tokens, width], its update (B A)ᵀ
+
+    def full(self, name: str, device: torch.device | str = "cpu") -> Tensor | None:
+        """A tensor stored in full (`modules_to_save`, trained biases), by the base's name."""
+        stored = self._full.get(name)
+        return None if stored is None else read_tensor(self._stored[stored], stored).to(device)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the update of a tensor, as (out, in) for factors."""
+        pair = self._pairs.get(name)
+        if pair is None:
+            return self._stored[self._full[name]].shape
+        a, b = self._stored[pair.a].shape, self._stored[pair.b].shape
+        return (a[1], b[0]) if pair.embedding else (b[0], a[1])
+
+    def has_factors(self, name: str) -> bool:
+        """Whether the update of a tensor is given by factors."""
+        return name in self._pairs
+
+    def _scaling(self, module: str, rank: int) -> float:
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha") or 8)
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+
+def _base_name(name: str) -> str:
+    """A name inside PEFT's wrappers as the base model's own."""
+    name = name.removeprefix("base_model.model.")
+    for wrapper in (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module"):
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
+    """PEFT's rule: the first pattern that is the module's name or matches the end of it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,128 @@
+"""The checkpoints of a run, in order: this package's run directories, transformers' output folders, or a single one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effopd.errors import CheckpointError
+from effopd.weights.reader import ADAPTER, INDEX, WEIGHTS, read_json
+
+_STEP = re.compile(r"(?:step|checkpoint|global_step)[-_]?(\d+)$")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint folder and the optimizer step it was written at (`None` where nothing says)."""
+
+    step: int | None
+    path: Path
+
+
+def find_snapshots(path: str | Path, steps: Sequence[int] | None = None) -> list[Snapshot]:
+    """The checkpoints under a path, by step.
+
+    Args:
+        path: a checkpoint or adapter folder (one snapshot); a run directory (its `trajectory/`, else its `checkpoints/`);
+            or a folder of `step-8`, `checkpoint-500`, … folders.
+        steps: take these steps only; then gaps are the caller's wish.
+
+    Raises:
+        CheckpointError: no checkpoints; a step folder without weights; a gap: a step that the run's `trajectory` rule, or
+            the regular spacing of the others, asks for is missing; or a step of `steps` is not there.
+    """
+    root = Path(path)
+    folders = _step_folders(root)
+    if not folders:
+        return _single(root, steps)
+    empty = [str(folder) for folder in folders.values() if not _has_weights(folder)]
+    wanted = sorted(folders) if steps is None else sorted(set(steps))
+    missing = [step for step in wanted if step not in folders]
+    if missing:
+        raise CheckpointError(
+            f"{root} has no step {_list(missing)}: it has {_list(sorted(folders))}. Choose among these with --steps."
+        )
+    if steps is None:
+        gaps = sorted(_expected(root, set(folders)) - set(folders))
+        if gaps:
+            raise CheckpointError(
+                f"the trajectory of {root} has a gap: step {_list(gaps)} missing, between {_list(sorted(folders))}. Copy the "
+                "missing folders, or say which steps to take with --steps."
+            )
+    lost = [folder for folder in empty if steps is None or Path(folder) in {folders[step] for step in wanted}]
+    if lost:
+        raise CheckpointError(
+            f"{lost[0]} has no {WEIGHTS}, {INDEX} or {ADAPTER}: its weights are missing. Copy the folder again, or leave the "
+            "step out with --steps."
+        )
+    return [Snapshot(step, folders[step]) for step in wanted]
+
+
+def _step_folders(root: Path) -> dict[int, Path]:
+    """Step → folder, of the first place that has any."""
+    for place in (root / "trajectory", root / "checkpoints", root):
+        found = {int(m[1]): p for p in sorted(_folders(place)) if (m := _STEP.match(p.name))}
+        if found and (place != root or not _has_weights(root)):
+            return found
+    return {}
+
+
+def _folders(place: Path) -> Iterable[Path]:
+    return (p for p in place.iterdir() if p.is_dir()) if place.is_dir() else ()
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, ADAPTER))
+
+
+def _single(root: Path, steps: Sequence[int] | None) -> list[Snapshot]:
+    state, named = root / "trainer_state.json", _STEP.match(root.name)
+    step = int(read_json(state).get("global_step", 0)) if state.is_file() else int(named[1]) if named else None
+    if steps is not None and step not in steps:
+        raise CheckpointError(
+            f"{root} is a single checkpoint{f' (step {step})' if step is not None else ''}, not a trajectory with steps "
+            f"{_list(list(steps))}. Give the run directory, or leave --steps out."
+        )
+    return [Snapshot(step, root)]
+
+
+def _expected(root: Path, have: set[int]) -> set[int]:
+    """The steps up to the last one that should be there."""
+    last = max(have)
+    rule = _rule(root) if (root / "trajectory").is_dir() else None
+    doubling = {0, last} | {2**i for i in range(last.bit_length()) if 2**i <= last}
+    if rule == "powers_of_two":
+        return doubling
+    if rule is not None and rule.isdecimal() and int(rule):
+        return {*range(0, last + 1, int(rule)), last}
+    if len(have - {0}) > 2 and have <= doubling:  # without a rule, from the first step on
+        return {step for step in doubling if step >= min(have - {0})}
+    ordered = sorted(have)
+    spacings = [after - before for before, after in pairwise(ordered)]
+    regular = min(spacings, default=0)
+    if len(spacings) > 2 and sum(s == regular for s in spacings) * 2 > len(spacings):
+        return {*range(ordered[0], ordered[-2] + 1, regular), last}
+    return have
+
+
+def _rule(root: Path) -> str | None:
+    """The `trajectory` setting of the run's `config.yaml`."""
+    config = root / "config.yaml"
+    if not config.is_file():
+        return None
+    try:
+        settings: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{config} cannot be read as YAML ({error}). Copy the file again.") from error
+    value = settings.get("trajectory") if isinstance(settings, dict) else None
+    return None if value is None else str(value)
+
+
+def _list(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps[:8])) + (", …" if len(steps) > 8 else "")

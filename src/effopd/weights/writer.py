@@ -1,0 +1,115 @@
+"""Writing an edited copy of a checkpoint, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from effopd.errors import CheckpointError, WeightsError
+from effopd.files import fsync
+from effopd.weights.reader import INDEX, WEIGHTS, Checkpoint
+
+#: Files beside the weights that make a checkpoint usable.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+_LEFT_OUT = (INDEX, "trainer_state.json", "adapter_config.json")
+
+
+def write_checkpoint(
+    base: Checkpoint,
+    edit: Callable[[str, Tensor], Tensor],
+    out: str | Path,
+    *,
+    max_shard_size: int = 2 * 1024**3,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write `edit(name, tensor)` of every tensor of `base` as a checkpoint of its own, with its configuration and tokenizer.
+
+    Memory: one shard and one tensor. The folder is filled beside `out` and renamed, so it appears whole or not at all.
+
+    Args:
+        edit: must not change the tensor it is given in place.
+        max_shard_size: bytes a file at most, unless a single tensor is larger.
+        dtype: of what is written; default: what `edit` returns.
+
+    Raises:
+        CheckpointError: `out` exists and is not empty.
+        WeightsError: an edited tensor has another shape or is not finite.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; choose another folder (nothing was changed).")
+    staged = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    shards = _write_shards(base, edit, staged, max_shard_size, dtype)
+    if len(shards) == 1:
+        (staged / shards[0][0]).rename(staged / WEIGHTS)
+    else:
+        _write_index(staged, shards)
+    _copy_rest(base, staged, dtype)
+    for path in [*staged.iterdir(), staged]:
+        fsync(path)
+    if out.exists():
+        out.rmdir()
+    staged.rename(out)
+    fsync(out.parent)
+    return out
+
+
+def _write_shards(base, edit, staged: Path, limit: int, dtype: torch.dtype | None) -> list[tuple[str, dict[str, int]]]:
+    """Files in order, each with the bytes of its tensors by name."""
+    shards: list[tuple[str, dict[str, int]]] = []
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if held:
+            file = f"shard-{len(shards):05d}.safetensors"
+            save_file(held, staged / file, metadata={"format": "pt"})
+            shards.append((file, {name: t.numel() * t.element_size() for name, t in held.items()}))
+            held.clear()
+
+    for name in base.shapes:
+        stored = base.load(name)
+        new = edit(name, stored)
+        if new.shape != stored.shape or not bool(torch.isfinite(new).all()):
+            raise WeightsError(
+                f"the edited tensor '{name}' has shape {tuple(new.shape)} (expected {tuple(stored.shape)}) or is not finite; "
+                "nothing was written."
+            )
+        new = new.to(dtype if dtype is not None else new.dtype).contiguous()
+        if sum(t.numel() * t.element_size() for t in held.values()) + new.numel() * new.element_size() > limit:
+            flush()
+        held[name] = new.clone() if new is stored else new
+    flush()
+    return shards
+
+
+def _write_index(staged: Path, shards: list[tuple[str, dict[str, int]]]) -> None:
+    names: dict[str, str] = {}
+    total = 0
+    for number, (file, sizes) in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (staged / file).rename(staged / final)
+        names |= dict.fromkeys(sizes, final)
+        total += sum(sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_rest(base: Checkpoint, staged: Path, dtype: torch.dtype | None) -> None:
+    for pattern in _COPIED:
+        for path in base.path.glob(pattern):
+            if path.name not in _LEFT_OUT:
+                shutil.copy(path, staged / path.name)
+    if dtype is not None:
+        config = json.loads((staged / "config.json").read_text())
+        name = str(dtype).removeprefix("torch.")
+        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+            config[key] = name
+        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")

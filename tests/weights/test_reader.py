@@ -1,0 +1,210 @@
+"""Reading is lazy, exact and bounded; every damaged checkpoint gets an error that names the file and the tensor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+
+from effopd.errors import CheckpointError, WeightsError
+from effopd.weights import Adapter, Checkpoint, open_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model(0).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def shard(folder) -> None:
+    """The same checkpoint in three files."""
+    tensors = load_file(folder / "model.safetensors")
+    names, index = list(tensors), {}
+    for i in range(3):
+        file = f"model-{i + 1:05d}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in names[i::3]}, folder / file)
+        index |= dict.fromkeys(names[i::3], file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def test_reads_what_was_written(folder):
+    expected = load_file(folder / "model.safetensors")
+    for again in (False, True):
+        if again:
+            shard(folder)
+        checkpoint = Checkpoint(folder)
+        assert checkpoint.shapes == {name: tuple(t.shape) for name, t in expected.items()}
+        for name, tensor in expected.items():
+            assert torch.equal(checkpoint.load(name), tensor)
+            assert checkpoint.dtypes[name] == tensor.dtype
+            assert checkpoint.files[name].is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(tmp_path, dtype):
+    tensors = {
+        "a": torch.randn(3, 5).to(dtype),
+        "scalar": torch.tensor(2.0, dtype=dtype),
+        "none": torch.zeros(0, 4).to(dtype),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        loaded = checkpoint.load(name)
+        assert loaded.dtype == dtype and torch.equal(loaded, tensor)
+
+
+def test_a_tensor_in_use_is_read_once(folder):
+    checkpoint = Checkpoint(folder)
+    name = next(iter(checkpoint.shapes))
+    first = checkpoint.load(name)
+    assert checkpoint.load(name) is first
+    first_view = first[:2]
+    del first
+    assert checkpoint.load(name)[:2].data_ptr() == first_view.data_ptr()
+
+
+def test_memory_does_not_grow_with_what_was_read(tmp_path):
+    """Forty tensors of 8 MiB one after the other: resident memory grows by a few of them, not by all."""
+    save_file({f"t{i}": torch.ones(2**21) for i in range(40)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    code = (
+        "import resource, sys\nfrom effopd.weights import Checkpoint\ncheckpoint = Checkpoint(sys.argv[1])\n"
+        "checkpoint.load('t0')\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for name in checkpoint.shapes: checkpoint.load(name)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 5 * 8
+
+
+def damage(folder, what: str) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    if what == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif what == "no header":
+        file.write_bytes(b"\x00" * 4)
+    elif what == "garbage":
+        file.write_bytes(b"PK\x03\x04" * 100)
+    elif what == "html":
+        file.write_bytes(b"<html>" + b"x" * 500)
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "bad config":
+        (folder / "config.json").write_text("[1, 2]")
+    elif what == "empty":
+        save_file({}, file)
+    elif what == "pickle":
+        file.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"x")
+    elif what == "nothing":
+        file.unlink()
+    elif what == "loose shards":
+        file.rename(folder / "model-00001-of-00002.safetensors")
+    elif what == "two layouts":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    elif what == "quantised":
+        save_file(tensors | {first: torch.zeros(3, dtype=torch.int8)}, file)
+    else:
+        shard(folder)
+        index = folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        if what == "lost shard":
+            (folder / "model-00002-of-00003.safetensors").unlink()
+        elif what == "wrong index":
+            content["weight_map"]["model.invented.weight"] = "model-00001-of-00003.safetensors"
+        elif what == "short index":
+            content["weight_map"].pop(first)
+        elif what == "empty index":
+            content = {}
+        index.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("truncated", r"model\.safetensors is cut short: tensor '.+' ends at byte"),
+        ("no header", "is no safetensors file, or cut short"),
+        ("garbage", "is no safetensors file, or cut short"),
+        ("html", "is no safetensors file, or cut short"),
+        ("no config", "config.json is missing"),
+        ("bad config", "expected a JSON object, got list"),
+        ("empty", "holds no tensors"),
+        ("pickle", r"pytorch_model\.bin.*Convert it once"),
+        ("nothing", r"has no model\.safetensors"),
+        ("loose shards", "no index that says what belongs together"),
+        ("two layouts", "has both model.safetensors and"),
+        (
+            "lost shard",
+            r"model-00002-of-00003\.safetensors is missing, which model\.safetensors\.index\.json names for",
+        ),
+        ("wrong index", r"says that tensor 'model\.invented\.weight' is in model-00001-of-00003\.safetensors"),
+        ("short index", "does not list"),
+        ("empty index", "expected a `weight_map`"),
+    ],
+)
+def test_damaged_checkpoints(folder, what, message):
+    damage(folder, what)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(folder)
+
+
+def test_quantised_weights_are_refused(folder):
+    damage(folder, "quantised")
+    with pytest.raises(WeightsError, match=r"tensor '.+' of .+ has dtype I8.*dequantise"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(folder, bad):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = bad
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = Checkpoint(folder)
+    with pytest.raises(
+        WeightsError,
+        match=r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' of .*model\.safetensors is not finite \(1 of",
+    ):
+        checkpoint.load(name)
+
+
+def test_a_file_that_shrinks_after_opening(folder):
+    checkpoint = Checkpoint(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match="has changed or is cut short at tensor"):
+        for name in checkpoint.shapes:
+            checkpoint.load(name)
+
+
+def test_a_name_of_the_hub(tmp_path):
+    with pytest.raises(CheckpointError, match="hf download"):
+        Checkpoint("Qwen/Qwen3-0.6B")
+    with pytest.raises(WeightsError, match="has no tensor 'x'"):
+        make_model(0).save_pretrained(tmp_path)
+        Checkpoint(tmp_path).load("x")
+
+
+def test_buffers_of_old_checkpoints_are_no_weights(tmp_path):
+    tensors = {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8), "h.0.attn.c_attn.bias": torch.zeros(12)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert list(Checkpoint(tmp_path).shapes) == ["h.0.attn.c_attn.bias"]
+
+
+def test_open_checkpoint_knows_adapters(folder):
+    assert isinstance(open_checkpoint(folder), Checkpoint)
+    save_file({}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
+    assert isinstance(open_checkpoint(folder), Adapter)

@@ -1,0 +1,68 @@
+"""Written checkpoints are whole, load, and equal what was asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from effopd.errors import CheckpointError, WeightsError
+from effopd.weights import Checkpoint, write_checkpoint
+
+
+@pytest.fixture
+def base(tmp_path):
+    make_model(0).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    return Checkpoint(tmp_path / "base")
+
+
+@pytest.mark.parametrize("limit", [2**31, 3000, 1])
+def test_the_identity_is_the_base(tmp_path, base, limit):
+    out = write_checkpoint(base, lambda name, tensor: tensor, tmp_path / "out", max_shard_size=limit)
+    again = Checkpoint(out)
+    assert again.shapes == base.shapes
+    assert all(torch.equal(again.load(name), base.load(name)) for name in base.shapes)
+    assert len(set(again.files.values())) == {2**31: 1, 1: len(base.shapes)}.get(limit, len(set(again.files.values())))
+    if limit == 3000:
+        assert 1 < len(set(again.files.values())) < len(base.shapes)
+    loaded, original = (AutoModelForCausalLM.from_pretrained(path) for path in (out, base.path))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == make_tokenizer().get_vocab()
+
+
+def test_edits_and_dtype(tmp_path, base):
+    out = write_checkpoint(base, lambda name, t: t * 2 if "mlp" in name else t, tmp_path / "out", dtype=torch.bfloat16)
+    for name, tensor in load_file(out / "model.safetensors").items():
+        expected = base.load(name) * (2 if "mlp" in name else 1)
+        assert torch.equal(tensor, expected.bfloat16())
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_a_failure_leaves_nothing_under_the_final_name(tmp_path, base):
+    last = list(base.shapes)[-1]
+
+    def edit(name, tensor):
+        if name == last:
+            raise RuntimeError("killed")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_checkpoint(base, edit, tmp_path / "out", max_shard_size=1000)
+    assert not (tmp_path / "out").exists()
+    write_checkpoint(base, lambda name, tensor: tensor, tmp_path / "out", max_shard_size=1000)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_refusals(tmp_path, base):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        write_checkpoint(base, lambda name, tensor: tensor, tmp_path / "used")
+    with pytest.raises(WeightsError, match="not finite"):
+        write_checkpoint(base, lambda name, tensor: tensor / 0, tmp_path / "out")
+    with pytest.raises(WeightsError, match="has shape"):
+        write_checkpoint(base, lambda name, tensor: tensor[:1], tmp_path / "out")
+    write_checkpoint(base, lambda name, tensor: tensor, (tmp_path / "empty"))
