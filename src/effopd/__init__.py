@@ -23,11 +23,13 @@ _NAMES = {
     "TaskConfig": "effopd.tasks",
     "load_task": "effopd.tasks",
     "evaluate": "effopd.evaluate",
+    "analyze": "effopd.dynamics.analysis",
 }
 
 if TYPE_CHECKING:
     from effopd.distill.config import OPDConfig as OPDConfig
     from effopd.distill.trainer import OPDTrainer as OPDTrainer
+    from effopd.dynamics.analysis import analyze as analyze
     from effopd.evaluate import evaluate as evaluate
     from effopd.extrapolate.callback import EffOPDCallback as EffOPDCallback
     from effopd.extrapolate.config import EffOPDConfig as EffOPDConfig

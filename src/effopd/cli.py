@@ -188,6 +188,23 @@ def eval_(argv: Sequence[str]) -> int:
     return run_eval(argv)
 
 
+# -- analyze and intervene ----------------------------------------------------------------------------------------
+
+
+def analyze(argv: Sequence[str]) -> int:
+    """`effopd analyze`."""
+    from effopd.analyze_command import run_analyze
+
+    return run_analyze(argv)
+
+
+def intervene(argv: Sequence[str]) -> int:
+    """`effopd intervene`."""
+    from effopd.intervene_command import run_intervene
+
+    return run_intervene(argv)
+
+
 # -- quickstart and testbed ---------------------------------------------------------------------------------------
 
 
@@ -210,6 +227,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "distil a teacher into a student"),
     "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
     "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),
+    "analyze": (analyze, "where training moved the weights and in which directions, RL against OPD"),
+    "intervene": (intervene, "which part of an update carries the gain: edit the weights and evaluate"),
     "testbed": (testbed, "rebuild the built-in student and teacher from nothing"),
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 import transformers
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback
@@ -92,7 +93,7 @@ def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> No
     if is_available("matplotlib"):
         console.print(f"figure:  {_figure(root, summary)}")
     else:
-        console.print("figure:  not drawn, matplotlib is missing (pip install 'effopd[plots]')")
+        console.print(escape("figure:  not drawn, matplotlib is missing (pip install 'effopd[plots]')"))
     console.print(f"summary: {root / 'summary.json'}   rows: {root}/*/evals.jsonl, searches.jsonl, metrics.jsonl")
 
 

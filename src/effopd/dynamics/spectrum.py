@@ -105,7 +105,7 @@ def noise_effective_rank(rows: int, columns: int) -> float:
 
     Example:
         >>> round(noise_effective_rank(1000, 1000))
-        824
+        805
     """
     size, ratio = min(rows, columns), min(rows, columns) / max(rows, columns)
     low, high = 1 - math.sqrt(ratio), 1 + math.sqrt(ratio)

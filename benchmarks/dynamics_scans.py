@@ -1,0 +1,65 @@
+"""Analysis and interventions on the runs of `dynamics_runs.py`, through the commands, for docs/dynamics.md.
+
+    .venv/bin/python benchmarks/dynamics_scans.py [--family chain_sum] [--seeds 0 1 2 3 4] [--only analyze alpha …]
+
+`effopd analyze` over all seeds goes to runs/dynamics/FAMILY/analysis. The scans run seed by seed, because each seed's
+distillation has its own teacher (its own RL model), into runs/dynamics/FAMILY/scans-SEED: 400 held-out prompts, one answer
+each at temperature 1, the same prompts and sampling noise for every point of a seed. What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from effopd.cli import main as effopd
+
+SCANS: dict[str, list[str]] = {
+    "trajectory": [],
+    "alpha": [],
+    "embedding": [],
+    "swap": [],
+    "window": ["--half_width", "0"],
+    "rank": ["--rank_norm", "shared"],
+    "norm_scaling": ["--early_steps", "4", "12", "32"],
+    "random": [],
+}
+STEPS = 128
+
+
+def run(arguments: list[str]) -> None:
+    print("effopd", *arguments, flush=True)
+    if effopd(arguments):
+        raise SystemExit(1)
+
+
+def analyze(root: Path, seeds: list[int]) -> None:
+    trained = [flag for s in seeds for k in ("opd", "rl") for flag in ("--trained", f"{k}={root / f'{k}-{s}'}")]
+    run(["analyze", "--base", "testbed:student", *trained, "--out", str(root / "analysis"), "--base_spectrum"])
+
+
+def scan(name: str, root: Path, family: str, seed: int) -> None:
+    teacher = root / f"rl-{seed}" / "trajectory" / f"step-{STEPS:06d}"
+    run(["intervene", name, *SCANS[name], "--base", "testbed:student", "--teacher", str(teacher),
+         "--trained", f"opd={root / f'opd-{seed}'}", f"rl={root / f'rl-{seed}'}",
+         "--task", f"testbed:{family}", "--eval_size", "400", "--task_seed", "0", "--seed", str(seed),
+         "--batch_size", "400", "--max_new_tokens", "24", "--out", str(root / f"scans-{seed}")])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="chain_sum")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--only", nargs="+", choices=["analyze", *SCANS], default=["analyze", *SCANS])
+    arguments = parser.parse_args()
+    root = Path("runs/dynamics") / arguments.family
+    for seed in arguments.seeds:
+        for name in SCANS:
+            if name in arguments.only:
+                scan(name, root, arguments.family, seed)
+    if "analyze" in arguments.only:
+        analyze(root, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()

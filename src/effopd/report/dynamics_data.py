@@ -1,0 +1,356 @@
+"""What the figures of `effopd analyze` have in common: the tables, one colour a group, intervals, and a quiet style."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from effopd.dynamics import frames
+from effopd.dynamics.statistics import Estimate, bootstrap_mean, seed_mean
+from effopd.dynamics.tables import read_table
+from effopd.errors import CheckpointError
+from effopd.optional import require
+
+INK, MUTED, FAINT = "#22262e", "#6b7280", "#c9ced6"
+_KNOWN = {
+    "opd": "#d1495b",
+    "effopd": "#a4243b",
+    "rl": "#2e6f9e",
+    "grpo": "#2e6f9e",
+    "dapo": "#5a4fa2",
+    "sft": "#5f8f3e",
+}
+_PALETTE = ("#d1495b", "#2e6f9e", "#5f8f3e", "#d98b2b", "#5a4fa2", "#3a9188", "#8c5a3c", "#b2558e")
+MODULE_COLORS = {
+    "embedding": "#e3b95b",
+    "attention": "#7f9cc0",
+    "mlp": "#3f5878",
+    "norm": "#b9a7c7",
+    "head": "#c98f6b",
+    "other": "#d5d8dd",
+}
+MODULE_NAMES = {"mlp": "MLP", "norm": "norms"}
+#: Matrices of a layer in the order of the computation.
+MATRIX_ORDER = ("q", "k", "v", "o", "router", "gate", "up", "down")
+_DRAWS = 500
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": FAINT,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 8.5,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "figure.titlesize": 11.5,
+    "figure.titleweight": "bold",
+    "font.size": 8.5,
+    "grid.alpha": 0.45,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "xtick.labelsize": 8,
+    "ytick.color": FAINT,
+    "ytick.labelcolor": INK,
+    "ytick.labelsize": 8,
+}
+
+
+class Data:
+    """The tables and the summary of one analysis.
+
+    Raises:
+        CheckpointError: `out` holds no finished analysis.
+    """
+
+    def __init__(self, out: Path):
+        self.out = Path(out)
+        try:
+            self.summary: dict[str, Any] = json.loads((self.out / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"{self.out} holds no finished analysis: expected summary.json and tables written by `effopd analyze` "
+                f"({error}). Run the analysis, or continue it, first."
+            ) from error
+        self.runs: dict[str, dict[str, Any]] = self.summary["runs"]
+        self.groups = frames.groups_of(self.runs)
+        self.colors = group_colors(self.groups)
+        self.k: int = self.summary["settings"]["k"]
+
+    @cached_property
+    def matrices(self) -> pd.DataFrame:
+        """The `matrices` table; layers as integers, −1 outside the layers."""
+        return frames.with_layer(read_table(self.out / "matrices"))
+
+    @cached_property
+    def averaged(self) -> pd.DataFrame:
+        """Its rows of attention and MLP matrices."""
+        return frames.averaged(self.matrices)
+
+    @cached_property
+    def at_rest(self) -> pd.Series:
+        """Rows of `averaged` of snapshots at which a run with a trajectory had not moved yet."""
+        moved = {(run, step) for runs in self.moving.values() for run in runs for step in self.steps(run)}
+        keys = zip(self.averaged["run"].astype(str), self.averaged["step"], strict=True)
+        tracked = {run for runs in self.moving.values() for run in runs}
+        return pd.Series([run in tracked and (run, step) not in moved for run, step in keys], self.averaged.index)
+
+    def steps(self, run: str) -> list[int]:
+        """Steps of a trajectory at which anything had moved."""
+        return self.runs[run]["trajectory"]["steps"]
+
+    @cached_property
+    def last(self) -> pd.DataFrame:
+        """The averaged rows of each run's last snapshot."""
+        return frames.final(self.averaged, self.runs)
+
+    def table(self, name: str, filters: Sequence[tuple[str, str, Any]] | None = None) -> pd.DataFrame:
+        """Another table, layers as integers."""
+        return frames.with_layer(read_table(self.out / name, filters))
+
+    def has(self, metric: str) -> bool:
+        """Whether a metric was measured and is defined somewhere."""
+        rows = self.matrices[self.matrices["metric"] == metric]
+        return bool(rows["value"].notna().any())
+
+    @property
+    def moving(self) -> dict[str, list[str]]:
+        """Groups, reduced to runs with a trajectory of at least two snapshots that moved."""
+        kept = {g: [r for r in runs if self.runs[r]["trajectory"]] for g, runs in self.groups.items()}
+        return {group: runs for group, runs in kept.items() if runs}
+
+    def label(self, group: str) -> str:
+        """The group's name, with the number of seeds where there are several."""
+        size = len(self.groups[group])
+        return group if size == 1 else f"{group} ({size} seeds)"
+
+    def band(self, group: str, rows: pd.DataFrame) -> pd.DataFrame:
+        """Mean and interval at each step: over seeds where there are several, else over matrices.
+
+        Steps that not all seeds reach are left out: the mean would jump where a seed ends.
+
+        Args:
+            rows: one value a run, step and matrix (columns run, step, value).
+
+        Returns:
+            columns mean, low, high; index step.
+        """
+        found: dict[int, Estimate] = {}
+        for step, values in complete_steps(rows).groupby("step"):
+            if len(self.groups[group]) > 1:
+                found[int(step)] = seed_mean(values.groupby("run", observed=True)["value"].mean())
+            else:
+                found[int(step)] = bootstrap_mean(values["value"], _DRAWS)
+        table = pd.DataFrame({step: vars(estimate) for step, estimate in found.items()}, index=["mean", "low", "high"])
+        return table.T.astype(float).dropna(subset=["mean"])
+
+    def interval(self, group: str, metric: str) -> Estimate:
+        """The group's mean of a metric at the end, as in the summary."""
+        values = self.summary["groups"][group]["metrics"].get(metric) or {}
+        mean, low, high = (np.nan if values.get(key) is None else values[key] for key in ("mean", "low", "high"))
+        return Estimate(mean, low, high, values.get("n", 0))
+
+
+def complete_steps(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the steps at which most runs, usually all, have values."""
+    runs = rows.groupby("step")["run"].transform("nunique")
+    return rows[runs == runs.max()]
+
+
+def group_colors(groups: Iterable[str]) -> dict[str, str]:
+    """One colour a group: the usual ones for opd, rl, sft, …; the palette for the rest. The same in every figure."""
+    names = list(groups)
+    colors = {name: _KNOWN[name.lower()] for name in names if name.lower() in _KNOWN}
+    free = [color for color in _PALETTE if color not in colors.values()] or list(_PALETTE)
+    for i, name in enumerate(name for name in names if name not in colors):
+        colors[name] = free[i % len(free)]
+    return colors
+
+
+def matrix_rank(matrix: str) -> tuple[int, str]:
+    """Sorts matrices in the order of the computation, unknown ones last."""
+    last = matrix.rpartition(".")[2]
+    return (MATRIX_ORDER.index(last) if last in MATRIX_ORDER else len(MATRIX_ORDER), matrix)
+
+
+def short_matrix(matrix: str) -> str:
+    """Experts of one layer share a name: `experts.3.gate` → `experts.gate`."""
+    return re.sub(r"\.\d+(?=\.)", "", matrix)
+
+
+def quiet_style():
+    """A context in which figures have no box, a faint grid and small print; the caller's own style is left alone."""
+    return require("matplotlib").rc_context(_STYLE)
+
+
+def figure_of(columns: int, rows: int = 1, width: float = 3.4, height: float = 2.9, **options: Any):
+    """A figure and its axes (always a 2-D array)."""
+    figure = empty_figure(width * columns, height * rows)
+    figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def empty_figure(width: float, height: float):
+    """A figure without axes, in inches; made without pyplot, so that a notebook's backend and figures are left alone."""
+    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+
+
+def bare(axis) -> None:
+    """No ticks, grid or spines: a picture rather than a plot."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+
+
+def save(figure, path: Path, title: str, note: str = "") -> Path:
+    """Title at the top left, a note on what is shown below, and the file."""
+    width = int(figure.get_figwidth() * 72 / (7.5 * 0.56))
+    figure.suptitle("\n".join(textwrap.wrap(title, int(width * 0.6))), x=0.01, ha="left")
+    if note:
+        figure.supxlabel("\n".join(textwrap.wrap(note, width)), fontsize=7.5, color=MUTED, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path
+
+
+def end_labels(axis, labels: Sequence[tuple[float, float, str, str]], gap: float = 0.075) -> None:
+    """Names at the ends of lines, (x, y, text, colour), pushed apart so that they do not overlap."""
+    to_axes = axis.transData + axis.transAxes.inverted()
+    placed = sorted(((to_axes.transform((x, y))[1], x, y, text, color) for x, y, text, color in labels))
+    heights = spread([item[0] for item in placed], gap)
+    for height, (_, x, _, text, color) in zip(heights, placed, strict=True):
+        axis.annotate(
+            text,
+            xy=(x, height),
+            xycoords=("data", "axes fraction"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=color,
+            annotation_clip=False,
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending positions moved apart to at least `gap`, as a whole kept where they were.
+
+    Example:
+        >>> spread([0.5, 0.5], 0.25)
+        [0.375, 0.625]
+    """
+    clusters: list[list[float]] = []
+    for height in heights:
+        clusters.append([height])
+        while len(clusters) > 1:
+            below, above = clusters[-2], clusters[-1]
+            reach = gap * (len(below) + len(above)) / 2
+            if np.mean(above) - np.mean(below) >= reach - 1e-12:
+                break
+            clusters[-2:] = [below + above]
+    return [
+        float(np.mean(cluster) + gap * (i - (len(cluster) - 1) / 2))
+        for cluster in clusters
+        for i in range(len(cluster))
+    ]
+
+
+def lines_over_steps(axis, data: Data, rows: pd.DataFrame) -> None:
+    """A mean over training for each group with its interval, thin lines for single seeds, names at the ends.
+
+    A group without a trajectory is a dashed line at its final value.
+
+    Args:
+        rows: one value a run, step and matrix (columns run, step, value).
+    """
+    labels, extent = [], []
+    right = max(steps[-1] for runs in data.moving.values() for steps in map(data.steps, runs))
+    for group, runs in data.groups.items():
+        color, moving = data.colors[group], data.moving.get(group)
+        own = rows[rows["run"].isin(moving or runs)]
+        if moving:
+            band = data.band(group, own)
+            if band.empty:
+                continue
+            extent += [*_single_seeds(axis, own, moving, color), *band["mean"]]
+            extent += [] if len(moving) > 1 else [*band["low"], *band["high"]]
+            axis.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.15, linewidth=0)
+            axis.plot(band.index, band["mean"], color=color, linewidth=2)
+            y = float(band["mean"].iloc[-1])
+        else:
+            y = float(frames.final(own, {run: data.runs[run] for run in runs})["value"].mean())
+            axis.axhline(y, color=color, linewidth=1.4, linestyle=(0, (5, 3)))
+            extent.append(y)
+        labels.append((float(right), y, data.label(group), color))
+    limit_y(axis, extent)
+    axis.set_xlabel("step")
+    end_labels(axis, [label for label in labels if np.isfinite(label[1])])
+
+
+def _single_seeds(axis, rows: pd.DataFrame, runs: Sequence[str], color: str) -> list[float]:
+    """A thin line a seed, where there are several; the values drawn."""
+    drawn: list[float] = []
+    for run in runs if len(runs) > 1 else ():
+        line = rows[rows["run"] == run].groupby("step")["value"].mean()
+        axis.plot(line.index.astype(int), line.to_numpy(), color=color, linewidth=0.7, alpha=0.45)
+        drawn += line.to_list()
+    return drawn
+
+
+def limit_y(axis, values: Sequence[float]) -> None:
+    """Limits from the lines rather than from their intervals, which over two seeds can be enormous."""
+    finite = np.asarray([v for v in values if np.isfinite(v)])
+    if len(finite):
+        low, high = float(finite.min()), float(finite.max())
+        margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+        axis.set_ylim(low - margin if low < 0 or low - margin > 0 else min(0.0, low), high + margin)
+
+
+def strips(axis, data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, str] | None = None) -> None:
+    """A metric's distribution over matrices, one column a group (values averaged over seeds), mean and interval beside it.
+
+    Attention matrices are circles, MLP matrices triangles.
+
+    Args:
+        extra: (metric, name) of a reference that gets a grey column of its own, e.g. the noise floor.
+    """
+    wide = frames.by_matrix(rows[rows["metric"] == metric])
+    columns = [
+        (group, wide.reindex(columns=runs).mean(axis=1), data.colors[group]) for group, runs in data.groups.items()
+    ]
+    if extra is not None:
+        columns.append((extra[1], frames.by_matrix(rows[rows["metric"] == extra[0]]).mean(axis=1), MUTED))
+    everything = pd.concat([values for _, values, _ in columns]).dropna()
+    if len(everything) and everything.min() > 0 and everything.max() > 30 * everything.min():
+        axis.set_yscale("log")
+    for x, (group, values, color) in enumerate(columns):
+        modules = values.index.get_level_values("module")
+        for module, marker in (("attention", "o"), ("mlp", "^")):
+            own = values[modules == module].dropna()
+            jitter = np.random.default_rng(0).uniform(-0.13, 0.13, len(own))
+            size = float(np.clip(900 / max(1, len(values)), 3, 16))
+            axis.scatter(x - 0.1 + jitter, own, s=size, marker=marker, color=color, alpha=0.45, linewidth=0)
+        estimate = data.interval(group, metric) if group in data.groups else bootstrap_mean(values, _DRAWS)
+        axis.plot([x + 0.22] * 2, [estimate.low, estimate.high], color=color, linewidth=2.2, solid_capstyle="butt")
+        axis.plot([x + 0.22], [estimate.mean], marker="D", color=color, markersize=5)
+        axis.annotate(
+            f"{estimate.mean:.3g}", (x + 0.22, estimate.mean), xytext=(6, 0), textcoords="offset points",
+            va="center", fontsize=8, color=color,
+        )  # fmt: skip
+    axis.set_xticks(range(len(columns)), [name for name, _, _ in columns])
+    axis.set_xlim(-0.5, len(columns) - 0.35)
+    axis.grid(axis="x", visible=False)
