@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, WeightsError
-from effopd.weights import Checkpoint, Difference, open_checkpoint
+from effopd.weights import Checkpoint, Difference, open_checkpoint, reader
 
 
 def nudged(folder, source, scale=1e-3, dtype=torch.float32, **rename):
@@ -66,6 +66,31 @@ def test_a_stored_copy_of_a_tied_head_is_not_an_extra_tensor(tmp_path, base):
     )
     difference = Difference(Checkpoint(base), Checkpoint(trained))
     assert not [part for part in difference.parts if part.place.module == "head"]
+
+
+@pytest.mark.parametrize("tied", ["base", "trained"])
+def test_a_head_of_its_own_on_one_side_only(tmp_path, base, tied):
+    trained = nudged(tmp_path / "trained", base)
+    tensors = load_file(base / "model.safetensors")
+    untied = trained if tied == "base" else base
+    save_file(tensors | {"lm_head.weight": torch.ones(64, 16)}, untied / "model.safetensors")
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(WeightsError, match=r"lm_head\.weight.*Only one of them ties its output head"):
+        Difference(Checkpoint(base), Checkpoint(trained))
+
+
+def test_a_tensor_of_several_parts_is_read_once(tmp_path, monkeypatch):
+    config = transformers.GptOssConfig(**SMALL, head_dim=8, num_local_experts=3, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    trained = nudged(tmp_path / "trained", tmp_path / "base")
+    reads, real = [], reader.read_tensor
+    monkeypatch.setattr(reader, "read_tensor", lambda stored, name: reads.append(name) or real(stored, name))
+    difference = Difference(Checkpoint(tmp_path / "base"), Checkpoint(trained))
+    with torch.inference_mode():  # views do not keep what they view alive there
+        for update in difference.updates():
+            del update
+    assert len(reads) == 2 * len(difference.base.shapes) < len(difference.parts) * 2
 
 
 def broken(trained, what: str) -> None:
@@ -126,6 +151,14 @@ ADAPTERS = {
     "embedding and saved head": (
         "Llama", SMALL, {"target_modules": ["embed_tokens", "o_proj"], "modules_to_save": ["lm_head"]},
     ),
+    "all biases": ("Qwen2", SMALL, {"target_modules": ["q_proj"], "bias": "all"}),
+    "tied, with the copies PEFT adds": (
+        "Qwen3", SMALL | {"tie_word_embeddings": True}, {"target_modules": ["embed_tokens", "up_proj", "down_proj"]},
+    ),
+    "conv1d, rslora": (
+        "GPT2", {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32},
+        {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "use_rslora": True},
+    ),
     "biases": ("Qwen2", SMALL, {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
 }  # fmt: skip
 
@@ -180,11 +213,21 @@ def adapter_files(tmp_path, **config):
         ({"peft_type": "IA3"}, "expected a LoRA adapter, got peft_type=IA3"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 moved the base weights"),
+        ({"init_lora_weights": "olora"}, "moved the base weights"),
     ],
 )
 def test_adapters_whose_update_is_not_b_a(tmp_path, config, message):
     with pytest.raises(ConfigError, match=message):
         open_checkpoint(adapter_files(tmp_path, **config))
+
+
+def test_an_adapter_with_a_head_of_its_own_for_a_tied_base(tmp_path, base):
+    tuned = get_peft_model(make_model(0), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    tuned.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(WeightsError, match=r"trains a head of its own .*tie_word_embeddings=False"):
+        Difference(Checkpoint(base), open_checkpoint(tmp_path / "adapter"))
 
 
 def test_damaged_adapters(tmp_path, base):

@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "Mistral": (SMALL, ATTENTION, MLP),
     "Gemma": (SMALL | {"head_dim": 8}, ATTENTION, MLP),
     "Gemma2": (SMALL | {"head_dim": 8}, ATTENTION, MLP),
+    "Gemma3Text": (SMALL | {"head_dim": 8}, ATTENTION, MLP),
     "Phi3": (SMALL, ATTENTION, MLP),
     "GPT2": (
         {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32},
@@ -157,6 +158,23 @@ def test_stacked_experts_as_transformers_holds_them():
     assert parts["experts.1.up"].shape == (12, 16) and parts["experts.1.down"].shape == (16, 12)
     tensor = torch.arange(3 * 24 * 16).reshape(3, 24, 16)
     assert torch.equal(parts["experts.1.up"].view(tensor), tensor[1, 12:])
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 16, "patch_size": 4}  # fmt: skip
+
+
+def test_a_model_that_sees_keeps_its_tower_apart(tmp_path):
+    config = transformers.Gemma3Config(
+        text_config=SMALL | {"head_dim": 8}, vision_config=VISION, mm_tokens_per_image=4
+    )
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    parts = Checkpoint(tmp_path).parts()
+    sees = ("vision_tower.", "multi_modal_projector.")
+    assert all((part.place.module == "other") == part.tensor.startswith(sees) for part in parts)
+    language = {str(part.place) for part in parts if part.place.module != "other"}
+    assert {f"layers.{i}.{m}" for i in (0, 1) for m in ("attention.q", "mlp.up", "norm.q_norm")} < language
+    assert {"embedding.tokens", "norm.final"} < language and "head.head" not in language
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,16 @@ def test_mistakes(tmp_path):
     with pytest.raises(CheckpointError, match=r"step-000001 has no model\.safetensors"):
         find_snapshots(tmp_path)
     assert steps(tmp_path, steps=[0]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("missing", "hf download"), (".", "or a run directory with a trajectory")]
+)
+def test_nothing_there(tmp_path, name, message):
+    with pytest.raises(CheckpointError, match=message):
+        find_snapshots(tmp_path / name)
+
+
+def test_an_adapter_is_one_snapshot(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert steps(tmp_path) == [None]

@@ -41,6 +41,13 @@ def test_edits_and_dtype(tmp_path, base):
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+def test_what_is_computed_in_float64_is_stored_as_the_base_is(tmp_path, base):
+    out = write_checkpoint(base, lambda name, t: t.double() * 3, tmp_path / "out")
+    again = Checkpoint(out)
+    assert again.dtypes == base.dtypes
+    assert all(torch.equal(again.load(n), (base.load(n).double() * 3).float()) for n in base.shapes)
+
+
 def test_a_failure_leaves_nothing_under_the_final_name(tmp_path, base):
     last = list(base.shapes)[-1]
 
@@ -51,9 +58,12 @@ def test_a_failure_leaves_nothing_under_the_final_name(tmp_path, base):
 
     with pytest.raises(RuntimeError, match="killed"):
         write_checkpoint(base, edit, tmp_path / "out", max_shard_size=1000)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    (tmp_path / ".out.tmp").mkdir()  # as a kill leaves it
+    (tmp_path / ".out.tmp" / "shard-00099.safetensors").touch()
     write_checkpoint(base, lambda name, tensor: tensor, tmp_path / "out", max_shard_size=1000)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
+    assert not list((tmp_path / "out").glob("shard-*"))
 
 
 def test_refusals(tmp_path, base):
@@ -61,6 +71,8 @@ def test_refusals(tmp_path, base):
     (tmp_path / "used" / "file").touch()
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         write_checkpoint(base, lambda name, tensor: tensor, tmp_path / "used")
+    with pytest.raises(WeightsError, match=r"not finite in torch\.float16"):
+        write_checkpoint(base, lambda name, tensor: tensor + 1e6, tmp_path / "out", dtype=torch.float16)
     with pytest.raises(WeightsError, match="not finite"):
         write_checkpoint(base, lambda name, tensor: tensor / 0, tmp_path / "out")
     with pytest.raises(WeightsError, match="has shape"):

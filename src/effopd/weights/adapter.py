@@ -21,6 +21,12 @@ from effopd.weights.reader import ADAPTER, Stored, read_header, read_json, read_
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
+_NOT_B_A = (
+    "use_dora", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config", "layer_replication",
+)  # fmt: skip
+#: Initialisations that take their starting point B A out of the base weights.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MERGE = (
     "Merge it into its base first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW)."
 )
@@ -70,11 +76,18 @@ class Adapter:
         kind = str(self.config.get("peft_type"))
         if kind != "LORA":
             raise ConfigError(f"{self.path}: expected a LoRA adapter, got peft_type={kind}. {_MERGE}")
-        for field in ("use_dora", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
+        for field in _NOT_B_A:
             if self.config.get(field):
                 raise ConfigError(
                     f"{self.path}: adapters with {field} are not supported: their update is not just scaling · B A. {_MERGE}"
                 )
+        start = str(self.config.get("init_lora_weights", True))
+        if start.lower().startswith(_MOVES_BASE):
+            raise ConfigError(
+                f"{self.path}: init_lora_weights={start} moved the base weights before training, so the update is not just "
+                "scaling · B A. Merge it into the weights it was trained on and save that, or save it again with PEFT's "
+                "path_initial_model_for_weight_conversion."
+            )
 
     def _sort(self) -> None:
         """Tell factors from tensors that are stored in full."""
@@ -138,6 +151,11 @@ class Adapter:
     def has_factors(self, name: str) -> bool:
         """Whether the update of a tensor is given by factors."""
         return name in self._pairs
+
+    def is_copied(self, name: str) -> bool:
+        """Whether a tensor stored in full is one that PEFT adds unasked (`save_embedding_layers`), not a trained one."""
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        return name in self._full and module not in (self.config.get("modules_to_save") or ())
 
     def _scaling(self, module: str, rank: int) -> float:
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha") or 8)

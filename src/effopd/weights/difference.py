@@ -6,7 +6,9 @@ Everything that can be told from headers (architecture, vocabulary, names, shape
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -74,6 +76,7 @@ class Difference:
     def __init__(self, base: Checkpoint, trained: Checkpoint | Adapter):
         self.base, self.trained = base, trained
         self.parts = base.parts()
+        self._several = Counter(part.tensor for part in self.parts)
         self._names: dict[str, str] = {}
         if isinstance(trained, Adapter):
             self._match_adapter(trained)
@@ -99,9 +102,18 @@ class Difference:
         return Update(part, base, factors=(b_MR if part.rows is None else b_MR[slice(*part.rows)], a_RN))
 
     def updates(self, device: torch.device | str = "cpu") -> Iterator[Update]:
-        """All updates in the order of `parts`; a tensor of several parts is read once while it is in use."""
-        for part in self.parts:
-            yield self.update(part, device)
+        """All updates in the order of `parts`, each stored tensor read once."""
+        for name, parts in groupby(self.parts, key=lambda part: part.tensor):
+            # as long as a tensor is held, it is not read again for its other parts
+            held = [c.load(n, device) for c, n in self._sources(name)] if self._several[name] > 1 else []
+            for part in parts:
+                yield self.update(part, device)
+            del held
+
+    def _sources(self, name: str) -> list[tuple[Checkpoint, str]]:
+        """Where a tensor of the base is stored, and its counterpart where that is a tensor too."""
+        trained = [(self.trained, self._names[name])] if isinstance(self.trained, Checkpoint) else []
+        return [(self.base, name), *trained]
 
     def _match(self, trained: Checkpoint) -> None:
         """Pair the names, with or without wrappers' prefixes, and compare shapes."""
@@ -131,6 +143,7 @@ class Difference:
                     if names
                 )
                 + ". Expected a checkpoint trained from this base."
+                + _tie_hint([*missing, *left])
             )
         wrong = [name for name in mine if mine[name] != theirs[self._names[name]]]
         if wrong:
@@ -147,6 +160,13 @@ class Difference:
         bare = {_bare(name): name for name in parts}
         for name in adapter.names:
             tensor = name if name in parts else bare.get(_bare(name))
+            if tensor is None and place_of(name).module == "head" and is_tied(self.base.config):
+                if adapter.is_copied(name):
+                    continue
+                raise WeightsError(
+                    f"{adapter.path} trains a head of its own ('{name}'), but the base {self.base.path} ties its head to the "
+                    "token embedding. Merge it into a base that is saved with tie_word_embeddings=False, and compare that."
+                )
             if tensor is None:
                 raise WeightsError(
                     f"{adapter.path} adapts '{name}', which the base {self.base.path} does not have. Expected an adapter "
@@ -165,6 +185,15 @@ class Difference:
 
 def _bare(name: str) -> str:
     return _WRAPPERS.sub("", name)
+
+
+def _tie_hint(names: list[str]) -> str:
+    if not names or any(place_of(name).module != "head" for name in names):
+        return ""
+    return (
+        " Only one of them ties its output head to the token embedding (tie_word_embeddings in config.json): save the tied "
+        "one with a head of its own, and compare again."
+    )
 
 
 def _check_architecture(base: Checkpoint, trained: Checkpoint) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from effopd.errors import CheckpointError, WeightsError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BLOCK = 2**20
 #: Stored by older versions of transformers; masks and tables, not weights.
 _BUFFERS = re.compile(
     r"(?:^|\.)(?:attn\.(?:masked_)?bias|position_ids|rotary_emb\.inv_freq|rotary_emb\.(?:cos|sin)_cached)$"
@@ -61,9 +63,12 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        _require_folder(self.path)
+        weights = find_weights(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        self._stored = {name: s for name, s in _stored_tensors(self.path).items() if not _BUFFERS.search(name)}
+        stored = _sharded(weights) if weights.name == INDEX else read_header(weights)
+        self._stored = {name: s for name, s in stored.items() if not _BUFFERS.search(name)}
+        if not self._stored:
+            raise CheckpointError(f"{weights} holds no tensors: expected the weights of a model.")
         self.shapes = {name: stored.shape for name, stored in self._stored.items()}
         self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
         self.files = {name: stored.file for name, stored in self._stored.items()}
@@ -119,10 +124,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """Name → `Stored` of one safetensors file; the sizes must add up to the file's.
+    """Name → `Stored` of one safetensors file.
 
     Raises:
-        CheckpointError: missing, cut short, or no safetensors file.
+        CheckpointError: missing, cut short, damaged, or no safetensors file.
         WeightsError: a dtype that is not a floating-point one of 16 to 64 bits.
     """
     try:
@@ -140,19 +145,33 @@ def read_header(file: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        start, stop = entry["data_offsets"]
+        kind, (start, stop), shape = _entry(entry, file, name)
+        if kind not in _DTYPES and not _BUFFERS.search(name):
+            raise WeightsError(
+                f"tensor '{name}' of {file} has dtype {kind}: expected one of {', '.join(_DTYPES)}. Quantised "
+                "weights cannot be compared; dequantise the checkpoint first."
+            )
         if begin + stop > size:
             raise CheckpointError(
                 f"{file} is cut short: tensor '{name}' ends at byte {begin + stop}, the file at {size}. Copy it again."
             )
-        if entry["dtype"] not in _DTYPES and not _BUFFERS.search(name):
-            raise WeightsError(
-                f"tensor '{name}' of {file} has dtype {entry['dtype']}: expected one of {', '.join(_DTYPES)}. Quantised "
-                "weights cannot be compared; dequantise the checkpoint first."
-            )
-        dtype = _DTYPES.get(entry["dtype"], torch.uint8)
-        found[name] = Stored(file, dtype, tuple(entry["shape"]), begin + start, begin + stop)
-    return found
+        found[name] = Stored(file, _DTYPES.get(kind, torch.uint8), shape, begin + start, begin + stop)
+    try:
+        with safe_open(file, framework="pt"):  # the library's own check: tensors neither overlap nor leave gaps
+            return found
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). Copy it again.") from error
+
+
+def _entry(entry: Any, file: Path, name: str) -> tuple[str, tuple[int, int], tuple[int, ...]]:
+    """Dtype, offsets and shape of one entry of a header."""
+    try:
+        start, stop = entry["data_offsets"]
+        return str(entry["dtype"]), (int(start), int(stop)), tuple(int(n) for n in entry["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged: its header does not describe tensor '{name}'. Copy it again."
+        ) from error
 
 
 def read_tensor(stored: Stored, name: str) -> Tensor:
@@ -163,14 +182,16 @@ def read_tensor(stored: Stored, name: str) -> Tensor:
         WeightsError: NaN or infinity.
     """
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    flat = tensor.view(-1)
     with stored.file.open("rb") as handle:
         handle.seek(stored.start)
-        buffer: Any = tensor.view(-1).view(torch.uint8).numpy()
+        buffer: Any = flat.view(torch.uint8).numpy()
         got = handle.readinto(buffer) if tensor.numel() else 0
     if got != stored.stop - stored.start or got != tensor.numel() * tensor.element_size():
         raise CheckpointError(f"{stored.file} has changed or is cut short at tensor '{name}'. Copy it again.")
-    if not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
+    # block by block: the temporaries of one check of all would be larger than the tensor
+    bad = sum(block.numel() - int(torch.isfinite(block).sum()) for block in flat.split(_BLOCK))
+    if bad:
         raise WeightsError(
             f"tensor '{name}' of {stored.file} is not finite ({bad} of {tensor.numel()} numbers are NaN or infinite). "
             "The run that wrote it has diverged, or the file is damaged; use an earlier checkpoint."
@@ -178,31 +199,27 @@ def read_tensor(stored: Stored, name: str) -> Tensor:
     return tensor
 
 
-def _require_folder(path: Path) -> None:
+def find_weights(path: Path) -> Path:
+    """The file that holds a folder's weights, or the index that lists them.
+
+    Raises:
+        CheckpointError: no folder, no safetensors, or two layouts at once; the message says how to get there.
+    """
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is no folder: expected a checkpoint folder with config.json and safetensors files. A model of the Hub "
             "has to be on this disk first: hf download ORGANISATION/MODEL --local-dir FOLDER."
         )
-
-
-def _stored_tensors(path: Path) -> dict[str, Stored]:
-    single, index = path / WEIGHTS, path / INDEX
-    if single.is_file() and index.is_file():
+    found = [path / name for name in (WEIGHTS, INDEX) if (path / name).is_file()]
+    if len(found) == 2:
         raise CheckpointError(
             f"{path} has both {WEIGHTS} and {INDEX}: expected one of them. Remove the one that is left from an older save."
         )
-    if single.is_file():
-        stored = read_header(single)
-    elif index.is_file():
-        stored = _sharded(path, index)
-    else:
+    if not found:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
         loose = sorted(p.name for p in path.glob("*.safetensors"))
         raise CheckpointError(f"{path} has no {WEIGHTS} and no {INDEX}. " + _way_out(pickles, loose))
-    if not stored:
-        raise CheckpointError(f"{path} holds no tensors: expected the weights of a model.")
-    return stored
+    return found[0]
 
 
 def _way_out(pickles: list[str], loose: list[str]) -> str:
@@ -216,7 +233,8 @@ def _way_out(pickles: list[str], loose: list[str]) -> str:
     return "Expected a folder that `save_pretrained` wrote, or a run directory with a trajectory."
 
 
-def _sharded(path: Path, index: Path) -> dict[str, Stored]:
+def _sharded(index: Path) -> dict[str, Stored]:
+    path = index.parent
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index}: expected a `weight_map` from tensor names to files, got none.")

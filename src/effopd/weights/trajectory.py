@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from effopd.errors import CheckpointError
-from effopd.weights.reader import ADAPTER, INDEX, WEIGHTS, read_json
+from effopd.weights.reader import ADAPTER, INDEX, WEIGHTS, find_weights, read_json
 
 _STEP = re.compile(r"(?:step|checkpoint|global_step)[-_]?(\d+)$")
 
@@ -82,6 +82,8 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _single(root: Path, steps: Sequence[int] | None) -> list[Snapshot]:
+    if not (root / ADAPTER).is_file():
+        find_weights(root)
     state, named = root / "trainer_state.json", _STEP.match(root.name)
     step = int(read_json(state).get("global_step", 0)) if state.is_file() else int(named[1]) if named else None
     if steps is not None and step not in steps:

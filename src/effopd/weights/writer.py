@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,15 @@ from effopd.files import fsync
 from effopd.weights.reader import INDEX, WEIGHTS, Checkpoint
 
 #: Files beside the weights that make a checkpoint usable.
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
-_LEFT_OUT = (INDEX, "trainer_state.json", "adapter_config.json")
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+_LEFT_OUT = re.compile(r".*\.index\.json|trainer_state\.json|adapter_config\.json")
+
+_Edit = Callable[[str, Tensor], Tensor]
 
 
 def write_checkpoint(
     base: Checkpoint,
-    edit: Callable[[str, Tensor], Tensor],
+    edit: _Edit,
     out: str | Path,
     *,
     max_shard_size: int = 2 * 1024**3,
@@ -33,9 +36,9 @@ def write_checkpoint(
     Memory: one shard and one tensor. The folder is filled beside `out` and renamed, so it appears whole or not at all.
 
     Args:
-        edit: must not change the tensor it is given in place.
+        edit: is given every stored tensor, also the copy of a tied head where there is one; must not change it in place.
         max_shard_size: bytes a file at most, unless a single tensor is larger.
-        dtype: of what is written; default: what `edit` returns.
+        dtype: of what is written; default: what each tensor of `base` is stored in.
 
     Raises:
         CheckpointError: `out` exists and is not empty.
@@ -47,14 +50,11 @@ def write_checkpoint(
     staged = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    shards = _write_shards(base, edit, staged, max_shard_size, dtype)
-    if len(shards) == 1:
-        (staged / shards[0][0]).rename(staged / WEIGHTS)
-    else:
-        _write_index(staged, shards)
-    _copy_rest(base, staged, dtype)
-    for path in [*staged.iterdir(), staged]:
-        fsync(path)
+    try:
+        _fill(base, edit, staged, max_shard_size, dtype)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
     if out.exists():
         out.rmdir()
     staged.rename(out)
@@ -62,7 +62,21 @@ def write_checkpoint(
     return out
 
 
-def _write_shards(base, edit, staged: Path, limit: int, dtype: torch.dtype | None) -> list[tuple[str, dict[str, int]]]:
+def _fill(base: Checkpoint, edit: _Edit, staged: Path, limit: int, dtype: torch.dtype | None) -> None:
+    """Everything of the new checkpoint, flushed to disk."""
+    shards = _write_shards(base, edit, staged, limit, dtype)
+    if len(shards) == 1:
+        (staged / shards[0][0]).rename(staged / WEIGHTS)
+    else:
+        _write_index(staged, shards)
+    _copy_rest(base, staged, dtype)
+    for path in [*staged.iterdir(), staged]:
+        fsync(path)
+
+
+def _write_shards(
+    base: Checkpoint, edit: _Edit, staged: Path, limit: int, dtype: torch.dtype | None
+) -> list[tuple[str, dict[str, int]]]:
     """Files in order, each with the bytes of its tensors by name."""
     shards: list[tuple[str, dict[str, int]]] = []
     held: dict[str, Tensor] = {}
@@ -76,13 +90,13 @@ def _write_shards(base, edit, staged: Path, limit: int, dtype: torch.dtype | Non
 
     for name in base.shapes:
         stored = base.load(name)
-        new = edit(name, stored)
+        edited = edit(name, stored)
+        new = edited.to("cpu", stored.dtype if dtype is None else dtype).contiguous()
         if new.shape != stored.shape or not bool(torch.isfinite(new).all()):
             raise WeightsError(
-                f"the edited tensor '{name}' has shape {tuple(new.shape)} (expected {tuple(stored.shape)}) or is not finite; "
-                "nothing was written."
+                f"the edited tensor '{name}' has shape {tuple(new.shape)} (expected {tuple(stored.shape)}) or is not finite "
+                f"in {new.dtype}; nothing was written."
             )
-        new = new.to(dtype if dtype is not None else new.dtype).contiguous()
         if sum(t.numel() * t.element_size() for t in held.values()) + new.numel() * new.element_size() > limit:
             flush()
         held[name] = new.clone() if new is stored else new
@@ -105,7 +119,7 @@ def _write_index(staged: Path, shards: list[tuple[str, dict[str, int]]]) -> None
 def _copy_rest(base: Checkpoint, staged: Path, dtype: torch.dtype | None) -> None:
     for pattern in _COPIED:
         for path in base.path.glob(pattern):
-            if path.name not in _LEFT_OUT:
+            if not _LEFT_OUT.fullmatch(path.name):
                 shutil.copy(path, staged / path.name)
     if dtype is not None:
         config = json.loads((staged / "config.json").read_text())
