@@ -1,0 +1,91 @@
+"""`ScanOptions`: the settings of the intervention scans, for Python, the command line and YAML; checked when built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from effopd.errors import ConfigError
+
+RANK_NORMS, RANK_ENDS, RESTS = ("own", "full", "shared"), ("top", "bottom"), ("trained", "base")
+
+
+@dataclass
+class ScanOptions:
+    """The settings of the scans, each read by the scan its help names.
+
+    Raises:
+        ConfigError: a value out of range; the message names the field.
+    """
+
+    _argument_group_name = "scan"
+
+    alphas: list[float] = field(
+        default_factory=lambda: [i / 10 for i in range(11)],
+        metadata={"help": "alpha: the scales α of W0 + αΔW."},
+    )
+    half_width: int | None = field(
+        default=None,
+        metadata={
+            "help": "window: layers l−h … l+h are trained; the paper's h is 8. Default: 8 for models of 28 layers or "
+            "more (the paper's), in proportion below (4 layers: 1)."
+        },
+    )
+    percents: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0],
+        metadata={"help": "rank: shares of the components kept, in percent of min(M, N), rounded up."},
+    )
+    ends: list[str] = field(
+        default_factory=lambda: list(RANK_ENDS),
+        metadata={"help": "rank: 'top' keeps the leading components, 'bottom' the trailing ones, norm untouched."},
+    )
+    rank_norm: str = field(
+        default="own",
+        metadata={
+            "help": "rank: norm of the leading components. 'own': as they are; 'full': the norm of the run's whole "
+            "update of that matrix; 'shared': the mean of that norm over all runs given (the paper).",
+            "choices": list(RANK_NORMS),
+        },
+    )
+    rest: str = field(
+        default="trained",
+        metadata={
+            "help": "rank: what the parameters other than attention and MLP matrices are; with 'trained', 100 %% of "
+            "the components is the trained model.",
+            "choices": list(RESTS),
+        },
+    )
+    betas: list[float] = field(
+        default_factory=lambda: [i / 5 for i in range(9)],
+        metadata={"help": "norm_scaling: 0 leaves ΔW_t as it is, 1 gives it the final norm."},
+    )
+    early_steps: list[int] | None = field(
+        default=None,
+        metadata={"help": "norm_scaling: the early steps t. Default: all between the first and the last."},
+    )
+    random_seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "random: a random direction for each."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("alphas", "percents", "betas", "ends", "random_seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise ConfigError(f"--{name}: expected at least one value, got none.")
+            setattr(self, name, list(dict.fromkeys(values)))
+        for name in ("alphas", "percents", "betas"):
+            bad = [v for v in getattr(self, name) if not isinstance(v, int | float) or not math.isfinite(v)]
+            if bad:
+                raise ConfigError(f"--{name}: expected finite numbers, got {bad[0]!r}. Write e.g. --{name} 0.5 1.")
+        bad = [p for p in self.percents if not 0 < p <= 100]
+        if bad:
+            raise ConfigError(f"--percents: expected shares above 0 and at most 100 (percent), got {bad[0]:g}.")
+        if self.half_width is not None and self.half_width < 0:
+            raise ConfigError(f"--half_width: expected 0 or more layers on each side, got {self.half_width}.")
+        if any(seed < 0 for seed in self.random_seeds):
+            raise ConfigError(f"--random_seeds: expected whole numbers of at least 0, got {min(self.random_seeds)}.")
+        for name, known in (("ends", RANK_ENDS), ("rank_norm", RANK_NORMS), ("rest", RESTS)):
+            value = getattr(self, name)
+            for item in value if isinstance(value, list) else [value]:
+                if item not in known:
+                    raise ConfigError(f"--{name}: expected {' or '.join(known)}, got {item!r}.")

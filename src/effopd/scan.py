@@ -1,0 +1,303 @@
+"""A scan in memory: one base model is loaded, put at every point in turn, measured, and put back bit for bit.
+
+Undoing re-reads the tensors that were touched from the base's files rather than keeping clones of them: that takes the
+memory of one tensor instead of a second model, and it is exact because loading is checked first: every parameter must
+equal its tensor on disk, cast to the parameter's dtype.
+
+Left out: models whose parameters are not the checkpoint's tensors under another name, such as Mixture-of-Experts models
+whose experts transformers merges on loading. For those, write the points as checkpoints and evaluate each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from effopd.distill.divergence import reverse_kl_of_completions, shared_vocab_size
+from effopd.distill.task_eval import ratio_with_error
+from effopd.dynamics.interventions import update_norm
+from effopd.dynamics.scan_options import ScanOptions
+from effopd.dynamics.scans import BASE, Point, Study
+from effopd.errors import CompatibilityError, NonFiniteWeightsError
+from effopd.evaluate import EvalResult, evaluate
+from effopd.restore import evaluating
+from effopd.scan_results import Results
+from effopd.tasks.base import Task
+from effopd.weights.difference import Difference
+from effopd.weights.naming import Part
+from effopd.weights.reader import Checkpoint, open_checkpoint
+from effopd.weights.trajectory import Snapshot, find_snapshots
+from effopd.weights.writer import write_checkpoint
+
+
+class Sources:
+    """The base and the kept checkpoints of every run.
+
+    Names, shapes and architecture of all of them are checked here, before any tensor is read.
+
+    Args:
+        base: checkpoint folder.
+        trained: label → folders; several folders are seeds and become the runs `label#0`, `label#1`, ….
+        steps: use these steps of a trajectory only; the last of them is the trained model.
+
+    Raises:
+        EffOPDError: a folder that cannot be used or does not belong to the base; the message names it.
+    """
+
+    def __init__(
+        self, base: str | Path, trained: Mapping[str, Sequence[str | Path]], steps: Sequence[int] | None = None
+    ):
+        self.base = Checkpoint(base)
+        self.snapshots: dict[str, list[Snapshot]] = {
+            label if len(paths) == 1 else f"{label}#{seed}": find_snapshots(Path(path), steps)
+            for label, paths in trained.items()
+            for seed, path in enumerate(paths)
+        }
+        self._differences = {
+            run: [Difference(self.base, open_checkpoint(snapshot.path)) for snapshot in snapshots]
+            for run, snapshots in self.snapshots.items()
+        }
+        self.parts_of: dict[str, list[Part]] = {}
+        for part in self.base.parts():
+            self.parts_of.setdefault(part.tensor, []).append(part)
+        self._norms: dict[str, dict[Part, float]] = {}
+
+    def difference(self, point: Point) -> Difference | None:
+        """The update that `point` is made of; the base has none."""
+        return self._differences[point.run][point.snapshot] if point.run in self._differences else None
+
+    def step(self, point: Point) -> int | None:
+        """The training step of that update, where it is known."""
+        return self.snapshots[point.run][point.snapshot].step if point.run in self.snapshots else None
+
+    def norms(self, run: str) -> dict[Part, float]:
+        """‖ΔW_T‖ of every part at the end of `run`; one pass over the files, remembered."""
+        if run not in self._norms:
+            final = self._differences[run][-1]
+            self._norms[run] = {
+                update.part: update_norm(update)
+                for update in tqdm(final.updates(), f"norms of {run}", total=len(final.parts), leave=False)
+            }
+        return self._norms[run]
+
+    def study(self, options: ScanOptions) -> Study:
+        """What the scans are planned from."""
+        steps = {run: [snapshot.step for snapshot in found] for run, found in self.snapshots.items()}
+        return Study(self.base.parts(), steps, self.norms, options)
+
+
+@torch.no_grad()
+def rewrite(target: Tensor, parts: Sequence[Part], point: Point, difference: Difference) -> float:
+    """Turn a base tensor into the point's, in place; one part at a time, float64, rounded once.
+
+    Args:
+        target: the whole stored tensor, holding the base's values.
+        parts: the parts of that tensor.
+
+    Returns:
+        ‖new − base‖² after rounding.
+
+    Raises:
+        NonFiniteWeightsError: the new tensor has a NaN or an infinity; `target` may be changed in part.
+    """
+    device = "cpu" if target.device.type == "mps" else target.device  # MPS has no float64
+    square = 0.0
+    for part in parts:
+        if not point.selects(part):
+            continue
+        update = difference.update(part, device)  # kept while its tensor's other parts are read
+        new = point.edit(update)
+        if new is None:
+            continue
+        view, new = part.view(target), new.to(target.device, target.dtype)
+        if not bool(torch.isfinite(new).all()):
+            raise NonFiniteWeightsError(
+                f"point {point.id}: '{part.place}' ({part.tensor}) is not finite in {target.dtype}. Expected finite "
+                "weights: use smaller factors, or --dtype float32."
+            )
+        square += float(torch.linalg.vector_norm(new.to(device, torch.float64).sub_(view.to(device))) ** 2)
+        view.copy_(new)
+    return square
+
+
+class LiveBase:
+    """A loaded base model that can be put at a point and comes back bit for bit.
+
+    Raises:
+        CompatibilityError: the model's parameters are not the checkpoint's tensors, in name, shape or value.
+    """
+
+    def __init__(self, model: PreTrainedModel, sources: Sources):
+        self.model = model
+        self._sources = sources
+        self._live = _match(model, sources)
+        self._check_values()
+
+    @contextmanager
+    def at(self, point: Point) -> Iterator[float]:
+        """The model is at `point` within the block and back at the base after it, whatever happens.
+
+        Yields:
+            ‖W − W0‖ of the model as it stands, after rounding to its dtype.
+        """
+        touched: list[str] = []
+        try:
+            yield self._apply(point, touched)
+        finally:
+            self._restore(touched)
+
+    def _apply(self, point: Point, touched: list[str]) -> float:
+        difference = self._sources.difference(point)
+        if difference is None:
+            return 0.0
+        square = 0.0
+        for name, parts in self._sources.parts_of.items():
+            if any(map(point.selects, parts)):
+                touched.append(name)
+                square += rewrite(self._live[name], parts, point, difference)
+        return square**0.5
+
+    @torch.no_grad()
+    def _restore(self, names: Sequence[str]) -> None:
+        for name in names:
+            live = self._live[name]
+            live.copy_(self._sources.base.load(name).to(live.dtype))
+
+    def _check_values(self) -> None:
+        for name, live in self._live.items():
+            stored = self._sources.base.load(name).to(live.dtype)
+            if not torch.equal(live.detach().cpu(), stored):
+                raise CompatibilityError(
+                    f"parameter '{name}' of the loaded {type(self.model).__name__} differs from the tensor in "
+                    f"{self._sources.base.files[name]}: expected equal values, so that edits can be undone exactly. "
+                    "The library changes this tensor on loading. " + _WAY_OUT
+                )
+
+
+_WAY_OUT = "Write the points with --save_dir DIR (without --task) and evaluate each of them with `effopd eval`."
+
+
+def _match(model: PreTrainedModel, sources: Sources) -> dict[str, Tensor]:
+    """Stored name → live parameter or buffer, for every tensor that has parts. All are checked before any is used."""
+    live: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    prefix = model.base_model_prefix  # checkpoints of a bare backbone leave it out
+    found: dict[str, Tensor] = {}
+    for name in sources.parts_of:
+        tensor = live.get(name, live.get(f"{prefix}.{name}"))
+        shape = sources.base.shapes[name]
+        if tensor is None or tuple(tensor.shape) != tuple(shape):
+            got = "has no such parameter" if tensor is None else f"has it with shape {tuple(tensor.shape)}"
+            raise CompatibilityError(
+                f"the base has a tensor '{name}' of shape {tuple(shape)}, but the loaded {type(model).__name__} {got}: "
+                f"the library renames or merges tensors on loading (as with merged experts). {_WAY_OUT}"
+            )
+        found[name] = tensor
+    return found
+
+
+def save_point(point: Point, sources: Sources, out: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write the model of a point as a checkpoint, one tensor at a time.
+
+    Args:
+        dtype: of the floating tensors; `None` keeps the base's. With the dtype of a scan in memory, the checkpoint is
+            the model that was measured, bit for bit.
+    """
+    difference = sources.difference(point)
+    # a head that is stored although it is tied must stay equal to the embeddings
+    tied = [part for part in sources.base.parts() if str(part.place) == "embedding.tokens"]
+
+    def edit(name: str, tensor: Tensor) -> Tensor:
+        target = tensor.to(dtype or tensor.dtype, copy=True)
+        if difference is not None:
+            rewrite(target, sources.parts_of.get(name, tied), point, difference)
+        return target
+
+    return write_checkpoint(sources.base, edit, out, dtype=dtype)
+
+
+@dataclass
+class Evaluator:
+    """How every point is measured: the same prompts, the same sampling noise.
+
+    `settings` are keyword arguments of `effopd.evaluate.evaluate`, with at least `seed` and `max_new_tokens`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    settings: Mapping[str, Any]
+    teacher: PreTrainedModel | None = None
+    _vocab_size: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            self._vocab_size = shared_vocab_size(self.model, self.teacher, len(self.tokenizer))
+
+    def measure(self) -> dict[str, Any]:
+        """Accuracy with its 95 % interval over prompts, per-prompt accuracies, lengths, cost; KL if there is a teacher."""
+        n = self.settings.get("n", 1)
+        with tqdm(total=n * len(self.task), desc="answers", leave=False) as bar:
+            result = evaluate(self.model, self.tokenizer, self.task, progress=bar.update, **self.settings)
+        interval = result.accuracy
+        measured = {
+            "accuracy": interval.mean,
+            "accuracy_low": interval.low,
+            "accuracy_high": interval.high,
+            "n": interval.n,
+            "mean_score": result.mean_score,
+            "response_length": float(np.mean(result.lengths)),
+            "truncated_share": result.truncated_share,
+            "generated_tokens": result.generated_tokens,
+            "accuracies": [float(np.mean(row)) for row in result.correct],
+        }
+        if self.teacher is not None:
+            measured |= self._kl(result, self.teacher)
+        return measured | {"seconds": result.seconds}
+
+    def _kl(self, result: EvalResult, teacher: PreTrainedModel) -> dict[str, float]:
+        """Exact reverse KL(model ‖ teacher), at temperature 1, on the answers just sampled: nats per token.
+
+        The interval is over prompts: ratio of sums, delta method, normal quantile, cut at 0.
+        """
+        answers = [answer for row in result.completions for answer in row]
+        with evaluating(self.model, teacher):
+            sums, counts = reverse_kl_of_completions(
+                self.model,
+                teacher,
+                [answer.prompt_ids for answer in answers],
+                [answer.completion_ids for answer in answers],
+                vocab_size=self._vocab_size,
+                pad_token_id=self.tokenizer.pad_token_id or 0,
+                batch_size=self.settings.get("batch_size", 64),
+            )
+        prompts = len(result.examples)
+        by_prompt = [np.asarray(values).reshape(prompts, -1).sum(axis=1).tolist() for values in (sums, counts)]
+        mean, error = ratio_with_error(*by_prompt)
+        return {"kl": mean, "kl_low": max(0.0, mean - 1.96 * error), "kl_high": mean + 1.96 * error}
+
+
+def run_scan(
+    points: Sequence[Point], live: LiveBase, sources: Sources, evaluator: Evaluator, results: Results
+) -> None:
+    """Measure every point that has no result yet. A model met before, under whatever name, is not measured again."""
+    todo = [point for point in points if point.id not in results]
+    bar = tqdm(todo, unit="point", initial=len(points) - len(todo), total=len(points))
+    for point in bar:
+        bar.set_description(point.id)
+        known = results.of_model(point.same_model)
+        if known is not None:
+            results.add(point, sources.step(point), known["update_norm"], known["measured"])
+            continue
+        with live.at(point) as norm:
+            base = results.of_model(BASE) if norm == 0.0 else None
+            measured = evaluator.measure() if base is None else base["measured"]
+        results.add(point, sources.step(point), norm, measured)
