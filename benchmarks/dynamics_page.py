@@ -141,20 +141,23 @@ def window(table: pd.DataFrame, run: str, module: str, centres: list[int]) -> fl
     return sum(shares) / len(shares)
 
 
+def random_change(table: pd.DataFrame, run: str) -> float:
+    return float(table[(table["scan"] == "random") & (table["run"] == run)]["accuracy_change"].mean())
+
+
+def beta(value: float) -> Callable[[pd.DataFrame, str], float]:
+    """Share of the gain of the early model stretched by β."""
+    return lambda t, g: gain_share(t, accuracy_of(t, "norm_scaling", g, step=EARLY, beta=value), g)
+
+
+def rank(end: str, p: float) -> Callable[[pd.DataFrame, str], float]:
+    """Share of the gain of the leading or trailing p % of components."""
+    return lambda t, g: gain_share(t, accuracy_of(t, "rank", g, end=end, percent=p), g)
+
+
 def rows_of(family: Family) -> list[Row]:
     """Every claim, in the order of the paper."""
     f, middle, ends = family, [1, 2], [0, 3]
-    random = lambda t, g: t[(t["scan"] == "random") & (t["run"] == g)]["accuracy_change"].mean()  # noqa: E731
-    beta = lambda b: (
-        lambda t, g: gain_share(  # noqa: E731
-            t, accuracy_of(t, "norm_scaling", g, step=EARLY, beta=b), g
-        )
-    )
-    rank = lambda end, p: (
-        lambda t, g: gain_share(  # noqa: E731
-            t, accuracy_of(t, "rank", g, end=end, percent=p), g
-        )
-    )
     a, b, c = "1a same accuracy, smaller update", "1a embeddings contribute nothing", "1a middle MLPs matter most"
     d, e, h = "1a RL moves bottom and top layers more", "1b spectrum more concentrated than RL's", "1b early lock-in"
     n, r, k = (
@@ -200,7 +203,7 @@ def rows_of(family: Family) -> list[Row]:
           for p in (1, 5, 20)),
         f.each(k, "share of the gain from the bottom 50 % (OPD)", f.scan(rank("bottom", 50)), "opd", 0, percent, margin=0.05),
         f.compare(k, "top 1 %, shared norm: OPD − RL", f.scan(rank("top", 1)), 1, percent),
-        f.each(r, "change in accuracy by a random move of the same norm (OPD)", f.scan(random), "opd", -1, percent),
+        f.each(r, "change in accuracy by a random move of the same norm (OPD)", f.scan(random_change), "opd", -1, percent),
     ]  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -21,21 +23,19 @@ from effopd.testbed import resolve_model
 
 
 @dataclass
-class EvalArguments:
-    """Flags of `effopd eval` besides the task's."""
+class SamplingArguments:
+    """How answers are sampled: flags that `effopd eval` and `effopd intervene` share.
 
-    model: str = field(metadata={"help": "Model folder or Hub id; testbed:student and testbed:teacher ship."})
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
     n: int = field(default=1, metadata={"help": "Answers per prompt; avg@n and pass@k for k = 1, 2, 4, … ≤ n."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 = greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 = off."})
     max_new_tokens: int = field(default=512, metadata={"help": "Token limit of an answer."})
     batch_size: int = field(default=64, metadata={"help": "Answers generated at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling noise."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, float32, bfloat16, …"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
-    output: str | None = field(
-        default=None, metadata={"help": "JSONL file for all answers; the summary goes beside it as .summary.json."}
-    )
 
     def __post_init__(self) -> None:
         for name in ("n", "max_new_tokens", "batch_size"):
@@ -47,6 +47,24 @@ class EvalArguments:
             )
         if self.temperature == 0 and self.n > 1:
             raise ConfigError("--n above 1 needs --temperature above 0: greedy answers are all the same.")
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of `effopd.evaluate.evaluate`."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class EvalArguments:
+    """Flags of `effopd eval` besides the sampling's and the task's."""
+
+    model: str = field(metadata={"help": "Model folder or Hub id; testbed:student and testbed:teacher ship."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, float32, bfloat16, …"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
+    output: str | None = field(
+        default=None, metadata={"help": "JSONL file for all answers; the summary goes beside it as .summary.json."}
+    )
+
+    def __post_init__(self) -> None:
         if self.output is not None and Path(self.output).exists():
             raise ConfigError(f"--output {self.output} exists; choose another file (nothing was changed).")
 
@@ -54,12 +72,12 @@ class EvalArguments:
 def run_eval(argv: Sequence[str]) -> int:
     """Parse, check, evaluate, print."""
     parser = TrlParser(
-        [EvalArguments, TaskConfig],
+        [EvalArguments, SamplingArguments, TaskConfig],
         prog="effopd eval",
         description="Sample answers, verify them, and say how sure the accuracy is.",
         epilog="Example: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0",
     )
-    arguments, task_config = parser.parse_args_and_config(list(argv))
+    arguments, sampling, task_config = parser.parse_args_and_config(list(argv))
     arguments.model = resolve_model(arguments.model)
     task = load_task(task_config, "eval")
     try:
@@ -76,30 +94,19 @@ def run_eval(argv: Sequence[str]) -> int:
         ) from error
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    with tqdm(total=len(task) * arguments.n, unit="answer", desc=task.name) as bar:
-        result = evaluate(
-            model,
-            tokenizer,
-            task,
-            n=arguments.n,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-            progress=bar.update,
-        )
-    _print(result, arguments)
+    with tqdm(total=len(task) * sampling.n, unit="answer", desc=task.name) as bar:
+        result = evaluate(model, tokenizer, task, progress=bar.update, **sampling.settings())
+    _print(result, sampling.n)
     if arguments.output is not None:
-        _write(result, arguments, task.name)
+        _write(result, arguments, task.name, sampling.temperature)
     return 0
 
 
-def _print(result: EvalResult, arguments: EvalArguments) -> None:
+def _print(result: EvalResult, n: int) -> None:
     summary = result.summary()
     rows = {
-        f"avg@{arguments.n}": f"{result.accuracy}  (95 % interval over {summary['prompts']} prompts)",
-        **{name: f"{value:.3f}" for name, value in summary.items() if name.startswith("pass@") and arguments.n > 1},
+        f"avg@{n}": f"{result.accuracy}  (95 % interval over {summary['prompts']} prompts)",
+        **{name: f"{value:.3f}" for name, value in summary.items() if name.startswith("pass@") and n > 1},
         "mean score": f"{summary['mean_score']:.3f}",
         "answer length": f"{summary['mean_length']:.1f} tokens on average, {summary['max_length']} at most",
         "cut at the limit": f"{summary['truncated_share']:.1%}",
@@ -109,12 +116,12 @@ def _print(result: EvalResult, arguments: EvalArguments) -> None:
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
 
 
-def _write(result: EvalResult, arguments: EvalArguments, task: str) -> None:
+def _write(result: EvalResult, arguments: EvalArguments, task: str, temperature: float) -> None:
     path = Path(arguments.output or "")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in result.rows())
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    summary = {"model": arguments.model, "task": task, "temperature": arguments.temperature, **result.summary()}
+    summary = {"model": arguments.model, "task": task, "temperature": temperature, **result.summary()}
     target = path.with_suffix(".summary.json")
     write_atomically(target, lambda temporary: temporary.write_text(json.dumps(summary, indent=2)))
     print(f"answers: {path}\nsummary: {target}")

@@ -18,17 +18,17 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from effopd.distill.launch import versions
 from effopd.distill.preflight import check_models, check_task
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import SCAN_FIELDS, SCANS, Point, reference_points
 from effopd.errors import CompatibilityError, ConfigError, EffOPDError, TaskError
-from effopd.evaluate_command import EvalArguments
+from effopd.evaluate_command import SamplingArguments
 from effopd.optional import is_available
 from effopd.scan import Evaluator, LiveBase, Sources, run_scan, save_point
 from effopd.scan_results import Results, merged_settings, write_settings
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.testbed import resolve_model
+from effopd.versions import versions
 
 _LABEL = re.compile(r"[\w.+-]+")
 #: Columns of the printed table when it does not go to a terminal.
@@ -105,23 +105,6 @@ class InterveneArguments:
                 )
             found.setdefault(label, []).append(str(resolve_model(path)))
         return found
-
-
-@dataclass
-class SamplingArguments(EvalArguments):
-    """How answers are sampled: the flags of `effopd eval`, without those that name its model and its files."""
-
-    _argument_group_name = "sampling"
-
-    model: str = field(default="", init=False)
-    n: int = field(default=1, metadata={"help": "Answers per prompt."})
-    dtype: str = field(default="", init=False)
-    trust_remote_code: bool = field(default=False, init=False)
-    output: str | None = field(default=None, init=False)
-
-    def settings(self) -> dict[str, Any]:
-        """Keyword arguments of `effopd.evaluate.evaluate`."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
 
 @dataclass

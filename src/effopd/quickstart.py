@@ -26,7 +26,7 @@ from trl import ModelConfig, TrlParser
 from effopd import testbed
 from effopd.bench.time_to_target import Cost, final_target, first_reach, speedup_by_gap
 from effopd.distill.config import OPDConfig
-from effopd.distill.launch import RunSettings, build_trainer, versions
+from effopd.distill.launch import RunSettings, build_trainer
 from effopd.distill.run_dir import EVALS
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import SEARCHES
@@ -35,6 +35,7 @@ from effopd.files import read_rows, write_atomically
 from effopd.optional import is_available
 from effopd.report.figures import comparison_figure
 from effopd.tasks import TaskConfig
+from effopd.versions import versions
 
 #: Training prompts of the demo; the runs go over them several times.
 TRAIN_SIZE = 4096

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.distill.divergence import reverse_kl_of_completions, shared_vocab_size
 from effopd.distill.task_eval import ratio_with_error
-from effopd.dynamics.interventions import update_norm
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import BASE, Point, Study
 from effopd.errors import CompatibilityError, NonFiniteWeightsError
@@ -84,7 +83,7 @@ class Sources:
         if run not in self._norms:
             final = self._differences[run][-1]
             self._norms[run] = {
-                update.part: update_norm(update)
+                update.part: update.norm()
                 for update in tqdm(final.updates(), f"norms of {run}", total=len(final.parts), leave=False)
             }
         return self._norms[run]

@@ -16,7 +16,6 @@ from effopd.dynamics.interventions import (
     norm_scaled,
     random_direction,
     rescaled,
-    update_norm,
 )
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import BASE, SCAN_FIELDS, SCANS, Study, default_half_width, reference_points
@@ -58,7 +57,7 @@ def test_interpolation_ends_are_exact_and_the_middle_is_half_the_norm(rank):
     assert interpolated(update, 0.0) is None
     assert torch.equal(interpolated(update, 1.0), update.trained)
     half = interpolated(update, 0.5) - update.base.double()
-    assert half.norm().item() == pytest.approx(0.5 * update_norm(update), rel=1e-12)
+    assert half.norm().item() == pytest.approx(0.5 * update.norm(), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9)])
@@ -89,7 +88,7 @@ def test_component_count_is_exact_in_the_decimal_typed():
 @pytest.mark.parametrize("rank", [None, 3])
 def test_update_norm_is_frobenius(rank):
     update = make_update(rank=rank)
-    assert update_norm(update) == pytest.approx(update.delta().norm().item(), rel=1e-12)
+    assert update.norm() == pytest.approx(update.delta().norm().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (7,)])
@@ -180,7 +179,7 @@ def test_rank_points_keep_the_norm_that_was_asked_for(norm, rank):
         move = low.edit(update) - update.base.double()
         k = component_count(10.0, min(part.shape))
         kept = components(update, k, "top").norm().item()
-        expected = {"own": kept, "full": update_norm(update), "shared": mean}[norm]
+        expected = {"own": kept, "full": update.norm(), "shared": mean}[norm]
         assert move.norm().item() == pytest.approx(expected, rel=1e-12)
         assert np.linalg.matrix_rank(move.numpy(), tol=1e-9) == k
         if norm == "shared":

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import yaml
@@ -24,8 +21,7 @@ from effopd.extrapolate.callback import EffOPDCallback
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.files import write_atomically
 from effopd.tasks import Task, TaskConfig, load_task
-
-_PACKAGES = ("effopd", "torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym", "math-verify")
+from effopd.versions import versions
 
 
 @dataclass
@@ -158,17 +154,6 @@ def settings_yaml(model: ModelConfig, task: TaskConfig, args: Any, extra: dict[s
     values |= extra
     lines = [f"# {name} {version}" for name, version in versions().items()]
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
-
-
-def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a run."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -34,14 +34,6 @@ def on_base(update: Update, delta: Tensor) -> Tensor:
     return delta.add_(update.base)
 
 
-def update_norm(update: Update) -> float:
-    """‖ΔW‖ (Frobenius) in float64; from the triangular factors for an adapter, without forming B A."""
-    if update.factors is None:
-        return float(torch.linalg.vector_norm(update.delta()))
-    b_MR, a_RN = update.factors
-    return float(torch.linalg.matrix_norm(torch.linalg.qr(b_MR, mode="r").R @ torch.linalg.qr(a_RN.T, mode="r").R.T))
-
-
 def rescaled(delta: Tensor, norm: float) -> Tensor:
     """`norm` · ΔW/‖ΔW‖; a zero ΔW has no direction and stays zero."""
     own = float(torch.linalg.vector_norm(delta))

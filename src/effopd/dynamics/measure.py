@@ -30,8 +30,6 @@ GROUPS = ("norms", "entries", "spectrum", "subspaces", "directions", "embeddings
 _RANK_TOLERANCE = 1e-12
 #: Angle (degrees) that float32 storage of the directions may add, per direction.
 _STORAGE = math.degrees(2.0**-23)
-#: Numbers in one float64 block (64 MiB).
-_BLOCK = 2**23
 _DRAWS = 200
 
 
@@ -103,19 +101,6 @@ class BaseOfPart:
         return self._spectrum
 
 
-def update_norm(update: Update) -> float:
-    """‖ΔW‖ (Frobenius), differences and sums in float64, without a float64 copy of the tensor."""
-    if update.factors is not None:
-        return float(factor_singular_values(*update.factors).norm())
-    base, trained = update.base, update.trained
-    if base.ndim < 2:
-        base, trained = base.reshape(1, -1), trained.reshape(1, -1)
-    total, rows = 0.0, max(1, _BLOCK // max(1, math.prod(base.shape[1:])))
-    for b, w in zip(base.split(rows), trained.split(rows), strict=True):
-        total += float((w.to(torch.float64) - b.to(torch.float64)).square().sum())
-    return math.sqrt(total)
-
-
 def measure_update(update: Update, options: Options) -> tuple[dict[str, float], Directions | None]:
     """The metrics of one update, and its leading directions (matrices that moved, if wanted).
 
@@ -124,7 +109,7 @@ def measure_update(update: Update, options: Options) -> tuple[dict[str, float], 
     `embedding_metrics` (heads: the share of moved rows only).
     """
     part = update.part
-    metrics = {"parameters": float(math.prod(part.shape)), "frobenius_norm": update_norm(update)}
+    metrics = {"parameters": float(math.prod(part.shape)), "frobenius_norm": update.norm()}
     moved = metrics["frobenius_norm"] > 0.0
     if part.is_matrix:
         metrics |= {"rows": float(part.shape[0]), "columns": float(part.shape[1])}

@@ -30,7 +30,6 @@ from effopd.dynamics.interventions import (
     on_base,
     random_direction,
     rescaled,
-    update_norm,
 )
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.errors import ConfigError
@@ -235,7 +234,7 @@ def rank_points(study: Study) -> list[Point]:
                 return update.trained
             delta_MN = components(update, k, end)
             if norm != "own":
-                delta_MN = rescaled(delta_MN, target(update.part) if norm == "shared" else update_norm(update))
+                delta_MN = rescaled(delta_MN, target(update.part) if norm == "shared" else update.norm())
             return on_base(update, delta_MN)
 
         whole = percent == 100 and norm != "shared" and options.rest == "trained"
@@ -291,7 +290,7 @@ def random_points(study: Study) -> list[Point]:
     def point(run: str, seed: int) -> Point:
         def edit(update: Update) -> Tensor | None:
             name = f"{update.part.tensor}:{update.part.place}"
-            move = random_direction(update.part.shape, update_norm(update), seed, name)
+            move = random_direction(update.part.shape, update.norm(), seed, name)
             return on_base(update, move.to(update.base.device))
 
         return Point("random", run, {"seed": seed}, edit)

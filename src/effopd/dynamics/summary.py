@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import platform
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import effopd
 from effopd.dynamics import frames, over_training
 from effopd.dynamics.statistics import Estimate, bootstrap_mean, paired_difference, seed_mean
 from effopd.dynamics.tables import read_table
+from effopd.versions import ANALYSIS, versions
 
 AVERAGING = (
     "Metrics are averaged over attention and MLP matrices, each counted once whatever its size; fused matrices (qkv, "
@@ -34,7 +33,6 @@ INTERVALS = (
     "95 %. Over matrices: percentile bootstrap, describes this model. Over seeds: Student's t (differences: Welch). "
     "'larger' names a group only if every interval of the difference that could be computed excludes 0."
 )
-_PACKAGES = ("effopd", "torch", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
 
 def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     embeddings = _embeddings(last)
     summary = {
         "effopd": effopd.__version__,
-        "versions": versions(),
+        "versions": versions(ANALYSIS),
         "settings": {key: value for key, value in about.items() if key != "runs"},
         "averaging": AVERAGING,
         "intervals": INTERVALS,
@@ -84,17 +82,6 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         "notes": _notes(matrices, last, runs),
     }
     return _strict(summary)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 # -- one run --------------------------------------------------------------------------------------------------------

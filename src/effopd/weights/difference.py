@@ -5,6 +5,7 @@ Everything that can be told from headers (architecture, vocabulary, names, shape
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from effopd.weights.adapter import Adapter
 from effopd.weights.naming import Part, is_tied, place_of, text_config
 from effopd.weights.reader import Checkpoint
 
+#: Numbers in one float64 block (64 MiB).
+_BLOCK = 2**23
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|transformer|model|language_model)\.)+")
 
 
@@ -56,6 +59,18 @@ class Update:
         if self.factors is not None:
             return self.factors[0] @ self.factors[1]
         return self.trained.to(torch.float64) - self.base.to(torch.float64)
+
+    def norm(self) -> float:
+        """‖ΔW‖ (Frobenius), differences and sums in float64, without a float64 copy of the tensor; of an adapter from the
+        triangular factors of its factors, without forming b a."""
+        if self.factors is not None:
+            triangle_b, triangle_a = (torch.linalg.qr(x, mode="r").R for x in (self.factors[0], self.factors[1].T))
+            return float(torch.linalg.matrix_norm(triangle_b @ triangle_a.T))
+        base, trained = (t if t.ndim > 1 else t.reshape(1, -1) for t in (self.base, self.trained))
+        total, rows = 0.0, max(1, _BLOCK // max(1, math.prod(base.shape[1:])))
+        for b, w in zip(base.split(rows), trained.split(rows), strict=True):
+            total += float((w.to(torch.float64) - b.to(torch.float64)).square().sum())
+        return math.sqrt(total)
 
 
 class Difference:
