@@ -199,9 +199,9 @@ def rows_of(family: Family) -> list[Row]:
         f.each(n, f"share of the gain at step {EARLY}, β = 1", f.scan(beta(1.0)), "opd", 1, percent),
         f.each(n, "β = 1: share of the gain − 80 % (OPD)",
                {g: [v - 0.8 for v in values] for g, values in f.scan(beta(1.0)).items()}, "opd", 1, percent),
-        *(f.each(k, f"share of the gain from the top {p:g} %, shared norm (OPD)", f.scan(rank("top", p)), "opd", 1, percent)
+        *(f.each(k, f"share of the gain from the top {p:g} % of the matrices, shared norm, the rest trained (OPD)", f.scan(rank("top", p)), "opd", 1, percent)
           for p in (1, 5, 20)),
-        f.each(k, "share of the gain from the bottom 50 % (OPD)", f.scan(rank("bottom", 50)), "opd", 0, percent, margin=0.05),
+        f.each(k, "share of the gain from the bottom 50 % of the matrices, the rest trained (OPD)", f.scan(rank("bottom", 50)), "opd", 0, percent, margin=0.05),
         f.compare(k, "top 1 %, shared norm: OPD − RL", f.scan(rank("top", 1)), 1, percent),
         f.each(r, "change in accuracy by a random move of the same norm (OPD)", f.scan(random_change), "opd", -1, percent),
     ]  # fmt: skip

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from effopd.optional import require
+from effopd.report.dynamics_data import group_colors
 
-_PALETTE = ("#d1495b", "#00798c", "#edae49", "#66629e", "#4c956c", "#8d5a3a")
 _BASE = "#4c566a"
 _LABELS = {
     "accuracy": "accuracy",
@@ -56,10 +56,6 @@ def _grid(plt, rows: int, columns: int, width: float = 4.6, **share: Any):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
     return figure, axes
-
-
-def _colors(groups: Sequence[str]) -> dict[str, str]:
-    return {group: _PALETTE[i % len(_PALETTE)] for i, group in enumerate(groups)}
 
 
 def _groups(rows: pd.DataFrame) -> list[str]:
@@ -128,7 +124,7 @@ def _finish(figure, axes, table: pd.DataFrame, title: str) -> Any:
 def _curves(plt, table: pd.DataFrame, metrics: list[str], scan: str, key: str, xs: dict[str | None, str], title: str):
     """Metrics (rows) against several abscissas (columns), a line a group."""
     rows = table[table["scan"] == scan]
-    colors = _colors(_groups(rows))
+    colors = group_colors(_groups(rows))
     figure, axes = _grid(plt, len(metrics), len(xs), sharey="row", sharex="col")
     for i, metric in enumerate(metrics):
         for j, (x, label) in enumerate(xs.items()):
@@ -156,7 +152,7 @@ def trajectory_figure(plt, table: pd.DataFrame, metrics: list[str]):
 def embedding_figure(plt, table: pd.DataFrame, metrics: list[str]):
     """Paper, fig. 2a: trained models with the base's embeddings."""
     rows = table[table["scan"] == "embedding"]
-    colors = _colors(_groups(rows))
+    colors = group_colors(_groups(rows))
     kinds = ["base", "trained", *dict.fromkeys(rows["replaced"])]
     figure, axes = _grid(plt, 1, len(metrics))
     for axis, metric in zip(axes[0], metrics, strict=True):
@@ -177,7 +173,7 @@ def embedding_figure(plt, table: pd.DataFrame, metrics: list[str]):
 def window_figure(plt, table: pd.DataFrame, metrics: list[str]):
     """Paper, fig. 2b: windows of trained layers on the base, with the layer-wise norms below."""
     rows = table[table["scan"] == "window"]
-    colors, modules = _colors(_groups(rows)), [m for m in ("mlp", "attention") if (rows["module"] == m).any()]
+    colors, modules = group_colors(_groups(rows)), [m for m in ("mlp", "attention") if (rows["module"] == m).any()]
     figure, axes = _grid(plt, len(metrics) + 1, len(modules), sharex=True, sharey="row")
     for j, module in enumerate(modules):
         for k, (group, color) in enumerate(colors.items()):
@@ -192,7 +188,8 @@ def window_figure(plt, table: pd.DataFrame, metrics: list[str]):
             _reference(axes[i][j], table, metric, colors)
             axes[i][0].set_ylabel(_LABELS[metric])
         half = int(rows["half_width"].iloc[0])
-        axes[0][j].set_title({"mlp": "MLP", "attention": "attention"}[module] + f" of layers l−{half} … l+{half}")
+        where = f" of layers l−{half} … l+{half}" if half else " of layer l"
+        axes[0][j].set_title({"mlp": "MLP", "attention": "attention"}[module] + where)
         axes[-1][j].set_xlabel("centre layer l")
         axes[-1][j].xaxis.get_major_locator().set_params(integer=True)
     axes[-1][0].set_ylabel("‖ΔW‖ of layer l")
@@ -202,7 +199,7 @@ def window_figure(plt, table: pd.DataFrame, metrics: list[str]):
 def swap_figure(plt, table: pd.DataFrame, metrics: list[str]):
     """Each module and layer, alone or left out."""
     rows = table[table["scan"] == "swap"]
-    colors, units = _colors(_groups(rows)), list(dict.fromkeys(rows["unit"]))
+    colors, units = group_colors(_groups(rows)), list(dict.fromkeys(rows["unit"]))
     figure, axes = _grid(plt, len(metrics), 2, sharey=True, sharex="row")
     figure.set_figheight(max(3.3, 0.32 * len(units) + 1.4) * len(metrics))
     titles = {"only": "the base, with this trained", "without": "the trained model, with this of the base"}
@@ -224,7 +221,7 @@ def swap_figure(plt, table: pd.DataFrame, metrics: list[str]):
 def rank_figure(plt, table: pd.DataFrame, metrics: list[str]):
     """Paper, fig. 3: the leading and the trailing components of the update."""
     rows = table[table["scan"] == "rank"]
-    colors, ends = _colors(_groups(rows)), [end for end in ("top", "bottom") if (rows["end"] == end).any()]
+    colors, ends = group_colors(_groups(rows)), [end for end in ("top", "bottom") if (rows["end"] == end).any()]
     figure, axes = _grid(plt, len(metrics), len(ends), sharey="row", sharex=True)
     for j, end in enumerate(ends):
         for i, metric in enumerate(metrics):
@@ -249,7 +246,7 @@ def rank_figure(plt, table: pd.DataFrame, metrics: list[str]):
 def norm_scaling_figure(plt, table: pd.DataFrame, metrics: list[str]):
     """Paper, fig. 4c: early updates stretched towards the final norm, a panel a run."""
     rows = table[table["scan"] == "norm_scaling"]
-    colors = _colors(_groups(rows))
+    colors = group_colors(_groups(rows))
     steps = sorted(rows["step"].unique())
     shades = dict(zip(steps, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(steps))), strict=True))
     figure, axes = _grid(plt, len(metrics), len(colors), sharey="row", sharex=True)
