@@ -6,7 +6,7 @@ one seed the band is the 95 % interval over prompts. Where a KL to a teacher was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,7 @@ def random_figure(plt, table: pd.DataFrame, metrics: list[str]):
     groups = _groups(rows)
     figure, axes = _grid(plt, 1, len(metrics))
     for axis, metric in zip(axes[0], metrics, strict=True):
-        for i, (group, color) in enumerate(_colors(groups).items()):
+        for i, (group, color) in enumerate(group_colors(groups).items()):
             found = rows[rows["group"] == group].assign(place=float(i))
             trained = table[(table["scan"] == "reference") & (table["group"] == group)].assign(place=float(i))
             _points(axis, [i - 0.12], _summary(trained, "place", metric), color, "")
