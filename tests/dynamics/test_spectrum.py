@@ -147,7 +147,8 @@ def test_not_two_matrices_of_one_shape(bad):
 
 @pytest.mark.parametrize("shape", [(7, 33), (33, 7)])
 def test_blocks_are_the_matrix(shape, monkeypatch):
-    monkeypatch.setattr("effopd.dynamics.blocks._BLOCK", 7 * 5)
+    for name in ("_BLOCK", "_STRIP"):
+        monkeypatch.setattr(f"effopd.dynamics.blocks.{name}", 7 * 5)
     trained, base = noise(*shape), torch.ones(shape).double()
     delta = trained - base
     blocks = Blocks.of(trained, base)

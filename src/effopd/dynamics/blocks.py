@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Numbers in one float64 block (64 MiB).
+#: Numbers in one float64 block of columns (64 MiB): large, because what they are added up in is large.
 _BLOCK = 2**23
+#: Numbers in one block of a product with a few vectors: what stays in a core's cache, and what keeps an accelerator busy.
+_STRIP, _DEVICE_STRIP = 2**20, 2**24
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,47 @@ class Blocks:
         step = max(1, min(columns, _BLOCK // max(1, rows)))
         for start in range(0, columns, step):
             part = slice(start, min(start + step, columns))
-            block = self.trained_MN[:, part].to(torch.float64)
-            yield part, block if self.base_MN is None else block - self.base_MN[:, part]
+            yield part, self._difference(slice(None), part)
+
+    def strips(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows, columns, float64 block) along whichever side is contiguous in memory."""
+        rows, columns = self.shape
+        by_rows = self.trained_MN.stride(0) >= self.trained_MN.stride(1)
+        size = _STRIP if self.trained_MN.device.type == "cpu" else _DEVICE_STRIP
+        length, across = (rows, columns) if by_rows else (columns, rows)
+        step, everything = max(1, size // max(1, across)), slice(None)
+        for start in range(0, length, step):
+            part = slice(start, min(start + step, length))
+            where = (part, everything) if by_rows else (everything, part)
+            yield *where, self._difference(*where)
+
+    def _difference(self, rows: slice, columns: slice) -> Tensor:
+        if self.base_MN is None:
+            return self.trained_MN[rows, columns].to(torch.float64)
+        # a copy even of float64 weights: they are the caller's
+        return (
+            self.trained_MN[rows, columns]
+            .to(torch.float64, copy=True)
+            .sub_(self.base_MN[rows, columns].to(torch.float64))
+        )
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The whole matrix [M, N], differences taken in float64 and then rounded to `dtype`."""
         out_MN = torch.empty(self.shape, dtype=dtype, device=self.trained_MN.device)
-        for columns, block in self:
-            out_MN[:, columns] = block
+        for rows, columns, block in self.strips():
+            out_MN[rows, columns] = block
         return out_MN
 
     def times(self, x_NK: Tensor) -> Tensor:
         """ΔW x in float64: [M, K]."""
         out_MK = torch.zeros(self.shape[0], x_NK.shape[1], dtype=torch.float64, device=x_NK.device)
-        for columns, block in self:
-            out_MK.addmm_(block, x_NK[columns])
+        for rows, columns, block in self.strips():
+            out_MK[rows] += block @ x_NK[columns]
         return out_MK
 
     def transposed_times(self, x_MK: Tensor) -> Tensor:
         """ΔWᵀ x in float64: [N, K]."""
-        return torch.cat([block.T @ x_MK for _, block in self])
+        out_NK = torch.zeros(self.shape[1], x_MK.shape[1], dtype=torch.float64, device=x_MK.device)
+        for rows, columns, block in self.strips():
+            out_NK[columns] += block.T @ x_MK[rows]
+        return out_NK
