@@ -150,6 +150,12 @@ def beta(value: float) -> Callable[[pd.DataFrame, str], float]:
     return lambda t, g: gain_share(t, accuracy_of(t, "norm_scaling", g, step=EARLY, beta=value), g)
 
 
+def overshoot(table: pd.DataFrame, run: str) -> float:
+    """β of the best accuracy − β of the lowest KL to the teacher, of the early model."""
+    scan = table[(table["scan"] == "norm_scaling") & (table["run"] == run) & (table["step"] == EARLY)]
+    return float(scan.loc[scan["accuracy"].idxmax(), "beta"] - scan.loc[scan["kl"].idxmin(), "beta"])
+
+
 def rank(end: str, p: float) -> Callable[[pd.DataFrame, str], float]:
     """Share of the gain of the leading or trailing p % of components."""
     return lambda t, g: gain_share(t, accuracy_of(t, "rank", g, end=end, percent=p), g)
@@ -199,6 +205,8 @@ def rows_of(family: Family) -> list[Row]:
         f.each(n, f"share of the gain at step {EARLY}, β = 1", f.scan(beta(1.0)), "opd", 1, percent),
         f.each(n, "β = 1: share of the gain − 80 % (OPD)",
                {g: [v - 0.8 for v in values] for g, values in f.scan(beta(1.0)).items()}, "opd", 1, percent),
+        f.each("ours: accuracy asks for longer steps than the KL", f"best β by accuracy − by KL at step {EARLY} (OPD)",
+               f.scan(overshoot), "opd", 1),
         *(f.each(k, f"share of the gain from the top {p:g} % of the matrices, shared norm, the rest trained (OPD)", f.scan(rank("top", p)), "opd", 1, percent)
           for p in (1, 5, 20)),
         f.each(k, "share of the gain from the bottom 50 % of the matrices, beyond embeddings alone (OPD)",
