@@ -19,6 +19,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from effopd.dynamics.leading import leading_of_factors
 from effopd.weights.difference import Update
 
 
@@ -71,11 +72,8 @@ def components(update: Update, k: int, end: str) -> Tensor:
     if update.factors is None:
         u, s, vt = torch.linalg.svd(update.delta(), full_matrices=False)
     else:
-        b_MR, a_RN = update.factors
-        q_b, triangle_b = torch.linalg.qr(b_MR)
-        q_a, triangle_a = torch.linalg.qr(a_RN.T)
-        u, s, vt = torch.linalg.svd(triangle_b @ triangle_a.T, full_matrices=False)
-        u, vt = q_b @ u, vt @ q_a.T
+        found = leading_of_factors(*update.factors, k=size)
+        u, s, vt = (x.to(update.base.device) for x in (found.u_MK, found.s_K, found.v_NK.T))
     kept = slice(0, k) if end == "top" else slice(min(size - k, len(s)), len(s))
     return (u[:, kept] * s[kept]) @ vt[kept]
 
