@@ -51,3 +51,17 @@ def save_trajectory(root: Path, base: Path, seed: int, steps: Sequence[int] = ST
         moved = {name: w + step / steps[-1] * direction[name] + walk[name] for name, w in start.items()}
         save_tensors(root / "trajectory" / f"step-{step:06d}", moved, base)
     return root
+
+
+def save_runs(root: Path) -> Path:
+    """A base, two seeds of a trajectory (`opd-1`, `opd-2`) and a lone trained checkpoint (`rl`)."""
+    base = save_base(root / "base")
+    for seed in (1, 2):
+        save_trajectory(root / f"opd-{seed}", base, seed)
+    save_trained(root / "rl", base, 3)
+    return root
+
+
+def trained(folders: Path) -> dict[str, Path | list[Path]]:
+    """The runs of `save_runs` as `analyze` takes them."""
+    return {"opd": [folders / "opd-1", folders / "opd-2"], "rl": folders / "rl"}

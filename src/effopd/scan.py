@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.distill.divergence import reverse_kl_of_completions, shared_vocab_size
 from effopd.distill.task_eval import ratio_with_error
+from effopd.dynamics.plan import seed_names
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import BASE, Point, Study
 from effopd.errors import CompatibilityError, NonFiniteWeightsError
@@ -57,9 +58,9 @@ class Sources:
     ):
         self.base = Checkpoint(base)
         self.snapshots: dict[str, list[Snapshot]] = {
-            label if len(paths) == 1 else f"{label}#{seed}": find_snapshots(Path(path), steps)
+            name: find_snapshots(Path(path), steps)
             for label, paths in trained.items()
-            for seed, path in enumerate(paths)
+            for name, path in zip(seed_names(label, len(paths)), paths, strict=True)
         }
         self._differences = {
             run: [Difference(self.base, open_checkpoint(snapshot.path)) for snapshot in snapshots]

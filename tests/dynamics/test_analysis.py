@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_checkpoints import STEPS, save_base, save_trained, save_trajectory, tensors_of
+from tiny_checkpoints import STEPS, save_base, save_runs, save_trained, save_trajectory, tensors_of, trained
 
 from effopd.dynamics import measure
 from effopd.dynamics.analysis import analyze
@@ -45,22 +45,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoints")
-    base = save_base(root / "base")
-    for seed in (1, 2):
-        save_trajectory(root / f"opd-{seed}", base, seed)
-    save_trained(root / "rl", base, 3)
-    return root
+    return save_runs(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
 def done(folders, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "analysis"
     return analyze(folders / "base", trained(folders), out, k=K, base_spectrum=True)
-
-
-def trained(folders):
-    return {"opd": [folders / "opd-1", folders / "opd-2"], "rl": folders / "rl"}
 
 
 def table(done, name):

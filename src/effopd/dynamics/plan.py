@@ -82,6 +82,11 @@ def prepare(
     return Plan(opened, runs, tuple(opened.parts()), options, Path(out), progress)
 
 
+def seed_names(label: str, count: int) -> list[str]:
+    """Names of the runs of one label: the label itself, or label#0, label#1, … for several seeds."""
+    return [label] if count == 1 else [f"{label}#{seed}" for seed in range(count)]
+
+
 def name_runs(trained: Mapping[str, PathLike | Sequence[PathLike]]) -> list[tuple[str, str, Path]]:
     """(run, group, path) for each trained path; several of one label are seeds and become label#0, label#1, ….
 
@@ -100,8 +105,7 @@ def name_runs(trained: Mapping[str, PathLike | Sequence[PathLike]]) -> list[tupl
         paths = [value] if isinstance(value, str | Path) else list(value)
         if not paths:
             raise ConfigError(f"the label {label!r} has no path. Give each label at least one.")
-        names = [label] if len(paths) == 1 else [f"{label}#{i}" for i in range(len(paths))]
-        named += [(name, label, Path(path)) for name, path in zip(names, paths, strict=True)]
+        named += [(name, label, Path(path)) for name, path in zip(seed_names(label, len(paths)), paths, strict=True)]
     seen: dict[Path, str] = {}
     for name, _, path in named:
         other = seen.setdefault(path.resolve(), name)
