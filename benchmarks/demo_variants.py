@@ -25,7 +25,7 @@ VARIANTS = {
     "dv400": {"validation_size": 400, "validation_batch_size": 400},  # the same gate with an eighth of the variance
     "all": {"parameters": "all"},  # embeddings and norms move too
     "strict": {"gate": "gt"},  # ties are failures
-    "released": {"variant": "released-code"},
+    "released": {"strategy": "effopd-released"},
 }
 
 

@@ -55,7 +55,7 @@ def run(folder: Path, steps: int, seed: int, ahead: bool):
         ModelConfig(model_name_or_path=str(testbed.student_path())),
         TaskConfig(task=f"testbed:{next(iter(testbed.FAMILIES))}", train_size=2048, eval_size=64),
         opd,
-        EffOPDConfig(enabled=ahead, seed=seed),
+        EffOPDConfig("effopd" if ahead else "none", seed=seed),
     )
     trainer = build_trainer(settings)
     trainer.remove_callback(PrinterCallback)

@@ -15,10 +15,11 @@ import yaml
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
-from effopd.cli import main, parse_train
+from effopd.cli import main
 from effopd.errors import ConfigError
-from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.config import ONLY_FOR, EffOPDConfig
 from effopd.files import read_rows
+from effopd.train_command import parse_train
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def train_flags(pair, output_dir, *extra):
         "--max_completion_length", "6", "--learning_rate", "1e-3", "--eval_strategy", "steps", "--eval_steps", "2",
         "--save_strategy", "steps", "--save_steps", "2", "--activation_checkpointing", "false", "--use_cpu",
         "--report_to", "none", "--output_dir", str(output_dir),
-        "--effopd.enabled", "true", "--effopd.validation_size", "8", *extra,
+        "--effopd.strategy", "effopd", "--effopd.validation_size", "8", *extra,
     ]  # fmt: skip
 
 
@@ -124,18 +125,27 @@ def test_unknown_yaml_keys_are_named(pair, tmp_path):
 
 
 def other_value(field, default):
-    special = {"variant": "released-code", "strategy": "noop", "gate": "gt", "parameters": "mlp", "scales": [3.0, 5.0],
-               "anchor_device": "cpu", "max_completion_length": 7, "schedule": "powers_of_two"}  # fmt: skip
+    special = {"strategy": "noop", "gate": "gt", "parameters": "mlp", "scales": [3.0, 5.0],
+               "anchor_device": "cpu", "max_completion_length": 7, "schedule": "powers_of_two",
+               "fit_every": 1, "fit_until": 32, "alpha_target": 0.5}  # fmt: skip
     if field.name in special:
         return special[field.name]
     return not default if isinstance(default, bool) else default + 1
 
 
-def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path):
-    default = EffOPDConfig()
-    wanted = {f.name: other_value(f, getattr(default, f.name)) for f in dataclasses.fields(EffOPDConfig)}
+@pytest.mark.parametrize("strategy", ["noop", "fixed", "alpha_opd", "relex"])
+def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path, strategy):
+    default = EffOPDConfig(strategy)
+    wanted = {
+        f.name: other_value(f, getattr(default, f.name))
+        for f in dataclasses.fields(EffOPDConfig)
+        if strategy in ONLY_FOR.get(f.name, (strategy,))
+    } | {"strategy": strategy}
+    wanted = dataclasses.asdict(default) | wanted
     flags = []
     for name, value in wanted.items():
+        if value is None:
+            continue
         flags += [f"--effopd.{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     base = train_flags(pair, tmp_path / "run")[:-4]
     assert dataclasses.asdict(parse_train([*base, *flags]).effopd) == wanted
@@ -190,7 +200,7 @@ def test_recipe_paper_says_what_the_paper_says(pair, tmp_path):
     opd = settings.opd
     assert opd.per_device_train_batch_size * opd.gradient_accumulation_steps == 1024
     assert (opd.learning_rate, opd.loss_type, opd.max_completion_length) == (1e-6, "sampled", 16384)
-    assert settings.effopd == EffOPDConfig(enabled=True)
+    assert settings.effopd == EffOPDConfig()
     assert settings.task.max_prompt_length == 2048
 
 

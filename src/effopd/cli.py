@@ -1,4 +1,4 @@
-"""The command line: `effopd quickstart | train | rl | eval | analyze | intervene | testbed`.
+"""The command line: `effopd quickstart | train | rl | eval | compare | analyze | intervene | testbed`.
 
 Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of them, and flags
 given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or as an `effopd:` block in YAML.
@@ -8,11 +8,8 @@ Heavy libraries are imported by the command that needs them, so `--help` is quic
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-import typing
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from effopd import __version__
 from effopd.errors import EffOPDError
@@ -46,71 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -- train ------------------------------------------------------------------------------------------------------
 
 
-def effopd_arguments() -> type:
-    """A dataclass with the fields of `EffOPDConfig` as flags `--effopd.NAME` (and `--effopd_NAME`)."""
-    from effopd.extrapolate.config import EffOPDConfig
-
-    types = typing.get_type_hints(EffOPDConfig)
-    fields = []
-    for field in dataclasses.fields(EffOPDConfig):
-        options: dict[str, Any] = {"metadata": {**field.metadata, "aliases": [f"--effopd.{field.name}"]}}
-        if field.default is not dataclasses.MISSING:
-            options["default"] = field.default
-        else:
-            options["default_factory"] = field.default_factory
-        fields.append((f"effopd_{field.name}", types[field.name], dataclasses.field(**options)))
-    made: Any = dataclasses.make_dataclass("EffOPDArguments", fields)
-    made._argument_group_name = "look-ahead (EffOPD)"
-    return made
-
-
-def train_parser():
-    """The parser of `effopd train`."""
-    from trl import ModelConfig, TrlParser
-
-    from effopd.distill.config import OPDConfig
-    from effopd.tasks import TaskConfig
-
-    class Parser(TrlParser):
-        def set_defaults_with_config(self, **kwargs):
-            for name, value in (kwargs.pop("effopd", None) or {}).items():
-                kwargs[f"effopd_{name}"] = value
-            return super().set_defaults_with_config(**kwargs)
-
-    return Parser(
-        [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()],
-        prog="effopd train",
-        description="Distil a teacher into a student on the student's own answers.",
-        epilog="Example: effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
-        "--task math:train.jsonl --eval_strategy steps --eval_steps 10 --effopd.enabled true --output_dir runs/first",
-    )
-
-
-def parse_train(argv: Sequence[str]):
-    """Command line and YAML → `RunSettings`.
-
-    Raises:
-        ConfigError: an unknown setting in the YAML file, or a value out of range.
-    """
-    from effopd.distill.launch import RunSettings
-    from effopd.errors import ConfigError
-    from effopd.extrapolate.config import EffOPDConfig
-    from effopd.testbed import resolve_model
-
-    try:
-        model, task, opd, look = train_parser().parse_args_and_config(list(argv))
-    except (ValueError, OSError) as error:
-        raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
-    model.model_name_or_path = resolve_model(model.model_name_or_path)
-    opd.teacher_model_name_or_path = resolve_model(opd.teacher_model_name_or_path)
-    values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}
-    return RunSettings(model, task, opd, EffOPDConfig(**values))
-
-
 def train(argv: Sequence[str]) -> int:
     """`effopd train`."""
-    settings = parse_train(argv)
     from effopd.distill.launch import run
+    from effopd.train_command import parse_train
+
+    settings = parse_train(argv)
 
     trainer = run(settings)
     print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
@@ -188,6 +126,16 @@ def eval_(argv: Sequence[str]) -> int:
     return run_eval(argv)
 
 
+# -- compare ----------------------------------------------------------------------------------------------------
+
+
+def compare(argv: Sequence[str]) -> int:
+    """`effopd compare`."""
+    from effopd.compare_command import run_compare
+
+    return run_compare(argv)
+
+
 # -- analyze and intervene ----------------------------------------------------------------------------------------
 
 
@@ -227,6 +175,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "distil a teacher into a student"),
     "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
     "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),
+    "compare": (compare, "strategies × learning rates × seeds × tasks: who is faster, net of every cost, how surely"),
     "analyze": (analyze, "where training moved the weights and in which directions, RL against OPD"),
     "intervene": (intervene, "which part of an update carries the gain: edit the weights and evaluate"),
     "testbed": (testbed, "rebuild the built-in student and teacher from nothing"),

@@ -157,7 +157,7 @@ def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunS
             task_seed=arguments.seed,
         ),
         opd,
-        EffOPDConfig(enabled=arm == "effopd", seed=arguments.seed),
+        EffOPDConfig("effopd" if arm == "effopd" else "none", seed=arguments.seed),
     )
 
 

@@ -48,9 +48,7 @@ def plain_trl(output_dir, dataset=None, **overrides):
 def test_noop_is_bit_identical_to_no_callback(tmp_path):
     without = make_trainer(tmp_path / "without", **FAST)
     without.train()
-    noop = make_trainer(
-        tmp_path / "noop", effopd=EffOPDConfig(enabled=True, strategy="noop", validation_size=12), **FAST
-    )
+    noop = make_trainer(tmp_path / "noop", effopd=EffOPDConfig(strategy="noop", validation_size=12), **FAST)
     noop.train()
     assert same(parameters(without), parameters(noop))
     drop = ("second", "time", "effopd", "cost/search", "cost/net_generated")

@@ -100,7 +100,7 @@ def test_non_finite_candidate_is_refused_and_undone():
             p.fill_(1e38)
     before = snapshot(model)
     live.begin()
-    with pytest.raises(NonFiniteWeightsError, match=r"10.0·Δ is not finite in parameter"):
+    with pytest.raises(NonFiniteWeightsError, match=r"10.0·D is not finite in parameter"):
         live.move_to(10.0)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

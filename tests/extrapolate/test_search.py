@@ -72,18 +72,17 @@ def test_powers_of_two():
 
 def test_defaults_are_the_papers():
     config = EffOPDConfig()
-    assert (config.schedule, config.resolved_scales, config.validation_size) == ("powers_of_two", PAPER, 50)
+    assert (config.schedule, tuple(config.scales), config.validation_size) == ("powers_of_two", PAPER, 50)
     assert (config.resolved_gate, config.resolved_parameters, config.temperature) == ("ge", "attention+mlp", 1.0)
-    code = EffOPDConfig(variant="released-code")
+    code = EffOPDConfig("effopd-released")
     assert (code.resolved_gate, code.resolved_parameters) == ("gt", "released-code")
-    assert EffOPDConfig(variant="released-code", gate="ge").resolved_gate == "ge"
-    assert EffOPDConfig(strategy="noop").resolved_scales == (0.0,)
+    assert EffOPDConfig("effopd-released", gate="ge").resolved_gate == "ge"
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        {"variant": "theirs"}, {"strategy": "x"}, {"schedule": "daily"}, {"gate": "eq"}, {"scales": []},
+        {"strategy": "x"}, {"schedule": "daily"}, {"gate": "eq"}, {"scales": []},
         {"scales": [2.0, -1.0]}, {"scales": [float("inf")]}, {"validation_size": 0}, {"temperature": -1.0},
         {"max_completion_length": 0}, {"parameters": "("}, {"validation_batch_size": 0},
     ],

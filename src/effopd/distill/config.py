@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import DistillationConfig
 
+from effopd.distill.ledger import CLOCKS
 from effopd.distill.run_dir import in_trajectory
 from effopd.errors import ConfigError
 
@@ -33,6 +34,14 @@ class RunArguments:
         default=True, metadata={"help": "Also evaluate greedy decoding (one more generation per evaluation)."}
     )
     eval_seed: int = field(default=1234, metadata={"help": "Seed of the evaluation's sampling noise."})
+    cost_clock: str = field(
+        default="wall",
+        metadata={
+            "help": "What the cost ledger's seconds are. 'wall': the clock on the wall. 'cpu': CPU seconds of this "
+            "process, all threads together; on a shared machine without accelerator, other jobs do not count.",
+            "choices": list(CLOCKS),
+        },
+    )
     trajectory: str = field(
         default="none",
         metadata={
@@ -51,6 +60,12 @@ class RunArguments:
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn
         super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
+        if self.cost_clock not in CLOCKS:
+            raise ConfigError(f"cost_clock must be one of {', '.join(CLOCKS)}; got {self.cost_clock!r}.")
+        if self.cost_clock == "cpu" and torch.accelerator.is_available():
+            raise ConfigError(
+                "cost_clock='cpu' does not see the work of the accelerator this machine has. Use 'wall'."
+            )
         self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
         in_trajectory(self.trajectory, 0, 0)
         length = getattr(self, "max_completion_length", None)

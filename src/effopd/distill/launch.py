@@ -51,7 +51,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
         model.model_name_or_path, revision=model.model_revision, padding_side="left", truncation_side="left", **load
     )
     check_models(model.model_name_or_path, opd.teacher_model_name_or_path, tokenizer, **load)
-    train, held_out = load_tasks(task, opd, answers=effopd.enabled)
+    train, held_out = load_tasks(task, opd, answers=effopd.scored)
     for part in (train, held_out):
         if part is not None:
             check_task(part, tokenizer, task.max_prompt_length, **(opd.chat_template_kwargs or {}))

@@ -25,6 +25,10 @@ def synchronized_clock() -> float:
     return time.perf_counter()
 
 
+#: What `cost_clock` may name: seconds on the wall, or CPU seconds of this process (all its threads).
+CLOCKS: dict[str, Callable[[], float]] = {"wall": synchronized_clock, "cpu": time.process_time}
+
+
 class CostLedger:
     """Seconds and tokens by category, exclusive: while an inner category is open, the outer one stands still.
 

@@ -63,7 +63,7 @@ class TaskRLMixin(RunMixin):
                 f"task '{train_task.name}' cannot be a reward: expected examples that all have an answer. Fill in the "
                 "`answer` column or use another task."
             )
-        self._open_run(args.output_dir, eval_task)
+        self._open_run(args, eval_task)
         rewards = [correct_reward(train_task)]
         if args.overlong_cache:
             limit = args.max_completion_length

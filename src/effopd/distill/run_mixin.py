@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import RepeatSampler
 
-from effopd.distill.ledger import CostLedger
+from effopd.distill.config import RunArguments
+from effopd.distill.ledger import CLOCKS, CostLedger
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.errors import CheckpointError
 from effopd.files import write_atomically
@@ -78,8 +79,9 @@ class RunMixin(_Host):
     #: The TRL class below; its `log` is passed over where it would add training metrics to an evaluation.
     _host: ClassVar[Any]
 
-    def _open_run(self, output_dir: str, eval_task: Task | None) -> None:
-        self.eval_task, self.ledger, self.run_dir = eval_task, CostLedger(), RunDir(output_dir)
+    def _open_run(self, args: RunArguments, eval_task: Task | None) -> None:
+        self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
+        self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
         self.resumed_from: Path | None = None
         self._saving = False
 

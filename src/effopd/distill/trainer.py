@@ -88,7 +88,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
                 f"{'none' if teacher_model is None else 'the student object itself, which would be trained too'}. "
                 "Pass teacher_model, or --teacher_model_name_or_path."
             )
-        self._open_run(args.output_dir, eval_task)
+        self._open_run(args, eval_task)
         self._health_rows: dict[str, torch.Tensor] | None = None
         if eval_task is not None and eval_dataset is None:
             eval_dataset = eval_task.to_dataset()

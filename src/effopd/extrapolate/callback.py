@@ -7,6 +7,7 @@ It searches right after the optimizer step (`on_step_end`), before that step is 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.live_weights import refuse_adapters
 from effopd.extrapolate.lookahead import STATE_FILE, EffOPD, Scorer
 from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.search import Score
 from effopd.files import append_row, keep_rows
 from effopd.tasks.base import Example, Task, Verifier
 
@@ -59,9 +61,9 @@ class EffOPDCallback(TrainerCallback):
     ):
         self.trainer, self.config = trainer, config or EffOPDConfig()
         self._check_host(trainer)
-        if scorer is None:
+        if scorer is None and self.config.scored:
             scorer = self._accuracy_scorer(task if task is not None else _training_task(trainer, verify))
-        self.scorer: Scorer = scorer
+        self.scorer: Scorer | None = scorer
         self.lookahead: EffOPD | None = None
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -106,7 +108,7 @@ class EffOPDCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """The anchor is the weights the run starts from, or what the resumed checkpoint saved."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        self.lookahead = EffOPD(model, self.scorer, self.config, on_move=self._weights_moved)
+        self.lookahead = EffOPD(model, self.scorer, self.config, target=self._target(), on_move=self._weights_moved)
         if state.global_step > 0:
             self.lookahead.load(self._find_state(args, state.global_step))
         if state.is_world_process_zero:
@@ -145,6 +147,13 @@ class EffOPDCallback(TrainerCallback):
         """Write the look-ahead state into a checkpoint folder; `OPDTrainer` calls this before publishing it."""
         if self.lookahead is not None:
             self.lookahead.save(folder)
+
+    def _target(self) -> Callable[[], Score | float] | None:
+        """The teacher's score, where the trainer has a teacher."""
+        teacher, scorer = getattr(self.trainer, "teacher_model", None), self.scorer
+        if teacher is None or scorer is None:
+            return None
+        return lambda: scorer(self.trainer.accelerator.unwrap_model(teacher))
 
     # -- helpers ------------------------------------------------------------------------------------------------
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import compile_rule
 from effopd.extrapolate.schedule import SCHEDULES
+from effopd.extrapolate.strategies import STRATEGIES, Strategy
 
-#: Where the paper and the authors' public code differ; `None` in `EffOPDConfig` means "as the variant says".
-VARIANTS: dict[str, dict[str, str]] = {
-    "paper": {"gate": "ge", "parameters": "attention+mlp"},
-    "released-code": {"gate": "gt", "parameters": "released-code"},
-}
 GATES = ("ge", "gt")
-STRATEGIES = ("effopd", "noop")
+#: Settings that only some strategies read; elsewhere they would be ignored, so they are refused.
+ONLY_FOR = {
+    "fixed_k": ("fixed",),
+    "fit_every": ("alpha_opd", "relex"),
+    "fit_until": ("alpha_opd", "relex"),
+    "relex_factor": ("relex",),
+    "alpha_target": ("alpha_opd",),
+}
 
 
 @dataclass
@@ -29,21 +32,12 @@ class EffOPDConfig:
         ConfigError: a value is out of range; the message names the field, the value and the fix.
     """
 
-    enabled: bool = field(default=False, metadata={"help": "Switch the look-ahead on (`effopd train` only)."})
-    variant: str = field(
-        default="paper",
-        metadata={
-            "help": "'paper': accept if score >= best, move attention and MLP matrices. 'released-code': accept only "
-            "if score > best, and move what the authors' public code moves (adds post-attention norms, q/k norms).",
-            "choices": list(VARIANTS),
-        },
-    )
     strategy: str = field(
         default="effopd",
         metadata={
-            "help": "'effopd': the paper's search. 'noop': the control; pays for the same scoring but its only "
-            "candidate is the current weights, so training is bit-identical to a run without look-ahead.",
-            "choices": list(STRATEGIES),
+            "help": "'none': plain OPD. "
+            + " ".join(f"'{name}': {strategy.help}." for name, strategy in STRATEGIES.items()),
+            "choices": ["none", *STRATEGIES],
         },
     )
     schedule: str = field(
@@ -57,7 +51,7 @@ class EffOPDConfig:
     gate: str | None = field(
         default=None,
         metadata={
-            "help": "'ge' accepts score >= best so far, 'gt' only score > best so far. Default: as the variant says.",
+            "help": "'ge' accepts score >= best so far, 'gt' only score > best so far. Default: the strategy's own.",
             "choices": list(GATES),
         },
     )
@@ -65,7 +59,25 @@ class EffOPDConfig:
         default=None,
         metadata={
             "help": "Which parameters move: 'attention+mlp', 'all', 'released-code', or a regular expression "
-            "searched in parameter names. Default: as the variant says."
+            "searched in parameter names. Default: the strategy's own."
+        },
+    )
+    fixed_k: float = field(
+        default=1.0, metadata={"help": "'fixed' jumps to W + 2kΔ with this k, at every trigger, unscored."}
+    )
+    fit_every: int = field(
+        default=2, metadata={"help": "'alpha_opd' and 'relex' observe the weights every that many steps …"}
+    )
+    fit_until: int = field(default=16, metadata={"help": "… up to this step, where they predict and jump, once."})
+    relex_factor: float = field(
+        default=6.0,
+        metadata={"help": "'relex' predicts the weights of step relex_factor * fit_until (its paper: 6 to 20 times)."},
+    )
+    alpha_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "'alpha_opd' predicts the weights whose accuracy on D_v is this. Default: the teacher's accuracy "
+            "on D_v, measured once and charged."
         },
     )
     validation_size: int = field(
@@ -89,8 +101,7 @@ class EffOPDConfig:
     )
 
     def __post_init__(self) -> None:
-        self._check_choice("variant", VARIANTS)
-        self._check_choice("strategy", STRATEGIES)
+        self._check_choice("strategy", ("none", *STRATEGIES))
         self._check_choice("schedule", SCHEDULES)
         if self.gate is not None:
             self._check_choice("gate", GATES)
@@ -110,7 +121,28 @@ class EffOPDConfig:
             raise ConfigError(
                 f"EffOPDConfig.max_completion_length must be at least 1 or unset, got {self.max_completion_length}."
             )
+        self._check_strategy_settings()
         compile_rule(self.resolved_parameters)
+
+    def _check_strategy_settings(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, strategies in ONLY_FOR.items():
+            if getattr(self, name) != defaults[name] and self.strategy not in strategies:
+                raise ConfigError(
+                    f"EffOPDConfig.{name} is read by the strategies {' and '.join(strategies)} only, so with strategy "
+                    f"'{self.strategy}' it would be ignored. Leave it out, or choose one of them."
+                )
+        if not 0 <= self.fixed_k < float("inf"):
+            raise ConfigError(f"EffOPDConfig.fixed_k must be >= 0 and finite, got {self.fixed_k}.")
+        if self.fit_every < 1 or self.fit_until < 4 * self.fit_every or self.fit_until % self.fit_every:
+            raise ConfigError(
+                "EffOPDConfig.fit_until must be a multiple of fit_every and at least 4 times as large (a line needs "
+                f"points), got fit_every={self.fit_every}, fit_until={self.fit_until}."
+            )
+        if not 1 < self.relex_factor < float("inf"):
+            raise ConfigError(f"EffOPDConfig.relex_factor must be above 1 and finite, got {self.relex_factor}.")
+        if self.alpha_target is not None and not 0 < self.alpha_target <= 1:
+            raise ConfigError(f"EffOPDConfig.alpha_target is an accuracy in (0, 1], got {self.alpha_target}.")
 
     def _check_choice(self, name: str, allowed) -> None:
         value = getattr(self, name)
@@ -118,16 +150,34 @@ class EffOPDConfig:
             raise ConfigError(f"EffOPDConfig.{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
     @property
+    def enabled(self) -> bool:
+        """Whether there is any look-ahead."""
+        return self.strategy != "none"
+
+    @property
+    def plan(self) -> Strategy:
+        """The strategy; for 'none' the paper's, which then never runs."""
+        return STRATEGIES["effopd" if self.strategy == "none" else self.strategy]
+
+    @property
+    def scored(self) -> bool:
+        """Whether the run needs D_v: training prompts with answers."""
+        return self.enabled and self.plan.scored
+
+    @property
     def resolved_gate(self) -> str:
-        """`gate`, or the variant's."""
-        return self.gate or VARIANTS[self.variant]["gate"]
+        """`gate`, or the strategy's."""
+        return self.gate or self.plan.gate
 
     @property
     def resolved_parameters(self) -> str:
-        """`parameters`, or the variant's."""
-        return self.parameters or VARIANTS[self.variant]["parameters"]
+        """`parameters`, or the strategy's."""
+        return self.parameters or self.plan.parameters
 
-    @property
-    def resolved_scales(self) -> tuple[float, ...]:
-        """`scales`, or the single scale 0 of the no-op control."""
-        return (0.0,) if self.strategy == "noop" else tuple(self.scales)
+    def triggers(self, step: int) -> bool:
+        """Whether the look-ahead may move the weights after optimizer step `step`."""
+        return step == self.fit_until if self.plan.fit else SCHEDULES[self.schedule](step)
+
+    def observes(self, step: int) -> bool:
+        """Whether a fitting strategy takes a look at the weights after optimizer step `step`."""
+        return self.plan.fit is not None and 0 < step <= self.fit_until and step % self.fit_every == 0

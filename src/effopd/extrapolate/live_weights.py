@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
 
@@ -31,6 +31,15 @@ PARAMETER_RULES = {
     # substring match of the authors' public code: `post_attention_layernorm`, q_norm and k_norm match too
     "released-code": r"attn|attention|[qkvo]_proj|mlp|ffn|(?:gate|up|down)_proj",
 }
+
+
+#: (parameter name, origin W, anchor), both fp32 on the parameter's device → direction D of its shape, fp32.
+Direction = Callable[[str, Tensor, Tensor], Tensor]
+
+
+def displacement(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
+    """Δ = W − anchor, the paper's direction."""
+    return origin - anchor
 
 
 def compile_rule(rule: str) -> re.Pattern[str]:
@@ -64,11 +73,12 @@ def refuse_adapters(model: nn.Module) -> None:
 class LiveWeights:
     """The selected parameters of a live model, with an fp32 anchor and a movable position.
 
-    Life of a search: `begin()` remembers the origin W; `move_to(s)` puts the model at W + s·(W − anchor), any number
-    of times; `restore()` puts W back; `commit()` ends the search where the model stands and makes that the new anchor.
+    Life of a search: `begin()` remembers the origin W; `move_to(s)` puts the model at W + s·D, any number of times, with
+    D = W − anchor unless `begin` was given another direction; `restore()` puts W back; `commit()` ends the search where
+    the model stands and makes that the new anchor.
 
     Memory: the anchor (fp32) for the whole run, plus one copy in the parameters' dtype between `begin` and `commit`,
-    plus two fp32 temporaries of the largest tensor.
+    plus two fp32 temporaries of the largest tensor. Directions are recomputed for every candidate, never stored.
 
     Args:
         model: any module; DDP-style wrappers should be unwrapped first.
@@ -107,6 +117,7 @@ class LiveWeights:
             )
         self._anchor_device = torch.device(anchor_device) if anchor_device else None
         self._origin: dict[str, torch.Tensor] | None = None
+        self._direction: Direction = displacement
         self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
 
     def _to_anchor(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -125,20 +136,23 @@ class LiveWeights:
     @torch.no_grad()
     def displacement_norm(self) -> float:
         """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64)."""
-        total = 0.0
-        for name, parameter in self._parameters.items():
-            difference = parameter.detach().float() - self._anchor[name].to(parameter.device)
-            total += float(difference.double().square().sum())
-        return total**0.5
+        return sum(float(delta.double().square().sum()) for _, delta in self.displacements()) ** 0.5
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Remember the present weights as the origin of a search."""
+    def displacements(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, W − anchor in fp32), one parameter at a time."""
+        for name, parameter in self._parameters.items():
+            yield name, parameter.detach().float() - self._anchor[name].to(parameter.device)
+
+    @torch.no_grad()
+    def begin(self, direction: Direction = displacement) -> None:
+        """Remember the present weights as the origin of a search along `direction`."""
+        self._direction = direction
         self._origin = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def move_to(self, scale: float) -> None:
-        """Put the model at origin + scale · (origin − anchor), computed in fp32; scale 0 is the origin, bit for bit.
+        """Put the model at origin + scale · direction, computed in fp32; scale 0 is the origin, bit for bit.
 
         Raises:
             NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the origin then.
@@ -149,11 +163,12 @@ class LiveWeights:
             return
         for name, parameter in self._parameters.items():
             start = origin[name].float()
-            point = torch.add(start, start - self._anchor[name].to(parameter.device), alpha=scale).to(parameter.dtype)
+            direction = self._direction(name, start, self._anchor[name].to(parameter.device))
+            point = torch.add(start, direction, alpha=scale).to(parameter.dtype)
             if not bool(torch.isfinite(point).all()):
                 self.restore()
                 raise NonFiniteWeightsError(
-                    f"W + {scale}·Δ is not finite in parameter '{name}'; the candidate is rejected and the weights "
+                    f"W + {scale}·D is not finite in parameter '{name}'; the candidate is rejected and the weights "
                     "are restored."
                 )
             parameter.copy_(point)

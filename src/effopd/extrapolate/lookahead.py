@@ -2,6 +2,8 @@
 
     trigger? → begin → score W, W + 2Δ, W + 4Δ, … → keep the furthest that passes → commit
 
+(or, for the strategies that predict: observe the first steps → fit → jump).
+
 Everything a search touches comes back: random state, training/eval mode of every submodule, and, unless a candidate is
 accepted, the weights bit for bit. The anchor and the history are in `state_dict()`, so an interrupted run goes on as
 if nothing had happened (the authors' public code forgets the anchor, and a resume then multiplies the whole
@@ -20,19 +22,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from effopd.errors import CheckpointError, ConfigError, EffOPDError, ScorerError
+from effopd.errors import CheckpointError, ConfigError, EffOPDError, NonFiniteWeightsError, ScorerError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.live_weights import LiveWeights
-from effopd.extrapolate.schedule import SCHEDULES
-from effopd.extrapolate.search import Score, SearchResult, first_failure_search
+from effopd.extrapolate.live_weights import Direction, LiveWeights
+from effopd.extrapolate.observations import Observations
+from effopd.extrapolate.search import Score, SearchResult, Trial
+from effopd.extrapolate.strategies import Prediction
 from effopd.files import write_atomically
 from effopd.restore import evaluating, isolated_rng
 
 Scorer = Callable[[Any], "Score | float"]
 
 ANCHOR_FILE, STATE_FILE = "effopd_anchor.safetensors", "effopd_state.json"
+OBSERVATIONS_FILE = "effopd_observations.safetensors"
 
 
 class EffOPD:
@@ -41,12 +45,14 @@ class EffOPD:
     Args:
         model: the model being trained, unwrapped.
         scorer: callable `model → Score | float`, larger is better. It is called in eval mode, with the same random
-            seed for every candidate of a search; whatever it does to random state is undone.
+            seed for every candidate of a search; whatever it does to random state is undone. `None` for strategies
+            that do not score.
         config: defaults to the paper's settings.
+        target: measures the accuracy that 'alpha_opd' aims at (unless `config.alpha_target` says it).
         on_move: called after the search left the model at other weights than it found (e.g. re-sync an engine).
 
     Raises:
-        ConfigError: the scorer is not callable, or no parameter is selected.
+        ConfigError: the scorer is missing or not callable, the strategy is 'none', or no parameter is selected.
 
     Example:
         >>> lookahead = EffOPD(model, scorer=my_score)                                      # doctest: +SKIP
@@ -58,44 +64,58 @@ class EffOPD:
     def __init__(
         self,
         model: nn.Module,
-        scorer: Scorer,
+        scorer: Scorer | None,
         config: EffOPDConfig | None = None,
         *,
+        target: Callable[[], Score | float] | None = None,
         on_move: Callable[[], None] | None = None,
     ):
-        if not callable(scorer):
+        self.model, self.scorer, self.config = model, scorer, config or EffOPDConfig()
+        if not self.config.enabled:
+            raise ConfigError("strategy 'none' is plain training: leave the look-ahead out, or choose a strategy.")
+        if not callable(scorer) and (scorer is not None or self.config.scored):
             raise ConfigError(
                 f"scorer must be a callable model → number (larger is better), got {type(scorer).__name__}."
             )
-        self.model, self.scorer, self.config = model, scorer, config or EffOPDConfig()
+        if self.config.strategy == "alpha_opd" and self.config.alpha_target is None and target is None:
+            raise ConfigError(
+                "strategy 'alpha_opd' needs the accuracy it aims at: set alpha_target (there is no teacher to measure)."
+            )
+        self._target = target
+        self.observations = Observations()
         self.weights = LiveWeights(model, self.config.resolved_parameters, self.config.anchor_device)
         self.history: list[dict[str, Any]] = []
         self.anchor_step = 0
         self._on_move = on_move
 
     def step(self, step: int) -> dict[str, Any] | None:
-        """Call after optimizer step number `step` (the first is 1); searches if the schedule says so.
+        """Call after optimizer step number `step` (the first is 1); observes and searches when it is time to.
 
         Returns:
-            The search as a JSON-ready row (also appended to `history`), or `None` if this step is no trigger.
+            The search as a JSON-ready row (also appended to `history`), or `None` if there was nothing to do.
 
         Raises:
             ScorerError: the scorer raised or returned no score; the weights are back where they were.
         """
-        return self.search(step) if SCHEDULES[self.config.schedule](step) else None
+        row = self._observe(step) if self.config.observes(step) else None
+        return self.search(step, row) if self.config.triggers(step) else row
 
-    def search(self, step: int) -> dict[str, Any]:
-        """Search now, whatever the schedule says; see `step`."""
+    def search(self, step: int, observed: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Search now, whatever the schedule says; see `step`. The cost of an observation made at the same step
+        (`observed`) is added to the row."""
         start = time.perf_counter()
+        plan, seed = self.config.plan, self._seed(step)
         delta_norm = self.weights.displacement_norm()
-        seed = int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
-        self.weights.begin()
+        if plan.fit is not None:
+            direction, quality = self._prediction()
+        else:
+            assert plan.direction is not None
+            direction, quality = plan.direction(self.config.seed, step), None
+        self.weights.begin(direction)
         try:
             with evaluating(self.model):
-                result = first_failure_search(
-                    lambda scale: self._score(scale, seed), self.config.resolved_scales, self.config.resolved_gate
-                )
-            self.weights.move_to(result.accepted_scale)
+                result = plan.search(lambda scale: self._score(scale, seed), self.config)
+            result = self._move(result)
         except BaseException:
             self.weights.abort()
             raise
@@ -103,11 +123,93 @@ class EffOPD:
         if result.accepted_scale != 0.0 and self._on_move is not None:
             self._on_move()
         row = self._row(step, delta_norm, result, time.perf_counter() - start)
+        if quality is not None:
+            row["fit"] = {name: value if math.isfinite(value) else None for name, value in quality.items()}
+        if observed is not None:
+            self.history.remove(observed)
+            row["trials"][0] = observed["trials"][0]
+            for name in ("seconds", "generated_tokens", "forward_tokens"):
+                row[name] += observed[name]
         self.anchor_step = step
         self.history.append(row)
         return row
 
+    def reanchor(self, step: int) -> None:
+        """Start the displacement anew from the present weights, without a search.
+
+        For a training loop that changes its objective on the way (another loss, data or rollout length): a
+        displacement must not span two objectives. Observations of a fit start anew too.
+        """
+        self.weights.begin()
+        self.weights.commit()
+        self.anchor_step = step
+        self.observations = Observations()
+
+    def _seed(self, step: int) -> int:
+        return int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
+
+    def _move(self, result: SearchResult) -> SearchResult:
+        """Go where the search says; a point that it did not score itself may turn out non-finite: then stay."""
+        try:
+            self.weights.move_to(result.accepted_scale)
+        except NonFiniteWeightsError:
+            return SearchResult(0.0, (*result.trials[:-1], Trial(result.accepted_scale, None, "non-finite")))
+        return result
+
+    def _observe(self, step: int) -> dict[str, Any]:
+        """Remember the displacement from the start, and how good it is if the fit wants to know."""
+        fit, start = self.config.plan.fit, time.perf_counter()
+        assert fit is not None
+        if not self.observations.steps:
+            self.observations.target = self._measure_target(step)
+        score = None
+        if fit.scored:
+            self.weights.begin()
+            try:
+                with evaluating(self.model):
+                    score = self._score(0.0, self._seed(step))
+            finally:
+                self.weights.abort()
+        kept = {name: fit.keep(delta) for name, delta in self.weights.displacements()}
+        self.observations.add(step, kept, score.mean if score else None, self.config.anchor_device)
+        row = self._row(
+            step,
+            self.weights.displacement_norm(),
+            SearchResult(0.0, (Trial(0.0, score, "start"),)),
+            time.perf_counter() - start,
+        )
+        row |= {"observation": len(self.observations.steps)}
+        row["generated_tokens"] += self.observations.take_target_tokens()
+        self.history.append(row)
+        return row
+
+    def _measure_target(self, step: int) -> Score | None:
+        if self.config.strategy != "alpha_opd":
+            return None
+        if self.config.alpha_target is not None:
+            return Score(self.config.alpha_target)
+        assert self._target is not None
+        with isolated_rng(self._seed(step)), torch.no_grad():
+            value = self._target()
+        return value if isinstance(value, Score) else Score(float(value))
+
+    def _prediction(self) -> tuple[Direction, Mapping[str, float]]:
+        """The direction W_0 + predicted displacement − W; parameters without a prediction stay."""
+        fit, seen = self.config.plan.fit, self.observations
+        assert fit is not None
+        if len(seen.steps) < 4:  # observations were dropped on the way (`reanchor`)
+            prediction = Prediction({}, {"observations": len(seen.steps)})
+        else:
+            prediction = fit.predict(seen.by_parameter, seen.steps, seen.quality(), self.config)
+
+        def direction(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
+            delta = prediction.delta.get(name)
+            return torch.zeros_like(origin) if delta is None else anchor + delta.to(anchor.device) - origin
+
+        return direction, prediction.quality
+
     def _score(self, scale: float, seed: int) -> Score:
+        assert self.scorer is not None
         self.weights.move_to(scale)
         start = time.perf_counter()
         try:
@@ -147,15 +249,15 @@ class EffOPD:
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumed run to take the same decisions."""
         config = dataclasses.asdict(self.config)
-        for name in ("enabled", "anchor_device"):
-            config.pop(name)
+        config.pop("anchor_device")
         config |= {"gate": self.config.resolved_gate, "parameters": self.config.resolved_parameters}
         return {"config": config, "validation_ids": getattr(self.scorer, "validation_ids", None)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchor (fp32 tensors by name), its step, the history, and the settings they belong to."""
+        """Anchor (fp32 tensors by name), its step, observations, the history, and the settings they belong to."""
         return {
             "anchor": self.weights.state_dict(),
+            "observations": self.observations.state_dict(),
             "anchor_step": self.anchor_step,
             "history": list(self.history),
             "fingerprint": self._fingerprint(),
@@ -179,6 +281,7 @@ class EffOPD:
                 "the settings of the run (its config.yaml), or start a new run."
             )
         self.weights.load_state_dict(state["anchor"])
+        self.observations.load_state_dict(state["observations"])
         self.anchor_step, self.history = int(state["anchor_step"]), list(state["history"])
 
     def save(self, folder: str | Path) -> None:
@@ -186,8 +289,13 @@ class EffOPD:
         from safetensors.torch import save_file
 
         folder, state = Path(folder), self.state_dict()
+        observations = state.pop("observations")
         anchor = {name: tensor.detach().cpu().contiguous() for name, tensor in state.pop("anchor").items()}
+        seen = {name: tensor.detach().cpu().contiguous() for name, tensor in observations.pop("tensors").items()}
+        state["observations"] = observations
         write_atomically(folder / ANCHOR_FILE, lambda path: save_file(anchor, path))
+        if seen:
+            write_atomically(folder / OBSERVATIONS_FILE, lambda path: save_file(seen, path))
         write_atomically(folder / STATE_FILE, lambda path: path.write_text(json.dumps(state, indent=1)))
 
     def load(self, folder: str | Path) -> None:
@@ -205,4 +313,6 @@ class EffOPD:
                 "without EffOPD, or the run was killed while saving. Resume from an earlier checkpoint."
             )
         state = json.loads((folder / STATE_FILE).read_text())
+        seen = folder / OBSERVATIONS_FILE
+        state["observations"]["tensors"] = load_file(seen) if seen.is_file() else {}
         self.load_state_dict(state | {"anchor": load_file(folder / ANCHOR_FILE)})

@@ -1,0 +1,78 @@
+"""What a fitting strategy has seen so far: kept tensors of each parameter, steps and accuracies, saved with checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from effopd.extrapolate.search import Score
+
+_SEPARATOR = "|"
+
+
+class Observations:
+    """Displacements from the start, one entry a step, in the form the strategy keeps them.
+
+    Attributes:
+        steps: optimizer steps observed.
+        by_parameter: for each parameter, one dictionary of tensors a step.
+        scores: the accuracy on D_v at each step, `None` where it was not asked for.
+        target: the accuracy aimed at, if there is one.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.by_parameter: dict[str, list[Mapping[str, Tensor]]] = {}
+        self.scores: list[float | None] = []
+        self.target: Score | None = None
+        self._uncharged = True
+
+    def add(
+        self, step: int, kept: Mapping[str, Mapping[str, Tensor]], score: float | None, device: str | None
+    ) -> None:
+        """Append a step; tensors are moved to `device` if one is given."""
+        self.steps.append(step)
+        self.scores.append(score)
+        for name, tensors in kept.items():
+            moved = {key: tensor.to(device) if device else tensor for key, tensor in tensors.items()}
+            self.by_parameter.setdefault(name, []).append(moved)
+
+    def quality(self) -> Sequence[float]:
+        """Accuracies relative to the target (1 = as good); NaN where none was measured."""
+        goal = self.target.mean if self.target and self.target.mean > 0 else 1.0
+        return [float("nan") if score is None else score / goal for score in self.scores]
+
+    def take_target_tokens(self) -> int:
+        """Tokens that measuring the target cost; the first caller is told, later ones get 0."""
+        tokens = self.target.generated_tokens if self.target and self._uncharged else 0
+        self._uncharged = False
+        return tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """`tensors` (flat, by position, parameter and key) and plain values."""
+        return {
+            "tensors": {
+                _SEPARATOR.join((str(index), name, key)): tensor
+                for name, points in self.by_parameter.items()
+                for index, point in enumerate(points)
+                for key, tensor in point.items()
+            },
+            "steps": list(self.steps),
+            "scores": list(self.scores),
+            "target": self.target.mean if self.target else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.steps, self.scores = list(state["steps"]), list(state["scores"])
+        self.target = None if state["target"] is None else Score(state["target"])
+        self._uncharged = not self.steps
+        self.by_parameter = {}
+        keyed = [(key.split(_SEPARATOR), tensor) for key, tensor in state["tensors"].items()]
+        for (index, name, key), tensor in sorted(keyed, key=lambda item: int(item[0][0])):
+            points = self.by_parameter.setdefault(name, [])
+            if len(points) == int(index):
+                points.append({})
+            points[int(index)][key] = tensor  # type: ignore[index]

@@ -1,0 +1,170 @@
+"""Which way to jump and how to decide: one entry a strategy, one file of pure functions behind each.
+
+    when (schedule) → where to (`direction` or `fit`) → how far (`search`) → move
+
+A strategy either looks along a direction it can name right away (`direction`), or watches the first steps and predicts
+where they lead (`fit`). Adding one: docs/add-a-strategy.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effopd.extrapolate.live_weights import Direction, displacement
+from effopd.extrapolate.search import Score, SearchResult, Trial, first_failure_search
+from effopd.extrapolate.strategies import alpha_opd, relex
+from effopd.extrapolate.strategies.random_direction import random_like, seed_of
+from effopd.extrapolate.strategies.rank_one import RankOne, leading
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Where a fit says training leads.
+
+    Attributes:
+        delta: predicted displacement from the start, by parameter name; parameters left out stay where they are.
+        quality: figures that say how far to trust it, for the log.
+    """
+
+    delta: Mapping[str, Tensor]
+    quality: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A prediction from the first steps.
+
+    Attributes:
+        keep: what is remembered of one parameter's displacement W_t − W_0, as named tensors.
+        predict: (observations by parameter, steps, accuracies relative to the target, config) → prediction.
+        scored: whether every observation needs an accuracy.
+    """
+
+    keep: Callable[[Tensor], dict[str, Tensor]]
+    predict: Callable[[Mapping[str, Sequence[Mapping[str, Tensor]]], Sequence[int], Sequence[float], Any], Prediction]
+    scored: bool
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What the look-ahead does at a trigger.
+
+    Attributes:
+        help: one line for `--help`.
+        scored: whether it needs a scorer (D_v).
+        search: (score, config) → decision.
+        direction: (seed, step) → the direction to look along; `None` for strategies that fit.
+        fit: how to predict; `None` for strategies that look along a direction.
+        gate: its source's gate.
+        parameters: its source's choice of what moves.
+    """
+
+    help: str
+    scored: bool
+    search: Callable[[Callable[[float], Score], Any], SearchResult]
+    direction: Callable[[int, int], Direction] | None = None
+    fit: Fit | None = None
+    gate: str = "ge"
+    parameters: str = "attention+mlp"
+
+
+# -- how far ----------------------------------------------------------------------------------------------------
+
+
+def _first_failure(score: Callable[[float], Score], config: Any) -> SearchResult:
+    return first_failure_search(score, config.scales, config.resolved_gate)
+
+
+def _nowhere(score: Callable[[float], Score], config: Any) -> SearchResult:
+    return first_failure_search(score, (0.0,), config.resolved_gate)
+
+
+def unscored(scale: float) -> SearchResult:
+    """Go to `scale` without asking anyone."""
+    return SearchResult(scale, (Trial(0.0, None, "start"), Trial(scale, None, "accepted")))
+
+
+# -- where to ---------------------------------------------------------------------------------------------------
+
+
+def _last_displacement(seed: int, step: int) -> Direction:
+    return displacement
+
+
+def _random(seed: int, step: int) -> Direction:
+    """Noise with the norm of the displacement, tensor by tensor; the same for every candidate of a search."""
+
+    def direction(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
+        delta = origin - anchor
+        generator = torch.Generator(delta.device).manual_seed(seed_of(seed, step, name))
+        return random_like(delta, generator)
+
+    return direction
+
+
+# -- what the first steps predict -----------------------------------------------------------------------------------
+
+
+def _keep_leading(delta: Tensor) -> dict[str, Tensor]:
+    point = leading(delta)
+    scalars = torch.tensor([point.s1, point.norm], dtype=torch.float64)
+    return {"u": point.u_M, "v": point.v_N, "s1_norm": scalars, "shape": torch.tensor(delta.shape)}
+
+
+def _predict_alpha(observations, steps, quality, config) -> Prediction:
+    fits, delta = {}, {}
+    for name, points in observations.items():
+        path = [RankOne(p["u"], float(p["s1_norm"][0]), p["v"], float(p["s1_norm"][1])) for p in points]
+        fit = fits[name] = alpha_opd.predict(path, quality, seed=config.seed)
+        if fit is not None:
+            delta[name] = torch.outer(fit.u_M, fit.v_N).reshape(points[0]["shape"].tolist())
+    return Prediction(delta, alpha_opd.summary(fits))
+
+
+def _predict_relex(observations, steps, quality, config) -> Prediction:
+    at_step = config.relex_factor * steps[-1]
+    fits = {
+        name: relex.predict([point["delta"] for point in points], steps, at_step)
+        for name, points in observations.items()
+    }
+    return Prediction({name: fit.delta for name, fit in fits.items() if fit}, relex.summary(fits))
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "effopd": Strategy("the paper's search along the last displacement", True, _first_failure, _last_displacement),
+    "effopd-released": Strategy(
+        "the authors' public code: accepts only a strictly better score, moves also post-attention and q/k norms",
+        True,
+        _first_failure,
+        _last_displacement,
+        gate="gt",
+        parameters="released-code",
+    ),
+    "noop": Strategy("control: pays for scoring, never moves", True, _nowhere, _last_displacement),
+    "fixed": Strategy(
+        "control: always jumps to W + 2kΔ, k = fixed_k, without scoring",
+        False,
+        lambda score, config: unscored(2.0 * config.fixed_k),
+        _last_displacement,
+    ),
+    "random_direction": Strategy(
+        "control: the paper's search along noise as long as Δ", True, _first_failure, _random
+    ),
+    "alpha_opd": Strategy(
+        "AlphaOPD: predicts each matrix from its rank-1 path and the accuracies so far, once, without scoring",
+        True,
+        lambda score, config: unscored(1.0),
+        fit=Fit(_keep_leading, _predict_alpha, scored=True),
+    ),
+    "relex": Strategy(
+        "RELEX: extends a straight line through the rank-1 coefficients of the first steps, once, without scoring",
+        False,
+        lambda score, config: unscored(1.0),
+        fit=Fit(lambda delta: {"delta": delta.clone()}, _predict_relex, scored=False),
+    ),
+}

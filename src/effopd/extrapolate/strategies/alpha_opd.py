@@ -1,0 +1,140 @@
+"""AlphaOPD, after AlphaRL (arXiv 2510.00553): predict each matrix from its rank-1 path and the accuracies along it.
+
+For each matrix, x_t = ‖ΔW_t‖·u1(t) over the first steps (signs aligned forward in time) is regressed on
+y_t = accuracy / target accuracy by partial least squares with one component; the fit is inverted at y* = 1 and gives û.
+The predicted update is û·v1ᵀ, with v1 of the last observed step.
+
+With fewer steps than rows, such a fit explains anything: its in-sample R² exceeds 0.9 on pure noise. So the leave-one-out
+Q² is computed, and the same for shuffled accuracies: only a Q² well above the shuffled one means something.
+Departure from the public code: the update is added to W_0 (there: to the last checkpoint, which holds one already).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effopd.errors import ConfigError
+from effopd.extrapolate.strategies.rank_one import RankOne, align_forward
+
+
+@dataclass(frozen=True)
+class AlphaFit:
+    """A prediction for one matrix: ΔW ≈ u_M v_Nᵀ.
+
+    Attributes:
+        u_M, v_N: fp32; u_M carries the length.
+        r2: in sample; meaningless alone.
+        q2: leave-one-out, 1 − Σ(y_t − ŷ_(−t))² / Σ(y_t − ȳ_(−t))².
+        q2_null: mean Q² over random permutations of y.
+    """
+
+    u_M: Tensor
+    v_N: Tensor
+    r2: float
+    q2: float
+    q2_null: float
+
+
+@dataclass(frozen=True)
+class Pls:
+    """One-component partial least squares of y_T on X_TM, standardised columns, as scikit-learn's `PLSRegression(1)`
+    followed by a straight line from the score to y."""
+
+    mean_M: np.ndarray
+    scale_M: np.ndarray
+    weight_M: np.ndarray
+    loading_M: np.ndarray
+    slope: float
+    intercept: float
+
+    def predict(self, x_M: np.ndarray) -> float:
+        """ŷ of a new row."""
+        return float(((x_M - self.mean_M) / self.scale_M) @ self.weight_M * self.slope + self.intercept)
+
+    def invert(self, y: float) -> np.ndarray:
+        """The x_M on the fitted path whose ŷ is `y`."""
+        return (y - self.intercept) / self.slope * self.loading_M * self.scale_M + self.mean_M
+
+
+def fit_pls(x_TM: np.ndarray, y_T: np.ndarray) -> Pls | None:
+    """Fit; `None` if y or X does not vary, or they have nothing in common."""
+    mean_M, scale_M = x_TM.mean(0), x_TM.std(0, ddof=1)
+    scale_M = np.where(scale_M > 0, scale_M, 1.0)
+    z_TM, centred_T = (x_TM - mean_M) / scale_M, y_T - y_T.mean()
+    weight_M = z_TM.T @ centred_T
+    length = np.linalg.norm(weight_M)
+    if not length > 0:
+        return None
+    weight_M = weight_M / length
+    score_T = z_TM @ weight_M
+    power = score_T @ score_T
+    slope = float(score_T @ centred_T / power) if power > 0 else 0.0
+    if slope == 0.0 or not math.isfinite(slope):
+        return None
+    return Pls(mean_M, scale_M, weight_M, z_TM.T @ score_T / power, slope, float(y_T.mean()))
+
+
+def leave_one_out(x_TM: np.ndarray, y_T: np.ndarray) -> float:
+    """Q² = 1 − Σ(y_t − ŷ_(−t))² / Σ(y_t − ȳ_(−t))²; a fit that fails predicts the mean."""
+    steps = len(y_T)
+    errors, baseline = 0.0, 0.0
+    for left in range(steps):
+        rest = np.arange(steps) != left
+        mean, fit = y_T[rest].mean(), fit_pls(x_TM[rest], y_T[rest])
+        errors += (y_T[left] - (fit.predict(x_TM[left]) if fit else mean)) ** 2
+        baseline += (y_T[left] - mean) ** 2
+    return float(1 - errors / baseline) if baseline > 0 else math.nan
+
+
+def predict(
+    points: Sequence[RankOne], quality: Sequence[float], goal: float = 1.0, permutations: int = 20, seed: int = 0
+) -> AlphaFit | None:
+    """Predict the update at which the accuracy, relative to the target, is `goal`.
+
+    Args:
+        points: leading components of the displacements from the start, in the order of steps; signs are arbitrary.
+        quality: accuracy / target accuracy at the same steps.
+        permutations: of the shuffled null.
+
+    Returns:
+        The prediction, or `None` where there is nothing to fit (no movement, constant accuracy).
+
+    Raises:
+        ConfigError: fewer than 4 points, or not one accuracy a point.
+    """
+    if len(points) < 4 or len(points) != len(quality):
+        raise ConfigError(
+            f"AlphaOPD needs at least 4 observations with one accuracy each, got {len(points)} and {len(quality)}."
+        )
+    aligned = align_forward(points)
+    x_TM = np.stack([point.norm * point.u_M.double().cpu().numpy() for point in aligned])
+    y_T = np.asarray(quality, dtype=np.float64)
+    fit = fit_pls(x_TM, y_T) if np.isfinite(y_T).all() else None
+    if fit is None:
+        return None
+    predicted = np.array([fit.predict(row) for row in x_TM])
+    rng = np.random.default_rng(seed)
+    null = [leave_one_out(x_TM, rng.permutation(y_T)) for _ in range(permutations)]
+    return AlphaFit(
+        torch.from_numpy(fit.invert(goal)).float(),
+        aligned[-1].v_N,
+        float(1 - ((y_T - predicted) ** 2).sum() / ((y_T - y_T.mean()) ** 2).sum()),
+        leave_one_out(x_TM, y_T),
+        float(np.mean(null)) if null else math.nan,
+    )
+
+
+def summary(fits: Mapping[str, AlphaFit | None]) -> dict[str, float]:
+    """Medians over matrices, and the share of matrices fitted."""
+    found = [fit for fit in fits.values() if fit is not None]
+    figures = {"fitted_share": len(found) / max(1, len(fits))}
+    for name in ("r2", "q2", "q2_null"):
+        figures[name] = statistics.median([getattr(fit, name) for fit in found]) if found else math.nan
+    return figures

@@ -1,0 +1,26 @@
+"""Control: noise as long as the displacement. If this helps as much, the direction is not what helps."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def random_like(displacement: Tensor, generator: torch.Generator) -> Tensor:
+    """Gaussian noise R with ‖R‖ = ‖displacement‖ (Frobenius), same shape, dtype and device.
+
+    Its direction is uniform on the sphere, so in a large tensor it is nearly orthogonal to the displacement.
+    """
+    noise = torch.randn(displacement.shape, generator=generator, device=displacement.device, dtype=torch.float32).to(
+        displacement.dtype
+    )
+    length = float(displacement.double().norm())
+    return noise * (length / max(float(noise.double().norm()), torch.finfo(torch.float64).tiny))
+
+
+def seed_of(seed: int, step: int, name: str) -> int:
+    """A seed for each (run, step, parameter), the same in every process and Python version."""
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

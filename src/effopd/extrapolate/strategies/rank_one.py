@@ -1,0 +1,53 @@
+"""Leading components of displacements, with signs that belong together over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effopd.dynamics.leading import leading_directions
+
+
+@dataclass(frozen=True)
+class RankOne:
+    """The leading component s1·u1·v1ᵀ of one displacement ΔW = W_t − W_0.
+
+    Attributes:
+        u_M, s1, v_N: leading singular triplet, vectors in fp32.
+        norm: ‖ΔW‖ (Frobenius).
+    """
+
+    u_M: Tensor
+    s1: float
+    v_N: Tensor
+    norm: float
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A parameter as [M, N]: vectors become columns, stacks of matrices lose their inner structure."""
+    return tensor.reshape(-1, 1) if tensor.ndim < 2 else tensor.flatten(1)
+
+
+def leading(delta: Tensor) -> RankOne:
+    """The leading component of a displacement; all zeros for a parameter that has not moved."""
+    delta_MN = as_matrix(delta)
+    norm = float(delta_MN.double().norm())
+    if norm == 0.0:
+        return RankOne(delta_MN.new_zeros(delta_MN.shape[0]), 0.0, delta_MN.new_zeros(delta_MN.shape[1]), 0.0)
+    found = leading_directions(delta_MN, k=1)
+    return RankOne(found.u_MK[:, 0].float(), float(found.s_K[0]), found.v_NK[:, 0].float(), norm)
+
+
+def align_forward(points: Sequence[RankOne]) -> list[RankOne]:
+    """The same components with u_t · u_{t−1} ≥ 0, walking forward in time; u and v flip together.
+
+    Aligning to the last point instead would let the future decide the signs of the past.
+    """
+    aligned: list[RankOne] = []
+    for point in points:
+        flip = bool(aligned) and float(torch.dot(point.u_M.double(), aligned[-1].u_M.double())) < 0
+        aligned.append(RankOne(-point.u_M, point.s1, -point.v_N, point.norm) if flip else point)
+    return aligned

@@ -1,0 +1,101 @@
+"""RELEX (arXiv 2605.21468): a straight line through the rank-1 coefficients of the first steps, extended.
+
+For each tensor on its own, the displacements ΔW_t of the observed steps are stacked as rows of M [T, D]. The leading
+right singular vector v of M is the one direction that explains most of them; the coefficients c_t = ΔW_t · v are fitted
+by c ≈ a·t + b over the step numbers t, and the prediction for step t* is (a·t* + b)·v. The projection also filters out
+what is not common to the steps. Higher ranks and curved fits are left out: the paper finds they do not help.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effopd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RelexFit:
+    """A prediction for one tensor.
+
+    Attributes:
+        delta: predicted displacement from the start, fp32, shape of the tensor.
+        slope, intercept: of the line c ≈ slope · t + intercept.
+        explained: σ1² / Σσ² of the stacked displacements (0–1); high by construction for any path that leaves the start.
+        r2: of the line, in sample.
+        q2: of the line, leave-one-out: 1 − Σ(c_t − ĉ_(−t))² / Σ(c_t − c̄_(−t))².
+    """
+
+    delta: Tensor
+    slope: float
+    intercept: float
+    explained: float
+    r2: float
+    q2: float
+
+
+def predict(displacements: Sequence[Tensor], steps: Sequence[int], at_step: float) -> RelexFit | None:
+    """Predict the displacement at `at_step`; `None` for a tensor that has not moved.
+
+    Only the T × T Gram matrix M Mᵀ is formed; memory is that of the displacements and a few copies of one.
+
+    Raises:
+        ConfigError: fewer than 3 steps, or not one displacement a step.
+    """
+    if len(steps) < 3 or len(displacements) != len(steps):
+        raise ConfigError(
+            f"RELEX fits a line: expected one displacement a step and at least 3, got {len(displacements)} "
+            f"displacements for {len(steps)} steps."
+        )
+    flat = [delta.flatten() for delta in displacements]
+    gram_TT = np.array([[_dot(a, b) for b in flat] for a in flat])
+    if not np.trace(gram_TT) > 0:
+        return None
+    values, vectors = np.linalg.eigh(gram_TT)
+    sigma, u_T = math.sqrt(values[-1]), vectors[:, -1]
+    coefficients_T = sigma * u_T  # = M v
+    t = np.asarray(steps, dtype=np.float64)
+    slope, intercept = np.polyfit(t, coefficients_T, 1)
+    along = (slope * at_step + intercept) / sigma  # v = Mᵀu / σ
+    delta = torch.zeros_like(flat[0], dtype=torch.float64)
+    for weight, row in zip(along * u_T, flat, strict=True):
+        delta += float(weight) * row
+    return RelexFit(
+        delta.float().reshape(displacements[0].shape),
+        float(slope),
+        float(intercept),
+        float(values[-1] / np.trace(gram_TT)),
+        *_line_quality(t, coefficients_T),
+    )
+
+
+def _dot(a: Tensor, b: Tensor, chunk: int = 2**22) -> float:
+    """a · b in float64, a strip at a time."""
+    return sum(float(torch.dot(x.double(), y.double())) for x, y in zip(a.split(chunk), b.split(chunk), strict=True))
+
+
+def _line_quality(t: np.ndarray, c: np.ndarray) -> tuple[float, float]:
+    """R² and leave-one-out Q² of a straight line."""
+    residual = c - np.polyval(np.polyfit(t, c, 1), t)
+    spread = ((c - c.mean()) ** 2).sum()
+    if spread == 0:
+        return math.nan, math.nan
+    leverage = 1 / len(t) + (t - t.mean()) ** 2 / ((t - t.mean()) ** 2).sum()
+    left_out = ((residual / (1 - leverage)) ** 2).sum()
+    means_left_out = (len(t) / (len(t) - 1)) ** 2 * spread
+    return float(1 - (residual**2).sum() / spread), float(1 - left_out / means_left_out)
+
+
+def summary(fits: Mapping[str, RelexFit | None]) -> dict[str, float]:
+    """Medians over tensors, and the share of tensors fitted."""
+    found = [fit for fit in fits.values() if fit is not None]
+    figures = {"fitted_share": len(found) / max(1, len(fits))}
+    for name in ("explained", "r2", "q2"):
+        figures[name] = statistics.median([getattr(fit, name) for fit in found]) if found else math.nan
+    return figures

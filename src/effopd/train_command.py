@@ -1,0 +1,70 @@
+"""Flags and YAML of `effopd train` → `RunSettings`. `effopd compare` reads its runs through here too."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from trl import ModelConfig, TrlParser
+
+from effopd.distill.config import OPDConfig
+from effopd.distill.launch import RunSettings
+from effopd.errors import ConfigError, EffOPDError
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.tasks import TaskConfig
+from effopd.testbed import resolve_model
+
+
+def effopd_arguments() -> type:
+    """A dataclass with the fields of `EffOPDConfig` as flags `--effopd.NAME` (and `--effopd_NAME`); the command's
+    default strategy is 'none'."""
+    types = typing.get_type_hints(EffOPDConfig)
+    fields = []
+    for field in dataclasses.fields(EffOPDConfig):
+        options: dict[str, Any] = {"metadata": {**field.metadata, "aliases": [f"--effopd.{field.name}"]}}
+        if field.name == "strategy":
+            options["default"] = "none"
+        elif field.default is not dataclasses.MISSING:
+            options["default"] = field.default
+        else:
+            options["default_factory"] = field.default_factory
+        fields.append((f"effopd_{field.name}", types[field.name], dataclasses.field(**options)))
+    made: Any = dataclasses.make_dataclass("EffOPDArguments", fields)
+    made._argument_group_name = "look-ahead (EffOPD)"
+    return made
+
+
+def train_parser():
+    """The parser of `effopd train`."""
+
+    class Parser(TrlParser):
+        def set_defaults_with_config(self, **kwargs):
+            for name, value in (kwargs.pop("effopd", None) or {}).items():
+                kwargs[f"effopd_{name}"] = value
+            return super().set_defaults_with_config(**kwargs)
+
+    return Parser(
+        [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()],
+        prog="effopd train",
+        description="Distil a teacher into a student on the student's own answers.",
+        epilog="Example: effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
+        "--task math:train.jsonl --eval_strategy steps --eval_steps 10 --effopd.strategy effopd --output_dir runs/first",
+    )
+
+
+def parse_train(argv: Sequence[str]):
+    """Command line and YAML → `RunSettings`.
+
+    Raises:
+        ConfigError: an unknown setting in the YAML file, or a value out of range.
+    """
+    try:
+        model, task, opd, look = train_parser().parse_args_and_config(list(argv))
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
+    model.model_name_or_path = resolve_model(model.model_name_or_path)
+    opd.teacher_model_name_or_path = resolve_model(opd.teacher_model_name_or_path)
+    values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}
+    return RunSettings(model, task, opd, EffOPDConfig(**values))
