@@ -19,16 +19,23 @@ GAP_SHARES = (0.5, 0.75, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run had spent at some evaluation: optimizer steps, net wall-clock seconds, net sampled tokens."""
+    """What a run had spent at some evaluation: optimizer steps, net seconds, net sampled tokens, and net tokens run
+    through a model besides sampling."""
 
     steps: int
     seconds: float
     generated_tokens: int
+    forward_tokens: int
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Cost:
         """The cost recorded in a row of `evals.jsonl`."""
-        return cls(row["step"], row["cost/net_seconds"], int(row["cost/net_generated_tokens"]))
+        return cls(
+            row["step"],
+            row["cost/net_seconds"],
+            int(row["cost/net_generated_tokens"]),
+            int(row["cost/net_forward_tokens"]),
+        )
 
     def ratio(self, other: Cost) -> dict[str, float]:
         """self / other, axis by axis."""
@@ -76,9 +83,13 @@ def speedup_by_gap(
     return rows
 
 
-def first_reach(rows: Sequence[Mapping[str, Any]], target: float, metric: str = "eval_kl") -> Cost | None:
-    """Cost at the first evaluation (after step 0) whose smoothed metric is at or below `target`; `None` if never."""
+def first_reach(
+    rows: Sequence[Mapping[str, Any]], target: float, metric: str = "eval_kl", *, higher_is_better: bool = False
+) -> Cost | None:
+    """Cost at the first evaluation (after step 0) whose smoothed metric is at or below `target` (at or above, if
+    higher is better); `None` if never."""
+    sign = -1.0 if higher_is_better else 1.0
     for row, value in zip(rows, smooth([row[metric] for row in rows]), strict=True):
-        if value <= target and row["step"] > 0:
+        if sign * value <= sign * target and row["step"] > 0:
             return Cost.of(row)
     return None

@@ -1,0 +1,95 @@
+"""What `effopd compare` costs beyond its runs, and whether runs side by side disturb each other's timing.
+
+    .venv/bin/python benchmarks/compare_overhead.py [--steps 16] [--seeds 0 1] [--out runs/compare-overhead]
+
+The same grid (plain OPD and EffOPD on the testbed, a few steps) three times: one run at a time charged in wall-clock
+seconds, one at a time in CPU seconds, two at a time in CPU seconds; one thread each. Reported, over runs:
+
+    clock       CPU seconds / wall-clock seconds of the same run, alone
+    neighbour   CPU seconds with a neighbour / alone
+    ratio       the cost ratio plain / EffOPD with neighbours / the same alone (what a speed-up would be off by)
+    overhead    share of the elapsed time in which no run's process existed, one run at a time
+
+Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from effopd.bench.plan import Plan, PlannedRun, load_plan
+from effopd.bench.runner import DONE, Runner
+from effopd.distill.run_dir import EVALS
+from effopd.files import read_rows
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "compare-testbed.yaml"
+
+
+def grid(root: Path, name: str, steps: int, seeds: list[int], workers: int, clock: str) -> tuple[Plan, float]:
+    """Run the small grid afresh; returns its plan and the elapsed seconds."""
+    plan = load_plan(RECIPE)
+    strategies = {
+        key: {k: v for k, v in plan.strategies[key].items() if k == "effopd"} for key in ("vanilla", "effopd")
+    }
+    plan = dataclasses.replace(
+        plan,
+        output_dir=str(root / name),
+        seeds=seeds,
+        tasks=plan.tasks[:1],
+        strategies=strategies,
+        workers=workers,
+        base=plan.base | {"max_steps": steps, "eval_steps": steps, "cost_clock": clock},
+    )
+    shutil.rmtree(plan.output_dir, ignore_errors=True)
+    start = time.perf_counter()
+    failed = Runner(plan, lambda event, run: print(f"  {event:<6} {run.name}", flush=True)).run(plan.runs())
+    if failed:
+        raise SystemExit(f"failed: {', '.join(run.name for run in failed)}")
+    return plan, time.perf_counter() - start
+
+
+def seconds(run: PlannedRun) -> float:
+    return list(read_rows(run.path / EVALS))[-1]["cost/net_seconds"]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--out", type=Path, default=Path("runs/compare-overhead"))
+    arguments = parser.parse_args()
+    made = {}
+    for name, workers, clock in (("wall", 1, "wall"), ("alone", 1, "cpu"), ("together", 2, "cpu")):
+        print(f"{name}: {workers} at a time, {clock} clock")
+        made[name] = grid(arguments.out, name, arguments.steps, arguments.seeds, workers, clock)
+    cost = {name: [seconds(run) for run in plan.runs()] for name, (plan, _) in made.items()}
+    runs = made["alone"][0].runs()
+    pairs = [(runs.index(a), runs.index(b)) for a in runs for b in runs
+             if (a.strategy, b.strategy) == ("vanilla", "effopd") and a.seed == b.seed]  # fmt: skip
+    ratios = {name: [values[a] / values[b] for a, b in pairs] for name, values in cost.items()}
+    plan, elapsed = made["alone"]
+    inside = sum(json.loads((run.path / DONE).read_text())["process_seconds"] for run in plan.runs())
+    result = {
+        "steps": arguments.steps,
+        "runs": len(runs),
+        "clock": spread([c / w for c, w in zip(cost["alone"], cost["wall"], strict=True)]),
+        "neighbour": spread([t / a for t, a in zip(cost["together"], cost["alone"], strict=True)]),
+        "ratio": spread([t / a for t, a in zip(ratios["together"], ratios["alone"], strict=True)]),
+        "overhead": (elapsed - inside) / elapsed,
+        "seconds": cost,
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Finished runs → results.json: time-to-target, paired speed-ups, areas, final quality, shares of cost.
+
+Targets, for each task and seed (so that prompts and noise are paired):
+
+    reference_kl        the baseline's final smoothed held-out reverse KL at the reference learning rate
+    best_kl             the same at the baseline's best learning rate
+    reference_accuracy  the baseline's final smoothed accuracy at the reference learning rate
+
+The best learning rate of a task is the one with the smallest median seconds to `reference_kl` (a run that never gets
+there counts as ∞; ties go to the lower final KL). It is chosen on the very seeds it is judged on, which favours the
+baseline. Every run's cost is that of its own first evaluation at the target, the baseline's too: a run like the baseline
+is 1×, not faster because the baseline's last steps brought nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effopd.bench.paired import Estimate, median_with_interval, ratio
+from effopd.bench.time_to_target import WINDOW, Cost, final_target, first_reach, smooth
+from effopd.distill.run_dir import EVALS
+from effopd.extrapolate.callback import SEARCHES
+from effopd.files import read_rows
+from effopd.versions import versions
+
+AXES = ("steps", "seconds", "generated_tokens", "forward_tokens")
+#: Target → (metric, higher is better).
+TARGETS = {
+    "reference_kl": ("eval_kl", False),
+    "best_kl": ("eval_kl", False),
+    "reference_accuracy": ("eval_accuracy", True),
+}
+#: Columns of a run's curve in results.json and the fields of evals.jsonl they come from.
+CURVE = {
+    "step": "step",
+    "kl": "eval_kl",
+    "kl_se": "eval_kl_se",
+    "accuracy": "eval_accuracy",
+    "seconds": "cost/net_seconds",
+    "generated_tokens": "cost/net_generated_tokens",
+    "forward_tokens": "cost/net_forward_tokens",
+    "search_seconds": "cost/search_seconds",
+}
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its place in the grid, its evaluations (rows of evals.jsonl, step 0 first) and its searches."""
+
+    task: str
+    strategy: str
+    learning_rate: float
+    seed: int
+    rows: tuple[Mapping[str, Any], ...]
+    searches: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def arm(self) -> tuple[str, float]:
+        """(strategy, learning rate)."""
+        return self.strategy, self.learning_rate
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """(task, seed): what is paired."""
+        return self.task, self.seed
+
+    def cost(self, target: float, metric: str, higher_is_better: bool) -> Cost | None:
+        """Cost at the first evaluation at the target."""
+        return first_reach(self.rows, target, metric, higher_is_better=higher_is_better)
+
+
+def read_run(path: Path, *, task: str, strategy: str, learning_rate: float, seed: int) -> Run:
+    """A run from its folder."""
+    return Run(
+        task,
+        strategy,
+        learning_rate,
+        seed,
+        tuple(read_rows(path / EVALS)),
+        tuple(read_rows(path / SEARCHES)),
+    )
+
+
+def to_row(run: Run) -> dict[str, Any]:
+    """A run as JSON, its curves in 5 significant digits."""
+    return {
+        "task": run.task,
+        "strategy": run.strategy,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "curve": {name: [_short(row.get(key, 0.0)) for row in run.rows] for name, key in CURVE.items()},
+        "accepted": [[row["step"], row["accepted_scale"]] for row in run.searches if row["accepted_scale"]],
+        "fit": next((row["fit"] for row in reversed(run.searches) if "fit" in row), None),
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Run:
+    """The inverse of `to_row`, up to rounding."""
+    rows = [dict(zip(CURVE.values(), values, strict=True)) for values in zip(*row["curve"].values(), strict=True)]
+    searches = [{"step": step, "accepted_scale": scale} for step, scale in row["accepted"]]
+    if row.get("fit"):
+        searches.append({"step": -1, "accepted_scale": 0.0, "fit": row["fit"]})
+    return Run(row["task"], row["strategy"], row["learning_rate"], row["seed"], tuple(rows), tuple(searches))
+
+
+def _short(value: float) -> float | int:
+    return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
+def analyse(runs: Sequence[Run], *, baseline: str, reference_learning_rate: float) -> dict[str, Any]:
+    """Everything results.json holds. Works on unfinished grids too: pairs that exist are used, and counted.
+
+    Curves are rounded first, so that the same comes out of the file that is written.
+    """
+    runs = [from_row(to_row(run)) for run in runs]
+    reference = (baseline, reference_learning_rate)
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    targets = _targets(runs, reference, "reference")
+    best = {task: _best_rate(runs, task, baseline, targets) for task in tasks}
+    for task, rate in best.items():
+        if rate is not None:
+            for place, values in _targets(runs, (baseline, rate), "best", task).items():
+                targets.setdefault(place, {}).update(values)
+    budgets = {run.place: run.rows[-1] for run in runs if run.arm == reference}
+    found = {(run.arm, run.place): run for run in runs}
+    costs = {
+        key: {name: run.cost(value, *TARGETS[name]) for name, value in targets.get(run.place, {}).items()}
+        for key, run in found.items()
+    }
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    return {
+        "versions": versions(),
+        "settings": {
+            "baseline": baseline,
+            "reference_learning_rate": reference_learning_rate,
+            "smoothing_window": WINDOW,
+        },
+        "best_learning_rate": best,
+        "runs": [
+            _run_row(run, targets.get(run.place, {}), costs[run.arm, run.place], budgets.get(run.place))
+            for run in runs
+        ],
+        "speedups": _speedups(arms, tasks, reference, best, costs),
+        "quality": _quality(arms, tasks, found, reference, budgets),
+    }
+
+
+def _targets(
+    runs: Sequence[Run], arm: tuple[str, float], kind: str, task: str | None = None
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Final smoothed values of an arm, by (task, seed)."""
+    targets: dict[tuple[str, int], dict[str, float]] = {}
+    for run in runs:
+        if run.arm == arm and task in (None, run.task):
+            values = {f"{kind}_kl": final_target(run.rows)}
+            if kind == "reference":
+                values["reference_accuracy"] = final_target(run.rows, "eval_accuracy")
+            targets[run.place] = values
+    return targets
+
+
+def _best_rate(runs: Sequence[Run], task: str, baseline: str, targets: Mapping) -> float | None:
+    """The baseline's best learning rate on a task."""
+    ranked = []
+    for rate in sorted({run.learning_rate for run in runs if run.task == task and run.strategy == baseline}):
+        own = [r for r in runs if r.task == task and r.arm == (baseline, rate) and r.place in targets]
+        reached = [r.cost(targets[r.place]["reference_kl"], *TARGETS["reference_kl"]) for r in own]
+        if own:
+            seconds = statistics.median([cost.seconds if cost else math.inf for cost in reached])
+            ranked.append((seconds, statistics.median([final_target(r.rows) for r in own]), rate))
+    return min(ranked)[2] if ranked else None
+
+
+def _run_row(run: Run, targets: Mapping[str, float], costs: Mapping[str, Cost | None], budget: Any) -> dict[str, Any]:
+    last = run.rows[-1]
+    row = to_row(run) | {
+        "final_kl": final_target(run.rows),
+        "final_accuracy": final_target(run.rows, "eval_accuracy"),
+        "net_seconds": last["cost/net_seconds"],
+        "generated_tokens": last["cost/net_generated_tokens"],
+        "forward_tokens": last["cost/net_forward_tokens"],
+        "search_share": _search_share(run),
+    }
+    for axis, key in (("steps", "step"), ("seconds", "cost/net_seconds")):
+        row[f"auc_{axis}"] = area(run, key, budget[key]) if budget else None
+    row["targets"] = {
+        name: {"value": value, "reached": costs[name] is not None}
+        | (asdict(costs[name]) if costs[name] else dict.fromkeys(AXES, None))  # type: ignore[arg-type]
+        for name, value in targets.items()
+    }
+    return row
+
+
+def _search_share(run: Run) -> float:
+    last = run.rows[-1]
+    return last["cost/search_seconds"] / last["cost/net_seconds"] if last["cost/net_seconds"] else 0.0
+
+
+def area(run: Run, axis: str, budget: float) -> float:
+    """Mean of smoothed KL / KL at step 0 over [0, budget] of a cost axis (trapezoid; the last value is held)."""
+    x = np.array([row[axis] for row in run.rows], dtype=np.float64)
+    y = np.array(smooth([row["eval_kl"] for row in run.rows])) / run.rows[0]["eval_kl"]
+    inside = x < budget
+    x_in = np.append(x[inside], budget)
+    y_in = np.append(y[inside], np.interp(budget, x, y))
+    return float(np.trapezoid(y_in, x_in) / budget)
+
+
+def _speedups(arms, tasks, reference, best, costs) -> list[dict[str, Any]]:
+    """Each arm against the baseline at the reference and at its best learning rate, by task and over all tasks."""
+    rows = []
+    for arm in arms:
+        for against in ("reference", "best"):
+            for target in TARGETS:
+                for axis in AXES:
+                    pairs = _ratios(arm, reference, best if against == "best" else None, target, axis, costs)
+                    for task in [*tasks, ALL] if len(tasks) > 1 else tasks:
+                        own = [(place, value) for place, value in pairs if task in (ALL, place[0])]
+                        if not own:
+                            continue
+                        estimate = median_with_interval([v for _, v in own], [place[0] for place, _ in own])
+                        rows.append(
+                            {
+                                "task": task,
+                                "strategy": arm[0],
+                                "learning_rate": arm[1],
+                                "against": reference[0],
+                                "against_learning_rate": "best" if against == "best" else reference[1],
+                                "target": target,
+                                "axis": axis,
+                                **estimate.to_row(),
+                            }
+                        )
+    return rows
+
+
+def _ratios(arm, reference, best, target, axis, costs) -> list[tuple[tuple[str, int], float]]:
+    """Baseline cost / cost, for every (task, seed) in which both ran and there is a target."""
+    pairs = []
+    for (other, place), own in costs.items():
+        against = reference if best is None else (reference[0], best[place[0]])
+        base = costs.get((against, place))
+        if other == arm and base is not None and target in own:
+            pairs.append((place, ratio(_on(base[target], axis), _on(own[target], axis))))
+    return pairs
+
+
+def _on(cost: Cost | None, axis: str) -> float | None:
+    return None if cost is None else getattr(cost, axis)
+
+
+def _quality(arms, tasks, found, reference, budgets) -> list[dict[str, Any]]:
+    """Medians over seeds: final values, their paired differences to the baseline, areas, search share."""
+    rows = []
+    for task in tasks:
+        for arm in arms:
+            own = [run for (other, place), run in found.items() if other == arm and place[0] == task]
+            paired = [(run, found[reference, run.place]) for run in own if (reference, run.place) in found]
+            values: dict[str, list[float]] = {
+                "final_kl": [final_target(run.rows) for run in own],
+                "final_accuracy": [final_target(run.rows, "eval_accuracy") for run in own],
+                "kl_difference": [final_target(a.rows) - final_target(b.rows) for a, b in paired],
+                "accuracy_difference": [
+                    final_target(a.rows, "eval_accuracy") - final_target(b.rows, "eval_accuracy") for a, b in paired
+                ],
+                "auc_steps": [area(run, "step", budgets[run.place]["step"]) for run, _ in paired],
+                "auc_seconds": [
+                    area(run, "cost/net_seconds", budgets[run.place]["cost/net_seconds"]) for run, _ in paired
+                ],
+                "search_share": [_search_share(run) for run in own],
+            }
+            for name, numbers in values.items():
+                if numbers:
+                    estimate = signed_median(numbers)
+                    rows.append({"task": task, "strategy": arm[0], "learning_rate": arm[1], "measure": name,
+                                 **{k: v for k, v in estimate.to_row().items() if k in ("median", "low", "high", "n")}})  # fmt: skip
+    return rows
+
+
+def signed_median(values: Sequence[float]) -> Estimate:
+    """`median_with_interval` for plain numbers, in which 0 is no sign of anything."""
+    shift = min(values) - 1.0
+    estimate = median_with_interval([value - shift for value in values])
+    return Estimate(estimate.median + shift, estimate.low + shift, estimate.high + shift, estimate.n)

@@ -1,0 +1,194 @@
+"""`effopd compare`: run a grid, then say who was faster, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from effopd.bench.plan import Plan, PlannedRun, load_plan
+from effopd.bench.results import analyse, read_run
+from effopd.bench.runner import LOG, Runner, is_done, only_one
+from effopd.errors import ConfigError, EffOPDError
+from effopd.files import write_atomically
+from effopd.optional import is_available
+from effopd.report.compare_page import render, summary_table
+
+PLAN, RESULTS, PAGE, FIGURES = "plan.yaml", "results.json", "results.md", "results"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `effopd compare`."""
+    parser = argparse.ArgumentParser(
+        prog="effopd compare",
+        description="Run strategies × learning rates × seeds × tasks through `effopd train`, none twice, and compare "
+        "them: time to the baseline's final quality in steps, net seconds and tokens, paired by seed, with 95 % "
+        "intervals. Stop it whenever you like; the same command goes on.",
+        epilog="Examples: effopd compare recipes/compare-testbed.yaml --dry_run   |   effopd compare PLAN --workers 2   "
+        "|   effopd compare --report runs/compare --out docs",
+    )
+    parser.add_argument("plan", nargs="?", help="YAML file; recipes/compare-testbed.yaml explains the fields.")
+    parser.add_argument("--workers", type=int, help="Runs at a time. Default: the plan's.")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Check every setting and show the grid; run and write nothing."
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="PATH",
+        help="Run nothing: redraw from a grid's folder (finished runs only), or from a results.json.",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="Where results.json, results.md and results/*.png go. Default: the grid."
+    )
+    return parser
+
+
+def run_compare(argv: Sequence[str]) -> int:
+    """`effopd compare`."""
+    arguments = build_parser().parse_args(list(argv))
+    console = Console(soft_wrap=True)
+    if (arguments.plan is None) == (arguments.report is None):
+        raise ConfigError("give either a plan to run, or --report with the folder of a grid or a results.json.")
+    if arguments.report is not None:
+        return _report(arguments.report, arguments.out, console)
+    plan = load_plan(arguments.plan, workers=arguments.workers)
+    runs = plan.runs()
+    check_runs(runs)
+    if arguments.dry_run:
+        console.print(grid_table(plan, runs))
+        return 0
+    with only_one(Path(plan.output_dir)):
+        done = {run.path for run in runs if is_done(run)}
+        text = Path(arguments.plan).read_text()
+        write_atomically(Path(plan.output_dir) / PLAN, lambda path: path.write_text(text))
+        failed = _run(plan, [run for run in runs if run.path not in done], len(done), console)
+    for run in failed:
+        console.print(f"[red]failed:[/red] {escape(run.name)}; see {run.path / LOG}")
+    _report(Path(plan.output_dir), arguments.out, console)
+    return 1 if failed else 0
+
+
+def check_runs(runs: Sequence[PlannedRun]) -> None:
+    """Parse the settings of one run of every kind, so that a typo is found before the first step.
+
+    Raises:
+        ConfigError: a setting is unknown, out of range, or the runs do not evaluate.
+    """
+    from effopd.train_command import parse_train
+
+    seen = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for run in runs:
+            if (run.task, run.strategy) in seen:
+                continue
+            seen.add((run.task, run.strategy))
+            path = Path(folder) / "run.yaml"
+            path.write_text(yaml.safe_dump(run.settings))
+            try:
+                settings = parse_train(["--config", str(path)])
+            except EffOPDError as error:
+                raise ConfigError(f"strategy '{run.strategy}', task '{run.task}': {error}") from error
+            if settings.opd.eval_strategy == "no":
+                raise ConfigError(
+                    "the plan's base must evaluate (eval_strategy: steps, eval_steps: N, eval_on_start: true): "
+                    "time-to-target is read off the evaluations."
+                )
+
+
+def grid_table(plan: Plan, runs: Sequence[PlannedRun]) -> Table:
+    """What a dry run shows: every strategy with its own settings, its runs, and how many are done."""
+    table = Table(
+        title=f"{len(runs)} runs into {plan.output_dir}: {len(plan.tasks)} task(s), {len(plan.seeds)} seed(s), "
+        f"{plan.workers} at a time",
+        box=box.SIMPLE,
+        pad_edge=False,
+    )
+    for name in ("strategy", "learning rates", "runs", "done", "own settings"):
+        table.add_column(name)
+    for strategy, settings in plan.strategies.items():
+        own = [run for run in runs if run.strategy == strategy]
+        rates = sorted({run.learning_rate for run in own})
+        table.add_row(
+            strategy,
+            ", ".join(f"{rate:.3g}" for rate in rates),
+            str(len(own)),
+            str(sum(is_done(run) for run in own)),
+            escape(json.dumps({k: v for k, v in (settings or {}).items() if k != "learning_rate_factors"})),
+        )
+    return table
+
+
+def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console) -> list[PlannedRun]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, speed_estimate_period=36000) as progress:
+        bar = progress.add_task("compare", total=len(pending) + done, completed=done)
+
+        def report(event: str, run: PlannedRun) -> None:
+            if event == "start":
+                progress.console.print(f"start  {escape(run.name)}", highlight=False)
+                return
+            progress.console.print(f"{event:<6} {escape(run.name)}", highlight=False)
+            progress.advance(bar)
+
+        return Runner(plan, report).run(pending)
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Results of all finished runs of a grid.
+
+    Raises:
+        ConfigError: the folder is no grid, or nothing is finished.
+    """
+    if not (folder / PLAN).is_file():
+        raise ConfigError(f"{folder} is no grid of `effopd compare`: expected {PLAN} in it.")
+    plan = load_plan(folder / PLAN, output_dir=str(folder))
+    runs = [run for run in plan.runs() if is_done(run)]
+    if not runs:
+        raise ConfigError(f"no run of {folder} is finished yet: start it with `effopd compare PLAN`.")
+    read = [
+        read_run(r.path, task=r.task, strategy=r.strategy, learning_rate=r.learning_rate, seed=r.seed) for r in runs
+    ]
+    results = analyse(read, baseline=plan.baseline, reference_learning_rate=plan.reference_learning_rate)
+    results["settings"] |= {
+        "clock": plan.base.get("cost_clock", "wall"),
+        "workers": plan.workers,
+        "threads": plan.threads,
+        "planned_runs": len(plan.runs()),
+        "strategies": plan.strategies,
+        "base": plan.base,
+    }
+    return results
+
+
+def _report(source: Path, out: Path | None, console: Console) -> int:
+    if source.is_file():
+        results, folder = json.loads(source.read_text()), out or source.parent
+    else:
+        results, folder = collect(source), out or source
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RESULTS, lambda path: path.write_text(json.dumps(results, allow_nan=False) + "\n"))
+    figures: dict[str, Path] = {}
+    if is_available("matplotlib"):
+        from effopd.report.compare_figures import draw
+
+        figures = draw(results, folder / FIGURES)
+    page = render(results, {name: str(path.relative_to(folder)) for name, path in figures.items()})
+    write_atomically(folder / PAGE, lambda path: path.write_text(page))
+    for table in summary_table(results):
+        console.print(table)
+    console.print(f"results: {folder / PAGE}, {folder / RESULTS}" + (f", {folder / FIGURES}/" if figures else ""))
+    return 0
