@@ -13,8 +13,9 @@ from tiny_checkpoints import save_base, save_trained, save_trajectory
 
 from effopd.dynamics.analysis import analyze
 from effopd.errors import CheckpointError
-from effopd.report.dynamics_data import Data, group_colors, short_matrix, spread
+from effopd.report.dynamics_data import Data, short_matrix, spread
 from effopd.report.dynamics_figures import FIGURES, draw
+from effopd.report.style import group_colors
 
 ALL = {
     "norms", "layers", "spectrum", "subspaces_left", "subspaces_right", "first_last", "u1_path", "u1_tsne", "agreement",

@@ -21,17 +21,15 @@ from effopd.dynamics import frames
 from effopd.dynamics.statistics import bootstrap_mean
 from effopd.optional import require
 from effopd.report.dynamics_data import (
-    INK,
-    MUTED,
     Data,
     bare,
     complete_steps,
     end_labels,
     figure_of,
     matrix_rank,
-    save,
     short_matrix,
 )
+from effopd.report.style import INK, MUTED, save
 
 
 def subspaces(data: Data, path: Path, side: str) -> Path | None:

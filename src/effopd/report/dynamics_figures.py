@@ -21,10 +21,8 @@ import pandas as pd
 from effopd.dynamics import frames
 from effopd.report import direction_figures
 from effopd.report.dynamics_data import (
-    INK,
     MODULE_COLORS,
     MODULE_NAMES,
-    MUTED,
     Data,
     bare,
     empty_figure,
@@ -32,10 +30,9 @@ from effopd.report.dynamics_data import (
     figure_of,
     limit_y,
     lines_over_steps,
-    quiet_style,
-    save,
     strips,
 )
+from effopd.report.style import INK, MUTED, quiet_style, save
 
 
 def draw(out_dir: str | Path) -> list[Path]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from effopd.optional import require
-from effopd.report.dynamics_data import group_colors
+from effopd.report.style import group_colors
 
 _BASE = "#4c566a"
 _LABELS = {

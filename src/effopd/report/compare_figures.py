@@ -1,0 +1,156 @@
+"""Figures of a comparison: curves, a forest of speed-ups, and what the learning rate does. They read results.json only."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effopd.bench.time_to_target import smooth
+from effopd.optional import require
+from effopd.report.compare_page import Lookup
+from effopd.report.style import group_colors, quiet_style
+
+_CURVES = ("vanilla", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """All figures there is data for; returns their paths by name.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require("matplotlib").use("Agg")
+    plt = require("matplotlib.pyplot")
+    look = Lookup(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    with quiet_style():
+        for name, make in (("speedups", _forest), ("curves", _curves), ("learning_rates", _rates)):
+            figure = make(plt, look)
+            if figure is not None:
+                drawn[name] = folder / f"{name}.png"
+                figure.savefig(drawn[name], dpi=150, facecolor="white")
+                plt.close(figure)
+    return drawn
+
+
+def _curves(plt, look: Lookup):
+    """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest."""
+    strategies = [s for s in look.at_reference() if s in _CURVES] or look.at_reference()[:7]
+    colors = group_colors(strategies)
+    figure, axes = plt.subplots(
+        len(look.tasks), 2, figsize=(11, 3.8 * len(look.tasks)), squeeze=False, constrained_layout=True
+    )
+    for row, task in enumerate(look.tasks):
+        for column, (key, label) in enumerate((("step", "optimizer steps"), ("seconds", "net seconds"))):
+            axis = axes[row][column]
+            for strategy in strategies:
+                curves = [run["curve"] for run in look.runs(task, (strategy, look.reference))]
+                if not curves:
+                    continue
+                x, median, low, high = _band(curves, key)
+                axis.plot(x, median, color=colors[strategy], label=strategy, linewidth=1.6)
+                axis.fill_between(x, low, high, color=colors[strategy], alpha=0.12, linewidth=0)
+            axis.set_yscale("log")
+            axis.set_xlabel(label)
+            axis.set_title(task, loc="left")
+        axes[row][0].set_ylabel("held-out reverse KL (nats a token)")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _band(curves: Sequence[Mapping[str, list[float]]], key: str):
+    """Smoothed KL of several runs on one axis: common grid, median, lowest, highest."""
+    end = min(curve[key][-1] for curve in curves)
+    x = np.linspace(0, end, 200)
+    y = np.array([np.interp(x, curve[key], smooth(curve["kl"])) for curve in curves])
+    return x, np.median(y, axis=0), y.min(axis=0), y.max(axis=0)
+
+
+def _forest(plt, look: Lookup):
+    """Speed-ups of all strategies at the reference learning rate, one panel a cost axis."""
+    strategies = [s for s in look.at_reference() if s != look.baseline]
+    if not strategies:
+        return None
+    colors = group_colors(look.tasks)
+    panels = (("steps", "steps"), ("seconds", "net seconds"), ("generated_tokens", "sampled tokens"))
+    figure, axes = plt.subplots(
+        1, 3, figsize=(12, 1.2 + 0.42 * len(strategies)), sharey=True, sharex=True, constrained_layout=True
+    )
+    floor, ceiling = 0.2, 30.0
+    for axis, (name, label) in zip(axes, panels, strict=True):
+        axis.axvline(1, color="#4c566a", linewidth=1)
+        for index, strategy in enumerate(strategies):
+            for offset, task in enumerate(look.tasks):
+                row = look.speedup(task, (strategy, look.reference), name)
+                if row is not None and row["n"]:
+                    y = -index - 0.22 * (offset - (len(look.tasks) - 1) / 2)
+                    _whisker(axis, row, y, colors[task], floor, ceiling)
+        axis.set_xscale("log")
+        axis.set_xlim(floor, ceiling)
+        axis.set_xticks([0.25, 0.5, 1, 2, 5, 10, 20], ["¼", "½", "1×", "2", "5", "10", "20"])
+        axis.minorticks_off()
+        axis.set_xlabel(f"speed-up in {label}")
+    axes[0].set_yticks([-i for i in range(len(strategies))], strategies)
+    for task in look.tasks:
+        axes[0].plot([], [], "o", color=colors[task], label=task)
+    axes[0].plot([], [], "<", color="#4c566a", markerfacecolor="none", label="median: never arrives")
+    figure.legend(loc="outside upper center", ncols=len(look.tasks) + 1, frameon=False, fontsize=8)
+    return figure
+
+
+def _whisker(axis, row, y: float, color: str, floor: float, ceiling: float) -> None:
+    low, median, high = (math.inf if row[k] is None else row[k] for k in ("low", "median", "high"))
+    inside = [min(max(value, floor * 1.06), ceiling / 1.06) for value in (low, median, high)]
+    axis.plot([inside[0], inside[2]], [y, y], color=color, linewidth=1.4, solid_capstyle="butt")
+    if low < floor:
+        axis.plot(inside[0], y, marker="<", color=color, markersize=4)
+    if high > ceiling:
+        axis.plot(inside[2], y, marker=">", color=color, markersize=4)
+    if median < floor:
+        axis.plot(inside[1], y, marker="<", color=color, markersize=8, markerfacecolor="white")
+    else:
+        axis.plot(inside[1], y, marker="o" if median < ceiling else ">", color=color, markersize=6)
+
+
+def _rates(plt, look: Lookup):
+    """Net seconds to the reference target against the learning rate; runs that never arrive sit on the top line."""
+    swept = [s for s in dict.fromkeys(s for s, _ in look.arms) if len({r for t, r in look.arms if t == s}) > 1]
+    if not swept:
+        return None
+    colors = group_colors(swept)
+    figure, axes = plt.subplots(
+        1, len(look.tasks), figsize=(5.5 * len(look.tasks), 3.8), squeeze=False, constrained_layout=True
+    )
+    for axis, task in zip(axes[0], look.tasks, strict=True):
+        points = {
+            (s, rate): [run["targets"]["reference_kl"]["seconds"] for run in look.runs(task, (s, rate))
+                        if "reference_kl" in run["targets"]]
+            for s, rate in look.arms if s in swept
+        }  # fmt: skip
+        seen = [value for values in points.values() for value in values if value is not None]
+        top = 1.6 * max(seen, default=1.0)
+        for strategy in swept:
+            rates = sorted(rate for s, rate in points if s == strategy and points[s, rate])
+            medians = [statistics.median([v or math.inf for v in points[strategy, rate]]) for rate in rates]
+            axis.plot(rates, [min(m, top) for m in medians], color=colors[strategy], label=strategy, linewidth=1.6)
+            for rate in rates:
+                for value in points[strategy, rate]:
+                    axis.plot(
+                        rate, top if value is None else value, marker="x" if value is None else "o",
+                        color=colors[strategy], markersize=5, alpha=0.7,
+                    )  # fmt: skip
+        axis.axhline(top, color="#4c566a", linewidth=0.8, linestyle=":")
+        axis.annotate("never", (1, top), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("learning rate")
+        axis.set_title(task, loc="left")
+    axes[0][0].set_ylabel("net seconds to the baseline's final KL\nat the reference learning rate")
+    axes[0][0].legend(frameon=False)
+    return figure

@@ -1,0 +1,354 @@
+"""results.json → results.md and the terminal's table. Every sentence with a number is made from the numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+Results = Mapping[str, Any]
+Row = Mapping[str, Any]
+AXIS_NAMES = {"steps": "steps", "seconds": "net seconds", "generated_tokens": "sampled tokens"}
+CONTROLS = ("noop", "fixed-k1", "random_direction")
+PAPER_CLAIM = 3.0
+ALL = "all"
+
+
+class Lookup:
+    """Rows of results.json by what they are about."""
+
+    def __init__(self, results: Results):
+        self.results = results
+        self.baseline: str = results["settings"]["baseline"]
+        self.reference: float = results["settings"]["reference_learning_rate"]
+        self.tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
+        self.scopes = [*self.tasks, ALL] if len(self.tasks) > 1 else self.tasks
+        self.arms = list(dict.fromkeys((run["strategy"], run["learning_rate"]) for run in results["runs"]))
+        self._speedups = {
+            (
+                r["task"],
+                r["strategy"],
+                r["learning_rate"],
+                r["against_learning_rate"] == "best",
+                r["target"],
+                r["axis"],
+            ): r
+            for r in results["speedups"]
+        }
+        self._quality = {(r["task"], r["strategy"], r["learning_rate"], r["measure"]): r for r in results["quality"]}
+
+    def at_reference(self) -> list[str]:
+        """Strategies that ran at the reference learning rate, in the plan's order."""
+        return [strategy for strategy, rate in self.arms if rate == self.reference]
+
+    def speedup(self, task: str, arm: tuple[str, float], axis: str, target="reference_kl", best=False) -> Row | None:
+        """A row of `speedups`, if there is one."""
+        return self._speedups.get((task, *arm, best, target, axis))
+
+    def quality(self, task: str, arm: tuple[str, float], measure: str) -> Row | None:
+        """A row of `quality`, if there is one."""
+        return self._quality.get((task, *arm, measure))
+
+    def runs(self, task: str, arm: tuple[str, float]) -> list[Row]:
+        """Runs of an arm on a task."""
+        return [r for r in self.results["runs"] if r["task"] == task and (r["strategy"], r["learning_rate"]) == arm]
+
+    def reached(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
+        """`3 of 5`: how many runs arrived."""
+        runs = [run["targets"][target] for run in self.runs(task, arm) if target in run["targets"]]
+        return f"{sum(run['reached'] for run in runs)} of {len(runs)}"
+
+
+def times(row: Row | None, interval: bool = True) -> str:
+    """A speed-up in words: `1.92× [1.70, 3.43]`, `never`, `> any`."""
+    if row is None or not row["n"]:
+        return "–"
+    median = _one(row["median"])
+    if not interval or row["n"] < 2:
+        return median
+    return f"{median} [{_one(row['low'], '')}, {_one(row['high'], '')}]"
+
+
+def _one(value: float | None, unit: str = "×") -> str:
+    if value is None:
+        return "> any"
+    return "never" if value == 0 else f"{value:.2f}{unit}"
+
+
+def number(row: Row | None, form: str = ".4f") -> str:
+    """A median with its interval, `–` where there is none."""
+    if row is None:
+        return "–"
+    if row["n"] < 2:
+        return f"{row['median']:{form}}"
+    return f"{row['median']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def summary_table(results: Results) -> list[Table]:
+    """For the terminal: one table a task, strategies at the reference learning rate."""
+    look, tables = Lookup(results), []
+    for task in look.tasks:
+        seeds = len({run["seed"] for run in results["runs"] if run["task"] == task})
+        drawn = Table(
+            title=f"{task}: net speed-up to {look.baseline}'s final held-out KL, {seeds} seed(s), median [95 %]",
+            box=box.SIMPLE,
+            pad_edge=False,
+        )
+        for name in (
+            "strategy",
+            "steps",
+            "net seconds",
+            "sampled tokens",
+            "reached",
+            "final KL",
+            "accuracy",
+            "search",
+        ):
+            drawn.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+        for strategy in look.at_reference():
+            arm = (strategy, look.reference)
+            if not look.runs(task, arm):
+                continue
+            kl, accuracy, search = (look.quality(task, arm, m) for m in ("final_kl", "final_accuracy", "search_share"))
+            drawn.add_row(
+                strategy,
+                *(times(look.speedup(task, arm, axis)) for axis in AXIS_NAMES),
+                look.reached(task, arm),
+                f"{kl['median']:.4f}" if kl else "–",
+                f"{accuracy['median']:.3f}" if accuracy else "–",
+                f"{search['median']:.1%}" if search else "–",
+            )
+        tables.append(drawn)
+    return tables
+
+
+def render(results: Results, figures: Mapping[str, str]) -> str:
+    """The page.
+
+    Args:
+        figures: path of each figure, relative to the page, by name.
+    """
+    look = Lookup(results)
+    parts = [
+        "# Who is faster, by how much, and how sure that is",
+        "Made by `effopd compare --report`; every number comes from `results.json` beside this page.",
+        "\n".join(f"- {sentence}" for sentence in answers(look)),
+        *(f"![{name.replace('_', ' ')}]({path})" for name, path in figures.items()),
+        "## All strategies at the reference learning rate",
+        f"Speed-up = {look.baseline}'s cost / the strategy's cost until the smoothed held-out reverse KL first reaches "
+        f"{look.baseline}'s final one of the same seed; search charged, evaluation not. “never” is part of the "
+        "median: it counts as slower than any run that arrives.",
+        *(section for task in look.tasks for section in (f"### {task}", _strategies(look, task))),
+        *([f"### {ALL} tasks", _pooled(look)] if len(look.tasks) > 1 else []),
+        "## Learning rates",
+        "Against the baseline at the reference learning rate, and at its best one (smallest median seconds to the same "
+        "target, chosen on the same seeds, which favours the baseline).",
+        _rates(look),
+        "## Accuracy instead of KL",
+        f"The same with {look.baseline}'s final smoothed accuracy as the target. Accuracies of a few hundred sampled "
+        "answers are far noisier than the KL on them.",
+        _accuracy(look),
+        "## What was accepted",
+        _jumps(look),
+        *_fits(look),
+        "## How it was measured",
+        _method(look),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# -- sentences --------------------------------------------------------------------------------------------------
+
+
+def answers(look: Lookup) -> Iterator[str]:
+    """The questions a reader has, answered from the numbers."""
+    arm = ("effopd", look.reference)
+    if arm not in look.arms:
+        return
+    for task in look.scopes:
+        found = {axis: look.speedup(task, arm, axis) for axis in AXIS_NAMES}
+        said = ", ".join(f"{times(row)} in {AXIS_NAMES[axis]}" for axis, row in found.items())
+        n = found["steps"]["n"] if found["steps"] else 0
+        yield f"**EffOPD's net speed-up at the reference learning rate, {task}** (n = {n}): {said}."
+    yield _claim(look, arm)
+    yield from _against_best(look, arm)
+    controls = [c for c in CONTROLS if (c, look.reference) in look.arms]
+    for task in look.scopes:
+        if controls:
+            said = ", ".join(
+                f"{name} {times(look.speedup(task, (name, look.reference), 'seconds'))}" for name in controls
+            )
+            yield f"**Controls, {task}**, net seconds: {said}; EffOPD {times(look.speedup(task, arm, 'seconds'))}."
+
+
+def _claim(look: Lookup, arm: tuple[str, float]) -> str:
+    verdicts = []
+    for task in look.scopes:
+        row = look.speedup(task, arm, "steps")
+        if row and row["n"]:
+            enough = row["median"] is None or row["median"] >= PAPER_CLAIM
+            verdicts.append(f"{task}: {'reproduced' if enough else 'not reproduced'}, {times(row)}")
+    return f"**The paper's “≈ {PAPER_CLAIM:.0f}× fewer steps”** (median ≥ {PAPER_CLAIM:.0f}): {'; '.join(verdicts)}."
+
+
+def _against_best(look: Lookup, arm: tuple[str, float]) -> Iterator[str]:
+    for task in look.tasks:
+        best = look.results["best_learning_rate"].get(task)
+        if best is None:
+            continue
+        rates = [rate for strategy, rate in look.arms if strategy == arm[0]]
+        said = ", ".join(
+            f"lr {rate:.3g} {times(look.speedup(task, (arm[0], rate), 'seconds', best=True))}"
+            for rate in sorted(rates)
+        )
+        own = times(look.speedup(task, (look.baseline, best), "seconds"))
+        yield (
+            f"**Against {look.baseline} at its best learning rate, {task}** ({best:.3g}, itself {own} the reference's "
+            f"speed), net seconds: EffOPD at {said}."
+        )
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+
+def _strategies(look: Lookup, task: str) -> str:
+    header = [
+        "strategy", *AXIS_NAMES.values(), "reached", "final KL", "final accuracy", "KL area (steps)", "search share"
+    ]  # fmt: skip
+    rows = []
+    for strategy in look.at_reference():
+        arm = (strategy, look.reference)
+        if look.runs(task, arm):
+            rows.append(
+                [
+                    f"`{strategy}`",
+                    *(times(look.speedup(task, arm, axis)) for axis in AXIS_NAMES),
+                    look.reached(task, arm),
+                    number(look.quality(task, arm, "final_kl")),
+                    number(look.quality(task, arm, "final_accuracy"), ".3f"),
+                    number(look.quality(task, arm, "auc_steps"), ".3f"),
+                    number(look.quality(task, arm, "search_share"), ".1%"),
+                ]
+            )
+    return table(header, rows)
+
+
+def _pooled(look: Lookup) -> str:
+    rows = [
+        [f"`{s}`", *(times(look.speedup(ALL, (s, look.reference), axis)) for axis in AXIS_NAMES)]
+        for s in look.at_reference()
+    ]
+    return table(["strategy", *AXIS_NAMES.values()], rows)
+
+
+def _rates(look: Lookup) -> str:
+    swept = [s for s in dict.fromkeys(s for s, _ in look.arms) if len({r for t, r in look.arms if t == s}) > 1]
+    rows = []
+    for task in look.tasks:
+        best = look.results["best_learning_rate"].get(task)
+        for strategy in swept:
+            for rate in sorted(rate for s, rate in look.arms if s == strategy):
+                arm = (strategy, rate)
+                if not look.runs(task, arm):
+                    continue
+                label = f"{rate:.3g}" + (" (best)" if strategy == look.baseline and rate == best else "")
+                rows.append(
+                    [
+                        task,
+                        f"`{strategy}`",
+                        label,
+                        look.reached(task, arm),
+                        times(look.speedup(task, arm, "steps")),
+                        times(look.speedup(task, arm, "seconds")),
+                        times(look.speedup(task, arm, "seconds", best=True)),
+                        number(look.quality(task, arm, "final_kl")),
+                    ]
+                )
+    header = ["task", "strategy", "learning rate", "reached", "steps", "net seconds", "net seconds, against the best",
+              "final KL"]  # fmt: skip
+    return table(header, rows)
+
+
+def _accuracy(look: Lookup) -> str:
+    rows = []
+    for task in look.tasks:
+        for strategy in look.at_reference():
+            arm, target = (strategy, look.reference), "reference_accuracy"
+            if look.runs(task, arm):
+                rows.append(
+                    [
+                        task,
+                        f"`{strategy}`",
+                        look.reached(task, arm, target),
+                        *(times(look.speedup(task, arm, axis, target)) for axis in ("steps", "seconds")),
+                        number(look.quality(task, arm, "accuracy_difference"), "+.3f"),
+                    ]
+                )
+    return table(["task", "strategy", "reached", "steps", "net seconds", "final accuracy against the baseline"], rows)
+
+
+def _jumps(look: Lookup) -> str:
+    rows = []
+    for run in look.results["runs"]:
+        if run["accepted"] and run["learning_rate"] == look.reference:
+            jumps = ", ".join(f"{step}: {scale:g}" for step, scale in run["accepted"])
+            rows.append([run["task"], f"`{run['strategy']}`", str(run["seed"]), jumps])
+    rows.sort(key=lambda row: (look.tasks.index(row[0]), row[1], int(row[2])))
+    return table(["task", "strategy", "seed", "accepted (step: scale)"], rows)
+
+
+def _fits(look: Lookup) -> list[str]:
+    """What predicting strategies say about their own fits."""
+    rows = []
+    for task in look.tasks:
+        for arm in look.arms:
+            fits = [run["fit"] for run in look.runs(task, arm) if run.get("fit")]
+            if fits:
+                names = [name for name in fits[0] if all(fit.get(name) is not None for fit in fits)]
+                said = ", ".join(f"{name} {statistics.median([fit[name] for fit in fits]):.3f}" for name in names)
+                rows.append([task, f"`{arm[0]}`", str(len(fits)), said])
+    if not rows:
+        return []
+    text = (
+        "Medians over runs of the medians over tensors. r2 is in-sample and means little alone; q2 is leave-one-out; "
+        "q2_null is the same with the accuracies shuffled."
+    )
+    return [
+        "## What the predicting strategies' fits are worth",
+        text,
+        table(["task", "strategy", "runs", "fit"], rows),
+    ]
+
+
+def _method(look: Lookup) -> str:
+    settings = look.results["settings"]
+    seeds = sorted({run["seed"] for run in look.results["runs"]})
+    clocks = {
+        "cpu": "CPU seconds of the run's own process, which other processes do not add to",
+        "wall": "seconds on the clock",
+    }
+    lines = [
+        f"{len(look.results['runs'])} finished runs"
+        + (f" of {settings['planned_runs']} planned" if "planned_runs" in settings else "")
+        + f", seeds {', '.join(map(str, seeds))}; reference learning rate {look.reference:.3g}.",
+        f"Smoothing: trailing median of {settings['smoothing_window']} evaluations. A run's cost is that of its first "
+        "evaluation at the target, the baseline's too.",
+        "Intervals: percentile bootstrap of the median over seeds (within each task where tasks are pooled). With five "
+        "seeds that is their range, which covers the true median in 93.75 % of cases; with fewer it says less than it "
+        "seems to.",
+    ]
+    if "clock" in settings:
+        lines.append(
+            f"Seconds: {clocks[settings['clock']]}; {settings['workers']} run(s) at a time"
+            + (f", {settings['threads']} thread(s) each." if settings.get("threads") else ".")
+        )
+    lines.append("Software: " + ", ".join(f"{k} {v}" for k, v in look.results["versions"].items()) + ".")
+    return "\n".join(f"- {line}" for line in lines)
