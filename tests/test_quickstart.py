@@ -34,7 +34,13 @@ def test_quickstart_end_to_end(tmp_path, capsys):
 def rows(root, arm, values, seconds):
     (root / arm).mkdir(parents=True)
     for i, value in enumerate(values):
-        row = {"step": i, "eval_kl": value, "cost/net_seconds": seconds * i, "cost/net_generated_tokens": 100 * i}
+        row = {
+            "step": i,
+            "eval_kl": value,
+            "cost/net_seconds": seconds * i,
+            "cost/net_generated_tokens": 100 * i,
+            "cost/net_forward_tokens": 300 * i,
+        }
         row |= {"eval_accuracy": 0.5, "eval_accuracy_low": 0.4, "eval_accuracy_high": 0.6}
         append_row(root / arm / "evals.jsonl", row)
 

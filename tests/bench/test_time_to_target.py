@@ -9,7 +9,13 @@ from effopd.bench.time_to_target import Cost, final_target, first_reach, smooth,
 
 def rows(values, seconds=1.0):
     return [
-        {"step": i, "eval_kl": v, "cost/net_seconds": seconds * i, "cost/net_generated_tokens": 10 * i}
+        {
+            "step": i,
+            "eval_kl": v,
+            "cost/net_seconds": seconds * i,
+            "cost/net_generated_tokens": 10 * i,
+            "cost/net_forward_tokens": 10 * i,
+        }
         for i, v in enumerate(values)
     ]
 
@@ -21,7 +27,12 @@ def test_a_planted_speedup_is_found_and_none_where_there_is_none():
     assert Cost.of(slow[-1]).ratio(reached)["steps"] == pytest.approx(2.0, rel=0.03)
     assert Cost.of(slow[-1]).ratio(reached)["seconds"] == pytest.approx(2 / 1.5, rel=0.03)
     same = first_reach(slow, final_target(slow))
-    assert Cost.of(slow[-1]).ratio(same) == {"steps": 1.0, "seconds": 1.0, "generated_tokens": 1.0}
+    assert Cost.of(slow[-1]).ratio(same) == {
+        "steps": 1.0,
+        "seconds": 1.0,
+        "generated_tokens": 1.0,
+        "forward_tokens": 1.0,
+    }
 
 
 def test_one_lucky_evaluation_is_not_enough():

@@ -1,0 +1,190 @@
+"""From curves to claims: planted speed-ups, pairing, censoring, round trips."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from effopd.bench.results import Run, analyse, area, from_row, read_run, signed_median, to_row
+from effopd.files import append_row
+from effopd.report.compare_page import Lookup, render, summary_table
+
+LR = 3e-5
+STEPS = range(0, 97, 2)
+
+
+def run(
+    strategy="vanilla", rate=LR, seed=0, speed=1.0, noise=0.03, task="t", step_cost=1.0, floor=0.0, rng=None, **more
+):
+    """KL = exp(−speed · seed's own rate · step) with noise; a step costs `step_cost` seconds and 100 tokens."""
+    rng = rng or np.random.default_rng([seed, int(1e6 * rate), *map(ord, strategy + task)])
+    own = 0.03 * (1 + 0.3 * math.sin(seed))
+    rows = [
+        {
+            "step": step,
+            "eval_kl": 0.1 * max(math.exp(-speed * own * step), floor) * math.exp(noise * rng.standard_normal()),
+            "eval_kl_se": 0.001,
+            "eval_accuracy": 0.8 - 0.5 * math.exp(-speed * own * step),
+            "cost/net_seconds": step * step_cost,
+            "cost/net_generated_tokens": 100 * step,
+            "cost/net_forward_tokens": 300 * step,
+            "cost/search_seconds": 0.1 * step * step_cost,
+        }
+        for step in STEPS
+    ]
+    return Run(task, strategy, rate, seed, tuple(rows), **more)
+
+
+def results(runs):
+    return analyse(runs, baseline="vanilla", reference_learning_rate=LR)
+
+
+def speedup(found, strategy, axis="steps", target="reference_kl", task="t", against=LR, rate=LR):
+    (row,) = [
+        r for r in found["speedups"]
+        if (r["strategy"], r["learning_rate"], r["axis"], r["target"], r["task"], r["against_learning_rate"])
+        == (strategy, rate, axis, target, task, against)
+    ]  # fmt: skip
+    return row
+
+
+def grid(seeds=5, **arms):
+    runs = [run(seed=seed) for seed in range(seeds)]
+    return runs + [run(name, seed=seed, **settings) for name, settings in arms.items() for seed in range(seeds)]
+
+
+def test_a_planted_2x_is_found_and_a_planted_1x_is_not():
+    found = results(grid(8, twice={"speed": 2.0}, same={}))
+    twice, same = speedup(found, "twice"), speedup(found, "same")
+    assert twice["low"] > 1.5 and twice["low"] <= 2.0 <= twice["high"] * 1.05
+    assert same["low"] <= 1.0 <= (same["high"] or math.inf)
+
+
+def test_the_baseline_is_exactly_1x_of_itself_and_so_is_its_twin():
+    runs = [run(seed=seed) for seed in range(5)]
+    twins = [Run(r.task, "twin", r.learning_rate, r.seed, r.rows) for r in runs]
+    found = results(runs + twins)
+    for strategy in ("vanilla", "twin"):
+        for axis in ("steps", "seconds", "generated_tokens", "forward_tokens"):
+            row = speedup(found, strategy, axis)
+            assert row["median"] == row["low"] == row["high"] == 1.0
+
+
+def test_every_axis_has_its_own_cost():
+    found = results(grid(twice={"speed": 2.0, "step_cost": 4.0}))
+    steps, seconds = speedup(found, "twice"), speedup(found, "twice", "seconds")
+    assert seconds["median"] == pytest.approx(steps["median"] / 4)
+
+
+def test_pairing_is_by_seed():
+    """Seeds differ threefold in how long they take; paired, that cancels."""
+    slow = {0: 1.0, 1: 1.5, 2: 2.0, 3: 2.5, 4: 3.0}
+    base = [run(seed=s, step_cost=c, noise=0.0) for s, c in slow.items()]
+    paired = results(base + [run("x", seed=s, speed=2.0, step_cost=c, noise=0.0) for s, c in slow.items()])
+    crossed = results(base + [run("x", seed=s, speed=2.0, step_cost=slow[4 - s], noise=0.0) for s in slow])
+    tight, wide = speedup(paired, "x", "seconds"), speedup(crossed, "x", "seconds")
+    assert tight["high"] / tight["low"] < 1.2 < wide["high"] / wide["low"]
+
+
+def test_never_is_reported_as_never():
+    found = results(grid(stuck={"floor": 0.5}))
+    row = speedup(found, "stuck")
+    assert row["median"] == 0.0 and row["censored"] == row["n"] == 5
+    own = [r for r in found["runs"] if r["strategy"] == "stuck"]
+    assert all(r["targets"]["reference_kl"]["reached"] is False for r in own)
+    assert all(r["targets"]["reference_kl"]["steps"] is None for r in own)
+    page = render(found, {})
+    assert "| `stuck` | never" in page and "0 of 5" in page
+
+
+def test_one_stuck_seed_lowers_the_median_instead_of_vanishing():
+    good = grid(x={"speed": 2.0})
+    bad = [run("x", seed=4, floor=0.5) if (r.strategy, r.seed) == ("x", 4) else r for r in good]
+    assert speedup(results(bad), "x")["n"] == 5
+    assert speedup(results(bad), "x")["low"] == 0.0 < speedup(results(good), "x")["low"]
+
+
+def test_the_best_learning_rate_is_the_fastest_that_arrives():
+    runs = [
+        run(rate=rate, seed=seed, speed=speed, floor=floor)
+        for seed in range(3)
+        for rate, speed, floor in ((1e-5, 0.3, 0), (LR, 1.0, 0), (9e-5, 3.0, 0), (3e-4, 9.0, 0.5))
+    ]
+    found = results([*runs, *[run("x", seed=seed, speed=2.0) for seed in range(3)]])
+    assert found["best_learning_rate"] == {"t": 9e-5}
+    assert speedup(found, "x", against="best")["median"] < 1.0 < speedup(found, "x")["median"]
+    assert speedup(found, "vanilla", against="best", rate=9e-5)["median"] == 1.0
+    # the target of the best learning rate is out of reach at the reference's, so everyone there is beaten
+    assert speedup(found, "vanilla", against="best", target="best_kl")["median"] == 0.0
+
+
+def test_accuracy_targets_count_upwards():
+    found = results(grid(twice={"speed": 2.0}))
+    assert speedup(found, "twice", target="reference_accuracy")["median"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_tasks_are_pooled_seed_by_seed():
+    runs = [run(task=task, seed=seed) for task in "ab" for seed in range(5)]
+    runs += [run("x", task=task, seed=seed, speed=2.0) for task in "ab" for seed in range(5)]
+    pooled = speedup(results(runs), "x", task="all")
+    assert pooled["n"] == 10 and pooled["low"] > 1.5
+
+
+def test_an_unfinished_grid_uses_the_pairs_it_has():
+    runs = [*grid(4), run("x", seed=1, speed=2.0), run("x", seed=9, speed=2.0)]
+    found = results(runs)
+    assert speedup(found, "x")["n"] == 1
+    alone = next(r for r in found["runs"] if (r["strategy"], r["seed"]) == ("x", 9))
+    assert alone["targets"] == {} and alone["auc_steps"] is None
+    render(found, {})
+    summary_table(found)
+
+
+def test_area_is_the_mean_of_the_relative_kl():
+    straight = Run("t", "x", LR, 0, tuple({"step": s, "eval_kl": 1 - s / 100} for s in range(0, 101, 10)))
+    assert area(straight, "step", 100) == pytest.approx(0.6, abs=0.02)  # the trailing median lags by a step of 10
+    assert area(straight, "step", 200) < area(straight, "step", 100)
+    flat = Run("t", "x", LR, 0, tuple({"step": s, "eval_kl": 2.0} for s in range(0, 101, 10)))
+    assert area(flat, "step", 55) == pytest.approx(1.0)
+
+
+def test_signed_medians_know_no_never():
+    estimate = signed_median([-1.0, 0.0, 1.0])
+    assert (estimate.median, estimate.low, estimate.high) == pytest.approx((0.0, -1.0, 1.0))
+
+
+def test_results_are_strict_json_and_redraw_the_same_page():
+    searches = ({"step": 4, "accepted_scale": 10.0}, {"step": 8, "accepted_scale": 0.0})
+    runs = grid(5, stuck={"floor": 0.5}, twice={"speed": 2.0})
+    runs += [run("effopd", seed=s, speed=3.0, searches=searches) for s in range(5)]
+    found = results(runs)
+    text = json.dumps(found, allow_nan=False)
+    again = json.loads(text)
+    assert render(again, {}) == render(found, {})
+    rebuilt = results([from_row(row) for row in again["runs"]])
+    assert json.dumps(rebuilt, allow_nan=False) == text
+    page = render(found, {"curves": "results/curves.png"})
+    assert "4: 10" in page and "8: 0" not in page and "results/curves.png" in page
+    assert "not reproduced" in page or "reproduced" in page
+
+
+def test_the_papers_claim_is_judged_by_the_median():
+    for speed, verdict in ((2.0, "t: not reproduced"), (4.0, "t: reproduced")):
+        page = render(results(grid(effopd={"speed": speed})), {})
+        assert verdict in page
+
+
+def test_reading_a_run_directory(tmp_path):
+    source = run()
+    for row in source.rows:
+        append_row(tmp_path / "evals.jsonl", dict(row))
+    append_row(tmp_path / "searches.jsonl", {"step": 1, "accepted_scale": 2.0, "fit": {"q2": 0.5}, "trials": []})
+    read = read_run(tmp_path, task="t", strategy="vanilla", learning_rate=LR, seed=0)
+    assert read.rows == source.rows
+    row = to_row(read)
+    assert row["accepted"] == [[1, 2.0]] and row["fit"] == {"q2": 0.5}
+    assert to_row(from_row(row)) == row
+    assert Lookup(results([read])).reached("t", ("vanilla", LR)) == "1 of 1"
