@@ -66,5 +66,6 @@ def parse_train(argv: Sequence[str]):
         raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
     model.model_name_or_path = resolve_model(model.model_name_or_path)
     opd.teacher_model_name_or_path = resolve_model(opd.teacher_model_name_or_path)
+    opd.reference_model_name_or_path = resolve_model(opd.reference_model_name_or_path)
     values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}
     return RunSettings(model, task, opd, EffOPDConfig(**values))

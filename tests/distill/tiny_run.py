@@ -20,7 +20,7 @@ STEPS = 10
 
 
 def make_trainer(
-    output_dir, *, effopd: EffOPDConfig | None = None, teacher=None, task=None, **overrides
+    output_dir, *, effopd: EffOPDConfig | None = None, teacher=None, task=None, reference_model=None, **overrides
 ) -> OPDTrainer:
     """80 prompts, 8 a step: ten steps are one epoch and a bit if `overrides` say so."""
     task = task if task is not None else make_task(64)
@@ -37,6 +37,7 @@ def make_trainer(
         train_dataset=task.to_dataset(),
         processing_class=make_tokenizer(),
         eval_task=task.sample(12, 1),
+        reference_model=reference_model,
     )
     if effopd is not None:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=task))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, fields
 
 import torch
 from trl import DistillationConfig
@@ -11,7 +12,12 @@ from effopd.distill.ledger import CLOCKS
 from effopd.distill.run_dir import in_trajectory
 from effopd.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 LOSSES = ("full", "sampled")
+HORIZONS = ("full", "topd", "popd")
+#: Settings of a rollout horizon that only one of them reads.
+_ONLY_FOR = {"horizon_fraction": "topd", "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd"}
 
 
 @dataclass
@@ -91,6 +97,36 @@ class OPDConfig(RunArguments, DistillationConfig):
             "choices": list(LOSSES),
         },
     )
+    lambda_extrapolation: float = field(
+        default=1.0,
+        metadata={
+            "help": "ExOPD (arXiv 2602.12125): learn softmax(λ·teacher + (1−λ)·reference logits) instead of the teacher. "
+            "1 is plain OPD; 1.25 is its authors' value; 1.5 and above are unstable. Needs "
+            "--reference_model_name_or_path."
+        },
+    )
+    reference_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The reference of ExOPD: the student's start, or the teacher's base before RL. Stays frozen, and is "
+            "never the look-ahead's anchor."
+        },
+    )
+    rollout_horizon: str = field(
+        default="full",
+        metadata={
+            "help": "How much of an answer is generated and learned from (arXiv 2605.31490). 'topd': its first "
+            "horizon_fraction of max_completion_length; 'popd': from horizon_start to all of it, in horizon_stages "
+            "equal steps over the first horizon_growth of training. Evaluations are always full length.",
+            "choices": list(HORIZONS),
+        },
+    )
+    horizon_fraction: float = field(default=0.25, metadata={"help": "TOPD: share of max_completion_length."})
+    horizon_start: float = field(default=0.125, metadata={"help": "POPD: share of max_completion_length at step 0."})
+    horizon_stages: int = field(default=8, metadata={"help": "POPD: number of increments."})
+    horizon_growth: float = field(
+        default=0.5, metadata={"help": "POPD: share of training after which the length is full."}
+    )
     health_tokens: int = field(
         default=256,
         metadata={"help": "Health metrics are computed on at most this many tokens per logged step (0: none)."},
@@ -104,6 +140,46 @@ class OPDConfig(RunArguments, DistillationConfig):
             raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
         if self.loss_type == "sampled":
             self._check_sampled()
+        self._check_extrapolation()
+        self._check_horizon()
+
+    def _check_extrapolation(self) -> None:
+        exopd, reference = self.lambda_extrapolation, self.reference_model_name_or_path
+        if not 0 < exopd < float("inf"):
+            raise ConfigError(f"lambda_extrapolation must be above 0 and finite, got {exopd}. 1 is plain OPD.")
+        if exopd == 1 and reference is not None:
+            raise ConfigError(
+                f"reference_model_name_or_path={reference!r} has no effect with lambda_extrapolation=1. Set "
+                "--lambda_extrapolation (1.25, say), or leave the reference out."
+            )
+        if exopd != 1 and self.beta != 1.0:
+            raise ConfigError(
+                f"lambda_extrapolation={exopd} is defined for the reverse KL (beta=1), got beta={self.beta}."
+            )
+        if exopd >= 1.5:
+            logger.warning("lambda_extrapolation=%s: its authors found 1.5 and above unstable.", exopd)
+
+    def _check_horizon(self) -> None:
+        if self.rollout_horizon not in HORIZONS:
+            raise ConfigError(f"rollout_horizon must be one of {', '.join(HORIZONS)}; got {self.rollout_horizon!r}.")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, kind in _ONLY_FOR.items():
+            if getattr(self, name) != defaults[name] and self.rollout_horizon != kind:
+                raise ConfigError(
+                    f"{name} is read with rollout_horizon={kind!r} only, so here it would be ignored "
+                    f"(rollout_horizon={self.rollout_horizon!r})."
+                )
+        for name in ("horizon_fraction", "horizon_start", "horizon_growth"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share in (0, 1], got {getattr(self, name)}.")
+        if self.horizon_stages < 1:
+            raise ConfigError(f"horizon_stages must be at least 1, got {self.horizon_stages}.")
+        limits = {"max_new_tokens", "max_tokens", "max_length"} & set(self.generation_kwargs or {})
+        if self.rollout_horizon != "full" and limits:
+            raise ConfigError(
+                f"generation_kwargs sets {', '.join(sorted(limits))}, which would override rollout_horizon="
+                f"{self.rollout_horizon!r}. Leave it out; max_completion_length is the full length."
+            )
 
     def _check_sampled(self) -> None:
         """The sampled loss is a score-function estimate: it is only right if y was drawn from π_θ itself."""

@@ -58,6 +58,32 @@ class Head:
         return logits / temperature
 
 
+def mixture_head(teacher: Head, reference: Head, weight: float) -> Head:
+    """The head of softmax(λ z* + (1−λ) z_ref) for hidden states made by `mixture_hidden`: [W* | W_ref], so that no
+    logits have to be formed. Make it once; it is a copy of both heads.
+
+    Raises:
+        CompatibilityError: a model caps its logits, so they cannot be added before the cap.
+    """
+    if teacher.softcap is not None or reference.softcap is not None:
+        raise CompatibilityError(
+            "ExOPD adds the logits of teacher and reference, but final_logit_softcapping is set in "
+            f"{'the teacher' if teacher.softcap is not None else 'the reference'}. Use lambda_extrapolation=1."
+        )
+    parts = [(teacher.bias, weight * teacher.scale), (reference.bias, (1 - weight) * reference.scale)]
+    biases = [scale * bias for bias, scale in parts if bias is not None]
+    matrix = torch.cat([teacher.weight, reference.weight.to(teacher.weight)], dim=1)
+    return Head(matrix, torch.stack(biases).sum(0) if biases else None, 1.0, None)
+
+
+def mixture_hidden(
+    h_teacher_BTH: Tensor, h_reference_BTH: Tensor, teacher: Head, reference: Head, weight: float
+) -> Tensor:
+    """[λ · scale* · h* | (1−λ) · scale_ref · h_ref]: hidden states [B, T, H* + H_ref] for `mixture_head`."""
+    scaled = (1 - weight) * reference.scale * h_reference_BTH.to(h_teacher_BTH)
+    return torch.cat([weight * teacher.scale * h_teacher_BTH, scaled], dim=-1)
+
+
 def _logit_scale(config) -> float:
     """The factor a model family puts on its logits, by the names TRL 1.16 knows."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -145,23 +171,31 @@ def sampled_loss(
     mask_BT: Tensor,
     temperature: float,
     num_items: Tensor | int | None,
+    reference: tuple[Tensor, Head] | None = None,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log π_θ(y_t)$ detached.
 
     Its expectation over y_t ~ π_θ has the gradient of the reverse KL at every prefix. The ratio of one update a batch
-    is 1, so there is nothing to clip. Divided by `num_items` (default: the valid tokens).
+    is 1, so there is nothing to clip. Divided by `num_items` (default: the valid tokens). With a `reference`
+    (hidden states and head) and `weight` λ it is ExOPD's:
+    $A_t = λ(\log π^*(y_t) − \log π_{ref}(y_t)) − (\log π_θ(y_t) − \log π_{ref}(y_t))$.
 
     Returns:
         loss, Σ student entropy, number of valid tokens, like `full_loss`.
 
-    Source: arXiv 2605.11739, section 2; PPO ratio and clipping left out because they are inactive.
+    Source: arXiv 2605.11739, section 2, and 2602.12125; PPO ratio and clipping left out because they are inactive.
     """
     valid = mask_BT != 0
     targets_N = completion_ids_BT[valid]
     logp_student, entropy = token_logprobs(h_student_BTH[valid], student, targets_N, temperature)
     with torch.no_grad():
         logp_teacher, _ = token_logprobs(h_teacher_BTH[valid], teacher, targets_N, temperature)
-    advantage = logp_teacher - logp_student.detach()
+        goal = logp_teacher
+        if reference is not None:
+            logp_reference, _ = token_logprobs(reference[0][valid], reference[1], targets_N, temperature)
+            goal = weight * logp_teacher + (1 - weight) * logp_reference
+    advantage = goal - logp_student.detach()
     count = valid.sum()
     divisor = count.clamp(min=1) if num_items is None else num_items
     return -(advantage * logp_student).sum() / divisor, entropy.sum(), count

@@ -51,6 +51,8 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
         model.model_name_or_path, revision=model.model_revision, padding_side="left", truncation_side="left", **load
     )
     check_models(model.model_name_or_path, opd.teacher_model_name_or_path, tokenizer, **load)
+    if opd.reference_model_name_or_path:
+        check_models(model.model_name_or_path, opd.reference_model_name_or_path, tokenizer, **load)
     train, held_out = load_tasks(task, opd, answers=effopd.scored)
     for part in (train, held_out):
         if part is not None:

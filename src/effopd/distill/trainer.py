@@ -21,11 +21,14 @@ from effopd.distill.config import OPDConfig
 from effopd.distill.divergence import (
     Head,
     full_loss,
+    mixture_head,
+    mixture_hidden,
     sampled_loss,
     shared_vocab_size,
     token_logprobs,
 )
 from effopd.distill.health import health_metrics, spread_subset
+from effopd.distill.horizon import HorizonCallback
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
 from effopd.errors import ConfigError
@@ -55,15 +58,17 @@ class OPDTrainer(RunMixin, DistillationTrainer):
             (exact reverse KL to the teacher, nats per token, on those very answers; also as `eval_loss`),
             `eval_accuracy` at `eval_temperature` and `eval_accuracy_greedy`, each with a 95 % interval. Without it,
             evaluation is TRL's.
+        reference_model: ExOPD's reference (with `args.lambda_extrapolation` ≠ 1); default: the one `args` names.
 
     Attributes:
         ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
 
     Raises:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens.
-        ConfigError: no teacher, or the teacher is the student object itself.
+        ConfigError: no teacher, or the teacher is the student object itself; λ ≠ 1 without a reference, or a reference
+            without λ.
 
-    Source: arXiv 2605.11739, section 2 (objective); health metrics after arXiv 2604.13016.
+    Source: arXiv 2605.11739, section 2 (objective); ExOPD 2602.12125; health metrics after 2604.13016.
     """
 
     _tag_names: ClassVar = ["trl", "effopd", "on-policy-distillation"]
@@ -78,6 +83,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         *positional: Any,
         eval_task: Task | None = None,
+        reference_model: str | PreTrainedModel | None = None,
         **kwargs: Any,
     ):
         args = args if args is not None else OPDConfig()
@@ -88,37 +94,57 @@ class OPDTrainer(RunMixin, DistillationTrainer):
                 f"{'none' if teacher_model is None else 'the student object itself, which would be trained too'}. "
                 "Pass teacher_model, or --teacher_model_name_or_path."
             )
+        reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
+        self._check_reference(reference_model, model, args)
         self._open_run(args, eval_task)
         self._health_rows: dict[str, torch.Tensor] | None = None
         if eval_task is not None and eval_dataset is None:
             eval_dataset = eval_task.to_dataset()
         super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
-        self.teacher_model = self._prepare_teacher(teacher_model)
-        self.vocab_size = shared_vocab_size(
-            self.accelerator.unwrap_model(self.model),
-            self.accelerator.unwrap_model(self.teacher_model),
-            len(self._tokenizer),
+        self.teacher_model = self._prepare_frozen(teacher_model, "teacher")
+        self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
+        student, others = self.accelerator.unwrap_model(self.model), [self.teacher_model, self.reference_model]
+        self.vocab_size = min(
+            shared_vocab_size(student, self.accelerator.unwrap_model(other), len(self._tokenizer))
+            for other in others
+            if other is not None
         )
+        self._mixture_head: Head | None = None
         self._attach_run()
+        if args.rollout_horizon != "full":
+            self.add_callback(HorizonCallback(self))
+
+    @staticmethod
+    def _check_reference(reference, student, args: OPDConfig) -> None:
+        if (reference is None) != (args.lambda_extrapolation == 1):
+            raise ConfigError(
+                f"ExOPD takes lambda_extrapolation other than 1 and a reference model, got {args.lambda_extrapolation} "
+                f"and {'none' if reference is None else 'one'}. Set --reference_model_name_or_path (the student's "
+                "start, or the teacher's base before RL), or leave both out."
+            )
+        if reference is not None and reference is student:
+            raise ConfigError(
+                "the reference model is the student object itself, which is trained: expected a frozen copy."
+            )
 
     def _check_student(self) -> None:
         if self.args.loss_type == "sampled" and self.tools:
             raise ConfigError("loss_type='sampled' does not support tools; use loss_type='full'.")
 
-    def _prepare_teacher(self, teacher: str | PreTrainedModel) -> PreTrainedModel:
-        """Load (like TRL) and place the teacher: frozen, in eval mode, its own dtype."""
+    def _prepare_frozen(self, teacher: str | PreTrainedModel, role: str) -> PreTrainedModel:
+        """Load (like TRL) and place the teacher, or the reference: frozen, in eval mode, its own dtype."""
         if isinstance(teacher, str):
             init = dict(self.args.teacher_model_init_kwargs or {})
             dtype = init.get("dtype")
             init["dtype"] = dtype if dtype in ("auto", None) else getattr(torch, dtype)
             init.setdefault("trust_remote_code", self.args.trust_remote_code)
-            if self.args.teacher_model_revision is not None:
+            if role == "teacher" and self.args.teacher_model_revision is not None:
                 init.setdefault("revision", self.args.teacher_model_revision)
             if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 init["device_map"] = None
             teacher = create_model_from_path(teacher, **init)
-        elif self.args.teacher_model_init_kwargs is not None:
+        elif self.args.teacher_model_init_kwargs is not None and role == "teacher":
             raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
         teacher.requires_grad_(False)
         if self.is_deepspeed_enabled:
@@ -142,7 +168,10 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         keep = inputs["completion_ids"].size(1)
         multimodal = {key: inputs[key] for key in _MULTIMODAL_KEYS if key in inputs}
         h_student = self._get_last_hidden_state(unwrapped_student, input_ids, attention_mask, keep, **multimodal)
-        h_teacher, teacher_head = self._teacher_forward(input_ids, attention_mask, keep, multimodal)
+        h_teacher, teacher_head = self._frozen_forward(self.teacher_model, input_ids, attention_mask, keep, multimodal)
+        reference = None
+        if self.reference_model is not None:
+            reference = self._frozen_forward(self.reference_model, input_ids, attention_mask, keep, multimodal)
         student_head = Head.of(unwrapped_student, self.vocab_size)
         device = student_head.weight.device
         h_student, h_teacher, mask = h_student.to(device), h_teacher.to(device), mask.to(device)
@@ -154,25 +183,36 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         if self.args.loss_type == "sampled":
             loss, entropy, count = sampled_loss(
                 h_student, h_teacher, student_head, teacher_head, inputs["completion_ids"].to(device), mask,
-                self.temperature, num_items_in_batch,
+                self.temperature, num_items_in_batch, reference, self.args.lambda_extrapolation,
             )  # fmt: skip
         else:
+            if reference is not None:
+                h_teacher, teacher_head = self._mixture(h_teacher, teacher_head, *reference)
             loss, entropy, count = full_loss(
                 h_student, h_teacher, student_head, teacher_head, mask, self.beta, self.temperature, num_items_in_batch
             )
         return loss, entropy.detach(), count
 
-    def _teacher_forward(self, input_ids, attention_mask, keep, multimodal):
+    def _frozen_forward(self, model, input_ids, attention_mask, keep, multimodal):
+        """Hidden states and head of the teacher, or of the reference; both are charged as `teacher`."""
         category = "teacher" if self.model.training else "eval"
-        self.teacher_model.eval()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        model.eval()
+        unwrapped = self.accelerator.unwrap_model(model)
         with self.ledger.track(category), torch.no_grad():
             hidden = self._forward_redirection(
-                self.teacher_model, teacher, self._get_last_hidden_state, teacher, input_ids, attention_mask, keep,
-                **multimodal,
-            )  # fmt: skip
+                model, unwrapped, self._get_last_hidden_state, unwrapped, input_ids, attention_mask, keep, **multimodal
+            )
         self.ledger.count(category, forward=int(attention_mask.sum()))
-        return hidden, Head.of(teacher, self.vocab_size)
+        return hidden, Head.of(unwrapped, self.vocab_size)
+
+    @torch.no_grad()
+    def _mixture(self, h_teacher, teacher_head: Head, h_reference, reference_head: Head):
+        """ExOPD's target as one frozen model, for the kernel that takes a teacher."""
+        weight = self.args.lambda_extrapolation
+        if self._mixture_head is None:
+            self._mixture_head = mixture_head(teacher_head, reference_head, weight)
+        h_reference = h_reference.to(h_teacher.device)
+        return mixture_hidden(h_teacher, h_reference, teacher_head, reference_head, weight), self._mixture_head
 
     # -- health -------------------------------------------------------------------------------------------------
 

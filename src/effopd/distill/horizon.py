@@ -1,0 +1,80 @@
+"""How long a rollout may get: TOPD (a fixed share) and POPD (a share that grows), arXiv 2605.31490.
+
+Late positions cost most and teach least, and OPD needs no final answer, so only the first H tokens of an answer are
+generated and learned from. Evaluations, and the look-ahead's validation answers, are full length. The horizon is a
+function of the step, so a resumed run has the right one without any state. Where it changes, the look-ahead's anchor is
+set anew: a displacement must not span two objectives.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback
+
+from effopd.extrapolate.callback import EffOPDCallback
+
+
+def topd(max_length: int, fraction: float) -> int:
+    """H = ρ · T_max, at least 1 token.
+
+    Example:
+        >>> topd(24, 0.25)
+        6
+    """
+    return max(1, math.ceil(fraction * max_length))
+
+
+def popd(step: int, total_steps: int, max_length: int, start: float, stages: int, growth: float) -> int:
+    """H_k = H_0 + ⌊k / Δk⌋ · ΔH: `stages` equal increments from start · T_max to T_max over the first `growth` of training.
+
+    Args:
+        step: optimizer steps done so far.
+
+    Example:
+        >>> [popd(step, 16, 16, 0.5, 2, 0.5) for step in range(10)]
+        [8, 8, 8, 8, 12, 12, 12, 12, 16, 16]
+    """
+    done = min(stages, math.floor(stages * step / max(1.0, growth * total_steps)))
+    return max(1, min(max_length, math.ceil(max_length * (start + (1 - start) * done / stages))))
+
+
+class HorizonCallback(TrainerCallback):
+    """Sets the rollout length before each step; `OPDTrainer` adds it.
+
+    Args:
+        trainer: an `OPDTrainer` whose `args` say which horizon.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer, self._args = trainer, trainer.args
+
+    def length(self, step: int, total_steps: int) -> int:
+        """Tokens an answer may have in the step after `step`."""
+        args = self._args
+        if args.rollout_horizon == "topd":
+            return topd(args.max_completion_length, args.horizon_fraction)
+        return popd(
+            step, total_steps, args.max_completion_length, args.horizon_start, args.horizon_stages, args.horizon_growth
+        )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Before the rollouts of a step."""
+        step, last = state.global_step, state.max_steps
+        length = self.length(step, last)
+        if step > 0 and length != self.length(step - 1, last):
+            for callback in self._trainer.callback_handler.callbacks:
+                if isinstance(callback, EffOPDCallback) and callback.lookahead is not None:
+                    callback.lookahead.reanchor(step)
+        self._set(length)
+        self._trainer._metrics["train"]["horizon"].append(float(length))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Whatever generates between steps does so at full length."""
+        self._set(self._args.max_completion_length)
+
+    def _set(self, length: int) -> None:
+        self._trainer.generation_config.max_new_tokens = length
+        if self._trainer.use_vllm:
+            self._trainer.vllm_generation.max_completion_length = length

@@ -1,0 +1,169 @@
+"""ExOPD: the mixture target against a dense reference, its ends, and a reference model that is never ignored."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import make_model
+from tiny_run import make_trainer
+
+from effopd import OPDConfig
+from effopd.distill.divergence import Head, full_loss, mixture_head, mixture_hidden, sampled_loss
+from effopd.errors import CompatibilityError, ConfigError
+from effopd.files import read_rows
+
+FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
+
+
+def parts(seed=0, widths=(6, 5, 7), vocabulary=11, bias=True):
+    """Student, teacher and reference: hidden states [2, 4, H] and heads, all of different widths."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index, width in enumerate(widths):
+        hidden = torch.randn(2, 4, width, generator=generator)
+        weight = torch.randn(vocabulary, width, generator=generator)
+        offset = torch.randn(vocabulary, generator=generator) if bias and index != 1 else None
+        made.append((hidden, Head(weight, offset, (1.0, 0.5, 2.0)[index], None)))
+    return made
+
+
+def dense_logits(hidden, head):
+    logits = hidden.double() @ head.weight.double().T
+    return head.scale * (logits if head.bias is None else logits + head.bias.double())
+
+
+MASK = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("weight", [0.4, 1.25, 1.8])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_full_loss_is_the_kl_to_the_mixture_with_its_gradients(weight, temperature):
+    (h_s, student), (h_t, teacher), (h_r, reference) = parts()
+    h_s.requires_grad_(True)
+    student.weight.requires_grad_(True)
+    loss, *_ = full_loss(
+        h_s, mixture_hidden(h_t, h_r, teacher, reference, weight), student, mixture_head(teacher, reference, weight),
+        MASK, 1.0, temperature, None,
+    )  # fmt: skip
+    loss.backward()
+    got = loss.detach(), h_s.grad.clone(), student.weight.grad.clone()
+    h_s.grad = student.weight.grad = None
+    mixed = weight * dense_logits(h_t, teacher) + (1 - weight) * dense_logits(h_r, reference)
+    target = torch.log_softmax(mixed / temperature, -1)
+    own = torch.log_softmax(dense_logits(h_s, student) / temperature, -1)
+    dense = ((own.exp() * (own - target)).sum(-1) * MASK).sum() / MASK.sum()
+    dense.backward()
+    for value, wanted in zip(got, (dense.detach(), h_s.grad, student.weight.grad), strict=True):
+        torch.testing.assert_close(value.double(), wanted.double(), rtol=2e-5, atol=2e-6)
+
+
+def test_at_its_ends_the_mixture_is_the_teacher_and_the_reference():
+    _, (h_t, teacher), (h_r, reference) = parts()
+    for weight, hidden, head in ((1.0, h_t, teacher), (0.0, h_r, reference)):
+        mixed = mixture_head(teacher, reference, weight).logits(mixture_hidden(h_t, h_r, teacher, reference, weight))
+        torch.testing.assert_close(mixed.double(), dense_logits(hidden, head), rtol=1e-5, atol=1e-5)
+
+
+def test_sampled_advantages_have_the_stated_form():
+    (h_s, student), (h_t, teacher), (h_r, reference) = parts()
+    ids, weight = torch.randint(11, (2, 4), generator=torch.Generator().manual_seed(1)), 1.25
+    h_s.requires_grad_(True)
+    loss, *_ = sampled_loss(h_s, h_t, student, teacher, ids, MASK, 1.0, None, (h_r, reference), weight)
+    logp = [torch.log_softmax(dense_logits(h, head), -1).gather(-1, ids[..., None])[..., 0]
+            for h, head in ((h_s, student), (h_t, teacher), (h_r, reference))]  # fmt: skip
+    advantage = (weight * (logp[1] - logp[2]) - (logp[0] - logp[2])).detach()
+    wanted = -(advantage * logp[0] * MASK).sum() / MASK.sum()
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_capped_logits_are_refused():
+    _, (_, teacher), (_, reference) = parts()
+    capped = Head(teacher.weight, teacher.bias, 1.0, 30.0)
+    for pair in ((capped, reference), (teacher, capped)):
+        with pytest.raises(CompatibilityError, match="softcapping"):
+            mixture_head(*pair, 1.25)
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("loss_type", ["full", "sampled"])
+def test_a_reference_that_is_the_teacher_makes_it_plain_opd(tmp_path, loss_type):
+    plain = make_trainer(tmp_path / "plain", loss_type=loss_type, **FAST)
+    start = weights(plain)
+    plain.train()
+    same_target = make_trainer(
+        tmp_path / "mixed", loss_type=loss_type, lambda_extrapolation=1.7, reference_model=make_model(1), **FAST
+    )
+    same_target.train()
+    ahead = make_trainer(
+        tmp_path / "ahead", loss_type=loss_type, lambda_extrapolation=1.7, reference_model=make_model(2), **FAST
+    )
+    ahead.train()
+    moved = max(float((weights(plain)[n] - start[n]).abs().max()) for n in start)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(tensor, weights(same_target)[name], rtol=1e-3, atol=0.02 * moved)
+    assert any((weights(ahead)[n] - weights(plain)[n]).abs().max() > 0.2 * moved for n in start)
+
+
+def test_the_reference_stays_frozen_and_its_forward_is_charged(tmp_path):
+    reference = make_model(2)
+    before = copy.deepcopy(reference.state_dict())
+    trainer = make_trainer(tmp_path / "x", lambda_extrapolation=1.25, reference_model=reference, **FAST)
+    trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.reference_model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in trainer.reference_model.parameters())
+    last = list(read_rows(tmp_path / "x" / "metrics.jsonl"))[-1]
+    assert last["cost/teacher_forward_tokens"] == 2 * last["cost/update_forward_tokens"]
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    settings = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "lambda_extrapolation": 1.25}
+    whole = make_trainer(tmp_path, reference_model=make_model(2), **settings)
+    whole.train()
+    again = make_trainer(tmp_path, reference_model=make_model(2), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000002"))
+    assert same(weights(whole), weights(again))
+
+
+def test_a_reference_by_path(tmp_path):
+    make_model(2).save_pretrained(tmp_path / "reference")
+    named = make_trainer(
+        tmp_path / "a", lambda_extrapolation=1.25, reference_model_name_or_path=str(tmp_path / "reference"), **FAST
+    )
+    named.train()
+    given = make_trainer(tmp_path / "b", lambda_extrapolation=1.25, reference_model=make_model(2), **FAST)
+    given.train()
+    assert same(weights(named), weights(given))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"reference_model_name_or_path": "r"}, "no effect"),
+        ({"lambda_extrapolation": 0.0}, "above 0"),
+        ({"lambda_extrapolation": 1.25, "beta": 0.5}, "reverse KL"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        OPDConfig(output_dir=str(tmp_path), **flags)
+
+
+def test_lambda_without_reference_and_reference_without_lambda(tmp_path):
+    with pytest.raises(ConfigError, match="reference_model_name_or_path"):
+        make_trainer(tmp_path / "a", lambda_extrapolation=1.25, **FAST)
+    with pytest.raises(ConfigError, match="lambda_extrapolation"):
+        make_trainer(tmp_path / "b", reference_model=make_model(2), **FAST)
+
+
+def test_unstable_values_are_warned_about(tmp_path, caplog):
+    OPDConfig(output_dir=str(tmp_path), lambda_extrapolation=1.5, reference_model_name_or_path="r")
+    assert "unstable" in caplog.text

@@ -1,0 +1,117 @@
+"""Rollout horizons: the schedule, what is generated, what is not touched, and resuming in the middle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_run import make_trainer
+
+from effopd import EffOPDConfig, OPDConfig
+from effopd.distill.horizon import popd, topd
+from effopd.errors import ConfigError
+from effopd.files import read_rows
+
+FAST = {"max_steps": 6, "save_strategy": "no", "eval_strategy": "no"}
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows(root):
+    return list(read_rows(root / "metrics.jsonl"))
+
+
+def test_schedules():
+    assert [topd(24, f) for f in (0.01, 0.1, 0.25, 1.0)] == [1, 3, 6, 24]
+    assert [popd(s, 12, 6, 1 / 3, 2, 0.5) for s in range(8)] == [2, 2, 2, 4, 4, 4, 6, 6]
+    for total in (1, 5, 96, 1000):
+        for stages in (1, 3, 8):
+            lengths = [popd(s, total, 4096, 0.125, stages, 0.5) for s in range(total + 1)]
+            assert lengths == sorted(lengths) and lengths[-1] == 4096
+            assert lengths[0] == 512 or total == 1
+            assert len(set(lengths)) <= stages + 1
+
+
+def test_topd_rollouts_are_short_and_evaluations_are_not(tmp_path):
+    trainer = make_trainer(
+        tmp_path, rollout_horizon="topd", horizon_fraction=1 / 3, max_steps=3, save_strategy="no", eval_steps=1,
+        effopd=EffOPDConfig(validation_size=12),
+    )  # fmt: skip
+    trainer.train()
+    assert all(row["completions/max_length"] <= 2 and row["horizon"] == 2 for row in rows(tmp_path))
+    evaluations = list(read_rows(tmp_path / "evals.jsonl"))
+    assert max(row["eval_response_length"] for row in evaluations) > 2
+    tokens = [trial["generated_tokens"] for s in read_rows(tmp_path / "searches.jsonl") for trial in s["trials"]]
+    assert max(tokens) > 2 * 12  # the gate answers at full length
+    assert trainer.generation_config.max_new_tokens == 6
+
+
+def test_popd_rollouts_follow_the_schedule(tmp_path):
+    settings = {"rollout_horizon": "popd", "horizon_start": 1 / 3, "horizon_stages": 2, "horizon_growth": 0.7}
+    make_trainer(tmp_path, **settings, **FAST).train()
+    wanted = [popd(step, 6, 6, 1 / 3, 2, 0.7) for step in range(6)]
+    assert [row["horizon"] for row in rows(tmp_path)] == wanted
+    assert all(row["completions/max_length"] <= limit for row, limit in zip(rows(tmp_path), wanted, strict=True))
+    assert len(set(wanted)) == 3
+
+
+def test_popd_from_the_full_length_is_plain_opd(tmp_path):
+    plain = make_trainer(tmp_path / "plain", **FAST)
+    plain.train()
+    full = make_trainer(tmp_path / "full", rollout_horizon="popd", horizon_start=1.0, **FAST)
+    full.train()
+    assert same(weights(plain), weights(full))
+
+
+def test_the_first_tokens_of_a_cut_answer_are_those_of_the_whole(tmp_path):
+    """Same seed, same start: the same tokens up to the horizon, so (causality) the same KL on each of them."""
+    arms = {"whole": {}, "cut": {"rollout_horizon": "topd", "horizon_fraction": 0.5}}
+    seen = {}
+    for name, flags in arms.items():
+        trainer = make_trainer(tmp_path / name, **flags, **FAST | {"max_steps": 1})
+        original = trainer._compute_loss
+
+        def spy(student, inputs, count, name=name, original=original):
+            seen.setdefault(name, inputs["completion_ids"].clone())
+            return original(student, inputs, count)
+
+        trainer._compute_loss = spy
+        trainer.train()
+    assert seen["cut"].shape[1] == 3
+    assert sorted(seen["cut"].tolist()) == sorted(seen["whole"][:, :3].tolist())  # TRL shuffles the rows
+
+
+@pytest.mark.parametrize("effopd", [None, EffOPDConfig(validation_size=12, parameters="all", scales=[2.0], gate="ge")])
+def test_resumed_is_uninterrupted_also_where_the_horizon_changes(tmp_path, effopd):
+    settings = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no", "rollout_horizon": "popd", "horizon_start": 0.5,
+                "horizon_stages": 1, "effopd": effopd}  # fmt: skip
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    assert [row["horizon"] for row in rows(tmp_path)] == [3, 3, 3, 6, 6, 6]
+    anchors = [row["anchor_step"] for row in read_rows(tmp_path / "searches.jsonl")]
+    assert anchors == ([] if effopd is None else [0, 1, 3])  # the change at step 3 set the anchor anew
+    again = make_trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000003"))
+    assert same(weights(whole), weights(again))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"rollout_horizon": "half"}, "must be one of"),
+        ({"horizon_fraction": 0.5}, "ignored"),
+        ({"rollout_horizon": "topd", "horizon_start": 0.5}, "ignored"),
+        ({"rollout_horizon": "topd", "horizon_fraction": 0.0}, "share"),
+        ({"rollout_horizon": "popd", "horizon_growth": 1.5}, "share"),
+        ({"rollout_horizon": "popd", "horizon_stages": 0}, "at least 1"),
+        ({"rollout_horizon": "topd", "generation_kwargs": {"max_new_tokens": 5}}, "max_new_tokens"),
+    ],
+)
+def test_bad_settings(tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        OPDConfig(output_dir=str(tmp_path), **flags)
