@@ -12,7 +12,7 @@ The real search on the testbed, with candidates that are no better than the star
    times that of each tensor, at the search's scales (so the last candidate is 10 ε away), scored by the real scorer with
    one seed a search. Displacements of real searches are about 5e-4 (step 1) to 4e-3 (step 64) times the weights.
 
-Takes about eight minutes of one core, most of it for the second part, which is therefore done for the student only.
+Takes about nine minutes of one core, most of it for the second part, which is therefore done for the student only.
 """
 
 from __future__ import annotations

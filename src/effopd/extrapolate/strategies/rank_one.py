@@ -16,7 +16,7 @@ class RankOne:
     """The leading component s1·u1·v1ᵀ of one displacement ΔW = W_t − W_0.
 
     Attributes:
-        u_M, s1, v_N: leading singular triplet, vectors in fp32.
+        u_M, s1, v_N: leading singular triplet, vectors in fp32, on the CPU.
         norm: ‖ΔW‖ (Frobenius).
     """
 
@@ -36,7 +36,7 @@ def leading(delta: Tensor) -> RankOne:
     delta_MN = as_matrix(delta)
     norm = float(delta_MN.double().norm())
     if norm == 0.0:
-        return RankOne(delta_MN.new_zeros(delta_MN.shape[0]), 0.0, delta_MN.new_zeros(delta_MN.shape[1]), 0.0)
+        return RankOne(torch.zeros(delta_MN.shape[0]), 0.0, torch.zeros(delta_MN.shape[1]), 0.0)
     found = leading_directions(delta_MN, k=1)
     return RankOne(found.u_MK[:, 0].float(), float(found.s_K[0]), found.v_NK[:, 0].float(), norm)
 
