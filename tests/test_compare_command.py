@@ -13,6 +13,7 @@ from effopd.bench.plan import load_plan
 from effopd.bench.runner import DONE, LOG
 from effopd.cli import main
 from effopd.errors import ConfigError
+from effopd.train_command import parse_train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -147,14 +148,15 @@ def test_the_shipped_plans_pass_a_dry_run(recipe, capsys):
     assert "vanilla" in capsys.readouterr().out
 
 
-def test_the_testbed_plan_is_the_reference():
+def test_the_testbed_plan_is_the_reference(tmp_path):
     from effopd import testbed
 
     plan = load_plan(RECIPES / "compare-testbed.yaml")
-    reference = testbed.reference_settings()
-    assert plan.reference_learning_rate == reference.pop("learning_rate")
-    for name, value in reference.items():
-        assert plan.base.get(name, {"beta": 1.0}.get(name)) == value, name
+    run = next(r for r in plan.runs() if r.strategy == "vanilla" and r.learning_rate == plan.reference_learning_rate)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.settings))
+    opd = parse_train(["--config", str(tmp_path / "run.yaml")]).opd
+    for name, value in testbed.reference_settings().items():
+        assert getattr(opd, name) == value, name
     assert len(plan.seeds) >= 5 and len(plan.tasks) == 2
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,11 @@ def run_compare(argv: Sequence[str]) -> int:
     if arguments.dry_run:
         console.print(grid_table(plan, runs))
         return 0
-    with only_one(Path(plan.output_dir)):
+    with only_one(Path(plan.output_dir)) as lock, _terminated_like_interrupted():
         done = {run.path for run in runs if is_done(run)}
         text = Path(arguments.plan).read_text()
         write_atomically(Path(plan.output_dir) / PLAN, lambda path: path.write_text(text))
-        failed = _run(plan, [run for run in runs if run.path not in done], len(done), console)
+        failed = _run(plan, [run for run in runs if run.path not in done], len(done), console, lock)
     for run in failed:
         console.print(f"[red]failed:[/red] {escape(run.name)}; see {run.path / LOG}")
     _report(Path(plan.output_dir), arguments.out, console)
@@ -129,7 +131,21 @@ def grid_table(plan: Plan, runs: Sequence[PlannedRun]) -> Table:
     return table
 
 
-def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console) -> list[PlannedRun]:
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM (a batch system, `kill`) stops the runs as Ctrl-C does, instead of leaving them behind."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console, lock: int) -> list[PlannedRun]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
@@ -144,7 +160,7 @@ def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console) -> 
             progress.console.print(f"{event:<6} {escape(run.name)}", highlight=False)
             progress.advance(bar)
 
-        return Runner(plan, report).run(pending)
+        return Runner(plan, report, lock).run(pending)
 
 
 def collect(folder: Path) -> dict[str, Any]:

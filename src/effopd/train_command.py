@@ -67,5 +67,10 @@ def parse_train(argv: Sequence[str]):
     model.model_name_or_path = resolve_model(model.model_name_or_path)
     opd.teacher_model_name_or_path = resolve_model(opd.teacher_model_name_or_path)
     opd.reference_model_name_or_path = resolve_model(opd.reference_model_name_or_path)
+    if opd.lambda_extrapolation != 1 and opd.reference_model_name_or_path is None:
+        raise ConfigError(
+            f"--lambda_extrapolation {opd.lambda_extrapolation} needs --reference_model_name_or_path: the student's "
+            "start, or the teacher's base before RL."
+        )
     values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}
     return RunSettings(model, task, opd, EffOPDConfig(**values))

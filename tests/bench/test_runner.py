@@ -123,6 +123,28 @@ def test_two_at_once_on_one_grid_are_refused(tmp_path):
         pass
 
 
+def test_a_run_left_behind_keeps_the_grid_locked(tmp_path):
+    """The lock is inherited: it is free only when the orphan is gone, too."""
+    plan = grid(tmp_path, seeds=[0], base={"sleep": 3}, strategies={"vanilla": {}})
+    (run,) = plan.runs()
+    script = tmp_path / "main.py"
+    script.write_text(
+        "from pathlib import Path\nfrom effopd.bench.plan import load_plan\n"
+        "from effopd.bench.runner import Runner, only_one\n"
+        f"plan = load_plan({str(tmp_path / 'plan.yaml')!r})\n"
+        "with only_one(Path(plan.output_dir)) as lock:\n    Runner(plan, lock=lock).run(plan.runs())\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    wait_for(lambda: calls(run))
+    process.kill()
+    process.wait()
+    with pytest.raises(CheckpointError, match="left behind"), only_one(Path(plan.output_dir)):
+        pass
+    wait_for(lambda: not _alive(str(tmp_path / "fake.py")))
+    with only_one(Path(plan.output_dir)):
+        pass
+
+
 def test_an_interrupt_stops_the_children_and_leaves_nothing_done(tmp_path):
     script = tmp_path / "main.py"
     grid(tmp_path, base={"sleep": 60}, seeds=[0])

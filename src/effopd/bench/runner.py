@@ -58,8 +58,10 @@ def is_done(run: PlannedRun) -> bool:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold the grid's lock.
+def only_one(folder: Path) -> Iterator[int]:
+    """Hold the grid's lock; yields its file descriptor, which runs inherit.
+
+    So the grid stays locked while a run is alive whose `effopd compare` was killed.
 
     Raises:
         CheckpointError: another process is running this grid.
@@ -70,9 +72,10 @@ def only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CheckpointError(
-                f"another `effopd compare` is running in {folder}; wait for it or stop it."
+                f"another `effopd compare`, or a run that one left behind when it was killed, is at work in {folder}; "
+                "wait for it or stop it."
             ) from error
-        yield
+        yield handle.fileno()
 
 
 class Runner:
@@ -82,10 +85,16 @@ class Runner:
         plan: what to run and with how many workers.
         report: called as `report(event, run)` with event 'start', 'done' or 'failed', from worker threads, one at a
             time.
+        lock: file descriptor that runs inherit (`only_one`).
     """
 
-    def __init__(self, plan: Plan, report: Callable[[str, PlannedRun], None] = lambda event, run: None):
-        self._plan, self._report = plan, report
+    def __init__(
+        self,
+        plan: Plan,
+        report: Callable[[str, PlannedRun], None] = lambda event, run: None,
+        lock: int | None = None,
+    ):
+        self._plan, self._report, self._inherit = plan, report, () if lock is None else (lock,)
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -132,7 +141,7 @@ class Runner:
                 self._report("start", run)
                 child = subprocess.Popen(
                     command(self._plan, run, resume), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    env=environment(self._plan, slot),
+                    env=environment(self._plan, slot), pass_fds=self._inherit,
                 )  # fmt: skip
                 self._children.add(child)
             status = child.wait()
