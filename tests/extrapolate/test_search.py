@@ -72,7 +72,7 @@ def test_powers_of_two():
 
 def test_defaults_are_the_papers():
     config = EffOPDConfig()
-    assert (config.schedule, tuple(config.scales), config.validation_size) == ("powers_of_two", PAPER, 50)
+    assert (config.plan.schedule, tuple(config.scales), config.validation_size) == ("powers_of_two", PAPER, 50)
     assert (config.resolved_gate, config.resolved_parameters, config.temperature) == ("ge", "attention+mlp", 1.0)
     code = EffOPDConfig("effopd-released")
     assert (code.resolved_gate, code.resolved_parameters) == ("gt", "released-code")

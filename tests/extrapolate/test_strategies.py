@@ -20,7 +20,8 @@ from tiny_run import make_trainer
 
 ALL = list(STRATEGIES)
 FITS = [name for name, strategy in STRATEGIES.items() if strategy.fit]
-SCORED = [name for name, strategy in STRATEGIES.items() if strategy.scored]
+SCORED = [name for name, strategy in STRATEGIES.items() if strategy.scorer]
+GENERATING = [name for name, strategy in STRATEGIES.items() if strategy.scorer == "accuracy"]
 MOVING = [name for name in ALL if name != "noop"]
 
 
@@ -43,6 +44,11 @@ class Drift(nn.Module):
     def train_step(self):
         self.matrix += 0.01 * torch.outer(torch.arange(1.0, 7), torch.ones(4)) + 1e-4 * torch.randn(6, 4)
         self.vector += 0.02 + 1e-4 * torch.randn(5)
+
+
+def look(model, scorer, settings) -> EffOPD:
+    """A look-ahead with an optimizer that has nothing to do."""
+    return EffOPD(model, scorer, settings, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
 
 
 def loop(model, steps, lookahead=None, start=1):
@@ -79,7 +85,7 @@ def test_it_touches_nothing_but_the_selected_weights(strategy):
     plain, ahead = Drift(), Drift()
     loop(plain, 9)
     torch.manual_seed(0)
-    lookahead = EffOPD(ahead, Scorer(), config(strategy, parameters="matrix"))
+    lookahead = look(ahead, Scorer(), config(strategy, parameters="matrix"))
     loop(ahead, 9, lookahead)
     assert torch.equal(plain.vector, ahead.vector)  # so the loop's random state was left alone, too
     moved = any(row["accepted_scale"] for row in lookahead.history)
@@ -91,15 +97,15 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(strategy, tmp_p
     for stop in (3, 5, 7):
         torch.manual_seed(0)
         whole, first = Drift(), Drift()
-        ahead = EffOPD(whole, Scorer(), config(strategy))
+        ahead = look(whole, Scorer(), config(strategy))
         loop(whole, 9, ahead)
         torch.manual_seed(0)
-        early = EffOPD(first, Scorer(), config(strategy))
+        early = look(first, Scorer(), config(strategy))
         loop(first, stop, early)
         state, noise = weights(first), torch.get_rng_state()
         early.save(tmp_path)
         second = Drift()
-        late = EffOPD(second, Scorer(), config(strategy))
+        late = look(second, Scorer(), config(strategy))
         second.load_state_dict(state)
         late.load(tmp_path)
         torch.set_rng_state(noise)
@@ -119,14 +125,14 @@ def test_what_is_rejected_leaves_no_trace(strategy):
     plain, ahead = Drift(), Drift()
     loop(plain, 9)
     torch.manual_seed(0)
-    loop(ahead, 9, EffOPD(ahead, Scorer(rising=False), config(strategy)))
+    loop(ahead, 9, look(ahead, Scorer(rising=False), config(strategy)))
     assert same(weights(plain), weights(ahead))
 
 
 @pytest.mark.parametrize("strategy", ALL)
 def test_only_scored_strategies_score_and_every_score_is_charged(strategy):
     model, scorer = Drift(), Scorer()
-    lookahead = EffOPD(model, scorer if strategy in SCORED else None, config(strategy))
+    lookahead = look(model, scorer if strategy in SCORED else None, config(strategy))
     loop(model, 9, lookahead)
     assert (scorer.calls > 0) == (strategy in SCORED)
     assert sum(row["generated_tokens"] for row in lookahead.history) == 7 * scorer.calls
@@ -146,7 +152,7 @@ def test_a_point_that_is_not_finite_is_not_taken(strategy, monkeypatch):
     loop(plain, 9)
     torch.manual_seed(0)
     monkeypatch.setattr(LiveWeights, "move_to", refuse)
-    lookahead = EffOPD(ahead, Scorer(), config(strategy))
+    lookahead = look(ahead, Scorer(), config(strategy))
     loop(ahead, 9, lookahead)
     assert same(weights(plain), weights(ahead))
     assert any(trial["verdict"] == "non-finite" for row in lookahead.history for trial in row["trials"])
@@ -154,7 +160,7 @@ def test_a_point_that_is_not_finite_is_not_taken(strategy, monkeypatch):
 
 def test_fixed_goes_exactly_2k_displacements_further():
     model = Drift()
-    lookahead = EffOPD(model, None, config("fixed", fixed_k=3))
+    lookahead = look(model, None, config("fixed", fixed_k=3))
     model.train_step()
     w, row = weights(model), lookahead.step(1)
     assert row["accepted_scale"] == 6.0
@@ -164,7 +170,7 @@ def test_fixed_goes_exactly_2k_displacements_further():
 
 def test_random_direction_goes_as_far_as_the_displacement_but_elsewhere():
     model = Drift()
-    lookahead = EffOPD(model, Scorer(), config("random_direction", scales=[2.0], parameters="matrix"))
+    lookahead = look(model, Scorer(), config("random_direction", scales=[2.0], parameters="matrix"))
     model.train_step()
     before = model.matrix.detach().clone()
     row = lookahead.step(1)
@@ -177,7 +183,7 @@ def test_random_direction_goes_as_far_as_the_displacement_but_elsewhere():
 def test_relex_lands_where_a_straight_line_leads():
     torch.manual_seed(0)
     model, far = Drift(), Drift()
-    lookahead = EffOPD(model, None, config("relex", relex_factor=10))
+    lookahead = look(model, None, config("relex", relex_factor=10))
     loop(model, 5, lookahead)
     loop(far, 50)
     assert torch.dist(model.matrix, far.matrix) < 0.03 * far.matrix.norm()
@@ -188,7 +194,7 @@ def test_relex_lands_where_a_straight_line_leads():
 def test_alpha_opd_reports_what_its_fit_is_worth():
     torch.manual_seed(0)
     model = Drift()
-    lookahead = EffOPD(model, Scorer(), config("alpha_opd", fit_until=8))
+    lookahead = look(model, Scorer(), config("alpha_opd", fit_until=8))
     loop(model, 8, lookahead)
     fit = lookahead.history[-1]["fit"]
     assert fit["q2"] > 0.9 > fit["q2_null"]
@@ -202,7 +208,7 @@ def test_alpha_opd_needs_something_to_aim_at():
 
 def test_a_new_anchor_forgets_the_old_displacement():
     model = Drift()
-    lookahead = EffOPD(model, None, config("fixed"))
+    lookahead = look(model, None, config("fixed"))
     loop(model, 3)
     lookahead.reanchor(3)
     before = weights(model)
@@ -262,10 +268,14 @@ def test_through_the_trainer_resumed_and_charged(strategy, tmp_path):
     trainer.train()
     end = weights(trainer.model)
     rows = list(read_rows(tmp_path / "searches.jsonl"))
-    assert [row["step"] for row in rows] == [1, 2, 4] if strategy not in FITS else [1, 2, 3, 4]
+    if strategy == "lookahead":
+        assert rows[0]["step"] == 2 and all(row["forward_tokens"] > 0 for row in rows)
+    else:
+        assert [row["step"] for row in rows] == ([1, 2, 3, 4] if strategy in FITS else [1, 2, 4])
     last = list(read_rows(tmp_path / "metrics.jsonl"))[-1]
     assert last["cost/search_generated_tokens"] == sum(row["generated_tokens"] for row in rows)
-    assert (last["cost/search_generated_tokens"] > 0) == (strategy in SCORED)
+    assert (last["cost/search_generated_tokens"] > 0) == (strategy in GENERATING)
+    assert last["cost/search_forward_tokens"] == sum(row["forward_tokens"] for row in rows)
     again = make_trainer(tmp_path, effopd=effopd, **TINY)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000003"))
     assert same(end, weights(again.model))

@@ -31,7 +31,9 @@ from effopd.distill.health import health_metrics, spread_subset
 from effopd.distill.horizon import HorizonCallback
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
+from effopd.distill.teacher_kl import RolloutScorer
 from effopd.errors import ConfigError
+from effopd.extrapolate.callback import EffOPDCallback
 from effopd.tasks.base import Task
 
 LEDGER_FILE = "effopd_ledger.json"
@@ -57,7 +59,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         eval_task: examples with answers. When given, an evaluation samples answers to them and reports `eval_kl`
             (exact reverse KL to the teacher, nats per token, on those very answers; also as `eval_loss`),
             `eval_accuracy` at `eval_temperature` and `eval_accuracy_greedy`, each with a 95 % interval. Without it,
-            evaluation is TRL's.
+            evaluation is TRL's (the loss against the teacher, without a reference).
         reference_model: ExOPD's reference (with `args.lambda_extrapolation` ≠ 1); default: the one `args` names.
 
     Attributes:
@@ -97,6 +99,8 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
         self._open_run(args, eval_task)
+        self._rollout_scorer: RolloutScorer | None = None
+        self._looked_at = -1
         self._health_rows: dict[str, torch.Tensor] | None = None
         if eval_task is not None and eval_dataset is None:
             eval_dataset = eval_task.to_dataset()
@@ -104,10 +108,10 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         self._check_student()
         self.teacher_model = self._prepare_frozen(teacher_model, "teacher")
         self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
-        student, others = self.accelerator.unwrap_model(self.model), [self.teacher_model, self.reference_model]
+        student = self.accelerator.unwrap_model(self.model)
         self.vocab_size = min(
-            shared_vocab_size(student, self.accelerator.unwrap_model(other), len(self._tokenizer))
-            for other in others
+            shared_vocab_size(student, self.accelerator.unwrap_model(other), len(self._tokenizer), role)
+            for role, other in (("teacher", self.teacher_model), ("reference", self.reference_model))
             if other is not None
         )
         self._mixture_head: Head | None = None
@@ -123,7 +127,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
                 f"and {'none' if reference is None else 'one'}. Set --reference_model_name_or_path (the student's "
                 "start, or the teacher's base before RL), or leave both out."
             )
-        if reference is not None and reference is student:
+        if reference is student and isinstance(student, PreTrainedModel):  # one path twice is two models
             raise ConfigError(
                 "the reference model is the student object itself, which is trained: expected a frozen copy."
             )
@@ -136,6 +140,8 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         """Load (like TRL) and place the teacher, or the reference: frozen, in eval mode, its own dtype."""
         if isinstance(teacher, str):
             init = dict(self.args.teacher_model_init_kwargs or {})
+            if role == "reference":
+                init.pop("revision", None)  # the teacher's
             dtype = init.get("dtype")
             init["dtype"] = dtype if dtype in ("auto", None) else getattr(torch, dtype)
             init.setdefault("trust_remote_code", self.args.trust_remote_code)
@@ -150,6 +156,26 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    # -- look ahead on fresh rollouts ----------------------------------------------------------------------------
+
+    def rollout_scorer(self, rollouts: int) -> RolloutScorer:
+        """The scorer `teacher_kl` of the look-ahead; its rollouts are handed over at every step."""
+        self._rollout_scorer = RolloutScorer(self, rollouts)
+        return self._rollout_scorer
+
+    def _prepare_inputs(self, generation_batch):
+        """The host's rollouts; before the first of a step is trained on, the look-ahead may score candidates on them."""
+        inputs = super()._prepare_inputs(generation_batch)
+        scorer, step = self._rollout_scorer, self.state.global_step
+        if scorer is not None and self.model.training and step != self._looked_at:
+            self._looked_at = step
+            scorer.take(inputs)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, EffOPDCallback):
+                    callback.on_rollouts(self.args, self.state)
+            scorer.drop()
+        return inputs
 
     # -- sample → teacher → loss --------------------------------------------------------------------------------
 
@@ -169,11 +195,12 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         multimodal = {key: inputs[key] for key in _MULTIMODAL_KEYS if key in inputs}
         h_student = self._get_last_hidden_state(unwrapped_student, input_ids, attention_mask, keep, **multimodal)
         h_teacher, teacher_head = self._frozen_forward(self.teacher_model, input_ids, attention_mask, keep, multimodal)
-        reference = None
-        if self.reference_model is not None:
-            reference = self._frozen_forward(self.reference_model, input_ids, attention_mask, keep, multimodal)
         student_head = Head.of(unwrapped_student, self.vocab_size)
         device = student_head.weight.device
+        reference = None
+        if self.reference_model is not None and self.model.training:  # evaluation is against the teacher
+            hidden, head = self._frozen_forward(self.reference_model, input_ids, attention_mask, keep, multimodal)
+            reference = hidden.to(device), head
         h_student, h_teacher, mask = h_student.to(device), h_teacher.to(device), mask.to(device)
         if self.model.training:
             self.ledger.count("update", forward=int(attention_mask.sum()))
@@ -211,7 +238,6 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         weight = self.args.lambda_extrapolation
         if self._mixture_head is None:
             self._mixture_head = mixture_head(teacher_head, reference_head, weight)
-        h_reference = h_reference.to(h_teacher.device)
         return mixture_hidden(h_teacher, h_reference, teacher_head, reference_head, weight), self._mixture_head
 
     # -- health -------------------------------------------------------------------------------------------------

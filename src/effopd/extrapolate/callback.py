@@ -61,7 +61,15 @@ class EffOPDCallback(TrainerCallback):
     ):
         self.trainer, self.config = trainer, config or EffOPDConfig()
         self._check_host(trainer)
-        if scorer is None and self.config.scored:
+        self.waits_for_rollouts = scorer is None and self.config.resolved_scorer == "teacher_kl"
+        if self.waits_for_rollouts:
+            if not hasattr(trainer, "rollout_scorer"):
+                raise ConfigError(
+                    f"the scorer 'teacher_kl' scores candidates on fresh rollouts, which {type(trainer).__name__} does "
+                    "not hand out. Use effopd's OPDTrainer, or pass scorer=…."
+                )
+            scorer = trainer.rollout_scorer(self.config.score_rollouts)
+        elif scorer is None and self.config.scored:
             scorer = self._accuracy_scorer(task if task is not None else _training_task(trainer, verify))
         self.scorer: Scorer | None = scorer
         self.lookahead: EffOPD | None = None
@@ -108,7 +116,15 @@ class EffOPDCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """The anchor is the weights the run starts from, or what the resumed checkpoint saved."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        self.lookahead = EffOPD(model, self.scorer, self.config, target=self._target(), on_move=self._weights_moved)
+        self.lookahead = EffOPD(
+            model,
+            self.scorer,
+            self.config,
+            target=self._target(),
+            on_move=self._weights_moved,
+            optimizer=kwargs.get("optimizer"),
+            lr_scheduler=kwargs.get("lr_scheduler"),
+        )
         if state.global_step > 0:
             self.lookahead.load(self._find_state(args, state.global_step))
         if state.is_world_process_zero:
@@ -123,11 +139,21 @@ class EffOPDCallback(TrainerCallback):
         self._flush()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Search if this step is a trigger."""
+        """Search if this step is a trigger (and the scorer does not wait for the next rollouts)."""
+        if not self.waits_for_rollouts:
+            self._search(args, state, state.global_step)
+
+    def on_rollouts(self, args, state) -> None:
+        """`OPDTrainer` calls this when a step's rollouts are there and nothing has been trained on them yet. The search
+        counts as part of that step, so it comes after the checkpoint of the step before."""
+        if self.waits_for_rollouts and state.global_step > 0:
+            self._search(args, state, state.global_step + 1)
+
+    def _search(self, args, state, step: int) -> None:
         assert self.lookahead is not None
         ledger = getattr(self.trainer, "ledger", None)
         with ledger.track("search") if ledger is not None else nullcontext():
-            row = self.lookahead.step(state.global_step)
+            row = self.lookahead.step(step)
         if row is None:
             return
         if ledger is not None:
@@ -175,7 +201,7 @@ class EffOPDCallback(TrainerCallback):
         """Engines with their own copy of the weights, and rollouts made with the old ones, are out of date now."""
         if getattr(self.trainer, "use_vllm", False):
             self.trainer._last_loaded_step = -1
-        if getattr(self.trainer, "_buffered_inputs", None) is not None:
+        if getattr(self.trainer, "_buffered_inputs", None) is not None and not self.waits_for_rollouts:
             self.trainer._buffered_inputs = None
 
     def _log(self, row: dict[str, Any]) -> None:

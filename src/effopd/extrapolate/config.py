@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import compile_rule
@@ -10,6 +12,8 @@ from effopd.extrapolate.schedule import SCHEDULES
 from effopd.extrapolate.strategies import STRATEGIES, Strategy
 
 GATES = ("ge", "gt")
+SCORERS = ("accuracy", "teacher_kl")
+OPTIMIZERS = ("keep", "reset")
 #: Settings that only some strategies read; elsewhere they would be ignored, so they are refused.
 ONLY_FOR = {
     "fixed_k": ("fixed",),
@@ -40,9 +44,38 @@ class EffOPDConfig:
             "choices": ["none", *STRATEGIES],
         },
     )
-    schedule: str = field(
-        default="powers_of_two",
-        metadata={"help": "At which optimizer steps to search.", "choices": list(SCHEDULES)},
+    schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "At which optimizer steps to search. 'adaptive': at every step while jumps pay, up to 8 steps apart "
+            "when they do not. Default: the strategy's own.",
+            "choices": list(SCHEDULES),
+        },
+    )
+    scorer: str | None = field(
+        default=None,
+        metadata={
+            "help": "'accuracy': right answers on D_v (needs answers, generates). 'teacher_kl': exact reverse KL to the "
+            "teacher on the next step's rollouts, before they are trained on (no answers, no generation). Default: the "
+            "strategy's own.",
+            "choices": list(SCORERS),
+        },
+    )
+    score_rollouts: int = field(default=32, metadata={"help": "How many rollouts 'teacher_kl' scores a candidate on."})
+    optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "The optimizer's moments after a jump forwards: 'keep', or 'reset' (they belong to the gradients of "
+            "the place that was left). Default: the strategy's own.",
+            "choices": list(OPTIMIZERS),
+        },
+    )
+    steer: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply the learning rate by √min(1+s, 4) after a jump with s > 1 and by ½ after a step back, on "
+            "top of its schedule. Default: the strategy's own."
+        },
     )
     scales: list[float] = field(
         default_factory=lambda: [2.0, 4.0, 6.0, 8.0, 10.0],
@@ -102,9 +135,16 @@ class EffOPDConfig:
 
     def __post_init__(self) -> None:
         self._check_choice("strategy", ("none", *STRATEGIES))
-        self._check_choice("schedule", SCHEDULES)
-        if self.gate is not None:
-            self._check_choice("gate", GATES)
+        choices = {"schedule": SCHEDULES, "gate": GATES, "scorer": SCORERS, "optimizer": OPTIMIZERS}
+        for name, allowed in choices.items():
+            if getattr(self, name) is not None:
+                self._check_choice(name, allowed)
+        if self.score_rollouts < 1:
+            raise ConfigError(f"EffOPDConfig.score_rollouts must be at least 1, got {self.score_rollouts}.")
+        if self.scorer is not None and (self.plan.scorer is None or self.plan.fit is not None):
+            raise ConfigError(
+                f"EffOPDConfig.scorer={self.scorer!r} has no effect: strategy '{self.strategy}' does not choose its scorer."
+            )
         if not self.scales or any(not 0 < scale < float("inf") for scale in self.scales):
             raise ConfigError(
                 f"EffOPDConfig.scales must be a non-empty list of positive finite numbers, got {self.scales}. "
@@ -162,7 +202,22 @@ class EffOPDConfig:
     @property
     def scored(self) -> bool:
         """Whether the run needs D_v: training prompts with answers."""
-        return self.enabled and self.plan.scored
+        return self.enabled and self.resolved_scorer == "accuracy"
+
+    @property
+    def resolved_scorer(self) -> str | None:
+        """`scorer`, or the strategy's; `None` if it does not score."""
+        return self.scorer or self.plan.scorer
+
+    @property
+    def resolved_optimizer(self) -> str:
+        """`optimizer`, or the strategy's."""
+        return self.optimizer or self.plan.optimizer
+
+    @property
+    def resolved_steer(self) -> bool:
+        """`steer`, or the strategy's."""
+        return self.plan.steer if self.steer is None else self.steer
 
     @property
     def resolved_gate(self) -> str:
@@ -174,9 +229,11 @@ class EffOPDConfig:
         """`parameters`, or the strategy's."""
         return self.parameters or self.plan.parameters
 
-    def triggers(self, step: int) -> bool:
-        """Whether the look-ahead may move the weights after optimizer step `step`."""
-        return step == self.fit_until if self.plan.fit else SCHEDULES[self.schedule](step)
+    def triggers(self, step: int, history: Sequence[Mapping[str, Any]] = ()) -> bool:
+        """Whether the look-ahead may move the weights after optimizer step `step`, given the searches so far."""
+        if self.plan.fit:
+            return step == self.fit_until
+        return SCHEDULES[self.schedule or self.plan.schedule](step, history)
 
     def observes(self, step: int) -> bool:
         """Whether a fitting strategy takes a look at the weights after optimizer step `step`."""

@@ -29,7 +29,7 @@ from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.live_weights import Direction, LiveWeights
 from effopd.extrapolate.observations import Observations
 from effopd.extrapolate.search import Score, SearchResult, Trial
-from effopd.extrapolate.strategies import Prediction
+from effopd.extrapolate.strategies import Prediction, steering
 from effopd.files import write_atomically
 from effopd.restore import evaluating, isolated_rng
 
@@ -49,6 +49,8 @@ class EffOPD:
             that do not score.
         config: defaults to the paper's settings.
         target: measures the accuracy that 'alpha_opd' aims at (unless `config.alpha_target` says it).
+        optimizer: the loop's optimizer, for strategies that reset its moments after a jump or steer its learning rate.
+        lr_scheduler: the loop's scheduler, if it has one; the learning rate is steered on top of its schedule.
         on_move: called after the search left the model at other weights than it found (e.g. re-sync an engine).
 
     Raises:
@@ -69,11 +71,13 @@ class EffOPD:
         *,
         target: Callable[[], Score | float] | None = None,
         on_move: Callable[[], None] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: Any = None,
     ):
         self.model, self.scorer, self.config = model, scorer, config or EffOPDConfig()
         if not self.config.enabled:
             raise ConfigError("strategy 'none' is plain training: leave the look-ahead out, or choose a strategy.")
-        if not callable(scorer) and (scorer is not None or self.config.scored):
+        if not callable(scorer) and (scorer is not None or self.config.resolved_scorer is not None):
             raise ConfigError(
                 f"scorer must be a callable model → number (larger is better), got {type(scorer).__name__}."
             )
@@ -81,6 +85,12 @@ class EffOPD:
             raise ConfigError(
                 "strategy 'alpha_opd' needs the accuracy it aims at: set alpha_target (there is no teacher to measure)."
             )
+        if optimizer is None and (self.config.resolved_optimizer == "reset" or self.config.resolved_steer):
+            raise ConfigError(
+                f"strategy '{self.config.strategy}' resets the optimizer's moments or steers its learning rate: pass "
+                "optimizer=…, or set optimizer='keep' and steer=False."
+            )
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._target = target
         self.observations = Observations()
         self.weights = LiveWeights(model, self.config.resolved_parameters, self.config.anchor_device)
@@ -98,7 +108,7 @@ class EffOPD:
             ScorerError: the scorer raised or returned no score; the weights are back where they were.
         """
         row = self._observe(step) if self.config.observes(step) else None
-        return self.search(step, row) if self.config.triggers(step) else row
+        return self.search(step, row) if self.config.triggers(step, self.history) else row
 
     def search(self, step: int, observed: dict[str, Any] | None = None) -> dict[str, Any]:
         """Search now, whatever the schedule says; see `step`. The cost of an observation made at the same step
@@ -122,7 +132,10 @@ class EffOPD:
         self.weights.commit()
         if result.accepted_scale != 0.0 and self._on_move is not None:
             self._on_move()
+        factor = self._after(result.accepted_scale)
         row = self._row(step, delta_norm, result, time.perf_counter() - start)
+        if self.config.resolved_steer:
+            row["learning_rate_factor"] = factor
         if quality is not None:
             row["fit"] = {name: value if math.isfinite(value) else None for name, value in quality.items()}
         if observed is not None:
@@ -133,6 +146,20 @@ class EffOPD:
         self.anchor_step = step
         self.history.append(row)
         return row
+
+    def _after(self, accepted_scale: float) -> float:
+        """What a jump does to the optimizer; returns the factor on the learning rate."""
+        if accepted_scale > 0 and self.config.resolved_optimizer == "reset":
+            assert self._optimizer is not None
+            self._optimizer.state.clear()
+        factor = steering(accepted_scale) if self.config.resolved_steer else 1.0
+        if factor != 1.0:
+            assert self._optimizer is not None
+            for group in self._optimizer.param_groups:
+                group["lr"] *= factor
+            if self._lr_scheduler is not None:
+                self._lr_scheduler.base_lrs = [rate * factor for rate in self._lr_scheduler.base_lrs]
+        return factor
 
     def reanchor(self, step: int) -> None:
         """Start the displacement anew from the present weights, without a search.

@@ -1,8 +1,12 @@
-"""When to look ahead: pure functions of the optimizer step."""
+"""When to look ahead: pure functions of the optimizer step and the searches so far."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+#: The longest wait of the adaptive schedule, in steps.
+LONGEST = 8
 
 
 def powers_of_two(step: int) -> bool:
@@ -15,4 +19,24 @@ def powers_of_two(step: int) -> bool:
     return step > 0 and step & (step - 1) == 0
 
 
-SCHEDULES: dict[str, Callable[[int], bool]] = {"powers_of_two": powers_of_two}
+def adaptive(step: int, history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether enough steps have passed since the last search: 1 after a jump of at least the displacement itself (s ≥ 1),
+    else twice as many as the time before, up to 8.
+
+    So it searches at every step while jumps pay, and hardly costs anything when they no longer do.
+
+    Args:
+        history: earlier searches, each with `step` and `accepted_scale`.
+    """
+    wait, last = 1, 0
+    for row in history:
+        wait = 1 if row["accepted_scale"] >= 1 else min(2 * wait, LONGEST)
+        last = row["step"]
+    return step >= last + wait
+
+
+SCHEDULES: dict[str, Callable[[int, Sequence[Mapping[str, Any]]], bool]] = {
+    "powers_of_two": lambda step, history: powers_of_two(step),
+    "every_step": lambda step, history: step > 0,
+    "adaptive": adaptive,
+}

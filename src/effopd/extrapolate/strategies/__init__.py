@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from effopd.extrapolate.live_weights import Direction, displacement
-from effopd.extrapolate.search import Score, SearchResult, Trial, first_failure_search
+from effopd.extrapolate.search import Score, SearchResult, Trial, first_failure_search, line_search
 from effopd.extrapolate.strategies import alpha_opd, relex
 from effopd.extrapolate.strategies.random_direction import random_like, seed_of
 from effopd.extrapolate.strategies.rank_one import RankOne, leading
@@ -56,21 +56,27 @@ class Strategy:
 
     Attributes:
         help: one line for `--help`.
-        scored: whether it needs a scorer (D_v).
+        scorer: what it scores with: `accuracy` on D_v, `teacher_kl` on fresh rollouts, or `None`: it does not score.
         search: (score, config) → decision.
         direction: (seed, step) → the direction to look along; `None` for strategies that fit.
         fit: how to predict; `None` for strategies that look along a direction.
         gate: its source's gate.
         parameters: its source's choice of what moves.
+        schedule: its source's triggers.
+        optimizer: what happens to the optimizer's moments after a jump forwards: `keep` or `reset`.
+        steer: whether the accepted scale steers the learning rate (`steering`).
     """
 
     help: str
-    scored: bool
+    scorer: str | None
     search: Callable[[Callable[[float], Score], Any], SearchResult]
     direction: Callable[[int, int], Direction] | None = None
     fit: Fit | None = None
     gate: str = "ge"
     parameters: str = "attention+mlp"
+    schedule: str = "powers_of_two"
+    optimizer: str = "keep"
+    steer: bool = False
 
 
 # -- how far ----------------------------------------------------------------------------------------------------
@@ -82,6 +88,20 @@ def _first_failure(score: Callable[[float], Score], config: Any) -> SearchResult
 
 def _nowhere(score: Callable[[float], Score], config: Any) -> SearchResult:
     return first_failure_search(score, (0.0,), config.resolved_gate)
+
+
+def _line(score: Callable[[float], Score], config: Any) -> SearchResult:
+    return line_search(score, config.resolved_gate)
+
+
+def steering(accepted_scale: float) -> float:
+    """What the learning rate is multiplied with: the accepted scale says how far it is from right.
+
+    √min(1 + s, 4) after a jump of more than the displacement (s > 1), ½ after a step back (s < 0), else 1.
+    """
+    if accepted_scale > 1:
+        return min(1 + accepted_scale, 4.0) ** 0.5
+    return 0.5 if accepted_scale < 0 else 1.0
 
 
 def unscored(scale: float) -> SearchResult:
@@ -136,34 +156,47 @@ def _predict_relex(observations, steps, quality, config) -> Prediction:
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "effopd": Strategy("the paper's search along the last displacement", True, _first_failure, _last_displacement),
+    "lookahead": Strategy(
+        "ours: a line search by the KL to the teacher on rollouts that training makes anyway, as often as it pays",
+        "teacher_kl",
+        _line,
+        _last_displacement,
+        gate="gt",
+        parameters="all",
+        schedule="adaptive",
+        optimizer="reset",
+        steer=True,
+    ),
+    "effopd": Strategy(
+        "the paper's search along the last displacement", "accuracy", _first_failure, _last_displacement
+    ),
     "effopd-released": Strategy(
         "the authors' public code: accepts only a strictly better score, moves also post-attention and q/k norms",
-        True,
+        "accuracy",
         _first_failure,
         _last_displacement,
         gate="gt",
         parameters="released-code",
     ),
-    "noop": Strategy("control: pays for scoring, never moves", True, _nowhere, _last_displacement),
+    "noop": Strategy("control: pays for scoring, never moves", "accuracy", _nowhere, _last_displacement),
     "fixed": Strategy(
         "control: always jumps to W + 2kΔ, k = fixed_k, without scoring",
-        False,
+        None,
         lambda score, config: unscored(2.0 * config.fixed_k),
         _last_displacement,
     ),
     "random_direction": Strategy(
-        "control: the paper's search along noise as long as Δ", True, _first_failure, _random
+        "control: the paper's search along noise as long as Δ", "accuracy", _first_failure, _random
     ),
     "alpha_opd": Strategy(
         "AlphaOPD: predicts each matrix from its rank-1 path and the accuracies so far, once, without scoring",
-        True,
+        "accuracy",
         lambda score, config: unscored(1.0),
         fit=Fit(_keep_leading, _predict_alpha, scored=True),
     ),
     "relex": Strategy(
         "RELEX: extends a straight line through the rank-1 coefficients of the first steps, once, without scoring",
-        False,
+        None,
         lambda score, config: unscored(1.0),
         fit=Fit(lambda delta: {"delta": delta.clone()}, _predict_relex, scored=False),
     ),
