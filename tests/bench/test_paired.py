@@ -83,6 +83,20 @@ def test_resampling_keeps_the_share_of_each_task():
     assert (loose.low, loose.high) == (1.0, 3.0)
 
 
+def test_one_seed_a_task_is_not_called_exact():
+    estimate = median_with_interval([2.0, 10.0], strata=["a", "b"])
+    assert (estimate.median, estimate.low, estimate.high) == (6.0, 2.0, 10.0)
+    with pytest.raises(ValueError, match="one label a value"):
+        median_with_interval([2.0, 10.0], strata=["a"])
+
+
+def test_differences_know_no_never():
+    estimate = median_with_interval([-1.0, 0.0, 0.0, 1.0, 3.0, 4.0], zero_is_never=False)
+    assert estimate.median == 0.5 and estimate.censored == 0
+    flipped = median_with_interval([1.0, 0.0, 0.0, -1.0, -3.0, -4.0], zero_is_never=False)
+    assert flipped.median == -0.5
+
+
 def test_the_same_values_give_the_same_interval():
     values = list(np.random.default_rng(1).random(8))
     assert median_with_interval(values, seed=3) == median_with_interval(values, seed=3)

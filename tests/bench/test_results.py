@@ -8,7 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from effopd.bench.results import Run, analyse, area, from_row, read_run, signed_median, to_row
+from effopd.bench.paired import median_with_interval, ratio
+from effopd.bench.results import Run, analyse, area, from_row, read_run, to_row
+from effopd.bench.time_to_target import final_target
+from effopd.errors import CheckpointError
 from effopd.files import append_row
 from effopd.report.compare_page import Lookup, render, summary_table
 
@@ -151,9 +154,64 @@ def test_area_is_the_mean_of_the_relative_kl():
     assert area(flat, "step", 55) == pytest.approx(1.0)
 
 
-def test_signed_medians_know_no_never():
-    estimate = signed_median([-1.0, 0.0, 1.0])
-    assert (estimate.median, estimate.low, estimate.high) == pytest.approx((0.0, -1.0, 1.0))
+def test_planted_speedups_over_many_grids():
+    """Curves with a floor, noise at every evaluation; ratios of five seeds each."""
+
+    def calls(speed, floor):
+        called = 0
+        for repeat in range(60):
+            ratios = []
+            for seed in range(5):
+                rng = np.random.default_rng([repeat, seed])
+                base = run(seed=seed, noise=0.1, floor=floor, rng=rng)
+                other = run("x", seed=seed, noise=0.1, floor=floor, speed=speed, rng=rng)
+                costs = [r.cost(final_target(base.rows), "eval_kl", False) for r in (base, other)]
+                ratios.append(ratio(*(cost.steps if cost else None for cost in costs)))
+            estimate = median_with_interval(ratios, draws=400, seed=repeat)
+            called += not estimate.low <= 1.0 <= estimate.high
+        return called / 60
+
+    assert calls(speed=1.0, floor=0.1) <= 0.15 and calls(speed=1.0, floor=0.0) <= 0.2
+    assert calls(speed=2.0, floor=0.0) == 1.0
+
+
+def test_a_diverged_run_never_arrives_and_is_kept():
+    def diverged(strategy, seed):
+        own = run(strategy, seed=seed)
+        late = [row | {"eval_kl": math.nan} if row["step"] > 4 else row for row in own.rows]
+        return Run("t", strategy, LR, seed, tuple(late))
+
+    found = results([*grid(5), *[diverged("x", seed) for seed in range(5)]])
+    row = speedup(found, "x")
+    assert row["n"] == row["censored"] == 5 and row["median"] == 0.0
+    text = json.dumps(found, allow_nan=False)
+    assert json.dumps(results([from_row(r) for r in json.loads(text)["runs"]]), allow_nan=False) == text
+    assert "| 0 of 5 | diverged [diverged, diverged] |" in render(found, {})
+
+
+def test_a_diverged_baseline_sets_no_target():
+    runs = grid(3, x={"speed": 2.0})
+    broken = [
+        Run("t", "vanilla", LR, 2, tuple(row | {"eval_kl": math.inf} for row in r.rows)) if (*r.arm, r.seed)
+        == ("vanilla", LR, 2) else r for r in runs
+    ]  # fmt: skip
+    assert speedup(results(broken), "x")["n"] == 2
+
+
+def test_pooling_needs_every_task():
+    runs = [run(task=task, seed=seed) for task in "ab" for seed in range(3)]
+    found = results(runs + [run("x", task="a", seed=seed, speed=2.0) for seed in range(3)])
+    assert {row["task"] for row in found["speedups"] if row["strategy"] == "x"} == {"a"}
+    assert {row["task"] for row in found["speedups"] if row["strategy"] == "vanilla"} == {"a", "b", "all"}
+
+
+def test_a_run_without_what_is_compared_is_refused(tmp_path):
+    place = {"task": "t", "strategy": "vanilla", "learning_rate": LR, "seed": 0}
+    with pytest.raises(CheckpointError, match="has no row"):
+        read_run(tmp_path, **place)
+    append_row(tmp_path / "evals.jsonl", {k: v for k, v in run().rows[0].items() if k != "eval_kl"})
+    with pytest.raises(CheckpointError, match="lacks eval_kl"):
+        read_run(tmp_path, **place)
 
 
 def test_results_are_strict_json_and_redraw_the_same_page():

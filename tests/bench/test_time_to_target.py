@@ -44,6 +44,13 @@ def test_never_reached_is_none():
     assert first_reach(rows([1.0, 0.9, 0.8]), 0.5) is None
 
 
+def test_higher_can_be_better_and_step_0_never_counts():
+    rising = rows([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert first_reach(rising, 0.7, higher_is_better=True).steps == 3
+    assert first_reach(rising, 0.5, higher_is_better=True).steps == 1
+    assert first_reach(rising, 0.95, higher_is_better=True) is None
+
+
 def test_smoothing_is_a_trailing_median():
     assert smooth([5, 1, 3, 2, 100]) == [5, 3.0, 3, 2, 3]
     assert smooth([4.0]) == [4.0]

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_task, make_tokenizer
 from tiny_run import make_trainer
 
-from effopd import OPDConfig
+from effopd import EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.distill.divergence import Head, full_loss, mixture_head, mixture_hidden, sampled_loss
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.files import read_rows
@@ -116,12 +116,48 @@ def test_a_reference_that_is_the_teacher_makes_it_plain_opd(tmp_path, loss_type)
 def test_the_reference_stays_frozen_and_its_forward_is_charged(tmp_path):
     reference = make_model(2)
     before = copy.deepcopy(reference.state_dict())
-    trainer = make_trainer(tmp_path / "x", lambda_extrapolation=1.25, reference_model=reference, **FAST)
+    trainer = make_trainer(
+        tmp_path / "x", lambda_extrapolation=1.25, reference_model=reference,
+        effopd=EffOPDConfig(validation_size=12, parameters="all", scales=[2.0], gate="ge"), **FAST,
+    )  # fmt: skip
     trainer.train()
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.reference_model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in trainer.reference_model.parameters())
     last = list(read_rows(tmp_path / "x" / "metrics.jsonl"))[-1]
     assert last["cost/teacher_forward_tokens"] == 2 * last["cost/update_forward_tokens"]
+
+
+def test_evaluation_is_against_the_teacher_alone(tmp_path):
+    """Both kinds: the answers to `eval_task`, and TRL's loss over a dataset."""
+    data, rows = make_task(8).to_dataset(), []
+    for name, flags in (("plain", {}), ("ahead", {"lambda_extrapolation": 1.9, "reference_model": make_model(2)})):
+        trainer = make_trainer(tmp_path / name, **flags, **FAST)
+        rows.append((trainer.evaluate()["eval_kl"], trainer.evaluate(eval_dataset=data)["eval_loss"]))
+    assert rows[0] == rows[1]
+
+
+def test_the_start_of_the_student_by_its_path_is_a_model_of_its_own(tmp_path):
+    path = str(tmp_path / "start")
+    make_model(0).save_pretrained(path)
+    args = OPDConfig(
+        output_dir=str(tmp_path / "run"), lambda_extrapolation=1.25, reference_model_name_or_path=path, use_cpu=True,
+        max_steps=1, report_to="none",
+    )  # fmt: skip
+    trainer = OPDTrainer(
+        path, make_model(1), args, train_dataset=make_task(8).to_dataset(), processing_class=make_tokenizer(),
+        reference_model=path,
+    )  # fmt: skip
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    own, frozen = ({p.data_ptr() for p in model.parameters()} for model in (trainer.model, trainer.reference_model))
+    assert own.isdisjoint(frozen)
+
+
+def test_models_that_cannot_be_a_reference(tmp_path):
+    student, args = make_model(0), OPDConfig(output_dir=str(tmp_path), lambda_extrapolation=1.25)
+    with pytest.raises(ConfigError, match="student object itself"):
+        OPDTrainer(student, make_model(1), args, reference_model=student)
+    with pytest.raises(CompatibilityError, match="the reference has 40 vocabulary rows"):
+        make_trainer(tmp_path / "b", lambda_extrapolation=1.25, reference_model=make_model(2, vocab_size=40), **FAST)
 
 
 def test_resumed_is_uninterrupted(tmp_path):

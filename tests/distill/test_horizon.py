@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import make_model
 from tiny_run import make_trainer
 
 from effopd import EffOPDConfig, OPDConfig
-from effopd.distill.horizon import popd, topd
+from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.distill.horizon import HorizonCallback, popd, topd
 from effopd.errors import ConfigError
 from effopd.files import read_rows
 
@@ -37,6 +41,27 @@ def test_schedules():
             assert len(set(lengths)) <= stages + 1
 
 
+def test_rounding_makes_no_token_and_no_step():
+    for percent in range(1, 101):
+        assert topd(100, percent / 100) == percent
+        late = [popd(step, 100, 64, 0.125, 1, percent / 100) for step in range(101)]
+        assert late == [8] * percent + [64] * (101 - percent)
+
+
+def test_every_limit_of_the_host_is_set_and_restored():
+    args = OPDConfig(rollout_horizon="topd", horizon_fraction=0.5, max_completion_length=8, use_cpu=True)
+    trainer = SimpleNamespace(
+        args=args, use_vllm=True, generation_config=SimpleNamespace(max_new_tokens=8), max_completion_length=8,
+        vllm_generation=SimpleNamespace(max_completion_length=8), _metrics={"train": {"horizon": []}},
+    )  # fmt: skip
+    callback, state = HorizonCallback(trainer), SimpleNamespace(global_step=0, max_steps=4)
+    for event, length in ((callback.on_step_begin, 4), (callback.on_step_end, 8)):
+        event(args, state, None)
+        host = trainer.vllm_generation.max_completion_length, trainer.max_completion_length
+        assert (trainer.generation_config.max_new_tokens, *host) == (length, length, length)
+    assert trainer._metrics["train"]["horizon"] == [4.0]
+
+
 def test_topd_rollouts_are_short_and_evaluations_are_not(tmp_path):
     trainer = make_trainer(
         tmp_path, rollout_horizon="topd", horizon_fraction=1 / 3, max_steps=3, save_strategy="no", eval_steps=1,
@@ -49,6 +74,18 @@ def test_topd_rollouts_are_short_and_evaluations_are_not(tmp_path):
     tokens = [trial["generated_tokens"] for s in read_rows(tmp_path / "searches.jsonl") for trial in s["trials"]]
     assert max(tokens) > 2 * 12  # the gate answers at full length
     assert trainer.generation_config.max_new_tokens == 6
+
+
+def test_evaluations_of_trl_are_full_length_too(tmp_path):
+    flags = FAST | {"rollout_horizon": "topd", "horizon_fraction": 1 / 3, "max_steps": 2}
+    trainer = make_trainer(tmp_path, **flags | {"eval_strategy": "steps", "eval_steps": 1})
+    trainer.eval_task = None  # so that the host evaluates its dataset
+    trainer.train()
+    evaluations = list(read_rows(tmp_path / "evals.jsonl"))
+    assert len(evaluations) == 2 and all(row["eval_loss"] > 0 for row in evaluations)
+    logged = [row for row in trainer.state.log_history if "eval_completions/max_length" in row]
+    assert len(logged) == 2 and max(row["eval_completions/max_length"] for row in logged) > 2
+    assert max(row["completions/max_length"] for row in rows(tmp_path)) <= 2
 
 
 def test_popd_rollouts_follow_the_schedule(tmp_path):
@@ -69,7 +106,7 @@ def test_popd_from_the_full_length_is_plain_opd(tmp_path):
 
 
 def test_the_first_tokens_of_a_cut_answer_are_those_of_the_whole(tmp_path):
-    """Same seed, same start: the same tokens up to the horizon, so (causality) the same KL on each of them."""
+    """Same seed, same start: the same tokens up to the horizon."""
     arms = {"whole": {}, "cut": {"rollout_horizon": "topd", "horizon_fraction": 0.5}}
     seen = {}
     for name, flags in arms.items():
@@ -84,6 +121,20 @@ def test_the_first_tokens_of_a_cut_answer_are_those_of_the_whole(tmp_path):
         trainer.train()
     assert seen["cut"].shape[1] == 3
     assert sorted(seen["cut"].tolist()) == sorted(seen["whole"][:, :3].tolist())  # TRL shuffles the rows
+
+
+def test_the_kl_of_a_token_does_not_depend_on_what_was_cut_off():
+    student, teacher = make_model(0), make_model(1)
+    prompt, answer = [5, 6, 7], [8, 9, 10, 11, 12, 13]
+    kl = [  # summed over the first h tokens
+        reverse_kl_of_completions(student, teacher, [prompt], [answer[:h]], vocab_size=64, pad_token_id=0)[0][0]
+        for h in range(1, 7)
+    ]
+    ids = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        own, target = (model(ids).logits[0, 2:-1, :64].log_softmax(-1) for model in (student, teacher))
+    whole = (own.exp() * (own - target)).sum(-1).cumsum(0)
+    torch.testing.assert_close(torch.tensor(kl), whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("effopd", [None, EffOPDConfig(validation_size=12, parameters="all", scales=[2.0], gate="ge")])

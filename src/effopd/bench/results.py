@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from effopd.bench.paired import Estimate, median_with_interval, ratio
+from effopd.bench.paired import median_with_interval, ratio
 from effopd.bench.time_to_target import WINDOW, Cost, final_target, first_reach, smooth
 from effopd.distill.run_dir import EVALS
+from effopd.errors import CheckpointError
 from effopd.extrapolate.callback import SEARCHES
 from effopd.files import read_rows
 from effopd.versions import versions
@@ -48,6 +49,8 @@ CURVE = {
     "forward_tokens": "cost/net_forward_tokens",
     "search_seconds": "cost/search_seconds",
 }
+#: Columns without which there is still something to compare.
+_OPTIONAL = ("kl_se", "search_seconds")
 ALL = "all"
 
 
@@ -78,19 +81,24 @@ class Run:
 
 
 def read_run(path: Path, *, task: str, strategy: str, learning_rate: float, seed: int) -> Run:
-    """A run from its folder."""
-    return Run(
-        task,
-        strategy,
-        learning_rate,
-        seed,
-        tuple(read_rows(path / EVALS)),
-        tuple(read_rows(path / SEARCHES)),
-    )
+    """A run from its folder.
+
+    Raises:
+        CheckpointError: it holds no evaluations, or they lack what the comparison divides.
+    """
+    rows = tuple(read_rows(path / EVALS))
+    missing = {key for row in rows for name, key in CURVE.items() if name not in _OPTIONAL and key not in row}
+    if not rows or missing:
+        raise CheckpointError(
+            f"{path / EVALS} should hold evaluations with KL, accuracy and costs, but "
+            + (f"lacks {', '.join(sorted(missing))}" if rows else "has no row")
+            + ". Train with eval_strategy: steps on a task of this package, or leave the run out."
+        )
+    return Run(task, strategy, learning_rate, seed, rows, tuple(read_rows(path / SEARCHES)))
 
 
 def to_row(run: Run) -> dict[str, Any]:
-    """A run as JSON, its curves in 5 significant digits."""
+    """A run as JSON, its curves in 5 significant digits; NaN and ∞ (a run that diverged) become `None`."""
     return {
         "task": run.task,
         "strategy": run.strategy,
@@ -103,16 +111,24 @@ def to_row(run: Run) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Run:
-    """The inverse of `to_row`, up to rounding."""
-    rows = [dict(zip(CURVE.values(), values, strict=True)) for values in zip(*row["curve"].values(), strict=True)]
+    """The inverse of `to_row`, up to rounding; what was not finite comes back as worse than any number."""
+    columns = [
+        [(-math.inf if name == "accuracy" else math.inf) if value is None else value for value in row["curve"][name]]
+        for name in CURVE
+    ]
+    rows = [dict(zip(CURVE.values(), values, strict=True)) for values in zip(*columns, strict=True)]
     searches = [{"step": step, "accepted_scale": scale} for step, scale in row["accepted"]]
     if row.get("fit"):
         searches.append({"step": -1, "accepted_scale": 0.0, "fit": row["fit"]})
     return Run(row["task"], row["strategy"], row["learning_rate"], row["seed"], tuple(rows), tuple(searches))
 
 
-def _short(value: float) -> float | int:
-    return value if isinstance(value, int) else float(f"{value:.5g}")
+def _short(value: float) -> float | int | None:
+    return value if isinstance(value, int) else _finite(float(f"{value:.5g}"))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def analyse(runs: Sequence[Run], *, baseline: str, reference_learning_rate: float) -> dict[str, Any]:
@@ -128,7 +144,8 @@ def analyse(runs: Sequence[Run], *, baseline: str, reference_learning_rate: floa
     for task, rate in best.items():
         if rate is not None:
             for place, values in _targets(runs, (baseline, rate), "best", task).items():
-                targets.setdefault(place, {}).update(values)
+                if place in targets:
+                    targets[place].update(values)
     budgets = {run.place: run.rows[-1] for run in runs if run.arm == reference}
     found = {(run.arm, run.place): run for run in runs}
     costs = {
@@ -156,14 +173,14 @@ def analyse(runs: Sequence[Run], *, baseline: str, reference_learning_rate: floa
 def _targets(
     runs: Sequence[Run], arm: tuple[str, float], kind: str, task: str | None = None
 ) -> dict[tuple[str, int], dict[str, float]]:
-    """Final smoothed values of an arm, by (task, seed)."""
+    """Final smoothed values of an arm, by (task, seed); a run that diverged sets none."""
     targets: dict[tuple[str, int], dict[str, float]] = {}
     for run in runs:
         if run.arm == arm and task in (None, run.task):
             values = {f"{kind}_kl": final_target(run.rows)}
             if kind == "reference":
                 values["reference_accuracy"] = final_target(run.rows, "eval_accuracy")
-            targets[run.place] = values
+            targets[run.place] = {name: value for name, value in values.items() if math.isfinite(value)}
     return targets
 
 
@@ -171,7 +188,10 @@ def _best_rate(runs: Sequence[Run], task: str, baseline: str, targets: Mapping) 
     """The baseline's best learning rate on a task."""
     ranked = []
     for rate in sorted({run.learning_rate for run in runs if run.task == task and run.strategy == baseline}):
-        own = [r for r in runs if r.task == task and r.arm == (baseline, rate) and r.place in targets]
+        own = [
+            r for r in runs
+            if r.task == task and r.arm == (baseline, rate) and "reference_kl" in targets.get(r.place, {})
+        ]  # fmt: skip
         reached = [r.cost(targets[r.place]["reference_kl"], *TARGETS["reference_kl"]) for r in own]
         if own:
             seconds = statistics.median([cost.seconds if cost else math.inf for cost in reached])
@@ -182,15 +202,15 @@ def _best_rate(runs: Sequence[Run], task: str, baseline: str, targets: Mapping) 
 def _run_row(run: Run, targets: Mapping[str, float], costs: Mapping[str, Cost | None], budget: Any) -> dict[str, Any]:
     last = run.rows[-1]
     row = to_row(run) | {
-        "final_kl": final_target(run.rows),
-        "final_accuracy": final_target(run.rows, "eval_accuracy"),
+        "final_kl": _finite(final_target(run.rows)),
+        "final_accuracy": _finite(final_target(run.rows, "eval_accuracy")),
         "net_seconds": last["cost/net_seconds"],
         "generated_tokens": last["cost/net_generated_tokens"],
         "forward_tokens": last["cost/net_forward_tokens"],
         "search_share": _search_share(run),
     }
     for axis, key in (("steps", "step"), ("seconds", "cost/net_seconds")):
-        row[f"auc_{axis}"] = area(run, key, budget[key]) if budget else None
+        row[f"auc_{axis}"] = _finite(area(run, key, budget[key])) if budget else None
     row["targets"] = {
         name: {"value": value, "reached": costs[name] is not None}
         | (asdict(costs[name]) if costs[name] else dict.fromkeys(AXES, None))  # type: ignore[arg-type]
@@ -207,7 +227,8 @@ def _search_share(run: Run) -> float:
 def area(run: Run, axis: str, budget: float) -> float:
     """Mean of smoothed KL / KL at step 0 over [0, budget] of a cost axis (trapezoid; the last value is held)."""
     x = np.array([row[axis] for row in run.rows], dtype=np.float64)
-    y = np.array(smooth([row["eval_kl"] for row in run.rows])) / run.rows[0]["eval_kl"]
+    with np.errstate(invalid="ignore"):  # a run that diverged at once
+        y = np.array(smooth([row["eval_kl"] for row in run.rows])) / np.float64(run.rows[0]["eval_kl"])
     inside = x < budget
     x_in = np.append(x[inside], budget)
     y_in = np.append(y[inside], np.interp(budget, x, y))
@@ -215,7 +236,8 @@ def area(run: Run, axis: str, budget: float) -> float:
 
 
 def _speedups(arms, tasks, reference, best, costs) -> list[dict[str, Any]]:
-    """Each arm against the baseline at the reference and at its best learning rate, by task and over all tasks."""
+    """Each arm against the baseline at the reference and at its best learning rate, by task and over all tasks (where
+    it has pairs in all of them)."""
     rows = []
     for arm in arms:
         for against in ("reference", "best"):
@@ -224,7 +246,7 @@ def _speedups(arms, tasks, reference, best, costs) -> list[dict[str, Any]]:
                     pairs = _ratios(arm, reference, best if against == "best" else None, target, axis, costs)
                     for task in [*tasks, ALL] if len(tasks) > 1 else tasks:
                         own = [(place, value) for place, value in pairs if task in (ALL, place[0])]
-                        if not own:
+                        if not own or (task == ALL and {place[0] for place, _ in own} != set(tasks)):
                             continue
                         estimate = median_with_interval([v for _, v in own], [place[0] for place, _ in own])
                         rows.append(
@@ -279,14 +301,7 @@ def _quality(arms, tasks, found, reference, budgets) -> list[dict[str, Any]]:
             }
             for name, numbers in values.items():
                 if numbers:
-                    estimate = signed_median(numbers)
+                    estimate = median_with_interval(numbers, zero_is_never=False)
                     rows.append({"task": task, "strategy": arm[0], "learning_rate": arm[1], "measure": name,
                                  **{k: v for k, v in estimate.to_row().items() if k in ("median", "low", "high", "n")}})  # fmt: skip
     return rows
-
-
-def signed_median(values: Sequence[float]) -> Estimate:
-    """`median_with_interval` for plain numbers, in which 0 is no sign of anything."""
-    shift = min(values) - 1.0
-    estimate = median_with_interval([value - shift for value in values])
-    return Estimate(estimate.median + shift, estimate.low + shift, estimate.high + shift, estimate.n)

@@ -59,11 +59,16 @@ class Head:
 
 
 def mixture_head(teacher: Head, reference: Head, weight: float) -> Head:
-    """The head of softmax(λ z* + (1−λ) z_ref) for hidden states made by `mixture_hidden`: [W* | W_ref], so that no
-    logits have to be formed. Make it once; it is a copy of both heads.
+    """The head of ExOPD's target for hidden states made by `mixture_hidden`, so that no logits have to be formed.
+
+    The weight is [W* | W_ref], [V, H* + H_ref], the bias λ scale* b* + (1−λ) scale_ref b_ref. Given both as the teacher,
+    `full_loss` with β = 1 is KL(π_θ ‖ softmax((λ z* + (1−λ) z_ref) / temperature)), in nats per token. Make the head
+    once; it is a copy of both.
 
     Raises:
-        CompatibilityError: a model caps its logits, so they cannot be added before the cap.
+        CompatibilityError: a model caps its logits; capped logits are no linear function of the hidden states.
+
+    Source: arXiv 2602.12125 (the maximiser of λ E log(π*/π_ref) − KL(π_θ ‖ π_ref)).
     """
     if teacher.softcap is not None or reference.softcap is not None:
         raise CompatibilityError(
@@ -71,7 +76,7 @@ def mixture_head(teacher: Head, reference: Head, weight: float) -> Head:
             f"{'the teacher' if teacher.softcap is not None else 'the reference'}. Use lambda_extrapolation=1."
         )
     parts = [(teacher.bias, weight * teacher.scale), (reference.bias, (1 - weight) * reference.scale)]
-    biases = [scale * bias for bias, scale in parts if bias is not None]
+    biases = [scale * bias.float().to(teacher.weight.device) for bias, scale in parts if bias is not None]
     matrix = torch.cat([teacher.weight, reference.weight.to(teacher.weight)], dim=1)
     return Head(matrix, torch.stack(biases).sum(0) if biases else None, 1.0, None)
 
@@ -95,8 +100,10 @@ def _logit_scale(config) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
 
 
-def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer_size: int) -> int:
-    """The vocabulary both models have; padding rows of the larger one are ignored.
+def shared_vocab_size(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer_size: int, role: str = "teacher"
+) -> int:
+    """The vocabulary both models have; padding rows of the larger one are ignored. `role` names the second one in errors.
 
     Checkpoints of one family often pad their embedding differently (Qwen2.5: 151936 and 152064 rows for 151665
     tokens). That is harmless as long as every token of the tokenizer has a row in both.
@@ -106,13 +113,13 @@ def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, tokeni
     """
     sizes = {
         "student": student.config.get_text_config().vocab_size,
-        "teacher": teacher.config.get_text_config().vocab_size,
+        role: teacher.config.get_text_config().vocab_size,
     }
-    for role, size in sizes.items():
+    for name, size in sizes.items():
         if size < tokenizer_size:
             raise CompatibilityError(
-                f"the {role} has {size} vocabulary rows but the tokenizer has {tokenizer_size} tokens: expected at "
-                "least one row a token. Student and teacher must share the tokenizer (for others, see TRL's GOLD)."
+                f"the {name} has {size} vocabulary rows but the tokenizer has {tokenizer_size} tokens: expected at "
+                f"least one row a token. Student and {role} must share the tokenizer (for others, see TRL's GOLD)."
             )
     return min(sizes.values())
 

@@ -1,9 +1,9 @@
 """How long a rollout may get: TOPD (a fixed share) and POPD (a share that grows), arXiv 2605.31490.
 
 Late positions cost most and teach least, and OPD needs no final answer, so only the first H tokens of an answer are
-generated and learned from. Evaluations, and the look-ahead's validation answers, are full length. The horizon is a
-function of the step, so a resumed run has the right one without any state. Where it changes, the look-ahead's anchor is
-set anew: a displacement must not span two objectives.
+generated and learned from. Evaluations, and answers that the look-ahead samples itself, are full length (its scorer
+`teacher_kl` reads training's own, short ones). The horizon is a function of the step, so a resumed run has the right one
+without any state. Where it changes, the look-ahead's anchor is set anew: a displacement must not span two objectives.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from transformers import TrainerCallback
 from effopd.extrapolate.callback import EffOPDCallback
 
 
+def _exact(value: float) -> float:
+    """0.55 · 100 is 55, not 55.00000000000001: a rounding error must not become a token, or a step."""
+    return round(value, 9)
+
+
 def topd(max_length: int, fraction: float) -> int:
     """H = ρ · T_max, at least 1 token.
 
@@ -23,7 +28,7 @@ def topd(max_length: int, fraction: float) -> int:
         >>> topd(24, 0.25)
         6
     """
-    return max(1, math.ceil(fraction * max_length))
+    return max(1, math.ceil(_exact(fraction * max_length)))
 
 
 def popd(step: int, total_steps: int, max_length: int, start: float, stages: int, growth: float) -> int:
@@ -36,8 +41,8 @@ def popd(step: int, total_steps: int, max_length: int, start: float, stages: int
         >>> [popd(step, 16, 16, 0.5, 2, 0.5) for step in range(10)]
         [8, 8, 8, 8, 12, 12, 12, 12, 16, 16]
     """
-    done = min(stages, math.floor(stages * step / max(1.0, growth * total_steps)))
-    return max(1, min(max_length, math.ceil(max_length * (start + (1 - start) * done / stages))))
+    done = min(stages, math.floor(_exact(stages * step / max(1.0, growth * total_steps))))
+    return max(1, min(max_length, math.ceil(_exact(max_length * (start + (1 - start) * done / stages)))))
 
 
 class HorizonCallback(TrainerCallback):
@@ -76,5 +81,6 @@ class HorizonCallback(TrainerCallback):
 
     def _set(self, length: int) -> None:
         self._trainer.generation_config.max_new_tokens = length
+        self._trainer.max_completion_length = length  # the bound over all turns of an answer that calls tools
         if self._trainer.use_vllm:
             self._trainer.vllm_generation.max_completion_length = length

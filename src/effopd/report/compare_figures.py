@@ -13,9 +13,10 @@ import numpy as np
 from effopd.bench.time_to_target import smooth
 from effopd.optional import require
 from effopd.report.compare_page import Lookup
-from effopd.report.style import group_colors, quiet_style
+from effopd.report.style import group_colors, quiet_style, save
 
 _CURVES = ("vanilla", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")
+_GREY, _RED = "#4c566a", "#d1495b"
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
@@ -30,19 +31,25 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     with quiet_style():
-        for name, make in (("speedups", _forest), ("curves", _curves), ("learning_rates", _rates)):
+        for name, (make, title, note) in _FIGURES.items():
             figure = make(plt, look)
             if figure is not None:
-                drawn[name] = folder / f"{name}.png"
-                figure.savefig(drawn[name], dpi=150, facecolor="white")
+                drawn[name] = save(figure, folder / f"{name}.png", title.format(baseline=look.baseline), note)
                 plt.close(figure)
     return drawn
 
 
+def strategy_colors(look: Lookup, strategies: Sequence[str]) -> dict[str, str]:
+    """Grey for the baseline and red for EffOPD, as in the demo's figure; the palette without them for the others."""
+    fixed = {look.baseline: _GREY, "effopd": _RED}
+    others = [strategy for strategy in strategies if strategy not in fixed]
+    return fixed | group_colors(["opd", *others])  # `opd` takes the palette's red
+
+
 def _curves(plt, look: Lookup):
     """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest."""
-    strategies = [s for s in look.at_reference() if s in _CURVES] or look.at_reference()[:7]
-    colors = group_colors(strategies)
+    strategies = [s for s in look.at_reference() if s in (look.baseline, *_CURVES)] or look.at_reference()[:7]
+    colors = strategy_colors(look, strategies)
     figure, axes = plt.subplots(
         len(look.tasks), 2, figsize=(11, 3.8 * len(look.tasks)), squeeze=False, constrained_layout=True
     )
@@ -54,7 +61,8 @@ def _curves(plt, look: Lookup):
                 if not curves:
                     continue
                 x, median, low, high = _band(curves, key)
-                axis.plot(x, median, color=colors[strategy], label=strategy, linewidth=1.6)
+                base = {"linestyle": "--", "zorder": 5} if strategy == look.baseline else {}  # no-op lies on it
+                axis.plot(x, median, color=colors[strategy], label=strategy, linewidth=1.6, **base)
                 axis.fill_between(x, low, high, color=colors[strategy], alpha=0.12, linewidth=0)
             axis.set_yscale("log")
             axis.set_xlabel(label)
@@ -68,7 +76,8 @@ def _band(curves: Sequence[Mapping[str, list[float]]], key: str):
     """Smoothed KL of several runs on one axis: common grid, median, lowest, highest."""
     end = min(curve[key][-1] for curve in curves)
     x = np.linspace(0, end, 200)
-    y = np.array([np.interp(x, curve[key], smooth(curve["kl"])) for curve in curves])
+    kl = [[math.inf if value is None else value for value in curve["kl"]] for curve in curves]
+    y = np.array([np.interp(x, curve[key], smooth(own)) for curve, own in zip(curves, kl, strict=True)])
     return x, np.median(y, axis=0), y.min(axis=0), y.max(axis=0)
 
 
@@ -100,7 +109,7 @@ def _forest(plt, look: Lookup):
     for task in look.tasks:
         axes[0].plot([], [], "o", color=colors[task], label=task)
     axes[0].plot([], [], "<", color="#4c566a", markerfacecolor="none", label="median: never arrives")
-    figure.legend(loc="outside upper center", ncols=len(look.tasks) + 1, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper right", ncols=len(look.tasks) + 1, frameon=False, fontsize=8)
     return figure
 
 
@@ -123,7 +132,7 @@ def _rates(plt, look: Lookup):
     swept = [s for s in dict.fromkeys(s for s, _ in look.arms) if len({r for t, r in look.arms if t == s}) > 1]
     if not swept:
         return None
-    colors = group_colors(swept)
+    colors, ticks = strategy_colors(look, swept), require("matplotlib.ticker")
     figure, axes = plt.subplots(
         1, len(look.tasks), figsize=(5.5 * len(look.tasks), 3.8), squeeze=False, constrained_layout=True
     )
@@ -146,11 +155,34 @@ def _rates(plt, look: Lookup):
                         color=colors[strategy], markersize=5, alpha=0.7,
                     )  # fmt: skip
         axis.axhline(top, color="#4c566a", linewidth=0.8, linestyle=":")
-        axis.annotate("never", (1, top), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axis.annotate(" never", (1, top), xycoords=("axes fraction", "data"), ha="left", va="center", fontsize=8)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticks.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(ticks.NullFormatter())
         axis.set_xlabel("learning rate")
         axis.set_title(task, loc="left")
     axes[0][0].set_ylabel("net seconds to the baseline's final KL\nat the reference learning rate")
     axes[0][0].legend(frameon=False)
     return figure
+
+
+#: Name → (drawing function, title, note).
+_FIGURES = {
+    "speedups": (
+        _forest,
+        "Net speed-up to {baseline}'s final held-out KL",
+        "Reference learning rate; median over seeds, 95 % interval. An arrow: beyond the axis, at the left also “never”.",
+    ),
+    "curves": (
+        _curves,
+        "Held-out KL, reference learning rate",
+        "Smoothed; line: median over seeds, shaded: lowest to highest, up to where the shortest run ends.",
+    ),
+    "learning_rates": (
+        _rates,
+        "What the learning rate does",
+        "Points: single seeds, a cross: never arrives; line: median over seeds.",
+    ),
+}

@@ -1,0 +1,89 @@
+"""The figures of a comparison show what results.json holds."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from matplotlib.figure import Figure
+from test_compare_page import LR, grid, run
+
+from effopd.bench.results import Run, analyse
+from effopd.report.compare_figures import draw, strategy_colors
+from effopd.report.compare_page import Lookup
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures as they would be saved, by name; no pixels are made."""
+    kept = {}
+
+    def keep(self, path, **options):
+        kept[path.stem] = self
+        path.write_bytes(b"png")
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return kept
+
+
+def curves(axis):
+    return {line.get_label(): line for line in axis.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_every_figure_is_drawn_from_the_json_alone(tmp_path, figures):
+    results = json.loads(json.dumps(grid(), allow_nan=False))
+    drawn = draw(results, tmp_path / "figures")
+    assert set(drawn) == set(figures) == {"speedups", "curves", "learning_rates"}
+    assert all(path.is_file() for path in drawn.values())
+
+
+def test_curves_hold_the_median_of_the_seeds(tmp_path, figures):
+    results = grid(tasks=("sums",))
+    draw(results, tmp_path)
+    by_steps, by_seconds = figures["curves"].axes
+    for axis in (by_steps, by_seconds):
+        assert axis.get_yscale() == "log" and set(curves(axis)) == {"vanilla", "effopd", "noop"}
+    ends = sorted(r["final_kl"] for r in results["runs"] if (r["strategy"], r["learning_rate"]) == ("effopd", LR))
+    assert curves(by_steps)["effopd"].get_ydata()[-1] == pytest.approx(ends[1])
+    assert len(by_steps.collections) == 3  # a band each
+
+
+def test_the_forest_marks_what_never_arrives(tmp_path, figures):
+    runs = [run(name, seed, speed=speed, floor=floor) for seed in range(3)
+            for name, speed, floor in (("vanilla", 1, 0), ("effopd", 2, 0), ("stuck", 1, 0.5))]  # fmt: skip
+    results = analyse(runs, baseline="vanilla", reference_learning_rate=LR)
+    draw(results, tmp_path)
+    axis = figures["speedups"].axes[0]
+    points = [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
+    medians = {line.get_marker(): line.get_xdata()[0] for line in points}
+    expected = Lookup(results).speedup("sums", ("effopd", LR), "steps")["median"]
+    assert medians["o"] == pytest.approx(expected)
+    assert medians["<"] < 0.25  # at the left edge, not missing
+
+
+def test_runs_that_never_arrive_sit_above_all_others(tmp_path, figures):
+    draw(grid(tasks=("sums",)), tmp_path)
+    (axis,) = figures["learning_rates"].axes
+    crosses = [line.get_ydata()[0] for line in axis.get_lines() if line.get_marker() == "x"]
+    points = [line.get_ydata()[0] for line in axis.get_lines() if line.get_marker() == "o"]
+    assert len(crosses) == 3 and len(set(crosses)) == 1 and min(crosses) > max(points)
+    assert len(points) == 9
+
+
+def test_what_there_is_no_data_for_is_left_out(tmp_path, figures):
+    only = analyse([run("vanilla", 0)], baseline="vanilla", reference_learning_rate=LR)
+    assert set(draw(only, tmp_path)) == {"curves"}
+
+
+def test_a_diverged_run_does_not_stop_the_figures(tmp_path, figures):
+    whole = run("effopd", 0)
+    rows = tuple(row | {"eval_kl": math.nan} if row["step"] > 20 else row for row in whole.rows)
+    runs = [run("vanilla", 0), run("vanilla", 1), Run("sums", "effopd", LR, 0, rows), run("effopd", 1)]
+    assert "curves" in draw(analyse(runs, baseline="vanilla", reference_learning_rate=LR), tmp_path)
+
+
+def test_colours_tell_strategies_apart():
+    names = ["vanilla", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd"]
+    colors = strategy_colors(Lookup(grid(1, ("sums",))), names)
+    assert len({colors[name] for name in names}) == len(names)

@@ -1,0 +1,137 @@
+"""Sentences, tables and figures follow from results.json, and from nothing else."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from effopd.bench.results import Run, analyse
+from effopd.report.compare_page import Lookup, number, render, summary_table, times
+
+LR = 3e-5
+
+
+def run(strategy, seed, rate=LR, speed=1.0, floor=0.0, task="sums", searches=()):
+    """KL falls as exp(−0.03 · speed · step), with a little noise; a step costs a second."""
+    rng = np.random.default_rng([seed, int(1e6 * rate), *map(ord, task + strategy)])
+    rows = tuple(
+        {
+            "step": step,
+            "eval_kl": 0.1 * max(math.exp(-0.03 * speed * step), floor) * math.exp(0.02 * rng.standard_normal()),
+            "eval_kl_se": 0.001,
+            "eval_accuracy": 0.8 - 0.5 * math.exp(-0.03 * speed * step),
+            "cost/net_seconds": 1.0 * step,
+            "cost/net_generated_tokens": 100 * step,
+            "cost/net_forward_tokens": 300 * step,
+            "cost/search_seconds": 0.1 * step,
+        }
+        for step in range(0, 61, 2)
+    )
+    return Run(task, strategy, rate, seed, rows, searches)
+
+
+def grid(seeds=3, tasks=("sums", "words"), speed=2.0):
+    runs = []
+    for task in tasks:
+        for seed in range(seeds):
+            runs += [run("vanilla", seed, task=task), run("vanilla", seed, 9e-5, 1.5, task=task)]
+            runs += [run("effopd", seed, speed=speed, task=task, searches=({"step": 4, "accepted_scale": 10.0},))]
+            runs += [run("effopd", seed, 9e-5, speed, floor=0.5, task=task), run("noop", seed, task=task)]
+    return analyse(runs, baseline="vanilla", reference_learning_rate=LR)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return grid()
+
+
+def printed(results, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    for table in summary_table(results):
+        console.print(table)
+    return console.export_text()
+
+
+def test_numbers_in_words():
+    row = {"median": 2.0, "low": 0.0, "high": None, "n": 5}
+    assert times(row) == "2.00× [never, > any]"
+    assert times(row | {"median": 0.0}, interval=False) == "never"
+    assert times(row | {"n": 1}) == "2.00×"
+    assert times(None) == times(row | {"n": 0}) == number(None) == "–"
+    assert number({"median": 0.5, "low": 0.25, "high": None, "n": 2}, ".2f") == "0.50 [0.25, diverged]"
+
+
+def test_every_speed_up_in_the_lead_is_a_row_of_the_results(results):
+    page = render(results, {})
+    look = Lookup(results)
+    for task in ("sums", "words", "all"):
+        line = next(x for x in page.splitlines() if f"reference learning rate, {task}**" in x)
+        for axis, name in (("steps", "steps"), ("seconds", "net seconds"), ("generated_tokens", "sampled tokens")):
+            assert f"{times(look.speedup(task, ('effopd', LR), axis))} in {name}" in line
+        assert f"(n = {6 if task == 'all' else 3})" in line
+
+
+def test_the_page_changes_with_the_numbers(results):
+    changed = copy.deepcopy(results)
+    for row in changed["speedups"]:
+        if (row["task"], row["strategy"], row["axis"], row["target"]) == ("sums", "effopd", "steps", "reference_kl"):
+            row["median"] = 3.21
+    before, after = render(results, {}), render(changed, {})
+    assert "sums: not reproduced" in before and "sums: reproduced, 3.21×" in after
+    assert "3.21" not in before
+
+
+def test_an_arm_that_never_arrives_stays_on_the_page(results):
+    rows = [line for line in render(results, {}).splitlines() if line.startswith("| sums | `effopd` | 9e-05")]
+    assert len(rows) == 1 and "0 of 3 | never" in rows[0]
+
+
+def test_a_grid_without_effopd_or_with_one_task_or_seed():
+    for seeds, tasks in ((1, ("sums",)), (1, ("sums", "words"))):
+        page = render(grid(seeds, tasks), {})
+        assert ("### all tasks" in page) == (len(tasks) > 1)
+    only = analyse([run("vanilla", 0)], baseline="vanilla", reference_learning_rate=LR)
+    assert "| `vanilla` | 1.00×" in render(only, {})
+    # one seed a task: the pooled interval is no point
+    line = next(x for x in page.splitlines() if x.startswith("| `effopd` | 2 |"))
+    low, high = map(float, re.search(r"× \[([\d.]+), ([\d.]+)\]", line).groups())
+    assert low < high
+
+
+def test_tables_are_rectangular(results):
+    blocks = [b for b in render(results, {}).split("\n\n") if b.startswith("| ")]
+    assert len(blocks) >= 6
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_table_is_whole(results, width):
+    text = printed(results, width)
+    assert "…" not in text and "effopd" in text and "vanilla" in text
+    assert text.count("vanilla's final held-out KL") == 2
+    found = Lookup(results).speedup("sums", ("effopd", LR), "seconds")
+    assert f"{found['median']:.2f}×" in text and "3/3" in text and "10.0%" in text
+
+
+def test_the_terminal_shows_intervals_of_runs_that_never_arrive():
+    slow = [run("effopd", seed, speed=2.0, floor=0.5 if seed else 0.0) for seed in range(3)]
+    results = analyse([*(run("vanilla", seed) for seed in range(3)), *slow], baseline="vanilla",
+                      reference_learning_rate=LR)  # fmt: skip
+    row = Lookup(results).speedup("sums", ("effopd", LR), "seconds")
+    assert row["low"] == row["median"] == 0.0 < row["high"]
+    for width in (80, 120):
+        assert f"never–{row['high']:.2f}" in printed(results, width)
+
+
+def test_the_same_json_draws_the_same_page(results):
+    again = json.loads(json.dumps(results, allow_nan=False))
+    assert render(again, {"a": "b.png"}) == render(results, {"a": "b.png"})
+    assert printed(again, 100) == printed(results, 100)
