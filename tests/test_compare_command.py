@@ -142,7 +142,9 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
     assert "finished yet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["compare-testbed.yaml", "compare-qwen3-1.7b.yaml", "compare-qwen3-4b.yaml"])
+@pytest.mark.parametrize(
+    "recipe", ["compare-testbed.yaml", "compare-ablation.yaml", "compare-qwen3-1.7b.yaml", "compare-qwen3-4b.yaml"]
+)
 def test_the_shipped_plans_pass_a_dry_run(recipe, capsys):
     assert main(["compare", str(RECIPES / recipe), "--dry_run"]) == 0
     assert "vanilla" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
                 settings = parse_train(["--config", str(path)])
             except EffOPDError as error:
                 raise ConfigError(f"strategy '{run.strategy}', task '{run.task}': {error}") from error
-            if settings.opd.eval_strategy == "no":
+            if settings.opd.eval_strategy == "no" or not settings.opd.eval_on_start:
                 raise ConfigError(
                     "the plan's base must evaluate (eval_strategy: steps, eval_steps: N, eval_on_start: true): "
                     "time-to-target is read off the evaluations."

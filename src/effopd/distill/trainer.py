@@ -160,7 +160,17 @@ class OPDTrainer(RunMixin, DistillationTrainer):
     # -- look ahead on fresh rollouts ----------------------------------------------------------------------------
 
     def rollout_scorer(self, rollouts: int) -> RolloutScorer:
-        """The scorer `teacher_kl` of the look-ahead; its rollouts are handed over at every step."""
+        """The scorer `teacher_kl` of the look-ahead; its rollouts are handed over at every step.
+
+        Raises:
+            ConfigError: the run learns another target than the teacher (ExOPD).
+        """
+        if self.reference_model is not None:
+            raise ConfigError(
+                f"the look-ahead's scorer 'teacher_kl' measures the KL to the teacher, but lambda_extrapolation="
+                f"{self.args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
+                "strategy 'effopd', or lambda_extrapolation=1."
+            )
         self._rollout_scorer = RolloutScorer(self, rollouts)
         return self._rollout_scorer
 

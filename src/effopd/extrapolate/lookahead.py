@@ -123,8 +123,11 @@ class EffOPD:
             direction, quality = plan.direction(self.config.seed, step), None
         self.weights.begin(direction)
         try:
-            with evaluating(self.model):
-                result = plan.search(lambda scale: self._score(scale, seed), self.config)
+            if delta_norm == 0.0 and plan.fit is None:  # nothing has moved since the anchor: nowhere to look
+                result = SearchResult(0.0, (Trial(0.0, None, "start"),))
+            else:
+                with evaluating(self.model):
+                    result = plan.search(lambda scale: self._score(scale, seed), self.config)
             result = self._move(result)
         except BaseException:
             self.weights.abort()
