@@ -163,22 +163,26 @@ def line_search(
     if best == 0.0:
         attempt(-0.5)
     for _ in range(refinements):
-        vertex = _vertex(known, best)
+        vertex = _vertex(known, best, longest)
         if vertex is None:
             break
         attempt(vertex)
     return SearchResult(best, tuple(trials))
 
 
-def _vertex(known: Mapping[float, float], best: float) -> float | None:
-    """Where the parabola through `best` and its neighbours is highest; `None` at an end, or where it is no new point."""
-    below, above = [s for s in known if s < best], [s for s in known if s > best]
-    if not below or not above:
+def _vertex(known: Mapping[float, float], best: float, longest: float) -> float | None:
+    """Where the parabola through `best` and its neighbours is highest, at most as far as the nearest scored points (at an
+    end: as the anchor, −1, or `longest`); `None` if it opens upwards or that is no new point."""
+    below, above = sorted(s for s in known if s < best), sorted(s for s in known if s > best)
+    near = [*below[-1:], best, *above[:1]] if below and above else [*below[-2:], best, *above[:2]]
+    if len(near) < 3:
         return None
-    a, c = max(below), min(above)
-    left, right = (best - a) * (known[best] - known[c]), (best - c) * (known[best] - known[a])
-    if left == right:
+    a, b, c = near
+    slopes = (known[b] - known[a]) / (b - a), (known[c] - known[b]) / (c - b)
+    curvature = (slopes[1] - slopes[0]) / (c - a)
+    if not curvature < 0:
         return None
-    vertex = best - 0.5 * ((best - a) * left - (best - c) * right) / (left - right)
-    inside = a < vertex < c and min(abs(vertex - s) for s in (a, best, c)) > 1e-9 * (c - a)
+    vertex = 0.5 * (a + b) - 0.5 * slopes[0] / curvature
+    low, high = below[-1] if below else -1.0, above[0] if above else longest
+    inside = low < vertex < high and min(abs(vertex - s) for s in near) > 1e-9 * (c - a)
     return vertex if inside else None

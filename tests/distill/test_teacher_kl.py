@@ -1,0 +1,126 @@
+"""The scorer on rollouts: the exact KL on the very tokens training is about to use, charged, without a trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_model, make_task, make_tokenizer
+from tiny_run import make_trainer
+from trl import DistillationConfig, DistillationTrainer
+
+from effopd import EffOPDCallback, EffOPDConfig
+from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.errors import ConfigError
+from effopd.files import read_rows
+
+FAST = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
+LOOK = EffOPDConfig("lookahead", score_rollouts=5)
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_score_is_the_exact_kl_of_the_steps_own_rollouts(tmp_path):
+    trainer = make_trainer(tmp_path, effopd=LOOK, **FAST)
+    scorer, seen = trainer._rollout_scorer, []
+    take = scorer.take
+
+    def spy(inputs):
+        take(inputs)
+        score = scorer(trainer.model)
+        prompts, answers = (
+            [row[mask.bool()].tolist() for row, mask in zip(inputs[f"{n}_ids"], inputs[f"{n}_mask"], strict=True)][:5]
+            for n in ("prompt", "completion")
+        )
+        sums, counts = reverse_kl_of_completions(
+            trainer.model.eval(),
+            trainer.teacher_model,
+            prompts,
+            answers,
+            vocab_size=trainer.vocab_size,
+            pad_token_id=0,
+        )
+        trainer.model.train()
+        seen.append((score, sums, counts, prompts, answers))
+
+    scorer.take = spy
+    trainer.train()
+    assert len(seen) == 4
+    for score, sums, counts, prompts, answers in seen:
+        assert score.mean == pytest.approx(-sum(sums) / sum(counts), rel=1e-4)
+        assert score.per_example == pytest.approx([-s / c for s, c in zip(sums, counts, strict=True)], rel=1e-4)
+        assert score.generated_tokens == 0
+        tokens = sum(map(len, prompts)) + sum(map(len, answers))
+        assert score.forward_tokens == 2 * tokens  # student, and once a search the teacher
+
+
+def test_looking_without_jumping_leaves_no_trace(tmp_path):
+    plain = make_trainer(tmp_path / "plain", **FAST)
+    plain.train()
+    config = EffOPDConfig("noop", scorer="teacher_kl", schedule="every_step")
+    looked = make_trainer(tmp_path / "looked", effopd=config, **FAST)
+    looked.train()
+    assert same(weights(plain), weights(looked))
+    rows = list(read_rows(tmp_path / "looked" / "searches.jsonl"))
+    assert [row["step"] for row in rows] == [
+        2,
+        3,
+        4,
+    ]  # in the step whose rollouts they use; step 1 has no displacement
+    last = list(read_rows(tmp_path / "looked" / "metrics.jsonl"))[-1]
+    assert last["cost/search_generated_tokens"] == 0
+    assert last["cost/search_forward_tokens"] == sum(row["forward_tokens"] for row in rows) > 0
+
+
+def test_accumulated_micro_batches_are_looked_at_once_a_step(tmp_path):
+    config = EffOPDConfig("noop", scorer="teacher_kl", schedule="every_step")
+    make_trainer(tmp_path, effopd=config, per_device_train_batch_size=4, gradient_accumulation_steps=2, **FAST).train()
+    assert [row["step"] for row in read_rows(tmp_path / "searches.jsonl")] == [2, 3, 4]
+
+
+def test_it_jumps_and_gets_closer_to_the_teacher(tmp_path):
+    plain = make_trainer(
+        tmp_path / "plain", **FAST | {"eval_strategy": "steps", "eval_steps": 4, "learning_rate": 1e-4}
+    )
+    ahead = make_trainer(
+        tmp_path / "ahead", effopd=LOOK, **FAST | {"eval_strategy": "steps", "eval_steps": 4, "learning_rate": 1e-4}
+    )
+    for trainer in (plain, ahead):
+        trainer.train()
+    kl = [list(read_rows(tmp_path / name / "evals.jsonl"))[-1]["eval_kl"] for name in ("plain", "ahead")]
+    assert kl[1] < kl[0]
+    assert any(row["accepted_scale"] > 1 for row in read_rows(tmp_path / "ahead" / "searches.jsonl"))
+
+
+def test_needs_no_answers(tmp_path):
+    task = make_task(64)
+    unanswered = type(task)(
+        task.name, tuple(type(e)(e.id, e.prompt, None, e.metadata) for e in task.examples), task.verify
+    )
+    trainer = make_trainer(tmp_path, task=task, **FAST)
+    trainer.add_callback(EffOPDCallback(trainer, LOOK, task=unanswered))
+    trainer.train()
+    assert list(read_rows(tmp_path / "searches.jsonl"))
+
+
+def test_hosts_that_hand_out_no_rollouts_and_other_targets_are_refused(tmp_path):
+    host = DistillationTrainer(
+        make_model(0), make_model(1),
+        DistillationConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+        train_dataset=make_task(64).to_dataset(), processing_class=make_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="OPDTrainer"):
+        EffOPDCallback(host, LOOK)
+    with pytest.raises(ConfigError, match="another target"):
+        make_trainer(tmp_path / "x", effopd=LOOK, lambda_extrapolation=1.25, reference_model=make_model(2), **FAST)
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "alpha_opd", "relex"])
+def test_a_scorer_that_would_be_ignored_is_refused(strategy):
+    with pytest.raises(ConfigError, match="scorer"):
+        EffOPDConfig(strategy, scorer="teacher_kl")

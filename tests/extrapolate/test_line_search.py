@@ -1,0 +1,201 @@
+"""The line search, its schedule and its steering, as pure functions and on a problem with a known optimum."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from effopd import EffOPD, EffOPDConfig, Score
+from effopd.errors import ConfigError, NonFiniteWeightsError
+from effopd.extrapolate.schedule import adaptive
+from effopd.extrapolate.search import line_search
+from effopd.extrapolate.strategies import steering
+
+
+def search(function, **settings):
+    calls = []
+
+    def score(scale):
+        calls.append(scale)
+        return Score(function(scale), forward_tokens=1)
+
+    result = line_search(score, **settings)
+    assert calls == [trial.scale for trial in result.trials]  # every score is in the history, none is made twice
+    assert len(set(calls)) == len(calls)
+    return result
+
+
+@pytest.mark.parametrize("peak", [0.01, 0.3, 1.0, 1.7, 3.0, 5.5, 13.0, 40.0, 63.0, -0.2, -0.5, -0.9])
+def test_a_parabola_is_maximised_exactly(peak):
+    result = search(lambda s: -((s - peak) ** 2))
+    assert result.accepted_scale == pytest.approx(peak, abs=1e-9)
+    assert len(result.trials) <= math.log2(max(1.0, peak)) + 5
+
+
+def test_it_never_ends_below_the_start():
+    for seed in range(300):
+        rng = random.Random(seed)
+        values: dict[float, float] = {}
+        result = search(lambda s, values=values, rng=rng: values.setdefault(s, rng.random()))
+        assert values[result.accepted_scale] >= values[0.0]
+        assert values[result.accepted_scale] == max(values[t.scale] for t in result.trials if t.verdict != "rejected")
+
+
+def test_more_refinements_get_closer_on_a_skewed_curve():
+    curve = lambda s: s * math.exp(-s / 5)  # noqa: E731  # best at 5
+    errors = [abs(search(curve, refinements=n).accepted_scale - 5) for n in (0, 1, 3, 8)]
+    assert errors == sorted(errors, reverse=True) and errors[0] == 1.0 and errors[-1] < 1e-3
+
+
+def test_a_flat_score_stays_where_it_is():
+    result = search(lambda s: 0.5)
+    assert result.accepted_scale == 0.0 and len(result.trials) == 3
+    assert search(lambda s: 0.5, gate="ge").accepted_scale != 0.0
+
+
+def test_points_that_are_not_finite_bound_the_search():
+    def cliff(s):
+        if s > 4:
+            raise NonFiniteWeightsError("planted")
+        return float(s)
+
+    result = search(cliff)
+    assert result.accepted_scale == 4.0 and result.trials[-1].verdict == "non-finite"
+    assert search(lambda s: math.nan).accepted_scale == 0.0
+    assert search(lambda s: math.nan if s == 8 else float(s)).accepted_scale == 4.0
+
+
+def test_it_stops_at_the_longest_scale():
+    result = search(lambda s: float(s), longest=16.0)
+    assert result.accepted_scale == 16.0
+
+
+def test_adaptive_searches_while_it_pays():
+    def steps(scales, last=40):
+        history = []
+        for step in range(1, last):
+            if adaptive(step, history):
+                history.append({"step": step, "accepted_scale": scales(len(history))})
+        return [row["step"] for row in history]
+
+    assert steps(lambda i: 2.0, 8) == [1, 2, 3, 4, 5, 6, 7]
+    assert steps(lambda i: 0.0) == [1, 3, 7, 15, 23, 31, 39]
+    assert steps(lambda i: -0.5) == steps(lambda i: 0.9) == steps(lambda i: 0.0)
+    assert steps(lambda i: 0.0 if i < 3 else 4.0, 20) == [1, 3, 7, 15, 16, 17, 18, 19]
+
+
+def test_steering_follows_the_accepted_scale():
+    assert [steering(s) for s in (-0.5, 0.0, 0.7, 1.0)] == [0.5, 1.0, 1.0, 1.0]
+    assert steering(2.0) == pytest.approx(3**0.5) and steering(3.0) == steering(50.0) == 2.0
+
+
+class Softmax(nn.Module):
+    """Linear softmax student p = softmax(x W), teacher softmax(x W*); loss = mean KL(p ‖ teacher)."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(64, 6, generator=generator, dtype=torch.float64)
+        self.target = torch.log_softmax(self.x @ torch.randn(6, 5, generator=generator, dtype=torch.float64), -1)
+        self.w = nn.Parameter(torch.zeros(6, 5, dtype=torch.float64))
+
+    def kl(self, w=None):
+        logp = torch.log_softmax(self.x @ (self.w if w is None else w), -1)
+        return (logp.exp() * (logp - self.target)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.1, 1.0, 10.0])
+def test_on_a_linear_softmax_a_jump_never_ends_higher_than_it_started(lr):
+    plain, ahead = Softmax(), Softmax()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for model in (plain, ahead)]
+    config = EffOPDConfig("lookahead", parameters="all", steer=False)
+    lookahead = EffOPD(ahead, lambda model: -model.kl().item(), config, optimizer=optimizers[1])
+    for step in range(1, 17):
+        for model, optimizer in zip((plain, ahead), optimizers, strict=True):
+            optimizer.zero_grad()
+            model.kl().backward()
+            optimizer.step()
+        before = ahead.kl().item()
+        row = lookahead.step(step)
+        assert float(ahead.kl()) <= before + 1e-12
+        if row and row["accepted_scale"]:
+            assert float(ahead.kl()) < before
+    assert float(ahead.kl()) < float(plain.kl())
+
+
+def test_with_enough_refinements_it_finds_the_optimum_along_the_ray():
+    """Against a dense scan and, near the start, against the closed form of the local quadratic."""
+    model = Softmax()
+    gradient = torch.autograd.grad(model.kl(), model.w)[0].flatten()
+    hessian = torch.autograd.functional.hessian(
+        lambda w: model.kl(w.reshape(6, 5)), torch.zeros(30, dtype=torch.float64)
+    )
+    step = (
+        float(gradient @ gradient) / float(gradient @ hessian @ gradient) / 6
+    )  # the quadratic's optimum is 6 of these
+    d = -step * gradient
+
+    with torch.no_grad():
+        along = lambda s: float(model.kl((1 + s) * 0.02 * d.reshape(6, 5)))  # noqa: E731
+        found = line_search(lambda s: Score(-along(s)), refinements=40).accepted_scale
+        assert found > 1
+        slope = (along(found + 1e-4) - along(found - 1e-4)) / 2e-4
+        curvature = (along(found + 1e-2) - 2 * along(found) + along(found - 1e-2)) / 1e-4
+        assert abs(slope / curvature) < 1e-6  # Newton's step from there
+
+    def quadratic(s):
+        return 0.5 * (1 + s) ** 2 * float(d @ hessian @ d) + (1 + s) * float(gradient @ d)
+
+    exact = line_search(lambda s: Score(-quadratic(s))).accepted_scale
+    assert exact + 1 == pytest.approx(6.0, rel=1e-6)
+
+
+def test_moments_are_reset_after_a_jump_forwards_and_the_rate_is_steered():
+    model = Softmax()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    lookahead = EffOPD(
+        model,
+        lambda model: -model.kl().item(),
+        EffOPDConfig("lookahead", parameters="all"),
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+    )
+
+    def train():
+        optimizer.zero_grad()
+        model.kl().backward()
+        optimizer.step()
+        scheduler.step()
+
+    train()
+    row = lookahead.step(1)
+    assert row["accepted_scale"] > 3 and row["learning_rate_factor"] == 2.0
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    train()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)  # twice the base rate, and the schedule's half of it
+    lookahead.scorer = lambda model: -float((model.w - before).square().sum())
+    before = model.w.detach().clone()
+    assert lookahead.step(2)["accepted_scale"] == 0.0
+    assert optimizer.state  # no jump, no reset
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_keeping_and_not_steering_leaves_the_optimizer_alone():
+    model = Softmax()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = EffOPDConfig("lookahead", parameters="all", optimizer="keep", steer=False)
+    lookahead = EffOPD(model, lambda model: -model.kl().item(), config, optimizer=optimizer)
+    model.kl().backward()
+    optimizer.step()
+    assert lookahead.step(1)["accepted_scale"] > 0
+    assert optimizer.state and optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_without_an_optimizer_there_is_nothing_to_reset():
+    with pytest.raises(ConfigError, match="optimizer"):
+        EffOPD(Softmax(), lambda model: 0.0, EffOPDConfig("lookahead", parameters="all"))
