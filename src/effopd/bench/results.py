@@ -4,6 +4,7 @@ Targets, for each task and seed (so that prompts and noise are paired):
 
     reference_kl        the baseline's final smoothed held-out reverse KL at the reference learning rate
     best_kl             the same at the baseline's best learning rate
+    gap_90              a tenth of the held-out reverse KL at step 0: 90 % of the way to the teacher
     reference_accuracy  the baseline's final smoothed accuracy at the reference learning rate
 
 The best learning rate of a task is the one with the smallest median seconds to `reference_kl` (a run that never gets
@@ -36,8 +37,11 @@ AXES = ("steps", "seconds", "generated_tokens", "forward_tokens")
 TARGETS = {
     "reference_kl": ("eval_kl", False),
     "best_kl": ("eval_kl", False),
+    "gap_90": ("eval_kl", False),
     "reference_accuracy": ("eval_accuracy", True),
 }
+#: The strategy that others are compared with besides the baseline.
+RIVAL = "effopd"
 #: Columns of a run's curve in results.json and the fields of evals.jsonl they come from.
 CURVE = {
     "step": "step",
@@ -180,6 +184,7 @@ def _targets(
             values = {f"{kind}_kl": final_target(run.rows)}
             if kind == "reference":
                 values["reference_accuracy"] = final_target(run.rows, "eval_accuracy")
+                values["gap_90"] = 0.1 * run.rows[0]["eval_kl"]
             targets[run.place] = {name: value for name, value in values.items() if math.isfinite(value)}
     return targets
 
@@ -236,14 +241,16 @@ def area(run: Run, axis: str, budget: float) -> float:
 
 
 def _speedups(arms, tasks, reference, best, costs) -> list[dict[str, Any]]:
-    """Each arm against the baseline at the reference and at its best learning rate, by task and over all tasks (where
-    it has pairs in all of them)."""
+    """Each arm against the baseline at the reference and at its best learning rate, and against the rival at the
+    reference, by task and over all tasks (where it has pairs in all of them)."""
     rows = []
+    rival = (RIVAL, reference[1])
+    rivals = [(reference, False), (reference, True)] + [(rival, False)] * (rival in arms and rival != reference)
     for arm in arms:
-        for against in ("reference", "best"):
+        for against, tuned in rivals:
             for target in TARGETS:
                 for axis in AXES:
-                    pairs = _ratios(arm, reference, best if against == "best" else None, target, axis, costs)
+                    pairs = _ratios(arm, against, best if tuned else None, target, axis, costs)
                     for task in [*tasks, ALL] if len(tasks) > 1 else tasks:
                         own = [(place, value) for place, value in pairs if task in (ALL, place[0])]
                         if not own or (task == ALL and {place[0] for place, _ in own} != set(tasks)):
@@ -254,8 +261,8 @@ def _speedups(arms, tasks, reference, best, costs) -> list[dict[str, Any]]:
                                 "task": task,
                                 "strategy": arm[0],
                                 "learning_rate": arm[1],
-                                "against": reference[0],
-                                "against_learning_rate": "best" if against == "best" else reference[1],
+                                "against": against[0],
+                                "against_learning_rate": "best" if tuned else against[1],
                                 "target": target,
                                 "axis": axis,
                                 **estimate.to_row(),
@@ -264,13 +271,12 @@ def _speedups(arms, tasks, reference, best, costs) -> list[dict[str, Any]]:
     return rows
 
 
-def _ratios(arm, reference, best, target, axis, costs) -> list[tuple[tuple[str, int], float]]:
+def _ratios(arm, against, best, target, axis, costs) -> list[tuple[tuple[str, int], float]]:
     """Baseline cost / cost, for every (task, seed) in which both ran and there is a target."""
     pairs = []
     for (other, place), own in costs.items():
-        against = reference if best is None else (reference[0], best[place[0]])
-        base = costs.get((against, place))
-        if other == arm and base is not None and target in own:
+        base = costs.get((against if best is None else (against[0], best[place[0]]), place))
+        if other == arm and base is not None and target in own and target in base:
             pairs.append((place, ratio(_on(base[target], axis), _on(own[target], axis))))
     return pairs
 

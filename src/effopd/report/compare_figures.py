@@ -15,7 +15,7 @@ from effopd.optional import require
 from effopd.report.compare_page import Lookup
 from effopd.report.style import group_colors, quiet_style, save
 
-_CURVES = ("vanilla", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")
+_CURVES = ("vanilla", "lookahead", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")
 _GREY, _RED = "#4c566a", "#d1495b"
 
 

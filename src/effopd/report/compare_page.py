@@ -15,6 +15,8 @@ Row = Mapping[str, Any]
 AXIS_NAMES = {"steps": "steps", "seconds": "net seconds", "generated_tokens": "sampled tokens"}
 CONTROLS = ("noop", "fixed-k1", "random_direction")
 PAPER_CLAIM = 3.0
+#: Stands for the baseline at its best learning rate.
+BEST = "best"
 ALL = "all"
 
 
@@ -33,7 +35,7 @@ class Lookup:
                 r["task"],
                 r["strategy"],
                 r["learning_rate"],
-                r["against_learning_rate"] == "best",
+                r["against"] if r["against_learning_rate"] != "best" else BEST,
                 r["target"],
                 r["axis"],
             ): r
@@ -45,9 +47,12 @@ class Lookup:
         """Strategies that ran at the reference learning rate, in the plan's order."""
         return [strategy for strategy, rate in self.arms if rate == self.reference]
 
-    def speedup(self, task: str, arm: tuple[str, float], axis: str, target="reference_kl", best=False) -> Row | None:
-        """A row of `speedups`, if there is one."""
-        return self._speedups.get((task, *arm, best, target, axis))
+    def speedup(
+        self, task: str, arm: tuple[str, float], axis: str, target="reference_kl", against: str | None = None
+    ) -> Row | None:
+        """A row of `speedups`, if there is one; `against` is a strategy at the reference learning rate (default: the
+        baseline) or `BEST`."""
+        return self._speedups.get((task, *arm, against or self.baseline, target, axis))
 
     def quality(self, task: str, arm: tuple[str, float], measure: str) -> Row | None:
         """A row of `quality`, if there is one."""
@@ -155,10 +160,14 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
         "Against the baseline at the reference learning rate, and at its best one (smallest median seconds to the same "
         "target, chosen on the same seeds, which favours the baseline).",
         _rates(look),
+        "## 90 % of the way",
+        "The same with a target that no run's last steps decide: a tenth of the KL at step 0. Ratios are against "
+        f"{look.baseline}'s own cost to get there.",
+        _other_target(look, "gap_90"),
         "## Accuracy instead of KL",
         f"The same with {look.baseline}'s final smoothed accuracy as the target. Accuracies of a few hundred sampled "
         "answers are far noisier than the KL on them.",
-        _accuracy(look),
+        _other_target(look, "reference_accuracy"),
         "## What was accepted",
         _jumps(look),
         *_fits(look),
@@ -174,16 +183,15 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
 def answers(look: Lookup) -> Iterator[str]:
     """The questions a reader has, answered from the numbers."""
     arm = ("effopd", look.reference)
+    if ("lookahead", look.reference) in look.arms:
+        yield from _net(look, "lookahead", "lookahead")
+        yield from _net(look, "lookahead", "lookahead", "effopd")
+        yield from _against_best(look, "lookahead", "lookahead")
     if arm not in look.arms:
         return
-    for task in look.scopes:
-        found = {axis: look.speedup(task, arm, axis) for axis in AXIS_NAMES}
-        if found["steps"]:
-            said = ", ".join(f"{times(row)} in {AXIS_NAMES[axis]}" for axis, row in found.items())
-            n = found["steps"]["n"]
-            yield f"**EffOPD's net speed-up at the reference learning rate, {task}** (n = {n}): {said}."
+    yield from _net(look, "effopd", "EffOPD")
     yield _claim(look, arm)
-    yield from _against_best(look, arm)
+    yield from _against_best(look, "effopd", "EffOPD")
     controls = [c for c in CONTROLS if (c, look.reference) in look.arms]
     for task in look.scopes:
         if any(look.speedup(task, (name, look.reference), "seconds") for name in controls):
@@ -193,9 +201,20 @@ def answers(look: Lookup) -> Iterator[str]:
             yield f"**Controls, {task}**, net seconds: {said}; EffOPD {times(look.speedup(task, arm, 'seconds'))}."
 
 
+def _net(look: Lookup, strategy: str, name: str, against: str | None = None) -> Iterator[str]:
+    """The speed-up on every axis, by task."""
+    for task in look.scopes:
+        found = {axis: look.speedup(task, (strategy, look.reference), axis, against=against) for axis in AXIS_NAMES}
+        steps = found["steps"]
+        if steps:
+            said = ", ".join(f"{times(row)} in {AXIS_NAMES[axis]}" for axis, row in found.items())
+            over = f" over `{against}`" if against else ""
+            yield f"**{name}: net speed-up{over} at the reference learning rate, {task}** (n = {steps['n']}): {said}."
+
+
 def _claim(look: Lookup, arm: tuple[str, float]) -> str:
     verdicts = []
-    for task in look.scopes:
+    for task in look.tasks:
         row = look.speedup(task, arm, "steps")
         if row and row["n"]:
             enough = row["median"] is None or row["median"] >= PAPER_CLAIM
@@ -205,20 +224,20 @@ def _claim(look: Lookup, arm: tuple[str, float]) -> str:
     return f"**The paper's “≈ {PAPER_CLAIM:.0f}× fewer steps”** (median ≥ {PAPER_CLAIM:.0f}): {said}."
 
 
-def _against_best(look: Lookup, arm: tuple[str, float]) -> Iterator[str]:
+def _against_best(look: Lookup, strategy: str, name: str) -> Iterator[str]:
     for task in look.tasks:
         best = look.results["best_learning_rate"].get(task)
         if best is None:
             continue
-        rates = [rate for strategy, rate in look.arms if strategy == arm[0]]
+        rates = [rate for other, rate in look.arms if other == strategy and look.runs(task, (other, rate))]
         said = ", ".join(
-            f"lr {rate:.3g} {times(look.speedup(task, (arm[0], rate), 'seconds', best=True))}"
+            f"lr {rate:.3g} {times(look.speedup(task, (strategy, rate), 'seconds', against=BEST))}"
             for rate in sorted(rates)
         )
         own = times(look.speedup(task, (look.baseline, best), "seconds"))
         yield (
             f"**Against {look.baseline} at its best learning rate, {task}** ({best:.3g}, itself {own} the reference's "
-            f"speed), net seconds: EffOPD at {said}."
+            f"speed), net seconds: {name} at {said}."
         )
 
 
@@ -281,7 +300,7 @@ def _rates(look: Lookup) -> str:
                         look.reached(task, arm),
                         times(look.speedup(task, arm, "steps")),
                         times(look.speedup(task, arm, "seconds")),
-                        times(look.speedup(task, arm, "seconds", best=True)),
+                        times(look.speedup(task, arm, "seconds", against=BEST)),
                         number(look.quality(task, arm, "final_kl")),
                     ]
                 )
@@ -290,22 +309,23 @@ def _rates(look: Lookup) -> str:
     return table(header, rows)
 
 
-def _accuracy(look: Lookup) -> str:
+def _other_target(look: Lookup, target: str) -> str:
     rows = []
     for task in look.tasks:
         for strategy in look.at_reference():
-            arm, target = (strategy, look.reference), "reference_accuracy"
+            arm = (strategy, look.reference)
             if look.runs(task, arm):
                 rows.append(
                     [
                         task,
                         f"`{strategy}`",
                         look.reached(task, arm, target),
-                        *(times(look.speedup(task, arm, axis, target)) for axis in ("steps", "seconds")),
+                        *(times(look.speedup(task, arm, axis, target)) for axis in AXIS_NAMES),
                         number(look.quality(task, arm, "accuracy_difference"), "+.3f"),
                     ]
                 )
-    return table(["task", "strategy", "reached", "steps", "net seconds", "final accuracy against the baseline"], rows)
+    header = ["task", "strategy", "reached", *AXIS_NAMES.values(), "final accuracy against the baseline"]
+    return table(header, rows)
 
 
 def _jumps(look: Lookup) -> str:
