@@ -29,17 +29,15 @@ def test_blocks_run_as_they_stand(index, tmp_path, monkeypatch):
 def test_the_printed_tree_is_the_tree_on_disk():
     block = re.search(r"```\n(src/effopd/.*?)```", README, flags=re.DOTALL)
     assert block is not None
-    printed, folder = set(), ""
+    printed: set[str] = set()
+    folders: list[str] = []
     for line in block.group(1).splitlines():
         name = re.search(r"([\w.]+/?)(?:\s{2,}|$)", line.lstrip("│├└─ ").strip())
         if not name or line.startswith("src/"):
             continue
-        depth = len(line) - len(line.lstrip("│├└─ "))
-        if depth <= 4:
-            folder = name.group(1) if name.group(1).endswith("/") else ""
-            printed.add(name.group(1))
-        else:
-            printed.add(folder + name.group(1))
+        level = (len(line) - len(line.lstrip("│├└─ "))) // 4 - 1
+        folders = [*folders[:level], name.group(1)]
+        printed.add("".join(folders))
     package = ROOT / "src" / "effopd"
     on_disk = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
     printed_files = {name for name in printed if name.endswith(".py")}
