@@ -30,8 +30,9 @@ def test_a_score_is_the_exact_kl_of_the_steps_own_rollouts(tmp_path):
     scorer, seen = trainer._rollout_scorer, []
     take = scorer.take
 
-    def spy(inputs):
-        take(inputs)
+    def spy(batches):
+        take(batches)
+        (inputs,) = batches
         score = scorer(trainer.model)
         prompts, answers = (
             [row[mask.bool()].tolist() for row, mask in zip(inputs[f"{n}_ids"], inputs[f"{n}_mask"], strict=True)][:5]
@@ -78,9 +79,36 @@ def test_looking_without_jumping_leaves_no_trace(tmp_path):
 
 
 def test_accumulated_micro_batches_are_looked_at_once_a_step(tmp_path):
-    config = EffOPDConfig("noop", scorer="teacher_kl", schedule="every_step")
-    make_trainer(tmp_path, effopd=config, per_device_train_batch_size=4, gradient_accumulation_steps=2, **FAST).train()
-    assert [row["step"] for row in read_rows(tmp_path / "searches.jsonl")] == [2, 3, 4]
+    """… on rollouts of all of them, in pieces of a micro-batch."""
+    config = EffOPDConfig("noop", scorer="teacher_kl", schedule="every_step", score_rollouts=6)
+    make_trainer(
+        tmp_path, effopd=config, **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} | FAST
+    ).train()
+    rows = list(read_rows(tmp_path / "searches.jsonl"))
+    assert [row["step"] for row in rows] == [2, 3, 4]
+    assert all(len(trial["per_example"]) == 6 for row in rows for trial in row["trials"])
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 8])
+def test_pieces_do_not_change_a_score(tmp_path, pieces):
+    trainer = make_trainer(tmp_path, effopd=LOOK, **FAST)
+    scorer, scores = trainer._rollout_scorer, []
+    take = scorer.take
+
+    def spy(batches):
+        (whole,) = batches
+        tensors = {name: value for name, value in whole.items() if name.endswith(("_ids", "_mask"))}
+        take([tensors])
+        scores.append(scorer(trainer.model))
+        size = -(-8 // pieces)
+        take([{name: value[i : i + size] for name, value in tensors.items()} for i in range(0, 8, size)])
+        scores.append(scorer(trainer.model))
+
+    scorer.take = spy
+    trainer.train()
+    for one, other in zip(scores[::2], scores[1::2], strict=True):
+        assert one.per_example == pytest.approx(other.per_example, rel=1e-4)
+        assert (one.mean, one.forward_tokens) == (pytest.approx(other.mean, rel=1e-4), other.forward_tokens)
 
 
 def test_it_jumps_and_gets_closer_to_the_teacher(tmp_path):

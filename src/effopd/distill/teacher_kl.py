@@ -9,7 +9,7 @@ candidate the rollouts are slightly off-policy: its KL is that at the positions 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,54 +32,58 @@ class RolloutScorer:
 
     def __init__(self, trainer: Any, rollouts: int):
         self._trainer, self._rollouts = trainer, rollouts
-        self._batch: dict[str, Tensor] | None = None
+        self._batches: list[dict[str, Tensor]] = []
         self._teacher: Tensor | None = None
 
-    def take(self, inputs: Mapping[str, Any]) -> None:
-        """The rollouts of a new step: the trainer's micro-batch as it is about to be trained on."""
-        rows = {name: value[: self._rollouts] for name, value in inputs.items() if name in _NAMES}
-        valid = rows["completion_mask"] * rows["tool_mask"] if "tool_mask" in rows else rows["completion_mask"]
-        self._batch, self._teacher = (
-            {
-                "ids": torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1),
-                "attention": torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1),
-                "valid": valid.bool(),  # what tools wrote is read, but not scored
-            },
-            None,
-        )
+    def take(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """The rollouts of a new step: the trainer's micro-batches, before any of them is trained on. They are scored in
+        pieces of that size, so a search needs no more memory than a training step."""
+        self._batches, self._teacher, left = [], None, self._rollouts
+        for batch in batches:
+            rows = {name: value[:left] for name, value in batch.items() if name in _NAMES}
+            left -= len(rows["completion_ids"])
+            valid = rows["completion_mask"] * rows["tool_mask"] if "tool_mask" in rows else rows["completion_mask"]
+            self._batches.append(
+                {
+                    "ids": torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1),
+                    "attention": torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1),
+                    "valid": valid.bool(),  # what tools wrote is read, but not scored
+                }
+            )
+            if left <= 0:
+                break
 
     def drop(self) -> None:
         """Let go of them."""
-        self._batch = self._teacher = None
+        self._batches, self._teacher = [], None
 
     def __call__(self, model: Any) -> Score:
-        assert self._batch is not None, "the trainer hands out rollouts before it searches"
+        assert self._batches, "the trainer hands out rollouts before it searches"
         start, trainer = time.perf_counter(), self._trainer
-        valid_BT, tokens = self._batch["valid"], int(self._batch["attention"].sum())
-        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
-        forwards = 1
+        tokens = sum(int(batch["attention"].sum()) for batch in self._batches)
+        teacher, forwards = trainer.accelerator.unwrap_model(trainer.teacher_model), 1
         with trainer.accelerator.autocast(), torch.no_grad():
             if self._teacher is None:
-                self._teacher = self._hidden(teacher)[valid_BT]
-                forwards = 2
-            own_NH = self._hidden(model)[valid_BT]
+                self._teacher, forwards = self._hidden(teacher), 2
+            own_NH = self._hidden(model)
             student, target = (Head.of(m, trainer.vocab_size) for m in (model, teacher))
             kl_N, _ = ChunkedDivergenceFunction.apply(
                 own_NH, student.weight, student.bias, self._teacher.to(own_NH.device), target.weight, target.bias, 1.0,
                 trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,
             )  # fmt: skip
-        kl_BT = torch.zeros(valid_BT.shape, dtype=torch.float64, device=kl_N.device)
-        kl_BT[valid_BT] = kl_N.double()
-        lengths = valid_BT.sum(1).clamp(min=1)
+        lengths = torch.cat([batch["valid"].sum(1) for batch in self._batches]).tolist()
+        sums = [float(piece.sum()) for piece in kl_N.double().split(lengths)]
         return Score(
-            mean=-float(kl_BT.sum() / valid_BT.sum().clamp(min=1)),
-            per_example=tuple((-kl_BT.sum(1) / lengths).tolist()),
+            mean=-sum(sums) / max(1, sum(lengths)),
+            per_example=tuple(-kl / max(1, length) for kl, length in zip(sums, lengths, strict=True)),
             seconds=time.perf_counter() - start,
             forward_tokens=forwards * tokens,
         )
 
     def _hidden(self, model: Any) -> Tensor:
-        """Last hidden states [B, T, H] at the completion's positions."""
-        assert self._batch is not None
-        ids, attention, length = self._batch["ids"], self._batch["attention"], self._batch["valid"].shape[1]
-        return self._trainer._get_last_hidden_state(model, ids, attention, length)
+        """Last hidden states [N, H] at the N scored positions, rollout by rollout."""
+        states = [
+            self._trainer._get_last_hidden_state(model, batch["ids"], batch["attention"], batch["valid"].shape[1])
+            for batch in self._batches
+        ]
+        return torch.cat([hidden[batch["valid"]] for hidden, batch in zip(states, self._batches, strict=True)])

@@ -180,7 +180,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         scorer, step = self._rollout_scorer, self.state.global_step
         if scorer is not None and self.model.training and step != self._looked_at:
             self._looked_at = step
-            scorer.take(inputs)
+            scorer.take(self._buffered_inputs)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, EffOPDCallback):
                     callback.on_rollouts(self.args, self.state)

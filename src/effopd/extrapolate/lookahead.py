@@ -160,8 +160,9 @@ class EffOPD:
             assert self._optimizer is not None
             for group in self._optimizer.param_groups:
                 group["lr"] *= factor
-            if self._lr_scheduler is not None:
-                self._lr_scheduler.base_lrs = [rate * factor for rate in self._lr_scheduler.base_lrs]
+            scheduler = getattr(self._lr_scheduler, "scheduler", self._lr_scheduler)  # accelerate wraps it
+            if hasattr(scheduler, "base_lrs"):  # the others scale the rate that they find
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
         return factor
 
     def reanchor(self, step: int) -> None:
