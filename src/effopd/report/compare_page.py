@@ -365,7 +365,7 @@ def _method(look: Lookup) -> str:
     settings = look.results["settings"]
     seeds = sorted({run["seed"] for run in look.results["runs"]})
     clocks = {
-        "cpu": "CPU seconds of the run's own process, which other processes do not add to",
+        "cpu": "CPU seconds of the run's own process, to which other processes add little (a few per cent at worst)",
         "wall": "seconds on the clock",
     }
     lines = [
