@@ -95,7 +95,7 @@ def test_a_new_seed_runs_alone_and_a_broken_run_fails_alone(grid, root, capsys):
     strategies = {"vanilla": {"learning_rate_factors": [1, 3]}, "broken": {"max_prompt_length": 1}}
     assert main(["compare", str(plan_of(root, strategies=strategies))]) == 1
     out = capsys.readouterr().out
-    assert "failed" in out and "broken" in out
+    assert "failed" in out and "broken" in out and "max_prompt_length" in out  # its last words
     log = next(path for path in grid.rglob(LOG) if "broken" in str(path))
     assert "max_prompt_length" in log.read_text()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
