@@ -127,19 +127,20 @@ def test_unknown_yaml_keys_are_named(pair, tmp_path):
 def other_value(field, default):
     special = {"strategy": "noop", "gate": "gt", "parameters": "mlp", "scales": [3.0, 5.0],
                "anchor_device": "cpu", "max_completion_length": 7, "schedule": "powers_of_two",
-               "fit_every": 1, "fit_until": 32, "alpha_target": 0.5}  # fmt: skip
+               "fit_every": 1, "fit_until": 32, "alpha_target": 0.5, "scorer": "teacher_kl",
+               "optimizer": "reset", "steer": True}  # fmt: skip
     if field.name in special:
         return special[field.name]
     return not default if isinstance(default, bool) else default + 1
 
 
-@pytest.mark.parametrize("strategy", ["noop", "fixed", "alpha_opd", "relex"])
+@pytest.mark.parametrize("strategy", ["noop", "fixed", "alpha_opd", "relex", "lookahead"])
 def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path, strategy):
     default = EffOPDConfig(strategy)
     wanted = {
         f.name: other_value(f, getattr(default, f.name))
         for f in dataclasses.fields(EffOPDConfig)
-        if strategy in ONLY_FOR.get(f.name, (strategy,))
+        if strategy in ONLY_FOR.get(f.name, (strategy,)) and (f.name != "scorer" or strategy == "lookahead")
     } | {"strategy": strategy}
     wanted = dataclasses.asdict(default) | wanted
     flags = []

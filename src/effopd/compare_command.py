@@ -76,7 +76,7 @@ def run_compare(argv: Sequence[str]) -> int:
         write_atomically(Path(plan.output_dir) / PLAN, lambda path: path.write_text(text))
         failed = _run(plan, [run for run in runs if run.path not in done], len(done), console, lock)
     for run in failed:
-        console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(_last_line(run.path / LOG))}")
+        console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(_last_words(run.path / LOG))}")
         console.print(f"        all of it: {run.path / LOG}", highlight=False)
     _report(Path(plan.output_dir), arguments.out, console)
     return 1 if failed else 0
@@ -164,10 +164,11 @@ def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console, loc
         return Runner(plan, report, lock).run(pending)
 
 
-def _last_line(log: Path) -> str:
-    """What a failed run said last."""
+def _last_words(log: Path) -> str:
+    """The beginning of a failed run's own error message, or else its last line (of a traceback)."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
+    own = [i for i, line in enumerate(lines) if line.startswith("effopd train: ")]
+    return " ".join(lines[own[-1] : own[-1] + 2]) if own else lines[-1] if lines else "no output"
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -59,6 +59,9 @@ def test_exact_scores_never_make_it_worse():
         model = Quadratic()
         lookahead = EffOPD(model, negative_loss, EffOPDConfig(**CONFIG))
         for row in descend(model, 32, lookahead, lr):
+            if row["delta_norm"] == 0:  # at the optimum: nothing was scored
+                assert row["accepted_scale"] == 0
+                continue
             scores = {trial["scale"]: trial["score"] for trial in row["trials"]}
             assert scores[row["accepted_scale"]] >= scores[0.0]
 
@@ -73,8 +76,10 @@ def test_candidates_share_the_noise_and_the_loop_keeps_its_own():
     model = Quadratic()
     lookahead = EffOPD(model, noisy, EffOPDConfig(**CONFIG))
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    lookahead.search(1)
-    lookahead.search(2)
+    for step in (1, 2):
+        with torch.no_grad():
+            model.w.add_(1)
+        lookahead.search(step)
     assert len(draws) == 12 and len(set(draws[:6])) == 1 and len(set(draws[6:])) == 1  # paired within a search …
     assert draws[0] != draws[6]  # … and fresh for the next one
     assert random.getstate() == states[0]
@@ -173,12 +178,18 @@ def test_state_of_other_settings_is_refused(tmp_path):
 
 def test_on_move_is_called_only_after_a_jump():
     moves = []
-    model = Quadratic()
-    lookahead = EffOPD(model, lambda m: 0.0, EffOPDConfig(gate="gt", **CONFIG), on_move=lambda: moves.append(1))
-    lookahead.search(1)
-    assert not moves
-    EffOPD(model, lambda m: 0.0, EffOPDConfig(**CONFIG), on_move=lambda: moves.append(1)).search(1)
-    assert len(moves) == 1
+    for gate, jumps in (("gt", 0), ("ge", 1)):
+        model = Quadratic()
+        lookahead = EffOPD(model, lambda m: 0.0, EffOPDConfig(gate=gate, **CONFIG), on_move=lambda: moves.append(1))
+        descend(model, 1)
+        lookahead.search(1)
+        assert len(moves) == jumps
+
+
+def test_without_a_displacement_nothing_is_scored():
+    calls = []
+    row = EffOPD(Quadratic(), lambda m: calls.append(1) or 0.0, EffOPDConfig(**CONFIG)).search(1)
+    assert not calls and row["accepted_scale"] == 0 and row["delta_norm"] == 0
 
 
 def test_scorer_must_be_callable():
