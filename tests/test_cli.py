@@ -125,7 +125,7 @@ def test_unknown_yaml_keys_are_named(pair, tmp_path):
 
 
 def other_value(field, default):
-    special = {"strategy": "noop", "gate": "gt", "parameters": "mlp", "scales": [3.0, 5.0],
+    special = {"strategy": "noop", "gate": "margin", "parameters": "mlp", "scales": [3.0, 5.0],
                "anchor_device": "cpu", "max_completion_length": 7, "schedule": "powers_of_two",
                "fit_every": 1, "fit_until": 32, "alpha_target": 0.5, "scorer": "teacher_kl",
                "optimizer": "reset", "steer": True}  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 
 from effopd.cli import main
 from effopd.files import append_row, read_rows
-from effopd.quickstart import QuickstartArguments, summarize
+from effopd.quickstart import ARMS, QuickstartArguments, summarize
 
 
 def test_quickstart_end_to_end(tmp_path, capsys):
@@ -17,15 +17,16 @@ def test_quickstart_end_to_end(tmp_path, capsys):
     assert main(["quickstart", *flags]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((root / "summary.json").read_text())
-    for arm in ("vanilla", "effopd"):
+    for arm in ("vanilla", "effopd", "lookahead"):
         assert {"steps", "seconds", "generated_tokens", "final_kl", "final_accuracy"} <= summary[arm].keys()
         assert summary[arm]["steps"] == 2 and summary[arm]["seconds"] > 0
     assert set(summary["effopd"]["accepted_scales"]) == {"1", "2"}
+    assert set(summary["lookahead"]["accepted_scales"]) == {"2"}  # step 1 on the rollouts of step 2
     assert {"steps", "seconds", "generated_tokens"} <= summary["speedup"].keys()
     assert (root / "figure.png").stat().st_size > 10_000
     assert "held-out KL" in printed and "speed-up" in printed
-    first = [next(iter(read_rows(root / arm / "evals.jsonl"))) for arm in ("vanilla", "effopd")]
-    assert first[0]["eval_kl"] == first[1]["eval_kl"]  # same start, same held-out prompts, same noise
+    first = [next(iter(read_rows(root / arm / "evals.jsonl"))) for arm in ARMS]
+    assert len({row["eval_kl"] for row in first}) == 1  # same start, same held-out prompts, same noise
 
     assert main(["quickstart", *flags]) == 0  # again: the earlier demo is kept
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("demo")]) == 2
@@ -48,11 +49,15 @@ def rows(root, arm, values, seconds):
 def test_summary_finds_a_planted_speedup_and_reports_never(tmp_path):
     rows(tmp_path / "a", "vanilla", [0.9**i for i in range(31)], 1.0)
     rows(tmp_path / "a", "effopd", [0.9 ** (3 * i) for i in range(31)], 1.5)
-    speedup = summarize(tmp_path / "a", QuickstartArguments(max_steps=30))["speedup"]
-    assert speedup["steps"] == pytest.approx(3.0, rel=0.1) and speedup["seconds"] == pytest.approx(2.0, rel=0.1)
+    rows(tmp_path / "a", "lookahead", [0.9 ** (6 * i) for i in range(31)], 1.5)
+    summary = summarize(tmp_path / "a", QuickstartArguments(max_steps=30))
+    for speedup, steps in ((summary["speedup"], 3.0), (summary["lookahead"]["speedup"], 6.0)):
+        assert speedup["steps"] == pytest.approx(steps, rel=0.2)
+        assert speedup["seconds"] == pytest.approx(steps / 1.5, rel=0.2)
 
     rows(tmp_path / "b", "vanilla", [0.9**i for i in range(31)], 1.0)
-    rows(tmp_path / "b", "effopd", [0.99**i for i in range(31)], 1.0)
+    for arm in ("effopd", "lookahead"):
+        rows(tmp_path / "b", arm, [0.99**i for i in range(31)], 1.0)
     speedup = summarize(tmp_path / "b", QuickstartArguments(max_steps=30))["speedup"]
     assert speedup["steps"] is None and speedup["seconds"] is None and "did not reach" in speedup["reason"]
 

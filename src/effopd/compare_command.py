@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_compare(argv: Sequence[str]) -> int:
     """`effopd compare`."""
     arguments = build_parser().parse_args(list(argv))
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)  # a file would get 80 columns
     if (arguments.plan is None) == (arguments.report is None):
         raise ConfigError("give either a plan to run, or --report with the folder of a grid or a results.json.")
     if arguments.report is not None:

@@ -1,4 +1,4 @@
-"""`effopd quickstart` (and `make demo`): plain OPD, then EffOPD, same seed and prompts, on the built-in testbed.
+"""`effopd quickstart` (and `make demo`): plain OPD, EffOPD, lookahead; same seed and prompts, on the built-in testbed.
 
 Everything goes through the code of `effopd train`; this file only sets it up, shows progress and compares the rows.
 """
@@ -39,7 +39,9 @@ from effopd.versions import versions
 
 #: Training prompts of the demo; the runs go over them several times.
 TRAIN_SIZE = 4096
-ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD"}
+#: The runs: name → label; all but the first look ahead, with the strategy of that name.
+ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD", "lookahead": "lookahead"}
+AHEAD = tuple(ARMS)[1:]
 
 
 @dataclass
@@ -48,7 +50,7 @@ class QuickstartArguments:
 
     output_dir: str = field(default="runs/demo", metadata={"help": "Where rows, figure and summary.json go."})
     family: str = field(default="", metadata={"help": "Testbed task family. Default: the first."})
-    seed: int = field(default=0, metadata={"help": "Seed of both runs: prompts, sampling, D_v."})
+    seed: int = field(default=0, metadata={"help": "Seed of every run: prompts, sampling, D_v."})
     max_steps: int = field(default=96, metadata={"help": "Optimizer steps of each run."})
     eval_steps: int = field(default=2, metadata={"help": "Evaluate every that many steps (not charged)."})
     eval_size: int = field(default=256, metadata={"help": "Held-out prompts."})
@@ -66,11 +68,12 @@ class QuickstartArguments:
 
 
 def run_quickstart(argv: Sequence[str]) -> int:
-    """Both runs, the comparison, the table."""
+    """The runs, the comparison, the table."""
     parser = TrlParser(
         [QuickstartArguments],
         prog="effopd quickstart",
-        description="Plain OPD and EffOPD on the built-in testbed, same seed and prompts; prints the net speed-up.",
+        description="Plain OPD, EffOPD (the paper's) and lookahead (ours) on the built-in testbed, same seed and prompts; "
+        "prints the net speed-ups.",
     )
     (arguments,) = parser.parse_args_and_config(list(argv))
     quiet()
@@ -86,7 +89,7 @@ def run_quickstart(argv: Sequence[str]) -> int:
 
 
 def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> None:
-    """Summary, table and figure from the rows of both arms; no model is touched."""
+    """Summary, table and figure from the rows of all arms; no model is touched."""
     summary = summarize(root, arguments)
     write_atomically(root / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     console.print(_table(summary))
@@ -129,7 +132,7 @@ def _progress(console: Console) -> Progress:
 
 
 def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunSettings:
-    """The settings of one arm: the testbed's reference, and the paper's search for `effopd`."""
+    """The settings of one arm: the testbed's reference, and the strategy of its name."""
     reference = dict(testbed.reference_settings())
     if arguments.learning_rate is not None:
         reference["learning_rate"] = arguments.learning_rate
@@ -157,7 +160,7 @@ def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunS
             task_seed=arguments.seed,
         ),
         opd,
-        EffOPDConfig("effopd" if arm == "effopd" else "none", seed=arguments.seed),
+        EffOPDConfig(arm if arm in AHEAD else "none", seed=arguments.seed),
     )
 
 
@@ -179,20 +182,20 @@ def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, advance
 
 
 def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
-    """Costs, final values and the net speed-up, from the rows of both arms.
+    """Costs, final values and the net speed-ups, from the rows of all arms.
 
-    Speed-up = vanilla's cost / EffOPD's cost until the smoothed held-out KL first reaches vanilla's final smoothed one,
-    so that a run like vanilla itself is 1.00×. Net: search charged, evaluation not.
+    Speed-up = vanilla's cost / the arm's cost until the smoothed held-out KL first reaches vanilla's final smoothed one,
+    so that a run like vanilla itself is 1.00×. Net: search charged, evaluation not. `speedup` and
+    `speedup_by_gap_closed` at the top are the paper's EffOPD's.
     """
     rows = {arm: list(read_rows(root / arm / EVALS)) for arm in ARMS}
-    searches = list(read_rows(root / "effopd" / SEARCHES))
     target = final_target(rows["vanilla"])
-    own, reached = first_reach(rows["vanilla"], target), first_reach(rows["effopd"], target)
     summary: dict[str, Any] = {
         "family": arguments.family,
         "seed": arguments.seed,
         "max_steps": arguments.max_steps,
         "versions": versions(),
+        "target_kl": target,
     }
     for arm, arm_rows in rows.items():
         last, cost = arm_rows[-1], Cost.of(arm_rows[-1])
@@ -205,25 +208,28 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
             "final_accuracy": last["eval_accuracy"],
             "final_accuracy_ci95": [last["eval_accuracy_low"], last["eval_accuracy_high"]],
         }
-    summary["effopd"] |= {
-        "accepted_scales": {str(row["step"]): row["accepted_scale"] for row in searches},
-        "search_seconds": sum(row["seconds"] for row in searches),
-        "search_generated_tokens": sum(row["generated_tokens"] for row in searches),
-        "cost_to_target": vars(reached) if reached else None,
-    }
-    summary["target_kl"] = target
-    summary["speedup"] = (
-        own.ratio(reached)
-        if own and reached
-        else dict.fromkeys(("steps", "seconds", "generated_tokens", "forward_tokens"), None)
-    )
-    if reached is None:
-        summary["speedup"]["reason"] = (
-            f"EffOPD's smoothed held-out KL did not reach plain OPD's final {target:.5f} within "
-            f"{arguments.max_steps} steps; its last was {summary['effopd']['final_kl']:.5f}."
+    own = first_reach(rows["vanilla"], target)
+    for arm in AHEAD:
+        searches, reached = list(read_rows(root / arm / SEARCHES)), first_reach(rows[arm], target)
+        speedup: dict[str, Any] = (
+            own.ratio(reached)
+            if own and reached
+            else dict.fromkeys(("steps", "seconds", "generated_tokens", "forward_tokens"), None)
         )
-    summary["speedup_by_gap_closed"] = speedup_by_gap(rows["vanilla"], rows["effopd"])
-    return summary
+        if reached is None:
+            speedup["reason"] = (
+                f"{ARMS[arm]}'s smoothed held-out KL did not reach plain OPD's final {target:.5f} within "
+                f"{arguments.max_steps} steps; its last was {summary[arm]['final_kl']:.5f}."
+            )
+        summary[arm] |= {
+            "accepted_scales": {str(row["step"]): row["accepted_scale"] for row in searches},
+            "search_seconds": sum(row["seconds"] for row in searches),
+            "search_generated_tokens": sum(row["generated_tokens"] for row in searches),
+            "cost_to_target": vars(reached) if reached else None,
+            "speedup": speedup,
+            "speedup_by_gap_closed": speedup_by_gap(rows["vanilla"], rows[arm]),
+        }
+    return summary | {name: summary["effopd"][name] for name in ("speedup", "speedup_by_gap_closed")}
 
 
 def _table(summary: dict[str, Any]) -> Table:
@@ -242,44 +248,46 @@ def _table(summary: dict[str, Any]) -> Table:
             f"{values['start_kl']:.4f} → {values['final_kl']:.4f}",
             f"{values['final_accuracy']:.3f} [{low:.3f}, {high:.3f}]",
         )
-    reached = summary["effopd"]["cost_to_target"]
-    if reached:
-        table.add_row(
-            "… to target",
-            str(reached["steps"]),
-            f"{reached['seconds']:.1f}",
-            f"{reached['generated_tokens']:,}",
-            f"≤ {summary['target_kl']:.4f}",
-            "",
-        )
+        if reached := values.get("cost_to_target"):
+            table.add_row(
+                "… to target",
+                str(reached["steps"]),
+                f"{reached['seconds']:.1f}",
+                f"{reached['generated_tokens']:,}",
+                f"≤ {summary['target_kl']:.4f}",
+                "",
+            )
     return table
 
 
 def _verdict(summary: dict[str, Any]) -> str:
-    jumps = ", ".join(f"{scale:g}Δ at {step}" for step, scale in summary["effopd"]["accepted_scales"].items() if scale)
-    lines = [f"accepted jumps: {jumps or 'none'}"]
-    speedup = summary["speedup"]
-    if speedup["steps"] is None:
-        lines.append(f"speed-up: none. {speedup['reason']}")
-    else:
-        lines.append(
-            f"net speed-up to plain OPD's final KL: [bold]{speedup['steps']:.2f}× in steps, "
-            f"{speedup['seconds']:.2f}× in seconds, {speedup['generated_tokens']:.2f}× in sampled tokens[/bold] "
-            "(one seed; search charged, evaluation not)"
-        )
-    on_the_way = [
-        f"{row['gap_closed']:.0%} of the gap: {row['speedup']['steps']:.1f}× / {row['speedup']['seconds']:.1f}×"
-        for row in summary["speedup_by_gap_closed"]
-        if row["speedup"]
-    ]
-    lines.append(f"on the way there (steps / seconds): {', '.join(on_the_way) or 'not reached'}")
+    lines = ["net speed-up to plain OPD's final KL (one seed; search charged, evaluation not):"]
+    for arm in AHEAD:
+        values = summary[arm]
+        speedup, label = values["speedup"], f"{ARMS[arm]:<10}"
+        if speedup["steps"] is None:
+            lines.append(f"{label} none. {speedup['reason']}")
+        else:
+            lines.append(
+                f"{label} [bold]{speedup['steps']:.2f}× in steps, {speedup['seconds']:.2f}× in seconds, "
+                f"{speedup['generated_tokens']:.2f}× in sampled tokens[/bold]"
+            )
+        jumps = [f"{scale:.3g}Δ at {step}" for step, scale in values["accepted_scales"].items() if scale]
+        more = f", … {len(jumps) - 8} more" if len(jumps) > 8 else ""
+        lines.append(f"{'':<10} jumps: {', '.join(jumps[:8]) or 'none'}{more}")
+        on_the_way = [
+            f"{row['gap_closed']:.0%}: {row['speedup']['steps']:.1f}× / {row['speedup']['seconds']:.1f}×"
+            for row in values["speedup_by_gap_closed"]
+            if row["speedup"]
+        ]
+        lines.append(f"{'':<10} at shares of the gap (steps / seconds): {', '.join(on_the_way) or 'not reached'}")
     return "\n".join(lines)
 
 
 def _figure(root: Path, summary: dict[str, Any]) -> Path:
     return comparison_figure(
         {label: list(read_rows(root / arm / EVALS)) for arm, label in ARMS.items()},
-        list(read_rows(root / "effopd" / SEARCHES)),
+        {ARMS[arm]: list(read_rows(root / arm / SEARCHES)) for arm in AHEAD},
         summary["target_kl"],
         root / "figure.png",
         f"testbed:{summary['family']}, seed {summary['seed']}",

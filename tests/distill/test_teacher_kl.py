@@ -54,7 +54,8 @@ def test_a_score_is_the_exact_kl_of_the_steps_own_rollouts(tmp_path):
     assert len(seen) == 4
     for score, sums, counts, prompts, answers in seen:
         assert score.mean == pytest.approx(-sum(sums) / sum(counts), rel=1e-4)
-        assert score.per_example == pytest.approx([-s / c for s, c in zip(sums, counts, strict=True)], rel=1e-4)
+        assert score.per_example == pytest.approx([-s * len(counts) / sum(counts) for s in sums], rel=1e-4)
+        assert score.mean == pytest.approx(sum(score.per_example) / len(score.per_example))
         assert score.generated_tokens == 0
         tokens = sum(map(len, prompts)) + sum(map(len, answers))
         assert score.forward_tokens == 2 * tokens  # student, and once a search the teacher

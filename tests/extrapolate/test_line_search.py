@@ -89,7 +89,8 @@ def test_adaptive_searches_while_it_pays():
 
 
 def test_steering_follows_the_accepted_scale():
-    assert [steering(s) for s in (-0.5, 0.0, 0.7, 1.0)] == [0.5, 1.0, 1.0, 1.0]
+    assert [steering(s) for s in (0.1, 0.7, 1.0)] == [1.0, 1.0, 1.0]
+    assert steering(-0.5) == steering(0.0) == pytest.approx(0.5**0.5)
     assert steering(2.0) == pytest.approx(3**0.5) and steering(3.0) == steering(50.0) == 2.0
 
 
@@ -182,7 +183,8 @@ def test_moments_are_reset_after_a_jump_forwards_and_the_rate_is_steered():
     before = model.w.detach().clone()
     assert lookahead.step(2)["accepted_scale"] == 0.0
     assert optimizer.state  # no jump, no reset
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**0.5)
+    assert lookahead.search(3)["learning_rate_factor"] == 1.0  # nothing has moved, so nothing was learnt about the rate
 
 
 def test_keeping_and_not_steering_leaves_the_optimizer_alone():

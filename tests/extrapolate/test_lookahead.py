@@ -186,6 +186,12 @@ def test_on_move_is_called_only_after_a_jump():
         assert len(moves) == jumps
 
 
+def test_a_search_holds_the_anchor_and_one_copy_of_what_moves():
+    model = Quadratic()
+    row = EffOPD(model, negative_loss, EffOPDConfig(**CONFIG)).search(1)
+    assert row["memory_bytes"] == 2 * 4 * model.w.numel()
+
+
 def test_without_a_displacement_nothing_is_scored():
     calls = []
     row = EffOPD(Quadratic(), lambda m: calls.append(1) or 0.0, EffOPDConfig(**CONFIG)).search(1)

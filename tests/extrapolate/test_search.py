@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from effopd import EffOPDConfig
-from effopd.errors import ConfigError, NonFiniteWeightsError
+from effopd.errors import ConfigError, NonFiniteWeightsError, ScorerError
 from effopd.extrapolate.schedule import powers_of_two
-from effopd.extrapolate.search import Score, first_failure_search
+from effopd.extrapolate.search import GATES, Score, first_failure_search, line_search, paired_z
 
 PAPER = (2.0, 4.0, 6.0, 8.0, 10.0)
 
@@ -59,6 +61,53 @@ def test_accepted_scores_never_fall():
         assert result.accepted_scale == max([0.0, *(t.scale for t in result.trials if t.verdict == "accepted")])
 
 
+def of(values):
+    return Score(sum(values) / len(values), per_example=tuple(map(float, values)))
+
+
+def test_paired_z_is_the_paired_t_statistic():
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 32):
+        candidate, reference = rng.normal(size=(2, n))
+        expected = scipy.stats.ttest_rel(candidate, reference).statistic
+        assert paired_z(of(candidate), of(reference)) == pytest.approx(expected)
+    same = of([1.0, 2.0])
+    assert paired_z(same, same) == 0.0 and paired_z(of([2.0, 3.0]), same) == math.inf
+
+
+def test_one_lucky_example_never_passes_the_margin():
+    for size in (1e-3, 1.0, 1e6):
+        lucky, start = of([size] + [0.0] * 31), of([0.0] * 32)
+        assert GATES["gt"](lucky, start, 2.0) and not GATES["margin"](lucky, start, 2.0)
+
+
+@pytest.mark.parametrize("search", [first_failure_search, line_search])
+def test_the_margin_says_no_to_noise_and_yes_to_a_gain(search):
+    """400 searches along rays whose examples differ, but whose true gain is nothing: at most a few per cent jump."""
+    arguments = {"scales": PAPER} if search is first_failure_search else {}
+    rng = np.random.default_rng(0)
+
+    def jumps(gate, gain):
+        moved = 0
+        for _ in range(400):
+            slopes = rng.normal(gain, 1.0, 32)  # curved a little, so that the line search has something to refine
+            score = lambda s, slopes=slopes: of(s * slopes - 0.01 * s * s)  # noqa: E731
+            moved += search(score, gate=gate, **arguments).accepted_scale != 0
+        return moved / 400
+
+    assert jumps("margin", 0.0) < 0.08 and jumps("gt", 0.0) > 0.3
+    assert jumps("margin", 1.0) > 0.95
+
+
+def test_the_margin_needs_examples_to_pair_or_exact_scores():
+    exact = lambda s: Score(-((s - 3.0) ** 2))  # noqa: E731
+    assert line_search(exact, gate="margin") == line_search(exact, gate="gt")
+    with pytest.raises(ScorerError, match="per_example"):
+        line_search(lambda s: of([s]), gate="margin")
+    with pytest.raises(ScorerError, match="32 and 31"):
+        paired_z(of([0.0] * 32), of([0.0] * 31))
+
+
 def test_rows_are_json_ready():
     import json
 
@@ -84,6 +133,7 @@ def test_defaults_are_the_papers():
     [
         {"strategy": "x"}, {"schedule": "daily"}, {"gate": "eq"}, {"scales": []},
         {"scales": [2.0, -1.0]}, {"scales": [float("inf")]}, {"validation_size": 0}, {"temperature": -1.0},
+        {"gate_z": -1.0, "gate": "margin"}, {"gate_z": 3.0},
         {"max_completion_length": 0}, {"parameters": "("}, {"validation_batch_size": 0},
     ],
 )  # fmt: skip

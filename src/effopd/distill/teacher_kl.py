@@ -73,9 +73,10 @@ class RolloutScorer:
             )  # fmt: skip
         lengths = torch.cat([batch["valid"].sum(1) for batch in self._batches]).tolist()
         sums = [float(piece.sum()) for piece in kl_N.double().split(lengths)]
+        mean_length = max(1, sum(lengths)) / len(lengths)
         return Score(
             mean=-sum(sums) / max(1, sum(lengths)),
-            per_example=tuple(-kl / max(1, length) for kl, length in zip(sums, lengths, strict=True)),
+            per_example=tuple(-kl / mean_length for kl in sums),  # their mean is `mean`, so that paired tests are about it
             seconds=time.perf_counter() - start,
             forward_tokens=forwards * tokens,
         )

@@ -212,6 +212,7 @@ class EffOPDCallback(TrainerCallback):
             "effopd/search_seconds": row["seconds"],
             "effopd/search_generated_tokens": row["generated_tokens"],
             "effopd/start_score": row["trials"][0].get("score"),
+            "effopd/memory_bytes": row.get("memory_bytes"),
         }
         metrics = {name: float(value) for name, value in metrics.items() if value is not None}
         if hasattr(self.trainer, "_metrics"):  # TRL averages these into the step's own log row

@@ -9,9 +9,9 @@ from typing import Any
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import compile_rule
 from effopd.extrapolate.schedule import SCHEDULES
+from effopd.extrapolate.search import GATES
 from effopd.extrapolate.strategies import STRATEGIES, Strategy
 
-GATES = ("ge", "gt")
 SCORERS = ("accuracy", "teacher_kl")
 OPTIMIZERS = ("keep", "reset")
 #: Settings that only some strategies read; elsewhere they would be ignored, so they are refused.
@@ -73,8 +73,8 @@ class EffOPDConfig:
     steer: bool | None = field(
         default=None,
         metadata={
-            "help": "Multiply the learning rate by √min(1+s, 4) after a jump with s > 1 and by ½ after a step back, on "
-            "top of its schedule. Default: the strategy's own."
+            "help": "Multiply the learning rate by √min(1+s, 4) after a jump with s > 1 and by 1/√2 after a search that "
+            "found nothing better or stepped back, on top of its schedule. Default: the strategy's own."
         },
     )
     scales: list[float] = field(
@@ -84,10 +84,12 @@ class EffOPDConfig:
     gate: str | None = field(
         default=None,
         metadata={
-            "help": "'ge' accepts score >= best so far, 'gt' only score > best so far. Default: the strategy's own.",
+            "help": "'ge' accepts score >= best so far, 'gt' only score > best so far, 'margin' only what is better by "
+            "gate_z standard errors, example by example. Default: the strategy's own.",
             "choices": list(GATES),
         },
     )
+    gate_z: float = field(default=2.0, metadata={"help": "How many standard errors gate 'margin' asks for."})
     parameters: str | None = field(
         default=None,
         metadata={
@@ -166,6 +168,12 @@ class EffOPDConfig:
 
     def _check_strategy_settings(self) -> None:
         defaults = {f.name: f.default for f in fields(self)}
+        if not 0 <= self.gate_z < float("inf"):
+            raise ConfigError(f"EffOPDConfig.gate_z must be >= 0 and finite, got {self.gate_z}.")
+        if self.gate_z != defaults["gate_z"] and self.resolved_gate != "margin":
+            raise ConfigError(
+                f"EffOPDConfig.gate_z is read by gate 'margin' only; with gate '{self.resolved_gate}' it would be ignored."
+            )
         for name, strategies in ONLY_FOR.items():
             if getattr(self, name) != defaults[name] and self.strategy not in strategies:
                 raise ConfigError(

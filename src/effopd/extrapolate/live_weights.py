@@ -133,6 +133,11 @@ class LiveWeights:
         """How many numbers move."""
         return sum(p.numel() for p in self._parameters.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the model: the fp32 anchor and, during a search, the copy that it comes back to."""
+        return sum(t.nbytes for tensors in (self._anchor, self._origin or {}) for t in tensors.values())
+
     @torch.no_grad()
     def displacement_norm(self) -> float:
         """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64)."""

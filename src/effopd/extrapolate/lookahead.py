@@ -122,6 +122,7 @@ class EffOPD:
             assert plan.direction is not None
             direction, quality = plan.direction(self.config.seed, step), None
         self.weights.begin(direction)
+        memory = self.weights.nbytes + self.observations.nbytes
         try:
             if delta_norm == 0.0 and plan.fit is None:  # nothing has moved since the anchor: nowhere to look
                 result = SearchResult(0.0, (Trial(0.0, None, "start"),))
@@ -135,8 +136,8 @@ class EffOPD:
         self.weights.commit()
         if result.accepted_scale != 0.0 and self._on_move is not None:
             self._on_move()
-        factor = self._after(result.accepted_scale)
-        row = self._row(step, delta_norm, result, time.perf_counter() - start)
+        factor = self._after(result.accepted_scale) if len(result.trials) > 1 else 1.0
+        row = self._row(step, delta_norm, result, time.perf_counter() - start) | {"memory_bytes": memory}
         if self.config.resolved_steer:
             row["learning_rate_factor"] = factor
         if quality is not None:

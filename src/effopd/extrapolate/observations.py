@@ -44,6 +44,12 @@ class Observations:
         goal = self.target.mean if self.target and self.target.mean > 0 else 1.0
         return [float("nan") if score is None else score / goal for score in self.scores]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything kept."""
+        points = (point for path in self.by_parameter.values() for point in path)
+        return sum(tensor.nbytes for point in points for tensor in point.values())
+
     def take_target_tokens(self) -> int:
         """Tokens that measuring the target cost; the first caller is told, later ones get 0."""
         tokens = self.target.generated_tokens if self.target and self._uncharged else 0

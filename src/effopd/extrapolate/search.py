@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from effopd.errors import NonFiniteWeightsError
+from effopd.errors import NonFiniteWeightsError, ScorerError
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,44 @@ class SearchResult:
         return sum(trial.score.forward_tokens for trial in self.trials if trial.score)
 
 
-def passes(gate: str, candidate: float, best: float) -> bool:
-    """The gate: `ge` is candidate ≥ best (ties accepted, the paper), `gt` is candidate > best (the released code)."""
-    return candidate >= best if gate == "ge" else candidate > best
+def paired_z(candidate: Score, reference: Score) -> float:
+    """How many standard errors the candidate is better, example by example: mean(d) / (std(d) / √n), d_i = c_i − r_i.
+
+    Pairing removes what makes examples differ, and a gain that comes from one example alone is never worth more than
+    z = 1, however large it is. Scores without examples count as exact: z is infinite, or 0 for a tie.
+
+    Raises:
+        ScorerError: the scores do not hold the same n examples, or only one.
+
+    Example:
+        >>> one = Score(0.25, per_example=(0.0, 0.0, 0.0, 1.0))
+        >>> paired_z(one, Score(0.0, per_example=(0.0, 0.0, 0.0, 0.0)))
+        1.0
+    """
+    n = len(candidate.per_example)
+    if n == 1 or n != len(reference.per_example):
+        raise ScorerError(
+            "gate 'margin' compares example by example: expected two scores with the same n >= 2 values in per_example "
+            f"(or none), got {n} and {len(reference.per_example)}. Score more examples, or set gate='gt'."
+        )
+    gains = [c - r for c, r in zip(candidate.per_example, reference.per_example, strict=True)]
+    mean = math.fsum(gains) / n if n else candidate.mean - reference.mean
+    error = math.sqrt(math.fsum((gain - mean) ** 2 for gain in gains) / (n - 1) / n) if n else 0.0
+    return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 
-def first_failure_search(score: Callable[[float], Score], scales: Sequence[float], gate: str = "ge") -> SearchResult:
+#: (candidate, reference, z) → whether the candidate is accepted: `ge` is ≥ (ties accepted, the paper), `gt` is > (the
+#: released code), `margin` is better by z standard errors (`paired_z`).
+GATES: dict[str, Callable[[Score, Score, float], bool]] = {
+    "ge": lambda candidate, reference, z: candidate.mean >= reference.mean,
+    "gt": lambda candidate, reference, z: candidate.mean > reference.mean,
+    "margin": lambda candidate, reference, z: paired_z(candidate, reference) >= z,
+}
+
+
+def first_failure_search(
+    score: Callable[[float], Score], scales: Sequence[float], gate: str = "ge", z: float = 2.0
+) -> SearchResult:
     """Walk outwards until a candidate fails, and keep the last one that passed (arXiv 2605.11739).
 
     `v ← score(0)`; for each scale in order: accept if `score(scale)` passes the gate against `v`, then `v` is raised
@@ -87,7 +119,8 @@ def first_failure_search(score: Callable[[float], Score], scales: Sequence[float
     Args:
         score: maps a scale s to the score of W + s·Δ. May raise `NonFiniteWeightsError`: that candidate fails.
         scales: candidate scales in the order to try them.
-        gate: `ge` or `gt`, see `passes`.
+        gate: `ge`, `gt` or `margin`, see `GATES`.
+        z: standard errors that `margin` asks for.
 
     Example:
         >>> result = first_failure_search(lambda s: Score(-(s - 4) ** 2), (2, 4, 6))
@@ -97,7 +130,7 @@ def first_failure_search(score: Callable[[float], Score], scales: Sequence[float
     start = score(0.0)
     if not math.isfinite(start.mean):
         return SearchResult(0.0, (Trial(0.0, start, "non-finite"),))
-    trials, accepted, best = [Trial(0.0, start, "start")], 0.0, start.mean
+    trials, accepted, best = [Trial(0.0, start, "start")], 0.0, start
     for scale in map(float, scales):
         try:
             candidate = score(scale)
@@ -107,28 +140,34 @@ def first_failure_search(score: Callable[[float], Score], scales: Sequence[float
         if not math.isfinite(candidate.mean):
             trials.append(Trial(scale, candidate, "non-finite"))
             break
-        if not passes(gate, candidate.mean, best):
+        if not GATES[gate](candidate, best, z):
             trials.append(Trial(scale, candidate, "rejected"))
             break
         trials.append(Trial(scale, candidate, "accepted"))
-        accepted, best = scale, candidate.mean
+        accepted, best = scale, candidate
     return SearchResult(accepted, tuple(trials))
 
 
 def line_search(
-    score: Callable[[float], Score], gate: str = "gt", longest: float = 64.0, refinements: int = 1
+    score: Callable[[float], Score],
+    gate: str = "gt",
+    z: float = 2.0,
+    longest: float = 64.0,
+    refinements: int = 1,
 ) -> SearchResult:
     """Find the best scale along the ray, forwards or backwards, in few scores.
 
     Doubles from 1 while the score improves, up to `longest`; if not even 1 improves, tries −½ (halfway back to the
     anchor: what training gained by noise it loses by averaging). Then refines: the vertex of the parabola through the
-    best point and its neighbours, kept if it is better still. A quadratic score is maximised exactly by one refinement.
+    highest point and its neighbours. A quadratic score is maximised exactly by one refinement. Of all points that pass
+    the gate against the *start*, the highest is kept.
 
     The result never scores below the start: with exact scores a jump never makes things worse.
 
     Args:
         score: as for `first_failure_search`.
-        gate: `gt` or `ge`, see `passes`.
+        gate: `ge`, `gt` or `margin`, see `GATES`.
+        z: standard errors that `margin` asks for.
         longest: the largest scale tried.
         refinements: how many parabola steps.
 
@@ -140,34 +179,36 @@ def line_search(
     start = score(0.0)
     if not math.isfinite(start.mean):
         return SearchResult(0.0, (Trial(0.0, start, "non-finite"),))
-    trials, known, best = [Trial(0.0, start, "start")], {0.0: start.mean}, 0.0
+    trials, known, accepted = [Trial(0.0, start, "start")], {0.0: start.mean}, 0.0
 
-    def attempt(scale: float) -> bool:
-        nonlocal best
+    def attempt(scale: float) -> None:
+        nonlocal accepted
         try:
             candidate: Score | None = score(scale)
         except NonFiniteWeightsError:
             candidate = None
         if candidate is None or not math.isfinite(candidate.mean):
             trials.append(Trial(scale, candidate, "non-finite"))
-            return False
+            return
         known[scale] = candidate.mean
-        accepted = passes(gate, candidate.mean, known[best])
-        trials.append(Trial(scale, candidate, "accepted" if accepted else "rejected"))
-        best = scale if accepted else best
-        return accepted
+        wins = candidate.mean >= known[accepted] and GATES[gate](candidate, start, z)
+        trials.append(Trial(scale, candidate, "accepted" if wins else "rejected"))
+        accepted = scale if wins else accepted
 
-    scale = 1.0
-    while scale <= longest and attempt(scale):
-        scale *= 2
-    if best == 0.0:
+    scale, peak = 1.0, 0.0
+    while scale <= longest:
+        attempt(scale)
+        if not known.get(scale, -math.inf) > known[peak]:
+            break
+        peak, scale = scale, 2 * scale
+    if peak == 0.0:
         attempt(-0.5)
     for _ in range(refinements):
-        vertex = _vertex(known, best, longest)
+        vertex = _vertex(known, max(known, key=known.__getitem__), longest)
         if vertex is None:
             break
         attempt(vertex)
-    return SearchResult(best, tuple(trials))
+    return SearchResult(accepted, tuple(trials))
 
 
 def _vertex(known: Mapping[float, float], best: float, longest: float) -> float | None:

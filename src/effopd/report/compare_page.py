@@ -92,6 +92,10 @@ def number(row: Row | None, form: str = ".4f") -> str:
     return median if row["n"] < 2 else f"{median} [{low}, {high}]"
 
 
+#: Accepted jumps shown of a run; all of them are in `results.json`.
+_JUMPS = 8
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
@@ -110,7 +114,7 @@ def summary_table(results: Results) -> list[Table]:
             pad_edge=False,
             collapse_padding=True,
         )
-        drawn.add_column("", overflow="fold")
+        drawn.add_column("", no_wrap=True)
         for name in ("steps", "net\nseconds", "sampled\ntokens", "reached", "final\nKL", "accuracy", "search"):
             drawn.add_column(name, justify="right", no_wrap=True)
         for strategy in look.at_reference():
@@ -332,7 +336,9 @@ def _jumps(look: Lookup) -> str:
     rows = []
     for run in look.results["runs"]:
         if run["accepted"] and run["learning_rate"] == look.reference:
-            jumps = ", ".join(f"{step}: {scale:g}" for step, scale in run["accepted"])
+            jumps = ", ".join(f"{step}: {scale:.3g}" for step, scale in run["accepted"][:_JUMPS])
+            more = len(run["accepted"]) - _JUMPS
+            jumps += f", … {more} more" if more > 0 else ""
             rows.append([run["task"], f"`{run['strategy']}`", str(run["seed"]), jumps])
     rows.sort(key=lambda row: (look.tasks.index(row[0]), row[1], int(row[2])))
     return table(["task", "strategy", "seed", "accepted (step: scale)"], rows)

@@ -1,4 +1,4 @@
-"""The demo's figure: two runs against steps and against net seconds."""
+"""The demo's figure: its runs against steps and against net seconds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from effopd.bench.time_to_target import smooth
 from effopd.optional import require
 
 Rows = Sequence[Mapping[str, Any]]
-_COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b"}
+_COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "lookahead": "#2e6f9e"}
 
 
 def comparison_figure(
-    runs: Mapping[str, Rows], searches: Rows, target: float, path: Path, title: str, teacher_accuracy: float | None
+    runs: Mapping[str, Rows],
+    searches: Mapping[str, Rows],
+    target: float,
+    path: Path,
+    title: str,
+    teacher_accuracy: float | None,
 ) -> Path:
     """Held-out KL (top) and accuracy (bottom) against optimizer steps (left) and net seconds (right).
 
     Args:
         runs: rows of `evals.jsonl` by label.
-        searches: rows of EffOPD's `searches.jsonl`; accepted jumps are marked on its curves.
+        searches: rows of `searches.jsonl` by label; accepted jumps forwards are marked on the curves.
         target: the KL that decides the speed-up, drawn as a line.
 
     Raises:
@@ -29,7 +34,10 @@ def comparison_figure(
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", sharex="col", constrained_layout=True)
-    jumps = {row["step"]: row["accepted_scale"] for row in searches if row["accepted_scale"]}
+    jumps = {
+        label: {row["step"]: row["accepted_scale"] for row in rows if row["accepted_scale"] > 0}
+        for label, rows in searches.items()
+    }
     for column, x_of in enumerate((lambda row: row["step"], lambda row: row["cost/net_seconds"])):
         for label, rows in runs.items():
             x = [x_of(row) for row in rows]
@@ -41,8 +49,7 @@ def comparison_figure(
             bottom.plot(x, [row["eval_accuracy"] for row in rows], color=color, linewidth=2, label=label)
             low, high = ([row[f"eval_accuracy_{end}"] for row in rows] for end in ("low", "high"))
             bottom.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-            if label == "EffOPD":
-                _mark_jumps(axes[0][column], axes[1][column], rows, x_of, jumps)
+            _mark_jumps(axes[0][column], axes[1][column], rows, x_of, jumps.get(label, {}), color)
         axes[0][column].axhline(target, color="#4c566a", linestyle=":", linewidth=1, label="plain OPD's final KL")
         if teacher_accuracy is not None:
             axes[1][column].axhline(teacher_accuracy, color="#2a9d8f", linestyle=":", linewidth=1, label="teacher")
@@ -63,23 +70,23 @@ def comparison_figure(
     return path
 
 
-def _mark_jumps(top, bottom, rows: Rows, x_of, jumps: Mapping[int, float]) -> None:
+def _mark_jumps(top, bottom, rows: Rows, x_of, jumps: Mapping[int, float], color: str | None) -> None:
     """A triangle at the first evaluation at or after accepted jumps, labelled with their scales."""
     labels: dict[int, list[str]] = {}
     for step, scale in jumps.items():
         index = next((i for i, row in enumerate(rows) if row["step"] >= step), None)
         if index is not None:
-            labels.setdefault(index, []).append(f"+{scale:g}Δ")
+            labels.setdefault(index, []).append(f"+{scale:.2g}Δ")
     for index, scales in labels.items():
         row = rows[index]
         kl = smooth([r["eval_kl"] for r in rows[: index + 1]])[-1]
         for axis, y in ((top, kl), (bottom, row["eval_accuracy"])):
-            axis.plot([x_of(row)], [y], marker="^", color=_COLORS["EffOPD"], markersize=8, zorder=5)
+            axis.plot([x_of(row)], [y], marker="^", color=color, markersize=8, zorder=5)
             axis.annotate(
                 ", ".join(scales),
                 (x_of(row), y),
                 textcoords="offset points",
                 xytext=(6, 6),
                 fontsize=8,
-                color="#7a2833",
+                color=color,
             )

@@ -83,25 +83,26 @@ class Strategy:
 
 
 def _first_failure(score: Callable[[float], Score], config: Any) -> SearchResult:
-    return first_failure_search(score, config.scales, config.resolved_gate)
+    return first_failure_search(score, config.scales, config.resolved_gate, config.gate_z)
 
 
 def _nowhere(score: Callable[[float], Score], config: Any) -> SearchResult:
-    return first_failure_search(score, (0.0,), config.resolved_gate)
+    return first_failure_search(score, (0.0,), config.resolved_gate, config.gate_z)
 
 
 def _line(score: Callable[[float], Score], config: Any) -> SearchResult:
-    return line_search(score, config.resolved_gate)
+    return line_search(score, config.resolved_gate, config.gate_z)
 
 
 def steering(accepted_scale: float) -> float:
     """What the learning rate is multiplied with: the accepted scale says how far it is from right.
 
-    √min(1 + s, 4) after a jump of more than the displacement (s > 1), ½ after a step back (s < 0), else 1.
+    √min(1 + s, 4) after a jump of more than the displacement (s > 1); 1/√2 after a search that found nothing better, or a
+    step back (s ≤ 0): then the last steps were long enough, or too long for their noise; else 1.
     """
     if accepted_scale > 1:
         return min(1 + accepted_scale, 4.0) ** 0.5
-    return 0.5 if accepted_scale < 0 else 1.0
+    return 1.0 if accepted_scale > 0 else 0.5**0.5
 
 
 def unscored(scale: float) -> SearchResult:
@@ -161,7 +162,7 @@ STRATEGIES: dict[str, Strategy] = {
         "teacher_kl",
         _line,
         _last_displacement,
-        gate="gt",
+        gate="margin",
         parameters="all",
         schedule="adaptive",
         optimizer="reset",

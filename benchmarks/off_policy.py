@@ -1,0 +1,233 @@
+"""Does it matter that candidates are scored on rollouts of W, and how many rollouts does a decision need?
+
+    .venv/bin/python benchmarks/off_policy.py [--family chain_sum] [--seed 0] [--max_steps 24] [--out docs/off_policy.json]
+
+At every search of a `lookahead` run, every scale of a grid is scored in all these ways, and by the truth: the exact
+reverse KL on 256 held-out prompts that the candidate answers itself.
+
+- `plain`: on the rollouts of W as they are, what `teacher_kl` does;
+- `weighted`: the same with self-normalised importance weights of the prefixes, cut off at 10;
+- `trusted`: `plain`, among the candidates with KL(candidate ‖ W) <= --radius nats per token on the same tokens;
+- `confirmed`: `plain`'s two best, rolled out again on 32 training prompts and scored on that (its cost: generation).
+
+Printed: the mean truth of what each picks, relative to the best of the grid and to staying, and the seconds of scoring
+relative to `plain`. The training run itself goes on with its own search.
+
+Also the gate's errors: `false_accepts` is how often a line search jumps where nothing is to be gained, by simulation:
+the 256 rollouts' real gains at every scale, less their mean (so that the true gain is 0), are drawn from, as many as a
+search sees; `accepts` is the same with the gains as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PrinterCallback
+
+import effopd.distill.trainer as trainer_module
+from effopd.distill.launch import build_trainer
+from effopd.distill.task_eval import evaluate_task
+from effopd.distill.teacher_kl import RolloutScorer
+from effopd.extrapolate.callback import EffOPDCallback
+from effopd.extrapolate.search import Score, line_search
+from effopd.quickstart import quiet
+from effopd.restore import evaluating, isolated_rng
+from effopd.testbed.families import family_task
+from effopd.train_command import parse_train
+
+GRID = (-0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+CUT = 10.0
+
+
+class Watching(RolloutScorer):
+    """`teacher_kl`, and before the first candidate of a search all ways of scoring the whole grid."""
+
+    rows: list[dict]
+
+    def __call__(self, model):
+        if self._teacher is None and not getattr(self, "busy", False):
+            self.busy = True
+            self.rows.append(self.watch(model))
+            self.busy, self._teacher = False, None
+        return super().__call__(model)
+
+    def take(self, batches):
+        self.all_batches = batches
+        super().take(batches)
+
+    def watch(self, model) -> dict:
+        trainer = self._trainer
+        callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback))
+        move_to = callback.lookahead.weights.move_to
+        many = RolloutScorer(trainer, 10**9)
+        many.take(self.all_batches)
+        row = {"step": trainer.state.global_step + 1, "scale": list(GRID), "truth": [], "truth_se": [], "plain": {}}
+        row |= {
+            "weighted": {},
+            "moved": [],
+            "confirmed": [],
+            "seconds": {"plain": 0.0, "weighted": 0.0, "confirmed": 0.0},
+        }
+        few_start = self.tokens(model, self._batches)
+        many_start = self.tokens(model, many._batches)
+        for scale in GRID:
+            move_to(scale)
+            start = time.process_time()
+            row["plain"].setdefault("32", []).append(list(super().__call__(model).per_example))
+            row["seconds"]["plain"] += time.process_time() - start
+            row["plain"].setdefault("all", []).append(list(many(model).per_example))
+            start = time.process_time()
+            row["weighted"].setdefault("32", []).append(self.weighted(model, self._batches, few_start)[0])
+            row["seconds"]["weighted"] += time.process_time() - start
+            value, moved = self.weighted(model, many._batches, many_start)
+            row["weighted"].setdefault("all", []).append(value)
+            row["moved"].append(moved)
+            truth = self.truth(model, self.held_out)
+            row["truth"].append(truth["kl"])
+            row["truth_se"].append(truth["kl_se"])
+            start = time.process_time()
+            row["confirmed"].append(self.truth(model, self.few)["kl"])
+            row["seconds"]["confirmed"] += time.process_time() - start
+        move_to(0.0)
+        return row
+
+    def truth(self, model, task) -> dict:
+        trainer = self._trainer
+        with isolated_rng(0):
+            return evaluate_task(
+                model, trainer.teacher_model, trainer.processing_class, task, trainer.args, vocab_size=trainer.vocab_size,
+                autocast=trainer.accelerator.autocast,
+            )[0]  # fmt: skip
+
+    @torch.no_grad()
+    def tokens(self, model, batches):
+        """Log-probabilities [B, T, V] of the student at the scored positions, a batch at a time."""
+        with evaluating(model):
+            return [self.log_probs(model, batch) for batch in batches]
+
+    def log_probs(self, model, batch):
+        keep, trainer = batch["valid"].shape[1], self._trainer
+        hidden = trainer._get_last_hidden_state(model, batch["ids"], batch["attention"], keep)
+        return model.get_output_embeddings()(hidden)[..., : trainer.vocab_size].float().log_softmax(-1)
+
+    @torch.no_grad()
+    def weighted(self, model, batches, before) -> tuple[float, float]:
+        """(−KL to the teacher with weighted prefixes, KL(candidate ‖ W) on the same tokens)."""
+        total = weights = moved = count = 0.0
+        for batch, old in zip(batches, before, strict=True):
+            new, teacher = self.log_probs(model, batch), self.log_probs(self._trainer.teacher_model, batch)
+            valid, answer = batch["valid"], batch["ids"][:, -batch["valid"].shape[1] :]
+            ratio = ((new - old).gather(-1, answer[..., None])[..., 0] * valid).cumsum(1)
+            prefix = torch.cat([torch.zeros_like(ratio[:, :1]), ratio[:, :-1]], dim=1).exp().clamp(max=CUT)
+            kl = (new.exp() * (new - teacher)).sum(-1)
+            total += float((prefix * kl)[valid].double().sum())
+            weights += float(prefix[valid].double().sum())
+            moved += float((new.exp() * (new - old)).sum(-1)[valid].double().sum())
+            count += int(valid.sum())
+        return -total / weights, moved / count
+
+
+def summary(rows: list[dict], radius: float) -> dict:
+    """What each way of scoring picks, in truth: KL of the pick over the best of the grid (geometric mean) …"""
+    stay = GRID.index(0.0)
+    excess: dict[str, list[float]] = {}
+    gained: dict[str, list[float]] = {}
+    worse: dict[str, int] = {}
+    for row in rows:
+        truth = np.array(row["truth"])
+        scores = {f"plain {n}": np.array(row["plain"][n]).mean(1) for n in ("32", "all")}
+        scores |= {f"weighted {n}": np.array(row["weighted"][n]) for n in ("32", "all")}
+        scores["trusted 32"] = np.where(np.array(row["moved"]) <= radius, scores["plain 32"], -np.inf)
+        best = np.argsort(-scores["plain 32"])[:2]
+        scores["confirmed 32"] = np.full(len(GRID), -np.inf)
+        scores["confirmed 32"][best] = -np.array(row["confirmed"])[best]
+        examples = np.array(row["plain"]["32"])
+        gains = examples - examples[stay]
+        z = gains.mean(1) / np.maximum(gains.std(1, ddof=1) / gains.shape[1] ** 0.5, 1e-300)
+        scores["margin 32"] = np.where((z >= 2) | (np.arange(len(GRID)) == stay), scores["plain 32"], -np.inf)
+        scores["stay"] = (np.arange(len(GRID)) == stay) - 1.0
+        for name, score in scores.items():
+            pick = int(np.argmax(score))
+            excess.setdefault(name, []).append(truth[pick] / truth.min())
+            gained.setdefault(name, []).append(truth[pick] / truth[stay])
+            worse[name] = worse.get(name, 0) + int(truth[pick] > truth[stay] * 1.05)
+    seconds = {name: sum(row["seconds"][name] for row in rows) for name in rows[0]["seconds"]}
+    return {
+        "searches": len(rows),
+        "over_best": {name: float(np.exp(np.mean(np.log(values)))) for name, values in excess.items()},
+        "over_staying": {name: float(np.exp(np.mean(np.log(values)))) for name, values in gained.items()},
+        "worst_over_staying": {name: float(np.max(values)) for name, values in gained.items()},
+        "worse_by_5_percent": worse,
+        "seconds_over_plain": {name: value / seconds["plain"] for name, value in seconds.items()},
+    }
+
+
+def accepts(rows: list[dict], centred: bool, rollouts: int, repeats: int = 400) -> dict[str, float]:
+    """How often the line search jumps on `rollouts` of the rollouts, by gate; forward scales and -½, no refinement."""
+    rng, stay, jumps = np.random.default_rng(0), GRID.index(0.0), {}
+    for row in rows:
+        examples = np.array(row["plain"]["all"])
+        gains = examples - examples[stay]
+        if centred:
+            gains = gains - gains.mean(1, keepdims=True)
+        for _ in range(repeats):
+            drawn = gains[:, rng.choice(gains.shape[1], rollouts, replace=False)]
+            scores = {s: Score(float(g.mean()), per_example=tuple(g)) for s, g in zip(GRID, drawn, strict=True)}
+            for name, gate, z in (("gt", "gt", 2.0), *((f"margin {z:g}", "margin", z) for z in (1.0, 1.5, 2.0, 3.0))):
+                found = line_search(scores.__getitem__, gate, z, longest=max(GRID), refinements=0)
+                jumps.setdefault(name, []).append(found.accepted_scale != 0)
+    return {name: float(np.mean(values)) for name, values in jumps.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="chain_sum")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_steps", type=int, default=24)
+    parser.add_argument("--learning_rate", type=float, default=3e-5)
+    parser.add_argument("--radius", type=float, default=0.02)
+    parser.add_argument("--runs", type=Path, default=Path("runs/off_policy"))
+    parser.add_argument("--out", type=Path, help="Add the summary to this JSON file.")
+    arguments = parser.parse_args()
+    quiet()
+    name = f"{arguments.family}-{arguments.seed}"
+    rows_file = arguments.runs / f"{name}.json"
+    if not rows_file.exists():
+        trainer_module.RolloutScorer = Watching  # type: ignore[attr-defined]
+        settings = parse_train(
+            f"""--model_name_or_path testbed:student --teacher_model_name_or_path testbed:teacher
+            --task testbed:{arguments.family} --train_size 4096 --eval_size 256 --max_steps {arguments.max_steps}
+            --per_device_train_batch_size 256 --per_device_eval_batch_size 256 --max_completion_length 24
+            --activation_checkpointing false --eval_strategy no --eval_greedy false --save_strategy no
+            --report_to none --disable_tqdm true --learning_rate {arguments.learning_rate} --seed {arguments.seed}
+            --output_dir {arguments.runs / name} --effopd.strategy lookahead""".split()
+        )
+        trainer = build_trainer(settings)
+        trainer.remove_callback(PrinterCallback)
+        scorer = trainer._rollout_scorer
+        assert isinstance(scorer, Watching)
+        scorer.rows = []
+        scorer.few, scorer.held_out = (
+            family_task(arguments.family, split, size, seed=arguments.seed + 99)
+            for split, size in (("train", 32), ("test", 256))
+        )
+        trainer.train()
+        rows_file.write_text(json.dumps(scorer.rows))
+    rows = json.loads(rows_file.read_text())
+    result = summary(rows, arguments.radius)
+    result["false_accepts"], result["accepts"] = (
+        {str(n): accepts(rows, centred, n) for n in (16, 32, 64)} for centred in (True, False)
+    )
+    print(json.dumps(result, indent=1))
+    if arguments.out is not None:
+        saved = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        arguments.out.write_text(json.dumps(saved | {name: result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
