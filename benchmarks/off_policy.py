@@ -13,9 +13,8 @@ reverse KL on 256 held-out prompts that the candidate answers itself.
 Printed: the mean truth of what each picks, relative to the best of the grid and to staying, and the seconds of scoring
 relative to `plain`. The training run itself goes on with its own search.
 
-Also the gate's errors: `false_accepts` is how often a line search jumps where nothing is to be gained, by simulation:
-the 256 rollouts' real gains at every scale, less their mean (so that the true gain is 0), are drawn from, as many as a
-search sees; `accepts` is the same with the gains as they are.
+Also the gate's errors (`gate_errors`), by simulation from the 256 rollouts' real gains, and what a sequential test would
+save (`racing`).
 """
 
 from __future__ import annotations
@@ -167,21 +166,60 @@ def summary(rows: list[dict], radius: float) -> dict:
     }
 
 
-def accepts(rows: list[dict], centred: bool, rollouts: int, repeats: int = 400) -> dict[str, float]:
-    """How often the line search jumps on `rollouts` of the rollouts, by gate; forward scales and -½, no refinement."""
-    rng, stay, jumps = np.random.default_rng(0), GRID.index(0.0), {}
+def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str, dict[str, float]]:
+    """Line searches on `rollouts` of the rollouts (scales of the grid, no refinement), by gate: how often they jump where
+    there is nothing to find (each rollout's gains times a random sign: the same sizes, and a true gain of 0), how often on
+    the gains as they are, and how often to a point that is in truth worse than staying."""
+    rng, stay = np.random.default_rng(0), GRID.index(0.0)
+    gates = {"gt": ("gt", 2.0)} | {f"margin {z:g}": ("margin", z) for z in (1.0, 1.5, 2.0, 3.0)}
+    counts = {name: {"false": 0, "jumps": 0, "harmful": 0} for name in gates}
     for row in rows:
-        examples = np.array(row["plain"]["all"])
+        examples, truth = np.array(row["plain"]["all"]), dict(zip(GRID, row["truth"], strict=True))
         gains = examples - examples[stay]
-        if centred:
-            gains = gains - gains.mean(1, keepdims=True)
         for _ in range(repeats):
             drawn = gains[:, rng.choice(gains.shape[1], rollouts, replace=False)]
-            scores = {s: Score(float(g.mean()), per_example=tuple(g)) for s, g in zip(GRID, drawn, strict=True)}
-            for name, gate, z in (("gt", "gt", 2.0), *((f"margin {z:g}", "margin", z) for z in (1.0, 1.5, 2.0, 3.0))):
-                found = line_search(scores.__getitem__, gate, z, longest=max(GRID), refinements=0)
-                jumps.setdefault(name, []).append(found.accepted_scale != 0)
-    return {name: float(np.mean(values)) for name, values in jumps.items()}
+            flipped = drawn * rng.choice((-1.0, 1.0), rollouts)
+            for name, (gate, z) in gates.items():
+                real, null = (
+                    line_search(
+                        {s: Score(float(g.mean()), per_example=tuple(g)) for s, g in zip(GRID, d, strict=True)}.__getitem__,
+                        gate, z, longest=max(GRID), refinements=0,
+                    ).accepted_scale
+                    for d in (drawn, flipped)
+                )  # fmt: skip
+                counts[name]["false"] += null != 0
+                counts[name]["jumps"] += real != 0
+                counts[name]["harmful"] += truth[real] > truth[0.0]
+    total = len(rows) * repeats
+    return {name: {key: value / total for key, value in found.items()} for name, found in counts.items()}
+
+
+def racing(rows: list[dict], rollouts: int = 32, block: int = 8, repeats: int = 200) -> dict[str, float]:
+    """What a sequential test would save: candidates are scored block by block and dropped as soon as they are worse than
+    the start by two standard errors. Share of the scored rollouts saved, and of searches that end elsewhere."""
+    rng, stay = np.random.default_rng(0), GRID.index(0.0)
+    scored = saved = changed = searches = 0
+    for row in rows:
+        examples = np.array(row["plain"]["all"])
+        for _ in range(repeats):
+            drawn = examples[:, rng.choice(examples.shape[1], rollouts, replace=False)]
+            full = {s: Score(float(g.mean()), per_example=tuple(g)) for s, g in zip(GRID, drawn, strict=True)}
+            raced, cost = dict(full), dict.fromkeys(GRID, rollouts)
+            for scale, gains in zip(GRID, drawn - drawn[stay], strict=True):
+                for seen in range(block, rollouts, block):
+                    error = gains[:seen].std(ddof=1) / seen**0.5
+                    if gains[:seen].mean() < -2 * error:
+                        raced[scale], cost[scale] = Score(-1e9, per_example=(-1e9,) * rollouts), seen
+                        break
+            whole, short = (
+                line_search(scores.__getitem__, "margin", 2.0, longest=max(GRID), refinements=0)
+                for scores in (full, raced)
+            )
+            scored += rollouts * len(whole.trials)
+            saved += rollouts * len(whole.trials) - sum(cost[trial.scale] for trial in short.trials)
+            changed += whole.accepted_scale != short.accepted_scale
+            searches += 1
+    return {"saved": saved / scored, "changed": changed / searches}
 
 
 def main() -> None:
@@ -220,9 +258,8 @@ def main() -> None:
         rows_file.write_text(json.dumps(scorer.rows))
     rows = json.loads(rows_file.read_text())
     result = summary(rows, arguments.radius)
-    result["false_accepts"], result["accepts"] = (
-        {str(n): accepts(rows, centred, n) for n in (16, 32, 64)} for centred in (True, False)
-    )
+    result["gate_errors"] = {str(n): gate_errors(rows, n) for n in (16, 32, 64)}
+    result["racing"] = racing(rows)
     print(json.dumps(result, indent=1))
     if arguments.out is not None:
         saved = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,14 +196,38 @@ def test_recipe_testbed_is_the_reference():
         assert getattr(opd, name) == value, name
 
 
-def test_recipe_paper_says_what_the_paper_says(pair, tmp_path):
-    flags = ["--model_name_or_path", "S", "--teacher_model_name_or_path", "T", "--task", "math:x.jsonl"]
-    settings = parse_train(["--config", str(RECIPES / "paper.yaml"), *flags])
+PAPER = sorted(RECIPES.glob("paper-*.yaml"))
+CLUSTER = [*PAPER, RECIPES / "code-4b.yaml"]
+
+
+@pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
+def test_recipes_of_the_paper_say_what_the_paper_says(recipe):
+    settings = parse_train(["--config", str(recipe)])
     opd = settings.opd
-    assert opd.per_device_train_batch_size * opd.gradient_accumulation_steps == 1024
+    processes = int(re.search(r"--num_processes (\d+)", recipe.read_text())[1])
+    assert opd.per_device_train_batch_size * opd.gradient_accumulation_steps * processes == 1024
     assert (opd.learning_rate, opd.loss_type, opd.max_completion_length) == (1e-6, "sampled", 16384)
     assert settings.effopd == EffOPDConfig()
     assert settings.task.max_prompt_length == 2048
+
+
+@pytest.mark.parametrize("recipe", [*CLUSTER, RECIPES / "testbed.yaml"], ids=lambda path: path.stem)
+def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", str(recipe), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "look-ahead" in out and "32 × FSDP2" in out and "optimizer" in out and "unknown" not in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", CLUSTER, ids=lambda path: path.stem)
+def test_cluster_recipes_run_two_steps_with_tiny_models(recipe, pair, tmp_path):
+    flags = train_flags(pair, tmp_path / "run", "--task_args", "{}", "--gradient_accumulation_steps", "1")
+    flags += ["--max_steps", "2", "--max_prompt_length", "64", "--save_steps", "2"]
+    flags += ["--effopd.strategy", parse_train(["--config", str(recipe)]).effopd.strategy]
+    assert main(["train", "--config", str(recipe), *flags]) == 0
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "run" / "checkpoints").is_dir() and (tmp_path / "run" / "searches.jsonl").is_file()
 
 
 def test_eval_of_the_shipped_teacher(capsys):

@@ -46,10 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: Sequence[str]) -> int:
     """`effopd train`."""
     from effopd.distill.launch import run
-    from effopd.train_command import parse_train
+    from effopd.train_command import parse_command
 
-    settings = parse_train(argv)
+    settings, dry_run = parse_command(argv)
+    if dry_run:
+        from rich.console import Console
 
+        from effopd.distill.dry_run import plan_tables
+
+        for table in plan_tables(settings):
+            Console(width=None if sys.stdout.isatty() else 140).print(table)
+        return 0
     trainer = run(settings)
     print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
     return 0

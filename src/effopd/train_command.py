@@ -45,23 +45,34 @@ def train_parser():
                 kwargs[f"effopd_{name}"] = value
             return super().set_defaults_with_config(**kwargs)
 
-    return Parser(
+    parser = Parser(
         [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()],
         prog="effopd train",
         description="Distil a teacher into a student on the student's own answers.",
         epilog="Example: effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
         "--task math:train.jsonl --eval_strategy steps --eval_steps 10 --effopd.strategy effopd --output_dir runs/first",
     )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Check every flag, show the plan and its memory; load and write nothing.",
+    )
+    return parser
 
 
-def parse_train(argv: Sequence[str]):
-    """Command line and YAML → `RunSettings`.
+def parse_train(argv: Sequence[str]) -> RunSettings:
+    """Command line and YAML → settings of a run; see `parse_command`."""
+    return parse_command(argv)[0]
+
+
+def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
+    """Command line and YAML → (settings, whether it is a dry run).
 
     Raises:
         ConfigError: an unknown setting in the YAML file, or a value out of range.
     """
     try:
-        model, task, opd, look = train_parser().parse_args_and_config(list(argv))
+        model, task, opd, look, command = train_parser().parse_args_and_config(list(argv))
     except (ValueError, OSError) as error:
         raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
     model.model_name_or_path = resolve_model(model.model_name_or_path)
@@ -73,4 +84,4 @@ def parse_train(argv: Sequence[str]):
             "start, or the teacher's base before RL."
         )
     values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}
-    return RunSettings(model, task, opd, EffOPDConfig(**values))
+    return RunSettings(model, task, opd, EffOPDConfig(**values)), command.dry_run

@@ -184,7 +184,9 @@ def test_moments_are_reset_after_a_jump_forwards_and_the_rate_is_steered():
     assert lookahead.step(2)["accepted_scale"] == 0.0
     assert optimizer.state  # no jump, no reset
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**0.5)
-    assert lookahead.search(3)["learning_rate_factor"] == 1.0  # nothing has moved, so nothing was learnt about the rate
+    assert (
+        lookahead.search(3)["learning_rate_factor"] == 1.0
+    )  # nothing has moved, so nothing was learnt about the rate
 
 
 def test_keeping_and_not_steering_leaves_the_optimizer_alone():

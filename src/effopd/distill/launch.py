@@ -41,7 +41,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
         EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
     """
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
-    _require_models(model, opd)
+    require_models(model, opd)
     run_dir = RunDir(opd.output_dir)
     if not resume_argument(opd):
         run_dir.refuse_overwrite()
@@ -88,7 +88,7 @@ def resume_argument(opd: Any) -> str | bool | None:
     return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
-def _require_models(model: ModelConfig, opd: OPDConfig) -> None:
+def require_models(model: ModelConfig, opd: OPDConfig) -> None:
     for flag, value in (
         ("--model_name_or_path", model.model_name_or_path),
         ("--teacher_model_name_or_path", opd.teacher_model_name_or_path),

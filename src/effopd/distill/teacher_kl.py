@@ -76,7 +76,9 @@ class RolloutScorer:
         mean_length = max(1, sum(lengths)) / len(lengths)
         return Score(
             mean=-sum(sums) / max(1, sum(lengths)),
-            per_example=tuple(-kl / mean_length for kl in sums),  # their mean is `mean`, so that paired tests are about it
+            per_example=tuple(
+                -kl / mean_length for kl in sums
+            ),  # their mean is `mean`, so that paired tests are about it
             seconds=time.perf_counter() - start,
             forward_tokens=forwards * tokens,
         )

@@ -1,0 +1,119 @@
+"""`effopd train --dry_run`: what a run would do and need, from its settings alone; nothing is loaded, read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from effopd.distill.footprint import BF16, FP32, ModelSize, bytes_a_rank, model_size
+from effopd.distill.launch import RunSettings, require_models
+
+_DTYPE_BYTES = {"float32": FP32, "fp32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16, "bf16": BF16}
+
+
+def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
+    """(what would run, estimated memory a rank).
+
+    Raises:
+        ConfigError: a model is missing.
+    """
+    require_models(settings.model, settings.opd)
+    run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
+    for name, value in _run_rows(settings):
+        run.add_row(name, value)
+    return run, _memory_table(settings)
+
+
+def _run_rows(settings: RunSettings) -> Iterator[tuple[str, str]]:
+    opd, task, look = settings.opd, settings.task, settings.effopd
+    yield (
+        "student",
+        f"{settings.model.model_name_or_path}  {_size_text(_size(settings.model.model_name_or_path, opd))}",
+    )
+    for role in ("teacher", "reference"):
+        name = getattr(opd, f"{role}_model_name_or_path")
+        if name:
+            yield role, f"{name}  {_size_text(_size(name, opd))}"
+    yield "task", f"{task.task}, training prompts: {task.train_size or 'all'}, held out: {task.eval_size or 'none'}"
+    batch = opd.per_device_train_batch_size * opd.gradient_accumulation_steps * opd.world_size
+    yield (
+        "a step",
+        f"{batch:,} prompts = {opd.per_device_train_batch_size} × {opd.gradient_accumulation_steps} accumulated × "
+        f"{opd.world_size} process(es); {f'prompts up to {task.max_prompt_length}, ' if task.max_prompt_length else ''}"
+        f"answers up to {opd.max_completion_length} tokens",
+    )
+    length = f"{opd.max_steps:,} steps" if opd.max_steps > 0 else f"{opd.num_train_epochs:g} epoch(s)"
+    yield (
+        "length",
+        f"{length}, learning rate {opd.learning_rate:g} ({getattr(opd.lr_scheduler_type, 'value', opd.lr_scheduler_type)})",
+    )
+    yield "look-ahead", _look_text(look, opd)
+    yield "written to", str(opd.output_dir)
+
+
+def _look_text(look: Any, opd: Any) -> str:
+    if not look.enabled:
+        return "none: plain OPD"
+    parts = [look.strategy, f"moves {look.resolved_parameters}"]
+    if look.plan.fit is not None:
+        parts.append(f"fits at step {look.fit_until}")
+    else:
+        parts.append(f"searches by schedule '{look.schedule or look.plan.schedule}'")
+    if look.resolved_scorer == "accuracy":
+        each = look.validation_size * (look.max_completion_length or opd.max_completion_length)
+        parts.append(f"D_v of {look.validation_size} prompts: up to {each:,} sampled tokens a candidate")
+    elif look.resolved_scorer == "teacher_kl":
+        parts.append(f"scores {look.score_rollouts} rollouts a candidate, samples nothing")
+    return ", ".join(parts)
+
+
+#: (heading, ranks, sharded) of the memory table's columns.
+_SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
+
+
+def _memory_table(settings: RunSettings) -> Table:
+    opd, look = settings.opd, settings.effopd
+    table = Table(title="estimated memory a rank, GB", box=box.SIMPLE, pad_edge=False)
+    table.add_column("")
+    for heading, _, _ in _SETUPS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    student = _size(settings.model.model_name_or_path, opd)
+    others = [_size(name, opd) for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
+    if student is None or None in others:
+        table.add_row("unknown: a model is not on disk, and its name does not say its size", *("–" for _ in _SETUPS))
+        return table
+    dtype = str((opd.teacher_model_init_kwargs or {}).get("dtype") or settings.model.dtype or "float32")
+    frozen = sum(size.parameters for size in others if size) * _DTYPE_BYTES.get(dtype.removeprefix("torch."), FP32)
+    columns = [
+        bytes_a_rank(
+            student,
+            frozen,
+            ranks=ranks,
+            sharded=sharded,
+            moved=student.selected(look.resolved_parameters) if look.enabled else None,
+            rows=opd.per_device_train_batch_size,
+            length=(settings.task.max_prompt_length or 0) + opd.max_completion_length,
+            checkpointing=bool(opd.activation_checkpointing),
+        )
+        for _, ranks, sharded in _SETUPS
+    ]
+    for name in columns[-1]:
+        table.add_row(name, *(_gb(column.get(name, 0)) for column in columns))
+    unknown = "" if student.layers else ", without cache and activations (the student's configuration is not on disk)"
+    table.add_row(f"[bold]sum{unknown}[/bold]", *(f"[bold]{_gb(sum(column.values()))}[/bold]" for column in columns))
+    return table
+
+
+def _gb(value: int) -> str:
+    return f"{value / 1e9:,.3g}" if value < 1e12 else f"{value / 1e9:,.0f}"
+
+
+def _size(name: str, opd: Any) -> ModelSize | None:
+    return model_size(name, trust_remote_code=opd.trust_remote_code)
+
+
+def _size_text(size: ModelSize | None) -> str:
+    return "(size unknown)" if size is None else f"({size.parameters / 1e9:,.3g} B parameters, by its {size.source})"
