@@ -16,7 +16,6 @@ from transformers import Trainer, TrainerCallback
 
 from effopd.errors import CheckpointError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.live_weights import refuse_adapters
 from effopd.extrapolate.lookahead import STATE_FILE, EffOPD, Scorer
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.extrapolate.search import Score
@@ -84,8 +83,6 @@ class EffOPDCallback(TrainerCallback):
                 f"{trainer.accelerator.num_processes} processes (DeepSpeed: {trainer.is_deepspeed_enabled}, FSDP: "
                 f"{trainer.is_fsdp_enabled}). Run it on one process, or train without EffOPD."
             )
-
-        refuse_adapters(trainer.model)
 
     def _accuracy_scorer(self, task: Task) -> AccuracyScorer:
         trainer, config = self.trainer, self.config

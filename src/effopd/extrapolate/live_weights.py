@@ -2,8 +2,8 @@
 
 One class owns every edit of live parameters. Candidates come from the closed form W + s·Δ, never from the previous
 candidate, so rounding does not accumulate; the origin is kept in the parameters' own dtype, so a rejected search
-leaves no trace. Left out on purpose: LoRA (ΔW = B·A is not linear in A and B) and DeepSpeed ZeRO (the masters live in
-the optimizer); both are refused with a typed error rather than moved wrongly.
+leaves no trace. LoRA adapters, whose update B·A is not linear in A and B, are moved by `lora_weights`. Left out on purpose:
+DeepSpeed ZeRO (the masters live in the optimizer), refused with a typed error rather than moved wrongly.
 """
 
 from __future__ import annotations
@@ -57,19 +57,6 @@ def compile_rule(rule: str) -> re.Pattern[str]:
         ) from error
 
 
-def refuse_adapters(model: nn.Module) -> None:
-    """LoRA is not supported.
-
-    Raises:
-        ConfigError: the model carries PEFT adapters.
-    """
-    if getattr(model, "peft_config", None):
-        raise ConfigError(
-            "EffOPD cannot move a PEFT model: the update ΔW = B·A is not linear in the adapter's A and B, so "
-            "W + sΔ would be a different point than intended. Train the full weights, or merge the adapter first."
-        )
-
-
 class LiveWeights:
     """The selected parameters of a live model, with an fp32 anchor and a movable position.
 
@@ -86,12 +73,11 @@ class LiveWeights:
         anchor_device: device of the anchor; `None` keeps each tensor beside its parameter.
 
     Raises:
-        ConfigError: nothing matches the rule, or the model carries LoRA adapters.
+        ConfigError: nothing matches the rule.
         WeightsError: a selected parameter is not floating point.
     """
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
-        refuse_adapters(model)
         pattern = compile_rule(parameters)
         self._parameters = {name: p for name, p in model.named_parameters() if pattern.search(name)}
         if not self._parameters:

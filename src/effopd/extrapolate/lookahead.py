@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from effopd.errors import CheckpointError, ConfigError, EffOPDError, NonFiniteWeightsError, ScorerError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.live_weights import Direction, LiveWeights
+from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement
+from effopd.extrapolate.lora_weights import LoraWeights, has_adapters
 from effopd.extrapolate.observations import Observations
 from effopd.extrapolate.search import Score, SearchResult, Trial
 from effopd.extrapolate.strategies import Prediction, steering
@@ -93,10 +94,21 @@ class EffOPD:
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._target = target
         self.observations = Observations()
-        self.weights = LiveWeights(model, self.config.resolved_parameters, self.config.anchor_device)
+        self.weights = self._weights(model)
         self.history: list[dict[str, Any]] = []
         self.anchor_step = 0
         self._on_move = on_move
+
+    def _weights(self, model: nn.Module) -> LiveWeights:
+        """All of the weights, or the LoRA factors, whichever is trained."""
+        kind = LoraWeights if has_adapters(model) else LiveWeights
+        plan = self.config.plan
+        if kind is LoraWeights and (plan.direction is None or plan.direction(0, 0) is not displacement):
+            raise ConfigError(
+                f"strategy '{self.config.strategy}' needs whole matrices, but the student trains LoRA adapters. Use "
+                "effopd, lookahead, noop or fixed, or train the full weights."
+            )
+        return kind(model, self.config.resolved_parameters, self.config.anchor_device)
 
     def step(self, step: int) -> dict[str, Any] | None:
         """Call after optimizer step number `step` (the first is 1); observes and searches when it is time to.
@@ -140,6 +152,8 @@ class EffOPD:
         row = self._row(step, delta_norm, result, time.perf_counter() - start) | {"memory_bytes": memory}
         if self.config.resolved_steer:
             row["learning_rate_factor"] = factor
+        if isinstance(self.weights, LoraWeights):
+            row["lora_lost_share"] = self.weights.lost_share
         if quality is not None:
             row["fit"] = {name: value if math.isfinite(value) else None for name, value in quality.items()}
         if observed is not None:

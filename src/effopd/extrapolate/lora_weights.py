@@ -1,0 +1,215 @@
+r"""Moving a student that trains LoRA adapters: the point W + s·ΔW exactly, as far as the adapter's rank reaches.
+
+The update of one matrix is scaling · B A, which is not linear in (B, A). With (B, A) now and (B_a, A_a) at the anchor, the
+point on the ray is
+
+$$ P(s) = (1+s) B A - s B_a A_a = [B, B_a] \begin{bmatrix} (1+s) A \\ -s A_a \end{bmatrix}, $$
+
+of rank at most 2r. Two thin QRs and the SVD of a 2r × 2r core give its best approximation of rank r (Eckart–Young) without
+ever forming an m × n matrix; what is lost is reported as a share of the jump. The base weights, quantised or not, are never
+touched.
+
+Among all factors of that matrix the ones nearest to the present A are taken, so that the optimizer's moments still mean
+something: with V the new row space and M = A V, A' = M Vᵀ + (I − M M⁺) A and B' = U S M⁺. At s = 0 that is (B, A) again, and
+directions of A that the point does not use stay available to training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from effopd.errors import ConfigError, NonFiniteWeightsError
+from effopd.extrapolate.live_weights import Direction, LiveWeights, compile_rule, displacement
+
+#: Singular values below this share of the largest are rounding.
+_ROUNDING = 1e-6
+#: If the new row space is nearer to orthogonal to A than this, balanced factors are used instead of the nearest ones.
+_TOO_FAR = 1e-4
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model is a PEFT model."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def _core(b_mk: Tensor, a_kn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of B A from thin QRs: U [m, k], S [k], V [n, k]."""
+    q_left, r_left = torch.linalg.qr(b_mk)
+    q_right, r_right = torch.linalg.qr(a_kn.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    k = len(s)
+    return q_left @ u[:, :k], s, q_right @ vh[:k].T
+
+
+def move_factors(
+    a_rn: Tensor, b_mr: Tensor, anchor_a_rn: Tensor, anchor_b_mr: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of (1+s) B A − s B_a A_a in rank r, nearest to the present A (see the module).
+
+    Args:
+        a_rn, b_mr: factors now, fp32.
+        anchor_a_rn, anchor_b_mr: factors at the anchor.
+        scale: s.
+
+    Returns:
+        (A' [r, n], B' [m, r], Frobenius norm of what rank r cannot hold).
+    """
+    rank = a_rn.shape[0]
+    left = torch.cat([b_mr, anchor_b_mr], dim=1)
+    right = torch.cat([(1 + scale) * a_rn, -scale * anchor_a_rn], dim=0)
+    u, s, v = _core(left, right)
+    lost = s[rank:].norm()
+    used = min(rank, int((s > _ROUNDING * s[0]).sum())) if s[0] > 0 else 0
+    us, v = u[:, :used] * s[:used], v[:, :used]
+    m = a_rn @ v
+    if used and float(torch.linalg.matrix_norm(m, -2)) < _TOO_FAR * float(torch.linalg.matrix_norm(a_rn, 2)):
+        root = s[:used].sqrt()
+        a, b = a_rn.clone(), torch.zeros_like(b_mr)
+        a[:used], b[:, :used] = root[:, None] * v.T, us / root
+        return a, b, lost
+    inverse = torch.linalg.pinv(m)
+    a = m @ v.T + a_rn - m @ (inverse @ a_rn)
+    return a, us @ inverse, lost
+
+
+class LoraWeights(LiveWeights):
+    """The LoRA factors of a PEFT model, moved so that the *update* of every matrix goes along the ray.
+
+    Args:
+        model: a PEFT model with one active LoRA adapter.
+        parameters: a rule for the names of the adapted weights in the base model (e.g. `model.layers.0.mlp.up_proj.weight`).
+        anchor_device: device of the anchor.
+
+    Attributes:
+        lost_share: of the last point, the largest share of a matrix's jump that rank r could not hold.
+
+    Raises:
+        ConfigError: not LoRA, a variant whose update is not scaling · B A, several active adapters, or nothing is selected.
+    """
+
+    def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
+        pattern = compile_rule(parameters)
+        self._scaling: dict[str, float] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, factors, scaling in adapted(model):
+            if pattern.search(name):
+                self._scaling[name] = scaling
+                self._parameters |= {f"{name}.A": factors[0], f"{name}.B": factors[1]}
+        if not self._scaling:
+            raise ConfigError(
+                f"parameters={parameters!r} matches no adapted weight; the adapter is on: "
+                f"{', '.join(name for name, _, _ in list(adapted(model))[:3])}, … Use 'all', or a rule that matches."
+            )
+        self.lost_share = 0.0
+        self._anchor_device = torch.device(anchor_device) if anchor_device else None
+        self._lengths: dict[str, float] = {}
+        self._origin: dict[str, Tensor] | None = None
+        self._direction: Direction = displacement
+        self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
+
+    def _factors(self, source: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+        device = self._parameters[f"{name}.A"].device
+        a, b = (source[f"{name}.{factor}"].detach().to(device, torch.float32) for factor in "AB")
+        return a, b
+
+    def _length(self, name: str) -> float:
+        """‖B A − B_a A_a‖ (without scaling), of the factors as they stand."""
+        (a, b), (anchor_a, anchor_b) = self._factors(self._parameters, name), self._factors(self._anchor, name)
+        try:
+            return float(_core(torch.cat([b, -anchor_b], dim=1), torch.cat([a, anchor_a], dim=0))[1].norm())
+        except torch.linalg.LinAlgError:  # what the decompositions make of NaN and infinity
+            return math.nan
+
+    @torch.no_grad()
+    def displacement_norm(self) -> float:
+        """‖ΔW − ΔW_anchor‖ over all selected matrices, scaling included."""
+        return math.hypot(*(scaling * self._length(name) for name, scaling in self._scaling.items()))
+
+    def displacements(self) -> Iterator[tuple[str, Tensor]]:
+        """Not for adapters: whoever asks wants whole matrices.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("strategies that watch whole matrices do not work with LoRA adapters.")
+
+    @torch.no_grad()
+    def begin(self, direction: Direction = displacement) -> None:
+        """Remember the present factors as the origin of a search along ΔW.
+
+        Raises:
+            ConfigError: another direction, which rank r could not hold.
+        """
+        if direction is not displacement:
+            raise ConfigError("with LoRA adapters the look-ahead goes along the last displacement only.")
+        super().begin(direction)
+        self._lengths = {name: self._length(name) for name in self._scaling}
+
+    @torch.no_grad()
+    def move_to(self, scale: float) -> None:
+        """Put every adapted matrix at W + s·ΔW in rank r; scale 0 is the origin, bit for bit.
+
+        Raises:
+            NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the origin then.
+        """
+        origin = self._require_origin()
+        self.lost_share = 0.0
+        if scale == 0.0:
+            self.restore()
+            return
+        for name, length in self._lengths.items():
+            if length == 0.0:
+                continue
+            try:
+                a, b, lost = move_factors(*self._factors(origin, name), *self._factors(self._anchor, name), scale)
+                finite = bool(torch.isfinite(a).all() & torch.isfinite(b).all())
+            except torch.linalg.LinAlgError:
+                finite = False
+            if not finite:
+                self.restore()
+                raise NonFiniteWeightsError(
+                    f"W + {scale}·ΔW is not finite in the adapter of '{name}'; the candidate is rejected and the weights "
+                    "are restored."
+                )
+            self.lost_share = max(self.lost_share, float(lost) / (abs(scale) * length))
+            self._parameters[f"{name}.A"].copy_(a)
+            self._parameters[f"{name}.B"].copy_(b)
+
+
+def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter], float]]:
+    """(name of the adapted weight in the base model, (A, B), scaling) of every matrix with the active LoRA adapter.
+
+    Raises:
+        ConfigError: not LoRA, several active adapters, or a variant whose update is not scaling · B A.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
+    if kinds != {"LORA"}:
+        raise ConfigError(
+            f"the look-ahead moves LoRA adapters, got {', '.join(sorted(kinds))}. Use LoRA, or train fully."
+        )
+    for module_name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name, layer = module_name.removeprefix("base_model.model."), cast(Any, module)
+        active = list(layer.active_adapters)
+        if len(active) != 1:
+            raise ConfigError(f"expected one active LoRA adapter, '{name}' has {len(active)}: {', '.join(active)}.")
+        (adapter,) = active
+        if adapter not in layer.lora_A:
+            raise ConfigError(
+                f"'{name}' adapts an embedding, whose factors are laid out otherwise: leave it out of the LoRA."
+            )
+        if adapter in layer.lora_magnitude_vector or layer.lora_A[adapter].weight.dim() != 2:
+            raise ConfigError(
+                f"'{name}' uses DoRA or adapts a convolution, whose update is not scaling · B A: use plain LoRA on "
+                "linear layers."
+            )
+        factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        yield f"{name}.weight", factors, float(layer.scaling[adapter])
