@@ -31,6 +31,10 @@ class NonFiniteWeightsError(WeightsError):
     """A candidate point contains NaN or infinity; the candidate is rejected, training goes on."""
 
 
+class NonFiniteLossError(EffOPDError, ArithmeticError):
+    """The loss is NaN or infinite; nothing was updated with it."""
+
+
 class ScorerError(EffOPDError, RuntimeError):
     """A scorer raised or returned something that is not a score; the weights were restored first."""
 

@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("where", ["search", "save", "publish"])
+@pytest.mark.parametrize("where", ["search", "save", "publish", "anchor"])
 def test_sigkill_then_resume_is_bit_identical(tmp_path, whole, where):
     root = tmp_path / "run"
     process = subprocess.run([sys.executable, SCRIPT, root, "--kill", where], capture_output=True, text=True)

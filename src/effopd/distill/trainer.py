@@ -32,7 +32,7 @@ from effopd.distill.horizon import HorizonCallback
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
 from effopd.distill.teacher_kl import RolloutScorer
-from effopd.errors import ConfigError
+from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.extrapolate.callback import EffOPDCallback
 from effopd.tasks.base import Task
 
@@ -228,7 +228,23 @@ class OPDTrainer(RunMixin, DistillationTrainer):
             loss, entropy, count = full_loss(
                 h_student, h_teacher, student_head, teacher_head, mask, self.beta, self.temperature, num_items_in_batch
             )
+        if self.model.training and not bool(torch.isfinite(loss)):
+            raise self._not_finite(h_student, h_teacher)
         return loss, entropy.detach(), count
+
+    def _not_finite(self, h_student, h_teacher) -> NonFiniteLossError:
+        """Whose fault it is, said before anything is updated (the host filters NaN out of its logs and trains on)."""
+        bad = [
+            role
+            for role, hidden in (("student", h_student), ("teacher", h_teacher))
+            if not bool(torch.isfinite(hidden).all())
+        ]
+        return NonFiniteLossError(
+            f"the loss of step {self.state.global_step + 1} is not finite; hidden states that are not finite: "
+            f"{' and '.join(bad) or 'none, so the loss itself overflowed'}. Nothing was updated in this step. "
+            "Check the weights and the dtype of the model named here (float16 overflows where bfloat16 does not), or "
+            "lower the learning rate and resume from the last checkpoint."
+        )
 
     def _frozen_forward(self, model, input_ids, attention_mask, keep, multimodal):
         """Hidden states and head of the teacher, or of the reference; both are charged as `teacher`."""

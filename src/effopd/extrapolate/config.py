@@ -128,6 +128,9 @@ class EffOPDConfig:
         default=None,
         metadata={"help": "Token limit of the validation answers. Default: the trainer's max_completion_length."},
     )
+    score_timeout: float | None = field(
+        default=None, metadata={"help": "Stop with an error if scoring one candidate takes longer, in seconds."}
+    )
     seed: int = field(
         default=0, metadata={"help": "Draws D_v and seeds the sampling noise that all candidates of a search share."}
     )
@@ -156,6 +159,10 @@ class EffOPDConfig:
             raise ConfigError(
                 "EffOPDConfig.validation_size and validation_batch_size must be at least 1, got "
                 f"{self.validation_size} and {self.validation_batch_size}. The paper's D_v has 50 prompts."
+            )
+        if self.score_timeout is not None and not 0 < self.score_timeout < float("inf"):
+            raise ConfigError(
+                f"EffOPDConfig.score_timeout must be positive and finite or unset, got {self.score_timeout}."
             )
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"EffOPDConfig.temperature must be >= 0, got {self.temperature}.")

@@ -32,7 +32,7 @@ from effopd.extrapolate.observations import Observations
 from effopd.extrapolate.search import Score, SearchResult, Trial
 from effopd.extrapolate.strategies import Prediction, steering
 from effopd.files import write_atomically
-from effopd.restore import evaluating, isolated_rng
+from effopd.restore import evaluating, isolated_rng, time_limit
 
 Scorer = Callable[[Any], "Score | float"]
 
@@ -259,7 +259,7 @@ class EffOPD:
         self.weights.move_to(scale)
         start = time.perf_counter()
         try:
-            with isolated_rng(seed), torch.no_grad():
+            with isolated_rng(seed), torch.no_grad(), time_limit(self.config.score_timeout):
                 value = self.scorer(self.model)
         except EffOPDError:
             raise
@@ -295,7 +295,8 @@ class EffOPD:
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumed run to take the same decisions."""
         config = dataclasses.asdict(self.config)
-        config.pop("anchor_device")
+        for name in ("anchor_device", "score_timeout"):  # decide nothing
+            config.pop(name)
         config |= {"gate": self.config.resolved_gate, "parameters": self.config.resolved_parameters}
         return {"config": config, "validation_ids": getattr(self.scorer, "validation_ids", None)}
 
@@ -350,6 +351,7 @@ class EffOPD:
         Raises:
             CheckpointError: the folder has no complete look-ahead state, or one of other settings.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(folder)
@@ -358,7 +360,14 @@ class EffOPD:
                 f"{folder} has no complete look-ahead state ({STATE_FILE} and {ANCHOR_FILE} expected): it was written "
                 "without EffOPD, or the run was killed while saving. Resume from an earlier checkpoint."
             )
-        state = json.loads((folder / STATE_FILE).read_text())
-        seen = folder / OBSERVATIONS_FILE
-        state["observations"]["tensors"] = load_file(seen) if seen.is_file() else {}
-        self.load_state_dict(state | {"anchor": load_file(folder / ANCHOR_FILE)})
+        try:
+            state = json.loads((folder / STATE_FILE).read_text())
+            seen = folder / OBSERVATIONS_FILE
+            state["observations"]["tensors"] = load_file(seen) if seen.is_file() else {}
+            state["anchor"] = load_file(folder / ANCHOR_FILE)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the look-ahead state in {folder} is damaged ({error}): {STATE_FILE}, {ANCHOR_FILE} and {OBSERVATIONS_FILE} "
+                "should be as they were written. Resume from an earlier checkpoint."
+            ) from error
+        self.load_state_dict(state)

@@ -1,0 +1,146 @@
+"""What the look-ahead costs at scale: bytes a rank and seconds a search for 1.7B to 32B students on 1, 8 and 32 GPUs.
+
+    .venv/bin/python benchmarks/scale_table.py [--bandwidth 3350] [--link 55] [--out docs/scale.md]
+
+Bytes follow from the configurations alone (`effopd.distill.footprint`, which a test checks against a real step). Seconds are
+bytes moved / bandwidth: `--bandwidth` is the memory's, in GB/s, `--link` that between GPU and host for an anchor in pinned
+host memory. The defaults are an H100's data-sheet figures, not measurements. What share of the copy bandwidth `LiveWeights`
+reaches is measured on this machine, in this run, and applied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Qwen3Config
+
+from effopd.distill.footprint import FP32, ModelSize, bytes_a_rank, size_of
+from effopd.extrapolate.live_weights import LiveWeights
+from effopd.files import write_atomically
+
+#: Hidden size, layers, heads, MLP width, tied embeddings of the Qwen3 models (8 key-value heads of 128, vocabulary 151936).
+SHAPES = {
+    "1.7B": (2048, 28, 16, 6144, True),
+    "4B": (2560, 36, 32, 9728, True),
+    "8B": (4096, 36, 32, 12288, False),
+    "14B": (5120, 40, 40, 17408, False),
+    "32B": (5120, 64, 64, 25600, False),
+}
+RANKS = (1, 8, 32)
+#: Passes over the moved parameters: a candidate reads the origin and the anchor and writes the parameter; …
+CANDIDATE, BEGIN, COMMIT, NORM = 3, 2, 2, 2
+
+
+def config(hidden: int, layers: int, heads: int, width: int, tied: bool) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
+        head_dim=128, intermediate_size=width, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def efficiency(megabytes: int = 512, repeats: int = 5) -> float:
+    """`move_to` against the same bytes copied: (bytes it must move / its seconds) / (copy's bytes / its seconds)."""
+    model = nn.ParameterList(nn.Parameter(torch.randn(megabytes * 2**20 // 4 // 16)) for _ in range(16))
+    weights = LiveWeights(model, "all")
+    with torch.no_grad():
+        for parameter in model:
+            parameter.add_(0.1)
+    weights.begin()
+    size, other = torch.randn(megabytes * 2**18), torch.empty(megabytes * 2**18)
+
+    def best(run) -> float:
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    ideal = best(lambda: other.copy_(size)) / 2  # seconds a pass
+    return CANDIDATE * ideal / best(lambda: weights.move_to(2.0))
+
+
+def memory_table(sizes: dict[str, ModelSize]) -> str:
+    lines = [
+        "| student | moved by the paper / by lookahead | GPUs | anchor + candidate (paper) | (lookahead) | share of training's "
+        "own state | the released code's full gathers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, size in sizes.items():
+        moved = {rule: size.selected(rule) for rule in ("attention+mlp", "all")}
+        for ranks in RANKS:
+            parts = {
+                rule: bytes_a_rank(size, 0, ranks=ranks, sharded=ranks > 1, moved=count)
+                for rule, count in moved.items()
+            }
+            extra = {rule: found["anchor"] + found["candidate"] for rule, found in parts.items()}
+            own = sum(parts["all"][key] for key in ("weights", "gradients", "optimizer"))
+            gathers = 2 * FP32 * size.parameters
+            lines.append(
+                f"| {name} | {moved['attention+mlp'] / 1e9:.2f} B / {moved['all'] / 1e9:.2f} B | {ranks} "
+                f"| {extra['attention+mlp'] / 1e9:.2f} GB | {extra['all'] / 1e9:.2f} GB | {extra['all'] / own:.0%} "
+                f"| {gathers / 1e9:.0f} GB |"
+            )
+    return "\n".join(lines)
+
+
+def time_table(sizes: dict[str, ModelSize], bandwidth: float, link: float, share: float) -> str:
+    lines = [
+        "| student | GPUs | a candidate | begin + commit + norm | a candidate, anchor on the host | a KL score, forward of 32 × 4096 "
+        "tokens at 40 % of 989 TFLOP/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, size in sizes.items():
+        for ranks in RANKS:
+            each = FP32 * size.selected("all") / ranks
+            a_pass = each / (bandwidth * 1e9 * share)
+            flops = 2 * size.parameters * 32 * 4096 / ranks
+            lines.append(
+                f"| {name} | {ranks} | {1e3 * CANDIDATE * a_pass:.1f} ms | {1e3 * (BEGIN + COMMIT + NORM) * a_pass:.1f} ms "
+                f"| {1e3 * (each / (link * 1e9) + 2 * a_pass):.0f} ms | {flops / (0.4 * 989e12):.2f} s |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bandwidth", type=float, default=3350.0, help="memory bandwidth of a GPU, GB/s")
+    parser.add_argument("--link", type=float, default=55.0, help="GPU to pinned host memory, GB/s")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    arguments = parser.parse_args()
+    sizes = {name: size_of(config(*shape)) for name, shape in SHAPES.items()}
+    share = efficiency()
+    page = f"""# What the look-ahead costs at scale
+
+Made by `benchmarks/scale_table.py`: bytes from the configurations (Qwen3 shapes), seconds from bytes and bandwidths. **Computed, not
+measured on GPUs**: {arguments.bandwidth:g} GB/s of memory and {arguments.link:g} GB/s to the host are data-sheet figures of an H100; the {share:.0%} of the copy
+bandwidth that a candidate reaches was measured on a CPU.
+
+## Memory a rank
+
+Parameters, anchor and candidate are fp32 and sharded (FSDP2) on 8 and 32 GPUs. “Training's own state” is weights, gradients and Adam.
+The released code gathers all parameters on every GPU, twice ({2 * FP32} bytes a parameter), however many GPUs there are.
+
+{memory_table(sizes)}
+
+With `--effopd.anchor_device cpu` the anchor is on the host, and half of the extra memory stays on the GPU, during a search only.
+
+## Time a search
+
+A candidate reads the origin and the anchor and writes the parameters; a `lookahead` search tries 3 to 9, a search of the paper 1 to 5. The
+score costs more than moving: one forward of the rollouts for `teacher_kl` (last column, spread over the GPUs), sampling 50 answers for the
+paper's accuracy, which takes as long as sampling takes.
+
+{time_table(sizes, arguments.bandwidth, arguments.link, share)}
+"""
+    print(page)
+    if arguments.out is not None:
+        write_atomically(arguments.out, lambda path: path.write_text(page))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What goes wrong on long runs: each fault ends in an error that says so, and the last whole checkpoint goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file
+from tiny_run import EFFOPD, make_trainer
+
+from effopd import EffOPD, EffOPDConfig
+from effopd.errors import CheckpointError, NonFiniteLossError, ScorerError
+from effopd.extrapolate import lookahead
+from effopd.extrapolate.lookahead import ANCHOR_FILE, STATE_FILE
+
+RUN = {"eval_strategy": "no", "max_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    make_trainer(root, effopd=EFFOPD, **RUN).train()
+    return root
+
+
+def last(root):
+    return load_file(root / "checkpoints" / "step-000006" / "model.safetensors")
+
+
+@pytest.mark.parametrize("what", [ANCHOR_FILE, STATE_FILE])
+@pytest.mark.parametrize("how", ["cut short", "overwritten"])
+def test_a_damaged_anchor_is_refused_and_the_checkpoint_before_goes_on(tmp_path, whole, what, how):
+    make_trainer(tmp_path, effopd=EFFOPD, **RUN | {"max_steps": 4}).train()
+    file = tmp_path / "checkpoints" / "step-000004" / what
+    file.write_bytes(file.read_bytes()[:-7] if how == "cut short" else b"\0" * 64)
+    with pytest.raises(CheckpointError, match=r"damaged.*earlier checkpoint"):
+        make_trainer(tmp_path, effopd=EFFOPD, **RUN).train(resume_from_checkpoint=True)
+    earlier = str(tmp_path / "checkpoints" / "step-000002")
+    make_trainer(tmp_path, effopd=EFFOPD, **RUN).train(resume_from_checkpoint=earlier)
+    assert all(torch.equal(tensor, last(whole)[name]) for name, tensor in last(tmp_path).items())
+
+
+def test_a_full_disk_while_the_anchor_is_written(tmp_path, whole, monkeypatch):
+    real, written = lookahead.write_atomically, []
+
+    def full(path, write):
+        written.append(path.name)
+        if written.count(ANCHOR_FILE) == 2:  # step 4
+            path.with_name(".half").write_bytes(b"torn")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lookahead, "write_atomically", full)
+        with pytest.raises(OSError, match="No space left"):
+            make_trainer(tmp_path, effopd=EFFOPD, **RUN).train()
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-000002"]
+    make_trainer(tmp_path, effopd=EFFOPD, **RUN).train(resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, last(whole)[name]) for name, tensor in last(tmp_path).items())
+
+
+def test_resuming_with_another_setting_names_it(tmp_path):
+    make_trainer(tmp_path, effopd=EFFOPD, **RUN | {"max_steps": 4}).train()
+    other = EffOPDConfig(**vars(EFFOPD) | {"scales": [1.0, 2.0]})
+    with pytest.raises(CheckpointError, match="scales differ"):
+        make_trainer(tmp_path, effopd=other, **RUN).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("loss_type", ["full", "sampled"])
+def test_a_teacher_that_returns_nan_stops_the_run_before_an_update(tmp_path, loss_type):
+    teacher = make_model(1)
+    with torch.no_grad():
+        teacher.model.norm.weight.fill_(float("nan"))
+    trainer = make_trainer(tmp_path, teacher=teacher, loss_type=loss_type, **RUN)
+    with pytest.raises(NonFiniteLossError, match=r"step 1 .*not finite: teacher\."):
+        trainer.train()
+    start = dict(make_model(0).named_parameters())
+    assert all(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_a_scorer_that_hangs_is_stopped_and_leaves_no_trace():
+    model = torch.nn.Linear(2, 1)
+    calls = []
+
+    def hangs(model):
+        calls.append(1)
+        if len(calls) == 2:
+            time.sleep(60)
+        return float(len(calls))
+
+    look = EffOPD(model, hangs, EffOPDConfig(parameters="all", score_timeout=0.2))
+    with torch.no_grad():
+        model.weight.add_(1)
+    before = model.weight.clone()
+    start = time.perf_counter()
+    with pytest.raises(ScorerError, match=r"TimeoutError at scale 2.0: took longer than 0.2 s"):
+        look.search(1)
+    assert time.perf_counter() - start < 30 and torch.equal(model.weight, before)
+    look.search(2)  # and the next one has its own time
+    assert look.history
+
+
+def test_the_time_limit_may_change_on_a_resume(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    EffOPD(model, lambda m: 0.0, EffOPDConfig(parameters="all")).save(tmp_path)
+    EffOPD(model, lambda m: 0.0, EffOPDConfig(parameters="all", score_timeout=5.0)).load(tmp_path)
+    assert json.loads((tmp_path / STATE_FILE).read_text())["anchor_step"] == 0
