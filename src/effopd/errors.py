@@ -39,6 +39,10 @@ class ScorerError(EffOPDError, RuntimeError):
     """A scorer raised or returned something that is not a score; the weights were restored first."""
 
 
+class DivergenceError(EffOPDError, RuntimeError):
+    """The processes of a run are not in lock step any more, or another one of them failed."""
+
+
 class CheckpointError(EffOPDError, OSError):
     """A checkpoint is missing, incomplete or does not belong to this run."""
 

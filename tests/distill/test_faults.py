@@ -14,8 +14,9 @@ from tiny_run import EFFOPD, make_trainer
 
 from effopd import EffOPD, EffOPDConfig
 from effopd.errors import CheckpointError, NonFiniteLossError, ScorerError
-from effopd.extrapolate import lookahead
-from effopd.extrapolate.lookahead import ANCHOR_FILE, STATE_FILE
+from effopd.extrapolate import anchor_files
+from effopd.extrapolate.anchor_files import ANCHOR_FILE
+from effopd.extrapolate.lookahead import STATE_FILE
 
 RUN = {"eval_strategy": "no", "max_steps": 6}
 
@@ -45,7 +46,7 @@ def test_a_damaged_anchor_is_refused_and_the_checkpoint_before_goes_on(tmp_path,
 
 
 def test_a_full_disk_while_the_anchor_is_written(tmp_path, whole, monkeypatch):
-    real, written = lookahead.write_atomically, []
+    real, written = anchor_files.write_atomically, []
 
     def full(path, write):
         written.append(path.name)
@@ -55,7 +56,7 @@ def test_a_full_disk_while_the_anchor_is_written(tmp_path, whole, monkeypatch):
         real(path, write)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lookahead, "write_atomically", full)
+        patch.setattr(anchor_files, "write_atomically", full)
         with pytest.raises(OSError, match="No space left"):
             make_trainer(tmp_path, effopd=EFFOPD, **RUN).train()
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-000002"]

@@ -14,7 +14,7 @@ from conftest import make_model, make_task, make_tokenizer
 
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.distill.run_dir import RunDir
-from effopd.extrapolate import lookahead
+from effopd.extrapolate import anchor_files
 from effopd.extrapolate.scorers import AccuracyScorer
 
 STEPS = 10
@@ -65,16 +65,16 @@ def _arm(where: str) -> None:
 
         AccuracyScorer.__call__ = scored
     elif where == "anchor":  # half-way through the anchor of step 6
-        real_write, written = lookahead.write_atomically, []
+        real_write, written = anchor_files.write_atomically, []
 
         def write(path, fill):
             written.append(path.name)
-            if written.count(lookahead.ANCHOR_FILE) == 3:
+            if written.count(anchor_files.ANCHOR_FILE) == 3:
                 path.write_bytes(b"torn")
                 _die()
             return real_write(path, fill)
 
-        lookahead.write_atomically = write
+        anchor_files.write_atomically = write
     elif where in ("save", "publish"):  # everything of step 6 is written but not published / half-way through it
         real_publish = RunDir.publish
 

@@ -127,3 +127,11 @@ class CostLedger:
         self.seconds.update(state["seconds"])
         self.generated_tokens.update(state["generated_tokens"])
         self.forward_tokens.update(state["forward_tokens"])
+
+    def add(self, state: Mapping[str, Any], *, tokens: bool) -> None:
+        """Go on from the totals of one of several processes: the most seconds of any, and its tokens if `tokens`."""
+        for category in CATEGORIES:
+            self.seconds[category] = max(self.seconds[category], state["seconds"][category])
+            if tokens:
+                self.generated_tokens[category] += state["generated_tokens"][category]
+                self.forward_tokens[category] += state["forward_tokens"][category]

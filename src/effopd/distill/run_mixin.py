@@ -20,6 +20,7 @@ from effopd.distill.config import RunArguments
 from effopd.distill.ledger import CLOCKS, CostLedger
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.errors import CheckpointError
+from effopd.extrapolate.ranks import gather, rank, world_size
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
 
@@ -119,8 +120,13 @@ class RunMixin(_Host):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The host's log, with the cost ledger in every training row."""
         if "loss" in logs:
-            logs.update(self.ledger.snapshot())
+            logs.update(self._costs())
         super().log(logs, start_time)
+
+    def _costs(self) -> dict[str, float]:
+        """The ledger's totals: tokens of all processes, seconds of the slowest."""
+        rows = gather(self.ledger.snapshot())
+        return {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate `eval_task`, or like the host if there is none or another dataset is passed."""
@@ -132,7 +138,7 @@ class RunMixin(_Host):
         self.ledger.count("eval", generated=generated)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._metrics["eval"].clear()
-        row = metrics | self.ledger.snapshot()
+        row = metrics | self._costs()
         super(self._host, self).log(dict(metrics))  # the host would log the training metrics here too
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return metrics
@@ -169,7 +175,12 @@ class RunMixin(_Host):
     def _load_ledger(self, checkpoint: Path) -> None:
         path = checkpoint / LEDGER_FILE
         if path.exists():
-            self.ledger.load_state_dict(json.loads(path.read_text()))
+            saved = json.loads(path.read_text())
+            if len(saved) == world_size():
+                self.ledger.load_state_dict(saved[rank()])
+            else:  # another number of processes: the first one carries the tokens
+                for state in saved:
+                    self.ledger.add(state, tokens=rank() == 0)
 
     def _get_output_dir(self, trial):
         return str(self.run_dir.staging) if self._saving else super()._get_output_dir(trial)
@@ -185,16 +196,16 @@ class RunMixin(_Host):
         finally:
             self._saving = False
         staged, final = self.run_dir.staging / f"checkpoint-{step}", self.run_dir.checkpoint(step)
+        ledgers = gather(self.ledger.state_dict())
+        self.accelerator.wait_for_everyone()
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "save_state"):
+                callback.save_state(staged)
         if self.args.should_save:
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "save_state"):
-                    callback.save_state(staged)
             if self.state.best_global_step is not None:
                 self.state.best_model_checkpoint = str(self.run_dir.checkpoint(self.state.best_global_step))
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            write_atomically(
-                staged / LEDGER_FILE, lambda path: path.write_text(json.dumps(self.ledger.state_dict(), indent=1))
-            )
+            write_atomically(staged / LEDGER_FILE, lambda path: path.write_text(json.dumps(ledgers, indent=1)))
             self.run_dir.publish(staged, final)
             best = self.state.best_model_checkpoint
             self.run_dir.rotate(self.args.save_total_limit, Path(best) if best else None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from effopd.distill.divergence import Head
+from effopd.extrapolate.ranks import gather, world_size
 from effopd.extrapolate.search import Score
 
 _NAMES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask", "tool_mask")
@@ -25,13 +26,15 @@ _NAMES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask", "too
 class RolloutScorer:
     """−KL(π_W+sD ‖ π*), nats per token, on the first rollouts of the present step.
 
+    Several processes score a share each of their own rollouts; all of them get the whole score.
+
     Args:
         trainer: an `OPDTrainer`; the scorer uses its forward and its teacher.
-        rollouts: how many rollouts are scored.
+        rollouts: how many rollouts are scored, over all processes.
     """
 
     def __init__(self, trainer: Any, rollouts: int):
-        self._trainer, self._rollouts = trainer, rollouts
+        self._trainer, self._rollouts = trainer, -(-rollouts // world_size())
         self._batches: list[dict[str, Tensor]] = []
         self._teacher: Tensor | None = None
 
@@ -73,6 +76,9 @@ class RolloutScorer:
             )  # fmt: skip
         lengths = torch.cat([batch["valid"].sum(1) for batch in self._batches]).tolist()
         sums = [float(piece.sum()) for piece in kl_N.double().split(lengths)]
+        parts = gather((sums, lengths, tokens))
+        sums, lengths = [kl for part in parts for kl in part[0]], [n for part in parts for n in part[1]]
+        tokens = sum(part[2] for part in parts)
         mean_length = max(1, sum(lengths)) / len(lengths)
         return Score(
             mean=-sum(sums) / max(1, sum(lengths)),

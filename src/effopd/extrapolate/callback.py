@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from effopd.errors import CheckpointError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.lookahead import STATE_FILE, EffOPD, Scorer
+from effopd.extrapolate.ranks import from_first
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.extrapolate.search import Score
 from effopd.files import append_row, keep_rows
@@ -40,7 +41,7 @@ class EffOPDCallback(TrainerCallback):
             `output_dir/checkpoint-N` nor known to the trainer.
 
     Raises:
-        ConfigError: several processes or DeepSpeed, where live weights cannot be moved from here yet.
+        ConfigError: FSDP or DeepSpeed, where live weights cannot be moved from here yet.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -77,11 +78,11 @@ class EffOPDCallback(TrainerCallback):
 
     @staticmethod
     def _check_host(trainer: Trainer) -> None:
-        if trainer.accelerator.num_processes > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ConfigError(
-                "EffOPDCallback moves the weights of one process so far; this run has "
-                f"{trainer.accelerator.num_processes} processes (DeepSpeed: {trainer.is_deepspeed_enabled}, FSDP: "
-                f"{trainer.is_fsdp_enabled}). Run it on one process, or train without EffOPD."
+                "EffOPDCallback moves the weights of one process or of several under DDP; this run uses "
+                f"{'DeepSpeed, whose masters live in the optimizer' if trainer.is_deepspeed_enabled else 'FSDP'}. Launch it "
+                "with DDP (accelerate launch --multi_gpu), use EffOPD in a loop of your own with FSDP2, or train without it."
             )
 
     def _accuracy_scorer(self, task: Task) -> AccuracyScorer:
@@ -153,7 +154,7 @@ class EffOPDCallback(TrainerCallback):
             row = self.lookahead.step(step)
         if row is None:
             return
-        if ledger is not None:
+        if ledger is not None and state.is_world_process_zero:  # the row has everybody's tokens
             ledger.count("search", generated=row["generated_tokens"], forward=row["forward_tokens"])
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -163,11 +164,11 @@ class EffOPDCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Put anchor and history into the checkpoint of trainers that do not ask for them (`save_state`)."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        if from_first(folder.is_dir()):
             self.save_state(folder)
 
     def save_state(self, folder: Path) -> None:
-        """Write the look-ahead state into a checkpoint folder; `OPDTrainer` calls this before publishing it."""
+        """Write the look-ahead state into a checkpoint folder, on every rank; `OPDTrainer` calls this before publishing it."""
         if self.lookahead is not None:
             self.lookahead.save(folder)
 

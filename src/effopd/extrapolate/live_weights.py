@@ -9,13 +9,16 @@ DeepSpeed ZeRO (the masters live in the optimizer), refused with a typed error r
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
+from effopd.extrapolate.ranks import gather, is_sharded, local, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,8 @@ class LiveWeights:
                 f"parameters={parameters!r} matches no parameter of {type(model).__name__} (its names look like: "
                 f"{some}). Use 'all', or a regular expression that matches."
             )
+        self._model = model
+        self._sharded = any([is_sharded(p) for p in self._parameters.values()])  # noqa: C419  # check them all
         for name, parameter in self._parameters.items():
             if not parameter.is_floating_point():
                 raise WeightsError(
@@ -107,7 +112,7 @@ class LiveWeights:
         self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
 
     def _to_anchor(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter.detach().to(device=self._anchor_device, dtype=torch.float32, copy=True)
+        return local(parameter.detach()).to(device=self._anchor_device, dtype=torch.float32, copy=True)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,26 +125,45 @@ class LiveWeights:
         return sum(p.numel() for p in self._parameters.values())
 
     @property
+    def sharded(self) -> dict[str, int]:
+        """Number of rows of every parameter of which this rank holds a part only."""
+        return {name: p.shape[0] for name, p in self._parameters.items() if isinstance(p, DTensor)}
+
+    @property
     def nbytes(self) -> int:
-        """Bytes held beside the model: the fp32 anchor and, during a search, the copy that it comes back to."""
+        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, the copy that it comes back to."""
         return sum(t.nbytes for tensors in (self._anchor, self._origin or {}) for t in tensors.values())
 
     @torch.no_grad()
     def displacement_norm(self) -> float:
-        """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64)."""
-        return sum(float(delta.double().square().sum()) for _, delta in self.displacements()) ** 0.5
+        """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64), over all ranks."""
+        squares = {True: 0.0, False: 0.0}
+        for name, delta in self.displacements():
+            squares[isinstance(self._parameters[name], DTensor)] += float(delta.double().square().sum())
+        if self._sharded:
+            squares[True] = math.fsum(gather(squares[True]))
+        return (squares[True] + squares[False]) ** 0.5
 
     @torch.no_grad()
     def displacements(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, W − anchor in fp32), one parameter at a time."""
+        """(name, W − anchor in fp32), one parameter at a time; of sharded parameters this rank's part."""
         for name, parameter in self._parameters.items():
-            yield name, parameter.detach().float() - self._anchor[name].to(parameter.device)
+            here = local(parameter.detach())
+            yield name, here.float() - self._anchor[name].to(here.device)
+
+    @torch.no_grad()
+    def checksum(self) -> tuple[float, ...]:
+        """Two sums over the parameters that every rank should hold alike (sharded ones are nobody's copy)."""
+        whole = [p for p in self._parameters.values() if not isinstance(p, DTensor)]
+        return tuple(
+            math.fsum(float(f(p.detach().double())) for p in whole) for f in (torch.sum, torch.linalg.vector_norm)
+        )
 
     @torch.no_grad()
     def begin(self, direction: Direction = displacement) -> None:
         """Remember the present weights as the origin of a search along `direction`."""
         self._direction = direction
-        self._origin = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._origin = {name: local(p.detach()).clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def move_to(self, scale: float) -> None:
@@ -152,23 +176,33 @@ class LiveWeights:
         if scale == 0.0:
             self.restore()
             return
+        finite = True
         for name, parameter in self._parameters.items():
-            start = origin[name].float()
-            direction = self._direction(name, start, self._anchor[name].to(parameter.device))
-            point = torch.add(start, direction, alpha=scale).to(parameter.dtype)
+            here, start = local(parameter), origin[name].float()
+            direction = self._direction(name, start, self._anchor[name].to(here.device))
+            point = torch.add(start, direction, alpha=scale).to(here.dtype)
             if not bool(torch.isfinite(point).all()):
-                self.restore()
-                raise NonFiniteWeightsError(
-                    f"W + {scale}·D is not finite in parameter '{name}'; the candidate is rejected and the weights "
-                    "are restored."
-                )
-            parameter.copy_(point)
+                finite = False
+                break
+            here.copy_(point)
+        if not all(gather(finite) if self._sharded else [finite]):
+            self.restore()
+            raise NonFiniteWeightsError(
+                f"W + {scale}·D is not finite in parameter '{name}' (or on another rank); the candidate is rejected and the "
+                "weights are restored."
+            )
+        self._edited()
+
+    def _edited(self) -> None:
+        if self._sharded:
+            reshard(self._model)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the origin back, bit for bit."""
         for name, tensor in self._require_origin().items():
-            self._parameters[name].copy_(tensor)
+            local(self._parameters[name]).copy_(tensor)
+        self._edited()
 
     def abort(self) -> None:
         """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe to call twice."""
@@ -182,10 +216,10 @@ class LiveWeights:
         self._require_origin()
         self._origin = None
         for name, parameter in self._parameters.items():
-            self._anchor[name].copy_(parameter)
+            self._anchor[name].copy_(local(parameter))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The anchor, fp32, by parameter name."""
+        """The anchor, fp32, by parameter name; of sharded parameters this rank's part."""
         return dict(self._anchor)
 
     @torch.no_grad()

@@ -25,10 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from effopd.errors import CheckpointError, ConfigError, EffOPDError, NonFiniteWeightsError, ScorerError
+from effopd.extrapolate.anchor_files import ANCHOR_FILE, read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement
 from effopd.extrapolate.lora_weights import LoraWeights, has_adapters
 from effopd.extrapolate.observations import Observations
+from effopd.extrapolate.ranks import agreed, from_first, gather, rank, together, world_size
 from effopd.extrapolate.search import Score, SearchResult, Trial
 from effopd.extrapolate.strategies import Prediction, steering
 from effopd.files import write_atomically
@@ -36,7 +38,7 @@ from effopd.restore import evaluating, isolated_rng, time_limit
 
 Scorer = Callable[[Any], "Score | float"]
 
-ANCHOR_FILE, STATE_FILE = "effopd_anchor.safetensors", "effopd_state.json"
+STATE_FILE = "effopd_state.json"
 OBSERVATIONS_FILE = "effopd_observations.safetensors"
 
 
@@ -127,6 +129,11 @@ class EffOPD:
         (`observed`) is added to the row."""
         start = time.perf_counter()
         plan, seed = self.config.plan, self._seed(step)
+        if world_size() > 1:
+            agreed(
+                "(step, anchor's step, searches so far, checksum of the weights)",
+                (step, self.anchor_step, len(self.history), *self.weights.checksum()),
+            )
         delta_norm = self.weights.displacement_norm()
         if plan.fit is not None:
             direction, quality = self._prediction()
@@ -255,8 +262,13 @@ class EffOPD:
         return direction, prediction.quality
 
     def _score(self, scale: float, seed: int) -> Score:
-        assert self.scorer is not None
+        """The score of a point: rank 0's, so that every rank decides alike. Scorers that share the work between ranks
+        return the whole score on each."""
         self.weights.move_to(scale)
+        return from_first(together(lambda: self._ask(scale, seed)))
+
+    def _ask(self, scale: float, seed: int) -> Score:
+        assert self.scorer is not None
         start = time.perf_counter()
         try:
             with isolated_rng(seed), torch.no_grad(), time_limit(self.config.score_timeout):
@@ -332,15 +344,22 @@ class EffOPD:
         self.anchor_step, self.history = int(state["anchor_step"]), list(state["history"])
 
     def save(self, folder: str | Path) -> None:
-        """Write the state into a checkpoint folder; the JSON file comes last, so its presence means "complete"."""
+        """Write the state into a checkpoint folder; the JSON file comes last, so its presence means "complete".
+
+        With several processes every rank calls this: sharded parameters are written by the rank that holds them, the rest
+        by rank 0.
+        """
         from safetensors.torch import save_file
 
         folder, state = Path(folder), self.state_dict()
-        observations = state.pop("observations")
-        anchor = {name: tensor.detach().cpu().contiguous() for name, tensor in state.pop("anchor").items()}
+        observations, sharded = state.pop("observations"), self.weights.sharded
+        parts = write_anchor(folder, state.pop("anchor"), sharded=bool(sharded))
+        if sharded:
+            gather(None)  # every part is there
+        if rank() != 0:
+            return
         seen = {name: tensor.detach().cpu().contiguous() for name, tensor in observations.pop("tensors").items()}
-        state["observations"] = observations
-        write_atomically(folder / ANCHOR_FILE, lambda path: save_file(anchor, path))
+        state |= {"observations": observations, "anchor_parts": parts, "anchor_sharded": list(sharded)}
         if seen:
             write_atomically(folder / OBSERVATIONS_FILE, lambda path: save_file(seen, path))
         write_atomically(folder / STATE_FILE, lambda path: path.write_text(json.dumps(state, indent=1)))
@@ -355,19 +374,20 @@ class EffOPD:
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        if not (folder / STATE_FILE).is_file() or not (folder / ANCHOR_FILE).is_file():
+        if not (folder / STATE_FILE).is_file():
             raise CheckpointError(
-                f"{folder} has no complete look-ahead state ({STATE_FILE} and {ANCHOR_FILE} expected): it was written "
+                f"{folder} has no complete look-ahead state ({STATE_FILE} expected): it was written "
                 "without EffOPD, or the run was killed while saving. Resume from an earlier checkpoint."
             )
         try:
             state = json.loads((folder / STATE_FILE).read_text())
             seen = folder / OBSERVATIONS_FILE
             state["observations"]["tensors"] = load_file(seen) if seen.is_file() else {}
-            state["anchor"] = load_file(folder / ANCHOR_FILE)
-        except (SafetensorError, ValueError, KeyError) as error:
+            written = state["anchor_parts"], state["anchor_sharded"]
+            state["anchor"] = read_anchor(folder, *written, self.weights.sharded)
+        except (SafetensorError, FileNotFoundError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"the look-ahead state in {folder} is damaged ({error}): {STATE_FILE}, {ANCHOR_FILE} and {OBSERVATIONS_FILE} "
+                f"the look-ahead state in {folder} is damaged ({error}): {STATE_FILE}, {ANCHOR_FILE} (or its parts) and {OBSERVATIONS_FILE} "
                 "should be as they were written. Resume from an earlier checkpoint."
             ) from error
         self.load_state_dict(state)

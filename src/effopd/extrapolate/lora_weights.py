@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from effopd.errors import ConfigError, NonFiniteWeightsError
 from effopd.extrapolate.live_weights import Direction, LiveWeights, compile_rule, displacement
+from effopd.extrapolate.ranks import is_sharded
 
 #: Singular values below this share of the largest are rounding.
 _ROUNDING = 1e-6
@@ -105,7 +106,10 @@ class LoraWeights(LiveWeights):
                 f"parameters={parameters!r} matches no adapted weight; the adapter is on: "
                 f"{', '.join(name for name, _, _ in list(adapted(model))[:3])}, … Use 'all', or a rule that matches."
             )
+        if any(is_sharded(p) for p in self._parameters.values()):
+            raise ConfigError("LoRA adapters that are sharded (FSDP2) cannot be moved yet: use DDP, or train fully.")
         self.lost_share = 0.0
+        self._model, self._sharded = model, False
         self._anchor_device = torch.device(anchor_device) if anchor_device else None
         self._lengths: dict[str, float] = {}
         self._origin: dict[str, Tensor] | None = None

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.errors import TaskError
 from effopd.evaluate import evaluate
+from effopd.extrapolate.ranks import gather, merge_shards, rank, shard_of, world_size
 from effopd.extrapolate.search import Score
 from effopd.tasks.base import Task
 
@@ -17,7 +18,8 @@ from effopd.tasks.base import Task
 class AccuracyScorer:
     """Accuracy of sampled answers on D_v, the paper's gate (arXiv 2605.11739).
 
-    The look-ahead seeds every call of one search alike, so all candidates share the sampling noise.
+    The look-ahead seeds every call of one search alike, so all candidates share the sampling noise. Several processes answer
+    a share each; all of them get the whole score.
 
     Args:
         task: D_v: examples with answers and their verifier.
@@ -61,15 +63,17 @@ class AccuracyScorer:
         return [example.id for example in self.task.examples]
 
     def __call__(self, model: PreTrainedModel) -> Score:
-        start = time.perf_counter()
-        with tqdm(total=len(self.task), desc="look ahead", leave=False, disable=not self._progress) as bar:
+        start, examples = time.perf_counter(), self.task.examples
+        mine = self.task if world_size() == 1 else self.task.subset(shard_of(examples))
+        with tqdm(total=len(mine), desc="look ahead", leave=False, disable=not self._progress or rank() > 0) as bar:
             result = evaluate(  # no seed: the search has seeded
-                model, self._tokenizer, self.task, seed=None, progress=bar.update, **self._settings
+                model, self._tokenizer, mine, seed=None, progress=bar.update, **self._settings
             )
-        per_example = tuple(float(row[0]) for row in result.correct)
+        parts = gather(([float(row[0]) for row in result.correct], result.generated_tokens))
+        per_example = tuple(merge_shards([grades for grades, _ in parts], len(examples)))
         return Score(
             mean=sum(per_example) / len(per_example),
             per_example=per_example,
             seconds=time.perf_counter() - start,
-            generated_tokens=result.generated_tokens,
+            generated_tokens=sum(tokens for _, tokens in parts),
         )

@@ -1,0 +1,127 @@
+"""Several processes, one decision. On one process everything here returns at once.
+
+Collectives carry small Python objects over the default process group; parameters never leave their rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from effopd.errors import ConfigError, DivergenceError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather(value: T) -> list[T]:
+    """Everybody's value, by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agreed(what: str, value: T) -> T:
+    """`value`, which must be the same on every rank.
+
+    Raises:
+        DivergenceError: it is not; on every rank, naming the ranks that differ from rank 0.
+    """
+    values = gather(value)
+    apart = [i for i, other in enumerate(values) if repr(other) != repr(values[0])]
+    if apart:
+        raise DivergenceError(
+            f"the processes have diverged: {what} is {values[0]} on rank 0 but {values[apart[0]]} on rank {apart[0]} (ranks that "
+            f"differ: {', '.join(map(str, apart))}). They should train in lock step; resume from the last checkpoint, and look "
+            "for random numbers, data or code that depend on the rank."
+        )
+    return value
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if world_size() > 1:
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        value = box[0]
+    return value
+
+
+def together(run: Callable[[], T]) -> T:
+    """Run on every rank; if it raises on one, raise on all.
+
+    Raises:
+        The rank's own exception where it happened, `DivergenceError` on the others.
+    """
+    error: Exception | None = None
+    value: Any = None
+    try:
+        value = run()
+    except Exception as caught:
+        error = caught
+    if world_size() > 1:
+        messages = gather(f"{type(error).__name__}: {error}" if error else None)
+        failed = [i for i, message in enumerate(messages) if message]
+        if failed and error is None:
+            raise DivergenceError(f"rank {failed[0]} failed: {messages[failed[0]]}")
+    if error is not None:
+        raise error
+    return value
+
+
+def shard_of(items: Sequence[T]) -> list[T]:
+    """This rank's part of `items`: every `world_size()`-th, the first ones again where they do not divide, so that all ranks
+    have as many."""
+    each = -(-len(items) // world_size())
+    return [items[(rank() + i * world_size()) % len(items)] for i in range(each)]
+
+
+def merge_shards(parts: Sequence[Sequence[T]], count: int) -> list[T]:
+    """The inverse of `shard_of`, from everybody's part."""
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+
+# -- sharded parameters (FSDP2) ---------------------------------------------------------------------------------------
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its memory; all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ranks hold different parts.
+
+    Raises:
+        ConfigError: it is laid out over several mesh dimensions, or sharded along another dimension than the first.
+    """
+    if not isinstance(tensor, DTensor):
+        return False
+    if len(tensor.placements) != 1 or tensor.placements[0] != Shard(0):
+        raise ConfigError(
+            f"the look-ahead moves parameters that FSDP2 shards along dimension 0 over one mesh dimension; got {tensor.placements}."
+        )
+    return True
+
+
+def reshard(model: nn.Module) -> None:
+    """Forget gathered copies that FSDP2 may have kept after a forward: they would not see an edit of the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

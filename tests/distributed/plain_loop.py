@@ -1,0 +1,121 @@
+"""A plain PyTorch loop under DDP, FSDP2 or alone, as a script that torchrun starts (for the tests beside it)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from effopd import EffOPD, EffOPDConfig, Score
+from effopd.extrapolate.ranks import rank, world_size
+
+ROWS, WIDTH = 24, 10  # not divisible by the ranks of some tests, so that shards are uneven
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) + x
+        return self.head(x)[:, 0]
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--mode", choices=["alone", "ddp", "fsdp2"], default="alone")
+    parser.add_argument("--strategy", default="effopd")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--fault", default="")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.mode != "alone":
+        dist.init_process_group("gloo")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(ROWS, WIDTH, generator=generator)
+    y = torch.sin(x.sum(1))
+    net = Net()
+    if arguments.mode == "fsdp2":
+        mesh = dist.init_device_mesh("cpu", (world_size(),))
+        for layer in net.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    trained = DistributedDataParallel(net) if arguments.mode == "ddp" else net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.0)
+    scores = []
+
+    def scorer(model):
+        if arguments.fault == "scorer" and rank() == 1 and len(scores) == 8:
+            raise RuntimeError("planted")
+        if arguments.fault == "kill" and rank() == 1 and len(scores) == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        losses = (model(x) - y).square()
+        scores.append(1)
+        return Score(-float(losses.mean()), per_example=tuple((-losses).tolist()))
+
+    config = EffOPDConfig(arguments.strategy, parameters="all", optimizer="keep", steer=False)
+    look = EffOPD(net, scorer, config, optimizer=optimizer)
+    start = 0
+    if arguments.resume:
+        state = torch.load(arguments.resume / "weights.pt")
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                value = state[name]
+                if isinstance(parameter, DTensor):
+                    value = dist.tensor.distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
+        look.load(arguments.resume)
+        start = look.history[-1]["step"]
+    part = slice(rank(), None, world_size())
+    for step in range(start + 1, arguments.steps + 1):
+        optimizer.zero_grad()
+        (trained(x[part]) - y[part]).square().mean().backward()
+        optimizer.step()
+        if arguments.fault == "diverge" and rank() == 1 and step == 3:
+            with torch.no_grad():
+                net.head.bias.add_(1e-3)
+        if arguments.fault == "nan" and rank() == 1 and step == 4:
+            with torch.no_grad():
+                next(iter(look.weights._anchor.values())).fill_(float("nan"))
+        look.step(step)
+        if step == 4 and not arguments.resume:
+            folder = arguments.out / "at-4"
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = {name: whole(p.detach()).clone() for name, p in net.named_parameters()}
+            if rank() == 0:
+                torch.save(weights, folder / "weights.pt")
+            look.save(folder)
+    weights = {name: whole(p.detach()).clone() for name, p in net.named_parameters()}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        torch.save(weights, arguments.out / "weights.pt")
+    rows = [
+        {key: row[key] for key in ("step", "accepted_scale", "memory_bytes", "delta_norm")} for row in look.history
+    ]
+    (arguments.out / f"rows-{rank()}.json").write_text(json.dumps(rows))
+    if arguments.mode != "alone":
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

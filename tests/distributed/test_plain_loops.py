@@ -1,0 +1,126 @@
+"""Two and three processes on the CPU (gloo): the same decisions and weights as one, shards instead of copies, and faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from effopd.extrapolate.anchor_files import rows_of
+
+SCRIPT = Path(__file__).with_name("plain_loop.py")
+
+
+def launch(out, *flags, processes=1):
+    """Run the script under torchrun (or plainly, alone); returns (exit status, what it said)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    runner = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    command = [sys.executable, *(runner if processes > 1 else []), str(SCRIPT), str(out), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def finished(out, *flags, processes=1):
+    status, said = launch(out, *flags, processes=processes)
+    assert status == 0, said[-3000:]
+    return rows(out, 0), torch.load(out / "weights.pt")
+
+
+def rows(out, rank):
+    return json.loads((out / f"rows-{rank}.json").read_text())
+
+
+def decisions(found):
+    return [(row["step"], row["accepted_scale"]) for row in found]
+
+
+def close(one, other):
+    return all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-6) for name in one)
+
+
+@pytest.fixture(scope="module", params=["effopd", "lookahead"])
+def alone(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    found, weights = finished(out, "--strategy", request.param)
+    assert sum(scale != 0 for _, scale in decisions(found)) >= 3
+    return request.param, out, found, weights
+
+
+@pytest.mark.parametrize(("mode", "processes"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
+def test_as_one_process(alone, mode, processes, tmp_path):
+    """Up to fp32 rounding: a mean over two halves is not rounded like a mean over all."""
+    strategy, _, found, weights = alone
+    mine, other = finished(tmp_path, "--mode", mode, "--strategy", strategy, processes=processes)
+    if strategy == "effopd":
+        assert decisions(mine) == decisions(found)
+    else:  # the vertex of the parabola moves with the rounding
+        assert [step for step, _ in decisions(mine)] == [step for step, _ in decisions(found)]
+        scales = zip(decisions(mine), decisions(found), strict=True)
+        assert all(a == pytest.approx(b, abs=2e-3) for (_, a), (_, b) in scales)
+    assert (
+        close(weights, other)
+        if strategy == "effopd"
+        else all(torch.allclose(weights[name], other[name], rtol=1e-3, atol=1e-4) for name in weights)
+    )
+    everybody = [rows(tmp_path, rank) for rank in range(processes)]
+    assert all(decisions(theirs) == decisions(mine) for theirs in everybody)
+    memory = [theirs[0]["memory_bytes"] for theirs in everybody]
+    whole = found[0]["memory_bytes"]
+    if mode == "ddp":
+        assert memory == [whole] * processes
+    else:  # (anchor + working copy) / ranks: exactly the rows that a rank holds, twice, in fp32
+        parts = [[rows_of(len(w), rank, processes) for w in weights.values()] for rank in range(processes)]
+        assert sum(memory) == whole and memory == [
+            2 * 4 * sum((high - low) * w[0].numel() for (low, high), w in zip(part, weights.values(), strict=True))
+            for part in parts
+        ]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A run on two processes, its state at step 4 in two shards."""
+    out = tmp_path_factory.mktemp("sharded")
+    _, weights = finished(out, "--mode", "fsdp2", processes=2)
+    files = sorted(path.name for path in (out / "at-4").glob("*anchor*"))
+    assert files == [f"effopd_anchor-0000{i}-of-00002.safetensors" for i in (0, 1)]
+    return out / "at-4", weights
+
+
+@pytest.mark.parametrize(("mode", "processes"), [("fsdp2", 3), ("ddp", 2), ("alone", 1)])
+def test_resuming_with_other_ranks(sharded, mode, processes, tmp_path):
+    state, weights = sharded
+    _, resumed = finished(tmp_path, "--mode", mode, "--resume", state, processes=processes)
+    assert close(weights, resumed)
+
+
+def test_a_killed_rank_ends_the_job_and_the_last_state_goes_on(sharded, tmp_path):
+    state, weights = sharded
+    status, _ = launch(tmp_path, "--mode", "fsdp2", "--fault", "kill", processes=2)
+    assert status != 0 and not (tmp_path / "rows-0.json").exists()
+    _, resumed = finished(tmp_path, "--mode", "fsdp2", "--resume", state, processes=2)
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_ranks_that_drift_apart_are_named(tmp_path):
+    status, said = launch(tmp_path, "--mode", "ddp", "--fault", "diverge", processes=2)
+    assert status != 0 and "DivergenceError" in said and "ranks that differ: 1" in said
+
+
+def test_a_scorer_that_fails_on_one_rank_fails_on_all(tmp_path):
+    status, said = launch(tmp_path, "--mode", "ddp", "--fault", "scorer", processes=2)
+    assert status != 0 and "ScorerError" in said and "rank 1 failed" in said
+
+
+def test_a_point_that_is_not_finite_on_one_rank_is_rejected_on_all(tmp_path):
+    found, weights = finished(tmp_path, "--mode", "fsdp2", "--fault", "nan", "--steps", 5, processes=2)
+    assert decisions(found)[-1] == (4, 0.0) and decisions(rows(tmp_path, 1)) == decisions(found)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
