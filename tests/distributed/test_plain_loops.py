@@ -17,13 +17,13 @@ from effopd.extrapolate.anchor_files import rows_of
 SCRIPT = Path(__file__).with_name("plain_loop.py")
 
 
-def launch(out, *flags, processes=1):
+def launch(out, *flags, processes=1, script=SCRIPT):
     """Run the script under torchrun (or plainly, alone); returns (exit status, what it said)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     runner = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    command = [sys.executable, *(runner if processes > 1 else []), str(SCRIPT), str(out), *map(str, flags)]
+    command = [sys.executable, *(runner if processes > 1 else []), str(script), str(out), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     return done.returncode, done.stdout + done.stderr

@@ -1,0 +1,42 @@
+"""`OPDTrainer` with the look-ahead on two processes (DDP, gloo)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_plain_loops import launch
+
+from effopd.files import read_rows
+
+SCRIPT = Path(__file__).with_name("train.py")
+
+
+def run(out, *flags):
+    status, said = launch(out, *flags, processes=2, script=SCRIPT)
+    assert status == 0, said[-3000:]
+    return torch.load(out / "weights.pt")
+
+
+@pytest.mark.parametrize("strategy", ["effopd", "lookahead"])
+def test_two_processes_search_together_pay_together_and_resume(strategy, tmp_path):
+    flags = ("--strategy", strategy, "--rows", 4)
+    whole = run(tmp_path / "whole", *flags)
+    searches, metrics = (list(read_rows(tmp_path / "whole" / f"{name}.jsonl")) for name in ("searches", "metrics"))
+    assert [row["step"] for row in searches] == ([1, 2, 4] if strategy == "effopd" else [2, 3, 4])
+    assert any(row["accepted_scale"] for row in searches)
+    for row in searches:
+        for trial in row["trials"]:
+            assert len(trial["per_example"]) == (10 if strategy == "effopd" else 8)  # everybody's
+            assert trial["score"] == pytest.approx(sum(trial["per_example"]) / len(trial["per_example"]))
+    tokens = [row["num_tokens"] for row in metrics]  # the host's count, over all processes
+    assert [row["cost/update_forward_tokens"] for row in metrics] == tokens
+    for kind in ("generated_tokens", "forward_tokens"):
+        assert metrics[-1][f"cost/search_{kind}"] == sum(row[kind] for row in searches)
+
+    run(tmp_path / "part", *flags, "--steps", 2)
+    resumed = run(tmp_path / "part", *flags, "--resume")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    again = list(read_rows(tmp_path / "part" / "metrics.jsonl"))
+    assert [row["cost/update_forward_tokens"] for row in again] == tokens
