@@ -178,6 +178,11 @@ def test_help_teaches():
         main(["fly"])
 
 
+def test_a_launcher_can_start_it_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "effopd", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "train" in result.stdout
+
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 

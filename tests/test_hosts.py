@@ -103,3 +103,18 @@ def test_cpu_sampling_is_exponential_race():
 
 def test_trainer_class_is_a_distillation_trainer():
     assert issubclass(OPDTrainer, DistillationTrainer)
+
+
+def test_accelerate_keeps_its_state_where_we_put_it_back():
+    """`launch._accelerate_undisturbed`: another TrainingArguments must not change what the first one set up."""
+    from accelerate.state import AcceleratorState, PartialState
+    from transformers import TrainingArguments
+
+    from effopd.distill.launch import _accelerate_undisturbed
+
+    TrainingArguments(output_dir="x", use_cpu=True)
+    before = [dict(state._shared_state) for state in (PartialState, AcceleratorState)]
+    assert before[0], "accelerate keeps its state elsewhere now"
+    with _accelerate_undisturbed():
+        TrainingArguments(output_dir="y")
+    assert [dict(state._shared_state) for state in (PartialState, AcceleratorState)] == before

@@ -40,3 +40,15 @@ def test_two_processes_search_together_pay_together_and_resume(strategy, tmp_pat
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     again = list(read_rows(tmp_path / "part" / "metrics.jsonl"))
     assert [row["cost/update_forward_tokens"] for row in again] == tokens
+
+
+def test_the_command_under_torchrun(tmp_path):
+    """Both processes train one run: one row a search, on one device state from start to end."""
+    recipe = Path(__file__).parents[2] / "recipes" / "testbed.yaml"
+    flags = ["--max_steps", 2, "--per_device_train_batch_size", 8, "--eval_strategy", "no", "--eval_on_start", "false"]
+    flags += ["--save_strategy", "no", "--effopd.validation_size", 8, "--use_cpu"]
+    command = ("train", "--config", recipe, "--output_dir", tmp_path / "run", *flags)
+    status, said = launch("effopd", *command, processes=2, script="-m")
+    assert status == 0, said[-3000:]
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "searches.jsonl")] == [1, 2]
+    assert "use_cpu: true" in (tmp_path / "run" / "config.yaml").read_text()

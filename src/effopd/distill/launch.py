@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from accelerate.state import AcceleratorState, PartialState
 from transformers import AutoTokenizer
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -45,7 +48,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     run_dir = RunDir(opd.output_dir)
     if not resume_argument(opd):
         run_dir.refuse_overwrite()
-    text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
+    text = to_yaml(settings)
     load = {"trust_remote_code": opd.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(
         model.model_name_or_path, revision=model.model_revision, padding_side="left", truncation_side="left", **load
@@ -144,8 +147,10 @@ def to_yaml(settings: RunSettings) -> str:
 
 def settings_yaml(model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any]) -> str:
     """Every setting that is not a default, all of ours, and the versions of the libraries as comments."""
+    with _accelerate_undisturbed():
+        default = type(args)(output_dir=args.output_dir)
     values = differing(model, ModelConfig()) | plain(task)
-    values |= differing(args, type(args)(output_dir=args.output_dir)) | {
+    values |= differing(args, default) | {
         name: getattr(args, name)
         for name in ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length")
         if hasattr(args, name)
@@ -156,6 +161,19 @@ def settings_yaml(model: ModelConfig, task: TaskConfig, args: Any, extra: dict[s
     values |= extra
     lines = [f"# {name} {version}" for name, version in versions().items()]
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
+
+
+@contextmanager
+def _accelerate_undisturbed() -> Iterator[None]:
+    """A second `TrainingArguments` resets accelerate's state, perhaps to another device and to one process; put it back."""
+    states = (PartialState._shared_state, AcceleratorState._shared_state)
+    saved = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, before in zip(states, saved, strict=True):
+            state.clear()
+            state.update(before)
 
 
 def plain(config: Any) -> dict[str, Any]:

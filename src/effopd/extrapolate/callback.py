@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from effopd.errors import CheckpointError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.lookahead import STATE_FILE, EffOPD, Scorer
-from effopd.extrapolate.ranks import from_first
+from effopd.extrapolate.ranks import from_first, world_size
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.extrapolate.search import Score
 from effopd.files import append_row, keep_rows
@@ -83,6 +83,12 @@ class EffOPDCallback(TrainerCallback):
                 "EffOPDCallback moves the weights of one process or of several under DDP; this run uses "
                 f"{'DeepSpeed, whose masters live in the optimizer' if trainer.is_deepspeed_enabled else 'FSDP'}. Launch it "
                 "with DDP (accelerate launch --multi_gpu), use EffOPD in a loop of your own with FSDP2, or train without it."
+            )
+
+        if world_size() != trainer.accelerator.num_processes:
+            raise ConfigError(
+                f"torch.distributed has {world_size()} processes but the trainer counts {trainer.accelerator.num_processes}: each "
+                "would train on its own. Build the TrainingArguments once, in every process, under one launcher."
             )
 
     def _accuracy_scorer(self, task: Task) -> AccuracyScorer:
