@@ -91,7 +91,8 @@ def test_adaptive_searches_while_it_pays():
 def test_steering_follows_the_accepted_scale():
     assert [steering(s) for s in (0.1, 0.7, 1.0)] == [1.0, 1.0, 1.0]
     assert steering(-0.5) == steering(0.0) == pytest.approx(0.5**0.5)
-    assert steering(2.0) == pytest.approx(3**0.5) and steering(3.0) == steering(50.0) == 2.0
+    assert steering(2.0, 1.5) == pytest.approx(3**0.5) and steering(3.0, 9.0) == steering(50.0, 1.1) == 2.0
+    assert steering(50.0) == steering(50.0, 1.0) == steering(50.0, -0.5) == 1.0  # one long jump says little
 
 
 class Softmax(nn.Module):
@@ -175,17 +176,21 @@ def test_moments_are_reset_after_a_jump_forwards_and_the_rate_is_steered():
 
     train()
     row = lookahead.step(1)
+    assert row["accepted_scale"] > 3 and row["learning_rate_factor"] == 1.0  # the first long jump
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    train()
+    row = lookahead.step(2)
     assert row["accepted_scale"] > 3 and row["learning_rate_factor"] == 2.0
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     train()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)  # twice the base rate, and the schedule's half of it
     lookahead.scorer = lambda model: -float((model.w - before).square().sum())
     before = model.w.detach().clone()
-    assert lookahead.step(2)["accepted_scale"] == 0.0
+    assert lookahead.step(3)["accepted_scale"] == 0.0
     assert optimizer.state  # no jump, no reset
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**0.5)
     assert (
-        lookahead.search(3)["learning_rate_factor"] == 1.0
+        lookahead.search(4)["learning_rate_factor"] == 1.0
     )  # nothing has moved, so nothing was learnt about the rate
 
 

@@ -73,8 +73,9 @@ class EffOPDConfig:
     steer: bool | None = field(
         default=None,
         metadata={
-            "help": "Multiply the learning rate by √min(1+s, 4) after a jump with s > 1 and by 1/√2 after a search that "
-            "found nothing better or stepped back, on top of its schedule. Default: the strategy's own."
+            "help": "Multiply the learning rate by √min(1+s, 4) after a jump with s > 1 that follows another one, and by "
+            "1/√2 after a search that found nothing better or stepped back, on top of its schedule. Default: the "
+            "strategy's own."
         },
     )
     scales: list[float] = field(

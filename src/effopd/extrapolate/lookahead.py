@@ -177,7 +177,8 @@ class EffOPD:
         if accepted_scale > 0 and self.config.resolved_optimizer == "reset":
             assert self._optimizer is not None
             self._optimizer.state.clear()
-        factor = steering(accepted_scale) if self.config.resolved_steer else 1.0
+        before = self.history[-1]["accepted_scale"] if self.history else 0.0
+        factor = steering(accepted_scale, before) if self.config.resolved_steer else 1.0
         if factor != 1.0:
             assert self._optimizer is not None
             for group in self._optimizer.param_groups:

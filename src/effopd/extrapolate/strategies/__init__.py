@@ -94,14 +94,19 @@ def _line(score: Callable[[float], Score], config: Any) -> SearchResult:
     return line_search(score, config.resolved_gate, config.gate_z)
 
 
-def steering(accepted_scale: float) -> float:
-    """What the learning rate is multiplied with: the accepted scale says how far it is from right.
+def steering(accepted_scale: float, before: float = 0.0) -> float:
+    """What the learning rate is multiplied with: the accepted scales say how far it is from right.
 
-    √min(1 + s, 4) after a jump of more than the displacement (s > 1); 1/√2 after a search that found nothing better, or a
-    step back (s ≤ 0): then the last steps were long enough, or too long for their noise; else 1.
+    √min(1 + s, 4) after a jump of more than the displacement (s > 1) that follows another one: one long jump may be due to
+    the start, two are due to the rate. 1/√2 after a search that found nothing better, or a step back (s ≤ 0): then the last
+    steps were long enough, or too long for their noise. Else 1.
+
+    Args:
+        accepted_scale: of this search.
+        before: of the search before it, 0 if there was none.
     """
     if accepted_scale > 1:
-        return min(1 + accepted_scale, 4.0) ** 0.5
+        return min(1 + accepted_scale, 4.0) ** 0.5 if before > 1 else 1.0
     return 1.0 if accepted_scale > 0 else 0.5**0.5
 
 
