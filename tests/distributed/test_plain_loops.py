@@ -120,7 +120,20 @@ def test_a_scorer_that_fails_on_one_rank_fails_on_all(tmp_path):
     assert status != 0 and "ScorerError" in said and "rank 1 failed" in said
 
 
-def test_a_point_that_is_not_finite_on_one_rank_is_rejected_on_all(tmp_path):
-    found, weights = finished(tmp_path, "--mode", "fsdp2", "--fault", "nan", "--steps", 5, processes=2)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_a_point_that_is_not_finite_on_one_rank_is_rejected_on_all(mode, tmp_path):
+    found, weights = finished(tmp_path, "--mode", mode, "--fault", "nan", "--steps", 5, processes=2)
     assert decisions(found)[-1] == (4, 0.0) and decisions(rows(tmp_path, 1)) == decisions(found)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+@pytest.mark.parametrize("strategy", ["random_direction", "relex"])
+def test_strategies_that_need_whole_matrices_refuse_shards(strategy, tmp_path):
+    status, said = launch(tmp_path, "--mode", "fsdp2", "--strategy", strategy, processes=2)
+    assert status != 0 and "needs whole matrices" in said
+
+
+def test_a_verifier_that_fails_on_one_rank_fails_on_all():
+    """The others wait for its part of D_v and get its words."""
+    status, said = launch("", "--fault", processes=2, script=SCRIPT.with_name("sharded_answers.py"))
+    assert status != 0 and "DivergenceError: rank 1 failed: ValueError: planted" in said

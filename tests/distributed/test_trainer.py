@@ -1,4 +1,4 @@
-"""`OPDTrainer` with the look-ahead on two processes (DDP, gloo)."""
+"""`OPDTrainer` with the look-ahead on two processes (DDP, and FSDP2 on the CPU; gloo)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_plain_loops import launch
 
 from effopd.files import read_rows
@@ -52,3 +53,42 @@ def test_the_command_under_torchrun(tmp_path):
     assert status == 0, said[-3000:]
     assert [row["step"] for row in read_rows(tmp_path / "run" / "searches.jsonl")] == [1, 2]
     assert "use_cpu: true" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["effopd", "lookahead"])
+def test_fsdp2_is_ddp_with_half_the_memory(strategy, tmp_path):
+    """Up to fp32 rounding: the gradient's norm, which it is clipped by, is summed shard by shard."""
+    flags = ("--strategy", strategy, "--rows", 4)
+    ddp, fsdp2 = run(tmp_path / "ddp", *flags), run(tmp_path / "fsdp2", *flags, "--mode", "fsdp2")
+    assert all(torch.allclose(ddp[name], fsdp2[name], rtol=1e-4, atol=1e-5) for name in ddp)
+    one, other = (list(read_rows(tmp_path / mode / "searches.jsonl")) for mode in ("ddp", "fsdp2"))
+    assert any(row["accepted_scale"] for row in one)
+    for a, b in zip(one, other, strict=True):
+        assert a["accepted_scale"] == pytest.approx(b["accepted_scale"], rel=1e-3)
+        assert a["memory_bytes"] == 2 * b["memory_bytes"]  # every row count is even
+        for ours, theirs in zip(a["trials"], b["trials"], strict=True):
+            assert ours["per_example"] == pytest.approx(theirs["per_example"], abs=1e-3)
+    one, other = (list(read_rows(tmp_path / mode / "evals.jsonl")) for mode in ("ddp", "fsdp2"))
+    assert [row["eval_kl"] for row in one] == pytest.approx([row["eval_kl"] for row in other], abs=1e-3)
+
+
+@pytest.mark.parametrize("files", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_fsdp2_goes_on_after_a_rank_was_killed_in_a_search(files, tmp_path):
+    flags = ("--strategy", "effopd", "--rows", 4, "--mode", "fsdp2", "--files", files)
+    weights = run(tmp_path / "whole", *flags)
+    status, _ = launch(tmp_path / "part", *flags, "--kill-at", 3, processes=2, script=SCRIPT)
+    assert status != 0 and not (tmp_path / "part" / "weights.pt").exists()
+    assert [path.name for path in sorted((tmp_path / "part" / "checkpoints").glob("step-*"))] == ["step-000002"]
+    resumed = run(tmp_path / "part", *flags, "--resume")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    for folder in (
+        tmp_path / "part",
+        tmp_path / "part" / "trajectory" / "step-000004",
+    ):  # whole, for whoever reads them
+        saved = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weights[name], saved[name]) for name in weights)
+
+
+def test_answers_of_shards_whose_ranks_end_at_different_tokens():
+    status, said = launch("", processes=2, script=SCRIPT.with_name("sharded_answers.py"))
+    assert status == 0, said[-3000:]

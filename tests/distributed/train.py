@@ -1,18 +1,59 @@
-"""`OPDTrainer` on the tiny models under DDP, as a script that torchrun starts (for the tests beside it)."""
+"""`OPDTrainer` on the tiny models under DDP or FSDP2, as a script that torchrun starts (for the tests beside it)."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "distill")]
 
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from plain_loop import whole
 from tiny_run import make_trainer
 
 from effopd import EffOPDConfig
+from effopd.extrapolate.ranks import rank
+from effopd.extrapolate.scorers import AccuracyScorer
+
+FSDP2 = {
+    "fsdp_version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "Qwen3DecoderLayer",
+}
+
+
+def _arm(trainer, step: int) -> None:
+    """Arrange a SIGKILL of rank 1 at the second point of the first search after `step` steps."""
+    real, calls = AccuracyScorer.__call__, []
+
+    def scored(self, model):
+        calls.extend([1] if trainer.state.global_step >= step else [])
+        if rank() == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, model)
+
+    AccuracyScorer.__call__ = scored
+
+
+def _fsdp2_on_the_cpu() -> None:
+    """accelerate 1.15 shards on accelerators only: on the CPU it takes `fsdp_config` and trains with DDP. The state that it
+    would set on a GPU is set here, so that everything above it runs as it does there."""
+    real = AcceleratorState.__init__
+
+    def initialise(self, *args, fsdp_plugin=None, **kwargs):
+        real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = initialise
 
 
 def main() -> None:
@@ -22,6 +63,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="prompts a step and process")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--mode", choices=["ddp", "fsdp2"], default="ddp")
+    parser.add_argument("--files", choices=["FULL_STATE_DICT", "SHARDED_STATE_DICT"], default="FULL_STATE_DICT")
+    parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = (
@@ -29,17 +73,29 @@ def main() -> None:
         if arguments.strategy != "none"
         else None
     )
+    host = {}
+    if arguments.mode == "fsdp2":
+        _fsdp2_on_the_cpu()
+        host = {"fsdp": True, "fsdp_config": FSDP2 | {"state_dict_type": arguments.files}}
     trainer = make_trainer(
         arguments.out,
         effopd=config,
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.rows,
         eval_steps=2,
+        trajectory="powers_of_two",
+        **host,
     )
+    if arguments.kill_at:
+        _arm(trainer, arguments.kill_at)
     trainer.train(resume_from_checkpoint=arguments.resume)
+    trainer.save_model(str(arguments.out))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     if trainer.accelerator.is_main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        torch.save({name: p.detach().clone() for name, p in model.named_parameters()}, arguments.out / "weights.pt")
+        torch.save(weights, arguments.out / "weights.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

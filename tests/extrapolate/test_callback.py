@@ -197,8 +197,11 @@ def test_unusable_validation_sets(tmp_path):
 
 def test_unsupported_hosts_are_refused(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **FAST)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ConfigError, match="FSDP"):
+    trainer.is_fsdp_enabled = True  # but not accelerate's is_fsdp2
+    with pytest.raises(ConfigError, match="FSDP1"):
+        EffOPDCallback(trainer, EffOPDConfig(), task=make_task(64))
+    trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = False, True
+    with pytest.raises(ConfigError, match="DeepSpeed"):
         EffOPDCallback(trainer, EffOPDConfig(), task=make_task(64))
 
 

@@ -7,18 +7,23 @@ distributions: "reverse KL" is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.models.utils import _ForwardRedirection
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from effopd.errors import CompatibilityError
+
+T = TypeVar("T")
 
 #: Width of a vocabulary tile of the sampled-token kernel.
 _VOCAB_CHUNK = 8192
@@ -56,6 +61,12 @@ class Head:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / temperature
+
+
+def gathered(model: Any, work: Callable[[], T]) -> T:
+    """Run `work` with the weights of `model` whole: inside its forward, if FSDP2 shards it (every rank must call this), else
+    right away."""
+    return _ForwardRedirection()(model, model, work) if isinstance(model, FSDPModule) else work()
 
 
 def mixture_head(teacher: Head, reference: Head, weight: float) -> Head:
@@ -230,6 +241,25 @@ def reverse_kl_of_completions(
     Returns:
         (KL sums in nats, numbers of tokens), one entry a sequence; Σ sums / Σ tokens is the token mean.
     """
+
+    def measure() -> list[float]:
+        return _reverse_kl_sums(
+            student, teacher, prompt_ids, completion_ids, vocab_size, pad_token_id, temperature, batch_size
+        )
+
+    return gathered(student, measure), [len(answer) for answer in completion_ids]
+
+
+def _reverse_kl_sums(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+    vocab_size: int,
+    pad_token_id: int,
+    temperature: float,
+    batch_size: int,
+) -> list[float]:
     heads = [Head.of(model, vocab_size) for model in (student, teacher)]
     sums: list[float] = []
     for start in range(0, len(prompt_ids), batch_size):
@@ -254,4 +284,4 @@ def reverse_kl_of_completions(
         kl_BT = torch.zeros(valid_BT.shape, dtype=torch.float64, device=student.device)
         kl_BT[valid_BT] = kl_N.double()
         sums += kl_BT.sum(1).tolist()
-    return sums, [len(answer) for answer in completion_ids]
+    return sums

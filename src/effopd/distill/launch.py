@@ -80,8 +80,9 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     )
     if effopd.enabled:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
-    run_dir.root.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir.root / CONFIG, lambda path: path.write_text(text))
+    if trainer.is_world_process_zero():
+        run_dir.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir.root / CONFIG, lambda path: path.write_text(text))
     return trainer
 
 

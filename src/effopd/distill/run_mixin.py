@@ -20,7 +20,7 @@ from effopd.distill.config import RunArguments
 from effopd.distill.ledger import CLOCKS, CostLedger
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.errors import CheckpointError
-from effopd.extrapolate.ranks import gather, rank, world_size
+from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
 
@@ -158,7 +158,7 @@ class RunMixin(_Host):
             checkpoint = Path(resume_from_checkpoint)
         else:
             checkpoint = None
-            self.run_dir.refuse_overwrite()
+            together(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
         if checkpoint is not None:
             if not (checkpoint / TRAINER_STATE_NAME).is_file():
                 raise CheckpointError(
@@ -184,6 +184,19 @@ class RunMixin(_Host):
 
     def _get_output_dir(self, trial):
         return str(self.run_dir.staging) if self._saving else super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The host's. With FSDP's SHARDED_STATE_DICT it writes no model at all: checkpoints have their shards beside it, but
+        a trajectory and the final model are whole, gathered for this."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        kind = None if plugin is None or self._saving else plugin.state_dict_type
+        if kind is not None:
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            if kind is not None:
+                plugin.set_state_dict_type(kind)
 
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
@@ -218,8 +231,13 @@ class RunMixin(_Host):
     def _save_trajectory(self) -> None:
         step = self.state.global_step
         wanted = in_trajectory(self.args.trajectory, step, self.state.max_steps)
-        if not wanted or not self.args.should_save or self.run_dir.trajectory(step).exists():
+        if not wanted or from_first(self.run_dir.trajectory(step).exists()):
             return
-        staged = self.run_dir.fresh_staging() / "trajectory"
-        self.save_model(str(staged), _internal_call=True)
-        self.run_dir.publish(staged, self.run_dir.trajectory(step))
+        staged = self.run_dir.staging / "trajectory"
+        if self.args.should_save:
+            self.run_dir.fresh_staging()
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(staged), _internal_call=True)  # on every rank: sharded weights are gathered for it
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.run_dir.publish(staged, self.run_dir.trajectory(step))

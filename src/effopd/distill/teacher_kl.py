@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from effopd.distill.divergence import Head
-from effopd.extrapolate.ranks import gather, world_size
+from effopd.distill.divergence import Head, gathered
+from effopd.extrapolate.ranks import pooled, world_size
 from effopd.extrapolate.search import Score
 
 _NAMES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask", "tool_mask")
@@ -62,21 +62,8 @@ class RolloutScorer:
 
     def __call__(self, model: Any) -> Score:
         assert self._batches, "the trainer hands out rollouts before it searches"
-        start, trainer = time.perf_counter(), self._trainer
-        tokens = sum(int(batch["attention"].sum()) for batch in self._batches)
-        teacher, forwards = trainer.accelerator.unwrap_model(trainer.teacher_model), 1
-        with trainer.accelerator.autocast(), torch.no_grad():
-            if self._teacher is None:
-                self._teacher, forwards = self._hidden(teacher), 2
-            own_NH = self._hidden(model)
-            student, target = (Head.of(m, trainer.vocab_size) for m in (model, teacher))
-            kl_N, _ = ChunkedDivergenceFunction.apply(
-                own_NH, student.weight, student.bias, self._teacher.to(own_NH.device), target.weight, target.bias, 1.0,
-                trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,
-            )  # fmt: skip
-        lengths = torch.cat([batch["valid"].sum(1) for batch in self._batches]).tolist()
-        sums = [float(piece.sum()) for piece in kl_N.double().split(lengths)]
-        parts = gather((sums, lengths, tokens))
+        start, forwards = time.perf_counter(), 2 if self._teacher is None else 1
+        parts = pooled(lambda: self._part(model))
         sums, lengths = [kl for part in parts for kl in part[0]], [n for part in parts for n in part[1]]
         tokens = sum(part[2] for part in parts)
         mean_length = max(1, sum(lengths)) / len(lengths)
@@ -88,6 +75,29 @@ class RolloutScorer:
             seconds=time.perf_counter() - start,
             forward_tokens=forwards * tokens,
         )
+
+    def _part(self, model: Any) -> tuple[list[float], list[int], int]:
+        """This rank's rollouts: the summed KL and the number of scored tokens of each, and the tokens of a forward."""
+        trainer = self._trainer
+        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
+        with trainer.accelerator.autocast(), torch.no_grad():
+            if self._teacher is None:
+                self._teacher = self._hidden(teacher)
+            kl_N = gathered(model, lambda: self._kl(model, teacher))
+        lengths = torch.cat([batch["valid"].sum(1) for batch in self._batches]).tolist()
+        sums = [float(piece.sum()) for piece in kl_N.double().split(lengths)]
+        return sums, lengths, sum(int(batch["attention"].sum()) for batch in self._batches)
+
+    def _kl(self, model: Any, teacher: Any) -> Tensor:
+        """KL(student ‖ teacher) [N] at the scored positions, in nats."""
+        assert self._teacher is not None
+        own_NH = self._hidden(model)
+        student, target = (Head.of(m, self._trainer.vocab_size) for m in (model, teacher))
+        kl_N, _ = ChunkedDivergenceFunction.apply(
+            own_NH, student.weight, student.bias, self._teacher.to(own_NH.device), target.weight, target.bias, 1.0,
+            self._trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,
+        )  # fmt: skip
+        return kl_N
 
     def _hidden(self, model: Any) -> Tensor:
         """Last hidden states [N, H] at the N scored positions, rollout by rollout."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
@@ -215,7 +216,9 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         if self.model.training:
             self.ledger.count("update", forward=int(attention_mask.sum()))
             ids = inputs["completion_ids"].to(device)
-            if self._keep_for_health(h_student, h_teacher, ids, mask) and not (multimodal or self.use_vllm):
+            sharded = isinstance(unwrapped_student, FSDPModule)
+            kept = self._keep_for_health(h_student, h_teacher, ids, mask, student_head if sharded else None)
+            if kept and not (multimodal or self.use_vllm or sharded):  # shards: no forward that only some ranks make
                 self._log_sampler_gap(unwrapped_student, input_ids, attention_mask, h_student, ids, mask)
         if self.args.loss_type == "sampled":
             loss, entropy, count = sampled_loss(
@@ -268,9 +271,10 @@ class OPDTrainer(RunMixin, DistillationTrainer):
 
     # -- health -------------------------------------------------------------------------------------------------
 
-    def _keep_for_health(self, h_student, h_teacher, completion_ids, mask) -> bool:
+    def _keep_for_health(self, h_student, h_teacher, completion_ids, mask, sharded_head: Head | None) -> bool:
         """Remember a few positions of the first micro-batch of a logged step; measured after the wrapped forward has
-        returned. Says whether this was that micro-batch."""
+        returned. A sharded head is whole only now, so its logits [N, V] are kept too. Says whether this was that
+        micro-batch."""
         due = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
         if not due or not self.args.health_tokens or self._health_rows is not None or not bool(mask.any()):
             return False
@@ -281,6 +285,9 @@ class OPDTrainer(RunMixin, DistillationTrainer):
             "targets": completion_ids.reshape(-1)[index],
             "position": position,
         }
+        if sharded_head is not None:
+            with torch.no_grad(), torch.autocast(h_student.device.type, enabled=False):
+                self._health_rows["logits"] = sharded_head.logits(self._health_rows["student"], self.temperature)
         return True
 
     @torch.no_grad()
@@ -302,11 +309,12 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         if rows is None:
             return
         with torch.no_grad():
-            heads = [
-                Head.of(self.accelerator.unwrap_model(m), self.vocab_size) for m in (self.model, self.teacher_model)
-            ]
-            student = heads[0].logits(rows["student"], self.temperature)
-            teacher = heads[1].logits(rows["teacher"], self.temperature)
+            student, teacher = (
+                Head.of(self.accelerator.unwrap_model(model), self.vocab_size).logits(rows[role], self.temperature)
+                if role != "student" or "logits" not in rows
+                else rows["logits"]
+                for role, model in (("student", self.model), ("teacher", self.teacher_model))
+            )
             metrics = health_metrics(student, teacher, rows["targets"], rows["position"])
         for name, value in metrics.items():
             self._metrics["train"][f"health/{name}"].append(value)

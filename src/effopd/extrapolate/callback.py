@@ -41,7 +41,7 @@ class EffOPDCallback(TrainerCallback):
             `output_dir/checkpoint-N` nor known to the trainer.
 
     Raises:
-        ConfigError: FSDP or DeepSpeed, where live weights cannot be moved from here yet.
+        ConfigError: FSDP1 or DeepSpeed, where live weights cannot be moved from here yet.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -78,13 +78,13 @@ class EffOPDCallback(TrainerCallback):
 
     @staticmethod
     def _check_host(trainer: Trainer) -> None:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+        if trainer.is_deepspeed_enabled or fsdp1:
             raise ConfigError(
-                "EffOPDCallback moves the weights of one process or of several under DDP; this run uses "
-                f"{'DeepSpeed, whose masters live in the optimizer' if trainer.is_deepspeed_enabled else 'FSDP'}. Launch it "
-                "with DDP (accelerate launch --multi_gpu), use EffOPD in a loop of your own with FSDP2, or train without it."
+                "EffOPDCallback moves weights that are whole (one process, DDP) or sharded row by row (FSDP2); this run uses "
+                + ("FSDP1, which flattens them" if fsdp1 else "DeepSpeed, whose masters live in the optimizer")
+                + ". Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: 2), or train without it."
             )
-
         if world_size() != trainer.accelerator.num_processes:
             raise ConfigError(
                 f"torch.distributed has {world_size()} processes but the trainer counts {trainer.accelerator.num_processes}: each "

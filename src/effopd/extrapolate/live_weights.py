@@ -8,9 +8,11 @@ DeepSpeed ZeRO (the masters live in the optimizer), refused with a typed error r
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -43,6 +45,12 @@ Direction = Callable[[str, Tensor, Tensor], Tensor]
 def displacement(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
     """Δ = W − anchor, the paper's direction."""
     return origin - anchor
+
+
+def bit_sum(tensor: Tensor) -> int:
+    """The bits of a floating-point tensor, read as integers and added up; NaN and infinity too."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def compile_rule(rule: str) -> re.Pattern[str]:
@@ -82,6 +90,7 @@ class LiveWeights:
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
         pattern = compile_rule(parameters)
+        reshard(model)  # after a forward, FSDP2 may still have its gathered copies in the parameters' place
         self._parameters = {name: p for name, p in model.named_parameters() if pattern.search(name)}
         if not self._parameters:
             some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
@@ -152,12 +161,14 @@ class LiveWeights:
             yield name, here.float() - self._anchor[name].to(here.device)
 
     @torch.no_grad()
-    def checksum(self) -> tuple[float, ...]:
-        """Two sums over the parameters that every rank should hold alike (sharded ones are nobody's copy)."""
-        whole = [p for p in self._parameters.values() if not isinstance(p, DTensor)]
-        return tuple(
-            math.fsum(float(f(p.detach().double())) for p in whole) for f in (torch.sum, torch.linalg.vector_norm)
-        )
+    def checksum(self) -> int:
+        """CRC-32 over the sums of bits of the parameters that every rank should hold alike, 0 where all are sharded (a shard
+        is nobody's copy).
+
+        Sums of integers do not depend on the order in which a device adds them up, so equal weights always agree.
+        """
+        whole = (p.detach() for p in self._parameters.values() if not isinstance(p, DTensor))
+        return functools.reduce(lambda crc, p: zlib.crc32(str(bit_sum(p)).encode(), crc), whole, 0)
 
     @torch.no_grad()
     def begin(self, direction: Direction = displacement) -> None:
@@ -185,13 +196,17 @@ class LiveWeights:
                 finite = False
                 break
             here.copy_(point)
-        if not all(gather(finite) if self._sharded else [finite]):
+        self._reject_unless(finite, f"W + {scale}·D", f"parameter '{name}'")
+        self._edited()
+
+    def _reject_unless(self, finite: bool, point: str, where: str) -> None:
+        """A point that is not finite on one rank is no point on any."""
+        if not all(gather(finite)):
             self.restore()
             raise NonFiniteWeightsError(
-                f"W + {scale}·D is not finite in parameter '{name}' (or on another rank); the candidate is rejected and the "
-                "weights are restored."
+                f"{point} is not finite in {'a parameter of another rank' if finite else where}; the candidate is rejected "
+                "and the weights are restored."
             )
-        self._edited()
 
     def _edited(self) -> None:
         if self._sharded:

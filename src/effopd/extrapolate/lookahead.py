@@ -110,7 +110,13 @@ class EffOPD:
                 f"strategy '{self.config.strategy}' needs whole matrices, but the student trains LoRA adapters. Use "
                 "effopd, lookahead, noop or fixed, or train the full weights."
             )
-        return kind(model, self.config.resolved_parameters, self.config.anchor_device)
+        weights = kind(model, self.config.resolved_parameters, self.config.anchor_device)
+        if weights.sharded and (plan.direction is None or plan.direction(0, 0) is not displacement):
+            raise ConfigError(
+                f"strategy '{self.config.strategy}' needs whole matrices, but this process holds shards of them (FSDP2). Use "
+                "effopd, effopd-released, lookahead, noop or fixed, or train with DDP."
+            )
+        return weights
 
     def step(self, step: int) -> dict[str, Any] | None:
         """Call after optimizer step number `step` (the first is 1); observes and searches when it is time to.
@@ -132,7 +138,7 @@ class EffOPD:
         if world_size() > 1:
             agreed(
                 "(step, anchor's step, searches so far, checksum of the weights)",
-                (step, self.anchor_step, len(self.history), *self.weights.checksum()),
+                (step, self.anchor_step, len(self.history), self.weights.checksum()),
             )
         delta_norm = self.weights.displacement_norm()
         if plan.fit is not None:
@@ -149,6 +155,8 @@ class EffOPD:
                 with evaluating(self.model):
                     result = plan.search(lambda scale: self._score(scale, seed), self.config)
             result = self._move(result)
+            if world_size() > 1:
+                agreed("(accepted scale, checksum of the weights)", (result.accepted_scale, self.weights.checksum()))
         except BaseException:
             self.weights.abort()
             raise
@@ -243,8 +251,9 @@ class EffOPD:
         if self.config.alpha_target is not None:
             return Score(self.config.alpha_target)
         assert self._target is not None
+        measure = self._target
         with isolated_rng(self._seed(step)), torch.no_grad():
-            value = self._target()
+            value = from_first(together(lambda: measure()))
         return value if isinstance(value, Score) else Score(float(value))
 
     def _prediction(self) -> tuple[Direction, Mapping[str, float]]:

@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from effopd.errors import ConfigError, NonFiniteWeightsError
+from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import Direction, LiveWeights, compile_rule, displacement
 from effopd.extrapolate.ranks import is_sharded
 
@@ -166,6 +166,7 @@ class LoraWeights(LiveWeights):
         if scale == 0.0:
             self.restore()
             return
+        finite = True
         for name, length in self._lengths.items():
             if length == 0.0:
                 continue
@@ -175,14 +176,11 @@ class LoraWeights(LiveWeights):
             except torch.linalg.LinAlgError:
                 finite = False
             if not finite:
-                self.restore()
-                raise NonFiniteWeightsError(
-                    f"W + {scale}·ΔW is not finite in the adapter of '{name}'; the candidate is rejected and the weights "
-                    "are restored."
-                )
+                break
             self.lost_share = max(self.lost_share, float(lost) / (abs(scale) * length))
             self._parameters[f"{name}.A"].copy_(a)
             self._parameters[f"{name}.B"].copy_(b)
+        self._reject_unless(finite, f"W + {scale}·ΔW", f"the adapter of '{name}'")
 
 
 def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter], float]]:

@@ -63,8 +63,10 @@ def from_first(value: T) -> T:
     return value
 
 
-def together(run: Callable[[], T]) -> T:
-    """Run on every rank; if it raises on one, raise on all.
+def pooled(work: Callable[[], T]) -> list[T]:
+    """Everybody's result of `work`, by rank, on every rank; if it raises on one rank, it raises on all.
+
+    Results and failures travel in one collective: a rank that failed meets the others where they wait for its part.
 
     Raises:
         The rank's own exception where it happened, `DivergenceError` on the others.
@@ -72,17 +74,29 @@ def together(run: Callable[[], T]) -> T:
     error: Exception | None = None
     value: Any = None
     try:
-        value = run()
+        value = work()
     except Exception as caught:
         error = caught
     if world_size() > 1:
-        messages = gather(f"{type(error).__name__}: {error}" if error else None)
-        failed = [i for i, message in enumerate(messages) if message]
+        parts = gather((value, f"{type(error).__name__}: {error}" if error else None))
+        failed = [i for i, (_, message) in enumerate(parts) if message]
         if failed and error is None:
-            raise DivergenceError(f"rank {failed[0]} failed: {messages[failed[0]]}")
+            raise DivergenceError(
+                f"rank {failed[0]} failed: {parts[failed[0]][1]} (ranks that failed: {', '.join(map(str, failed))})."
+            )
+        values = [part for part, _ in parts]
+    else:
+        values = [value]
     if error is not None:
         raise error
-    return value
+    return values
+
+
+def together(run: Callable[[], T]) -> T:
+    """This rank's result of `run`; if it raises on one rank, it raises on all (see `pooled`)."""
+    box: list[T] = []
+    pooled(lambda: box.append(run()))
+    return box[0]
 
 
 def shard_of(items: Sequence[T]) -> list[T]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.errors import TaskError
 from effopd.evaluate import evaluate
-from effopd.extrapolate.ranks import gather, merge_shards, rank, shard_of, world_size
+from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of, world_size
 from effopd.extrapolate.search import Score
 from effopd.tasks.base import Task
 
@@ -65,11 +66,16 @@ class AccuracyScorer:
     def __call__(self, model: PreTrainedModel) -> Score:
         start, examples = time.perf_counter(), self.task.examples
         mine = self.task if world_size() == 1 else self.task.subset(shard_of(examples))
-        with tqdm(total=len(mine), desc="look ahead", leave=False, disable=not self._progress or rank() > 0) as bar:
-            result = evaluate(  # no seed: the search has seeded
-                model, self._tokenizer, mine, seed=None, progress=bar.update, **self._settings
-            )
-        parts = gather(([float(row[0]) for row in result.correct], result.generated_tokens))
+        # The search has seeded, every rank alike: the ranks' answers must not share their noise.
+        seed = None if world_size() == 1 else (torch.initial_seed() + rank()) % 2**63
+        silent = not self._progress or rank() > 0
+
+        def answer() -> tuple[list[float], int]:
+            with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent) as bar:
+                result = evaluate(model, self._tokenizer, mine, seed=seed, progress=bar.update, **self._settings)
+            return [float(row[0]) for row in result.correct], result.generated_tokens
+
+        parts = pooled(answer)
         per_example = tuple(merge_shards([grades for grades, _ in parts], len(examples)))
         return Score(
             mean=sum(per_example) / len(per_example),
