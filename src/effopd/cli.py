@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: Sequence[str]) -> int:
     """`effopd train`."""
     from effopd.distill.launch import run
+    from effopd.extrapolate.ranks import leave
     from effopd.train_command import parse_command
 
     settings, dry_run = parse_command(argv)
@@ -59,6 +60,7 @@ def train(argv: Sequence[str]) -> int:
         return 0
     trainer = run(settings)
     print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
+    leave()
     return 0
 
 

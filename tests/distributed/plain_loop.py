@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from effopd import EffOPD, EffOPDConfig, Score
-from effopd.extrapolate.ranks import rank, world_size
+from effopd.extrapolate.ranks import leave, rank, world_size
 
 ROWS, WIDTH = 24, 10  # not divisible by the ranks of some tests, so that shards are uneven
 
@@ -112,9 +112,7 @@ def main() -> None:
         {key: row[key] for key in ("step", "accepted_scale", "memory_bytes", "delta_norm")} for row in look.history
     ]
     (arguments.out / f"rows-{rank()}.json").write_text(json.dumps(rows))
-    if arguments.mode != "alone":
-        dist.barrier()
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

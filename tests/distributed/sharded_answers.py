@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conftest import make_model, make_task, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
-from effopd.extrapolate.ranks import rank
+from effopd.extrapolate.ranks import leave, rank
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.restore import isolated_rng
 from effopd.tasks.base import Task
@@ -43,8 +43,7 @@ def main() -> None:
             scores.append(scorer(model))
     assert scores[0].per_example == scores[1].per_example and len(scores[0].per_example) == 13
     assert scores[0].generated_tokens == scores[1].generated_tokens
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "distill")]
 
@@ -19,7 +18,7 @@ from plain_loop import whole
 from tiny_run import make_trainer
 
 from effopd import EffOPDConfig
-from effopd.extrapolate.ranks import rank
+from effopd.extrapolate.ranks import leave, rank
 from effopd.extrapolate.scorers import AccuracyScorer
 
 FSDP2 = {
@@ -94,8 +93,7 @@ def main() -> None:
     weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     if trainer.accelerator.is_main_process:
         torch.save(weights, arguments.out / "weights.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

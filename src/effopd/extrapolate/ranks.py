@@ -5,6 +5,9 @@ Collectives carry small Python objects over the default process group; parameter
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -109,6 +112,20 @@ def shard_of(items: Sequence[T]) -> list[T]:
 def merge_shards(parts: Sequence[Sequence[T]], count: int) -> list[T]:
     """The inverse of `shard_of`, from everybody's part."""
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+
+def leave() -> None:
+    """End a finished process of several over gloo without taking the group down; nothing on one process or another backend.
+
+    Under DDP that can hang: torch 2.13's ~ProcessGroupGloo joins its thread with the interpreter's lock held, which that
+    thread may need to let go of the last all-reduce.
+    """
+    if world_size() > 1 and dist.get_backend() == "gloo":
+        dist.barrier()
+        time.sleep(0.3)  # the others are out of the barrier too
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # -- sharded parameters (FSDP2) ---------------------------------------------------------------------------------------
