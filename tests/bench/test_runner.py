@@ -153,7 +153,13 @@ def test_an_interrupt_stops_the_children_and_leaves_nothing_done(tmp_path):
         f"plan = load_plan({str(tmp_path / 'plan.yaml')!r})\nRunner(plan).run(plan.runs())\n"
     )
     runs = load_plan(tmp_path / "plan.yaml").runs()
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # shells start background jobs with it ignored
+    )
     wait_for(lambda: all(calls(run) for run in runs))
     process.send_signal(signal.SIGINT)
     assert process.wait(20) != 0
