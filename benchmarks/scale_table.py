@@ -65,26 +65,20 @@ def efficiency(megabytes: int = 512, repeats: int = 5) -> float:
 
 
 def memory_table(sizes: dict[str, ModelSize]) -> str:
+    heads = " | ".join(f"{ranks} GPU{'s' * (ranks > 1)}" for ranks in RANKS)
     lines = [
-        "| student | moved by the paper / by lookahead | GPUs | anchor + candidate (paper) | (lookahead) | share of training's "
-        "own state | the released code's full gathers |",
-        "|---|---|---|---|---|---|---|",
+        f"| student | moved | strategy | {heads} | the released code's full gathers, any number of GPUs |",
+        "|---" * (len(RANKS) + 4) + "|",
     ]
     for name, size in sizes.items():
-        moved = {rule: size.selected(rule) for rule in ("attention+mlp", "all")}
-        for ranks in RANKS:
-            parts = {
-                rule: bytes_a_rank(size, 0, ranks=ranks, sharded=ranks > 1, moved=count)
-                for rule, count in moved.items()
-            }
-            extra = {rule: found["anchor"] + found["candidate"] for rule, found in parts.items()}
-            own = sum(parts["all"][key] for key in ("weights", "gradients", "optimizer"))
-            gathers = 2 * FP32 * size.parameters
-            lines.append(
-                f"| {name} | {moved['attention+mlp'] / 1e9:.2f} B / {moved['all'] / 1e9:.2f} B | {ranks} "
-                f"| {extra['attention+mlp'] / 1e9:.2f} GB | {extra['all'] / 1e9:.2f} GB | {extra['all'] / own:.0%} "
-                f"| {gathers / 1e9:.0f} GB |"
-            )
+        for rule, strategy in (("attention+mlp", "`effopd`"), ("all", "`lookahead`")):
+            moved = size.selected(rule)
+            extra = []
+            for ranks in RANKS:
+                parts = bytes_a_rank(size, 0, ranks=ranks, sharded=ranks > 1, moved=moved)
+                extra.append(f"{(parts['anchor'] + parts['candidate']) / 1e9:.2f} GB")
+            gathers = 2 * FP32 * size.parameters / 1e9
+            lines.append(f"| {name} | {moved / 1e9:.2f} B | {strategy} | {' | '.join(extra)} | {gathers:.0f} GB |")
     return "\n".join(lines)
 
 
@@ -122,8 +116,8 @@ bandwidth that a candidate reaches was measured on a CPU.
 
 ## Memory a rank
 
-Parameters, anchor and candidate are fp32 and sharded (FSDP2) on 8 and 32 GPUs. “Training's own state” is weights, gradients and Adam.
-The released code gathers all parameters on every GPU, twice ({2 * FP32} bytes a parameter), however many GPUs there are.
+Anchor and one working copy of what moves, fp32, sharded (FSDP2) on 8 and 32 GPUs: at most half of what training itself holds for these
+parameters (weights, gradients, two moments). The released code gathers all parameters on every GPU, twice ({2 * FP32} bytes a parameter).
 
 {memory_table(sizes)}
 

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,16 @@ def bit_sum(tensor: Tensor) -> int:
     return int(tensor.contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
 
 
+def on_host(values: Iterable[Tensor]) -> list[float]:
+    """Scalars of one or several devices as numbers, with one wait for each device instead of one for each scalar."""
+    values = list(values)
+    found: dict[int, float] = {}
+    for device in {value.device for value in values}:
+        places = [i for i, value in enumerate(values) if value.device == device]
+        found |= zip(places, torch.stack([values[i] for i in places]).tolist(), strict=True)
+    return [found[i] for i in range(len(values))]
+
+
 def compile_rule(rule: str) -> re.Pattern[str]:
     """The regular expression of a rule of `PARAMETER_RULES`, or of `rule` read as one itself.
 
@@ -76,7 +86,7 @@ class LiveWeights:
     the model stands and makes that the new anchor.
 
     Memory: the anchor (fp32) for the whole run, plus one copy in the parameters' dtype between `begin` and `commit`,
-    plus two fp32 temporaries of the largest tensor. Directions are recomputed for every candidate, never stored.
+    plus, unless everything is fp32 along Δ, fp32 temporaries of the largest tensor. Directions are recomputed for every candidate, never stored.
 
     Args:
         model: any module; DDP-style wrappers should be unwrapped first.
@@ -146,9 +156,10 @@ class LiveWeights:
     @torch.no_grad()
     def displacement_norm(self) -> float:
         """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64), over all ranks."""
+        norms = {name: torch.linalg.vector_norm(delta, dtype=torch.float64) for name, delta in self.displacements()}
         squares = {True: 0.0, False: 0.0}
-        for name, delta in self.displacements():
-            squares[isinstance(self._parameters[name], DTensor)] += float(delta.double().square().sum())
+        for name, norm in zip(norms, on_host(norms.values()), strict=True):
+            squares[isinstance(self._parameters[name], DTensor)] += norm**2
         if self._sharded:
             squares[True] = math.fsum(gather(squares[True]))
         return (squares[True] + squares[False]) ** 0.5
@@ -187,16 +198,21 @@ class LiveWeights:
         if scale == 0.0:
             self.restore()
             return
-        finite = True
+        spread: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            here, start = local(parameter), origin[name].float()
-            direction = self._direction(name, start, self._anchor[name].to(here.device))
-            point = torch.add(start, direction, alpha=scale).to(here.dtype)
-            if not bool(torch.isfinite(point).all()):
-                finite = False
-                break
-            here.copy_(point)
-        self._reject_unless(finite, f"W + {scale}·D", f"parameter '{name}'")
+            here, start = local(parameter), origin[name]
+            anchor = self._anchor[name].to(here.device)
+            if self._direction is displacement and here.dtype == torch.float32:
+                torch.lerp(anchor, start, 1.0 + scale, out=here)  # W + s(W − A) in one pass, without a temporary
+            else:
+                here.copy_(torch.add(start.float(), self._direction(name, start.float(), anchor), alpha=scale))
+            if here.numel():  # a shard may be empty
+                low, high = torch.aminmax(here)  # both pass NaN on; their difference is finite where all between is
+                spread[name] = high - low
+        bad = next(
+            (n for n, value in zip(spread, on_host(spread.values()), strict=True) if not math.isfinite(value)), None
+        )
+        self._reject_unless(bad is None, f"W + {scale}·D", f"parameter '{bad}'")
         self._edited()
 
     def _reject_unless(self, finite: bool, point: str, where: str) -> None:
