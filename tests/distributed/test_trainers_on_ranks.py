@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_plain_loops import launch
+
+sys.path.append(str(Path(__file__).parents[1] / "distill"))
+from tiny_run import make_trainer
 
 from effopd.files import read_rows
 
@@ -41,6 +45,17 @@ def test_two_processes_search_together_pay_together_and_resume(strategy, tmp_pat
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     again = list(read_rows(tmp_path / "part" / "metrics.jsonl"))
     assert [row["cost/update_forward_tokens"] for row in again] == tokens
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_an_evaluation_is_divided_over_the_ranks(mode, tmp_path):
+    run(tmp_path / mode, "--steps", 1, "--mode", mode)
+    row = next(iter(read_rows(tmp_path / mode / "evals.jsonl")))
+    alone = make_trainer(tmp_path / "alone", eval_temperature=0.0)
+    for name, value in alone.evaluate().items():  # greedy, so there is no noise to differ in
+        if name != "eval_runtime":
+            assert row[name] == pytest.approx(value, rel=1e-5), name
+    assert row["cost/eval_generated_tokens"] == alone.ledger.snapshot()["cost/eval_generated_tokens"]
 
 
 def test_the_command_under_torchrun(tmp_path):

@@ -82,6 +82,8 @@ def main() -> None:
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.rows,
         eval_steps=2,
+        eval_on_start=True,
+        eval_temperature=0.0,
         trajectory="powers_of_two",
         **host,
     )

@@ -135,7 +135,8 @@ class RunMixin(_Host):
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self.ledger.track("eval"):
             metrics, generated = self._measure_task(self.eval_task)
-        self.ledger.count("eval", generated=generated)
+        if self.accelerator.is_main_process:  # everybody's tokens
+            self.ledger.count("eval", generated=generated)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._metrics["eval"].clear()
         row = metrics | self._costs()

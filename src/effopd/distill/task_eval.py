@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.distill.divergence import reverse_kl_of_completions
-from effopd.evaluate import EvalResult, evaluate
+from effopd.evaluate import EvalResult, accuracy_interval, evaluate
+from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of
 from effopd.restore import evaluating
 from effopd.tasks.base import Task
 
@@ -29,7 +30,8 @@ def evaluate_task(
 ) -> tuple[dict[str, float], int]:
     """Sample one answer a prompt, measure its KL to the teacher (if there is one) and its accuracy; then greedy, if asked.
 
-    Always the same prompts and the same sampling noise (`args.eval_seed`), so a curve over training is paired.
+    Always the same prompts and the same sampling noise (`args.eval_seed`), so a curve over training is paired. Several
+    processes answer a share each, with noise of their own; all of them get the whole result.
 
     Returns:
         (`kl` in nats per token with its standard error `kl_se` over prompts, `loss` (= `kl`), `accuracy` with
@@ -38,41 +40,60 @@ def evaluate_task(
     """
     start = time.perf_counter()
 
-    def answer(temperature: float) -> EvalResult:
-        with tqdm(total=len(task), desc="evaluate", leave=False, disable=args.disable_tqdm) as bar:
-            return evaluate(
-                student,
-                tokenizer,
-                task,
-                temperature=temperature,
-                max_new_tokens=args.max_completion_length,
-                batch_size=args.per_device_eval_batch_size,
-                chat_template_kwargs=args.chat_template_kwargs,
-                seed=args.eval_seed,
-                progress=bar.update,
-            )
+    def answer(temperature: float, against: PreTrainedModel | None) -> list[_Answer]:
+        def share() -> list[_Answer]:
+            mine = task.subset(shard_of(task.examples))
+            silent = args.disable_tqdm or rank() > 0
+            with tqdm(total=len(mine), desc="evaluate", leave=False, disable=silent) as bar:
+                result = evaluate(
+                    student,
+                    tokenizer,
+                    mine,
+                    temperature=temperature,
+                    max_new_tokens=args.max_completion_length,
+                    batch_size=args.per_device_eval_batch_size,
+                    chat_template_kwargs=args.chat_template_kwargs,
+                    seed=args.eval_seed + rank(),  # the ranks' answers must not share their noise
+                    progress=bar.update,
+                )
+            kl = _kl(student, against, result, args, vocab_size, tokenizer.pad_token_id, autocast) if against else []
+            graded = zip(result.completions, result.correct, kl or [0.0] * len(mine), strict=True)
+            return [
+                _Answer(right, len(said.completion_ids), said.truncated, sums) for (said,), (right,), sums in graded
+            ]
 
-    results = {"accuracy": answer(args.eval_temperature)}
+        return merge_shards(pooled(share), len(task))
+
+    sampled = answer(args.eval_temperature, teacher)
+    results = {"accuracy": sampled}
     metrics: dict[str, float] = {}
     if teacher is not None:
-        metrics = _kl(student, teacher, results["accuracy"], args, vocab_size, tokenizer.pad_token_id, autocast)
+        kl, error = ratio_with_error([one.kl for one in sampled], [one.tokens for one in sampled])
+        metrics = {"kl": kl, "kl_se": error, "loss": kl}
     if args.eval_greedy:
-        results["accuracy_greedy"] = answer(0.0)
-    for name, result in results.items():
-        interval = result.accuracy
+        results["accuracy_greedy"] = answer(0.0, None)
+    for name, answers in results.items():
+        interval = accuracy_interval([[one.correct] for one in answers])
         metrics |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
     metrics |= {
-        "response_length": float(np.mean(results["accuracy"].lengths)),
-        "truncated_share": results["accuracy"].truncated_share,
+        "response_length": float(np.mean([one.tokens for one in sampled])),
+        "truncated_share": float(np.mean([one.truncated for one in sampled])),
         "runtime": time.perf_counter() - start,
     }
-    return metrics, sum(result.generated_tokens for result in results.values())
+    return metrics, sum(one.tokens for answers in results.values() for one in answers)
 
 
-def _kl(student, teacher, sampled: EvalResult, args, vocab_size: int, pad: int, autocast):
+class _Answer(NamedTuple):
+    correct: bool
+    tokens: int
+    truncated: bool
+    kl: float  # summed over its tokens, in nats
+
+
+def _kl(student, teacher, sampled: EvalResult, args, vocab_size: int, pad: int, autocast) -> list[float]:
     answers = [row[0] for row in sampled.completions]
     with evaluating(student, teacher), autocast():
-        sums, counts = reverse_kl_of_completions(
+        sums, _ = reverse_kl_of_completions(
             student,
             teacher,
             [answer.prompt_ids for answer in answers],
@@ -82,8 +103,7 @@ def _kl(student, teacher, sampled: EvalResult, args, vocab_size: int, pad: int, 
             temperature=args.temperature,
             batch_size=args.per_device_eval_batch_size,
         )
-    mean, error = ratio_with_error(sums, counts)
-    return {"kl": mean, "kl_se": error, "loss": mean}
+    return sums
 
 
 def ratio_with_error(sums: list[float], counts: list[int]) -> tuple[float, float]:
