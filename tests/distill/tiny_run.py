@@ -21,7 +21,14 @@ STEPS = 10
 
 
 def make_trainer(
-    output_dir, *, effopd: EffOPDConfig | None = None, teacher=None, task=None, reference_model=None, **overrides
+    output_dir,
+    *,
+    effopd: EffOPDConfig | None = None,
+    student=None,
+    teacher=None,
+    task=None,
+    reference_model=None,
+    **overrides,
 ) -> OPDTrainer:
     """80 prompts, 8 a step: ten steps are one epoch and a bit if `overrides` say so."""
     task = task if task is not None else make_task(64)
@@ -32,7 +39,7 @@ def make_trainer(
         "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
     trainer = OPDTrainer(
-        make_model(0),
+        student if student is not None else make_model(0),
         teacher if teacher is not None else make_model(1),
         OPDConfig(output_dir=str(output_dir), **(settings | overrides)),
         train_dataset=task.to_dataset(),

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--fault", default="")
+    parser.add_argument("--lora", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.mode != "alone":
@@ -53,14 +54,20 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(ROWS, WIDTH, generator=generator)
     y = torch.sin(x.sum(1))
-    net = Net()
+    net: nn.Module = Net()
+    layers = list(net.layers)
+    if arguments.lora:
+        from peft import LoraConfig, get_peft_model
+
+        net = get_peft_model(net, LoraConfig(r=3, lora_alpha=6, target_modules=[f"layers.{i}" for i in range(3)]))
+        layers = list(net.base_model.model.layers)
     if arguments.mode == "fsdp2":
         mesh = dist.init_device_mesh("cpu", (world_size(),))
-        for layer in net.layers:
+        for layer in layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(net, mesh=mesh)
     trained = DistributedDataParallel(net) if arguments.mode == "ddp" else net
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.0)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.02)
     scores = []
 
     def scorer(model):
@@ -109,7 +116,8 @@ def main() -> None:
     if rank() == 0:
         torch.save(weights, arguments.out / "weights.pt")
     rows = [
-        {key: row[key] for key in ("step", "accepted_scale", "memory_bytes", "delta_norm")} for row in look.history
+        {key: row.get(key) for key in ("step", "accepted_scale", "memory_bytes", "delta_norm", "lora_lost_share")}
+        for row in look.history
     ]
     (arguments.out / f"rows-{rank()}.json").write_text(json.dumps(rows))
     leave()

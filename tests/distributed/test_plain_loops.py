@@ -17,19 +17,19 @@ from effopd.extrapolate.anchor_files import rows_of
 SCRIPT = Path(__file__).with_name("plain_loop.py")
 
 
-def launch(out, *flags, processes=1, script=SCRIPT):
-    """Run the script under torchrun (or plainly, alone); returns (exit status, what it said)."""
+def launch(out, *flags, processes=0, script=SCRIPT):
+    """Run the script under torchrun (or plainly, for 0 processes); returns (exit status, what it said)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     runner = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    command = [sys.executable, *(runner if processes > 1 else []), str(script), str(out), *map(str, flags)]
+    command = [sys.executable, *(runner if processes else []), str(script), str(out), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
-def finished(out, *flags, processes=1):
+def finished(out, *flags, processes=0):
     status, said = launch(out, *flags, processes=processes)
     assert status == 0, said[-3000:]
     return rows(out, 0), torch.load(out / "weights.pt")
@@ -85,6 +85,22 @@ def test_as_one_process(alone, mode, processes, tmp_path):
         ]
 
 
+def test_lora_adapters_as_one_process(tmp_path):
+    """Shards of the factors move like the whole ones: up to rounding, for whatever number of processes."""
+    found, weights = finished(tmp_path / "alone", "--lora")
+    assert sum(scale != 0 for _, scale in decisions(found)) >= 2 and max(row["lora_lost_share"] for row in found) > 0
+    for mode, processes in (("ddp", 2), ("fsdp2", 3)):
+        out = tmp_path / f"{mode}-{processes}"
+        mine, other = finished(out, "--lora", "--mode", mode, processes=processes)
+        assert decisions(mine) == decisions(found)
+        for ours, theirs in zip(mine, found, strict=True):
+            assert ours["lora_lost_share"] == pytest.approx(theirs["lora_lost_share"], abs=1e-5)
+        assert all(torch.allclose(weights[name], other[name], rtol=1e-4, atol=1e-5) for name in weights)
+    state = tmp_path / "fsdp2-3" / "at-4"
+    _, resumed = finished(tmp_path / "resumed", "--lora", "--mode", "fsdp2", "--resume", state, processes=2)
+    assert close(other, resumed)
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """A run on two processes, its state at step 4 in two shards."""
@@ -95,7 +111,7 @@ def sharded(tmp_path_factory):
     return out / "at-4", weights
 
 
-@pytest.mark.parametrize(("mode", "processes"), [("fsdp2", 3), ("ddp", 2), ("alone", 1)])
+@pytest.mark.parametrize(("mode", "processes"), [("fsdp2", 3), ("ddp", 2), ("alone", 0)])
 def test_resuming_with_other_ranks(sharded, mode, processes, tmp_path):
     state, weights = sharded
     _, resumed = finished(tmp_path, "--mode", mode, "--resume", state, processes=processes)

@@ -18,8 +18,8 @@ from effopd.files import read_rows
 SCRIPT = Path(__file__).with_name("train.py")
 
 
-def run(out, *flags):
-    status, said = launch(out, *flags, processes=2, script=SCRIPT)
+def run(out, *flags, processes=2):
+    status, said = launch(out, *flags, processes=processes, script=SCRIPT)
     assert status == 0, said[-3000:]
     return torch.load(out / "weights.pt")
 
@@ -70,21 +70,41 @@ def test_the_command_under_torchrun(tmp_path):
     assert "use_cpu: true" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("strategy", ["effopd", "lookahead"])
-def test_fsdp2_is_ddp_with_half_the_memory(strategy, tmp_path):
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_a_run_goes_on_with_another_number_of_processes(mode, tmp_path):
+    flags = ("--strategy", "effopd", "--mode", mode, "--files", "SHARDED_STATE_DICT")
+    run(tmp_path, *flags, "--rows", 4, "--steps", 2)
+    before = [list(read_rows(tmp_path / f"{name}.jsonl")) for name in ("searches", "metrics")]
+    run(tmp_path, *flags, "--rows", 8, "--resume", processes=1)
+    searches, metrics = (list(read_rows(tmp_path / f"{name}.jsonl")) for name in ("searches", "metrics"))
+    assert [row["step"] for row in searches] == [1, 2, 4] and searches[2]["anchor_step"] == 2
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert [searches[:2], metrics[:2]] == before
+    tokens = [row["cost/update_forward_tokens"] for row in metrics]
+    assert tokens == [row["num_tokens"] for row in metrics] == sorted(tokens)
+
+
+@pytest.mark.parametrize(("strategy", "adapter"), [("effopd", []), ("lookahead", []), ("lookahead", ["--lora"])])
+def test_fsdp2_is_ddp_with_half_the_memory(strategy, adapter, tmp_path):
     """Up to fp32 rounding: the gradient's norm, which it is clipped by, is summed shard by shard."""
-    flags = ("--strategy", strategy, "--rows", 4)
+    flags = ("--strategy", strategy, "--rows", 4, *adapter)
     ddp, fsdp2 = run(tmp_path / "ddp", *flags), run(tmp_path / "fsdp2", *flags, "--mode", "fsdp2")
     assert all(torch.allclose(ddp[name], fsdp2[name], rtol=1e-4, atol=1e-5) for name in ddp)
     one, other = (list(read_rows(tmp_path / mode / "searches.jsonl")) for mode in ("ddp", "fsdp2"))
     assert any(row["accepted_scale"] for row in one)
     for a, b in zip(one, other, strict=True):
         assert a["accepted_scale"] == pytest.approx(b["accepted_scale"], rel=1e-3)
-        assert a["memory_bytes"] == 2 * b["memory_bytes"]  # every row count is even
+        if adapter:  # the anchor of the adapters is whole on every rank, the working copy is not
+            assert a["memory_bytes"] * 3 == 4 * b["memory_bytes"]
+        else:
+            assert a["memory_bytes"] == 2 * b["memory_bytes"]  # every row count is even
         for ours, theirs in zip(a["trials"], b["trials"], strict=True):
             assert ours["per_example"] == pytest.approx(theirs["per_example"], abs=1e-3)
     one, other = (list(read_rows(tmp_path / mode / "evals.jsonl")) for mode in ("ddp", "fsdp2"))
     assert [row["eval_kl"] for row in one] == pytest.approx([row["eval_kl"] for row in other], abs=1e-3)
+    if adapter:
+        one, other = (load_file(tmp_path / mode / "adapter_model.safetensors") for mode in ("ddp", "fsdp2"))
+        assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)
 
 
 @pytest.mark.parametrize("files", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])

@@ -14,6 +14,8 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "di
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
 from plain_loop import whole
 from tiny_run import make_trainer
 
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--mode", choices=["ddp", "fsdp2"], default="ddp")
     parser.add_argument("--files", choices=["FULL_STATE_DICT", "SHARDED_STATE_DICT"], default="FULL_STATE_DICT")
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -76,8 +79,12 @@ def main() -> None:
     if arguments.mode == "fsdp2":
         _fsdp2_on_the_cpu()
         host = {"fsdp": True, "fsdp_config": FSDP2 | {"state_dict_type": arguments.files}}
+    student = make_model(0)
+    if arguments.lora:
+        student = get_peft_model(student, LoraConfig(r=4, target_modules="all-linear"))
     trainer = make_trainer(
         arguments.out,
+        student=student,
         effopd=config,
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.rows,

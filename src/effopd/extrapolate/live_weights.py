@@ -131,7 +131,11 @@ class LiveWeights:
         self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
 
     def _to_anchor(self, parameter: torch.Tensor) -> torch.Tensor:
-        return local(parameter.detach()).to(device=self._anchor_device, dtype=torch.float32, copy=True)
+        return self._held(parameter).to(device=self._anchor_device, dtype=torch.float32, copy=True)
+
+    def _held(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What of a parameter the anchor has on this rank."""
+        return local(parameter.detach())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -145,13 +149,13 @@ class LiveWeights:
 
     @property
     def sharded(self) -> dict[str, int]:
-        """Number of rows of every parameter of which this rank holds a part only."""
+        """Number of rows of every parameter of whose anchor this rank holds a part only."""
         return {name: p.shape[0] for name, p in self._parameters.items() if isinstance(p, DTensor)}
 
     @property
     def nbytes(self) -> int:
         """Bytes held beside the model on this rank: the fp32 anchor and, during a search, the copy that it comes back to."""
-        return sum(t.nbytes for tensors in (self._anchor, self._origin or {}) for t in tensors.values())
+        return sum(local(t).nbytes for tensors in (self._anchor, self._origin or {}) for t in tensors.values())
 
     @torch.no_grad()
     def displacement_norm(self) -> float:
@@ -185,7 +189,7 @@ class LiveWeights:
     def begin(self, direction: Direction = displacement) -> None:
         """Remember the present weights as the origin of a search along `direction`."""
         self._direction = direction
-        self._origin = {name: local(p.detach()).clone() for name, p in self._parameters.items()}
+        self._origin = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def move_to(self, scale: float) -> None:
@@ -200,7 +204,7 @@ class LiveWeights:
             return
         spread: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            here, start = local(parameter), origin[name]
+            here, start = local(parameter), local(origin[name])
             anchor = self._anchor[name].to(here.device)
             if self._direction is displacement and here.dtype == torch.float32:
                 torch.lerp(anchor, start, 1.0 + scale, out=here)  # W + s(W − A) in one pass, without a temporary
@@ -232,7 +236,7 @@ class LiveWeights:
     def restore(self) -> None:
         """Put the origin back, bit for bit."""
         for name, tensor in self._require_origin().items():
-            local(self._parameters[name]).copy_(tensor)
+            local(self._parameters[name]).copy_(local(tensor))
         self._edited()
 
     def abort(self) -> None:
@@ -247,7 +251,7 @@ class LiveWeights:
         self._require_origin()
         self._origin = None
         for name, parameter in self._parameters.items():
-            self._anchor[name].copy_(local(parameter))
+            self._anchor[name].copy_(self._held(parameter))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The anchor, fp32, by parameter name; of sharded parameters this rank's part."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import Direction, LiveWeights, compile_rule, displacement
-from effopd.extrapolate.ranks import is_sharded
+from effopd.extrapolate.ranks import is_sharded, put, reshard, whole
 
 #: Singular values below this share of the largest are rounding.
 _ROUNDING = 1e-6
@@ -81,6 +81,9 @@ def move_factors(
 class LoraWeights(LiveWeights):
     """The LoRA factors of a PEFT model, moved so that the *update* of every matrix goes along the ray.
 
+    Factors that FSDP2 shards are gathered one matrix at a time to be moved, and their anchor is whole on every rank: they are
+    small. The base weights stay where they are.
+
     Args:
         model: a PEFT model with one active LoRA adapter.
         parameters: a rule for the names of the adapted weights in the base model (e.g. `model.layers.0.mlp.up_proj.weight`).
@@ -95,6 +98,7 @@ class LoraWeights(LiveWeights):
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
         pattern = compile_rule(parameters)
+        reshard(model)
         self._scaling: dict[str, float] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         for name, factors, scaling in adapted(model):
@@ -106,19 +110,25 @@ class LoraWeights(LiveWeights):
                 f"parameters={parameters!r} matches no adapted weight; the adapter is on: "
                 f"{', '.join(name for name, _, _ in list(adapted(model))[:3])}, … Use 'all', or a rule that matches."
             )
-        if any(is_sharded(p) for p in self._parameters.values()):
-            raise ConfigError("LoRA adapters that are sharded (FSDP2) cannot be moved yet: use DDP, or train fully.")
         self.lost_share = 0.0
-        self._model, self._sharded = model, False
+        self._model, self._sharded = model, any([is_sharded(p) for p in self._parameters.values()])  # noqa: C419
         self._anchor_device = torch.device(anchor_device) if anchor_device else None
         self._lengths: dict[str, float] = {}
         self._origin: dict[str, Tensor] | None = None
         self._direction: Direction = displacement
         self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
 
+    def _held(self, parameter: Tensor) -> Tensor:
+        return whole(parameter.detach())
+
+    @property
+    def sharded(self) -> dict[str, int]:
+        """Nothing: the anchor of the factors is whole on every rank."""
+        return {}
+
     def _factors(self, source: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
         device = self._parameters[f"{name}.A"].device
-        a, b = (source[f"{name}.{factor}"].detach().to(device, torch.float32) for factor in "AB")
+        a, b = (whole(source[f"{name}.{factor}"].detach()).to(device, torch.float32) for factor in "AB")
         return a, b
 
     def _length(self, name: str) -> float:
@@ -178,9 +188,10 @@ class LoraWeights(LiveWeights):
             if not finite:
                 break
             self.lost_share = max(self.lost_share, float(lost) / (abs(scale) * length))
-            self._parameters[f"{name}.A"].copy_(a)
-            self._parameters[f"{name}.B"].copy_(b)
+            put(self._parameters[f"{name}.A"], a)
+            put(self._parameters[f"{name}.B"], b)
         self._reject_unless(finite, f"W + {scale}·ΔW", f"the adapter of '{name}'")
+        self._edited()
 
 
 def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter], float]]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from effopd.errors import ConfigError, DivergenceError
 
@@ -134,6 +134,19 @@ def leave() -> None:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds, sharing its memory; all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered if it is sharded (every rank must call this then)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Write `value`, the whole, into a tensor; of a sharded one every rank writes its part of rank 0's value, so that parts
+    of different values never meet (every rank must call this then)."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value.to(tensor.dtype), tensor.device_mesh, tensor.placements)
+    local(tensor).copy_(local(value))
 
 
 def is_sharded(tensor: Tensor) -> bool:
