@@ -127,3 +127,18 @@ def test_fsdp2_goes_on_after_a_rank_was_killed_in_a_search(files, tmp_path):
 def test_answers_of_shards_whose_ranks_end_at_different_tokens():
     status, said = launch("", processes=2, script=SCRIPT.with_name("sharded_answers.py"))
     assert status == 0, said[-3000:]
+
+
+@pytest.mark.parametrize("host", ["trl", "transformers"])
+def test_unmodified_hosts(host, tmp_path):
+    """DDP in one go and FSDP2 with a stop in between: the same jumps, weights equal up to rounding."""
+    folders = [tmp_path / mode for mode in ("ddp", "fsdp2")]
+    for mode, *flags in (["ddp"], ["fsdp2", "--steps", 2], ["fsdp2", "--resume"]):
+        flags = ("--host", host, "--mode", mode, *flags)
+        status, said = launch(tmp_path / mode, *flags, processes=2, script=SCRIPT.with_name("plain_hosts.py"))
+        assert status == 0, said[-3000:]
+    searches = [list(read_rows(folder / "searches.jsonl")) for folder in folders]
+    jumps = [[(row["step"], row["accepted_scale"]) for row in found] for found in searches]
+    assert jumps[0] == jumps[1] and [step for step, _ in jumps[0]] == [1, 2, 4] and any(scale for _, scale in jumps[0])
+    one, other = (torch.load(folder / "weights.pt") for folder in folders)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-5) for name in one)

@@ -43,7 +43,7 @@ def _arm(trainer, step: int) -> None:
     AccuracyScorer.__call__ = scored
 
 
-def _fsdp2_on_the_cpu() -> None:
+def fsdp2_on_the_cpu() -> None:
     """accelerate 1.15 shards on accelerators only: on the CPU it takes `fsdp_config` and trains with DDP. The state that it
     would set on a GPU is set here, so that everything above it runs as it does there."""
     real = AcceleratorState.__init__
@@ -77,7 +77,7 @@ def main() -> None:
     )
     host = {}
     if arguments.mode == "fsdp2":
-        _fsdp2_on_the_cpu()
+        fsdp2_on_the_cpu()
         host = {"fsdp": True, "fsdp_config": FSDP2 | {"state_dict_type": arguments.files}}
     student = make_model(0)
     if arguments.lora:
