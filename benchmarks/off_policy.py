@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback
 
-import effopd.distill.trainer as trainer_module
+import effopd.distill.teacher_kl as teacher_kl_module
 from effopd.distill.launch import build_trainer
 from effopd.distill.task_eval import evaluate_task
 from effopd.distill.teacher_kl import RolloutScorer
@@ -236,7 +236,7 @@ def main() -> None:
     name = f"{arguments.family}-{arguments.seed}"
     rows_file = arguments.runs / f"{name}.json"
     if not rows_file.exists():
-        trainer_module.RolloutScorer = Watching  # type: ignore[attr-defined]
+        teacher_kl_module.RolloutScorer = Watching  # type: ignore[attr-defined]
         settings = parse_train(
             f"""--model_name_or_path testbed:student --teacher_model_name_or_path testbed:teacher
             --task testbed:{arguments.family} --train_size 4096 --eval_size 256 --max_steps {arguments.max_steps}
@@ -247,7 +247,7 @@ def main() -> None:
         )
         trainer = build_trainer(settings)
         trainer.remove_callback(PrinterCallback)
-        scorer = trainer._rollout_scorer
+        scorer = next(c.scorer for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback))
         assert isinstance(scorer, Watching)
         scorer.rows = []
         scorer.few, scorer.held_out = (

@@ -28,6 +28,8 @@ def test_private_methods_we_override_have_their_signatures():
     assert parameters(DistillationTrainer._get_last_hidden_state)[:5] == [
         "self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep",
     ]  # fmt: skip
+    assert parameters(DistillationTrainer._prepare_inputs) == ["self", "generation_batch"]
+    assert "self._prepare_inputs(inputs)" in inspect.getsource(Trainer.training_step)
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
     assert parameters(Trainer._get_output_dir) == ["self", "trial"]
     assert parameters(Trainer._load_from_checkpoint)[1] == "resume_from_checkpoint"
@@ -42,10 +44,10 @@ def test_private_names_we_read_exist():
 
 
 def test_our_multimodal_keys_are_trls():
-    from effopd.distill.trainer import _MULTIMODAL_KEYS
+    from effopd.distill.divergence import MULTIMODAL_KEYS
 
     source = inspect.getsource(DistillationTrainer._compute_loss)
-    assert all(f'"{key}"' in source for key in _MULTIMODAL_KEYS)
+    assert all(f'"{key}"' in source for key in MULTIMODAL_KEYS)
     assert source.count("image_grid_thw") == 1
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_model, make_task, make_tokenizer
 from tiny_run import make_trainer
+from transformers import Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig
@@ -21,13 +22,19 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+def scorer_of(trainer):
+    return next(
+        callback.scorer for callback in trainer.callback_handler.callbacks if isinstance(callback, EffOPDCallback)
+    )
+
+
 def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_score_is_the_exact_kl_of_the_steps_own_rollouts(tmp_path):
     trainer = make_trainer(tmp_path, effopd=LOOK, **FAST)
-    scorer, seen = trainer._rollout_scorer, []
+    scorer, seen = scorer_of(trainer), []
     take = scorer.take
 
     def spy(batches):
@@ -93,7 +100,7 @@ def test_accumulated_micro_batches_are_looked_at_once_a_step(tmp_path):
 @pytest.mark.parametrize("pieces", [1, 3, 8])
 def test_pieces_do_not_change_a_score(tmp_path, pieces):
     trainer = make_trainer(tmp_path, effopd=LOOK, **FAST)
-    scorer, scores = trainer._rollout_scorer, []
+    scorer, scores = scorer_of(trainer), []
     take = scorer.take
 
     def spy(batches):
@@ -137,19 +144,53 @@ def test_needs_no_answers(tmp_path):
     assert list(read_rows(tmp_path / "searches.jsonl"))
 
 
-def test_hosts_that_hand_out_no_rollouts_and_other_targets_are_refused(tmp_path):
-    host = DistillationTrainer(
+def plain_host(tmp_path, **overrides):
+    return DistillationTrainer(
         make_model(0), make_model(1),
-        DistillationConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+        DistillationConfig(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+            **{"max_completion_length": 6, "learning_rate": 2e-3, "activation_checkpointing": False,
+               "per_device_train_batch_size": 8, "max_steps": 6, "save_strategy": "no"} | overrides,
+        ),
         train_dataset=make_task(64).to_dataset(), processing_class=make_tokenizer(),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="OPDTrainer"):
+
+
+def test_an_unmodified_trl_trainer_looks_ahead_like_ours(tmp_path):
+    ours = make_trainer(tmp_path / "ours", effopd=LOOK, **FAST | {"lr_scheduler_type": "constant"})
+    theirs = plain_host(tmp_path / "theirs", max_steps=4, lr_scheduler_type="constant", beta=1.0)
+    theirs.add_callback(EffOPDCallback(theirs, LOOK))  # nothing but the trainer: no answers, no task
+    for trainer in (ours, theirs):
+        torch.manual_seed(0)
+        trainer.train()
+    assert same(weights(ours), weights(theirs))
+    one, other = (list(read_rows(tmp_path / name / "searches.jsonl")) for name in ("ours", "theirs"))
+    assert any(row["accepted_scale"] for row in one)
+    volatile = {"seconds", "trials"}
+    assert [{k: v for k, v in row.items() if k not in volatile} for row in one] == [
+        {k: v for k, v in row.items() if k not in volatile} for row in other
+    ]
+
+
+def test_an_unmodified_trl_trainer_resumes_to_the_same_weights(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = plain_host(tmp_path, **settings)
+    whole.add_callback(EffOPDCallback(whole, LOOK))
+    whole.train()
+    searches = (tmp_path / "searches.jsonl").read_text().splitlines()
+    again = plain_host(tmp_path, **settings)
+    again.add_callback(EffOPDCallback(again, LOOK))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(weights(whole), weights(again))
+    assert len((tmp_path / "searches.jsonl").read_text().splitlines()) == len(searches)
+
+
+def test_hosts_without_a_teacher_other_targets_and_images_are_refused(tmp_path):
+    host = Trainer(make_model(0), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
+    with pytest.raises(ConfigError, match=r"expected an OPDTrainer or a trl\.DistillationTrainer.* got Trainer"):
         EffOPDCallback(host, LOOK)
     with pytest.raises(ConfigError, match="another target"):
         make_trainer(tmp_path / "x", effopd=LOOK, lambda_extrapolation=1.25, reference_model=make_model(2), **FAST)
-
-
-@pytest.mark.parametrize("strategy", ["fixed", "alpha_opd", "relex"])
-def test_a_scorer_that_would_be_ignored_is_refused(strategy):
-    with pytest.raises(ConfigError, match="scorer"):
-        EffOPDConfig(strategy, scorer="teacher_kl")
+    scorer = scorer_of(make_trainer(tmp_path / "y", effopd=LOOK, **FAST))
+    with pytest.raises(ConfigError, match="come with pixel_values"):
+        scorer.take([{"pixel_values": torch.zeros(1), "completion_ids": torch.zeros(2, 3)}])

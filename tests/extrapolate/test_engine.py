@@ -58,7 +58,9 @@ def with_engine(tmp_path, strategy, *, ours=True, engine=Engine):
     return double, [row for row in read_rows(tmp_path / "searches.jsonl") if row["accepted_scale"]]
 
 
-@pytest.mark.parametrize(("strategy", "ours"), [("effopd", True), ("effopd", False), ("lookahead", True)])
+@pytest.mark.parametrize(
+    ("strategy", "ours"), [("effopd", True), ("effopd", False), ("lookahead", True), ("lookahead", False)]
+)
 def test_after_every_jump_the_engine_serves_the_new_weights(strategy, ours, tmp_path):
     engine, jumps = with_engine(tmp_path, strategy, ours=ours)
     assert jumps and len(engine.served) == 6

@@ -28,6 +28,18 @@ T = TypeVar("T")
 #: Width of a vocabulary tile of the sampled-token kernel.
 _VOCAB_CHUNK = 8192
 
+#: What a batch of a multimodal student has besides tokens, handed on to the forward.
+MULTIMODAL_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
 
 @dataclass(frozen=True)
 class Head:

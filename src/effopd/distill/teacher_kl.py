@@ -9,14 +9,16 @@ candidate the rollouts are slightly off-policy: its KL is that at the positions 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from trl import DistillationTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from effopd.distill.divergence import Head, gathered
+from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vocab_size
+from effopd.errors import ConfigError
 from effopd.extrapolate.ranks import pooled, world_size
 from effopd.extrapolate.search import Score
 
@@ -29,20 +31,62 @@ class RolloutScorer:
     Several processes score a share each of their own rollouts; all of them get the whole score.
 
     Args:
-        trainer: an `OPDTrainer`; the scorer uses its forward and its teacher.
+        trainer: an `OPDTrainer`, or any `trl.DistillationTrainer`; the scorer uses its forward and its teacher.
         rollouts: how many rollouts are scored, over all processes.
+
+    Raises:
+        ConfigError: the trainer does not distil, has no teacher of its own, or learns another target than the teacher (ExOPD).
+        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens.
     """
 
     def __init__(self, trainer: Any, rollouts: int):
+        if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
+            raise ConfigError(
+                f"the scorer 'teacher_kl' measures the KL to the teacher on fresh rollouts: expected an OPDTrainer or a "
+                f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or pass scorer=…."
+            )
+        if getattr(trainer, "reference_model", None) is not None:
+            raise ConfigError(
+                f"the look-ahead's scorer 'teacher_kl' measures the KL to the teacher, but lambda_extrapolation="
+                f"{trainer.args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
+                "strategy 'effopd', or lambda_extrapolation=1."
+            )
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        student, teacher = map(trainer.accelerator.unwrap_model, (trainer.model, trainer.teacher_model))
+        self._vocab_size = shared_vocab_size(student, teacher, len(tokenizer))
         self._trainer, self._rollouts = trainer, -(-rollouts // world_size())
         self._batches: list[dict[str, Tensor]] = []
         self._teacher: Tensor | None = None
+
+    def watch(self, look: Callable[[], object]) -> None:
+        """Have `look` called once a step, when the step's rollouts are there and none of them has been trained on.
+
+        The host has no event for that, so its `_prepare_inputs` is wrapped, on this trainer only.
+        """
+        trainer, prepare, looked_at = self._trainer, self._trainer._prepare_inputs, -1
+
+        def prepared(generation_batch: Any) -> Any:
+            nonlocal looked_at
+            inputs = prepare(generation_batch)
+            if trainer.model.training and trainer.state.global_step != looked_at:
+                looked_at = trainer.state.global_step
+                self.take(trainer._buffered_inputs)
+                look()
+                self.drop()
+            return inputs
+
+        trainer._prepare_inputs = prepared
 
     def take(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """The rollouts of a new step: the trainer's micro-batches, before any of them is trained on. They are scored in
         pieces of that size, so a search needs no more memory than a training step."""
         self._batches, self._teacher, left = [], None, self._rollouts
         for batch in batches:
+            if seen := [key for key in MULTIMODAL_KEYS if batch.get(key) is not None]:
+                raise ConfigError(
+                    f"the scorer 'teacher_kl' reads text only, but the rollouts come with {', '.join(seen)}: without them the KL "
+                    "would be that of other prompts. Use --effopd.scorer accuracy with strategy 'effopd'."
+                )
             rows = {name: value[:left] for name, value in batch.items() if name in _NAMES}
             left -= len(rows["completion_ids"])
             valid = rows["completion_mask"] * rows["tool_mask"] if "tool_mask" in rows else rows["completion_mask"]
@@ -92,7 +136,7 @@ class RolloutScorer:
         """KL(student ‖ teacher) [N] at the scored positions, in nats."""
         assert self._teacher is not None
         own_NH = self._hidden(model)
-        student, target = (Head.of(m, self._trainer.vocab_size) for m in (model, teacher))
+        student, target = (Head.of(m, self._vocab_size) for m in (model, teacher))
         kl_N, _ = ChunkedDivergenceFunction.apply(
             own_NH, student.weight, student.bias, self._teacher.to(own_NH.device), target.weight, target.bias, 1.0,
             self._trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,

@@ -20,6 +20,7 @@ from trl.trainer.utils import create_model_from_path
 
 from effopd.distill.config import OPDConfig
 from effopd.distill.divergence import (
+    MULTIMODAL_KEYS,
     Head,
     full_loss,
     mixture_head,
@@ -32,22 +33,8 @@ from effopd.distill.health import health_metrics, spread_subset
 from effopd.distill.horizon import HorizonCallback
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
-from effopd.distill.teacher_kl import RolloutScorer
 from effopd.errors import ConfigError, NonFiniteLossError
-from effopd.extrapolate.callback import EffOPDCallback
 from effopd.tasks.base import Task
-
-LEDGER_FILE = "effopd_ledger.json"
-_MULTIMODAL_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
 
 
 class OPDTrainer(RunMixin, DistillationTrainer):
@@ -100,8 +87,6 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
         self._open_run(args, eval_task)
-        self._rollout_scorer: RolloutScorer | None = None
-        self._looked_at = -1
         self._health_rows: dict[str, torch.Tensor] | None = None
         if eval_task is not None and eval_dataset is None:
             eval_dataset = eval_task.to_dataset()
@@ -158,36 +143,6 @@ class OPDTrainer(RunMixin, DistillationTrainer):
             return prepare_deepspeed(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
-    # -- look ahead on fresh rollouts ----------------------------------------------------------------------------
-
-    def rollout_scorer(self, rollouts: int) -> RolloutScorer:
-        """The scorer `teacher_kl` of the look-ahead; its rollouts are handed over at every step.
-
-        Raises:
-            ConfigError: the run learns another target than the teacher (ExOPD).
-        """
-        if self.reference_model is not None:
-            raise ConfigError(
-                f"the look-ahead's scorer 'teacher_kl' measures the KL to the teacher, but lambda_extrapolation="
-                f"{self.args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
-                "strategy 'effopd', or lambda_extrapolation=1."
-            )
-        self._rollout_scorer = RolloutScorer(self, rollouts)
-        return self._rollout_scorer
-
-    def _prepare_inputs(self, generation_batch):
-        """The host's rollouts; before the first of a step is trained on, the look-ahead may score candidates on them."""
-        inputs = super()._prepare_inputs(generation_batch)
-        scorer, step = self._rollout_scorer, self.state.global_step
-        if scorer is not None and self.model.training and step != self._looked_at:
-            self._looked_at = step
-            scorer.take(self._buffered_inputs)
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, EffOPDCallback):
-                    callback.on_rollouts(self.args, self.state)
-            scorer.drop()
-        return inputs
-
     # -- sample → teacher → loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
@@ -203,7 +158,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         keep = inputs["completion_ids"].size(1)
-        multimodal = {key: inputs[key] for key in _MULTIMODAL_KEYS if key in inputs}
+        multimodal = {key: inputs[key] for key in MULTIMODAL_KEYS if key in inputs}
         h_student = self._get_last_hidden_state(unwrapped_student, input_ids, attention_mask, keep, **multimodal)
         h_teacher, teacher_head = self._frozen_forward(self.teacher_model, input_ids, attention_mask, keep, multimodal)
         student_head = Head.of(unwrapped_student, self.vocab_size)

@@ -30,8 +30,8 @@ class EffOPDCallback(TrainerCallback):
     """Look ahead during training.
 
     Args:
-        trainer: the trainer the callback is added to: `OPDTrainer`, plain `trl.DistillationTrainer`, or any
-            `transformers.Trainer` if `scorer` is given.
+        trainer: the trainer the callback is added to: `OPDTrainer`, plain `trl.DistillationTrainer` (every strategy works
+            on both), or any `transformers.Trainer` if `scorer` is given.
         config: defaults to the paper's settings.
         task: where D_v is drawn from (examples with answers and their verifier). Default: the trainer's training
             dataset, columns `prompt` and `answer`.
@@ -41,7 +41,8 @@ class EffOPDCallback(TrainerCallback):
             `output_dir/checkpoint-N` nor known to the trainer.
 
     Raises:
-        ConfigError: FSDP1 or DeepSpeed, where live weights cannot be moved from here yet.
+        ConfigError: FSDP1 or DeepSpeed, where live weights cannot be moved from here yet; a strategy that scores by the KL to
+            the teacher, on a trainer that has none.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -63,12 +64,11 @@ class EffOPDCallback(TrainerCallback):
         self._check_host(trainer)
         self.waits_for_rollouts = scorer is None and self.config.resolved_scorer == "teacher_kl"
         if self.waits_for_rollouts:
-            if not hasattr(trainer, "rollout_scorer"):
-                raise ConfigError(
-                    f"the scorer 'teacher_kl' scores candidates on fresh rollouts, which {type(trainer).__name__} does "
-                    "not hand out. Use effopd's OPDTrainer, or pass scorer=…."
-                )
-            scorer = trainer.rollout_scorer(self.config.score_rollouts)
+            from effopd.distill.teacher_kl import RolloutScorer  # knows the trainers, which know this module
+
+            rollout_scorer = RolloutScorer(trainer, self.config.score_rollouts)
+            rollout_scorer.watch(self._on_rollouts)
+            scorer = rollout_scorer
         elif scorer is None and self.config.scored:
             scorer = self._accuracy_scorer(task if task is not None else _training_task(trainer, verify))
         self.scorer: Scorer | None = scorer
@@ -147,11 +147,12 @@ class EffOPDCallback(TrainerCallback):
         if not self.waits_for_rollouts:
             self._search(args, state, state.global_step)
 
-    def on_rollouts(self, args, state) -> None:
-        """`OPDTrainer` calls this when a step's rollouts are there and nothing has been trained on them yet. The search
-        counts as part of that step, so it comes after the checkpoint of the step before."""
-        if self.waits_for_rollouts and state.global_step > 0:
-            self._search(args, state, state.global_step + 1)
+    def _on_rollouts(self) -> None:
+        """A step's rollouts are there and nothing has been trained on them yet. The search counts as part of that step, so it
+        comes after the checkpoint of the step before."""
+        state = self.trainer.state
+        if self.lookahead is not None and state.global_step > 0:
+            self._search(self.trainer.args, state, state.global_step + 1)
 
     def _search(self, args, state, step: int) -> None:
         assert self.lookahead is not None
