@@ -17,6 +17,8 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
 from effopd.cli import main
+from effopd.distill.config import OPDConfig
+from effopd.distill.rl_config import config_class
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import ONLY_FOR, EffOPDConfig
 from effopd.files import read_rows
@@ -176,6 +178,34 @@ def test_help_teaches():
         assert ("effopd" in result.stdout and "example" in result.stdout.lower()) or command in ([], ["quickstart"])
     with pytest.raises(SystemExit):
         main(["fly"])
+
+
+@pytest.mark.parametrize("command", ["train", "rl"])
+def test_short_help_has_the_essentials_and_long_help_every_flag_once(command, capsys):
+    said = {}
+    for flag in ("-h", "--help"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, flag])
+        said[flag] = capsys.readouterr().out
+    assert (
+        said["-h"].index("--model_name_or_path") < said["-h"].index("--learning_rate")
+        and len(said["-h"].splitlines()) < 170
+    )
+    assert "--adam_beta1" not in said["-h"] and "more flags" in said["-h"] and "true: go on" in said["-h"]
+    shown = re.findall(r"^  (?:-h, )?(--[\w.]+)", said["--help"], flags=re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    fields = {
+        field.name
+        for field in dataclasses.fields(OPDConfig if command == "train" else config_class("grpo"))
+        if field.init
+    }
+    assert {f"--{name}" for name in fields} <= set(shown)
+
+
+def test_config_with_an_equals_sign_is_not_ignored(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--config=missing.yaml"])
+    assert "--config missing.yaml" in capsys.readouterr().err
 
 
 def test_a_launcher_can_start_it_as_a_module():

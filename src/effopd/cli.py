@@ -75,6 +75,7 @@ def parse_rl(argv: Sequence[str]):
     """
     from trl import ModelConfig, TrlParser
 
+    from effopd.command_help import RUN_ESSENTIALS, OneSpelling, arrange
     from effopd.distill.launch_rl import RLRunSettings
     from effopd.distill.rl_config import PRESETS, config_class
     from effopd.errors import ConfigError
@@ -82,14 +83,29 @@ def parse_rl(argv: Sequence[str]):
     from effopd.testbed import resolve_model
 
     algorithm = _algorithm(list(argv))
+    configs = [ModelConfig, TaskConfig, config_class(algorithm)]
     parser = TrlParser(
-        [ModelConfig, TaskConfig, config_class(algorithm)],
+        configs,
         prog="effopd rl",
+        usage="effopd rl --algorithm grpo|dapo|rloo --model_name_or_path MODEL --task TASK [--FLAG VALUE …]",
         description="Reinforcement learning on a task: GRPO, DAPO or RLOO with their published settings as defaults.",
-        epilog="Example: effopd rl --algorithm grpo --model_name_or_path STUDENT --task math:train.jsonl "
-        "--per_device_train_batch_size 64 --trajectory powers_of_two --output_dir runs/teacher",
+        epilog="Example:\n  effopd rl --algorithm grpo --model_name_or_path STUDENT --task math:train.jsonl \\\n"
+        "      --per_device_train_batch_size 64 --trajectory powers_of_two --output_dir runs/teacher",
+        formatter_class=OneSpelling,
+        add_help=False,
     )
     parser.set_defaults(**PRESETS[algorithm])
+    names = (
+        "algorithm",
+        "model_name_or_path",
+        "task",
+        "output_dir",
+        *RUN_ESSENTIALS,
+        "num_generations",
+        "beta",
+        "trajectory",
+    )
+    arrange(parser, configs, {name: RUN_ESSENTIALS.get(name, "") for name in names})
     try:
         model, task, rl = parser.parse_args_and_config(list(argv))
     except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
+from effopd.command_help import OneSpelling
 from effopd.distill.preflight import check_task
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.evaluate import EvalResult, evaluate
@@ -76,6 +77,7 @@ def run_eval(argv: Sequence[str]) -> int:
         prog="effopd eval",
         description="Sample answers, verify them, and say how sure the accuracy is.",
         epilog="Example: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0",
+        formatter_class=OneSpelling,
     )
     arguments, sampling, task_config = parser.parse_args_and_config(list(argv))
     arguments.model = resolve_model(arguments.model)

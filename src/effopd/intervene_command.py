@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
+from effopd.command_help import OneSpelling
 from effopd.distill.preflight import check_models, check_task
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import SCAN_FIELDS, SCANS, Point, reference_points
@@ -125,9 +126,6 @@ def intervene_parser() -> TrlParser:
     width = max(map(len, SCANS))
     lines = [f"  {name:<{width}}  {(build.__doc__ or '').splitlines()[0]}" for name, build in SCANS.items()]
 
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
     parser = TrlParser(
         [InterveneArguments, ScanOptions, SamplingArguments, ScanTaskConfig],
         prog="effopd intervene",
@@ -137,7 +135,7 @@ def intervene_parser() -> TrlParser:
         + "\n".join(lines),
         epilog="Example: effopd intervene alpha --base testbed:student --trained rl=testbed:teacher "
         "--task testbed:chain_sum\n           --eval_size 200 --max_new_tokens 24 --out runs/alpha",
-        formatter_class=Formatter,
+        formatter_class=OneSpelling,
     )
     parser.add_argument("scan", choices=list(SCANS), metavar="SCAN", help="one of the scans above")
     return parser

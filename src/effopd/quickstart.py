@@ -25,6 +25,7 @@ from trl import ModelConfig, TrlParser
 
 from effopd import testbed
 from effopd.bench.time_to_target import Cost, final_target, first_reach, speedup_by_gap
+from effopd.command_help import OneSpelling
 from effopd.distill.config import OPDConfig
 from effopd.distill.launch import RunSettings, build_trainer
 from effopd.distill.run_dir import EVALS
@@ -74,6 +75,7 @@ def run_quickstart(argv: Sequence[str]) -> int:
         prog="effopd quickstart",
         description="Plain OPD, EffOPD (the paper's) and lookahead (ours) on the built-in testbed, same seed and prompts; "
         "prints the net speed-ups.",
+        formatter_class=OneSpelling,
     )
     (arguments,) = parser.parse_args_and_config(list(argv))
     quiet()

@@ -9,12 +9,30 @@ from typing import Any
 
 from trl import ModelConfig, TrlParser
 
+from effopd.command_help import RUN_ESSENTIALS, OneSpelling, arrange
 from effopd.distill.config import OPDConfig
 from effopd.distill.launch import RunSettings
 from effopd.errors import ConfigError, EffOPDError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.tasks import TaskConfig
 from effopd.testbed import resolve_model
+
+#: What the first section of `--help` shows.
+ESSENTIALS = {
+    "model_name_or_path": "The student: a folder or a Hub id; testbed:student ships.",
+    "teacher_model_name_or_path": "The teacher, with the student's tokenizer: a folder or a Hub id; testbed:teacher ships.",
+    "task": "",
+    "output_dir": "",
+    "dry_run": "",
+    **RUN_ESSENTIALS,
+    "eval_strategy": "When to measure KL and accuracy on held-out prompts: no, steps (every eval_steps), epoch.",
+    "eval_steps": "Optimizer steps between evaluations.",
+    "save_steps": "Optimizer steps between checkpoints.",
+    "use_vllm": "Sample rollouts with vLLM (see vllm_mode below); default: with transformers.",
+    "use_peft": "Train LoRA adapters (lora_r, lora_alpha, … below) instead of all weights.",
+    "report_to": "",
+    "seed": "",
+}
 
 
 def effopd_arguments() -> type:
@@ -45,18 +63,26 @@ def train_parser():
                 kwargs[f"effopd_{name}"] = value
             return super().set_defaults_with_config(**kwargs)
 
+    configs = [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()]
     parser = Parser(
-        [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()],
+        configs,
         prog="effopd train",
-        description="Distil a teacher into a student on the student's own answers.",
-        epilog="Example: effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
-        "--task math:train.jsonl --eval_strategy steps --eval_steps 10 --effopd.strategy effopd --output_dir runs/first",
+        usage="effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task TASK [--FLAG VALUE …]",
+        description="Distil a teacher into a student on the student's own answers: the student samples, the teacher grades every "
+        "token.\nWith --effopd.strategy lookahead it also tries points further along its own updates and keeps what is closer to the "
+        "teacher.",
+        epilog="Example:\n  effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task math:train.jsonl \\\n"
+        "      --eval_strategy steps --eval_steps 10 --effopd.strategy lookahead --output_dir runs/first\n"
+        "--dry_run with it checks everything and shows the memory a rank; the same command with --resume_from_checkpoint true goes on.",
+        formatter_class=OneSpelling,
+        add_help=False,
     )
     parser.add_argument(
         "--dry_run",
         action="store_true",
         help="Check every flag, show the plan and its memory; load and write nothing.",
     )
+    arrange(parser, configs, ESSENTIALS)
     return parser
 
 
