@@ -51,7 +51,7 @@ class Watching(RolloutScorer):
     def __call__(self, model):
         if self._teacher is None and not getattr(self, "busy", False):
             self.busy = True
-            self.rows.append(self.watch(model))
+            self.rows.append(self.measure(model))
             self.busy, self._teacher = False, None
         return super().__call__(model)
 
@@ -59,7 +59,7 @@ class Watching(RolloutScorer):
         self.all_batches = batches
         super().take(batches)
 
-    def watch(self, model) -> dict:
+    def measure(self, model) -> dict:
         trainer = self._trainer
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback))
         move_to = callback.lookahead.weights.move_to

@@ -56,7 +56,7 @@ class RolloutScorer:
         self._vocab_size = shared_vocab_size(student, teacher, len(tokenizer))
         self._trainer, self._rollouts = trainer, -(-rollouts // world_size())
         self._batches: list[dict[str, Tensor]] = []
-        self._teacher: Tensor | None = None
+        self._teacher: list[Tensor] | None = None
 
     def watch(self, look: Callable[[], object]) -> None:
         """Have `look` called once a step, when the step's rollouts are there and none of them has been trained on.
@@ -79,7 +79,7 @@ class RolloutScorer:
 
     def take(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """The rollouts of a new step: the trainer's micro-batches, before any of them is trained on. They are scored in
-        pieces of that size, so a search needs no more memory than a training step."""
+        pieces of that size, so beside a forward of a micro-batch a search holds no more than the teacher's last hidden states."""
         self._batches, self._teacher, left = [], None, self._rollouts
         for batch in batches:
             if seen := [key for key in MULTIMODAL_KEYS if batch.get(key) is not None]:
@@ -126,27 +126,33 @@ class RolloutScorer:
         teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
         with trainer.accelerator.autocast(), torch.no_grad():
             if self._teacher is None:
-                self._teacher = self._hidden(teacher)
-            kl_N = gathered(model, lambda: self._kl(model, teacher))
-        lengths = torch.cat([batch["valid"].sum(1) for batch in self._batches]).tolist()
-        sums = [float(piece.sum()) for piece in kl_N.double().split(lengths)]
-        return sums, lengths, sum(int(batch["attention"].sum()) for batch in self._batches)
-
-    def _kl(self, model: Any, teacher: Any) -> Tensor:
-        """KL(student ‖ teacher) [N] at the scored positions, in nats."""
-        assert self._teacher is not None
-        own_NH = self._hidden(model)
-        student, target = (Head.of(m, self._vocab_size) for m in (model, teacher))
-        kl_N, _ = ChunkedDivergenceFunction.apply(
-            own_NH, student.weight, student.bias, self._teacher.to(own_NH.device), target.weight, target.bias, 1.0,
-            self._trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,
-        )  # fmt: skip
-        return kl_N
-
-    def _hidden(self, model: Any) -> Tensor:
-        """Last hidden states [N, H] at the N scored positions, rollout by rollout."""
-        states = [
-            self._trainer._get_last_hidden_state(model, batch["ids"], batch["attention"], batch["valid"].shape[1])
-            for batch in self._batches
+                self._teacher = [self._hidden(teacher, batch) for batch in self._batches]
+            pieces = gathered(model, lambda: self._kl(model, teacher))
+        lengths = [batch["valid"].sum(1).tolist() for batch in self._batches]
+        sums = [
+            float(kl.sum()) for piece, rows in zip(pieces, lengths, strict=True) for kl in piece.double().split(rows)
         ]
-        return torch.cat([hidden[batch["valid"]] for hidden, batch in zip(states, self._batches, strict=True)])
+        return (
+            sums,
+            [n for rows in lengths for n in rows],
+            sum(int(batch["attention"].sum()) for batch in self._batches),
+        )
+
+    def _kl(self, model: Any, teacher: Any) -> list[Tensor]:
+        """KL(student ‖ teacher) [N], in nats, at the N scored positions of each piece."""
+        assert self._teacher is not None
+        student, target = (Head.of(m, self._vocab_size) for m in (model, teacher))
+        pieces = []
+        for batch, other_NH in zip(self._batches, self._teacher, strict=True):
+            own_NH = self._hidden(model, batch)
+            kl_N, _ = ChunkedDivergenceFunction.apply(
+                own_NH, student.weight, student.bias, other_NH.to(own_NH.device), target.weight, target.bias, 1.0,
+                self._trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,
+            )  # fmt: skip
+            pieces.append(kl_N)
+        return pieces
+
+    def _hidden(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Last hidden states [N, H] at the scored positions of a piece, rollout by rollout."""
+        hidden = self._trainer._get_last_hidden_state(model, batch["ids"], batch["attention"], batch["valid"].shape[1])
+        return hidden[batch["valid"]]
