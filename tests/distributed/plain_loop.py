@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from effopd import EffOPD, EffOPDConfig, Score
-from effopd.extrapolate.ranks import leave, rank, world_size
+from effopd.extrapolate.ranks import leave, local, rank, world_size
 
 ROWS, WIDTH = 24, 10  # not divisible by the ranks of some tests, so that shards are uneven
 
@@ -41,7 +41,7 @@ def whole(tensor):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--mode", choices=["alone", "ddp", "fsdp2"], default="alone")
+    parser.add_argument("--mode", choices=["alone", "ddp", "fsdp2", "hsdp"], default="alone")
     parser.add_argument("--strategy", default="effopd")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--resume", type=Path)
@@ -61,8 +61,9 @@ def main() -> None:
 
         net = get_peft_model(net, LoraConfig(r=3, lora_alpha=6, target_modules=[f"layers.{i}" for i in range(3)]))
         layers = list(net.base_model.model.layers)
-    if arguments.mode == "fsdp2":
-        mesh = dist.init_device_mesh("cpu", (world_size(),))
+    if arguments.mode in ("fsdp2", "hsdp"):
+        shape = (world_size(),) if arguments.mode == "fsdp2" else (2, world_size() // 2)  # replicas, shards
+        mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         for layer in layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(net, mesh=mesh)
@@ -99,7 +100,7 @@ def main() -> None:
         optimizer.step()
         if arguments.fault == "diverge" and rank() == 1 and step == 3:
             with torch.no_grad():
-                net.head.bias.add_(1e-3)
+                local(next(iter(net.parameters()))).add_(1e-3)
         if arguments.fault == "nan" and rank() == 1 and step == 4:
             with torch.no_grad():
                 next(iter(look.weights._anchor.values())).fill_(float("nan"))

@@ -85,6 +85,24 @@ def test_as_one_process(alone, mode, processes, tmp_path):
         ]
 
 
+def test_replicated_shards_as_one_process(tmp_path):
+    """HSDP: two replicas of two shards. One replica writes the anchor, and one that drifts is noticed."""
+    found, weights = finished(tmp_path / "alone")
+    mine, other = finished(tmp_path / "hsdp", "--mode", "hsdp", processes=4)
+    assert decisions(mine) == decisions(found) and close(weights, other)
+    for ours, theirs in zip(mine, found, strict=True):
+        assert ours["delta_norm"] == pytest.approx(theirs["delta_norm"], rel=1e-5)
+    files = sorted(path.name for path in (tmp_path / "hsdp" / "at-4").glob("*anchor*"))
+    assert files == [f"effopd_anchor-0000{i}-of-00002.safetensors" for i in (0, 1)]
+    resume = ("--resume", tmp_path / "hsdp" / "at-4")
+    _, again = finished(tmp_path / "again", "--mode", "hsdp", *resume, processes=4)
+    assert all(torch.equal(other[name], again[name]) for name in other)
+    _, resumed = finished(tmp_path / "resumed", *resume)
+    assert close(other, resumed)
+    status, said = launch(tmp_path / "apart", "--mode", "hsdp", "--fault", "diverge", processes=4)
+    assert status != 0 and "DivergenceError: the processes have diverged" in said
+
+
 def test_lora_adapters_as_one_process(tmp_path):
     """Shards of the factors move like the whole ones: up to rounding, for whatever number of processes."""
     found, weights = finished(tmp_path / "alone", "--lora")

@@ -1,6 +1,6 @@
-"""The anchor on disk: one file, or a file a rank where parameters are sharded; read back for any number of ranks.
+"""The anchor on disk: one file, or a file a shard where parameters are sharded; read back for any number of ranks.
 
-FSDP2 gives rank r of R the rows [r·c, (r+1)·c) of a parameter, c = ⌈rows / R⌉. So the rows that a rank needs are known without
+FSDP2 gives shard r of R the rows [r·c, (r+1)·c) of a parameter, c = ⌈rows / R⌉. So the rows that a rank needs are known without
 the other files, and a run may go on with another number of processes; no rank ever holds more than its own rows.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.extrapolate.ranks import rank, world_size
+from effopd.extrapolate.ranks import Share, rank
 from effopd.files import write_atomically
 
 ANCHOR_FILE = "effopd_anchor.safetensors"
@@ -30,27 +30,30 @@ def rows_of(rows: int, part: int, parts: int) -> tuple[int, int]:
     return min(part * each, rows), min((part + 1) * each, rows)
 
 
-def write_anchor(folder: Path, anchor: Mapping[str, Tensor], *, sharded: bool) -> int:
-    """Write this rank's part (rank 0 the whole, if nothing is sharded).
+def write_anchor(folder: Path, anchor: Mapping[str, Tensor], share: Share | None) -> int:
+    """Write this rank's part, if it is in the first replica.
+
+    Args:
+        share: this rank's share of the sharded tensors; `None` if all of them are whole.
 
     Returns:
         The number of parts that make a whole.
     """
     from safetensors.torch import save_file
 
-    parts = world_size() if sharded else 1
-    if sharded or rank() == 0:
+    part, parts, first = (share.part, share.parts, share.replica == 0) if share else (0, 1, rank() == 0)
+    if first:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in anchor.items()}
-        write_atomically(folder / anchor_file(rank() if sharded else 0, parts), lambda path: save_file(tensors, path))
+        write_atomically(folder / anchor_file(part, parts), lambda path: save_file(tensors, path))
     return parts
 
 
-def read_anchor(folder: Path, parts: int, written: Collection[str], wanted: Mapping[str, int]) -> dict[str, Tensor]:
+def read_anchor(folder: Path, parts: int, written: Collection[str], wanted: Mapping[str, Share]) -> dict[str, Tensor]:
     """This rank's rows of every tensor, from however many parts were written.
 
     Args:
         written: names of the tensors that are divided over the parts; the others are whole in the first.
-        wanted: number of rows of the tensors that are sharded now; the others are read whole.
+        wanted: this rank's share of the tensors that are sharded now; the others are read whole.
     """
     from safetensors import safe_open
 
@@ -59,7 +62,8 @@ def read_anchor(folder: Path, parts: int, written: Collection[str], wanted: Mapp
     for name in files[0].keys():  # noqa: SIM118  # not a mapping
         pieces = [file.get_slice(name) for file in (files if name in written else files[:1])]
         if name in wanted:
-            found[name] = _rows(pieces, *rows_of(wanted[name], rank(), world_size()))
+            share = wanted[name]
+            found[name] = _rows(pieces, *rows_of(share.rows, share.part, share.parts))
         elif len(pieces) > 1:
             found[name] = torch.cat([piece[:] for piece in pieces])
         else:

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
-from effopd.extrapolate.ranks import gather, is_sharded, local, reshard
+from effopd.extrapolate.ranks import Share, gather, local, reshard, shares, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class LiveWeights:
                 f"{some}). Use 'all', or a regular expression that matches."
             )
         self._model = model
-        self._sharded = any([is_sharded(p) for p in self._parameters.values()])  # noqa: C419  # check them all
+        self._shares = shares(self._parameters)
         for name, parameter in self._parameters.items():
             if not parameter.is_floating_point():
                 raise WeightsError(
@@ -131,7 +130,12 @@ class LiveWeights:
         self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
 
     def _to_anchor(self, parameter: torch.Tensor) -> torch.Tensor:
-        return self._held(parameter).to(device=self._anchor_device, dtype=torch.float32, copy=True)
+        held = self._held(parameter)
+        if held.is_cuda and self._anchor_device == torch.device(
+            "cpu"
+        ):  # page-locked, so that it comes back at the link's speed
+            return torch.empty(held.shape, dtype=torch.float32, pin_memory=True).copy_(held)
+        return held.to(device=self._anchor_device, dtype=torch.float32, copy=True)
 
     def _held(self, parameter: torch.Tensor) -> torch.Tensor:
         """What of a parameter the anchor has on this rank."""
@@ -148,9 +152,9 @@ class LiveWeights:
         return sum(p.numel() for p in self._parameters.values())
 
     @property
-    def sharded(self) -> dict[str, int]:
-        """Number of rows of every parameter of whose anchor this rank holds a part only."""
-        return {name: p.shape[0] for name, p in self._parameters.items() if isinstance(p, DTensor)}
+    def sharded(self) -> dict[str, Share]:
+        """This rank's share of every parameter of whose anchor it holds a part only."""
+        return self._shares
 
     @property
     def nbytes(self) -> int:
@@ -163,9 +167,10 @@ class LiveWeights:
         norms = {name: torch.linalg.vector_norm(delta, dtype=torch.float64) for name, delta in self.displacements()}
         squares = {True: 0.0, False: 0.0}
         for name, norm in zip(norms, on_host(norms.values()), strict=True):
-            squares[isinstance(self._parameters[name], DTensor)] += norm**2
-        if self._sharded:
-            squares[True] = math.fsum(gather(squares[True]))
+            squares[name in self._shares] += norm**2
+        if self._shares:
+            replicas = world_size() // next(iter(self._shares.values())).parts
+            squares[True] = math.fsum(gather(squares[True])) / replicas
         return (squares[True] + squares[False]) ** 0.5
 
     @torch.no_grad()
@@ -173,17 +178,28 @@ class LiveWeights:
         """(name, W − anchor in fp32), one parameter at a time; of sharded parameters this rank's part."""
         for name, parameter in self._parameters.items():
             here = local(parameter.detach())
-            yield name, here.float() - self._anchor[name].to(here.device)
+            yield name, here.float() - self._anchor[name].to(here.device, non_blocking=True)
 
     @torch.no_grad()
     def checksum(self) -> int:
-        """CRC-32 over the sums of bits of the parameters that every rank should hold alike, 0 where all are sharded (a shard
-        is nobody's copy).
+        """CRC-32 over the sums of bits of the parameters that every rank should hold alike; of sharded ones over those of all
+        shards of this rank's replica, if there are several, and 0 if all are sharded once (a shard is nobody's copy).
 
         Sums of integers do not depend on the order in which a device adds them up, so equal weights always agree.
         """
-        whole = (p.detach() for p in self._parameters.values() if not isinstance(p, DTensor))
-        return functools.reduce(lambda crc, p: zlib.crc32(str(bit_sum(p)).encode(), crc), whole, 0)
+
+        def crc(parameters: Iterable[Tensor]) -> int:
+            return functools.reduce(lambda so_far, p: zlib.crc32(str(bit_sum(p)).encode(), so_far), parameters, 0)
+
+        found = crc(p.detach() for name, p in self._parameters.items() if name not in self._shares)
+        if not self._shares or next(iter(self._shares.values())).parts == world_size():
+            return found
+        mine = next(iter(self._shares.values()))
+        everybody = gather(
+            (mine.replica, mine.part, crc(local(self._parameters[name].detach()) for name in self._shares))
+        )
+        shards = sorted((part, value) for replica, part, value in everybody if replica == mine.replica)
+        return zlib.crc32(str([found, *shards]).encode())
 
     @torch.no_grad()
     def begin(self, direction: Direction = displacement) -> None:
@@ -205,7 +221,7 @@ class LiveWeights:
         spread: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             here, start = local(parameter), local(origin[name])
-            anchor = self._anchor[name].to(here.device)
+            anchor = self._anchor[name].to(here.device, non_blocking=True)
             if self._direction is displacement and here.dtype == torch.float32:
                 torch.lerp(anchor, start, 1.0 + scale, out=here)  # W + s(W − A) in one pass, without a temporary
             else:
@@ -229,7 +245,7 @@ class LiveWeights:
             )
 
     def _edited(self) -> None:
-        if self._sharded:
+        if self._shares:
             reshard(self._model)
 
     @torch.no_grad()

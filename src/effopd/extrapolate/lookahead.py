@@ -363,7 +363,7 @@ class EffOPD:
 
         folder, state = Path(folder), self.state_dict()
         observations, sharded = state.pop("observations"), self.weights.sharded
-        parts = write_anchor(folder, state.pop("anchor"), sharded=bool(sharded))
+        parts = write_anchor(folder, state.pop("anchor"), next(iter(sharded.values()), None))
         if sharded:
             gather(None)  # every part is there
         if rank() != 0:

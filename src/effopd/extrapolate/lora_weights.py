@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import Direction, LiveWeights, compile_rule, displacement
-from effopd.extrapolate.ranks import is_sharded, put, reshard, whole
+from effopd.extrapolate.ranks import Share, put, reshard, shares, whole
 
 #: Singular values below this share of the largest are rounding.
 _ROUNDING = 1e-6
@@ -111,7 +111,7 @@ class LoraWeights(LiveWeights):
                 f"{', '.join(name for name, _, _ in list(adapted(model))[:3])}, … Use 'all', or a rule that matches."
             )
         self.lost_share = 0.0
-        self._model, self._sharded = model, any([is_sharded(p) for p in self._parameters.values()])  # noqa: C419
+        self._model, self._shares = model, shares(self._parameters)
         self._anchor_device = torch.device(anchor_device) if anchor_device else None
         self._lengths: dict[str, float] = {}
         self._origin: dict[str, Tensor] | None = None
@@ -122,7 +122,7 @@ class LoraWeights(LiveWeights):
         return whole(parameter.detach())
 
     @property
-    def sharded(self) -> dict[str, int]:
+    def sharded(self) -> dict[str, Share]:
         """Nothing: the anchor of the factors is whole on every rank."""
         return {}
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from effopd.errors import ConfigError, DivergenceError
 
@@ -149,19 +150,53 @@ def put(tensor: Tensor, value: Tensor) -> None:
     local(tensor).copy_(local(value))
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether ranks hold different parts.
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds of a sharded parameter: of `rows` rows the part `part` of `parts`, and where shards are replicated
+    (HSDP) in which `replica`."""
+
+    rows: int
+    part: int
+    parts: int
+    replica: int = 0
+
+
+def share_of(tensor: Tensor) -> Share | None:
+    """This rank's share, `None` of a tensor that is whole on every rank.
 
     Raises:
-        ConfigError: it is laid out over several mesh dimensions, or sharded along another dimension than the first.
+        ConfigError: it is sharded along another dimension than the first, or over several mesh dimensions.
     """
     if not isinstance(tensor, DTensor):
-        return False
-    if len(tensor.placements) != 1 or tensor.placements[0] != Shard(0):
+        return None
+    if tensor.placements.count(Shard(0)) != 1 or tensor.placements.count(Replicate()) != len(tensor.placements) - 1:
         raise ConfigError(
-            f"the look-ahead moves parameters that FSDP2 shards along dimension 0 over one mesh dimension; got {tensor.placements}."
+            "the look-ahead moves parameters that FSDP2 shards along dimension 0 over one mesh dimension, and may replicate over "
+            f"others (HSDP); got {tensor.placements}."
         )
-    return True
+    mesh, over = tensor.device_mesh, tensor.placements.index(Shard(0))
+    place = mesh.get_coordinate()
+    assert place is not None, "every rank that trains is part of the mesh"
+    replica = 0
+    for dim in range(mesh.ndim):
+        replica = replica if dim == over else replica * mesh.size(dim) + place[dim]
+    return Share(tensor.shape[0], place[over], mesh.size(over), replica)
+
+
+def shares(parameters: Mapping[str, Tensor]) -> dict[str, Share]:
+    """The shares of the sharded ones among `parameters`.
+
+    Raises:
+        ConfigError: as `share_of`; or they are sharded over different numbers of ranks.
+    """
+    found = {name: share for name, tensor in parameters.items() if (share := share_of(tensor)) is not None}
+    if len({share.parts for share in found.values()}) > 1:
+        raise ConfigError(
+            "the look-ahead moves parameters that are all sharded over the same ranks; got "
+            + ", ".join(f"{name} over {share.parts}" for name, share in list(found.items())[:3])
+            + ", …"
+        )
+    return found
 
 
 def reshard(model: nn.Module) -> None:
