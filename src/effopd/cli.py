@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from effopd import __version__
 from effopd.errors import EffOPDError
@@ -46,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: Sequence[str]) -> int:
     """`effopd train`."""
     from effopd.distill.launch import run
-    from effopd.extrapolate.ranks import leave
     from effopd.train_command import parse_command
 
     settings, dry_run = parse_command(argv)
@@ -58,8 +58,15 @@ def train(argv: Sequence[str]) -> int:
         for table in plan_tables(settings):
             Console(width=None if sys.stdout.isatty() else 140).print(table)
         return 0
-    trainer = run(settings)
-    print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
+    return _finish(run(settings))
+
+
+def _finish(trainer: Any) -> int:
+    """Say where the results are, once, and end the process as its launcher wants it."""
+    from effopd.extrapolate.ranks import leave
+
+    if trainer.is_world_process_zero():
+        print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
     leave()
     return 0
 
@@ -136,9 +143,7 @@ def rl(argv: Sequence[str]) -> int:
     settings = parse_rl(argv)
     from effopd.distill.launch_rl import run_rl
 
-    trainer = run_rl(settings)
-    print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
-    return 0
+    return _finish(run_rl(settings))
 
 
 # -- eval -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from effopd.distill.trainer import OPDTrainer
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import EffOPDCallback
 from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.ranks import gather, rank
 from effopd.files import write_atomically
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.versions import versions
@@ -80,10 +81,16 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     )
     if effopd.enabled:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
-    if trainer.is_world_process_zero():
+    write_config(run_dir, text)
+    return trainer
+
+
+def write_config(run_dir: RunDir, text: str) -> None:
+    """The first rank writes `config.yaml`, once every rank has found the folder free."""
+    gather(None)
+    if rank() == 0:
         run_dir.root.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir.root / CONFIG, lambda path: path.write_text(text))
-    return trainer
 
 
 def resume_argument(opd: Any) -> str | bool | None:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from effopd.distill.launch import check_space, load_tasks, resume_argument, settings_yaml
+from effopd.distill.launch import check_space, load_tasks, resume_argument, settings_yaml, write_config
 from effopd.distill.preflight import check_models, check_task
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
 from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
-from effopd.distill.run_dir import CONFIG, RunDir
+from effopd.distill.run_dir import RunDir
 from effopd.errors import ConfigError
-from effopd.files import write_atomically
 from effopd.tasks import TaskConfig
 
 
@@ -72,8 +71,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    run_dir.root.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir.root / CONFIG, lambda path: path.write_text(text))
+    write_config(run_dir, text)
     return trainer
 
 
