@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from effopd import EffOPD, EffOPDConfig, Score
 from effopd.errors import ConfigError, NonFiniteWeightsError
 from effopd.extrapolate.schedule import adaptive
-from effopd.extrapolate.search import line_search
+from effopd.extrapolate.search import SearchResult, Trial, line_search
 from effopd.extrapolate.strategies import steering
 
 
@@ -88,11 +89,39 @@ def test_adaptive_searches_while_it_pays():
     assert steps(lambda i: 0.0 if i < 3 else 4.0, 20) == [1, 3, 7, 15, 16, 17, 18, 19]
 
 
-def test_steering_follows_the_accepted_scale():
-    assert [steering(s) for s in (0.1, 0.7, 1.0)] == [1.0, 1.0, 1.0]
-    assert steering(-0.5) == steering(0.0) == pytest.approx(0.5**0.5)
+def test_steering_follows_the_preferred_scale():
+    assert [steering(s) for s in (0.0, 0.1, 0.7, 1.0)] == [1.0, 1.0, 1.0, 1.0]
+    assert steering(-0.5) == steering(-0.1, 8.0) == pytest.approx(0.5**0.5)
     assert steering(2.0, 1.5) == pytest.approx(3**0.5) and steering(3.0, 9.0) == steering(50.0, 1.1) == 2.0
     assert steering(50.0) == steering(50.0, 1.0) == steering(50.0, -0.5) == 1.0  # one long jump says little
+
+
+def test_steering_never_lets_the_rate_die_and_does_not_drift_where_scores_are_noise():
+    factor = 1.0
+    for _ in range(100):
+        factor *= steering(-0.5, so_far=factor)
+    assert factor == pytest.approx(0.125)
+    assert steering(-0.5, so_far=0.125) == 1.0 and steering(4.0, 4.0, 0.125) == 2.0
+    rng, logs = np.random.default_rng(0), []
+    for _ in range(200):  # searches along nothing: what scores best is chance
+        factor, before = 1.0, 0.0
+        for _ in range(60):
+            scores = {0.0: 0.0} | {scale: rng.normal() for scale in (1.0, -0.5)}
+            scale = max(scores, key=scores.__getitem__)
+            scale = scale if scale < 1 else rng.choice([1.0, 2.0, 4.0])
+            factor, before = factor * steering(scale, before, factor), scale
+        logs.append(np.log2(factor))
+    assert -3.0 <= np.median(logs) < 3.0
+
+
+def test_what_scores_best_is_known_even_if_nothing_passes_the_gate():
+    def score(scale):  # one example of 32 gains: that is worth one standard error
+        gains = [0.01 * scale if scale <= 2 else -1.0, *[0.0] * 31]
+        return Score(sum(gains) / 32, per_example=tuple(gains))
+
+    result = line_search(score, "margin", 2.0)
+    assert result.accepted_scale == 0.0 and result.preferred_scale >= 2.0
+    assert SearchResult(2.0, (Trial(0.0, None, "start"), Trial(2.0, None, "accepted"))).preferred_scale == 0.0
 
 
 class Softmax(nn.Module):
@@ -184,13 +213,19 @@ def test_moments_are_reset_after_a_jump_forwards_and_the_rate_is_steered():
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     train()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)  # twice the base rate, and the schedule's half of it
-    lookahead.scorer = lambda model: -float((model.w - before).square().sum())
-    before = model.w.detach().clone()
+    here, before = model.w.detach().clone(), lookahead.weights.state_dict()["w"].clone()
+    lookahead.scorer = lambda model: -float((model.w - here).square().sum())
     assert lookahead.step(3)["accepted_scale"] == 0.0
     assert optimizer.state  # no jump, no reset
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)  # the step was as long as it should be
+    train()
+    train()
+    here, before = model.w.detach().clone(), lookahead.weights.state_dict()["w"].clone()
+    lookahead.scorer = lambda model: -float((model.w - (0.6 * here + 0.4 * before)).square().sum())
+    assert lookahead.search(4)["accepted_scale"] == pytest.approx(-0.4, abs=1e-3)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**0.5)
     assert (
-        lookahead.search(4)["learning_rate_factor"] == 1.0
+        lookahead.search(5)["learning_rate_factor"] == 1.0
     )  # nothing has moved, so nothing was learnt about the rate
 
 

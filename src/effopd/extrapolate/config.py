@@ -73,8 +73,8 @@ class EffOPDConfig:
     steer: bool | None = field(
         default=None,
         metadata={
-            "help": "Multiply the learning rate by √min(1+s, 4) after a jump with s > 1 that follows another one, and by "
-            "1/√2 after a search that found nothing better or stepped back, on top of its schedule. Default: the "
+            "help": "Let the scale s that scores best, accepted or not, steer the learning rate on top of its schedule: times "
+            "√min(1+s, 4) if s > 1 twice in a row, times 1/√2 if s < 0, never below an eighth of the schedule. Default: the "
             "strategy's own."
         },
     )

@@ -163,7 +163,7 @@ class EffOPD:
         self.weights.commit()
         if result.accepted_scale != 0.0 and self._on_move is not None:
             self._on_move()
-        factor = self._after(result.accepted_scale) if len(result.trials) > 1 else 1.0
+        factor = self._after(result) if len(result.trials) > 1 else 1.0
         row = self._row(step, delta_norm, result, time.perf_counter() - start) | {"memory_bytes": memory}
         if self.config.resolved_steer:
             row["learning_rate_factor"] = factor
@@ -180,13 +180,16 @@ class EffOPD:
         self.history.append(row)
         return row
 
-    def _after(self, accepted_scale: float) -> float:
-        """What a jump does to the optimizer; returns the factor on the learning rate."""
-        if accepted_scale > 0 and self.config.resolved_optimizer == "reset":
+    def _after(self, result: SearchResult) -> float:
+        """What a search does to the optimizer; returns the factor on the learning rate."""
+        if result.accepted_scale > 0 and self.config.resolved_optimizer == "reset":
             assert self._optimizer is not None
             self._optimizer.state.clear()
-        before = self.history[-1]["accepted_scale"] if self.history else 0.0
-        factor = steering(accepted_scale, before) if self.config.resolved_steer else 1.0
+        factor = 1.0
+        if self.config.resolved_steer:
+            before = self.history[-1]["preferred_scale"] if self.history else 0.0
+            so_far = math.prod(row.get("learning_rate_factor", 1.0) for row in self.history)
+            factor = steering(result.preferred_scale, before, so_far)
         if factor != 1.0:
             assert self._optimizer is not None
             for group in self._optimizer.param_groups:
@@ -306,6 +309,7 @@ class EffOPD:
             "anchor_step": self.anchor_step,
             "delta_norm": delta_norm if math.isfinite(delta_norm) else None,
             "accepted_scale": result.accepted_scale,
+            "preferred_scale": result.preferred_scale,
             "seconds": seconds,
             "generated_tokens": result.generated_tokens,
             "forward_tokens": result.forward_tokens,

@@ -63,6 +63,14 @@ class SearchResult:
     trials: tuple[Trial, ...] = field(default_factory=tuple)
 
     @property
+    def preferred_scale(self) -> float:
+        """The scale with the highest score, whether or not the gate let it pass; 0.0 if nothing was scored."""
+        scored = {
+            trial.scale: trial.score.mean for trial in self.trials if trial.score and math.isfinite(trial.score.mean)
+        }
+        return max(scored, key=scored.__getitem__, default=0.0)
+
+    @property
     def generated_tokens(self) -> int:
         """Tokens sampled by the whole search."""
         return sum(trial.score.generated_tokens for trial in self.trials if trial.score)

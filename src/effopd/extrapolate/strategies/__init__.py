@@ -64,7 +64,7 @@ class Strategy:
         parameters: its source's choice of what moves.
         schedule: its source's triggers.
         optimizer: what happens to the optimizer's moments after a jump forwards: `keep` or `reset`.
-        steer: whether the accepted scale steers the learning rate (`steering`).
+        steer: whether the preferred scale steers the learning rate (`steering`).
     """
 
     help: str
@@ -94,20 +94,26 @@ def _line(score: Callable[[float], Score], config: Any) -> SearchResult:
     return line_search(score, config.resolved_gate, config.gate_z)
 
 
-def steering(accepted_scale: float, before: float = 0.0) -> float:
-    """What the learning rate is multiplied with: the accepted scales say how far it is from right.
+#: Steering never takes the learning rate below this share of its schedule.
+LOWEST_RATE = 0.125
 
-    √min(1 + s, 4) after a jump of more than the displacement (s > 1) that follows another one: one long jump may be due to
-    the start, two are due to the rate. 1/√2 after a search that found nothing better, or a step back (s ≤ 0): then the last
-    steps were long enough, or too long for their noise. Else 1.
+
+def steering(preferred_scale: float, before: float = 0.0, so_far: float = 1.0) -> float:
+    """What the learning rate is multiplied with: the scales that searches prefer say how far it is from right.
+
+    √min(1 + s, 4) where more than the displacement again would have been better (s > 1), twice in a row: once may be due to
+    the start, twice is due to the rate. 1/√2 where less would have been better (s < 0), but never below `LOWEST_RATE` of the
+    schedule. Else 1. A single preference is noisy and need not pass the gate: errors to both sides cancel over searches,
+    while a rate that falls whenever nothing passes the gate dies out as soon as gains are smaller than the noise.
 
     Args:
-        accepted_scale: of this search.
+        preferred_scale: of this search.
         before: of the search before it, 0 if there was none.
+        so_far: the product of all factors until now.
     """
-    if accepted_scale > 1:
-        return min(1 + accepted_scale, 4.0) ** 0.5 if before > 1 else 1.0
-    return 1.0 if accepted_scale > 0 else 0.5**0.5
+    if preferred_scale > 1:
+        return min(1 + preferred_scale, 4.0) ** 0.5 if before > 1 else 1.0
+    return 1.0 if preferred_scale >= 0 else max(0.5**0.5, min(1.0, LOWEST_RATE / so_far))
 
 
 def unscored(scale: float) -> SearchResult:
