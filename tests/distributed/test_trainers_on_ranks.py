@@ -84,12 +84,14 @@ def test_a_run_goes_on_with_another_number_of_processes(mode, tmp_path):
     assert tokens == [row["num_tokens"] for row in metrics] == sorted(tokens)
 
 
-@pytest.mark.parametrize(("strategy", "adapter"), [("effopd", []), ("lookahead", []), ("lookahead", ["--lora"])])
-def test_fsdp2_is_ddp_with_half_the_memory(strategy, adapter, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "more"), [("effopd", ()), ("lookahead", ("--accumulate", 2)), ("lookahead", ("--lora",))]
+)
+def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, tmp_path):
     """Up to fp32 rounding: the gradient's norm, which it is clipped by, is summed shard by shard."""
-    flags = ("--strategy", strategy, "--rows", 4, *adapter)
+    flags, adapter = ("--strategy", strategy, "--rows", 4, *more), "--lora" in more
     ddp, fsdp2 = run(tmp_path / "ddp", *flags), run(tmp_path / "fsdp2", *flags, "--mode", "fsdp2")
-    assert all(torch.allclose(ddp[name], fsdp2[name], rtol=1e-4, atol=1e-5) for name in ddp)
+    assert all(torch.allclose(ddp[name], fsdp2[name], rtol=1e-3, atol=1e-4) for name in ddp)
     one, other = (list(read_rows(tmp_path / mode / "searches.jsonl")) for mode in ("ddp", "fsdp2"))
     assert any(row["accepted_scale"] for row in one)
     for a, b in zip(one, other, strict=True):

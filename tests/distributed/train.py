@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=["ddp", "fsdp2"], default="ddp")
     parser.add_argument("--files", choices=["FULL_STATE_DICT", "SHARDED_STATE_DICT"], default="FULL_STATE_DICT")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of --rows prompts a step")
     parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -88,6 +89,7 @@ def main() -> None:
         effopd=config,
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.rows,
+        gradient_accumulation_steps=arguments.accumulate,
         eval_steps=2,
         eval_on_start=True,
         eval_temperature=0.0,

@@ -141,10 +141,12 @@ class RolloutScorer:
     def _kl(self, model: Any, teacher: Any) -> list[Tensor]:
         """KL(student ‖ teacher) [N], in nats, at the N scored positions of each piece."""
         assert self._teacher is not None
-        student, target = (Head.of(m, self._vocab_size) for m in (model, teacher))
         pieces = []
         for batch, other_NH in zip(self._batches, self._teacher, strict=True):
             own_NH = self._hidden(model, batch)
+            student, target = (
+                Head.of(m, self._vocab_size) for m in (model, teacher)
+            )  # a sharded head is whole from here on
             kl_N, _ = ChunkedDivergenceFunction.apply(
                 own_NH, student.weight, student.bias, other_NH.to(own_NH.device), target.weight, target.bias, 1.0,
                 self._trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,
