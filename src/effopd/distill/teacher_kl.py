@@ -144,9 +144,8 @@ class RolloutScorer:
         pieces = []
         for batch, other_NH in zip(self._batches, self._teacher, strict=True):
             own_NH = self._hidden(model, batch)
-            student, target = (
-                Head.of(m, self._vocab_size) for m in (model, teacher)
-            )  # a sharded head is whole from here on
+            # after the forward: before it, the head of a sharded student is not whole yet
+            student, target = (Head.of(m, self._vocab_size) for m in (model, teacher))
             kl_N, _ = ChunkedDivergenceFunction.apply(
                 own_NH, student.weight, student.bias, other_NH.to(own_NH.device), target.weight, target.bias, 1.0,
                 self._trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,

@@ -85,7 +85,8 @@ class LiveWeights:
     the model stands and makes that the new anchor.
 
     Memory: the anchor (fp32) for the whole run, plus one copy in the parameters' dtype between `begin` and `commit`,
-    plus, unless everything is fp32 along Δ, fp32 temporaries of the largest tensor. Directions are recomputed for every candidate, never stored.
+    plus, unless everything is fp32 along Δ, fp32 temporaries of the largest tensor. Directions are recomputed for every
+    candidate, never stored.
 
     Args:
         model: any module; DDP-style wrappers should be unwrapped first.
@@ -131,9 +132,8 @@ class LiveWeights:
 
     def _to_anchor(self, parameter: torch.Tensor) -> torch.Tensor:
         held = self._held(parameter)
-        if held.is_cuda and self._anchor_device == torch.device(
-            "cpu"
-        ):  # page-locked, so that it comes back at the link's speed
+        if held.is_cuda and self._anchor_device == torch.device("cpu"):
+            # page-locked, so that it comes back at the link's speed
             return torch.empty(held.shape, dtype=torch.float32, pin_memory=True).copy_(held)
         return held.to(device=self._anchor_device, dtype=torch.float32, copy=True)
 
