@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,7 @@ def comparison_figure(
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", sharex="col", constrained_layout=True)
-    jumps = {
-        label: {row["step"]: row["accepted_scale"] for row in rows if row["accepted_scale"] > 0}
-        for label, rows in searches.items()
-    }
+    jumps = {label: [row["step"] for row in rows if row["accepted_scale"] > 0] for label, rows in searches.items()}
     for column, x_of in enumerate((lambda row: row["step"], lambda row: row["cost/net_seconds"])):
         for label, rows in runs.items():
             x = [x_of(row) for row in rows]
@@ -49,10 +46,11 @@ def comparison_figure(
             bottom.plot(x, [row["eval_accuracy"] for row in rows], color=color, linewidth=2, label=label)
             low, high = ([row[f"eval_accuracy_{end}"] for row in rows] for end in ("low", "high"))
             bottom.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-            _mark_jumps(axes[0][column], axes[1][column], rows, x_of, jumps.get(label, {}), color)
+            _mark_jumps(axes[0][column], axes[1][column], rows, x_of, jumps.get(label, []), color)
         axes[0][column].axhline(target, color="#4c566a", linestyle=":", linewidth=1, label="plain OPD's final KL")
         if teacher_accuracy is not None:
             axes[1][column].axhline(teacher_accuracy, color="#2a9d8f", linestyle=":", linewidth=1, label="teacher")
+    axes[0][0].plot([], [], marker="^", color="#4c566a", linestyle="", label="accepted jump")
     axes[0][0].set_yscale("log")
     axes[0][0].set_ylabel("held-out reverse KL to the teacher\n(nats per token)")
     axes[1][0].set_ylabel("held-out accuracy at temperature 1\n(95 % interval)")
@@ -70,23 +68,9 @@ def comparison_figure(
     return path
 
 
-def _mark_jumps(top, bottom, rows: Rows, x_of, jumps: Mapping[int, float], color: str | None) -> None:
-    """A triangle at the first evaluation at or after accepted jumps, labelled with their scales."""
-    labels: dict[int, list[str]] = {}
-    for step, scale in jumps.items():
-        index = next((i for i, row in enumerate(rows) if row["step"] >= step), None)
-        if index is not None:
-            labels.setdefault(index, []).append(f"+{scale:.2g}Δ")
-    for index, scales in labels.items():
-        row = rows[index]
-        kl = smooth([r["eval_kl"] for r in rows[: index + 1]])[-1]
-        for axis, y in ((top, kl), (bottom, row["eval_accuracy"])):
-            axis.plot([x_of(row)], [y], marker="^", color=color, markersize=8, zorder=5)
-            axis.annotate(
-                ", ".join(scales),
-                (x_of(row), y),
-                textcoords="offset points",
-                xytext=(6, 6),
-                fontsize=8,
-                color=color,
-            )
+def _mark_jumps(top, bottom, rows: Rows, x_of, steps: Iterable[int], color: str | None) -> None:
+    """A triangle at the first evaluation at or after each accepted jump."""
+    for index in sorted({next((i for i, row in enumerate(rows) if row["step"] >= step), -1) for step in steps} - {-1}):
+        kl = smooth([row["eval_kl"] for row in rows[: index + 1]])[-1]
+        for axis, y in ((top, kl), (bottom, rows[index]["eval_accuracy"])):
+            axis.plot([x_of(rows[index])], [y], marker="^", color=color, markersize=8, zorder=5)
