@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from effopd.dynamics.analysis import SUMMARY, Analysis, execute
 from effopd.dynamics.measure import GROUPS
-from effopd.dynamics.plan import Plan, prepare
+from effopd.dynamics.plan import Plan, labelled, prepare
 from effopd.errors import ConfigError
 from effopd.optional import is_available
 from effopd.report.dynamics_figures import draw
@@ -125,14 +125,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     Raises:
         ConfigError, CheckpointError, WeightsError: what is wrong, and what to do.
     """
-    trained: dict[str, list[str]] = {}
-    for text in arguments.trained:
-        label, equals, path = text.partition("=")
-        if not (label and equals and path):
-            raise ConfigError(
-                f"--trained: expected LABEL=DIR, got {text!r}. Write for example --trained opd={text.strip('=')}."
-            )
-        trained.setdefault(label, []).append(str(resolve_model(path)))
+    trained = {
+        label: [str(resolve_model(path)) for path in paths] for label, paths in labelled(arguments.trained).items()
+    }
     return prepare(
         str(resolve_model(arguments.base)),
         trained,

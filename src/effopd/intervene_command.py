@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from trl import TrlParser
 
 from effopd.command_help import OneSpelling
 from effopd.distill.preflight import check_models, check_task
+from effopd.dynamics.plan import labelled
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import SCAN_FIELDS, SCANS, Point, reference_points
 from effopd.errors import CompatibilityError, ConfigError, EffOPDError, TaskError
@@ -31,7 +31,6 @@ from effopd.tasks import Task, TaskConfig, load_task
 from effopd.testbed import resolve_model
 from effopd.versions import versions
 
-_LABEL = re.compile(r"[\w.+-]+")
 #: Columns of the printed table when it does not go to a terminal.
 _PRINTED_WIDTH = 140
 
@@ -94,18 +93,9 @@ class InterveneArguments:
         """Label → folders, in the order given.
 
         Raises:
-            ConfigError: not LABEL=DIR, or a label that cannot name a file.
+            ConfigError: not LABEL=DIR, or a label that cannot be used.
         """
-        found: dict[str, list[str]] = {}
-        for text in self.trained:
-            label, equals, path = text.partition("=")
-            if not equals or not path or not _LABEL.fullmatch(label) or label == "base":
-                raise ConfigError(
-                    f"--trained: expected LABEL=DIR, got {text!r}. Write for example --trained opd={text.split('=')[-1]} "
-                    "(letters, digits and . _ + - in the label; 'base' is taken)."
-                )
-            found.setdefault(label, []).append(str(resolve_model(path)))
-        return found
+        return {label: [str(resolve_model(path)) for path in paths] for label, paths in labelled(self.trained).items()}
 
 
 @dataclass

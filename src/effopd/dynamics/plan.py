@@ -87,6 +87,32 @@ def seed_names(label: str, count: int) -> list[str]:
     return [label] if count == 1 else [f"{label}#{seed}" for seed in range(count)]
 
 
+def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
+    """LABEL=DIR, as given to `--trained`, as label → folders; labels in the order given.
+
+    Raises:
+        ConfigError: not LABEL=DIR, or a label that cannot be used.
+    """
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        label, equals, path = text.partition("=")
+        if not (label and equals and path):
+            raise ConfigError(
+                f"--trained: expected LABEL=DIR, got {text!r}. Write for example --trained opd={text.strip('=')}."
+            )
+        _check_label(label)
+        found.setdefault(label, []).append(path)
+    return found
+
+
+def _check_label(label: str) -> None:
+    if not re.fullmatch(r"[\w.+-]+", label) or label in _RESERVED:
+        raise ConfigError(
+            f"the label {label!r} cannot be used: expected a name such as opd or rl, of letters, digits and . _ + -, "
+            f"and none of {', '.join(_RESERVED)}."
+        )
+
+
 def name_runs(trained: Mapping[str, PathLike | Sequence[PathLike]]) -> list[tuple[str, str, Path]]:
     """(run, group, path) for each trained path; several of one label are seeds and become label#0, label#1, ….
 
@@ -97,11 +123,7 @@ def name_runs(trained: Mapping[str, PathLike | Sequence[PathLike]]) -> list[tupl
         raise ConfigError("there is nothing to compare the base with: pass at least one trained LABEL=PATH.")
     named: list[tuple[str, str, Path]] = []
     for label, value in trained.items():
-        if not re.fullmatch(r"[\w.+-]+", label) or label in _RESERVED:
-            raise ConfigError(
-                f"the label {label!r} cannot be used: expected a name such as opd or rl, of letters, digits and . _ + -, "
-                f"and none of {', '.join(_RESERVED)}."
-            )
+        _check_label(label)
         paths = [value] if isinstance(value, str | Path) else list(value)
         if not paths:
             raise ConfigError(f"the label {label!r} has no path. Give each label at least one.")
