@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -46,21 +47,9 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     """
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     require_models(model, opd)
-    run_dir = RunDir(opd.output_dir)
-    if not resume_argument(opd):
-        run_dir.refuse_overwrite()
-    text = to_yaml(settings)
-    load = {"trust_remote_code": opd.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, padding_side="left", truncation_side="left", **load
-    )
-    check_models(model.model_name_or_path, opd.teacher_model_name_or_path, tokenizer, **load)
-    if opd.reference_model_name_or_path:
-        check_models(model.model_name_or_path, opd.reference_model_name_or_path, tokenizer, **load)
-    train, held_out = load_tasks(task, opd, answers=effopd.scored)
-    for part in (train, held_out):
-        if part is not None:
-            check_task(part, tokenizer, task.max_prompt_length, **(opd.chat_template_kwargs or {}))
+    text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
+    others = [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
+    tokenizer, train, held_out = inputs(model, others, task, opd, answers=effopd.scored)
     batch = opd.per_device_train_batch_size * opd.gradient_accumulation_steps * opd.world_size
     if len(train) < batch:
         raise ConfigError(
@@ -81,16 +70,42 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     )
     if effopd.enabled:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
-    write_config(run_dir, text)
+    write_config(opd.output_dir, text)
     return trainer
 
 
-def write_config(run_dir: RunDir, text: str) -> None:
+def inputs(
+    model: ModelConfig, others: Sequence[str], task: TaskConfig, args: Any, *, answers: bool
+) -> tuple[Any, Task, Task | None]:
+    """Tokenizer, training and held-out prompts of a run whose folder is free, whose models and prompts fit together.
+
+    Args:
+        others: models that must read the student's tokens.
+        answers: training itself needs reference answers.
+    """
+    if not resume_argument(args):
+        RunDir(args.output_dir).refuse_overwrite()
+    name, load = model.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=model.model_revision, padding_side="left", truncation_side="left", **load
+    )
+    for other in others:
+        check_models(name, other, tokenizer, **load)
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    train = load_task(task, "train", answers_required=answers or evaluates)
+    held_out = load_task(task, "eval") if evaluates else None
+    for part in (train, held_out):
+        if part is not None:
+            check_task(part, tokenizer, task.max_prompt_length, **(args.chat_template_kwargs or {}))
+    return tokenizer, train, held_out
+
+
+def write_config(folder: str, text: str) -> None:
     """The first rank writes `config.yaml`, once every rank has found the folder free."""
     gather(None)
     if rank() == 0:
-        run_dir.root.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir.root / CONFIG, lambda path: path.write_text(text))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(folder) / CONFIG, lambda path: path.write_text(text))
 
 
 def resume_argument(opd: Any) -> str | bool | None:
@@ -106,13 +121,6 @@ def require_models(model: ModelConfig, opd: OPDConfig) -> None:
     ):
         if not value:
             raise ConfigError(f"{flag} is missing: expected a model folder or a Hub id.")
-
-
-def load_tasks(task: TaskConfig, args: Any, *, answers: bool) -> tuple[Task, Task | None]:
-    """Training and, where the run evaluates, held-out prompts; `answers`: training itself needs them."""
-    evaluates = args.eval_strategy != "no" or args.eval_on_start
-    train = load_task(task, "train", answers_required=answers or evaluates)
-    return train, load_task(task, "eval") if evaluates else None
 
 
 def check_space(name: str, opd: Any, prompts: int, batch: int, *, effopd: bool) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from effopd.distill.launch import check_space, load_tasks, resume_argument, settings_yaml, write_config
-from effopd.distill.preflight import check_models, check_task
+from effopd.distill.launch import check_space, inputs, resume_argument, settings_yaml, write_config
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
 from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
-from effopd.distill.run_dir import RunDir
 from effopd.errors import ConfigError
 from effopd.tasks import TaskConfig
 
@@ -35,19 +32,8 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     name = model.model_name_or_path
     if not name:
         raise ConfigError("--model_name_or_path is missing: expected a model folder or a Hub id.")
-    run_dir = RunDir(rl.output_dir)
-    if not resume_argument(rl):
-        run_dir.refuse_overwrite()
     text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
-    load = {"trust_remote_code": rl.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=model.model_revision, padding_side="left", truncation_side="left", **load
-    )
-    check_models(name, name, tokenizer, **load)
-    train, held_out = load_tasks(task, rl, answers=True)
-    for part in (train, held_out):
-        if part is not None:
-            check_task(part, tokenizer, task.max_prompt_length, **(rl.chat_template_kwargs or {}))
+    tokenizer, train, held_out = inputs(model, [name], task, rl, answers=True)
     prompts = rl.generation_batch_size // rl.num_generations
     if len(train) < prompts:
         raise ConfigError(
@@ -71,7 +57,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    write_config(run_dir, text)
+    write_config(rl.output_dir, text)
     return trainer
 
 
