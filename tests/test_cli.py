@@ -121,6 +121,15 @@ def test_mistakes_are_explained_before_any_work(pair, tmp_path, capsys, flag, va
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_lookahead_settings_without_a_strategy_are_refused(pair, tmp_path):
+    base = train_flags(pair, tmp_path / "run")[:-4]
+    with pytest.raises(ConfigError, match=r"--effopd\.gate_z: without a strategy.*--effopd\.strategy lookahead"):
+        parse_train([*base, "--effopd.gate_z", "3"])
+    assert not parse_train([*base, "--effopd.gate_z", "2", "--effopd.strategy", "none"]).effopd.enabled
+    (tmp_path / "c.yaml").write_text("effopd: {strategy: lookahead}\n")
+    assert parse_train(["--config", str(tmp_path / "c.yaml"), *base, "--effopd.gate_z", "3"]).effopd.gate_z == 3
+
+
 def test_unknown_yaml_keys_are_named(pair, tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rat: 1.0\n")
     with pytest.raises(ConfigError, match="learning_rat"):
@@ -137,7 +146,7 @@ def other_value(field, default):
     return not default if isinstance(default, bool) else default + 1
 
 
-@pytest.mark.parametrize("strategy", ["noop", "fixed", "alpha_opd", "relex", "lookahead"])
+@pytest.mark.parametrize("strategy", ["effopd", "noop", "fixed", "alpha_opd", "relex", "lookahead"])
 def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path, strategy):
     default = EffOPDConfig(strategy)
     wanted = {

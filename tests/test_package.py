@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import effopd
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,3 +59,13 @@ def test_help_works_from_an_environment_with_nothing_else(wheel, tmp_path):
         )
         assert result.returncode == 0, result.stderr
         assert expected in result.stdout
+
+
+def test_examples_in_docstrings_are_true():
+    ran = 0
+    for module in pkgutil.walk_packages(effopd.__path__, "effopd."):
+        if not module.name.endswith("__main__"):
+            result = doctest.testmod(importlib.import_module(module.name))
+            assert not result.failed, module.name
+            ran += result.attempted
+    assert ran > 20

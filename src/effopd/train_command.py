@@ -109,5 +109,11 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
             f"--lambda_extrapolation {opd.lambda_extrapolation} needs --reference_model_name_or_path: the student's "
             "start, or the teacher's base before RL."
         )
+    given = [word.partition("=")[0] for word in argv if word.startswith("--effopd")]
+    if look.effopd_strategy == "none" and not any(name.endswith("strategy") for name in given) and given:
+        raise ConfigError(
+            f"{', '.join(given)}: without a strategy there is no look-ahead to set. Add --effopd.strategy lookahead (or effopd, "
+            "the paper's), or leave it out."
+        )
     values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}
     return RunSettings(model, task, opd, EffOPDConfig(**values)), command.dry_run

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from conftest import make_model
 from safetensors.torch import load_file
 from tiny_run import EFFOPD, STEPS, make_trainer
+from transformers import TrainerState
 
+from effopd.distill.run_mixin import EpochRepeatSampler, _EpochCallback
 from effopd.errors import CheckpointError
 from effopd.files import read_rows
 
@@ -73,6 +78,48 @@ def test_resume_in_a_later_epoch_keeps_the_data_order(tmp_path):
     make_trainer(tmp_path / "part", **settings).train(resume_from_checkpoint=True)
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "part").items())
+
+
+def test_data_order_after_a_resume_on_several_processes():
+    """accelerate tells the sampler the epoch, but not through what a resume wraps around the batches of one of several ranks."""
+
+    def batches(resumed: bool) -> list[list[int]]:
+        sampler = EpochRepeatSampler(range(16), mini_repeat_count=1, batch_size=2, shuffle=True, seed=0)
+        loader = torch.utils.data.DataLoader(range(16), batch_size=2, sampler=sampler)
+        loader = prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False)
+        callback = _EpochCallback()
+        callback.sampler, seen = sampler, []
+        for epoch in (2,) if resumed else (0, 1, 2):
+            state = TrainerState(epoch=epoch + 0.5 * resumed)
+            callback.on_epoch_begin(None, state, None)
+            here = skip_first_batches(loader, 2) if resumed else loader
+            here.set_epoch(epoch)
+            seen = [batch.tolist() for batch in here]
+        return seen
+
+    assert batches(resumed=True) == batches(resumed=False)[2:] and len(batches(resumed=True)) == 2
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones_apart(tmp_path, caplog):
+    settings = {"eval_strategy": "no", "save_steps": 2, "save_total_limit": 2, "trajectory": "2"}
+    make_trainer(tmp_path, max_steps=6, **settings).train()
+    later = load_file(tmp_path / "checkpoints" / "step-000006" / "model.safetensors")
+    again = make_trainer(tmp_path, max_steps=6, teacher=make_model(3), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000004"))
+    aside = tmp_path / "superseded" / "1"
+    assert "superseded/1" in caplog.text
+    assert all(
+        torch.equal(t, later[name])
+        for name, t in load_file(aside / "checkpoints/step-000006/model.safetensors").items()
+    )
+    assert [path.name for path in (aside / "trajectory").iterdir()] == ["step-000006"]
+    assert [row["step"] for row in read_rows(aside / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in again.run_dir.checkpoints()] == ["step-000004", "step-000006"]
+    for kind in ("checkpoints", "trajectory"):
+        new, old = (load_file(root / kind / "step-000006" / "model.safetensors") for root in (tmp_path, aside))
+        assert any(not torch.equal(t, old[name]) for name, t in new.items())
+    assert again.run_dir.set_aside(6) is None and again.run_dir.set_aside(4) == tmp_path / "superseded" / "2"
 
 
 def test_resume_of_a_run_without_lookahead_state_is_refused(tmp_path):

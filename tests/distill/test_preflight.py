@@ -95,7 +95,10 @@ def test_parameter_count_needs_no_weights(student_dir):
 def test_disk(tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 5 * 10**9))
-    check_disk(tmp_path / "a" / "b", 10**8, 2, effopd=True)  # 3 × 1.6 GB
+    check_disk(tmp_path / "a" / "b", 10**8, checkpoints=3, effopd=True)  # 3 × 1.6 GB
     with pytest.raises(CheckpointError, match="--save_total_limit"):
-        check_disk(tmp_path, 10**8, 3, effopd=True)
-    check_disk(tmp_path, 10**8, 3, effopd=False)  # without the anchor it fits
+        check_disk(tmp_path, 10**8, checkpoints=4, effopd=True)
+    check_disk(tmp_path, 10**8, checkpoints=4, effopd=False)  # without the anchor it fits
+    check_disk(tmp_path, 10**8, checkpoints=4, optimizer=False, effopd=True)  # and without the moments
+    with pytest.raises(CheckpointError, match="--trajectory"):
+        check_disk(tmp_path, 10**8, checkpoints=3, models=2, effopd=True)

@@ -12,6 +12,7 @@ from trl import DistillationConfig, DistillationTrainer
 from effopd import EffOPDCallback, EffOPDConfig
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.errors import ConfigError
+from effopd.extrapolate.live_weights import bit_sum
 from effopd.files import read_rows
 
 FAST = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
@@ -133,6 +134,34 @@ def test_it_jumps_and_gets_closer_to_the_teacher(tmp_path):
     assert any(row["accepted_scale"] > 1 for row in read_rows(tmp_path / "ahead" / "searches.jsonl"))
 
 
+def test_the_sampled_loss_gets_rollouts_of_the_weights_that_it_updates(tmp_path):
+    """Its gradient is an estimate only for answers of the policy itself; after a jump the step's rollouts are not."""
+    for loss in ("full", "sampled"):
+        trainer = make_trainer(tmp_path / loss, effopd=LOOK, **FAST | {"loss_type": loss, "learning_rate": 1e-4})
+        sampled, updated = spy(trainer, "_generate_and_score_completions"), spy(trainer, "compute_loss")
+        trainer.train()
+        moved = [row["step"] for row in read_rows(tmp_path / loss / "searches.jsonl") if row["accepted_scale"]]
+        assert moved and len(updated) == 4
+        if loss == "full":
+            assert len(sampled) == 4 and all(
+                (sampled[step - 1] != updated[step - 1]) == (step in moved) for step in (1, 2, 3, 4)
+            )
+        else:
+            assert len(sampled) == 4 + len(moved) and set(updated) <= set(sampled)
+
+
+def spy(trainer, method):
+    """Checksums of the weights at every call of a method."""
+    seen, real = [], getattr(trainer, method)
+
+    def spied(*args, **kwargs):
+        seen.append(sum(bit_sum(p) for p in trainer.model.parameters()))
+        return real(*args, **kwargs)
+
+    setattr(trainer, method, spied)
+    return seen
+
+
 def test_needs_no_answers(tmp_path):
     task = make_task(64)
     unanswered = type(task)(
@@ -191,6 +220,8 @@ def test_hosts_without_a_teacher_other_targets_and_images_are_refused(tmp_path):
         EffOPDCallback(host, LOOK)
     with pytest.raises(ConfigError, match="another target"):
         make_trainer(tmp_path / "x", effopd=LOOK, lambda_extrapolation=1.25, reference_model=make_model(2), **FAST)
+    with pytest.raises(ConfigError, match="at least 2 a step"):
+        make_trainer(tmp_path / "z", effopd=LOOK, per_device_train_batch_size=1, **FAST)
     scorer = scorer_of(make_trainer(tmp_path / "y", effopd=LOOK, **FAST))
     with pytest.raises(ConfigError, match="come with pixel_values"):
         scorer.take([{"pixel_values": torch.zeros(1), "completion_ids": torch.zeros(2, 3)}])

@@ -127,12 +127,20 @@ def test_low_precision_is_warned_about(caplog):
 
 
 def test_refusals():
-    with pytest.raises(ConfigError, match="matches no parameter"):
+    with pytest.raises(ConfigError, match="matches no trained parameter"):
         LiveWeights(make_model(0), "lora_")
-    layer = nn.Linear(2, 2)
-    layer.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(WeightsError, match="int8"):
+    layer = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(WeightsError, match="complex64"):
         LiveWeights(layer, "all")
+    with pytest.raises(ConfigError, match="all are frozen"):
+        LiveWeights(make_model(0).requires_grad_(False), "all")
+
+
+def test_frozen_parameters_take_no_memory():
+    layer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    layer[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)  # quantised, say
+    layer[0].bias.requires_grad_(False)
+    assert LiveWeights(layer, "all").names == ("1.weight", "1.bias")
 
 
 def test_anchor_device_cpu():

@@ -154,11 +154,26 @@ def test_anchor_survives_a_round_trip():
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"use_dora": True}, "DoRA"), ({"target_modules": ["embed_tokens"]}, "embedding")],
+    [
+        ({"use_dora": True}, "variant of LoRA"),
+        ({"target_modules": ["embed_tokens"]}, "embedding"),
+        ({"target_modules": None, "target_parameters": ["mlp.up_proj.weight"]}, "stacked experts"),
+    ],
 )
 def test_variants_whose_update_is_not_a_product_are_refused(config, message):
     with pytest.raises(ConfigError, match=message):
         LoraWeights(student(**config), "all")
+
+
+def test_what_is_trained_beside_the_factors_is_named(caplog):
+    LoraWeights(student(modules_to_save=["lm_head"]), "all")
+    assert "lm_head" in caplog.text and "stay" in caplog.text
+
+
+def test_no_displacement_is_no_displacement():
+    model = student()
+    nudge(model)
+    assert LoraWeights(model).displacement_norm() == 0.0
 
 
 def test_mistakes_are_explained():

@@ -272,7 +272,12 @@ def test_through_the_trainer_resumed_and_charged(strategy, tmp_path):
         assert rows[0]["step"] == 2 and all(row["forward_tokens"] > 0 for row in rows)
     else:
         assert [row["step"] for row in rows] == ([1, 2, 3, 4] if strategy in FITS else [1, 2, 4])
-    last = list(read_rows(tmp_path / "metrics.jsonl"))[-1]
+    metrics = list(read_rows(tmp_path / "metrics.jsonl"))
+    steered = {row["step"]: row["learning_rate_factor_total"] for row in rows if "learning_rate_factor_total" in row}
+    for row in metrics:  # the rate that the step was taken with
+        factor = next((steered[s] for s in range(row["step"], 0, -1) if s in steered), 1.0)
+        assert row["learning_rate"] == pytest.approx(trainer.args.learning_rate * factor)
+    last = metrics[-1]
     assert last["cost/search_generated_tokens"] == sum(row["generated_tokens"] for row in rows)
     assert (last["cost/search_generated_tokens"] > 0) == (strategy in GENERATING)
     assert last["cost/search_forward_tokens"] == sum(row["forward_tokens"] for row in rows)

@@ -85,7 +85,11 @@ def test_the_engine_serves_what_is_trained(strategy, tmp_path, engine_in_float32
         str(tmp_path / "student"), model_for_vllm(1), args, train_dataset=task.to_dataset(), processing_class=tokenizer
     )
     trainer.add_callback(
-        EffOPDCallback(trainer, EffOPDConfig(strategy, validation_size=8, score_rollouts=8), task=task)
+        EffOPDCallback(
+            trainer,
+            EffOPDConfig(strategy, validation_size=8, score_rollouts=8),
+            task=task,
+        )
     )
     generation, gaps, moves = trainer.vllm_generation, [], []
     real, fixed = generation.generate, [list(range(3, 23)), list(range(30, 50))]

@@ -72,6 +72,12 @@ class RunArguments:
             raise ConfigError(
                 "cost_clock='cpu' does not see the work of the accelerator this machine has. Use 'wall'."
             )
+        if getattr(self, "push_to_hub", False):
+            raise ConfigError(
+                "push_to_hub would upload the whole run directory at every save, optimizer states and trajectory included "
+                "(transformers leaves out folders named checkpoint-N only). Upload the finished model instead: "
+                "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' 'trajectory/*' 'superseded/*'."
+            )
         self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
         in_trajectory(self.trajectory, 0, 0)
         length = getattr(self, "max_completion_length", None)

@@ -18,7 +18,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from effopd.distill.config import OPDConfig
 from effopd.distill.preflight import check_disk, check_models, check_task, parameter_count
-from effopd.distill.run_dir import CONFIG, RunDir
+from effopd.distill.run_dir import CONFIG, RunDir, in_trajectory
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import EffOPDCallback
@@ -56,7 +56,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
             f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "
             "--gradient_accumulation_steps, or raise --train_size."
         )
-    check_space(model.model_name_or_path, opd, len(train), batch, effopd=effopd.enabled)
+    check_space(model, opd, len(train), batch, effopd=effopd.enabled)
     _merge_init_kwargs(model, opd)
     trainer = OPDTrainer(
         model.model_name_or_path,
@@ -123,20 +123,28 @@ def require_models(model: ModelConfig, opd: OPDConfig) -> None:
             raise ConfigError(f"{flag} is missing: expected a model folder or a Hub id.")
 
 
-def check_space(name: str, opd: Any, prompts: int, batch: int, *, effopd: bool) -> None:
-    """Refuse a run whose checkpoints will not fit on the disk.
+def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effopd: bool) -> None:
+    """Refuse a run whose checkpoints and trajectory will not fit on the disk. Adapters are small: they are not counted.
 
     Raises:
         CheckpointError: less is free than a full set takes.
     """
-    if opd.save_strategy == SaveStrategy.NO:
+    if model.use_peft:
         return
-    steps = opd.max_steps if opd.max_steps > 0 else math.ceil(prompts / batch * opd.num_train_epochs)
-    every = opd.save_steps if opd.save_steps >= 1 else max(1, math.ceil(opd.save_steps * steps))
-    kept = max(1, math.ceil(steps / every)) if opd.save_strategy == SaveStrategy.STEPS else 1
-    kept = min(kept, opd.save_total_limit) if opd.save_total_limit else kept
-    parameters = parameter_count(name, trust_remote_code=opd.trust_remote_code)
-    check_disk(opd.output_dir, parameters, int(kept), effopd=effopd)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(prompts / batch * args.num_train_epochs)
+    kept = 0
+    if args.save_strategy != SaveStrategy.NO:
+        every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
+        kept = max(1, math.ceil(steps / every)) if args.save_strategy == SaveStrategy.STEPS else 1
+        kept = 1 + min(kept, args.save_total_limit or kept)  # one more while it is being written
+    check_disk(
+        args.output_dir,
+        parameter_count(model.model_name_or_path, trust_remote_code=args.trust_remote_code),
+        checkpoints=kept,
+        models=1 + sum(in_trajectory(args.trajectory, step, steps) for step in range(steps + 1)),
+        optimizer=not args.save_only_model,
+        effopd=effopd,
+    )
 
 
 def _merge_init_kwargs(model: ModelConfig, opd: OPDConfig) -> None:

@@ -40,7 +40,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
             f"a generation batch takes {prompts} prompts ({rl.generation_batch_size} answers, {rl.num_generations} a "
             f"prompt) but the task has {len(train)}: lower --per_device_train_batch_size or raise --train_size."
         )
-    check_space(name, rl, len(train), prompts, effopd=False)
+    check_space(model, rl, len(train), prompts, effopd=False)
     dtype = {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
     rl.model_init_kwargs = (
         {"attn_implementation": model.attn_implementation, "revision": model.model_revision}

@@ -125,24 +125,30 @@ def parameter_count(model: str, **load: Any) -> int:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, **load)).num_parameters()
 
 
-def check_disk(output_dir: str | Path, parameters: int, checkpoints: int, *, effopd: bool) -> None:
-    """Room for the checkpoints a run keeps, and for one more while it is being written.
+def check_disk(
+    output_dir: str | Path, parameters: int, *, checkpoints: int, models: int = 0, optimizer: bool = True, effopd: bool
+) -> None:
+    """Room for everything a run keeps.
 
     Args:
         parameters: of the student.
         checkpoints: how many are on disk at the same time.
+        models: how many times the weights alone are (the trajectory and the final model).
+        optimizer: whether checkpoints hold its moments.
+        effopd: whether they hold an anchor.
 
     Raises:
-        CheckpointError: less is free than a full set takes.
+        CheckpointError: less is free than that takes.
     """
     folder = Path(output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    each = parameters * (sum(_BYTES_PER_PARAMETER.values()) - (0 if effopd else _BYTES_PER_PARAMETER["anchor"]))
-    needed, free = each * (checkpoints + 1), shutil.disk_usage(folder).free
+    parts = ["weights"] + ["optimizer"] * optimizer + ["anchor"] * effopd
+    each, model = (parameters * sum(_BYTES_PER_PARAMETER[part] for part in which) for which in (parts, ["weights"]))
+    needed, free = each * checkpoints + model * models, shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.1f} GB free but {checkpoints} checkpoints of {each / 1e9:.1f} GB (and one "
-            f"being written) take {needed / 1e9:.1f} GB. Lower --save_total_limit, raise --save_steps, or choose "
-            "another --output_dir."
+            f"{folder} has {free / 1e9:.1f} GB free but {checkpoints} checkpoints of {each / 1e9:.1f} GB (one of them being "
+            f"written) and {models} times the model, {model / 1e9:.1f} GB, take {needed / 1e9:.1f} GB. Lower "
+            "--save_total_limit, raise --save_steps, keep less of --trajectory, or choose another --output_dir."
         )

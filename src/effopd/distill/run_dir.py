@@ -6,12 +6,14 @@
     evals.jsonl       a row an evaluation
     checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
     trajectory/       step-000008/ … (weights only, for analysis)
+    superseded/       1/ … (what lay beyond the step from which a run was resumed, if anything did)
 
 A checkpoint is filled in `checkpoints/.staging` and renamed into place, so whatever has a final name is complete.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +24,8 @@ from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.callback import SEARCHES
 from effopd.extrapolate.schedule import powers_of_two
 from effopd.files import append_row, fsync, keep_rows
+
+logger = logging.getLogger(__name__)
 
 METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
 CONFIG = "config.yaml"
@@ -104,6 +108,30 @@ class RunDir:
             for path in victims:
                 shutil.rmtree(path)
 
+    def set_aside(self, step: int) -> Path | None:
+        """Move what an earlier run left beyond `step`, from where another goes on now, to `superseded/N`, with a copy of its
+        rows: the two must not mix, and nothing is lost. Returns the folder, if there was anything.
+        """
+        later = [
+            path
+            for kind in ("checkpoints", "trajectory")
+            for path in (self.root / kind).glob("step-*")
+            if (found := _STEP.match(path.name)) and int(found[1]) > step
+        ]
+        if not later:
+            return None
+        number = 1 + max((int(p.name) for p in (self.root / "superseded").glob("*") if p.name.isdecimal()), default=0)
+        aside = self.root / "superseded" / str(number)
+        for name in (METRICS, SEARCHES, EVALS):
+            if (self.root / name).exists():
+                aside.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.root / name, aside / name)
+        for path in later:
+            target = aside / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        return aside
+
     def refuse_overwrite(self) -> None:
         """A fresh run must not mix its rows with an older run's.
 
@@ -130,6 +158,8 @@ class RunDirCallback(TrainerCallback):
         """Start, or cut the rows back to the checkpoint that is being resumed."""
         if state.is_world_process_zero:
             self._run_dir.root.mkdir(parents=True, exist_ok=True)
+            if aside := self._run_dir.set_aside(state.global_step):
+                logger.warning("Going on from step %d; what was there beyond it is in %s.", state.global_step, aside)
             for name in (METRICS, SEARCHES, EVALS):
                 keep_rows(self._run_dir.root / name, state.global_step)
 

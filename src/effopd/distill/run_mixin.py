@@ -36,6 +36,18 @@ class EpochRepeatSampler(RepeatSampler):
             self.generator.manual_seed(self.seed + epoch)
 
 
+class _EpochCallback(TrainerCallback):
+    """Tells the sampler which epoch begins. accelerate does, too, but not through what a resume on several processes wraps
+    around it."""
+
+    def __init__(self) -> None:
+        self.sampler: EpochRepeatSampler | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch))
+
+
 class _LedgerCallback(TrainerCallback):
     """Opens `update` for the length of an optimizer step. Must run before every other callback."""
 
@@ -85,8 +97,10 @@ class RunMixin(_Host):
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
         self.resumed_from: Path | None = None
         self._saving = False
+        self._epochs = _EpochCallback()
 
     def _attach_run(self) -> None:
+        self.add_callback(self._epochs)
         self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir))
         self.add_callback(_StartLedgerCallback(self.ledger))
@@ -99,7 +113,7 @@ class RunMixin(_Host):
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
-        return EpochRepeatSampler(
+        self._epochs.sampler = EpochRepeatSampler(
             data_source=sampler.data_source,
             mini_repeat_count=sampler.mini_repeat_count,
             batch_size=sampler.batch_size,
@@ -107,6 +121,7 @@ class RunMixin(_Host):
             shuffle=sampler.shuffle,
             seed=sampler.seed,
         )
+        return self._epochs.sampler
 
     # -- rollout, logging and evaluation ------------------------------------------------------------------------
 
@@ -200,7 +215,7 @@ class RunMixin(_Host):
                 plugin.set_state_dict_type(kind)
 
     def _save_checkpoint(self, model, trial):
-        step = self.state.global_step
+        step, best = self.state.global_step, self.state.best_model_checkpoint
         if self.args.should_save:
             self.run_dir.fresh_staging()
         self.accelerator.wait_for_everyone()
@@ -209,16 +224,19 @@ class RunMixin(_Host):
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
+            self.state.best_model_checkpoint = best  # the host looks for it in the staging folder
         staged, final = self.run_dir.staging / f"checkpoint-{step}", self.run_dir.checkpoint(step)
         ledgers = gather(self.ledger.state_dict())
         self.accelerator.wait_for_everyone()
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "save_state"):
                 callback.save_state(staged)
+        if self.state.best_global_step is not None:
+            better = self.run_dir.checkpoint(self.state.best_global_step)
+            if from_first(better == final or better.is_dir()):  # a step may have been evaluated and not saved
+                self.state.best_model_checkpoint = str(better)
         if self.args.should_save:
-            if self.state.best_global_step is not None:
-                self.state.best_model_checkpoint = str(self.run_dir.checkpoint(self.state.best_global_step))
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             write_atomically(staged / LEDGER_FILE, lambda path: path.write_text(json.dumps(ledgers, indent=1)))
             self.run_dir.publish(staged, final)
             best = self.state.best_model_checkpoint

@@ -34,8 +34,11 @@ class RolloutScorer:
         trainer: an `OPDTrainer`, or any `trl.DistillationTrainer`; the scorer uses its forward and its teacher.
         rollouts: how many rollouts are scored, over all processes.
 
+    Attributes:
+        looked_at: the global step at which `watch` last looked.
+
     Raises:
-        ConfigError: the trainer does not distil, has no teacher of its own, or learns another target than the teacher (ExOPD).
+        ConfigError: fewer than two rollouts a step; the trainer does not distil, has no teacher of its own, or learns another target than the teacher (ExOPD).
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens.
     """
 
@@ -57,22 +60,32 @@ class RolloutScorer:
         self._trainer, self._rollouts = trainer, -(-rollouts // world_size())
         self._batches: list[dict[str, Tensor]] = []
         self._teacher: list[Tensor] | None = None
+        self.looked_at = -1
+        here = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+        if min(here * world_size(), rollouts) < 2:
+            raise ConfigError(
+                f"the scorer 'teacher_kl' tells a gain from noise by comparing rollouts, so it needs at least 2 a step; this run "
+                f"samples {here * world_size()} and scores {rollouts}. Raise --per_device_train_batch_size, "
+                "--gradient_accumulation_steps or --effopd.score_rollouts."
+            )
 
     def watch(self, look: Callable[[], object]) -> None:
         """Have `look` called once a step, when the step's rollouts are there and none of them has been trained on.
 
-        The host has no event for that, so its `_prepare_inputs` is wrapped, on this trainer only.
+        The host has no event for that, so its `_prepare_inputs` is wrapped, on this trainer only. If `look` throws the rollouts
+        away, because they are those of other weights now, they are sampled anew.
         """
-        trainer, prepare, looked_at = self._trainer, self._trainer._prepare_inputs, -1
+        trainer, prepare = self._trainer, self._trainer._prepare_inputs
 
         def prepared(generation_batch: Any) -> Any:
-            nonlocal looked_at
             inputs = prepare(generation_batch)
-            if trainer.model.training and trainer.state.global_step != looked_at:
-                looked_at = trainer.state.global_step
+            if trainer.model.training and trainer.state.global_step != self.looked_at:
+                self.looked_at = trainer.state.global_step
                 self.take(trainer._buffered_inputs)
                 look()
                 self.drop()
+                if trainer._buffered_inputs is None:
+                    inputs = prepare(generation_batch)
             return inputs
 
         trainer._prepare_inputs = prepared

@@ -63,18 +63,20 @@ class EffOPDCallback(TrainerCallback):
         self.trainer, self.config = trainer, config or EffOPDConfig()
         self._check_host(trainer)
         self.waits_for_rollouts = scorer is None and self.config.resolved_scorer == "teacher_kl"
+        self._rollouts: Any = None
         if self.waits_for_rollouts:
             from effopd.distill.teacher_kl import RolloutScorer  # knows the trainers, which know this module
 
-            rollout_scorer = RolloutScorer(trainer, self.config.score_rollouts)
-            rollout_scorer.watch(self._on_rollouts)
-            scorer = rollout_scorer
+            scorer = self._rollouts = RolloutScorer(trainer, self.config.score_rollouts)
+            self._rollouts.watch(self._on_rollouts)
         elif scorer is None and self.config.scored:
             scorer = self._accuracy_scorer(task if task is not None else _training_task(trainer, verify))
         self.scorer: Scorer | None = scorer
         self.lookahead: EffOPD | None = None
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.config.resolved_steer:
+            self._log_steered_rate()
 
     @staticmethod
     def _check_host(trainer: Trainer) -> None:
@@ -115,11 +117,22 @@ class EffOPDCallback(TrainerCallback):
             progress=not trainer.args.disable_tqdm,
         )
 
+    def _log_steered_rate(self) -> None:
+        """Let the trainer log the rate that steps are taken with instead of the schedule's, which is all that it knows."""
+        scheduled = self.trainer._get_learning_rate
+        self.trainer._get_learning_rate = lambda: (
+            scheduled() * (1.0 if self.lookahead is None else self.lookahead.learning_rate_factor)
+        )
+
     # -- events -------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
         """The anchor is the weights the run starts from, or what the resumed checkpoint saved."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self.lookahead is not None:  # an earlier `train` of this process, perhaps interrupted
+            self.lookahead.close()
+        if self._rollouts is not None:
+            self._rollouts.looked_at = -1
         self.lookahead = EffOPD(
             model,
             self.scorer,
@@ -127,7 +140,6 @@ class EffOPDCallback(TrainerCallback):
             target=self._target(),
             on_move=self._weights_moved,
             optimizer=kwargs.get("optimizer"),
-            lr_scheduler=kwargs.get("lr_scheduler"),
         )
         if state.global_step > 0:
             self.lookahead.load(self._find_state(args, state.global_step))
@@ -141,6 +153,8 @@ class EffOPDCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Report the last search."""
         self._flush()
+        if self.lookahead is not None:
+            self.lookahead.close()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Search if this step is a trigger (and the scorer does not wait for the next rollouts)."""
@@ -203,10 +217,15 @@ class EffOPDCallback(TrainerCallback):
         )
 
     def _weights_moved(self) -> None:
-        """Engines with their own copy of the weights, and rollouts made with the old ones, are out of date now."""
+        """Engines with their own copy of the weights, and rollouts made with the old ones, are out of date now.
+
+        The full KL of a search that used a step's rollouts is still a loss on them; the sampled one is an estimate only where
+        the weights that it updates are those that sampled.
+        """
         if getattr(self.trainer, "use_vllm", False):
             self.trainer._last_loaded_step = -1
-        if getattr(self.trainer, "_buffered_inputs", None) is not None and not self.waits_for_rollouts:
+        keep = self.waits_for_rollouts and getattr(self.trainer.args, "loss_type", None) != "sampled"
+        if getattr(self.trainer, "_buffered_inputs", None) is not None and not keep:
             self.trainer._buffered_inputs = None
 
     def _log(self, row: dict[str, Any]) -> None:

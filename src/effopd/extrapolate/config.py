@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from effopd.errors import ConfigError
@@ -21,7 +21,15 @@ ONLY_FOR = {
     "fit_until": ("alpha_opd", "relex"),
     "relex_factor": ("relex",),
     "alpha_target": ("alpha_opd",),
+    "scales": ("effopd", "effopd-released", "random_direction"),
+    "gate": ("lookahead", "effopd", "effopd-released", "random_direction", "noop"),
+    "gate_z": ("lookahead", "effopd", "effopd-released", "random_direction", "noop"),
+    "schedule": ("lookahead", "effopd", "effopd-released", "random_direction", "noop", "fixed"),
 }
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @dataclass
@@ -175,17 +183,17 @@ class EffOPDConfig:
         compile_rule(self.resolved_parameters)
 
     def _check_strategy_settings(self) -> None:
-        defaults = {f.name: f.default for f in fields(self)}
+        given = {f.name for f in fields(self) if getattr(self, f.name) != _default(f)}
         if not 0 <= self.gate_z < float("inf"):
             raise ConfigError(f"EffOPDConfig.gate_z must be >= 0 and finite, got {self.gate_z}.")
-        if self.gate_z != defaults["gate_z"] and self.resolved_gate != "margin":
+        if "gate_z" in given and self.resolved_gate != "margin":
             raise ConfigError(
                 f"EffOPDConfig.gate_z is read by gate 'margin' only; with gate '{self.resolved_gate}' it would be ignored."
             )
         for name, strategies in ONLY_FOR.items():
-            if getattr(self, name) != defaults[name] and self.strategy not in strategies:
+            if name in given and self.strategy not in strategies:
                 raise ConfigError(
-                    f"EffOPDConfig.{name} is read by the strategies {' and '.join(strategies)} only, so with strategy "
+                    f"EffOPDConfig.{name} is read by the strategies {', '.join(strategies)} only, so with strategy "
                     f"'{self.strategy}' it would be ignored. Leave it out, or choose one of them."
                 )
         if not 0 <= self.fixed_k < float("inf"):

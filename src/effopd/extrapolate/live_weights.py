@@ -23,8 +23,9 @@ from effopd.extrapolate.ranks import Share, gather, local, reshard, shares, worl
 
 logger = logging.getLogger(__name__)
 
-_ATTENTION = r"(?:self_attn|self_attention|attention|attn)"
-_MLP = r"(?:mlp|ffn|feed_forward|block_sparse_moe|experts|shared_expert)"
+# with what takes the place of attention in hybrid models: linear attention, state spaces, short convolutions
+_ATTENTION = r"(?:self_attn|self_attention|attention|attn|linear_attn|mamba|mixer|short_conv|conv)"
+_MLP = r"(?:mlp|ffn|feed_forward|block_sparse_moe|experts|shared_expert|shared_mlp|fc[12])"
 
 
 #: Named rules for which parameters move, as regular expressions searched in parameter names.
@@ -78,7 +79,7 @@ def compile_rule(rule: str) -> re.Pattern[str]:
 
 
 class LiveWeights:
-    """The selected parameters of a live model, with an fp32 anchor and a movable position.
+    """The selected trained parameters of a live model, with an fp32 anchor and a movable position.
 
     Life of a search: `begin()` remembers the origin W; `move_to(s)` puts the model at W + s·D, any number of times, with
     D = W − anchor unless `begin` was given another direction; `restore()` puts W back; `commit()` ends the search where
@@ -101,13 +102,18 @@ class LiveWeights:
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
         pattern = compile_rule(parameters)
         reshard(model)  # after a forward, FSDP2 may still have its gathered copies in the parameters' place
-        self._parameters = {name: p for name, p in model.named_parameters() if pattern.search(name)}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {name: p for name, p in trained.items() if pattern.search(name)}
         if not self._parameters:
-            some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
             raise ConfigError(
-                f"parameters={parameters!r} matches no parameter of {type(model).__name__} (its names look like: "
-                f"{some}). Use 'all', or a regular expression that matches."
+                f"parameters={parameters!r} matches no trained parameter of {type(model).__name__} (their names look like: "
+                f"{', '.join([*trained][:3]) or 'none, all are frozen'}). Use 'all', or a regular expression that matches."
             )
+        stay = [name for name in trained if name not in self._parameters]
+        logger.info(
+            "EffOPD moves %.1f %% of the trained numbers; %d parameters stay%s.",
+            100 * self.numel / sum(p.numel() for p in trained.values()), len(stay), f", such as {', '.join(stay[:3])}" if stay else "",
+        )  # fmt: skip
         self._model = model
         self._shares = shares(self._parameters)
         for name, parameter in self._parameters.items():

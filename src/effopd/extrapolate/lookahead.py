@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from effopd.errors import CheckpointError, ConfigError, EffOPDError, NonFiniteWeightsError, ScorerError
 from effopd.extrapolate.anchor_files import ANCHOR_FILE, read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.learning_rate import SteeredRate
 from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement
 from effopd.extrapolate.lora_weights import LoraWeights, has_adapters
 from effopd.extrapolate.observations import Observations
@@ -52,8 +53,8 @@ class EffOPD:
             that do not score.
         config: defaults to the paper's settings.
         target: measures the accuracy that 'alpha_opd' aims at (unless `config.alpha_target` says it).
-        optimizer: the loop's optimizer, for strategies that reset its moments after a jump or steer its learning rate.
-        lr_scheduler: the loop's scheduler, if it has one; the learning rate is steered on top of its schedule.
+        optimizer: the loop's optimizer, for strategies that reset its moments after a jump or steer its learning rate. The
+            rate is steered on top of the schedule it has: see `SteeredRate`; a logged rate is the schedule's.
         on_move: called after the search left the model at other weights than it found (e.g. re-sync an engine).
 
     Raises:
@@ -75,7 +76,6 @@ class EffOPD:
         target: Callable[[], Score | float] | None = None,
         on_move: Callable[[], None] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        lr_scheduler: Any = None,
     ):
         self.model, self.scorer, self.config = model, scorer, config or EffOPDConfig()
         if not self.config.enabled:
@@ -93,7 +93,8 @@ class EffOPD:
                 f"strategy '{self.config.strategy}' resets the optimizer's moments or steers its learning rate: pass "
                 "optimizer=…, or set optimizer='keep' and steer=False."
             )
-        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._optimizer = optimizer
+        self._rate = SteeredRate(optimizer) if self.config.resolved_steer else None
         self._target = target
         self.observations = Observations()
         self.weights = self._weights(model)
@@ -166,7 +167,7 @@ class EffOPD:
         factor = self._after(result) if len(result.trials) > 1 else 1.0
         row = self._row(step, delta_norm, result, time.perf_counter() - start) | {"memory_bytes": memory}
         if self.config.resolved_steer:
-            row["learning_rate_factor"] = factor
+            row |= {"learning_rate_factor": factor, "learning_rate_factor_total": self.learning_rate_factor}
         if isinstance(self.weights, LoraWeights):
             row["lora_lost_share"] = self.weights.lost_share
         if quality is not None:
@@ -185,19 +186,22 @@ class EffOPD:
         if result.accepted_scale > 0 and self.config.resolved_optimizer == "reset":
             assert self._optimizer is not None
             self._optimizer.state.clear()
-        factor = 1.0
-        if self.config.resolved_steer:
-            before = self.history[-1]["preferred_scale"] if self.history else 0.0
-            so_far = math.prod(row.get("learning_rate_factor", 1.0) for row in self.history)
-            factor = steering(result.preferred_scale, before, so_far)
-        if factor != 1.0:
-            assert self._optimizer is not None
-            for group in self._optimizer.param_groups:
-                group["lr"] *= factor
-            scheduler = getattr(self._lr_scheduler, "scheduler", self._lr_scheduler)  # accelerate wraps it
-            if hasattr(scheduler, "base_lrs"):  # the others scale the rate that they find
-                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        if self._rate is None:
+            return 1.0
+        before = self.history[-1]["preferred_scale"] if self.history else 0.0
+        factor = steering(result.preferred_scale, before, self._rate.factor)
+        self._rate.factor *= factor
         return factor
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What the schedule's learning rate is multiplied with at present."""
+        return 1.0 if self._rate is None else self._rate.factor
+
+    def close(self) -> None:
+        """Let go of the optimizer; for a loop that goes on without the look-ahead, or with a new one."""
+        if self._rate is not None:
+            self._rate.close()
 
     def reanchor(self, step: int) -> None:
         """Start the displacement anew from the present weights, without a search.
@@ -327,12 +331,13 @@ class EffOPD:
         return {"config": config, "validation_ids": getattr(self.scorer, "validation_ids", None)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchor (fp32 tensors by name), its step, observations, the history, and the settings they belong to."""
+        """Anchor (fp32 tensors by name), its step, observations, history, steered rate, and the settings they belong to."""
         return {
             "anchor": self.weights.state_dict(),
             "observations": self.observations.state_dict(),
             "anchor_step": self.anchor_step,
             "history": list(self.history),
+            "learning_rate_factor": self.learning_rate_factor,
             "fingerprint": self._fingerprint(),
         }
 
@@ -356,6 +361,8 @@ class EffOPD:
         self.weights.load_state_dict(state["anchor"])
         self.observations.load_state_dict(state["observations"])
         self.anchor_step, self.history = int(state["anchor_step"]), list(state["history"])
+        if self._rate is not None:
+            self._rate.factor = float(state["learning_rate_factor"])
 
     def save(self, folder: str | Path) -> None:
         """Write the state into a checkpoint folder; the JSON file comes last, so its presence means "complete".

@@ -16,6 +16,7 @@ directions of A that the point does not use stay available to training.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import Direction, LiveWeights, compile_rule, displacement
 from effopd.extrapolate.ranks import Share, put, reshard, shares, whole
+
+logger = logging.getLogger(__name__)
 
 #: Singular values below this share of the largest are rounding.
 _ROUNDING = 1e-6
@@ -110,6 +113,12 @@ class LoraWeights(LiveWeights):
                 f"parameters={parameters!r} matches no adapted weight; the adapter is on: "
                 f"{', '.join(name for name, _, _ in list(adapted(model))[:3])}, … Use 'all', or a rule that matches."
             )
+        others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+        if others:
+            logger.warning(
+                "EffOPD moves the LoRA factors only; these are trained, too, and stay: %s%s.",
+                ", ".join(others[:3]), ", …" if len(others) > 3 else "",
+            )  # fmt: skip
         self.lost_share = 0.0
         self._model, self._shares = model, shares(self._parameters)
         self._anchor_device = torch.device(anchor_device) if anchor_device else None
@@ -134,6 +143,8 @@ class LoraWeights(LiveWeights):
     def _length(self, name: str) -> float:
         """‖B A − B_a A_a‖ (without scaling), of the factors as they stand."""
         (a, b), (anchor_a, anchor_b) = self._factors(self._parameters, name), self._factors(self._anchor, name)
+        if torch.equal(a, anchor_a) and torch.equal(b, anchor_b):
+            return 0.0  # and not what rounding makes of it
         try:
             return float(_core(torch.cat([b, -anchor_b], dim=1), torch.cat([a, anchor_a], dim=0))[1].norm())
         except torch.linalg.LinAlgError:  # what the decompositions make of NaN and infinity
@@ -201,6 +212,7 @@ def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]
         ConfigError: not LoRA, several active adapters, or a variant whose update is not scaling · B A.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
     if kinds != {"LORA"}:
@@ -219,10 +231,13 @@ def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]
             raise ConfigError(
                 f"'{name}' adapts an embedding, whose factors are laid out otherwise: leave it out of the LoRA."
             )
-        if adapter in layer.lora_magnitude_vector or layer.lora_A[adapter].weight.dim() != 2:
+        variant = (
+            isinstance(layer, ParamWrapper) or adapter in layer.lora_magnitude_vector or adapter in layer.lora_variant
+        )
+        if variant or layer.lora_A[adapter].weight.dim() != 2:
             raise ConfigError(
-                f"'{name}' uses DoRA or adapts a convolution, whose update is not scaling · B A: use plain LoRA on "
-                "linear layers."
+                f"'{name}' uses a variant of LoRA (DoRA, …) or adapts stacked experts or a convolution, where the update is not "
+                "scaling · B A: use plain LoRA on linear layers."
             )
         factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         yield f"{name}.weight", factors, float(layer.scaling[adapter])

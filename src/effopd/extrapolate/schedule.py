@@ -23,14 +23,16 @@ def adaptive(step: int, history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether enough steps have passed since the last search: 1 after a jump of at least the displacement itself (s ≥ 1),
     else twice as many as the time before, up to 8.
 
-    So it searches at every step while jumps pay, and hardly costs anything when they no longer do.
+    So it searches at every step while jumps pay, and hardly costs anything when they no longer do. A search that found no
+    displacement to look along (a warm-up from rate 0, a new stage of training) says nothing and changes nothing.
 
     Args:
-        history: earlier searches, each with `step` and `accepted_scale`.
+        history: earlier searches, each with `step`, `accepted_scale` and `trials`.
     """
     wait, last = 1, 0
     for row in history:
-        wait = 1 if row["accepted_scale"] >= 1 else min(2 * wait, LONGEST)
+        if len(row["trials"]) > 1:
+            wait = 1 if row["accepted_scale"] >= 1 else min(2 * wait, LONGEST)
         last = row["step"]
     return step >= last + wait
 

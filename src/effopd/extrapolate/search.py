@@ -133,7 +133,7 @@ def first_failure_search(
     Example:
         >>> result = first_failure_search(lambda s: Score(-(s - 4) ** 2), (2, 4, 6))
         >>> result.accepted_scale, [trial.verdict for trial in result.trials]
-        (4.0, ['start', 'accepted', 'rejected'])
+        (4.0, ['start', 'accepted', 'accepted', 'rejected'])
     """
     start = score(0.0)
     if not math.isfinite(start.mean):

@@ -161,7 +161,8 @@ def _predict_alpha(observations, steps, quality, config) -> Prediction:
 def _predict_relex(observations, steps, quality, config) -> Prediction:
     at_step = config.relex_factor * steps[-1]
     fits = {
-        name: relex.predict([point["delta"] for point in points], steps, at_step)
+        # a resume reads the earlier points into main memory
+        name: relex.predict([point["delta"].to(points[-1]["delta"].device) for point in points], steps, at_step)
         for name, points in observations.items()
     }
     return Prediction({name: fit.delta for name, fit in fits.items() if fit}, relex.summary(fits))
