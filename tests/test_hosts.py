@@ -41,7 +41,9 @@ def test_private_names_we_read_exist():
     for name in ("_last_loaded_step", "_buffered_inputs", "_metrics", "_forward_redirection", "eos_token_ids"):
         assert f"self.{name}" in source
     assert "self._last_loaded_step" in inspect.getsource(GRPOTrainer)
-    assert "learning_rate = self._get_learning_rate()" in inspect.getsource(Trainer._run_epoch)  # before the scheduler's step
+    assert "learning_rate = self._get_learning_rate()" in inspect.getsource(
+        Trainer._run_epoch
+    )  # before the scheduler's step
 
 
 def test_our_multimodal_keys_are_trls():
