@@ -1,4 +1,4 @@
-# make demo  plain OPD against EffOPD on the built-in testbed: runs/demo/
+# make demo  plain OPD, EffOPD and lookahead on the built-in testbed: runs/demo/
 # make test  the whole test suite
 # make lint  ruff and mypy
 # Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).
@@ -26,7 +26,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch first and pinned: a CPU build is enough here, and an unpinned one would pull CUDA packages
+# torch first, at the pinned version; a CPU build is enough
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch

@@ -125,9 +125,9 @@ With `--effopd.anchor_device cpu` the anchor is on the host, and half of the ext
 
 ## Time a search
 
-A candidate reads the origin and the anchor and writes the parameters; a `lookahead` search tries 3 to 9, a search of the paper 1 to 5. The
+A candidate reads the origin and the anchor and writes the parameters; a `lookahead` search tries 2 to 8 besides the starting point, a search of the paper 1 to 5. The
 score costs more than moving: one forward of the rollouts for `teacher_kl` (last column, spread over the GPUs), sampling 50 answers for the
-paper's accuracy, which takes as long as sampling takes.
+paper's accuracy, whose cost is that of the sampling and is not estimated here.
 
 {time_table(sizes, arguments.bandwidth, arguments.link, share)}
 """

@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def test_there_is_one_block_for_trl_and_one_for_pytorch():
     assert len(BLOCKS) == 2
-    assert "DistillationTrainer(" in BLOCKS[0] and "lookahead.step(step)" in BLOCKS[1]
+    assert "DistillationTrainer(" in BLOCKS[0] and "effopd.step(step)" in BLOCKS[1]
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["trl", "pytorch"])
@@ -22,7 +22,7 @@ def test_blocks_run_as_they_stand(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(BLOCKS[index], f"README block {index}", "exec"), names)
-    lookahead = names["lookahead"] if index else names["trainer"].callback_handler.callbacks[-1].lookahead
+    lookahead = names["effopd"] if index else names["trainer"].callback_handler.callbacks[-1].lookahead
     assert [row["step"] for row in lookahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index else [2, 3, 4])
 
 

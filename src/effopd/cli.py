@@ -112,7 +112,13 @@ def parse_rl(argv: Sequence[str]):
         "beta",
         "trajectory",
     )
-    arrange(parser, configs, {name: RUN_ESSENTIALS.get(name, "") for name in names})
+    ours = RUN_ESSENTIALS | {
+        "per_device_train_batch_size": "Answers per forward pass, on each device. This × gradient_accumulation_steps × devices must be a "
+        "multiple of num_generations; divided by it, it is the number of prompts per step. Presets: 16.",
+        "beta": "Weight of the KL to the model that training starts from; 0 loads no reference model. Presets: grpo 0.001, dapo "
+        "and rloo 0.",
+    }
+    arrange(parser, configs, {name: ours.get(name, "") for name in names})
     try:
         model, task, rl = parser.parse_args_and_config(list(argv))
     except (ValueError, OSError) as error:
@@ -201,7 +207,7 @@ def testbed(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "quickstart": (quickstart, "watch EffOPD against plain OPD on the built-in testbed, with the net speed-up"),
+    "quickstart": (quickstart, "watch plain OPD, EffOPD and lookahead on the built-in testbed, with the net speed-up"),
     "train": (train, "distil a teacher into a student"),
     "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
     "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),

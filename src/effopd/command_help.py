@@ -13,8 +13,8 @@ RUN_ESSENTIALS = {
     "max_steps": "Optimizer steps; overrides num_train_epochs.",
     "num_train_epochs": "",
     "learning_rate": "",
-    "per_device_train_batch_size": "Prompts in a forward, on each device. A step trains on this × gradient_accumulation_steps × devices.",
-    "gradient_accumulation_steps": "Forwards an optimizer step.",
+    "per_device_train_batch_size": "Answers per forward pass, on each device. A step trains on this × gradient_accumulation_steps × devices.",
+    "gradient_accumulation_steps": "Forward and backward passes per optimizer step.",
     "max_completion_length": "Longest answer, in tokens.",
 }
 

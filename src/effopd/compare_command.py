@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from effopd.bench import plan as plan_module
 from effopd.bench.plan import Plan, PlannedRun, load_plan
 from effopd.bench.results import analyse, read_run
 from effopd.bench.runner import LOG, Runner, is_done, only_one
@@ -27,6 +29,9 @@ from effopd.files import write_atomically
 from effopd.optional import is_available
 from effopd.report.compare_page import render, summary_table
 
+#: The fields of a plan, from the documentation of `bench.plan`.
+_PLAN_HELP = textwrap.dedent((plan_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])
+
 PLAN, RESULTS, PAGE, FIGURES = "plan.yaml", "results.json", "results.md", "results"
 
 
@@ -34,13 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `effopd compare`."""
     parser = argparse.ArgumentParser(
         prog="effopd compare",
-        description="Run strategies × learning rates × seeds × tasks through `effopd train`, none twice, and compare "
-        "them: time to the baseline's final quality in steps, net seconds and tokens, paired by seed, with 95 % "
-        "intervals. Stop it whenever you like; the same command goes on.",
-        epilog="Examples: effopd compare recipes/compare-testbed.yaml --dry_run   |   effopd compare PLAN --workers 2   "
-        "|   effopd compare --report runs/compare --out docs",
+        description="Run strategies × learning rates × seeds × tasks through `effopd train`, none twice, and compare them:\n"
+        "time to the baseline's final quality in steps, net seconds and tokens, paired by seed, with 95 % intervals.\n"
+        "Stop it whenever you like; the same command goes on.",
+        epilog="A plan:\n" + textwrap.indent(_PLAN_HELP, "  ") + "\nExamples:\n"
+        "  effopd compare recipes/compare-testbed.yaml --dry_run     # checks every setting, shows the grid\n"
+        "  effopd compare recipes/compare-testbed.yaml --workers 2   # runs it, or goes on with it\n"
+        "  effopd compare --report runs/compare --out docs           # redraws without running",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("plan", nargs="?", help="YAML file; recipes/compare-testbed.yaml explains the fields.")
+    parser.add_argument("plan", nargs="?", help="YAML file; fields below, an example in recipes/compare-testbed.yaml.")
     parser.add_argument("--workers", type=int, help="Runs at a time. Default: the plan's.")
     parser.add_argument(
         "--dry_run", action="store_true", help="Check every setting and show the grid; run and write nothing."

@@ -19,8 +19,8 @@ from effopd.testbed import resolve_model
 
 #: What the first section of `--help` shows.
 ESSENTIALS = {
-    "model_name_or_path": "The student: a folder or a Hub id; testbed:student ships.",
-    "teacher_model_name_or_path": "The teacher, with the student's tokenizer: a folder or a Hub id; testbed:teacher ships.",
+    "model_name_or_path": "The student: a folder or a Hub id; testbed:student is the built-in one.",
+    "teacher_model_name_or_path": "The teacher, with the student's tokenizer: a folder or a Hub id; testbed:teacher is the built-in one.",
     "task": "",
     "output_dir": "",
     "dry_run": "",
@@ -28,8 +28,8 @@ ESSENTIALS = {
     "eval_strategy": "When to measure KL and accuracy on held-out prompts: no, steps (every eval_steps), epoch.",
     "eval_steps": "Optimizer steps between evaluations.",
     "save_steps": "Optimizer steps between checkpoints.",
-    "use_vllm": "Sample rollouts with vLLM (see vllm_mode below); default: with transformers.",
-    "use_peft": "Train LoRA adapters (lora_r, lora_alpha, … below) instead of all weights.",
+    "use_vllm": "Sample rollouts with vLLM (vllm_mode: see --help); default: with transformers.",
+    "use_peft": "Train LoRA adapters (lora_r, lora_alpha, …: see --help) instead of all weights.",
     "report_to": "",
     "seed": "",
 }
@@ -73,7 +73,7 @@ def train_parser():
         "teacher.",
         epilog="Example:\n  effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task math:train.jsonl \\\n"
         "      --eval_strategy steps --eval_steps 10 --effopd.strategy lookahead --output_dir runs/first\n"
-        "--dry_run with it checks everything and shows the memory a rank; the same command with --resume_from_checkpoint true goes on.",
+        "--dry_run with it checks everything and shows the memory per rank; the same command with --resume_from_checkpoint true goes on.",
         formatter_class=OneSpelling,
         add_help=False,
     )

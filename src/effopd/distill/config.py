@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -65,7 +66,9 @@ class RunArguments:
             self.bf16 = False
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn
-        super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
+        with warnings.catch_warnings():  # TRL sets the old name by default; the user need not hear of it
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
         if self.cost_clock not in CLOCKS:
             raise ConfigError(f"cost_clock must be one of {', '.join(CLOCKS)}; got {self.cost_clock!r}.")
         if self.cost_clock == "cpu" and torch.accelerator.is_available():

@@ -37,7 +37,7 @@ def _run_rows(settings: RunSettings) -> Iterator[tuple[str, str]]:
         name = getattr(opd, f"{role}_model_name_or_path")
         if name:
             yield role, f"{name}  {_size_text(_size(name, opd))}"
-    yield "task", f"{task.task}, training prompts: {task.train_size or 'all'}, held out: {task.eval_size or 'none'}"
+    yield "task", f"{task.task}, training prompts: {task.train_size or 'all others'}, held out: {_held_out(task, opd)}"
     batch = opd.per_device_train_batch_size * opd.gradient_accumulation_steps * opd.world_size
     yield (
         "a step",
@@ -74,9 +74,20 @@ def _look_text(look: Any, opd: Any) -> str:
 _SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
 
 
+def _held_out(task: Any, opd: Any) -> str:
+    if opd.eval_strategy == "no" and not opd.eval_on_start:
+        return "none (no evaluation: see --eval_strategy)"
+    return f"{task.eval_size:,}" if task.eval_size else "100, or a tenth of a file if that is less"
+
+
+_LESS = " (of full training: adapters and quantised weights take less)"
+
+
 def _memory_table(settings: RunSettings) -> Table:
     opd, look = settings.opd, settings.effopd
-    table = Table(title="estimated memory a rank, GB", box=box.SIMPLE, pad_edge=False)
+    table = Table(
+        title="estimated memory per rank, GB" + _LESS * settings.model.use_peft, box=box.SIMPLE, pad_edge=False
+    )
     table.add_column("")
     for heading, _, _ in _SETUPS:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -95,6 +106,7 @@ def _memory_table(settings: RunSettings) -> Table:
             sharded=sharded,
             moved=student.selected(look.resolved_parameters) if look.enabled else None,
             rows=opd.per_device_train_batch_size,
+            anchor_here=look.anchor_device is None,
             length=(settings.task.max_prompt_length or 0) + opd.max_completion_length,
             checkpointing=bool(opd.activation_checkpointing),
         )

@@ -96,6 +96,7 @@ def bytes_a_rank(
     rows: int = 1,
     length: int = 0,
     checkpointing: bool = True,
+    anchor_here: bool = True,
 ) -> dict[str, int]:
     """Estimated bytes on one rank, by what they are for.
 
@@ -107,6 +108,7 @@ def bytes_a_rank(
         rows: sequences of a micro-batch.
         length: longest prompt plus longest answer, in tokens.
         checkpointing: whether activations are checkpointed.
+        anchor_here: whether the anchor is beside the parameters rather than on another device.
     """
     share, p = (ranks if sharded else 1), student.parameters
     found = {
@@ -116,7 +118,10 @@ def bytes_a_rank(
         "teacher": frozen,
     }
     if moved is not None:
-        found |= {"anchor": math.ceil(FP32 * moved / share), "candidate": math.ceil(FP32 * moved / share)}
+        found |= {
+            "anchor": math.ceil(FP32 * moved / share) * anchor_here,
+            "candidate": math.ceil(FP32 * moved / share),
+        }
     if sharded and student.layers:
         found["gathered"] = math.ceil(2 * BF16 * p / student.layers)
     if student.layers:

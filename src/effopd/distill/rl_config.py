@@ -14,16 +14,16 @@ from effopd.errors import ConfigError
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2402.03300 as the paper (2605.11739) runs it: clip 0.2, KL 0.001 to the start, 16 answers a prompt
     "grpo": {
-        "learning_rate": 1e-6, "num_generations": 16, "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.001,
-        "loss_type": "grpo", "scale_rewards": "group",
+        "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2, "epsilon_high": 0.2,
+        "beta": 0.001, "loss_type": "grpo", "scale_rewards": "group",
     },
     # arXiv 2503.14476: higher upper clip, no KL, mean over tokens, soft punishment of overlong answers
     "dapo": {
-        "learning_rate": 1e-6, "num_generations": 16, "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0,
-        "loss_type": "dapo", "scale_rewards": "group", "overlong_cache": 0.2,
+        "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2, "epsilon_high": 0.28,
+        "beta": 0.0, "loss_type": "dapo", "scale_rewards": "group", "overlong_cache": 0.2,
     },
     # arXiv 2402.14740
-    "rloo": {"learning_rate": 1e-6, "num_generations": 16, "beta": 0.0},
+    "rloo": {"learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "beta": 0.0},
 }  # fmt: skip
 
 
