@@ -135,7 +135,9 @@ def flags(output_dir, *extra):
 @pytest.mark.parametrize("algorithm", PRESETS)
 def test_presets_are_defaults_that_flags_override(tmp_path, algorithm):
     bare = ["--model_name_or_path", "testbed:student", "--task", "testbed:chain_sum", "--output_dir", str(tmp_path)]
-    rl = parse_rl([*bare, "--algorithm", algorithm]).rl  # whose defaults fit together: 16 answers a prompt and a device
+    rl = parse_rl(
+        [*bare, "--algorithm", algorithm]
+    ).rl  # whose defaults fit together: 16 answers a prompt and a device
     assert {name: getattr(rl, name) for name in PRESETS[algorithm]} == PRESETS[algorithm]
     assert parse_rl(flags(tmp_path, "--algorithm", algorithm, "--beta", "0.5")).rl.beta == 0.5
 
