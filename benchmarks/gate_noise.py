@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effopd import testbed
-from effopd.evaluate import accuracy_interval, evaluate
+from effopd.evaluation import accuracy_interval, evaluate
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.live_weights import LiveWeights
 from effopd.extrapolate.scorers import AccuracyScorer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import subprocess
@@ -69,3 +70,11 @@ def test_examples_in_docstrings_are_true():
             assert not result.failed, module.name
             ran += result.attempted
     assert ran > 20
+
+
+def test_public_names_are_what_they_say_whatever_was_imported_before():
+    for module in pkgutil.walk_packages(effopd.__path__, "effopd."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in effopd.__all__:
+        assert not inspect.ismodule(getattr(effopd, name)), name  # a module of that name would hide it

@@ -12,18 +12,23 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_there_is_one_block_for_trl_and_one_for_pytorch():
-    assert len(BLOCKS) == 2
+def test_there_is_a_block_for_trl_for_pytorch_and_for_all_of_it():
+    assert len(BLOCKS) == 3 and "OPDTrainer(" in BLOCKS[2]
     assert "DistillationTrainer(" in BLOCKS[0] and "effopd.step(step)" in BLOCKS[1]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["trl", "pytorch"])
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["trl", "pytorch", "all"])
 def test_blocks_run_as_they_stand(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(BLOCKS[index], f"README block {index}", "exec"), names)
-    lookahead = names["effopd"] if index else names["trainer"].callback_handler.callbacks[-1].lookahead
-    assert [row["step"] for row in lookahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index else [2, 3, 4])
+    if index == 1:
+        lookahead = names["effopd"]
+    else:
+        lookahead = names["trainer" if index == 0 else "run"].callback_handler.callbacks[-1].lookahead
+    assert [row["step"] for row in lookahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
+    if index == 2:
+        assert names["answers"].accuracy.mean > 0 and names["update"].summary["runs"]
 
 
 def test_the_printed_tree_is_the_tree_on_disk():

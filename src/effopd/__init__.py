@@ -22,7 +22,7 @@ _NAMES = {
     "Example": "effopd.tasks.base",
     "TaskConfig": "effopd.tasks",
     "load_task": "effopd.tasks",
-    "evaluate": "effopd.evaluate",
+    "evaluate": "effopd.evaluation",
     "analyze": "effopd.dynamics.analysis",
 }
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from effopd.distill.config import OPDConfig as OPDConfig
     from effopd.distill.trainer import OPDTrainer as OPDTrainer
     from effopd.dynamics.analysis import analyze as analyze
-    from effopd.evaluate import evaluate as evaluate
+    from effopd.evaluation import evaluate as evaluate
     from effopd.extrapolate.callback import EffOPDCallback as EffOPDCallback
     from effopd.extrapolate.config import EffOPDConfig as EffOPDConfig
     from effopd.extrapolate.lookahead import EffOPD as EffOPD

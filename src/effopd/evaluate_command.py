@@ -17,7 +17,7 @@ from trl import TrlParser
 from effopd.command_help import OneSpelling
 from effopd.distill.preflight import check_task
 from effopd.errors import CompatibilityError, ConfigError
-from effopd.evaluate import EvalResult, evaluate
+from effopd.evaluation import EvalResult, evaluate
 from effopd.files import write_atomically
 from effopd.tasks import TaskConfig, load_task
 from effopd.testbed import resolve_model
@@ -50,7 +50,7 @@ class SamplingArguments:
             raise ConfigError("--n above 1 needs --temperature above 0: greedy answers are all the same.")
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of `effopd.evaluate.evaluate`."""
+        """Keyword arguments of `effopd.evaluation.evaluate`."""
         return dataclasses.asdict(self)
 
 

@@ -28,7 +28,7 @@ from effopd.dynamics.plan import seed_names
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import BASE, Point, Study
 from effopd.errors import CompatibilityError, NonFiniteWeightsError
-from effopd.evaluate import EvalResult, evaluate
+from effopd.evaluation import EvalResult, evaluate
 from effopd.restore import evaluating
 from effopd.scan_results import Results
 from effopd.tasks.base import Task
@@ -228,7 +228,7 @@ def save_point(point: Point, sources: Sources, out: Path, dtype: torch.dtype | N
 class Evaluator:
     """How every point is measured: the same prompts, the same sampling noise.
 
-    `settings` are keyword arguments of `effopd.evaluate.evaluate`, with at least `seed` and `max_new_tokens`.
+    `settings` are keyword arguments of `effopd.evaluation.evaluate`, with at least `seed` and `max_new_tokens`.
     """
 
     model: PreTrainedModel

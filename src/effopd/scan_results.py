@@ -22,7 +22,7 @@ import yaml
 
 from effopd.dynamics.scans import BASE, Point
 from effopd.errors import CheckpointError, ConfigError
-from effopd.evaluate import Interval
+from effopd.evaluation import Interval
 from effopd.files import append_row, read_rows, write_atomically
 
 CONFIG, ROWS, TABLE = "config.yaml", "results.jsonl", "results"

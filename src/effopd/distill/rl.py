@@ -20,7 +20,7 @@ from trl.rewards import get_soft_overlong_punishment
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
 from effopd.errors import TaskError
-from effopd.evaluate import CORRECT
+from effopd.evaluation import CORRECT
 from effopd.tasks.base import Task
 
 

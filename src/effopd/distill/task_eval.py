@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.distill.divergence import reverse_kl_of_completions
-from effopd.evaluate import EvalResult, accuracy_interval, evaluate
+from effopd.evaluation import EvalResult, accuracy_interval, evaluate
 from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of
 from effopd.restore import evaluating
 from effopd.tasks.base import Task

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.errors import TaskError
-from effopd.evaluate import evaluate
+from effopd.evaluation import evaluate
 from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of, world_size
 from effopd.extrapolate.search import Score
 from effopd.tasks.base import Task

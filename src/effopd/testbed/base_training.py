@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.errors import ConfigError
-from effopd.evaluate import encode_prompts
+from effopd.evaluation import encode_prompts
 from effopd.tasks.base import Example
 from effopd.testbed.families import FAMILIES, worked_reasoning
 

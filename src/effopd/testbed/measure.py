@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, TrainerCallb
 
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.errors import ConfigError
-from effopd.evaluate import evaluate, generate
+from effopd.evaluation import evaluate, generate
 from effopd.testbed.families import FAMILIES, family_task, mixed_examples
 from effopd.testbed.rl import run_quietly, trainer_defaults
 

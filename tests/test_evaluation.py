@@ -10,7 +10,7 @@ import torch
 from conftest import make_model, make_task
 
 from effopd.errors import ConfigError, TaskError
-from effopd.evaluate import accuracy_interval, evaluate, generate, pass_at_k
+from effopd.evaluation import accuracy_interval, evaluate, generate, pass_at_k
 from effopd.tasks.base import Example, Task
 
 
