@@ -1,5 +1,5 @@
 # make demo  plain OPD, EffOPD and lookahead on the built-in testbed: runs/demo/
-# make test  the whole test suite
+# make test  the whole test suite, on WORKERS=2 cores
 # make lint  ruff and mypy
 # Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).
 
@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: demo test lint format clean
@@ -15,7 +16,7 @@ demo: $(READY)
 	$(BIN)/effopd quickstart --output_dir runs/demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for each other, and spin
 
 import pytest
 import torch
@@ -14,8 +15,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.tasks.base import Example, Task
-
-torch.set_num_threads(2)
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-=?<>/"
 TEMPLATE = (
