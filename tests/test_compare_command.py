@@ -99,6 +99,8 @@ def test_a_new_seed_runs_alone_and_a_broken_run_fails_alone(grid, root, capsys):
     log = next(path for path in grid.rglob(LOG) if "broken" in str(path))
     assert "max_prompt_length" in log.read_text()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    page = (grid / "results.md").read_text()
+    assert "Failed and left out: " in page and "broken" in page and "max_prompt_length" in page
     plan_of(root)
     (grid / "plan.yaml").write_text((root / "plan.yaml").read_text())
 

@@ -23,9 +23,10 @@ from rich.table import Table
 from effopd.bench import plan as plan_module
 from effopd.bench.plan import Plan, PlannedRun, load_plan
 from effopd.bench.results import analyse, read_run
-from effopd.bench.runner import LOG, Runner, is_done, only_one
-from effopd.errors import ConfigError, EffOPDError
-from effopd.files import write_atomically
+from effopd.bench.runner import LOG, Runner, failure_of, is_done, last_words, only_one
+from effopd.distill.run_dir import EVALS
+from effopd.errors import ConfigError, EffOPDError, NonFiniteLossError
+from effopd.files import read_rows, write_atomically
 from effopd.optional import is_available
 from effopd.report.compare_page import render, summary_table
 
@@ -82,10 +83,12 @@ def run_compare(argv: Sequence[str]) -> int:
     with only_one(Path(plan.output_dir)) as lock, _terminated_like_interrupted():
         done = {run.path for run in runs if is_done(run)}
         text = Path(arguments.plan).read_text()
+        if arguments.workers is not None:
+            text = yaml.safe_dump(yaml.safe_load(text) | {"workers": plan.workers}, sort_keys=False)
         write_atomically(Path(plan.output_dir) / PLAN, lambda path: path.write_text(text))
         failed = _run(plan, [run for run in runs if run.path not in done], len(done), console, lock)
     for run in failed:
-        console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(_last_words(run.path / LOG))}")
+        console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(last_words(run.path / LOG))}")
         console.print(f"        all of it: {run.path / LOG}", highlight=False)
     _report(Path(plan.output_dir), arguments.out, console)
     return 1 if failed else 0
@@ -173,15 +176,9 @@ def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console, loc
         return Runner(plan, report, lock).run(pending)
 
 
-def _last_words(log: Path) -> str:
-    """The beginning of a failed run's own error message, or else its last line (of a traceback)."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    own = [i for i, line in enumerate(lines) if line.startswith("effopd train: ")]
-    return " ".join(lines[own[-1] : own[-1] + 2]) if own else lines[-1] if lines else "no output"
-
-
 def collect(folder: Path) -> dict[str, Any]:
-    """Results of all finished runs of a grid.
+    """Results of all finished runs of a grid. A run that ended because its loss was not finite counts as one that never
+    arrives; other failures are named.
 
     Raises:
         ConfigError: the folder is no grid, or nothing is finished.
@@ -190,10 +187,16 @@ def collect(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is no grid of `effopd compare`: expected {PLAN} in it.")
     plan = load_plan(folder / PLAN, output_dir=str(folder))
     runs = [run for run in plan.runs() if is_done(run)]
+    failed = [(run, said) for run in plan.runs() if not is_done(run) and (said := failure_of(run))]
+    diverged = [r for r, said in failed if NonFiniteLossError.__name__ in said and any(read_rows(r.path / EVALS))]
     if not runs:
         raise ConfigError(f"no run of {folder} is finished yet: start it with `effopd compare PLAN`.")
     read = [
         read_run(r.path, task=r.task, strategy=r.strategy, learning_rate=r.learning_rate, seed=r.seed) for r in runs
+    ]
+    read += [
+        read_run(r.path, task=r.task, strategy=r.strategy, learning_rate=r.learning_rate, seed=r.seed).diverged()
+        for r in diverged
     ]
     results = analyse(read, baseline=plan.baseline, reference_learning_rate=plan.reference_learning_rate)
     results["settings"] |= {
@@ -201,6 +204,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "workers": plan.workers,
         "threads": plan.threads,
         "planned_runs": len(plan.runs()),
+        "failed": [f"{run.name}: {said}" for run, said in failed if run not in diverged],
         "strategies": plan.strategies,
         "base": plan.base,
     }

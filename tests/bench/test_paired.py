@@ -76,20 +76,6 @@ def test_the_middle_of_never_and_something_is_never():
     assert median_with_interval([2.0, math.inf]).median == math.inf
 
 
-def test_resampling_keeps_the_share_of_each_task():
-    values = [1.0] * 5 + [3.0] * 5
-    assert median_with_interval(values, strata=["a"] * 5 + ["b"] * 5) == Estimate(2.0, 2.0, 2.0, 10)
-    loose = median_with_interval(values)
-    assert (loose.low, loose.high) == (1.0, 3.0)
-
-
-def test_one_seed_a_task_is_not_called_exact():
-    estimate = median_with_interval([2.0, 10.0], strata=["a", "b"])
-    assert (estimate.median, estimate.low, estimate.high) == (6.0, 2.0, 10.0)
-    with pytest.raises(ValueError, match="one label a value"):
-        median_with_interval([2.0, 10.0], strata=["a"])
-
-
 def test_differences_know_no_never():
     estimate = median_with_interval([-1.0, 0.0, 0.0, 1.0, 3.0, 4.0], zero_is_never=False)
     assert estimate.median == 0.5 and estimate.censored == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -117,11 +118,56 @@ def test_the_best_learning_rate_is_the_fastest_that_arrives():
         for rate, speed, floor in ((1e-5, 0.3, 0), (LR, 1.0, 0), (9e-5, 3.0, 0), (3e-4, 9.0, 0.5))
     ]
     found = results([*runs, *[run("x", seed=seed, speed=2.0) for seed in range(3)]])
-    assert found["best_learning_rate"] == {"t": 9e-5}
+    best = found["best_learning_rate"]["t"]
+    assert best["reference_kl"] == best["best_kl"] == 9e-5
+    assert found["lowest_learning_rate"] == {"t": 9e-5} and found["swept"] == {"t": [1e-5, LR, 9e-5, 3e-4]}
     assert speedup(found, "x", against="best")["median"] < 1.0 < speedup(found, "x")["median"]
     assert speedup(found, "vanilla", against="best", rate=9e-5)["median"] == 1.0
     # the target of the best learning rate is out of reach at the reference's, so everyone there is beaten
     assert speedup(found, "vanilla", against="best", target="best_kl")["median"] == 0.0
+
+
+def test_the_best_learning_rate_is_that_of_the_target():
+    """A rate may be the first at nine tenths of the way and never arrive at the end."""
+    runs = [
+        run(rate=rate, seed=seed, speed=speed, floor=floor)
+        for seed in range(3)
+        for rate, speed, floor in ((LR, 1.0, 0), (3e-4, 6.0, 0.06))
+    ]
+    found = results([*runs, *[run("x", seed=seed, speed=2.0) for seed in range(3)]])
+    best = found["best_learning_rate"]["t"]
+    assert best["gap_90"] == 3e-4 and best["reference_kl"] == LR
+    assert (
+        speedup(found, "x", against="best", target="gap_90")["median"]
+        < 1
+        < speedup(found, "x", against="best")["median"]
+    )
+
+
+def test_rates_are_ranked_on_the_seeds_that_all_of_them_have():
+    """Otherwise a rate that has finished the easy seed only would look best."""
+    runs = [run(rate=LR, seed=seed, speed=2.0 if seed == 0 else 1.0) for seed in range(3)]
+    runs += [run(rate=9e-5, seed=0, speed=1.7)]
+    assert results(runs)["best_learning_rate"]["t"]["reference_kl"] == LR
+
+
+def test_arms_are_compared_with_the_baseline_at_their_own_rate():
+    runs = [run(rate=rate, seed=seed, speed=speed) for seed in range(3) for rate, speed in ((LR, 1.0), (9e-5, 3.0))]
+    found = results([*runs, *[run("x", rate=9e-5, seed=seed, speed=6.0) for seed in range(3)]])
+    assert speedup(found, "x", rate=9e-5, against="same")["median"] == pytest.approx(2.0, rel=0.15)
+    assert speedup(found, "x", rate=9e-5)["median"] > 4
+    measures = {r["measure"]: r for r in found["quality"] if r["strategy"] == "x"}
+    assert measures["kl_difference"]["median"] < measures["kl_difference_same"]["median"] <= 0
+
+
+def test_a_visit_to_the_target_is_told_from_an_arrival():
+    row = results([*grid(3), run("x", seed=0, speed=4.0)])["runs"][-1]
+    assert row["strategy"] == "x" and row["targets"]["reference_kl"]["above_again"] == 0.0
+    visiting = run("y", seed=0, speed=4.0)
+    half = len(visiting.rows) // 2
+    back = [r | {"eval_kl": 1.0} if i >= half else r for i, r in enumerate(visiting.rows)]
+    row = results([*grid(3), Run("t", "y", LR, 0, tuple(back))])["runs"][-1]
+    assert row["targets"]["reference_kl"]["reached"] and row["targets"]["reference_kl"]["above_again"] > 0.3
 
 
 def test_accuracy_targets_count_upwards():
@@ -133,7 +179,13 @@ def test_tasks_are_pooled_seed_by_seed():
     runs = [run(task=task, seed=seed) for task in "ab" for seed in range(5)]
     runs += [run("x", task=task, seed=seed, speed=2.0) for task in "ab" for seed in range(5)]
     pooled = speedup(results(runs), "x", task="all")
-    assert pooled["n"] == 10 and pooled["low"] > 1.5
+    assert pooled["n"] == 5 and pooled["low"] > 1.5
+    runs += [run("z", task=task, seed=seed, speed={"a": 2.0, "b": 8.0}[task]) for task in "ab" for seed in range(5)]
+    found = results(runs)
+    each = [speedup(found, "z", task=task, axis="seconds")["median"] for task in "ab"]
+    assert speedup(found, "z", task="all", axis="seconds")["median"] == pytest.approx((each[0] * each[1]) ** 0.5)
+    stuck = [run("z", task="b", seed=4, floor=0.5) if (r.strategy, r.place) == ("z", ("b", 4)) else r for r in runs]
+    assert speedup(results(stuck), "z", task="all")["censored"] == 1
 
 
 def test_an_unfinished_grid_uses_the_pairs_it_has():
@@ -186,7 +238,15 @@ def test_a_diverged_run_never_arrives_and_is_kept():
     assert row["n"] == row["censored"] == 5 and row["median"] == 0.0
     text = json.dumps(found, allow_nan=False)
     assert json.dumps(results([from_row(r) for r in json.loads(text)["runs"]]), allow_nan=False) == text
-    assert "| 0 of 5 | diverged [diverged, diverged] |" in render(found, {})
+    assert "| 0 of 5 | – | diverged [diverged, diverged] |" in render(found, {})
+
+
+def test_a_run_that_ended_with_a_loss_that_is_not_finite_never_arrives():
+    ended = run("x", seed=0)
+    found = results([*grid(2), dataclasses.replace(ended, rows=ended.rows[:3]).diverged()])
+    row = speedup(found, "x")
+    assert row["n"] == row["censored"] == 1 and row["median"] == 0.0
+    assert found["runs"][-1]["final_kl"] is None
 
 
 def test_a_diverged_baseline_sets_no_target():
@@ -215,7 +275,11 @@ def test_a_run_without_what_is_compared_is_refused(tmp_path):
 
 
 def test_results_are_strict_json_and_redraw_the_same_page():
-    searches = ({"step": 4, "accepted_scale": 10.0}, {"step": 8, "accepted_scale": 0.0})
+    trials = [{"scale": 0.0}, {"scale": 2.0}]
+    searches = (
+        {"step": 4, "accepted_scale": 10.0, "trials": trials},
+        {"step": 8, "accepted_scale": 0.0, "trials": trials},
+    )
     runs = grid(5, stuck={"floor": 0.5}, twice={"speed": 2.0})
     runs += [run("effopd", seed=s, speed=3.0, searches=searches) for s in range(5)]
     found = results(runs)
@@ -233,16 +297,23 @@ def test_the_papers_claim_is_judged_by_the_median():
     for speed, verdict in ((2.0, "t: not reproduced"), (4.0, "t: reproduced")):
         page = render(results(grid(effopd={"speed": speed})), {})
         assert verdict in page
+    wide = grid(effopd={"speed": 4.0})
+    wide = [run("effopd", seed=0, speed=2.0) if (r.strategy, r.seed) == ("effopd", 0) else r for r in wide]
+    assert "t: in the median, not with its interval" in render(results(wide), {})
 
 
 def test_reading_a_run_directory(tmp_path):
     source = run()
     for row in source.rows:
         append_row(tmp_path / "evals.jsonl", dict(row))
-    append_row(tmp_path / "searches.jsonl", {"step": 1, "accepted_scale": 2.0, "fit": {"q2": 0.5}, "trials": []})
+    append_row(
+        tmp_path / "searches.jsonl",
+        {"step": 1, "accepted_scale": 2.0, "fit": {"q2": 0.5}, "trials": [0, 1], "memory_bytes": 80},
+    )
     read = read_run(tmp_path, task="t", strategy="vanilla", learning_rate=LR, seed=0)
     assert read.rows == source.rows
     row = to_row(read)
     assert row["accepted"] == [[1, 2.0]] and row["fit"] == {"q2": 0.5}
+    assert row["searches"] == 1 and row["memory_bytes"] == 80
     assert to_row(from_row(row)) == row
     assert Lookup(results([read])).reached("t", ("vanilla", LR)) == "1 of 1"

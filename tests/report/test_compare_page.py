@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -42,7 +41,15 @@ def grid(seeds=3, tasks=("sums", "words"), speed=2.0):
     for task in tasks:
         for seed in range(seeds):
             runs += [run("vanilla", seed, task=task), run("vanilla", seed, 9e-5, 1.5, task=task)]
-            runs += [run("effopd", seed, speed=speed, task=task, searches=({"step": 4, "accepted_scale": 10.0},))]
+            runs += [
+                run(
+                    "effopd",
+                    seed,
+                    speed=speed,
+                    task=task,
+                    searches=({"step": 4, "accepted_scale": 10.0, "trials": (0, 1)},),
+                )
+            ]
             runs += [run("effopd", seed, 9e-5, speed, floor=0.5, task=task), run("noop", seed, task=task)]
     return analyse(runs, baseline="vanilla", reference_learning_rate=LR)
 
@@ -62,20 +69,20 @@ def printed(results, width):
 def test_numbers_in_words():
     row = {"median": 2.0, "low": 0.0, "high": None, "n": 5}
     assert times(row) == "2.00× [never, > any]"
-    assert times(row | {"median": 0.0}, interval=False) == "never"
-    assert times(row | {"n": 1}) == "2.00×"
+    assert times(row | {"n": 3}) == "2.00× (never–> any, n = 3)"
+    assert times(row | {"n": 1}) == "2.00× (n = 1)"
     assert times(None) == times(row | {"n": 0}) == number(None) == "–"
-    assert number({"median": 0.5, "low": 0.25, "high": None, "n": 2}, ".2f") == "0.50 [0.25, diverged]"
+    assert number({"median": 0.5, "low": 0.25, "high": None, "n": 2}, ".2f") == "0.50 (0.25 to diverged)"
 
 
 def test_every_speed_up_in_the_lead_is_a_row_of_the_results(results):
     page = render(results, {})
     look = Lookup(results)
-    for task in ("sums", "words", "all"):
+    for task in ("sums", "words"):
         line = next(x for x in page.splitlines() if f"reference learning rate, {task}**" in x)
         for axis, name in (("steps", "steps"), ("seconds", "net seconds"), ("generated_tokens", "sampled tokens")):
             assert f"{times(look.speedup(task, ('effopd', LR), axis))} in {name}" in line
-        assert f"(n = {6 if task == 'all' else 3})" in line
+        assert "(n = 3)" in line
 
 
 def test_the_page_changes_with_the_numbers(results):
@@ -84,13 +91,13 @@ def test_the_page_changes_with_the_numbers(results):
         if (row["task"], row["strategy"], row["axis"], row["target"]) == ("sums", "effopd", "steps", "reference_kl"):
             row["median"] = 3.21
     before, after = render(results, {}), render(changed, {})
-    assert "sums: not reproduced" in before and "sums: reproduced, 3.21×" in after
+    assert "sums: not reproduced" in before and "sums: in the median, not with its interval, 3.21×" in after
     assert "3.21" not in before
 
 
 def test_an_arm_that_never_arrives_stays_on_the_page(results):
     rows = [line for line in render(results, {}).splitlines() if line.startswith("| sums | `effopd` | 9e-05")]
-    assert len(rows) == 1 and "0 of 3 | never" in rows[0]
+    assert len(rows) == 3 and "0 of 3 | never" in rows[0]  # rates, the lowest end, final quality
 
 
 def test_a_grid_without_effopd_or_with_one_task_or_seed():
@@ -99,10 +106,6 @@ def test_a_grid_without_effopd_or_with_one_task_or_seed():
         assert ("### all tasks" in page) == (len(tasks) > 1)
     only = analyse([run("vanilla", 0)], baseline="vanilla", reference_learning_rate=LR)
     assert "| `vanilla` | 1.00×" in render(only, {})
-    # one seed a task: the pooled interval is no point
-    line = next(x for x in page.splitlines() if x.startswith("| `effopd` | 2 |"))
-    low, high = map(float, re.search(r"× \[([\d.]+), ([\d.]+)\]", line).groups())
-    assert low < high
 
 
 def test_tables_are_rectangular(results):

@@ -9,7 +9,6 @@ Where neither arrives there is nothing to compare; those pairs are counted, not 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -50,7 +49,6 @@ def ratio(baseline: float | None, cost: float | None) -> float:
 
 def median_with_interval(
     values: Sequence[float],
-    strata: Sequence[object] | None = None,
     draws: int = DRAWS,
     seed: int = 0,
     *,
@@ -64,34 +62,20 @@ def median_with_interval(
 
     Args:
         values: one a seed; 0 and ∞ are allowed.
-        strata: a label a value (its task, say); resampling then keeps the number of values of each label. Where a label
-            has one value only, resampling within it would call it exact; then all are resampled together.
         draws: resamples. The same `seed` and values give the same interval.
         zero_is_never: whether 0 stands for a run that never arrives; if not, it is a number like any other.
-
-    Raises:
-        ValueError: there is not one label a value.
 
     Example:
         >>> median_with_interval([2.0, 2.5, 3.0, 0.0, 2.2])
         Estimate(median=2.2, low=0.0, high=3.0, n=5, censored=1, undefined=0)
     """
-    if strata is not None and len(strata) != len(values):
-        raise ValueError(f"strata must hold one label a value, got {len(strata)} labels and {len(values)} values.")
-    kept = [i for i, value in enumerate(values) if not math.isnan(value)]
+    kept = [value for value in values if not math.isnan(value)]
     undefined = len(values) - len(kept)
-    x = np.array([values[i] for i in kept], dtype=np.float64)
+    x = np.array(kept, dtype=np.float64)
     if not len(x):
         return Estimate(math.nan, math.nan, math.nan, 0, 0, undefined)
-    labels = [strata[i] for i in kept] if strata is not None else [0] * len(kept)
-    if min(Counter(labels).values()) < 2:
-        labels = [0] * len(kept)
-    rng = np.random.default_rng(seed)
-    columns = []
-    for label in dict.fromkeys(labels):
-        own = np.flatnonzero([other == label for other in labels])
-        columns.append(own[rng.integers(len(own), size=(draws, len(own)))])
-    medians = _medians(x[np.concatenate(columns, axis=1)], zero_is_never)
+    drawn = np.random.default_rng(seed).integers(len(x), size=(draws, len(x)))
+    medians = _medians(x[drawn], zero_is_never)
     low, high = np.quantile(medians, (0.025, 0.975), method="closest_observation")
     middle = float(_medians(x[None], zero_is_never)[0])
     return Estimate(middle, float(low), float(high), len(x), zero_is_never * int((x == 0).sum()), undefined)

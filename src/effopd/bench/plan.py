@@ -99,6 +99,14 @@ class Plan:
                 "learning rate sets the target."
             )
 
+        seen: dict[Path, PlannedRun] = {}
+        for run in self.runs():
+            other = seen.setdefault(run.path, run)
+            if other is not run:
+                raise ConfigError(
+                    f"plan: two runs would share the folder {run.path}. Make tasks and {FACTORS} differ more."
+                )
+
     def _check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
         taken = [key for key in GRID_KEYS if key in settings]
         if taken:
@@ -126,7 +134,8 @@ class Plan:
         ]
 
     def _run(self, task: str, strategy: str, factor: float, seed: int) -> PlannedRun:
-        rate = float(f"{self.reference_learning_rate * factor:.4g}")
+        rate = self.reference_learning_rate * factor
+        rate = self.reference_learning_rate if factor == 1 else float(f"{rate:.4g}")
         own = {key: value for key, value in (self.strategies[strategy] or {}).items() if key != FACTORS}
         settings = merge(self.base, own)
         path = Path(self.output_dir) / folder_name(task) / strategy / f"lr-{rate:.3g}" / f"seed-{seed}"

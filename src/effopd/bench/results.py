@@ -3,21 +3,24 @@
 Targets, for each task and seed (so that prompts and noise are paired):
 
     reference_kl        the baseline's final smoothed held-out reverse KL at the reference learning rate
-    best_kl             the same at the baseline's best learning rate
+    best_kl             the same at the learning rate where the baseline ends lowest (median over seeds)
     gap_90              a tenth of the held-out reverse KL at step 0: 90 % of the way to the teacher
     reference_accuracy  the baseline's final smoothed accuracy at the reference learning rate
 
-The best learning rate of a task is the one with the smallest median seconds to `reference_kl` (a run that never gets
-there counts as ∞; ties go to the lower final KL). It is chosen on the very seeds it is judged on, which favours the
-baseline. Every run's cost is that of its own first evaluation at the target, the baseline's too: a run like the baseline
-is 1×, not faster because the baseline's last steps brought nothing.
+The best learning rate for a target is the one at which the baseline gets there in the smallest median seconds (a run that
+never does counts as ∞; ties go to the lower final KL). Rates are ranked on the seeds that all of them have, the very seeds
+they are judged on, which favours the baseline. Every run's cost is that of its own first evaluation at the target, the
+baseline's too: a run like the baseline is 1×, not faster because the baseline's last steps brought nothing.
+
+Over all tasks a seed counts once, with the geometric mean of its speed-ups on every task.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,8 @@ CURVE = {
 #: Columns without which there is still something to compare.
 _OPTIONAL = ("kl_se", "search_seconds")
 ALL = "all"
+#: Stand for the baseline's best learning rate for a target, and for the learning rate of the arm itself.
+BEST, SAME = "best", "same"
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ class Run:
     def place(self) -> tuple[str, int]:
         """(task, seed): what is paired."""
         return self.task, self.seed
+
+    def diverged(self) -> Run:
+        """The same run, ended by a loss that was not finite: worse than any number from its last evaluation on."""
+        end = dict(self.rows[-1]) | {"eval_kl": math.inf, "eval_accuracy": -math.inf}
+        return dataclasses.replace(self, rows=(*self.rows, *[end] * WINDOW))
 
     def cost(self, target: float, metric: str, higher_is_better: bool) -> Cost | None:
         """Cost at the first evaluation at the target."""
@@ -110,6 +120,8 @@ def to_row(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "curve": {name: [_short(row.get(key, 0.0)) for row in run.rows] for name, key in CURVE.items()},
         "accepted": [[row["step"], row["accepted_scale"]] for row in run.searches if row["accepted_scale"]],
+        "searches": sum(len(row["trials"]) > 1 for row in run.searches),
+        "memory_bytes": max((row.get("memory_bytes") or 0 for row in run.searches), default=0),
         "fit": next((row["fit"] for row in reversed(run.searches) if "fit" in row), None),
     }
 
@@ -121,9 +133,14 @@ def from_row(row: Mapping[str, Any]) -> Run:
         for name in CURVE
     ]
     rows = [dict(zip(CURVE.values(), values, strict=True)) for values in zip(*columns, strict=True)]
-    searches = [{"step": step, "accepted_scale": scale} for step, scale in row["accepted"]]
+    searches: list[dict[str, Any]] = [
+        {"step": step, "accepted_scale": scale, "trials": (0, 1)} for step, scale in row["accepted"]
+    ]
+    searches += [{"step": -1, "accepted_scale": 0.0, "trials": (0, 1)}] * (row["searches"] - len(searches))
     if row.get("fit"):
-        searches.append({"step": -1, "accepted_scale": 0.0, "fit": row["fit"]})
+        searches.append({"step": -1, "accepted_scale": 0.0, "trials": (), "fit": row["fit"]})
+    if row["memory_bytes"]:
+        searches.append({"step": -1, "accepted_scale": 0.0, "trials": (), "memory_bytes": row["memory_bytes"]})
     return Run(row["task"], row["strategy"], row["learning_rate"], row["seed"], tuple(rows), tuple(searches))
 
 
@@ -144,12 +161,12 @@ def analyse(runs: Sequence[Run], *, baseline: str, reference_learning_rate: floa
     reference = (baseline, reference_learning_rate)
     tasks = list(dict.fromkeys(run.task for run in runs))
     targets = _targets(runs, reference, "reference")
-    best = {task: _best_rate(runs, task, baseline, targets) for task in tasks}
-    for task, rate in best.items():
-        if rate is not None:
-            for place, values in _targets(runs, (baseline, rate), "best", task).items():
-                if place in targets:
-                    targets[place].update(values)
+    lowest = {task: _ranked(runs, task, baseline, lambda run: final_target(run.rows)) for task in tasks}
+    for task, rate in lowest.items():
+        for place, values in _targets(runs, (baseline, rate), "best", task).items():
+            if place in targets:
+                targets[place].update(values)
+    best = {task: {name: _fastest_rate(runs, task, baseline, targets, name) for name in TARGETS} for task in tasks}
     budgets = {run.place: run.rows[-1] for run in runs if run.arm == reference}
     found = {(run.arm, run.place): run for run in runs}
     costs = {
@@ -165,17 +182,22 @@ def analyse(runs: Sequence[Run], *, baseline: str, reference_learning_rate: floa
             "smoothing_window": WINDOW,
         },
         "best_learning_rate": best,
+        "lowest_learning_rate": lowest,
+        "swept": {
+            task: sorted({run.learning_rate for run in runs if run.task == task and run.strategy == baseline})
+            for task in tasks
+        },
         "runs": [
             _run_row(run, targets.get(run.place, {}), costs[run.arm, run.place], budgets.get(run.place))
             for run in runs
         ],
         "speedups": _speedups(arms, tasks, reference, best, costs),
-        "quality": _quality(arms, tasks, found, reference, budgets),
+        "quality": _quality(arms, tasks, found, reference, lowest, budgets, costs),
     }
 
 
 def _targets(
-    runs: Sequence[Run], arm: tuple[str, float], kind: str, task: str | None = None
+    runs: Sequence[Run], arm: tuple[str, float | None], kind: str, task: str | None = None
 ) -> dict[tuple[str, int], dict[str, float]]:
     """Final smoothed values of an arm, by (task, seed); a run that diverged sets none."""
     targets: dict[tuple[str, int], dict[str, float]] = {}
@@ -189,19 +211,39 @@ def _targets(
     return targets
 
 
-def _best_rate(runs: Sequence[Run], task: str, baseline: str, targets: Mapping) -> float | None:
-    """The baseline's best learning rate on a task."""
+def _ranked(runs: Sequence[Run], task: str, baseline: str, badness: Callable[[Run], float]) -> float | None:
+    """The baseline's learning rate of the smallest median badness, over the seeds that all its rates have."""
+    own: dict[float, list] = {run.arm[1]: [] for run in runs if run.task == task and run.strategy == baseline}
+    seeds = (
+        set.intersection(*({r.seed for r in runs if r.task == task and r.arm == (baseline, rate)} for rate in own))
+        if own
+        else set()
+    )
     ranked = []
-    for rate in sorted({run.learning_rate for run in runs if run.task == task and run.strategy == baseline}):
-        own = [
-            r for r in runs
-            if r.task == task and r.arm == (baseline, rate) and "reference_kl" in targets.get(r.place, {})
-        ]  # fmt: skip
-        reached = [r.cost(targets[r.place]["reference_kl"], *TARGETS["reference_kl"]) for r in own]
-        if own:
-            seconds = statistics.median([cost.seconds if cost else math.inf for cost in reached])
-            ranked.append((seconds, statistics.median([final_target(r.rows) for r in own]), rate))
-    return min(ranked)[2] if ranked else None
+    for rate in own:
+        values = [badness(r) for r in runs if r.task == task and r.arm == (baseline, rate) and r.seed in seeds]
+        values = [value for value in values if not math.isnan(value)]
+        if values:
+            ranked.append((statistics.median(values), rate))
+    return min(ranked)[1] if ranked else None
+
+
+def _fastest_rate(runs: Sequence[Run], task: str, baseline: str, targets: Mapping, target: str) -> float | None:
+    """The baseline's best learning rate for a target."""
+
+    def seconds(run: Run) -> float:
+        if target not in targets.get(run.place, {}):
+            return math.nan
+        cost = run.cost(targets[run.place][target], *TARGETS[target])
+        return (
+            cost.seconds if cost else _NEVER * (1 + min(final_target(run.rows), 1e3))
+        )  # ties go to the lower final KL
+
+    return _ranked(runs, task, baseline, seconds)
+
+
+#: More seconds than any run takes.
+_NEVER = 1e15
 
 
 def _run_row(run: Run, targets: Mapping[str, float], costs: Mapping[str, Cost | None], budget: Any) -> dict[str, Any]:
@@ -219,14 +261,30 @@ def _run_row(run: Run, targets: Mapping[str, float], costs: Mapping[str, Cost | 
     row["targets"] = {
         name: {"value": value, "reached": costs[name] is not None}
         | (asdict(costs[name]) if costs[name] else dict.fromkeys(AXES, None))  # type: ignore[arg-type]
+        | {"above_again": _above_again(run, name, value, costs[name])}
         for name, value in targets.items()
     }
     return row
 
 
-def _search_share(run: Run) -> float:
-    last = run.rows[-1]
-    return last["cost/search_seconds"] / last["cost/net_seconds"] if last["cost/net_seconds"] else 0.0
+def _search_share(run: Run, until: Cost | None = None) -> float:
+    """Share of search in net seconds, of the whole run or until a cost was reached."""
+    row = next((row for row in run.rows if until is not None and row["step"] == until.steps), run.rows[-1])
+    return row["cost/search_seconds"] / row["cost/net_seconds"] if row["cost/net_seconds"] else 0.0
+
+
+def _above_again(run: Run, target: str, value: float, cost: Cost | None) -> float | None:
+    """Share of the evaluations after the first at the target that are not at it any more (smoothed)."""
+    if cost is None:
+        return None
+    metric, higher = TARGETS[target]
+    sign = -1.0 if higher else 1.0
+    later = [
+        sign * smoothed > sign * value
+        for row, smoothed in zip(run.rows, smooth([row[metric] for row in run.rows]), strict=True)
+        if row["step"] > cost.steps
+    ]
+    return sum(later) / len(later) if later else 0.0
 
 
 def area(run: Run, axis: str, budget: float) -> float:
@@ -241,70 +299,83 @@ def area(run: Run, axis: str, budget: float) -> float:
 
 
 def _speedups(arms, tasks, reference, best, costs) -> list[dict[str, Any]]:
-    """Each arm against the baseline at the reference and at its best learning rate, and against the rival at the
-    reference, by task and over all tasks (where it has pairs in all of them)."""
+    """Each arm against the baseline at the reference, at its best and at the same learning rate, and against the rival at
+    the reference, by task and over all tasks (for seeds with a pair in each)."""
     rows = []
     rival = (RIVAL, reference[1])
-    rivals = [(reference, False), (reference, True)] + [(rival, False)] * (rival in arms and rival != reference)
     for arm in arms:
-        for against, tuned in rivals:
+        rivals = [(reference[0], reference[1]), (reference[0], BEST), (reference[0], SAME)]
+        rivals += [rival] * (rival in arms and rival != reference)
+        for against, rate in rivals:
             for target in TARGETS:
                 for axis in AXES:
-                    pairs = _ratios(arm, against, best if tuned else None, target, axis, costs)
+                    pairs = []
+                    for (other, (task, seed)), own in costs.items():
+                        their = {BEST: best[task][target], SAME: arm[1]}.get(rate, rate)
+                        base = costs.get(((against, their), (task, seed)))
+                        if other == arm and base is not None and target in own and target in base:
+                            pairs.append((task, seed, ratio(_on(base[target], axis), _on(own[target], axis))))
                     for task in [*tasks, ALL] if len(tasks) > 1 else tasks:
-                        own = [(place, value) for place, value in pairs if task in (ALL, place[0])]
-                        if not own or (task == ALL and {place[0] for place, _ in own} != set(tasks)):
-                            continue
-                        estimate = median_with_interval([v for _, v in own], [place[0] for place, _ in own])
-                        rows.append(
-                            {
-                                "task": task,
-                                "strategy": arm[0],
-                                "learning_rate": arm[1],
-                                "against": against[0],
-                                "against_learning_rate": "best" if tuned else against[1],
-                                "target": target,
-                                "axis": axis,
-                                **estimate.to_row(),
-                            }
-                        )
+                        values = _over_tasks(pairs, tasks) if task == ALL else [v for t, _, v in pairs if t == task]
+                        if values:
+                            rows.append(
+                                {
+                                    "task": task,
+                                    "strategy": arm[0],
+                                    "learning_rate": arm[1],
+                                    "against": against,
+                                    "against_learning_rate": rate,
+                                    "target": target,
+                                    "axis": axis,
+                                    **median_with_interval(values).to_row(),
+                                }
+                            )
     return rows
 
 
-def _ratios(arm, against, best, target, axis, costs) -> list[tuple[tuple[str, int], float]]:
-    """Baseline cost / cost, for every (task, seed) in which both ran and there is a target."""
-    pairs = []
-    for (other, place), own in costs.items():
-        base = costs.get((against if best is None else (against[0], best[place[0]]), place))
-        if other == arm and base is not None and target in own and target in base:
-            pairs.append((place, ratio(_on(base[target], axis), _on(own[target], axis))))
-    return pairs
+def _over_tasks(pairs: Sequence[tuple[str, int, float]], tasks: Sequence[str]) -> list[float]:
+    """The geometric mean over tasks of each seed that has a pair on every task; 0 or ∞ on one task is that of all, both NaN."""
+    found = []
+    for seed in sorted({seed for _, seed, _ in pairs}):
+        values = [value for _, other, value in pairs if other == seed]
+        if len(values) == len(tasks):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found.append(float(np.exp(np.mean(np.log(values)))))
+    return found
 
 
 def _on(cost: Cost | None, axis: str) -> float | None:
     return None if cost is None else getattr(cost, axis)
 
 
-def _quality(arms, tasks, found, reference, budgets) -> list[dict[str, Any]]:
-    """Medians over seeds: final values, their paired differences to the baseline, areas, search share."""
+def _quality(arms, tasks, found, reference, lowest, budgets, costs) -> list[dict[str, Any]]:
+    """Medians over seeds: final values; their paired differences to the baseline at the reference, at the same learning rate
+    and at the one where it ends lowest; areas; search share."""
     rows = []
     for task in tasks:
         for arm in arms:
             own = [run for (other, place), run in found.items() if other == arm and place[0] == task]
-            paired = [(run, found[reference, run.place]) for run in own if (reference, run.place) in found]
+            paired = [run for run in own if (reference, run.place) in found]
             values: dict[str, list[float]] = {
                 "final_kl": [final_target(run.rows) for run in own],
                 "final_accuracy": [final_target(run.rows, "eval_accuracy") for run in own],
-                "kl_difference": [final_target(a.rows) - final_target(b.rows) for a, b in paired],
-                "accuracy_difference": [
-                    final_target(a.rows, "eval_accuracy") - final_target(b.rows, "eval_accuracy") for a, b in paired
-                ],
-                "auc_steps": [area(run, "step", budgets[run.place]["step"]) for run, _ in paired],
+                "auc_steps": [area(run, "step", budgets[run.place]["step"]) for run in paired],
                 "auc_seconds": [
-                    area(run, "cost/net_seconds", budgets[run.place]["cost/net_seconds"]) for run, _ in paired
+                    area(run, "cost/net_seconds", budgets[run.place]["cost/net_seconds"]) for run in paired
                 ],
                 "search_share": [_search_share(run) for run in own],
+                "search_share_to_target": [
+                    _search_share(run, cost) for run in own if (cost := costs[arm, run.place].get("reference_kl"))
+                ],
             }
+            for name, rate in (("", reference[1]), ("_same", arm[1]), ("_lowest", lowest[task])):
+                others = [(run, found.get(((reference[0], rate), run.place))) for run in own]
+                for measure, metric in (("kl", "eval_kl"), ("accuracy", "eval_accuracy")):
+                    values[f"{measure}_difference{name}"] = [
+                        final_target(run.rows, metric) - final_target(other.rows, metric)
+                        for run, other in others
+                        if other
+                    ]
             for name, numbers in values.items():
                 if numbers:
                     estimate = median_with_interval(numbers, zero_is_never=False)

@@ -1,7 +1,8 @@
 """Running a plan: every run in a process of its own, several at a time, none twice.
 
 A run is `effopd train --config RUN/settings.yaml`, so whatever it does can be repeated by hand. Its folder says where it
-stands: `settings.yaml` (what it is), rows (it has begun), `done.json` (it is finished; written last). A run that was cut
+stands: `settings.yaml` (what it is), rows (it has begun), `done.json` (it is finished; written last) or `failed.json` (it
+ended with an error; the next attempt removes it). A run that was cut
 off goes on from its newest checkpoint if it kept any, and starts anew otherwise.
 
 Timing: each process is held to `threads` CPU threads, so runs side by side share no core as long as workers × threads is
@@ -34,7 +35,7 @@ from effopd.errors import CheckpointError
 from effopd.extrapolate.callback import SEARCHES
 from effopd.files import write_atomically
 
-SETTINGS, DONE, LOG = "settings.yaml", "done.json", "log.txt"
+SETTINGS, DONE, FAILED, LOG = "settings.yaml", "done.json", "failed.json", "log.txt"
 
 
 def is_done(run: PlannedRun) -> bool:
@@ -150,6 +151,9 @@ class Runner:
             if status == 0:
                 record = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S"), "process_seconds": time.time() - started}
                 write_atomically(run.path / DONE, lambda path: path.write_text(json.dumps(record) + "\n"))
+            elif not self._stopped:
+                failure = {"status": status, "error": last_words(run.path / LOG)}
+                write_atomically(run.path / FAILED, lambda path: path.write_text(json.dumps(failure) + "\n"))
             if not self._stopped:
                 self._report("done" if status == 0 else "failed", run)
         return status == 0
@@ -158,6 +162,7 @@ class Runner:
 def prepare(run: PlannedRun) -> bool:
     """Make the folder ready; whether the run can go on from a checkpoint. Rows without one are of no use: they go."""
     run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / FAILED).unlink(missing_ok=True)
     write_atomically(run.path / SETTINGS, lambda path: path.write_text(yaml.safe_dump(run.settings, sort_keys=False)))
     if RunDir(run.path).last_checkpoint() is not None:
         return True
@@ -165,6 +170,19 @@ def prepare(run: PlannedRun) -> bool:
         (run.path / name).unlink(missing_ok=True)
     shutil.rmtree(run.path / "trajectory", ignore_errors=True)
     return False
+
+
+def failure_of(run: PlannedRun) -> str | None:
+    """What a run ended with, if its last attempt failed."""
+    path = run.path / FAILED
+    return json.loads(path.read_text())["error"] if path.is_file() else None
+
+
+def last_words(log: Path) -> str:
+    """The beginning of a failed run's own error message, or else its last line (of a traceback)."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    own = [i for i, line in enumerate(lines) if line.startswith("effopd train: ")]
+    return " ".join(lines[own[-1] : own[-1] + 2]) if own else lines[-1] if lines else "no output"
 
 
 def command(plan: Plan, run: PlannedRun, resume: bool) -> list[str]:

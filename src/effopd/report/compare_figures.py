@@ -12,7 +12,7 @@ import numpy as np
 
 from effopd.bench.time_to_target import smooth
 from effopd.optional import require
-from effopd.report.compare_page import Lookup
+from effopd.report.compare_page import FEW, Lookup
 from effopd.report.style import group_colors, quiet_style, save
 
 _CURVES = ("vanilla", "lookahead", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")
@@ -117,6 +117,7 @@ def _forest(plt, look: Lookup):
 
 def _whisker(axis, row, y: float, color: str, floor: float, ceiling: float) -> None:
     low, median, high = (math.inf if row[k] is None else row[k] for k in ("low", "median", "high"))
+    inner = color if row["n"] >= FEW else "white"
     inside = [min(max(value, floor * 1.06), ceiling / 1.06) for value in (low, median, high)]
     axis.plot([inside[0], inside[2]], [y, y], color=color, linewidth=1.4, solid_capstyle="butt")
     if low < floor:
@@ -126,7 +127,9 @@ def _whisker(axis, row, y: float, color: str, floor: float, ceiling: float) -> N
     if median < floor:
         axis.plot(inside[1], y, marker="<", color=color, markersize=8, markerfacecolor="white")
     else:
-        axis.plot(inside[1], y, marker="o" if median < ceiling else ">", color=color, markersize=6)
+        axis.plot(
+            inside[1], y, marker="o" if median < ceiling else ">", color=color, markerfacecolor=inner, markersize=6
+        )
 
 
 def _rates(plt, look: Lookup):
@@ -175,7 +178,7 @@ _FIGURES = {
     "speedups": (
         _forest,
         "Net speed-up to {baseline}'s final held-out KL",
-        "Reference learning rate; median over seeds, 95 % interval. An arrow: beyond the axis, at the left also “never”.",
+        "Reference learning rate; median over seeds, 95 % interval; hollow: fewer than five seeds, their range. An arrow: beyond the axis, at the left also “never”.",
     ),
     "curves": (
         _curves,

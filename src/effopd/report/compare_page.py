@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,14 +11,20 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from effopd.bench.results import ALL, BEST, SAME
+
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
-AXIS_NAMES = {"steps": "steps", "seconds": "net seconds", "generated_tokens": "sampled tokens"}
+AXIS_NAMES = {
+    "steps": "steps",
+    "seconds": "net seconds",
+    "generated_tokens": "sampled tokens",
+    "forward_tokens": "forward tokens",
+}
 CONTROLS = ("noop", "fixed-k1", "random_direction")
 PAPER_CLAIM = 3.0
-#: Stands for the baseline at its best learning rate.
-BEST = "best"
-ALL = "all"
+#: Fewer seeds than this have a range instead of an interval.
+FEW = 5
 
 
 class Lookup:
@@ -35,7 +42,7 @@ class Lookup:
                 r["task"],
                 r["strategy"],
                 r["learning_rate"],
-                r["against"] if r["against_learning_rate"] != "best" else BEST,
+                r["against_learning_rate"] if r["against_learning_rate"] in (BEST, SAME) else r["against"],
                 r["target"],
                 r["axis"],
             ): r
@@ -51,7 +58,7 @@ class Lookup:
         self, task: str, arm: tuple[str, float], axis: str, target="reference_kl", against: str | None = None
     ) -> Row | None:
         """A row of `speedups`, if there is one; `against` is a strategy at the reference learning rate (default: the
-        baseline) or `BEST`."""
+        baseline), or the baseline at its best (`BEST`) or at the arm's own learning rate (`SAME`)."""
         return self._speedups.get((task, *arm, against or self.baseline, target, axis))
 
     def quality(self, task: str, arm: tuple[str, float], measure: str) -> Row | None:
@@ -62,20 +69,31 @@ class Lookup:
         """Runs of an arm on a task."""
         return [r for r in self.results["runs"] if r["task"] == task and (r["strategy"], r["learning_rate"]) == arm]
 
+    def best(self, task: str, target: str = "reference_kl") -> float | None:
+        """The baseline's best learning rate for a target."""
+        return self.results["best_learning_rate"].get(task, {}).get(target)
+
+    def again(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
+        """How often runs that arrived were seen off the target later."""
+        shares = [run["targets"][target]["above_again"] for run in self.runs(task, arm) if target in run["targets"]]
+        seen = [share for share in shares if share is not None]
+        return f"{statistics.mean(seen):.0%} of the later evaluations off it again" if seen else "–"
+
     def reached(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
         """`3 of 5`: how many runs arrived."""
         runs = [run["targets"][target] for run in self.runs(task, arm) if target in run["targets"]]
         return f"{sum(run['reached'] for run in runs)} of {len(runs)}"
 
 
-def times(row: Row | None, interval: bool = True) -> str:
-    """A speed-up in words: `1.92× [1.70, 3.43]`, `never`, `> any`."""
+def times(row: Row | None) -> str:
+    """A speed-up in words: `1.92× [1.70, 3.43]` with its interval, `1.92× (1.70–3.43, n = 3)` with the range of few seeds,
+    `never`, `> any`."""
     if row is None or not row["n"]:
         return "–"
-    median = _one(row["median"])
-    if not interval or row["n"] < 2:
-        return median
-    return f"{median} [{_one(row['low'], '')}, {_one(row['high'], '')}]"
+    median, low, high, n = _one(row["median"]), _one(row["low"], ""), _one(row["high"], ""), row["n"]
+    if n >= FEW:
+        return f"{median} [{low}, {high}]"
+    return f"{median} (n = 1)" if n == 1 else f"{median} ({low}–{high}, n = {n})"
 
 
 def _one(value: float | None, unit: str = "×") -> str:
@@ -85,11 +103,13 @@ def _one(value: float | None, unit: str = "×") -> str:
 
 
 def number(row: Row | None, form: str = ".4f") -> str:
-    """A median with its interval, `–` where there is none, `diverged` for what is not finite."""
+    """A median with its interval or, of few seeds, its range; `–` where there is none, `diverged` for what is not finite."""
     if row is None or not row["n"]:
         return "–"
     median, low, high = ("diverged" if row[end] is None else f"{row[end]:{form}}" for end in ("median", "low", "high"))
-    return median if row["n"] < 2 else f"{median} [{low}, {high}]"
+    if row["n"] >= FEW:
+        return f"{median} [{low}, {high}]"
+    return median if row["n"] == 1 else f"{median} ({low} to {high})"
 
 
 #: Accepted jumps shown of a run; all of them are in `results.json`.
@@ -108,7 +128,7 @@ def summary_table(results: Results) -> list[Table]:
         seeds = len({run["seed"] for run in results["runs"] if run["task"] == task})
         drawn = Table(
             title=escape(
-                f"{task}: net speed-up to {look.baseline}'s final held-out KL, {seeds} seed(s), median [95 %]"
+                f"{task}: net speed-up to {look.baseline}'s final held-out KL, {seeds} seed(s), median, low–high"
             ),
             box=box.SIMPLE,
             pad_edge=False,
@@ -124,9 +144,9 @@ def summary_table(results: Results) -> list[Table]:
             last = {"final_kl": ".4f", "final_accuracy": ".3f", "search_share": ".1%"}
             drawn.add_row(
                 escape(strategy),
-                *(_two_lines(look.speedup(task, arm, axis)) for axis in AXIS_NAMES),
+                *(_two_lines(look.speedup(task, arm, axis)) for axis in list(AXIS_NAMES)[:3]),
                 look.reached(task, arm).replace(" of ", "/"),
-                *(number(look.quality(task, arm, name), form).partition(" [")[0] for name, form in last.items()),
+                *(number(look.quality(task, arm, name), form).split(" ")[0] for name, form in last.items()),
             )
         tables.append(drawn)
     return tables
@@ -134,10 +154,9 @@ def summary_table(results: Results) -> list[Table]:
 
 def _two_lines(row: Row | None) -> str:
     """The median above its interval, without brackets: a console takes `[never, 1.02]` for markup."""
-    median, _, interval = times(row).partition(" [")
-    if not interval or interval == "never, never]":
-        return median
-    return f"{median}\n{interval.rstrip(']').replace(', ', '–')}"
+    if row is None or row["n"] < 2 or (row["median"], row["low"], row["high"]) == (0, 0, 0):
+        return times(row).partition(" (")[0]
+    return f"{_one(row['median'])}\n{_one(row['low'], '')}–{_one(row['high'], '')}"
 
 
 def render(results: Results, figures: Mapping[str, str]) -> str:
@@ -161,9 +180,20 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
         *(section for task in look.tasks for section in (f"### {task}", _strategies(look, task))),
         *(_pooled(look) if len(look.tasks) > 1 else []),
         "## Learning rates",
-        "Against the baseline at the reference learning rate, and at its best one (smallest median seconds to the same "
-        "target, chosen on the same seeds, which favours the baseline).",
+        f"Against {look.baseline} at the reference learning rate, at its best one for the target (smallest median seconds, "
+        "chosen on the same seeds, which favours it), and at the same one. The last columns are for another target: 90 % of "
+        "the way from the start to the teacher, for which another rate may be the best.",
         _rates(look),
+        *_edges(look),
+        "## As good as the baseline's best end",
+        f"Time to the final smoothed KL of {look.baseline} at the learning rate where it ends lowest ("
+        + ", ".join(f"{task}: {rate:.3g}" for task, rate in look.results["lowest_learning_rate"].items() if rate)
+        + "), against its own fastest rate to there.",
+        _to_lowest(look),
+        "## Final quality at equal steps",
+        f"Final smoothed KL and accuracy minus {look.baseline}'s, of the same seed: at the same learning rate, and at the one where "
+        f"{look.baseline} ends lowest. Below 0 is better for the KL, above 0 for the accuracy.",
+        _ends(look),
         "## 90 % of the way",
         "The same with a target that no run's last steps decide: a tenth of the KL at step 0. Ratios are against "
         f"{look.baseline}'s own cost to get there.",
@@ -191,23 +221,29 @@ def answers(look: Lookup) -> Iterator[str]:
         yield from _net(look, "lookahead", "lookahead")
         yield from _net(look, "lookahead", "lookahead", "effopd")
         yield from _against_best(look, "lookahead", "lookahead")
+        yield from _against_best(look, "lookahead", "lookahead", "gap_90")
     if arm not in look.arms:
         return
     yield from _net(look, "effopd", "EffOPD")
     yield _claim(look, arm)
     yield from _against_best(look, "effopd", "EffOPD")
     controls = [c for c in CONTROLS if (c, look.reference) in look.arms]
-    for task in look.scopes:
+    for task in look.tasks:
         if any(look.speedup(task, (name, look.reference), "seconds") for name in controls):
             said = ", ".join(
                 f"{name} {times(look.speedup(task, (name, look.reference), 'seconds'))}" for name in controls
             )
             yield f"**Controls, {task}**, net seconds: {said}; EffOPD {times(look.speedup(task, arm, 'seconds'))}."
+            said = ", ".join(
+                f"{name} {times(look.speedup(task, (name, look.reference), 'seconds', against='effopd'))}"
+                for name in controls
+            )
+            yield f"**Controls over EffOPD, {task}**, seed by seed, net seconds: {said}."
 
 
 def _net(look: Lookup, strategy: str, name: str, against: str | None = None) -> Iterator[str]:
     """The speed-up on every axis, by task."""
-    for task in look.scopes:
+    for task in look.tasks:
         found = {axis: look.speedup(task, (strategy, look.reference), axis, against=against) for axis in AXIS_NAMES}
         steps = found["steps"]
         if steps:
@@ -221,26 +257,35 @@ def _claim(look: Lookup, arm: tuple[str, float]) -> str:
     for task in look.tasks:
         row = look.speedup(task, arm, "steps")
         if row and row["n"]:
-            enough = row["median"] is None or row["median"] >= PAPER_CLAIM
-            verdict = "reproduced" if enough else "not reproduced"
-            verdicts.append(f"{task}: {verdict}, {times(row)} (n = {row['n']})")
+            low, median = (math.inf if row[end] is None else row[end] for end in ("low", "median"))
+            verdict = (
+                "reproduced"
+                if low >= PAPER_CLAIM
+                else "in the median, not with its interval"
+                if median >= PAPER_CLAIM
+                else "not reproduced"
+            )
+            verdicts.append(
+                f"{task}: {verdict}, {times(row)}, reached by {look.reached(task, arm)}, {look.again(task, arm)}"
+            )
     said = "; ".join(verdicts) or "no pair yet"
-    return f"**The paper's “≈ {PAPER_CLAIM:.0f}× fewer steps”** (median ≥ {PAPER_CLAIM:.0f}): {said}."
+    return f"**The paper's “≈ {PAPER_CLAIM:.0f}× fewer steps”**: {said}."
 
 
-def _against_best(look: Lookup, strategy: str, name: str) -> Iterator[str]:
+def _against_best(look: Lookup, strategy: str, name: str, target: str = "reference_kl") -> Iterator[str]:
     for task in look.tasks:
-        best = look.results["best_learning_rate"].get(task)
+        best = look.best(task, target)
         if best is None:
             continue
         rates = [rate for other, rate in look.arms if other == strategy and look.runs(task, (other, rate))]
         said = ", ".join(
-            f"lr {rate:.3g} {times(look.speedup(task, (strategy, rate), 'seconds', against=BEST))}"
+            f"lr {rate:.3g} {times(look.speedup(task, (strategy, rate), 'seconds', target, against=BEST))}"
             for rate in sorted(rates)
         )
-        own = times(look.speedup(task, (look.baseline, best), "seconds"))
+        own = times(look.speedup(task, (look.baseline, best), "seconds", target))
+        goal = "" if target == "reference_kl" else " to 90 % of the way"
         yield (
-            f"**Against {look.baseline} at its best learning rate, {task}** ({best:.3g}, itself {own} the reference's "
+            f"**Against {look.baseline} at its best learning rate{goal}, {task}** ({best:.3g}, itself {own} the reference's "
             f"speed), net seconds: {name} at {said}."
         )
 
@@ -250,23 +295,29 @@ def _against_best(look: Lookup, strategy: str, name: str) -> Iterator[str]:
 
 def _strategies(look: Lookup, task: str) -> str:
     header = [
-        "strategy", *AXIS_NAMES.values(), "reached", "final KL", "final accuracy", "KL area (steps)",
-        "KL area (net seconds)", "search share",
+        "strategy", *AXIS_NAMES.values(), "reached", "off it again", "final KL", "final accuracy", "KL area (steps)",
+        "KL area (net seconds)", "search share", "… until the target", "searches that jumped", "extra memory, MB",
     ]  # fmt: skip
     rows = []
     for strategy in look.at_reference():
         arm = (strategy, look.reference)
-        if look.runs(task, arm):
+        runs = look.runs(task, arm)
+        if runs:
+            asked, jumped = sum(run["searches"] for run in runs), sum(len(run["accepted"]) for run in runs)
             rows.append(
                 [
                     f"`{strategy}`",
                     *(times(look.speedup(task, arm, axis)) for axis in AXIS_NAMES),
                     look.reached(task, arm),
+                    look.again(task, arm).split(" ")[0],
                     number(look.quality(task, arm, "final_kl")),
                     number(look.quality(task, arm, "final_accuracy"), ".3f"),
                     number(look.quality(task, arm, "auc_steps"), ".3f"),
                     number(look.quality(task, arm, "auc_seconds"), ".3f"),
                     number(look.quality(task, arm, "search_share"), ".1%"),
+                    number(look.quality(task, arm, "search_share_to_target"), ".1%"),
+                    f"{jumped} of {asked}" if asked else "–",
+                    f"{max(run['memory_bytes'] for run in runs) / 1e6:.1f}",
                 ]
             )
     return table(header, rows)
@@ -278,38 +329,102 @@ def _pooled(look: Lookup) -> list[str]:
         found = {axis: look.speedup(ALL, (strategy, look.reference), axis) for axis in AXIS_NAMES}
         if found["steps"]:
             rows.append([f"`{strategy}`", str(found["steps"]["n"]), *map(times, found.values())])
-    text = (
-        "Strategies that ran on every task, all seeds of all tasks together, resampled within each task. Where tasks "
-        "differ, the median lies between them and describes neither."
-    )
-    return [f"### {ALL} tasks", text, table(["strategy", "pairs", *AXIS_NAMES.values()], rows)]
+    text = "Geometric mean over tasks, seed by seed (of seeds that ran on all of them); a seed that never arrives on one task never arrives."
+    return [f"### {ALL} tasks", text, table(["strategy", "seeds", *AXIS_NAMES.values()], rows)]
+
+
+def _swept(look: Lookup) -> list[tuple[str, str, float]]:
+    """(task, strategy, learning rate) of strategies that ran at several rates."""
+    swept = [s for s in dict.fromkeys(s for s, _ in look.arms) if len({r for t, r in look.arms if t == s}) > 1]
+    return [
+        (task, strategy, rate)
+        for task in look.tasks
+        for strategy in swept
+        for rate in sorted(rate for s, rate in look.arms if s == strategy)
+        if look.runs(task, (strategy, rate))
+    ]
 
 
 def _rates(look: Lookup) -> str:
-    swept = [s for s in dict.fromkeys(s for s, _ in look.arms) if len({r for t, r in look.arms if t == s}) > 1]
     rows = []
-    for task in look.tasks:
-        best = look.results["best_learning_rate"].get(task)
-        for strategy in swept:
-            for rate in sorted(rate for s, rate in look.arms if s == strategy):
-                arm = (strategy, rate)
-                if not look.runs(task, arm):
-                    continue
-                label = f"{rate:.3g}" + (" (best)" if strategy == look.baseline and rate == best else "")
-                rows.append(
-                    [
-                        task,
-                        f"`{strategy}`",
-                        label,
-                        look.reached(task, arm),
-                        times(look.speedup(task, arm, "steps")),
-                        times(look.speedup(task, arm, "seconds")),
-                        times(look.speedup(task, arm, "seconds", against=BEST)),
-                        number(look.quality(task, arm, "final_kl")),
-                    ]
-                )
-    header = ["task", "strategy", "learning rate", "reached", "steps", "net seconds", "net seconds, against the best",
-              "final KL"]  # fmt: skip
+    for task, strategy, rate in _swept(look):
+        arm, marks = (strategy, rate), []
+        if strategy == look.baseline:
+            marks = [
+                f" (best{goal})"
+                for target, goal in (("reference_kl", ""), ("gap_90", " to 90 %"))
+                if rate == look.best(task, target)
+            ]
+        rows.append(
+            [
+                task,
+                f"`{strategy}`",
+                f"{rate:.3g}" + "".join(marks),
+                look.reached(task, arm),
+                times(look.speedup(task, arm, "steps")),
+                times(look.speedup(task, arm, "seconds")),
+                times(look.speedup(task, arm, "seconds", against=BEST)),
+                times(look.speedup(task, arm, "seconds", against=SAME)),
+                times(look.speedup(task, arm, "seconds", "gap_90")),
+                times(look.speedup(task, arm, "seconds", "gap_90", against=BEST)),
+            ]
+        )
+    header = ["task", "strategy", "learning rate", "reached", "steps", "net seconds", "… against the best", "… against the same rate",
+              "90 %: net seconds", "… against the best"]  # fmt: skip
+    return table(header, rows)
+
+
+def _edges(look: Lookup) -> list[str]:
+    """A best rate at the end of a sweep may not be the best."""
+    said = [
+        f"{task}: {look.best(task):.3g}" for task in look.tasks
+        if len(rates := look.results["swept"][task]) > 1 and look.best(task) in (rates[0], rates[-1])
+    ]  # fmt: skip
+    if not said:
+        return []
+    return [
+        f"The best rate is at the end of the sweep ({', '.join(said)}): beyond it {look.baseline} may be faster still."
+    ]
+
+
+def _to_lowest(look: Lookup) -> str:
+    rows = [
+        [
+            task,
+            f"`{strategy}`",
+            f"{rate:.3g}",
+            look.reached(task, (strategy, rate), "best_kl"),
+            *(times(look.speedup(task, (strategy, rate), axis, "best_kl", against=BEST)) for axis in AXIS_NAMES),
+        ]
+        for task, strategy, rate in _swept(look)
+    ]
+    return table(["task", "strategy", "learning rate", "reached", *AXIS_NAMES.values()], rows)
+
+
+def _ends(look: Lookup) -> str:
+    rows = [
+        [
+            task,
+            f"`{strategy}`",
+            f"{rate:.3g}",
+            number(look.quality(task, (strategy, rate), "final_kl")),
+            number(look.quality(task, (strategy, rate), "kl_difference_same"), "+.4f"),
+            number(look.quality(task, (strategy, rate), "kl_difference_lowest"), "+.4f"),
+            number(look.quality(task, (strategy, rate), "accuracy_difference_same"), "+.3f"),
+            number(look.quality(task, (strategy, rate), "accuracy_difference_lowest"), "+.3f"),
+        ]
+        for task, strategy, rate in _swept(look)
+    ]
+    header = [
+        "task",
+        "strategy",
+        "learning rate",
+        "final KL",
+        "KL: same rate",
+        "KL: lowest end",
+        "accuracy: same rate",
+        "accuracy: lowest end",
+    ]
     return table(header, rows)
 
 
@@ -371,7 +486,7 @@ def _method(look: Lookup) -> str:
     settings = look.results["settings"]
     seeds = sorted({run["seed"] for run in look.results["runs"]})
     clocks = {
-        "cpu": "CPU seconds of the run's own process, to which other processes add little (a few per cent at worst)",
+        "cpu": "CPU seconds of the run's own process, to which other processes on the machine add some per cent (identical work differs by 4 to 5 % here)",
         "wall": "seconds on the clock",
     }
     lines = [
@@ -380,9 +495,11 @@ def _method(look: Lookup) -> str:
         + f", seeds {', '.join(map(str, seeds))}; reference learning rate {look.reference:.3g}.",
         f"Smoothing: trailing median of {settings['smoothing_window']} evaluations. A run's cost is that of its first "
         "evaluation at the target, the baseline's too.",
-        "Intervals: percentile bootstrap of the median over seeds (within each task where tasks are pooled). With five "
-        "seeds or fewer that is their range, which covers the true median in 93.75 % of cases with five, 87.5 % with "
-        "four, 75 % with three and 50 % with two.",
+        "Brackets: 95 % interval, percentile bootstrap of the median over seeds; with five seeds it is their range, which covers "
+        "the true median in 93.75 % of cases. Parentheses: the range of fewer seeds (87.5 % with four, 75 % with three, 50 % with "
+        "two), no interval. “never”: does not arrive; “> any”: the baseline does not; “–”: nothing to compare.",
+        "Search share: search seconds / net seconds, of the whole run and until the target was reached. Off it again: of the "
+        "evaluations after the first at the target, how many were not at it. Extra memory: what the look-ahead holds beside the model.",
         "KL area: mean of smoothed KL / KL at step 0 over the baseline's whole budget of the same seed; lower is better.",
     ]
     if "clock" in settings:
@@ -390,5 +507,7 @@ def _method(look: Lookup) -> str:
             f"Seconds: {clocks[settings['clock']]}; {settings['workers']} run(s) at a time"
             + (f", {settings['threads']} thread(s) each." if settings.get("threads") else ".")
         )
+    for failure in settings.get("failed", []):
+        lines.append(f"Failed and left out: {failure}")
     lines.append("Software: " + ", ".join(f"{k} {v}" for k, v in look.results["versions"].items()) + ".")
     return "\n".join(f"- {line}" for line in lines)
