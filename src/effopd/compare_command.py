@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.table import Table
 from effopd.bench import plan as plan_module
 from effopd.bench.plan import Plan, PlannedRun, load_plan
 from effopd.bench.results import analyse, read_run
-from effopd.bench.runner import LOG, Runner, failure_of, is_done, last_words, only_one
+from effopd.bench.runner import DONE, LOG, Runner, failure_of, is_done, last_words, only_one
 from effopd.distill.run_dir import EVALS
 from effopd.errors import ConfigError, EffOPDError, NonFiniteLossError
 from effopd.files import read_rows, write_atomically
@@ -204,6 +205,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "workers": plan.workers,
         "threads": plan.threads,
         "planned_runs": len(plan.runs()),
+        "codes": dict(Counter(json.loads((r.path / DONE).read_text()).get("code", "not recorded") for r in runs)),
         "failed": [f"{run.name}: {said}" for run, said in failed if run not in diverged],
         "strategies": plan.strategies,
         "base": plan.base,

@@ -34,6 +34,7 @@ from effopd.distill.run_dir import EVALS, METRICS, RunDir
 from effopd.errors import CheckpointError
 from effopd.extrapolate.callback import SEARCHES
 from effopd.files import write_atomically
+from effopd.versions import code
 
 SETTINGS, DONE, FAILED, LOG = "settings.yaml", "done.json", "failed.json", "log.txt"
 
@@ -149,7 +150,9 @@ class Runner:
         with self._lock:
             self._children.discard(child)
             if status == 0:
-                record = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S"), "process_seconds": time.time() - started}
+                record = {
+                    "finished": time.strftime("%Y-%m-%dT%H:%M:%S"), "process_seconds": time.time() - started, "code": code()
+                }  # fmt: skip
                 write_atomically(run.path / DONE, lambda path: path.write_text(json.dumps(record) + "\n"))
             elif not self._stopped:
                 failure = {"status": status, "error": last_words(run.path / LOG)}

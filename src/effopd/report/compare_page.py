@@ -507,7 +507,13 @@ def _method(look: Lookup) -> str:
             f"Seconds: {clocks[settings['clock']]}; {settings['workers']} run(s) at a time"
             + (f", {settings['threads']} thread(s) each." if settings.get("threads") else ".")
         )
+    codes = settings.get("codes", {})
+    if len(codes) > 1:
+        said = ", ".join(f"{name}: {count} runs" for name, count in codes.items())
+        lines.append(f"States of the code that made the runs (hash of the package's source): {said}.")
     for failure in settings.get("failed", []):
         lines.append(f"Failed and left out: {failure}")
-    lines.append("Software: " + ", ".join(f"{k} {v}" for k, v in look.results["versions"].items()) + ".")
+    lines.append(
+        "Software of this report: " + ", ".join(f"{k} {v}" for k, v in look.results["versions"].items()) + "."
+    )
     return "\n".join(f"- {line}" for line in lines)
