@@ -160,7 +160,7 @@ def line_search(
     score: Callable[[float], Score],
     gate: str = "gt",
     z: float = 2.0,
-    longest: float = 64.0,
+    longest: float = 65536.0,
     refinements: int = 1,
 ) -> SearchResult:
     """Find the best scale along the ray, forwards or backwards, in few scores.

@@ -1,0 +1,120 @@
+"""How good are the models at the end, on enough answers to tell? Held-out reverse KL and accuracy of finished comparison runs.
+
+    .venv/bin/python benchmarks/final_quality.py recipes/compare-testbed.yaml [--size 3000] [--out docs/final_quality.json]
+
+During a run the KL is measured on 256 answers. Near the end most of it comes from a handful of answers (`tail`: the share of the
+largest 1 %), so one more or one less of them decides a comparison. Here every final model answers the same `size` questions of
+the test split, which no run has seen, with the same sampling noise. Printed, medians over seeds [range]: the KL in nats per
+token, its difference from plain OPD at the same learning rate seed by seed, the difference of the accuracies, the tail's share, and
+the KL of the median answer per token. Models that have been measured already are read from `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from effopd.bench.paired import median_with_interval
+from effopd.bench.plan import Plan, PlannedRun, load_plan
+from effopd.bench.runner import is_done
+from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.evaluation import evaluate
+from effopd.files import write_atomically
+from effopd.testbed import family_task, resolve_model
+
+BATCH = 256
+
+
+def measure(run: PlannedRun, size: int) -> dict[str, float | str | int]:
+    """One row: the final model of `run` on `size` questions of the test split."""
+    family = run.task.removeprefix("testbed:")
+    questions = family_task(family, "test", size)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder).eval()
+        for folder in (run.path, resolve_model(run.settings["teacher_model_name_or_path"]))
+    )
+    tokenizer = AutoTokenizer.from_pretrained(run.path)
+    length = run.settings["max_completion_length"]
+    answers = evaluate(student, tokenizer, questions, max_new_tokens=length, batch_size=BATCH, seed=0)
+    said = [answer for (answer,) in answers.completions]
+    sums, tokens = reverse_kl_of_completions(
+        student,
+        teacher,
+        [answer.prompt_ids for answer in said],
+        [answer.completion_ids for answer in said],
+        vocab_size=student.config.vocab_size,
+        pad_token_id=tokenizer.pad_token_id,
+        batch_size=BATCH,
+    )
+    kl, n = np.array(sums), np.array(tokens)
+    mean = kl.sum() / n.sum()
+    return {
+        "task": run.task,
+        "strategy": run.strategy,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "size": size,
+        "kl": float(mean),
+        "kl_se": float((kl - mean * n).std(ddof=1) * math.sqrt(size) / n.sum()),
+        "tail": float(np.sort(kl)[-max(1, size // 100) :].sum() / kl.sum()),
+        "median_kl": float(np.median(kl / n)),
+        "accuracy": answers.accuracy.mean,
+    }
+
+
+def show(rows: list[dict], plan: Plan) -> None:
+    """The table, in Markdown."""
+    values = {(row["task"], row["learning_rate"], row["strategy"], row["seed"]): row for row in rows}
+
+    def spread(numbers: list[float], form: str) -> str:
+        found = median_with_interval(numbers, zero_is_never=False)
+        return f"{found.median:{form}} [{found.low:{form}}, {found.high:{form}}]" if found.n else "–"
+
+    print(
+        "| task | learning rate | strategy | n | KL | minus plain OPD's | accuracy minus plain OPD's | tail | median answer's KL |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for task, rate, strategy in sorted({key[:3] for key in values}):
+        mine = [values[task, rate, strategy, seed] for seed in plan.seeds if (task, rate, strategy, seed) in values]
+        pairs = [(row, values[key]) for row in mine if (key := (task, rate, plan.baseline, row["seed"])) in values]
+        print(
+            f"| {task} | {rate:.3g} | `{strategy}` | {len(mine)} | {spread([row['kl'] for row in mine], '.5f')} "
+            f"| {spread([a['kl'] - b['kl'] for a, b in pairs], '+.5f')} "
+            f"| {spread([a['accuracy'] - b['accuracy'] for a, b in pairs], '+.3f')} "
+            f"| {spread([row['tail'] for row in mine], '.0%')} | {spread([row['median_kl'] for row in mine], '.1e')} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", help="plan of the comparison")
+    parser.add_argument("--strategies", nargs="+", default=["vanilla", "lookahead"])
+    parser.add_argument("--size", type=int, default=3000, help="questions each model answers")
+    parser.add_argument("--out", type=Path, default=Path("docs/final_quality.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    plan = load_plan(arguments.plan)
+    rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    known = {(row["task"], row["strategy"], row["learning_rate"], row["seed"], row["size"]) for row in rows}
+    todo = [
+        run
+        for run in plan.runs()
+        if run.strategy in arguments.strategies
+        and (run.task, run.strategy, run.learning_rate, run.seed, arguments.size) not in known
+        and is_done(run)
+    ]
+    for run in tqdm(todo, desc="final models"):
+        rows.append(measure(run, arguments.size))
+        write_atomically(arguments.out, lambda file: file.write_text(json.dumps(rows, indent=0) + "\n"))
+    show([row for row in rows if row["size"] == arguments.size], plan)
+
+
+if __name__ == "__main__":
+    main()
