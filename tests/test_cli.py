@@ -16,6 +16,7 @@ import yaml
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
+from effopd import optional
 from effopd.cli import main
 from effopd.distill.config import OPDConfig
 from effopd.distill.rl_config import config_class
@@ -134,6 +135,61 @@ def test_unknown_yaml_keys_are_named(pair, tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rat: 1.0\n")
     with pytest.raises(ConfigError, match="learning_rat"):
         parse_train(["--config", str(tmp_path / "c.yaml"), *train_flags(pair, tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --task testbed:chain_sum",
+        "rl --task testbed:chain_sum",
+        "eval --model testbed:student --task testbed:chain_sum",
+        "quickstart",
+        "intervene alpha --base testbed:student --trained rl=testbed:teacher",
+    ],
+)
+def test_a_typing_error_in_yaml_is_no_traceback(command, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("modl: x\n")
+    flag = {"train": "--output_dir", "rl": "--output_dir", "intervene": "--out"}.get(command.split()[0])
+    out = [flag, str(tmp_path / "run")] if flag else []
+    assert main([*command.split(), *out, "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "modl" in capsys.readouterr().err
+
+
+LORA = ["--use_peft", "true", "--lora_r", "2", "--lora_target_modules", "q_proj", "down_proj", "--max_steps", "2"]
+
+
+def test_train_lora_by_flags(pair, tmp_path):
+    assert main(["train", *train_flags(pair, tmp_path / "run", *LORA)]) == 0
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)  # zero at the start
+    assert all("lora_lost_share" in row for row in read_rows(tmp_path / "run" / "searches.jsonl"))
+    assert {row["step"] for row in read_rows(tmp_path / "run" / "searches.jsonl")} == {1, 2}
+
+
+def test_rl_lora_by_flags(pair, tmp_path):
+    flags = [
+        "--model_name_or_path", str(pair / "student"), "--task", f"math:{pair / 'math.jsonl'}", "--prompt_suffix", "",
+        "--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "6", "--use_cpu",
+        "--gradient_accumulation_steps", "1", "--learning_rate", "1e-2", "--save_strategy", "no", "--eval_strategy", "no",
+        "--report_to", "none", "--gradient_checkpointing", "false", "--output_dir", str(tmp_path / "run"), *LORA,
+    ]  # fmt: skip
+    assert main(["rl", *flags]) == 0
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("package", "flag"), [("peft", "--use_peft"), ("bitsandbytes", "--load_in_4bit"), ("vllm", "--use_vllm")]
+)
+def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
+    package, flag, pair, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(optional, "is_available", lambda module: module != package)
+    assert main(["train", *train_flags(pair, tmp_path / "run", flag, "true")]) == 2
+    said = capsys.readouterr().err
+    assert flag in said and "pip install" in said
+    assert not (tmp_path / "run").exists()
 
 
 def other_value(field, default):

@@ -82,10 +82,9 @@ def parse_rl(argv: Sequence[str]):
     """
     from trl import ModelConfig, TrlParser
 
-    from effopd.command_help import RUN_ESSENTIALS, OneSpelling, arrange
+    from effopd.command_help import RUN_ESSENTIALS, OneSpelling, arrange, parsed
     from effopd.distill.launch_rl import RLRunSettings
     from effopd.distill.rl_config import PRESETS, config_class
-    from effopd.errors import ConfigError
     from effopd.tasks import TaskConfig
     from effopd.testbed import resolve_model
 
@@ -119,10 +118,7 @@ def parse_rl(argv: Sequence[str]):
         "and rloo 0.",
     }
     arrange(parser, configs, {name: ours.get(name, "") for name in names})
-    try:
-        model, task, rl = parser.parse_args_and_config(list(argv))
-    except (ValueError, OSError) as error:
-        raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
+    model, task, rl = parsed(parser, argv)
     model.model_name_or_path = resolve_model(model.model_name_or_path)
     return RLRunSettings(model, task, rl)
 

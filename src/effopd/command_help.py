@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from effopd.errors import ConfigError, EffOPDError
+
 #: What the training commands explain first, besides their own.
 RUN_ESSENTIALS = {
     "resume_from_checkpoint": "true: go on from the newest complete checkpoint of output_dir (from the start, if there is none yet); "
@@ -116,3 +118,15 @@ def _origin(name: str, dataclasses: Iterable[type]) -> str:
                     return f"{_HOSTS[library]} {cls.__name__.lstrip('_')}"
                 return "task" if rest.startswith("tasks") else "runs, loss and evaluation"
     return "runs, loss and evaluation"
+
+
+def parsed(parser: Any, argv: Sequence[str]) -> tuple[Any, ...]:
+    """`parser.parse_args_and_config(argv)` of a `TrlParser`.
+
+    Raises:
+        ConfigError: an unknown setting in the YAML file, a missing file, or a value out of range.
+    """
+    try:
+        return parser.parse_args_and_config(list(argv))
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error

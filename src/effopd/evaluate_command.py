@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from effopd.command_help import OneSpelling
+from effopd.command_help import OneSpelling, parsed
 from effopd.distill.preflight import check_task
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.evaluation import EvalResult, evaluate
@@ -79,7 +79,7 @@ def run_eval(argv: Sequence[str]) -> int:
         epilog="Example: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0",
         formatter_class=OneSpelling,
     )
-    arguments, sampling, task_config = parser.parse_args_and_config(list(argv))
+    arguments, sampling, task_config = parsed(parser, argv)
     arguments.model = resolve_model(arguments.model)
     task = load_task(task_config, "eval")
     try:

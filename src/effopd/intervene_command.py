@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from effopd.command_help import OneSpelling
+from effopd.command_help import OneSpelling, parsed
 from effopd.distill.preflight import check_models, check_task
 from effopd.dynamics.plan import labelled
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import SCAN_FIELDS, SCANS, Point, reference_points
-from effopd.errors import CompatibilityError, ConfigError, EffOPDError, TaskError
+from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.evaluate_command import SamplingArguments
 from effopd.optional import is_available
 from effopd.scan import Evaluator, LiveBase, Sources, run_scan, save_point
@@ -148,10 +148,7 @@ def parse_intervene(argv: Sequence[str]) -> Request:
     Raises:
         ConfigError: an unknown setting in the YAML file, a value out of range, or nothing to do.
     """
-    try:
-        models, options, sampling, task, extra = intervene_parser().parse_args_and_config(list(argv))
-    except (ValueError, OSError) as error:
-        raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
+    models, options, sampling, task, extra = parsed(intervene_parser(), argv)
     if task.task and models.out is None:
         raise ConfigError("--out is missing: expected a folder for the results of --task.")
     if not task.task and models.save_dir is None:

@@ -13,6 +13,9 @@ _NEEDS = {
     "matplotlib": ("drawing figures", "effopd[plots]"),
     "math_verify": ("verifying math answers", "math-verify"),
     "reasoning_gym": ("reasoning-gym tasks", "reasoning-gym"),
+    "peft": ("--use_peft", "effopd[peft]"),
+    "bitsandbytes": ("--load_in_4bit or --load_in_8bit", "effopd[quantization]"),
+    "vllm": ("--use_vllm", "effopd[vllm]"),
 }
 
 
@@ -27,11 +30,25 @@ def require(module: str) -> ModuleType:
     Raises:
         MissingDependencyError: the module is not installed; the message gives the `pip install` line.
     """
-    purpose, package = _NEEDS[module.partition(".")[0]]
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{purpose} needs the package '{module.partition('.')[0]}', which could not be imported ({error}). "
-            f"Install it with: pip install '{package}'"
-        ) from error
+        raise _missing(module, f"could not be imported ({error})") from error
+
+
+def ensure(module: str) -> None:
+    """Refuse to go on without `module`; it is not imported.
+
+    Raises:
+        MissingDependencyError: as `require`.
+    """
+    if not is_available(module):
+        raise _missing(module, "is not installed")
+
+
+def _missing(module: str, how: str) -> MissingDependencyError:
+    name = module.partition(".")[0]
+    purpose, package = _NEEDS[name]
+    return MissingDependencyError(
+        f"{purpose} needs the package '{name}', which {how}. Install it with: pip install '{package}'"
+    )

@@ -25,7 +25,7 @@ from trl import ModelConfig, TrlParser
 
 from effopd import testbed
 from effopd.bench.time_to_target import Cost, final_target, first_reach, speedup_by_gap
-from effopd.command_help import OneSpelling
+from effopd.command_help import OneSpelling, parsed
 from effopd.distill.config import OPDConfig
 from effopd.distill.launch import RunSettings, build_trainer
 from effopd.distill.run_dir import EVALS
@@ -77,7 +77,7 @@ def run_quickstart(argv: Sequence[str]) -> int:
         "prints the net speed-ups.",
         formatter_class=OneSpelling,
     )
-    (arguments,) = parser.parse_args_and_config(list(argv))
+    (arguments,) = parsed(parser, argv)
     quiet()
     console = Console(soft_wrap=True)
     root = Path(arguments.output_dir)

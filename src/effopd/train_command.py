@@ -9,10 +9,10 @@ from typing import Any
 
 from trl import ModelConfig, TrlParser
 
-from effopd.command_help import RUN_ESSENTIALS, OneSpelling, arrange
+from effopd.command_help import RUN_ESSENTIALS, OneSpelling, arrange, parsed
 from effopd.distill.config import OPDConfig
 from effopd.distill.launch import RunSettings
-from effopd.errors import ConfigError, EffOPDError
+from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.tasks import TaskConfig
 from effopd.testbed import resolve_model
@@ -97,10 +97,7 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
     Raises:
         ConfigError: an unknown setting in the YAML file, or a value out of range.
     """
-    try:
-        model, task, opd, look, command = train_parser().parse_args_and_config(list(argv))
-    except (ValueError, OSError) as error:
-        raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
+    model, task, opd, look, command = parsed(train_parser(), argv)
     model.model_name_or_path = resolve_model(model.model_name_or_path)
     opd.teacher_model_name_or_path = resolve_model(opd.teacher_model_name_or_path)
     opd.reference_model_name_or_path = resolve_model(opd.reference_model_name_or_path)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import time
 
-from effopd.distill.ledger import CATEGORIES, CostLedger
+import pytest
+import torch
+
+from effopd.distill.config import OPDConfig
+from effopd.distill.ledger import CATEGORIES, CLOCKS, CostLedger
+from effopd.errors import ConfigError
 
 
 class Clock:
@@ -78,3 +83,25 @@ def test_an_exception_closes_its_category():
 def test_unknown_category():
     with pytest.raises(KeyError, match="known: " + ", ".join(CATEGORIES)):
         CostLedger().push("coffee")
+
+
+def test_cpu_seconds_leave_waiting_out():
+    spent = {}
+    for name in ("wall", "cpu"):
+        ledger = CostLedger(CLOCKS[name])
+        ledger.start()
+        with ledger.track("rollout"):
+            time.sleep(0.5)
+        ledger.stop()
+        spent[name] = ledger.seconds["rollout"]
+    assert spent["wall"] >= 0.5 > 5 * spent["cpu"]
+
+
+def test_cpu_seconds_are_refused_where_an_accelerator_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    settings = {"output_dir": str(tmp_path), "cost_clock": "cpu", "bf16": False}
+    with pytest.raises(ConfigError, match="'wall', or use_cpu"):
+        OPDConfig(**settings)
+    assert OPDConfig(**settings, use_cpu=True).cost_clock == "cpu"
+    with pytest.raises(ConfigError, match="wall, cpu"):
+        OPDConfig(output_dir=str(tmp_path), cost_clock="sun")

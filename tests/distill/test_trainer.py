@@ -9,6 +9,7 @@ import torch
 from conftest import make_model, make_task, make_tokenizer
 from safetensors.torch import load_file
 from tiny_run import make_trainer
+from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import OPDConfig, OPDTrainer
@@ -50,14 +51,19 @@ def test_measuring_does_not_disturb_training(tmp_path):
     plain = make_trainer(tmp_path / "a", **FAST, health_tokens=0)
     plain.train()
     settings = FAST | {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "trajectory": "powers_of_two"}
+    weights = {0: dict(make_model(0).named_parameters())}
     measured = make_trainer(tmp_path / "b", **settings)
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights[state.global_step] = {name: p.detach().clone() for name, p in parameters(measured).items()}
+
+    measured.add_callback(Record())
     measured.train()
     assert same(parameters(plain), parameters(measured))
-    for step in (0, 1, 2, 3):
-        saved = load_file(tmp_path / "b" / "trajectory" / f"step-{step:06d}" / "model.safetensors")
-        assert same(saved, parameters(measured) if step == 3 else saved)
-    assert same(load_file(tmp_path / "b" / "trajectory" / "step-000000" / "model.safetensors"),
-                dict(make_model(0).named_parameters()))  # fmt: skip
+    assert sorted(weights) == [0, 1, 2, 3] and not same(weights[1], weights[2])
+    for step, expected in weights.items():
+        assert same(load_file(tmp_path / "b" / "trajectory" / f"step-{step:06d}" / "model.safetensors"), expected)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +106,7 @@ def test_gradient_accumulation_is_equivalent(tmp_path):
         runs.append(row)
     assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-5)
     assert runs[0]["grad_norm"] == pytest.approx(runs[1]["grad_norm"], rel=1e-4)
-    for name in ("cost/rollout_generated_tokens", "cost/teacher_forward_tokens"):
-        assert runs[0][name] == pytest.approx(runs[1][name], rel=0.2)
+    assert runs[0]["cost/rollout_generated_tokens"] == runs[1]["cost/rollout_generated_tokens"] > 0
 
 
 def test_teacher_is_frozen_and_padding_rows_are_tolerated(tmp_path):

@@ -97,22 +97,24 @@ def test_steering_follows_the_preferred_scale():
     assert steering(50.0) == steering(50.0, 1.0) == steering(50.0, -0.5) == 1.0  # one long jump says little
 
 
-def test_steering_never_lets_the_rate_die_and_does_not_drift_where_scores_are_noise():
+def test_steering_goes_down_to_an_eighth_where_scores_are_noise_and_no_further():
     factor = 1.0
     for _ in range(100):
         factor *= steering(-0.5, so_far=factor)
     assert factor == pytest.approx(0.125)
     assert steering(-0.5, so_far=0.125) == 1.0 and steering(4.0, 4.0, 0.125) == 2.0
-    rng, logs = np.random.default_rng(0), []
+    rng, factors = np.random.default_rng(0), []
     for _ in range(200):  # searches along nothing: what scores best is chance
         factor, before = 1.0, 0.0
         for _ in range(60):
-            scores = {0.0: 0.0} | {scale: rng.normal() for scale in (1.0, -0.5)}
-            scale = max(scores, key=scores.__getitem__)
-            scale = scale if scale < 1 else rng.choice([1.0, 2.0, 4.0])
+            noise: dict[float, float] = {0.0: 0.0}
+            scale = line_search(lambda s, known=noise: Score(known.setdefault(s, float(rng.normal())))).preferred_scale
             factor, before = factor * steering(scale, before, factor), scale
-        logs.append(np.log2(factor))
-    assert -3.0 <= np.median(logs) < 3.0
+        factors.append(factor)
+    assert min(factors) == pytest.approx(0.125) == np.median(factors) and np.quantile(factors, 0.95) < 1.0
+    for _ in range(10):  # a signal brings it back
+        factor *= steering(8.0, 8.0, factor)
+    assert factor > 8
 
 
 def test_what_scores_best_is_known_even_if_nothing_passes_the_gate():

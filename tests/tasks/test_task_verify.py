@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -57,9 +56,7 @@ def test_extract_boxed(text, boxed):
 
 
 def test_extract_boxed_is_linear():
-    started = time.monotonic()
-    assert extract_boxed(r"\boxed{" * 100_000) is None
-    assert time.monotonic() - started < 2.0
+    assert extract_boxed(r"\boxed{" * 1_000_000) is None  # looking for each one's end would take hours
 
 
 @pytest.mark.parametrize(
@@ -92,13 +89,11 @@ def test_only_the_box_counts(verifier):
 
 
 def test_a_hanging_grading_is_cut_counted_and_does_not_hurt_the_next(caplog):
-    verifier = MathVerifier(timeout=1.0)
+    verifier = MathVerifier(timeout=2.0)
     verifier(r"\boxed{\frac12}", example("0.5"))
     process = verifier.worker._process
     texts = [r"\boxed{\frac12}", HANG, r"\boxed{1/2}", r"\boxed{1/3}"]
-    started = time.monotonic()
     assert verifier.verify_batch(texts, [example("0.5", f"row {n}") for n in range(4)]) == [1.0, 0.0, 1.0, 0.0]
-    assert 1.0 <= time.monotonic() - started < 8.0
     assert (verifier.timeouts, verifier.errors) == (1, 0)
     assert process.returncode is not None, "the killed process was reaped"
     assert verifier(HANG, example("0.5")) == 0.0
@@ -117,13 +112,13 @@ def test_limit_holds_outside_the_main_thread():
     verifier.worker.close()
 
 
-def test_steady_state_is_fast_and_batches_match_single_calls(verifier):
+def test_one_process_grades_a_batch_like_single_calls(verifier):
     texts = [f"\\boxed{{\\frac{{{n}}}{{7}}}}" for n in range(200)]
     examples = [example(f"{n + n % 2}/7") for n in range(200)]
     verifier(texts[0], examples[1])
-    started = time.monotonic()
+    process = verifier.worker._process.pid
     batch = verifier.verify_batch(texts, examples)
-    assert 200 / (time.monotonic() - started) > 50
+    assert verifier.worker._process.pid == process
     assert batch == [float(n % 2 == 0) for n in range(200)]
     assert batch[:5] == [verifier(text, row) for text, row in zip(texts[:5], examples[:5], strict=True)]
 

@@ -121,7 +121,7 @@ def to_row(run: Run) -> dict[str, Any]:
         "curve": {name: [_short(row.get(key, 0.0)) for row in run.rows] for name, key in CURVE.items()},
         "accepted": [[row["step"], row["accepted_scale"]] for row in run.searches if row["accepted_scale"]],
         "searches": sum(len(row["trials"]) > 1 for row in run.searches),
-        "memory_bytes": max((row.get("memory_bytes") or 0 for row in run.searches), default=0),
+        "memory_bytes": max((row["memory_bytes"] for row in run.searches if row.get("memory_bytes")), default=None),
         "fit": next((row["fit"] for row in reversed(run.searches) if "fit" in row), None),
     }
 

@@ -45,7 +45,8 @@ class RunArguments:
         default="wall",
         metadata={
             "help": "What the cost ledger's seconds are. 'wall': the clock on the wall. 'cpu': CPU seconds of this "
-            "process, all threads together; on a shared machine without accelerator, other jobs do not count.",
+            "process, all threads together; on a shared machine without accelerator, other jobs do not count. "
+            "The `seconds` of searches.jsonl are on the wall in any case.",
             "choices": list(CLOCKS),
         },
     )
@@ -58,23 +59,20 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
-        if (
-            getattr(self, "bf16", None) is None
-            and not getattr(self, "fp16", False)
-            and not torch.accelerator.is_available()
-        ):
+        accelerated = torch.accelerator.is_available() and not getattr(self, "use_cpu", False)
+        if getattr(self, "bf16", None) is None and not getattr(self, "fp16", False) and not accelerated:
             self.bf16 = False
-        if not torch.accelerator.is_available():
+        if not accelerated:
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn
+        if self.cost_clock not in CLOCKS:
+            raise ConfigError(f"cost_clock must be one of {', '.join(CLOCKS)}; got {self.cost_clock!r}.")
+        if self.cost_clock == "cpu" and accelerated:
+            raise ConfigError(
+                "cost_clock='cpu' does not see the work of the accelerator this machine has. Use 'wall', or use_cpu=True."
+            )
         with warnings.catch_warnings():  # TRL sets the old name by default; the user need not hear of it
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
-        if self.cost_clock not in CLOCKS:
-            raise ConfigError(f"cost_clock must be one of {', '.join(CLOCKS)}; got {self.cost_clock!r}.")
-        if self.cost_clock == "cpu" and torch.accelerator.is_available():
-            raise ConfigError(
-                "cost_clock='cpu' does not see the work of the accelerator this machine has. Use 'wall'."
-            )
         if getattr(self, "push_to_hub", False):
             raise ConfigError(
                 "push_to_hub would upload the whole run directory at every save, optimizer states and trajectory included "

@@ -25,6 +25,7 @@ from effopd.extrapolate.callback import EffOPDCallback
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.ranks import gather, rank
 from effopd.files import write_atomically
+from effopd.optional import ensure
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.versions import versions
 
@@ -83,6 +84,7 @@ def inputs(
         others: models that must read the student's tokens.
         answers: training itself needs reference answers.
     """
+    require_packages(model, args)
     if not resume_argument(args):
         RunDir(args.output_dir).refuse_overwrite()
     name, load = model.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
@@ -112,6 +114,17 @@ def resume_argument(opd: Any) -> str | bool | None:
     """`resume_from_checkpoint` with the words of a command line understood."""
     value = opd.resume_from_checkpoint
     return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
+def require_packages(model: ModelConfig, args: Any) -> None:
+    """Refuse flags whose package is missing, before anything is loaded."""
+    for module, wanted in (
+        ("peft", model.use_peft),
+        ("bitsandbytes", model.load_in_4bit or model.load_in_8bit),
+        ("vllm", args.use_vllm),
+    ):
+        if wanted:
+            ensure(module)
 
 
 def require_models(model: ModelConfig, opd: OPDConfig) -> None:

@@ -304,6 +304,7 @@ def _strategies(look: Lookup, task: str) -> str:
         runs = look.runs(task, arm)
         if runs:
             asked, jumped = sum(run["searches"] for run in runs), sum(len(run["accepted"]) for run in runs)
+            memory = max(run["memory_bytes"] or 0 for run in runs)
             rows.append(
                 [
                     f"`{strategy}`",
@@ -317,7 +318,7 @@ def _strategies(look: Lookup, task: str) -> str:
                     number(look.quality(task, arm, "search_share"), ".1%"),
                     number(look.quality(task, arm, "search_share_to_target"), ".1%"),
                     f"{jumped} of {asked}" if asked else "–",
-                    f"{max(run['memory_bytes'] for run in runs) / 1e6:.1f}",
+                    f"{memory / 1e6:.1f}" if memory else "–",
                 ]
             )
     return table(header, rows)

@@ -103,8 +103,9 @@ def steering(preferred_scale: float, before: float = 0.0, so_far: float = 1.0) -
 
     √min(1 + s, 4) where more than the displacement again would have been better (s > 1), twice in a row: once may be due to
     the start, twice is due to the rate. 1/√2 where less would have been better (s < 0), but never below `LOWEST_RATE` of the
-    schedule. Else 1. A single preference is noisy and need not pass the gate: errors to both sides cancel over searches,
-    while a rate that falls whenever nothing passes the gate dies out as soon as gains are smaller than the noise.
+    schedule. Else 1. A preference need not pass the gate: a rate that falls whenever nothing passes it dies out as soon as
+    gains are smaller than the noise. Where scores are noise and nothing else, the rate goes down to `LOWEST_RATE`, and stays
+    there (some 30 searches; a fall takes one preference, a rise two in a row).
 
     Args:
         preferred_scale: of this search.
