@@ -9,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from effopd.report.compare_page import render, summary_table
 _PLAN_HELP = textwrap.dedent((plan_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])
 
 PLAN, RESULTS, PAGE, FIGURES = "plan.yaml", "results.json", "results.md", "results"
+#: What `benchmarks/gate_noise.py` writes; the page quotes it if it lies beside it.
+GATE_NOISE = "gate_noise.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -213,12 +215,20 @@ def collect(folder: Path) -> dict[str, Any]:
     return results
 
 
+def false_accepts(noise: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `benchmarks/gate_noise.py` for the paper's gate: ≥, the smallest D_v, fresh sampling noise."""
+    rows = [row for row in noise["fresh_noise"] if row["gate"] == "ge"]
+    return [row for row in rows if row["validation_size"] == min(row["validation_size"] for row in rows)]
+
+
 def _report(source: Path, out: Path | None, console: Console) -> int:
     if source.is_file():
         results, folder = json.loads(source.read_text()), out or source.parent
     else:
         results, folder = collect(source), out or source
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / GATE_NOISE).is_file():
+        results["gate_noise"] = false_accepts(json.loads((folder / GATE_NOISE).read_text()))
     write_atomically(folder / RESULTS, lambda path: path.write_text(json.dumps(results, allow_nan=False) + "\n"))
     figures: dict[str, Path] = {}
     if is_available("matplotlib"):

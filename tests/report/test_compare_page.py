@@ -6,12 +6,14 @@ import copy
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from effopd.bench.results import Run, analyse
+from effopd.bench.results import Run, analyse, from_row
+from effopd.compare_command import false_accepts
 from effopd.report.compare_page import Lookup, number, render, summary_table, times
 
 LR = 3e-5
@@ -106,6 +108,22 @@ def test_a_grid_without_effopd_or_with_one_task_or_seed():
         assert ("### all tasks" in page) == (len(tasks) > 1)
     only = analyse([run("vanilla", 0)], baseline="vanilla", reference_learning_rate=LR)
     assert "| `vanilla` | 1.00×" in render(only, {})
+
+
+def test_what_the_gate_lets_pass_where_nothing_is_to_be_found(results):
+    noise = json.loads((Path(__file__).parents[2] / "docs" / "gate_noise.json").read_text())
+    rows = false_accepts(noise)
+    assert {(row["family"], row["model"]) for row in rows} == {
+        (family, model) for family in ("chain_sum", "spell_backward") for model in ("student", "teacher")
+    }
+    assert all(row["gate"] == "ge" and row["validation_size"] == 50 for row in rows)
+    assert "nothing is to be found" not in render(results, {})
+    page = render(results | {"gate_noise": rows}, {})
+    assert f"{rows[0]['first_accepted']:.1%} [" in page and "20000 simulated searches" in page
+    searches = tuple({"step": s, "accepted_scale": 2.0 * (s < 3), "trials": (0, 1)} for s in (1, 2, 4))
+    lost = run("random_direction", 0, searches=searches)
+    page = render(analyse([*map(from_row, results["runs"]), lost], baseline="vanilla", reference_learning_rate=LR), {})
+    assert "it jumped in 2 of 3 (sums)" in page
 
 
 def test_tables_are_rectangular(results):

@@ -239,6 +239,7 @@ def answers(look: Lookup) -> Iterator[str]:
                 for name in controls
             )
             yield f"**Controls over EffOPD, {task}**, seed by seed, net seconds: {said}."
+    yield from _false_accepts(look)
 
 
 def _net(look: Lookup, strategy: str, name: str, against: str | None = None) -> Iterator[str]:
@@ -250,6 +251,31 @@ def _net(look: Lookup, strategy: str, name: str, against: str | None = None) -> 
             said = ", ".join(f"{times(row)} in {AXIS_NAMES[axis]}" for axis, row in found.items())
             over = f" over `{against}`" if against else ""
             yield f"**{name}: net speed-up{over} at the reference learning rate, {task}** (n = {steps['n']}): {said}."
+
+
+def _false_accepts(look: Lookup) -> Iterator[str]:
+    """What the gate lets pass when nothing is there: by simulation, and along random directions in real runs."""
+    said = []
+    noise = look.results.get("gate_noise", [])
+    if noise:
+        shares = ", ".join(
+            f"{row['first_accepted']:.1%} [{row['first_accepted_ci95'][0]:.1%}, {row['first_accepted_ci95'][1]:.1%}] "
+            f"({row['family']}, {row['model']})"
+            for row in noise
+        )
+        said.append(
+            f"of {noise[0]['searches']} simulated searches whose candidates are the same model answering anew "
+            f"(D_v = {noise[0]['validation_size']}, ≥), EffOPD's gate lets one pass in {shares} (`benchmarks/gate_noise.py`)"
+        )
+    for task in look.tasks:
+        runs = look.runs(task, ("random_direction", look.reference))
+        if runs:
+            asked, jumped = sum(run["searches"] for run in runs), sum(len(run["accepted"]) for run in runs)
+            said.append(
+                f"along random directions as long as the displacement it jumped in {jumped} of {asked} ({task})"
+            )
+    if said:
+        yield "**The gate where nothing is to be found**: " + "; ".join(said) + "."
 
 
 def _claim(look: Lookup, arm: tuple[str, float]) -> str:
