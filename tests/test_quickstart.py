@@ -24,6 +24,7 @@ def test_quickstart_end_to_end(tmp_path, capsys):
     assert set(summary["lookahead"]["accepted_scales"]) == {"2"}  # step 1 on the rollouts of step 2
     assert {"steps", "seconds", "generated_tokens"} <= summary["speedup"].keys()
     assert (root / "figure.png").stat().st_size > 10_000
+    assert all(arm in (root / "report.html").read_text() for arm in ARMS)
     assert "held-out KL" in printed and "speed-up" in printed
     first = [next(iter(read_rows(root / arm / "evals.jsonl"))) for arm in ARMS]
     assert len({row["eval_kl"] for row in first}) == 1  # same start, same held-out prompts, same noise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -47,3 +49,10 @@ def test_the_printed_tree_is_the_tree_on_disk():
     on_disk = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
     printed_files = {name for name in printed if name.endswith(".py")}
     assert printed_files == on_disk
+
+
+def test_figures_are_those_of_the_results():
+    loaded = importlib.util.spec_from_file_location("readme_results", ROOT / "benchmarks" / "readme_results.py")
+    module = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(module)
+    assert module.rewritten(README, json.loads((ROOT / "docs" / "results.json").read_text())) == README

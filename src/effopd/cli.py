@@ -1,4 +1,4 @@
-"""The command line: `effopd quickstart | train | rl | eval | compare | analyze | intervene | testbed`.
+"""The command line: `effopd quickstart | train | rl | eval | report | compare | analyze | intervene | testbed`.
 
 Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of them, and flags
 given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or as an `effopd:` block in YAML.
@@ -66,7 +66,10 @@ def _finish(trainer: Any) -> int:
     from effopd.extrapolate.ranks import leave
 
     if trainer.is_world_process_zero():
-        print(f"\nDone: step {trainer.state.global_step}. Model and rows are in {trainer.run_dir.root}")
+        root = trainer.run_dir.root
+        print(
+            f"\nDone: step {trainer.state.global_step}. Model and rows are in {root}\n`effopd report {root}` draws them."
+        )
     leave()
     return 0
 
@@ -158,6 +161,16 @@ def eval_(argv: Sequence[str]) -> int:
     return run_eval(argv)
 
 
+# -- report -----------------------------------------------------------------------------------------------------
+
+
+def report(argv: Sequence[str]) -> int:
+    """`effopd report`."""
+    from effopd.report_command import run_report
+
+    return run_report(argv)
+
+
 # -- compare ----------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +220,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "distil a teacher into a student"),
     "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
     "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),
+    "report": (report, "one HTML page about a run, or several: quality, every search, costs"),
     "compare": (compare, "strategies × learning rates × seeds × tasks: who is faster, net of every cost, how surely"),
     "analyze": (analyze, "where training moved the weights and in which directions, RL against OPD"),
     "intervene": (intervene, "which part of an update carries the gain: edit the weights and evaluate"),

@@ -34,7 +34,9 @@ from effopd.extrapolate.callback import SEARCHES
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.files import read_rows, write_atomically
 from effopd.optional import is_available
-from effopd.report.figures import comparison_figure
+from effopd.report.run_figures import quality_figure
+from effopd.report.run_page import write_run_page
+from effopd.report.style import quiet_style, save
 from effopd.tasks import TaskConfig
 from effopd.versions import versions
 
@@ -43,6 +45,7 @@ TRAIN_SIZE = 4096
 #: The runs: name → label; all but the first look ahead, with the strategy of that name.
 ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD", "lookahead": "lookahead"}
 AHEAD = tuple(ARMS)[1:]
+_COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "lookahead": "#2e6f9e"}
 
 
 @dataclass
@@ -97,7 +100,8 @@ def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> No
     console.print(_table(summary))
     console.print(_verdict(summary))
     if is_available("matplotlib"):
-        console.print(f"figure:  {_figure(root, summary)}")
+        page = write_run_page([root / arm for arm in ARMS], root / "report.html")
+        console.print(f"figure:  {_figure(root, summary)}   page with every search: {page}")
     else:
         console.print(escape("figure:  not drawn, matplotlib is missing (pip install 'effopd[plots]')"))
     console.print(f"summary: {root / 'summary.json'}   rows: {root}/*/evals.jsonl, searches.jsonl, metrics.jsonl")
@@ -287,11 +291,17 @@ def _verdict(summary: dict[str, Any]) -> str:
 
 
 def _figure(root: Path, summary: dict[str, Any]) -> Path:
-    return comparison_figure(
-        {label: list(read_rows(root / arm / EVALS)) for arm, label in ARMS.items()},
-        {ARMS[arm]: list(read_rows(root / arm / SEARCHES)) for arm in AHEAD},
-        summary["target_kl"],
-        root / "figure.png",
-        f"testbed:{summary['family']}, seed {summary['seed']}",
-        testbed.card()["teacher_accuracy"][summary["family"]],
-    )
+    with quiet_style():
+        figure = quality_figure(
+            {label: list(read_rows(root / arm / EVALS)) for arm, label in ARMS.items()},
+            {ARMS[arm]: list(read_rows(root / arm / SEARCHES)) for arm in AHEAD},
+            target=summary["target_kl"],
+            teacher_accuracy=testbed.card()["teacher_accuracy"][summary["family"]],
+            colors=_COLORS,
+        )
+        return save(
+            figure,
+            root / "figure.png",
+            f"testbed:{summary['family']}, seed {summary['seed']}",
+            "Dotted: plain OPD's final KL, smoothed over three evaluations like the lines; the teacher's accuracy.",
+        )

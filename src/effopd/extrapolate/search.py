@@ -81,19 +81,17 @@ class SearchResult:
         return sum(trial.score.forward_tokens for trial in self.trials if trial.score)
 
 
-def paired_z(candidate: Score, reference: Score) -> float:
-    """How many standard errors the candidate is better, example by example: mean(d) / (std(d) / √n), d_i = c_i − r_i.
+def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:
+    """How much better the candidate is, example by example, and its standard error: mean(d), std(d) / √n, d_i = c_i − r_i.
 
-    Pairing removes what makes examples differ, and a gain that comes from one example alone is never worth more than
-    z = 1, however large it is. Scores without examples count as exact: z is infinite, or 0 for a tie.
+    Pairing removes what makes examples differ. Scores without examples count as exact: error 0.
 
     Raises:
         ScorerError: the scores do not hold the same n examples, or only one.
 
     Example:
-        >>> one = Score(0.25, per_example=(0.0, 0.0, 0.0, 1.0))
-        >>> paired_z(one, Score(0.0, per_example=(0.0, 0.0, 0.0, 0.0)))
-        1.0
+        >>> paired_gain(Score(2.0, (1.0, 3.0)), Score(1.0, (0.0, 2.0)))
+        (1.0, 0.0)
     """
     n = len(candidate.per_example)
     if n == 1 or n != len(reference.per_example):
@@ -103,7 +101,21 @@ def paired_z(candidate: Score, reference: Score) -> float:
         )
     gains = [c - r for c, r in zip(candidate.per_example, reference.per_example, strict=True)]
     mean = math.fsum(gains) / n if n else candidate.mean - reference.mean
-    error = math.sqrt(math.fsum((gain - mean) ** 2 for gain in gains) / (n - 1) / n) if n else 0.0
+    return mean, math.sqrt(math.fsum((gain - mean) ** 2 for gain in gains) / (n - 1) / n) if n else 0.0
+
+
+def paired_z(candidate: Score, reference: Score) -> float:
+    """How many standard errors the candidate is better: the ratio of `paired_gain`, which see.
+
+    A gain that comes from one example alone is never worth more than z = 1, however large it is. An exact gain is worth
+    infinity, an exact tie 0.
+
+    Example:
+        >>> one = Score(0.25, per_example=(0.0, 0.0, 0.0, 1.0))
+        >>> paired_z(one, Score(0.0, per_example=(0.0, 0.0, 0.0, 0.0)))
+        1.0
+    """
+    mean, error = paired_gain(candidate, reference)
     return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 

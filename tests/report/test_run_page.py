@@ -1,0 +1,194 @@
+"""The page of a run says what its rows say, needs nothing else, and survives unfinished and unusual runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from effopd.cli import main
+from effopd.errors import ConfigError
+from effopd.report.run_figures import quality_figure, search_figure, training_figure
+from effopd.report.run_page import read_run_rows, write_run_page
+
+
+def cost(step, **more):
+    phases = {
+        f"cost/{phase}_seconds": step * share for phase, share in (("rollout", 1.0), ("update", 2.0), ("eval", 1.0))
+    }
+    return {
+        "step": step,
+        **phases,
+        "cost/net_seconds": 3.0 * step,
+        "cost/net_generated_tokens": 100 * step,
+        "cost/net_forward_tokens": 500 * step,
+        **more,
+    }
+
+
+def search(step, accepted, trials):
+    return {
+        "step": step,
+        "delta_norm": 0.125,
+        "accepted_scale": accepted,
+        "seconds": 0.5,
+        "learning_rate_factor": 2.0,
+        "trials": trials,
+    }
+
+
+def trial(scale, score, per_example=()):
+    return {"scale": scale, "verdict": "rejected", "score": score, "per_example": list(per_example)}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes a run directory of given rows."""
+
+    def make(name, evals=(), metrics=(), searches=(), config="learning_rate: 3.0e-05\n"):
+        root = tmp_path / name
+        root.mkdir(parents=True)
+        for file, rows in (("evals", evals), ("metrics", metrics), ("searches", searches)):
+            if rows:
+                (root / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / "config.yaml").write_text(config)
+        return root
+
+    return make
+
+
+class Page(HTMLParser):
+    """Text, tags and addresses of a page; every tag must be closed."""
+
+    VOID = frozenset({"meta", "br"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.text = [], [], [], ""
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+KLS = {0: 0.2, 2: 0.1, 4: 0.04321}
+EVALS = [cost(step, eval_kl=kl, eval_kl_se=0.002, eval_accuracy=0.5, eval_accuracy_low=0.4, eval_accuracy_high=0.6)
+         for step, kl in KLS.items()]  # fmt: skip
+METRICS = [cost(step, loss=1.0 / step, learning_rate=1e-4) for step in range(1, 5)]
+SEARCHES = [
+    search(
+        2,
+        4.0,
+        [trial(0.0, -1.0, (-2.0, 0.0)), trial(4.0, -0.75, (-1.5, 0.0)), trial(8.0, None) | {"verdict": "non-finite"}],
+    ),
+    search(4, 0.0, [trial(0.0, -0.5, (-1.0, 0.0)), trial(1.0, -0.625, (-1.25, 0.0))]),
+]
+
+
+def test_the_page_says_what_the_rows_say_and_needs_nothing_else(make_run):
+    root = make_run("first", EVALS, METRICS, SEARCHES)
+    assert main(["report", str(root)]) == 0
+    html = (root / "report.html").read_text()
+    page = Page(html)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not {"script", "link", "img"} & set(page.tags)
+    assert page.tags.count("svg") == 3
+    assert "0.04321 ± 0.00200" in page.text and "0.500 [0.400, 0.600]" in page.text
+    assert "4: -0.75" in page.text and "8: not finite" in page.text
+    assert re.findall(r'<b class="taken">([^<]*)', html) == ["4: -0.75", "0: -0.5"]
+    assert "12.0" in page.text and "4.0 s (25%)" in page.text and "8.0 s (50%)" in page.text  # net; rollout and update
+
+
+def test_panels_show_the_paired_gain_and_where_the_model_went():
+    figure = search_figure(SEARCHES)
+    first, second = figure.axes[:2]
+    assert not any(axis.get_visible() for axis in figure.axes[2:])
+    (line,) = [lines for lines in first.get_lines() if len(lines.get_xdata()) == 2 and lines.get_marker() == "o"]
+    assert line.get_xdata().tolist() == [0.0, 4.0]
+    assert line.get_ydata().tolist() == [0.0, 0.25]  # gains 0.5 and 0 of the two examples
+    (bars,) = first.containers[0].lines[2]
+    (_, (low, high)) = (segment[:, 1] for segment in bars.get_segments())
+    assert (low, high) == pytest.approx((0.25 - 2 * 0.25, 0.25 + 2 * 0.25))  # their standard error is 0.25
+    went = [
+        [line.get_xdata()[0] for line in axis.get_lines() if line.get_linestyle() == "--"] for axis in (first, second)
+    ]
+    assert went == [[4.0], [0.0]]
+    assert search_figure([search(1, 0.0, SEARCHES[0]["trials"][:1])]) is None
+
+
+def test_curves_have_a_point_an_evaluation_and_jumps_are_marked_after_they_happened():
+    searches = [SEARCHES[0] | {"step": 3}]
+    figure = quality_figure({"a": EVALS}, {"a": searches}, target=0.05)
+    by_step, by_seconds = figure.axes[:2]
+    raw = next(line for line in by_seconds.get_lines() if line.get_alpha() == 0.3)
+    assert list(raw.get_xdata()) == [0.0, 6.0, 12.0] and list(raw.get_ydata()) == list(KLS.values())
+    marks = [line.get_xdata() for line in by_step.get_lines() if line.get_marker() == "^" and len(line.get_xdata())]
+    assert [list(x) for x in marks] == [[4]]
+    assert any(line.get_label() == "target" and line.get_ydata()[0] == 0.05 for line in by_step.get_lines())
+
+
+def test_several_runs_share_axes_and_are_told_apart(make_run):
+    roots = [make_run(f"{name}/lr-1/seed-0", EVALS, METRICS) for name in ("vanilla", "lookahead")]
+    assert [run.label for run in read_run_rows(roots)] == ["vanilla/lr-1/seed-0", "lookahead/lr-1/seed-0"]
+    figure = training_figure({run.label: run.metrics for run in read_run_rows(roots)})
+    assert [len(axis.get_lines()) for axis in figure.axes if axis.get_visible()] == [2, 2]  # loss and learning rate
+    page = Page(write_run_page(roots, roots[0] / "both.html").read_text())
+    assert "vanilla/lr-1/seed-0" in page.text and "lookahead/lr-1/seed-0" in page.text
+
+
+def test_settings_are_text_whatever_they_hold(make_run):
+    root = make_run("x", EVALS, config="# effopd 0.1.0\nmodel_name_or_path: <script>alert(1)</script>\n")
+    page = Page(write_run_page([root], root / "page.html").read_text())
+    assert "script" not in page.tags and "<script>alert(1)</script>" in page.text and "effopd 0.1.0" in page.text
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"metrics": METRICS},  # no evaluation yet
+        {"metrics": [cost(1, reward=0.5)], "evals": [cost(0, eval_accuracy=0.5)]},  # reinforcement learning
+        {"evals": EVALS[:1]},  # just begun
+        {
+            "metrics": METRICS[:1],
+            "searches": [search(1, 0.0, [trial(0.0, None), trial(1.0, 1.0)])],
+        },  # nothing to compare with
+        {
+            "metrics": METRICS,
+            "searches": [search(1, 1.0, [trial(0.0, 0.5), trial(1.0, None)])],
+        },  # a jump without asking
+        {"metrics": METRICS, "searches": [search(1, 0.0, [trial(0.0, 0.5), trial(0.0, 0.5)])]},  # one scale twice
+        {
+            "metrics": METRICS,
+            "searches": [search(1, 2.0, [trial(0.0, 0.5), trial(2.0, 0.75)])],
+        },  # scores without examples
+    ],
+)
+def test_unfinished_and_unusual_runs(make_run, rows):
+    root = make_run("run", **rows)
+    with (root / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # cut short by a kill
+    Page(write_run_page([root], root / "page.html").read_text())
+
+
+def test_what_is_no_run_is_refused_and_nothing_is_written(make_run, capsys, tmp_path):
+    root, empty = make_run("run", EVALS), make_run("empty")
+    assert main(["report", str(root), str(empty), "--out", str(tmp_path / "page.html")]) == 2
+    assert "empty is not a run directory: expected rows in metrics.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+    with pytest.raises(ConfigError, match="each run once"):
+        read_run_rows([root, root])
