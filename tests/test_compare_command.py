@@ -113,6 +113,26 @@ def test_report_redraws_the_same_from_the_folder_and_from_the_json(grid, tmp_pat
     assert "effopd" in capsys.readouterr().out
 
 
+def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path, capsys):
+    plan = plan_of(root, output_dir=str(tmp_path / "grid"))
+    assert main(["compare", "--report", str(grid)]) == 0
+    there = ["--runs_from", str(grid / "results.json")]
+    assert main(["compare", str(plan), *there, "--dry_run"]) == 0
+    assert "1 to be made here" in capsys.readouterr().out and not (tmp_path / "grid").exists()
+    assert main(["compare", str(plan), *there]) == 0
+    (done,) = (tmp_path / "grid").rglob(DONE)
+    assert "vanilla" in str(done)
+    assert main(["compare", str(plan)]) == 0  # the folder remembers
+    assert len(list((tmp_path / "grid").rglob(DONE))) == 1
+    assert main(["compare", "--report", str(tmp_path / "grid")]) == 0
+    before, after = (json.loads((folder / "results.json").read_text()) for folder in (grid, tmp_path / "grid"))
+    assert [row["curve"]["kl"] for row in after["runs"]] == [row["curve"]["kl"] for row in before["runs"]]
+    (note,) = after["settings"]["elsewhere"]
+    assert note["runs"] == 2 and note["n"] == 1
+    assert "2 of the runs were made on another machine" in (tmp_path / "grid" / "results.md").read_text()
+    plan_of(root)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -135,6 +155,7 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
     for flags, message in (
         ([], "either a plan"),
         (["--report", str(tmp_path)], "no grid"),
+        (["--report", str(tmp_path), "--runs_from", "a.json"], "goes with a plan"),
         ([str(tmp_path / "none.yaml")], "no plan"),
     ):
         assert main(["compare", *flags]) == 2

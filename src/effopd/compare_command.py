@@ -8,7 +8,6 @@ import signal
 import sys
 import tempfile
 import textwrap
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from effopd.bench import elsewhere
 from effopd.bench import plan as plan_module
 from effopd.bench.plan import Plan, PlannedRun, load_plan
-from effopd.bench.results import analyse, read_run
+from effopd.bench.results import Run, analyse, read_run
 from effopd.bench.runner import DONE, LOG, Runner, failure_of, is_done, last_words, only_one
 from effopd.distill.run_dir import EVALS
 from effopd.errors import ConfigError, EffOPDError, NonFiniteLossError
@@ -49,11 +49,22 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="A plan:\n" + textwrap.indent(_PLAN_HELP, "  ") + "\nExamples:\n"
         "  effopd compare recipes/compare-testbed.yaml --dry_run     # checks every setting, shows the grid\n"
         "  effopd compare recipes/compare-testbed.yaml --workers 2   # runs it, or goes on with it\n"
+        "  effopd compare recipes/compare-testbed.yaml --runs_from docs/results.json   # … begun on another machine\n"
         "  effopd compare --report runs/compare --out docs           # redraws without running",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("plan", nargs="?", help="YAML file; fields below, an example in recipes/compare-testbed.yaml.")
     parser.add_argument("--workers", type=int, help="Runs at a time. Default: the plan's.")
+    parser.add_argument(
+        "--runs_from",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RESULTS_JSON",
+        help="Count the runs of a results.json as done: those of a grid that was begun, or shared, elsewhere. The baseline is "
+        "run here for one seed of each task, to bring their seconds to this machine's. Remembered in the grid's folder. May "
+        "be given several times.",
+    )
     parser.add_argument(
         "--dry_run", action="store_true", help="Check every setting and show the grid; run and write nothing."
     )
@@ -76,10 +87,13 @@ def run_compare(argv: Sequence[str]) -> int:
     if (arguments.plan is None) == (arguments.report is None):
         raise ConfigError("give either a plan to run, or --report with the folder of a grid or a results.json.")
     if arguments.report is not None:
+        if arguments.runs_from:
+            raise ConfigError("--runs_from goes with a plan; the grid's folder remembers it for --report.")
         return _report(arguments.report, arguments.out, console)
     plan = load_plan(arguments.plan, workers=arguments.workers)
-    runs = plan.runs()
-    check_runs(runs)
+    entries = elsewhere.given(plan, arguments.runs_from) or elsewhere.kept(plan)
+    runs = elsewhere.to_make(plan, elsewhere.sources(plan, entries))
+    check_runs(plan.runs())
     if arguments.dry_run:
         console.print(grid_table(plan, runs))
         return 0
@@ -89,6 +103,8 @@ def run_compare(argv: Sequence[str]) -> int:
         if arguments.workers is not None:
             text = yaml.safe_dump(yaml.safe_load(text) | {"workers": plan.workers}, sort_keys=False)
         write_atomically(Path(plan.output_dir) / PLAN, lambda path: path.write_text(text))
+        if arguments.runs_from:
+            elsewhere.keep(plan, entries)
         failed = _run(plan, [run for run in runs if run.path not in done], len(done), console, lock)
     for run in failed:
         console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(last_words(run.path / LOG))}")
@@ -125,23 +141,26 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
 
 
 def grid_table(plan: Plan, runs: Sequence[PlannedRun]) -> Table:
-    """What a dry run shows: every strategy with its own settings, its runs, and how many are done."""
+    """What a dry run shows: every strategy with its own settings, its runs, those of `runs`, and how many of them are done."""
+    planned = plan.runs()
     table = Table(
-        title=f"{len(runs)} runs into {plan.output_dir}: {len(plan.tasks)} task(s), {len(plan.seeds)} seed(s), "
-        f"{plan.workers} at a time",
+        title=f"{len(planned)} runs into {plan.output_dir}: {len(plan.tasks)} task(s), {len(plan.seeds)} seed(s), "
+        f"{plan.workers} at a time" + (f"; {len(runs)} to be made here" if len(runs) != len(planned) else ""),
         box=box.SIMPLE,
         pad_edge=False,
     )
-    for name in ("strategy", "learning rates", "runs", "done", "own settings"):
+    for name in ("strategy", "learning rates", "runs", "to be made here", "done", "own settings"):
         table.add_column(name)
     for strategy, settings in plan.strategies.items():
-        own = [run for run in runs if run.strategy == strategy]
+        own = [run for run in planned if run.strategy == strategy]
+        here = [run for run in runs if run.strategy == strategy]
         rates = sorted({run.learning_rate for run in own})
         table.add_row(
             strategy,
             ", ".join(f"{rate:.3g}" for rate in rates),
             str(len(own)),
-            str(sum(is_done(run) for run in own)),
+            str(len(here)),
+            str(sum(is_done(run) for run in here)),
             escape(json.dumps({k: v for k, v in (settings or {}).items() if k != "learning_rate_factors"})),
         )
     return table
@@ -194,25 +213,28 @@ def collect(folder: Path) -> dict[str, Any]:
     diverged = [r for r, said in failed if NonFiniteLossError.__name__ in said and any(read_rows(r.path / EVALS))]
     if not runs:
         raise ConfigError(f"no run of {folder} is finished yet: start it with `effopd compare PLAN`.")
-    read = [
-        read_run(r.path, task=r.task, strategy=r.strategy, learning_rate=r.learning_rate, seed=r.seed) for r in runs
-    ]
-    read += [
-        read_run(r.path, task=r.task, strategy=r.strategy, learning_rate=r.learning_rate, seed=r.seed).diverged()
-        for r in diverged
-    ]
+    here = [_read(run) for run in runs] + [_read(run).diverged() for run in diverged]
+    read, notes = elsewhere.merged(plan, here, elsewhere.sources(plan, elsewhere.kept(plan)))
     results = analyse(read, baseline=plan.baseline, reference_learning_rate=plan.reference_learning_rate)
     results["settings"] |= {
         "clock": plan.base.get("cost_clock", "wall"),
         "workers": plan.workers,
         "threads": plan.threads,
         "planned_runs": len(plan.runs()),
-        "codes": dict(Counter(json.loads((r.path / DONE).read_text()).get("code", "not recorded") for r in runs)),
+        "elsewhere": notes,
         "failed": [f"{run.name}: {said}" for run, said in failed if run not in diverged],
         "strategies": plan.strategies,
         "base": plan.base,
     }
     return results
+
+
+def _read(run: PlannedRun) -> Run:
+    done = run.path / DONE
+    code = json.loads(done.read_text()).get("code") if done.is_file() else None
+    return read_run(
+        run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed, code=code
+    )
 
 
 def false_accepts(noise: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -73,6 +73,8 @@ class Run:
     seed: int
     rows: tuple[Mapping[str, Any], ...]
     searches: tuple[Mapping[str, Any], ...] = ()
+    #: Which state of the code made it (`versions.code`).
+    code: str | None = None
 
     @property
     def arm(self) -> tuple[str, float]:
@@ -94,7 +96,7 @@ class Run:
         return first_reach(self.rows, target, metric, higher_is_better=higher_is_better)
 
 
-def read_run(path: Path, *, task: str, strategy: str, learning_rate: float, seed: int) -> Run:
+def read_run(path: Path, *, task: str, strategy: str, learning_rate: float, seed: int, code: str | None = None) -> Run:
     """A run from its folder.
 
     Raises:
@@ -108,7 +110,7 @@ def read_run(path: Path, *, task: str, strategy: str, learning_rate: float, seed
             + (f"lacks {', '.join(sorted(missing))}" if rows else "has no row")
             + ". Train with eval_strategy: steps on a task of this package, or leave the run out."
         )
-    return Run(task, strategy, learning_rate, seed, rows, tuple(read_rows(path / SEARCHES)))
+    return Run(task, strategy, learning_rate, seed, rows, tuple(read_rows(path / SEARCHES)), code)
 
 
 def to_row(run: Run) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def to_row(run: Run) -> dict[str, Any]:
         "strategy": run.strategy,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
+        "code": run.code,
         "curve": {name: [_short(row.get(key, 0.0)) for row in run.rows] for name, key in CURVE.items()},
         "accepted": [[row["step"], row["accepted_scale"]] for row in run.searches if row["accepted_scale"]],
         "searches": sum(len(row["trials"]) > 1 for row in run.searches),
@@ -141,7 +144,9 @@ def from_row(row: Mapping[str, Any]) -> Run:
         searches.append({"step": -1, "accepted_scale": 0.0, "trials": (), "fit": row["fit"]})
     if row["memory_bytes"]:
         searches.append({"step": -1, "accepted_scale": 0.0, "trials": (), "memory_bytes": row["memory_bytes"]})
-    return Run(row["task"], row["strategy"], row["learning_rate"], row["seed"], tuple(rows), tuple(searches))
+    return Run(
+        row["task"], row["strategy"], row["learning_rate"], row["seed"], tuple(rows), tuple(searches), row.get("code")
+    )
 
 
 def _short(value: float) -> float | int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -534,7 +535,13 @@ def _method(look: Lookup) -> str:
             f"Seconds: {clocks[settings['clock']]}; {settings['workers']} run(s) at a time"
             + (f", {settings['threads']} thread(s) each." if settings.get("threads") else ".")
         )
-    codes = settings.get("codes", {})
+    for note in settings.get("elsewhere", []):
+        spread = f"{note['low']:.2f}–{note['high']:.2f}, " if note["n"] > 1 else ""
+        lines.append(
+            f"{note['runs']} of the runs were made on another machine. Their seconds are multiplied by {note['factor']:.3f}: "
+            f"the ratio of seconds per forward token of runs made on both ({spread}n = {note['n']})."
+        )
+    codes = Counter(run.get("code") or "not recorded" for run in look.results["runs"])
     if len(codes) > 1:
         said = ", ".join(f"{name}: {count} runs" for name, count in codes.items())
         lines.append(f"States of the code that made the runs (hash of the package's source): {said}.")
