@@ -116,6 +116,20 @@ def test_plain_trl_resumes_bit_identically(tmp_path):
         run("run", resume=str(tmp_path / "run" / "checkpoint-3"))
 
 
+def test_a_resume_takes_the_anchor_of_the_checkpoint_that_is_loaded(tmp_path):
+    """Not that of the same step in the output directory, which another run may have left there."""
+
+    def run(name, resume=None, **overrides):
+        trainer = plain_trl(tmp_path / name, save_strategy="steps", save_steps=3, max_steps=6, **overrides)
+        trainer.add_callback(EffOPDCallback(trainer, EffOPDConfig(validation_size=12), verify=contains))
+        trainer.train(resume_from_checkpoint=resume)
+        return parameters(trainer)
+
+    whole = run("run")
+    run("other", learning_rate=3e-3)
+    assert same(whole, run("other", resume=str(tmp_path / "run" / "checkpoint-3")))
+
+
 def test_default_verifier_is_math(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "answer": str(i + 1)} for i in range(64)]
     trainer = plain_trl(tmp_path, Dataset.from_list(rows))

@@ -86,7 +86,6 @@ class RunMixin(_Host):
         ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
         run_dir: the run directory.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
-        resumed_from: the checkpoint the run went on from, if any.
     """
 
     #: The TRL class below; its `log` is passed over where it would add training metrics to an evaluation.
@@ -95,7 +94,6 @@ class RunMixin(_Host):
     def _open_run(self, args: RunArguments, eval_task: Task | None) -> None:
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
-        self.resumed_from: Path | None = None
         self._saving = False
         self._epochs = _EpochCallback()
 
@@ -182,7 +180,6 @@ class RunMixin(_Host):
                     f"{self.run_dir.checkpoint(8)}."
                 )
             self._load_ledger(checkpoint)
-            self.resumed_from = checkpoint
             self.args.eval_on_start = False  # the run has started before; its rows are there
         else:
             self._save_trajectory()

@@ -37,8 +37,8 @@ class EffOPDCallback(TrainerCallback):
             dataset, columns `prompt` and `answer`.
         verify: grades an answer of that dataset; default: `math-verify`.
         scorer: a callable `model → number` instead of the accuracy on D_v.
-        resume_from_checkpoint: where a resumed run finds the look-ahead state, if it is neither in
-            `output_dir/checkpoint-N` nor known to the trainer.
+        resume_from_checkpoint: where a resumed run finds the look-ahead state; default: in the checkpoint that the trainer
+            loads.
 
     Raises:
         ConfigError: FSDP1 or DeepSpeed, where live weights cannot be moved from here yet; a strategy that scores by the KL to
@@ -75,6 +75,8 @@ class EffOPDCallback(TrainerCallback):
         self.lookahead: EffOPD | None = None
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._loaded: Path | None = None
+        self._notice_resume()
         if self.config.resolved_steer:
             self._log_steered_rate()
 
@@ -124,6 +126,16 @@ class EffOPDCallback(TrainerCallback):
             scheduled() * (1.0 if self.lookahead is None else self.lookahead.learning_rate_factor)
         )
 
+    def _notice_resume(self) -> None:
+        """Callbacks are not told which checkpoint a run resumes from: note it when the trainer loads it."""
+        load = self.trainer._load_from_checkpoint
+
+        def loading(resume_from_checkpoint, *args, **kwargs):
+            self._loaded = Path(resume_from_checkpoint)
+            return load(resume_from_checkpoint, *args, **kwargs)
+
+        self.trainer._load_from_checkpoint = loading
+
     # -- events -------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -142,7 +154,7 @@ class EffOPDCallback(TrainerCallback):
             optimizer=kwargs.get("optimizer"),
         )
         if state.global_step > 0:
-            self.lookahead.load(self._find_state(args, state.global_step))
+            self.lookahead.load(self._find_state(state.global_step))
         if state.is_world_process_zero:
             keep_rows(Path(args.output_dir) / SEARCHES, state.global_step)
 
@@ -202,18 +214,14 @@ class EffOPDCallback(TrainerCallback):
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
-    def _find_state(self, args, step: int) -> Path:
-        known = [self._resume_from, getattr(self.trainer, "resumed_from", None), args.resume_from_checkpoint]
-        candidates = [Path(path) for path in known if isinstance(path, str | Path)]
-        candidates.append(Path(args.output_dir) / f"checkpoint-{step}")
-        for folder in candidates:
-            if (folder / STATE_FILE).is_file():
-                return folder
+    def _find_state(self, step: int) -> Path:
+        folder = self._resume_from or self._loaded
+        if folder is not None and (folder / STATE_FILE).is_file():
+            return folder
         raise CheckpointError(
-            f"the run resumes at step {step} but no look-ahead state ({STATE_FILE}) was found in "
-            f"{', '.join(map(str, candidates))}. Without the anchor, the next jump would be up to 11 times the whole "
-            "displacement, so this stops here. Pass resume_from_checkpoint to EffOPDCallback, or resume from a "
-            "checkpoint written with it."
+            f"the run resumes at step {step} but there is no look-ahead state ({STATE_FILE}) in {folder}. Without the anchor, "
+            "the next jump would be up to 11 times the whole displacement, so this stops here. Pass resume_from_checkpoint to "
+            "EffOPDCallback, or resume from a checkpoint written with it."
         )
 
     def _weights_moved(self) -> None:
