@@ -90,6 +90,7 @@ def test_null_has_the_distribution_of_simulated_walks(t, m):
     points = unit_points(t, m, seed=m)
     points[2] = points[1]  # a step of length 0
     drawn, simulated = random_walk_null(points, draws=1500).numpy(), simulated_null(points, 1500, seed=1)
+    drawn, simulated = drawn.round(9), simulated.round(9)  # (4, 500): two steps, always 1 up to rounding
     assert stats.ks_2samp(drawn, simulated).pvalue > 0.01
     assert drawn.mean() == pytest.approx(simulated.mean(), abs=0.01)
 
