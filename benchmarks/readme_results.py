@@ -23,10 +23,8 @@ def section(results: dict, final: list[dict]) -> str:
     look = Lookup(results)
     reference = look.reference
 
-    def fast(
-        task: str, strategy: str, rate: float = reference, against: str | None = None, axis: str = "seconds"
-    ) -> str:
-        return times(look.speedup(task, (strategy, rate), axis, against=against))
+    def fast(task: str, strategy: str, rate: float = reference, to: str | None = None, axis: str = "seconds") -> str:
+        return times(look.speedup(task, (strategy, rate), axis, rate=to))
 
     def best(task: str, target: str = "reference_kl") -> float:
         rate = look.best(task, target)
@@ -39,7 +37,7 @@ def section(results: dict, final: list[dict]) -> str:
     rates = sorted({rate for strategy, rate in look.arms if strategy == "lookahead"})
 
     def anywhere(task: str, target: str = "reference_kl") -> str:
-        rows = [look.speedup(task, ("lookahead", rate), "seconds", target, against="best") for rate in rates]
+        rows = [look.speedup(task, ("lookahead", rate), "seconds", target, rate="best") for rate in rates]
         medians = [row["median"] for row in rows if row]
         return f"{min(medians):.2f}–{max(medians):.2f}×"
 
@@ -89,7 +87,7 @@ Net speed-up to the held-out exact reverse KL at which plain OPD ends after {res
 [docs/results.md](docs/results.md) has every strategy, learning rate, target and interval{few}. `effopd compare recipes/compare-testbed.yaml` runs it, `effopd compare --report runs/compare --out docs` writes the page, `benchmarks/readme_results.py` this section.
 
 - **The learning rate matters more than the paper's search.** At the best of its rates plain OPD itself is {tuned[CHAIN]} and {tuned[SPELL]} faster than at the reference rate; EffOPD from the reference rate
-  has {fast(CHAIN, "effopd", against="best")} and {fast(SPELL, "effopd", against="best")} of that speed, and is off the target again later: {look.again(CHAIN, ("effopd", reference)).split(" ")[0]} and {look.again(SPELL, ("effopd", reference)).split(" ")[0]} of the evaluations.
+  has {fast(CHAIN, "effopd", to="best")} and {fast(SPELL, "effopd", to="best")} of that speed, and is off the target again later: {look.again(CHAIN, ("effopd", reference)).split(" ")[0]} and {look.again(SPELL, ("effopd", reference)).split(" ")[0]} of the evaluations.
 - **`lookahead` makes the sweep unnecessary.** Started anywhere in a {rates[-1] / rates[0]:.0f}× range of learning rates ({factor(rates[0])} to {factor(rates[-1])}) its median is {anywhere(CHAIN)} (`chain_sum`) and {anywhere(SPELL)} (`spell_backward`) the speed of plain OPD at the best rate found by sweeping. To 90 % of the way, where plain OPD's best rate
   is {way_there}, it is {anywhere(CHAIN, "gap_90")} and {anywhere(SPELL, "gap_90")}: no sweep, and no more than that.
 - **It ends as low as a well-tuned run, not lower.** Final KL on {final[0]["size"]} answers (`benchmarks/final_quality.py`, medians of {"–".join(map(str, sorted(seeds)))} seeds), {final_kls(CHAIN)}; {final_kls(SPELL)}. The look-ahead's rules were chosen on these two tasks.

@@ -317,3 +317,26 @@ def test_reading_a_run_directory(tmp_path):
     assert row["searches"] == 1 and row["memory_bytes"] == 80
     assert to_row(from_row(row)) == row
     assert Lookup(results([read])).reached("t", ("vanilla", LR)) == "1 of 1"
+
+
+def test_a_variant_is_compared_with_what_it_is_a_variant_of_at_its_own_learning_rate():
+    runs = [run(seed=seed) for seed in range(5)]
+    for rate, speed in ((LR, 4.0), (9e-5, 8.0)):
+        runs += [run("look", rate, seed, speed=speed) for seed in range(5)]
+        runs += [run("look-short", rate, seed, speed=2.0) for seed in range(5)]
+    found = results(runs)
+    pairs = {
+        (r["strategy"], r["learning_rate"]): r["median"]
+        for r in found["speedups"]
+        if (r["against"], r["target"], r["axis"]) == ("look", "reference_kl", "steps")
+    }
+    assert pairs == {
+        ("look-short", LR): pytest.approx(0.5, rel=0.15),
+        ("look-short", 9e-5): pytest.approx(0.25, rel=0.15),
+    }
+    (row,) = [
+        r
+        for r in found["quality"]
+        if (r["strategy"], r["learning_rate"], r["measure"]) == ("look-short", LR, "kl_difference_whole")
+    ]
+    assert row["low"] > 0 and row["n"] == 5

@@ -156,3 +156,16 @@ def test_the_same_json_draws_the_same_page(results):
     again = json.loads(json.dumps(results, allow_nan=False))
     assert render(again, {"a": "b.png"}) == render(results, {"a": "b.png"})
     assert printed(again, 100) == printed(results, 100)
+
+
+def test_variants_have_a_table_of_their_own(results):
+    assert "What each part is worth" not in render(results, {})
+    runs = [run(name, seed, speed=speed) for seed in range(5)
+            for name, speed in (("vanilla", 1), ("look", 4), ("look-short", 2), ("vanilla-linear", 1))]  # fmt: skip
+    page = render(analyse(runs, baseline="vanilla", reference_learning_rate=LR), {})
+    section = page.partition("## What each part is worth")[2].partition("\n## ")[0]
+    (row,) = [line for line in section.splitlines() if line.startswith("| sums")]  # the baseline has no variants
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["`look`", "`short`", "3e-05"]
+    assert 0.4 < float(cells[4].split("×")[0]) < 0.6
+    assert cells[-1].startswith("+0.0")

@@ -13,6 +13,9 @@ they are judged on, which favours the baseline. Every run's cost is that of its 
 baseline's too: a run like the baseline is 1×, not faster because the baseline's last steps brought nothing.
 
 Over all tasks a seed counts once, with the geometric mean of its speed-ups on every task.
+
+A strategy named like another one of the grid with `-something` after it is a variant of it, and is also compared with that
+one at its own learning rate: `lookahead-no-steering` with `lookahead`.
 """
 
 from __future__ import annotations
@@ -303,14 +306,27 @@ def area(run: Run, axis: str, budget: float) -> float:
     return float(np.trapezoid(y_in, x_in) / budget)
 
 
+def whole_of(arm: tuple[str, float], arms: Sequence[tuple[str, float]], baseline: str) -> tuple[str, float] | None:
+    """The arm that `arm` is a variant of: the longest other name that its own begins with, at the same learning rate.
+
+    Example:
+        >>> whole_of(("effopd-strict", 0.1), [("effopd", 0.1), ("effopd", 0.3), ("effopd-strict", 0.1)], "vanilla")
+        ('effopd', 0.1)
+    """
+    names = [name for name, rate in arms if rate == arm[1] and name != baseline and arm[0].startswith(f"{name}-")]
+    return (max(names, key=len), arm[1]) if names else None
+
+
 def _speedups(arms, tasks, reference, best, costs) -> list[dict[str, Any]]:
-    """Each arm against the baseline at the reference, at its best and at the same learning rate, and against the rival at
-    the reference, by task and over all tasks (for seeds with a pair in each)."""
+    """Each arm against the baseline at the reference, at its best and at the same learning rate, against the rival at
+    the reference, and against what it is a variant of, by task and over all tasks (for seeds with a pair in each)."""
     rows = []
     rival = (RIVAL, reference[1])
     for arm in arms:
         rivals = [(reference[0], reference[1]), (reference[0], BEST), (reference[0], SAME)]
         rivals += [rival] * (rival in arms and rival != reference)
+        whole = whole_of(arm, arms, reference[0])
+        rivals += [(whole[0], SAME)] if whole else []
         for against, rate in rivals:
             for target in TARGETS:
                 for axis in AXES:
@@ -355,7 +371,7 @@ def _on(cost: Cost | None, axis: str) -> float | None:
 
 def _quality(arms, tasks, found, reference, lowest, budgets, costs) -> list[dict[str, Any]]:
     """Medians over seeds: final values; their paired differences to the baseline at the reference, at the same learning rate
-    and at the one where it ends lowest; areas; search share."""
+    and at the one where it ends lowest, and to what it is a variant of; areas; search share."""
     rows = []
     for task in tasks:
         for arm in arms:
@@ -373,8 +389,9 @@ def _quality(arms, tasks, found, reference, lowest, budgets, costs) -> list[dict
                     _search_share(run, cost) for run in own if (cost := costs[arm, run.place].get("reference_kl"))
                 ],
             }
-            for name, rate in (("", reference[1]), ("_same", arm[1]), ("_lowest", lowest[task])):
-                others = [(run, found.get(((reference[0], rate), run.place))) for run in own]
+            rivals = {"": reference, "_same": (reference[0], arm[1]), "_lowest": (reference[0], lowest[task])}
+            for name, rival in (rivals | {"_whole": whole_of(arm, arms, reference[0])}).items():
+                others = [(run, found.get((rival, run.place))) for run in own]
                 for measure, metric in (("kl", "eval_kl"), ("accuracy", "eval_accuracy")):
                     values[f"{measure}_difference{name}"] = [
                         final_target(run.rows, metric) - final_target(other.rows, metric)

@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from effopd.bench.results import ALL, BEST, SAME
+from effopd.bench.results import ALL, BEST, SAME, whole_of
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -43,7 +43,8 @@ class Lookup:
                 r["task"],
                 r["strategy"],
                 r["learning_rate"],
-                r["against_learning_rate"] if r["against_learning_rate"] in (BEST, SAME) else r["against"],
+                r["against"],
+                r["against_learning_rate"] if r["against_learning_rate"] in (BEST, SAME) else None,
                 r["target"],
                 r["axis"],
             ): r
@@ -56,11 +57,17 @@ class Lookup:
         return [strategy for strategy, rate in self.arms if rate == self.reference]
 
     def speedup(
-        self, task: str, arm: tuple[str, float], axis: str, target="reference_kl", against: str | None = None
+        self,
+        task: str,
+        arm: tuple[str, float],
+        axis: str,
+        target="reference_kl",
+        against: str | None = None,
+        rate: str | None = None,
     ) -> Row | None:
-        """A row of `speedups`, if there is one; `against` is a strategy at the reference learning rate (default: the
-        baseline), or the baseline at its best (`BEST`) or at the arm's own learning rate (`SAME`)."""
-        return self._speedups.get((task, *arm, against or self.baseline, target, axis))
+        """A row of `speedups`, if there is one: against a strategy (default: the baseline) at the reference learning rate, at
+        its best (`BEST`, the baseline only) or at the arm's own (`SAME`)."""
+        return self._speedups.get((task, *arm, against or self.baseline, rate, target, axis))
 
     def quality(self, task: str, arm: tuple[str, float], measure: str) -> Row | None:
         """A row of `quality`, if there is one."""
@@ -186,6 +193,7 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
         "the way from the start to the teacher, for which another rate may be the best.",
         _rates(look),
         *_edges(look),
+        *_variants(look),
         "## As good as the baseline's best end",
         f"Time to the final smoothed KL of {look.baseline} at the learning rate where it ends lowest ("
         + ", ".join(f"{task}: {rate:.3g}" for task, rate in look.results["lowest_learning_rate"].items() if rate)
@@ -306,7 +314,7 @@ def _against_best(look: Lookup, strategy: str, name: str, target: str = "referen
             continue
         rates = [rate for other, rate in look.arms if other == strategy and look.runs(task, (other, rate))]
         said = ", ".join(
-            f"lr {rate:.3g} {times(look.speedup(task, (strategy, rate), 'seconds', target, against=BEST))}"
+            f"lr {rate:.3g} {times(look.speedup(task, (strategy, rate), 'seconds', target, rate=BEST))}"
             for rate in sorted(rates)
         )
         own = times(look.speedup(task, (look.baseline, best), "seconds", target))
@@ -391,10 +399,10 @@ def _rates(look: Lookup) -> str:
                 look.reached(task, arm),
                 times(look.speedup(task, arm, "steps")),
                 times(look.speedup(task, arm, "seconds")),
-                times(look.speedup(task, arm, "seconds", against=BEST)),
-                times(look.speedup(task, arm, "seconds", against=SAME)),
+                times(look.speedup(task, arm, "seconds", rate=BEST)),
+                times(look.speedup(task, arm, "seconds", rate=SAME)),
                 times(look.speedup(task, arm, "seconds", "gap_90")),
-                times(look.speedup(task, arm, "seconds", "gap_90", against=BEST)),
+                times(look.speedup(task, arm, "seconds", "gap_90", rate=BEST)),
             ]
         )
     header = ["task", "strategy", "learning rate", "reached", "steps", "net seconds", "… against the best", "… against the same rate",
@@ -415,6 +423,40 @@ def _edges(look: Lookup) -> list[str]:
     ]
 
 
+def _variants(look: Lookup) -> list[str]:
+    """What each part is worth: strategies that differ from another one in one setting."""
+    rows = []
+    for task in look.scopes:
+        for arm in look.arms:
+            whole = whole_of(arm, look.arms, look.baseline)
+            if whole is None:
+                continue
+            found = [look.speedup(task, arm, axis, against=whole[0], rate=SAME) for axis in AXIS_NAMES]
+            far = look.speedup(task, arm, "seconds", "gap_90", whole[0], SAME)
+            if any(found) or far:
+                rows.append(
+                    [
+                        task,
+                        f"`{whole[0]}`",
+                        f"`{arm[0].removeprefix(whole[0] + '-')}`",
+                        f"{arm[1]:.3g}",
+                        *map(times, found),
+                        times(far),
+                        number(look.quality(task, arm, "kl_difference_whole"), "+.4f"),
+                    ]
+                )
+    if not rows:
+        return []
+    header = ["task", "strategy", "variant", "learning rate", *AXIS_NAMES.values(), "90 %: net seconds", "final KL"]
+    text = (
+        "Speed of each variant of a strategy / speed of the strategy itself, seed by seed, at the same learning rate, to the target "
+        f"above ({look.baseline}'s final smoothed KL at the reference learning rate) and to 90 % of the way; final smoothed KL minus "
+        "the strategy's. Below 1×, or above 0: the variant lost something. “> any”: only the variant arrives; “never”: only the "
+        "strategy itself does."
+    )
+    return ["## What each part is worth", text, table(header, rows)]
+
+
 def _to_lowest(look: Lookup) -> str:
     rows = [
         [
@@ -422,7 +464,7 @@ def _to_lowest(look: Lookup) -> str:
             f"`{strategy}`",
             f"{rate:.3g}",
             look.reached(task, (strategy, rate), "best_kl"),
-            *(times(look.speedup(task, (strategy, rate), axis, "best_kl", against=BEST)) for axis in AXIS_NAMES),
+            *(times(look.speedup(task, (strategy, rate), axis, "best_kl", rate=BEST)) for axis in AXIS_NAMES),
         ]
         for task, strategy, rate in _swept(look)
     ]
