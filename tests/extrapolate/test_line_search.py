@@ -95,6 +95,18 @@ def test_steering_follows_the_preferred_scale():
     assert steering(-0.5) == steering(-0.1, 8.0) == pytest.approx(0.5**0.5)
     assert steering(2.0, 1.5) == pytest.approx(3**0.5) and steering(3.0, 9.0) == steering(50.0, 1.1) == 2.0
     assert steering(50.0) == steering(50.0, 1.0) == steering(50.0, -0.5) == 1.0  # one long jump says little
+    assert steering(16.0, 16.0) == steering(400.0, 16.0) == steering(16.0, 400.0) == 2.0
+    assert steering(400.0, 900.0) == steering(900.0, 400.0) == 10.0  # a rate that is far too low comes up fast
+
+
+@pytest.mark.parametrize("start", [1e-6, 1e-3, 0.1])
+def test_steering_finds_the_rate_from_far_below(start):
+    """A search that always finds the right length, right / rate steps on: within 4 times of it in eight searches."""
+    rate, before = start, 0.0
+    for _ in range(8):
+        scale = 1.0 / rate - 1.0
+        rate, before = rate * steering(scale, before), scale
+    assert 0.25 <= rate <= 1.0
 
 
 def test_steering_goes_down_to_an_eighth_where_scores_are_noise_and_no_further():
@@ -205,27 +217,31 @@ def test_moments_are_reset_after_a_jump_forwards_and_the_rate_is_steered():
 
     train()
     row = lookahead.step(1)
-    assert row["accepted_scale"] > 3 and row["learning_rate_factor"] == 1.0  # the first long jump
+    first = row["accepted_scale"]
+    assert first > 16 and row["learning_rate_factor"] == 1.0  # the first long jump
     assert not optimizer.state and lookahead.learning_rate_factor == 1.0
     train()
     row = lookahead.step(2)
-    assert row["accepted_scale"] > 3 and row["learning_rate_factor"] == 2.0
-    assert not optimizer.state and lookahead.learning_rate_factor == 2.0
+    factor = row["learning_rate_factor"]
+    assert factor == steering(row["accepted_scale"], first) > 2.0
+    assert not optimizer.state and lookahead.learning_rate_factor == factor
     before = model.w.detach().clone()
     train()
-    assert (model.w - before).abs().max().item() == pytest.approx(2e-3, rel=0.02)  # Adam's first step: the rate itself
+    assert (model.w - before).abs().max().item() == pytest.approx(
+        factor * 1e-3, rel=0.02
+    )  # Adam's first step: the rate itself
     assert optimizer.param_groups[0]["lr"] == 1e-3  # the schedule's
     here, before = model.w.detach().clone(), lookahead.weights.state_dict()["w"].clone()
     lookahead.scorer = lambda model: -float((model.w - here).square().sum())
     assert lookahead.step(3)["accepted_scale"] == 0.0
     assert optimizer.state  # no jump, no reset
-    assert lookahead.learning_rate_factor == 2.0  # the step was as long as it should be
+    assert lookahead.learning_rate_factor == factor  # the step was as long as it should be
     train()
     train()
     here, before = model.w.detach().clone(), lookahead.weights.state_dict()["w"].clone()
     lookahead.scorer = lambda model: -float((model.w - (0.6 * here + 0.4 * before)).square().sum())
     assert lookahead.search(4)["accepted_scale"] == pytest.approx(-0.4, abs=1e-3)
-    assert lookahead.learning_rate_factor == pytest.approx(2 * 0.5**0.5)
+    assert lookahead.learning_rate_factor == pytest.approx(factor * 0.5**0.5)
     assert (
         lookahead.search(5)["learning_rate_factor"] == 1.0
     )  # nothing has moved, so nothing was learnt about the rate

@@ -82,7 +82,8 @@ class EffOPDConfig:
         default=None,
         metadata={
             "help": "Let the scale s that scores best, accepted or not, steer the learning rate on top of its schedule: times "
-            "√min(1+s, 4) if s > 1 twice in a row, times 1/√2 if s < 0, never below an eighth of the schedule. Default: the "
+            "√min(1+s, 4) if s > 1 twice in a row (½√s if that is more), times 1/√2 if s < 0, never below an eighth of the "
+            "schedule. Default: the "
             "strategy's own."
         },
     )

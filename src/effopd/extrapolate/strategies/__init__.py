@@ -102,8 +102,9 @@ def steering(preferred_scale: float, before: float = 0.0, so_far: float = 1.0) -
     """What the learning rate is multiplied with: the scales that searches prefer say how far it is from right.
 
     √min(1 + s, 4) where more than the displacement again would have been better (s > 1), twice in a row: once may be due to
-    the start, twice is due to the rate. 1/√2 where less would have been better (s < 0), but never below `LOWEST_RATE` of the
-    schedule. Else 1. A preference need not pass the gate: a rate that falls whenever nothing passes it dies out as soon as
+    the start, twice is due to the rate; ½√s with the smaller of the two scales, where that is more: a rate that is hundreds of
+    times too low is there in a few steps. 1/√2 where less would have been better (s < 0), but never below `LOWEST_RATE` of
+    the schedule. Else 1. A preference need not pass the gate: a rate that falls whenever nothing passes it dies out as soon as
     gains are smaller than the noise. Where scores are noise and nothing else, the rate goes down to `LOWEST_RATE`, and stays
     there (some 30 searches; a fall takes one preference, a rise two in a row).
 
@@ -113,7 +114,9 @@ def steering(preferred_scale: float, before: float = 0.0, so_far: float = 1.0) -
         so_far: the product of all factors until now.
     """
     if preferred_scale > 1:
-        return min(1 + preferred_scale, 4.0) ** 0.5 if before > 1 else 1.0
+        if before <= 1:
+            return 1.0
+        return max(min(1 + preferred_scale, 4.0) ** 0.5, 0.5 * min(preferred_scale, before) ** 0.5)
     return 1.0 if preferred_scale >= 0 else max(0.5**0.5, min(1.0, LOWEST_RATE / so_far))
 
 
