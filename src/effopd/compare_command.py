@@ -24,7 +24,7 @@ from effopd.bench import elsewhere
 from effopd.bench import plan as plan_module
 from effopd.bench.plan import Plan, PlannedRun, load_plan
 from effopd.bench.results import Run, analyse, read_run
-from effopd.bench.runner import DONE, LOG, Runner, failure_of, is_done, last_words, only_one
+from effopd.bench.runner import DONE, LOG, Runner, failure_of, is_done, only_one
 from effopd.distill.run_dir import EVALS
 from effopd.errors import ConfigError, EffOPDError, NonFiniteLossError
 from effopd.files import read_rows, write_atomically
@@ -107,7 +107,7 @@ def run_compare(argv: Sequence[str]) -> int:
             elsewhere.keep(plan, entries)
         failed = _run(plan, [run for run in runs if run.path not in done], len(done), console, lock)
     for run in failed:
-        console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(last_words(run.path / LOG))}")
+        console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(failure_of(run) or 'stopped')}")
         console.print(f"        all of it: {run.path / LOG}", highlight=False)
     _report(Path(plan.output_dir), arguments.out, console)
     return 1 if failed else 0

@@ -6,6 +6,9 @@ Every error a user can cause derives from `EffOPDError` *and* from the standard-
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EffOPDError(Exception):
     """Base of every error raised by `effopd` on purpose."""
@@ -32,7 +35,25 @@ class NonFiniteWeightsError(WeightsError):
 
 
 class NonFiniteLossError(EffOPDError, ArithmeticError):
-    """The loss is NaN or infinite; nothing was updated with it."""
+    """The loss, or what the model predicts, is NaN or infinite; nothing was updated with it."""
+
+
+@contextmanager
+def finite_predictions() -> Iterator[None]:
+    """Around sampling: torch's complaint about probabilities that are not finite becomes a `NonFiniteLossError`.
+
+    Raises:
+        NonFiniteLossError: the model has diverged.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise NonFiniteLossError(
+            f"the model's predictions are not finite, so nothing can be sampled from them ({error}). The weights have diverged: "
+            "lower the learning rate, and resume from an earlier checkpoint."
+        ) from error
 
 
 class ScorerError(EffOPDError, RuntimeError):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from effopd.errors import ConfigError, TaskError
+from effopd.errors import ConfigError, TaskError, finite_predictions
 from effopd.restore import evaluating, isolated_rng
 from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.verify import check_score
@@ -164,11 +164,12 @@ def _generate_batch(model, tokenizer, prompt_ids: list[list[int]], config: Gener
     for row, ids in enumerate(prompt_ids):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        generation_config=config,
-    )
+    with finite_predictions():
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
+        )
     rows = output[:, width:].tolist()
     ended = [next((i + 1 for i, token in enumerate(row) if token in eos), None) for row in rows]
     kept = [row[:end] for row, end in zip(rows, ended, strict=True)]

@@ -61,7 +61,7 @@ def test_a_slower_machine_changes_no_speedup():
     here = [r for r in whole if r.strategy == "vanilla"]
     there = [scaled(r, 1.4) for r in whole if r.strategy == "twice" or r.seed == 0]
     read, (note,) = merged(plan(), here, [Source("a.json", tuple(there))])
-    assert note["factor"] == pytest.approx(1 / 1.4) and (note["n"], note["runs"]) == (2, 6)
+    assert note["factor"] == pytest.approx(1 / 1.4) and (note["n"], note["runs"], note["paired"]) == (2, 6, 2)
     assert [key(r) for r in read] == [key(r) for r in plan().runs()]
     mixed, alone = analysed(read)["speedups"], analysed(whole)["speedups"]
     for ours, theirs in zip(mixed, alone, strict=True):
@@ -78,6 +78,23 @@ def test_the_run_made_here_wins_and_then_the_first_source():
     read, notes = merged(the_plan, here, [Source("a", tuple(first)), Source("b", tuple(second), ({"runs": 7},))])
     assert [(r.seed, r.code) for r in read] == [(0, "here"), (1, "first"), (2, "second")]
     assert [note["runs"] for note in notes] == [1, 7, 1]  # the second's own history before it
+
+
+def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
+    """Also where machines differ by more for one seed than for another, and where the baseline came from a third one."""
+    whole = {key(r): r for r in grid()}
+    uneven = [1.4, 1.1, 1.9]
+    third = [r for r in whole.values() if r.strategy == "vanilla"]
+    there = [scaled(r, uneven[r.seed]) for r in whole.values()]
+    here = [r for r in third if r.seed == 0]
+    found = [Source("third.json", tuple(scaled(r, 0.7) for r in third)), Source("there.json", tuple(there))]
+    read, notes = merged(plan(), here, found)
+    assert [note["paired"] for note in notes] == [0, 6]
+    paces = {key(r): r.rows[-1]["cost/net_seconds"] for r in read}
+    for task in ("t", "u"):
+        for seed in range(3):
+            ours = [paces[task, name, LR, seed] for name in ("vanilla", "twice")]
+            assert ours[0] / ours[1] == pytest.approx(1.0)  # both cost a second a step
 
 
 def test_seconds_without_a_run_in_common_are_refused():

@@ -15,7 +15,18 @@ import pytest
 import yaml
 
 from effopd.bench.plan import load_plan
-from effopd.bench.runner import DONE, LOG, SETTINGS, Runner, command, environment, is_done, only_one, prepare
+from effopd.bench.runner import (
+    DONE,
+    LOG,
+    SETTINGS,
+    Runner,
+    command,
+    environment,
+    failure_of,
+    is_done,
+    only_one,
+    prepare,
+)
 from effopd.errors import CheckpointError
 
 #: Stands in for `python`: reads the settings it is given, notes when it ran, writes a row; fails where told to.
@@ -28,7 +39,8 @@ with (root / "calls").open("a") as calls:
     calls.write(json.dumps({"start": time.time(), "threads": os.environ["OMP_NUM_THREADS"],
                             "device": os.environ.get("CUDA_VISIBLE_DEVICES"), "argv": sys.argv[1:]}) + "\\n")
 if settings["seed"] in settings.get("fail", []):
-    sys.exit("planted failure")
+    said = root / "say"
+    sys.exit(said.read_text() if said.exists() else "planted failure")
 time.sleep(settings.get("sleep", 0))
 (root / "evals.jsonl").write_text(json.dumps({"step": 1}) + "\\n")
 """
@@ -68,6 +80,21 @@ def test_a_failure_does_not_stop_the_others_and_is_tried_again(tmp_path):
     assert {run.seed for run in failed} == {1} and len(failed) == 2
     assert "planted failure" in (failed[0].path / LOG).read_text()
     assert [is_done(run) for run in plan.runs()] == [run.seed != 1 for run in plan.runs()]
+
+
+def test_what_a_run_failed_with_is_its_own_last_attempts_message(tmp_path):
+    plan = grid(tmp_path, seeds=[0], strategies={"vanilla": {}}, base={"fail": [0]})
+    (run,) = plan.runs()
+    prepare(run)
+    bar = "\r 10%|#         | 2/20 [00:01<00:09]"
+    (run.path / "say").write_text(
+        f"first\n{bar}effopd train: NonFiniteLossError: the loss of step 3\n  is not finite."
+    )
+    Runner(plan).run([run])
+    assert failure_of(run) == "effopd train: NonFiniteLossError: the loss of step 3 is not finite."
+    (run.path / "say").write_text("Killed: out of memory")
+    Runner(plan).run([run])
+    assert failure_of(run) == "Killed: out of memory"
 
 
 def test_no_more_at_a_time_than_workers(tmp_path):

@@ -28,6 +28,10 @@ def whole(tmp_path_factory):
     return root
 
 
+def last_step(root):
+    return max((int(path.name[5:]) for path in (root / "checkpoints").glob("step-*")), default=0)
+
+
 def last(root):
     return load_file(root / "checkpoints" / "step-000006" / "model.safetensors")
 
@@ -81,6 +85,21 @@ def test_a_teacher_that_returns_nan_stops_the_run_before_an_update(tmp_path, los
         trainer.train()
     start = dict(make_model(0).named_parameters())
     assert all(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_weights_that_diverge_are_named_before_anything_is_sampled_from_them(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"predictions are not finite.*lower the learning rate"):
+        make_trainer(tmp_path, learning_rate=1e30, **RUN).train()
+    assert last_step(tmp_path) < 6
+
+
+def test_a_candidate_that_predicts_nothing_finite_is_rejected_and_training_goes_on(tmp_path):
+    far = EffOPDConfig(**vars(EFFOPD) | {"scales": [1e25]})
+    make_trainer(tmp_path, effopd=far, **RUN).train()
+    rows = [json.loads(line) for line in (tmp_path / "searches.jsonl").read_text().splitlines()]
+    assert [row["trials"][1]["verdict"] for row in rows] == ["non-finite"] * len(rows)
+    assert all(row["accepted_scale"] == 0 and row["trials"][1]["score"] is None for row in rows)
+    assert last_step(tmp_path) == 6
 
 
 def test_a_scorer_that_hangs_is_stopped_and_leaves_no_trace():

@@ -4,8 +4,10 @@ Steps and tokens are the same wherever a run is made; seconds are not. Runs made
 
     factor = median over runs on both of  (seconds per forward token here) / (seconds per forward token there)
 
-and the seconds of everything made there are multiplied by it. The runs that `to_make` asks for make sure that there are
-such runs: the baseline at the reference learning rate, for one seed of each task.
+and the seconds of everything made there are multiplied by it: over the runs of the same task and seed where there are any,
+over all others elsewhere. A speed-up divides seconds of one task and seed, so with the baseline made on both machines it is
+the ratio that was measured on one of them. The runs that `to_make` asks for make sure that there are runs on both: the
+baseline at the reference learning rate, for one seed of each task.
 """
 
 from __future__ import annotations
@@ -127,7 +129,8 @@ def to_make(plan: Plan, found: Sequence[Source]) -> list[PlannedRun]:
 def merged(plan: Plan, here: Sequence[Run], found: Sequence[Source]) -> tuple[list[Run], list[dict[str, Any]]]:
     """All runs in the plan's order, with the seconds of this machine, and what was done to the others' seconds.
 
-    A run that is there twice counts once: the one made here, or else that of the first source.
+    A run that is there twice counts once: the one made here, or else that of the first source. A source's factor for a task
+    and seed is taken from all that is there already, also from sources before it.
 
     Raises:
         ConfigError: a source has no run in common with this machine, so that its seconds cannot be compared.
@@ -135,23 +138,33 @@ def merged(plan: Plan, here: Sequence[Run], found: Sequence[Source]) -> tuple[li
     runs, notes = {key(run): run for run in here}, []
     own = dict(runs)
     for source in found:
-        ratios = [
-            _pace(own[key(run)]) / _pace(run)
-            for run in source.runs
-            if key(run) in own and _pace(run) > 0 and _pace(own[key(run)]) > 0
-        ]
+        ratios = [ratio for _, ratio in _paces(own, source)]
         if not ratios:
             raise ConfigError(
                 f"no finished run of {plan.output_dir} was made for {source.path} too, so seconds there and here cannot be "
                 f"compared yet: let `effopd compare PLAN` finish {plan.baseline} at {plan.reference_learning_rate:.3g} for "
                 f"one seed, or remove {Path(plan.output_dir) / ELSEWHERE}."
             )
+        known = _paces(runs, source)
+        places = {place: [ratio for other, ratio in known if other == place] for place, _ in known}
+        factors = {place: statistics.median(found) for place, found in places.items()}
         factor = statistics.median(ratios)
         taken = [run for run in source.runs if key(run) not in runs]
         notes += [dict(note) for note in source.earlier]
-        notes.append({"runs": len(taken), "factor": factor, "low": min(ratios), "high": max(ratios), "n": len(ratios)})
-        runs |= {key(run): scaled(run, factor) for run in taken}
+        notes.append(
+            {"runs": len(taken), "factor": factor, "low": min(ratios), "high": max(ratios), "n": len(ratios),
+             "paired": sum(run.place in factors for run in taken)}
+        )  # fmt: skip
+        runs |= {key(run): scaled(run, factors.get(run.place, factor)) for run in taken}
     return [runs[place] for place in map(key, plan.runs()) if place in runs], notes
+
+
+def _paces(runs: Mapping[tuple, Run], source: Source) -> list[tuple[tuple[str, int], float]]:
+    """(task, seed) and pace / pace there of every run that is in both."""
+    both = [(runs[key(run)], run) for run in source.runs if key(run) in runs]
+    return [
+        (ours.place, _pace(ours) / _pace(theirs)) for ours, theirs in both if _pace(ours) > 0 and _pace(theirs) > 0
+    ]
 
 
 def _pace(run: Run) -> float:

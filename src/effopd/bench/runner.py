@@ -136,6 +136,7 @@ class Runner:
     def _in_slot(self, run: PlannedRun, slot: int) -> bool:
         resume = prepare(run)
         started = time.time()
+        earlier = (run.path / LOG).stat().st_size if (run.path / LOG).exists() else 0  # of other attempts
         with (run.path / LOG).open("ab") as log:
             with self._lock:
                 if self._stopped:
@@ -155,7 +156,7 @@ class Runner:
                 }  # fmt: skip
                 write_atomically(run.path / DONE, lambda path: path.write_text(json.dumps(record) + "\n"))
             elif not self._stopped:
-                failure = {"status": status, "error": last_words(run.path / LOG)}
+                failure = {"status": status, "error": last_words(run.path / LOG, earlier)}
                 write_atomically(run.path / FAILED, lambda path: path.write_text(json.dumps(failure) + "\n"))
             if not self._stopped:
                 self._report("done" if status == 0 else "failed", run)
@@ -181,11 +182,19 @@ def failure_of(run: PlannedRun) -> str | None:
     return json.loads(path.read_text())["error"] if path.is_file() else None
 
 
-def last_words(log: Path) -> str:
-    """The beginning of a failed run's own error message, or else its last line (of a traceback)."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    own = [i for i, line in enumerate(lines) if line.startswith("effopd train: ")]
-    return " ".join(lines[own[-1] : own[-1] + 2]) if own else lines[-1] if lines else "no output"
+#: What an error message of the command begins with; a progress bar may stand before it on its line.
+_OWN = "effopd train: "
+
+
+def last_words(log: Path, start: int = 0) -> str:
+    """The beginning of a failed run's own error message, or else its last line (of a traceback), from byte `start` on."""
+    said = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    own = [i for i, line in enumerate(lines) if _OWN in line]
+    if not own:
+        return lines[-1] if lines else "no output"
+    first, *more = lines[own[-1] : own[-1] + 2]
+    return " ".join([first[first.index(_OWN) :], *more])
 
 
 def command(plan: Plan, run: PlannedRun, resume: bool) -> list[str]:

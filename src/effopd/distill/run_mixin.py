@@ -19,7 +19,7 @@ from trl.trainer.utils import RepeatSampler
 from effopd.distill.config import RunArguments
 from effopd.distill.ledger import CLOCKS, CostLedger
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
-from effopd.errors import CheckpointError
+from effopd.errors import CheckpointError, finite_predictions
 from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
@@ -125,7 +125,7 @@ class RunMixin(_Host):
 
     def _generate_and_score_completions(self, inputs):
         category = "rollout" if self.model.training else "eval"
-        with self.ledger.track(category):
+        with self.ledger.track(category), finite_predictions():
             output = super()._generate_and_score_completions(inputs)
         self.ledger.count(category, generated=int(output["completion_mask"].sum()))
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from effopd.errors import TaskError
+from effopd.errors import NonFiniteLossError, TaskError
 from effopd.evaluation import evaluate
 from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of, world_size
 from effopd.extrapolate.search import Score
@@ -20,7 +21,7 @@ class AccuracyScorer:
     """Accuracy of sampled answers on D_v, the paper's gate (arXiv 2605.11739).
 
     The look-ahead seeds every call of one search alike, so all candidates share the sampling noise. Several processes answer
-    a share each; all of them get the whole score.
+    a share each; all of them get the whole score. A candidate whose predictions are not finite scores NaN, which no gate lets pass.
 
     Args:
         task: D_v: examples with answers and their verifier.
@@ -70,15 +71,19 @@ class AccuracyScorer:
         seed = None if world_size() == 1 else (torch.initial_seed() + rank()) % 2**63
         silent = not self._progress or rank() > 0
 
-        def answer() -> tuple[list[float], int]:
-            with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent) as bar:
-                result = evaluate(model, self._tokenizer, mine, seed=seed, progress=bar.update, **self._settings)
+        def answer() -> tuple[list[float] | None, int]:
+            try:
+                with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent) as bar:
+                    result = evaluate(model, self._tokenizer, mine, seed=seed, progress=bar.update, **self._settings)
+            except NonFiniteLossError:
+                return None, 0
             return [float(row[0]) for row in result.correct], result.generated_tokens
 
         parts = pooled(answer)
-        per_example = tuple(merge_shards([grades for grades, _ in parts], len(examples)))
+        shares = [grades for grades, _ in parts if grades is not None]
+        per_example = tuple(merge_shards(shares, len(examples))) if len(shares) == len(parts) else ()
         return Score(
-            mean=sum(per_example) / len(per_example),
+            mean=sum(per_example) / len(per_example) if per_example else math.nan,
             per_example=per_example,
             seconds=time.perf_counter() - start,
             generated_tokens=sum(tokens for _, tokens in parts),

@@ -579,9 +579,15 @@ def _method(look: Lookup) -> str:
         )
     for note in settings.get("elsewhere", []):
         spread = f"{note['low']:.2f}–{note['high']:.2f}, " if note["n"] > 1 else ""
+        paired = (
+            f"; for {note['paired']} of them by that of their own task and seed, so that they are divided by seconds of the machine "
+            "that made them"
+            if note.get("paired")
+            else ""
+        )
         lines.append(
             f"{note['runs']} of the runs were made on another machine. Their seconds are multiplied by {note['factor']:.3f}: "
-            f"the ratio of seconds per forward token of runs made on both ({spread}n = {note['n']})."
+            f"the ratio of seconds per forward token of runs made on both ({spread}n = {note['n']}){paired}."
         )
     codes = Counter(run.get("code") or "not recorded" for run in look.results["runs"])
     if len(codes) > 1:
