@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="effopd",
-        description="On-policy distillation that finishes in a fraction of the time.",
+        description="On-policy distillation with look-ahead along the weight update, every cost charged.",
         epilog="`effopd COMMAND --help` explains a command. Start with `effopd quickstart`.",
     )
     parser.add_argument("--version", action="version", version=f"effopd {__version__}")
