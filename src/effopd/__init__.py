@@ -1,4 +1,4 @@
-"""effopd: on-policy distillation that finishes in a fraction of the time, and the instrument that shows why.
+"""effopd: on-policy distillation with look-ahead along the weight update, and the instrument that shows why it works.
 
 `import effopd` is light; each public name is imported when first used.
 """
