@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import RepeatSampler
 
 from effopd.distill.config import RunArguments
+from effopd.distill.console import end_bars, in_lines
 from effopd.distill.ledger import CLOCKS, CostLedger
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.errors import CheckpointError
@@ -85,6 +86,7 @@ class RunMixin(_Host):
     Attributes:
         ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
         run_dir: the run directory.
+        costs: the ledger's totals over all processes, as they were last logged, or at the end of training.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
     """
 
@@ -95,9 +97,11 @@ class RunMixin(_Host):
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
         self._saving = False
+        self.costs: dict[str, float] = {}
         self._epochs = _EpochCallback()
 
     def _attach_run(self) -> None:
+        self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
         self.add_callback(self._epochs)
         self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir))
@@ -139,7 +143,8 @@ class RunMixin(_Host):
     def _costs(self) -> dict[str, float]:
         """The ledger's totals: tokens of all processes, seconds of the slowest."""
         rows = gather(self.ledger.snapshot())
-        return {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
+        self.costs = {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
+        return self.costs
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate `eval_task`, or like the host if there is none or another dataset is passed."""
@@ -183,7 +188,12 @@ class RunMixin(_Host):
             self.args.eval_on_start = False  # the run has started before; its rows are there
         else:
             self._save_trajectory()
-        return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            end_bars(self.callback_handler.callbacks)
+        self._costs()
+        return output
 
     def _load_ledger(self, checkpoint: Path) -> None:
         path = checkpoint / LEDGER_FILE

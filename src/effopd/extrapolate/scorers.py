@@ -71,7 +71,7 @@ class AccuracyScorer:
         silent = not self._progress or rank() > 0
 
         def answer() -> tuple[list[float], int]:
-            with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent) as bar:
+            with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent or None) as bar:
                 result = evaluate(model, self._tokenizer, mine, seed=seed, progress=bar.update, **self._settings)
             return [float(row[0]) for row in result.correct], result.generated_tokens
 
