@@ -19,6 +19,7 @@ from trl.trainer.utils import RepeatSampler
 from effopd.distill.config import RunArguments
 from effopd.distill.console import end_bars, in_lines
 from effopd.distill.ledger import CLOCKS, CostLedger
+from effopd.distill.model_card import model_card
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.errors import CheckpointError
 from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
@@ -86,6 +87,7 @@ class RunMixin(_Host):
     Attributes:
         ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
         run_dir: the run directory.
+        task_name: what the model card calls the training task.
         costs: the ledger's totals over all processes, as they were last logged, or at the end of training.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
     """
@@ -95,6 +97,7 @@ class RunMixin(_Host):
 
     def _open_run(self, args: RunArguments, eval_task: Task | None) -> None:
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
+        self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
         self._saving = False
         self.costs: dict[str, float] = {}
@@ -220,6 +223,16 @@ class RunMixin(_Host):
         finally:
             if kind is not None:
                 plugin.set_state_dict_type(kind)
+        if Path(output_dir or self.args.output_dir) == self.run_dir.root:
+            self.create_model_card()  # PEFT has written one of its own there
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """`README.md` of the run directory, in the place of TRL's; the arguments are those of the host."""
+        if self.is_world_process_zero():
+            name = model_name or self.run_dir.root.resolve().name
+            card = model_card(self, name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+            self.run_dir.root.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run_dir.root / "README.md", card.save)
 
     def _save_checkpoint(self, model, trial):
         step, best = self.state.global_step, self.state.best_model_checkpoint
