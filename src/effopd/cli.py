@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """`effopd train`."""
+    from effopd.distill.console import quiet_hosts
     from effopd.distill.launch import run
     from effopd.train_command import parse_command
 
@@ -58,18 +59,18 @@ def train(argv: Sequence[str]) -> int:
         for table in plan_tables(settings):
             Console(width=None if sys.stdout.isatty() else 140).print(table)
         return 0
-    return _finish(run(settings))
+    with quiet_hosts(bars=not settings.opd.disable_tqdm):
+        trainer = run(settings)
+    return _finish(trainer)
 
 
 def _finish(trainer: Any) -> int:
     """Say where the results are, once, and end the process as its launcher wants it."""
+    from effopd.distill.console import closing_lines
     from effopd.extrapolate.ranks import leave
 
     if trainer.is_world_process_zero():
-        root = trainer.run_dir.root
-        print(
-            f"\nDone: step {trainer.state.global_step}. Model and rows are in {root}\n`effopd report {root}` draws them."
-        )
+        print(f"\n{closing_lines(trainer.run_dir.root, trainer.state.global_step, trainer.costs)}")
     leave()
     return 0
 
@@ -146,9 +147,12 @@ def _algorithm(argv: list[str]) -> str:
 def rl(argv: Sequence[str]) -> int:
     """`effopd rl`."""
     settings = parse_rl(argv)
+    from effopd.distill.console import quiet_hosts
     from effopd.distill.launch_rl import run_rl
 
-    return _finish(run_rl(settings))
+    with quiet_hosts(bars=not settings.rl.disable_tqdm):
+        trainer = run_rl(settings)
+    return _finish(trainer)
 
 
 # -- eval -------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    trainer.task_name = train.name
     if effopd.enabled:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
     write_config(opd.output_dir, text)

@@ -64,6 +64,7 @@ class TaskRLMixin(RunMixin):
                 "`answer` column or use another task."
             )
         self._open_run(args, eval_task)
+        self.task_name = train_task.name
         rewards = [correct_reward(train_task)]
         if args.overlong_cache:
             limit = args.max_completion_length

@@ -6,6 +6,7 @@
     evals.jsonl       a row an evaluation
     checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
     trajectory/       step-000008/ … (weights only, for analysis)
+    README.md         the model card, beside the final model
     report.html       written by `effopd report`
     superseded/       1/ … (what lay beyond the step from which a run was resumed, if anything did)
 

@@ -17,7 +17,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import RepeatSampler
 
 from effopd.distill.config import RunArguments
+from effopd.distill.console import end_bars, in_lines
 from effopd.distill.ledger import CLOCKS, CostLedger
+from effopd.distill.model_card import model_card
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.errors import CheckpointError, finite_predictions
 from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
@@ -85,6 +87,8 @@ class RunMixin(_Host):
     Attributes:
         ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
         run_dir: the run directory.
+        task_name: what the model card calls the training task.
+        costs: the ledger's totals over all processes, as they were last logged, or at the end of training.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
     """
 
@@ -93,11 +97,14 @@ class RunMixin(_Host):
 
     def _open_run(self, args: RunArguments, eval_task: Task | None) -> None:
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
+        self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
         self._saving = False
+        self.costs: dict[str, float] = {}
         self._epochs = _EpochCallback()
 
     def _attach_run(self) -> None:
+        self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
         self.add_callback(self._epochs)
         self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir))
@@ -139,7 +146,8 @@ class RunMixin(_Host):
     def _costs(self) -> dict[str, float]:
         """The ledger's totals: tokens of all processes, seconds of the slowest."""
         rows = gather(self.ledger.snapshot())
-        return {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
+        self.costs = {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
+        return self.costs
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate `eval_task`, or like the host if there is none or another dataset is passed."""
@@ -183,7 +191,12 @@ class RunMixin(_Host):
             self.args.eval_on_start = False  # the run has started before; its rows are there
         else:
             self._save_trajectory()
-        return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            end_bars(self.callback_handler.callbacks)
+        self._costs()
+        return output
 
     def _load_ledger(self, checkpoint: Path) -> None:
         path = checkpoint / LEDGER_FILE
@@ -210,6 +223,16 @@ class RunMixin(_Host):
         finally:
             if kind is not None:
                 plugin.set_state_dict_type(kind)
+        if Path(output_dir or self.args.output_dir) == self.run_dir.root:
+            self.create_model_card()  # PEFT has written one of its own there
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """`README.md` of the run directory, in the place of TRL's; the arguments are those of the host."""
+        if self.is_world_process_zero():
+            name = model_name or self.run_dir.root.resolve().name
+            card = model_card(self, name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+            self.run_dir.root.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run_dir.root / "README.md", card.save)
 
     def _save_checkpoint(self, model, trial):
         step, best = self.state.global_step, self.state.best_model_checkpoint

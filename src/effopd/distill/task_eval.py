@@ -44,7 +44,7 @@ def evaluate_task(
         def share() -> list[_Answer]:
             mine = task.subset(shard_of(task.examples))
             silent = args.disable_tqdm or rank() > 0
-            with tqdm(total=len(mine), desc="evaluate", leave=False, disable=silent) as bar:
+            with tqdm(total=len(mine), desc="evaluate", leave=False, disable=silent or None) as bar:
                 result = evaluate(
                     student,
                     tokenizer,

@@ -73,7 +73,7 @@ class AccuracyScorer:
 
         def answer() -> tuple[list[float] | None, int]:
             try:
-                with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent) as bar:
+                with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent or None) as bar:
                     result = evaluate(model, self._tokenizer, mine, seed=seed, progress=bar.update, **self._settings)
             except NonFiniteLossError:
                 return None, 0

@@ -34,6 +34,7 @@ __all__ = [
     "family_task",
     "reference_settings",
     "resolve_model",
+    "spoken_name",
     "student_path",
     "teacher_path",
     "verify",
@@ -83,6 +84,11 @@ def resolve_model(name: str | None) -> str | None:
     """`testbed:student` and `testbed:teacher` as folders; every other name as it is."""
     shipped = {"testbed:student": student_path, "testbed:teacher": teacher_path}
     return str(shipped[name]()) if name in shipped else name
+
+
+def spoken_name(path: str) -> str:
+    """The inverse of `resolve_model`: what a user calls the model in this folder."""
+    return {str(ASSETS / name): f"testbed:{name}" for name in ("student", "teacher")}.get(path, path)
 
 
 def card() -> dict[str, Any]:
