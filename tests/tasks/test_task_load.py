@@ -8,7 +8,7 @@ import random
 import pytest
 
 from effopd.errors import TaskError
-from effopd.tasks import Example, Task, TaskConfig, check_verifier, load_task
+from effopd.tasks import Example, Task, TaskConfig, check_verifier, load_task, needs_network
 from effopd.tasks.rows import question_key
 
 GYM = "reasoning-gym:basic_arithmetic"
@@ -135,8 +135,20 @@ def test_rows_without_answers_load_when_none_are_needed(tmp_path):
     assert len(task) == 1 and not task.verifiable
     with pytest.raises(TaskError, match="cannot be verified"):
         check_verifier(task)
-    with pytest.raises(TaskError, match="2 bad rows"):
-        load_task(config, "train")
+    with pytest.raises(TaskError, match=r"no row of .*p\.jsonl has 'answer' \(columns: prompt\).* Because\.$"):
+        load_task(config, "train", why="Because.")
+
+
+def test_a_part_of_a_file_knows_how_much_there_is(math_file):
+    assert load_task(TaskConfig(f"math:{math_file}"), "eval").available == 50
+    assert load_task(TaskConfig(f"math:{math_file}"), "train").available == 45
+    assert load_task(TaskConfig(GYM, eval_size=5), "eval").available is None
+
+
+def test_only_hub_datasets_need_the_network(math_file):
+    assert not needs_network(TaskConfig(GYM)) and not needs_network(TaskConfig(f"math:{math_file}"))
+    assert not needs_network(TaskConfig("math:not-there.jsonl"))
+    assert needs_network(TaskConfig("math:org/set")) and needs_network(TaskConfig(GYM, eval_task="math:org/set"))
 
 
 def test_testbed_is_delegated(monkeypatch):

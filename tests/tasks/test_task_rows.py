@@ -68,11 +68,33 @@ def test_bytes_that_are_not_utf8(tmp_path):
 def test_answers_all_or_none_when_not_required(tmp_path):
     none = write(tmp_path / "none.jsonl", '{"prompt": "a"}', '{"prompt": "b"}')
     assert [row.answer for row in read_math_rows(none, answers_required=False)] == [None, None]
-    with pytest.raises(TaskError, match="2 bad rows"):
+    with pytest.raises(TaskError, match=r"no row of .* has 'answer'"):
         read_math_rows(none)
     mixed = write(tmp_path / "mixed.jsonl", GOOD, '{"prompt": "b"}')
     with pytest.raises(TaskError, match=r"row 2: expected a reference answer in 'answer', as .* row 1 has"):
         read_math_rows(mixed, answers_required=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "args", "message"),
+    [
+        ({"problem": "a", "solution": "2"}, {},
+         """has 'answer' (columns: problem, solution). Name yours: --task_args '{"answer_column": "solution"}'. Because."""),
+        ({"q": "a", "gold_answer": "2", "n": 1}, {"prompt_column": "q", "answer_column": "gold"},
+         """has 'gold' (columns: q, gold_answer, n). Name yours: --task_args '{"prompt_column": "q", "answer_column": "gold_answer"}'."""),
+        ({"problem": "a", "x": "2", "y": 1}, {},
+         """has 'answer' (columns: problem, x, y). Name yours: --task_args '{"answer_column": "…"}'."""),
+        ({"text": "a", "answer": "2"}, {},
+         """has 'prompt' or 'problem' or 'question' (columns: text, answer). Name yours: --task_args '{"prompt_column": "text"}'."""),
+        ({"question": "a", "problem": "b", "answer": "2"}, {},
+         """has just one of 'problem' and 'question' (columns: question, problem, answer). Name yours: --task_args '{"prompt_column": "problem"}'."""),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_every_row_is_said_once_with_the_remedy(tmp_path, row, args, message):
+    file = write(tmp_path / "rows.jsonl", *[json.dumps(row)] * 40)
+    with pytest.raises(TaskError) as error:
+        read_math_rows(file, args, why="Because.")
+    assert str(error.value).startswith(f"no row of {file} {message}") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "rows.csv", "empty.jsonl", "broken.parquet", "broken.json"])

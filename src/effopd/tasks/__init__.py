@@ -15,7 +15,7 @@ from __future__ import annotations
 from effopd.tasks.base import Example, Prompt, Task, Verifier
 from effopd.tasks.config import TaskConfig
 from effopd.tasks.gym_tasks import ReasoningGymVerifier
-from effopd.tasks.load import load_task
+from effopd.tasks.load import load_task, needs_network
 from effopd.tasks.math_grading import MathVerifier, extract_boxed
 from effopd.tasks.rows import check_prompt_lengths, read_math_rows
 from effopd.tasks.verify import VerifierCheck, check_score, check_verifier, load_verifier
@@ -35,5 +35,6 @@ __all__ = [
     "extract_boxed",
     "load_task",
     "load_verifier",
+    "needs_network",
     "read_math_rows",
 ]

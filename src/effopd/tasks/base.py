@@ -53,6 +53,7 @@ class Task:
         render_answer: a completion that gives a reference answer in the form the verifier looks for, e.g. in
             `\\boxed{}`; `None` when the bare answer is that form.
         needs_answers: whether the verifier needs `Example.answer`; some grade by the metadata alone.
+        available: how many examples there were to take these from; `None` where they are generated.
 
     Example:
         >>> task = Task("echo", (Example("0", "Say hi", "hi"),), lambda text, example: float(text == example.answer))
@@ -65,6 +66,7 @@ class Task:
     verify: Verifier
     render_answer: Callable[[str], str] | None = None
     needs_answers: bool = True
+    available: int | None = None
 
     def __len__(self) -> int:
         return len(self.examples)

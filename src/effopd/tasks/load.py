@@ -17,7 +17,7 @@ from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.config import TaskConfig, split_task_name
 from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples, render_tagged
 from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
-from effopd.tasks.rows import ORIGIN, question_key, read_math_rows
+from effopd.tasks.rows import ORIGIN, on_hub, question_key, read_math_rows
 from effopd.tasks.verify import load_verifier
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,17 @@ class _Request:
     seed: int
     timeout: float
     answers_required: bool
+    why: str
+    setting: str
 
 
-def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True) -> Task:
+def needs_network(config: TaskConfig) -> bool:
+    """Whether a source of the task is a Hub dataset, or a folder that is loaded like one."""
+    sources = [split_task_name("task", source) for source in (config.task, config.eval_task) if source is not None]
+    return any(kind == "math" and on_hub(name) for kind, name in sources)
+
+
+def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True, why: str = "") -> Task:
     """The examples and verifier of one split.
 
     Args:
@@ -56,6 +64,7 @@ def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True
         split: "train" or "eval".
         answers_required: whether rows of a file must have reference answers. Distillation itself does not need them,
             accuracy does; without, rows may lack the answer if all of them do.
+        why: a sentence that says what needs them, for the message.
 
     Raises:
         TaskError: a source that cannot be read, bad rows, too few examples, an unusable verifier, or "eval" when the
@@ -68,16 +77,16 @@ def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True
         raise TaskError("the eval split was asked for, but eval_size is 0. Set eval_size to 1 or more, or eval_task.")
     source = config.task if split == "train" or config.eval_task is None else config.eval_task
     kind, _ = split_task_name("task", source)
-    return _finish(_load_bare(config, split, answers_required), config, kind)
+    return _finish(_load_bare(config, split, answers_required, why), config, kind)
 
 
-def _load_bare(config: TaskConfig, split: Split, answers_required: bool) -> Task:
+def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: str) -> Task:
     """The split with bare questions as prompts."""
     other = config.eval_task if split == "eval" else None
     kind, name = split_task_name("task", other or config.task)
     excluded: frozenset[str] = frozenset()
     if split == "train" and config.eval_size != 0 and (kind != "testbed" or config.eval_task is not None):
-        held_out = _load_bare(config, "eval", answers_required)
+        held_out = _load_bare(config, "eval", answers_required, why)
         excluded = frozenset(question_key(example.prompt) for example in held_out.examples)
     args = config.task_args if other is None else config.eval_task_args
     request = _Request(
@@ -90,6 +99,8 @@ def _load_bare(config: TaskConfig, split: Split, answers_required: bool) -> Task
         seed=config.task_seed,
         timeout=config.verify_timeout,
         answers_required=answers_required,
+        why=why,
+        setting="task_args" if other is None else "eval_task_args",
     )
     return replace(_LOADERS[kind](request), name=f"{kind}:{name}")
 
@@ -108,7 +119,15 @@ def _load_gym(request: _Request) -> Task:
 
 
 def _load_math(request: _Request) -> Task:
-    rows = list(read_math_rows(request.name, request.args, answers_required=request.answers_required))
+    rows = list(
+        read_math_rows(
+            request.name,
+            request.args,
+            answers_required=request.answers_required,
+            why=request.why,
+            setting=request.setting,
+        )
+    )
     random.Random(request.seed).shuffle(rows)
     if request.split == "eval":
         first: dict[str, Example] = {}
@@ -129,7 +148,7 @@ def _load_math(request: _Request) -> Task:
             f"({len(rows)} rows, of which {len(rows) - len(chosen)} {why}). Lower {request.split}_size"
             f"{' or eval_size' if request.split == 'train' else ''}, or name an eval_task."
         )
-    return Task(request.name, tuple(chosen[:size]), MathVerifier(request.timeout), render_boxed)
+    return Task(request.name, tuple(chosen[:size]), MathVerifier(request.timeout), render_boxed, available=len(chosen))
 
 
 def _warn_left_out(request: _Request, left_out: int, why: str) -> None:

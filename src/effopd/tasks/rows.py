@@ -28,6 +28,11 @@ ORIGIN = "_origin"
 
 _FILE_TYPES = (".jsonl", ".json", ".parquet")
 _COLUMN_ARGS = ("prompt_column", "answer_column")
+#: What the name of such a column often has in it.
+_LIKELY = {
+    "prompt_column": ("prompt", "problem", "question", "query", "instruction", "input"),
+    "answer_column": ("answer", "solution", "target", "label", "result", "output"),
+}
 _ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 20
 
@@ -65,7 +70,12 @@ class RowFaults:
 
 
 def read_math_rows(
-    source: str, args: Mapping[str, Any] | None = None, *, answers_required: bool = True
+    source: str,
+    args: Mapping[str, Any] | None = None,
+    *,
+    answers_required: bool = True,
+    why: str = "",
+    setting: str = "task_args",
 ) -> tuple[Example, ...]:
     """Examples of a local file or Hub dataset, in its order, with the bare question as prompt.
 
@@ -75,18 +85,21 @@ def read_math_rows(
             takes (`split` is "train" unless given).
         answers_required: whether a row without an answer is a fault. If not, rows must still be alike: an answer in
             all of them or in none.
+        why: a sentence that says what needs the answers, for the message.
+        setting: what `args` are called where the user gives them.
 
     Raises:
         TaskError: bad rows (all of them), no rows, or a source that cannot be read.
     """
     args = dict(args or {})
     columns = {name: args.pop(name, None) for name in _COLUMN_ARGS}
-    faults = RowFaults(source)
+    faults, table = RowFaults(source), _Table(source, columns, setting)
     examples: list[Example] = []
     first_row_of: dict[str, int] = {}
     for number, row in _open(source, args):
         origin = f"{source} row {number}"
         found = row if isinstance(row, _BadRow) else _to_example(row, source, number, columns)
+        table.add(row, found)
         if isinstance(found, _BadRow):
             faults.add(origin, *found.fault)
             continue
@@ -96,7 +109,10 @@ def read_math_rows(
             continue
         first_row_of[found.id] = number
         examples.append(found)
-    _check_answers(examples, answers_required, faults)
+    table.check_prompts()
+    if answers_required and examples and all(example.answer is None for example in examples):
+        table.check_answers(why)
+    _check_answers(examples, answers_required, columns["answer_column"] or "answer", faults)
     faults.raise_if_any()
     if not examples:
         raise TaskError(
@@ -156,11 +172,88 @@ class _BadRow:
         self.fault: _Fault = (expected, got, fix)
 
 
+class _NoPrompt(_BadRow):
+    """A row without one column that is the prompt."""
+
+
+class _Table:
+    """The columns of a source as a whole: a mistake that every row makes is said once, with what names the right column.
+
+    Args:
+        source: file or dataset the rows came from.
+        columns: the `prompt_column` and `answer_column` that were given.
+        setting: what they are given in.
+    """
+
+    def __init__(self, source: str, columns: Mapping[str, str | None], setting: str) -> None:
+        self._source, self._columns, self._setting = source, columns, setting
+        self._seen: dict[str, None] = {}
+        self._rows = self._without_prompt = 0
+
+    def add(self, row: Any, found: Example | _BadRow) -> None:
+        """Note a row, as read and as understood."""
+        self._rows += 1
+        self._without_prompt += isinstance(found, _NoPrompt)
+        if isinstance(row, dict):
+            self._seen |= dict.fromkeys(name for name, value in row.items() if value is not None)
+
+    def check_prompts(self) -> None:
+        """
+        Raises:
+            TaskError: no row has one prompt column, and they agree on how.
+        """
+        names = _prompt_columns(self._columns)
+        present = [name for name in names if name in self._seen]
+        if not self._rows or self._without_prompt < self._rows:
+            return
+        if not present:
+            self._raise("prompt_column", f"no row of {self._source} has {' or '.join(map(repr, names))}", "")
+        self._raise(
+            "prompt_column",
+            f"no row of {self._source} has just one of {' and '.join(map(repr, present))}",
+            "",
+            present[0],
+        )
+
+    def check_answers(self, why: str) -> None:
+        """For a source none of whose rows has an answer.
+
+        Raises:
+            TaskError: because there is no such column.
+        """
+        column = self._columns["answer_column"] or "answer"
+        if column not in self._seen:
+            self._raise("answer_column", f"no row of {self._source} has '{column}'", why)
+
+    def _raise(self, which: str, what: str, why: str, guess: str | None = None) -> None:
+        prompt = next((name for name in _prompt_columns(self._columns) if name in self._seen), None)
+        others = [
+            name for name in self._seen if name not in (prompt, self._columns["answer_column"] or "answer", "id")
+        ]
+        likely = [name for name in others if any(part in name.lower() for part in _LIKELY[which])]
+        guess = guess or next(iter(likely or (others if len(others) == 1 else ())), "…")
+        given = {name: value for name, value in self._columns.items() if value} | {which: guess}
+        raise TaskError(
+            f"{what} (columns: {', '.join(self._seen) or 'none'}). Name yours: --{self._setting} "
+            f"'{json.dumps(given, ensure_ascii=False)}'." + (f" {why}" if why else "")
+        )
+
+
+def _prompt_columns(columns: Mapping[str, str | None]) -> tuple[str, ...]:
+    return (columns["prompt_column"],) if columns["prompt_column"] else PROMPT_COLUMNS
+
+
+def on_hub(source: str) -> bool:
+    """Whether a source is read with `datasets.load_dataset` rather than as a local file."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() not in _FILE_TYPES and not path.is_file()
+
+
 def _open(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
     """Rows with their 1-based number in the file (the line number for JSON Lines)."""
-    path = Path(source).expanduser()
-    if path.suffix.lower() not in _FILE_TYPES and not path.is_file():
+    if on_hub(source):
         return _hub_rows(source, args)
+    path = Path(source).expanduser()
     if args:
         raise TaskError(
             f"task_args of the local file '{source}': expected only {' and '.join(_COLUMN_ARGS)}, got "
@@ -242,13 +335,13 @@ def _to_example(row: Any, source: str, number: int, columns: Mapping[str, str | 
     if not isinstance(row, dict):
         return _BadRow("an object with a prompt", _kind(row), 'Write {"prompt": …, "answer": …}.')
     row = {name: value for name, value in row.items() if value is not None}
-    names = (columns["prompt_column"],) if columns["prompt_column"] else PROMPT_COLUMNS
+    names = _prompt_columns(columns)
     present = [name for name in names if name in row]
     if len(present) != 1:
         got = f"both {' and '.join(map(repr, present))}" if present else f"columns {sorted(row)}"
         fix = "Keep one of them" if present else "Rename the column that has the question"
-        expected = f"the prompt in one of the columns {', '.join(name for name in names if name)}"
-        return _BadRow(expected, got, f"{fix}, or name it with task_args '{{\"prompt_column\": …}}'.")
+        expected = f"the prompt in one of the columns {', '.join(names)}"
+        return _NoPrompt(expected, got, f"{fix}, or name it with task_args '{{\"prompt_column\": …}}'.")
     prompt = row.pop(present[0])
     fault = _prompt_fault(prompt)
     if fault:
@@ -282,7 +375,7 @@ def _prompt_fault(prompt: Any) -> _Fault | None:
     return None
 
 
-def _check_answers(examples: list[Example], answers_required: bool, faults: RowFaults) -> None:
+def _check_answers(examples: list[Example], answers_required: bool, column: str, faults: RowFaults) -> None:
     having = next((example for example in examples if example.answer is not None), None)
     if not answers_required and having is None:
         return
@@ -290,7 +383,7 @@ def _check_answers(examples: list[Example], answers_required: bool, faults: RowF
         if example.answer is None:
             why = "" if answers_required or having is None else f", as {having.metadata[ORIGIN]} has"
             fix = "Add the answer; without accuracy, rows may lack it, but then all of them."
-            faults.add(str(example.metadata[ORIGIN]), f"a reference answer in 'answer'{why}", "none", fix)
+            faults.add(str(example.metadata[ORIGIN]), f"a reference answer in '{column}'{why}", "none", fix)
 
 
 def _kind(value: Any) -> str:
