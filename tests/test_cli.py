@@ -106,7 +106,7 @@ def test_bad_rows_are_reported_with_file_and_row(pair, tmp_path, capsys):
     [
         ("--effopd.scales", "-1", "scales"),
         ("--loss_type", "half", "invalid choice"),
-        ("--teacher_model_name_or_path", "/nowhere/at/all", "cannot be read"),
+        ("--teacher_model_name_or_path", "/nowhere/at/all", "no such folder"),
         ("--per_device_train_batch_size", "1000", "a step takes 1000 prompts"),
         ("--max_prompt_length", "3", "at most 3"),
         ("--effopd.validation_size", "500", "D_v needs 500"),

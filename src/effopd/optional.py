@@ -16,7 +16,20 @@ _NEEDS = {
     "peft": ("--use_peft", "effopd[peft]"),
     "bitsandbytes": ("--load_in_4bit or --load_in_8bit", "effopd[quantization]"),
     "vllm": ("--use_vllm", "effopd[vllm]"),
+    "deepspeed": ("--deepspeed", "deepspeed"),
+    "clearml": ("--report_to clearml", "clearml"),
+    "codecarbon": ("--report_to codecarbon", "codecarbon"),
+    "comet_ml": ("--report_to comet_ml", "comet-ml"),
+    "dvclive": ("--report_to dvclive", "dvclive"),
+    "mlflow": ("--report_to mlflow", "mlflow"),
+    "neptune": ("--report_to neptune", "neptune"),
+    "swanlab": ("--report_to swanlab", "swanlab"),
+    "tensorboard": ("--report_to tensorboard", "tensorboard"),
+    "trackio": ("--report_to trackio", "trackio"),
+    "wandb": ("--report_to wandb", "wandb"),
 }
+#: Where a run may report to whose package is looked for under the same name.
+TRACKERS = frozenset(name for name, (purpose, _) in _NEEDS.items() if purpose == f"--report_to {name}")
 
 
 def is_available(module: str) -> bool:

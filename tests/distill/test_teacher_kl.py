@@ -214,7 +214,7 @@ def test_an_unmodified_trl_trainer_resumes_to_the_same_weights(tmp_path):
     assert len((tmp_path / "searches.jsonl").read_text().splitlines()) == len(searches)
 
 
-def test_hosts_without_a_teacher_other_targets_and_images_are_refused(tmp_path):
+def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path, caplog):
     host = Trainer(make_model(0), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     with pytest.raises(ConfigError, match=r"expected an OPDTrainer or a trl\.DistillationTrainer.* got Trainer"):
         EffOPDCallback(host, LOOK)
@@ -223,5 +223,9 @@ def test_hosts_without_a_teacher_other_targets_and_images_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="at least 2 a step"):
         make_trainer(tmp_path / "z", effopd=LOOK, per_device_train_batch_size=1, **FAST)
     scorer = scorer_of(make_trainer(tmp_path / "y", effopd=LOOK, **FAST))
+    assert "noisier" not in caplog.text
+    make_trainer(tmp_path / "few", effopd=EffOPDConfig("lookahead"), gradient_accumulation_steps=2, **FAST)
+    assert "would like 32 rollouts a step (--effopd.score_rollouts) but a step samples 16" in caplog.text
+    assert "--per_device_train_batch_size 8 × --gradient_accumulation_steps 2 × 1 process(es)" in caplog.text
     with pytest.raises(ConfigError, match="come with pixel_values"):
         scorer.take([{"pixel_values": torch.zeros(1), "completion_ids": torch.zeros(2, 3)}])

@@ -12,6 +12,7 @@ from trl import DistillationConfig
 from effopd.distill.ledger import CLOCKS
 from effopd.distill.run_dir import in_trajectory
 from effopd.errors import ConfigError
+from effopd.optional import ensure
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class RunArguments:
 
     Raises:
         ConfigError: a value is out of range.
+        MissingDependencyError: `deepspeed` without its package.
     """
 
     lr_scheduler_type: str = field(
@@ -70,6 +72,8 @@ class RunArguments:
             raise ConfigError(
                 "cost_clock='cpu' does not see the work of the accelerator this machine has. Use 'wall', or use_cpu=True."
             )
+        if getattr(self, "deepspeed", None):
+            ensure("deepspeed")  # the host looks for it while it is built
         with warnings.catch_warnings():  # TRL sets the old name by default; the user need not hear of it
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases

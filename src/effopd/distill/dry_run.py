@@ -1,15 +1,29 @@
-"""`effopd train --dry_run`: what a run would do and need, from its settings alone; nothing is loaded, read or written."""
+"""`effopd train --dry_run`: what a run would do and need. Everything that the run itself would refuse is refused here, as
+far as that takes neither weights nor the network; nothing is written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from effopd.distill.footprint import BF16, FP32, ModelSize, bytes_a_rank, model_size
-from effopd.distill.launch import RunSettings, require_models
+from effopd.distill.launch import (
+    RunSettings,
+    check_prompts,
+    check_settings,
+    check_space,
+    evaluates,
+    other_models,
+    prompts,
+    tokenizer_of,
+    why_answers,
+)
+from effopd.distill.teacher_kl import rollouts_a_step
+from effopd.tasks import Task, load_verifier, needs_network
 
 _DTYPE_BYTES = {"float32": FP32, "fp32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16, "bf16": BF16}
 
@@ -18,16 +32,38 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     """(what would run, estimated memory a rank).
 
     Raises:
-        ConfigError: a model is missing.
+        EffOPDError: a subclass that says what does not fit, as for the run itself.
     """
-    require_models(settings.model, settings.opd)
+    rows = _checked(settings)
     run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
-    for name, value in _run_rows(settings):
+    for name, value in _run_rows(settings, rows):
         run.add_row(name, value)
     return run, _memory_table(settings)
 
 
-def _run_rows(settings: RunSettings) -> Iterator[tuple[str, str]]:
+def _checked(settings: RunSettings) -> tuple[Task, Task | None] | None:
+    """The run's own checks; its training and held-out prompts, if they are at hand."""
+    model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
+    check_settings(settings)
+    here = _models_here(settings)
+    tokenizer = tokenizer_of(model, other_models(opd), opd) if here else None
+    if needs_network(task):
+        if task.verifier is not None:
+            load_verifier(task.verifier)
+        return None
+    train, held_out = prompts(task, opd, tokenizer, why_answers(opd, effopd))
+    check_prompts(settings, train)
+    if here:
+        check_space(model, opd, len(train), rollouts_a_step(opd), effopd=effopd.enabled)
+    return train, held_out
+
+
+def _models_here(settings: RunSettings) -> bool:
+    names = [settings.model.model_name_or_path, *other_models(settings.opd)]
+    return all(Path(name).is_dir() for name in names)
+
+
+def _run_rows(settings: RunSettings, rows: tuple[Task, Task | None] | None) -> Iterator[tuple[str, str]]:
     opd, task, look = settings.opd, settings.task, settings.effopd
     yield (
         "student",
@@ -37,11 +73,10 @@ def _run_rows(settings: RunSettings) -> Iterator[tuple[str, str]]:
         name = getattr(opd, f"{role}_model_name_or_path")
         if name:
             yield role, f"{name}  {_size_text(_size(name, opd))}"
-    yield "task", f"{task.task}, training prompts: {task.train_size or 'all others'}, held out: {_held_out(task, opd)}"
-    batch = opd.per_device_train_batch_size * opd.gradient_accumulation_steps * opd.world_size
+    yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
     yield (
         "a step",
-        f"{batch:,} prompts = {opd.per_device_train_batch_size} × {opd.gradient_accumulation_steps} accumulated × "
+        f"{rollouts_a_step(opd):,} prompts = {opd.per_device_train_batch_size} × {opd.gradient_accumulation_steps} accumulated × "
         f"{opd.world_size} process(es); {f'prompts up to {task.max_prompt_length}, ' if task.max_prompt_length else ''}"
         f"answers up to {opd.max_completion_length} tokens",
     )
@@ -52,6 +87,22 @@ def _run_rows(settings: RunSettings) -> Iterator[tuple[str, str]]:
     )
     yield "look-ahead", _look_text(look, opd)
     yield "written to", str(opd.output_dir)
+    unseen = ["the rows (a Hub dataset, or a folder)"] * (rows is None)
+    unseen += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_here(settings))
+    if unseen:
+        yield "not checked", ", ".join(unseen)
+
+
+def _prompts_text(task: Any, opd: Any, rows: tuple[Task, Task | None] | None) -> str:
+    """How many prompts train and evaluate."""
+    if rows is not None:
+        train, held_out = f"{len(rows[0]):,}", f"{len(rows[1]):,}" if rows[1] else ""
+    else:
+        train = f"{task.train_size:,}" if task.train_size else "all that are not held out"
+        held_out = f"{task.eval_size:,}" if task.eval_size else "all of eval_task" if task.eval_task else _HELD_OUT
+    if not evaluates(opd):
+        return f"training prompts: {train}; no evaluation (see --eval_strategy)"
+    return f"training prompts: {train}, evaluated on: {held_out}"
 
 
 def _look_text(look: Any, opd: Any) -> str:
@@ -66,7 +117,9 @@ def _look_text(look: Any, opd: Any) -> str:
         each = look.validation_size * (look.max_completion_length or opd.max_completion_length)
         parts.append(f"D_v of {look.validation_size} prompts: up to {each:,} sampled tokens a candidate")
     elif look.resolved_scorer == "teacher_kl":
-        parts.append(f"scores {look.score_rollouts} rollouts a candidate, samples nothing")
+        scored = min(look.score_rollouts, rollouts_a_step(opd))
+        fewer = f" (a step has no more; it would like {look.score_rollouts})" if scored < look.score_rollouts else ""
+        parts.append(f"scores {scored} rollouts a candidate{fewer}, samples nothing")
     return ", ".join(parts)
 
 
@@ -74,12 +127,8 @@ def _look_text(look: Any, opd: Any) -> str:
 _SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
 
 
-def _held_out(task: Any, opd: Any) -> str:
-    if opd.eval_strategy == "no" and not opd.eval_on_start:
-        return "none (no evaluation: see --eval_strategy)"
-    return f"{task.eval_size:,}" if task.eval_size else "100, or a tenth of a file if that is less"
-
-
+#: Of a source that has not been read, without an eval_size.
+_HELD_OUT = "100, or a tenth of the rows if that is less"
 _LESS = " (of full training: adapters and quantised weights take less)"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +12,28 @@ from typing import Any
 
 import yaml
 from accelerate.state import AcceleratorState, PartialState
-from transformers import AutoTokenizer
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from effopd.distill.config import OPDConfig
-from effopd.distill.preflight import check_disk, check_models, check_task, parameter_count
+from effopd.distill.preflight import (
+    check_disk,
+    check_model_name,
+    check_models,
+    check_task,
+    load_tokenizer,
+    parameter_count,
+)
 from effopd.distill.run_dir import CONFIG, RunDir, in_trajectory
+from effopd.distill.teacher_kl import check_rollouts, rollouts_a_step
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import ConfigError
-from effopd.extrapolate.callback import EffOPDCallback
+from effopd.extrapolate.callback import EffOPDCallback, check_validation_size
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.ranks import gather, rank
 from effopd.files import write_atomically
-from effopd.optional import ensure
+from effopd.optional import TRACKERS, ensure, is_available
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.versions import versions
 
@@ -47,17 +55,12 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
         EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
     """
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
-    require_models(model, opd)
+    check_settings(settings)
     text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
-    others = [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
-    tokenizer, train, held_out = inputs(model, others, task, opd, answers=effopd.scored)
-    batch = opd.per_device_train_batch_size * opd.gradient_accumulation_steps * opd.world_size
-    if len(train) < batch:
-        raise ConfigError(
-            f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "
-            "--gradient_accumulation_steps, or raise --train_size."
-        )
-    check_space(model, opd, len(train), batch, effopd=effopd.enabled)
+    tokenizer = tokenizer_of(model, other_models(opd), opd)
+    train, held_out = prompts(task, opd, tokenizer, why_answers(opd, effopd))
+    check_prompts(settings, train)
+    check_space(model, opd, len(train), rollouts_a_step(opd), effopd=effopd.enabled)
     _merge_init_kwargs(model, opd)
     trainer = OPDTrainer(
         model.model_name_or_path,
@@ -76,31 +79,96 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     return trainer
 
 
-def inputs(
-    model: ModelConfig, others: Sequence[str], task: TaskConfig, args: Any, *, answers: bool
-) -> tuple[Any, Task, Task | None]:
-    """Tokenizer, training and held-out prompts of a run whose folder is free, whose models and prompts fit together.
+def check_settings(settings: RunSettings) -> None:
+    """Refuse what its settings alone tell against; no model, no row and no network is needed.
 
-    Args:
-        others: models that must read the student's tokens.
-        answers: training itself needs reference answers.
+    Raises:
+        EffOPDError: a subclass that says what does not fit.
     """
+    opd, effopd = settings.opd, settings.effopd
+    names = {
+        "--model_name_or_path": settings.model.model_name_or_path,
+        "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
+    }
+    if opd.reference_model_name_or_path is not None:
+        names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
+    check_run(settings.model, opd, names)
+    if effopd.enabled and effopd.resolved_scorer == "teacher_kl":
+        check_rollouts(opd, effopd.score_rollouts)
+
+
+def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) -> None:
+    """Model names, by the flags they are given with, packages, and the folder or checkpoint that a run starts from."""
+    for flag, name in names.items():
+        check_model_name(flag, name)
     require_packages(model, args)
-    if not resume_argument(args):
-        RunDir(args.output_dir).refuse_overwrite()
+    run_dir, resume = RunDir(args.output_dir), resume_argument(args)
+    run_dir.to_resume(resume)
+    if not resume:
+        run_dir.refuse_overwrite()
+
+
+def check_prompts(settings: RunSettings, train: Task) -> None:
+    """There are prompts for a step, and for D_v.
+
+    Raises:
+        ConfigError, TaskError: there are too few.
+    """
+    batch = rollouts_a_step(settings.opd)
+    if len(train) < batch:
+        raise ConfigError(
+            f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "
+            "--gradient_accumulation_steps, or raise --train_size."
+        )
+    if settings.effopd.scored:
+        check_validation_size(settings.effopd, train)
+
+
+def other_models(opd: OPDConfig) -> list[str]:
+    """The models of a run that read the student's tokens."""
+    return [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
+
+
+def tokenizer_of(model: ModelConfig, others: Sequence[str], args: Any) -> Any:
+    """The student's tokenizer, once it is known that `others` read its tokens."""
     name, load = model.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=model.model_revision, padding_side="left", truncation_side="left", **load
-    )
+    tokenizer = load_tokenizer(name, revision=model.model_revision, **load)
     for other in others:
         check_models(name, other, tokenizer, **load)
-    evaluates = args.eval_strategy != "no" or args.eval_on_start
-    train = load_task(task, "train", answers_required=answers or evaluates)
-    held_out = load_task(task, "eval") if evaluates else None
+    return tokenizer
+
+
+def evaluates(args: Any) -> bool:
+    """Whether a run measures itself on held-out prompts."""
+    return args.eval_strategy != "no" or args.eval_on_start
+
+
+def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
+    """The settings of a run that need reference answers, as a sentence; "" if it needs none."""
+    causes = []
+    if effopd.scored:
+        causes.append(f"--effopd.scorer {effopd.scorer}" if effopd.scorer else f"--effopd.strategy {effopd.strategy}")
+    if evaluates(opd):
+        strategy = getattr(opd.eval_strategy, "value", opd.eval_strategy)
+        causes.append("--eval_on_start" if strategy == "no" else f"--eval_strategy {strategy}")
+    if not causes:
+        return ""
+    return f"Answers are needed because of {' and '.join(causes)}; --effopd.strategy lookahead without evaluation needs none."
+
+
+def prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> tuple[Task, Task | None]:
+    """Training and held-out prompts, checked; held out only if the run evaluates.
+
+    Args:
+        tokenizer: the student's, or `None`: prompts are not measured then.
+        why: what needs reference answers, as a sentence; "" if nothing does.
+    """
+    train = load_task(task, "train", answers_required=bool(why), why=why)
+    held_out = load_task(task, "eval", why=why) if evaluates(args) else None
     for part in (train, held_out):
         if part is not None:
             check_task(part, tokenizer, task.max_prompt_length, **(args.chat_template_kwargs or {}))
-    return tokenizer, train, held_out
+    return train, held_out
 
 
 def write_config(folder: str, text: str) -> None:
@@ -118,7 +186,12 @@ def resume_argument(opd: Any) -> str | bool | None:
 
 
 def require_packages(model: ModelConfig, args: Any) -> None:
-    """Refuse flags whose package is missing, before anything is loaded."""
+    """Refuse flags whose package is missing, before anything is loaded.
+
+    Raises:
+        MissingDependencyError: it is.
+        ConfigError: a tracker that the host does not know.
+    """
     for module, wanted in (
         ("peft", model.use_peft),
         ("bitsandbytes", model.load_in_4bit or model.load_in_8bit),
@@ -126,15 +199,13 @@ def require_packages(model: ModelConfig, args: Any) -> None:
     ):
         if wanted:
             ensure(module)
-
-
-def require_models(model: ModelConfig, opd: OPDConfig) -> None:
-    for flag, value in (
-        ("--model_name_or_path", model.model_name_or_path),
-        ("--teacher_model_name_or_path", opd.teacher_model_name_or_path),
-    ):
-        if not value:
-            raise ConfigError(f"{flag} is missing: expected a model folder or a Hub id.")
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ConfigError(f"--report_to: {error}") from error
+    for tracker in TRACKERS.intersection(args.report_to):
+        if tracker != "tensorboard" or not is_available("tensorboardX"):  # either will do
+            ensure(tracker)
 
 
 def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effopd: bool) -> None:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from effopd.distill.launch import check_space, inputs, resume_argument, settings_yaml, write_config
+from effopd.distill.launch import (
+    check_run,
+    check_space,
+    prompts,
+    resume_argument,
+    settings_yaml,
+    tokenizer_of,
+    write_config,
+)
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
 from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
 from effopd.errors import ConfigError
@@ -30,17 +38,17 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     """
     model, task, rl = settings.model, settings.task, settings.rl
     name = model.model_name_or_path
-    if not name:
-        raise ConfigError("--model_name_or_path is missing: expected a model folder or a Hub id.")
+    check_run(model, rl, {"--model_name_or_path": name})
     text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
-    tokenizer, train, held_out = inputs(model, [name], task, rl, answers=True)
-    prompts = rl.generation_batch_size // rl.num_generations
-    if len(train) < prompts:
+    tokenizer = tokenizer_of(model, [name], rl)
+    train, held_out = prompts(task, rl, tokenizer, "Answers are needed because the reward is for right ones.")
+    batch = rl.generation_batch_size // rl.num_generations
+    if len(train) < batch:
         raise ConfigError(
-            f"a generation batch takes {prompts} prompts ({rl.generation_batch_size} answers, {rl.num_generations} a "
+            f"a generation batch takes {batch} prompts ({rl.generation_batch_size} answers, {rl.num_generations} a "
             f"prompt) but the task has {len(train)}: lower --per_device_train_batch_size or raise --train_size."
         )
-    check_space(model, rl, len(train), prompts, effopd=False)
+    check_space(model, rl, len(train), batch, effopd=False)
     dtype = {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
     rl.model_init_kwargs = (
         {"attn_implementation": model.attn_implementation, "revision": model.model_revision}

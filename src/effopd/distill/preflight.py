@@ -11,16 +11,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from effopd.errors import CheckpointError, CompatibilityError, TaskError
+from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
 from effopd.tasks import Task, check_prompt_lengths, check_verifier
 
 logger = logging.getLogger(__name__)
 
 #: Bytes a checkpoint takes per parameter: fp32 weights, two Adam moments, the look-ahead's anchor.
 _BYTES_PER_PARAMETER = {"weights": 4, "optimizer": 8, "anchor": 4}
+
+
+def check_model_name(flag: str, name: str | None) -> None:
+    """A name that may be a model's: a folder that is there, or a possible Hub id. Nothing is read.
+
+    Raises:
+        ConfigError: no name.
+        CompatibilityError: a path to nothing.
+    """
+    if not name:
+        raise ConfigError(f"{flag} is missing: expected a model folder or a Hub id.")
+    if Path(name).exists():
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CompatibilityError(
+            f"{flag} {name!r}: no such folder (looked in {Path.cwd()}), and not a Hub id."
+        ) from error
+
+
+def load_tokenizer(student: str, **load: Any) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, set up for training.
+
+    Raises:
+        CompatibilityError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(student, padding_side="left", truncation_side="left", **load)
+    except (OSError, ValueError) as error:
+        raise CompatibilityError(
+            f"the student {student!r} has no tokenizer that can be read: expected a model folder or a Hub id, got {error}"
+        ) from error
 
 
 def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase, **load: Any) -> None:
@@ -101,11 +135,16 @@ def _check_end_tokens(student: str, teacher: str, tokenizer: PreTrainedTokenizer
         logger.warning("End tokens differ: student %s, teacher %s. Watch the share of cut answers.", mine, theirs)
 
 
-def check_task(task: Task, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None, **template: Any) -> int:
+def check_task(
+    task: Task, tokenizer: PreTrainedTokenizerBase | None, max_prompt_length: int | None, **template: Any
+) -> int | None:
     """Prompt lengths and, where there are answers, the verifier on known-right and known-wrong answers.
 
+    Args:
+        tokenizer: the student's; `None` where it is not at hand: lengths are not measured then.
+
     Returns:
-        The longest prompt, in tokens.
+        The longest prompt, in tokens, if it was measured.
 
     Raises:
         TaskError: no examples, a prompt that is too long, no chat template for chat prompts, or a verifier that does
@@ -113,10 +152,10 @@ def check_task(task: Task, tokenizer: PreTrainedTokenizerBase, max_prompt_length
     """
     if not task.examples:
         raise TaskError(f"task '{task.name}' has no examples: expected at least one prompt.")
-    lengths = check_prompt_lengths(task, tokenizer, max_prompt_length, template)
+    lengths = {} if tokenizer is None else check_prompt_lengths(task, tokenizer, max_prompt_length, template)
     if task.verifiable:
         check_verifier(task)
-    return max(lengths.values())
+    return max(lengths.values(), default=None)
 
 
 def parameter_count(model: str, **load: Any) -> int:

@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.callback import SEARCHES
@@ -82,6 +83,19 @@ class RunDir:
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, if any."""
         return next(reversed(self.checkpoints()), None)
+
+    def to_resume(self, argument: str | bool | None) -> Path | None:
+        """The checkpoint that `resume_from_checkpoint` means: the newest (`True`; `None` if there is none yet), or that path.
+
+        Raises:
+            CheckpointError: the path is no checkpoint.
+        """
+        checkpoint = self.last_checkpoint() if argument is True else Path(argument) if argument else None
+        if checkpoint is not None and not (checkpoint / TRAINER_STATE_NAME).is_file():
+            raise CheckpointError(
+                f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as {self.checkpoint(8)}."
+            )
+        return checkpoint
 
     def fresh_staging(self) -> Path:
         """An empty staging folder; leftovers of a killed save go."""

@@ -21,7 +21,7 @@ from effopd.distill.console import end_bars, in_lines
 from effopd.distill.ledger import CLOCKS, CostLedger
 from effopd.distill.model_card import model_card
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
-from effopd.errors import CheckpointError, finite_predictions
+from effopd.errors import finite_predictions
 from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
@@ -174,19 +174,10 @@ class RunMixin(_Host):
         Raises:
             CheckpointError: a fresh start into a directory that holds a run, or a checkpoint path that is none.
         """
-        if resume_from_checkpoint is True:
-            checkpoint = self.run_dir.last_checkpoint()
-        elif resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-        else:
-            checkpoint = None
+        checkpoint = self.run_dir.to_resume(resume_from_checkpoint)
+        if not resume_from_checkpoint:
             together(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
         if checkpoint is not None:
-            if not (checkpoint / TRAINER_STATE_NAME).is_file():
-                raise CheckpointError(
-                    f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as "
-                    f"{self.run_dir.checkpoint(8)}."
-                )
             self._load_ledger(checkpoint)
             self.args.eval_on_start = False  # the run has started before; its rows are there
         else:

@@ -8,6 +8,7 @@ candidate the rollouts are slightly off-policy: its KL is that at the positions 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,10 +20,41 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vocab_size
 from effopd.errors import ConfigError
-from effopd.extrapolate.ranks import pooled, world_size
+from effopd.extrapolate.ranks import pooled, rank, world_size
 from effopd.extrapolate.search import Score
 
+logger = logging.getLogger(__name__)
+
 _NAMES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask", "tool_mask")
+
+
+def rollouts_a_step(args: Any) -> int:
+    """Rollouts that all processes together sample for an optimizer step."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def check_rollouts(args: Any, rollouts: int) -> None:
+    """A run's settings let `teacher_kl` score; no model is needed to tell.
+
+    Args:
+        args: an `OPDConfig` or `trl.DistillationConfig`.
+        rollouts: how many are to be scored, over all processes.
+
+    Raises:
+        ConfigError: fewer than two rollouts a step, or another target than the teacher (ExOPD).
+    """
+    if getattr(args, "lambda_extrapolation", 1) != 1:
+        raise ConfigError(
+            f"the look-ahead's scorer 'teacher_kl' measures the KL to the teacher, but lambda_extrapolation="
+            f"{args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
+            "strategy 'effopd', or lambda_extrapolation=1."
+        )
+    if min(rollouts_a_step(args), rollouts) < 2:
+        raise ConfigError(
+            "the scorer 'teacher_kl' tells a gain from noise by comparing rollouts, so it needs at least 2 a step; this run, on "
+            f"{args.world_size} process(es), samples {rollouts_a_step(args)} and scores {rollouts}. Raise "
+            "--per_device_train_batch_size, --gradient_accumulation_steps or --effopd.score_rollouts."
+        )
 
 
 class RolloutScorer:
@@ -48,26 +80,22 @@ class RolloutScorer:
                 f"the scorer 'teacher_kl' measures the KL to the teacher on fresh rollouts: expected an OPDTrainer or a "
                 f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or pass scorer=…."
             )
-        if getattr(trainer, "reference_model", None) is not None:
-            raise ConfigError(
-                f"the look-ahead's scorer 'teacher_kl' measures the KL to the teacher, but lambda_extrapolation="
-                f"{trainer.args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
-                "strategy 'effopd', or lambda_extrapolation=1."
-            )
+        check_rollouts(trainer.args, rollouts)
+        sampled, processes = rollouts_a_step(trainer.args), world_size()
+        if sampled < rollouts and rank() == 0:
+            logger.warning(
+                "The look-ahead's scorer 'teacher_kl' would like %d rollouts a step (--effopd.score_rollouts) but a step samples %d "
+                "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d process(es)): it scores all of them, so "
+                "its decisions are noisier. Raise one of the two, or lower --effopd.score_rollouts.",
+                rollouts, sampled, trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, processes,
+            )  # fmt: skip
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         student, teacher = map(trainer.accelerator.unwrap_model, (trainer.model, trainer.teacher_model))
         self._vocab_size = shared_vocab_size(student, teacher, len(tokenizer))
-        self._trainer, self._rollouts = trainer, -(-rollouts // world_size())
+        self._trainer, self._rollouts = trainer, -(-rollouts // processes)
         self._batches: list[dict[str, Tensor]] = []
         self._teacher: list[Tensor] | None = None
         self.looked_at = -1
-        here = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-        if min(here * world_size(), rollouts) < 2:
-            raise ConfigError(
-                f"the scorer 'teacher_kl' tells a gain from noise by comparing rollouts, so it needs at least 2 a step; this run "
-                f"samples {here * world_size()} and scores {rollouts}. Raise --per_device_train_batch_size, "
-                "--gradient_accumulation_steps or --effopd.score_rollouts."
-            )
 
     def watch(self, look: Callable[[], object]) -> None:
         """Have `look` called once a step, when the step's rollouts are there and none of them has been trained on.

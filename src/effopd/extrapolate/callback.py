@@ -24,6 +24,29 @@ from effopd.files import append_row, keep_rows
 from effopd.tasks.base import Example, Task, Verifier
 
 SEARCHES = "searches.jsonl"
+#: What `host_refused` says of it.
+DEEPSPEED = "DeepSpeed, whose masters live in the optimizer"
+
+
+def host_refused(host: str) -> ConfigError:
+    """The error for a host whose weights cannot be moved from here; `host`: its name and why."""
+    return ConfigError(
+        "the look-ahead moves weights that are whole (one process, DDP) or sharded row by row (FSDP2); this run uses "
+        f"{host}. Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: 2), or train without a look-ahead."
+    )
+
+
+def check_validation_size(config: EffOPDConfig, task: Task) -> None:
+    """D_v can be drawn from the training prompts.
+
+    Raises:
+        TaskError: there are too few.
+    """
+    if config.validation_size > len(task):
+        raise TaskError(
+            f"D_v needs {config.validation_size} training prompts but there are {len(task)}: lower "
+            "EffOPDConfig.validation_size or add prompts."
+        )
 
 
 class EffOPDCallback(TrainerCallback):
@@ -84,11 +107,7 @@ class EffOPDCallback(TrainerCallback):
     def _check_host(trainer: Trainer) -> None:
         fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
         if trainer.is_deepspeed_enabled or fsdp1:
-            raise ConfigError(
-                "EffOPDCallback moves weights that are whole (one process, DDP) or sharded row by row (FSDP2); this run uses "
-                + ("FSDP1, which flattens them" if fsdp1 else "DeepSpeed, whose masters live in the optimizer")
-                + ". Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: 2), or train without it."
-            )
+            raise host_refused("FSDP1, which flattens them" if fsdp1 else DEEPSPEED)
         if world_size() != trainer.accelerator.num_processes:
             raise ConfigError(
                 f"torch.distributed has {world_size()} processes but the trainer counts {trainer.accelerator.num_processes}: each "
@@ -104,11 +123,7 @@ class EffOPDCallback(TrainerCallback):
                 "the validation answers, or pass a scorer."
             )
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        if config.validation_size > len(task):
-            raise TaskError(
-                f"D_v needs {config.validation_size} training prompts but there are {len(task)}: lower "
-                "EffOPDConfig.validation_size or add prompts."
-            )
+        check_validation_size(config, task)
         return AccuracyScorer(
             task.sample(config.validation_size, config.seed),
             tokenizer,

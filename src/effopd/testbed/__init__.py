@@ -25,7 +25,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from effopd.errors import CheckpointError, TaskError
+from effopd.errors import CheckpointError, ConfigError, TaskError
 from effopd.testbed.families import FAMILIES, family_task, verify
 
 __all__ = [
@@ -81,8 +81,14 @@ def teacher_path() -> Path:
 
 
 def resolve_model(name: str | None) -> str | None:
-    """`testbed:student` and `testbed:teacher` as folders; every other name as it is."""
+    """`testbed:student` and `testbed:teacher` as folders; every other name as it is.
+
+    Raises:
+        ConfigError: another name that begins with `testbed:`.
+    """
     shipped = {"testbed:student": student_path, "testbed:teacher": teacher_path}
+    if name is not None and name.startswith("testbed:") and name not in shipped:
+        raise ConfigError(f"expected {' or '.join(shipped)}, got {name!r}.")
     return str(shipped[name]()) if name in shipped else name
 
 
