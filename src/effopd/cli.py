@@ -8,6 +8,7 @@ Heavy libraries are imported by the command that needs them, so `--help` is quic
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,13 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return COMMANDS[arguments[0]][0](arguments[1:])
         except EffOPDError as error:
-            print(f"effopd {arguments[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"effopd {arguments[0]}: {type(error).__name__}: {_with_flags(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"effopd {arguments[0]}: interrupted", file=sys.stderr)
             return 130
     parser.parse_args(arguments)
     return 2
+
+
+def _with_flags(message: str) -> str:
+    """A message about a field of `EffOPDConfig` names its flag too."""
+    return re.sub(r"EffOPDConfig\.(\w+)", r"EffOPDConfig.\1 (--effopd.\1)", message)
 
 
 # -- train ------------------------------------------------------------------------------------------------------
@@ -84,9 +90,9 @@ def parse_rl(argv: Sequence[str]):
     Raises:
         ConfigError: unknown algorithm or setting, or a value out of range.
     """
-    from trl import ModelConfig, TrlParser
+    from trl import ModelConfig
 
-    from effopd.command_help import RUN_ESSENTIALS, OneSpelling, arrange, parsed
+    from effopd.command_help import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
     from effopd.distill.launch_rl import RLRunSettings
     from effopd.distill.rl_config import PRESETS, config_class
     from effopd.tasks import TaskConfig
@@ -94,7 +100,7 @@ def parse_rl(argv: Sequence[str]):
 
     algorithm = _algorithm(list(argv))
     configs = [ModelConfig, TaskConfig, config_class(algorithm)]
-    parser = TrlParser(
+    parser = CommandParser(
         configs,
         prog="effopd rl",
         usage="effopd rl --algorithm grpo|dapo|rloo --model_name_or_path MODEL --task TASK [--FLAG VALUE …]",
@@ -121,6 +127,7 @@ def parse_rl(argv: Sequence[str]):
         "beta": "Weight of the KL to the model that training starts from; 0 loads no reference model. Presets: grpo 0.001, dapo "
         "and rloo 0.",
     }
+    require(parser, "model_name_or_path")
     arrange(parser, configs, {name: ours.get(name, "") for name in names})
     model, task, rl = parsed(parser, argv)
     model.model_name_or_path = resolve_model(model.model_name_or_path)

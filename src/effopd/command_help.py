@@ -1,17 +1,24 @@
-"""Help that teaches: one spelling a flag, what one mostly needs first, every flag of the host libraries after it."""
+"""Help that teaches: one spelling a flag, what one mostly needs first, every flag of the host libraries after it. And
+mistakes that are explained: unknown flags and YAML keys come back with what was probably meant."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
+from trl import TrlParser
 
 from effopd.errors import ConfigError, EffOPDError
 
 #: What the training commands explain first, besides their own.
 RUN_ESSENTIALS = {
     "resume_from_checkpoint": "true: go on from the newest complete checkpoint of output_dir (from the start, if there is none yet); "
-    "or the folder of a checkpoint.",
+    "or the folder of a checkpoint. Without a value: true.",
     "max_steps": "Optimizer steps; overrides num_train_epochs.",
     "num_train_epochs": "",
     "learning_rate": "",
@@ -22,6 +29,16 @@ RUN_ESSENTIALS = {
 
 
 _HOSTS = {"trl": "TRL's", "transformers": "transformers'"}
+#: All spellings of a flag, as argparse joins them in its messages.
+_SPELLINGS = re.compile(r"--[\w.-]+(?:/--?[\w.-]+)+")
+
+
+def spelling(action: argparse.Action) -> str:
+    """The spelling of a flag that this package shows (all of them work); of a positional argument its name."""
+    long = [option for option in action.option_strings if option.startswith("--")]
+    dotted = [option for option in long if "." in option]
+    shown = dotted or [option for option in long if "_" in option] or long or list(action.option_strings)
+    return shown[0] if shown else str(action.metavar or action.dest)
 
 
 class OneSpelling(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -31,10 +48,8 @@ class OneSpelling(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptio
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or "--help" in action.option_strings:
             return super()._format_action_invocation(action)
-        long = [option for option in action.option_strings if option.startswith("--")]
-        dotted = [option for option in long if "." in option]
-        flag = (dotted or [option for option in long if "_" in option] or long or action.option_strings)[0]
-        if flag.startswith("--no_") or action.nargs in (0, "?"):  # a switch
+        flag = spelling(action)
+        if flag.startswith("--no_") or action.nargs == 0 or action.const is True:  # a switch
             return flag
         if action.choices is not None:
             listed = "{" + ",".join(map(str, action.choices)) + "}"
@@ -51,6 +66,104 @@ class OneSpelling(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptio
         ):
             return text
         return super()._get_help_string(action) or ""
+
+
+class CommandParser(TrlParser):
+    """`TrlParser` that explains mistakes in this package's words.
+
+    YAML keys are the names of the flags; `effopd: {strategy: …}` is the same as `effopd.strategy: …`.
+
+    Raises:
+        ConfigError: an unknown flag, an unknown key in the YAML file, or a stray word; the message says what is close.
+    """
+
+    _file = "the YAML file"
+
+    def parse_args_and_config(self, args: Sequence[str], **kwargs: Any) -> tuple[Any, ...]:
+        """As the host's."""
+        words = list(args)
+        if words[-1:] == ["--config"]:
+            raise ConfigError("--config: expected a YAML file after it, got nothing.")
+        if "--config" in words:
+            self._file = Path(words[words.index("--config") + 1]).name
+        return super().parse_args_and_config(words, **kwargs)
+
+    def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        """As the host's, for keys that are all known."""
+        names = {action.dest: action.dest for action in self._settable()}
+        names |= {spelling(action).lstrip("-"): action.dest for action in self._settable()}
+        flat = dict(_flattened(settings, names))
+        unknown = [key for key in flat if key not in names]
+        if unknown:
+            said = " ".join(f"unknown setting {key}.{_question(self.close(key), '', ': ')}" for key in unknown)
+            raise ConfigError(f"{self._file}: {said} (`{self.prog} --help` lists all)")
+        return super().set_defaults_with_config(**{names[key]: value for key, value in flat.items()})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As the host's; whatever is unknown is said before what is missing, which may be the same thing misspelt."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            raise ConfigError(self._unknown(rest))
+        missing = [spelling(action) for action in required if getattr(found, action.dest) is None]
+        if missing:
+            self.error(f"missing: {', '.join(missing)} (`{self.prog} --help` explains them)")
+        return found, rest
+
+    def error(self, message: str) -> Any:
+        """argparse's, with one spelling a flag."""
+        if message.startswith("ambiguous option: "):
+            message = self._unknown([message.removeprefix("ambiguous option: ").partition(" could match ")[0]])
+        by_all = {"/".join(action.option_strings): spelling(action) for action in self._actions}
+        super().error(_SPELLINGS.sub(lambda found: by_all.get(found[0], found[0]), message))
+
+    def close(self, word: str) -> list[tuple[str, str]]:
+        """What may have been meant by a name: (name, value, if the word is one), likeliest first.
+
+        A word that is a choice of just one flag may mean that flag; else the most similar name, and those that end with it.
+        """
+        word = word.lstrip("-").replace("-", "_")
+        actions = {spelling(action).lstrip("-"): action for action in self._settable()}
+        offering = [name for name, action in actions.items() if word in (action.choices or ())]
+        similar = difflib.get_close_matches(word, actions, n=1, cutoff=0.75)
+        ending = [name for name in actions if name.endswith((f"_{word}", f".{word}"))]
+        names = [
+            (name, "") for name in dict.fromkeys([*similar, *ending]) if name not in offering or len(offering) > 1
+        ]
+        return ([(offering[0], word)] if len(offering) == 1 else []) + names[:3]
+
+    def _settable(self) -> list[argparse.Action]:
+        return [
+            action
+            for action in self._actions
+            if action.dest not in ("help", "config") and not isinstance(action, argparse._StoreFalseAction)
+        ]
+
+    def _unknown(self, rest: Sequence[str]) -> str:
+        """Of words that no flag takes: the flags among them, else the words."""
+        flags = [word.partition("=")[0] for word in rest if word.startswith("-") and not word[1:2].isdigit()]
+        said = [f"unknown flag {flag}.{_question(self.close(flag), '--', ' ')}" for flag in flags]
+        if not flags:
+            hint = "; write --config before a YAML file" if rest[0].endswith((".yaml", ".yml")) else ""
+            said = [f"{rest[0]!r} belongs to no flag: expected --FLAG VALUE{hint}."]
+        return f"{' '.join(said)} (`{self.prog} --help` lists all)"
+
+
+def _flattened(settings: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Settings with every block that stands for dotted flags taken apart."""
+    blocks = {name.partition(".")[0] for name in names if "." in name}
+    for key, value in settings.items():
+        if key in blocks and (value is None or isinstance(value, dict)):
+            yield from ((f"{key}.{name}", inner) for name, inner in (value or {}).items())
+        else:
+            yield key, value
+
+
+def _question(close: Sequence[tuple[str, str]], dashes: str, between: str) -> str:
+    options = [f"{dashes}{name}" + (f"{between}{value}" if value else "") for name, value in close]
+    return f" Did you mean {' or '.join(options)}?" if options else ""
 
 
 class _Help(argparse.Action):
@@ -85,6 +198,8 @@ def arrange(parser: argparse.ArgumentParser, dataclasses: Iterable[type], essent
     first._group_actions += [action for name in essentials for action in flags if action.dest == name]
     for action in first._group_actions:
         action.help = essentials[action.dest] or action.help
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const, action.metavar = "?", "true", "[FOLDER]"
     shown = list(first._group_actions)
     first.add_argument(
         "--config", metavar="FILE", type=_with_a_space, default=argparse.SUPPRESS,
@@ -120,13 +235,19 @@ def _origin(name: str, dataclasses: Iterable[type]) -> str:
     return "runs, loss and evaluation"
 
 
-def parsed(parser: Any, argv: Sequence[str]) -> tuple[Any, ...]:
-    """`parser.parse_args_and_config(argv)` of a `TrlParser`.
+def require(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Flags that their dataclass may leave out and a command cannot do without."""
+    for action in parser._actions:
+        action.required = action.required or action.dest in names
+
+
+def parsed(parser: CommandParser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """`parser.parse_args_and_config(argv)`.
 
     Raises:
         ConfigError: an unknown setting in the YAML file, a missing file, or a value out of range.
     """
     try:
         return parser.parse_args_and_config(list(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error

@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
-from effopd.command_help import OneSpelling, parsed
+from effopd.command_help import CommandParser, OneSpelling, parsed
 from effopd.distill.preflight import check_models, check_task
 from effopd.dynamics.plan import labelled
 from effopd.dynamics.scan_options import ScanOptions
@@ -111,12 +110,12 @@ class ScanTaskConfig(TaskConfig):
             super().__post_init__()
 
 
-def intervene_parser() -> TrlParser:
+def intervene_parser() -> CommandParser:
     """The parser of `effopd intervene`."""
     width = max(map(len, SCANS))
     lines = [f"  {name:<{width}}  {(build.__doc__ or '').splitlines()[0]}" for name, build in SCANS.items()]
 
-    parser = TrlParser(
+    parser = CommandParser(
         [InterveneArguments, ScanOptions, SamplingArguments, ScanTaskConfig],
         prog="effopd intervene",
         usage="effopd intervene SCAN --base DIR --trained LABEL=DIR [--trained LABEL=DIR …] --task TASK --out DIR",

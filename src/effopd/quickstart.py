@@ -21,11 +21,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from effopd import testbed
 from effopd.bench.time_to_target import Cost, final_target, first_reach, speedup_by_gap
-from effopd.command_help import OneSpelling, parsed
+from effopd.command_help import CommandParser, OneSpelling, parsed
 from effopd.distill.config import OPDConfig
 from effopd.distill.launch import RunSettings, build_trainer
 from effopd.distill.run_dir import EVALS
@@ -73,7 +73,7 @@ class QuickstartArguments:
 
 def run_quickstart(argv: Sequence[str]) -> int:
     """The runs, the comparison, the table."""
-    parser = TrlParser(
+    parser = CommandParser(
         [QuickstartArguments],
         prog="effopd quickstart",
         description="Plain OPD, EffOPD (the paper's) and lookahead (ours) on the built-in testbed, same seed and prompts; "

@@ -7,12 +7,13 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
-from effopd.command_help import RUN_ESSENTIALS, OneSpelling, arrange, parsed
+from effopd.command_help import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
 from effopd.distill.config import OPDConfig
 from effopd.distill.launch import RunSettings
 from effopd.errors import ConfigError
+from effopd.extrapolate.callback import DEEPSPEED, host_refused
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.tasks import TaskConfig
 from effopd.testbed import resolve_model
@@ -57,11 +58,12 @@ def effopd_arguments() -> type:
 def train_parser():
     """The parser of `effopd train`."""
 
-    class Parser(TrlParser):
-        def set_defaults_with_config(self, **kwargs):
-            for name, value in (kwargs.pop("effopd", None) or {}).items():
-                kwargs[f"effopd_{name}"] = value
-            return super().set_defaults_with_config(**kwargs)
+    class Parser(CommandParser):
+        def parse_known_args(self, args=None, namespace=None):
+            found, rest = super().parse_known_args(args, namespace)
+            if found.deepspeed and found.effopd_strategy != "none":  # said before the host asks for the package
+                raise host_refused(DEEPSPEED)
+            return found, rest
 
     configs = [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()]
     parser = Parser(
@@ -73,15 +75,17 @@ def train_parser():
         "teacher.",
         epilog="Example:\n  effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task math:train.jsonl \\\n"
         "      --eval_strategy steps --eval_steps 10 --effopd.strategy lookahead --output_dir runs/first\n"
-        "--dry_run with it checks everything and shows the memory per rank; the same command with --resume_from_checkpoint true goes on.",
+        "--dry_run with it checks what needs neither weights nor network and shows the memory per rank; the same command with --resume_from_checkpoint true goes on.",
         formatter_class=OneSpelling,
         add_help=False,
     )
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="Check every flag, show the plan and its memory; load and write nothing.",
+        help="Check all that needs neither weights nor network: flags, rows of a file, folders, packages. Show the plan and its "
+        "memory; write nothing.",
     )
+    require(parser, "model_name_or_path", "teacher_model_name_or_path")
     arrange(parser, configs, ESSENTIALS)
     return parser
 
