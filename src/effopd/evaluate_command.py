@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
-from effopd.command_help import OneSpelling, parsed
-from effopd.distill.preflight import check_task
+from effopd.command_help import CommandParser, OneSpelling, parsed
+from effopd.distill.preflight import check_model_name, check_task
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.evaluation import EvalResult, evaluate
 from effopd.files import write_atomically
-from effopd.tasks import TaskConfig, load_task
+from effopd.tasks import Task, TaskConfig, load_task
 from effopd.testbed import resolve_model
 
 
@@ -70,18 +69,48 @@ class EvalArguments:
             raise ConfigError(f"--output {self.output} exists; choose another file (nothing was changed).")
 
 
+@dataclass
+class EvalTaskConfig(TaskConfig):
+    """`TaskConfig` whose task may be left out where there is an `eval_task`.
+
+    Raises:
+        ConfigError: neither is given, or as for `TaskConfig`.
+    """
+
+    task: str = field(
+        default="",
+        metadata={
+            "help": "Where prompts come from: 'reasoning-gym:NAME', 'math:SOURCE' (a local .jsonl, .json or .parquet file, "
+            "or a Hub dataset id) or 'testbed:FAMILY'. Of a file or Hub dataset, only the rows that training holds out "
+            "are evaluated (see eval_size); for a whole file write --eval_task instead."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.task and not self.eval_task:
+            raise ConfigError(
+                "--task and --eval_task are missing: expected one of them, such as --eval_task math:test.jsonl (the whole "
+                "file) or --task math:train.jsonl (the rows that training on it holds out)."
+            )
+        self.task = self.task or str(self.eval_task)
+        super().__post_init__()
+
+
 def run_eval(argv: Sequence[str]) -> int:
     """Parse, check, evaluate, print."""
-    parser = TrlParser(
-        [EvalArguments, SamplingArguments, TaskConfig],
+    parser = CommandParser(
+        [EvalArguments, SamplingArguments, EvalTaskConfig],
         prog="effopd eval",
+        usage="effopd eval --model MODEL (--eval_task TASK | --task TASK) [--FLAG VALUE …]",
         description="Sample answers, verify them, and say how sure the accuracy is.",
-        epilog="Example: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0",
+        epilog="Examples: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0\n"
+        "          effopd eval --model MODEL --eval_task math:test.jsonl      (every row of a file)",
         formatter_class=OneSpelling,
     )
     arguments, sampling, task_config = parsed(parser, argv)
     arguments.model = resolve_model(arguments.model)
-    task = load_task(task_config, "eval")
+    check_model_name("--model", arguments.model)
+    task = load_task(task_config, "eval", why="Answers are needed to tell right from wrong.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             arguments.model, padding_side="left", trust_remote_code=arguments.trust_remote_code
@@ -96,12 +125,22 @@ def run_eval(argv: Sequence[str]) -> int:
         ) from error
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
+    if text := _part(task, task_config):
+        print(text)
     with tqdm(total=len(task) * sampling.n, unit="answer", desc=task.name) as bar:
         result = evaluate(model, tokenizer, task, progress=bar.update, **sampling.settings())
     _print(result, sampling.n)
     if arguments.output is not None:
         _write(result, arguments, task.name, sampling.temperature)
     return 0
+
+
+def _part(task: Task, config: TaskConfig) -> str:
+    """What to know where not all of a source is evaluated; "" where all of it is, or where it is generated."""
+    if task.available is None or len(task) == task.available:
+        return ""
+    why = "held out as in training" if config.eval_task is None else f"--eval_size {config.eval_size}"
+    return f"{len(task)} of {task.available} rows ({why}; --eval_size {task.available} for all)"
 
 
 def _print(result: EvalResult, n: int) -> None:

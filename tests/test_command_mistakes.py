@@ -1,0 +1,250 @@
+"""What one mistypes or forgets on a command line is answered at once, in the words of the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from effopd import optional
+from effopd.cli import main, parse_rl
+from effopd.distill import launch
+from effopd.distill.preflight import check_model_name
+from effopd.distill.run_dir import METRICS
+from effopd.errors import ConfigError, EffOPDError
+from effopd.train_command import parse_train
+
+PAIR = ["--model_name_or_path", "testbed:student", "--teacher_model_name_or_path", "testbed:teacher", "--use_cpu"]
+TESTBED = ["--task", "testbed:chain_sum"]
+PLAIN = ["--prompt_suffix", "", "--as_chat", "false"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current directory with rows with answers, without, and a finished run."""
+    for name, column in (("test.jsonl", "answer"), ("noans.jsonl", "solution")):
+        rows = [{"problem": f"what is {n} + {n}", column: str(2 * n)} for n in range(40)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / METRICS).write_text('{"step": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(capsys, *argv: str) -> str:
+    """The message of a command that fails as it should."""
+    try:
+        status = main(argv)
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    assert status == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+# -- what a run refuses, its dry run refuses -------------------------------------------------------------------------
+
+REFUSED = [
+    (["--task", "testbed:foo"], "expected one of chain_sum"),
+    (["--task", "math:nofile.jsonl"], "no such file"),
+    ([*TESTBED, "--model_name_or_path", "./nope"], "--model_name_or_path './nope': no such folder (looked in"),
+    ([*TESTBED, "--teacher_model_name_or_path", "/nope"], "--teacher_model_name_or_path '/nope': no such folder"),
+    ([*TESTBED, "--output_dir", "used"], "already holds a run"),
+    (["--task", "math:test.jsonl", "--per_device_train_batch_size", "64"], "a step takes 64 prompts but the task has 36"),
+    (["--task", "math:noans.jsonl", "--effopd.strategy", "effopd"], "because of --effopd.strategy effopd;"),
+    (["--task", "math:noans.jsonl", "--eval_strategy", "steps", "--eval_steps", "2"], "because of --eval_strategy steps;"),
+    (["--task", "math:test.jsonl", "--effopd.strategy", "effopd"], "D_v needs 50 training prompts but there are 36"),
+    ([*TESTBED, "--effopd.strategy", "lookahead", "--per_device_train_batch_size", "1"], "at least 2 a step"),
+    ([*TESTBED, "--use_vllm"], "pip install 'effopd[vllm]'"),
+    ([*TESTBED, "--report_to", "wandb"], "--report_to wandb needs the package 'wandb'"),
+    ([*TESTBED, "--report_to", "wandbb"], "--report_to: wandbb is not supported"),
+    ([*TESTBED, "--verifier", "nomod:f"], "an importable module 'nomod'"),
+    ([*TESTBED, "--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+    (["--task", "math:test.jsonl", *PLAIN, "--max_prompt_length", "3"], "at most 3 prompt tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry run", "run"])
+@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_a_dry_run_refuses_what_the_run_refuses_before_it_loads(flags, message, dry, folder, capsys, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("the models would have been loaded")
+
+    monkeypatch.setattr(launch, "OPDTrainer", loaded)
+    monkeypatch.setattr(
+        optional, "is_available", lambda module: module not in ("vllm", "wandb")
+    )  # wherever the tests run
+    before = sorted(folder.rglob("*"))
+    assert message in said(capsys, "train", *PAIR, *flags, *["--dry_run"] * dry)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_dry_run_counts_the_rows_of_a_file(folder, capsys):
+    assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, "--dry_run"]) == 0
+    assert "training prompts: 36; no evaluation" in capsys.readouterr().out
+    flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--effopd.strategy", "lookahead"]
+    assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "training prompts: 36, evaluated on: 4" in out and "not checked" not in out
+    assert "scores 8 rollouts a candidate (a step has no more; it would like 32)" in " ".join(out.split())
+
+
+def test_a_dry_run_goes_to_no_network_and_says_what_it_left_out(folder, capsys, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    def asked(*args, **kwargs):
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", asked)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", asked)
+    monkeypatch.setattr(huggingface_hub.file_download, "get_hf_file_metadata", asked)
+    flags = ["--model_name_or_path", "org/model-1.7B", "--teacher_model_name_or_path", "org/model-4B"]
+    assert main(["train", *flags, "--task", "math:org/set", "--dry_run", "--use_cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "not checked" in out and "a Hub dataset" in out and "tokenizers" in out
+    message = said(capsys, "train", *flags, "--task", "math:org/set", "--dry_run", "--verifier", "nomod:f")
+    assert "an importable module 'nomod'" in message
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    where = f"'./nope': no such folder (looked in {tmp_path}), and not a Hub id."
+    assert where in said(capsys, "rl", "--model_name_or_path", "./nope", *TESTBED, "--use_cpu")
+    assert where in said(capsys, "eval", "--model", "./nope", *TESTBED)
+    for command in (
+        ["train", "--model_name_or_path", "testbed:techer", "--teacher_model_name_or_path", "x", *TESTBED],
+        ["rl", "--model_name_or_path", "testbed:techer", *TESTBED],
+        ["eval", "--model", "testbed:techer", *TESTBED],
+    ):
+        assert "expected testbed:student or testbed:teacher, got 'testbed:techer'" in said(capsys, *command)
+    (tmp_path / "empty").mkdir()
+    message = said(capsys, "train", *PAIR, *TESTBED, "--model_name_or_path", "empty")
+    assert "the student 'empty' has no tokenizer that can be read" in message
+    check_model_name("--model", "org/model")  # may be on the Hub
+
+
+# -- flags and keys --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lookahead"], "unknown flag --lookahead. Did you mean --effopd.strategy lookahead? (`effopd train --help`"),
+        (["--learning_rte", "1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate? (`effopd train --help` lists all)"),
+        (["--learning_rte=1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate?"),
+        (["--trainsize", "4", "--zzz"], "unknown flag --trainsize. Did you mean --train_size? unknown flag --zzz. ("),
+        (["--scales", "2"], "Did you mean --effopd.scales?"),
+        (["--batch_size", "2"], "--per_device_train_batch_size"),
+        (["--effopd", "lookahead"], "unknown flag --effopd. Did you mean --effopd.strategy"),
+        (["recipe.yaml"], "'recipe.yaml' belongs to no flag: expected --FLAG VALUE; write --config before a YAML file."),
+        (["--config"], "expected a YAML file after it"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_comes_back_with_what_was_meant(flags, message, capsys):
+    assert message in said(capsys, "train", *PAIR, *TESTBED, *flags)
+
+
+def test_rl_explains_its_flags_too(capsys):
+    base = ["rl", "--model_name_or_path", "testbed:student", *TESTBED]
+    message = said(capsys, *base, "--learning_rte", "1e-4", "--grpo")
+    assert "Did you mean --learning_rate?" in message and "Did you mean --algorithm grpo?" in message
+
+
+@pytest.mark.parametrize("command", ["train", "rl"])
+def test_an_unknown_yaml_key_is_named_as_written_with_its_file(command, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rte: 1\nwarmup_step: 2\n")
+    message = said(capsys, command, "--config", str(file), *TESTBED)
+    assert "c.yaml: unknown setting learning_rte. Did you mean learning_rate?" in message
+    assert "unknown setting warmup_step. Did you mean warmup_steps?" in message and "dataclass" not in message
+
+
+def test_yaml_blocks_and_dotted_keys(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    flags = [*PAIR, *TESTBED, "--config", str(file)]
+    file.write_text("effopd: {strategi: lookahead}\n")
+    assert "c.yaml: unknown setting effopd.strategi. Did you mean effopd.strategy?" in said(capsys, "train", *flags)
+    file.write_text("effopd: lookahead\n")
+    assert "unknown setting effopd. Did you mean effopd.strategy: effopd?" in said(capsys, "train", *flags)
+    file.write_text("effopd: [\n")
+    assert "c.yaml" in said(capsys, "train", *flags)
+    for text in ("effopd: {strategy: lookahead}", "effopd.strategy: lookahead", "effopd_strategy: lookahead"):
+        file.write_text(text)
+        assert parse_train(flags).effopd.strategy == "lookahead"
+    file.write_text("effopd:\n")
+    assert not parse_train(flags).effopd.enabled
+
+
+def test_everything_that_is_missing_is_named(capsys):
+    message = said(capsys, "train")
+    assert all(flag in message for flag in ("--model_name_or_path", "--teacher_model_name_or_path", "--task"))
+    message = said(capsys, "rl")
+    assert "missing: --model_name_or_path, --task" in message
+    assert "unknown flag --tsk. Did you mean --task?" in said(capsys, "train", "--tsk", "x")
+
+
+def test_messages_about_the_lookahead_name_its_flags_in_one_spelling(capsys):
+    flags = ["train", *PAIR, *TESTBED, "--effopd.strategy"]
+    assert "EffOPDConfig.scales (--effopd.scales) must be" in said(capsys, *flags, "effopd", "--effopd.scales", "-1")
+    message = said(capsys, *flags, "efopd")
+    assert "argument --effopd.strategy: invalid choice" in message and "--effopd_strategy" not in message
+
+
+def test_resuming_needs_no_word():
+    assert parse_train([*PAIR, *TESTBED, "--resume_from_checkpoint"]).opd.resume_from_checkpoint == "true"
+    assert parse_train([*PAIR, *TESTBED, "--resume_from_checkpoint", "--seed", "1"]).opd.seed == 1
+    assert parse_train([*PAIR, *TESTBED, "--resume_from_checkpoint", "x"]).opd.resume_from_checkpoint == "x"
+    assert parse_train([*PAIR, *TESTBED]).opd.resume_from_checkpoint is None
+    rl = parse_rl(["--model_name_or_path", "testbed:student", *TESTBED, "--use_cpu", "--resume_from_checkpoint"]).rl
+    assert launch.resume_argument(rl) is True
+
+
+def test_deepspeed_is_refused_for_the_right_reason(monkeypatch):
+    monkeypatch.setattr(optional, "is_available", lambda module: module != "deepspeed")
+    flags = [*PAIR, *TESTBED, "--deepspeed", "ds.json"]
+    with pytest.raises(EffOPDError, match=r"--deepspeed needs the package 'deepspeed'.*pip install 'deepspeed'"):
+        parse_train(flags)
+    with pytest.raises(ConfigError, match=r"this run uses DeepSpeed.*FSDP2.*or train without a look-ahead"):
+        parse_train([*flags, "--effopd.strategy", "lookahead"])
+
+
+@pytest.mark.parametrize("present", ["tensorboard", "tensorboardX"])
+def test_either_tensorboard_will_do(present, monkeypatch):
+    settings = parse_train([*PAIR, *TESTBED, "--report_to", "tensorboard"])
+    for module in (launch, optional):
+        monkeypatch.setattr(module, "is_available", lambda module: module == present)
+    launch.require_packages(settings.model, settings.opd)
+
+
+# -- eval ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompts", "part"),
+    [
+        (["--task", "math:test.jsonl"], 4, "4 of 40 rows (held out as in training; --eval_size 40 for all)"),
+        (["--task", "math:test.jsonl", "--eval_size", "40"], 40, None),
+        (["--eval_task", "math:test.jsonl"], 40, None),
+        (["--eval_task", "math:test.jsonl", "--eval_size", "5"], 5, "5 of 40 rows (--eval_size 5; --eval_size 40 for all)"),
+        (["--task", "testbed:chain_sum", "--eval_size", "6"], 6, None),
+    ],
+)  # fmt: skip
+def test_eval_says_when_it_is_a_part(flags, prompts, part, folder, capsys):
+    plain = PLAIN if "testbed:chain_sum" not in flags else []
+    assert main(["eval", "--model", "testbed:student", *flags, *plain, "--max_new_tokens", "2"]) == 0
+    out = capsys.readouterr().out
+    assert f"over {prompts} prompts" in out
+    assert part in out if part else "rows" not in out
+
+
+def test_eval_needs_a_task_of_some_kind(folder, capsys):
+    message = said(capsys, "eval", "--model", "testbed:student")
+    assert "--task and --eval_task are missing" in message
+    message = said(capsys, "eval", "--model", "testbed:student", "--eval_task", "math:noans.jsonl")
+    assert """--eval_task_args '{"answer_column": "solution"}'""" in message
