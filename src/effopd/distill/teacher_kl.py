@@ -22,6 +22,7 @@ from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vo
 from effopd.errors import ConfigError
 from effopd.extrapolate.ranks import pooled, world_size
 from effopd.extrapolate.search import Score
+from effopd.precision import for_float64
 
 _NAMES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask", "tool_mask")
 
@@ -149,7 +150,7 @@ class RolloutScorer:
         sums = [
             float(value_T.sum())
             for piece, rows in zip(pieces, lengths, strict=True)
-            for value_T in piece.double().split(rows)
+            for value_T in for_float64(piece).double().split(rows)
         ]
         return (
             sums,
