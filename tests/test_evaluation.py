@@ -117,3 +117,80 @@ def test_bad_requests(student, tokenizer, task):
         evaluate(student, tokenizer, unanswered, max_new_tokens=4)
     with pytest.raises(TaskError, match="no examples"):
         evaluate(student, tokenizer, Task("t", (), lambda c, e: 0.0), max_new_tokens=4)
+
+
+# -- the model's own sampling defaults ------------------------------------------------------------------------------
+
+#: What a `generation_config.json` may bring along.
+OWN = {
+    "repetition_penalty": 1.3,
+    "min_p": 0.2,
+    "top_k": 2,
+    "top_p": 0.5,
+    "temperature": 0.3,
+    "top_h": 0.3,
+    "typical_p": 0.3,
+    "no_repeat_ngram_size": 1,
+    "num_beams": 2,
+    "num_return_sequences": 2,
+    "min_new_tokens": 6,
+    "suppress_tokens": list(range(3, 40)),
+    "bad_words_ids": [[token] for token in range(3, 40)],
+    "sequence_bias": [[[token], 10.0] for token in range(3, 20)],
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": (1, 5.0),
+    "return_dict_in_generate": True,
+    "stop_strings": ["a"],
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", OWN)
+def test_a_models_own_sampling_defaults_are_not_used(student, tokenizer, task, temperature, name):
+    settings = {"max_new_tokens": 6, "temperature": temperature, "seed": 0}
+    plain = generate(student, tokenizer, prompts(task), **settings)
+    own = student.generation_config
+    setattr(own, name, OWN[name])
+    before = own.to_dict()
+    assert generate(student, tokenizer, prompts(task), **settings) == plain
+    assert student.generation_config is own and own.to_dict() == before
+
+
+def test_an_adapted_and_a_compiled_model_answer_without_them_too(student, tokenizer, task):
+    peft = pytest.importorskip("peft")
+    settings = {"max_new_tokens": 6, "temperature": 0.0}
+    plain = generate(student, tokenizer, prompts(task), **settings)
+    own = student.generation_config
+    own.repetition_penalty = 1.3
+    compiled = torch.compile(student, backend="eager")
+    assert generate(compiled, tokenizer, prompts(task), **settings) == plain
+    adapted = peft.get_peft_model(student, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert generate(adapted, tokenizer, prompts(task), **settings) == plain
+    assert student.generation_config is compiled.generation_config is adapted.generation_config is own
+    assert "generation_config" not in vars(adapted)
+
+
+def test_a_models_generation_config_survives_an_exception(student, tokenizer, task, monkeypatch):
+    own = student.generation_config
+    own.repetition_penalty = 1.3
+    before = own.to_dict()
+
+    def fail(*args, **kwargs):
+        assert student.generation_config.repetition_penalty is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(student.model, "forward", fail)
+    with pytest.raises(KeyboardInterrupt):
+        generate(student, tokenizer, prompts(task), max_new_tokens=2)
+    assert student.generation_config is own and own.to_dict() == before
+
+
+def test_the_end_tokens_that_a_model_declares_are_used(student, tokenizer, task):
+    declared = 9
+    student.generation_config.eos_token_id = [tokenizer.eos_token_id, declared]
+    student.generation_config.min_new_tokens = 6
+    completions = generate(student, tokenizer, prompts(task), max_new_tokens=12, seed=0)
+    last = {completion.completion_ids[-1] for completion in completions if not completion.truncated}
+    assert last == {tokenizer.eos_token_id, declared}
+    assert min(len(completion.completion_ids) for completion in completions) < 6
+    assert not any({tokenizer.eos_token_id, declared} & {*c.completion_ids[:-1]} for c in completions)

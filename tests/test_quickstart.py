@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from effopd import quickstart
 from effopd.cli import main
 from effopd.files import append_row, read_rows
 from effopd.quickstart import ARMS, QuickstartArguments, summarize
@@ -31,6 +33,67 @@ def test_quickstart_end_to_end(tmp_path, capsys):
 
     assert main(["quickstart", *flags]) == 0  # again: the earlier demo is kept
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("demo")]) == 2
+
+
+def tree(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        (["mine/evals.jsonl", "demo/summary.json"], r"holds demo, mine, which no demo left"),
+        (["vanilla/evals.jsonl", "summary.json", "notes.txt"], r"holds notes\.txt, which"),
+        ([f"{name}/evals.jsonl" for name in "abcd"], r"holds a, b, c, …, which"),
+        (["report.html"], r"holds report\.html, which"),
+    ],
+)
+def test_a_folder_that_holds_no_demo_stays_where_it_is(tmp_path, capsys, monkeypatch, there, message):
+    root = tmp_path / "runs"
+    for name in there:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+    before = tree(tmp_path)
+    monkeypatch.setattr(quickstart, "_run_arm", lambda *_: pytest.fail("it starts to train"))
+    monkeypatch.chdir(root)
+    for given in (str(root), ".", "../runs"):
+        assert main(["quickstart", "--output_dir", given]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert re.search(message, said) and "Nothing was changed" in said
+    assert tree(tmp_path) == before
+
+
+def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, monkeypatch):
+    started = []
+    monkeypatch.setattr(quickstart, "_run_arm", lambda arm, arguments, folder, advance: started.append(folder))
+    monkeypatch.setattr(quickstart, "conclude", lambda *_: None)
+    root = tmp_path / "demo"
+    for there in ([], ["vanilla"], ["vanilla", "effopd", "lookahead", "summary.json", ".DS_Store"]):
+        for name in there:
+            (root / name).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert main(["quickstart", "--output_dir", "demo"]) == 0
+        kept = [path for path in tmp_path.iterdir() if path.name.startswith("demo-")]
+        assert [sorted(path.name for path in folder.iterdir()) for folder in kept] == (
+            [sorted(there)] if there else []
+        )
+        for folder in kept:
+            folder.rename(tmp_path / f"seen-{len(there)}")
+    assert len(started) == 9
+    root.mkdir()
+    (root / ".DS_Store").write_text("")
+    assert main(["quickstart", "--output_dir", "demo"]) == 0
+    assert root.is_dir() and len(started) == 12  # nothing to move aside
+    (root / "vanilla").mkdir()
+    monkeypatch.chdir(root / "vanilla")
+    for given in ("..", str(root)):
+        assert main(["quickstart", "--output_dir", given]) == 2
+        assert "working directory" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["quickstart", "--output_dir", "file"]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert len(started) == 12
 
 
 def rows(root, arm, values, seconds):

@@ -31,7 +31,13 @@ class SamplingArguments:
     """
 
     n: int = field(default=1, metadata={"help": "Answers per prompt; avg@n and pass@k for k = 1, 2, 4, … ≤ n."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 = greedy."})
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Sampling temperature; 0 = greedy. Nothing else shapes the distribution but --top_p: the sampling "
+            "defaults in the model's own generation_config (repetition penalty, top_k, …) are not used."
+        },
+    )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 = off."})
     max_new_tokens: int = field(default=512, metadata={"help": "Token limit of an answer."})
     batch_size: int = field(default=64, metadata={"help": "Answers generated at once."})
@@ -102,7 +108,8 @@ def run_eval(argv: Sequence[str]) -> int:
         [EvalArguments, SamplingArguments, EvalTaskConfig],
         prog="effopd eval",
         usage="effopd eval --model MODEL (--eval_task TASK | --task TASK) [--FLAG VALUE …]",
-        description="Sample answers, verify them, and say how sure the accuracy is.",
+        description="Sample answers, verify them, and say how sure the accuracy is. The model's own sampling defaults are not "
+        "used.",
         epilog="Examples: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0\n"
         "          effopd eval --model MODEL --eval_task math:test.jsonl      (every row of a file)",
         formatter_class=OneSpelling,

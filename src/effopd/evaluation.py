@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,17 @@ from effopd.errors import ConfigError, TaskError, finite_predictions
 from effopd.restore import evaluating, isolated_rng
 from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.verify import check_score
+
+#: What of a model's own `generation_config` holds here: token ids and how the cache is kept; nothing that picks a token.
+_KEPT = (
+    "bos_token_id",
+    "pad_token_id",
+    "cache_implementation",
+    "cache_config",
+    "compile_config",
+    "disable_compile",
+    "prefill_chunk_size",
+)
 
 #: A verifier score at or above this counts as correct.
 CORRECT = 1.0 - 1e-9
@@ -113,6 +125,27 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+@contextmanager
+def _own_sampling_aside(model: PreTrainedModel) -> Iterator[None]:
+    """`model.generate` samples in this block as it is told, and no other way; the model has its `generation_config` back
+    after it, whatever happens.
+
+    `generate` takes from there whatever the caller leaves at None, a repetition penalty in greedy decoding too, and off is
+    None for many of the settings.
+    """
+    # an adapter around the model, or a compiled one, may hold it in another module than `model`
+    holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
+    own = [module.generation_config for module in holders]
+    plain = GenerationConfig(**{name: getattr(model.generation_config, name, None) for name in _KEPT})
+    try:
+        for module in holders:
+            module.generation_config = plain
+        yield
+    finally:
+        for module, config in zip(holders, own, strict=True):
+            module.generation_config = config
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -128,6 +161,9 @@ def generate(
     progress: Callable[[int], object] | None = None,
 ) -> list[Completion]:
     """Sample one answer a prompt with `model.generate`, in the given order and in fixed batches.
+
+    Every token is drawn from softmax(logits / temperature), cut to `top_p`. The sampling defaults that a model brings
+    along in its `generation_config` (repetition penalty, min_p, …) are not used; the end tokens declared there are.
 
     The random state is isolated: the caller's is untouched, and the same `seed` with the same prompts and batch size
     gives the same noise for any weights (torch draws one exponential per row and vocabulary entry and picks
@@ -148,7 +184,7 @@ def generate(
     )
     prompt_ids = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     completions: list[Completion] = []
-    with evaluating(model), isolated_rng(seed):
+    with evaluating(model), isolated_rng(seed), _own_sampling_aside(model):
         for start in range(0, len(prompt_ids), batch_size):
             batch = prompt_ids[start : start + batch_size]
             completions += _generate_batch(model, tokenizer, batch, config, eos)
@@ -274,7 +310,8 @@ def evaluate(
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> EvalResult:
-    """Answer every example `n` times and grade the answers.
+    """Answer every example `n` times, sampled as `generate` does (not by the model's own sampling defaults), and grade the
+    answers.
 
     Raises:
         ConfigError: `n < 1`, or several greedy samples (they would all be the same).

@@ -45,6 +45,8 @@ TRAIN_SIZE = 4096
 #: The runs: name → label; all but the first look ahead, with the strategy of that name.
 ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD", "lookahead": "lookahead"}
 AHEAD = tuple(ARMS)[1:]
+#: All that a demo, whole or interrupted, leaves in its folder.
+_OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
 _COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "lookahead": "#2e6f9e"}
 
 
@@ -52,7 +54,13 @@ _COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "lookahead": "#2e6f9e"}
 class QuickstartArguments:
     """Flags of `effopd quickstart`."""
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "Where rows, figure and summary.json go."})
+    output_dir: str = field(
+        default="runs/demo",
+        metadata={
+            "help": "Where rows, figure and summary.json go: a new or empty folder, or an earlier demo's, which is then kept "
+            "under another name."
+        },
+    )
     family: str = field(default="", metadata={"help": "Testbed task family. Default: the first."})
     seed: int = field(default=0, metadata={"help": "Seed of every run: prompts, sampling, D_v."})
     max_steps: int = field(default=96, metadata={"help": "Optimizer steps of each run."})
@@ -116,8 +124,28 @@ def quiet() -> None:
 
 
 def _move_aside(root: Path, console: Console) -> None:
-    """An earlier demo is kept under another name."""
-    if root.exists() and any(root.iterdir()):
+    """An earlier demo is kept under another name.
+
+    Raises:
+        ConfigError: what is there is no folder, or holds something else, or is the folder that the process works in.
+    """
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"--output_dir {root} is a file: expected a folder, or a path where there is nothing yet.")
+    held = {path.name for path in root.iterdir()} if root.exists() else set()
+    held.discard(".DS_Store")  # of whoever looked at the folder on a Mac
+    others = sorted(held - _OWN) or sorted(held if "vanilla" not in held else ())
+    if others:
+        raise ConfigError(
+            f"--output_dir {root} holds {', '.join(others[:3])}{', …' if len(others) > 3 else ''}, which no demo left there: "
+            "expected a new or empty folder, or an earlier demo's, which is then kept under another name. Nothing was "
+            f"changed; choose another folder, such as {root / 'demo'}."
+        )
+    if held:
+        if Path.cwd().is_relative_to(root.resolve()):
+            raise ConfigError(
+                f"--output_dir {root} holds an earlier demo and is, or contains, the working directory: expected a folder "
+                "that can get another name. Choose another one, or run this from elsewhere."
+            )
         kept = root.with_name(f"{root.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(root.stat().st_mtime))}")
         root.rename(kept)
         console.print(f"an earlier demo was kept as {kept}")

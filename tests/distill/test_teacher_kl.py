@@ -69,6 +69,61 @@ def test_a_score_is_the_exact_kl_of_the_steps_own_rollouts(tmp_path):
         assert score.forward_tokens == 2 * tokens  # student, and once a search the teacher
 
 
+def dense_divergence(student, teacher, batch, beta, temperature):
+    """Σ over the tokens of each rollout, from whole [V] distributions in float64."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    width = batch["completion_ids"].shape[1]
+    with torch.no_grad():
+        s, t = (
+            (
+                model.eval()(ids, attention_mask=attention).logits[:, -width - 1 : -1].double() / temperature
+            ).log_softmax(-1)
+            for model in (student, teacher)
+        )
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(-1)
+
+    if beta in (0.0, 1.0):
+        tokens = kl(s, t) if beta else kl(t, s)
+    else:
+        mixture = ((1 - beta) * s.exp() + beta * t.exp()).log()
+        tokens = beta * kl(t, mixture) + (1 - beta) * kl(s, mixture)
+    return (tokens * batch["completion_mask"]).sum(1).tolist()
+
+
+@pytest.mark.parametrize("host", ["ours", "trl"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_score_is_the_divergence_that_is_trained(tmp_path, host, beta):
+    """… so at the start it is the negative loss of the step; against whole distributions."""
+    settings = {"max_steps": 3, "beta": beta, "temperature": 0.8, "logging_steps": 1}
+    if host == "ours":
+        trainer = make_trainer(tmp_path, effopd=EffOPDConfig("lookahead"), **FAST | settings)
+    else:
+        trainer = plain_host(tmp_path, **settings)
+        trainer.add_callback(EffOPDCallback(trainer, EffOPDConfig("lookahead")))
+    scorer, seen = scorer_of(trainer), []
+    take = scorer.take
+
+    def spy(batches):
+        take(batches)
+        (batch,) = batches
+        score = scorer(trainer.model.eval())
+        sums = dense_divergence(trainer.model, trainer.teacher_model, batch, beta, 0.8)
+        trainer.model.train()
+        seen.append((score, sums, int(batch["completion_mask"].sum())))
+
+    scorer.take = spy
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(seen) == len(losses) == 3
+    for score, sums, tokens in seen:
+        assert score.mean == pytest.approx(-sum(sums) / tokens, rel=1e-4)
+        assert score.per_example == pytest.approx([-s * len(sums) / tokens for s in sums], rel=1e-4, abs=1e-6)
+    assert -seen[0][0].mean == pytest.approx(losses[0], rel=1e-3)  # nothing has moved before the first step
+
+
 def test_looking_without_jumping_leaves_no_trace(tmp_path):
     plain = make_trainer(tmp_path / "plain", **FAST)
     plain.train()

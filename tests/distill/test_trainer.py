@@ -12,7 +12,7 @@ from tiny_run import make_trainer
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
-from effopd import OPDConfig, OPDTrainer
+from effopd import EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.distill.ledger import CATEGORIES
 from effopd.distill.run_dir import in_trajectory
 from effopd.errors import CompatibilityError, ConfigError
@@ -157,6 +157,24 @@ def test_evaluation_is_repeatable_and_seeded(tmp_path):
     first.pop("eval_runtime"), second.pop("eval_runtime")
     assert first == second
     assert trainer.model.training
+
+
+def test_a_compiled_run_measures_and_looks_ahead_like_a_plain_one(tmp_path):
+    def run(name, **compiled):
+        settings = FAST | {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True} | compiled
+        trainer = make_trainer(tmp_path / name, effopd=EffOPDConfig("lookahead"), **settings)
+        trainer.train()
+        return trainer, [list(read_rows(tmp_path / name / f"{kind}.jsonl")) for kind in ("evals", "searches")]
+
+    (plain, (evals, searches)), (compiled, (evals_again, searches_again)) = (
+        run("plain"),
+        run("compiled", torch_compile=True, torch_compile_backend="eager"),
+    )
+    assert hasattr(compiled.teacher_model, "_orig_mod") and not hasattr(plain.teacher_model, "_orig_mod")
+    for measure in ("eval_kl", "eval_accuracy", "eval_accuracy_greedy"):
+        assert [row[measure] for row in evals] == pytest.approx([row[measure] for row in evals_again], rel=1e-4)
+    scales = [[row["accepted_scale"] for row in rows] for rows in (searches, searches_again)]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-3) and any(scales[0])
 
 
 def test_best_model_and_rotation(tmp_path):

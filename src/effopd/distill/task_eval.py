@@ -56,8 +56,10 @@ def evaluate_task(
                     seed=args.eval_seed + rank(),  # the ranks' answers must not share their noise
                     progress=bar.update,
                 )
-            kl = _kl(student, against, result, args, vocab_size, tokenizer.pad_token_id, autocast) if against else []
-            graded = zip(result.completions, result.correct, kl or [0.0] * len(mine), strict=True)
+            kl = [0.0] * len(mine)
+            if against is not None:  # not its truth: a compiled model asks its module for a length then
+                kl = _kl(student, against, result, args, vocab_size, tokenizer.pad_token_id, autocast)
+            graded = zip(result.completions, result.correct, kl, strict=True)
             return [
                 _Answer(right, len(said.completion_ids), said.truncated, sums) for (said,), (right,), sums in graded
             ]

@@ -1,9 +1,10 @@
 """`teacher_kl`: how good a candidate is, without answers and without generating anything.
 
 Training has just sampled this step's rollouts from W and has not learned from them yet, so they are held out from the
-displacement that is being judged, and exactly on-policy for W. A candidate is scored by the exact reverse KL to the
-teacher on them: one student forward of a few rollouts; the teacher's hidden states are computed once a search. For a
-candidate the rollouts are slightly off-policy: its KL is that at the positions W visits.
+displacement that is being judged, and exactly on-policy for W. A candidate is scored by the divergence from the teacher
+that is trained, exact over the vocabulary (the trainer's `beta`: 1, the default, is the reverse KL), on them: one student
+forward of a few rollouts; the teacher's hidden states are computed once a search. For a candidate the rollouts are
+slightly off-policy: its divergence is that at the positions W visits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vo
 from effopd.errors import ConfigError
 from effopd.extrapolate.ranks import pooled, rank, world_size
 from effopd.extrapolate.search import Score
+from effopd.precision import for_float64
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def check_rollouts(args: Any, rollouts: int) -> None:
     """
     if getattr(args, "lambda_extrapolation", 1) != 1:
         raise ConfigError(
-            f"the look-ahead's scorer 'teacher_kl' measures the KL to the teacher, but lambda_extrapolation="
+            f"the look-ahead's scorer 'teacher_kl' measures the divergence from the teacher, but lambda_extrapolation="
             f"{args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
             "strategy 'effopd', or lambda_extrapolation=1."
         )
@@ -58,7 +60,10 @@ def check_rollouts(args: Any, rollouts: int) -> None:
 
 
 class RolloutScorer:
-    """−KL(π_W+sD ‖ π*), nats per token, on the first rollouts of the present step.
+    """−D(π_W+sD, π*), nats per token, on the first rollouts of the present step.
+
+    D is what the trainer minimises: the reverse KL(π ‖ π*) at its default β = 1, the forward KL(π* ‖ π) at β = 0, between
+    them (1−β) KL(π ‖ m) + β KL(π* ‖ m) with m = (1−β) π + β π*.
 
     Several processes score a share each of their own rollouts; all of them get the whole score.
 
@@ -77,7 +82,7 @@ class RolloutScorer:
     def __init__(self, trainer: Any, rollouts: int):
         if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
             raise ConfigError(
-                f"the scorer 'teacher_kl' measures the KL to the teacher on fresh rollouts: expected an OPDTrainer or a "
+                f"the scorer 'teacher_kl' measures the divergence from the teacher on fresh rollouts: expected an OPDTrainer or a "
                 f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or pass scorer=…."
             )
         check_rollouts(trainer.args, rollouts)
@@ -125,8 +130,8 @@ class RolloutScorer:
         for batch in batches:
             if seen := [key for key in MULTIMODAL_KEYS if batch.get(key) is not None]:
                 raise ConfigError(
-                    f"the scorer 'teacher_kl' reads text only, but the rollouts come with {', '.join(seen)}: without them the KL "
-                    "would be that of other prompts. Use --effopd.scorer accuracy with strategy 'effopd'."
+                    f"the scorer 'teacher_kl' reads text only, but the rollouts come with {', '.join(seen)}: without them the "
+                    "score would be that of other prompts. Use --effopd.scorer accuracy with strategy 'effopd'."
                 )
             rows = {name: value[:left] for name, value in batch.items() if name in _NAMES}
             left -= len(rows["completion_ids"])
@@ -149,29 +154,31 @@ class RolloutScorer:
         assert self._batches, "the trainer hands out rollouts before it searches"
         start, forwards = time.perf_counter(), 2 if self._teacher is None else 1
         parts = pooled(lambda: self._part(model))
-        sums, lengths = [kl for part in parts for kl in part[0]], [n for part in parts for n in part[1]]
+        sums, lengths = [value for part in parts for value in part[0]], [n for part in parts for n in part[1]]
         tokens = sum(part[2] for part in parts)
         mean_length = max(1, sum(lengths)) / len(lengths)
         return Score(
             mean=-sum(sums) / max(1, sum(lengths)),
             per_example=tuple(
-                -kl / mean_length for kl in sums
+                -value / mean_length for value in sums
             ),  # their mean is `mean`, so that paired tests are about it
             seconds=time.perf_counter() - start,
             forward_tokens=forwards * tokens,
         )
 
     def _part(self, model: Any) -> tuple[list[float], list[int], int]:
-        """This rank's rollouts: the summed KL and the number of scored tokens of each, and the tokens of a forward."""
+        """This rank's rollouts: the summed divergence and the number of scored tokens of each, and the tokens of a forward."""
         trainer = self._trainer
         teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
         with trainer.accelerator.autocast(), torch.no_grad():
             if self._teacher is None:
                 self._teacher = [self._hidden(teacher, batch) for batch in self._batches]
-            pieces = gathered(model, lambda: self._kl(model, teacher))
+            pieces = gathered(model, lambda: self._divergence(model, teacher))
         lengths = [batch["valid"].sum(1).tolist() for batch in self._batches]
         sums = [
-            float(kl.sum()) for piece, rows in zip(pieces, lengths, strict=True) for kl in piece.double().split(rows)
+            float(value_T.sum())
+            for piece, rows in zip(pieces, lengths, strict=True)
+            for value_T in for_float64(piece).double().split(rows)
         ]
         return (
             sums,
@@ -179,19 +186,19 @@ class RolloutScorer:
             sum(int(batch["attention"].sum()) for batch in self._batches),
         )
 
-    def _kl(self, model: Any, teacher: Any) -> list[Tensor]:
-        """KL(student ‖ teacher) [N], in nats, at the N scored positions of each piece."""
+    def _divergence(self, model: Any, teacher: Any) -> list[Tensor]:
+        """D(student, teacher) [N], in nats, at the N scored positions of each piece."""
         assert self._teacher is not None
         pieces = []
         for batch, other_NH in zip(self._batches, self._teacher, strict=True):
             own_NH = self._hidden(model, batch)
             # after the forward: before it, the head of a sharded student is not whole yet
             student, target = (Head.of(m, self._vocab_size) for m in (model, teacher))
-            kl_N, _ = ChunkedDivergenceFunction.apply(
-                own_NH, student.weight, student.bias, other_NH.to(own_NH.device), target.weight, target.bias, 1.0,
-                self._trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,
+            value_N, _ = ChunkedDivergenceFunction.apply(
+                own_NH, student.weight, student.bias, other_NH.to(own_NH.device), target.weight, target.bias,
+                self._trainer.beta, self._trainer.temperature, student.scale, student.softcap, target.scale, target.softcap,
             )  # fmt: skip
-            pieces.append(kl_N)
+            pieces.append(value_N)
         return pieces
 
     def _hidden(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:

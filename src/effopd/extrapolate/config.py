@@ -63,9 +63,9 @@ class EffOPDConfig:
     scorer: str | None = field(
         default=None,
         metadata={
-            "help": "'accuracy': right answers on D_v (needs answers, generates). 'teacher_kl': exact reverse KL to the "
-            "teacher on the next step's rollouts, before they are trained on (no answers, no generation). Default: the "
-            "strategy's own.",
+            "help": "'accuracy': right answers on D_v (needs answers, generates). 'teacher_kl': the divergence "
+            "from the teacher that is trained (by default the exact reverse KL) on the next step's rollouts, before they "
+            "are trained on (no answers, no generation). Default: the strategy's own.",
             "choices": list(SCORERS),
         },
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
 from effopd.extrapolate.ranks import Share, gather, local, reshard, shares, world_size
+from effopd.precision import for_float64
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,10 @@ class LiveWeights:
     @torch.no_grad()
     def displacement_norm(self) -> float:
         """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64), over all ranks."""
-        norms = {name: torch.linalg.vector_norm(delta, dtype=torch.float64) for name, delta in self.displacements()}
+        norms = {
+            name: torch.linalg.vector_norm(for_float64(delta), dtype=torch.float64)
+            for name, delta in self.displacements()
+        }
         squares = {True: 0.0, False: 0.0}
         for name, norm in zip(norms, on_host(norms.values()), strict=True):
             squares[name in self._shares] += norm**2
