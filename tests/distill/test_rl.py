@@ -175,3 +175,24 @@ def test_mistakes_are_refused_before_training(tmp_path, capsys):
     unanswered = Task("open", (Example("0", "hi"),), lambda text, example: 1.0)
     with pytest.raises(TaskError, match="cannot be a reward"):
         TaskGRPOTrainer(make_model(0), TaskGRPOConfig(output_dir=str(tmp_path), **SHARED), unanswered)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        # TRL's defaults, which are not the preset's
+        ("--beta", "0", "--num_generations", "8", "--per_device_train_batch_size", "8", "--loss_type", "dapo"),
+        ("--gradient_accumulation_steps", "2", "--steps_per_generation", "1"),
+        ("--steps_per_generation", "2", "--num_iterations", "2"),
+    ],
+)
+def test_the_written_yaml_has_every_setting(tmp_path, extra):
+    settings = parse_rl(flags(tmp_path, *extra))
+    (tmp_path / "c.yaml").write_text(rl_yaml(settings))
+    again = parse_rl(["--config", str(tmp_path / "c.yaml")])
+    apart = [
+        field.name
+        for field in dataclasses.fields(settings.rl)
+        if getattr(again.rl, field.name) != getattr(settings.rl, field.name)
+    ]
+    assert not apart
+
+

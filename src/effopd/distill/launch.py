@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,19 +182,26 @@ def to_yaml(settings: RunSettings) -> str:
     return settings_yaml(settings.model, settings.task, settings.opd, {"effopd": plain(settings.effopd)})
 
 
-def settings_yaml(model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any]) -> str:
-    """Every setting that is not a default, all of ours, and the versions of the libraries as comments."""
+#: Written even where they are the default: what one looks for first, and what another machine has another default of.
+_ALWAYS = ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length", "bf16", "fp16")
+
+
+def settings_yaml(
+    model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any], preset: Collection[str] = ()
+) -> str:
+    """Every setting that is not a default, all of ours, what depends on the machine or on a preset, and the versions of the
+    libraries as comments."""
     with _accelerate_undisturbed():
         default = type(args)(output_dir=args.output_dir)
     values = differing(model, ModelConfig()) | plain(task)
     values |= differing(args, default) | {
-        name: getattr(args, name)
-        for name in ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length")
-        if hasattr(args, name)
+        name: getattr(args, name) for name in (*_ALWAYS, *preset) if hasattr(args, name)
     }
     values.pop("resume_from_checkpoint", None)
-    if "steps_per_generation" in values:
-        values.pop("generation_batch_size", None)  # TRL derives one from the other and takes only one back
+    values.pop("generation_batch_size", None)  # TRL derives one from the other and takes only one back
+    values.pop("steps_per_generation", None)
+    if getattr(args, "steps_per_generation", None) not in (None, args.gradient_accumulation_steps):  # TRL's default
+        values["steps_per_generation"] = args.steps_per_generation
     values |= extra
     lines = [f"# {name} {version}" for name, version in versions().items()]
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])

@@ -8,7 +8,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from effopd.distill.launch import check_space, inputs, resume_argument, settings_yaml, write_config
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
-from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
+from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
 from effopd.errors import ConfigError
 from effopd.tasks import TaskConfig
 
@@ -71,4 +71,7 @@ def run_rl(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
 
 def rl_yaml(settings: RLRunSettings) -> str:
     """The run as YAML that `effopd rl --config` takes back."""
-    return settings_yaml(settings.model, settings.task, settings.rl, {"algorithm": settings.rl.algorithm})
+    algorithm = settings.rl.algorithm
+    return settings_yaml(
+        settings.model, settings.task, settings.rl, {"algorithm": algorithm}, preset=PRESETS[algorithm]
+    )
