@@ -7,7 +7,6 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,13 +17,11 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from effopd.distill.config import OPDConfig
 from effopd.distill.preflight import check_disk, check_models, check_task, parameter_count
-from effopd.distill.run_dir import CONFIG, RunDir, in_trajectory
+from effopd.distill.run_dir import RunDir, in_trajectory, step_of_checkpoint
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import EffOPDCallback
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.ranks import gather, rank
-from effopd.files import write_atomically
 from effopd.optional import ensure
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.versions import versions
@@ -41,7 +38,7 @@ class RunSettings:
 
 
 def build_trainer(settings: RunSettings) -> OPDTrainer:
-    """Check everything that can be checked cheaply, load the models, and write the run's `config.yaml`.
+    """Check everything that can be checked cheaply and load the models; `config.yaml` is written when training starts.
 
     Raises:
         EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
@@ -71,7 +68,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     )
     if effopd.enabled:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
-    write_config(opd.output_dir, text)
+    trainer.run_dir.settings = text
     return trainer
 
 
@@ -100,14 +97,6 @@ def inputs(
         if part is not None:
             check_task(part, tokenizer, task.max_prompt_length, **(args.chat_template_kwargs or {}))
     return tokenizer, train, held_out
-
-
-def write_config(folder: str, text: str) -> None:
-    """The first rank writes `config.yaml`, once every rank has found the folder free."""
-    gather(None)
-    if rank() == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(folder) / CONFIG, lambda path: path.write_text(text))
 
 
 def resume_argument(opd: Any) -> str | bool | None:
@@ -140,13 +129,16 @@ def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effo
     """Refuse a run whose checkpoints and trajectory will not fit on the disk. Adapters are small: they are not counted.
 
     Raises:
-        CheckpointError: less is free than a full set takes.
+        CheckpointError: less is free than a full set takes, without what the run has there already.
     """
     if model.use_peft:
         return
     steps = args.max_steps if args.max_steps > 0 else math.ceil(prompts / batch * args.num_train_epochs)
+    run_dir = RunDir(args.output_dir)
+    checkpoint = run_dir.to_resume(resume_argument(args))
+    done = step_of_checkpoint(checkpoint) if checkpoint else 0
     kept = 0
-    if args.save_strategy != SaveStrategy.NO:
+    if done < steps and args.save_strategy != SaveStrategy.NO:
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
         kept = max(1, math.ceil(steps / every)) if args.save_strategy == SaveStrategy.STEPS else 1
         kept = 1 + min(kept, args.save_total_limit or kept)  # one more while it is being written
@@ -157,6 +149,7 @@ def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effo
         models=1 + sum(in_trajectory(args.trajectory, step, steps) for step in range(steps + 1)),
         optimizer=not args.save_only_model,
         effopd=effopd,
+        held=run_dir.held(done),
     )
 
 

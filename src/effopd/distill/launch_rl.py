@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from effopd.distill.launch import check_space, inputs, resume_argument, settings_yaml, write_config
+from effopd.distill.launch import check_space, inputs, resume_argument, settings_yaml
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
 from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
 from effopd.errors import ConfigError
@@ -23,7 +23,7 @@ class RLRunSettings:
 
 
 def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
-    """Check everything that can be checked cheaply, load the model, and write the run's `config.yaml`.
+    """Check everything that can be checked cheaply and load the model; `config.yaml` is written when training starts.
 
     Raises:
         EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
@@ -57,7 +57,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    write_config(rl.output_dir, text)
+    trainer.run_dir.settings = text
     return trainer
 
 
