@@ -235,6 +235,23 @@ def test_settings_survive_the_yaml_round_trip(pair, tmp_path):
         assert getattr(again.opd, name) == getattr(settings.opd, name)
 
 
+@pytest.mark.parametrize("command", ["train", "rl"])
+def test_the_precision_of_a_run_does_not_depend_on_the_machine_that_repeats_it(command, pair, tmp_path, monkeypatch):
+    from effopd.cli import parse_rl
+    from effopd.distill.launch import to_yaml
+    from effopd.distill.launch_rl import rl_yaml
+
+    parse, write, name = {"train": (parse_train, to_yaml, "opd"), "rl": (parse_rl, rl_yaml, "rl")}[command]
+    base = ["--model_name_or_path", "testbed:student", "--task", "testbed:chain_sum", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    config = getattr(parse(base), name)
+    assert (config.bf16, config.fp16) == (False, False)
+    (tmp_path / "c.yaml").write_text(write(parse(base)))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    again = getattr(parse(["--config", str(tmp_path / "c.yaml")]), name)
+    assert (again.bf16, again.fp16) == (False, False)
+
+
 @pytest.mark.parametrize("command", ["train", "rl", "eval", "compare", "analyze", "intervene", "quickstart"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit, match="0"):

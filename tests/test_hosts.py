@@ -7,7 +7,7 @@ import inspect
 import torch
 from conftest import make_model, make_task, make_tokenizer
 from transformers import Trainer, TrainerCallback
-from trl import DistillationConfig, DistillationTrainer, GRPOTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOTrainer, RLOOTrainer
 
 from effopd.distill.trainer import OPDTrainer
 
@@ -33,6 +33,7 @@ def test_private_methods_we_override_have_their_signatures():
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
     assert parameters(Trainer._get_output_dir) == ["self", "trial"]
     assert parameters(Trainer._load_from_checkpoint)[1] == "resume_from_checkpoint"
+    assert "self._run_epoch(" in inspect.getsource(Trainer._inner_training_loop)
     assert parameters(DistillationTrainer.__init__)[:4] == ["self", "model", "teacher_model", "args"]
 
 
@@ -44,6 +45,16 @@ def test_private_names_we_read_exist():
     assert "learning_rate = self._get_learning_rate()" in inspect.getsource(
         Trainer._run_epoch
     )  # before the scheduler's step
+
+
+def test_which_rollouts_several_steps_share():
+    for host in (GRPOTrainer, RLOOTrainer):
+        source = inspect.getsource(host._prepare_inputs)
+        assert "generate_every = self.args.steps_per_generation * self.num_iterations" in source
+        assert "self._step % generate_every == 0 or self._buffered_inputs is None" in source
+        assert "self._step += 1" in inspect.getsource(host.training_step)
+    source = inspect.getsource(DistillationTrainer._prepare_inputs)
+    assert "generate_every = self.args.gradient_accumulation_steps" in source  # never more than one step
 
 
 def test_our_multimodal_keys_are_trls():

@@ -45,5 +45,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def keep_rows(path: Path, last_step: int) -> None:
     """Drop rows beyond `last_step` (and a torn last line), so that a resumed run does not log a step twice."""
     if path.exists():
-        rows = [row for row in read_rows(path) if row["step"] <= last_step]
-        write_atomically(path, lambda temporary: temporary.write_text("".join(json.dumps(r) + "\n" for r in rows)))
+        text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step)
+        if text.encode() != path.read_bytes():
+            write_atomically(path, lambda temporary: temporary.write_text(text))

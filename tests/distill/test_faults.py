@@ -16,7 +16,7 @@ from effopd import EffOPD, EffOPDConfig
 from effopd.errors import CheckpointError, NonFiniteLossError, ScorerError
 from effopd.extrapolate import anchor_files
 from effopd.extrapolate.anchor_files import ANCHOR_FILE
-from effopd.extrapolate.lookahead import STATE_FILE
+from effopd.extrapolate.saved_state import STATE_FILE
 
 RUN = {"eval_strategy": "no", "max_steps": 6}
 

@@ -43,6 +43,16 @@ def test_parts_are_exclusive_and_add_up():
     assert ledger.snapshot()["cost/net_seconds"] == 21 - 8
 
 
+def test_a_pause_is_charged_to_nobody():
+    clock = iter([0.0, 1.0, 11.0, 13.0]).__next__
+    ledger = CostLedger(clock)
+    ledger.start()
+    with ledger.paused():  # from 1 to 11
+        pass
+    ledger.stop()
+    assert ledger.seconds["other"] == 3.0 == sum(ledger.seconds.values())
+
+
 def test_tokens_and_net():
     ledger = CostLedger(Clock())
     ledger.count("rollout", generated=10)

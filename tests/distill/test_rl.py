@@ -99,6 +99,54 @@ def test_resume_ends_with_the_same_weights(tmp_path, extra):
     assert same(parameters(whole), parameters(again))
 
 
+CYCLES = [
+    {"num_iterations": 2},
+    {"steps_per_generation": 2},
+    # a cycle is a step and a half, and the last of the 8 steps of an epoch is half of one
+    {"steps_per_generation": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
+]
+
+
+@pytest.mark.parametrize("kind", [(TaskGRPOTrainer, TaskGRPOConfig), (TaskRLOOTrainer, TaskRLOOConfig)])
+@pytest.mark.parametrize("cycle", CYCLES)
+def test_a_resume_inside_rollouts_that_several_steps_share(tmp_path, kind, cycle):
+    """Wherever in a cycle a run is cut off, it ends with the same weights."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 11, **cycle}
+    whole = make_trainer(tmp_path, *kind, **settings)
+    whole.train()
+    for step in (1, 4, 7, 9):
+        again = make_trainer(tmp_path, *kind, **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / f"step-{step:06d}"))
+        assert again.state.global_step == 11 and same(parameters(whole), parameters(again)), step
+    saved = [path.parent.name for path in sorted(tmp_path.glob("checkpoints/*/effopd_rollouts-00000-of-00001.pt"))]
+    assert saved and "step-000006" not in saved  # between two cycles there is nothing to keep
+
+
+def test_a_resume_without_the_shared_rollouts_says_so_and_stays_in_phase(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "num_iterations": 2}
+    make_trainer(tmp_path, **settings).train()
+    checkpoint = tmp_path / "checkpoints" / "step-000003"
+    (checkpoint / "effopd_rollouts-00000-of-00001.pt").unlink()
+    again, sampled = make_trainer(tmp_path, **settings), []
+    real = again._generate_and_score_completions
+    again._generate_and_score_completions = lambda inputs: sampled.append(again.state.global_step + 1) or real(inputs)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert sampled == [4, 5] and "this run will differ" in caplog.text
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3, "num_iterations": 2}
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for _ in range(2):
+        again = make_trainer(tmp_path, **settings)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 3 and same(parameters(trainer), parameters(again))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert caplog.text.count("is finished (step 3 of 3); nothing was trained") == 2
+
+
 class _StopAt(TrainerCallback):
     """Ends a run early, after its last checkpoint at step 2 is complete."""
 
@@ -152,6 +200,27 @@ def test_the_written_yaml_is_the_run_again(tmp_path, algorithm):
     assert rl_yaml(again) == rl_yaml(settings)
     for field in dataclasses.fields(settings.task):
         assert getattr(again.task, field.name) == getattr(settings.task, field.name)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        # TRL's defaults, which are not the preset's
+        ("--beta", "0", "--num_generations", "8", "--per_device_train_batch_size", "8", "--loss_type", "dapo"),
+        ("--gradient_accumulation_steps", "2", "--steps_per_generation", "1"),
+        ("--steps_per_generation", "2", "--num_iterations", "2"),
+    ],
+)
+def test_the_written_yaml_has_every_setting(tmp_path, extra):
+    settings = parse_rl(flags(tmp_path, *extra))
+    (tmp_path / "c.yaml").write_text(rl_yaml(settings))
+    again = parse_rl(["--config", str(tmp_path / "c.yaml")])
+    apart = [
+        field.name
+        for field in dataclasses.fields(settings.rl)
+        if getattr(again.rl, field.name) != getattr(settings.rl, field.name)
+    ]
+    assert not apart
 
 
 def test_the_command(tmp_path, capsys):

@@ -84,6 +84,18 @@ def test_a_run_goes_on_with_another_number_of_processes(mode, tmp_path):
     assert tokens == [row["num_tokens"] for row in metrics] == sorted(tokens)
 
 
+def test_rollouts_that_two_steps_share_survive_on_every_rank(tmp_path):
+    weights = []
+    for flags in ((), ("--resume", tmp_path / "checkpoints" / "step-000003")):
+        status, said = launch(tmp_path, *flags, processes=2, script=SCRIPT.with_name("rl.py"))
+        assert status == 0, said[-3000:]
+        assert "this run will differ" not in said
+        weights.append(torch.load(tmp_path / "weights.pt"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    status, said = launch(tmp_path, *flags, processes=1, script=SCRIPT.with_name("rl.py"))
+    assert status == 0 and "this run will differ" in said, said[-3000:]  # another number: told, and in phase
+
+
 @pytest.mark.parametrize(
     ("strategy", "more"), [("effopd", ()), ("lookahead", ("--accumulate", 2)), ("lookahead", ("--lora",))]
 )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,14 +24,12 @@ from effopd.distill.preflight import (
     load_tokenizer,
     parameter_count,
 )
-from effopd.distill.run_dir import CONFIG, RunDir, in_trajectory
+from effopd.distill.run_dir import RunDir, in_trajectory, step_of_checkpoint
 from effopd.distill.teacher_kl import check_rollouts, rollouts_a_step
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import EffOPDCallback, check_validation_size
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.ranks import gather, rank
-from effopd.files import write_atomically
 from effopd.optional import TRACKERS, ensure, is_available
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.versions import versions
@@ -49,7 +46,7 @@ class RunSettings:
 
 
 def build_trainer(settings: RunSettings) -> OPDTrainer:
-    """Check everything that can be checked cheaply, load the models, and write the run's `config.yaml`.
+    """Check everything that can be checked cheaply and load the models; `config.yaml` is written when training starts.
 
     Raises:
         EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
@@ -75,7 +72,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     trainer.task_name = train.name
     if effopd.enabled:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
-    write_config(opd.output_dir, text)
+    trainer.run_dir.settings = text
     return trainer
 
 
@@ -171,14 +168,6 @@ def prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> tuple[Task
     return train, held_out
 
 
-def write_config(folder: str, text: str) -> None:
-    """The first rank writes `config.yaml`, once every rank has found the folder free."""
-    gather(None)
-    if rank() == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(folder) / CONFIG, lambda path: path.write_text(text))
-
-
 def resume_argument(opd: Any) -> str | bool | None:
     """`resume_from_checkpoint` with the words of a command line understood."""
     value = opd.resume_from_checkpoint
@@ -212,13 +201,16 @@ def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effo
     """Refuse a run whose checkpoints and trajectory will not fit on the disk. Adapters are small: they are not counted.
 
     Raises:
-        CheckpointError: less is free than a full set takes.
+        CheckpointError: less is free than a full set takes, without what the run has there already.
     """
     if model.use_peft:
         return
     steps = args.max_steps if args.max_steps > 0 else math.ceil(prompts / batch * args.num_train_epochs)
+    run_dir = RunDir(args.output_dir)
+    checkpoint = run_dir.to_resume(resume_argument(args))
+    done = step_of_checkpoint(checkpoint) if checkpoint else 0
     kept = 0
-    if args.save_strategy != SaveStrategy.NO:
+    if done < steps and args.save_strategy != SaveStrategy.NO:
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
         kept = max(1, math.ceil(steps / every)) if args.save_strategy == SaveStrategy.STEPS else 1
         kept = 1 + min(kept, args.save_total_limit or kept)  # one more while it is being written
@@ -229,6 +221,7 @@ def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effo
         models=1 + sum(in_trajectory(args.trajectory, step, steps) for step in range(steps + 1)),
         optimizer=not args.save_only_model,
         effopd=effopd,
+        held=run_dir.held(done),
     )
 
 
@@ -254,19 +247,26 @@ def to_yaml(settings: RunSettings) -> str:
     return settings_yaml(settings.model, settings.task, settings.opd, {"effopd": plain(settings.effopd)})
 
 
-def settings_yaml(model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any]) -> str:
-    """Every setting that is not a default, all of ours, and the versions of the libraries as comments."""
+#: Written even where they are the default: what one looks for first, and what another machine has another default of.
+_ALWAYS = ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length", "bf16", "fp16")
+
+
+def settings_yaml(
+    model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any], preset: Collection[str] = ()
+) -> str:
+    """Every setting that is not a default, all of ours, what depends on the machine or on a preset, and the versions of the
+    libraries as comments."""
     with _accelerate_undisturbed():
         default = type(args)(output_dir=args.output_dir)
     values = differing(model, ModelConfig()) | plain(task)
     values |= differing(args, default) | {
-        name: getattr(args, name)
-        for name in ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length")
-        if hasattr(args, name)
+        name: getattr(args, name) for name in (*_ALWAYS, *preset) if hasattr(args, name)
     }
     values.pop("resume_from_checkpoint", None)
-    if "steps_per_generation" in values:
-        values.pop("generation_batch_size", None)  # TRL derives one from the other and takes only one back
+    values.pop("generation_batch_size", None)  # TRL derives one from the other and takes only one back
+    values.pop("steps_per_generation", None)
+    if getattr(args, "steps_per_generation", None) not in (None, args.gradient_accumulation_steps):  # TRL's default
+        values["steps_per_generation"] = args.steps_per_generation
     values |= extra
     lines = [f"# {name} {version}" for name, version in versions().items()]
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])

@@ -13,10 +13,9 @@ from effopd.distill.launch import (
     resume_argument,
     settings_yaml,
     tokenizer_of,
-    write_config,
 )
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
-from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
+from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
 from effopd.errors import ConfigError
 from effopd.tasks import TaskConfig
 
@@ -31,7 +30,7 @@ class RLRunSettings:
 
 
 def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
-    """Check everything that can be checked cheaply, load the model, and write the run's `config.yaml`.
+    """Check everything that can be checked cheaply and load the model; `config.yaml` is written when training starts.
 
     Raises:
         EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
@@ -65,7 +64,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    write_config(rl.output_dir, text)
+    trainer.run_dir.settings = text
     return trainer
 
 
@@ -79,4 +78,7 @@ def run_rl(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
 
 def rl_yaml(settings: RLRunSettings) -> str:
     """The run as YAML that `effopd rl --config` takes back."""
-    return settings_yaml(settings.model, settings.task, settings.rl, {"algorithm": settings.rl.algorithm})
+    algorithm = settings.rl.algorithm
+    return settings_yaml(
+        settings.model, settings.task, settings.rl, {"algorithm": algorithm}, preset=PRESETS[algorithm]
+    )

@@ -88,6 +88,15 @@ class CostLedger:
             if len(self._open) == depth:
                 self.pop()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Charge nobody for the length of a block."""
+        self._charge()
+        try:
+            yield
+        finally:
+            self._since = self._clock()
+
     def count(self, category: str, *, generated: int = 0, forward: int = 0) -> None:
         """Add tokens: `generated` were sampled, `forward` went through a model besides generation."""
         self.generated_tokens[category] += int(generated)

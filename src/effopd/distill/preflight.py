@@ -15,6 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from effopd.distill.run_dir import Held
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
 from effopd.tasks import Task, check_prompt_lengths, check_verifier
 
@@ -165,7 +166,14 @@ def parameter_count(model: str, **load: Any) -> int:
 
 
 def check_disk(
-    output_dir: str | Path, parameters: int, *, checkpoints: int, models: int = 0, optimizer: bool = True, effopd: bool
+    output_dir: str | Path,
+    parameters: int,
+    *,
+    checkpoints: int,
+    models: int = 0,
+    optimizer: bool = True,
+    effopd: bool,
+    held: Held | None = None,
 ) -> None:
     """Room for everything a run keeps.
 
@@ -175,19 +183,26 @@ def check_disk(
         models: how many times the weights alone are (the trajectory and the final model).
         optimizer: whether checkpoints hold its moments.
         effopd: whether they hold an anchor.
+        held: what the run has there already.
 
     Raises:
-        CheckpointError: less is free than that takes.
+        CheckpointError: less is free than the rest takes.
     """
     folder = Path(output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     parts = ["weights"] + ["optimizer"] * optimizer + ["anchor"] * effopd
     each, model = (parameters * sum(_BYTES_PER_PARAMETER[part] for part in which) for which in (parts, ["weights"]))
-    needed, free = each * checkpoints + model * models, shutil.disk_usage(folder).free
-    if needed > free:
+    held = held or Held()
+    free = shutil.disk_usage(folder).free + held.leftover
+    # on a full set, the next one is written before the oldest goes
+    rest = max(each * checkpoints - held.checkpoints, each * min(checkpoints, 1))
+    rest += max(model * models - held.models, 0)
+    if rest > free:
+        there = held.checkpoints + held.models
         raise CheckpointError(
             f"{folder} has {free / 1e9:.1f} GB free but {checkpoints} checkpoints of {each / 1e9:.1f} GB (one of them being "
-            f"written) and {models} times the model, {model / 1e9:.1f} GB, take {needed / 1e9:.1f} GB. Lower "
-            "--save_total_limit, raise --save_steps, keep less of --trajectory, or choose another --output_dir."
+            f"written) and {models} times the model, {model / 1e9:.1f} GB, take {(rest + there) / 1e9:.1f} GB"
+            + (f", of which {there / 1e9:.1f} GB are there" if there else "")
+            + ". Lower --save_total_limit, raise --save_steps, keep less of --trajectory, or choose another --output_dir."
         )

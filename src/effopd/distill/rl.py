@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer, RLOOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
+from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
 from effopd.errors import TaskError
@@ -78,6 +79,7 @@ class TaskRLMixin(RunMixin):
             **kwargs,
         )
         self._attach_run()
+        self.add_callback(RolloutCycleCallback(self))
 
     def _compute_loss(self, model, inputs):
         if self.model.training:

@@ -15,18 +15,22 @@ A checkpoint is filled in `checkpoints/.staging` and renamed into place, so what
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.callback import SEARCHES
+from effopd.extrapolate.ranks import gather
 from effopd.extrapolate.schedule import powers_of_two
-from effopd.files import append_row, fsync, keep_rows
+from effopd.files import append_row, fsync, keep_rows, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +59,26 @@ def in_trajectory(rule: str, step: int, last: int) -> bool:
     return step == last or step % int(rule) == 0
 
 
+class Held(NamedTuple):
+    """Bytes that a run has on the disk already, if it is resumed."""
+
+    checkpoints: int = 0
+    #: Weights alone: the trajectory and the final model.
+    models: int = 0
+    #: Of a save that was killed; the next save deletes it.
+    leftover: int = 0
+
+
 class RunDir:
-    """Paths and atomic moves of one run directory."""
+    """Paths and atomic moves of one run directory.
+
+    Attributes:
+        settings: what `config.yaml` will hold once training starts; `None` leaves it as it is.
+    """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        self.settings: str | None = None
 
     @property
     def staging(self) -> Path:
@@ -76,9 +95,10 @@ class RunDir:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        folder = self.root / "checkpoints"
-        found = [p for p in folder.iterdir() if _STEP.match(p.name)] if folder.is_dir() else []
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return self._steps("checkpoints")
+
+    def _steps(self, kind: str) -> list[Path]:
+        return sorted((p for p in (self.root / kind).glob("step-*") if _STEP.match(p.name)), key=_step_of)
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, if any."""
@@ -96,6 +116,15 @@ class RunDir:
                 f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as {self.checkpoint(8)}."
             )
         return checkpoint
+
+    def held(self, step: int) -> Held:
+        """What a run that goes on from `step` keeps of the files that are there."""
+        checkpoints, trajectory = (
+            sum(_bytes(path.rglob("*")) for path in self._steps(kind) if _step_of(path) <= step)
+            for kind in ("checkpoints", "trajectory")
+        )
+        final = _bytes(path for kind in ("model*.safetensors", "pytorch_model*.bin") for path in self.root.glob(kind))
+        return Held(checkpoints, trajectory + final, _bytes(self.staging.rglob("*")))
 
     def fresh_staging(self) -> Path:
         """An empty staging folder; leftovers of a killed save go."""
@@ -128,12 +157,7 @@ class RunDir:
         """Move what an earlier run left beyond `step`, from where another goes on now, to `superseded/N`, with a copy of its
         rows: the two must not mix, and nothing is lost. Returns the folder, if there was anything.
         """
-        later = [
-            path
-            for kind in ("checkpoints", "trajectory")
-            for path in (self.root / kind).glob("step-*")
-            if (found := _STEP.match(path.name)) and int(found[1]) > step
-        ]
+        later = [path for kind in ("checkpoints", "trajectory") for path in self._steps(kind) if _step_of(path) > step]
         if not later:
             return None
         number = 1 + max((int(p.name) for p in (self.root / "superseded").glob("*") if p.name.isdecimal()), default=0)
@@ -164,20 +188,49 @@ class RunDir:
             )
 
 
+def step_of_checkpoint(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
 class RunDirCallback(TrainerCallback):
-    """Writes `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed step."""
+    """Writes `config.yaml`, `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed step.
+
+    Must run after every other callback: one that refuses to go on leaves the folder as it was.
+    """
 
     def __init__(self, run_dir: RunDir):
         self._run_dir = run_dir
+        self._started = False
+        self._before: dict[str, Any] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start, or cut the rows back to the checkpoint that is being resumed."""
-        if state.is_world_process_zero:
-            self._run_dir.root.mkdir(parents=True, exist_ok=True)
-            if aside := self._run_dir.set_aside(state.global_step):
-                logger.warning("Going on from step %d; what was there beyond it is in %s.", state.global_step, aside)
-            for name in (METRICS, SEARCHES, EVALS):
-                keep_rows(self._run_dir.root / name, state.global_step)
+        gather(None)  # nobody writes before everybody has got here
+        self._started, before, self._before = True, self._before, None
+        if not state.is_world_process_zero:
+            return
+        root, step = self._run_dir.root, state.global_step
+        root.mkdir(parents=True, exist_ok=True)
+        if aside := self._run_dir.set_aside(step):
+            logger.warning("Going on from step %d; what was there beyond it is in %s.", step, aside)
+        for name in (METRICS, SEARCHES, EVALS):
+            keep_rows(root / name, step if step > 0 else -1)  # a run that starts has no rows, not even of step 0
+        if step >= state.max_steps:
+            logger.warning("%s is finished (step %d of %d); nothing was trained.", root, step, state.max_steps)
+            return
+        if text := self._run_dir.settings:
+            write_atomically(root / CONFIG, lambda path: path.write_text(text))
+        if before is not None and step == 0 and not args.eval_on_start:
+            append_row(root / EVALS, before)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """A row a training log; evaluations and the final summary have other keys."""
@@ -185,6 +238,11 @@ class RunDirCallback(TrainerCallback):
             append_row(self._run_dir.root / METRICS, {"step": state.global_step, **logs})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """A row an evaluation."""
-        if state.is_world_process_zero and metrics:
-            append_row(self._run_dir.root / EVALS, {"step": state.global_step, **metrics})
+        """A row an evaluation. Before training, it waits: whose rows these are is known only when a run starts there."""
+        if not state.is_world_process_zero or not metrics:
+            return
+        row = {"step": state.global_step, **metrics}
+        if self._started:
+            append_row(self._run_dir.root / EVALS, row)
+        else:
+            self._before = row

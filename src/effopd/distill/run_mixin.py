@@ -9,6 +9,7 @@ sampler restarts its permutations).
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -89,6 +90,7 @@ class RunMixin(_Host):
         run_dir: the run directory.
         task_name: what the model card calls the training task.
         costs: the ledger's totals over all processes, as they were last logged, or at the end of training.
+        resumed_from: the checkpoint that training goes on from, if any.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
     """
 
@@ -99,6 +101,7 @@ class RunMixin(_Host):
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
         self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
+        self.resumed_from: Path | None = None
         self._saving = False
         self.costs: dict[str, float] = {}
         self._epochs = _EpochCallback()
@@ -109,6 +112,11 @@ class RunMixin(_Host):
         self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir))
         self.add_callback(_StartLedgerCallback(self.ledger))
+
+    def add_callback(self, callback) -> None:
+        """The host's, but what writes to the run directory stays last."""
+        super().add_callback(callback)
+        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, RunDirCallback))
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
         """Metrics of an evaluation (without prefix) and the tokens it generated."""
@@ -169,25 +177,38 @@ class RunMixin(_Host):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint of the run directory
-        (from the start if the run was killed before its first); a path continues from that one.
+        (from the start if the run was killed before its first); a path continues from that one. A run that has reached
+        its limit is loaded, and nothing is trained.
 
         Raises:
-            CheckpointError: a fresh start into a directory that holds a run, or a checkpoint path that is none.
+            CheckpointError: a fresh start into a directory that holds a run, a checkpoint path that is none, or a
+                checkpoint of other settings (nothing has been written then).
         """
-        checkpoint = self.run_dir.to_resume(resume_from_checkpoint)
+        checkpoint = self.resumed_from = self.run_dir.to_resume(resume_from_checkpoint)
         if not resume_from_checkpoint:
             together(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
         if checkpoint is not None:
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "check_resume"):
+                    together(partial(callback.check_resume, checkpoint))
             self._load_ledger(checkpoint)
             self.args.eval_on_start = False  # the run has started before; its rows are there
-        else:
-            self._save_trajectory()
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             end_bars(self.callback_handler.callbacks)
         self._costs()
         return output
+
+    def _run_epoch(self, *args, **kwargs):
+        """The host's, which looks at the limit only after a step: one that is reached already would be passed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self.state.global_step == 0:
+            with self.ledger.paused():  # set-up
+                self._save_trajectory()
+        super()._run_epoch(*args, **kwargs)
 
     def _load_ledger(self, checkpoint: Path) -> None:
         path = checkpoint / LEDGER_FILE

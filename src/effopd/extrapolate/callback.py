@@ -16,8 +16,9 @@ from transformers import Trainer, TrainerCallback
 
 from effopd.errors import CheckpointError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.lookahead import STATE_FILE, EffOPD, Scorer
+from effopd.extrapolate.lookahead import EffOPD, Scorer
 from effopd.extrapolate.ranks import from_first, world_size
+from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.extrapolate.search import Score
 from effopd.files import append_row, keep_rows
@@ -151,6 +152,14 @@ class EffOPDCallback(TrainerCallback):
 
         self.trainer._load_from_checkpoint = loading
 
+    def check_resume(self, checkpoint: Path) -> None:
+        """Refuse to go on from a checkpoint of other settings; `OPDTrainer` calls this before it loads or writes anything.
+
+        Raises:
+            CheckpointError: there is no look-ahead state, or it is that of other settings.
+        """
+        check_same(read_state(self._state_of(checkpoint))["fingerprint"], self.config, self.scorer)
+
     # -- events -------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -169,8 +178,8 @@ class EffOPDCallback(TrainerCallback):
             optimizer=kwargs.get("optimizer"),
         )
         if state.global_step > 0:
-            self.lookahead.load(self._find_state(state.global_step))
-        if state.is_world_process_zero:
+            self.lookahead.load(self._state_of(self._loaded))
+        if state.is_world_process_zero and not hasattr(self.trainer, "run_dir"):  # which cuts its own rows
             keep_rows(Path(args.output_dir) / SEARCHES, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -229,12 +238,13 @@ class EffOPDCallback(TrainerCallback):
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
-    def _find_state(self, step: int) -> Path:
-        folder = self._resume_from or self._loaded
+    def _state_of(self, checkpoint: Path | None) -> Path:
+        """Where the look-ahead state of a resumed run is."""
+        folder = self._resume_from or checkpoint
         if folder is not None and (folder / STATE_FILE).is_file():
             return folder
         raise CheckpointError(
-            f"the run resumes at step {step} but there is no look-ahead state ({STATE_FILE}) in {folder}. Without the anchor, "
+            f"the run is resumed but there is no look-ahead state ({STATE_FILE}) in {folder}. Without the anchor, "
             "the next jump would be up to 11 times the whole displacement, so this stops here. Pass resume_from_checkpoint to "
             "EffOPDCallback, or resume from a checkpoint written with it."
         )

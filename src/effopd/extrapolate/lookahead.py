@@ -12,7 +12,6 @@ displacement by up to 11).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -24,23 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effopd.errors import CheckpointError, ConfigError, EffOPDError, NonFiniteWeightsError, ScorerError
-from effopd.extrapolate.anchor_files import ANCHOR_FILE, read_anchor, write_anchor
+from effopd.errors import ConfigError, EffOPDError, NonFiniteWeightsError, ScorerError
+from effopd.extrapolate.anchor_files import read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.learning_rate import SteeredRate
 from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement
 from effopd.extrapolate.lora_weights import LoraWeights, has_adapters
 from effopd.extrapolate.observations import Observations
 from effopd.extrapolate.ranks import agreed, from_first, gather, rank, together, world_size
+from effopd.extrapolate.saved_state import OBSERVATIONS_FILE, STATE_FILE, check_same, damaged, fingerprint, read_state
 from effopd.extrapolate.search import Score, SearchResult, Trial
 from effopd.extrapolate.strategies import Prediction, steering
 from effopd.files import write_atomically
 from effopd.restore import evaluating, isolated_rng, time_limit
 
 Scorer = Callable[[Any], "Score | float"]
-
-STATE_FILE = "effopd_state.json"
-OBSERVATIONS_FILE = "effopd_observations.safetensors"
 
 
 class EffOPD:
@@ -322,14 +319,6 @@ class EffOPD:
 
     # -- state -------------------------------------------------------------------------------------------------
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to take the same decisions."""
-        config = dataclasses.asdict(self.config)
-        for name in ("anchor_device", "score_timeout"):  # decide nothing
-            config.pop(name)
-        config |= {"gate": self.config.resolved_gate, "parameters": self.config.resolved_parameters}
-        return {"config": config, "validation_ids": getattr(self.scorer, "validation_ids", None)}
-
     def state_dict(self) -> dict[str, Any]:
         """Anchor (fp32 tensors by name), its step, observations, history, steered rate, and the settings they belong to."""
         return {
@@ -338,7 +327,7 @@ class EffOPD:
             "anchor_step": self.anchor_step,
             "history": list(self.history),
             "learning_rate_factor": self.learning_rate_factor,
-            "fingerprint": self._fingerprint(),
+            "fingerprint": fingerprint(self.config, self.scorer),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,16 +337,7 @@ class EffOPD:
             CheckpointError: the state belongs to other settings or another D_v.
             WeightsError: the anchor does not fit the model.
         """
-        saved, now = state["fingerprint"], json.loads(json.dumps(self._fingerprint()))
-        saved = json.loads(json.dumps(saved))
-        differing = [k for k in now["config"] if saved["config"].get(k) != now["config"][k]]
-        if saved["validation_ids"] != now["validation_ids"]:
-            differing.append("validation examples (D_v)")
-        if differing:
-            raise CheckpointError(
-                f"the saved look-ahead state was made with other settings: {', '.join(differing)} differ. Resume with "
-                "the settings of the run (its config.yaml), or start a new run."
-            )
+        check_same(state["fingerprint"], self.config, self.scorer)
         self.weights.load_state_dict(state["anchor"])
         self.observations.load_state_dict(state["observations"])
         self.anchor_step, self.history = int(state["anchor_step"]), list(state["history"])
@@ -395,20 +375,12 @@ class EffOPD:
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        if not (folder / STATE_FILE).is_file():
-            raise CheckpointError(
-                f"{folder} has no complete look-ahead state ({STATE_FILE} expected): it was written "
-                "without EffOPD, or the run was killed while saving. Resume from an earlier checkpoint."
-            )
+        state = read_state(folder)
         try:
-            state = json.loads((folder / STATE_FILE).read_text())
             seen = folder / OBSERVATIONS_FILE
             state["observations"]["tensors"] = load_file(seen) if seen.is_file() else {}
             written = state["anchor_parts"], state["anchor_sharded"]
             state["anchor"] = read_anchor(folder, *written, self.weights.sharded)
         except (SafetensorError, FileNotFoundError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"the look-ahead state in {folder} is damaged ({error}): {STATE_FILE}, {ANCHOR_FILE} (or its parts) and {OBSERVATIONS_FILE} "
-                "should be as they were written. Resume from an earlier checkpoint."
-            ) from error
+            raise damaged(folder, error) from error
         self.load_state_dict(state)
