@@ -128,6 +128,14 @@ def test_each_scan_makes_the_models_it_promises(folder, sources, live):
             assert norm == pytest.approx(moves**0.5, rel=1e-9)
 
 
+def test_a_float64_model_gets_there_too(folder, sources):
+    live = LiveBase(load(folder / "base", "float64"), sources)
+    trained = weights(load(folder / "opd/trajectory/step-000004", "float64"))
+    (point,) = (p for p in SCANS["alpha"](sources.study(OPTIONS)) if p.id == "alpha/opd/alpha=1")
+    with live.at(point):
+        assert equal(weights(live.model), trained)
+
+
 def test_norm_scaling_at_one_and_random_directions_have_the_final_norm(sources, live):
     base = weights(live.model)
     study = sources.study(OPTIONS)

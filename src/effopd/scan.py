@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.distill.divergence import reverse_kl_of_completions, shared_vocab_size
 from effopd.distill.task_eval import ratio_with_error
+from effopd.dynamics.blocks import for_float64, has_float64
 from effopd.dynamics.plan import seed_names
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import BASE, Point, Study
@@ -109,7 +110,7 @@ def rewrite(target: Tensor, parts: Sequence[Part], point: Point, difference: Dif
     Raises:
         NonFiniteWeightsError: the new tensor has a NaN or an infinity; `target` may be changed in part.
     """
-    device = "cpu" if target.device.type == "mps" else target.device  # MPS has no float64
+    device = target.device if has_float64(target.device) else "cpu"
     square = 0.0
     for part in parts:
         if not point.selects(part):
@@ -124,7 +125,7 @@ def rewrite(target: Tensor, parts: Sequence[Part], point: Point, difference: Dif
                 f"point {point.id}: '{part.place}' ({part.tensor}) is not finite in {target.dtype}. Expected finite "
                 "weights: use smaller factors, or --dtype float32."
             )
-        square += float(torch.linalg.vector_norm(new.to(device, torch.float64).sub_(view.to(device))) ** 2)
+        square += float(torch.linalg.vector_norm(for_float64(new).double() - for_float64(view)) ** 2)
         view.copy_(new)
     return square
 

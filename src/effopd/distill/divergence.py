@@ -21,6 +21,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
+from effopd.dynamics.blocks import for_float64
 from effopd.errors import CompatibilityError
 
 T = TypeVar("T")
@@ -293,7 +294,8 @@ def _reverse_kl_sums(
             hidden_NH[0], heads[0].weight, heads[0].bias, hidden_NH[1].to(student.device), heads[1].weight,
             heads[1].bias, 1.0, temperature, heads[0].scale, heads[0].softcap, heads[1].scale, heads[1].softcap,
         )  # fmt: skip
-        kl_BT = torch.zeros(valid_BT.shape, dtype=torch.float64, device=student.device)
-        kl_BT[valid_BT] = kl_N.double()
+        kl_N = for_float64(kl_N).double()
+        kl_BT = kl_N.new_zeros(valid_BT.shape)
+        kl_BT[valid_BT.to(kl_BT.device)] = kl_N
         sums += kl_BT.sum(1).tolist()
     return sums

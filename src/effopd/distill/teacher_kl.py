@@ -19,6 +19,7 @@ from trl import DistillationTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vocab_size
+from effopd.dynamics.blocks import for_float64
 from effopd.errors import ConfigError
 from effopd.extrapolate.ranks import pooled, world_size
 from effopd.extrapolate.search import Score
@@ -149,7 +150,7 @@ class RolloutScorer:
         sums = [
             float(value_T.sum())
             for piece, rows in zip(pieces, lengths, strict=True)
-            for value_T in piece.double().split(rows)
+            for value_T in for_float64(piece).double().split(rows)
         ]
         return (
             sums,

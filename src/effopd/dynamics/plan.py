@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import effopd
+from effopd.dynamics.blocks import has_float64
 from effopd.dynamics.measure import GROUPS, Options
 from effopd.dynamics.progress import Progress, file_marks
 from effopd.errors import ConfigError
@@ -147,14 +148,14 @@ def resolve_device(device: str | None) -> str:
     """
     if device is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return "cpu" if found is None or found.type == "mps" else found.type
+        return found.type if found is not None and has_float64(found) else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} is not one torch knows: expected e.g. cpu or cuda. ({error})") from error
-    if kind == "mps":
+    if not has_float64(kind):
         raise ConfigError(
-            "device 'mps' has no float64, which every measure here needs to tell an update from its rounding. "
+            f"device '{kind}' has no float64, which every measure here needs to tell an update from its rounding. "
             "Use --device cpu."
         )
     try:

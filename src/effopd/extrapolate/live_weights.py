@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from effopd.dynamics.blocks import for_float64
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
 from effopd.extrapolate.ranks import Share, gather, local, reshard, shares, world_size
 
@@ -170,7 +171,10 @@ class LiveWeights:
     @torch.no_grad()
     def displacement_norm(self) -> float:
         """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64), over all ranks."""
-        norms = {name: torch.linalg.vector_norm(delta, dtype=torch.float64) for name, delta in self.displacements()}
+        norms = {
+            name: torch.linalg.vector_norm(for_float64(delta), dtype=torch.float64)
+            for name, delta in self.displacements()
+        }
         squares = {True: 0.0, False: 0.0}
         for name, norm in zip(norms, on_host(norms.values()), strict=True):
             squares[name in self._shares] += norm**2

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from effopd.dynamics.blocks import has_float64
 from effopd.extrapolate.search import Score
 
 _SEPARATOR = "|"
@@ -32,11 +34,14 @@ class Observations:
     def add(
         self, step: int, kept: Mapping[str, Mapping[str, Tensor]], score: float | None, device: str | None
     ) -> None:
-        """Append a step; tensors are moved to `device` if one is given."""
+        """Append a step; tensors are moved to `device` if one is given, except for float64 ones that it cannot hold."""
         self.steps.append(step)
         self.scores.append(score)
         for name, tensors in kept.items():
-            moved = {key: tensor.to(device) if device else tensor for key, tensor in tensors.items()}
+            moved = {
+                key: tensor.to(device) if device and (tensor.dtype != torch.float64 or has_float64(device)) else tensor
+                for key, tensor in tensors.items()
+            }
             self.by_parameter.setdefault(name, []).append(moved)
 
     def quality(self) -> Sequence[float]:

@@ -128,7 +128,7 @@ def predict(
             f"AlphaOPD needs at least 4 observations with one accuracy each, got {len(points)} and {len(quality)}."
         )
     aligned = align_forward(points)
-    x_TM = np.stack([point.norm * point.u_M.double().cpu().numpy() for point in aligned])
+    x_TM = np.stack([point.norm * point.u_M.cpu().double().numpy() for point in aligned])
     y_T = np.asarray(quality, dtype=np.float64)
     fit = fit_pls(x_TM, y_T) if np.isfinite(y_T).all() else None
     if fit is None:

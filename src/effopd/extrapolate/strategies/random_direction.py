@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from effopd.dynamics.blocks import for_float64
+
 
 def random_like(displacement: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian noise R with ‖R‖ = ‖displacement‖ (Frobenius), same shape, dtype and device.
@@ -16,8 +18,8 @@ def random_like(displacement: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(displacement.shape, generator=generator, device=displacement.device, dtype=torch.float32).to(
         displacement.dtype
     )
-    length = float(displacement.double().norm())
-    return noise * (length / max(float(noise.double().norm()), torch.finfo(torch.float64).tiny))
+    length, drawn = (float(for_float64(tensor).double().norm()) for tensor in (displacement, noise))
+    return noise * (length / max(drawn, torch.finfo(torch.float64).tiny))
 
 
 def seed_of(seed: int, step: int, name: str) -> int:

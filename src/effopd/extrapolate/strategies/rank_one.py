@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effopd.dynamics.blocks import for_float64
 from effopd.dynamics.leading import leading_directions
 
 
@@ -33,12 +34,16 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def leading(delta: Tensor) -> RankOne:
     """The leading component of a displacement; all zeros for a parameter that has not moved."""
-    delta_MN = as_matrix(delta)
+    delta_MN = for_float64(as_matrix(delta))
     norm = float(delta_MN.double().norm())
     if norm == 0.0:
         return RankOne(torch.zeros(delta_MN.shape[0]), 0.0, torch.zeros(delta_MN.shape[1]), 0.0)
     found = leading_directions(delta_MN, k=1)
     return RankOne(found.u_MK[:, 0].float(), float(found.s_K[0]), found.v_NK[:, 0].float(), norm)
+
+
+def _dot(a_M: Tensor, b_M: Tensor) -> float:
+    return float(torch.dot(for_float64(a_M).double(), for_float64(b_M).double()))
 
 
 def align_forward(points: Sequence[RankOne]) -> list[RankOne]:
@@ -48,6 +53,6 @@ def align_forward(points: Sequence[RankOne]) -> list[RankOne]:
     """
     aligned: list[RankOne] = []
     for point in points:
-        flip = bool(aligned) and float(torch.dot(point.u_M.double(), aligned[-1].u_M.double())) < 0
+        flip = bool(aligned) and _dot(point.u_M, aligned[-1].u_M) < 0
         aligned.append(RankOne(-point.u_M, point.s1, -point.v_N, point.norm) if flip else point)
     return aligned

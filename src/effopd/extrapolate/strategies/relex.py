@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effopd.dynamics.blocks import for_float64
 from effopd.errors import ConfigError
 
 
@@ -56,7 +57,7 @@ def predict(displacements: Sequence[Tensor], steps: Sequence[int], at_step: floa
             f"RELEX fits a line: expected one displacement a step and at least 3, got {len(displacements)} "
             f"displacements for {len(steps)} steps."
         )
-    flat = [delta.flatten() for delta in displacements]
+    flat = [for_float64(delta).flatten() for delta in displacements]
     gram_TT = np.zeros((len(flat), len(flat)))
     for i, row in enumerate(flat):
         for j in range(i + 1):
