@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "distill"))
 
 from tiny_run import make_trainer
 
-from effopd import EffOPDConfig
-from effopd.dynamics import blocks
+from effopd import EffOPDConfig, precision
 from effopd.extrapolate.observations import Observations
 from effopd.extrapolate.strategies import rank_one
 from effopd.files import read_rows
@@ -73,7 +72,7 @@ def device_without_float64():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_one, "leading_directions", leading_directions)
         patch.setattr(torch.Tensor, "cpu", to_host)
-        patch.setattr(blocks, "has_float64", lambda device: False)
+        patch.setattr(precision, "has_float64", lambda device: False)
         with NoFloat64():
             yield
 
@@ -112,10 +111,10 @@ def test_runs_need_no_float64_on_the_device(tmp_path, what):
 
 
 def test_which_devices_have_it():
-    assert blocks.has_float64("cpu") and blocks.has_float64(torch.device("cuda:1"))
-    assert not blocks.has_float64("mps") and not blocks.has_float64(torch.device("mps:0"))
+    assert precision.has_float64("cpu") and precision.has_float64(torch.device("cuda:1"))
+    assert not precision.has_float64("mps") and not precision.has_float64(torch.device("mps:0"))
     tensor = torch.ones(2)
-    assert blocks.for_float64(tensor) is tensor
+    assert precision.for_float64(tensor) is tensor
 
 
 def test_observations_keep_float64_scalars_off_a_device_without_it(monkeypatch):

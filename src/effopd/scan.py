@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.distill.divergence import reverse_kl_of_completions, shared_vocab_size
 from effopd.distill.task_eval import ratio_with_error
-from effopd.dynamics.blocks import for_float64, has_float64
 from effopd.dynamics.plan import seed_names
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import BASE, Point, Study

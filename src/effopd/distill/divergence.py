@@ -21,7 +21,6 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from effopd.dynamics.blocks import for_float64
 from effopd.errors import CompatibilityError
 from effopd.precision import for_float64
 

@@ -20,7 +20,6 @@ from trl import DistillationTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vocab_size
-from effopd.dynamics.blocks import for_float64
 from effopd.errors import ConfigError
 from effopd.extrapolate.ranks import pooled, rank, world_size
 from effopd.extrapolate.search import Score

@@ -2,8 +2,6 @@
 
 The difference of two bfloat16, float16 or float32 numbers is exact in float64 unless their exponents differ by more
 than 29 bits; taking it in the storage dtype would round it, and the rounding is what fills the tail of a spectrum.
-
-And which devices have float64 (`for_float64`).
 """
 
 from __future__ import annotations
@@ -18,19 +16,6 @@ from torch import Tensor
 _BLOCK = 2**23
 #: Numbers in one block of a product with a few vectors: what stays in a core's cache, and what keeps an accelerator busy.
 _STRIP, _DEVICE_STRIP = 2**20, 2**24
-
-#: Types of devices on which no float64 tensor can be made: Apple's GPUs.
-_WITHOUT_FLOAT64 = ("mps",)
-
-
-def has_float64(device: torch.device | str) -> bool:
-    """Whether a device can hold float64 tensors."""
-    return torch.device(device).type not in _WITHOUT_FLOAT64
-
-
-def for_float64(tensor: Tensor) -> Tensor:
-    """The tensor, for whoever is about to compute in float64: itself, or a copy on the CPU if its device has no float64."""
-    return tensor if has_float64(tensor.device) else tensor.cpu()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import effopd
-from effopd.dynamics.blocks import has_float64
 from effopd.dynamics.measure import GROUPS, Options
 from effopd.dynamics.progress import Progress, file_marks
 from effopd.errors import ConfigError

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from effopd.dynamics.blocks import for_float64
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
 from effopd.extrapolate.ranks import Share, gather, local, reshard, shares, world_size
 from effopd.precision import for_float64

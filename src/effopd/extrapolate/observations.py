@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.dynamics.blocks import has_float64
 from effopd.extrapolate.search import Score
 from effopd.precision import has_float64
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effopd.dynamics.blocks import for_float64
 from effopd.dynamics.leading import leading_directions
 from effopd.precision import for_float64
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effopd.dynamics.blocks import for_float64
 from effopd.errors import ConfigError
 from effopd.precision import for_float64
 
