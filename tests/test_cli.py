@@ -243,6 +243,7 @@ def test_the_precision_of_a_run_does_not_depend_on_the_machine_that_repeats_it(c
 
     parse, write, name = {"train": (parse_train, to_yaml, "opd"), "rl": (parse_rl, rl_yaml, "rl")}[command]
     base = ["--model_name_or_path", "testbed:student", "--task", "testbed:chain_sum", "--output_dir", str(tmp_path)]
+    base += ["--teacher_model_name_or_path", "testbed:teacher"] * (command == "train")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     config = getattr(parse(base), name)
     assert (config.bf16, config.fp16) == (False, False)

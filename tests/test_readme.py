@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from effopd import EffOPDCallback
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -26,7 +28,8 @@ def test_blocks_run_as_they_stand(index, tmp_path, monkeypatch):
     if index == 1:
         lookahead = names["effopd"]
     else:
-        lookahead = names["trainer" if index == 0 else "run"].callback_handler.callbacks[-1].lookahead
+        callbacks = names["trainer" if index == 0 else "run"].callback_handler.callbacks
+        (lookahead,) = [callback.lookahead for callback in callbacks if isinstance(callback, EffOPDCallback)]
     assert [row["step"] for row in lookahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
     if index == 2:
         assert names["answers"].accuracy.mean > 0 and names["update"].summary["runs"]

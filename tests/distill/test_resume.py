@@ -105,8 +105,9 @@ def test_a_finished_run_gets_its_final_model(tmp_path, caplog):
     (tmp_path / "model.safetensors").unlink()  # as if killed between the last checkpoint and the final save
     assert main(flags(tmp_path, *RESUME)) == 0
     assert "is finished (step 2 of 2)" in caplog.text
-    changed = "training_args.bin"  # of the final model: it says that this was a resume
-    assert everything(tmp_path) | {changed: b""} == before | {changed: b""}
+    # of the final model: it says that this was a resume; its card: what the last checkpoint had cost
+    changed = {"training_args.bin": b"", "README.md": b""}
+    assert everything(tmp_path) | changed == before | changed
 
 
 # -- a refused resume -------------------------------------------------------------------------------------------------
