@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from effopd.report.compare_page import Lookup, table, times
+from effopd.report.compare_page import Lookup, number, table, times
 
 ROOT = Path(__file__).parents[1]
 START, END = "## How much faster", "## Install"
@@ -114,6 +114,7 @@ def parts(ablation: dict) -> str:
         "any-gain": "any gain accepted",
         "powers-of-two": "searches at powers of two only",
         "attention-mlp": "only attention and MLP moved",
+        "8-rollouts": "scored on 8 rollouts instead of 32",
     }
 
     def worth(variant: str, rate: float) -> str:
@@ -130,12 +131,16 @@ def parts(ablation: dict) -> str:
         for name, text in names.items()
         if (f"lookahead-{name}", look.reference) in look.arms
     )
-    batch = ablation["settings"]["base"]["per_device_train_batch_size"]
+    base = ablation["settings"]["base"]
+    shares = " and ".join(
+        number(look.quality(task, ("lookahead", look.reference), "search_share_to_target"), ".0%")
+        for task in look.tasks
+    )
     return (
-        f"- **With an eighth of the prompts a step** ({batch}, a setting that its rules were not chosen in) `lookahead` is "
-        f"{fast(look.reference)} as fast as plain OPD at the same rate in net seconds, {fast(look.reference, 'best')} as fast as at its best of "
-        f"{len(ablation['swept'][look.tasks[0]])} rates. What each part is worth there, as the speed that is left without it: {said} "
-        "([docs/ablation/results.md](docs/ablation/results.md)).\n"
+        f"- **With an eighth of the prompts a step** ({base['per_device_train_batch_size']}; {base['max_steps']} steps; a setting that its rules were not chosen in) "
+        f"a search scores as many rollouts as a step trains on, and takes {shares} of the time to the target. `lookahead` is {fast(look.reference)} as fast as plain "
+        f"OPD at the same rate in net seconds there, {fast(look.reference, 'best')} as fast as at its best of {len(ablation['swept'][look.tasks[0]])} rates. Its speed when one "
+        f"part is changed, relative to itself: {said} ([docs/ablation/results.md](docs/ablation/results.md)).\n"
     )
 
 
