@@ -136,8 +136,8 @@ class Runner:
     def _in_slot(self, run: PlannedRun, slot: int) -> bool:
         resume = prepare(run)
         started = time.time()
-        earlier = (run.path / LOG).stat().st_size if (run.path / LOG).exists() else 0  # of other attempts
         with (run.path / LOG).open("ab") as log:
+            earlier = log.tell()  # what other attempts said
             with self._lock:
                 if self._stopped:
                     return False
