@@ -22,7 +22,7 @@ from effopd.distill.launch import (
     tokenizer_of,
     why_answers,
 )
-from effopd.distill.teacher_kl import rollouts_a_step
+from effopd.distill.teacher_kl import rollouts_a_step, wanted_rollouts
 from effopd.tasks import Task, load_verifier, needs_network
 
 _DTYPE_BYTES = {"float32": FP32, "fp32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16, "bf16": BF16}
@@ -117,8 +117,9 @@ def _look_text(look: Any, opd: Any) -> str:
         each = look.validation_size * (look.max_completion_length or opd.max_completion_length)
         parts.append(f"D_v of {look.validation_size} prompts: up to {each:,} sampled tokens a candidate")
     elif look.resolved_scorer == "teacher_kl":
-        scored = min(look.score_rollouts, rollouts_a_step(opd))
-        fewer = f" (a step has no more; it would like {look.score_rollouts})" if scored < look.score_rollouts else ""
+        wanted = wanted_rollouts(opd, look.score_rollouts)
+        scored = min(wanted, rollouts_a_step(opd))
+        fewer = f" (a step has no more; it would like {wanted})" if scored < wanted else ""
         parts.append(f"scores {scored} rollouts a candidate{fewer}, samples nothing")
     return ", ".join(parts)
 

@@ -27,6 +27,9 @@ from effopd.precision import for_float64
 
 logger = logging.getLogger(__name__)
 
+#: By default a quarter of a step's rollouts is scored, but no fewer and no more than these.
+FEWEST, MOST = 8, 32
+
 _NAMES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask", "tool_mask")
 
 
@@ -35,12 +38,23 @@ def rollouts_a_step(args: Any) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def check_rollouts(args: Any, rollouts: int) -> None:
+def wanted_rollouts(args: Any, rollouts: int | None) -> int:
+    """How many rollouts a search would like to score, over all processes; a step may have fewer, and then all are scored.
+
+    Args:
+        args: an `OPDConfig` or `trl.DistillationConfig`.
+        rollouts: `EffOPDConfig.score_rollouts`; `None`: a quarter of the step's, at least 8 and at most 32, so that a search
+            of some eight scores costs less than the step it belongs to.
+    """
+    return rollouts if rollouts is not None else min(max(rollouts_a_step(args) // 4, FEWEST), MOST)
+
+
+def check_rollouts(args: Any, rollouts: int | None) -> None:
     """A run's settings let `teacher_kl` score; no model is needed to tell.
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: how many are to be scored, over all processes.
+        rollouts: how many are to be scored, over all processes; `None`: as `wanted_rollouts` says.
 
     Raises:
         ConfigError: fewer than two rollouts a step, or another target than the teacher (ExOPD).
@@ -51,10 +65,11 @@ def check_rollouts(args: Any, rollouts: int) -> None:
             f"{args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
             "strategy 'effopd', or lambda_extrapolation=1."
         )
-    if min(rollouts_a_step(args), rollouts) < 2:
+    scored = min(rollouts_a_step(args), wanted_rollouts(args, rollouts))
+    if scored < 2:
         raise ConfigError(
             "the scorer 'teacher_kl' tells a gain from noise by comparing rollouts, so it needs at least 2 a step; this run, on "
-            f"{args.world_size} process(es), samples {rollouts_a_step(args)} and scores {rollouts}. Raise "
+            f"{args.world_size} process(es), samples {rollouts_a_step(args)} and scores {scored}. Raise "
             "--per_device_train_batch_size, --gradient_accumulation_steps or --effopd.score_rollouts."
         )
 
@@ -69,7 +84,7 @@ class RolloutScorer:
 
     Args:
         trainer: an `OPDTrainer`, or any `trl.DistillationTrainer`; the scorer uses its forward and its teacher.
-        rollouts: how many rollouts are scored, over all processes.
+        rollouts: how many rollouts are scored, over all processes; `None`: as `wanted_rollouts` says.
 
     Attributes:
         looked_at: the global step at which `watch` last looked.
@@ -79,25 +94,25 @@ class RolloutScorer:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens.
     """
 
-    def __init__(self, trainer: Any, rollouts: int):
+    def __init__(self, trainer: Any, rollouts: int | None = None):
         if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
             raise ConfigError(
                 f"the scorer 'teacher_kl' measures the divergence from the teacher on fresh rollouts: expected an OPDTrainer or a "
                 f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or pass scorer=…."
             )
         check_rollouts(trainer.args, rollouts)
-        sampled, processes = rollouts_a_step(trainer.args), world_size()
-        if sampled < rollouts and rank() == 0:
+        sampled, wanted, processes = rollouts_a_step(trainer.args), wanted_rollouts(trainer.args, rollouts), world_size()
+        if sampled < wanted and rank() == 0:
             logger.warning(
                 "The look-ahead's scorer 'teacher_kl' would like %d rollouts a step (--effopd.score_rollouts) but a step samples %d "
                 "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d process(es)): it scores all of them, so "
                 "its decisions are noisier. Raise one of the two, or lower --effopd.score_rollouts.",
-                rollouts, sampled, trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, processes,
+                wanted, sampled, trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, processes,
             )  # fmt: skip
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         student, teacher = map(trainer.accelerator.unwrap_model, (trainer.model, trainer.teacher_model))
         self._vocab_size = shared_vocab_size(student, teacher, len(tokenizer))
-        self._trainer, self._rollouts = trainer, -(-rollouts // processes)
+        self._trainer, self._rollouts = trainer, -(-wanted // processes)
         self._batches: list[dict[str, Tensor]] = []
         self._teacher: list[Tensor] | None = None
         self.looked_at = -1

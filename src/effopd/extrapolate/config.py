@@ -69,7 +69,13 @@ class EffOPDConfig:
             "choices": list(SCORERS),
         },
     )
-    score_rollouts: int = field(default=32, metadata={"help": "How many rollouts 'teacher_kl' scores a candidate on."})
+    score_rollouts: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many rollouts 'teacher_kl' scores a candidate on. Default: a quarter of the step's, at least 8 and "
+            "at most 32."
+        },
+    )
     optimizer: str | None = field(
         default=None,
         metadata={
@@ -154,8 +160,8 @@ class EffOPDConfig:
         for name, allowed in choices.items():
             if getattr(self, name) is not None:
                 self._check_choice(name, allowed)
-        if self.score_rollouts < 1:
-            raise ConfigError(f"EffOPDConfig.score_rollouts must be at least 1, got {self.score_rollouts}.")
+        if self.score_rollouts is not None and self.score_rollouts < 1:
+            raise ConfigError(f"EffOPDConfig.score_rollouts must be at least 1 or unset, got {self.score_rollouts}.")
         if self.scorer is not None and (self.plan.scorer is None or self.plan.fit is not None):
             raise ConfigError(
                 f"EffOPDConfig.scorer={self.scorer!r} has no effect: strategy '{self.strategy}' does not choose its scorer."
