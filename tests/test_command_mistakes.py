@@ -87,6 +87,10 @@ def test_a_dry_run_counts_the_rows_of_a_file(folder, capsys):
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "training prompts: 36, evaluated on: 4" in out and "not checked" not in out
+    assert "scores 8 rollouts a candidate, samples nothing" in " ".join(out.split())
+    flags += ["--effopd.score_rollouts", "32"]
+    assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
+    out = capsys.readouterr().out
     assert "scores 8 rollouts a candidate (a step has no more; it would like 32)" in " ".join(out.split())
 
 

@@ -94,6 +94,8 @@ def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, mo
     assert main(["quickstart", "--output_dir", "file"]) == 2
     assert "is a file" in capsys.readouterr().err
     assert len(started) == 12
+    assert main(["quickstart", "--output_dir", "demo/vanilla/.."]) == 0
+    assert not root.exists() and started[12:] == [root / arm for arm in ("vanilla", "effopd", "lookahead")]
 
 
 def rows(root, arm, values, seconds):

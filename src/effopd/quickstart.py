@@ -92,6 +92,7 @@ def run_quickstart(argv: Sequence[str]) -> int:
     quiet()
     console = Console(soft_wrap=True)
     root = Path(arguments.output_dir)
+    root = root.resolve() if ".." in root.parts else root  # its last part is its name
     _move_aside(root, console)
     with _progress(console) as progress:
         tasks = {arm: progress.add_task(label, total=arguments.max_steps) for arm, label in ARMS.items()}

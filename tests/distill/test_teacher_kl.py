@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_model, make_task, make_tokenizer
@@ -11,6 +13,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig
 from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.distill.teacher_kl import wanted_rollouts
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import bit_sum
 from effopd.files import read_rows
@@ -269,6 +272,33 @@ def test_an_unmodified_trl_trainer_resumes_to_the_same_weights(tmp_path):
     assert len((tmp_path / "searches.jsonl").read_text().splitlines()) == len(searches)
 
 
+@pytest.mark.parametrize(
+    ("micro_batch", "accumulated", "world_size", "asked", "wanted"),
+    [
+        (256, 1, 1, None, 32),
+        (4, 16, 1, None, 16),
+        (8, 4, 2, None, 16),
+        (8, 4, 1, None, 8),
+        (4, 1, 1, None, 8),
+        (8, 4, 1, 5, 5),
+        (8, 4, 1, 128, 128),
+    ],
+)
+def test_a_quarter_of_the_steps_rollouts_is_scored(micro_batch, accumulated, world_size, asked, wanted):
+    args = SimpleNamespace(
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulated, world_size=world_size
+    )
+    assert wanted_rollouts(args, asked) == wanted
+
+
+def test_by_default_that_many_are_scored(tmp_path):
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 5, "max_steps": 2}
+    trainer = make_trainer(tmp_path, effopd=EffOPDConfig("lookahead"), **FAST | sizes)
+    trainer.train()
+    (search,) = read_rows(tmp_path / "searches.jsonl")
+    assert {len(trial["per_example"]) for trial in search["trials"]} == {10}
+
+
 def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path, caplog):
     host = Trainer(make_model(0), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     with pytest.raises(ConfigError, match=r"expected an OPDTrainer or a trl\.DistillationTrainer.* got Trainer"):
@@ -279,7 +309,16 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
         make_trainer(tmp_path / "z", effopd=LOOK, per_device_train_batch_size=1, **FAST)
     scorer = scorer_of(make_trainer(tmp_path / "y", effopd=LOOK, **FAST))
     assert "noisier" not in caplog.text
-    make_trainer(tmp_path / "few", effopd=EffOPDConfig("lookahead"), gradient_accumulation_steps=2, **FAST)
+    by_default = EffOPDConfig("lookahead")
+    make_trainer(tmp_path / "enough", effopd=by_default, gradient_accumulation_steps=1, **FAST)
+    assert "noisier" not in caplog.text
+    make_trainer(
+        tmp_path / "few", effopd=by_default, per_device_train_batch_size=3, gradient_accumulation_steps=2, **FAST
+    )
+    assert "would like 8 rollouts a step (--effopd.score_rollouts) but a step samples 6" in caplog.text
+    caplog.clear()
+    asked = EffOPDConfig("lookahead", score_rollouts=32)
+    make_trainer(tmp_path / "asked", effopd=asked, gradient_accumulation_steps=2, **FAST)
     assert "would like 32 rollouts a step (--effopd.score_rollouts) but a step samples 16" in caplog.text
     assert "--per_device_train_batch_size 8 × --gradient_accumulation_steps 2 × 1 process(es)" in caplog.text
     with pytest.raises(ConfigError, match="come with pixel_values"):
