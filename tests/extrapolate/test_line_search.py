@@ -85,7 +85,9 @@ def test_adaptive_searches_while_it_pays():
 
     assert steps(lambda i: 2.0, 8) == [1, 2, 3, 4, 5, 6, 7]
     assert steps(lambda i: 0.0) == [1, 3, 7, 15, 23, 31, 39]
-    assert steps(lambda i: -0.5) == steps(lambda i: 0.9) == steps(lambda i: 0.0)
+    assert steps(lambda i: 0.9) == steps(lambda i: 0.0)
+    assert steps(lambda i: -0.5, 20) == [1, 3, 7, 11, 15, 19]  # sooner again where training overshoots
+    assert steps(lambda i: -0.5 if i == 4 else 0.0) == [1, 3, 7, 15, 23, 27, 35]
     assert steps(lambda i: 0.0 if i < 3 else 4.0, 20) == [1, 3, 7, 15, 16, 17, 18, 19]
     assert steps(lambda i: 0.0, 5, trials=("start",)) == [1, 2, 3, 4]  # nothing has moved: a warm-up from rate 0
 
@@ -137,6 +139,20 @@ def test_what_scores_best_is_known_even_if_nothing_passes_the_gate():
     result = line_search(score, "margin", 2.0)
     assert result.accepted_scale == 0.0 and result.preferred_scale >= 2.0
     assert SearchResult(2.0, (Trial(0.0, None, "start"), Trial(2.0, None, "accepted"))).preferred_scale == 0.0
+
+
+@pytest.mark.parametrize("gate", ["margin", "gt", "ge"])
+def test_a_step_back_needs_no_margin_but_a_gain(gate):
+    """One example of 32 gains, and none loses: enough to go halfway back, not enough to go ahead (see above)."""
+
+    def score(scale):
+        gains = [-0.01 * abs(scale + 0.5), *[0.0] * 31]
+        return Score(sum(gains) / 32, per_example=tuple(gains))
+
+    result = line_search(score, gate, 2.0, refinements=0)
+    assert result.accepted_scale == -0.5 == result.preferred_scale
+    flat = line_search(lambda s: Score(0.0, per_example=(0.0,) * 32), "margin", 2.0)
+    assert flat.accepted_scale == 0.0 and [trial.scale for trial in flat.trials] == [0.0, 1.0, -0.5]
 
 
 class Softmax(nn.Module):

@@ -101,7 +101,11 @@ class RolloutScorer:
                 f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or pass scorer=…."
             )
         check_rollouts(trainer.args, rollouts)
-        sampled, wanted, processes = rollouts_a_step(trainer.args), wanted_rollouts(trainer.args, rollouts), world_size()
+        sampled, wanted, processes = (
+            rollouts_a_step(trainer.args),
+            wanted_rollouts(trainer.args, rollouts),
+            world_size(),
+        )
         if sampled < wanted and rank() == 0:
             logger.warning(
                 "The look-ahead's scorer 'teacher_kl' would like %d rollouts a step (--effopd.score_rollouts) but a step samples %d "

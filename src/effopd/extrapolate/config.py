@@ -56,7 +56,7 @@ class EffOPDConfig:
         default=None,
         metadata={
             "help": "At which optimizer steps to search. 'adaptive': at every step while jumps pay, up to 8 steps apart "
-            "when they do not. Default: the strategy's own.",
+            "when they do not, up to 4 while steps back do. Default: the strategy's own.",
             "choices": list(SCHEDULES),
         },
     )
@@ -105,7 +105,13 @@ class EffOPDConfig:
             "choices": list(GATES),
         },
     )
-    gate_z: float = field(default=2.0, metadata={"help": "How many standard errors gate 'margin' asks for."})
+    gate_z: float = field(
+        default=2.0,
+        metadata={
+            "help": "How many standard errors gate 'margin' asks for. 'lookahead' asks for them forwards only: any gain will "
+            "do for a step back towards the last search's weights."
+        },
+    )
     parameters: str | None = field(
         default=None,
         metadata={

@@ -21,9 +21,10 @@ def powers_of_two(step: int) -> bool:
 
 def adaptive(step: int, history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether enough steps have passed since the last search: 1 after a jump of at least the displacement itself (s ≥ 1),
-    else twice as many as the time before, up to 8.
+    else twice as many as the time before, up to 8, and up to 4 after a step back (s < 0).
 
-    So it searches at every step while jumps pay, and hardly costs anything when they no longer do. A search that found no
+    So it searches at every step while jumps pay, comes back soon where training overshoots, and hardly costs anything
+    where the steps are right. A search that found no
     displacement to look along (a warm-up from rate 0, a new stage of training) says nothing and changes nothing.
 
     Args:
@@ -32,7 +33,8 @@ def adaptive(step: int, history: Sequence[Mapping[str, Any]]) -> bool:
     wait, last = 1, 0
     for row in history:
         if len(row["trials"]) > 1:
-            wait = 1 if row["accepted_scale"] >= 1 else min(2 * wait, LONGEST)
+            scale = row["accepted_scale"]
+            wait = 1 if scale >= 1 else min(2 * wait, LONGEST if scale >= 0 else LONGEST // 2)
         last = row["step"]
     return step >= last + wait
 

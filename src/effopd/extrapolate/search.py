@@ -182,12 +182,15 @@ def line_search(
     highest point and its neighbours. A quadratic score is maximised exactly by one refinement. Of all points that pass
     the gate against the *start*, the highest is kept.
 
+    The margin is for going further. Back towards the anchor (s < 0) any gain will do: those points lie between two that
+    training has been at, so a step back taken by mistake loses a part of the last displacement and nothing else.
+
     The result never scores below the start: with exact scores a jump never makes things worse.
 
     Args:
         score: as for `first_failure_search`.
         gate: `ge`, `gt` or `margin`, see `GATES`.
-        z: standard errors that `margin` asks for.
+        z: standard errors that `margin` asks for where s > 0.
         longest: the largest scale tried.
         refinements: how many parabola steps.
 
@@ -211,7 +214,8 @@ def line_search(
             trials.append(Trial(scale, candidate, "non-finite"))
             return
         known[scale] = candidate.mean
-        wins = candidate.mean >= known[accepted] and GATES[gate](candidate, start, z)
+        asked = "gt" if gate == "margin" and scale < 0 else gate
+        wins = candidate.mean >= known[accepted] and GATES[asked](candidate, start, z)
         trials.append(Trial(scale, candidate, "accepted" if wins else "rejected"))
         accepted = scale if wins else accepted
 

@@ -84,6 +84,11 @@ def new_model(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, seed:
     return model
 
 
+def falsified(example: Example, rng: random.Random) -> str:
+    """The reasoning of a family's question, with its family's share of false intermediate results."""
+    return worked_reasoning(example, rng, FAMILIES[example.metadata["family"]].corruption)
+
+
 def train_base(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -91,8 +96,10 @@ def train_base(
     settings: BaseSettings,
     seed: int,
     log: Callable[[str], None] = print,
+    write: Callable[[Example, random.Random], str] = falsified,
 ) -> None:
-    """Train `model` in place; the loss (nats a token) averages over completion tokens, the end token included."""
+    """Train `model` in place on what `write` makes of the examples; the loss (nats a token) averages over completion tokens,
+    the end token included."""
     rng = random.Random(seed)
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     optimizer = torch.optim.AdamW(
@@ -103,7 +110,7 @@ def train_base(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, settings)
         chosen = rng.choices(range(len(examples)), k=settings.batch_size)
-        loss = _loss(model, tokenizer, [prompts[i] for i in chosen], [examples[i] for i in chosen], rng)
+        loss = _loss(model, tokenizer, [prompts[i] for i in chosen], [write(examples[i], rng) for i in chosen])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -113,10 +120,9 @@ def train_base(
     model.eval()
 
 
-def _loss(model, tokenizer, prompts: list[list[int]], examples: list[Example], rng: random.Random) -> torch.Tensor:
+def _loss(model, tokenizer, prompts: list[list[int]], texts: list[str]) -> torch.Tensor:
     rows, labels = [], []
-    for prompt, example in zip(prompts, examples, strict=True):
-        text = worked_reasoning(example, rng, FAMILIES[example.metadata["family"]].corruption)
+    for prompt, text in zip(prompts, texts, strict=True):
         completion = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         rows.append(prompt + completion)
         labels.append([_IGNORED] * len(prompt) + completion)

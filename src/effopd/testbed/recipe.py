@@ -80,12 +80,12 @@ def _build(out: Path, seed: int, settings: RecipeSettings, log: _Log) -> dict[st
     with log.stage("base"):
         student = new_model(tokenizer, settings.model, seed)
         train_base(student, tokenizer, [e for family in examples for e in family], settings.base, seed, log)
-        _save(student, tokenizer, out / "student")
+        save(student, tokenizer, out / "student")
     with log.stage("teacher"):
         teacher = deepcopy(student)
         rl = mixed_examples("train", settings.rl.questions, seed)
         train_teacher(teacher, tokenizer, rl, settings.rl, seed, log)
-        _save(teacher, tokenizer, out / "teacher")
+        save(teacher, tokenizer, out / "teacher")
     with log.stage("accuracy"):
         pair = {"student": student, "teacher": teacher}
         accuracy = measure_accuracy(
@@ -147,7 +147,8 @@ def _clean(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Model and tokenizer as a checkpoint that others may read."""
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)
     model.config.use_cache = True  # trainers switch it off

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Qwen3ForCausalLM, Trainer, TrainerCallback
 
 from effopd.errors import ConfigError
-from effopd.tasks.base import Example
+from effopd.tasks.base import Example, Verifier
 from effopd.testbed.families import verify
 
 
@@ -58,8 +58,9 @@ def train_teacher(
     settings: RLSettings,
     seed: int,
     log: Callable[[str], None] = print,
+    verify: Verifier = verify,
 ) -> None:
-    """Tune `model` in place."""
+    """Tune `model` in place; `verify` grades a completion, 1.0 is correct."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
