@@ -196,7 +196,8 @@ def other_value(field, default):
     special = {"strategy": "noop", "gate": "margin", "parameters": "mlp", "scales": [3.0, 5.0],
                "anchor_device": "cpu", "max_completion_length": 7, "schedule": "powers_of_two",
                "fit_every": 1, "fit_until": 32, "alpha_target": 0.5, "scorer": "teacher_kl",
-               "optimizer": "reset", "steer": True, "score_timeout": 60.0}  # fmt: skip
+               "optimizer": "reset", "steer": True, "score_timeout": 60.0,
+               "score_rollouts": 16}  # fmt: skip
     if field.name in special:
         return special[field.name]
     return not default if isinstance(default, bool) else default + 1
