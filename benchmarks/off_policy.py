@@ -148,7 +148,7 @@ def summary(rows: list[dict], radius: float) -> dict:
         examples = np.array(row["plain"]["32"])
         gains = examples - examples[stay]
         z = gains.mean(1) / np.maximum(gains.std(1, ddof=1) / gains.shape[1] ** 0.5, 1e-300)
-        scores["margin 32"] = np.where((z >= 2) | (np.arange(len(GRID)) == stay), scores["plain 32"], -np.inf)
+        scores["margin 32"] = np.where((z >= 2) | (np.array(GRID) <= 0), scores["plain 32"], -np.inf)
         scores["stay"] = (np.arange(len(GRID)) == stay) - 1.0
         for name, score in scores.items():
             pick = int(np.argmax(score))
@@ -167,12 +167,15 @@ def summary(rows: list[dict], radius: float) -> dict:
 
 
 def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str, dict[str, float]]:
-    """Line searches on `rollouts` of the rollouts (scales of the grid, no refinement), by gate: how often they jump where
-    there is nothing to find (each rollout's gains times a random sign: the same sizes, and a true gain of 0), how often on
-    the gains as they are, and how often to a point that is in truth worse than staying."""
+    """Line searches on `rollouts` of the rollouts (scales of the grid, no refinement), by gate: how often they jump ahead
+    where there is nothing to find (each rollout's gains times a random sign: the same sizes, and a true gain of 0), how often
+    on the gains as they are, and how often to a point that is in truth worse than staying; the same of steps back, which
+    every gate lets pass on any gain."""
     rng, stay = np.random.default_rng(0), GRID.index(0.0)
     gates = {"gt": ("gt", 2.0)} | {f"margin {z:g}": ("margin", z) for z in (1.0, 1.5, 2.0, 3.0)}
-    counts = {name: {"false": 0, "jumps": 0, "harmful": 0} for name in gates}
+    counts = {
+        name: dict.fromkeys(("false", "jumps", "harmful", "false_back", "back", "harmful_back"), 0) for name in gates
+    }
     for row in rows:
         examples, truth = np.array(row["plain"]["all"]), dict(zip(GRID, row["truth"], strict=True))
         gains = examples - examples[stay]
@@ -187,9 +190,10 @@ def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str
                     ).accepted_scale
                     for d in (drawn, flipped)
                 )  # fmt: skip
-                counts[name]["false"] += null != 0
-                counts[name]["jumps"] += real != 0
-                counts[name]["harmful"] += truth[real] > truth[0.0]
+                for of, sign in (("", 1), ("_back", -1)):
+                    counts[name][f"false{of}"] += sign * null > 0
+                    counts[name][of[1:] or "jumps"] += sign * real > 0
+                    counts[name][f"harmful{of}"] += sign * real > 0 and truth[real] > truth[0.0]
     total = len(rows) * repeats
     return {name: {key: value / total for key, value in found.items()} for name, found in counts.items()}
 
@@ -258,7 +262,7 @@ def main() -> None:
         rows_file.write_text(json.dumps(scorer.rows))
     rows = json.loads(rows_file.read_text())
     result = summary(rows, arguments.radius)
-    result["gate_errors"] = {str(n): gate_errors(rows, n) for n in (16, 32, 64)}
+    result["gate_errors"] = {str(n): gate_errors(rows, n) for n in (8, 16, 32, 64)}
     result["racing"] = racing(rows)
     print(json.dumps(result, indent=1))
     if arguments.out is not None:
