@@ -1,6 +1,6 @@
 """A student and a teacher for a task that no rule of `lookahead` was chosen on, in a shape of their own.
 
-    .venv/bin/python benchmarks/held_out_pair.py      # runs/held-out/student, …/teacher, …/card.json: about ten minutes
+    .venv/bin/python benchmarks/held_out_pair.py      # runs/held-out/student, …/teacher, …/card.json
     effopd compare recipes/compare-held-out.yaml
     effopd compare --report runs/compare-held-out --out docs/held_out
 
