@@ -190,10 +190,13 @@ def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str
                     ).accepted_scale
                     for d in (drawn, flipped)
                 )  # fmt: skip
-                for of, sign in (("", 1), ("_back", -1)):
-                    counts[name][f"false{of}"] += sign * null > 0
-                    counts[name][of[1:] or "jumps"] += sign * real > 0
-                    counts[name][f"harmful{of}"] += sign * real > 0 and truth[real] > truth[0.0]
+                worse = truth[real] > truth[0.0]
+                counts[name]["false"] += null > 0
+                counts[name]["jumps"] += real > 0
+                counts[name]["harmful"] += real > 0 and worse
+                counts[name]["false_back"] += null < 0
+                counts[name]["back"] += real < 0
+                counts[name]["harmful_back"] += real < 0 and worse
     total = len(rows) * repeats
     return {name: {key: value / total for key, value in found.items()} for name, found in counts.items()}
 

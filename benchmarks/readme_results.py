@@ -20,6 +20,11 @@ START, END = "## How much faster", "## Install"
 CHAIN, SPELL = "testbed:chain_sum", "testbed:spell_backward"
 
 
+def factor(look: Lookup, rate: float) -> str:
+    """A learning rate as a multiple of the reference."""
+    return f"×{rate / look.reference:.2g}"
+
+
 def section(results: dict, final: list[dict], ablation: dict) -> str:
     """The section, with its heading."""
     look = Lookup(results)
@@ -32,9 +37,6 @@ def section(results: dict, final: list[dict], ablation: dict) -> str:
         rate = look.best(task, target)
         assert rate is not None
         return rate
-
-    def factor(rate: float) -> str:
-        return f"×{rate / reference:.2g}"
 
     rates = sorted({rate for strategy, rate in look.arms if strategy == "lookahead"})
 
@@ -56,7 +58,7 @@ def section(results: dict, final: list[dict], ablation: dict) -> str:
         lowest = min(plain, key=lambda rate: plain[rate])
         return (
             f"`{task.split(':')[1]}`: {min(ours.values()):.4f}–{max(ours.values()):.4f} from every start, plain OPD {plain[lowest]:.4f} "
-            f"at {factor(lowest)} and {min(v for r, v in plain.items() if r != lowest):.4f}–{max(plain.values()):.4f} at its other rates"
+            f"at {factor(look, lowest)} and {min(v for r, v in plain.items() if r != lowest):.4f}–{max(plain.values()):.4f} at its other rates"
         )
 
     rows = [
@@ -73,7 +75,7 @@ def section(results: dict, final: list[dict], ablation: dict) -> str:
     noise = [row["first_accepted"] for row in results["gate_noise"]]
     seeds = {len({r["seed"] for r in final if (r["task"], r["learning_rate"], r["strategy"]) == arm})
              for arm in {(r["task"], r["learning_rate"], r["strategy"]) for r in final}}  # fmt: skip
-    ninety = {task: factor(best(task, "gap_90")) for task in (CHAIN, SPELL)}
+    ninety = {task: factor(look, best(task, "gap_90")) for task in (CHAIN, SPELL)}
     way_there = (
         f"{ninety[CHAIN]} on both tasks" if ninety[CHAIN] == ninety[SPELL] else f"{ninety[CHAIN]} and {ninety[SPELL]}"
     )
@@ -81,7 +83,7 @@ def section(results: dict, final: list[dict], ablation: dict) -> str:
     few = "" if done == planned else f" ({done} of {planned} planned runs so far, with n beside every figure)"
     steps = results["settings"]["base"]["max_steps"]
     tuned = {
-        task: f"{fast(task, 'vanilla', best(task))} (`{task.split(':')[1]}`, {factor(best(task))})"
+        task: f"{fast(task, 'vanilla', best(task))} (`{task.split(':')[1]}`, {factor(look, best(task))})"
         for task in (CHAIN, SPELL)
     }
     return f"""{START}
@@ -94,9 +96,9 @@ of reasoning-gym; the reference learning rate is {reference:.0e}, ×3 means {3 *
 ![learning rates](docs/results/learning_rates.png)
 
 - **The learning rate matters more than the paper's search.** At the best of its rates plain OPD itself is {tuned[CHAIN]} and {tuned[SPELL]} faster than at the reference rate. EffOPD from the reference rate falls off the target again later, in {look.again(CHAIN, ("effopd", reference)).split(" ")[0]} and {look.again(SPELL, ("effopd", reference)).split(" ")[0]} of the evaluations.
-- **`lookahead` makes the sweep unnecessary.** Started anywhere in a {rates[-1] / rates[0]:.0f}× range of learning rates ({factor(rates[0])} to {factor(rates[-1])}) its median is {anywhere(CHAIN)} (`chain_sum`) and {anywhere(SPELL)} (`spell_backward`) the speed of plain OPD at the best rate found by sweeping. To 90 % of the way, where plain OPD's best rate
+- **`lookahead` makes the sweep unnecessary.** Started anywhere in a {rates[-1] / rates[0]:.0f}× range of learning rates ({factor(look, rates[0])} to {factor(look, rates[-1])}) its median is {anywhere(CHAIN)} (`chain_sum`) and {anywhere(SPELL)} (`spell_backward`) the speed of plain OPD at the best rate found by sweeping. To 90 % of the way, where plain OPD's best rate
   is {way_there}, it is {anywhere(CHAIN, "gap_90")} and {anywhere(SPELL, "gap_90")}: no sweep, and no more than that.
-- **It ends near a well-tuned run, not below it.** Final KL on {final[0]["size"]} answers (`benchmarks/final_quality.py`, medians of {min(seeds)}–{max(seeds)} seeds), {final_kls(CHAIN)}; {final_kls(SPELL)}.
+- **It ends where a well-tuned run ends.** Final KL on {final[0]["size"]} answers (`benchmarks/final_quality.py`, medians of {min(seeds)}–{max(seeds)} seeds), {final_kls(CHAIN)}; {final_kls(SPELL)}.
 - **EffOPD's gate cannot tell a gain from noise.** Where nothing changes, it accepts {min(noise):.0%}–{max(noise):.0%} of searches (`benchmarks/gate_noise.py`). Jumping 2Δ at every trigger without asking (`fixed-k1`) is {fast(CHAIN, "fixed-k1")} on `chain_sum`, where the search is {fast(CHAIN, "effopd")}, and {fast(SPELL, "fixed-k1")} on `spell_backward`, where it is
   {fast(SPELL, "effopd")}.
 {parts(ablation)}
@@ -124,7 +126,7 @@ def parts(ablation: dict) -> str:
         return " and ".join(times(look.speedup(task, ("lookahead", rate), "seconds", rate=to)) for task in look.tasks)
 
     others = sorted(rate for strategy, rate in look.arms if strategy == "lookahead" and rate != look.reference)
-    elsewhere = "; ".join(f"from ×{rate / look.reference:.2g} {fast(rate, 'best')}" for rate in others)
+    elsewhere = "; ".join(f"from {factor(look, rate)} {fast(rate, 'best')}" for rate in others)
 
     said = "; ".join(
         f"{text} {worth(name, look.reference)}"
@@ -137,8 +139,8 @@ def parts(ablation: dict) -> str:
         for task in look.tasks
     )
     return (
-        f"- **With an eighth of the prompts a step** ({base['per_device_train_batch_size']}; {base['max_steps']} steps) steps are noisier and cheaper: searches take {shares} of "
-        f"the time to the target. `lookahead` is {fast(look.reference)} as fast as plain OPD at the same rate in net seconds there; as fast as plain OPD at its best of "
+        f"- **With an eighth of the prompts a step** ({base['per_device_train_batch_size']}; {base['max_steps']} steps) steps are noisier and cheaper: searches take {shares} (`chain_sum` and `spell_backward`, "
+        f"in this order all through) of the time to the target. `lookahead` is {fast(look.reference)} as fast as plain OPD at the same rate in net seconds there; as fast as plain OPD at its best of "
         f"{len(ablation['swept'][look.tasks[0]])} rates: from ×1 {fast(look.reference, 'best')}; {elsewhere}. Its speed when one part is changed, relative to itself: {said} "
         f"(all parts: [docs/ablation/results.md](docs/ablation/results.md)).\n"
     )
