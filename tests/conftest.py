@@ -64,6 +64,14 @@ def make_task(size: int = 32) -> Task:
     return Task("letters", examples, contains)
 
 
+def small_scores(strategy: str, size: int = 8) -> dict[str, int]:
+    """The setting that makes a strategy score on `size` examples, if it scores."""
+    from effopd import EffOPDConfig
+
+    scorer = EffOPDConfig(strategy).resolved_scorer
+    return {"accuracy": {"validation_size": size}, "teacher_kl": {"score_rollouts": size}}.get(scorer, {})
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -22,6 +22,7 @@ from effopd.distill.config import OPDConfig
 from effopd.distill.rl_config import config_class
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import ONLY_FOR, EffOPDConfig
+from effopd.extrapolate.strategies import STRATEGIES
 from effopd.files import read_rows
 from effopd.train_command import parse_train
 
@@ -192,26 +193,40 @@ def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def other_value(field, default):
-    special = {"strategy": "noop", "gate": "margin", "parameters": "mlp", "scales": [3.0, 5.0],
-               "anchor_device": "cpu", "max_completion_length": 7, "schedule": "powers_of_two",
-               "fit_every": 1, "fit_until": 32, "alpha_target": 0.5, "scorer": "teacher_kl",
-               "optimizer": "reset", "steer": True, "score_timeout": 60.0,
-               "score_rollouts": 16}  # fmt: skip
-    if field.name in special:
-        return special[field.name]
-    return not default if isinstance(default, bool) else default + 1
+OTHER_VALUES = {
+    "gate": "margin", "parameters": "mlp", "scales": [3.0, 5.0], "anchor_device": "cpu", "max_completion_length": 7,
+    "schedule": "every_step", "fit_every": 1, "fit_until": 32, "alpha_target": 0.5, "score_timeout": 60.0, "score_rollouts": 16,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", ["effopd", "noop", "fixed", "alpha_opd", "relex", "lookahead"])
-def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path, strategy):
-    default = EffOPDConfig(strategy)
-    wanted = {
-        f.name: other_value(f, getattr(default, f.name))
-        for f in dataclasses.fields(EffOPDConfig)
-        if strategy in ONLY_FOR.get(f.name, (strategy,)) and (f.name != "scorer" or strategy == "lookahead")
-    } | {"strategy": strategy}
-    wanted = dataclasses.asdict(default) | wanted
+def other_settings(strategy, scorer):
+    """Another value than the default of every setting that the strategy reads with this scorer."""
+    start = EffOPDConfig(strategy, **({"scorer": scorer} if scorer else {}))
+    start = dataclasses.replace(
+        start, **({"gate": "margin"} if "gate" in start.in_use() else {})
+    )  # which reads gate_z
+    wanted = dataclasses.asdict(start)
+    for name, value in start.in_use().items():
+        if name not in ("strategy", "scorer"):
+            if isinstance(value, bool):
+                wanted[name] = not value
+            elif name == "optimizer":
+                wanted[name] = "keep" if value == "reset" else "reset"
+            else:
+                wanted[name] = OTHER_VALUES[name] if name in OTHER_VALUES else value + 1
+    return wanted
+
+
+@pytest.mark.parametrize(
+    ("strategy", "scorer"),
+    [
+        (strategy, scorer)
+        for strategy in STRATEGIES
+        for scorer in (("accuracy", "teacher_kl") if strategy in ONLY_FOR["gate"] else (None,))
+    ],
+)
+def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path, strategy, scorer):
+    wanted = other_settings(strategy, scorer)
     flags = []
     for name, value in wanted.items():
         if value is None:
@@ -221,6 +236,51 @@ def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_
     assert dataclasses.asdict(parse_train([*base, *flags]).effopd) == wanted
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"effopd": wanted}))
     assert dataclasses.asdict(parse_train(["--config", str(tmp_path / "c.yaml"), *base]).effopd) == wanted
+
+
+@pytest.mark.parametrize("how", ["flag", "yaml"])
+@pytest.mark.parametrize(
+    ("strategy", "name", "value"),
+    [
+        ("lookahead", "validation_size", 20),
+        ("effopd", "score_rollouts", 16),
+        ("fixed", "steer", True),
+        ("none", "gate", "gt"),
+    ],
+)
+def test_a_lookahead_setting_that_would_be_ignored_is_refused(pair, tmp_path, capsys, how, strategy, name, value):
+    base = ["train", *train_flags(pair, tmp_path / "run")[:-4], "--dry_run"]
+    if how == "flag":
+        given = ["--effopd.strategy", strategy, f"--effopd.{name}", str(value)]
+    else:
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"effopd": {"strategy": strategy, name: value}}))
+        given = ["--config", str(tmp_path / "c.yaml")]
+    assert main([*base, *given]) == 2
+    said = capsys.readouterr().err
+    assert f"(--effopd.{name})" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--effopd.anchor_device", "disk"), "cannot hold the anchor"),
+        (("--effopd.anchor_device", "cuda:99"), "cannot hold the anchor"),
+        (("--effopd.parameters", "("), "regular expression"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(pair, tmp_path, capsys, flags, message):
+    base = ["train", *train_flags(pair, tmp_path / "run")[:-4], "--effopd.strategy", "lookahead", *flags]
+    said = []
+    for more in (["--dry_run"], []):
+        assert main([*base, *more]) == 2
+        said.append(capsys.readouterr().err)
+    assert all(message in text and "Traceback" not in text for text in said)
+
+
+def test_a_dry_run_refuses_a_rule_that_moves_nothing(pair, tmp_path, capsys):
+    look = ["--effopd.strategy", "lookahead", "--effopd.parameters", "no_such_module", "--dry_run"]
+    assert main(["train", *train_flags(pair, tmp_path / "run")[:-4], *look]) == 2
+    assert "matches no trained parameter" in capsys.readouterr().err
 
 
 def test_settings_survive_the_yaml_round_trip(pair, tmp_path):

@@ -14,7 +14,7 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "di
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import make_model
+from conftest import make_model, small_scores
 from peft import LoraConfig, get_peft_model
 from plain_loop import whole
 from tiny_run import make_trainer
@@ -72,7 +72,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = (
-        EffOPDConfig(arguments.strategy, validation_size=10, score_rollouts=8)
+        EffOPDConfig(
+            arguments.strategy, **small_scores(arguments.strategy, 8 if arguments.strategy == "lookahead" else 10)
+        )
         if arguments.strategy != "none"
         else None
     )

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model, make_task, make_tokenizer
+from conftest import make_model, make_task, make_tokenizer, small_scores
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer
@@ -52,7 +52,7 @@ def with_engine(tmp_path, strategy, *, ours=True, engine=Engine):
         make_model(0), make_model(1), config(**arguments), train_dataset=task.to_dataset(), processing_class=make_tokenizer()
     )  # fmt: skip
     double = engine(trainer)
-    look = EffOPDConfig(strategy, validation_size=8, score_rollouts=8)
+    look = EffOPDConfig(strategy, **small_scores(strategy))
     trainer.add_callback(EffOPDCallback(trainer, look, task=task))
     trainer.train()
     return double, [row for row in read_rows(tmp_path / "searches.jsonl") if row["accepted_scale"]]

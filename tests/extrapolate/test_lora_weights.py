@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model, make_task, make_tokenizer
+from conftest import make_model, make_task, make_tokenizer, small_scores
 from peft import LoraConfig, get_peft_model
 
 from effopd import EffOPD, EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer
@@ -199,7 +199,7 @@ def test_a_lora_student_through_the_trainer_resumed(strategy, tmp_path):
             make_model(0), make_model(1), args, train_dataset=task.to_dataset(), processing_class=make_tokenizer(),
             peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
         )  # fmt: skip
-        config = EffOPDConfig(strategy, validation_size=8, score_rollouts=8)
+        config = EffOPDConfig(strategy, **small_scores(strategy))
         made.add_callback(EffOPDCallback(made, config, task=task))
         return made
 

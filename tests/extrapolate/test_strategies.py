@@ -16,6 +16,7 @@ from effopd.extrapolate.strategies import STRATEGIES
 from effopd.files import read_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
+from conftest import small_scores
 from tiny_run import make_trainer
 
 ALL = list(STRATEGIES)
@@ -260,8 +261,8 @@ def test_through_the_trainer_resumed_and_charged(strategy, tmp_path):
     """The whole path, with D_v and the teacher as the target; a resumed run ends with the same weights."""
     effopd = EffOPDConfig(
         strategy,
-        validation_size=12,
         parameters="all",
+        **small_scores(strategy, 12),
         **({"fit_every": 1, "fit_until": 4} if strategy in FITS else {}),
     )
     trainer = make_trainer(tmp_path, effopd=effopd, **TINY)

@@ -20,7 +20,7 @@ import functools
 
 import torch
 import trl.generation.vllm_generation as host
-from conftest import make_model, make_task, make_tokenizer
+from conftest import make_model, make_task, make_tokenizer, small_scores
 from transformers import Qwen3ForCausalLM
 from vllm import SamplingParams
 
@@ -87,7 +87,7 @@ def test_the_engine_serves_what_is_trained(strategy, tmp_path, engine_in_float32
     trainer.add_callback(
         EffOPDCallback(
             trainer,
-            EffOPDConfig(strategy, validation_size=8, score_rollouts=8),
+            EffOPDConfig(strategy, **small_scores(strategy)),
             task=task,
         )
     )

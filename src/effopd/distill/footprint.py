@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from effopd.extrapolate.live_weights import compile_rule
+from effopd.extrapolate.parameter_rules import select
 
 FP32, BF16 = 4, 2
 _IN_A_NAME = re.compile(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([bm])(?![a-z\d])", re.IGNORECASE)
@@ -48,9 +48,14 @@ class ModelSize:
     names: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     def selected(self, rule: str) -> int:
-        """How many parameters the look-ahead's `parameters` rule moves; all, if their names are not known."""
-        pattern = compile_rule(rule)
-        return sum(n for name, n in self.names.items() if pattern.search(name)) if self.names else self.parameters
+        """How many parameters the look-ahead's `parameters` rule moves; all, if their names are not known.
+
+        Raises:
+            ConfigError: it moves none, or none of one kind of block.
+        """
+        if not self.names:
+            return self.parameters
+        return sum(self.names[name] for name in select(self.names, rule, "the student"))
 
 
 def model_size(name: str, **load: Any) -> ModelSize | None:

@@ -30,6 +30,7 @@ from effopd.distill.trainer import OPDTrainer
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import EffOPDCallback, check_validation_size
 from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.live_weights import usable_device
 from effopd.optional import TRACKERS, ensure, is_available
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.versions import versions
@@ -90,6 +91,7 @@ def check_settings(settings: RunSettings) -> None:
     if opd.reference_model_name_or_path is not None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
+    usable_device(effopd.anchor_device)
     if effopd.enabled and effopd.resolved_scorer == "teacher_kl":
         check_rollouts(opd, effopd.score_rollouts)
 

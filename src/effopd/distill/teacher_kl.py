@@ -21,6 +21,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vocab_size
 from effopd.errors import ConfigError
+from effopd.extrapolate.host import Patches
 from effopd.extrapolate.ranks import pooled, rank, world_size
 from effopd.extrapolate.search import Score
 from effopd.precision import for_float64
@@ -88,11 +89,14 @@ class RolloutScorer:
 
     Attributes:
         looked_at: the global step at which `watch` last looked.
+        reads: settings of `EffOPDConfig` that this scorer is built from.
 
     Raises:
         ConfigError: fewer than two rollouts a step; the trainer does not distil, has no teacher of its own, or learns another target than the teacher (ExOPD).
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens.
     """
+
+    reads = ("scorer", "score_rollouts")
 
     def __init__(self, trainer: Any, rollouts: int | None = None):
         if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
@@ -121,26 +125,37 @@ class RolloutScorer:
         self._teacher: list[Tensor] | None = None
         self.looked_at = -1
 
-    def watch(self, look: Callable[[], object]) -> None:
+    def watch(self, patches: Patches, look: Callable[[], object], wanted: Callable[[], bool]) -> None:
         """Have `look` called once a step, when the step's rollouts are there and none of them has been trained on.
 
-        The host has no event for that, so its `_prepare_inputs` is wrapped, on this trainer only. If `look` throws the rollouts
-        away, because they are those of other weights now, they are sampled anew.
+        The host has no event for that, so its `_prepare_inputs` is wrapped. If `look` throws the rollouts away, because they are
+        those of other weights now, they are sampled anew.
+
+        Args:
+            patches: of the trainer; undoing them ends the watch.
+            look: what to call.
+            wanted: asked first; while it says no, nothing is called.
         """
-        trainer, prepare = self._trainer, self._trainer._prepare_inputs
+        trainer, self.looked_at = self._trainer, -1
+        self.drop()
 
-        def prepared(generation_batch: Any) -> Any:
-            inputs = prepare(generation_batch)
-            if trainer.model.training and trainer.state.global_step != self.looked_at:
-                self.looked_at = trainer.state.global_step
-                self.take(trainer._buffered_inputs)
-                look()
-                self.drop()
-                if trainer._buffered_inputs is None:
-                    inputs = prepare(generation_batch)
-            return inputs
+        def around(prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def prepared(generation_batch: Any) -> Any:
+                inputs = prepare(generation_batch)
+                if trainer.model.training and trainer.state.global_step != self.looked_at and wanted():
+                    self.looked_at = trainer.state.global_step
+                    self.take(trainer._buffered_inputs)
+                    try:
+                        look()
+                    finally:
+                        self.drop()
+                    if trainer._buffered_inputs is None:
+                        inputs = prepare(generation_batch)
+                return inputs
 
-        trainer._prepare_inputs = prepared
+            return prepared
+
+        patches.replace("_prepare_inputs", around)
 
     def take(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """The rollouts of a new step: the trainer's micro-batches, before any of them is trained on. They are scored in

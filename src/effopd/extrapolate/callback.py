@@ -6,7 +6,6 @@ It searches right after the optimizer step (`on_step_end`), before that step is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,13 +15,15 @@ from transformers import Trainer, TrainerCallback
 
 from effopd.errors import CheckpointError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.lookahead import EffOPD, Scorer
+from effopd.extrapolate.host import Patches, resumed_checkpoint
+from effopd.extrapolate.lookahead import EffOPD, Scorer, check_model
 from effopd.extrapolate.ranks import from_first, world_size
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers import AccuracyScorer, training_task
 from effopd.extrapolate.search import Score
+from effopd.extrapolate.settings_in_use import refuse_unread
 from effopd.files import append_row, keep_rows
-from effopd.tasks.base import Example, Task, Verifier
+from effopd.tasks.base import Task, Verifier
 
 SEARCHES = "searches.jsonl"
 #: What `host_refused` says of it.
@@ -53,6 +54,9 @@ def check_validation_size(config: EffOPDConfig, task: Task) -> None:
 class EffOPDCallback(TrainerCallback):
     """Look ahead during training.
 
+    The callback changes nothing on the trainer before training begins, and leaves nothing when it ends, fails, or the callback
+    is removed or replaced. A trainer has one at a time.
+
     Args:
         trainer: the trainer the callback is added to: `OPDTrainer`, plain `trl.DistillationTrainer` (every strategy works
             on both), or any `transformers.Trainer` if `scorer` is given.
@@ -66,7 +70,8 @@ class EffOPDCallback(TrainerCallback):
 
     Raises:
         ConfigError: FSDP1 or DeepSpeed, where live weights cannot be moved from here yet; a strategy that scores by the KL to
-            the teacher, on a trainer that has none.
+            the teacher, on a trainer that has none; `parameters` that match nothing of the model; a device that is not there; a
+            setting that `scorer` does not read.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -86,23 +91,24 @@ class EffOPDCallback(TrainerCallback):
     ):
         self.trainer, self.config = trainer, config or EffOPDConfig()
         self._check_host(trainer)
+        if scorer is not None:
+            refuse_unread(self.config, scorer, ())
+        check_model(trainer.accelerator.unwrap_model(trainer.model), self.config, target=self._teacher() is not None)
         self.waits_for_rollouts = scorer is None and self.config.resolved_scorer == "teacher_kl"
         self._rollouts: Any = None
+        self._host: dict[str, Any] = {"max_completion_length": getattr(trainer.args, "max_completion_length", None)}
         if self.waits_for_rollouts:
-            from effopd.distill.teacher_kl import RolloutScorer  # knows the trainers, which know this module
+            from effopd.distill.teacher_kl import RolloutScorer, wanted_rollouts  # knows the trainers, which know this
 
             scorer = self._rollouts = RolloutScorer(trainer, self.config.score_rollouts)
-            self._rollouts.watch(self._on_rollouts)
+            self._host["score_rollouts"] = wanted_rollouts(trainer.args, None)
         elif scorer is None and self.config.scored:
-            scorer = self._accuracy_scorer(task if task is not None else _training_task(trainer, verify))
+            scorer = self._accuracy_scorer(task if task is not None else training_task(trainer.train_dataset, verify))
         self.scorer: Scorer | None = scorer
         self.lookahead: EffOPD | None = None
+        self._patches: Patches | None = None
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._loaded: Path | None = None
-        self._notice_resume()
-        if self.config.resolved_steer:
-            self._log_steered_rate()
 
     @staticmethod
     def _check_host(trainer: Trainer) -> None:
@@ -135,50 +141,97 @@ class EffOPDCallback(TrainerCallback):
             progress=not trainer.args.disable_tqdm,
         )
 
-    def _log_steered_rate(self) -> None:
-        """Let the trainer log the rate that steps are taken with instead of the schedule's, which is all that it knows."""
-        scheduled = self.trainer._get_learning_rate
-        self.trainer._get_learning_rate = lambda: (
-            scheduled() * (1.0 if self.lookahead is None else self.lookahead.learning_rate_factor)
-        )
-
-    def _notice_resume(self) -> None:
-        """Callbacks are not told which checkpoint a run resumes from: note it when the trainer loads it."""
-        load = self.trainer._load_from_checkpoint
-
-        def loading(resume_from_checkpoint, *args, **kwargs):
-            self._loaded = Path(resume_from_checkpoint)
-            return load(resume_from_checkpoint, *args, **kwargs)
-
-        self.trainer._load_from_checkpoint = loading
-
     def check_resume(self, checkpoint: Path) -> None:
         """Refuse to go on from a checkpoint of other settings; `OPDTrainer` calls this before it loads or writes anything.
 
         Raises:
             CheckpointError: there is no look-ahead state, or it is that of other settings.
         """
-        check_same(read_state(self._state_of(checkpoint))["fingerprint"], self.config, self.scorer)
+        check_same(read_state(self._state_of(checkpoint))["fingerprint"], self.config, self.scorer, self._host)
+
+    # -- on and off the trainer -----------------------------------------------------------------------------------
+
+    @property
+    def _registered(self) -> bool:
+        """Whether the trainer still has this callback; the host says nothing when it removes one."""
+        return any(callback is self for callback in self.trainer.callback_handler.callbacks)
+
+    def _attach(self) -> None:
+        """What the events of the host do not offer is patched into this trainer, for the length of one `train`."""
+        self._patches = patches = Patches(self.trainer)
+        patches.replace("_run_epoch", self._detached_after)
+        if self._rollouts is not None:
+            self._rollouts.watch(patches, self._on_rollouts, wanted=lambda: self._registered)
+        if self.config.resolved_steer:  # log the rate that steps are taken with; the host knows the schedule's only
+            patches.replace("_get_learning_rate", lambda scheduled: lambda: scheduled() * self._applied_factor())
+
+    def _detach(self) -> None:
+        """Leave nothing on the trainer, its optimizer or its rollouts."""
+        if self._patches is not None:
+            self._patches.undo()
+            self._patches = None
+        if self.lookahead is not None:
+            self.lookahead.close()
+
+    def _detached_after(self, run_epoch: Callable[..., Any]) -> Callable[..., Any]:
+        """An epoch, after which nothing is left of a callback that failed, or was removed in it: it gets no `on_train_end`."""
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            done = False
+            try:
+                result = run_epoch(*args, **kwargs)
+                done = self._registered
+                return result
+            finally:
+                if not done:
+                    self._detach()
+
+        return guarded
+
+    def _applied_factor(self) -> float:
+        return 1.0 if self.lookahead is None else self.lookahead.applied_learning_rate_factor
+
+    def _check_trainer(self, state: Any) -> None:
+        if state is not self.trainer.state:
+            raise ConfigError(
+                "this EffOPDCallback was built with another trainer than the one it is on: its search would move the other "
+                "trainer's weights. Build one for each trainer: trainer.add_callback(EffOPDCallback(trainer, …))."
+            )
+        others = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EffOPDCallback)]
+        if len(others) > 1:
+            raise ConfigError(
+                f"the trainer has {len(others)} EffOPDCallbacks ({', '.join(each.config.strategy for each in others)}): expected one, "
+                "since each would take the other's jumps for training. Remove the others with trainer.remove_callback(…)."
+            )
 
     # -- events -------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """The anchor is the weights the run starts from, or what the resumed checkpoint saved."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        if self.lookahead is not None:  # an earlier `train` of this process, perhaps interrupted
-            self.lookahead.close()
-        if self._rollouts is not None:
-            self._rollouts.looked_at = -1
+        """The anchor is the weights the run starts from, or what the resumed checkpoint saved.
+
+        Raises:
+            ConfigError: the callback belongs to another trainer, or the trainer has several.
+            CheckpointError: the run is resumed without the look-ahead's state, or with other settings.
+        """
+        self._detach()  # from an earlier `train`, perhaps interrupted
+        self._check_trainer(state)
         self.lookahead = EffOPD(
-            model,
+            self.trainer.accelerator.unwrap_model(self.trainer.model),
             self.scorer,
             self.config,
             target=self._target(),
             on_move=self._weights_moved,
             optimizer=kwargs.get("optimizer"),
+            wanted=lambda: self._registered,
+            host=self._host,
         )
-        if state.global_step > 0:
-            self.lookahead.load(self._state_of(self._loaded))
+        try:
+            if state.global_step > 0:
+                self.lookahead.load(self._state_of(resumed_checkpoint(self.trainer)))
+            self._attach()
+        except BaseException:
+            self._detach()
+            raise
         if state.is_world_process_zero and not hasattr(self.trainer, "run_dir"):  # which cuts its own rows
             keep_rows(Path(args.output_dir) / SEARCHES, state.global_step)
 
@@ -189,8 +242,7 @@ class EffOPDCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Report the last search."""
         self._flush()
-        if self.lookahead is not None:
-            self.lookahead.close()
+        self._detach()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Search if this step is a trigger (and the scorer does not wait for the next rollouts)."""
@@ -205,7 +257,11 @@ class EffOPDCallback(TrainerCallback):
             self._search(self.trainer.args, state, state.global_step + 1)
 
     def _search(self, args, state, step: int) -> None:
-        assert self.lookahead is not None
+        if self.lookahead is None:
+            raise ConfigError(
+                "this EffOPDCallback was added while training was running, so it never saw the weights that training started from. "
+                "Add it before trainer.train()."
+            )
         ledger = getattr(self.trainer, "ledger", None)
         with ledger.track("search") if ledger is not None else nullcontext():
             row = self.lookahead.step(step)
@@ -231,10 +287,13 @@ class EffOPDCallback(TrainerCallback):
 
     def _target(self) -> Callable[[], Score | float] | None:
         """The teacher's score, where the trainer has a teacher."""
-        teacher, scorer = getattr(self.trainer, "teacher_model", None), self.scorer
+        teacher, scorer = self._teacher(), self.scorer
         if teacher is None or scorer is None:
             return None
         return lambda: scorer(self.trainer.accelerator.unwrap_model(teacher))
+
+    def _teacher(self) -> Any:
+        return getattr(self.trainer, "teacher_model", None)
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
@@ -282,34 +341,3 @@ class EffOPDCallback(TrainerCallback):
         if self._pending:
             metrics, self._pending = self._pending, None
             self.trainer.log(metrics)
-
-
-def _training_task(trainer: Trainer, verify: Verifier | None) -> Task:
-    """A task made of the trainer's own training rows."""
-    dataset = trainer.train_dataset
-    columns = getattr(dataset, "column_names", None) or []
-    if "prompt" not in columns or "answer" not in columns or not hasattr(dataset, "__len__"):
-        raise TaskError(
-            "the accuracy gate draws D_v from the training set and needs its columns 'prompt' and 'answer'; got "
-            f"{columns or type(dataset).__name__}. Add an `answer` column, or pass task=… or scorer=… to "
-            "EffOPDCallback."
-        )
-    if verify is None:
-        from effopd.tasks import MathVerifier
-
-        verify = MathVerifier()
-    rows = (dataset[i] for i in range(len(dataset)))
-    examples = (
-        Example(
-            str(row.get("id", index)),
-            row["prompt"],
-            None if row["answer"] is None else str(row["answer"]),
-            _metadata(row.get("metadata")),
-        )
-        for index, row in enumerate(rows)
-    )
-    return Task("training set", tuple(examples), verify)
-
-
-def _metadata(value: Any) -> dict[str, Any]:
-    return json.loads(value) if isinstance(value, str) and value else dict(value or {})

@@ -4,44 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from effopd.errors import ConfigError
-from effopd.extrapolate.live_weights import compile_rule
+from effopd.extrapolate.live_weights import named_device
+from effopd.extrapolate.parameter_rules import compile_rule
 from effopd.extrapolate.schedule import SCHEDULES
 from effopd.extrapolate.search import GATES
+from effopd.extrapolate.settings_in_use import OF_THE_STRATEGY, WELCOME_ANYWHERE, why_unread
+from effopd.extrapolate.settings_in_use import ONLY_FOR as ONLY_FOR
 from effopd.extrapolate.strategies import STRATEGIES, Strategy
 
 SCORERS = ("accuracy", "teacher_kl")
 OPTIMIZERS = ("keep", "reset")
-#: Settings that only some strategies read; elsewhere they would be ignored, so they are refused.
-ONLY_FOR = {
-    "fixed_k": ("fixed",),
-    "fit_every": ("alpha_opd", "relex"),
-    "fit_until": ("alpha_opd", "relex"),
-    "relex_factor": ("relex",),
-    "alpha_target": ("alpha_opd",),
-    "scales": ("effopd", "effopd-released", "random_direction"),
-    "gate": ("lookahead", "effopd", "effopd-released", "random_direction", "noop"),
-    "gate_z": ("lookahead", "effopd", "effopd-released", "random_direction", "noop"),
-    "schedule": ("lookahead", "effopd", "effopd-released", "random_direction", "noop", "fixed"),
+#: Kinds of values by the annotation of a field.
+_KINDS: dict[str, tuple[type, str]] = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a string"),
 }
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @dataclass
 class EffOPDConfig:
     r"""Settings of EffOPD (arXiv 2605.11739); the defaults are the paper's.
 
+    A setting that the strategy or its scorer does not read is refused, unless it has its default.
+
     After optimizer step $t \in \{1, 2, 4, 8, …\}$ the search tries $W + s\,\Delta$ for the scales $s$ in order, where
     $\Delta = W - W_\mathrm{anchor}$ and the anchor is the weights the previous trigger left (at first: the start). A
     candidate whose score passes the gate is accepted and becomes the score to beat; the first failure ends the search.
 
     Raises:
-        ConfigError: a value is out of range; the message names the field, the value and the fix.
+        ConfigError: a value is out of range or would be ignored; the message names the field, the value and the fix.
     """
 
     strategy: str = field(
@@ -161,26 +158,49 @@ class EffOPDConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         self._check_choice("strategy", ("none", *STRATEGIES))
         choices = {"schedule": SCHEDULES, "gate": GATES, "scorer": SCORERS, "optimizer": OPTIMIZERS}
         for name, allowed in choices.items():
             if getattr(self, name) is not None:
                 self._check_choice(name, allowed)
-        if self.score_rollouts is not None and self.score_rollouts < 1:
-            raise ConfigError(f"EffOPDConfig.score_rollouts must be at least 1 or unset, got {self.score_rollouts}.")
-        if self.scorer is not None and (self.plan.scorer is None or self.plan.fit is not None):
+        if self.plan.fit is not None and self.scorer not in (None, self.plan.scorer):
             raise ConfigError(
                 f"EffOPDConfig.scorer={self.scorer!r} has no effect: strategy '{self.strategy}' does not choose its scorer."
             )
-        if not self.scales or any(not 0 < scale < float("inf") for scale in self.scales):
-            raise ConfigError(
-                f"EffOPDConfig.scales must be a non-empty list of positive finite numbers, got {self.scales}. "
-                "The paper's are [2, 4, 6, 8, 10]."
-            )
+        for name in self.given - {*WELCOME_ANYWHERE}:
+            if reason := why_unread(name, self.strategy, self._resolved()):
+                raise ConfigError(f"EffOPDConfig.{name} {reason}. Leave it out, or choose another strategy or scorer.")
+        self._check_scoring()
+        self._check_strategy_settings()
+        compile_rule(self.resolved_parameters)
+        named_device(self.anchor_device)
+
+    def _check_kinds(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kind, _, optional = str(f.type).partition(" | ")
+            if kind == "list[float]":
+                many = isinstance(value, list | tuple) and all(_is(each, Real) for each in value)
+                if not many:
+                    raise ConfigError(f"EffOPDConfig.{f.name} must be a list of numbers, got {value!r}.")
+                setattr(self, f.name, list(value))
+            elif not (_is(value, _KINDS[kind][0]) or (optional and value is None)):
+                raise ConfigError(
+                    f"EffOPDConfig.{f.name} must be {_KINDS[kind][1]}{' or unset' if optional else ''}, got {value!r}."
+                )
+
+    def _check_scoring(self) -> None:
+        if self.score_rollouts is not None and self.score_rollouts < 1:
+            raise ConfigError(f"EffOPDConfig.score_rollouts must be at least 1 or unset, got {self.score_rollouts}.")
         if self.validation_size < 1 or self.validation_batch_size < 1:
             raise ConfigError(
                 "EffOPDConfig.validation_size and validation_batch_size must be at least 1, got "
                 f"{self.validation_size} and {self.validation_batch_size}. The paper's D_v has 50 prompts."
+            )
+        if self.validation_size == 1 and self.scored and self.resolved_gate == "margin" and self.plan.fit is None:
+            raise ConfigError(
+                "EffOPDConfig.validation_size=1 is too few for gate 'margin', which compares example by example: expected at least 2."
             )
         if self.score_timeout is not None and not 0 < self.score_timeout < float("inf"):
             raise ConfigError(
@@ -192,23 +212,17 @@ class EffOPDConfig:
             raise ConfigError(
                 f"EffOPDConfig.max_completion_length must be at least 1 or unset, got {self.max_completion_length}."
             )
-        self._check_strategy_settings()
-        compile_rule(self.resolved_parameters)
+        if self.seed < 0:
+            raise ConfigError(f"EffOPDConfig.seed must be at least 0, got {self.seed}.")
 
     def _check_strategy_settings(self) -> None:
-        given = {f.name for f in fields(self) if getattr(self, f.name) != _default(f)}
+        if not self.scales or any(not 0 < scale < float("inf") for scale in self.scales):
+            raise ConfigError(
+                f"EffOPDConfig.scales must be a non-empty list of positive finite numbers, got {self.scales}. "
+                "The paper's are [2, 4, 6, 8, 10]."
+            )
         if not 0 <= self.gate_z < float("inf"):
             raise ConfigError(f"EffOPDConfig.gate_z must be >= 0 and finite, got {self.gate_z}.")
-        if "gate_z" in given and self.resolved_gate != "margin":
-            raise ConfigError(
-                f"EffOPDConfig.gate_z is read by gate 'margin' only; with gate '{self.resolved_gate}' it would be ignored."
-            )
-        for name, strategies in ONLY_FOR.items():
-            if name in given and self.strategy not in strategies:
-                raise ConfigError(
-                    f"EffOPDConfig.{name} is read by the strategies {', '.join(strategies)} only, so with strategy "
-                    f"'{self.strategy}' it would be ignored. Leave it out, or choose one of them."
-                )
         if not 0 <= self.fixed_k < float("inf"):
             raise ConfigError(f"EffOPDConfig.fixed_k must be >= 0 and finite, got {self.fixed_k}.")
         if self.fit_every < 1 or self.fit_until < 4 * self.fit_every or self.fit_until % self.fit_every:
@@ -230,6 +244,28 @@ class EffOPDConfig:
     def enabled(self) -> bool:
         """Whether there is any look-ahead."""
         return self.strategy != "none"
+
+    def default(self, name: str) -> Any:
+        """What a setting is if it is left out: the strategy's own, or that of the field; `None` if the host decides."""
+        if name in OF_THE_STRATEGY and self.enabled:
+            return getattr(self.plan, name)
+        field = next(f for f in fields(self) if f.name == name)
+        return field.default if field.default_factory is MISSING else field.default_factory()
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the settings that differ from their defaults."""
+        found = {f.name for f in fields(self) if getattr(self, f.name) != self.default(f.name)} - {"strategy"}
+        return {name for name in found if getattr(self, name) is not None}
+
+    def _resolved(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: self.default(name) if value is None else value for name, value in values.items()}
+
+    def in_use(self) -> dict[str, Any]:
+        """The settings that this strategy reads, by name; a `None` is left to the host."""
+        resolved = self._resolved()
+        return {name: value for name, value in resolved.items() if why_unread(name, self.strategy, resolved) is None}
 
     @property
     def plan(self) -> Strategy:
@@ -275,3 +311,8 @@ class EffOPDConfig:
     def observes(self, step: int) -> bool:
         """Whether a fitting strategy takes a look at the weights after optimizer step `step`."""
         return self.plan.fit is not None and 0 < step <= self.fit_until and step % self.fit_every == 0
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; truth values are no numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

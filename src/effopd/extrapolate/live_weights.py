@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -19,25 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
+from effopd.extrapolate.parameter_rules import inside, plain_name, select, trained_parameters
 from effopd.extrapolate.ranks import Share, gather, local, reshard, shares, world_size
 from effopd.precision import for_float64
 
 logger = logging.getLogger(__name__)
-
-# with what takes the place of attention in hybrid models: linear attention, state spaces, short convolutions
-_ATTENTION = r"(?:self_attn|self_attention|attention|attn|linear_attn|mamba|mixer|short_conv|conv)"
-_MLP = r"(?:mlp|ffn|feed_forward|block_sparse_moe|experts|shared_expert|shared_mlp|fc[12])"
-
-
-#: Named rules for which parameters move, as regular expressions searched in parameter names.
-PARAMETER_RULES = {
-    # matrices (and biases) inside attention and MLP blocks; norms inside them (q_norm, k_norm) stay
-    "attention+mlp": rf"^(?!.*norm)(?:.*\.)?(?:{_ATTENTION}|{_MLP})\.",
-    "all": r"",
-    # substring match of the authors' public code: `post_attention_layernorm`, q_norm and k_norm match too
-    "released-code": r"attn|attention|[qkvo]_proj|mlp|ffn|(?:gate|up|down)_proj",
-}
-
 
 #: (parameter name, origin W, anchor), both fp32 on the parameter's device → direction D of its shape, fp32.
 Direction = Callable[[str, Tensor, Tensor], Tensor]
@@ -64,19 +49,43 @@ def on_host(values: Iterable[Tensor]) -> list[float]:
     return [found[i] for i in range(len(values))]
 
 
-def compile_rule(rule: str) -> re.Pattern[str]:
-    """The regular expression of a rule of `PARAMETER_RULES`, or of `rule` read as one itself.
+def named_device(name: str | None) -> torch.device | None:
+    """The device that a name says, whether or not this machine has it; `None`: with the parameters.
 
     Raises:
-        ConfigError: the rule is neither a known name nor a valid regular expression.
+        ConfigError: no name of a device, or one that holds no numbers (`meta`).
     """
+    if name is None:
+        return None
     try:
-        return re.compile(PARAMETER_RULES.get(rule, rule))
-    except re.error as error:
-        raise ConfigError(
-            f"parameters={rule!r} is neither one of {', '.join(PARAMETER_RULES)} nor a valid regular expression "
-            f"({error})."
-        ) from error
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("a 'meta' device holds no numbers")
+        return device
+    except RuntimeError as error:
+        raise _no_device(name, error) from error
+
+
+def usable_device(name: str | None) -> torch.device | None:
+    """As `named_device`, and this machine has it.
+
+    Raises:
+        ConfigError: as `named_device`; or the device is not there.
+    """
+    device = named_device(name)
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except Exception as error:  # each backend raises its own
+            raise _no_device(name, error) from error
+    return device
+
+
+def _no_device(name: str | None, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"EffOPDConfig.anchor_device={name!r} cannot hold the anchor ({str(error).splitlines()[0]}). Use 'cpu', a device of this "
+        "machine such as 'cuda:0', or leave it out: the anchor is then beside the parameters."
+    )
 
 
 class LiveWeights:
@@ -91,25 +100,20 @@ class LiveWeights:
     candidate, never stored.
 
     Args:
-        model: any module; DDP-style wrappers should be unwrapped first.
+        model: any module; parameters have the same names inside DDP, `torch.compile` and other wrappers.
         parameters: a rule of `PARAMETER_RULES` or a regular expression.
         anchor_device: device of the anchor; `None` keeps each tensor beside its parameter.
 
     Raises:
-        ConfigError: nothing matches the rule.
+        ConfigError: nothing matches the rule, or the anchor cannot live on that device.
         WeightsError: a selected parameter is not floating point.
     """
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
-        pattern = compile_rule(parameters)
+        device = usable_device(anchor_device)
         reshard(model)  # after a forward, FSDP2 may still have its gathered copies in the parameters' place
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._parameters = {name: p for name, p in trained.items() if pattern.search(name)}
-        if not self._parameters:
-            raise ConfigError(
-                f"parameters={parameters!r} matches no trained parameter of {type(model).__name__} (their names look like: "
-                f"{', '.join([*trained][:3]) or 'none, all are frozen'}). Use 'all', or a regular expression that matches."
-            )
+        trained = trained_parameters(model)
+        self._parameters = {name: trained[name] for name in select(trained, parameters, type(inside(model)).__name__)}
         stay = [name for name in trained if name not in self._parameters]
         logger.info(
             "EffOPD moves %.1f %% of the trained numbers; %d parameters stay%s.",
@@ -132,7 +136,7 @@ class LiveWeights:
                 "candidates are nearly the same model. Keep the trained weights in float32 (TRL's default).",
                 ", ".join(low),
             )
-        self._anchor_device = torch.device(anchor_device) if anchor_device else None
+        self._anchor_device = device
         self._origin: dict[str, torch.Tensor] | None = None
         self._direction: Direction = displacement
         self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
@@ -290,6 +294,7 @@ class LiveWeights:
         Raises:
             WeightsError: a tensor is missing, unexpected, mis-shaped or non-finite.
         """
+        anchor = {plain_name(name): tensor for name, tensor in anchor.items()}  # saved with a wrapper's names
         missing, extra = set(self._anchor) - set(anchor), set(anchor) - set(self._anchor)
         if missing or extra:
             raise WeightsError(

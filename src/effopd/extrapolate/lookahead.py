@@ -27,17 +27,53 @@ from effopd.errors import ConfigError, EffOPDError, NonFiniteWeightsError, Score
 from effopd.extrapolate.anchor_files import read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.learning_rate import SteeredRate
-from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement
-from effopd.extrapolate.lora_weights import LoraWeights, has_adapters
+from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement, usable_device
+from effopd.extrapolate.lora_weights import LoraWeights, has_adapters, selected_adapters
 from effopd.extrapolate.observations import Observations
+from effopd.extrapolate.parameter_rules import inside, select, trained_parameters
 from effopd.extrapolate.ranks import agreed, from_first, gather, rank, together, world_size
 from effopd.extrapolate.saved_state import OBSERVATIONS_FILE, STATE_FILE, check_same, damaged, fingerprint, read_state
 from effopd.extrapolate.search import Score, SearchResult, Trial
+from effopd.extrapolate.settings_in_use import refuse_unread
 from effopd.extrapolate.strategies import Prediction, steering
 from effopd.files import write_atomically
 from effopd.restore import evaluating, isolated_rng, time_limit
 
 Scorer = Callable[[Any], "Score | float"]
+
+
+def _needs_whole_matrices(config: EffOPDConfig) -> bool:
+    return config.plan.direction is None or config.plan.direction(0, 0) is not displacement
+
+
+def check_model(model: nn.Module, config: EffOPDConfig, *, target: bool) -> None:
+    """Refuse what can be told before training: nothing is copied and nothing is moved.
+
+    Args:
+        model: the model to be trained, unwrapped.
+        config: of the look-ahead.
+        target: whether the accuracy that 'alpha_opd' aims at can be measured.
+
+    Raises:
+        ConfigError: strategy 'none'; nothing to aim at; an unusable device; `parameters` that match nothing; LoRA adapters that
+            the strategy cannot move.
+    """
+    if not config.enabled:
+        raise ConfigError("strategy 'none' is plain training: leave the look-ahead out, or choose a strategy.")
+    if config.strategy == "alpha_opd" and config.alpha_target is None and not target:
+        raise ConfigError(
+            "strategy 'alpha_opd' needs the accuracy it aims at: set alpha_target (there is no teacher to measure)."
+        )
+    usable_device(config.anchor_device)
+    if not has_adapters(model):
+        select(trained_parameters(model), config.resolved_parameters, type(inside(model)).__name__)
+        return
+    if _needs_whole_matrices(config):
+        raise ConfigError(
+            f"strategy '{config.strategy}' needs whole matrices, but the student trains LoRA adapters. Use "
+            "effopd, lookahead, noop or fixed, or train the full weights."
+        )
+    selected_adapters(model, config.resolved_parameters)
 
 
 class EffOPD:
@@ -53,9 +89,14 @@ class EffOPD:
         optimizer: the loop's optimizer, for strategies that reset its moments after a jump or steer its learning rate. The
             rate is steered on top of the schedule it has: see `SteeredRate`; a logged rate is the schedule's.
         on_move: called after the search left the model at other weights than it found (e.g. re-sync an engine).
+        wanted: asked before every optimizer step whether its rate is still to be steered; default: until `close`.
+        host: what the host decides where the settings leave it open, for resumed runs (`fingerprint`).
+
+    Use it as a context manager, or call `close`, where the loop goes on without it: then nothing is left on the optimizer.
 
     Raises:
-        ConfigError: the scorer is missing or not callable, the strategy is 'none', or no parameter is selected.
+        ConfigError: the scorer is missing or not callable, the strategy is 'none', no parameter is selected, the anchor cannot
+            live on `config.anchor_device`, a setting belongs to another scorer, or another look-ahead steers this optimizer.
 
     Example:
         >>> lookahead = EffOPD(model, scorer=my_score)                                      # doctest: +SKIP
@@ -73,28 +114,27 @@ class EffOPD:
         target: Callable[[], Score | float] | None = None,
         on_move: Callable[[], None] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        wanted: Callable[[], bool] = lambda: True,
+        host: Mapping[str, Any] | None = None,
     ):
         self.model, self.scorer, self.config = model, scorer, config or EffOPDConfig()
-        if not self.config.enabled:
-            raise ConfigError("strategy 'none' is plain training: leave the look-ahead out, or choose a strategy.")
+        self._host, self._closed = dict(host or {}), False
         if not callable(scorer) and (scorer is not None or self.config.resolved_scorer is not None):
             raise ConfigError(
                 f"scorer must be a callable model → number (larger is better), got {type(scorer).__name__}."
             )
-        if self.config.strategy == "alpha_opd" and self.config.alpha_target is None and target is None:
-            raise ConfigError(
-                "strategy 'alpha_opd' needs the accuracy it aims at: set alpha_target (there is no teacher to measure)."
-            )
+        check_model(model, self.config, target=target is not None)
+        refuse_unread(self.config, scorer)
         if optimizer is None and (self.config.resolved_optimizer == "reset" or self.config.resolved_steer):
             raise ConfigError(
                 f"strategy '{self.config.strategy}' resets the optimizer's moments or steers its learning rate: pass "
                 "optimizer=…, or set optimizer='keep' and steer=False."
             )
         self._optimizer = optimizer
-        self._rate = SteeredRate(optimizer) if self.config.resolved_steer else None
         self._target = target
         self.observations = Observations()
         self.weights = self._weights(model)
+        self._rate = SteeredRate(optimizer, wanted) if self.config.resolved_steer else None
         self.history: list[dict[str, Any]] = []
         self.anchor_step = 0
         self._on_move = on_move
@@ -102,14 +142,8 @@ class EffOPD:
     def _weights(self, model: nn.Module) -> LiveWeights:
         """All of the weights, or the LoRA factors, whichever is trained."""
         kind = LoraWeights if has_adapters(model) else LiveWeights
-        plan = self.config.plan
-        if kind is LoraWeights and (plan.direction is None or plan.direction(0, 0) is not displacement):
-            raise ConfigError(
-                f"strategy '{self.config.strategy}' needs whole matrices, but the student trains LoRA adapters. Use "
-                "effopd, lookahead, noop or fixed, or train the full weights."
-            )
         weights = kind(model, self.config.resolved_parameters, self.config.anchor_device)
-        if weights.sharded and (plan.direction is None or plan.direction(0, 0) is not displacement):
+        if weights.sharded and _needs_whole_matrices(self.config):
             raise ConfigError(
                 f"strategy '{self.config.strategy}' needs whole matrices, but this process holds shards of them (FSDP2). Use "
                 "effopd, effopd-released, lookahead, noop or fixed, or train with DDP."
@@ -125,12 +159,14 @@ class EffOPD:
         Raises:
             ScorerError: the scorer raised or returned no score; the weights are back where they were.
         """
+        self._check_open()
         row = self._observe(step) if self.config.observes(step) else None
         return self.search(step, row) if self.config.triggers(step, self.history) else row
 
     def search(self, step: int, observed: dict[str, Any] | None = None) -> dict[str, Any]:
         """Search now, whatever the schedule says; see `step`. The cost of an observation made at the same step
         (`observed`) is added to the row."""
+        self._check_open()
         start = time.perf_counter()
         plan, seed = self.config.plan, self._seed(step)
         if world_size() > 1:
@@ -195,10 +231,23 @@ class EffOPD:
         """What the schedule's learning rate is multiplied with at present."""
         return 1.0 if self._rate is None else self._rate.factor
 
+    @property
+    def applied_learning_rate_factor(self) -> float:
+        """What the schedule's learning rate was multiplied with in the last optimizer step."""
+        return 1.0 if self._rate is None else self._rate.applied
+
     def close(self) -> None:
-        """Let go of the optimizer; for a loop that goes on without the look-ahead, or with a new one."""
+        """Let go of the optimizer and search no more; for a loop that goes on without the look-ahead, or with a new one.
+        The history and `state_dict` can still be read. Safe to call twice."""
+        self._closed = True
         if self._rate is not None:
             self._rate.close()
+
+    def __enter__(self) -> EffOPD:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def reanchor(self, step: int) -> None:
         """Start the displacement anew from the present weights, without a search.
@@ -210,6 +259,10 @@ class EffOPD:
         self.weights.commit()
         self.anchor_step = step
         self.observations = Observations()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this look-ahead was closed: build a new EffOPD to go on looking ahead.")
 
     def _seed(self, step: int) -> int:
         return int(np.random.SeedSequence([self.config.seed, step]).generate_state(1)[0])
@@ -327,7 +380,7 @@ class EffOPD:
             "anchor_step": self.anchor_step,
             "history": list(self.history),
             "learning_rate_factor": self.learning_rate_factor,
-            "fingerprint": fingerprint(self.config, self.scorer),
+            "fingerprint": fingerprint(self.config, self.scorer, self._host),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -337,7 +390,7 @@ class EffOPD:
             CheckpointError: the state belongs to other settings or another D_v.
             WeightsError: the anchor does not fit the model.
         """
-        check_same(state["fingerprint"], self.config, self.scorer)
+        check_same(state["fingerprint"], self.config, self.scorer, self._host)
         self.weights.load_state_dict(state["anchor"])
         self.observations.load_state_dict(state["observations"])
         self.anchor_step, self.history = int(state["anchor_step"]), list(state["history"])

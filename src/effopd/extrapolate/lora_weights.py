@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from effopd.errors import ConfigError
-from effopd.extrapolate.live_weights import Direction, LiveWeights, compile_rule, displacement
+from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement, usable_device
+from effopd.extrapolate.parameter_rules import inside, plain_name, select
 from effopd.extrapolate.ranks import Share, put, reshard, shares, whole
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _TOO_FAR = 1e-4
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether the model is a PEFT model."""
-    return bool(getattr(model, "peft_config", None))
+    return bool(getattr(inside(model), "peft_config", None))
 
 
 def _core(b_mk: Tensor, a_kn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,19 +101,13 @@ class LoraWeights(LiveWeights):
     """
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
-        pattern = compile_rule(parameters)
+        device = usable_device(anchor_device)
         reshard(model)
-        self._scaling: dict[str, float] = {}
+        found = selected_adapters(model, parameters)
+        self._scaling = {name: scaling for name, (_, scaling) in found.items()}
         self._parameters: dict[str, nn.Parameter] = {}
-        for name, factors, scaling in adapted(model):
-            if pattern.search(name):
-                self._scaling[name] = scaling
-                self._parameters |= {f"{name}.A": factors[0], f"{name}.B": factors[1]}
-        if not self._scaling:
-            raise ConfigError(
-                f"parameters={parameters!r} matches no adapted weight; the adapter is on: "
-                f"{', '.join(name for name, _, _ in list(adapted(model))[:3])}, … Use 'all', or a rule that matches."
-            )
+        for name, (factors, _) in found.items():
+            self._parameters |= {f"{name}.A": factors[0], f"{name}.B": factors[1]}
         others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
         if others:
             logger.warning(
@@ -121,7 +116,7 @@ class LoraWeights(LiveWeights):
             )  # fmt: skip
         self.lost_share = 0.0
         self._model, self._shares = model, shares(self._parameters)
-        self._anchor_device = torch.device(anchor_device) if anchor_device else None
+        self._anchor_device = device
         self._lengths: dict[str, float] = {}
         self._origin: dict[str, Tensor] | None = None
         self._direction: Direction = displacement
@@ -205,6 +200,16 @@ class LoraWeights(LiveWeights):
         self._edited()
 
 
+def selected_adapters(model: nn.Module, rule: str) -> dict[str, tuple[tuple[nn.Parameter, nn.Parameter], float]]:
+    """(A, B) and scaling of the adapted weights that a rule moves, by name; see `adapted` and `select`.
+
+    Raises:
+        ConfigError: as these two.
+    """
+    found = {name: (factors, scaling) for name, factors, scaling in adapted(model)}
+    return {name: found[name] for name in select(found, rule, type(inside(model)).__name__, "adapted weight")}
+
+
 def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter], float]]:
     """(name of the adapted weight in the base model, (A, B), scaling) of every matrix with the active LoRA adapter.
 
@@ -214,15 +219,16 @@ def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
+    inner: Any = inside(model)
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in inner.peft_config.values()}
     if kinds != {"LORA"}:
         raise ConfigError(
             f"the look-ahead moves LoRA adapters, got {', '.join(sorted(kinds))}. Use LoRA, or train fully."
         )
-    for module_name, module in model.named_modules():
+    for module_name, module in inner.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        name, layer = module_name.removeprefix("base_model.model."), cast(Any, module)
+        name, layer = plain_name(module_name).removeprefix("base_model.model."), cast(Any, module)
         active = list(layer.active_adapters)
         if len(active) != 1:
             raise ConfigError(f"expected one active LoRA adapter, '{name}' has {len(active)}: {', '.join(active)}.")

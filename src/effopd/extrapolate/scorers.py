@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from effopd.errors import NonFiniteLossError, TaskError
 from effopd.evaluation import evaluate
 from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of, world_size
 from effopd.extrapolate.search import Score
-from effopd.tasks.base import Task
+from effopd.tasks.base import Example, Task, Verifier
 
 
 class AccuracyScorer:
@@ -33,6 +35,9 @@ class AccuracyScorer:
     Raises:
         TaskError: D_v is empty or an example has no answer.
     """
+
+    #: Settings of `EffOPDConfig` that this scorer is built from.
+    reads = ("scorer", "validation_size", "validation_batch_size", "temperature", "max_completion_length")
 
     def __init__(
         self,
@@ -88,3 +93,49 @@ class AccuracyScorer:
             seconds=time.perf_counter() - start,
             generated_tokens=sum(tokens for _, tokens in parts),
         )
+
+
+def training_task(dataset: Any, verify: Verifier | None) -> Task:
+    """A task made of a trainer's own training rows.
+
+    Args:
+        dataset: rows with `prompt` and `answer`, and `id` and `metadata` if they have them.
+        verify: grades an answer; default: `math-verify`.
+
+    Raises:
+        TaskError: there is no dataset, it has no length (a stream), or it lacks a column.
+    """
+    kind, columns = type(dataset).__name__, list(getattr(dataset, "column_names", None) or [])
+    if dataset is None:
+        reason = "this trainer has none"
+    elif not hasattr(dataset, "__len__"):
+        reason = f"this one is a stream ({kind}), whose rows can be neither counted nor chosen"
+    else:
+        if not columns and len(dataset) and isinstance(dataset[0], Mapping):
+            columns = list(dataset[0])
+        missing = [name for name in ("prompt", "answer") if name not in columns]
+        reason = f"it needs its columns 'prompt' and 'answer'; got {columns or kind}" if missing else ""
+    if reason:
+        raise TaskError(
+            f"the accuracy gate draws D_v from the training set: {reason}. Train on a dataset with a length and an `answer` column, "
+            "or pass task=… or scorer=… to EffOPDCallback."
+        )
+    if verify is None:
+        from effopd.tasks import MathVerifier
+
+        verify = MathVerifier()
+    rows = (dataset[i] for i in range(len(dataset)))
+    examples = (
+        Example(
+            str(row.get("id", index)),
+            row["prompt"],
+            None if row["answer"] is None else str(row["answer"]),
+            _metadata(row.get("metadata")),
+        )
+        for index, row in enumerate(rows)
+    )
+    return Task("training set", tuple(examples), verify)
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    return json.loads(value) if isinstance(value, str) and value else dict(value or {})
