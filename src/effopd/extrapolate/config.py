@@ -164,10 +164,6 @@ class EffOPDConfig:
         for name, allowed in choices.items():
             if getattr(self, name) is not None:
                 self._check_choice(name, allowed)
-        if self.plan.fit is not None and self.scorer not in (None, self.plan.scorer):
-            raise ConfigError(
-                f"EffOPDConfig.scorer={self.scorer!r} has no effect: strategy '{self.strategy}' does not choose its scorer."
-            )
         for name in self.given - {*WELCOME_ANYWHERE}:
             if reason := why_unread(name, self.strategy, self._resolved()):
                 raise ConfigError(f"EffOPDConfig.{name} {reason}. Leave it out, or choose another strategy or scorer.")

@@ -23,7 +23,7 @@ _GATED = ("lookahead", "effopd", "effopd-released", "random_direction", "noop")
 #: Settings that only some strategies read.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "schedule": _SEARCHING,
-    "scorer": _SCORED,
+    "scorer": _GATED,  # AlphaOPD's is its own
     "scales": ("effopd", "effopd-released", "random_direction"),
     "gate": _GATED,
     "gate_z": _GATED,
