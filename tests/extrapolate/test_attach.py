@@ -257,6 +257,15 @@ def test_a_callback_removed_in_the_middle_stops_at_once(tmp_path):
     assert left_behind(trainer) == []
 
 
+class RemovesAfterAStep(TrainerCallback):
+    def __init__(self, trainer, callback):
+        self._trainer, self._callback = trainer, callback
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self._trainer.remove_callback(self._callback)
+
+
 def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
     """It searches between steps, where the host has no event: so only a patch could still move weights."""
     runs = {}
@@ -268,13 +277,7 @@ def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
         if when == "before":
             trainer.remove_callback(callback)
         if when == "after one step":
-
-            class Remove(TrainerCallback):
-                def on_step_end(self, args, state, control, **kwargs):
-                    if callback in trainer.callback_handler.callbacks:
-                        trainer.remove_callback(callback)
-
-            trainer.add_callback(Remove())
+            trainer.add_callback(RemovesAfterAStep(trainer, callback))
         trainer.train()
         runs[when] = [p.detach().clone() for p in trainer.model.parameters()]
         assert left_behind(trainer) == []
@@ -310,7 +313,7 @@ def test_a_callback_belongs_to_the_trainer_it_was_built_with(tmp_path):
 def test_a_callback_added_while_training_runs_is_refused(tmp_path):
     trainer = slope(tmp_path)
     probe_of(trainer)._after = {2: lambda: add(trainer)}
-    with pytest.raises(ConfigError, match="before trainer.train"):
+    with pytest.raises(ConfigError, match=r"before trainer\.train"):
         trainer.train()
 
 
@@ -419,7 +422,7 @@ def test_what_cannot_work_is_refused_when_the_callback_is_built(distilling, conf
 
 
 def test_a_scorer_of_ones_own_and_settings_of_another_are_refused(distilling):
-    with pytest.raises(ConfigError, match="validation_size .*scorer of your own"):
+    with pytest.raises(ConfigError, match=r"validation_size .*scorer of your own"):
         EffOPDCallback(distilling, EffOPDConfig(validation_size=12), scorer=Scorer())
 
 
