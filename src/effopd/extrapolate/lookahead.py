@@ -12,7 +12,6 @@ displacement by up to 11).
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -24,19 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from effopd.errors import ConfigError, EffOPDError, NonFiniteWeightsError, ScorerError
-from effopd.extrapolate.anchor_files import read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.learning_rate import SteeredRate
 from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement, usable_device
 from effopd.extrapolate.lora_weights import LoraWeights, has_adapters, selected_adapters
 from effopd.extrapolate.observations import Observations
 from effopd.extrapolate.parameter_rules import inside, select, trained_parameters
-from effopd.extrapolate.ranks import agreed, from_first, gather, rank, together, world_size
-from effopd.extrapolate.saved_state import OBSERVATIONS_FILE, STATE_FILE, check_same, damaged, fingerprint, read_state
+from effopd.extrapolate.ranks import agreed, from_first, together, world_size
+from effopd.extrapolate.saved_state import check_same, fingerprint, load_state, write_state
 from effopd.extrapolate.search import Score, SearchResult, Trial
 from effopd.extrapolate.settings_in_use import refuse_unread
 from effopd.extrapolate.strategies import Prediction, steering
-from effopd.files import write_atomically
 from effopd.restore import evaluating, isolated_rng, time_limit
 
 Scorer = Callable[[Any], "Score | float"]
@@ -403,20 +400,7 @@ class EffOPD:
         With several processes every rank calls this: sharded parameters are written by the rank that holds them, the rest
         by rank 0.
         """
-        from safetensors.torch import save_file
-
-        folder, state = Path(folder), self.state_dict()
-        observations, sharded = state.pop("observations"), self.weights.sharded
-        parts = write_anchor(folder, state.pop("anchor"), next(iter(sharded.values()), None))
-        if sharded:
-            gather(None)  # every part is there
-        if rank() != 0:
-            return
-        seen = {name: tensor.detach().cpu().contiguous() for name, tensor in observations.pop("tensors").items()}
-        state |= {"observations": observations, "anchor_parts": parts, "anchor_sharded": list(sharded)}
-        if seen:
-            write_atomically(folder / OBSERVATIONS_FILE, lambda path: save_file(seen, path))
-        write_atomically(folder / STATE_FILE, lambda path: path.write_text(json.dumps(state, indent=1)))
+        write_state(Path(folder), self.state_dict(), self.weights.sharded)
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote.
@@ -424,16 +408,4 @@ class EffOPD:
         Raises:
             CheckpointError: the folder has no complete look-ahead state, or one of other settings.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        state = read_state(folder)
-        try:
-            seen = folder / OBSERVATIONS_FILE
-            state["observations"]["tensors"] = load_file(seen) if seen.is_file() else {}
-            written = state["anchor_parts"], state["anchor_sharded"]
-            state["anchor"] = read_anchor(folder, *written, self.weights.sharded)
-        except (SafetensorError, FileNotFoundError, ValueError, KeyError) as error:
-            raise damaged(folder, error) from error
-        self.load_state_dict(state)
+        self.load_state_dict(load_state(Path(folder), self.weights.sharded))

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from effopd.errors import CheckpointError
-from effopd.extrapolate.anchor_files import ANCHOR_FILE
+from effopd.extrapolate.anchor_files import ANCHOR_FILE, read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.ranks import Share, gather, rank
 from effopd.extrapolate.settings_in_use import DECIDE_NOTHING, OF_BUILT_IN_SCORERS, OF_THE_STRATEGY
 from effopd.extrapolate.strategies import STRATEGIES
+from effopd.files import write_atomically
 
 STATE_FILE = "effopd_state.json"
 OBSERVATIONS_FILE = "effopd_observations.safetensors"
@@ -79,6 +81,48 @@ def read_state(folder: Path) -> dict[str, Any]:
         return state | {"fingerprint": state["fingerprint"]}
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(folder, error) from error
+
+
+def write_state(folder: Path, state: dict[str, Any], sharded: Mapping[str, Share]) -> None:
+    """Write `EffOPD.state_dict()`; the JSON file comes last, so its presence means "complete".
+
+    Every rank calls this: sharded parameters are written by the rank that holds them, the rest by rank 0.
+
+    Args:
+        sharded: this rank's shares of the anchor.
+    """
+    from safetensors.torch import save_file
+
+    observations = state.pop("observations")
+    parts = write_anchor(folder, state.pop("anchor"), next(iter(sharded.values()), None))
+    if sharded:
+        gather(None)  # every part is there
+    if rank() != 0:
+        return
+    seen = {name: tensor.detach().cpu().contiguous() for name, tensor in observations.pop("tensors").items()}
+    state |= {"observations": observations, "anchor_parts": parts, "anchor_sharded": list(sharded)}
+    if seen:
+        write_atomically(folder / OBSERVATIONS_FILE, lambda path: save_file(seen, path))
+    write_atomically(folder / STATE_FILE, lambda path: path.write_text(json.dumps(state, indent=1)))
+
+
+def load_state(folder: Path, sharded: Mapping[str, Share]) -> dict[str, Any]:
+    """Read what `write_state` wrote, for `EffOPD.load_state_dict`; of the anchor this rank's share.
+
+    Raises:
+        CheckpointError: the folder has no complete look-ahead state, or a damaged one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state = read_state(folder)
+    try:
+        seen = folder / OBSERVATIONS_FILE
+        state["observations"]["tensors"] = load_file(seen) if seen.is_file() else {}
+        state["anchor"] = read_anchor(folder, state["anchor_parts"], state["anchor_sharded"], sharded)
+    except (SafetensorError, FileNotFoundError, ValueError, KeyError) as error:
+        raise damaged(folder, error) from error
+    return state
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:
