@@ -16,7 +16,8 @@ from torch import Tensor
 
 from effopd.errors import CompatibilityError, WeightsError
 from effopd.weights.adapter import Adapter
-from effopd.weights.naming import Part, is_tied, place_of, text_config
+from effopd.weights.layouts import text_config
+from effopd.weights.naming import Part, is_tied, place_of
 from effopd.weights.reader import Checkpoint
 
 #: Numbers in one float64 block (64 MiB).
