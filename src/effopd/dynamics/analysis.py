@@ -321,6 +321,7 @@ def _about(plan: Plan) -> dict[str, Any]:
         "metrics": list(plan.options.metrics),
         "base_spectrum": plan.options.base_spectrum,
         "seed": plan.options.seed,
+        "head_apart": plan.base.is_untied,
         "runs": {
             run.name: {"group": run.group, "path": str(run.path), "steps": [s.step for s in run.snapshots]}
             for run in plan.runs

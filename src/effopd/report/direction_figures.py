@@ -178,7 +178,9 @@ def _paths(data: Data, path: Path, kind: str, title: str, explained: bool) -> Pa
             values = data.matrices[(data.matrices["run"] == run) & (data.matrices["layer"] == layer)
                                    & (data.matrices["module"] == module) & (data.matrices["matrix"] == matrix)]  # fmt: skip
             evr, null = (values.loc[values["metric"] == m, "value"].mean() for m in ("u1_evr", "u1_evr_null_mean"))
-            shares = f"two components: {evr:.0%}  (random walk {null:.0%})" if evr == evr else "fewer than three points"
+            shares = (
+                f"two components: {evr:.0%}  (random walk {null:.0%})" if evr == evr else "fewer than three points"
+            )
             axes[row][column].set_xlabel(shares, color=MUTED, fontsize=7.5)
         if column == 0:
             axes[row][0].set_ylabel(run, color=data.colors[group], fontweight="bold")

@@ -81,6 +81,10 @@ class Place:
         return f"{inside}{self.module}.{self.matrix}"
 
 
+#: The token embedding, and the output head that may be tied to it.
+TOKENS, HEAD = Place(None, "embedding", "tokens"), Place(None, "head", "head")
+
+
 @dataclass(frozen=True)
 class Part:
     """One matrix or vector inside one stored tensor.
@@ -188,12 +192,12 @@ def parts_of(
 
 def is_head(name: str) -> bool:
     """Whether this is the weight of the output head (a bias is never tied)."""
-    return place_of(name) == Place(None, "head", "head")
+    return place_of(name) == HEAD
 
 
 def is_token_embedding(name: str) -> bool:
     """Whether this is the token embedding."""
-    return place_of(name) == Place(None, "embedding", "tokens")
+    return place_of(name) == TOKENS
 
 
 def place_of(name: str) -> Place:
