@@ -72,7 +72,7 @@ def hidden_size(config: Mapping[str, Any]) -> int | None:
 
 def is_known(config: Mapping[str, Any]) -> bool:
     """Whether the installed transformers has this model type, so that its modelling code is known."""
-    return _defaults(model_type(config)) is not None
+    return any(_defaults(str(kind)) is not None for kind in (model_type(config), config.get("model_type")))
 
 
 @cache
