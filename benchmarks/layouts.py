@@ -150,7 +150,7 @@ class Model:
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(folder / "base")
         self.checkpoint = Checkpoint(folder / "base")
         self.parts = self.checkpoint.parts()

@@ -48,7 +48,7 @@ _QKV = {
     "gqkv_proj": "gqkv", "kv_proj": "kv", "gate_proj": "gate", "sinks": "sinks",
 }  # fmt: skip
 _MATRICES = {
-    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up",
+    "gate_proj": "gate", "linear_gate": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up",
     "w1": "gate", "w3": "up", "w2": "down",
 }  # fmt: skip
 _MLP_ONLY = {
@@ -109,8 +109,8 @@ class Part:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has two dimensions."""
-        return len(self.shape) == 2
+        """Whether it has two dimensions, and numbers in it."""
+        return len(self.shape) == 2 and 0 not in self.shape
 
     @property
     def is_whole(self) -> bool:

@@ -143,7 +143,7 @@ def _check_tables(base: Checkpoint, trained: Checkpoint) -> None:
         same = name in mine and name in theirs and base.table_equals(mine[name], trained, theirs[name])
         if not same:
             raise WeightsError(
-                f"the integer tensor '{mine.get(name, theirs.get(name))}' is not the same in the base {base.path} and in "
+                f"the integer or boolean tensor '{mine.get(name, theirs.get(name))}' is not the same in the base {base.path} and in "
                 f"{trained.path}. An update is measured of floating-point weights; expected a checkpoint trained from "
                 "this base."
             )

@@ -334,7 +334,7 @@ def _way_out(pickles: list[str], loose: list[str]) -> str:
 def _sharded(index: Path) -> dict[str, Stored]:
     path = index.parent
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(f"{index}: expected a `weight_map` from tensor names to files, got none.")
     headers: dict[str, dict[str, Stored]] = {}
     for file in dict.fromkeys(names.values()):
