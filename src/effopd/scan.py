@@ -33,9 +33,9 @@ from effopd.precision import for_float64, has_float64
 from effopd.restore import evaluating
 from effopd.scan_results import Results
 from effopd.tasks.base import Task
-from effopd.weights.difference import Difference
+from effopd.weights.difference import Difference, open_differences
 from effopd.weights.naming import Part
-from effopd.weights.reader import Checkpoint, open_checkpoint
+from effopd.weights.reader import Checkpoint
 from effopd.weights.trajectory import Snapshot, find_snapshots
 from effopd.weights.writer import write_checkpoint
 
@@ -63,10 +63,8 @@ class Sources:
             for label, paths in trained.items()
             for name, path in zip(seed_names(label, len(paths)), paths, strict=True)
         }
-        self._differences = {
-            run: [Difference(self.base, open_checkpoint(snapshot.path)) for snapshot in snapshots]
-            for run, snapshots in self.snapshots.items()
-        }
+        paths = [[snapshot.path for snapshot in snapshots] for snapshots in self.snapshots.values()]
+        self._differences = dict(zip(self.snapshots, open_differences(self.base, paths), strict=True))
         self.parts_of: dict[str, list[Part]] = {}
         for part in self.base.parts():
             self.parts_of.setdefault(part.tensor, []).append(part)
@@ -126,7 +124,7 @@ def rewrite(target: Tensor, parts: Sequence[Part], point: Point, difference: Dif
                 "weights: use smaller factors, or --dtype float32."
             )
         square += float(torch.linalg.vector_norm(for_float64(new).double() - for_float64(view)) ** 2)
-        view.copy_(new)
+        part.put(target, new)
     return square
 
 
@@ -140,6 +138,7 @@ class LiveBase:
     def __init__(self, model: PreTrainedModel, sources: Sources):
         self.model = model
         self._sources = sources
+        _untie(model, sources)
         self._live = _match(model, sources)
         self._check_values()
 
@@ -185,6 +184,14 @@ class LiveBase:
 
 
 _WAY_OUT = "Write the points with --save_dir DIR (without --task) and evaluate each of them with `effopd eval`."
+
+
+def _untie(model: PreTrainedModel, sources: Sources) -> None:
+    """Give the loaded model a head of its own where one of the checkpoints has one."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and sources.base.own_head and head.weight is embedding.weight:
+        head.register_parameter("weight", torch.nn.Parameter(embedding.weight.detach().clone()))
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _match(model: PreTrainedModel, sources: Sources) -> dict[str, Tensor]:

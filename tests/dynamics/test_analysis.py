@@ -9,13 +9,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_checkpoints import STEPS, save_base, save_runs, save_trained, save_trajectory, tensors_of, trained
+from tiny_checkpoints import (
+    STEPS,
+    save_base,
+    save_runs,
+    save_tensors,
+    save_trained,
+    save_trajectory,
+    tensors_of,
+    trained,
+)
 
 from effopd.dynamics import measure
 from effopd.dynamics.analysis import analyze
 from effopd.dynamics.plan import name_runs
-from effopd.dynamics.tables import TABLES
+from effopd.dynamics.tables import TABLES, read_table
 from effopd.errors import EffOPDError
+from effopd.report.dynamics_figures import draw
 from effopd.weights import reader
 
 K = 4
@@ -288,6 +298,36 @@ def test_directions_beyond_the_rank_are_undefined():
         assert values["left_overlap"][:2] == pytest.approx([1, 1], abs=1e-6)
         assert all(math.isnan(v) for name in READINGS for v in values[name][2:])
     assert all(math.isnan(v) for v in measure.compare(whole, None, 3)["right_cosine"])
+
+
+def test_directions_without_a_proof_are_undefined():
+    """Two equal singular values: u1 and u2 are arbitrary, their plane is not."""
+    twins = measure.Directions.of(measure.leading_directions(torch.diag(torch.tensor([2.0, 2.0, 1.0])), k=3))
+    assert twins.rank == 3 and not twins.has_first
+    values = measure.compare(twins, twins, 3)
+    assert values["angle_bound"][0] == 90.0 and max(values["angle_bound"][1:]) < 1e-4
+    for side in ("left", "right"):
+        assert [math.isnan(v) for v in values[f"{side}_overlap"]] == [True, False, False]
+        assert [math.isnan(v) for v in values[f"{side}_angle_max"]] == [True, False, False]
+        assert [math.isnan(v) for v in values[f"{side}_cosine"]] == [True, True, False]
+
+
+def test_updates_of_single_entries_and_repeated_values_are_analysed(tmp_path):
+    """Tables, summary and figures with undefined directions."""
+    base = save_base(tmp_path / "base")
+    for i, step in enumerate((1, 2, 4)):
+        tensors = tensors_of(base)
+        tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] += 0.1 * (i + 1)
+        tensors["model.layers.1.mlp.up_proj.weight"] += 0.1 * (i + 1) * torch.eye(32, 16)
+        save_tensors(tmp_path / "run" / "trajectory" / f"step-{step:06d}", tensors, base)
+    done = analyze(base, {"opd": tmp_path / "run"}, tmp_path / "out", k=3)
+    rows = read_table(done.tables["subspaces"].with_suffix(""))
+    final = rows[(rows["metric"] == "left_cosine") & (rows["reference"] == "final") & (rows["step"] == 2)]
+    one, eye = (final[final["matrix"] == name].set_index("layer")["value"] for name in ("q", "up"))
+    assert one[0].tolist()[0] == pytest.approx(1) and all(map(math.isnan, one[0].tolist()[1:]))
+    assert all(map(math.isnan, eye[1].tolist()))
+    assert done.summary["groups"]["opd"]["update_norm"]["mean"] == pytest.approx(0.3 * 17**0.5, rel=1e-6)
+    assert draw(done.out)
 
 
 def tiny_models():

@@ -113,3 +113,66 @@ def test_the_limit_is_kept_when_nothing_converges(monkeypatch):
 def test_k_below_one():
     with pytest.raises(ValueError, match="k must be at least 1"):
         leading_directions(torch.zeros(3, 4), k=0)
+
+
+def few_entries(shape: tuple[int, int], cells: int) -> torch.Tensor:
+    """An update of single entries among the first rows and columns, all of another size."""
+    delta = torch.zeros(shape, dtype=torch.float64)
+    for i in range(cells):
+        delta[3 + i, 4 + i] = 1e-3 / (1 + i)
+    return delta
+
+
+def sparse(shape: tuple[int, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(size, (40,), generator=generator) for size in shape)
+    delta = torch.zeros(shape, dtype=torch.float64)
+    delta[rows, columns] = torch.rand(40, generator=generator, dtype=torch.float64)
+    return delta
+
+
+def one_row_twice(shape: tuple[int, int]) -> torch.Tensor:
+    delta = torch.zeros(shape, dtype=torch.float64)
+    delta[5] = delta[7] = noise(1, shape[1])[0]
+    return delta
+
+
+DEGENERATE = {
+    "zero": torch.zeros,
+    "one entry": lambda shape: few_entries(shape, 1),
+    "two entries": lambda shape: few_entries(shape, 2),
+    "one row, twice": one_row_twice,
+    "sparse": sparse,
+    "repeated values": lambda shape: with_spectrum(torch.tensor([3.0, 3.0, 1.0, 1.0]), *shape),
+    **{f"rank {r}": lambda shape, r=r: noise(shape[0], r) @ noise(r, shape[1]) for r in (1, 2, 5, 26, 30)},
+    "steep": lambda shape: with_spectrum(0.1 ** torch.arange(16).double(), *shape),
+    "tiny": lambda shape: 1e-30 * noise(*shape),
+    "huge": lambda shape: 1e30 * noise(*shape),
+}
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (400, 420), (420, 400)])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_updates(name, shape):
+    delta = DEGENERATE[name](shape).double()
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    found = leading_directions(delta, k=20)
+    torch.testing.assert_close(found.s_K, s[:20], rtol=1e-7, atol=1e-10 * float(s[0]))
+    for basis in (found.u_MK, found.v_NK):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(20).double(), rtol=0, atol=1e-9)
+    for k in range(1, 21):
+        worst = max(angle(u[:, :k], found.u_MK[:, :k]), angle(vt[:k].T, found.v_NK[:, :k]))
+        assert worst <= found.angle_bound_K[k - 1] + 1e-9
+    if s[20] < 1e-12 * s[0]:  # nothing is left out
+        torch.testing.assert_close((found.u_MK * found.s_K) @ found.v_NK.T, delta, rtol=0, atol=1e-9 * float(s[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_one_changed_entry_in_every_dtype(dtype):
+    base = torch.ones(400, 500, dtype=dtype)
+    trained = base.clone()
+    trained[3, 4] += 0.5
+    found = leading_directions(trained, base, k=20)
+    assert found.s_K.tolist() == pytest.approx([0.5] + [0.0] * 19, abs=1e-12)
+    assert abs(found.u_MK[3, 0]) == pytest.approx(1) and abs(found.v_NK[4, 0]) == pytest.approx(1)
+    assert found.angle_bound_K[0] < 1e-9

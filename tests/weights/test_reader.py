@@ -12,8 +12,9 @@ import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
+from effopd.dynamics.analysis import analyze
 from effopd.errors import CheckpointError, WeightsError
-from effopd.weights import Adapter, Checkpoint, open_checkpoint
+from effopd.weights import Adapter, Checkpoint, Difference, open_checkpoint, write_checkpoint
 
 
 @pytest.fixture
@@ -225,3 +226,82 @@ def test_open_checkpoint_knows_adapters(folder):
     save_file({}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
     assert isinstance(open_checkpoint(folder), Adapter)
+
+
+W = "model.layers.0.mlp.up_proj.weight"
+
+
+def save(folder, tensors):
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
+    return Checkpoint(folder)
+
+
+def norms(base, trained):
+    return {str(update.part.place): update.norm() for update in Difference(base, trained).updates()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dtypes_may_differ(tmp_path, dtype):
+    base, trained = (
+        save(tmp_path / "base", {W: torch.ones(4, 4)}),
+        save(tmp_path / "t", {W: 1.5 * torch.ones(4, 4).to(dtype)}),
+    )
+    assert norms(base, trained) == norms(trained, base) == {"layers.0.mlp.up": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (W, torch.int8), (W, torch.int64), (W, torch.bool), (W, torch.float8_e4m3fn), (W, torch.float8_e5m2),
+        (W, torch.complex64), (W.replace("weight", "qweight"), torch.int32), (f"{W}_packed", torch.uint8),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", torch.uint8), (f"{W}.absmax", torch.uint8),
+    ],
+)  # fmt: skip
+def test_weights_of_other_dtypes_are_refused(tmp_path, name, dtype):
+    with pytest.raises(WeightsError, match=rf"tensor '{name}' .* has dtype .*dequantise the checkpoint"):
+        save(tmp_path / "base", {name: torch.ones(4, 4).to(dtype), "model.norm.weight": torch.ones(4)})
+
+
+@pytest.mark.parametrize("table", [torch.arange(5), torch.tensor([True, False]), torch.zeros(0, dtype=torch.int32)])
+def test_integer_tables_are_kept_and_have_to_be_equal(tmp_path, table):
+    base = save(tmp_path / "base", {W: torch.ones(4, 4), "model.tid2eid": table})
+    assert list(base.shapes) == [W] and base.tables == ("model.tid2eid",)
+    trained = save(tmp_path / "t", {W: 2 * torch.ones(4, 4), "module.model.tid2eid": table})
+    assert norms(base, trained) == {"layers.0.mlp.up": 4.0}
+    written = Checkpoint(write_checkpoint(base, lambda name, t: t, tmp_path / "out", dtype=torch.bfloat16))
+    assert torch.equal(written.load_table("model.tid2eid"), table) and written.dtypes[W] == torch.bfloat16
+    for i, other in enumerate(
+        [{}, {"model.tid2eid": torch.cat([table, table, table[:1] if len(table) else torch.ones(1).int()])}]
+    ):
+        with pytest.raises(WeightsError, match=r"integer or boolean tensor 'model\.tid2eid' is not the same"):
+            Difference(base, save(tmp_path / f"other-{i}", {W: torch.ones(4, 4), **other}))
+
+
+def test_scalars_and_empty_tensors(tmp_path):
+    rest = {"model.e": torch.zeros(0), "model.m": torch.zeros(0, 4)}
+    base = save(tmp_path / "base", {W: torch.ones(4, 4), "model.beta": torch.tensor(1.0), **rest})
+    trained = save(tmp_path / "t", {W: torch.ones(4, 4), "model.beta": torch.tensor(3.0), **rest})
+    assert norms(base, trained) == {
+        "layers.0.mlp.up": 0.0, "other.model.beta": 2.0, "other.model.e": 0.0, "other.model.m": 0.0,
+    }  # fmt: skip
+    done = analyze(base.path, {"opd": trained.path}, tmp_path / "out", k=2, base_spectrum=True)
+    assert done.summary["groups"]["opd"]["update_norm"]["mean"] == 2.0
+
+
+@pytest.mark.parametrize("files", [[], {}, [1], {W: 3}, {W: None}, {W: "lost.safetensors"}, {W: "empty.safetensors"}])
+def test_an_index_that_names_no_shard(tmp_path, files):
+    save_file({}, tmp_path / "empty.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(CheckpointError, match=r"weight_map|is missing, which|is in empty\.safetensors, but it is not"):
+        Checkpoint(tmp_path)
+
+
+def test_an_empty_shard_beside_others(tmp_path):
+    save_file({W: torch.ones(4, 4)}, tmp_path / "full.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {W: "full.safetensors"}}))
+    assert list(Checkpoint(tmp_path).shapes) == [W]

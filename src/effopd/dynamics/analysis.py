@@ -196,7 +196,7 @@ class _PartRecord:
         u1 = {
             step: kept.u_MK[:, 0]
             for step, kept in self.directions[run.name]
-            if step is not None and kept is not None and kept.rank
+            if step is not None and kept is not None and kept.has_first
         }
         return path_of_u1(list(u1), u1, self.options, picture)
 
@@ -239,7 +239,7 @@ def subspace_rows(
         for step, kept in path:
             values = compare(kept, final, size) | {"singular_value": _padded(kept, size)}
             rows += [[run, step, "final", name, numbers] for name, numbers in values.items()]
-        first = next((kept for _, kept in path if kept is not None and kept.rank), None)
+        first = next((kept for _, kept in path if kept is not None and kept.has_first), None)
         if first is not None and first is not final:
             values = compare(first, final, 1)
             rows += [
@@ -321,6 +321,7 @@ def _about(plan: Plan) -> dict[str, Any]:
         "metrics": list(plan.options.metrics),
         "base_spectrum": plan.options.base_spectrum,
         "seed": plan.options.seed,
+        "head_apart": plan.base.is_untied,
         "runs": {
             run.name: {"group": run.group, "path": str(run.path), "steps": [s.step for s in run.snapshots]}
             for run in plan.runs

@@ -76,11 +76,22 @@ class Blocks:
             .sub_(self.base_MN[rows, columns].to(torch.float64))
         )
 
-    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The whole matrix [M, N], differences taken in float64 and then rounded to `dtype`."""
+    def dense(self) -> Tensor:
+        """The whole matrix [M, N], float64."""
+        return self._filled(torch.float64, 1.0)
+
+    def scaled(self, dtype: torch.dtype) -> Tensor:
+        """The whole matrix [M, N] divided by its largest entry (as it is where that is 0), then rounded to `dtype`.
+
+        Products of the scaled matrix neither overflow nor underflow in float32, however small the update is.
+        """
+        largest = max((float(block.abs().max()) for _, _, block in self.strips()), default=0.0)
+        return self._filled(dtype, largest or 1.0)
+
+    def _filled(self, dtype: torch.dtype, divisor: float) -> Tensor:
         out_MN = torch.empty(self.shape, dtype=dtype, device=self.trained_MN.device)
         for rows, columns, block in self.strips():
-            out_MN[rows, columns] = block
+            out_MN[rows, columns] = block if divisor == 1.0 else block / divisor
         return out_MN
 
     def times(self, x_NK: Tensor) -> Tensor:

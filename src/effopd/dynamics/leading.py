@@ -24,6 +24,8 @@ _TARGET = 2e-5
 _LIMIT = 40
 #: Vectors in a block beyond K.
 _OVERSAMPLE = 6
+#: Share of a block's norm below which what it adds to the basis is float64 rounding.
+_EXHAUSTED = 1e-10
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def leading_directions(trained: Tensor, base: Tensor | None = None, k: int = 20,
         u, s, vt = torch.linalg.svd(delta.dense(), full_matrices=False)
         found = _leading(u[:, :k], s[:k], vt[:k].T, float(s[k]) if k < len(s) else 0.0, s.new_zeros(k))
     else:
-        found = _polish(delta, _krylov(delta.dense(torch.float32), k, seed), k)
+        found = _polish(delta, _krylov(delta.scaled(torch.float32), k, seed), k)
     return _swap(found) if delta.swapped else found
 
 
@@ -81,14 +83,18 @@ def leading_of_factors(b_MR: Tensor, a_RN: Tensor, k: int = 20) -> Leading:
 
 
 def _krylov(a_MN: Tensor, k: int, seed: int) -> Tensor:
-    """An orthonormal float64 basis [M, k + oversample] of approximate leading left directions."""
+    """An orthonormal float64 basis [M, k + oversample] of approximate leading left directions.
+
+    It stops early where the Krylov space is exhausted: then the space holds every direction with a nonzero singular
+    value, and the basis is filled up with random directions.
+    """
     rows, width = a_MN.shape[0], k + _OVERSAMPLE
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(a_MN.shape[1], width, generator=generator).to(a_MN.device)
-    block = torch.linalg.qr((a_MN @ start).double()).Q
-    basis, images = block, block.new_empty(rows, 0)
+    images = start.new_empty(rows, 0, dtype=torch.float64)
+    basis = block = _orthonormal((a_MN @ start).double(), images)
     limit = min(rows, _LIMIT * k)
-    while True:
+    while block.shape[1]:
         image = (a_MN @ (a_MN.T @ block.float())).double()
         images = torch.cat([images, image], dim=1)
         projected = basis.T @ images
@@ -97,11 +103,24 @@ def _krylov(a_MN: Tensor, k: int, seed: int) -> Tensor:
         full = basis.shape[1] + width > limit
         if full or _converged(basis, images, theta, ritz, k):
             return basis @ ritz
-        for _ in range(2):
-            image = image - basis @ (basis.T @ image)
-        block = torch.linalg.qr(image).Q
-        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        block = _orthonormal(image, basis)
         basis = torch.cat([basis, block], dim=1)
+    leading = basis if not images.shape[1] else basis @ ritz
+    filling = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(basis.device)
+    return torch.cat([leading, _orthonormal(filling, leading)], dim=1)[:, :width]
+
+
+def _orthonormal(image_MW: Tensor, basis_MB: Tensor) -> Tensor:
+    """An orthonormal basis, at most W columns, of what `image` adds to `basis`; none where that is only rounding.
+
+    A plain QR has no notion of rank: of columns that are zero it makes unit vectors inside `basis`.
+    """
+    rest = image_MW
+    for _ in range(2):
+        rest = rest - basis_MB @ (basis_MB.T @ rest)
+    u, s, _ = torch.linalg.svd(rest, full_matrices=False)
+    block = u[:, s > _EXHAUSTED * torch.linalg.vector_norm(image_MW)]
+    return torch.linalg.qr(block - basis_MB @ (basis_MB.T @ block)).Q
 
 
 def _converged(basis: Tensor, images: Tensor, theta: Tensor, ritz: Tensor, k: int) -> bool:

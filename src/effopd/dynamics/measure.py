@@ -3,8 +3,9 @@
 Numbers go in, rows come out: nothing here knows files, tables or how many layers there are. Leading directions are kept
 in float32 on the CPU (angles are then good to about 1e-5 degrees); every value is computed in float64.
 
-A direction whose singular value is zero is arbitrary, so everything that would use it is NaN: at step 0, in matrices an
-adapter does not touch, and beyond the rank of an adapter.
+A direction that the update does not determine is arbitrary, so everything that would use it is NaN. Its singular value
+is zero (at step 0, in matrices an adapter does not touch, beyond the rank of an adapter), repeated, or so small against
+s_1 that the error bound of `leading` proves nothing.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class Options:
 class Directions:
     """The leading directions of an update as they are kept: float32 u [M, K] and v [N, K] on the CPU.
 
-    `rank` says how many of them belong to nonzero singular values; `angle_bound_K` is in degrees.
+    Attributes:
+        angle_bound_K: for each k, how far the leading-k subspaces may be off, in degrees; 90 where nothing is proven:
+            singular values k and k + 1 are equal, or too small to be told from rounding.
+        rank: how many singular values are nonzero.
     """
 
     u_MK: Tensor
@@ -78,6 +82,11 @@ class Directions:
         sizes = torch.arange(1, len(s) + 1, dtype=torch.float64)
         bound = (found.angle_bound_K.rad2deg() + _STORAGE * sizes).clamp(max=90.0)
         return cls(found.u_MK.float().cpu(), s.cpu(), found.v_NK.float().cpu(), bound, rank)
+
+    @property
+    def has_first(self) -> bool:
+        """Whether u_1 is determined."""
+        return self.rank > 0 and float(self.angle_bound_K[0]) < 90.0
 
 
 class BaseOfPart:
@@ -146,8 +155,8 @@ def measure_base(update: Update, base: BaseOfPart, options: Options) -> dict[str
     - `principal_overlap`: see `entries.principal_overlap`, with the rank-K rebuild of W0
     - `base_spectral_shift` (with `options.base_spectrum`): see `subspaces.spectral_shift`
 
-    NaN where W0 or W_T is zero. With k at least the shorter side, the subspace of that side is everything and its
-    angles are 0.
+    NaN where W0 or W_T is zero; the angles also where the bound is 90. With k at least the shorter side, the subspace of
+    that side is everything and its angles are 0.
 
     Source: arXiv 2606.07082, 2606.13657.
     """
@@ -155,12 +164,13 @@ def measure_base(update: Update, base: BaseOfPart, options: Options) -> dict[str
     if "rotation" in options.metrics:
         before, after = base.leading(), leading_directions(update.trained, None, options.k, options.seed)
         defined = bool(before.s_K[0] > 0 and after.s_K[0] > 0)
+        bound = min(90.0, float((before.angle_bound_K[-1] + after.angle_bound_K[-1]).rad2deg()))
         for side, u, w in (("left", before.u_MK, after.u_MK), ("right", before.v_NK, after.v_NK)):
-            angles = principal_angles(u, w) if defined else torch.tensor([math.nan])
+            known = defined and (bound < 90.0 or u.shape[0] == u.shape[1])
+            angles = principal_angles(u, w) if known else torch.tensor([math.nan])
             metrics[f"base_rotation_{side}_max_degrees"] = float(angles[-1])
             metrics[f"base_rotation_{side}_mean_degrees"] = float(angles.mean())
-        bound = float((before.angle_bound_K[-1] + after.angle_bound_K[-1]).rad2deg())
-        metrics["base_rotation_bound_degrees"] = min(90.0, bound)
+        metrics["base_rotation_bound_degrees"] = bound
         metrics["principal_overlap"] = (
             principal_overlap(update.base, update.trained, before.u_MK, before.s_K, before.v_NK)
             if defined
@@ -172,28 +182,37 @@ def measure_base(update: Update, base: BaseOfPart, options: Options) -> dict[str
 
 
 def compare(one: Directions | None, other: Directions | None, size: int) -> dict[str, list[float]]:
-    """Two updates of the same matrix, for k = 1 … `size`; NaN beyond the rank of either, or where one did not move.
+    """Two updates of the same matrix, for k = 1 … `size`.
 
     - `left_cosine`, `right_cosine`: the k-th direction with its counterpart, sign-free
     - `left_overlap`, `right_overlap`: ‖U_kᵀW_k‖²/k of the leading-k subspaces
     - `left_angle_max`, `right_angle_max`: their largest principal angle, degrees
     - `angle_bound`: how far those angles may be off, degrees; 90 where nothing is proven
+
+    NaN beyond the rank of either, where one did not move, and (all but `angle_bound`) where the bound is 90. A cosine
+    needs the leading subspaces of both k − 1 and k, whose difference its direction is.
     """
     names = [f"{side}_{reading}" for reading in ("cosine", "overlap", "angle_max") for side in ("left", "right")]
     values = {name: [math.nan] * size for name in [*names, "angle_bound"]}
     if one is None or other is None:
         return values
-    rank = min(one.rank, other.rank, size)
+    found = min(one.rank, other.rank, size)
+    bound = (one.angle_bound_K[:found] + other.angle_bound_K[:found]).clamp(max=90.0)
+    proven = bound < 90.0
+    before = torch.cat([torch.ones(1, dtype=torch.bool), proven])[:found]
     for side, a, b in (("left", one.u_MK, other.u_MK), ("right", one.v_NK, other.v_NK)):
-        u, w = a[:, :rank].to(torch.float64), b[:, :rank].to(torch.float64)
-        values[f"{side}_cosine"][:rank] = counterpart_cosines(u, w).tolist()
-        values[f"{side}_overlap"][:rank] = projector_overlaps(u, w).tolist()
-        values[f"{side}_angle_max"][:rank] = [
-            float(principal_angles(u[:, :k], w[:, :k])[-1]) for k in range(1, rank + 1)
-        ]
-    bound = (one.angle_bound_K[:rank] + other.angle_bound_K[:rank]).clamp(max=90.0)
-    values["angle_bound"][:rank] = bound.tolist()
+        u, w = a[:, :found].to(torch.float64), b[:, :found].to(torch.float64)
+        angles = [float(principal_angles(u[:, :k], w[:, :k])[-1]) if proven[k - 1] else math.nan
+                  for k in range(1, found + 1)]  # fmt: skip
+        values[f"{side}_cosine"][:found] = _where(proven & before, counterpart_cosines(u, w))
+        values[f"{side}_overlap"][:found] = _where(proven, projector_overlaps(u, w))
+        values[f"{side}_angle_max"][:found] = angles
+    values["angle_bound"][:found] = bound.tolist()
     return values
+
+
+def _where(known: Tensor, values: Tensor) -> list[float]:
+    return torch.where(known, values, torch.full_like(values, math.nan)).tolist()
 
 
 def path_of_u1(

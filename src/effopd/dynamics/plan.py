@@ -15,7 +15,16 @@ from effopd.dynamics.measure import GROUPS, Options
 from effopd.dynamics.progress import Progress, file_marks
 from effopd.errors import ConfigError
 from effopd.precision import has_float64
-from effopd.weights import Adapter, Checkpoint, Difference, Part, Snapshot, find_snapshots, open_checkpoint
+from effopd.weights import (
+    Adapter,
+    Checkpoint,
+    Difference,
+    Part,
+    Snapshot,
+    find_snapshots,
+    open_checkpoint,
+    open_differences,
+)
 
 PathLike = str | Path
 #: Words with a meaning of their own in the `reference` column.
@@ -78,7 +87,7 @@ def prepare(
             f"the base {base} is an adapter: expected the full checkpoint it was trained from. Pass that as the base "
             "and the adapter as a trained run."
         )
-    runs = tuple(_open_run(opened, name, group, path, steps) for name, group, path in named)
+    runs = _open_runs(opened, named, steps)
     progress = Progress(Path(out), _settings(Path(base), runs, options))
     return Plan(opened, runs, tuple(opened.parts()), options, Path(out), progress)
 
@@ -175,10 +184,15 @@ def _check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     return tuple(group for group in GROUPS if group in metrics or group == "norms")
 
 
-def _open_run(base: Checkpoint, name: str, group: str, path: Path, steps: Sequence[int] | None) -> Run:
-    snapshots = tuple(find_snapshots(path, steps))
-    differences = tuple(Difference(base, open_checkpoint(snapshot.path)) for snapshot in snapshots)
-    return Run(name, group, path, snapshots, differences)
+def _open_runs(
+    base: Checkpoint, named: Sequence[tuple[str, str, Path]], steps: Sequence[int] | None
+) -> tuple[Run, ...]:
+    snapshots = [tuple(find_snapshots(path, steps)) for _, _, path in named]
+    differences = open_differences(base, [[snapshot.path for snapshot in found] for found in snapshots])
+    return tuple(
+        Run(name, group, path, found, own)
+        for (name, group, path), found, own in zip(named, snapshots, differences, strict=True)
+    )
 
 
 def _settings(base: Path, runs: Sequence[Run], options: Options) -> dict[str, Any]:

@@ -33,6 +33,10 @@ INTERVALS = (
     "95 %. Over matrices: percentile bootstrap, describes this model. Over seeds: Student's t (differences: Welch). "
     "'larger' names a group only if every interval of the difference that could be computed excludes 0."
 )
+HEAD_APART = (
+    "the base ties its output head to the token embedding, but not every trained checkpoint does, so head and embedding are "
+    "measured apart; where they are tied, one update counts in both."
+)
 
 
 def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         "groups": {group: _group(names, totals, means, modules) for group, names in groups.items()},
         "differences": _differences(rows, groups, totals, means, seed),
         "agreement": over_training.agreement(out, rows, runs, about["k"], seed) if len(runs) > 1 else [],
-        "notes": _notes(matrices, last, runs),
+        "notes": [*([HEAD_APART] if about.get("head_apart") else []), *_notes(matrices, last, runs)],
     }
     return _strict(summary)
 

@@ -44,6 +44,8 @@ def subspaces(data: Data, path: Path, side: str) -> Path | None:
         return None
     rows = data.table("subspaces", [("reference", "==", "final"), ("metric", "in", list(readings))])
     rows = rows[rows["module"].isin(frames.AVERAGED)].dropna(subset=["value"])
+    if rows.empty:
+        return None
     figure, axes = figure_of(len(moving), 3, width=4.2, height=2.5, sharex="col", sharey="row")
     largest = int(rows["k"].max())
     colormap = _dark_to_light()
@@ -176,9 +178,10 @@ def _paths(data: Data, path: Path, kind: str, title: str, explained: bool) -> Pa
             values = data.matrices[(data.matrices["run"] == run) & (data.matrices["layer"] == layer)
                                    & (data.matrices["module"] == module) & (data.matrices["matrix"] == matrix)]  # fmt: skip
             evr, null = (values.loc[values["metric"] == m, "value"].mean() for m in ("u1_evr", "u1_evr_null_mean"))
-            axes[row][column].set_xlabel(
-                f"two components: {evr:.0%}  (random walk {null:.0%})", color=MUTED, fontsize=7.5
+            shares = (
+                f"two components: {evr:.0%}  (random walk {null:.0%})" if evr == evr else "fewer than three points"
             )
+            axes[row][column].set_xlabel(shares, color=MUTED, fontsize=7.5)
         if column == 0:
             axes[row][0].set_ylabel(run, color=data.colors[group], fontweight="bold")
     if explained:
@@ -220,12 +223,14 @@ def _path(axis, xy: pd.DataFrame, color: str) -> None:
 
 def _explained(axes, data: Data, groups: dict[str, str]) -> None:
     """Explained variance of every matrix beside that of random walks."""
-    shown = data.last.loc[data.last["metric"].isin(("u1_evr", "u1_evr_null_mean")), "value"]
+    shown = data.last.loc[data.last["metric"].isin(("u1_evr", "u1_evr_null_mean")), "value"].dropna()
     for row, group in enumerate(groups):
         axis = axes[row][-1]
         own = data.last[data.last["run"].isin(data.moving[group])]
         for x, (metric, color) in enumerate((("u1_evr", data.colors[group]), ("u1_evr_null_mean", MUTED))):
             values = frames.by_matrix(own[own["metric"] == metric]).mean(axis=1).dropna()
+            if values.empty:
+                continue
             jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(values))
             axis.scatter(x + jitter, values, s=9, color=color, alpha=0.5, linewidth=0)
             axis.plot([x - 0.25, x + 0.25], [values.mean()] * 2, color=color, linewidth=2)
@@ -234,7 +239,8 @@ def _explained(axes, data: Data, groups: dict[str, str]) -> None:
         axis.set_xlim(-0.5, 1.75)
         if row == 0:
             axis.set_title("all matrices")
-        axis.set_ylim(float(shown.min()) - 0.02, float(shown.max()) + 0.02)
+        if len(shown):
+            axis.set_ylim(float(shown.min()) - 0.02, float(shown.max()) + 0.02)
         axis.set_ylabel("variance explained by\ntwo components")
 
 

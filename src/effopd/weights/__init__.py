@@ -1,7 +1,7 @@
 """Checkpoints on disk: where each tensor belongs, reading and comparing one at a time, writing edited copies."""
 
 from effopd.weights.adapter import Adapter
-from effopd.weights.difference import Difference, Update
+from effopd.weights.difference import Difference, Update, open_differences
 from effopd.weights.naming import MODULES, Part, Place
 from effopd.weights.reader import Checkpoint, open_checkpoint
 from effopd.weights.trajectory import Snapshot, find_snapshots
@@ -18,5 +18,6 @@ __all__ = [
     "Update",
     "find_snapshots",
     "open_checkpoint",
+    "open_differences",
     "write_checkpoint",
 ]

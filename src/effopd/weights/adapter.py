@@ -70,6 +70,7 @@ class Adapter:
         self.files = {name: stored.file for name, stored in self._stored.items()}
         self._pairs: dict[str, _Pair] = {}
         self._full: dict[str, str] = {}
+        self._copies: dict[str, str] = {}
         self._sort()
 
     def _check_config(self) -> None:
@@ -110,7 +111,10 @@ class Adapter:
                     f"{self.path / ADAPTER_WEIGHTS}: module '{module}' has lora_{''.join(found)} but not its counterpart. The "
                     "file is incomplete; copy it again."
                 )
-            self._pairs[f"{module}.weight"] = _Pair(found["A"], found["B"], module in embeddings)
+            name = f"{module}.weight"
+            self._pairs[name] = _Pair(found["A"], found["B"], module in embeddings)
+            if name in self._full:  # PEFT stores the base weights of an adapted embedding or head beside its factors
+                self._copies[name] = self._full.pop(name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,6 +143,22 @@ class Adapter:
         """A tensor stored in full (`modules_to_save`, trained biases), by the base's name."""
         stored = self._full.get(name)
         return None if stored is None else read_tensor(self._stored[stored], stored).to(device)
+
+    def copy(self, name: str) -> Tensor | None:
+        """The base weights that are stored beside the factors of a tensor."""
+        stored = self._copies.get(name)
+        return None if stored is None else read_tensor(self._stored[stored], stored)
+
+    def has_same_factors(self, head: str, embedding: str) -> bool:
+        """Whether a head's update is the update of the token embedding, as with PEFT's `ensure_weight_tying`."""
+        one, other = self._pairs[head], self._pairs.get(embedding)
+        if other is None or one.embedding or not other.embedding:
+            return False
+        a, b, embedding_a, embedding_b = (
+            read_tensor(self._stored[key], key) for key in (one.a, one.b, other.a, other.b)
+        )
+        scalings = {self._scaling(name.removesuffix(".weight"), len(a)) for name in (head, embedding)}
+        return torch.equal(a, embedding_b.T) and torch.equal(b, embedding_a.T) and len(scalings) == 1
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the update of a tensor, as (out, in) for factors."""

@@ -6,22 +6,22 @@ Everything that can be told from headers (architecture, vocabulary, names, shape
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from effopd.errors import CompatibilityError, WeightsError
+from effopd.errors import WeightsError
 from effopd.weights.adapter import Adapter
-from effopd.weights.naming import Part, is_tied, place_of, text_config
-from effopd.weights.reader import Checkpoint
+from effopd.weights.naming import Part, is_head, is_tied, is_token_embedding
+from effopd.weights.pairing import bare, check_architecture, pair, untie, vocabulary_hint
+from effopd.weights.reader import Checkpoint, open_checkpoint
 
 #: Numbers in one float64 block (64 MiB).
 _BLOCK = 2**23
-_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|transformer|model|language_model)\.)+")
 
 
 class Update:
@@ -39,9 +39,11 @@ class Update:
         base: Tensor,
         trained: Tensor | None = None,
         factors: tuple[Tensor, Tensor] | None = None,
+        sources: tuple[Tensor, ...] = (),
     ):
         self.part, self.base, self.factors = part, base, factors
         self._trained = trained
+        self._sources = sources  # the stored tensors: kept alive, so that the next part of them is not read again
 
     @property
     def trained(self) -> Tensor:
@@ -78,7 +80,8 @@ class Difference:
 
     Args:
         base: the checkpoint training started from.
-        trained: a checkpoint of the same model, or an adapter for it.
+        trained: a checkpoint of the same model, in the same layout or another one that transformers writes, or an
+            adapter for it.
 
     Attributes:
         parts: the base's matrices and vectors; an update has the same.
@@ -90,145 +93,123 @@ class Difference:
 
     def __init__(self, base: Checkpoint, trained: Checkpoint | Adapter):
         self.base, self.trained = base, trained
-        self.parts = base.parts()
-        self._several = Counter(part.tensor for part in self.parts)
         self._names: dict[str, str] = {}
+        self._pairs: dict[Part, Part] = {}
         if isinstance(trained, Adapter):
+            self.parts = base.parts()
             self._match_adapter(trained)
-        else:
-            _check_architecture(base, trained)
-            self._match(trained)
+            return
+        check_architecture(base, trained)
+        untie([base, trained])
+        self.parts = base.parts()
+        self._pairs = pair(base, trained, self.parts)
 
     def update(self, part: Part, device: torch.device | str = "cpu") -> Update:
         """The update of one part; reads the tensors it lies in."""
-        base = part.view(self.base.load(part.tensor, device))
-        name = self._names.get(part.tensor)
+        stored = self.base.load(part.tensor, device)
+        base = part.view(stored)
         if isinstance(self.trained, Checkpoint):
-            assert name is not None
-            return Update(part, base, part.view(self.trained.load(name, device)))
+            other = self._pairs[part]
+            if other.expert is not None and part.expert is None:  # stacked there, not here: read this expert alone
+                return Update(part, base, replace(other, expert=None).view(self.trained.load_expert(other, device)))
+            theirs = self.trained.load(other.tensor, device)
+            return Update(part, base, other.view(theirs), sources=(stored, theirs))
+        name = self._names.get(part.tensor)
         if name is None:
-            return Update(part, base)
+            return Update(part, base, sources=(stored,))
         factors = self.trained.factors(name)
         if factors is None:
             full = self.trained.full(name, device)
             assert full is not None
-            return Update(part, base, part.view(full))
+            return Update(part, base, part.view(full), sources=(stored, full))
         b_MR, a_RN = (factor.to(device) for factor in factors)
-        return Update(part, base, factors=(b_MR if part.rows is None else b_MR[slice(*part.rows)], a_RN))
+        return Update(part, base, factors=(part.rows_of(b_MR), a_RN), sources=(stored,))
 
     def updates(self, device: torch.device | str = "cpu") -> Iterator[Update]:
         """All updates in the order of `parts`, each stored tensor read once."""
-        for name, parts in groupby(self.parts, key=lambda part: part.tensor):
-            # as long as a tensor is held, it is not read again for its other parts
-            held = [c.load(n, device) for c, n in self._sources(name)] if self._several[name] > 1 else []
+        for _, parts in groupby(self.parts, key=lambda part: part.tensor):
+            update = None  # as long as it is held, its tensors are not read again for their other parts
             for part in parts:
-                yield self.update(part, device)
-            del held
-
-    def _sources(self, name: str) -> list[tuple[Checkpoint, str]]:
-        """Where a tensor of the base is stored, and its counterpart where that is a tensor too."""
-        trained = [(self.trained, self._names[name])] if isinstance(self.trained, Checkpoint) else []
-        return [(self.base, name), *trained]
-
-    def _match(self, trained: Checkpoint) -> None:
-        """Pair the names, with or without wrappers' prefixes, and compare shapes."""
-        mine = {part.tensor: self.base.shapes[part.tensor] for part in self.parts}
-        theirs = dict(trained.shapes)
-        if is_tied(trained.config) and any(place_of(name).module == "embedding" for name in theirs):
-            theirs = {name: shape for name, shape in theirs.items() if place_of(name).module != "head"}
-        self._names = {name: name for name in mine if name in theirs}
-        left = {_bare(name): name for name in theirs if name not in self._names}
-        for name in mine:
-            if name not in self._names and _bare(name) in left:
-                self._names[name] = left.pop(_bare(name))
-        missing = [name for name in mine if name not in self._names]
-        if missing or left:
-            raise WeightsError(
-                f"{trained.path} does not hold the same tensors as the base {self.base.path}: "
-                + "; ".join(
-                    f"{len(names)} {kind} ({', '.join(where)})"
-                    for kind, names, where in (
-                        (
-                            "missing",
-                            missing,
-                            [f"'{n}', in the base in {self.base.files[n].name}" for n in missing[:3]],
-                        ),
-                        ("extra", left, [f"'{n}' in {trained.files[n].name}" for n in list(left.values())[:3]]),
-                    )
-                    if names
-                )
-                + ". Expected a checkpoint trained from this base."
-                + _tie_hint([*missing, *left])
-            )
-        wrong = [name for name in mine if mine[name] != theirs[self._names[name]]]
-        if wrong:
-            listed = ", ".join(f"'{n}' {theirs[self._names[n]]} instead of {mine[n]}" for n in wrong[:3])
-            raise WeightsError(
-                f"{trained.files[self._names[wrong[0]]]}: {len(wrong)} tensors have another shape than in the base "
-                f"{self.base.path}: {listed}. Expected a checkpoint trained from this base."
-            )
+                update = self.update(part, device)
+                yield update
+            del update
 
     def _match_adapter(self, adapter: Adapter) -> None:
-        parts: dict[str, list[Part]] = {}
-        for part in self.parts:
-            parts.setdefault(part.tensor, []).append(part)
-        bare = {_bare(name): name for name in parts}
+        """Pair the adapter's modules with the base's tensors; `_names` becomes tensor of the base → name there."""
+        parts = {part.tensor: part for part in self.parts}
+        bare_names = {bare(name): name for name in parts}
         for name in adapter.names:
-            tensor = name if name in parts else bare.get(_bare(name))
-            if tensor is None and place_of(name).module == "head" and is_tied(self.base.config):
-                if adapter.is_copied(name):
-                    continue
-                raise WeightsError(
-                    f"{adapter.path} trains a head of its own ('{name}'), but the base {self.base.path} ties its head to the "
-                    "token embedding. Merge it into a base that is saved with tie_word_embeddings=False, and compare that."
-                )
+            tensor = name if name in parts else bare_names.get(bare(name))
+            if tensor is None and is_head(name) and is_tied(self.base.config):
+                self._check_tied_head(adapter, name)
+                continue
             if tensor is None:
                 raise WeightsError(
                     f"{adapter.path} adapts '{name}', which the base {self.base.path} does not have. Expected an adapter "
                     "trained on this base."
                 )
             expected = self.base.shapes[tensor]
-            if adapter.has_factors(name) and parts[tensor][0].transposed:
+            if adapter.has_factors(name) and parts[tensor].transposed:
                 expected = expected[::-1]
             if adapter.shape(name) != expected:
                 raise WeightsError(
                     f"{adapter.path} adapts '{name}' with shape {adapter.shape(name)}, but the base {self.base.path} has "
                     f"{expected}. Expected an adapter trained on this base."
+                    + vocabulary_hint(name, (adapter.shape(name), expected))
                 )
+            self._check_copy(adapter, name, tensor)
             self._names[tensor] = name
+        moved = [name for name in self._names if is_token_embedding(name)]
+        if moved and self.base.is_untied:
+            raise WeightsError(
+                f"{adapter.path} trains the token embedding '{moved[0]}' of the base {self.base.path}, whose head is tied to it, "
+                "but another checkpoint of this comparison has a head of its own. Compare them separately."
+            )
+
+    def _check_copy(self, adapter: Adapter, name: str, tensor: str) -> None:
+        """The base weights that PEFT stores beside the factors of an embedding or a head have to be this base's."""
+        copy = adapter.copy(name)
+        if copy is not None and not _same(copy, self.base.load(tensor)):
+            raise WeightsError(
+                f"{adapter.path} was trained on another base: it holds a copy of '{name}' that differs from the tensor of "
+                f"{self.base.path}. Expected the checkpoint it was trained from."
+            )
+
+    def _check_tied_head(self, adapter: Adapter, name: str) -> None:
+        """What an adapter stores of a tied head has to be what the embedding is: PEFT stores copies unasked."""
+        embedding = next((key for key in adapter.names if is_token_embedding(key)), None)
+        tensor = next((key for key in self.base.shapes if is_token_embedding(key)), None)
+        if adapter.has_factors(name):
+            same = embedding is not None and adapter.has_same_factors(name, embedding)
+        else:
+            full = adapter.full(name)
+            known = [None if embedding is None else adapter.full(embedding)]
+            known += [] if tensor is None else [self.base.load(tensor)]
+            same = adapter.is_copied(name) and any(x is not None and _same(full, x) for x in known)
+        if not same:
+            raise WeightsError(
+                f"{adapter.path} trains a head of its own ('{name}'), but the base {self.base.path} ties its head to the "
+                "token embedding. Merge it into a base that is saved with tie_word_embeddings=False, and compare that."
+            )
 
 
-def _bare(name: str) -> str:
-    return _WRAPPERS.sub("", name)
+def open_differences(base: Checkpoint, runs: Sequence[Sequence[Path]]) -> list[tuple[Difference, ...]]:
+    """The differences of a base and of every snapshot of every run; all of them have the same parts.
+
+    Args:
+        base: with `untie` where one of the others has a head of its own: then the head is apart everywhere.
+        runs: the folders of each run.
+
+    Raises:
+        CheckpointError, WeightsError, CompatibilityError: a folder that cannot be used or does not belong to the base.
+    """
+    opened = [[open_checkpoint(path) for path in paths] for paths in runs]
+    untie([base, *(c for found in opened for c in found if isinstance(c, Checkpoint))])
+    return [tuple(Difference(base, c) for c in found) for found in opened]
 
 
-def _tie_hint(names: list[str]) -> str:
-    if not names or any(place_of(name).module != "head" for name in names):
-        return ""
-    return (
-        " Only one of them ties its output head to the token embedding (tie_word_embeddings in config.json): save the tied "
-        "one with a head of its own, and compare again."
-    )
-
-
-def _check_architecture(base: Checkpoint, trained: Checkpoint) -> None:
-    kinds = [text_config(c.config).get("model_type", c.config.get("model_type")) for c in (base, trained)]
-    if kinds[0] != kinds[1]:
-        raise CompatibilityError(
-            f"base and trained are of different architectures: {base.path} is {kinds[0]}, {trained.path} is {kinds[1]}. "
-            "Expected a checkpoint trained from this base."
-        )
-    rows = [_vocabulary(c) for c in (base, trained)]
-    if None not in rows and rows[0] != rows[1]:
-        raise CompatibilityError(
-            f"base and trained have different vocabularies: {base.path} has {rows[0]} rows of embeddings, {trained.path} "
-            f"{rows[1]}. Resize the base the same way (model.resize_token_embeddings) and save it, then compare."
-        )
-
-
-def _vocabulary(checkpoint: Checkpoint) -> int | None:
-    for name, shape in checkpoint.shapes.items():
-        place = place_of(name)
-        if place.module == "embedding" and place.matrix == "tokens" and len(shape) == 2:
-            return shape[0]
-    return None
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    """Whether two tensors are equal in the coarser of their dtypes."""
+    if one is None or one.shape != other.shape:
+        return False
+    return torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)

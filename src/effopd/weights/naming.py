@@ -1,8 +1,8 @@
 """Where a tensor belongs: from its name and the model's configuration to (layer, module, matrix).
 
-Covers the layouts of Llama, Qwen2 and 3, Mistral, Gemma, Phi-3 (fused q/k/v and gate/up), GPT-2 (stored transposed, fused
-q/k/v) and Mixture-of-Experts models, with one tensor an expert or all experts stacked. A fused or stacked tensor has
-several parts, which together cover it exactly once. Whatever is not recognised becomes module `other` under its own
+Covers the names of the causal language models in transformers (docs/layouts.md lists them), with one tensor per expert or
+all experts stacked. A fused or stacked tensor has several parts, which together cover it exactly once; `layouts` says how
+it is cut, and one whose layout is not known stays whole. Whatever is not recognised becomes module `other` under its own
 name: listed and analysed, never skipped. Left out: vision and audio towers have no naming of their own (`other`).
 """
 
@@ -10,10 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+
+from effopd.weights.layouts import (
+    CONV1D,
+    EXPERTS_IN_BY_OUT,
+    hidden_size,
+    is_known,
+    model_type,
+    pieces_of,
+    setting,
+    text_config,
+)
 
 MODULES = ("embedding", "attention", "mlp", "norm", "head", "other")
 
@@ -21,15 +32,32 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
 _TOWER = re.compile(r"(?:^|[._])(?:vision|visual|image|audio|speech|multi_modal|mm_projector)")
 _ATTENTION = re.compile(r"(?:^|\.)(?:self_attn|self_attention|attention|attn)\.(.+)$")
 _MLP = re.compile(r"(?:^|\.)(?:mlp|feed_forward|ffn|block_sparse_moe)\.(.+)$")
+#: MLPs without a module of their own (OPT), and shared experts beside the routed ones (Granite).
+_BARE_MLP = re.compile(r"(?:shared_mlp\.)?(fc1|fc2|input_linear|output_linear)$")
 _NORM = re.compile(r"(?:^|[._])(?:\w*norm\d?|ln_\w+|layernorm)(?:$|[._])")
-_EMBEDDING = re.compile(r"(?:^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|wpe|embed_positions)$")
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(embed_tokens|embed_in|tokens_embed|wte|tok_embeddings|word_embeddings|wpe|embed_positions|positions_embed)$"
+)
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)$")
 _EXPERT = re.compile(r"experts\.(\d+)\.(\w+)$")
 _SHARED = re.compile(r"shared_experts?\.(\w+)$")
+_QKV = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o", "dense": "o", "c_proj": "o",
+    "q_a_proj": "q_a", "q_b_proj": "q_b", "kv_a_proj_with_mqa": "kv_a", "kv_b_proj": "kv_b",
+    "c_attn": "qkv", "qkv_proj": "qkv", "query_key_value": "qkv", "Wqkv": "qkv", "W_pack": "qkv", "wqkv": "qkv",
+    "gqkv_proj": "gqkv", "kv_proj": "kv", "gate_proj": "gate", "sinks": "sinks",
+}  # fmt: skip
 _MATRICES = {
-    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o", "dense": "o",
-    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
-    "gate": "router", "router": "router", "router.weight": "router",
+    "gate_proj": "gate", "linear_gate": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up",
+    "w1": "gate", "w3": "up", "w2": "down",
+}  # fmt: skip
+_MLP_ONLY = {
+    "c_fc": "up", "fc1": "up", "fc_in": "up", "dense_h_to_4h": "up",
+    "c_proj": "down", "fc2": "down", "fc_out": "down", "dense_4h_to_h": "down",
+    "gate": "router", "router": "router", "router.weight": "router", "router.gate": "router", "router.layer": "router",
+    "shared_expert_gate": "shared_expert_gate",
+    "experts.gate_up_proj": "experts.gate_up", "experts.down_proj": "experts.down", "experts.up_proj": "experts.up",
+    "experts.gate_proj": "experts.gate", "input_linear": "experts.gate_up", "output_linear": "experts.down",
 }  # fmt: skip
 
 
@@ -53,6 +81,10 @@ class Place:
         return f"{inside}{self.module}.{self.matrix}"
 
 
+#: The token embedding, and the output head that may be tied to it.
+TOKENS, HEAD = Place(None, "embedding", "tokens"), Place(None, "head", "head")
+
+
 @dataclass(frozen=True)
 class Part:
     """One matrix or vector inside one stored tensor.
@@ -64,6 +96,7 @@ class Part:
         expert: index into a stack of experts, if the tensor is one.
         transposed: stored as [in, out].
         rows: start, stop, step along the output dimension, for fused tensors.
+        blocks: how many equal blocks the output dimension consists of; `rows` are taken of each.
     """
 
     tensor: str
@@ -72,11 +105,12 @@ class Part:
     expert: int | None = None
     transposed: bool = False
     rows: tuple[int, int, int] | None = None
+    blocks: int = 1
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has two dimensions."""
-        return len(self.shape) == 2
+        """Whether it has two dimensions, and numbers in it."""
+        return len(self.shape) == 2 and 0 not in self.shape
 
     @property
     def is_whole(self) -> bool:
@@ -84,17 +118,31 @@ class Part:
         return self.expert is None and self.rows is None
 
     def view(self, tensor: Tensor) -> Tensor:
-        """This part of the stored tensor, oriented out × in: a view, so `part.view(p).copy_(x)` edits `p`."""
+        """This part of the stored tensor, oriented out × in: a view, or a copy where its rows are spread over several
+        blocks. Edit with `put`."""
+        return self._region(tensor).flatten(0, 1) if self.blocks > 1 else self._region(tensor)
+
+    def put(self, tensor: Tensor, value: Tensor) -> None:
+        """Write `value`, of this part's shape, into the stored tensor, in place."""
+        region = self._region(tensor)
+        region.copy_(value.reshape(region.shape))
+
+    def rows_of(self, factor: Tensor) -> Tensor:
+        """The rows of this part out of a matrix [out, …] whose rows are those of the whole oriented tensor."""
+        part = Part(self.tensor, self.place, self.shape, rows=self.rows, blocks=self.blocks)
+        return part.view(factor)
+
+    def _region(self, tensor: Tensor) -> Tensor:
+        """A view: [rows, …], or [blocks, rows of a block, …]."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         if self.transposed:
             tensor = tensor.T
-        return tensor if self.rows is None else tensor[slice(*self.rows)]
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a configuration."""
-    return config.get("text_config") or config
+        if self.rows is None:
+            return tensor
+        if self.blocks == 1:
+            return tensor[slice(*self.rows)]
+        return tensor.unflatten(0, (self.blocks, -1))[:, slice(*self.rows)]
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
@@ -102,15 +150,12 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     for part in (config, text_config(config)):
         if part.get("tie_word_embeddings") is not None:
             return bool(part["tie_word_embeddings"])
-    from transformers import AutoConfig
-
-    try:
-        return bool(getattr(AutoConfig.for_model(config.get("model_type")), "tie_word_embeddings", False))
-    except (ValueError, KeyError):
-        return False
+    return bool(setting({"model_type": config.get("model_type", "")}, "tie_word_embeddings"))
 
 
-def parts_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
+def parts_of(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], own_head: bool | None = None
+) -> list[Part]:
     """Every matrix and vector of a checkpoint: embeddings, then the layers in order, then the rest.
 
     A head that is tied to the embedding is left out, so it counts once. Two parts never share a place.
@@ -118,14 +163,17 @@ def parts_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     Args:
         config: the checkpoint's `config.json`.
         shapes: name → shape of the stored tensors.
+        own_head: whether a stored head is one of its own; default: where the configuration says so, or there is no
+            embedding to tie it to.
     """
-    embedded = any(place_of(name).module == "embedding" for name in shapes)
+    if own_head is None:
+        own_head = not is_tied(config) or not any(is_token_embedding(name) for name in shapes)
     found: list[Part] = []
     for name, shape in shapes.items():
         place = place_of(name)
-        if place.module == "head" and embedded and is_tied(config):
+        if is_head(name) and not own_head:
             continue
-        found += _split(name, tuple(shape), place, config)
+        found += _split(name, tuple(shape), place, config, shapes)
     order = {"embedding": -1, "other": 1, "norm": 2, "head": 3}
     found.sort(
         key=lambda part: (
@@ -137,9 +185,19 @@ def parts_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     for i, part in enumerate(found):
         if part.place in seen:
             place = Place(part.place.layer, "other", f"{part.tensor}:{part.place.matrix}")
-            found[i] = Part(part.tensor, place, part.shape, part.expert, part.transposed, part.rows)
+            found[i] = replace(part, place=place)
         seen.add(found[i].place)
     return found
+
+
+def is_head(name: str) -> bool:
+    """Whether this is the weight of the output head (a bias is never tied)."""
+    return place_of(name) == HEAD
+
+
+def is_token_embedding(name: str) -> bool:
+    """Whether this is the token embedding."""
+    return place_of(name) == TOKENS
 
 
 def place_of(name: str) -> Place:
@@ -151,18 +209,18 @@ def place_of(name: str) -> Place:
     if inside is None:
         return _outside(stem, kind, name)
     layer, rest = int(inside[1]), inside[2]
-    attention, mlp = _ATTENTION.search(rest), _MLP.search(rest)
+    attention, mlp, bare = _ATTENTION.search(rest), _MLP.search(rest), _BARE_MLP.match(rest)
     if _NORM.search(rest):
         return Place(layer, "norm", rest.split(".")[-1] + kind)
     if attention is not None:
-        matrix = _MATRICES.get(attention[1]) or {"c_attn": "qkv", "qkv_proj": "qkv", "c_proj": "o"}.get(attention[1])
-        if matrix is None and attention[1] == "sinks":
-            matrix = "sinks"
+        matrix = _QKV.get(attention[1])
         return Place(layer, "attention", matrix + kind) if matrix else Place(layer, "other", name)
-    if mlp is not None:
-        matrix = _mlp_matrix(mlp[1])
-        return Place(layer, "mlp", matrix + kind) if matrix else Place(layer, "other", name)
-    return Place(layer, "other", name)
+    if bare is not None:
+        shared = "shared_expert." if rest.startswith("shared_mlp.") else ""
+        matrix = _MLP_ONLY[bare[1]].removeprefix("experts.")
+        return Place(layer, "mlp", shared + matrix + kind)
+    matrix = _mlp_matrix(mlp[1]) if mlp is not None else None
+    return Place(layer, "mlp", matrix + kind) if matrix else Place(layer, "other", name)
 
 
 def _stem(name: str) -> tuple[str, str]:
@@ -176,7 +234,8 @@ def _stem(name: str) -> tuple[str, str]:
 def _outside(stem: str, kind: str, name: str) -> Place:
     embedding = _EMBEDDING.search(stem)
     if embedding is not None:
-        return Place(None, "embedding", "positions" if embedding[1] in ("wpe", "embed_positions") else "tokens")
+        positions = embedding[1] in ("wpe", "embed_positions", "positions_embed")
+        return Place(None, "embedding", "positions" if positions else "tokens")
     if _HEAD.search(stem):
         return Place(None, "head", "head" + kind)
     if _NORM.search(stem):
@@ -191,17 +250,18 @@ def _mlp_matrix(rest: str) -> str | None:
         matrix = _MATRICES.get(expert[2])
         return f"experts.{expert[1]}.{matrix}" if matrix else None
     if shared is not None:
-        matrix = {"gate_up_proj": "gate_up"}.get(shared[1]) or _MATRICES.get(shared[1])
+        matrix = _MATRICES.get(shared[1])
         return f"shared_expert.{matrix}" if matrix else None
-    names = {
-        "gate_up_proj": "gate_up", "c_fc": "up", "c_proj": "down", "shared_expert_gate": "shared_expert_gate",
-        "experts.gate_up_proj": "experts.gate_up", "experts.down_proj": "experts.down", "experts.up_proj": "experts.up",
-        "experts.gate_proj": "experts.gate",
-    }  # fmt: skip
-    return _MATRICES.get(rest) or names.get(rest)
+    return _MATRICES.get(rest) or _MLP_ONLY.get(rest)
 
 
-def _split(name: str, shape: tuple[int, ...], place: Place, config: Mapping[str, Any]) -> list[Part]:
+def _split(
+    name: str,
+    shape: tuple[int, ...],
+    place: Place,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[Part]:
     """The parts of one stored tensor."""
     if place.module == "other":
         return [Part(name, place, shape)]
@@ -212,57 +272,66 @@ def _split(name: str, shape: tuple[int, ...], place: Place, config: Mapping[str,
     dimensions = len(shape) - stacked
     if dimensions not in (1, 2) or (stacked and not shape[0]):
         return [Part(name, Place(place.layer, "other", name), shape)]
-    transposed = dimensions == 2 and _is_transposed(name, shape, matrix, config)
+    transposed = dimensions == 2 and _is_transposed(name, shape, matrix, config, shapes)
     inner = shape[1:] if stacked else shape
     inner = inner[::-1] if transposed else inner
-    pieces = _rows(matrix, inner[0], config)
-    if pieces is None:
+    pieces = pieces_of(matrix, inner[0], config)
+    if transposed is None or pieces is None:
         return [Part(name, Place(place.layer, "other", name), shape)]
     parts = []
     for expert in range(shape[0]) if stacked else (None,):
-        for piece, rows in pieces:
-            label = piece if expert is None else piece.replace("experts.", f"experts.{expert}.", 1)
-            size = inner[0] if rows is None else len(range(*rows))
+        for piece in pieces:
+            label = piece.name if expert is None else piece.name.replace("experts.", f"experts.{expert}.", 1)
+            size = inner[0] if piece.rows is None else len(range(*piece.rows)) * piece.blocks
             where = Place(place.layer, place.module, label + kind)
-            parts.append(Part(name, where, (size, *inner[1:]), expert, transposed, rows))
+            parts.append(Part(name, where, (size, *inner[1:]), expert, transposed, piece.rows, piece.blocks))
     return parts
 
 
-def _is_transposed(name: str, shape: tuple[int, ...], matrix: str, config: Mapping[str, Any]) -> bool:
-    """Whether a matrix is stored as [in, out]: GPT-2's Conv1D, and stacked experts multiplied from the right."""
-    if re.search(r"\.(?:c_attn|c_proj|c_fc)\.weight$", name) and _model_type(config) in (
-        "gpt2",
-        "decision_transformer",
-    ):
+def _is_transposed(
+    name: str,
+    shape: tuple[int, ...],
+    matrix: str,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> bool | None:
+    """Whether a matrix is stored as [in, out]: GPT-2's Conv1D, and stacked experts multiplied from the right.
+
+    The shapes decide, the model type where they do not; `None` where neither does.
+    """
+    hidden = hidden_size(config)
+    if len(shape) == 3:
+        return _are_experts_transposed(name, shape, matrix, config, shapes)
+    conv1d = re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name)
+    if conv1d is not None or matrix == "router":
+        first, second = (shape[1], shape[0]) if conv1d is not None and conv1d[1] == "c_proj" else shape
+        if hidden is not None and first != second and hidden in (first, second):
+            return first == hidden
+        return conv1d is not None and model_type(config) in CONV1D
+    return False
+
+
+def _are_experts_transposed(
+    name: str,
+    shape: tuple[int, ...],
+    matrix: str,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> bool | None:
+    """Of gate_up [experts, 2I, H] and down [experts, H, I], always told from gate_up [experts, H, 2I] and down
+    [experts, I, H] by the two shapes together, also where H = 2I."""
+    for one, other in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):
+        names = [name, name.replace(one, other)] if one in name else [name.replace(other, one), name]
+        if one in names[0] and names[0] in shapes and len(shapes.get(names[1], ())) == 3:
+            (_, a, b), (_, c, d) = shapes[names[0]], shapes[names[1]]
+            if (a, b) == (2 * d, c):
+                return False
+            if (a, b) == (d, 2 * c):
+                return True
+    hidden = hidden_size(config)
+    first, second = shape[1:] if not matrix.endswith("down") else shape[:0:-1]
+    if hidden is not None and first != second and hidden in (first, second):
+        return first == hidden
+    if model_type(config) in EXPERTS_IN_BY_OUT:
         return True
-    if not matrix.startswith("experts.") or len(shape) != 3:
-        return False
-    return _model_type(config) in ("gpt_oss", "llama4_text", "llama4")
-
-
-def _model_type(config: Mapping[str, Any]) -> str:
-    return str(text_config(config).get("model_type", config.get("model_type", "")))
-
-
-def _rows(matrix: str, size: int, config: Mapping[str, Any]) -> list[tuple[str, tuple[int, int, int] | None]] | None:
-    """Pieces of a fused tensor along its output dimension; `None` when the configuration does not explain its size."""
-    if matrix == "qkv":
-        text = text_config(config)
-        heads = text.get("num_attention_heads") or text.get("n_head")
-        hidden = text.get("hidden_size") or text.get("n_embd")
-        if not heads or not hidden:
-            return None
-        head = text.get("head_dim") or hidden // heads
-        keys = (text.get("num_key_value_heads") or heads) * head
-        if heads * head + 2 * keys != size:
-            return None
-        first, second = heads * head, heads * head + keys
-        return [("q", (0, first, 1)), ("k", (first, second, 1)), ("v", (second, size, 1))]
-    if matrix.endswith("gate_up"):
-        stem = matrix.removesuffix("gate_up")
-        if size % 2:
-            return None
-        if _model_type(config) == "gpt_oss":  # columns alternate: gate, up, gate, up, …
-            return [(f"{stem}gate", (0, size, 2)), (f"{stem}up", (1, size, 2))]
-        return [(f"{stem}gate", (0, size // 2, 1)), (f"{stem}up", (size // 2, size, 1))]
-    return [(matrix, None)]
+    return False if is_known(config) and not matrix.endswith("gate_up") else None

@@ -8,10 +8,12 @@ pickle files (they run code when loaded) and quantised weights.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +22,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from effopd.errors import CheckpointError, WeightsError
-from effopd.weights.naming import Part, parts_of
+from effopd.weights.naming import TOKENS, Part, is_head, is_tied, is_token_embedding, parts_of
 
 if TYPE_CHECKING:
     from effopd.weights.adapter import Adapter
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Dtypes of tables: which expert a token goes to, masks. Quantised weights come in some of these too, under other names.
+_TABLE_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+_QUANTISED = re.compile(
+    r"(?:^|[._])(?:weight|kernel|qweight|qzeros|g_idx|scales?|scb|zero_points?|weight_\w+|packed|blocks|absmax|quant_map|codes?|"
+    r"codebooks?|\w*_proj)$",
+    re.IGNORECASE,
+)
 _BLOCK = 2**20
 #: Stored by older versions of transformers; masks and tables, not weights.
 _BUFFERS = re.compile(
@@ -53,7 +64,9 @@ class Checkpoint:
 
     Attributes:
         config: `config.json`.
-        shapes, dtypes, files: by tensor name.
+        shapes, dtypes, files: by tensor name, of the floating-point tensors.
+        tables: names of the integer and boolean tensors, which are no weights.
+        is_untied: whether `untie` has given a tied model a head.
 
     Raises:
         CheckpointError: the folder, the configuration, a shard or a tensor of the index is missing; a file is cut short
@@ -66,13 +79,50 @@ class Checkpoint:
         weights = find_weights(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         stored = _sharded(weights) if weights.name == INDEX else read_header(weights)
-        self._stored = {name: s for name, s in stored.items() if not _BUFFERS.search(name)}
+        kept = {name: s for name, s in stored.items() if not _BUFFERS.search(name)}
+        self._stored = {name: s for name, s in kept.items() if s.dtype.is_floating_point}
+        self._tables = {name: s for name, s in kept.items() if not s.dtype.is_floating_point}
         if not self._stored:
             raise CheckpointError(f"{weights} holds no tensors: expected the weights of a model.")
+        self.tables = tuple(self._tables)
+        self.is_untied = False
+        self._index()
+        self._alive: weakref.WeakValueDictionary[tuple[str, str], Tensor] = weakref.WeakValueDictionary()
+
+    def _index(self) -> None:
         self.shapes = {name: stored.shape for name, stored in self._stored.items()}
         self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
         self.files = {name: stored.file for name, stored in self._stored.items()}
-        self._alive: weakref.WeakValueDictionary[tuple[str, str], Tensor] = weakref.WeakValueDictionary()
+
+    @cached_property
+    def own_head(self) -> bool:
+        """Whether the output head is a tensor of its own, which the token embedding does not determine.
+
+        A file with both tensors, of different values, is an untied model whatever its configuration says (transformers
+        reads it so too); equal ones are one. Reads both tensors where the configuration says tied and both are stored.
+        """
+        head = next((name for name in self._stored if is_head(name)), None)
+        embeddings = [self._stored[name] for name in self._stored if is_token_embedding(name)]
+        if head is None or not is_tied(self.config):
+            return head is not None
+        return bool(embeddings) and not any(_equal(self._stored[head], embedding) for embedding in embeddings)
+
+    def untie(self, head: str) -> None:
+        """From now on, read the tied head as a tensor of its own named `head`, equal to the token embedding.
+
+        Raises:
+            WeightsError: there is no token embedding, or more than one.
+        """
+        found = [name for name in self._stored if is_token_embedding(name)]
+        if len(found) != 1:
+            raise WeightsError(
+                f"{self.path} ties its head to the token embedding, and another checkpoint of this comparison has a head of "
+                f"its own. Expected one token embedding to compare that head with, got {', '.join(found) or 'none'}. Save "
+                "the tied one with tie_word_embeddings=False, and compare again."
+            )
+        self._stored[head] = self._stored[found[0]]
+        self.is_untied = self.own_head = True
+        self._index()
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor in its stored dtype, checked to be finite. Do not edit it in place: while someone holds it, the
@@ -92,9 +142,29 @@ class Checkpoint:
         self._alive[key] = tensor
         return tensor
 
+    def load_expert(self, part: Part, device: torch.device | str = "cpu") -> Tensor:
+        """The one expert of a stack that a part lies in, without reading the others; else as `load`."""
+        stored = self._stored[part.tensor]
+        assert part.expert is not None
+        size = (stored.stop - stored.start) // stored.shape[0]
+        start = stored.start + part.expert * size
+        one = Stored(stored.file, stored.dtype, stored.shape[1:], start, start + size)
+        return read_tensor(one, part.tensor).to(device)
+
+    def load_table(self, name: str) -> Tensor:
+        """An integer or boolean tensor."""
+        return read_tensor(self._tables[name], name)
+
+    def table_equals(self, name: str, other: Checkpoint, other_name: str) -> bool:
+        """Whether a table is the same in another checkpoint."""
+        return _equal(self._tables[name], other._tables[other_name])
+
     def parts(self) -> list[Part]:
-        """Every matrix and vector, see `parts_of`."""
-        return parts_of(self.config, self.shapes)
+        """Every matrix and vector, see `parts_of`. Of a tied pair the head may be the one that is stored: then it is the
+        embedding."""
+        alone = is_tied(self.config) and not any(map(is_token_embedding, self._stored))
+        parts = parts_of(self.config, self.shapes, self.own_head or alone)
+        return [replace(p, place=TOKENS) if alone and is_head(p.tensor) else p for p in parts]
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint | Adapter:
@@ -146,7 +216,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         if name == "__metadata__":
             continue
         kind, (start, stop), shape = _entry(entry, file, name)
-        if kind not in _DTYPES and not _BUFFERS.search(name):
+        table = kind in _TABLE_DTYPES and not _QUANTISED.search(name)
+        if kind not in _DTYPES and not table and not _BUFFERS.search(name):
             raise WeightsError(
                 f"tensor '{name}' of {file} has dtype {kind}: expected one of {', '.join(_DTYPES)}. Quantised "
                 "weights cannot be compared; dequantise the checkpoint first."
@@ -155,7 +226,9 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{file} is cut short: tensor '{name}' ends at byte {begin + stop}, the file at {size}. Copy it again."
             )
-        found[name] = Stored(file, _DTYPES.get(kind, torch.uint8), shape, begin + start, begin + stop)
+        found[name] = Stored(
+            file, (_DTYPES | _TABLE_DTYPES).get(kind, torch.uint8), shape, begin + start, begin + stop
+        )
     try:
         with safe_open(file, framework="pt"):  # the library's own check: tensors neither overlap nor leave gaps
             return found
@@ -181,14 +254,8 @@ def read_tensor(stored: Stored, name: str) -> Tensor:
         CheckpointError: the file is shorter than its header says.
         WeightsError: NaN or infinity.
     """
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    tensor = _read(stored, name)
     flat = tensor.view(-1)
-    with stored.file.open("rb") as handle:
-        handle.seek(stored.start)
-        buffer: Any = flat.view(torch.uint8).numpy()
-        got = handle.readinto(buffer) if tensor.numel() else 0
-    if got != stored.stop - stored.start or got != tensor.numel() * tensor.element_size():
-        raise CheckpointError(f"{stored.file} has changed or is cut short at tensor '{name}'. Copy it again.")
     # block by block: the temporaries of one check of all would be larger than the tensor
     bad = sum(block.numel() - int(torch.isfinite(block).sum()) for block in flat.split(_BLOCK))
     if bad:
@@ -197,6 +264,37 @@ def read_tensor(stored: Stored, name: str) -> Tensor:
             "The run that wrote it has diverged, or the file is damaged; use an earlier checkpoint."
         )
     return tensor
+
+
+def _read(stored: Stored, name: str) -> Tensor:
+    """The tensor as it is stored."""
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    flat = tensor.view(-1)
+    with stored.file.open("rb") as handle:
+        handle.seek(stored.start)
+        buffer: Any = flat.view(torch.uint8).numpy()
+        got = handle.readinto(buffer) if tensor.numel() else 0
+    if got != stored.stop - stored.start or got != tensor.numel() * tensor.element_size():
+        raise CheckpointError(f"{stored.file} has changed or is cut short at tensor '{name}'. Copy it again.")
+    return tensor
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors have the same shape and values, read block by block up to the first difference."""
+    if one.shape != other.shape:
+        return False
+    numbers, count = math.prod(one.shape), _BLOCK
+    return all(
+        torch.equal(*(_stretch(s, i, min(i + count, numbers)) for s in (one, other))) for i in range(0, numbers, count)
+    )
+
+
+def _stretch(stored: Stored, start: int, stop: int) -> Tensor:
+    """Numbers `start` to `stop` of the flat tensor, floating-point ones as float64."""
+    size = stored.dtype.itemsize
+    part = Stored(stored.file, stored.dtype, (stop - start,), stored.start + start * size, stored.start + stop * size)
+    tensor = _read(part, "")
+    return tensor.to(torch.float64) if stored.dtype.is_floating_point else tensor
 
 
 def find_weights(path: Path) -> Path:
@@ -236,7 +334,7 @@ def _way_out(pickles: list[str], loose: list[str]) -> str:
 def _sharded(index: Path) -> dict[str, Stored]:
     path = index.parent
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(f"{index}: expected a `weight_map` from tensor names to files, got none.")
     headers: dict[str, dict[str, Stored]] = {}
     for file in dict.fromkeys(names.values()):

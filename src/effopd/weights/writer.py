@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effopd.errors import CheckpointError, WeightsError
 from effopd.files import fsync
+from effopd.weights.naming import is_tied
 from effopd.weights.reader import INDEX, WEIGHTS, Checkpoint
 
 #: Files beside the weights that make a checkpoint usable.
@@ -36,7 +37,8 @@ def write_checkpoint(
     Memory: one shard and one tensor. The folder is filled beside `out` and renamed, so it appears whole or not at all.
 
     Args:
-        edit: is given every stored tensor, also the copy of a tied head where there is one; must not change it in place.
+        edit: is given every floating-point tensor, also the copy of a tied head where there is one; must not change it in
+            place. Integer tables are copied.
         max_shard_size: bytes a file at most, unless a single tensor is larger.
         dtype: of what is written; default: what each tensor of `base` is stored in.
 
@@ -88,10 +90,11 @@ def _write_shards(
             shards.append((file, {name: t.numel() * t.element_size() for name, t in held.items()}))
             held.clear()
 
-    for name in base.shapes:
-        stored = base.load(name)
-        edited = edit(name, stored)
-        new = edited.to("cpu", stored.dtype if dtype is None else dtype).contiguous()
+    for name in (*base.shapes, *base.tables):
+        table = name in base.tables
+        stored = base.load_table(name) if table else base.load(name)
+        edited = stored if table else edit(name, stored)
+        new = edited.to("cpu", stored.dtype if dtype is None or table else dtype).contiguous()
         if new.shape != stored.shape or not bool(torch.isfinite(new).all()):
             raise WeightsError(
                 f"the edited tensor '{name}' has shape {tuple(new.shape)} (expected {tuple(stored.shape)}) or is not finite "
@@ -121,9 +124,14 @@ def _copy_rest(base: Checkpoint, staged: Path, dtype: torch.dtype | None) -> Non
         for path in base.path.glob(pattern):
             if not _LEFT_OUT.fullmatch(path.name):
                 shutil.copy(path, staged / path.name)
+    config = json.loads((staged / "config.json").read_text())
+    changed = dict(config)
     if dtype is not None:
-        config = json.loads((staged / "config.json").read_text())
-        name = str(dtype).removeprefix("torch.")
         for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-            config[key] = name
-        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            changed[key] = str(dtype).removeprefix("torch.")
+    if base.own_head and is_tied(config):  # the file has a head of its own: no reader may tie it
+        changed["tie_word_embeddings"] = False
+        if isinstance(text := changed.get("text_config"), dict) and "tie_word_embeddings" in text:
+            changed["text_config"] = text | {"tie_word_embeddings": False}
+    if changed != config:
+        (staged / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
