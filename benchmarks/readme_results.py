@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from effopd.report.compare_page import Lookup, number, table, times
+from effopd.report.compare_lookup import Lookup, number, table, times
 
 ROOT = Path(__file__).parents[1]
 START, END = "## How much faster", "## Install"

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from effopd.bench.results import Run, analyse, from_row
 from effopd.compare_command import false_accepts
-from effopd.report.compare_page import Lookup, number, render, summary_table, times
+from effopd.report.compare_lookup import Lookup, number, times
+from effopd.report.compare_page import render, summary_table
 
 LR = 3e-5
 
@@ -93,13 +94,38 @@ def test_the_page_changes_with_the_numbers(results):
         if (row["task"], row["strategy"], row["axis"], row["target"]) == ("sums", "effopd", "steps", "reference_kl"):
             row["median"] = 3.21
     before, after = render(results, {}), render(changed, {})
-    assert "sums: not reproduced" in before and "sums: in the median, not with its interval, 3.21×" in after
+    assert "sums: undecided, " in before and "sums: undecided, 3.21×" in after  # three seeds have no interval
     assert "3.21" not in before
+
+
+@pytest.mark.parametrize(
+    "low, high, n, verdict",
+    [
+        (1.78, 4.0, 5, "undecided"),  # the interval holds the claimed 3
+        (0.0, 9.6, 5, "undecided"),
+        (1.5, 2.9, 5, "not reproduced"),
+        (0.0, 0.0, 5, "not reproduced"),
+        (3.0, 9.6, 5, "reproduced"),
+        (3.5, None, 5, "reproduced"),  # the baseline may never arrive
+        (1.5, None, 5, "undecided"),
+        (4.0, 5.0, 4, "undecided"),  # a range of four seeds is no interval
+        (1.0, 2.0, 3, "undecided"),
+    ],
+)
+def test_the_papers_claim_is_judged_by_the_interval(results, low, high, n, verdict):
+    changed = copy.deepcopy(results)
+    for row in changed["speedups"]:
+        if (row["task"], row["strategy"], row["learning_rate"], row["axis"]) == ("sums", "effopd", LR, "steps"):
+            row |= {"low": low, "high": high, "n": n}
+    page = render(changed, {})
+    assert f"fewer steps”**: sums: {verdict}, " in page
 
 
 def test_an_arm_that_never_arrives_stays_on_the_page(results):
     rows = [line for line in render(results, {}).splitlines() if line.startswith("| sums | `effopd` | 9e-05")]
-    assert len(rows) == 3 and "0 of 3 | never" in rows[0]  # rates, the lowest end, final quality
+    assert len(rows) == 4 and all(
+        "0 of 3 | " in row for row in rows[:3]
+    )  # rates, same rate, the lowest end, final quality
 
 
 def test_a_grid_without_effopd_or_with_one_task_or_seed():
