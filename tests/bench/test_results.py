@@ -14,7 +14,8 @@ from effopd.bench.results import Run, analyse, area, from_row, read_run, to_row
 from effopd.bench.time_to_target import final_target
 from effopd.errors import CheckpointError
 from effopd.files import append_row
-from effopd.report.compare_page import Lookup, render, summary_table
+from effopd.report.compare_lookup import Lookup
+from effopd.report.compare_page import render, summary_table
 
 LR = 3e-5
 STEPS = range(0, 97, 2)

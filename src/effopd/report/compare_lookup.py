@@ -116,3 +116,8 @@ def number(row: Row | None, form: str = ".4f") -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def factor(rate: float, reference: float) -> str:
+    """A learning rate as a multiple of the reference: `×3`."""
+    return f"×{rate / reference:.2g}"
