@@ -33,6 +33,7 @@ from effopd.extrapolate.callback import EffOPDCallback
 from effopd.extrapolate.search import Score, first_failure_search
 from effopd.files import write_atomically
 from effopd.quickstart import QuickstartArguments, quiet, settings
+from effopd.report.compare_answers import gate_table
 from effopd.testbed.families import family_task
 from effopd.versions import versions
 
@@ -142,20 +143,6 @@ def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def markdown(groups: list[dict[str, Any]]) -> str:
-    """The table of `grouped`, in points and per cent; parentheses: lowest to highest run."""
-    lines = [
-        "| true change, points | moves | accepted, shared noise | accepted, fresh noise |",
-        "| --- | --- | --- | --- |",
-    ]
-    for row in groups:
-        ends = [f"{100 * row[end]:+.1f}" if row[end] is not None else "" for end in ("from", "to")]
-        where = f"{ends[0]} to {ends[1]}" if all(ends) else f"below {ends[1]}" if ends[1] else f"{ends[0]} and more"
-        shares = [f"{row[n]:.0%} ({min(row[f'{n}_by_run']):.0%} to {max(row[f'{n}_by_run']):.0%})" for n in NOISES]
-        lines.append(f"| {where} | {row['moves']} | {' | '.join(shares)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(testbed.FAMILIES))
@@ -185,7 +172,7 @@ def main() -> None:
         }
         text = json.dumps(found, indent=1) + "\n"
         write_atomically(arguments.out, lambda path: path.write_text(text))
-    print(markdown(groups))
+    print(gate_table(groups))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from effopd.bench.results import BEST
-from effopd.report.compare_lookup import AXIS_NAMES, FEW, Lookup, times
+from effopd.report.compare_lookup import AXIS_NAMES, FEW, Lookup, Row, table, times
 
 CONTROLS = ("noop", "fixed-k1", "random_direction")
 PAPER_CLAIM = 3.0
@@ -37,7 +37,7 @@ def answers(look: Lookup) -> Iterator[str]:
                 for name in controls
             )
             yield f"**Controls over EffOPD, {task}**, seed by seed, net seconds: {said}."
-    yield from _false_accepts(look)
+    yield from _gate(look)
 
 
 def _net(look: Lookup, strategy: str, name: str, against: str | None = None) -> Iterator[str]:
@@ -51,19 +51,26 @@ def _net(look: Lookup, strategy: str, name: str, against: str | None = None) -> 
             yield f"**{name}: net speed-up{over} at the reference learning rate, {task}** (n = {steps['n']}): {said}."
 
 
-def _false_accepts(look: Lookup) -> Iterator[str]:
-    """What the gate lets pass when nothing is there: by simulation, and along random directions in real runs."""
+def _gate(look: Lookup) -> Iterator[str]:
+    """What EffOPD's gate accepts where nothing is to be found, by simulation and in real runs."""
     said = []
-    noise = look.results.get("gate_noise", [])
-    if noise:
+    if noise := look.results.get("gate_noise"):
         shares = ", ".join(
             f"{row['first_accepted']:.1%} [{row['first_accepted_ci95'][0]:.1%}, {row['first_accepted_ci95'][1]:.1%}] "
             f"({row['family']}, {row['model']})"
             for row in noise
         )
         said.append(
-            f"of {noise[0]['searches']} simulated searches whose candidates are the same model answering anew "
-            f"(D_v = {noise[0]['validation_size']}, ≥), EffOPD's gate lets one pass in {shares} (`benchmarks/gate_noise.py`)"
+            f"with fresh sampling noise, of {noise[0]['searches']} simulated searches whose candidates are the same model answering "
+            f"anew (D_v = {noise[0]['validation_size']}, ≥) it lets one pass in {shares} (`benchmarks/gate_noise.py`)"
+        )
+    if shared := look.results.get("gate_shared_noise"):
+        lengths = [row["relative_size"] for row in shared]
+        accepted = [row["first_accepted"] for row in shared]
+        said.append(
+            "with shared noise, as in this package and in these runs, it lets "
+            f"{min(accepted):.0%} to {max(accepted):.0%} of the first candidates along random directions of {min(lengths):g} to "
+            f"{max(lengths):g} of the weights' norm pass: they change no answer"
         )
     for task in look.tasks:
         runs = look.runs(task, ("random_direction", look.reference))
@@ -73,7 +80,44 @@ def _false_accepts(look: Lookup) -> Iterator[str]:
                 f"along random directions as long as the displacement it jumped in {jumped} of {asked} ({task})"
             )
     if said:
-        yield "**The gate where nothing is to be found**: " + "; ".join(said) + "."
+        yield "**EffOPD's gate where nothing is to be found**: " + "; ".join(said) + "."
+
+
+def gate_table(groups: Sequence[Row]) -> str:
+    """Accepted shares of real moves by their true change in accuracy (`benchmarks/gate_power.py`); parentheses: the lowest
+    and the highest run."""
+    rows = []
+    for row in groups:
+        ends = [f"{100 * row[end]:+.1f}" if row[end] is not None else "" for end in ("from", "to")]
+        where = f"{ends[0]} to {ends[1]}" if all(ends) else f"below {ends[1]}" if ends[1] else f"{ends[0]} and more"
+        shares = [
+            f"{row[noise]:.0%} ({min(row[f'{noise}_by_run']):.0%} to {max(row[f'{noise}_by_run']):.0%})"
+            for noise in ("shared", "fresh")
+        ]
+        rows.append([where, str(row["moves"]), str(row["searches"]), *shares])
+    header = [
+        "true change in accuracy, points",
+        "moves",
+        "searches",
+        "accepted, shared noise",
+        "accepted, fresh noise",
+    ]
+    return table(header, rows)
+
+
+def gate_section(look: Lookup) -> list[str]:
+    """Heading, text and table of what `benchmarks/gate_power.py` found, if it is there."""
+    groups = look.results.get("gate_power")
+    if not groups:
+        return []
+    runs = max(len(row["shared_by_run"]) for row in groups)
+    text = (
+        f"How often EffOPD's gate (≥ on 50 answers) accepts a move along the real displacements of {runs} `effopd` runs, forwards and "
+        "backwards, by what the move truly does to the accuracy (`benchmarks/gate_power.py`): false accepts above, power below. "
+        "Shared noise: W and candidate are sampled with the same random numbers, as in this package. Parentheses: the lowest and "
+        "the highest run."
+    )
+    return ["## What EffOPD's gate accepts", text, gate_table(groups)]
 
 
 def _claim(look: Lookup, arm: tuple[str, float]) -> str:
