@@ -161,18 +161,17 @@ def main() -> None:
             rows += watch.rows
             searches += watch.searches
             print(f"{family}, seed {seed}: {len(watch.rows)} moves", flush=True)
-    groups = grouped(rows)
-    if arguments.out is not None:
-        found = {
-            "settings": {k: v for k, v in vars(arguments).items() if k != "out"} | {"validation_size": SIZE},
-            "versions": versions(("torch", "transformers", "numpy")),
-            "by_true_change": groups,
-            "moves": rows,
-            "whole_searches": searches,
-        }
-        text = json.dumps(found, indent=1) + "\n"
-        write_atomically(arguments.out, lambda path: path.write_text(text))
-    print(gate_table(groups))
+            if arguments.out is not None:  # after every run
+                found = {
+                    "settings": {k: v for k, v in vars(arguments).items() if k != "out"} | {"validation_size": SIZE},
+                    "versions": versions(("torch", "transformers", "numpy")),
+                    "by_true_change": grouped(rows),
+                    "moves": rows,
+                    "whole_searches": searches,
+                }
+                text = json.dumps(found, indent=1) + "\n"
+                write_atomically(arguments.out, lambda path, text=text: path.write_text(text))
+    print(gate_table(grouped(rows)))
 
 
 if __name__ == "__main__":
