@@ -37,6 +37,7 @@ def page(large: dict[str, Any], small: dict[str, Any]) -> str:
     """docs/batch_size.md."""
     rows, reference = compared(large, small), large["settings"]["reference_learning_rate"]
     sizes = [grid["settings"]["base"]["per_device_train_batch_size"] for grid in (large, small)]
+    evals = [grid["settings"]["base"]["eval_steps"] for grid in (large, small)]
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         for arm in dict.fromkeys((row["strategy"], row["learning_rate"]) for row in rows):
@@ -62,6 +63,7 @@ with {sizes[0]} prompts ends at ×1 ({reference:.0e}). Above 1×, the small batc
 
 - Parentheses: the range of three seeds, no interval.
 - The runs with {sizes[1]} prompts end after {last} steps, so "never" says nothing about longer ones.
+- The trailing median of three evaluations costs a run one evaluation: {evals[0]} steps of {sizes[0]} prompts, {evals[1]} of {sizes[1]}.
 - The seconds of the two grids are not brought to one machine; tokens are exact.
 - Forward tokens count a forward of the search like a forward and backward of training, which overcharges the search.
 """
