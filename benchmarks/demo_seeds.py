@@ -1,9 +1,14 @@
 """The demo over several seeds: the figures of the README and of docs/demo/.
 
-    .venv/bin/python benchmarks/demo_seeds.py [--family chain_sum] [--seeds 0 1 2] [--keep docs/demo]
+    .venv/bin/python benchmarks/demo_seeds.py [--family chain_sum] [--seeds 0] [--keep docs/demo]
+    .venv/bin/python benchmarks/demo_seeds.py --grid docs/results.json
+    .venv/bin/python benchmarks/readme_results.py
 
 Runs `effopd quickstart` once a seed into runs/demo-FAMILY-SEED (a finished seed is not run again, only redrawn), copies
-the summaries and the first seed's figure to `--keep`, and prints the table and the medians.
+the summaries and the first seed's figure to `--keep`, and prints the table and the medians. With `--grid` nothing is run:
+`recipes/compare-testbed.yaml` has the same three runs a seed, and their rows are taken from its results.json. Seconds are
+CPU seconds, so that other work on the machine does not count. The README shows seed 0 of chain_sum; `readme_results.py`
+writes its output there from docs/demo/chain_sum-seed-0.json.
 """
 
 from __future__ import annotations
@@ -13,11 +18,18 @@ import json
 import shutil
 import statistics
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from effopd import quickstart
+from effopd.bench.results import from_row
 from effopd.cli import main as effopd
-from effopd.quickstart import QuickstartArguments, conclude
+from effopd.distill.run_dir import EVALS
+from effopd.evaluation import accuracy_interval
+from effopd.extrapolate.callback import SEARCHES
+from effopd.files import append_row
+from effopd.quickstart import ARMS, QuickstartArguments, conclude
 
 AXES = ("steps", "seconds", "generated_tokens")
 
@@ -25,25 +37,58 @@ AXES = ("steps", "seconds", "generated_tokens")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="chain_sum")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--keep", type=Path, default=Path("docs/demo"))
     parser.add_argument("--max_steps", type=int, default=96)
+    parser.add_argument("--cost_clock", default="cpu", choices=["wall", "cpu"], help="as of `effopd quickstart`")
+    parser.add_argument(
+        "--grid", type=Path, metavar="RESULTS_JSON", help="take the runs from there instead of making them"
+    )
     arguments = parser.parse_args()
     arguments.keep.mkdir(parents=True, exist_ok=True)
     summaries = {}
     for seed in arguments.seeds:
         root = Path("runs") / f"demo-{arguments.family}-{seed}"
-        demo = QuickstartArguments(seed=seed, family=arguments.family, max_steps=arguments.max_steps)
-        if (root / "summary.json").exists():
+        demo = QuickstartArguments(seed=seed, family=arguments.family, max_steps=arguments.max_steps,
+                                   cost_clock=arguments.cost_clock)  # fmt: skip
+        if arguments.grid is not None:
+            of_grid(json.loads(arguments.grid.read_text()), demo, root)
+        elif (root / "summary.json").exists():
             conclude(root, demo, Console(soft_wrap=True))  # redraw from the rows
         else:
             effopd(["quickstart", "--seed", str(seed), "--family", arguments.family, "--output_dir", str(root),
-                    "--max_steps", str(arguments.max_steps)])  # fmt: skip
+                    "--max_steps", str(arguments.max_steps), "--cost_clock", arguments.cost_clock])  # fmt: skip
         summaries[seed] = json.loads((root / "summary.json").read_text())
         shutil.copy(root / "summary.json", arguments.keep / f"{arguments.family}-seed-{seed}.json")
         if seed == arguments.seeds[0]:
             shutil.copy(root / "figure.png", arguments.keep / f"{arguments.family}.png")
     print(table(summaries))
+
+
+def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> None:
+    """The demo's summary and figure from the grid's runs at the reference learning rate with the demo's seed."""
+    base, settings = results["settings"]["base"], results["settings"]
+    shutil.rmtree(root, ignore_errors=True)
+    for arm in ARMS:
+        place = (f"testbed:{demo.family}", arm, settings["reference_learning_rate"], demo.seed)
+        (row,) = (r for r in results["runs"] if (r["task"], r["strategy"], r["learning_rate"], r["seed"]) == place)
+        (root / arm).mkdir(parents=True)
+        for evaluation in from_row(row).rows:
+            right = round(evaluation["eval_accuracy"] * base["eval_size"])
+            interval = accuracy_interval([[i < right] for i in range(base["eval_size"])])
+            between = {"eval_accuracy_low": interval.low, "eval_accuracy_high": interval.high}
+            append_row(root / arm / EVALS, dict(evaluation) | between)
+        for step, scale in row["accepted"]:
+            append_row(
+                root / arm / SEARCHES, {"step": step, "accepted_scale": scale, "seconds": 0.0, "generated_tokens": 0}
+            )
+    summary = quickstart.summarize(root, demo) | {"versions": results["versions"], "cost_clock": settings["clock"]}
+    summary["runs_of"] = "docs/results.json"
+    for arm in quickstart.AHEAD:  # the grid does not keep what single searches cost
+        for name in ("search_seconds", "search_generated_tokens"):
+            del summary[arm][name]
+    (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    quickstart._figure(root, summary)
 
 
 def table(summaries: dict[int, dict]) -> str:

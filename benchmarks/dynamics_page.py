@@ -1,11 +1,11 @@
 """docs/dynamics.md: each claim of the paper about update dynamics against the testbed, from the tables on disk.
 
-    .venv/bin/python benchmarks/dynamics_page.py [--families chain_sum spell_backward] [--out docs]
+    .venv/bin/python benchmarks/dynamics_page.py [--families chain_sum spell_backward] [--redraw] [--out docs]
 
-Reads what `dynamics_runs.py` and `dynamics_scans.py` left in runs/dynamics. A value is the mean over seeds with Student's 95 %
+Reads what `dynamics_runs.py` and `dynamics_scans.py` left in runs/dynamics, writes docs/dynamics/FAMILY.json (every number of
+the page, with the value of every seed) and the figures, and draws the page from the JSON; `--redraw` does only that. A value is the mean over seeds with Student's 95 %
 interval; a comparison is paired by seed. The verdict follows from the interval alone: *shown* if it lies wholly on the
-claimed side, *the other way* if wholly on the opposite one, *undecided* otherwise. Also writes docs/dynamics/FAMILY.json (every
-number of the page) and copies the figures it shows.
+claimed side, *the other way* if wholly on the opposite one, *undecided* otherwise.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from effopd.bench.time_to_target import smooth
-from effopd.dynamics.statistics import Estimate, seed_mean
+from effopd.dynamics.statistics import seed_mean
 from effopd.files import write_atomically
 
 EARLY = 12
+#: Held-out prompts of every scan, the same for all seeds (`dynamics_scans.py`).
+PROMPTS = 400
+LONGER = "ours: accuracy asks for longer steps than the KL"
 FIGURES = ("norms", "layers", "spectrum", "subspaces_left", "u1_path", "first_last", "sparsity")
 SCAN_FIGURES = ("alpha", "trajectory", "window", "rank", "norm_scaling")
 
@@ -34,39 +38,51 @@ class Row:
     """One measured quantity.
 
     Attributes:
-        opd, rl: over seeds; `None` where there is no such thing.
-        test: the quantity the claim is about, and `side`: +1 if the claim says it is positive, −1 negative, 0 zero.
+        opd, rl: one value a seed.
+        test: the quantity the claim is about, one value a seed, and `side`: +1 if the claim says it is positive, −1 negative,
+            0 zero.
+        unit: `number`, or `percent` for shares.
         margin: for side 0, how large a value still counts as nothing.
     """
 
     claim: str
     quantity: str
-    opd: Estimate | None
-    rl: Estimate | None
-    test: Estimate
+    opd: list[float]
+    rl: list[float]
+    test: list[float]
     side: int
-    style: Callable[[Estimate], str]
+    unit: str
     margin: float = 0.0
 
-    @property
-    def verdict(self) -> str:
-        low, high = self.test.low, self.test.high
-        if math.isnan(low):
-            return "undecided"
-        if self.side == 0:
-            inside = -self.margin < low and high < self.margin
-            return "shown" if inside else "the other way" if low > 0 or high < 0 else "undecided"
-        if low * self.side > 0 and high * self.side > 0:
-            return "shown"
-        return "the other way" if low * self.side < 0 and high * self.side < 0 else "undecided"
+    def to_row(self) -> dict[str, Any]:
+        """JSON-ready: mean, interval and the values of the seeds; NaN becomes `None`."""
+        test = seed_mean(self.test)
+        return {
+            "claim": self.claim, "quantity": self.quantity, "unit": self.unit, "side": self.side, "margin": self.margin,
+            "verdict": verdict(test.low, test.high, self.side, self.margin),
+            **{name: asdict(seed_mean(values)) | {"values": [None if math.isnan(v) else v for v in values]}
+               for name, values in (("opd", self.opd), ("rl", self.rl), ("test", self.test))},
+        }  # fmt: skip
 
 
-def number(e: Estimate) -> str:
-    return f"{e.mean:.3g} [{e.low:.3g}, {e.high:.3g}]"
+def verdict(low: float, high: float, side: int, margin: float) -> str:
+    """What an interval says about a claim: `shown`, `the other way` or `undecided`."""
+    if math.isnan(low):
+        return "undecided"
+    if side == 0:
+        inside = -margin < low and high < margin
+        return "shown" if inside else "the other way" if low > 0 or high < 0 else "undecided"
+    if low * side > 0 and high * side > 0:
+        return "shown"
+    return "the other way" if low * side < 0 and high * side < 0 else "undecided"
 
 
-def percent(e: Estimate) -> str:
-    return f"{100 * e.mean:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}] %"
+def written(estimate: Mapping[str, Any], unit: str) -> str:
+    """A mean with its interval."""
+    mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
+    if unit == "number":
+        return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] %"
 
 
 class Family:
@@ -91,17 +107,14 @@ class Family:
     def scan(self, take: Callable[[pd.DataFrame, str], float]) -> dict[str, list[float]]:
         return {g: [take(table, g) for table in self.scans] for g in ("opd", "rl")}
 
-    def compare(self, claim: str, quantity: str, values: dict[str, list[float]], side: int, style=number) -> Row:
+    def compare(self, claim: str, quantity: str, values: dict[str, list[float]], side: int, unit="number") -> Row:
         """OPD − RL, paired by seed."""
         difference = [a - b for a, b in zip(values["opd"], values["rl"], strict=True)]
-        return Row(
-            claim, quantity, seed_mean(values["opd"]), seed_mean(values["rl"]), seed_mean(difference), side, style
-        )
+        return Row(claim, quantity, values["opd"], values["rl"], difference, side, unit)
 
-    def each(self, claim: str, quantity: str, values, group: str, side: int, style=number, margin=0.0) -> Row:
+    def each(self, claim: str, quantity: str, values, group: str, side: int, unit="number", margin=0.0) -> Row:
         """A quantity of one group against zero."""
-        estimates = {g: seed_mean(values[g]) for g in values}
-        return Row(claim, quantity, estimates.get("opd"), estimates.get("rl"), estimates[group], side, style, margin)
+        return Row(claim, quantity, values["opd"], values["rl"], values[group], side, unit, margin)
 
 
 def accuracy_of(table: pd.DataFrame, scan: str, run: str, **where) -> float:
@@ -172,8 +185,8 @@ def rows_of(family: Family) -> list[Row]:
         "1b leading directions carry the gain",
     )
     metrics = {
-        "spectral_norm": ("s1", 1, number), "spectral_to_frobenius": ("s1 / ‖ΔW‖", 1, percent),
-        "effective_rank": ("effective rank", -1, number), "top1pct_norm_ratio": ("top-1 % norm ratio", 1, percent),
+        "spectral_norm": ("s1", 1, "number"), "spectral_to_frobenius": ("s1 / ‖ΔW‖", 1, "percent"),
+        "effective_rank": ("effective rank", -1, "number"), "top1pct_norm_ratio": ("top-1 % norm ratio", 1, "percent"),
     }  # fmt: skip
     early = {
         "early_left_overlap_1": "cos² of u1 at 9 % of training with u1 at the end",
@@ -181,88 +194,171 @@ def rows_of(family: Family) -> list[Row]:
         "early_right_overlap_16": "overlap of the leading 16 right directions at 9 % with the end",
     }
     return [
-        f.compare(a, "final accuracy", f.scan(lambda t, g: accuracy_of(t, "reference", g)), 0, percent),
+        f.compare(a, "final accuracy", f.scan(lambda t, g: accuracy_of(t, "reference", g)), 0, "percent"),
         f.compare(a, "‖ΔW‖ at the end", f.run(lambda run: run["update_norm"]), -1),
         f.compare(a, "‖ΔW_t‖ when 80 % of RL's gain is reached", f.scan(lambda t, g: norm_at(t, g, 0.8)), -1),
         f.each(b, "change in accuracy with the base's embeddings (OPD)", f.scan(
             lambda t, g: float(t[(t["scan"] == "embedding") & (t["run"] == g)]["change_from_trained"].iloc[0])
-        ), "opd", 0, percent, margin=0.02),
+        ), "opd", 0, "percent", margin=0.02),
         f.each(b, "share of the gain from the embeddings alone (OPD)",
-               f.scan(lambda t, g: swap(t, g, "embedding", "only")), "opd", 0, percent, margin=0.05),
+               f.scan(lambda t, g: swap(t, g, "embedding", "only")), "opd", 0, "percent", margin=0.05),
         f.each(c, "gain from all MLPs − gain from all attention (OPD)",
-               f.scan(lambda t, g: swap(t, g, "mlp", "only") - swap(t, g, "attention", "only")), "opd", 1, percent),
+               f.scan(lambda t, g: swap(t, g, "mlp", "only") - swap(t, g, "attention", "only")), "opd", 1, "percent"),
         f.each(c, "gain from one middle MLP − from one outer MLP (OPD)",
-               f.scan(lambda t, g: window(t, g, "mlp", middle) - window(t, g, "mlp", ends)), "opd", 1, percent),
+               f.scan(lambda t, g: window(t, g, "mlp", middle) - window(t, g, "mlp", ends)), "opd", 1, "percent"),
         f.compare(d, "share of ‖ΔW‖² in the first and last layer",
-                  f.run(lambda run: layer_share(run["layers"], lambda i, count: i in (0, count - 1))), -1, percent),
-        *(f.compare(e, label, f.metric(name), side, style) for name, (label, side, style) in metrics.items()),
-        *(f.compare(h, label, f.metric(name), 1, percent) for name, label in early.items()),
+                  f.run(lambda run: layer_share(run["layers"], lambda i, count: i in (0, count - 1))), -1, "percent"),
+        *(f.compare(e, label, f.metric(name), side, unit) for name, (label, side, unit) in metrics.items()),
+        *(f.compare(h, label, f.metric(name), 1, "percent") for name, label in early.items()),
         f.each(h, "path of u1: variance in a plane beyond a random walk (OPD)", {
             g: [x - y for x, y in zip(f.metric("u1_evr")[g], f.metric("u1_evr_null_mean")[g], strict=True)]
             for g in ("opd", "rl")
-        }, "opd", 1, percent),
-        f.each(n, f"share of the gain at step {EARLY}, β = 0 (as it is)", f.scan(beta(0.0)), "opd", 1, percent),
-        f.each(n, f"share of the gain at step {EARLY}, β = 1", f.scan(beta(1.0)), "opd", 1, percent),
+        }, "opd", 1, "percent"),
+        f.each(n, f"share of the gain at step {EARLY}, β = 0 (as it is)", f.scan(beta(0.0)), "opd", 1, "percent"),
+        f.each(n, f"share of the gain at step {EARLY}, β = 1", f.scan(beta(1.0)), "opd", 1, "percent"),
         f.each(n, "β = 1: share of the gain − 80 % (OPD)",
-               {g: [v - 0.8 for v in values] for g, values in f.scan(beta(1.0)).items()}, "opd", 1, percent),
-        f.each("ours: accuracy asks for longer steps than the KL", f"best β by accuracy − by KL at step {EARLY} (OPD)",
+               {g: [v - 0.8 for v in values] for g, values in f.scan(beta(1.0)).items()}, "opd", 1, "percent"),
+        f.each(LONGER, f"best β by accuracy − by KL at step {EARLY} (OPD)",
                f.scan(overshoot), "opd", 1),
-        *(f.each(k, f"share of the gain from the top {p:g} % of the matrices, shared norm, the rest trained (OPD)", f.scan(rank("top", p)), "opd", 1, percent)
+        *(f.each(k, f"share of the gain from the top {p:g} % of the matrices, shared norm, the rest trained (OPD)", f.scan(rank("top", p)), "opd", 1, "percent")
           for p in (1, 5, 20)),
         f.each(k, "share of the gain from the bottom 50 % of the matrices, beyond embeddings alone (OPD)",
-               f.scan(lambda t, g: rank("bottom", 50)(t, g) - swap(t, g, "embedding", "only")), "opd", 0, percent, margin=0.05),
-        f.compare(k, "top 1 %, shared norm: OPD − RL", f.scan(rank("top", 1)), 1, percent),
+               f.scan(lambda t, g: rank("bottom", 50)(t, g) - swap(t, g, "embedding", "only")), "opd", 0, "percent", margin=0.05),
+        f.compare(k, "top 1 %, shared norm: OPD − RL", f.scan(rank("top", 1)), 1, "percent"),
         f.each(r, "change in accuracy by a random move of the same norm (OPD's)", f.scan(random_change), "opd", 0,
-               percent, margin=0.02),
+               "percent", margin=0.02),
     ]  # fmt: skip
 
 
-def page_table(families: dict[str, list[Row]]) -> str:
-    """A Markdown table a family."""
-    text = []
-    for name, rows in families.items():
+def page_table(families: Mapping[str, Any]) -> str:
+    """A Markdown table a family, from the published JSON; ° marks what one test of many may have found by chance."""
+    text, kept = [], iter(holm([p_value(row["test"]) for family in families.values() for row in family["rows"]]))
+    for name, family in families.items():
         text += [
             f"### {name}",
             "",
             "| claim | measured | OPD | RL | tested value | verdict |",
             "|---|---|---|---|---|---|",
         ]
-        for row in rows:
-            cells = ["–" if x is None else row.style(x) for x in (row.opd, row.rl, row.test)]
-            text.append(f"| {row.claim} | {row.quantity} | {' | '.join(cells)} | **{row.verdict}** |")
+        for row in family["rows"]:
+            cells = [written(row[which], row["unit"]) for which in ("opd", "rl", "test")]
+            mark = "" if next(kept) or p_value(row["test"]) >= 0.05 else " °"
+            text.append(f"| {row['claim']} | {row['quantity']} | {' | '.join(cells)} | **{row['verdict']}**{mark} |")
         text.append("")
     return "\n".join(text)
+
+
+def by_seed(row: Mapping[str, Any]) -> str:
+    """In how many seeds the tested value is positive; without values of the seeds, that this cannot be told."""
+    values = row["test"].get("values")
+    if values is None:
+        return "in the mean over seeds"
+    positive = sum(value is not None and value > 0 for value in values)
+    return "in every seed" if positive == len(values) else f"in {positive} of {len(values)} seeds"
+
+
+def longer_steps(families: Mapping[str, Any]) -> str:
+    """Our own claim, in the words that the numbers allow."""
+    found = {name: next(r for r in family["rows"] if r["claim"] == LONGER) for name, family in families.items()}
+    said = ", ".join(f"{written(row['test'], row['unit'])} {by_seed(row)} ({name})" for name, row in found.items())
+    return (
+        "*Accuracy asks for longer steps than the KL* (ours, not the paper's): stretching the early update, accuracy is best at a "
+        f"larger β than the reverse KL: β of the best accuracy minus β of the lowest KL is {said}. It fits the finding that an "
+        "accuracy gate accepts jumps that raise the KL."
+    )
+
+
+def p_value(estimate: Mapping[str, Any]) -> float:
+    """Two-sided p of "the mean over seeds is 0", from a mean and its Student interval."""
+    from scipy import stats
+
+    half, freedom = (estimate["high"] - estimate["low"]) / 2, estimate["n"] - 1
+    return float(2 * stats.t.sf(abs(estimate["mean"]) / half * stats.t.ppf(0.975, freedom), freedom)) if half else 0.0
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which hypotheses Holm's step-down procedure rejects at a family-wise error of `level`."""
+    rejected = [False] * len(p_values)
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[index] > level / (len(p_values) - rank):
+            break
+        rejected[index] = True
+    return rejected
+
+
+def cautions(families: Mapping[str, Any]) -> str:
+    """What the intervals leave out."""
+    rows = [(name, row) for name, family in families.items() for row in family["rows"]]
+    alone = [p_value(row["test"]) < 0.05 for _, row in rows]
+    together = holm([p_value(row["test"]) for _, row in rows])
+    seeds = {tuple(family["seeds"]) for family in families.values()}
+    kept = all("values" in row["test"] for _, row in rows)
+    stored = (
+        "The JSON holds the value of every seed beside mean and interval."
+        if kept
+        else "The JSON of these runs holds mean and interval only, and the runs are not shipped, so nothing can be said here seed by "
+        "seed. `benchmarks/dynamics_page.py` stores the value of every seed from the next run on."
+    )
+    return "\n".join(
+        f"- {line}"
+        for line in (
+            f"*Several tests.* {len(rows)} values are tested. {sum(alone)} differ from 0 at 5 % each, {sum(together)} still do after "
+            "Holm's correction for all of them; the tables mark the others with °. The four spectral metrics are correlated, so "
+            "“all eight comparisons” are not eight independent findings.",
+            f"*Prompts.* All seeds answer the same {PROMPTS} held-out prompts, so intervals of accuracies leave out the choice of prompts "
+            f"(standard error {100 * math.sqrt(0.25 / PROMPTS):.1f} points at most); differences on the same prompts are less affected.",
+            f"*Seeds.* One base model and {len(families)} tasks; {len(next(iter(seeds)))} seeds vary the training runs, not the student "
+            "or its family.",
+            "*Equal steps.* Spectra and ranks are compared at equal steps, not at equal gain or equal norm, and OPD ends below RL in "
+            "accuracy. A row at equal gain exists for the norm only.",
+            f"*Data.* {stored}",
+        )
+    )
+
+
+def measure(root: Path, out: Path, *, figures: bool) -> None:
+    """docs/dynamics/FAMILY.json from the tables of a family's runs; with `figures`, those of the page too."""
+    family = Family(root)
+    content = {"seeds": family.seeds, "rows": [row.to_row() for row in rows_of(family)]}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(out / f"{root.name}.json", lambda path: path.write_text(text))
+    if figures:
+        for figure in FIGURES:
+            shutil.copy(root / "analysis" / "figures" / f"{figure}.png", out / f"{figure}.png")
+        for figure in SCAN_FIGURES:
+            source = root / f"scans-{family.seeds[0]}" / "figures" / f"{figure}.png"
+            shutil.copy(source, out / f"scan_{figure}.png")
+
+
+def rewritten(page: str, families: Mapping[str, Any]) -> str:
+    """The page with what the JSON says: the generated sentences and the tables."""
+    for mark, text in (("longer steps", f"- {longer_steps(families)}"), ("cautions", cautions(families))):
+        start, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+        before, _, rest = page.partition(start)
+        page = before + start + text + "\n" + end + rest.partition(end)[2]
+    head, mark, _ = page.partition("<!-- tables -->\n")
+    return head + mark + "\n" + page_table(families)
+
+
+def published(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The JSON of each family."""
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["chain_sum", "spell_backward"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/dynamics"))
+    parser.add_argument("--redraw", action="store_true", help="only the page, from the JSON that is there")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
-    folder = arguments.out / "dynamics"
+    folder, page = arguments.out / "dynamics", arguments.out / "dynamics.md"
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {}
-    for name in arguments.families:
-        family = Family(Path("runs/dynamics") / name)
-        tables[name] = rows_of(family)
-        content = [
-            {"claim": r.claim, "quantity": r.quantity, "verdict": r.verdict, "side": r.side, "margin": r.margin,
-             **{key: None if e is None else asdict(e) for key, e in (("opd", r.opd), ("rl", r.rl), ("test", r.test))}}
-            for r in tables[name]
-        ]  # fmt: skip
-        text = json.dumps({"seeds": family.seeds, "rows": content}, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(folder / f"{name}.json", lambda path, text=text: path.write_text(text))
-        if name == arguments.families[0]:
-            for figure in FIGURES:
-                shutil.copy(family.root / "analysis" / "figures" / f"{figure}.png", folder / f"{figure}.png")
-            for figure in SCAN_FIGURES:
-                source = family.root / f"scans-{family.seeds[0]}" / "figures" / f"{figure}.png"
-                shutil.copy(source, folder / f"scan_{figure}.png")
-    table = page_table(tables)
-    page = arguments.out / "dynamics.md"
-    head, mark, _ = page.read_text().partition("<!-- tables -->\n")
-    write_atomically(page, lambda path: path.write_text(head + mark + "\n" + table))
-    print(table)
+    if not arguments.redraw:
+        for name in arguments.families:
+            measure(arguments.runs / name, folder, figures=name == arguments.families[0])
+    text = rewritten(page.read_text(), published(folder, arguments.families))
+    write_atomically(page, lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":

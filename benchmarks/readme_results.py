@@ -1,159 +1,298 @@
-"""The README's results, from `docs/results.json`, `docs/final_quality.json` and `docs/ablation/results.json`.
+"""The README's results, from the published JSON files in docs/.
 
     effopd compare --report runs/compare --out docs
     effopd compare --report runs/compare-ablation --out docs/ablation
     .venv/bin/python benchmarks/readme_results.py
 
-Rewrites the section "How much faster" of README.md; a test asks that it is what this command writes.
+Rewrites the paragraph of the status, the section "How much faster" and the demo's output in README.md, and
+docs/batch_size.md; a test asks that they are what this command writes.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import statistics
 from pathlib import Path
+from typing import Any
 
-from effopd.report.compare_page import Lookup, number, table, times
+from batch_size import PAGE, compared, page
+from rich.console import Console
+
+from effopd import quickstart
+from effopd.bench.cross_targets import own_rate, runs_of
+from effopd.report.compare_lookup import Lookup, factor, number, table, times
 
 ROOT = Path(__file__).parents[1]
 START, END = "## How much faster", "## Install"
-CHAIN, SPELL = "testbed:chain_sum", "testbed:spell_backward"
+CHAIN, SPELL = TASKS = ("testbed:chain_sum", "testbed:spell_backward")
 
 
-def factor(look: Lookup, rate: float) -> str:
-    """A learning rate as a multiple of the reference."""
-    return f"×{rate / look.reference:.2g}"
+class Figures:
+    """Everything that the README quotes from the headline grid, as text."""
 
+    def __init__(self, results: dict[str, Any]):
+        self.look = Lookup(results)
+        self.reference = self.look.reference
+        self.rates = sorted({rate for strategy, rate in self.look.arms if strategy == "lookahead"})
+        self.own = {
+            (row["task"], row["strategy"], row["learning_rate"]): row
+            for row in own_rate(runs_of(results), self.look.baseline)
+            if row["axis"] == "steps"
+        }
 
-def section(results: dict, final: list[dict], ablation: dict) -> str:
-    """The section, with its heading."""
-    look = Lookup(results)
-    reference = look.reference
+    def fast(self, task: str, strategy: str, rate: float | None = None, to: str | None = None, axis="seconds") -> str:
+        """A speed-up with its interval, at the reference rate unless told otherwise."""
+        return times(self.look.speedup(task, (strategy, rate or self.reference), axis, rate=to))
 
-    def fast(task: str, strategy: str, rate: float = reference, to: str | None = None, axis: str = "seconds") -> str:
-        return times(look.speedup(task, (strategy, rate), axis, rate=to))
-
-    def best(task: str, target: str = "reference_kl") -> float:
-        rate = look.best(task, target)
+    def best(self, task: str, target: str = "reference_kl") -> float:
+        """Plain OPD's best learning rate."""
+        rate = self.look.best(task, target)
         assert rate is not None
         return rate
 
-    rates = sorted({rate for strategy, rate in look.arms if strategy == "lookahead"})
+    def at(self, rate: float) -> str:
+        """A learning rate as a multiple of the reference."""
+        return factor(rate, self.reference)
 
-    def anywhere(task: str, target: str = "reference_kl") -> str:
-        rows = [look.speedup(task, ("lookahead", rate), "seconds", target, rate="best") for rate in rates]
-        medians = [row["median"] for row in rows if row]
-        return f"{min(medians):.2f}–{max(medians):.2f}×"
+    def anywhere(self, task: str, target: str = "reference_kl", axis: str = "seconds") -> str:
+        """Against plain OPD at its best: the medians of `lookahead` over its learning rates, and the worst single seed."""
+        found = (self.look.speedup(task, ("lookahead", rate), axis, target, rate="best") for rate in self.rates)
+        rows = [row for row in found if row]
+        medians = [row["median"] for row in rows]
+        return f"{min(medians):.2f}–{max(medians):.2f}× (worst seed {min(row['low'] for row in rows):.2f}×)"
+
+    def same(self, task: str, strategy: str, rate: float) -> str:
+        """Steps against plain OPD at the same rate, to its own end there."""
+        row = self.own[task, strategy, rate]
+        return times(row) + (f", {row['reached']} of {row['n']}" if row["reached"] < row["n"] else "")
+
+    def again(self, task: str, strategy: str, *rates: float) -> str:
+        """How often runs that arrived were off the target later: one share, or the range over rates where any arrived."""
+        said = [self.look.again(task, (strategy, rate)).split(" ")[0] for rate in rates]
+        shares = sorted({int(share.rstrip("%")) for share in said if share != "–"})
+        return f"{shares[0]}%" if len(shares) == 1 else f"{shares[0]}–{shares[-1]}%"
+
+
+def status(f: Figures) -> str:
+    """The paragraph under the status line: what the headline is, and what it is not."""
+    third = f.best(CHAIN)
+    return f"""There, at a learning rate of {f.reference:.0e}, which is too low for plain OPD, `lookahead` gets to plain OPD's final KL in an eighth to a sixteenth of the steps. At {f.at(third)} of it, where plain OPD ends lowest, it gets to that end
+no sooner ({times(f.own[CHAIN, "lookahead", third]).split(" ")[0]} on one task, {times(f.own[SPELL, "lookahead", third]).split(" ")[0]} on the other). Against plain OPD at the best learning rate of a sweep it saves the sweep and a factor of {f.fast(CHAIN, "lookahead", to="best").split(" ")[0]} and {f.fast(SPELL, "lookahead", to="best").split(" ")[0]} in seconds; a smaller batch with a tuned rate saves more than that."""
+
+
+def section(docs: dict[str, Any]) -> str:
+    """The section, with its heading, from the published JSON files by name."""
+    f, base = Figures(docs["results"]), docs["results"]["settings"]["base"]
+    rows = [
+        [
+            label,
+            f"`{task.split(':')[1]}`",
+            *(f.fast(task, strategy, axis=axis) for axis in ("steps", "seconds", "forward_tokens")),
+            *(f.fast(task, strategy, to="best", axis=axis) for axis in ("seconds", "forward_tokens")),
+        ]
+        for strategy, label in (("effopd", "`effopd`, the paper's search"), ("lookahead", "**`lookahead`, ours**"))
+        for task in TASKS
+    ]
+    header = [
+        "strategy",
+        "task",
+        "steps",
+        "net seconds",
+        "forward tokens",
+        "against plain OPD at its best rate: net seconds",
+        "… forward tokens",
+    ]
+    ours = [
+        [run["targets"]["reference_kl"]["steps"] for run in f.look.runs(task, ("lookahead", f.reference))]
+        for task in TASKS
+    ]
+    reach = [statistics.median(steps) for steps in ours]
+    arms = [(strategy, task) for strategy in ("lookahead", "effopd") for task in TASKS]
+    rates = [rate for rate in f.rates if all((task, strategy, rate) in f.own for strategy, task in arms)]
+    same = [[f.at(rate), *(f.same(task, strategy, rate) for strategy, task in arms)] for rate in rates]
+    parts = (rates_matter, replaces_the_sweep, ends_where)
+    return f"""{START}
+
+How much sooner a run gets to the held-out exact reverse KL at which plain OPD ends after {base["max_steps"]} steps at {f.reference:.0e} (×1). Medians over five seeds, paired by seed, with 95 % bootstrap intervals (of five seeds: their range); “never” counts as slower than any. Search is charged, evaluation is not. Runs are evaluated every {base["eval_steps"]} steps, so large factors are coarse: `lookahead` arrives after {reach[0]} and {reach[1]} steps.
+`chain_sum` and `spell_backward` are toy tasks of reasoning-gym, {base["per_device_train_batch_size"]} prompts per step; forward tokens are all that go through a model besides sampling, a forward of the search counted like one with backward.
+
+{table(header, rows)}
+
+![learning rates](docs/results/learning_rates.png)
+
+The same at other learning rates, in steps to where plain OPD ends **at that rate** (runs that arrive, where not all do):
+
+{table(["learning rate", *(f"`{strategy}`, `{task.split(':')[1]}`" for strategy, task in arms)], same)}
+
+{"".join(f"- {part(f, docs)}" + chr(10) for part in parts)}- {gate(f, docs)}
+- {small_batch(docs)}
+- {ablation(docs["ablation"])}
+
+The rules of `lookahead` were chosen on these two tasks and these seeds. [docs/results.md](docs/results.md) has every strategy, learning rate, target and interval; `effopd compare recipes/compare-testbed.yaml` runs it all, `benchmarks/readme_results.py` writes this section.
+
+"""
+
+
+def rates_matter(f: Figures, docs: dict[str, Any]) -> str:
+    """Plain OPD's own gain from tuning, and who leaves the target again."""
+    tuned = {
+        task: f"{f.fast(task, 'vanilla', f.best(task))} (`{task.split(':')[1]}`, {f.at(f.best(task))})"
+        for task in TASKS
+    }
+    own = {s: sorted(rate for strategy, rate in f.look.arms if strategy == s) for s in ("effopd", "lookahead")}
+    ten = next(rate for rate in f.rates if f.at(rate) == "×10")
+    return (
+        f"**The learning rate matters more than the paper's search.** At the best of its rates plain OPD itself is {tuned[CHAIN]} and "
+        f"{tuned[SPELL]} faster than at ×1. After it arrived, EffOPD is off the target again in {f.again(CHAIN, 'effopd', f.reference)} and "
+        f"{f.again(SPELL, 'effopd', f.reference)} of the evaluations from ×1 and in {f.again(CHAIN, 'effopd', *own['effopd'])} and "
+        f"{f.again(SPELL, 'effopd', *own['effopd'])} over its rates; plain OPD at ×10 in {f.again(CHAIN, 'vanilla', ten)} and "
+        f"{f.again(SPELL, 'vanilla', ten)}, `lookahead` over its rates in {f.again(CHAIN, 'lookahead', *own['lookahead'])} and "
+        f"{f.again(SPELL, 'lookahead', *own['lookahead'])}."
+    )
+
+
+def replaces_the_sweep(f: Figures, docs: dict[str, Any]) -> str:
+    """`lookahead` from any rate against plain OPD at its best."""
+    ninety = list(dict.fromkeys(f.at(f.best(task, "gap_90")) for task in TASKS))
+    return (
+        f"**`lookahead` replaces the sweep of the rate.** From any of {len(f.rates)} rates between {f.at(f.rates[0])} and {f.at(f.rates[-1])} "
+        f"its median speed is {f.anywhere(CHAIN)} and {f.anywhere(SPELL)} that of plain OPD at the best rate of a sweep, in forward tokens "
+        f"{f.anywhere(CHAIN, axis='forward_tokens')} and {f.anywhere(SPELL, axis='forward_tokens')}. To 90 % of the way, where plain OPD's best "
+        f"rate is {' and '.join(ninety)}, it is {f.anywhere(CHAIN, 'gap_90')} and {f.anywhere(SPELL, 'gap_90')}: no sweep, and no more than that. "
+        "Higher starts, rates in between and, away from ×1, rates that decay were not compared."
+    )
+
+
+def ends_where(f: Figures, docs: dict[str, Any]) -> str:
+    """Final KL on many answers."""
+    final = docs["final_quality"]
+    seeds = {len({r["seed"] for r in final if (r["task"], r["learning_rate"], r["strategy"]) == arm})
+             for arm in {(r["task"], r["learning_rate"], r["strategy"]) for r in final}}  # fmt: skip
 
     def ends(task: str, strategy: str) -> dict[float, float]:
-        """Median final KL of a strategy by learning rate, on the many answers of `final_quality.py`."""
         own = [row for row in final if (row["task"], row["strategy"]) == (task, strategy)]
         return {
             rate: statistics.median(row["kl"] for row in own if row["learning_rate"] == rate)
             for rate in sorted({row["learning_rate"] for row in own})
         }
 
-    def final_kls(task: str) -> str:
+    said = []
+    for task in TASKS:
         ours, plain = ends(task, "lookahead"), ends(task, "vanilla")
         lowest = min(plain, key=lambda rate: plain[rate])
-        return (
-            f"`{task.split(':')[1]}`: {min(ours.values()):.4f}–{max(ours.values()):.4f} from every start, plain OPD {plain[lowest]:.4f} "
-            f"at {factor(look, lowest)} and {min(v for r, v in plain.items() if r != lowest):.4f}–{max(plain.values()):.4f} at its other rates"
+        others = [value for rate, value in plain.items() if rate != lowest]
+        said.append(
+            f"`{task.split(':')[1]}`: {min(ours.values()):.4f}–{max(ours.values()):.4f} from every start, plain OPD {plain[lowest]:.4f} at "
+            f"{f.at(lowest)} and {min(others):.4f}–{max(others):.4f} at its other rates"
         )
-
-    rows = [
-        [
-            label,
-            f"`{task.split(':')[1]}`",
-            str(len(look.runs(task, (strategy, reference)))),
-            *(fast(task, strategy, axis=axis) for axis in ("steps", "seconds", "forward_tokens")),
-            fast(task, strategy, to="best"),
-        ]
-        for strategy, label in (("effopd", "`effopd`, the paper's search"), ("lookahead", "**`lookahead`, ours**"))
-        for task in (CHAIN, SPELL)
-    ]
-    noise = [row["first_accepted"] for row in results["gate_noise"]]
-    seeds = {len({r["seed"] for r in final if (r["task"], r["learning_rate"], r["strategy"]) == arm})
-             for arm in {(r["task"], r["learning_rate"], r["strategy"]) for r in final}}  # fmt: skip
-    ninety = {task: factor(look, best(task, "gap_90")) for task in (CHAIN, SPELL)}
-    way_there = (
-        f"{ninety[CHAIN]} on both tasks" if ninety[CHAIN] == ninety[SPELL] else f"{ninety[CHAIN]} and {ninety[SPELL]}"
+    return (
+        f"**It ends where a well-tuned run ends.** Final KL on {final[0]['size']} answers (`benchmarks/final_quality.py`, medians of "
+        f"{min(seeds)}–{max(seeds)} seeds on the same questions; constant rates), {'; '.join(said)}."
     )
-    done, planned = len(results["runs"]), results["settings"]["planned_runs"]
-    few = "" if done == planned else f" ({done} of {planned} planned runs so far, with n beside every figure)"
-    steps = results["settings"]["base"]["max_steps"]
-    tuned = {
-        task: f"{fast(task, 'vanilla', best(task))} (`{task.split(':')[1]}`, {factor(look, best(task))})"
-        for task in (CHAIN, SPELL)
-    }
-    return f"""{START}
-
-How much sooner a run gets to the held-out exact reverse KL at which plain OPD ends after {steps} steps at the same learning rate. Medians over seeds, paired by seed, with 95 % bootstrap intervals (of five seeds: their range); “never” counts as slower than any. Search is charged, evaluation is not. `chain_sum` and `spell_backward` are toy tasks
-of reasoning-gym; the reference learning rate is {reference:.0e}, ×3 means {3 * reference:.0e}; forward tokens are all that go through a model besides sampling.
-
-{table(["strategy", "task", "seeds", "steps", "net seconds", "forward tokens", "net seconds, against plain OPD at its best rate"], rows)}
-
-![learning rates](docs/results/learning_rates.png)
-
-- **The learning rate matters more than the paper's search.** At the best of its rates plain OPD itself is {tuned[CHAIN]} and {tuned[SPELL]} faster than at the reference rate. EffOPD from the reference rate falls off the target again later, in {look.again(CHAIN, ("effopd", reference)).split(" ")[0]} and {look.again(SPELL, ("effopd", reference)).split(" ")[0]} of the evaluations.
-- **`lookahead` makes the sweep unnecessary.** Started anywhere in a {rates[-1] / rates[0]:.0f}× range of learning rates ({factor(look, rates[0])} to {factor(look, rates[-1])}) its median is {anywhere(CHAIN)} (`chain_sum`) and {anywhere(SPELL)} (`spell_backward`) the speed of plain OPD at the best rate found by sweeping. To 90 % of the way, where plain OPD's best rate
-  is {way_there}, it is {anywhere(CHAIN, "gap_90")} and {anywhere(SPELL, "gap_90")}: no sweep, and no more than that.
-- **It ends where a well-tuned run ends.** Final KL on {final[0]["size"]} answers (`benchmarks/final_quality.py`, medians of {min(seeds)}–{max(seeds)} seeds), {final_kls(CHAIN)}; {final_kls(SPELL)}.
-- **EffOPD's gate cannot tell a gain from noise.** Where nothing changes, it accepts {min(noise):.0%}–{max(noise):.0%} of searches (`benchmarks/gate_noise.py`). Jumping 2Δ at every trigger without asking (`fixed-k1`) is {fast(CHAIN, "fixed-k1")} on `chain_sum`, where the search is {fast(CHAIN, "effopd")}, and {fast(SPELL, "fixed-k1")} on `spell_backward`, where it is
-  {fast(SPELL, "effopd")}.
-{parts(ablation)}
-The rules of `lookahead` were chosen on these two tasks. [docs/results.md](docs/results.md) has every strategy, learning rate, target and interval{few}; `effopd compare recipes/compare-testbed.yaml` and `recipes/compare-ablation.yaml` run it all, `benchmarks/readme_results.py` writes this section.
-
-"""
 
 
-def parts(ablation: dict) -> str:
-    """What each part of lookahead is worth, in the setting of `recipes/compare-ablation.yaml`."""
-    look = Lookup(ablation)
-    names = {
-        "keep-moments": "Adam's moments kept after a jump",
-        "no-steering": "the learning rate not steered",
-        "32-rollouts": "scored on all 32 rollouts instead of a quarter",
-    }
+def small_batch(docs: dict[str, Any]) -> str:
+    """Plain OPD with the small batch at the rate where it always arrives, against `lookahead` with the large one."""
+    both = compared(docs["results"], docs["ablation"])
+    rows = [row for row in both if row["strategy"] == "vanilla"]
+    reference = docs["results"]["settings"]["reference_learning_rate"]
+    steady = next(rate for rate in sorted({row["learning_rate"] for row in rows})
+                  if all(row["reached"] == row["n"] for row in rows if row["learning_rate"] == rate))  # fmt: skip
 
-    def worth(variant: str, rate: float) -> str:
-        arm = (f"lookahead-{variant}", rate)
-        return " and ".join(
-            times(look.speedup(task, arm, "seconds", against="lookahead", rate="same")) for task in look.tasks
-        )
+    def said(axis: str) -> str:
+        return " and ".join(times(row) for row in rows if row["learning_rate"] == steady and row["axis"] == axis)
+
+    ours = " and ".join(times(row) for row in both
+                        if (row["strategy"], row["learning_rate"], row["axis"]) == ("lookahead", reference, "seconds"))  # fmt: skip
+    size = docs["ablation"]["settings"]["base"]["per_device_train_batch_size"]
+    return (
+        f"**A small batch is the stronger baseline.** Plain OPD with {size} prompts per step at {factor(steady, reference)} gets to the table's "
+        f"target {said('generated_tokens')} sooner in sampled tokens than `lookahead` with "
+        f"{docs['results']['settings']['base']['per_device_train_batch_size']} from ×1, {said('forward_tokens')} in forward tokens and "
+        f"{said('seconds')} in net seconds; `lookahead` with {size}, from ×1, {ours} ([docs/batch_size.md](docs/batch_size.md))."
+    )
+
+
+def ablation(results: dict[str, Any]) -> str:
+    """`lookahead` in the setting of `recipes/compare-ablation.yaml`, and what its parts are worth there."""
+    look, base = Lookup(results), results["settings"]["base"]
 
     def fast(rate: float, to: str | None = None) -> str:
         return " and ".join(times(look.speedup(task, ("lookahead", rate), "seconds", rate=to)) for task in look.tasks)
 
-    others = sorted(rate for strategy, rate in look.arms if strategy == "lookahead" and rate != look.reference)
-    elsewhere = "; ".join(f"from {factor(look, rate)} {fast(rate, 'best')}" for rate in others)
-
-    said = "; ".join(
-        f"{text} {worth(name, look.reference)}"
-        for name, text in names.items()
-        if (f"lookahead-{name}", look.reference) in look.arms
-    )
-    base = ablation["settings"]["base"]
     shares = " and ".join(
         number(look.quality(task, ("lookahead", look.reference), "search_share_to_target"), ".0%")
         for task in look.tasks
     )
+    others = sorted(rate for strategy, rate in look.arms if strategy == "lookahead" and rate != look.reference)
+    elsewhere = "; ".join(f"from {factor(rate, look.reference)} {fast(rate, 'best')}" for rate in others)
     return (
-        f"- **With an eighth of the prompts a step** ({base['per_device_train_batch_size']}; {base['max_steps']} steps) steps are noisier and cheaper: searches take {shares} (`chain_sum` and `spell_backward`, "
-        f"in this order all through) of the time to the target. `lookahead` is {fast(look.reference)} as fast as plain OPD at the same rate in net seconds there; as fast as plain OPD at its best of "
-        f"{len(ablation['swept'][look.tasks[0]])} rates: from ×1 {fast(look.reference, 'best')}; {elsewhere}. Its speed when one part is changed, relative to itself: {said} "
-        f"(all parts: [docs/ablation/results.md](docs/ablation/results.md)).\n"
+        f"**With {base['per_device_train_batch_size']} prompts `lookahead` is about as fast as a tuned run.** Searches take {shares} of the time "
+        f"to the target. In net seconds `lookahead` is {fast(look.reference)} as fast as plain OPD at the same rate; against the best of "
+        f"{len(results['swept'][look.tasks[0]])} rates {fast(look.reference, 'best')} from ×1, {elsewhere} ({len(results['runs'])} of "
+        f"{results['settings']['planned_runs']} planned runs; what each part is worth: [docs/ablation/results.md](docs/ablation/results.md))."
     )
 
 
-def rewritten(readme: str, docs: Path = ROOT / "docs") -> str:
-    """The README with the section of the results in `docs`."""
-    names = ("results.json", "final_quality.json", "ablation/results.json")
-    results, final, ablation = (json.loads((docs / name).read_text()) for name in names)
+def gate(f: Figures, docs: dict[str, Any]) -> str:
+    """What EffOPD's gate accepts."""
+    groups = {(row["from"], row["to"]): row for row in docs["gate_power"]["by_true_change"]}
+    loss, none, gain = (groups[size] for size in ((-0.075, -0.025), (-0.005, 0.005), (0.025, 0.075)))
+    nothing = [row["first_accepted"] for row in docs["gate_noise"]["shared_noise"] if row["gate"] == "ge"]
+    anew = [
+        row["first_accepted"]
+        for row in docs["gate_noise"]["fresh_noise"]
+        if (row["gate"], row["validation_size"]) == ("ge", 50)
+    ]
+    return (
+        "**EffOPD's gate cannot tell small gains from small losses.** Of real moves that gain 2.5 to 7.5 points of accuracy it accepts "
+        f"{gain['shared']:.0%}, of those that lose as much {loss['shared']:.0%}, of those that change less than half a point {none['shared']:.0%}; with "
+        f"fresh random numbers for every candidate, {gain['fresh']:.0%}, {loss['fresh']:.0%} and {none['fresh']:.0%} (`benchmarks/gate_power.py`). Random "
+        f"moves too short to matter pass in {min(nothing):.0%}–{max(nothing):.0%} of searches, with fresh random numbers in {min(anew):.0%}–{max(anew):.0%} "
+        "(`benchmarks/gate_noise.py`). Jumping 2Δ at every trigger "
+        f"without asking (`fixed-k1`) is {f.fast(CHAIN, 'fixed-k1')} and {f.fast(SPELL, 'fixed-k1')} in net seconds, where the search is "
+        f"{f.fast(CHAIN, 'effopd')} and {f.fast(SPELL, 'effopd')}."
+    )
+
+
+def demo(summary: dict[str, Any]) -> str:
+    """What `effopd quickstart` prints of a demo, without the paths at its end."""
+    console = Console(soft_wrap=True, width=80, file=io.StringIO(), force_terminal=False)
+    console.print(quickstart._table(summary))
+    console.print(quickstart._verdict(summary))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    return "\n".join(lines).strip("\n")
+
+
+def published(docs: Path) -> dict[str, Any]:
+    """The JSON files that the README quotes."""
+    files = {
+        "results": "results.json", "final_quality": "final_quality.json", "ablation": "ablation/results.json",
+        "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
+    }  # fmt: skip
+    return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
+
+
+def rewritten(readme: str, docs: dict[str, Any]) -> str:
+    """The README with what these results say."""
     before, after = readme[: readme.index(START)], readme[readme.index(END) :]
-    return before + section(results, final, ablation) + after
+    before = re.sub(r"(?m)^There, at .*\n(?:.+\n)*", lambda _: status(Figures(docs["results"])) + "\n", before)
+    after = re.sub(
+        r"(What the demo prints:\n\n```\n).*?(\n```)",
+        lambda m: m[1] + demo(docs["demo"]) + m[2],
+        after,
+        flags=re.DOTALL,
+    )
+    return before + section(docs) + after
+
+
+def main() -> None:
+    docs, readme = published(ROOT / "docs"), ROOT / "README.md"
+    readme.write_text(rewritten(readme.read_text(), docs))
+    (ROOT / "docs" / PAGE).write_text(page(docs["results"], docs["ablation"]))
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rewritten(readme.read_text()))
+    main()

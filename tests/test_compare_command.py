@@ -129,7 +129,7 @@ def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path
     assert [row["curve"]["kl"] for row in after["runs"]] == [row["curve"]["kl"] for row in before["runs"]]
     (note,) = after["settings"]["elsewhere"]
     assert note["runs"] == 2 and note["n"] == 1
-    assert "2 of the runs were made on another machine" in (tmp_path / "grid" / "results.md").read_text()
+    assert "2 of the 3 runs were made on other machines" in (tmp_path / "grid" / "results.md").read_text()
     plan_of(root)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from effopd import quickstart
 from effopd.cli import main
@@ -126,6 +127,16 @@ def test_summary_finds_a_planted_speedup_and_reports_never(tmp_path):
         rows(tmp_path / "b", arm, [0.99**i for i in range(31)], 1.0)
     speedup = summarize(tmp_path / "b", QuickstartArguments(max_steps=30))["speedup"]
     assert speedup["steps"] is None and speedup["seconds"] is None and "did not reach" in speedup["reason"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the clock of the CPU does not see an accelerator's work")
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_the_clock_reaches_the_runs_and_the_summary(tmp_path, clock):
+    arguments = QuickstartArguments(cost_clock=clock, max_steps=2)
+    for arm in ARMS:
+        assert quickstart.settings(arm, arguments, tmp_path / "run").opd.cost_clock == clock
+        rows(tmp_path, arm, [1.0, 0.9, 0.8], 1.0)
+    assert summarize(tmp_path, arguments)["cost_clock"] == clock
 
 
 def test_mistakes(capsys):

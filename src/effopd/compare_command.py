@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from effopd.report.compare_page import render, summary_table
 _PLAN_HELP = textwrap.dedent((plan_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])
 
 PLAN, RESULTS, PAGE, FIGURES = "plan.yaml", "results.json", "results.md", "results"
-#: What `benchmarks/gate_noise.py` writes; the page quotes it if it lies beside it.
-GATE_NOISE = "gate_noise.json"
+#: What `benchmarks/gate_noise.py` and `gate_power.py` write; the page quotes them if they lie beside it.
+GATE_NOISE, GATE_POWER = "gate_noise.json", "gate_power.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -237,10 +237,23 @@ def _read(run: PlannedRun) -> Run:
     )
 
 
-def false_accepts(noise: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `benchmarks/gate_noise.py` for the paper's gate: ≥, the smallest D_v, fresh sampling noise."""
-    rows = [row for row in noise["fresh_noise"] if row["gate"] == "ge"]
-    return [row for row in rows if row["validation_size"] == min(row["validation_size"] for row in rows)]
+def gate_errors(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What is known of the paper's gate (≥, the smallest D_v), from the files that are there.
+
+    Returns:
+        `gate_noise`: accepted shares where nothing changes, with fresh sampling noise; `gate_shared_noise`: the same along
+        random directions, with the shared noise that the package samples with; `gate_power`: accepted shares of real moves by
+        their true change in accuracy.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    if (folder / GATE_NOISE).is_file():
+        noise = json.loads((folder / GATE_NOISE).read_text())
+        for name, rows in (("gate_noise", noise["fresh_noise"]), ("gate_shared_noise", noise["shared_noise"])):
+            smallest = min(row["validation_size"] for row in rows)
+            found[name] = [row for row in rows if row["gate"] == "ge" and row["validation_size"] == smallest]
+    if (folder / GATE_POWER).is_file():
+        found["gate_power"] = json.loads((folder / GATE_POWER).read_text())["by_true_change"]
+    return found
 
 
 def _report(source: Path, out: Path | None, console: Console) -> int:
@@ -249,8 +262,7 @@ def _report(source: Path, out: Path | None, console: Console) -> int:
     else:
         results, folder = collect(source), out or source
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / GATE_NOISE).is_file():
-        results["gate_noise"] = false_accepts(json.loads((folder / GATE_NOISE).read_text()))
+    results |= gate_errors(folder)
     write_atomically(folder / RESULTS, lambda path: path.write_text(json.dumps(results, allow_nan=False) + "\n"))
     figures: dict[str, Path] = {}
     if is_available("matplotlib"):

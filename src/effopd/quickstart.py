@@ -69,6 +69,13 @@ class QuickstartArguments:
     learning_rate: float | None = field(
         default=None, metadata={"help": "Default: the testbed's reference learning rate."}
     )
+    cost_clock: str = field(
+        default="wall",
+        metadata={
+            "help": "What the net seconds are: wall, or cpu, which leaves out other work of the machine.",
+            "choices": ["wall", "cpu"],
+        },
+    )
 
     def __post_init__(self) -> None:
         self.family = self.family or next(iter(testbed.FAMILIES))
@@ -177,6 +184,7 @@ def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunS
         teacher_model_name_or_path=str(testbed.teacher_path()),
         max_steps=arguments.max_steps,
         seed=arguments.seed,
+        cost_clock=arguments.cost_clock,
         per_device_eval_batch_size=arguments.eval_size,
         eval_strategy="steps",
         eval_steps=arguments.eval_steps,
@@ -229,6 +237,7 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
         "family": arguments.family,
         "seed": arguments.seed,
         "max_steps": arguments.max_steps,
+        "cost_clock": arguments.cost_clock,
         "versions": versions(),
         "target_kl": target,
     }

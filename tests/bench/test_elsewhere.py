@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from effopd.bench.elsewhere import Source, given, key, merged, scaled, sources, 
 from effopd.bench.plan import Plan
 from effopd.bench.results import analyse
 from effopd.errors import ConfigError
+from effopd.report.compare_page import render
 
 BASE = {"max_steps": 96, "cost_clock": "cpu"}
 
@@ -61,7 +63,8 @@ def test_a_slower_machine_changes_no_speedup():
     here = [r for r in whole if r.strategy == "vanilla"]
     there = [scaled(r, 1.4) for r in whole if r.strategy == "twice" or r.seed == 0]
     read, (note,) = merged(plan(), here, [Source("a.json", tuple(there))])
-    assert note["factor"] == pytest.approx(1 / 1.4) and (note["n"], note["runs"], note["paired"]) == (2, 6, 2)
+    assert note["factor"] == pytest.approx(1 / 1.4) and (note["n"], note["runs"]) == (2, 6)
+    assert [r.merges for r in read] == [(0,) if r.strategy == "twice" else () for r in read]
     assert [key(r) for r in read] == [key(r) for r in plan().runs()]
     mixed, alone = analysed(read)["speedups"], analysed(whole)["speedups"]
     for ours, theirs in zip(mixed, alone, strict=True):
@@ -75,9 +78,39 @@ def test_the_run_made_here_wins_and_then_the_first_source():
     first = [run(seed=0, task="t", code="first"), run(seed=1, task="t", code="first")]
     second = [run(seed=s, task="t", code="second") for s in range(3)]
     the_plan = plan()
-    read, notes = merged(the_plan, here, [Source("a", tuple(first)), Source("b", tuple(second), ({"runs": 7},))])
+    read, notes = merged(the_plan, here, [Source("a", tuple(first)), Source("b", tuple(second))])
     assert [(r.seed, r.code) for r in read] == [(0, "here"), (1, "first"), (2, "second")]
-    assert [note["runs"] for note in notes] == [1, 7, 1]  # the second's own history before it
+    assert [note["runs"] for note in notes] == [1, 1]
+
+
+def test_a_run_made_anew_counts_for_none_of_the_machines_that_made_it_before(tmp_path):
+    """A grid that moves on twice: the second time `twice` is made anew, as after a change of the code."""
+    whole = {key(r): r for r in grid()}
+    baseline = [r for r in whole.values() if r.strategy == "vanilla" and r.seed == 0]
+    the_plan, path = plan(tmp_path), tmp_path / "r.json"
+    for speed, made_here in ((1.4, []), (0.7, [r for r in whole.values() if r.strategy == "twice"])):
+        if made_here:
+            (source,) = sources(the_plan, given(the_plan, [path]))
+        else:
+            source = Source("first.json", tuple(scaled(r, speed) for r in whole.values()))
+        read, notes = merged(the_plan, [*baseline, *made_here], [source])
+        results_json(path, read, the_plan, elsewhere=notes)
+    assert [note["runs"] for note in notes] == [4, 4]  # vanilla of the other seeds; 14 runs were taken over in all
+    assert sorted({r.merges for r in read}) == [(), (0, 1)]
+    assert all(r.merges == () for r in read if r.strategy == "twice" or r.seed == 0)
+    page = render(json.loads(path.read_text()), {})
+    assert "4 of the 12 runs were made on other machines" in page and "4 runs went through more than one merge" in page
+
+
+def test_the_merges_of_several_sources_keep_their_order():
+    first, second = ([run(seed=s, task="t", code="there") for s in seeds] for seeds in ((0, 1), (0, 1, 2)))
+    second = [replace(r, merges=(1,)) for r in second]
+    notes = ({"factor": 0.5}, {"factor": 2.0})
+    read, found = merged(
+        plan(), [run(seed=0, task="t")], [Source("a", tuple(first), notes), Source("b", tuple(second), notes)]
+    )
+    assert [r.merges for r in read] == [(), (2,), (4, 5)]
+    assert [note["runs"] for note in found] == [0, 0, 1, 0, 1, 1]
 
 
 def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
@@ -89,7 +122,7 @@ def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
     here = [r for r in third if r.seed == 0]
     found = [Source("third.json", tuple(scaled(r, 0.7) for r in third)), Source("there.json", tuple(there))]
     read, notes = merged(plan(), here, found)
-    assert [note["paired"] for note in notes] == [0, 6]
+    assert [note["runs"] for note in notes] == [4, 6]
     paces = {key(r): r.rows[-1]["cost/net_seconds"] for r in read}
     for task in ("t", "u"):
         for seed in range(3):

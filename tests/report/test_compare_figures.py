@@ -11,7 +11,7 @@ from test_compare_page import LR, grid, run
 
 from effopd.bench.results import Run, analyse
 from effopd.report.compare_figures import draw, strategy_colors
-from effopd.report.compare_page import Lookup
+from effopd.report.compare_lookup import Lookup
 
 
 @pytest.fixture

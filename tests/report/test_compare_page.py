@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from effopd.bench.results import Run, analyse, from_row
-from effopd.compare_command import false_accepts
-from effopd.report.compare_page import Lookup, number, render, summary_table, times
+from effopd.compare_command import gate_errors
+from effopd.report.compare_lookup import Lookup, number, times
+from effopd.report.compare_page import render, summary_table
 
 LR = 3e-5
 
@@ -93,13 +94,38 @@ def test_the_page_changes_with_the_numbers(results):
         if (row["task"], row["strategy"], row["axis"], row["target"]) == ("sums", "effopd", "steps", "reference_kl"):
             row["median"] = 3.21
     before, after = render(results, {}), render(changed, {})
-    assert "sums: not reproduced" in before and "sums: in the median, not with its interval, 3.21×" in after
+    assert "sums: undecided, " in before and "sums: undecided, 3.21×" in after  # three seeds have no interval
     assert "3.21" not in before
+
+
+@pytest.mark.parametrize(
+    "low, high, n, verdict",
+    [
+        (1.78, 4.0, 5, "undecided"),  # the interval holds the claimed 3
+        (0.0, 9.6, 5, "undecided"),
+        (1.5, 2.9, 5, "not reproduced"),
+        (0.0, 0.0, 5, "not reproduced"),
+        (3.0, 9.6, 5, "reproduced"),
+        (3.5, None, 5, "reproduced"),  # the baseline may never arrive
+        (1.5, None, 5, "undecided"),
+        (4.0, 5.0, 4, "undecided"),  # a range of four seeds is no interval
+        (1.0, 2.0, 3, "undecided"),
+    ],
+)
+def test_the_papers_claim_is_judged_by_the_interval(results, low, high, n, verdict):
+    changed = copy.deepcopy(results)
+    for row in changed["speedups"]:
+        if (row["task"], row["strategy"], row["learning_rate"], row["axis"]) == ("sums", "effopd", LR, "steps"):
+            row |= {"low": low, "high": high, "n": n}
+    page = render(changed, {})
+    assert f"fewer steps”**: sums: {verdict}, " in page
 
 
 def test_an_arm_that_never_arrives_stays_on_the_page(results):
     rows = [line for line in render(results, {}).splitlines() if line.startswith("| sums | `effopd` | 9e-05")]
-    assert len(rows) == 3 and "0 of 3 | never" in rows[0]  # rates, the lowest end, final quality
+    assert len(rows) == 4 and all(
+        "0 of 3 | " in row for row in rows[:3]
+    )  # rates, same rate, the lowest end, final quality
 
 
 def test_a_grid_without_effopd_or_with_one_task_or_seed():
@@ -111,19 +137,35 @@ def test_a_grid_without_effopd_or_with_one_task_or_seed():
 
 
 def test_what_the_gate_lets_pass_where_nothing_is_to_be_found(results):
-    noise = json.loads((Path(__file__).parents[2] / "docs" / "gate_noise.json").read_text())
-    rows = false_accepts(noise)
+    found = gate_errors(Path(__file__).parents[2] / "docs")
+    rows = found["gate_noise"]
     assert {(row["family"], row["model"]) for row in rows} == {
         (family, model) for family in ("chain_sum", "spell_backward") for model in ("student", "teacher")
     }
-    assert all(row["gate"] == "ge" and row["validation_size"] == 50 for row in rows)
-    assert "nothing is to be found" not in render(results, {})
-    page = render(results | {"gate_noise": rows}, {})
+    assert all(row["gate"] == "ge" and row["validation_size"] == 50 for row in rows + found["gate_shared_noise"])
+    assert "nothing is to be found" not in render(results, {}) and "gate accepts" not in render(results, {})
+    page = render(results | found, {})
     assert f"{rows[0]['first_accepted']:.1%} [" in page and "20000 simulated searches" in page
+    shared = [row["first_accepted"] for row in found["gate_shared_noise"]]
+    assert f"{min(shared):.0%} to {max(shared):.0%} of the first candidates" in page
     searches = tuple({"step": s, "accepted_scale": 2.0 * (s < 3), "trials": (0, 1)} for s in (1, 2, 4))
     lost = run("random_direction", 0, searches=searches)
     page = render(analyse([*map(from_row, results["runs"]), lost], baseline="vanilla", reference_learning_rate=LR), {})
     assert "it jumped in 2 of 3 (sums)" in page
+
+
+def test_the_gates_power_is_a_table_by_true_change(results, tmp_path):
+    row = {"from": 0.025, "to": 0.075, "moves": 4, "searches": 80, "shared": 0.9, "fresh": 0.75}
+    row |= {"shared_by_run": [0.85, 0.95], "fresh_by_run": [0.5, 1.0]}
+    (tmp_path / "gate_power.json").write_text(
+        json.dumps({"by_true_change": [row | {"from": None, "to": -0.075}, row, row | {"to": None}]})
+    )
+    found = gate_errors(tmp_path)
+    section = render(results | found, {}).partition("## What EffOPD's gate accepts")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| below -7.5", "| +2.5 to +7.5", "| +2.5 and more"]
+    assert all(line.endswith("| 4 | 80 | 90% (85% to 95%) | 75% (50% to 100%) |") for line in lines)
+    assert "real displacements of 2 `effopd` runs" in section
 
 
 def test_tables_are_rectangular(results):

@@ -8,6 +8,9 @@ and the seconds of everything made there are multiplied by it: over the runs of 
 over all others elsewhere. A speed-up divides seconds of one task and seed, so with the baseline made on both machines it is
 the ratio that was measured on one of them. The runs that `to_make` asks for make sure that there are runs on both: the
 baseline at the reference learning rate, for one seed of each task.
+
+A grid can move on several times. Every run carries the merges that its seconds went through (`Run.merges`, indices into
+`settings.elsewhere` of results.json), so that a run which was made anew later is counted for none of them.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ ELSEWHERE = "elsewhere.json"
 
 @dataclass(frozen=True)
 class Source:
-    """The runs of one results.json that belong to a plan, and the factors its seconds have gone through already."""
+    """The runs of one results.json that belong to a plan, and the merges (`settings.elsewhere`) that it came out of."""
 
     path: str
     runs: tuple[Run, ...]
@@ -127,15 +130,21 @@ def to_make(plan: Plan, found: Sequence[Source]) -> list[PlannedRun]:
 
 
 def merged(plan: Plan, here: Sequence[Run], found: Sequence[Source]) -> tuple[list[Run], list[dict[str, Any]]]:
-    """All runs in the plan's order, with the seconds of this machine, and what was done to the others' seconds.
+    """All runs in the plan's order, with the seconds of this machine, and the merges that they came through.
 
     A run that is there twice counts once: the one made here, or else that of the first source. A source's factor for a task
     and seed is taken from all that is there already, also from sources before it.
 
+    Returns:
+        the runs, and a row for every merge, oldest first, a source's own earlier ones before it: `factor` (the median, for
+        a task and seed without a run on both machines), `low`, `high` and `n` of the ratios, and `runs`: how many of the
+        returned runs went through it.
+
     Raises:
         ConfigError: a source has no run in common with this machine, so that its seconds cannot be compared.
     """
-    runs, notes = {key(run): run for run in here}, []
+    runs: dict[tuple, Run] = {key(run): run for run in here}
+    notes: list[dict[str, Any]] = []
     own = dict(runs)
     for source in found:
         ratios = [ratio for _, ratio in _paces(own, source)]
@@ -148,15 +157,16 @@ def merged(plan: Plan, here: Sequence[Run], found: Sequence[Source]) -> tuple[li
         known = _paces(runs, source)
         places = {place: [ratio for other, ratio in known if other == place] for place, _ in known}
         factors = {place: statistics.median(found) for place, found in places.items()}
-        factor = statistics.median(ratios)
-        taken = [run for run in source.runs if key(run) not in runs]
+        factor, first = statistics.median(ratios), len(notes)
         notes += [dict(note) for note in source.earlier]
-        notes.append(
-            {"runs": len(taken), "factor": factor, "low": min(ratios), "high": max(ratios), "n": len(ratios),
-             "paired": sum(run.place in factors for run in taken)}
-        )  # fmt: skip
-        runs |= {key(run): scaled(run, factors.get(run.place, factor)) for run in taken}
-    return [runs[place] for place in map(key, plan.runs()) if place in runs], notes
+        for run in source.runs:
+            if key(run) not in runs:
+                moved = scaled(run, factors.get(run.place, factor))
+                merges = (*(first + index for index in run.merges), len(notes))
+                runs[key(run)] = dataclasses.replace(moved, merges=merges)
+        notes.append({"factor": factor, "low": min(ratios), "high": max(ratios), "n": len(ratios)})
+    ordered = [runs[place] for place in map(key, plan.runs()) if place in runs]
+    return ordered, [note | {"runs": sum(i in run.merges for run in ordered)} for i, note in enumerate(notes)]
 
 
 def _paces(runs: Mapping[tuple, Run], source: Source) -> list[tuple[tuple[str, int], float]]:

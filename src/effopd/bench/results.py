@@ -78,6 +78,8 @@ class Run:
     searches: tuple[Mapping[str, Any], ...] = ()
     #: Which state of the code made it (`versions.code`).
     code: str | None = None
+    #: The merges that brought its seconds to this machine's, oldest first: indices into `settings.elsewhere`.
+    merges: tuple[int, ...] = ()
 
     @property
     def arm(self) -> tuple[str, float]:
@@ -124,6 +126,7 @@ def to_row(run: Run) -> dict[str, Any]:
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         "code": run.code,
+        "merges": list(run.merges),
         "curve": {name: [_short(row.get(key, 0.0)) for row in run.rows] for name, key in CURVE.items()},
         "accepted": [[row["step"], row["accepted_scale"]] for row in run.searches if row["accepted_scale"]],
         "searches": sum(len(row["trials"]) > 1 for row in run.searches),
@@ -148,8 +151,9 @@ def from_row(row: Mapping[str, Any]) -> Run:
     if row["memory_bytes"]:
         searches.append({"step": -1, "accepted_scale": 0.0, "trials": (), "memory_bytes": row["memory_bytes"]})
     return Run(
-        row["task"], row["strategy"], row["learning_rate"], row["seed"], tuple(rows), tuple(searches), row.get("code")
-    )
+        row["task"], row["strategy"], row["learning_rate"], row["seed"], tuple(rows), tuple(searches), row.get("code"),
+        tuple(row.get("merges", ())),
+    )  # fmt: skip
 
 
 def _short(value: float) -> float | int | None:

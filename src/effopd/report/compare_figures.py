@@ -12,7 +12,7 @@ import numpy as np
 
 from effopd.bench.time_to_target import smooth
 from effopd.optional import require
-from effopd.report.compare_page import FEW, Lookup
+from effopd.report.compare_lookup import FEW, Lookup
 from effopd.report.style import group_colors, quiet_style, save
 
 _CURVES = ("vanilla", "lookahead", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")

@@ -2,131 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from effopd.bench.cross_targets import own_rate, runs_of
 from effopd.bench.results import ALL, BEST, SAME, whole_of
-
-Results = Mapping[str, Any]
-Row = Mapping[str, Any]
-AXIS_NAMES = {
-    "steps": "steps",
-    "seconds": "net seconds",
-    "generated_tokens": "sampled tokens",
-    "forward_tokens": "forward tokens",
-}
-CONTROLS = ("noop", "fixed-k1", "random_direction")
-PAPER_CLAIM = 3.0
-#: Fewer seeds than this have a range instead of an interval.
-FEW = 5
-
-
-class Lookup:
-    """Rows of results.json by what they are about."""
-
-    def __init__(self, results: Results):
-        self.results = results
-        self.baseline: str = results["settings"]["baseline"]
-        self.reference: float = results["settings"]["reference_learning_rate"]
-        self.tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
-        self.scopes = [*self.tasks, ALL] if len(self.tasks) > 1 else self.tasks
-        self.arms = list(dict.fromkeys((run["strategy"], run["learning_rate"]) for run in results["runs"]))
-        self._speedups = {
-            (
-                r["task"],
-                r["strategy"],
-                r["learning_rate"],
-                r["against"],
-                r["against_learning_rate"] if r["against_learning_rate"] in (BEST, SAME) else None,
-                r["target"],
-                r["axis"],
-            ): r
-            for r in results["speedups"]
-        }
-        self._quality = {(r["task"], r["strategy"], r["learning_rate"], r["measure"]): r for r in results["quality"]}
-
-    def at_reference(self) -> list[str]:
-        """Strategies that ran at the reference learning rate, in the plan's order."""
-        return [strategy for strategy, rate in self.arms if rate == self.reference]
-
-    def speedup(
-        self,
-        task: str,
-        arm: tuple[str, float],
-        axis: str,
-        target="reference_kl",
-        against: str | None = None,
-        rate: str | None = None,
-    ) -> Row | None:
-        """A row of `speedups`, if there is one: against a strategy (default: the baseline) at the reference learning rate, at
-        its best (`BEST`, the baseline only) or at the arm's own (`SAME`)."""
-        return self._speedups.get((task, *arm, against or self.baseline, rate, target, axis))
-
-    def quality(self, task: str, arm: tuple[str, float], measure: str) -> Row | None:
-        """A row of `quality`, if there is one."""
-        return self._quality.get((task, *arm, measure))
-
-    def runs(self, task: str, arm: tuple[str, float]) -> list[Row]:
-        """Runs of an arm on a task."""
-        return [r for r in self.results["runs"] if r["task"] == task and (r["strategy"], r["learning_rate"]) == arm]
-
-    def best(self, task: str, target: str = "reference_kl") -> float | None:
-        """The baseline's best learning rate for a target."""
-        return self.results["best_learning_rate"].get(task, {}).get(target)
-
-    def again(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
-        """How often runs that arrived were seen off the target later."""
-        shares = [run["targets"][target]["above_again"] for run in self.runs(task, arm) if target in run["targets"]]
-        seen = [share for share in shares if share is not None]
-        return f"{statistics.mean(seen):.0%} of the later evaluations off it again" if seen else "–"
-
-    def reached(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
-        """`3 of 5`: how many runs arrived."""
-        runs = [run["targets"][target] for run in self.runs(task, arm) if target in run["targets"]]
-        return f"{sum(run['reached'] for run in runs)} of {len(runs)}"
-
-
-def times(row: Row | None) -> str:
-    """A speed-up in words: `1.92× [1.70, 3.43]` with its interval, `1.92× (1.70–3.43, n = 3)` with the range of few seeds,
-    `never`, `> any`."""
-    if row is None or not row["n"]:
-        return "–"
-    median, low, high, n = _one(row["median"]), _one(row["low"], ""), _one(row["high"], ""), row["n"]
-    if n >= FEW:
-        return f"{median} [{low}, {high}]"
-    return f"{median} (n = 1)" if n == 1 else f"{median} ({low}–{high}, n = {n})"
-
-
-def _one(value: float | None, unit: str = "×") -> str:
-    if value is None:
-        return "> any"
-    return "never" if value == 0 else f"{value:.2f}{unit}"
-
-
-def number(row: Row | None, form: str = ".4f") -> str:
-    """A median with its interval or, of few seeds, its range; `–` where there is none, `diverged` for what is not finite."""
-    if row is None or not row["n"]:
-        return "–"
-    median, low, high = ("diverged" if row[end] is None else f"{row[end]:{form}}" for end in ("median", "low", "high"))
-    if row["n"] >= FEW:
-        return f"{median} [{low}, {high}]"
-    return median if row["n"] == 1 else f"{median} ({low} to {high})"
-
+from effopd.report.compare_answers import answers, gate_section
+from effopd.report.compare_lookup import AXIS_NAMES, Lookup, Results, Row, number, one, table, times
+from effopd.report.compare_method import method
 
 #: Accepted jumps shown of a run; all of them are in `results.json`.
 _JUMPS = 8
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def summary_table(results: Results) -> list[Table]:
@@ -164,7 +54,7 @@ def _two_lines(row: Row | None) -> str:
     """The median above its interval, without brackets: a console takes `[never, 1.02]` for markup."""
     if row is None or row["n"] < 2 or (row["median"], row["low"], row["high"]) == (0, 0, 0):
         return times(row).partition(" (")[0]
-    return f"{_one(row['median'])}\n{_one(row['low'], '')}–{_one(row['high'], '')}"
+    return f"{one(row['median'])}\n{one(row['low'], '')}–{one(row['high'], '')}"
 
 
 def render(results: Results, figures: Mapping[str, str]) -> str:
@@ -193,6 +83,10 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
         "the way from the start to the teacher, for which another rate may be the best.",
         _rates(look),
         *_edges(look),
+        "## At the same learning rate",
+        f"Speed-up over {look.baseline} at the arm's own learning rate, to the final smoothed KL of {look.baseline} at that rate and "
+        "seed. At the reference rate these are the numbers above; where the rate suits the baseline, its own end is far lower.",
+        _own_rate(look),
         *_variants(look),
         "## As good as the baseline's best end",
         f"Time to the final smoothed KL of {look.baseline} at the learning rate where it ends lowest ("
@@ -214,115 +108,11 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
         "## What was accepted",
         _jumps(look),
         *_fits(look),
+        *gate_section(look),
         "## How it was measured",
-        _method(look),
+        method(look),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-# -- sentences --------------------------------------------------------------------------------------------------
-
-
-def answers(look: Lookup) -> Iterator[str]:
-    """The questions a reader has, answered from the numbers."""
-    arm = ("effopd", look.reference)
-    if ("lookahead", look.reference) in look.arms:
-        yield from _net(look, "lookahead", "lookahead")
-        yield from _net(look, "lookahead", "lookahead", "effopd")
-        yield from _against_best(look, "lookahead", "lookahead")
-        yield from _against_best(look, "lookahead", "lookahead", "gap_90")
-    if arm not in look.arms:
-        return
-    yield from _net(look, "effopd", "EffOPD")
-    yield _claim(look, arm)
-    yield from _against_best(look, "effopd", "EffOPD")
-    controls = [c for c in CONTROLS if (c, look.reference) in look.arms]
-    for task in look.tasks:
-        if any(look.speedup(task, (name, look.reference), "seconds") for name in controls):
-            said = ", ".join(
-                f"{name} {times(look.speedup(task, (name, look.reference), 'seconds'))}" for name in controls
-            )
-            yield f"**Controls, {task}**, net seconds: {said}; EffOPD {times(look.speedup(task, arm, 'seconds'))}."
-            said = ", ".join(
-                f"{name} {times(look.speedup(task, (name, look.reference), 'seconds', against='effopd'))}"
-                for name in controls
-            )
-            yield f"**Controls over EffOPD, {task}**, seed by seed, net seconds: {said}."
-    yield from _false_accepts(look)
-
-
-def _net(look: Lookup, strategy: str, name: str, against: str | None = None) -> Iterator[str]:
-    """The speed-up on every axis, by task."""
-    for task in look.tasks:
-        found = {axis: look.speedup(task, (strategy, look.reference), axis, against=against) for axis in AXIS_NAMES}
-        steps = found["steps"]
-        if steps:
-            said = ", ".join(f"{times(row)} in {AXIS_NAMES[axis]}" for axis, row in found.items())
-            over = f" over `{against}`" if against else ""
-            yield f"**{name}: net speed-up{over} at the reference learning rate, {task}** (n = {steps['n']}): {said}."
-
-
-def _false_accepts(look: Lookup) -> Iterator[str]:
-    """What the gate lets pass when nothing is there: by simulation, and along random directions in real runs."""
-    said = []
-    noise = look.results.get("gate_noise", [])
-    if noise:
-        shares = ", ".join(
-            f"{row['first_accepted']:.1%} [{row['first_accepted_ci95'][0]:.1%}, {row['first_accepted_ci95'][1]:.1%}] "
-            f"({row['family']}, {row['model']})"
-            for row in noise
-        )
-        said.append(
-            f"of {noise[0]['searches']} simulated searches whose candidates are the same model answering anew "
-            f"(D_v = {noise[0]['validation_size']}, ≥), EffOPD's gate lets one pass in {shares} (`benchmarks/gate_noise.py`)"
-        )
-    for task in look.tasks:
-        runs = look.runs(task, ("random_direction", look.reference))
-        if runs:
-            asked, jumped = sum(run["searches"] for run in runs), sum(len(run["accepted"]) for run in runs)
-            said.append(
-                f"along random directions as long as the displacement it jumped in {jumped} of {asked} ({task})"
-            )
-    if said:
-        yield "**The gate where nothing is to be found**: " + "; ".join(said) + "."
-
-
-def _claim(look: Lookup, arm: tuple[str, float]) -> str:
-    verdicts = []
-    for task in look.tasks:
-        row = look.speedup(task, arm, "steps")
-        if row and row["n"]:
-            low, median = (math.inf if row[end] is None else row[end] for end in ("low", "median"))
-            verdict = (
-                "reproduced"
-                if low >= PAPER_CLAIM
-                else "in the median, not with its interval"
-                if median >= PAPER_CLAIM
-                else "not reproduced"
-            )
-            verdicts.append(
-                f"{task}: {verdict}, {times(row)}, reached by {look.reached(task, arm)}, {look.again(task, arm)}"
-            )
-    said = "; ".join(verdicts) or "no pair yet"
-    return f"**The paper's “≈ {PAPER_CLAIM:.0f}× fewer steps”**: {said}."
-
-
-def _against_best(look: Lookup, strategy: str, name: str, target: str = "reference_kl") -> Iterator[str]:
-    for task in look.tasks:
-        best = look.best(task, target)
-        if best is None:
-            continue
-        rates = [rate for other, rate in look.arms if other == strategy and look.runs(task, (other, rate))]
-        said = ", ".join(
-            f"lr {rate:.3g} {times(look.speedup(task, (strategy, rate), 'seconds', target, rate=BEST))}"
-            for rate in sorted(rates)
-        )
-        own = times(look.speedup(task, (look.baseline, best), "seconds", target))
-        goal = "" if target == "reference_kl" else " to 90 % of the way"
-        yield (
-            f"**Against {look.baseline} at its best learning rate{goal}, {task}** ({best:.3g}, itself {own} the reference's "
-            f"speed), net seconds: {name} at {said}."
-        )
 
 
 # -- tables -----------------------------------------------------------------------------------------------------
@@ -397,17 +187,34 @@ def _rates(look: Lookup) -> str:
                 f"`{strategy}`",
                 f"{rate:.3g}" + "".join(marks),
                 look.reached(task, arm),
+                look.again(task, arm).split(" ")[0],
                 times(look.speedup(task, arm, "steps")),
                 times(look.speedup(task, arm, "seconds")),
                 times(look.speedup(task, arm, "seconds", rate=BEST)),
+                times(look.speedup(task, arm, "forward_tokens", rate=BEST)),
                 times(look.speedup(task, arm, "seconds", rate=SAME)),
                 times(look.speedup(task, arm, "seconds", "gap_90")),
                 times(look.speedup(task, arm, "seconds", "gap_90", rate=BEST)),
+                times(look.speedup(task, arm, "forward_tokens", "gap_90", rate=BEST)),
             ]
         )
-    header = ["task", "strategy", "learning rate", "reached", "steps", "net seconds", "… against the best", "… against the same rate",
-              "90 %: net seconds", "… against the best"]  # fmt: skip
+    header = ["task", "strategy", "learning rate", "reached", "off it again", "steps", "net seconds", "… against the best",
+              "… in forward tokens", "… against the same rate", "90 %: net seconds", "… against the best",
+              "… in forward tokens"]  # fmt: skip
     return table(header, rows)
+
+
+def _own_rate(look: Lookup) -> str:
+    found: dict[tuple[str, str, float], dict[str, Row]] = {}
+    for row in own_rate(runs_of(look.results), look.baseline):
+        found.setdefault((row["task"], row["strategy"], row["learning_rate"]), {})[row["axis"]] = row
+    rows = [
+        [task, f"`{strategy}`", f"{rate:.3g}", f"{axes['steps']['reached']} of {len(look.runs(task, (strategy, rate)))}",
+         *(times(axes[axis]) for axis in AXIS_NAMES)]
+        for task, strategy, rate in _swept(look)
+        if strategy != look.baseline and (axes := found.get((task, strategy, rate)))
+    ]  # fmt: skip
+    return table(["task", "strategy", "learning rate", "reached", *AXIS_NAMES.values()], rows)
 
 
 def _edges(look: Lookup) -> list[str]:
@@ -550,52 +357,3 @@ def _fits(look: Lookup) -> list[str]:
         text,
         table(["task", "strategy", "runs", "fit"], rows),
     ]
-
-
-def _method(look: Lookup) -> str:
-    settings = look.results["settings"]
-    seeds = sorted({run["seed"] for run in look.results["runs"]})
-    clocks = {
-        "cpu": "CPU seconds of the run's own process, to which other processes on the machine add some per cent (identical work differs by 4 to 5 % here)",
-        "wall": "seconds on the clock",
-    }
-    lines = [
-        f"{len(look.results['runs'])} finished runs"
-        + (f" of {settings['planned_runs']} planned" if "planned_runs" in settings else "")
-        + f", seeds {', '.join(map(str, seeds))}; reference learning rate {look.reference:.3g}.",
-        f"Smoothing: trailing median of {settings['smoothing_window']} evaluations. A run's cost is that of its first "
-        "evaluation at the target, the baseline's too.",
-        "Brackets: 95 % interval, percentile bootstrap of the median over seeds; with five seeds it is their range, which covers "
-        "the true median in 93.75 % of cases. Parentheses: the range of fewer seeds (87.5 % with four, 75 % with three, 50 % with "
-        "two), no interval. “never”: does not arrive; “> any”: the baseline does not; “–”: nothing to compare.",
-        "Search share: search seconds / net seconds, of the whole run and until the target was reached. Off it again: of the "
-        "evaluations after the first at the target, how many were not at it. Extra memory: what the look-ahead holds beside the model.",
-        "KL area: mean of smoothed KL / KL at step 0 over the baseline's whole budget of the same seed; lower is better.",
-    ]
-    if "clock" in settings:
-        lines.append(
-            f"Seconds: {clocks[settings['clock']]}; {settings['workers']} run(s) at a time"
-            + (f", {settings['threads']} thread(s) each." if settings.get("threads") else ".")
-        )
-    for note in settings.get("elsewhere", []):
-        spread = f"{note['low']:.2f}–{note['high']:.2f}, " if note["n"] > 1 else ""
-        paired = (
-            f"; for {note['paired']} of them by that of their own task and seed, so that they are divided by seconds of the machine "
-            "that made them"
-            if note.get("paired")
-            else ""
-        )
-        lines.append(
-            f"{note['runs']} of the runs were made on another machine. Their seconds are multiplied by {note['factor']:.3f}: "
-            f"the ratio of seconds per forward token of runs made on both ({spread}n = {note['n']}){paired}."
-        )
-    codes = Counter(run.get("code") or "not recorded" for run in look.results["runs"])
-    if len(codes) > 1:
-        said = ", ".join(f"{name}: {count} runs" for name, count in codes.items())
-        lines.append(f"States of the code that made the runs (hash of the package's source): {said}.")
-    for failure in settings.get("failed", []):
-        lines.append(f"Failed and left out: {failure}")
-    lines.append(
-        "Software of this report: " + ", ".join(f"{k} {v}" for k, v in look.results["versions"].items()) + "."
-    )
-    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,123 @@
+"""Rows of results.json by what they are about, and how a number with its interval is written."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from effopd.bench.results import ALL, BEST, SAME
+
+Results = Mapping[str, Any]
+Row = Mapping[str, Any]
+AXIS_NAMES = {
+    "steps": "steps",
+    "seconds": "net seconds",
+    "generated_tokens": "sampled tokens",
+    "forward_tokens": "forward tokens",
+}
+#: Fewer seeds than this have a range instead of an interval.
+FEW = 5
+
+
+class Lookup:
+    """Rows of results.json by what they are about."""
+
+    def __init__(self, results: Results):
+        self.results = results
+        self.baseline: str = results["settings"]["baseline"]
+        self.reference: float = results["settings"]["reference_learning_rate"]
+        self.tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
+        self.scopes = [*self.tasks, ALL] if len(self.tasks) > 1 else self.tasks
+        self.arms = list(dict.fromkeys((run["strategy"], run["learning_rate"]) for run in results["runs"]))
+        self._speedups = {
+            (
+                r["task"],
+                r["strategy"],
+                r["learning_rate"],
+                r["against"],
+                r["against_learning_rate"] if r["against_learning_rate"] in (BEST, SAME) else None,
+                r["target"],
+                r["axis"],
+            ): r
+            for r in results["speedups"]
+        }
+        self._quality = {(r["task"], r["strategy"], r["learning_rate"], r["measure"]): r for r in results["quality"]}
+
+    def at_reference(self) -> list[str]:
+        """Strategies that ran at the reference learning rate, in the plan's order."""
+        return [strategy for strategy, rate in self.arms if rate == self.reference]
+
+    def speedup(
+        self,
+        task: str,
+        arm: tuple[str, float],
+        axis: str,
+        target="reference_kl",
+        against: str | None = None,
+        rate: str | None = None,
+    ) -> Row | None:
+        """A row of `speedups`, if there is one: against a strategy (default: the baseline) at the reference learning rate, at
+        its best (`BEST`, the baseline only) or at the arm's own (`SAME`)."""
+        return self._speedups.get((task, *arm, against or self.baseline, rate, target, axis))
+
+    def quality(self, task: str, arm: tuple[str, float], measure: str) -> Row | None:
+        """A row of `quality`, if there is one."""
+        return self._quality.get((task, *arm, measure))
+
+    def runs(self, task: str, arm: tuple[str, float]) -> list[Row]:
+        """Runs of an arm on a task."""
+        return [r for r in self.results["runs"] if r["task"] == task and (r["strategy"], r["learning_rate"]) == arm]
+
+    def best(self, task: str, target: str = "reference_kl") -> float | None:
+        """The baseline's best learning rate for a target."""
+        return self.results["best_learning_rate"].get(task, {}).get(target)
+
+    def again(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
+        """How often runs that arrived were seen off the target later."""
+        shares = [run["targets"][target]["above_again"] for run in self.runs(task, arm) if target in run["targets"]]
+        seen = [share for share in shares if share is not None]
+        return f"{statistics.mean(seen):.0%} of the later evaluations off it again" if seen else "–"
+
+    def reached(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
+        """`3 of 5`: how many runs arrived."""
+        runs = [run["targets"][target] for run in self.runs(task, arm) if target in run["targets"]]
+        return f"{sum(run['reached'] for run in runs)} of {len(runs)}"
+
+
+def times(row: Row | None) -> str:
+    """A speed-up in words: `1.92× [1.70, 3.43]` with its interval, `1.92× (1.70–3.43, n = 3)` with the range of few seeds,
+    `never`, `> any`."""
+    if row is None or not row["n"]:
+        return "–"
+    median, low, high, n = one(row["median"]), one(row["low"], ""), one(row["high"], ""), row["n"]
+    if n >= FEW:
+        return f"{median} [{low}, {high}]"
+    return f"{median} (n = 1)" if n == 1 else f"{median} ({low}–{high}, n = {n})"
+
+
+def one(value: float | None, unit: str = "×") -> str:
+    """One end of a speed-up: `never` for 0, `> any` for `None`."""
+    if value is None:
+        return "> any"
+    return "never" if value == 0 else f"{value:.2f}{unit}"
+
+
+def number(row: Row | None, form: str = ".4f") -> str:
+    """A median with its interval or, of few seeds, its range; `–` where there is none, `diverged` for what is not finite."""
+    if row is None or not row["n"]:
+        return "–"
+    median, low, high = ("diverged" if row[end] is None else f"{row[end]:{form}}" for end in ("median", "low", "high"))
+    if row["n"] >= FEW:
+        return f"{median} [{low}, {high}]"
+    return median if row["n"] == 1 else f"{median} ({low} to {high})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def factor(rate: float, reference: float) -> str:
+    """A learning rate as a multiple of the reference: `×3`."""
+    return f"×{rate / reference:.2g}"
