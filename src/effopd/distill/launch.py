@@ -238,7 +238,7 @@ def run(settings: RunSettings) -> OPDTrainer:
     """Train, and leave the final model beside the rows in the run directory."""
     trainer = build_trainer(settings)
     trainer.train(resume_from_checkpoint=resume_argument(settings.opd))
-    trainer.save_model(str(trainer.run_dir.root))
+    trainer.save_final()
     return trainer
 
 

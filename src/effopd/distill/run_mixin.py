@@ -9,23 +9,30 @@ sampler restarts its permutations).
 from __future__ import annotations
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 from trl.trainer.utils import RepeatSampler
 
+from effopd.distill.best_model import HOST_DIRECTIONS, Kept, best_row, check_metric
 from effopd.distill.config import RunArguments
 from effopd.distill.console import end_bars, in_lines
-from effopd.distill.ledger import CLOCKS, CostLedger
+from effopd.distill.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
 from effopd.distill.model_card import model_card
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
-from effopd.errors import finite_predictions
+from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
+from effopd.distill.task_eval import metric_names
+from effopd.errors import EffOPDError, finite_predictions
 from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
+
+logger = logging.getLogger(__name__)
 
 LEDGER_FILE = "effopd_ledger.json"
 
@@ -51,32 +58,6 @@ class _EpochCallback(TrainerCallback):
             self.sampler.set_epoch(int(state.epoch))
 
 
-class _LedgerCallback(TrainerCallback):
-    """Opens `update` for the length of an optimizer step. Must run before every other callback."""
-
-    def __init__(self, ledger: CostLedger):
-        self._ledger = ledger
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._ledger.push("update")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._ledger.pop()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._ledger.stop()
-
-
-class _StartLedgerCallback(TrainerCallback):
-    """Starts the clock when training starts. Set-up before it (loading, checks) is not part of any comparison."""
-
-    def __init__(self, ledger: CostLedger):
-        self._ledger = ledger
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._ledger.start()
-
-
 _Host: Any = Trainer if TYPE_CHECKING else object
 
 
@@ -91,6 +72,7 @@ class RunMixin(_Host):
         task_name: what the model card calls the training task.
         costs: the ledger's totals over all processes, as they were last logged, or at the end of training.
         resumed_from: the checkpoint that training goes on from, if any.
+        kept: the step whose weights the model has after training with `load_best_model_at_end`; `None`: the last one's.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
     """
 
@@ -102,16 +84,19 @@ class RunMixin(_Host):
         self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
         self.resumed_from: Path | None = None
+        self.kept: Kept | None = None
         self._saving = False
         self.costs: dict[str, float] = {}
         self._epochs = _EpochCallback()
 
     def _attach_run(self) -> None:
+        check_metric(self.args, self.eval_metrics())
+        tidy_generation_config(self.accelerator.unwrap_model(self.model))
         self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
         self.add_callback(self._epochs)
-        self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
-        self.add_callback(RunDirCallback(self.run_dir))
-        self.add_callback(_StartLedgerCallback(self.ledger))
+        self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
+        self.add_callback(RunDirCallback(self.run_dir, self._rehearse))
+        self.add_callback(StartLedgerCallback(self.ledger))
 
     def add_callback(self, callback) -> None:
         """The host's, but what writes to the run directory stays last."""
@@ -121,6 +106,14 @@ class RunMixin(_Host):
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
         """Metrics of an evaluation (without prefix) and the tokens it generated."""
         raise NotImplementedError
+
+    def eval_metrics(self) -> list[str]:
+        """What the evaluations of this trainer report, without the prefix `eval_`."""
+        if self.eval_task is not None:
+            return metric_names(teacher=hasattr(self, "teacher_model"), greedy=self.args.eval_greedy)
+        if isinstance(self.eval_dataset, dict):
+            return [f"{part}_{name}" for part in self.eval_dataset for name in HOST_DIRECTIONS]
+        return list(HOST_DIRECTIONS)
 
     # -- data order ---------------------------------------------------------------------------------------------
 
@@ -198,6 +191,13 @@ class RunMixin(_Host):
         finally:
             end_bars(self.callback_handler.callbacks)
         self._costs()
+        if self.is_world_process_zero():
+            self.run_dir.write_kept(self.kept)
+        if self.args.load_best_model_at_end and self.kept is None and self.is_world_process_zero():
+            logger.warning(
+                "No step was both evaluated and saved with a finite %s: the model is that of step %d, the last.",
+                self.args.metric_for_best_model, self.state.global_step,
+            )  # fmt: skip
         return output
 
     def _run_epoch(self, *args, **kwargs):
@@ -242,11 +242,83 @@ class RunMixin(_Host):
         """`README.md` of the run directory, in the place of TRL's; the arguments are those of the host."""
         if self.is_world_process_zero():
             name = model_name or self.run_dir.root.resolve().name
-            card = model_card(self, name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
-            self.run_dir.root.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.run_dir.root / "README.md", card.save)
+            try:  # a card must not cost the weights that are saved with it
+                card = model_card(self, name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+                self.run_dir.root.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.run_dir.root / "README.md", card.save)
+            except Exception as error:
+                logger.warning("The model card was not written: %s: %s", type(error).__name__, error)
+
+    def save_final(self) -> None:
+        """The model, with its card, into the run directory.
+
+        Raises:
+            CheckpointError: it cannot be saved; says where its weights are.
+        """
+        try:
+            together(partial(self.save_model, str(self.run_dir.root)))
+        except EffOPDError:
+            raise
+        except Exception as error:
+            raise save_failed(self, "the final model", error) from error
+
+    def _rehearse(self) -> None:
+        together(partial(rehearse, self) if self.args.should_save else lambda: None)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """The host's. What was best before a resume is looked up among the checkpoints that are there, by today's metric."""
+        trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self.kept = None
+        if self.resumed_from is not None and self._keeps_best():
+            args, state = self.args, self.state
+            best = best_row(
+                state.log_history,
+                args.metric_for_best_model,
+                bool(args.greater_is_better),
+                lambda step: self._checkpoint_of(step) is not None,
+            )
+            state.best_metric, state.best_global_step = (best.value, best.step) if best else (None, None)
+            state.best_model_checkpoint = str(self._checkpoint_of(best.step)) if best else None
+        return trained
+
+    def _keeps_best(self) -> bool:
+        return self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
+
+    def _checkpoint_of(self, step: int) -> Path | None:
+        """The checkpoint of a step: this run's, or that of the one it goes on from."""
+        name = self.run_dir.checkpoint(step).name
+        folders = [self.run_dir.root / "checkpoints", *([self.resumed_from.parent] if self.resumed_from else [])]
+        return next((folder / name for folder in folders if (folder / name).is_dir()), None)
+
+    def _determine_best_metric(self, metrics, trial):
+        """The host's, among the steps that are saved: another one could not be gone back to."""
+        if (
+            self.args.load_best_model_at_end
+            and self.args.save_strategy != SaveStrategy.BEST
+            and not self.control.should_save
+        ):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.kept = Kept(self.state.best_global_step, self.args.metric_for_best_model, self.state.best_metric)
 
     def _save_checkpoint(self, model, trial):
+        try:
+            self._write_checkpoint(model, trial)
+        except EffOPDError:
+            raise
+        except Exception as error:
+            if self.args.should_save:
+                self.run_dir.clear_staging()
+            raise save_failed(self, f"step {self.state.global_step}", error) from error
+
+    def _write_checkpoint(self, model, trial):
         step, best = self.state.global_step, self.state.best_model_checkpoint
         if self.args.should_save:
             self.run_dir.fresh_staging()
