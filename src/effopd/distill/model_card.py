@@ -143,7 +143,9 @@ def _results(trainer: Any) -> list[str]:
     rewards = [(row["step"], row["reward"]) for row in read_rows(root / METRICS) if row.get("reward") is not None]
     lines = []
     if trainer.kept is not None:  # what came later is of another model
-        lines.append(f"This is the model of {kept_text(trainer.kept)}, of {trainer.state.global_step} trained.")
+        lines.append(
+            f"{trainer.state.global_step} steps were trained; this is the model of {kept_text(trainer.kept)}."
+        )
         evals = [row for row in evals if row["step"] <= trainer.kept.step]
     if evals:
         prompts = f" ({len(trainer.eval_task)} prompts)" if trainer.eval_task is not None else ""

@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from effopd.distill.best_model import Kept
+from effopd.distill.resuming import check_complete
 from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.callback import SEARCHES
 from effopd.extrapolate.ranks import gather
@@ -111,13 +112,15 @@ class RunDir:
         """The checkpoint that `resume_from_checkpoint` means: the newest (`True`; `None` if there is none yet), or that path.
 
         Raises:
-            CheckpointError: the path is no checkpoint.
+            CheckpointError: the path is no checkpoint, or lacks what an equal continuation takes.
         """
         checkpoint = self.last_checkpoint() if argument is True else Path(argument) if argument else None
         if checkpoint is not None and not (checkpoint / TRAINER_STATE_NAME).is_file():
             raise CheckpointError(
                 f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as {self.checkpoint(8)}."
             )
+        if checkpoint is not None:
+            check_complete(checkpoint)
         return checkpoint
 
     def held(self, step: int) -> Held:

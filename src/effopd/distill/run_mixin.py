@@ -16,25 +16,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy
 from trl.trainer.utils import RepeatSampler
 
-from effopd.distill.best_model import HOST_DIRECTIONS, Kept, best_row, check_metric
+from effopd.distill.best_model import HOST_DIRECTIONS, BestModelMixin, Kept, check_metric
 from effopd.distill.config import RunArguments
 from effopd.distill.console import end_bars, in_lines
 from effopd.distill.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
 from effopd.distill.model_card import model_card
+from effopd.distill.resuming import LEDGER_FILE, SETTINGS_FILE, ResumeMixin, settings_that_matter
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
 from effopd.distill.task_eval import metric_names
 from effopd.errors import EffOPDError, finite_predictions
-from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
+from effopd.extrapolate.ranks import from_first, gather, together
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
 
 logger = logging.getLogger(__name__)
-
-LEDGER_FILE = "effopd_ledger.json"
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -61,7 +59,7 @@ class _EpochCallback(TrainerCallback):
 _Host: Any = Trainer if TYPE_CHECKING else object
 
 
-class RunMixin(_Host):
+class RunMixin(BestModelMixin, ResumeMixin, _Host):
     """Mixed into a TRL trainer, before it: `class OPDTrainer(RunMixin, DistillationTrainer)`.
 
     The trainer calls `_open_run` before and `_attach_run` after its host's `__init__`, and defines `_measure_task`.
@@ -181,23 +179,14 @@ class RunMixin(_Host):
         if not resume_from_checkpoint:
             together(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
         if checkpoint is not None:
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "check_resume"):
-                    together(partial(callback.check_resume, checkpoint))
-            self._load_ledger(checkpoint)
+            together(partial(self._check_resume, checkpoint))
             self.args.eval_on_start = False  # the run has started before; its rows are there
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             end_bars(self.callback_handler.callbacks)
         self._costs()
-        if self.is_world_process_zero():
-            self.run_dir.write_kept(self.kept)
-        if self.args.load_best_model_at_end and self.kept is None and self.is_world_process_zero():
-            logger.warning(
-                "No step was both evaluated and saved with a finite %s: the model is that of step %d, the last.",
-                self.args.metric_for_best_model, self.state.global_step,
-            )  # fmt: skip
+        self._say_kept()
         return output
 
     def _run_epoch(self, *args, **kwargs):
@@ -209,16 +198,6 @@ class RunMixin(_Host):
             with self.ledger.paused():  # set-up
                 self._save_trajectory()
         super()._run_epoch(*args, **kwargs)
-
-    def _load_ledger(self, checkpoint: Path) -> None:
-        path = checkpoint / LEDGER_FILE
-        if path.exists():
-            saved = json.loads(path.read_text())
-            if len(saved) == world_size():
-                self.ledger.load_state_dict(saved[rank()])
-            else:  # another number of processes: the first one carries the tokens
-                for state in saved:
-                    self.ledger.add(state, tokens=rank() == 0)
 
     def _get_output_dir(self, trial):
         return str(self.run_dir.staging) if self._saving else super()._get_output_dir(trial)
@@ -265,49 +244,6 @@ class RunMixin(_Host):
     def _rehearse(self) -> None:
         together(partial(rehearse, self) if self.args.should_save else lambda: None)
 
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        """The host's. What was best before a resume is looked up among the checkpoints that are there, by today's metric."""
-        trained = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        self.kept = None
-        if self.resumed_from is not None and self._keeps_best():
-            args, state = self.args, self.state
-            best = best_row(
-                state.log_history,
-                args.metric_for_best_model,
-                bool(args.greater_is_better),
-                lambda step: self._checkpoint_of(step) is not None,
-            )
-            state.best_metric, state.best_global_step = (best.value, best.step) if best else (None, None)
-            state.best_model_checkpoint = str(self._checkpoint_of(best.step)) if best else None
-        return trained
-
-    def _keeps_best(self) -> bool:
-        return self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST
-
-    def _checkpoint_of(self, step: int) -> Path | None:
-        """The checkpoint of a step: this run's, or that of the one it goes on from."""
-        name = self.run_dir.checkpoint(step).name
-        folders = [self.run_dir.root / "checkpoints", *([self.resumed_from.parent] if self.resumed_from else [])]
-        return next((folder / name for folder in folders if (folder / name).is_dir()), None)
-
-    def _determine_best_metric(self, metrics, trial):
-        """The host's, among the steps that are saved: another one could not be gone back to."""
-        if (
-            self.args.load_best_model_at_end
-            and self.args.save_strategy != SaveStrategy.BEST
-            and not self.control.should_save
-        ):
-            return False
-        return super()._determine_best_metric(metrics, trial)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.kept = Kept(self.state.best_global_step, self.args.metric_for_best_model, self.state.best_metric)
-
     def _save_checkpoint(self, model, trial):
         try:
             self._write_checkpoint(model, trial)
@@ -342,6 +278,8 @@ class RunMixin(_Host):
         if self.args.should_save:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             write_atomically(staged / LEDGER_FILE, lambda path: path.write_text(json.dumps(ledgers, indent=1)))
+            settings = json.dumps(settings_that_matter(self.args), indent=1)
+            write_atomically(staged / SETTINGS_FILE, lambda path: path.write_text(settings))
             self.run_dir.publish(staged, final)
             best = self.state.best_model_checkpoint
             self.run_dir.rotate(self.args.save_total_limit, Path(best) if best else None)

@@ -7,11 +7,13 @@ that a checkpoint does, into a temporary folder and without the bytes of the ten
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
 from effopd.errors import CheckpointError
+from effopd.extrapolate.callback import EffOPDCallback
+from effopd.extrapolate.saved_state import fingerprint
 from effopd.files import fsync
 
 logger = logging.getLogger(__name__)
@@ -82,6 +86,23 @@ def savable(config: GenerationConfig) -> dict[str, Any]:
             f"the student's generation_config cannot be saved: {_text(error)} Correct generation_config.json in the model's folder."
         ) from error
     return dropped
+
+
+def check_generation_config(model: str, **load: Any) -> None:
+    """The generation config that a model folder or Hub id comes with can be saved with the trained model; no weights are read.
+
+    Raises:
+        CheckpointError: it is invalid, whatever is dropped that has no effect.
+    """
+    try:
+        config = GenerationConfig.from_pretrained(model, **load)
+    except OSError:
+        return  # it has none
+    except ValueError as error:
+        raise CheckpointError(
+            f"generation_config.json of {model!r} is invalid: {_text(error)} Correct it, or remove the file."
+        ) from error
+    savable(config)
 
 
 def tidy_generation_config(model: Any) -> None:
@@ -149,10 +170,10 @@ def _parts(trainer: Any, folder: Path) -> Iterator[tuple[str, str, Callable[[], 
         "What stateful callbacks export must be JSON.",
         lambda: trainer.state.save_to_json(str(state)),
     )
-    if trainer.args.world_size == 1:  # its files are written by all ranks together
-        for callback in trainer.callback_handler.callbacks:
-            if hasattr(callback, "save_state"):
-                yield f"the state of {type(callback).__name__}", "", lambda save=callback.save_state: save(folder)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EffOPDCallback):  # its tensors are copies of the student's
+            advice = "The ids of the task's examples must be JSON."
+            yield "the look-ahead's state", advice, partial(json.dumps, fingerprint(callback.config, callback.scorer))
 
 
 @contextmanager
