@@ -91,6 +91,12 @@ class RunArguments:
                 "(transformers leaves out folders named checkpoint-N only). Upload the finished model instead: "
                 "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' 'trajectory/*' 'superseded/*'."
             )
+        if getattr(self, "auto_find_batch_size", False):
+            raise ConfigError(
+                "auto_find_batch_size starts over at step 0 with fewer answers per step after an out-of-memory error, but with the "
+                "weights as they are by then. Lower per_device_train_batch_size and raise gradient_accumulation_steps instead: "
+                "their product is what a step learns from."
+            )
         self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
         in_trajectory(self.trajectory, 0, 0)
         length = getattr(self, "max_completion_length", None)

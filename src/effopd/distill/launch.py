@@ -104,6 +104,7 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
         check_model_name(flag, name)
     require_packages(model, args)
     run_dir, resume = RunDir(args.output_dir), resume_argument(args)
+    run_dir.refuse_unwritable()
     if checkpoint := run_dir.to_resume(resume):
         check_kind(checkpoint, adapter=model.use_peft)
     check_metric(args, metric_names(teacher=hasattr(args, "teacher_model_name_or_path"), greedy=args.eval_greedy))

@@ -196,6 +196,11 @@ class ResumeMixin(_Host):
             if hasattr(callback, "check_resume"):
                 callback.check_resume(checkpoint)
         compare_settings(checkpoint, self.args)
+        if self.args.ignore_data_skip and rank() == 0:
+            logger.warning(
+                "ignore_data_skip: the epoch's prompts start over at step %d, so this run will not equal one that was not interrupted.",
+                json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"],
+            )  # fmt: skip
         self._load_ledger(checkpoint)
 
     def _load_ledger(self, checkpoint: Path) -> None:

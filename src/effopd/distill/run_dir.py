@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -188,6 +189,19 @@ class RunDir:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         return aside
+
+    def refuse_unwritable(self) -> None:
+        """The folder can be made or written to; nothing is tried.
+
+        Raises:
+            CheckpointError: it, or what it would be made in, is a file or is write-protected.
+        """
+        there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "is write-protected" if there.is_dir() else "is not a folder"
+            raise CheckpointError(
+                f"nothing can be written to the run directory {self.root}: {there} {why}. Choose another --output_dir."
+            )
 
     def refuse_overwrite(self) -> None:
         """A fresh run must not mix its rows with an older run's.

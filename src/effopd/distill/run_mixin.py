@@ -81,6 +81,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
         self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
+        self.run_dir.refuse_unwritable()  # the host would make it
         self.resumed_from: Path | None = None
         self.kept: Kept | None = None
         self._saving = False
