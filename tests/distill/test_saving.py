@@ -340,9 +340,16 @@ def test_compiled_adapters_train(tmp_path):
 # -- the host's flags -------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_size_that_is_searched_for_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="auto_find_batch_size starts over at step 0"):
-        make_trainer(tmp_path, auto_find_batch_size=True)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"auto_find_batch_size": True}, "auto_find_batch_size starts over at step 0"),
+        ({"train_sampling_strategy": "group_by_length"}, "is not read: TRL samples prompts in its own order"),
+    ],
+)
+def test_flags_that_would_lose_or_ignore_something_are_refused(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path, **settings)
 
 
 def test_the_final_model_has_its_tokenizer(tmp_path):

@@ -97,6 +97,11 @@ class RunArguments:
                 "weights as they are by then. Lower per_device_train_batch_size and raise gradient_accumulation_steps instead: "
                 "their product is what a step learns from."
             )
+        if (order := getattr(self, "train_sampling_strategy", "random")) != "random":
+            raise ConfigError(
+                f"train_sampling_strategy={order!r} is not read: TRL samples prompts in its own order. Expected "
+                "'random'; --shuffle_dataset false takes them as they come."
+            )
         self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
         in_trajectory(self.trajectory, 0, 0)
         length = getattr(self, "max_completion_length", None)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl.trainer.utils import RepeatSampler
 
 from effopd.distill.best_model import HOST_DIRECTIONS, BestModelMixin, Kept, check_metric
@@ -42,6 +44,26 @@ class EpochRepeatSampler(RepeatSampler):
         """Called by accelerate before each epoch, also the one a resume starts in."""
         if self.shuffle and self.seed is not None:
             self.generator.manual_seed(self.seed + epoch)
+
+
+class _TerminationCallback(TrainerCallback):
+    """`enable_jit_checkpoint`: after a SIGTERM the step is finished, logged and saved, and training stops.
+
+    The host would save before the look-ahead of that step, or in its middle with the random state of the next, so that the run
+    could not go on as if it had not been stopped. Must run after every callback that changes the weights.
+    """
+
+    def __init__(self, manager: Any):
+        self._manager = manager
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if any(gather(self._manager.is_checkpoint_requested)):
+            control.should_save = control.should_training_stop = True
+            logger.warning("SIGTERM: training stops with a checkpoint of step %d.", state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._manager._original_sigterm_handler is not None:
+            signal.signal(signal.SIGTERM, self._manager._original_sigterm_handler)
 
 
 class _EpochCallback(TrainerCallback):
@@ -92,6 +114,10 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         check_metric(self.args, self.eval_metrics())
         tidy_generation_config(self.accelerator.unwrap_model(self.model))
         self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback) and callback.jit_manager is not None:
+                self.add_callback(_TerminationCallback(callback.jit_manager))
+                callback.jit_manager = None  # nothing but the signal's handler is the host's
         self.add_callback(self._epochs)
         self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir, self._rehearse))
@@ -100,7 +126,8 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
     def add_callback(self, callback) -> None:
         """The host's, but what writes to the run directory stays last."""
         super().add_callback(callback)
-        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, RunDirCallback))
+        last = (_TerminationCallback, RunDirCallback)
+        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, last))
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
         """Metrics of an evaluation (without prefix) and the tokens it generated."""
