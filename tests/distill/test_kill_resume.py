@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_run import EFFOPD, STEPS, make_trainer
 from transformers import TrainerState
 
-from effopd.distill.run_mixin import EpochRepeatSampler, _EpochCallback
+from effopd.distill.run_mixin import EpochRepeatSampler, _EpochCallback, _TerminationCallback
 from effopd.errors import CheckpointError
 from effopd.files import read_rows
 
@@ -142,3 +142,27 @@ def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n" + '{"step": 2, "lo')
     make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_termination_signal_ends_with_a_checkpoint_that_resumes_bit_for_bit(tmp_path, whole):
+    """`enable_jit_checkpoint`, with a signal during step 5."""
+    trainer = make_trainer(tmp_path, effopd=EFFOPD, eval_on_start=True, enable_jit_checkpoint=True)
+    handler, real = signal.getsignal(signal.SIGTERM), trainer.training_step
+
+    def step(*args, **kwargs):
+        if trainer.state.global_step == 4:
+            next(
+                c for c in trainer.callback_handler.callbacks if isinstance(c, _TerminationCallback)
+            )._manager._enable_checkpoint()
+        return real(*args, **kwargs)
+
+    trainer.training_step = step
+    trainer.train()
+    assert trainer.state.global_step == 5 and trainer.run_dir.last_checkpoint() == trainer.run_dir.checkpoint(5)
+    assert signal.getsignal(signal.SIGTERM) is not handler  # the one before ours
+    assert not list(tmp_path.glob("checkpoint-*"))
+    make_trainer(tmp_path, effopd=EFFOPD, eval_on_start=True).train(resume_from_checkpoint=True)
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path).items())
+    for name in ("metrics.jsonl", "searches.jsonl", "evals.jsonl"):
+        assert comparable(tmp_path, name) == comparable(whole, name)

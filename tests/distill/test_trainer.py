@@ -192,20 +192,26 @@ def test_best_model_and_rotation(tmp_path):
     assert same(load_file(f"{best}/model.safetensors"), parameters(trainer))
 
 
-def test_a_best_step_that_was_not_saved_does_not_cost_the_best_that_was(tmp_path, monkeypatch):
-    scripted = {1: 1.0, 2: 0.5, 3: 0.1, 4: 1.0, 5: 1.0, 6: 1.0}
+@pytest.mark.parametrize(
+    ("scripted", "kept"),
+    [
+        ({1: 1.0, 2: 0.5, 3: 0.1, 4: 1.0, 5: 1.0, 6: 1.0}, 2),
+        ({1: 0.1, 2: 0.9, 3: 0.2, 4: 0.5, 5: 0.3, 6: 0.8}, 4),  # the best of those that can be gone back to
+    ],
+)
+def test_the_best_step_is_the_best_of_those_that_were_saved(tmp_path, monkeypatch, scripted, kept):
     trainer = make_trainer(
         tmp_path, max_steps=6, eval_steps=1, save_steps=2, save_total_limit=1, load_best_model_at_end=True,
         metric_for_best_model="eval_kl", greater_is_better=False,
     )  # fmt: skip
     monkeypatch.setattr(trainer, "_measure_task", lambda task: ({"kl": scripted[trainer.state.global_step]}, 0))
     trainer.train()
-    assert trainer.state.best_global_step == 3
-    assert [path.name for path in trainer.run_dir.checkpoints()] == ["step-000002", "step-000006"]
+    assert trainer.state.best_global_step == kept and trainer.kept == (kept, "eval_kl", scripted[kept])
+    assert [path.name for path in trainer.run_dir.checkpoints()] == [f"step-{kept:06d}", "step-000006"]
     for checkpoint in trainer.run_dir.checkpoints():
         saved = json.loads((checkpoint / "trainer_state.json").read_text())
-        assert saved["best_model_checkpoint"] == str(trainer.run_dir.checkpoint(2))
-    assert same(load_file(trainer.run_dir.checkpoint(2) / "model.safetensors"), parameters(trainer))
+        assert saved["best_model_checkpoint"] == str(trainer.run_dir.checkpoint(kept))
+    assert same(load_file(trainer.run_dir.checkpoint(kept) / "model.safetensors"), parameters(trainer))
 
 
 def test_without_eval_task_evaluation_is_trls(tmp_path):

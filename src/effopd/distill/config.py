@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 import torch
 from trl import DistillationConfig
 
+from effopd.distill.best_model import default_metric, settle_direction
 from effopd.distill.ledger import CLOCKS
 from effopd.distill.run_dir import in_trajectory
 from effopd.errors import ConfigError
@@ -31,6 +33,9 @@ class RunArguments:
         ConfigError: a value is out of range.
         MissingDependencyError: `deepspeed` without its package.
     """
+
+    #: What the best model is told by where `metric_for_best_model` is not given.
+    best_metric: ClassVar[str] = "loss"
 
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "Learning-rate schedule; the paper's is constant, without warm-up."}
@@ -74,14 +79,28 @@ class RunArguments:
             )
         if getattr(self, "deepspeed", None):
             ensure("deepspeed")  # the host looks for it while it is built
+        default_metric(self, self.best_metric)
+        greater_is_better = getattr(self, "greater_is_better", None)  # as it was given; the host goes by the name
         with warnings.catch_warnings():  # TRL sets the old name by default; the user need not hear of it
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
+        settle_direction(self, greater_is_better)
         if getattr(self, "push_to_hub", False):
             raise ConfigError(
                 "push_to_hub would upload the whole run directory at every save, optimizer states and trajectory included "
                 "(transformers leaves out folders named checkpoint-N only). Upload the finished model instead: "
                 "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' 'trajectory/*' 'superseded/*'."
+            )
+        if getattr(self, "auto_find_batch_size", False):
+            raise ConfigError(
+                "auto_find_batch_size starts over at step 0 with fewer answers per step after an out-of-memory error, but with the "
+                "weights as they are by then. Lower per_device_train_batch_size and raise gradient_accumulation_steps instead: "
+                "their product is what a step learns from."
+            )
+        if (order := getattr(self, "train_sampling_strategy", "random")) != "random":
+            raise ConfigError(
+                f"train_sampling_strategy={order!r} is not read: TRL samples prompts in its own order. Expected "
+                "'random'; --shuffle_dataset false takes them as they come."
             )
         self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
         in_trajectory(self.trajectory, 0, 0)

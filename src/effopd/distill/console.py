@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from effopd.distill.run_dir import EVALS, METRICS
+from effopd.distill.best_model import Kept, full_name
+from effopd.distill.run_dir import EVALS, METRICS, read_kept
 from effopd.extrapolate.callback import SEARCHES
 from effopd.files import read_rows
 
@@ -166,7 +167,11 @@ def closing_lines(root: Path, step: int, costs: Row) -> str:
     """Where the model is, what the run reached (first → last evaluation), what it cost, and the command to type next."""
     evals, searches = list(read_rows(root / EVALS)), list(read_rows(root / SEARCHES))
     rewards = [row["reward"] for row in read_rows(root / METRICS) if row.get("reward") is not None]
-    lines = [f"Done: step {step}. The model, its card and all rows are in {root}"]
+    done, kept = f"Done: step {step}.", read_kept(root)
+    if kept is not None:  # what came later is of another model
+        done += f" The model is that of {kept_text(kept)}."
+        evals = [row for row in evals if row["step"] <= kept.step]
+    lines = [f"{done} The model, its card and all rows are in {root}"]
     if evals:
         lines.append("  held out  " + _joined(first_to_last(evals)))
     if rewards:
@@ -177,6 +182,11 @@ def closing_lines(root: Path, step: int, costs: Row) -> str:
     if searches:
         lines.append(f"  look-ahead: {searches_text(searches)}")
     return "\n".join([*lines, f"Next: effopd report {shlex.quote(str(root))}"])
+
+
+def kept_text(kept: Kept) -> str:
+    """The step that `load_best_model_at_end` went back to, and why."""
+    return f"step {kept.step}, the best by {full_name(kept.metric)} ({number(kept.value)})"
 
 
 def first_to_last(evals: Sequence[Row]) -> list[str]:

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from effopd.distill.best_model import check_metric
 from effopd.distill.config import OPDConfig
 from effopd.distill.preflight import (
     check_disk,
@@ -24,7 +25,10 @@ from effopd.distill.preflight import (
     load_tokenizer,
     parameter_count,
 )
+from effopd.distill.resuming import check_kind
 from effopd.distill.run_dir import RunDir, in_trajectory, step_of_checkpoint
+from effopd.distill.saving import check_generation_config
+from effopd.distill.task_eval import metric_names
 from effopd.distill.teacher_kl import check_rollouts, rollouts_a_step
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import ConfigError
@@ -102,7 +106,10 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
         check_model_name(flag, name)
     require_packages(model, args)
     run_dir, resume = RunDir(args.output_dir), resume_argument(args)
-    run_dir.to_resume(resume)
+    run_dir.refuse_unwritable()
+    if checkpoint := run_dir.to_resume(resume):
+        check_kind(checkpoint, adapter=model.use_peft)
+    check_metric(args, metric_names(teacher=hasattr(args, "teacher_model_name_or_path"), greedy=args.eval_greedy))
     if not resume:
         run_dir.refuse_overwrite()
 
@@ -132,6 +139,7 @@ def tokenizer_of(model: ModelConfig, others: Sequence[str], args: Any) -> Any:
     """The student's tokenizer, once it is known that `others` read its tokens."""
     name, load = model.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(name, revision=model.model_revision, **load)
+    check_generation_config(name, revision=model.model_revision)
     for other in others:
         check_models(name, other, tokenizer, **load)
     return tokenizer
@@ -240,7 +248,7 @@ def run(settings: RunSettings) -> OPDTrainer:
     """Train, and leave the final model beside the rows in the run directory."""
     trainer = build_trainer(settings)
     trainer.train(resume_from_checkpoint=resume_argument(settings.opd))
-    trainer.save_model(str(trainer.run_dir.root))
+    trainer.save_final()
     return trainer
 
 

@@ -72,7 +72,7 @@ def run_rl(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
     """Train, and leave the final model beside the rows in the run directory."""
     trainer = build_rl_trainer(settings)
     trainer.train(resume_from_checkpoint=resume_argument(settings.rl))
-    trainer.save_model(str(trainer.run_dir.root))
+    trainer.save_final()
     return trainer
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 CATEGORIES = ("rollout", "teacher", "update", "search", "eval", "other")
 _GENERATING = ("rollout", "search", "eval")
@@ -144,3 +145,29 @@ class CostLedger:
             if tokens:
                 self.generated_tokens[category] += state["generated_tokens"][category]
                 self.forward_tokens[category] += state["forward_tokens"][category]
+
+
+class LedgerCallback(TrainerCallback):
+    """Opens `update` for the length of an optimizer step. Must run before every other callback."""
+
+    def __init__(self, ledger: CostLedger):
+        self._ledger = ledger
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._ledger.push("update")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._ledger.pop()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._ledger.stop()
+
+
+class StartLedgerCallback(TrainerCallback):
+    """Starts the clock when training starts. Set-up before it (loading, checks) is not part of any comparison."""
+
+    def __init__(self, ledger: CostLedger):
+        self._ledger = ledger
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._ledger.start()

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from effopd.distill.console import first_to_last, net_seconds, percent, searches_text
+from effopd.distill.console import first_to_last, kept_text, net_seconds, percent, searches_text
 from effopd.distill.run_dir import CONFIG, EVALS, METRICS
 from effopd.extrapolate.callback import SEARCHES, EffOPDCallback
 from effopd.extrapolate.strategies import STRATEGIES
@@ -45,10 +45,10 @@ def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Itera
     )
     facts = [
         ("student", _shown(student)),
-        ("teacher", _shown(trainer.args.teacher_model_name_or_path or _source(teacher)) if teacher else ""),
+        ("teacher", "" if teacher is None else _shown(trainer.args.teacher_model_name_or_path or _source(teacher))),
         ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
         ("objective", objective(trainer.args, trainer._name)),
-        ("strategy", _strategy(trainer) if teacher else ""),
+        ("strategy", "" if teacher is None else _strategy(trainer)),
         ("trained", _trained(adapter)),
         ("steps", _steps(trainer)),
         ("learning rate", _learning_rate(trainer)),
@@ -142,6 +142,11 @@ def _results(trainer: Any) -> list[str]:
     evals, searches = list(read_rows(root / EVALS)), list(read_rows(root / SEARCHES))
     rewards = [(row["step"], row["reward"]) for row in read_rows(root / METRICS) if row.get("reward") is not None]
     lines = []
+    if trainer.kept is not None:  # what came later is of another model
+        lines.append(
+            f"{trainer.state.global_step} steps were trained; this is the model of {kept_text(trainer.kept)}."
+        )
+        evals = [row for row in evals if row["step"] <= trainer.kept.step]
     if evals:
         prompts = f" ({len(trainer.eval_task)} prompts)" if trainer.eval_task is not None else ""
         when = f"from step {evals[0]['step']} to" if len(evals) > 1 else "at"
@@ -190,7 +195,8 @@ def _trained(adapter: Any) -> str:
 def _steps(trainer: Any) -> str:
     args, state = trainer.args, trainer.state
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return f"{state.global_step} of {state.max_steps}, {batch} answers each"
+    kept = "" if trainer.kept is None else f"; the model is that of step {trainer.kept.step}"
+    return f"{state.global_step} of {state.max_steps}, {batch} answers each{kept}"
 
 
 def _learning_rate(trainer: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import GRPOConfig, RLOOConfig
 
@@ -30,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass
 class RLArguments(RunArguments):
     """What the reinforcement-learning trainers add."""
+
+    best_metric: ClassVar[str] = "accuracy"  # an evaluation has no loss
 
     output_dir: str = field(default="runs/rl", metadata={"help": "The run directory."})
     algorithm: str = field(

@@ -7,6 +7,7 @@
     checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
     trajectory/       step-000008/ … (weights only, for analysis)
     README.md         the model card, beside the final model
+    best.json         with load_best_model_at_end: the step whose weights the final model has, and what it was chosen by
     report.html       written by `effopd report`
     superseded/       1/ … (what lay beyond the step from which a run was resumed, if anything did)
 
@@ -17,15 +18,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from effopd.distill.best_model import Kept
+from effopd.distill.resuming import check_complete
 from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.callback import SEARCHES
 from effopd.extrapolate.ranks import gather
@@ -36,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
 CONFIG = "config.yaml"
+BEST = "best.json"
 _STEP = re.compile(r"step-(\d{6,})$")
 
 
@@ -108,13 +113,15 @@ class RunDir:
         """The checkpoint that `resume_from_checkpoint` means: the newest (`True`; `None` if there is none yet), or that path.
 
         Raises:
-            CheckpointError: the path is no checkpoint.
+            CheckpointError: the path is no checkpoint, or lacks what an equal continuation takes.
         """
         checkpoint = self.last_checkpoint() if argument is True else Path(argument) if argument else None
         if checkpoint is not None and not (checkpoint / TRAINER_STATE_NAME).is_file():
             raise CheckpointError(
                 f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as {self.checkpoint(8)}."
             )
+        if checkpoint is not None:
+            check_complete(checkpoint)
         return checkpoint
 
     def held(self, step: int) -> Held:
@@ -128,9 +135,20 @@ class RunDir:
 
     def fresh_staging(self) -> Path:
         """An empty staging folder; leftovers of a killed save go."""
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self.clear_staging()
         self.staging.mkdir(parents=True)
         return self.staging
+
+    def clear_staging(self) -> None:
+        """Free what a save that failed has taken."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def write_kept(self, kept: Kept | None) -> None:
+        """Say which step the final model is of; `None`: the last one."""
+        if kept is None:
+            (self.root / BEST).unlink(missing_ok=True)
+        else:
+            write_atomically(self.root / BEST, lambda path: path.write_text(json.dumps(kept._asdict()) + "\n"))
 
     @staticmethod
     def publish(staged: Path, final: Path) -> None:
@@ -172,6 +190,19 @@ class RunDir:
             path.rename(target)
         return aside
 
+    def refuse_unwritable(self) -> None:
+        """The folder can be made or written to; nothing is tried.
+
+        Raises:
+            CheckpointError: it, or what it would be made in, is a file or is write-protected.
+        """
+        there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "is write-protected" if there.is_dir() else "is not a folder"
+            raise CheckpointError(
+                f"nothing can be written to the run directory {self.root}: {there} {why}. Choose another --output_dir."
+            )
+
     def refuse_overwrite(self) -> None:
         """A fresh run must not mix its rows with an older run's.
 
@@ -186,6 +217,12 @@ class RunDir:
                 f"{self.root} already holds a run ({', '.join(used)}). Continue it with --resume_from_checkpoint "
                 "true, or choose another --output_dir (nothing was changed)."
             )
+
+
+def read_kept(root: Path) -> Kept | None:
+    """The step that the final model of a run is of, where it is not the last one."""
+    path = root / BEST
+    return Kept(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def step_of_checkpoint(checkpoint: Path) -> int:
@@ -205,16 +242,20 @@ class RunDirCallback(TrainerCallback):
     """Writes `config.yaml`, `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed step.
 
     Must run after every other callback: one that refuses to go on leaves the folder as it was.
+
+    Args:
+        check: called on every rank before anything is written; raises what forbids to start.
     """
 
-    def __init__(self, run_dir: RunDir):
-        self._run_dir = run_dir
+    def __init__(self, run_dir: RunDir, check: Callable[[], None] = lambda: None):
+        self._run_dir, self._check = run_dir, check
         self._started = False
         self._before: dict[str, Any] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start, or cut the rows back to the checkpoint that is being resumed."""
         gather(None)  # nobody writes before everybody has got here
+        self._check()
         self._started, before, self._before = True, self._before, None
         if not state.is_world_process_zero:
             return

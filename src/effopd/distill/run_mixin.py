@@ -9,25 +9,32 @@ sampler restarts its permutations).
 from __future__ import annotations
 
 import json
+import logging
+import signal
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl.trainer.utils import RepeatSampler
 
+from effopd.distill.best_model import HOST_DIRECTIONS, BestModelMixin, Kept, check_metric
 from effopd.distill.config import RunArguments
 from effopd.distill.console import end_bars, in_lines
-from effopd.distill.ledger import CLOCKS, CostLedger
+from effopd.distill.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
 from effopd.distill.model_card import model_card
+from effopd.distill.resuming import LEDGER_FILE, SETTINGS_FILE, ResumeMixin, settings_that_matter
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
-from effopd.errors import finite_predictions
-from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
+from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
+from effopd.distill.task_eval import metric_names
+from effopd.errors import EffOPDError, finite_predictions
+from effopd.extrapolate.ranks import from_first, gather, together
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
 
-LEDGER_FILE = "effopd_ledger.json"
+logger = logging.getLogger(__name__)
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -37,6 +44,26 @@ class EpochRepeatSampler(RepeatSampler):
         """Called by accelerate before each epoch, also the one a resume starts in."""
         if self.shuffle and self.seed is not None:
             self.generator.manual_seed(self.seed + epoch)
+
+
+class _TerminationCallback(TrainerCallback):
+    """`enable_jit_checkpoint`: after a SIGTERM the step is finished, logged and saved, and training stops.
+
+    The host would save before the look-ahead of that step, or in its middle with the random state of the next, so that the run
+    could not go on as if it had not been stopped. Must run after every callback that changes the weights.
+    """
+
+    def __init__(self, manager: Any):
+        self._manager = manager
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if any(gather(self._manager.is_checkpoint_requested)):
+            control.should_save = control.should_training_stop = True
+            logger.warning("SIGTERM: training stops with a checkpoint of step %d.", state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._manager._original_sigterm_handler is not None:
+            signal.signal(signal.SIGTERM, self._manager._original_sigterm_handler)
 
 
 class _EpochCallback(TrainerCallback):
@@ -51,36 +78,10 @@ class _EpochCallback(TrainerCallback):
             self.sampler.set_epoch(int(state.epoch))
 
 
-class _LedgerCallback(TrainerCallback):
-    """Opens `update` for the length of an optimizer step. Must run before every other callback."""
-
-    def __init__(self, ledger: CostLedger):
-        self._ledger = ledger
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._ledger.push("update")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._ledger.pop()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._ledger.stop()
-
-
-class _StartLedgerCallback(TrainerCallback):
-    """Starts the clock when training starts. Set-up before it (loading, checks) is not part of any comparison."""
-
-    def __init__(self, ledger: CostLedger):
-        self._ledger = ledger
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._ledger.start()
-
-
 _Host: Any = Trainer if TYPE_CHECKING else object
 
 
-class RunMixin(_Host):
+class RunMixin(BestModelMixin, ResumeMixin, _Host):
     """Mixed into a TRL trainer, before it: `class OPDTrainer(RunMixin, DistillationTrainer)`.
 
     The trainer calls `_open_run` before and `_attach_run` after its host's `__init__`, and defines `_measure_task`.
@@ -91,6 +92,7 @@ class RunMixin(_Host):
         task_name: what the model card calls the training task.
         costs: the ledger's totals over all processes, as they were last logged, or at the end of training.
         resumed_from: the checkpoint that training goes on from, if any.
+        kept: the step whose weights the model has after training with `load_best_model_at_end`; `None`: the last one's.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
     """
 
@@ -101,26 +103,43 @@ class RunMixin(_Host):
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
         self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
+        self.run_dir.refuse_unwritable()  # the host would make it
         self.resumed_from: Path | None = None
+        self.kept: Kept | None = None
         self._saving = False
         self.costs: dict[str, float] = {}
         self._epochs = _EpochCallback()
 
     def _attach_run(self) -> None:
+        check_metric(self.args, self.eval_metrics())
+        tidy_generation_config(self.accelerator.unwrap_model(self.model))
         self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback) and callback.jit_manager is not None:
+                self.add_callback(_TerminationCallback(callback.jit_manager))
+                callback.jit_manager = None  # nothing but the signal's handler is the host's
         self.add_callback(self._epochs)
-        self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
-        self.add_callback(RunDirCallback(self.run_dir))
-        self.add_callback(_StartLedgerCallback(self.ledger))
+        self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
+        self.add_callback(RunDirCallback(self.run_dir, self._rehearse))
+        self.add_callback(StartLedgerCallback(self.ledger))
 
     def add_callback(self, callback) -> None:
         """The host's, but what writes to the run directory stays last."""
         super().add_callback(callback)
-        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, RunDirCallback))
+        last = (_TerminationCallback, RunDirCallback)
+        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, last))
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
         """Metrics of an evaluation (without prefix) and the tokens it generated."""
         raise NotImplementedError
+
+    def eval_metrics(self) -> list[str]:
+        """What the evaluations of this trainer report, without the prefix `eval_`."""
+        if self.eval_task is not None:
+            return metric_names(teacher=hasattr(self, "teacher_model"), greedy=self.args.eval_greedy)
+        if isinstance(self.eval_dataset, dict):
+            return [f"{part}_{name}" for part in self.eval_dataset for name in HOST_DIRECTIONS]
+        return list(HOST_DIRECTIONS)
 
     # -- data order ---------------------------------------------------------------------------------------------
 
@@ -188,16 +207,14 @@ class RunMixin(_Host):
         if not resume_from_checkpoint:
             together(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
         if checkpoint is not None:
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "check_resume"):
-                    together(partial(callback.check_resume, checkpoint))
-            self._load_ledger(checkpoint)
+            together(partial(self._check_resume, checkpoint))
             self.args.eval_on_start = False  # the run has started before; its rows are there
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             end_bars(self.callback_handler.callbacks)
         self._costs()
+        self._say_kept()
         return output
 
     def _run_epoch(self, *args, **kwargs):
@@ -209,16 +226,6 @@ class RunMixin(_Host):
             with self.ledger.paused():  # set-up
                 self._save_trajectory()
         super()._run_epoch(*args, **kwargs)
-
-    def _load_ledger(self, checkpoint: Path) -> None:
-        path = checkpoint / LEDGER_FILE
-        if path.exists():
-            saved = json.loads(path.read_text())
-            if len(saved) == world_size():
-                self.ledger.load_state_dict(saved[rank()])
-            else:  # another number of processes: the first one carries the tokens
-                for state in saved:
-                    self.ledger.add(state, tokens=rank() == 0)
 
     def _get_output_dir(self, trial):
         return str(self.run_dir.staging) if self._saving else super()._get_output_dir(trial)
@@ -242,11 +249,40 @@ class RunMixin(_Host):
         """`README.md` of the run directory, in the place of TRL's; the arguments are those of the host."""
         if self.is_world_process_zero():
             name = model_name or self.run_dir.root.resolve().name
-            card = model_card(self, name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
-            self.run_dir.root.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.run_dir.root / "README.md", card.save)
+            try:  # a card must not cost the weights that are saved with it
+                card = model_card(self, name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+                self.run_dir.root.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.run_dir.root / "README.md", card.save)
+            except Exception as error:
+                logger.warning("The model card was not written: %s: %s", type(error).__name__, error)
+
+    def save_final(self) -> None:
+        """The model, with its card, into the run directory.
+
+        Raises:
+            CheckpointError: it cannot be saved; says where its weights are.
+        """
+        try:
+            together(partial(self.save_model, str(self.run_dir.root)))
+        except EffOPDError:
+            raise
+        except Exception as error:
+            raise save_failed(self, "the final model", error) from error
+
+    def _rehearse(self) -> None:
+        together(partial(rehearse, self) if self.args.should_save else lambda: None)
 
     def _save_checkpoint(self, model, trial):
+        try:
+            self._write_checkpoint(model, trial)
+        except EffOPDError:
+            raise
+        except Exception as error:
+            if self.args.should_save:
+                self.run_dir.clear_staging()
+            raise save_failed(self, f"step {self.state.global_step}", error) from error
+
+    def _write_checkpoint(self, model, trial):
         step, best = self.state.global_step, self.state.best_model_checkpoint
         if self.args.should_save:
             self.run_dir.fresh_staging()
@@ -270,6 +306,8 @@ class RunMixin(_Host):
         if self.args.should_save:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             write_atomically(staged / LEDGER_FILE, lambda path: path.write_text(json.dumps(ledgers, indent=1)))
+            settings = json.dumps(settings_that_matter(self.args), indent=1)
+            write_atomically(staged / SETTINGS_FILE, lambda path: path.write_text(settings))
             self.run_dir.publish(staged, final)
             best = self.state.best_model_checkpoint
             self.run_dir.rotate(self.args.save_total_limit, Path(best) if best else None)

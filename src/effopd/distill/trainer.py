@@ -148,8 +148,10 @@ class OPDTrainer(RunMixin, DistillationTrainer):
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         # On one process TRL's forward redirection replaces the forward that accelerate had wrapped, so `bf16=True`
         # would silently train in fp32; entering autocast here is harmless where it is on already.
+        # Compiled adapters are unwrapped: TRL asks for the type, and would take them for a model without a backbone.
+        student = getattr(unwrapped_student, "_orig_mod", unwrapped_student)
         with self.accelerator.autocast():
-            return self._loss_of(unwrapped_student, inputs, num_items_in_batch)
+            return self._loss_of(student, inputs, num_items_in_batch)
 
     def _loss_of(self, unwrapped_student, inputs, num_items_in_batch):
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)

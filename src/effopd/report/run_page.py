@@ -14,7 +14,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from effopd.bench.time_to_target import final_target
-from effopd.distill.run_dir import CONFIG, EVALS, METRICS
+from effopd.distill.best_model import full_name
+from effopd.distill.run_dir import CONFIG, EVALS, METRICS, read_kept
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import SEARCHES
 from effopd.files import read_rows, write_atomically
@@ -133,10 +134,14 @@ def _settings(runs: Sequence[RunRows]) -> Iterator[tuple[str, list[str]]]:
 
 def _last(run: RunRows) -> dict[str, str]:
     """How far a run got and how good it was then."""
-    row = (run.evals or run.metrics)[-1]
-    kl = [row for row in run.evals if "eval_kl" in row]
+    kept = read_kept(run.root)
+    evals = run.evals if kept is None else [row for row in run.evals if row["step"] <= kept.step]
+    row = (evals or run.metrics)[-1]
+    kl = [row for row in evals if "eval_kl" in row]
     steps = max(rows[-1]["step"] for rows in (run.metrics, run.evals) if rows)
     found = {"label": run.label, "steps": f"{steps}"}
+    if kept is not None:
+        found["steps"] += f" (the model is that of step {kept.step}, the best by {full_name(kept.metric)})"
     if kl:
         found["KL"] = f"{kl[-1]['eval_kl']:.5f} ± {kl[-1].get('eval_kl_se', float('nan')):.5f}"
         found["smoothed KL"] = f"{final_target(kl):.5f}"

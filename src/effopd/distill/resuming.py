@@ -1,0 +1,272 @@
+"""What a run that goes on from a checkpoint must find there, and what it says where it cannot equal an uninterrupted run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    OPTIMIZER_NAME_BIN,
+    SCALER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+)
+from transformers.trainer_utils import SchedulerType
+
+from effopd.distill.ledger import CostLedger
+from effopd.errors import CheckpointError, EffOPDError
+from effopd.extrapolate.ranks import rank, together, world_size
+
+logger = logging.getLogger(__name__)
+
+LEDGER_FILE, SETTINGS_FILE = "effopd_ledger.json", "effopd_settings.json"
+_ADAPTER = "adapter_model.*"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*", _ADAPTER, f"*/{_ADAPTER}", "global_step*")
+_OPTIMIZER = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, "optimizer_*")
+#: Beginnings of settings that leave the trained weights alone.
+_HARMLESS = (
+    "_", "output_dir", "do_", "log_", "logging_", "save_", "eval_", "hub_", "push_", "report_to", "run_name", "project", "trackio",
+    "disable_tqdm", "load_best", "metric_for", "greater_is", "dataloader_num", "dataloader_pin", "dataloader_persistent",
+    "dataloader_prefetch", "resume_", "restore_", "skip_memory", "include_", "trajectory", "cost_clock", "ddp_", "local_rank",
+    "debug", "per_device_eval", "num_completions", "wandb", "health_tokens", "prediction_loss", "batch_eval", "enable_jit",
+    "torch_empty_cache", "use_cpu", "trust_remote", "fp16_full", "bf16_full", "label_names", "remove_unused",
+)  # fmt: skip
+#: Settings whose value in the checkpoint's optimizer wins over the command's.
+_IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_LENGTH = ("max_steps", "num_train_epochs")
+#: Schedules that do not depend on how long training will be.
+_ENDLESS = (
+    SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.INVERSE_SQRT, SchedulerType.REDUCE_ON_PLATEAU,
+    SchedulerType.GREEDY,
+)  # fmt: skip
+
+
+def check_complete(checkpoint: Path, *, finished: bool | None = None) -> None:
+    """A checkpoint has everything that an equal continuation takes; of a finished run, only the weights are needed.
+
+    Args:
+        finished: whether the run is; default: whether it had reached its own limit when the checkpoint was written.
+
+    Raises:
+        CheckpointError: its state cannot be read, or its weights, the optimizer's or the schedule's state, or the random states
+            are not there (`save_only_model` leaves the last three out).
+    """
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        step, last = int(state["global_step"]), int(state["max_steps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(checkpoint, TRAINER_STATE_NAME, error) from error
+
+    def there(*patterns: str) -> bool:
+        return any(next(checkpoint.glob(pattern), None) for pattern in patterns)
+
+    parts = {"the weights": there(*_WEIGHTS)}
+    if not (step >= last if finished is None else finished):
+        if not there("global_step*"):  # DeepSpeed keeps the rest in there
+            parts["the optimizer's state (optimizer.pt)"] = there(*_OPTIMIZER)
+            parts["the schedule's (scheduler.pt)"] = there(SCHEDULER_NAME)
+        parts["the random states (rng_state.pth)"] = there("rng_state*.pth")
+    if missing := [name for name, found in parts.items() if not found]:
+        raise CheckpointError(
+            f"{checkpoint} cannot be resumed: it lacks {', '.join(missing)}. "
+            + ("" if "the weights" in missing else "--save_only_model leaves them out. ")
+            + "Without them the run would go on as another one. Resume from a complete checkpoint"
+            + ("." if "the weights" in missing else f", or train anew from its weights (step {step}): --model_name_or_path "
+               f"{checkpoint} with another --output_dir, and no --resume_from_checkpoint.")
+        )  # fmt: skip
+
+
+def check_kind(checkpoint: Path, *, adapter: bool) -> None:
+    """The checkpoint holds what the run trains.
+
+    Raises:
+        CheckpointError: one is an adapter and the other all weights.
+    """
+    holds = any(next(checkpoint.glob(pattern), None) for pattern in (_ADAPTER, f"*/{_ADAPTER}"))
+    sharded = any(next(checkpoint.glob(pattern), None) for pattern in ("global_step*", "pytorch_model_fsdp*"))
+    if holds != adapter and not (sharded and not holds):
+        kinds = {True: "an adapter (PEFT)", False: "all weights"}
+        raise CheckpointError(
+            f"{checkpoint} holds {kinds[holds]}, but this run trains {kinds[adapter]}. Resume with the settings of the run "
+            f"({'--use_peft true' if holds else 'without --use_peft'}), or start a new one."
+        )
+
+
+def damaged(checkpoint: Path, what: str, error: Exception) -> CheckpointError:
+    """The error of a part that is there and cannot be used."""
+    return CheckpointError(
+        f"{what} in {checkpoint} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:400]}. It is damaged, or "
+        "belongs to another model or other settings. Resume from an earlier checkpoint, with the settings of the run."
+    )
+
+
+@contextmanager
+def reading(checkpoint: str | Path | None, what: str) -> Iterator[None]:
+    """Around the host's loading of a part: its failures become a `CheckpointError` that names the part."""
+    try:
+        yield
+    except EffOPDError:
+        raise
+    except Exception as error:
+        raise damaged(Path(checkpoint or "."), what, error) from error
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def settings_that_matter(args: Any) -> dict[str, Any]:
+    """Training arguments that the trained weights depend on, as JSON."""
+    lasting = args.lr_scheduler_type in _ENDLESS and getattr(args, "rollout_horizon", "full") != "popd"
+    values = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(args)
+        if not field.name.startswith(_HARMLESS) and not (lasting and field.name in _LENGTH)
+    }
+    return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", None) or str(value)))
+
+
+def compare_settings(checkpoint: Path, args: Any) -> None:
+    """Warn where the settings differ from those that the checkpoint was made with; nothing if it does not say.
+
+    Raises:
+        CheckpointError: the optimizer is another one, whose state the checkpoint does not have.
+    """
+    if not (checkpoint / SETTINGS_FILE).is_file():
+        return
+    with reading(checkpoint, SETTINGS_FILE):
+        before = json.loads((checkpoint / SETTINGS_FILE).read_text())
+        now = settings_that_matter(args)
+        changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    if "optim" in changed:
+        raise CheckpointError(
+            f"{checkpoint} has the state of the optimizer {changed['optim'][0]!r}, got --optim {changed['optim'][1]}. Resume with the "
+            f"optimizer of the run, or train anew from its weights: --model_name_or_path {checkpoint}."
+        )
+    if not changed or rank() > 0:
+        return
+    text = ", ".join(f"{name} {old} → {new}" for name, (old, new) in changed.items())
+    stay = [name for name in _IN_OPTIMIZER if name in changed]
+    logger.warning(
+        "Resuming with other settings than %s was made with: %s. This run will not equal one that was not interrupted.%s",
+        checkpoint,
+        text,
+        f" Without effect: {', '.join(stay)}; the optimizer goes on with the checkpoint's." if stay else "",
+    )
+
+
+def compare_processes(checkpoint: Path, world_size: int) -> None:
+    """Warn where the random states are those of another number of processes."""
+    states = len(list(checkpoint.glob("rng_state*.pth")))
+    if states != world_size:
+        logger.warning(
+            "%s was written by %d process(es), and there are %d now: random states cannot be put back, so this run will not equal "
+            "one that was not interrupted.", checkpoint, states, world_size,
+        )  # fmt: skip
+
+
+# -- the trainer's part -----------------------------------------------------------------------------------------------
+
+_Host: Any = Trainer if TYPE_CHECKING else object
+
+
+class ResumeMixin(_Host):
+    """The part of `RunMixin` that reads a checkpoint: what the host would pass over in silence is refused or said."""
+
+    ledger: CostLedger
+    resumed_from: Path | None
+    kept: Any
+    _recall_best: Any
+
+    def _check_resume(self, checkpoint: Path) -> None:
+        """Before anything is loaded or written.
+
+        Raises:
+            CheckpointError: the checkpoint is not one of this run's kind, model, optimizer or look-ahead.
+        """
+        check_kind(checkpoint, adapter=hasattr(self.accelerator.unwrap_model(self.model), "peft_config"))
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "check_resume"):
+                callback.check_resume(checkpoint)
+        compare_settings(checkpoint, self.args)
+        if self.args.ignore_data_skip and rank() == 0:
+            logger.warning(
+                "ignore_data_skip: the epoch's prompts start over at step %d, so this run will not equal one that was not interrupted.",
+                json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"],
+            )  # fmt: skip
+        self._load_ledger(checkpoint)
+
+    def _load_ledger(self, checkpoint: Path) -> None:
+        path = checkpoint / LEDGER_FILE
+        if not path.is_file() and rank() == 0:
+            logger.warning("%s has no costs (%s): they are counted from this step on.", checkpoint, LEDGER_FILE)
+        if not path.is_file():
+            return
+        with reading(checkpoint, LEDGER_FILE):
+            saved = json.loads(path.read_text())
+            if len(saved) == world_size():
+                self.ledger.load_state_dict(saved[rank()])
+            else:  # another number of processes: the first one carries the tokens
+                for state in saved:
+                    self.ledger.add(state, tokens=rank() == 0)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
+        with reading(resume, TRAINER_STATE_NAME):
+            trained = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
+            )
+        self.kept = None
+        if self.resumed_from is not None:
+            finished = self.state.global_step >= max_steps
+            together(partial(check_complete, self.resumed_from, finished=finished))
+            if not finished and rank() == 0:
+                compare_processes(self.resumed_from, self.args.world_size)
+            self._recall_best()
+        return trained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading(resume_from_checkpoint, "the weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading(checkpoint, "the optimizer's or the schedule's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with reading(checkpoint, "the gradient scaler"):
+            scaled = getattr(self.accelerator, "scaler", None) is not None
+            if scaled and checkpoint is not None and not (Path(checkpoint) / SCALER_NAME).is_file():
+                logger.warning("%s has no state of the fp16 gradient scaler: it starts anew.", checkpoint)
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint, "the random state"):
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Tensors that were left out because another name has them are no fault; others are.
+
+        Raises:
+            CheckpointError: the checkpoint lacks tensors of this model, or has others.
+        """
+        tensors = self.model.state_dict(keep_vars=True)
+        loaded = {_place(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if _place(tensors.get(name)) not in loaded]
+        wrong = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in (
+            ("missing", missing), ("unknown", list(load_result.unexpected_keys))) if names]  # fmt: skip
+        if wrong:
+            raise CheckpointError(
+                f"{self.resumed_from or self.state.best_model_checkpoint} is of another model: {' and '.join(wrong)} tensors. "
+                "Resume with the model of the run."
+            )
+
+
+def _place(tensor: Any) -> Any:
+    return None if tensor is None else (tensor.device, tensor.data_ptr(), tensor.shape)
