@@ -9,7 +9,8 @@ from collections import namedtuple
 import pytest
 from conftest import contains, make_model, make_task, make_tokenizer
 
-from effopd.distill.preflight import check_disk, check_models, check_task, parameter_count
+from effopd.distill.meta_model import meta_model
+from effopd.distill.preflight import check_disk, check_models, check_task
 from effopd.errors import CheckpointError, CompatibilityError, TaskError
 from effopd.tasks.base import Example, Task
 
@@ -89,7 +90,7 @@ def test_task_checks():
 
 
 def test_parameter_count_needs_no_weights(student_dir):
-    assert parameter_count(student_dir) == make_model(0).num_parameters()
+    assert meta_model("the student", student_dir).num_parameters() == make_model(0).num_parameters()
 
 
 def test_disk(tmp_path, monkeypatch):

@@ -12,7 +12,10 @@ from rich.table import Table
 
 from effopd.distill.footprint import BF16, FP32, ModelSize, bytes_a_rank, model_size
 from effopd.distill.launch import (
+    Prompts,
     RunSettings,
+    check_lengths,
+    check_models_of,
     check_prompts,
     check_settings,
     check_space,
@@ -23,7 +26,7 @@ from effopd.distill.launch import (
     why_answers,
 )
 from effopd.distill.teacher_kl import rollouts_a_step, wanted_rollouts
-from effopd.tasks import Task, load_verifier, needs_network
+from effopd.tasks import load_verifier, needs_network
 
 _DTYPE_BYTES = {"float32": FP32, "fp32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16, "bf16": BF16}
 
@@ -41,21 +44,23 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     return run, _memory_table(settings)
 
 
-def _checked(settings: RunSettings) -> tuple[Task, Task | None] | None:
+def _checked(settings: RunSettings) -> Prompts | None:
     """The run's own checks; its training and held-out prompts, if they are at hand."""
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
     here = _models_here(settings)
+    models = check_models_of(settings) if here else []
     tokenizer = tokenizer_of(model, other_models(opd), opd) if here else None
     if needs_network(task):
         if task.verifier is not None:
             load_verifier(task.verifier)
         return None
-    train, held_out = prompts(task, opd, tokenizer, why_answers(opd, effopd))
-    check_prompts(settings, train)
+    rows = prompts(task, opd, tokenizer, why_answers(opd, effopd))
+    check_prompts(settings, rows.train)
     if here:
-        check_space(model, opd, len(train), rollouts_a_step(opd), effopd=effopd.enabled)
-    return train, held_out
+        check_lengths(models, rows.longest, opd.max_completion_length)
+        check_space(model, opd, models, len(rows.train), rollouts_a_step(opd), effopd=effopd.enabled)
+    return rows
 
 
 def _models_here(settings: RunSettings) -> bool:
@@ -63,7 +68,7 @@ def _models_here(settings: RunSettings) -> bool:
     return all(Path(name).is_dir() for name in names)
 
 
-def _run_rows(settings: RunSettings, rows: tuple[Task, Task | None] | None) -> Iterator[tuple[str, str]]:
+def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str, str]]:
     opd, task, look = settings.opd, settings.task, settings.effopd
     yield (
         "student",
@@ -93,10 +98,10 @@ def _run_rows(settings: RunSettings, rows: tuple[Task, Task | None] | None) -> I
         yield "not checked", ", ".join(unseen)
 
 
-def _prompts_text(task: Any, opd: Any, rows: tuple[Task, Task | None] | None) -> str:
+def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:
     """How many prompts train and evaluate."""
     if rows is not None:
-        train, held_out = f"{len(rows[0]):,}", f"{len(rows[1]):,}" if rows[1] else ""
+        train, held_out = f"{len(rows.train):,}", f"{len(rows.held_out):,}" if rows.held_out else ""
     else:
         train = f"{task.train_size:,}" if task.train_size else "all that are not held out"
         held_out = f"{task.eval_size:,}" if task.eval_size else "all of eval_task" if task.eval_task else _HELD_OUT

@@ -10,9 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from effopd.distill.run_dir import Held
@@ -157,12 +156,6 @@ def check_task(
     if task.verifiable:
         check_verifier(task)
     return max(lengths.values(), default=None)
-
-
-def parameter_count(model: str, **load: Any) -> int:
-    """Number of parameters, from the configuration alone."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, **load)).num_parameters()
 
 
 def check_disk(
