@@ -124,7 +124,9 @@ class CommandParser(TrlParser):
             except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
                 raise ConfigError(f"{self._file}: {key}: expected another value, got {word!r} ({error}).") from error
         if action.choices is not None and word not in action.choices:
-            raise ConfigError(f"{self._file}: {key}: expected one of {', '.join(map(str, action.choices))}; got {word!r}.")
+            raise ConfigError(
+                f"{self._file}: {key}: expected one of {', '.join(map(str, action.choices))}; got {word!r}."
+            )
         return word
 
     def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple[Any, ...]:

@@ -62,7 +62,9 @@ def check_adapter(model: ModelConfig, student: PreTrainedModel) -> None:
     parameters = [name for name, _ in student.named_parameters()]
     for name in config.target_parameters or ():
         if not any(parameter == name or parameter.endswith(f".{name}") for parameter in parameters):
-            raise ConfigError(f"--lora_target_parameters: the model has no parameter {name!r}.{_close(name, parameters)}")
+            raise ConfigError(
+                f"--lora_target_parameters: the model has no parameter {name!r}.{_close(name, parameters)}"
+            )
     _check_by_peft(config, student, modules)
 
 
@@ -86,6 +88,21 @@ def _check_by_peft(config: Any, student: PreTrainedModel, modules: list[str]) ->
             f"--lora_target_modules {_shown(config)} adapts the output head, whose weights the loss reads directly, so the "
             "adapter would not be trained. Leave the head out."
         )
+
+
+def trained_parameters(config: Any, student: PreTrainedModel) -> int:
+    """How many parameters an adapter trains.
+
+    Args:
+        config: PEFT's configuration.
+        student: on the meta device; it is changed.
+    """
+    from peft import get_peft_model
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        adapted: Any = get_peft_model(student, config)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _shown(config: Any) -> str:

@@ -104,7 +104,9 @@ class RunArguments:
                     f"CPU, or leave --{name} out to compute in float32."
                 )
         if getattr(self, "label_smoothing_factor", 0.0):
-            raise ConfigError("--label_smoothing_factor has no effect on rollouts, which have no labels. Leave it out.")
+            raise ConfigError(
+                "--label_smoothing_factor has no effect on rollouts, which have no labels. Leave it out."
+            )
 
 
 @dataclass

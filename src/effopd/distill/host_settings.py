@@ -59,7 +59,9 @@ def check_host_settings(model: ModelConfig, args: Any) -> None:
     _check_optimizer(args)
     _check_generation(args)
     if args.torch_compile_backend is not None and args.torch_compile_backend.upper() not in DynamoBackend.list():
-        check_name("torch_compile_backend", args.torch_compile_backend, [name.lower() for name in DynamoBackend.list()])
+        check_name(
+            "torch_compile_backend", args.torch_compile_backend, [name.lower() for name in DynamoBackend.list()]
+        )
     _check_rl(model, args)
 
 
@@ -190,9 +192,14 @@ def _check_rl(model: ModelConfig, args: Any) -> None:
         )
     if getattr(args, "sync_ref_model", False):
         if args.beta == 0:
-            raise ConfigError("--sync_ref_model true: with --beta 0 there is no reference model. Leave one of them out.")
+            raise ConfigError(
+                "--sync_ref_model true: with --beta 0 there is no reference model. Leave one of them out."
+            )
         if model.use_peft:
-            raise ConfigError("--sync_ref_model true: with --use_peft there is no reference model of its own. Leave it out.")
+            raise ConfigError(
+                "--sync_ref_model true: with --use_peft there is no reference model of its own. Leave it out."
+            )
     if getattr(args, "loss_type", None) == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
-        check_name("vllm_importance_sampling_mode", args.vllm_importance_sampling_mode, ("token_truncate", "token_mask"))
-
+        check_name(
+            "vllm_importance_sampling_mode", args.vllm_importance_sampling_mode, ("token_truncate", "token_mask")
+        )

@@ -154,7 +154,9 @@ def on_meta(flag: str, name: str, init: Mapping[str, Any], args: Any) -> NamedMo
     Raises:
         CompatibilityError, ConfigError: as `meta_model`.
     """
-    load = {"trust_remote_code": args.trust_remote_code} | ({"revision": init["revision"]} if "revision" in init else {})
+    load = {"trust_remote_code": args.trust_remote_code} | (
+        {"revision": init["revision"]} if "revision" in init else {}
+    )
     return NamedModel(flag, name, meta_model(flag, name, init, **load))
 
 

@@ -22,7 +22,13 @@ from effopd.errors import CompatibilityError, ConfigError, MissingDependencyErro
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf")
+_WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "*.gguf",
+)
 #: Where configurations say how many positions there are.
 _LIMITS = (
     "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "n_ctx",
@@ -76,7 +82,7 @@ def _adapter_text(settings: Path) -> str:
         base = None
     folder = str(settings.parent)
     return (
-        f"is an adapter of {base or 'a base that it does not name'}, not a model. Merge it first: python -c \"from peft "
+        f'is an adapter of {base or "a base that it does not name"}, not a model. Merge it first: python -c "from peft '
         f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}').merge_and_unload().save_pretrained('merged')\", "
         "copy the tokenizer's files of the base into that folder, and name the folder here."
     )
@@ -119,12 +125,12 @@ def meta_model(flag: str, name: str, init: Mapping[str, Any] | None = None, **lo
     return model_of(flag, name, read_config(flag, name, init, **load), (init or {}).get("attn_implementation"))
 
 
-def model_of(flag: str, name: str, config: Any, attention: str | None = None) -> PreTrainedModel:
-    """As `meta_model`, of a configuration."""
+def model_of(flag: str, name: str, config: Any, attention: str | None = None, device: str = "meta") -> PreTrainedModel:
+    """As `meta_model`, of a configuration; on another device only where tensors are fake."""
     kind = _class_of(flag, name, config)
     extra = {"attn_implementation": attention} if attention else {}
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             if kind is None:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **extra)
             else:

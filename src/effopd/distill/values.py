@@ -276,9 +276,7 @@ def check_init_kwargs(name: str, found: Mapping[str, Any], settings: Iterable[st
     """
     for key in ("dtype", "torch_dtype"):
         if key in found and found[key] not in _DTYPES:
-            raise ConfigError(
-                f'--{name}: expected "{key}" to be one of {", ".join(_DTYPES)}; got {found[key]!r}.'
-            )
+            raise ConfigError(f'--{name}: expected "{key}" to be one of {", ".join(_DTYPES)}; got {found[key]!r}.')
     for key in ("load_in_8bit", "load_in_4bit"):
         if key in found:
             way = f"--{key} true (with --use_peft true)" if name == "model_init_kwargs" else (
