@@ -3,17 +3,14 @@ far as that takes neither weights nor the network; nothing is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
-from transformers.utils import is_triton_available
 
-from effopd.distill.adapters import adapter_config, trained_parameters
-from effopd.distill.footprint import ModelSize, bytes_a_rank, model_size
+from effopd.distill.footprint import ModelSize, model_size
 from effopd.distill.launch import (
     Prompts,
     RunSettings,
@@ -23,18 +20,14 @@ from effopd.distill.launch import (
     check_settings,
     check_space,
     evaluates,
-    loading,
     other_models,
     prompts,
     tokenizer_of,
     why_answers,
 )
-from effopd.distill.meta_model import model_of
+from effopd.distill.memory_estimate import SETUPS, estimate_memory
 from effopd.distill.teacher_kl import rollouts_a_step, wanted_rollouts
-from effopd.distill.working_memory import BF16, FP32, PROCESS, StepShape, working
 from effopd.tasks import load_verifier, needs_network
-
-_DTYPE_BYTES = {"float32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16}
 
 
 def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
@@ -135,125 +128,29 @@ def _look_text(look: Any, opd: Any) -> str:
     return ", ".join(parts)
 
 
-#: (heading, ranks, sharded) of the memory table's columns.
-_SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
 #: Of a source that has not been read, without an eval_size.
 _HELD_OUT = "100, or a tenth of the rows if that is less"
-#: Tokens of a prompt where none was measured and no limit is set.
-_ASSUMED_PROMPT = 512
-#: Bytes of a quantised weight, with its scales.
-_QUANTISED = {"load_in_4bit": 0.56, "load_in_8bit": 1.06}
 
 
 def _memory_table(settings: RunSettings, rows: Prompts | None) -> Table:
     """Parts by what they are for, and the most that is there at once."""
-    opd, look = settings.opd, settings.effopd
-    prompt, said = _prompt_length(settings, rows)
-    table = Table(title=f"estimated memory per rank, GB ({said})", box=box.SIMPLE, pad_edge=False)
+    found = estimate_memory(settings, rows.longest if rows else None)
+    headings = [heading for heading, _, _ in SETUPS]
+    title = "estimated memory per rank, GB" + (f" ({found.prompts})" if found else "")
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("")
-    for heading, _, _ in _SETUPS:
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    student = _size(settings.model.model_name_or_path, opd)
-    others = [_size(name, opd) for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
-    if student is None or None in others:
-        table.add_row("unknown: a model is not on disk, and its name does not say its size", *("–" for _ in _SETUPS))
+    if found is None:
+        table.add_row("unknown: a model is not on disk, and its name does not say its size", *("–" for _ in headings))
         return table
-    inits = loading(settings.model, opd)
-    adapter, trained = _adapter(settings, student)
-    columns = [
-        bytes_a_rank(
-            student,
-            sum(size.parameters for size in others if size) * _weight_bytes(inits[1]),
-            ranks=ranks,
-            sharded=sharded,
-            moved=student.selected(look.resolved_parameters) if look.enabled else None,
-            anchor_here=look.anchor_device is None,
-            trained=trained,
-            weight_bytes=next(
-                (size for name, size in _QUANTISED.items() if getattr(settings.model, name)), _weight_bytes(inits[0])
-            ),
-            optim=getattr(opd.optim, "value", opd.optim),
-        )
-        | {"process": PROCESS}
-        for _, ranks, sharded in _SETUPS
-    ]
-    peaks = [sum(column.values()) for column in columns]
-    if student.config is not None:
-        teacher = others[0].config if others and others[0] else None
-        step = working(
-            student.config,
-            teacher,
-            step_shape(settings, prompt),
-            attention=settings.model.attn_implementation,
-            adapter=adapter,
-        )
-        parts = {
-            "sampling": step.sampling,
-            "activations": step.activations,
-            "loss": step.loss,
-            "evaluation": step.evaluation,
-        }
-        for number, column in enumerate(columns):
-            gradients = column["gradients"]
-            held = sum(column.values()) - gradients - column.get("candidate", 0)
-            peaks[number] = held + max(
-                step.peak(gradients, opd.gradient_accumulation_steps > 1),
-                column.get("candidate", 0) + max(step.loss, step.sampling),
-            )
-            column |= {name: value for name, value in parts.items() if value}
-    for name in columns[-1]:
-        table.add_row(name, *(_gb(column.get(name, 0)) for column in columns))
+    for name in found.columns[-1]:
+        table.add_row(name, *(_gb(column.get(name, 0)) for column in found.columns))
     most = (
-        "most at once"
-        if student.layers
-        else "sum, without what a step works with (the student's configuration is not on disk)"
+        "most at once" if found.complete else "sum, without a step's own (the student's configuration is not on disk)"
     )
-    table.add_row(f"[bold]{most}[/bold]", *(f"[bold]{_gb(peak)}[/bold]" for peak in peaks))
+    table.add_row(f"[bold]{most}[/bold]", *(f"[bold]{_gb(peak)}[/bold]" for peak in found.peaks))
     return table
-
-
-def _prompt_length(settings: RunSettings, rows: Prompts | None) -> tuple[int, str]:
-    """Tokens of the longest prompt, and where that is from."""
-    if rows is not None and rows.longest is not None:
-        return rows.longest, f"longest prompt: {rows.longest} tokens, measured"
-    if settings.task.max_prompt_length:
-        return (
-            settings.task.max_prompt_length,
-            f"prompts of --max_prompt_length {settings.task.max_prompt_length} tokens",
-        )
-    return _ASSUMED_PROMPT, f"prompts not measured: {_ASSUMED_PROMPT} tokens assumed"
-
-
-def step_shape(settings: RunSettings, prompt: int) -> StepShape:
-    """What a rank works on at once, by the settings.
-
-    Args:
-        prompt: tokens of the longest prompt.
-    """
-    opd = settings.opd
-    return StepShape(
-        rows=opd.per_device_train_batch_size,
-        prompt=prompt,
-        answer=opd.max_completion_length,
-        eval_rows=opd.per_device_eval_batch_size if evaluates(opd) else 0,
-        health_tokens=opd.health_tokens,
-        checkpointing=bool(opd.activation_checkpointing),
-        bf16=bool(opd.bf16 or opd.fp16),
-        accumulates=opd.gradient_accumulation_steps > 1,
-        triton=is_triton_available() and torch.cuda.is_available() and not opd.use_cpu,
-    )
-
-
-def _weight_bytes(init: Mapping[str, Any]) -> int:
-    return _DTYPE_BYTES.get(str(init.get("dtype", "float32")).removeprefix("torch."), FP32)
-
-
-def _adapter(settings: RunSettings, student: ModelSize) -> tuple[Any, int | None]:
-    """PEFT's configuration and how many parameters it trains; (None, None) where all are trained, or it is not known."""
-    config = adapter_config(settings.model)
-    if config is None or student.config is None:
-        return config, None if config is None else student.parameters // 100
-    return config, trained_parameters(config, model_of("model", "", student.config))
 
 
 def _gb(value: int) -> str:

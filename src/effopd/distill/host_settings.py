@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ def check_host_settings(model: ModelConfig, args: Any) -> None:
         ConfigError: a value that the host does not take.
     """
     check_values(model)
+    _check_unread(model)
+    if not str(args.output_dir).strip():
+        raise ConfigError("--output_dir: expected a folder, got nothing.")
     if isinstance(args, TaskGRPOConfig):
         check_name("loss_type", args.loss_type, GRPO_LOSSES)
     require_packages(model, args)
@@ -97,6 +101,21 @@ def require_packages(model: ModelConfig, args: Any) -> None:
     for tracker in TRACKERS.intersection(args.report_to):
         if tracker != "tensorboard" or not optional.is_available("tensorboardX"):  # either will do
             ensure(tracker)
+
+
+def _check_unread(model: ModelConfig) -> None:
+    """Settings of adapters and quantization that nothing would read."""
+    for reader, wanted, start in (
+        ("--use_peft true", model.use_peft, ("lora_", "use_rslora", "use_dora")),
+        ("--load_in_4bit true", model.load_in_4bit, ("bnb_4bit_", "use_bnb_nested_quant")),
+    ):
+        given = [
+            f"--{field.name}"
+            for field in fields(model)
+            if field.name.startswith(start) and getattr(model, field.name) != field.default
+        ]
+        if given and not wanted:
+            raise ConfigError(f"{', '.join(given)}: without {reader} nothing reads this. Add {reader}, or leave it out.")
 
 
 def _check_quantization(model: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from transformers import PreTrainedModel
@@ -30,9 +31,10 @@ from effopd.distill.run_dir import RunDir, in_trajectory, step_of_checkpoint
 from effopd.distill.teacher_kl import check_rollouts, rollouts_a_step
 from effopd.distill.trainer import OPDTrainer
 from effopd.distill.values import check_values
-from effopd.errors import ConfigError
+from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.callback import EffOPDCallback, check_validation_size
 from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.live_weights import compile_rule
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.versions import versions
 
@@ -96,8 +98,19 @@ def check_settings(settings: RunSettings) -> None:
     if opd.reference_model_name_or_path is not None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
+    _check_device(effopd.anchor_device)
     if effopd.enabled and effopd.resolved_scorer == "teacher_kl":
         check_rollouts(opd, effopd.score_rollouts)
+
+
+def _check_device(name: str | None) -> None:
+    """The anchor's device is one of this machine."""
+    try:
+        if name is not None:
+            torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"--effopd.anchor_device: expected a device such as cpu or cuda:0, got {name!r} ({said}).") from error
 
 
 def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) -> None:
@@ -107,7 +120,10 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
         check_model_folder(flag, str(name))
     check_host_settings(model, args)
     run_dir, resume = RunDir(args.output_dir), resume_argument(args)
-    run_dir.to_resume(resume)
+    try:
+        run_dir.to_resume(resume)
+    except CheckpointError as error:
+        raise CheckpointError(f"--resume_from_checkpoint: {error}") from error
     if not resume:
         run_dir.refuse_overwrite()
 
@@ -136,7 +152,21 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
         if (name := getattr(opd, f"{role}_model_name_or_path"))
     ]
     check_student_adapter(model, found[0], student, opd)
+    _check_moved(settings.effopd, found[0].meta)
     return found
+
+
+def _check_moved(effopd: EffOPDConfig, student: PreTrainedModel) -> None:
+    """The look-ahead's `parameters` match a parameter of the student."""
+    if not effopd.enabled:
+        return
+    names = [name for name, _ in student.named_parameters()]
+    pattern = compile_rule(effopd.resolved_parameters)
+    if not any(pattern.search(name) for name in names):
+        raise ConfigError(
+            f"--effopd.parameters {effopd.resolved_parameters!r} matches no parameter of the student; their names look like "
+            f"{', '.join(names[1:3])}."
+        )
 
 
 def check_student_adapter(model: ModelConfig, student: NamedModel, init: Mapping[str, Any], args: Any) -> None:
@@ -244,8 +274,14 @@ def prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> Prompts:
 
 
 def resume_argument(opd: Any) -> str | bool | None:
-    """`resume_from_checkpoint` with the words of a command line understood."""
+    """`resume_from_checkpoint` with the words of a command line understood.
+
+    Raises:
+        ConfigError: an empty text.
+    """
     value = opd.resume_from_checkpoint
+    if isinstance(value, str) and not value.strip():
+        raise ConfigError("--resume_from_checkpoint: expected true, or the folder of a checkpoint, got nothing.")
     return {"true": True, "false": None}.get(str(value).lower(), value)
 
 

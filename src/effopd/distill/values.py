@@ -153,6 +153,9 @@ def check_values(config: Any, prefix: str = "") -> None:
             _check_file(name, value)
         elif name in NAMES:
             check_name(name, value, NAMES[name])
+        elif list in kinds and float in kinds:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                _check_number(name, one, False, False)
         elif kinds & {int, float} and bool not in kinds:
             _check_number(name, value, float not in kinds, str in kinds)
         elif kinds <= {bool, types.NoneType} and not isinstance(value, bool):
@@ -161,6 +164,8 @@ def check_values(config: Any, prefix: str = "") -> None:
 
 def _kinds(hint: Any) -> set[Any]:
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if any(part in (list[float], list[int]) for part in parts):
+        return {list, float}
     if any(typing.get_origin(part) in (list, tuple) for part in parts):
         return {list}
     return set(parts)

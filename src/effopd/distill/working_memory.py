@@ -53,7 +53,6 @@ class StepShape:
         health_tokens: tokens whose dense logits the health metrics take.
         checkpointing: whether activations are checkpointed.
         bf16: whether forwards run under autocast to bfloat16.
-        accumulates: whether gradients of earlier micro-batches are there.
         triton: whether the loss runs in Triton's kernels.
     """
 
@@ -64,7 +63,6 @@ class StepShape:
     health_tokens: int = 0
     checkpointing: bool = True
     bf16: bool = False
-    accumulates: bool = False
     triton: bool = False
 
     @property
