@@ -44,7 +44,9 @@ def parser_of(name):
 
 
 def actions(name):
-    return {action.dest: action for action in parser_of(name)._actions if action.nargs != 0 and action.dest != "config"}
+    return {
+        action.dest: action for action in parser_of(name)._actions if action.nargs != 0 and action.dest != "config"
+    }
 
 
 def bad_values(action) -> list[str]:
@@ -59,7 +61,7 @@ def bad_values(action) -> list[str]:
         return [*texts, *map(str, numbers)]
     if kind == "string_to_bool":
         return ["maybe"]
-    if name in MAPPINGS or name.endswith(("_args", "_config")) and name != "optim_args":
+    if name in MAPPINGS or (name.endswith(("_args", "_config")) and name != "optim_args"):
         return ["not json", "enable_thinking=false", "{'single': 'quotes'}", '["a", "list"]', '"text"']
     return [] if name in ANY_TEXT else ["nonsense", "{'single': 'quotes'}"]
 
@@ -88,7 +90,7 @@ def test_a_bad_value_is_refused_by_its_flag(command, name, nothing_is_loaded, ca
     for number, value in enumerate(bad_values(action)):
         given = [*COMMANDS[command], "--task", "testbed:chain_sum", "--use_cpu", "--output_dir", "run", *beside]
         given = [*given, f"{flag}={value}"]
-        for dry in ([True, False] if command == "train" and number == 0 else [command == "train"]):
+        for dry in [True, False] if command == "train" and number == 0 else [command == "train"]:
             try:
                 status = main([*given, *["--dry_run"] * dry])
             except SystemExit as stop:  # argparse's own

@@ -115,7 +115,9 @@ def _check_unread(model: ModelConfig) -> None:
             if field.name.startswith(start) and getattr(model, field.name) != field.default
         ]
         if given and not wanted:
-            raise ConfigError(f"{', '.join(given)}: without {reader} nothing reads this. Add {reader}, or leave it out.")
+            raise ConfigError(
+                f"{', '.join(given)}: without {reader} nothing reads this. Add {reader}, or leave it out."
+            )
 
 
 def _check_quantization(model: ModelConfig) -> None:

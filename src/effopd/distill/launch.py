@@ -110,7 +110,9 @@ def _check_device(name: str | None) -> None:
             torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         said = str(error).splitlines()[0]
-        raise ConfigError(f"--effopd.anchor_device: expected a device such as cpu or cuda:0, got {name!r} ({said}).") from error
+        raise ConfigError(
+            f"--effopd.anchor_device: expected a device such as cpu or cuda:0, got {name!r} ({said})."
+        ) from error
 
 
 def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) -> None:
@@ -152,7 +154,8 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
         if (name := getattr(opd, f"{role}_model_name_or_path"))
     ]
     check_student_adapter(model, found[0], student, opd)
-    _check_moved(settings.effopd, found[0].meta)
+    if not model.use_peft:
+        _check_moved(settings.effopd, found[0].meta)
     return found
 
 

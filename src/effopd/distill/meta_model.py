@@ -196,6 +196,17 @@ def _tensors(model: PreTrainedModel) -> Iterable[tuple[str, Any]]:
             yield name, buffer
 
 
+def check_positions_of(flag: str, name: str, prompt: int | None, answer: int, setting: str, **load: Any) -> None:
+    """`check_positions` of a model folder or Hub id; adapters are taken at their base.
+
+    Raises:
+        ConfigError: as `check_positions`.
+        CompatibilityError: the model cannot be read.
+    """
+    if prompt is not None and not (Path(name) / "adapter_config.json").is_file():
+        check_positions(flag, name, meta_model(flag, name, **load), prompt, answer, setting)
+
+
 def check_positions(flag: str, name: str, model: PreTrainedModel, prompt: int, answer: int, setting: str) -> None:
     """The longest prompt and an answer fit into the positions of a model.
 
