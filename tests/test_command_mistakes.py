@@ -8,7 +8,7 @@ import pytest
 
 from effopd import optional
 from effopd.cli import main, parse_rl
-from effopd.distill import launch
+from effopd.distill import host_settings, launch
 from effopd.distill.preflight import check_model_name
 from effopd.distill.run_dir import METRICS
 from effopd.errors import ConfigError, EffOPDError
@@ -45,6 +45,7 @@ def said(capsys, *argv: str) -> str:
 
 # -- what a run refuses, its dry run refuses -------------------------------------------------------------------------
 
+MISSING = {"vllm", "wandb", "liger_kernel", "bitsandbytes", "kernels"}
 REFUSED = [
     (["--task", "testbed:foo"], "expected one of chain_sum"),
     (["--task", "math:nofile.jsonl"], "no such file"),
@@ -62,6 +63,33 @@ REFUSED = [
     ([*TESTBED, "--verifier", "nomod:f"], "an importable module 'nomod'"),
     ([*TESTBED, "--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
     (["--task", "math:test.jsonl", *PLAIN, "--max_prompt_length", "3"], "at most 3 prompt tokens"),
+    ([*TESTBED, "--teacher_model_init_kwargs", '{"dtype": "bf16"}'], "one of auto, bfloat16, float16, float32; got 'bf16'"),
+    ([*TESTBED, "--teacher_model_init_kwargs", '{"load_in_8bit": true}'], '"quantization_config": {"quant_method"'),
+    ([*TESTBED, "--model_init_kwargs", '{"load_in_8bit": true}'], "--load_in_8bit true (with --use_peft true)"),
+    ([*TESTBED, "--model_init_kwargs", '{"dtyp": "bfloat16"}'], "--model_init_kwargs: expected loading arguments"),
+    ([*TESTBED, "--teacher_model_init_kwargs", '{"foo": 1}'], "--teacher_model_init_kwargs: expected loading arguments"),
+    ([*TESTBED, "--teacher_model_init_kwargs", "{'dtype': 'bfloat16'}"], "--teacher_model_init_kwargs: expected a JSON object"),
+    ([*TESTBED, "--chat_template_kwargs", "enable_thinking=false"], "--chat_template_kwargs: expected a JSON object"),
+    ([*TESTBED, "--attn_implementation", "flash_attention_2"], "--attn_implementation flash_attention_2 needs the package"),
+    ([*TESTBED, "--attn_implementation", "spda"], "--attn_implementation: expected one of eager"),
+    ([*TESTBED, "--teacher_model_init_kwargs", '{"attn_implementation": "spda"}'], "--teacher_model_init_kwargs: expected one of eager"),
+    ([*TESTBED, "--attn_implementation", "kernels-community/flash-attn"], "needs the package 'kernels'"),
+    ([*TESTBED, "--use_liger_kernel", "true"], "--use_liger_kernel needs the package 'liger_kernel'"),
+    ([*TESTBED, "--load_in_4bit", "true"], "'bitsandbytes'"),
+    ([*TESTBED, "--optim_args", "lr"], "Expected --optim_args NAME=VALUE"),
+    ([*TESTBED, "--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type cosine_with_min_lr"),
+    ([*TESTBED, "--lr_scheduler_type", "cosin"], "--lr_scheduler_type cosin"),
+    ([*TESTBED, "--temperature", "0"], "--temperature: expected a finite number above 0, got 0.0"),
+    ([*TESTBED, "--generation_kwargs", '{"temperature": 0}'], "--generation_kwargs"),
+    ([*TESTBED, "--fp16", "true"], "--fp16 true: this run is on the CPU"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_proj", "lm_head"], "adapts the output head"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_prj", "v_proj"], "has no module 'q_prj'. Did you mean q_proj"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_prj"], "has no module 'q_prj'. Did you mean q_proj"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", ".*q_prj"], "--lora_target_modules .*q_prj"),
+    ([*TESTBED, "--use_peft", "true", "--lora_modules_to_save", "embed"], "--lora_modules_to_save: the model has no module"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_parameters", "q.weights"], "has no parameter 'q.weights'"),
+    ([*TESTBED, "--lora_r", "4"], "--lora_r: without --use_peft true nothing reads this"),
+    ([*TESTBED, "--effopd.strategy", "effopd", "--effopd.parameters", "nothing"], "matches no parameter of the student"),
 ]  # fmt: skip
 
 
@@ -72,9 +100,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_before_it_loads(flags, message, 
         raise AssertionError("the models would have been loaded")
 
     monkeypatch.setattr(launch, "OPDTrainer", loaded)
-    monkeypatch.setattr(
-        optional, "is_available", lambda module: module not in ("vllm", "wandb")
-    )  # wherever the tests run
+    monkeypatch.setattr(optional, "is_available", lambda module: module not in MISSING)  # wherever the tests run
     before = sorted(folder.rglob("*"))
     assert message in said(capsys, "train", *PAIR, *flags, *["--dry_run"] * dry)
     assert sorted(folder.rglob("*")) == before
@@ -129,7 +155,7 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
         assert "expected testbed:student or testbed:teacher, got 'testbed:techer'" in said(capsys, *command)
     (tmp_path / "empty").mkdir()
     message = said(capsys, "train", *PAIR, *TESTBED, "--model_name_or_path", "empty")
-    assert "the student 'empty' has no tokenizer that can be read" in message
+    assert "--model_name_or_path 'empty' holds no config.json" in message
     check_model_name("--model", "org/model")  # may be on the Hub
 
 
@@ -221,9 +247,8 @@ def test_deepspeed_is_refused_for_the_right_reason(monkeypatch):
 @pytest.mark.parametrize("present", ["tensorboard", "tensorboardX"])
 def test_either_tensorboard_will_do(present, monkeypatch):
     settings = parse_train([*PAIR, *TESTBED, "--report_to", "tensorboard"])
-    for module in (launch, optional):
-        monkeypatch.setattr(module, "is_available", lambda module: module == present)
-    launch.require_packages(settings.model, settings.opd)
+    monkeypatch.setattr(optional, "is_available", lambda module: module == present)
+    host_settings.require_packages(settings.model, settings.opd)
 
 
 # -- eval ------------------------------------------------------------------------------------------------------------

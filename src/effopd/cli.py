@@ -84,21 +84,18 @@ def _finish(trainer: Any) -> int:
 # -- rl ---------------------------------------------------------------------------------------------------------
 
 
-def parse_rl(argv: Sequence[str]):
-    """Command line and YAML → `RLRunSettings`; the algorithm's preset gives the defaults.
+def rl_parser(algorithm: str):
+    """The parser of `effopd rl`, with the algorithm's preset as defaults.
 
     Raises:
-        ConfigError: unknown algorithm or setting, or a value out of range.
+        ConfigError: unknown algorithm.
     """
     from trl import ModelConfig
 
-    from effopd.command_help import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
-    from effopd.distill.launch_rl import RLRunSettings
+    from effopd.command_help import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, require
     from effopd.distill.rl_config import PRESETS, config_class
     from effopd.tasks import TaskConfig
-    from effopd.testbed import resolve_model
 
-    algorithm = _algorithm(list(argv))
     configs = [ModelConfig, TaskConfig, config_class(algorithm)]
     parser = CommandParser(
         configs,
@@ -129,7 +126,20 @@ def parse_rl(argv: Sequence[str]):
     }
     require(parser, "model_name_or_path")
     arrange(parser, configs, {name: ours.get(name, "") for name in names})
-    model, task, rl = parsed(parser, argv)
+    return parser
+
+
+def parse_rl(argv: Sequence[str]):
+    """Command line and YAML → `RLRunSettings`; the algorithm's preset gives the defaults.
+
+    Raises:
+        ConfigError: unknown algorithm or setting, or a value out of range.
+    """
+    from effopd.command_help import parsed
+    from effopd.distill.launch_rl import RLRunSettings
+    from effopd.testbed import resolve_model
+
+    model, task, rl = parsed(rl_parser(_algorithm(list(argv))), argv)
     model.model_name_or_path = resolve_model(model.model_name_or_path)
     return RLRunSettings(model, task, rl)
 

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,74 @@ class CommandParser(TrlParser):
         if unknown:
             said = " ".join(f"unknown setting {key}.{_question(self.close(key), '', ': ')}" for key in unknown)
             raise ConfigError(f"{self._file}: {said} (`{self.prog} --help` lists all)")
-        return super().set_defaults_with_config(**{names[key]: value for key, value in flat.items()})
+        actions = {action.dest: action for action in self._settable()}
+        values = {names[key]: self._as_given(actions[names[key]], key, value) for key, value in flat.items()}
+        return super().set_defaults_with_config(**values)
+
+    def _as_given(self, action: argparse.Action, key: str, value: Any) -> Any:
+        """A value of the YAML file as the command line would have given it: the host takes these without a look."""
+        if value is None or isinstance(value, Mapping):
+            return value
+        several = action.nargs in ("+", "*")
+        words = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and not several and action.type not in (None, str, tuple):
+            raise ConfigError(f"{self._file}: {key}: expected one value, got {value!r}.")
+        if not several and isinstance(value, list):
+            return value
+        found = [self._one(action, key, word) for word in words]
+        return found if several else found[0]
+
+    def _one(self, action: argparse.Action, key: str, word: Any) -> Any:
+        if action.type is str and isinstance(word, str | int | float) and not isinstance(word, bool):
+            word = str(word)
+        elif callable(action.type) and action.type is not str:
+            try:
+                word = action.type(str(word))
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                raise ConfigError(f"{self._file}: {key}: expected another value, got {word!r} ({error}).") from error
+        if action.choices is not None and word not in action.choices:
+            raise ConfigError(
+                f"{self._file}: {key}: expected one of {', '.join(map(str, action.choices))}; got {word!r}."
+            )
+        return word
+
+    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        """As the host's, but what a dataclass itself refuses, or fails on, comes back with the flag that it is about.
+
+        Raises:
+            ConfigError: a dataclass cannot be made of these values.
+        """
+        namespace, _ = self.parse_known_args(args)
+        made = []
+        for dataclass in self.dataclass_types:
+            names = {field.name for field in fields(dataclass) if field.init}
+            values = {name: value for name, value in vars(namespace).items() if name in names}
+            for name in names:
+                delattr(namespace, name)
+            try:
+                made.append(dataclass(**values))
+            except EffOPDError:
+                raise
+            except Exception as error:  # settings only: nothing is loaded or trained here
+                raise self._explained(dataclass, values, error) from error
+        return (*made, namespace) if vars(namespace) else tuple(made)
+
+    def _explained(self, dataclass: type, values: Mapping[str, Any], error: Exception) -> ConfigError:
+        """What the host says, with the flag without which it would not."""
+        actions = {action.dest: action for action in self._settable()}
+        defaults = {f.name: _default(f) for f in fields(dataclass) if f.init}  # type: ignore[arg-type]
+        said = " ".join(str(error).split()) or type(error).__name__
+        for name, value in values.items():
+            if name not in actions or value == defaults[name] or defaults[name] is MISSING:
+                continue
+            try:
+                dataclass(**{**values, name: defaults[name]})
+            except Exception as other:
+                if str(other) == str(error):
+                    continue
+            flag = spelling(actions[name])
+            return ConfigError(said if flag in said else f"{flag} {value}: {said}")
+        return ConfigError(said)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As the host's; whatever is unknown is said before what is missing, which may be the same thing misspelt."""
@@ -149,6 +217,10 @@ class CommandParser(TrlParser):
             hint = "; write --config before a YAML file" if rest[0].endswith((".yaml", ".yml")) else ""
             said = [f"{rest[0]!r} belongs to no flag: expected --FLAG VALUE{hint}."]
         return f"{' '.join(said)} (`{self.prog} --help` lists all)"
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _flattened(settings: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:

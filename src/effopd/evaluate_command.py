@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effopd.command_help import CommandParser, OneSpelling, parsed
+from effopd.distill.meta_model import check_model_folder, check_positions_of
 from effopd.distill.preflight import check_model_name, check_task
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.evaluation import EvalResult, evaluate
@@ -117,12 +118,15 @@ def run_eval(argv: Sequence[str]) -> int:
     arguments, sampling, task_config = parsed(parser, argv)
     arguments.model = resolve_model(arguments.model)
     check_model_name("--model", arguments.model)
+    check_model_folder("--model", arguments.model, adapter=True)
     task = load_task(task_config, "eval", why="Answers are needed to tell right from wrong.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             arguments.model, padding_side="left", trust_remote_code=arguments.trust_remote_code
         )
-        check_task(task, tokenizer, task_config.max_prompt_length)
+        longest = check_task(task, tokenizer, task_config.max_prompt_length)
+        load = {"trust_remote_code": arguments.trust_remote_code}
+        check_positions_of("--model", arguments.model, longest, sampling.max_new_tokens, "--max_new_tokens", **load)
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
         )

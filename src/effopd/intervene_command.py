@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effopd.command_help import CommandParser, OneSpelling, parsed
+from effopd.distill.meta_model import check_positions_of
 from effopd.distill.preflight import check_models, check_task
 from effopd.dynamics.plan import labelled
 from effopd.dynamics.scan_options import ScanOptions
@@ -214,8 +215,13 @@ def _load_task(sources: Sources, request: Request) -> tuple[Task, Any]:
         raise CompatibilityError(
             f"--base {sources.base.path} has no usable tokenizer: expected its files beside the weights, got {error}"
         ) from error
-    check_task(task, tokenizer, request.task.max_prompt_length)
+    longest = check_task(task, tokenizer, request.task.max_prompt_length)
+    answer = request.sampling.max_new_tokens
+    check_positions_of("--base", str(sources.base.path), longest, answer, "--max_new_tokens", **load)
     if request.models.teacher is not None:
+        check_positions_of(
+            "--teacher", str(resolve_model(request.models.teacher)), longest, answer, "--max_new_tokens", **load
+        )
         check_models(str(sources.base.path), str(resolve_model(request.models.teacher)), tokenizer, **load)
     return task, tokenizer
 

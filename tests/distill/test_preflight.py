@@ -8,9 +8,13 @@ from collections import namedtuple
 
 import pytest
 from conftest import contains, make_model, make_task, make_tokenizer
+from datasets import Dataset
 
-from effopd.distill.preflight import check_disk, check_models, check_task, parameter_count
-from effopd.errors import CheckpointError, CompatibilityError, TaskError
+from effopd.distill.config import OPDConfig
+from effopd.distill.meta_model import meta_model
+from effopd.distill.preflight import check_dataset, check_disk, check_models, check_task
+from effopd.distill.trainer import OPDTrainer
+from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
 from effopd.tasks.base import Example, Task
 
 
@@ -89,7 +93,26 @@ def test_task_checks():
 
 
 def test_parameter_count_needs_no_weights(student_dir):
-    assert parameter_count(student_dir) == make_model(0).num_parameters()
+    assert meta_model("the student", student_dir).num_parameters() == make_model(0).num_parameters()
+
+
+def test_a_dataset_that_no_step_can_be_made_of(tmp_path):
+    rows = Dataset.from_dict({"prompt": ["a"] * 5})
+    check_dataset(rows, 5)
+    check_dataset(rows.to_iterable_dataset(), 8)  # its length is not known
+    for wrong, error, message in (
+        (None, ConfigError, "train_dataset is missing"),
+        (rows, ConfigError, "a step takes 8 prompts but train_dataset has 5"),
+        (rows.select([]), ConfigError, "train_dataset has 0"),
+        (rows.rename_column("prompt", "messages"), TaskError, "expected a column 'prompt'.*rename_column"),
+    ):
+        with pytest.raises(error, match=message):
+            check_dataset(wrong, 8)
+        with pytest.raises(error, match=message):
+            OPDTrainer(
+                make_model(0), make_model(1), OPDConfig(str(tmp_path), use_cpu=True, report_to="none"),
+                train_dataset=wrong, processing_class=make_tokenizer(),
+            )  # fmt: skip
 
 
 def test_disk(tmp_path, monkeypatch):

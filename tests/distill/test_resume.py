@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from effopd import EffOPDConfig, testbed
 from effopd.cli import main
-from effopd.distill.preflight import parameter_count
+from effopd.distill.meta_model import meta_model
 from effopd.errors import CheckpointError
 from effopd.extrapolate.anchor_files import ANCHOR_FILE
 from effopd.files import read_rows
@@ -172,7 +172,7 @@ def test_going_back_keeps_the_searches_of_the_run_before(tmp_path):
 
 def test_a_resume_may_use_what_it_has_taken(tmp_path, monkeypatch, capsys):
     """A disk that a run fits on exactly is large enough for its resume, also after a kill while it saved."""
-    each = parameter_count(str(testbed.student_path())) * 16
+    each = meta_model("the student", str(testbed.student_path())).num_parameters() * 16
     room = 3 * each + 3 * each // 4  # two checkpoints, one being written; two of the trajectory, the final model
     extra = ("--trajectory", "100", "--max_steps", "4")
 

@@ -13,6 +13,7 @@ from trl import DistillationConfig
 from effopd.distill.best_model import default_metric, settle_direction
 from effopd.distill.ledger import CLOCKS
 from effopd.distill.run_dir import in_trajectory
+from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.optional import ensure
 
@@ -66,7 +67,9 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
         accelerated = torch.accelerator.is_available() and not getattr(self, "use_cpu", False)
+        self._check_precision(accelerated)
         if getattr(self, "bf16", None) is None and not getattr(self, "fp16", False) and not accelerated:
             self.bf16 = False
         if not accelerated:
@@ -104,9 +107,25 @@ class RunArguments:
             )
         self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
         in_trajectory(self.trajectory, 0, 0)
-        length = getattr(self, "max_completion_length", None)
-        if length is None or length < 1:
-            raise ConfigError(f"max_completion_length must be at least 1, got {length}.")
+        if getattr(self, "max_completion_length", None) is None:
+            raise ConfigError("--max_completion_length: expected a whole number of at least 1, got none.")
+
+    def _check_precision(self, accelerated: bool) -> None:
+        """The host says it late, or of `bf16` without naming the flag."""
+        on_cpu = "this run is on the CPU" if getattr(self, "use_cpu", False) else "this machine has no accelerator"
+        for name in ("fp16", "fp16_full_eval"):
+            if getattr(self, name, False) and not accelerated:
+                raise ConfigError(f"--{name} true: {on_cpu}, and float16 needs one. Leave it out, or use --bf16 true.")
+        for name in ("bf16", "bf16_full_eval"):
+            if getattr(self, name, False) and not accelerated and not getattr(self, "use_cpu", False):
+                raise ConfigError(
+                    f"--{name} true: {on_cpu} that computes in bfloat16. Add --use_cpu true to compute in bfloat16 on the "
+                    f"CPU, or leave --{name} out to compute in float32."
+                )
+        if getattr(self, "label_smoothing_factor", 0.0):
+            raise ConfigError(
+                "--label_smoothing_factor has no effect on rollouts, which have no labels. Leave it out."
+            )
 
 
 @dataclass

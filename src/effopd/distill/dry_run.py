@@ -10,9 +10,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from effopd.distill.footprint import BF16, FP32, ModelSize, bytes_a_rank, model_size
+from effopd.distill.footprint import ModelSize, model_size
 from effopd.distill.launch import (
+    Prompts,
     RunSettings,
+    check_lengths,
+    check_models_of,
     check_prompts,
     check_settings,
     check_space,
@@ -22,10 +25,9 @@ from effopd.distill.launch import (
     tokenizer_of,
     why_answers,
 )
+from effopd.distill.memory_estimate import SETUPS, estimate_memory
 from effopd.distill.teacher_kl import rollouts_a_step, wanted_rollouts
-from effopd.tasks import Task, load_verifier, needs_network
-
-_DTYPE_BYTES = {"float32": FP32, "fp32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16, "bf16": BF16}
+from effopd.tasks import load_verifier, needs_network
 
 
 def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
@@ -38,24 +40,26 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
     for name, value in _run_rows(settings, rows):
         run.add_row(name, value)
-    return run, _memory_table(settings)
+    return run, _memory_table(settings, rows)
 
 
-def _checked(settings: RunSettings) -> tuple[Task, Task | None] | None:
+def _checked(settings: RunSettings) -> Prompts | None:
     """The run's own checks; its training and held-out prompts, if they are at hand."""
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
     here = _models_here(settings)
+    models = check_models_of(settings) if here else []
     tokenizer = tokenizer_of(model, other_models(opd), opd) if here else None
     if needs_network(task):
         if task.verifier is not None:
             load_verifier(task.verifier)
         return None
-    train, held_out = prompts(task, opd, tokenizer, why_answers(opd, effopd))
-    check_prompts(settings, train)
+    rows = prompts(task, opd, tokenizer, why_answers(opd, effopd))
+    check_prompts(settings, rows.train)
     if here:
-        check_space(model, opd, len(train), rollouts_a_step(opd), effopd=effopd.enabled)
-    return train, held_out
+        check_lengths(models, rows.longest, opd.max_completion_length)
+        check_space(model, opd, models, len(rows.train), rollouts_a_step(opd), effopd=effopd.enabled)
+    return rows
 
 
 def _models_here(settings: RunSettings) -> bool:
@@ -63,7 +67,7 @@ def _models_here(settings: RunSettings) -> bool:
     return all(Path(name).is_dir() for name in names)
 
 
-def _run_rows(settings: RunSettings, rows: tuple[Task, Task | None] | None) -> Iterator[tuple[str, str]]:
+def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str, str]]:
     opd, task, look = settings.opd, settings.task, settings.effopd
     yield (
         "student",
@@ -93,10 +97,10 @@ def _run_rows(settings: RunSettings, rows: tuple[Task, Task | None] | None) -> I
         yield "not checked", ", ".join(unseen)
 
 
-def _prompts_text(task: Any, opd: Any, rows: tuple[Task, Task | None] | None) -> str:
+def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:
     """How many prompts train and evaluate."""
     if rows is not None:
-        train, held_out = f"{len(rows[0]):,}", f"{len(rows[1]):,}" if rows[1] else ""
+        train, held_out = f"{len(rows.train):,}", f"{len(rows.held_out):,}" if rows.held_out else ""
     else:
         train = f"{task.train_size:,}" if task.train_size else "all that are not held out"
         held_out = f"{task.eval_size:,}" if task.eval_size else "all of eval_task" if task.eval_task else _HELD_OUT
@@ -124,48 +128,28 @@ def _look_text(look: Any, opd: Any) -> str:
     return ", ".join(parts)
 
 
-#: (heading, ranks, sharded) of the memory table's columns.
-_SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
-
-
 #: Of a source that has not been read, without an eval_size.
 _HELD_OUT = "100, or a tenth of the rows if that is less"
-_LESS = " (of full training: adapters and quantised weights take less)"
 
 
-def _memory_table(settings: RunSettings) -> Table:
-    opd, look = settings.opd, settings.effopd
-    table = Table(
-        title="estimated memory per rank, GB" + _LESS * settings.model.use_peft, box=box.SIMPLE, pad_edge=False
-    )
+def _memory_table(settings: RunSettings, rows: Prompts | None) -> Table:
+    """Parts by what they are for, and the most that is there at once."""
+    found = estimate_memory(settings, rows.longest if rows else None)
+    headings = [heading for heading, _, _ in SETUPS]
+    title = "estimated memory per rank, GB" + (f" ({found.prompts})" if found else "")
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("")
-    for heading, _, _ in _SETUPS:
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    student = _size(settings.model.model_name_or_path, opd)
-    others = [_size(name, opd) for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
-    if student is None or None in others:
-        table.add_row("unknown: a model is not on disk, and its name does not say its size", *("–" for _ in _SETUPS))
+    if found is None:
+        table.add_row("unknown: a model is not on disk, and its name does not say its size", *("–" for _ in headings))
         return table
-    dtype = str((opd.teacher_model_init_kwargs or {}).get("dtype") or settings.model.dtype or "float32")
-    frozen = sum(size.parameters for size in others if size) * _DTYPE_BYTES.get(dtype.removeprefix("torch."), FP32)
-    columns = [
-        bytes_a_rank(
-            student,
-            frozen,
-            ranks=ranks,
-            sharded=sharded,
-            moved=student.selected(look.resolved_parameters) if look.enabled else None,
-            rows=opd.per_device_train_batch_size,
-            anchor_here=look.anchor_device is None,
-            length=(settings.task.max_prompt_length or 0) + opd.max_completion_length,
-            checkpointing=bool(opd.activation_checkpointing),
-        )
-        for _, ranks, sharded in _SETUPS
-    ]
-    for name in columns[-1]:
-        table.add_row(name, *(_gb(column.get(name, 0)) for column in columns))
-    unknown = "" if student.layers else ", without cache and activations (the student's configuration is not on disk)"
-    table.add_row(f"[bold]sum{unknown}[/bold]", *(f"[bold]{_gb(sum(column.values()))}[/bold]" for column in columns))
+    for name in found.columns[-1]:
+        table.add_row(name, *(_gb(column.get(name, 0)) for column in found.columns))
+    most = (
+        "most at once" if found.complete else "sum, without a step's own (the student's configuration is not on disk)"
+    )
+    table.add_row(f"[bold]{most}[/bold]", *(f"[bold]{_gb(peak)}[/bold]" for peak in found.peaks))
     return table
 
 

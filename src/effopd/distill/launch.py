@@ -7,23 +7,25 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from accelerate.state import AcceleratorState, PartialState
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
+from effopd.distill.adapters import adapter_config, check_adapter
 from effopd.distill.best_model import check_metric
 from effopd.distill.config import OPDConfig
+from effopd.distill.host_settings import check_host_settings
+from effopd.distill.meta_model import check_model_folder, check_positions, meta_model
 from effopd.distill.preflight import (
     check_disk,
     check_model_name,
     check_models,
     check_task,
     load_tokenizer,
-    parameter_count,
 )
 from effopd.distill.resuming import check_kind
 from effopd.distill.run_dir import RunDir, in_trajectory, step_of_checkpoint
@@ -31,11 +33,12 @@ from effopd.distill.saving import check_generation_config
 from effopd.distill.task_eval import metric_names
 from effopd.distill.teacher_kl import check_rollouts, rollouts_a_step
 from effopd.distill.trainer import OPDTrainer
-from effopd.errors import ConfigError
+from effopd.distill.values import check_values
+from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.callback import EffOPDCallback, check_validation_size
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.live_weights import usable_device
-from effopd.optional import TRACKERS, ensure, is_available
+from effopd.extrapolate.parameter_rules import select
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.versions import versions
 
@@ -59,11 +62,13 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
     text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
+    models = check_models_of(settings)
     tokenizer = tokenizer_of(model, other_models(opd), opd)
-    train, held_out = prompts(task, opd, tokenizer, why_answers(opd, effopd))
+    train, held_out, longest = prompts(task, opd, tokenizer, why_answers(opd, effopd))
     check_prompts(settings, train)
-    check_space(model, opd, len(train), rollouts_a_step(opd), effopd=effopd.enabled)
-    _merge_init_kwargs(model, opd)
+    check_lengths(models, longest, opd.max_completion_length)
+    check_space(model, opd, models, len(train), rollouts_a_step(opd), effopd=effopd.enabled)
+    opd.model_init_kwargs, opd.teacher_model_init_kwargs = loading(model, opd)
     trainer = OPDTrainer(
         model.model_name_or_path,
         opd.teacher_model_name_or_path,
@@ -72,7 +77,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
         processing_class=tokenizer,
         eval_task=held_out,
         quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        peft_config=adapter_config(model),
     )
     trainer.task_name = train.name
     if effopd.enabled:
@@ -88,6 +93,8 @@ def check_settings(settings: RunSettings) -> None:
         EffOPDError: a subclass that says what does not fit.
     """
     opd, effopd = settings.opd, settings.effopd
+    check_values(settings.task)
+    check_values(effopd, "effopd.")
     names = {
         "--model_name_or_path": settings.model.model_name_or_path,
         "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
@@ -104,14 +111,85 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
     """Model names, by the flags they are given with, packages, and the folder or checkpoint that a run starts from."""
     for flag, name in names.items():
         check_model_name(flag, name)
-    require_packages(model, args)
+        check_model_folder(flag, str(name))
+    check_host_settings(model, args)
     run_dir, resume = RunDir(args.output_dir), resume_argument(args)
     run_dir.refuse_unwritable()
-    if checkpoint := run_dir.to_resume(resume):
-        check_kind(checkpoint, adapter=model.use_peft)
+    try:
+        if checkpoint := run_dir.to_resume(resume):
+            check_kind(checkpoint, adapter=model.use_peft)
+    except CheckpointError as error:
+        raise CheckpointError(f"--resume_from_checkpoint: {error}") from error
     check_metric(args, metric_names(teacher=hasattr(args, "teacher_model_name_or_path"), greedy=args.eval_greedy))
     if not resume:
         run_dir.refuse_overwrite()
+
+
+class NamedModel(NamedTuple):
+    """A model of a run: its flag, its name, and the model on the meta device."""
+
+    flag: str
+    name: str
+    meta: PreTrainedModel
+
+
+def check_models_of(settings: RunSettings) -> list[NamedModel]:
+    """Student, teacher and reference on the meta device, the student first; the adapter's names are the student's.
+
+    Raises:
+        CompatibilityError: a model that cannot be read or distilled.
+        ConfigError: loading arguments, an attention implementation or adapter names that a model does not have.
+    """
+    model, opd = settings.model, settings.opd
+    student, other = loading(model, opd)
+    found = [on_meta("--model_name_or_path", str(model.model_name_or_path), student, opd)]
+    found += [
+        on_meta(f"--{role}_model_name_or_path", name, other, opd)
+        for role in ("teacher", "reference")
+        if (name := getattr(opd, f"{role}_model_name_or_path"))
+    ]
+    check_student_adapter(model, found[0], student, opd)
+    if not model.use_peft:
+        _check_moved(settings.effopd, found[0].meta)
+    return found
+
+
+def _check_moved(effopd: EffOPDConfig, student: PreTrainedModel) -> None:
+    """The look-ahead's `parameters` match a parameter of the student."""
+    if not effopd.enabled:
+        return
+    select((name for name, _ in student.named_parameters()), effopd.resolved_parameters, "the student")
+
+
+def check_student_adapter(model: ModelConfig, student: NamedModel, init: Mapping[str, Any], args: Any) -> None:
+    """The adapter's names are names of the student; it is built anew, since PEFT changes it."""
+    if model.use_peft:
+        check_adapter(model, on_meta(student.flag, student.name, init, args).meta)
+
+
+def on_meta(flag: str, name: str, init: Mapping[str, Any], args: Any) -> NamedModel:
+    """A model of a run on the meta device.
+
+    Args:
+        init: its loading arguments.
+
+    Raises:
+        CompatibilityError, ConfigError: as `meta_model`.
+    """
+    load = {"trust_remote_code": args.trust_remote_code} | (
+        {"revision": init["revision"]} if "revision" in init else {}
+    )
+    return NamedModel(flag, name, meta_model(flag, name, init, **load))
+
+
+def check_lengths(models: Sequence[NamedModel], longest: int | None, answer: int | None) -> None:
+    """The longest prompt and an answer fit into the positions of every model.
+
+    Raises:
+        ConfigError: they do not fit into a table of positions.
+    """
+    for model in models:
+        check_positions(model.flag, model.name, model.meta, longest or 0, answer or 0, "--max_completion_length")
 
 
 def check_prompts(settings: RunSettings, train: Task) -> None:
@@ -163,7 +241,15 @@ def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
     return f"Answers are needed because of {' and '.join(causes)}; --effopd.strategy lookahead without evaluation needs none."
 
 
-def prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> tuple[Task, Task | None]:
+class Prompts(NamedTuple):
+    """Training and held-out prompts, and the longest of both in tokens, if a tokenizer measured them."""
+
+    train: Task
+    held_out: Task | None
+    longest: int | None
+
+
+def prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> Prompts:
     """Training and held-out prompts, checked; held out only if the run evaluates.
 
     Args:
@@ -172,42 +258,29 @@ def prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> tuple[Task
     """
     train = load_task(task, "train", answers_required=bool(why), why=why)
     held_out = load_task(task, "eval", why=why) if evaluates(args) else None
-    for part in (train, held_out):
-        if part is not None:
-            check_task(part, tokenizer, task.max_prompt_length, **(args.chat_template_kwargs or {}))
-    return train, held_out
+    lengths = [
+        check_task(part, tokenizer, task.max_prompt_length, **(args.chat_template_kwargs or {}))
+        for part in (train, held_out)
+        if part is not None
+    ]
+    return Prompts(train, held_out, max((length for length in lengths if length is not None), default=None))
 
 
 def resume_argument(opd: Any) -> str | bool | None:
-    """`resume_from_checkpoint` with the words of a command line understood."""
+    """`resume_from_checkpoint` with the words of a command line understood.
+
+    Raises:
+        ConfigError: an empty text.
+    """
     value = opd.resume_from_checkpoint
+    if isinstance(value, str) and not value.strip():
+        raise ConfigError("--resume_from_checkpoint: expected true, or the folder of a checkpoint, got nothing.")
     return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
-def require_packages(model: ModelConfig, args: Any) -> None:
-    """Refuse flags whose package is missing, before anything is loaded.
-
-    Raises:
-        MissingDependencyError: it is.
-        ConfigError: a tracker that the host does not know.
-    """
-    for module, wanted in (
-        ("peft", model.use_peft),
-        ("bitsandbytes", model.load_in_4bit or model.load_in_8bit),
-        ("vllm", args.use_vllm),
-    ):
-        if wanted:
-            ensure(module)
-    try:
-        get_reporting_integration_callbacks(args.report_to)
-    except ValueError as error:
-        raise ConfigError(f"--report_to: {error}") from error
-    for tracker in TRACKERS.intersection(args.report_to):
-        if tracker != "tensorboard" or not is_available("tensorboardX"):  # either will do
-            ensure(tracker)
-
-
-def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effopd: bool) -> None:
+def check_space(
+    model: ModelConfig, args: Any, models: Sequence[NamedModel], prompts: int, batch: int, *, effopd: bool
+) -> None:
     """Refuse a run whose checkpoints and trajectory will not fit on the disk. Adapters are small: they are not counted.
 
     Raises:
@@ -226,7 +299,7 @@ def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effo
         kept = 1 + min(kept, args.save_total_limit or kept)  # one more while it is being written
     check_disk(
         args.output_dir,
-        parameter_count(model.model_name_or_path, trust_remote_code=args.trust_remote_code),
+        models[0].meta.num_parameters(),
         checkpoints=kept,
         models=1 + sum(in_trajectory(args.trajectory, step, steps) for step in range(steps + 1)),
         optimizer=not args.save_only_model,
@@ -235,13 +308,13 @@ def check_space(model: ModelConfig, args: Any, prompts: int, batch: int, *, effo
     )
 
 
-def _merge_init_kwargs(model: ModelConfig, opd: OPDConfig) -> None:
-    """TRL's command line does the same: model flags become loading arguments, explicit ones win."""
-    common = {"attn_implementation": model.attn_implementation, "trust_remote_code": opd.trust_remote_code}
-    dtype = {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
-    student = common | {"revision": model.model_revision} | dtype
-    opd.model_init_kwargs = student | dict(opd.model_init_kwargs or {})
-    opd.teacher_model_init_kwargs = common | dtype | dict(opd.teacher_model_init_kwargs or {})
+def loading(model: ModelConfig, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loading arguments of the student and of the frozen models. TRL's command line does the same: model flags become
+    loading arguments, explicit ones win."""
+    common = {"attn_implementation": model.attn_implementation, "trust_remote_code": args.trust_remote_code}
+    common |= {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
+    student = common | {"revision": model.model_revision} | dict(args.model_init_kwargs or {})
+    return student, common | dict(getattr(args, "teacher_model_init_kwargs", None) or {})
 
 
 def run(settings: RunSettings) -> OPDTrainer:

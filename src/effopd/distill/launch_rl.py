@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
+from effopd.distill.adapters import adapter_config
 from effopd.distill.launch import (
+    check_lengths,
     check_run,
     check_space,
+    check_student_adapter,
+    loading,
+    on_meta,
     prompts,
     resume_argument,
     settings_yaml,
@@ -16,6 +21,7 @@ from effopd.distill.launch import (
 )
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
 from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
+from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.tasks import TaskConfig
 
@@ -37,23 +43,23 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     """
     model, task, rl = settings.model, settings.task, settings.rl
     name = model.model_name_or_path
+    check_values(task)
     check_run(model, rl, {"--model_name_or_path": name})
     text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
-    tokenizer = tokenizer_of(model, [name], rl)
-    train, held_out = prompts(task, rl, tokenizer, "Answers are needed because the reward is for right ones.")
+    init, _ = loading(model, rl)
+    models = [on_meta("--model_name_or_path", str(name), init, rl)]
+    check_student_adapter(model, models[0], init, rl)
+    tokenizer = tokenizer_of(model, [str(name)], rl)
+    train, held_out, longest = prompts(task, rl, tokenizer, "Answers are needed because the reward is for right ones.")
     batch = rl.generation_batch_size // rl.num_generations
     if len(train) < batch:
         raise ConfigError(
             f"a generation batch takes {batch} prompts ({rl.generation_batch_size} answers, {rl.num_generations} a "
             f"prompt) but the task has {len(train)}: lower --per_device_train_batch_size or raise --train_size."
         )
-    check_space(model, rl, len(train), batch, effopd=False)
-    dtype = {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
-    rl.model_init_kwargs = (
-        {"attn_implementation": model.attn_implementation, "revision": model.model_revision}
-        | dtype
-        | dict(rl.model_init_kwargs or {})
-    )
+    check_lengths(models, longest, rl.max_completion_length)
+    check_space(model, rl, models, len(train), batch, effopd=False)
+    rl.model_init_kwargs = init
     trainer_class = TaskRLOOTrainer if isinstance(rl, TaskRLOOConfig) else TaskGRPOTrainer
     trainer = trainer_class(
         name,
@@ -62,7 +68,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
         held_out,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        peft_config=adapter_config(model),
     )
     trainer.run_dir.settings = text
     return trainer

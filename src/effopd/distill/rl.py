@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer, RLOOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
+from effopd.distill.preflight import check_dataset
 from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
@@ -64,6 +65,7 @@ class TaskRLMixin(RunMixin):
                 f"task '{train_task.name}' cannot be a reward: expected examples that all have an answer. Fill in the "
                 "`answer` column or use another task."
             )
+        check_dataset(train_task.to_dataset(), args.generation_batch_size // args.num_generations)
         self._open_run(args, eval_task)
         self.task_name = train_task.name
         rewards = [correct_reward(train_task)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,11 +51,26 @@ class RLArguments(RunArguments):
     )
 
     def __post_init__(self) -> None:
+        if getattr(self, "reward_clip_range", None) is not None:
+            self.reward_clip_range = _two_numbers(self.reward_clip_range)
         super().__post_init__()
         if self.algorithm not in PRESETS:
             raise ConfigError(f"algorithm must be one of {', '.join(PRESETS)}; got {self.algorithm!r}.")
         if not 0.0 <= self.overlong_cache < 1.0:
             raise ConfigError(f"overlong_cache must be in [0, 1), got {self.overlong_cache}.")
+
+
+def _two_numbers(value: Any) -> tuple[float, float]:
+    """A range as two numbers, from a list or from text; the command line hands text over letter by letter."""
+    text = "".join(value) if isinstance(value, tuple) and all(isinstance(part, str) for part in value) else value
+    parts = text.strip("[]() ").split(",") if isinstance(text, str) else text
+    try:
+        low, high = (float(part) for part in parts)
+    except (ValueError, TypeError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise ConfigError(f"--reward_clip_range: expected two numbers, the lower first, such as -1,1; got {text!r}.")
+    return low, high
 
 
 @dataclass

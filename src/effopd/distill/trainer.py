@@ -31,8 +31,10 @@ from effopd.distill.divergence import (
 )
 from effopd.distill.health import health_metrics, spread_subset
 from effopd.distill.horizon import HorizonCallback
+from effopd.distill.preflight import check_dataset
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
+from effopd.distill.teacher_kl import rollouts_a_step
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.tasks.base import Task
 
@@ -86,6 +88,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
             )
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
+        check_dataset(train_dataset, rollouts_a_step(args))
         self._open_run(args, eval_task)
         self._health_rows: dict[str, torch.Tensor] | None = None
         if eval_task is not None and eval_dataset is None:
