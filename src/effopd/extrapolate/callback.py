@@ -303,12 +303,24 @@ def _training_task(trainer: Trainer, verify: Verifier | None) -> Task:
         Example(
             str(row.get("id", index)),
             row["prompt"],
-            None if row["answer"] is None else str(row["answer"]),
+            _answer(row["answer"], index),
             _metadata(row.get("metadata")),
         )
         for index, row in enumerate(rows)
     )
     return Task("training set", tuple(examples), verify)
+
+
+def _answer(value: Any, index: int) -> str | None:
+    from effopd.tasks.reference import UnusableAnswer, reference_text
+
+    try:
+        return reference_text(value)
+    except UnusableAnswer as error:
+        raise TaskError(
+            f"row {index} of the training set: expected {error} in 'answer', got {type(value).__name__} "
+            f"{str(value)[:60]!r}. {error.fix}"
+        ) from error
 
 
 def _metadata(value: Any) -> dict[str, Any]:

@@ -5,7 +5,11 @@ config.py        TaskConfig, for Python, the command line and YAML
 load.py          load_task: config → train or eval split
 rows.py          math rows from JSON, Parquet or the Hub; prompt lengths
 gym_tasks.py     reasoning-gym questions and their verifier
+reference.py     reference answers as text
 math_grading.py  the math verifier
+math_text.py     one way of writing, before answers are parsed
+math_numbers.py  when two numbers are the same answer
+units.py         units of answers
 reasoning.py     reasoning and answer apart
 worker.py        grading in a process that can be killed
 verify.py        the user's own verifier; does a verifier tell right from wrong

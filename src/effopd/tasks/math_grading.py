@@ -15,17 +15,31 @@ from typing import Any
 from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example
+from effopd.tasks.math_numbers import relative_comparison, same_where_real
+from effopd.tasks.math_text import Answer, read_answer, words_of
 from effopd.tasks.reasoning import answer_part
+from effopd.tasks.units import PERCENT
 from effopd.tasks.worker import WorkerVerifier
 
 #: What the default math prompt ends with.
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)
+#: What the parser misreads: digits in another base, whose base it leaves out, and numbers side by side, which it adds up.
+_MISREAD = re.compile(r"\d\s*_|(?<![_^\d])\d+ +\d")
+_OR = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z])or(?![A-Za-z])|\\(?:lor|vee|cup)(?![a-zA-Z])")
+#: What `\boxed` takes without braces: a number, a fraction, a root, a word, a letter.
+_BARE = (
+    r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?(?:\\%|%)?"
+    r"|-?\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|-?\\(?:sqrt|text|mathrm|textbf)\s*\{[^{}]*\}"
+    r"|\([A-J]\)|(?<=\s)[A-Za-z](?![A-Za-z])"
+)
+_BRACES = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{|(?P<bare>{_BARE}))|\\.|\{{|\}}", re.DOTALL)
 
 
 def extract_boxed(text: str) -> str | None:
     r"""Content of the last complete `\boxed{…}` (the innermost of nested ones), or `None`; linear in the text.
+
+    `\boxed 7` without braces counts too, and `\fbox`.
 
     Example:
         >>> extract_boxed(r"so \boxed{1}, or rather \boxed{\frac{1}{2}}")
@@ -35,7 +49,9 @@ def extract_boxed(text: str) -> str | None:
     best: tuple[int, int] | None = None
     for match in _BRACES.finditer(text):
         token = match.group()
-        if token.startswith("\\boxed"):
+        if match.group("bare"):
+            best = match.span("bare") if best is None or match.start() > best[0] else best
+        elif len(token) > 2:
             stack.append(match.end())
         elif token == "{":
             stack.append(None)
@@ -109,15 +125,84 @@ class MathVerifier(WorkerVerifier):
         return bool(extract_boxed(answer_part(completion)))
 
 
-@lru_cache(maxsize=4096)
-def _parse(expression: str) -> Any:
-    from math_verify import parse
-
-    return parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
-
-
 def grade_boxed(boxed: str, gold: str) -> float:
-    """1.0 when math-verify takes the two expressions as equal. No time limit of its own: for the worker process."""
+    """1.0 when the two are the same answer. No time limit of its own: for the worker process."""
+    expected = read_answer(gold)
+    return float(_same(read_answer(boxed, unit_expected=expected.unit is not None), expected, boxed, gold))
+
+
+def _same(answer: Answer, gold: Answer, boxed: str, written: str) -> bool:
+    if answer.choice and gold.choice:
+        return answer.choice == gold.choice
+    if (gold.choice and not gold.value) or (answer.choice and not answer.value):
+        return _choice_in(answer) == _choice_in(gold) is not None
+    if answer.base or gold.base:
+        return answer.value.upper() == gold.value.upper() and answer.base == gold.base
+    words = words_of(boxed), words_of(written)
+    if words[0] and words[0] == words[1]:
+        return True
+    value = answer.value
+    if answer.unit and gold.unit and answer.unit != gold.unit:
+        factor = answer.unit.factor_to(gold.unit)
+        if factor is None:
+            return False
+        if factor != 1:
+            value = rf"({value}) \cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"
+    if _same_value(value, gold.value):
+        return True
+    percent, share = (answer.unit, gold) if answer.unit == PERCENT else (gold.unit, answer)
+    if percent != PERCENT or share.unit is not None:
+        return False
+    other = value if share is gold else gold.value
+    return _same_value(rf"\frac{{{other}}}{{100}}", share.value)
+
+
+def _choice_in(answer: Answer) -> frozenset[str] | None:
+    """The letter that an answer is, with or without a text of its own."""
+    return answer.choice or (frozenset(answer.value) if re.fullmatch("[A-J]", answer.value) else None)
+
+
+def _same_value(value: str, gold: str) -> bool:
+    if value.replace(" ", "") == gold.replace(" ", ""):
+        return bool(gold)
+    if _MISREAD.search(value) or _MISREAD.search(gold):
+        return False
     from math_verify import verify
 
-    return float(verify(_parse(gold), _parse(boxed), timeout_seconds=None))
+    parsed, expected = _parse(value), _parse(gold)
+    with relative_comparison():
+        if verify(expected, parsed, allow_set_relation_comp=True, timeout_seconds=None):
+            return True
+    return any(same_where_real(one, other) is True for one in expected for other in parsed)
+
+
+@lru_cache(maxsize=4096)
+def _parse(latex: str) -> Any:
+    r"""What math-verify reads: expressions, and the text itself. `\pm` stands for both signs, "or" for a union."""
+    if latex.count(r"\pm") == 1 and r"\mp" not in latex:
+        latex = ", ".join(latex.replace(r"\pm", sign) for sign in "+-")
+    alternatives = _OR.split(latex)
+    if len(alternatives) > 1 and all(re.search(r"[<>]|\\[lg]e(?![a-z])", part) for part in alternatives):
+        union = _union(alternatives)
+        if union is not None:
+            return [union]
+    return _read(latex)
+
+
+def _union(relations: Sequence[str]) -> Any:
+    """The set of numbers for which one of several relations holds; `None` where they cannot be solved."""
+    import sympy
+
+    try:
+        return sympy.Union(*(_read(relation)[0].as_set() for relation in relations))
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def _read(latex: str) -> Any:
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    # units are taken off before, where they are told from unknowns; nothing but the whole text is the answer
+    rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    return parse(f"\\boxed{{{latex}}}", [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=None)
