@@ -15,9 +15,10 @@ from typing import Any
 from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example
-from effopd.tasks.math_numbers import relative_comparison, same_where_real
+from effopd.tasks.math_numbers import relative_comparison, same_plain_number, same_where_real
 from effopd.tasks.math_text import Answer, read_answer, words_of
 from effopd.tasks.reasoning import answer_part
+from effopd.tasks.reference import too_long
 from effopd.tasks.units import PERCENT
 from effopd.tasks.worker import WorkerVerifier
 
@@ -127,6 +128,8 @@ class MathVerifier(WorkerVerifier):
 
 def grade_boxed(boxed: str, gold: str) -> float:
     """1.0 when the two are the same answer. No time limit of its own: for the worker process."""
+    if too_long(boxed) or too_long(gold):
+        return 0.0
     expected = read_answer(gold)
     return float(_same(read_answer(boxed, unit_expected=expected.unit is not None), expected, boxed, gold))
 
@@ -167,6 +170,9 @@ def _same_value(value: str, gold: str) -> bool:
         return bool(gold)
     if _MISREAD.search(value) or _MISREAD.search(gold):
         return False
+    plain = same_plain_number(value, gold)
+    if plain is not None:
+        return plain
     from math_verify import verify
 
     parsed, expected = _parse(value), _parse(gold)

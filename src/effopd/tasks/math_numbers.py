@@ -11,18 +11,25 @@ So 0.333333 is 1/3 and 0.66667 is not 2/3, as in math-verify; a small number nee
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 #: Digits of every evaluation.
 _DIGITS = 60
 #: Two exact numbers are equal within this share of the larger.
-_EXACT = 1e-40
+_EXACT = Fraction("1e-40")
 #: A decimal agrees with what rounds to it at 6 decimals, if at least 5 significant digits agree.
-_DECIMALS, _SIGNIFICANT = 5.000001e-7, 1e-5
+_DECIMALS, _SIGNIFICANT = Fraction("5.000001e-7"), Fraction("1e-5")
 #: What binary rounding makes of large decimals.
-_ROUNDING = 2e-15
+_ROUNDING = Fraction("2e-15")
+#: A number that needs no parser: decimal, fraction, power of ten.
+_PLAIN = re.compile(
+    r"([+-]?)\s*(?:10\^\{([+-]?\d{1,3})\}|(?:(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?|\\frac\s*\{([+-]?\d+)\}\s*\{(\d+)\})"
+    r"(?:\s*\\(?:times|cdot)\s*10\^\{([+-]?\d{1,3})\})?)"
+)
 #: Where expressions with unknowns are compared: values of the first unknown, the second, …
 _POINTS = (
     ("1.37", "2.11", "0.73", "3.19"),
@@ -52,6 +59,25 @@ def same_number(a: Any, b: Any) -> bool | None:
     if value_a is None or value_b is None:
         return None
     return _close(value_a, value_b, decimal=_has_decimal(a) or _has_decimal(b))
+
+
+def same_plain_number(a: str, b: str) -> bool | None:
+    r"""The same for LaTeX, where both are plain numbers such as 12, -0.5, 3/4, \frac{3}{4}, 4.5 \times 10^{33}; else `None`."""
+    read_a, read_b = _plain(a), _plain(b)
+    if read_a is None or read_b is None:
+        return None
+    return _close(read_a, read_b, decimal="." in a + b)
+
+
+def _plain(text: str) -> Fraction | None:
+    match = _PLAIN.fullmatch(text)
+    if match is None:
+        return None
+    sign, lone, above, below, top, bottom, power = match.groups()
+    if 0 in (int(below or 1), int(bottom or 1)):
+        return None
+    value = Fraction(top or above or 1) / int(bottom or below or 1) * Fraction(10) ** int(lone or power or 0)
+    return -value if sign == "-" else value
 
 
 def same_where_real(a: Any, b: Any) -> bool | None:

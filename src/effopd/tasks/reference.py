@@ -47,9 +47,14 @@ def reference_text(value: Any) -> str | None:
         return None
     else:
         text = format(value if isinstance(value, Decimal) else Decimal(repr(value)), "f")
-    if _TOO_LONG.search(text):
+    if too_long(text):
         raise UnusableAnswer(f"a number of at most {MAX_DIGITS} digits", "Write it shorter, as a power or a product.")
     return None if not text or _NOT_A_NUMBER.fullmatch(text) else text
+
+
+def too_long(text: str) -> bool:
+    """Whether there is a number in a text that Python does not read."""
+    return _TOO_LONG.search(text) is not None
 
 
 def single_precision(value: Any) -> Any:
@@ -61,6 +66,8 @@ def single_precision(value: Any) -> Any:
 
 def _scalar(value: Any) -> Any:
     """A NumPy or torch scalar as Python's; numbers of less than 64 bits keep their own shortest decimal."""
+    if isinstance(value, str):
+        return str(value)
     if type(value).__module__.partition(".")[0] == "torch" and getattr(value, "ndim", 1) == 0:
         value = (value.float() if value.is_floating_point() and value.element_size() < 4 else value).cpu().numpy()
     if type(value).__module__.partition(".")[0] != "numpy" or getattr(value, "ndim", 1) != 0:
