@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from effopd.errors import ConfigError, TaskError, finite_predictions
 from effopd.restore import evaluating, isolated_rng
 from effopd.tasks.base import Example, Prompt, Task
+from effopd.tasks.prompts import prompt_ids
 from effopd.tasks.reasoning import decode_marked, opened_by_ids
 from effopd.tasks.verify import check_score
 
@@ -126,14 +127,14 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
 ) -> list[list[int]]:
     """Token ids of each prompt, the way TRL's trainers encode them: messages get the chat template and the generation
-    prompt, plain text the tokenizer's own special tokens."""
+    prompt, plain text the tokenizer's own special tokens.
+
+    Raises:
+        TaskError, CompatibilityError: as `effopd.tasks.prompts.prompt_ids`.
+    """
     return [
-        tokenizer(text=prompt)["input_ids"]
-        if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-        )["input_ids"]
-        for prompt in prompts
+        prompt_ids(tokenizer, prompt, chat_template_kwargs, origin=f"prompt {number}")
+        for number, prompt in enumerate(prompts, start=1)
     ]
 
 
@@ -201,11 +202,11 @@ def generate(
         eos_token_id=eos or None,
         pad_token_id=pad if pad is not None else (eos[0] if eos else None),
     )
-    prompt_ids = encode_prompts(tokenizer, prompts, chat_template_kwargs)
+    encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     completions: list[Completion] = []
     with evaluating(model), isolated_rng(seed), _own_sampling_aside(model):
-        for start in range(0, len(prompt_ids), batch_size):
-            batch = prompt_ids[start : start + batch_size]
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
             completions += _generate_batch(model, tokenizer, batch, config, eos)
             if progress is not None:
                 progress(len(batch))

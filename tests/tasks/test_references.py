@@ -90,7 +90,9 @@ def test_rows_with_numbers_are_graded_as_numbers(tmp_path):
 def test_no_number_is_a_bad_row(tmp_path, bad, suffix):
     rows = ['{"problem": "a", "answer": 1}', f'{{"problem": "b", "answer": {bad}}}']
     text = "\n".join(rows) if suffix == "jsonl" else f"[{','.join(rows)}]"
-    with pytest.raises(TaskError, match=r"1 bad row in .*\n.*row 2: expected a reference answer in 'answer', got no answer: "):
+    with pytest.raises(
+        TaskError, match=r"1 bad row in .*\n.*row 2: expected a reference answer in 'answer', got no answer: "
+    ):
         read_math_rows(write(tmp_path / f"rows.{suffix}", text))
 
 
@@ -98,7 +100,9 @@ def test_no_number_is_a_bad_row(tmp_path, bad, suffix):
 def test_a_number_too_long_to_read_is_a_bad_row(tmp_path, suffix):
     rows = ['{"problem": "a", "answer": 1}', f'{{"problem": "b", "answer": {"1" * 5000}}}']
     text = "\n".join(rows) if suffix == "jsonl" else f"[{','.join(rows)}]"
-    with pytest.raises(TaskError, match="1 bad row .*\n.*row 2: expected a number of at most 4300 digits in 'answer'"):
+    with pytest.raises(
+        TaskError, match=r"1 bad row .*\n.*row 2: expected a number of at most 4300 digits in 'answer'"
+    ):
         read_math_rows(write(tmp_path / f"rows.{suffix}", text))
     fine = write(tmp_path / f"fine.{suffix}", text.replace("1" * 5000, '2, "other": ' + "1" * 5000))
     assert [row.answer for row in read_math_rows(fine)] == ["1", "2"]

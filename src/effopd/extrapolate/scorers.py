@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.errors import NonFiniteLossError, TaskError
-from effopd.evaluation import evaluate
+from effopd.evaluation import encode_prompts, evaluate
 from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of, world_size
 from effopd.extrapolate.search import Score
 from effopd.tasks.base import Task
@@ -31,7 +31,8 @@ class AccuracyScorer:
         progress: show a bar for each candidate.
 
     Raises:
-        TaskError: D_v is empty or an example has no answer.
+        TaskError: D_v is empty, an example has no answer, or the chat template refuses a prompt.
+        CompatibilityError: plain prompts end with an end token.
     """
 
     def __init__(
@@ -51,6 +52,9 @@ class AccuracyScorer:
                 + ("none at all." if not task.examples else "prompts without an answer.")
                 + " Give every row an `answer`, or pass a scorer of your own (a callable model → number)."
             )
+        encode_prompts(
+            tokenizer, [example.prompt for example in task.examples], chat_template_kwargs
+        )  # refused now, if at all
         self.task, self._tokenizer, self._progress = task, tokenizer, progress
         self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,

@@ -3,7 +3,8 @@
 base.py          Example, Task and the verifier contract
 config.py        TaskConfig, for Python, the command line and YAML
 load.py          load_task: config → train or eval split
-rows.py          math rows from JSON, Parquet or the Hub; prompt lengths
+rows.py          math rows from JSON, Parquet or the Hub
+prompts.py       prompts as token ids; their lengths
 gym_tasks.py     reasoning-gym questions and their verifier
 reference.py     reference answers as text
 math_grading.py  the math verifier
@@ -22,7 +23,8 @@ from effopd.tasks.config import TaskConfig
 from effopd.tasks.gym_tasks import ReasoningGymVerifier
 from effopd.tasks.load import load_task, needs_network
 from effopd.tasks.math_grading import MathVerifier, extract_boxed
-from effopd.tasks.rows import check_prompt_lengths, read_math_rows
+from effopd.tasks.prompts import check_prompt_lengths
+from effopd.tasks.rows import read_math_rows
 from effopd.tasks.verify import VerifierCheck, check_score, check_verifier, load_verifier
 
 __all__ = [

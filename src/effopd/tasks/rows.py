@@ -12,15 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from effopd.errors import TaskError
-from effopd.tasks.base import Example, Prompt, Task
+from effopd.tasks.base import Example, Prompt
 from effopd.tasks.math_grading import extract_boxed, plain_answer
 from effopd.tasks.reference import MAX_DIGITS, UnusableAnswer, reference_text, single_precision
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 #: Columns that may hold the question.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -125,50 +122,6 @@ def read_math_rows(
             f"'{source}' has no rows: expected at least one with a prompt. Check that it is the right one."
         )
     return tuple(examples)
-
-
-def check_prompt_lengths(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_length: int | None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> dict[str, int]:
-    """Length of every prompt in tokens, as the model gets it: chat messages with the template and generation prompt.
-
-    Args:
-        task: whose prompts to measure.
-        tokenizer: the student's.
-        max_prompt_length: longest allowed, in tokens; `None` only measures.
-        chat_template_kwargs: passed to `apply_chat_template`.
-
-    Returns:
-        Example id → number of tokens.
-
-    Raises:
-        TaskError: prompts longer than allowed (all of them), or chat messages and no chat template.
-    """
-    lengths: dict[str, int] = {}
-    faults = RowFaults(task.name)
-    for example in task.examples:
-        if isinstance(example.prompt, str):
-            tokens = tokenizer(example.prompt)["input_ids"]
-        else:
-            if not getattr(tokenizer, "chat_template", None):
-                raise TaskError(
-                    f"prompts of task '{task.name}' are chat messages: expected a tokenizer with a chat template, got "
-                    f"none in '{tokenizer.name_or_path}'. Set as_chat to false for a base model, or add a template."
-                )
-            text = tokenizer.apply_chat_template(
-                example.prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-            )
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        lengths[example.id] = len(tokens)
-        if max_prompt_length is not None and len(tokens) > max_prompt_length:
-            origin = f"{example.metadata.get(ORIGIN, task.name)} (id {example.id})"
-            fix = "Raise max_prompt_length, or shorten or remove the row."
-            faults.add(origin, f"at most {max_prompt_length} prompt tokens", str(len(tokens)), fix)
-    faults.raise_if_any()
-    return lengths
 
 
 class _BadRow:
