@@ -8,6 +8,7 @@ prompts.py       prompts as token ids; their lengths
 gym_tasks.py     reasoning-gym questions and their verifier
 reference.py     reference answers as text
 math_grading.py  the math verifier
+math_equality.py when two math answers are the same
 math_text.py     one way of writing, before answers are parsed
 math_numbers.py  when two numbers are the same answer
 units.py         units of answers

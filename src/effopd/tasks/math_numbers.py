@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
+import sympy
+from math_verify import grader
+
 #: Digits of every evaluation.
 _DIGITS = 60
 #: Two exact numbers are equal within this share of the larger.
@@ -49,8 +52,6 @@ _NEEDED = 5
 
 def same_number(a: Any, b: Any) -> bool | None:
     """Whether two sympy expressions are one number; `None` where one of them is no finite number."""
-    import sympy
-
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         whole_a, whole_b = _done(a), _done(b)
         if whole_a.is_Rational and whole_b.is_Rational:
@@ -63,13 +64,14 @@ def same_number(a: Any, b: Any) -> bool | None:
 
 def same_plain_number(a: str, b: str) -> bool | None:
     r"""The same for LaTeX, where both are plain numbers such as 12, -0.5, 3/4, \frac{3}{4}, 4.5 \times 10^{33}; else `None`."""
-    read_a, read_b = _plain(a), _plain(b)
+    read_a, read_b = plain_number(a), plain_number(b)
     if read_a is None or read_b is None:
         return None
     return _close(read_a, read_b, decimal="." in a + b)
 
 
-def _plain(text: str) -> Fraction | None:
+def plain_number(text: str) -> Fraction | None:
+    """The number that LaTeX is, where it needs no parser; else `None`."""
     match = _PLAIN.fullmatch(text)
     if match is None:
         return None
@@ -85,8 +87,6 @@ def same_where_real(a: Any, b: Any) -> bool | None:
 
     So \sqrt{1/n} is 1/\sqrt{n}, but \sqrt{x^2} is not x.
     """
-    import sympy
-
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return None
     unknowns = sorted(a.free_symbols | b.free_symbols, key=str)
@@ -110,8 +110,6 @@ def same_where_real(a: Any, b: Any) -> bool | None:
 @contextmanager
 def relative_comparison() -> Iterator[None]:
     """math-verify compares numbers as `same_number` does in this block, inside of sets, intervals and matrices too."""
-    from math_verify import grader
-
     original = grader.sympy_numeric_eq
 
     def numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
@@ -129,14 +127,10 @@ def relative_comparison() -> Iterator[None]:
 
 
 def _has_decimal(expression: Any) -> bool:
-    import sympy
-
     return bool(expression.has(sympy.Float))
 
 
 def _value(expression: Any) -> Any:
-    import sympy
-
     if not isinstance(expression, sympy.Expr) or expression.free_symbols:
         return None
     try:

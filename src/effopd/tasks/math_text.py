@@ -39,6 +39,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:d|t|c)frac", r"\\frac"),
         (r"\\leqslant|\\leq(?![a-zA-Z])", r"\\le "),
         (r"\\geqslant|\\geq(?![a-zA-Z])", r"\\ge "),
+        (r"(?<![\w.)}])\.(?=\d)", "0."),
         # thousands: 1{,}234 and 1\,234 and 1,\!234
         (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!|\\ |~)(?=\d{3}(?!\d))", ""),
         (r"\\!", ""),
@@ -50,13 +51,14 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"√\s*\{([^{}]*)\}", r"\\sqrt{\1}"),
         (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\\langle(?![a-zA-Z])|\\lang(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])|\\rang(?![a-zA-Z])", ")"),
         (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
         (r"(?<=[\d}])i(?![a-zA-Z])", " i"),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
         # numbers: 5. and 5.0, .5, 4.5e33, 5 x 10^-5, 2^10
         (r"(\d)\.0*(?![\d.])", r"\1"),
-        (r"(?<![\d.])\.(?=\d)", "0."),
         (r"(?<![A-Za-z\d\\_.])(\d+(?:\.\d+)?)[eE]\{?([+-]?)0*(\d+)\}?(?![\w.])", r"\1 \\times 10^{\2\3}"),
         (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r" \\times "),
         (r"\^\s*([+-]?\d+)(?![\d.])", r"^{\1}"),
@@ -68,6 +70,9 @@ _SCALE = re.compile(r"(?:\\|" + TEXT + r"\{\s*)(hundred|thousand|million|billion
 _GROUPED = re.compile(r"([+-]?\d{1,3}(?:,\d{3})+|[+-]?\d{1,3}(?: \d{3})+)(\.\d+)?")
 _MIXED = re.compile(r"([+-]?)\s*(\d+)[ +]+(\d+)\s*/\s*(\d+)|([+-]?)\s*(\d+)\s*\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 _NUMBER = r"[+-]?\d+(?:\.\d+)?"
+_SET_OF = re.compile(
+    r"\\\{\s*[a-zA-Z](?:\s*\\in\s*\\(?:mathbb|mathbf)\{?\s*R\s*\}?)?\s*(?:\\mid(?![a-z])|\\vert|:|\|)\s*(.*[<>].*|.*\\[lgn]e.*)\\\}"
+)
 _BASE = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?\s*(\w+)\s*\}?")
 _CHOICE = re.compile(
     r"(?:(?i:option|choice|answer)s?\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?:[.):](?=\s|$)|$))\s*(.*)", re.DOTALL
@@ -112,15 +117,7 @@ def plain_latex(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = _SCALE.sub(lambda m: rf"\times 10^{{{_POWERS_OF_TEN[m.group(1)]}}} ", text)
     text = _stripped(re.sub(r" +", " ", text))
-    if grouped := _GROUPED.fullmatch(text):
-        text = re.sub("[ ,]", "", grouped.group(1)) + (grouped.group(2) or "")
-    if mixed := _MIXED.fullmatch(text):
-        sign, whole, above, below = (
-            one or other or "" for one, other in zip(mixed.groups()[:4], mixed.groups()[4:], strict=True)
-        )
-        if "+" not in text[1:] and int(above) < int(below):
-            text = rf"{sign}({whole}+\frac{{{above}}}{{{below}}})"
-    return text.removeprefix("+")
+    return _one_number(text)
 
 
 def read_answer(text: str, *, unit_expected: bool = False) -> Answer:
@@ -134,12 +131,30 @@ def read_answer(text: str, *, unit_expected: bool = False) -> Answer:
         rest = choice.group(3).strip()
         inner = read_answer(rest, unit_expected=unit_expected) if rest else Answer("")
         return Answer(inner.value, inner.unit, frozenset({choice.group(1) or choice.group(2)}), inner.base)
+    if worded := re.fullmatch(TEXT + r"\s*\{([^{}]*\d[^{}]*)\}", text):
+        text = worded.group(1).strip()
     value, unit = read_unit(text, expected=unit_expected)
+    value = _one_number(value)
+    if builder := _SET_OF.fullmatch(value):
+        value = builder.group(1).strip()
     if based := _BASE.fullmatch(value):
         return Answer(based.group(1), unit, base=based.group(2))
     if unit is None and "\\circ" in value and not _TRIGONOMETRY.search(value):
         value = re.sub(r"\^\\circ ?", "", value).strip()
     return Answer(value, unit)
+
+
+def _one_number(text: str) -> str:
+    """Grouped thousands joined, a mixed number as a sum, no plus sign."""
+    if grouped := _GROUPED.fullmatch(text):
+        text = re.sub("[ ,]", "", grouped.group(1)) + (grouped.group(2) or "")
+    if mixed := _MIXED.fullmatch(text):
+        sign, whole, above, below = (
+            one or other or "" for one, other in zip(mixed.groups()[:4], mixed.groups()[4:], strict=True)
+        )
+        if "+" not in text[1:] and int(above) < int(below):
+            text = rf"{sign}({whole}+\frac{{{above}}}{{{below}}})"
+    return text.removeprefix("+").strip()
 
 
 def unwrapped(text: str) -> str:

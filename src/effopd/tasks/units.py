@@ -84,7 +84,7 @@ _TEXT = r"\\(?:text|textrm|textnormal|textit|textbf|mathrm|mathit|mbox|hbox|oper
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 _WORDED = re.compile(rf"(?s)(.*[\w}})\]!.%])\s*((?:{_TEXT}{_POWER}\s*(?:/|\\cdot|per\b)?\s*)+)")
 _VALUE = r"[+-]?\s*(?:\d+(?:\.\d+)?|\d+/\d+|\\frac\{\d+\}\{\d+\}|\([\d+\\frac{}]+\))(?:\s*(?:\\pi|\\sqrt\{\d+\}|\\times 10\^\{[+-]?\d+\}))*"
-_BARE = re.compile(rf"({_VALUE})\s+([A-Za-z][A-Za-z /^{{}}\d\\.-]*)")
+_BARE = re.compile(rf"({_VALUE})(\s*)([A-Za-z][A-Za-z /^{{}}\d\\.-]*)")
 _FRACTION = re.compile(
     rf"({_VALUE})\s*\\frac\s*\{{([^{{}}\d]+)\}}\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*[A-Za-z](?:[^{{}}]|\{{[^{{}}]*\}})*)\}}"
 )
@@ -160,7 +160,7 @@ def read_unit(text: str, *, expected: bool = False) -> tuple[str, Unit | None]:
         unit = None if "\\text" in value else _unit(written, known=False)
         return (value, unit) if unit else (text, None)
     if bare := _BARE.fullmatch(text):
-        unit = _unit(bare.group(2), known=False, bare=not expected)
+        unit = _unit(bare.group(3), known=False, bare=not expected) if expected or bare.group(2) else None
         return (bare.group(1), unit) if unit else (text, None)
     return text, None
 
