@@ -21,6 +21,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from effopd.errors import ConfigError, TaskError, finite_predictions
 from effopd.restore import evaluating, isolated_rng
 from effopd.tasks.base import Example, Prompt, Task
+from effopd.tasks.prompts import prompt_ids
+from effopd.tasks.reasoning import decode_marked, opened_by_ids
 from effopd.tasks.verify import check_score
 
 #: What of a model's own `generation_config` holds here: token ids and how the cache is kept; nothing that picks a token.
@@ -40,12 +42,22 @@ CORRECT = 1.0 - 1e-9
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: token ids up to and including the end token, and whether the length limit cut it."""
+    """One sampled answer: token ids up to and including the end token, and whether the length limit cut it.
+
+    `text` is decoded without special tokens, except marks of reasoning; `opened` is the mark with which the prompt itself
+    opened the reasoning, such as `<think>`, or "".
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     text: str
     truncated: bool
+    opened: str = ""
+
+    @property
+    def marked(self) -> str:
+        """The text that verifiers grade: with the mark that the prompt opened the reasoning with, if it did."""
+        return self.opened + self.text
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,9 @@ class Interval:
 def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
     """Mean of per-prompt accuracies with a 95 % interval over prompts.
 
-    One sample a prompt: Wilson's score interval. Several: Student's t on the per-prompt means (the samples of one
-    prompt are not independent), cut to [0, 1]; if every per-prompt mean is the same, Wilson's over prompts.
+    One sample per prompt: Wilson's score interval. Several: Student's t on the per-prompt means (the samples of one
+    prompt are not independent), cut to [0, 1]. Where every per-prompt mean is the same, the spread says nothing: Wilson's
+    over prompts, at that mean.
 
     Args:
         correct: `correct[i][j]` says whether sample j of prompt i is right.
@@ -79,11 +92,18 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
         raise ValueError("accuracy_interval needs at least one prompt")
     means = np.array([np.mean(row) for row in correct], dtype=np.float64)
     mean, n = float(means.mean()), len(means)
-    if max(len(row) for row in correct) == 1 or float(means.std()) == 0.0:
-        wilson = stats.binomtest(round(mean * n), n).proportion_ci(method="wilson")
-        return Interval(mean, min(float(wilson.low), mean), max(float(wilson.high), mean), n)
+    if max(len(row) for row in correct) == 1 or means.max() == means.min():
+        return Interval(mean, *_wilson(mean, n), n)
     half = float(stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / math.sqrt(n))
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+
+
+def _wilson(mean: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share; `mean * n` need not be whole."""
+    z2 = 1.959963984540054**2
+    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return min(max(0.0, centre - half), mean), max(min(1.0, centre + half), mean)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -107,14 +127,14 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
 ) -> list[list[int]]:
     """Token ids of each prompt, the way TRL's trainers encode them: messages get the chat template and the generation
-    prompt, plain text the tokenizer's own special tokens."""
+    prompt, plain text the tokenizer's own special tokens.
+
+    Raises:
+        TaskError, CompatibilityError: as `effopd.tasks.prompts.prompt_ids`.
+    """
     return [
-        tokenizer(text=prompt)["input_ids"]
-        if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-        )["input_ids"]
-        for prompt in prompts
+        prompt_ids(tokenizer, prompt, chat_template_kwargs, origin=f"prompt {number}")
+        for number, prompt in enumerate(prompts, start=1)
     ]
 
 
@@ -182,11 +202,11 @@ def generate(
         eos_token_id=eos or None,
         pad_token_id=pad if pad is not None else (eos[0] if eos else None),
     )
-    prompt_ids = encode_prompts(tokenizer, prompts, chat_template_kwargs)
+    encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     completions: list[Completion] = []
     with evaluating(model), isolated_rng(seed), _own_sampling_aside(model):
-        for start in range(0, len(prompt_ids), batch_size):
-            batch = prompt_ids[start : start + batch_size]
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
             completions += _generate_batch(model, tokenizer, batch, config, eos)
             if progress is not None:
                 progress(len(batch))
@@ -209,21 +229,27 @@ def _generate_batch(model, tokenizer, prompt_ids: list[list[int]], config: Gener
     rows = output[:, width:].tolist()
     ended = [next((i + 1 for i, token in enumerate(row) if token in eos), None) for row in rows]
     kept = [row[:end] for row, end in zip(rows, ended, strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    texts = decode_marked(tokenizer, kept)
+    opened = {ids: opened_by_ids(tokenizer, ids) for ids in set(map(tuple, prompt_ids))}
     return [
-        Completion(ids, row, text, end is None)
+        Completion(ids, row, text, end is None, opened[tuple(ids)])
         for ids, row, text, end in zip(prompt_ids, kept, texts, ended, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Graded answers: `completions[i][j]` and `scores[i][j]` belong to sample j of example i."""
+    """Graded answers: `completions[i][j]` and `scores[i][j]` belong to sample j of example i.
+
+    `answers_found` is the number of answers in which the verifier found something to grade, over all samples; `None` where
+    the verifier cannot tell.
+    """
 
     examples: tuple[Example, ...]
     completions: list[list[Completion]]
     scores: list[list[float]]
     seconds: float
+    answers_found: int | None = None
 
     @property
     def correct(self) -> list[list[bool]]:
@@ -253,7 +279,17 @@ class EvalResult:
     @property
     def truncated_share(self) -> float:
         """Share of answers cut at the length limit (0–1)."""
-        return float(np.mean([c.truncated for row in self.completions for c in row]))
+        return self.answers_cut / len(self.lengths)
+
+    @property
+    def answers_cut(self) -> int:
+        """Number of answers cut at the length limit."""
+        return sum(c.truncated for row in self.completions for c in row)
+
+    @property
+    def answers_empty(self) -> int:
+        """Number of answers without any text."""
+        return sum(not c.text.strip() for row in self.completions for c in row)
 
     def pass_at(self, k: int) -> float:
         """Mean unbiased pass@k over the prompts."""
@@ -275,6 +311,9 @@ class EvalResult:
             "mean_length": float(np.mean(self.lengths)),
             "max_length": max(self.lengths),
             "truncated_share": self.truncated_share,
+            "answers_found": self.answers_found,
+            "answers_cut": self.answers_cut,
+            "answers_empty": self.answers_empty,
             "generated_tokens": self.generated_tokens,
             "seconds": self.seconds,
         }
@@ -340,8 +379,12 @@ def evaluate(
         progress=progress,
     )
     repeated = [example for example in task.examples for _ in range(n)]
-    values = task.verify_batch([completion.text for completion in flat], repeated)
+    texts = [completion.marked for completion in flat]
+    values = task.verify_batch(texts, repeated)
     grades = [check_score(value, example, task.name) for value, example in zip(values, repeated, strict=True)]
     completions = [flat[i : i + n] for i in range(0, len(flat), n)]
     scores = [grades[i : i + n] for i in range(0, len(flat), n)]
-    return EvalResult(task.examples, completions, scores, time.perf_counter() - start)
+    found = task.answers_found(texts)
+    return EvalResult(
+        task.examples, completions, scores, time.perf_counter() - start, None if found is None else sum(found)
+    )

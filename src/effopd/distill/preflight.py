@@ -44,17 +44,22 @@ def check_model_name(flag: str, name: str | None) -> None:
 
 
 def load_tokenizer(student: str, **load: Any) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, set up for training.
+    """The student's tokenizer, set up for training. One without an end token gets the model's: the host fills rows with it.
 
     Raises:
         CompatibilityError: it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(student, padding_side="left", truncation_side="left", **load)
+        tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left", truncation_side="left", **load)
     except (OSError, ValueError) as error:
         raise CompatibilityError(
             f"the student {student!r} has no tokenizer that can be read: expected a model folder or a Hub id, got {error}"
         ) from error
+    if tokenizer.eos_token_id is None:
+        for token in sorted(_declared_end_tokens(student, None, load.get("revision"))):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
+            break
+    return tokenizer
 
 
 def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase, **load: Any) -> None:
@@ -109,9 +114,9 @@ def _check_tokenizers(teacher: str, tokenizer: PreTrainedTokenizerBase, load: di
         )
 
 
-def _declared_end_tokens(name: str, config: Any) -> set[int]:
+def _declared_end_tokens(name: str, config: Any, revision: str | None = None) -> set[int]:
     try:
-        declared = GenerationConfig.from_pretrained(name).eos_token_id
+        declared = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
     except (OSError, ValueError):
         declared = getattr(config, "eos_token_id", None)
     return set(declared if isinstance(declared, list) else [declared]) - {None}

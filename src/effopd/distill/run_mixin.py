@@ -29,10 +29,11 @@ from effopd.distill.resuming import LEDGER_FILE, SETTINGS_FILE, ResumeMixin, set
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
 from effopd.distill.task_eval import metric_names
-from effopd.errors import EffOPDError, finite_predictions
+from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
 from effopd.extrapolate.ranks import from_first, gather, together
 from effopd.files import write_atomically
 from effopd.tasks.base import Task
+from effopd.tasks.prompts import prompt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         self._epochs = _EpochCallback()
 
     def _attach_run(self) -> None:
+        self._check_prompting()
         check_metric(self.args, self.eval_metrics())
         tidy_generation_config(self.accelerator.unwrap_model(self.model))
         self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
@@ -122,6 +124,27 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir, self._rehearse))
         self.add_callback(StartLedgerCallback(self.ledger))
+
+    def _check_prompting(self) -> None:
+        """Refuse now what the host would only meet in its first rollouts.
+
+        Raises:
+            CompatibilityError: there is no end token to fill rows with, or plain prompts end with one.
+            TaskError: the chat template refuses the first prompt.
+        """
+        tokenizer = self._tokenizer
+        if tokenizer.pad_token_id is None or None in self.eos_token_ids:
+            ends = [tokenizer.convert_ids_to_tokens(i) for i in self.eos_token_ids if i is not None]
+            raise CompatibilityError(
+                f"the tokenizer of '{tokenizer.name_or_path}' has no end token: expected one, to end answers and fill rows "
+                f"with. Set tokenizer.eos_token (the model declares {ends or 'none'})."
+            )
+        data = self.train_dataset
+        plain = not (getattr(self, "_is_vlm", False) or getattr(self, "tools", None)) and hasattr(data, "__len__")
+        if plain and len(data) and "prompt" in (getattr(data, "column_names", None) or ()):
+            prompt_ids(
+                tokenizer, data[0]["prompt"], self.args.chat_template_kwargs, origin="row 0 of the training set"
+            )
 
     def add_callback(self, callback) -> None:
         """The host's, but what writes to the run directory stays last."""

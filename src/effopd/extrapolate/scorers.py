@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.errors import NonFiniteLossError, TaskError
-from effopd.evaluation import evaluate
+from effopd.evaluation import encode_prompts, evaluate
 from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of, world_size
 from effopd.extrapolate.search import Score
 from effopd.tasks.base import Example, Task, Verifier
@@ -33,7 +33,8 @@ class AccuracyScorer:
         progress: show a bar for each candidate.
 
     Raises:
-        TaskError: D_v is empty or an example has no answer.
+        TaskError: D_v is empty, an example has no answer, or the chat template refuses a prompt.
+        CompatibilityError: plain prompts end with an end token.
     """
 
     #: Settings of `EffOPDConfig` that this scorer is built from.
@@ -56,6 +57,9 @@ class AccuracyScorer:
                 + ("none at all." if not task.examples else "prompts without an answer.")
                 + " Give every row an `answer`, or pass a scorer of your own (a callable model → number)."
             )
+        encode_prompts(
+            tokenizer, [example.prompt for example in task.examples], chat_template_kwargs
+        )  # refused now, if at all
         self.task, self._tokenizer, self._progress = task, tokenizer, progress
         self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -129,12 +133,24 @@ def training_task(dataset: Any, verify: Verifier | None) -> Task:
         Example(
             str(row.get("id", index)),
             row["prompt"],
-            None if row["answer"] is None else str(row["answer"]),
+            _answer(row["answer"], index),
             _metadata(row.get("metadata")),
         )
         for index, row in enumerate(rows)
     )
     return Task("training set", tuple(examples), verify)
+
+
+def _answer(value: Any, index: int) -> str | None:
+    from effopd.tasks.reference import UnusableAnswer, reference_text
+
+    try:
+        return reference_text(value)
+    except UnusableAnswer as error:
+        raise TaskError(
+            f"row {index} of the training set: expected {error} in 'answer', got {type(value).__name__} "
+            f"{str(value)[:60]!r}. {error.fix}"
+        ) from error
 
 
 def _metadata(value: Any) -> dict[str, Any]:

@@ -3,9 +3,16 @@
 base.py          Example, Task and the verifier contract
 config.py        TaskConfig, for Python, the command line and YAML
 load.py          load_task: config → train or eval split
-rows.py          math rows from JSON, Parquet or the Hub; prompt lengths
+rows.py          math rows from JSON, Parquet or the Hub
+prompts.py       prompts as token ids; their lengths
 gym_tasks.py     reasoning-gym questions and their verifier
+reference.py     reference answers as text
 math_grading.py  the math verifier
+math_equality.py when two math answers are the same
+math_text.py     one way of writing, before answers are parsed
+math_numbers.py  when two numbers are the same answer
+units.py         units of answers
+reasoning.py     reasoning and answer apart
 worker.py        grading in a process that can be killed
 verify.py        the user's own verifier; does a verifier tell right from wrong
 """
@@ -17,7 +24,8 @@ from effopd.tasks.config import TaskConfig
 from effopd.tasks.gym_tasks import ReasoningGymVerifier
 from effopd.tasks.load import load_task, needs_network
 from effopd.tasks.math_grading import MathVerifier, extract_boxed
-from effopd.tasks.rows import check_prompt_lengths, read_math_rows
+from effopd.tasks.prompts import check_prompt_lengths
+from effopd.tasks.rows import read_math_rows
 from effopd.tasks.verify import VerifierCheck, check_score, check_verifier, load_verifier
 
 __all__ = [

@@ -43,7 +43,8 @@ class TaskConfig:
         default=None,
         metadata={
             "help": "JSON object with parameters of the source. reasoning-gym: the dataset's own parameters, e.g. "
-            "'{\"max_terms\": 3}'. math: 'prompt_column' and 'answer_column' when yours have other names, and for a "
+            "'{\"max_terms\": 3}'. math: 'prompt_column' and 'answer_column' when yours have other names (a field inside of "
+            "a column is written with a dot: 'reward_model.ground_truth'), and for a "
             'Hub dataset anything load_dataset takes, e.g. \'{"name": "main", "split": "train"}\'.'
         },
     )
@@ -51,7 +52,9 @@ class TaskConfig:
         default=None,
         metadata={
             "help": "Your own grading function as 'module:function', called as function(completion, example) and "
-            "returning a score in [0, 1]; the module may lie in the current directory. It runs in this process, so "
+            "returning a score in [0, 1]; the module may lie in the current directory. The completion is the whole decoded "
+            "text, reasoning included; where the prompt itself ends with an opened <think>, the text starts with it. The "
+            "built-in verifiers grade only what follows the reasoning. It runs in this process, so "
             "verify_timeout does not bound it. Default: the task's own verifier."
         },
     )

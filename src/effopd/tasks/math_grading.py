@@ -1,30 +1,38 @@
-"""Grading of math answers in `\\boxed{}` with math-verify, under a hard time limit.
+r"""Grading of math answers in `\boxed{}`, under a hard time limit.
 
-Only the last complete `\\boxed{…}` of a completion counts: text without one (a truncated answer, a number in passing)
-scores 0. That is stricter than math-verify's own extraction, which would take the last number in the text, and it is
-what the default prompt asks for. Equality is math-verify's: `\\frac12`, `1/2` and `0.5` are the same answer.
+Only the last complete `\boxed{…}` after the reasoning counts: text without one (a truncated answer, a guess inside
+`<think>`, a number in passing) scores 0. That is stricter than math-verify's own extraction, which would take the last
+number in the text, and it is what the default prompt asks for. `math_equality` says when two answers are the same.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example
+from effopd.tasks.reasoning import answer_part
 from effopd.tasks.worker import WorkerVerifier
 
 #: What the default math prompt ends with.
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)
+#: What `\boxed` takes without braces: a number, a fraction, a root, a word, a letter.
+_BARE = (
+    r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?(?:\\%|%)?"
+    r"|-?\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|-?\\(?:sqrt|text|mathrm|textbf)\s*\{[^{}]*\}"
+    r"|\([A-J]\)|(?<=\s)[A-Za-z](?![A-Za-z])"
+)
+_BRACES = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{|(?P<bare>{_BARE}))|\\.|\{{|\}}", re.DOTALL)
 
 
 def extract_boxed(text: str) -> str | None:
     r"""Content of the last complete `\boxed{…}` (the innermost of nested ones), or `None`; linear in the text.
+
+    `\boxed 7` without braces counts too, and `\fbox`.
 
     Example:
         >>> extract_boxed(r"so \boxed{1}, or rather \boxed{\frac{1}{2}}")
@@ -34,7 +42,9 @@ def extract_boxed(text: str) -> str | None:
     best: tuple[int, int] | None = None
     for match in _BRACES.finditer(text):
         token = match.group()
-        if token.startswith("\\boxed"):
+        if match.group("bare"):
+            best = match.span("bare") if best is None or match.start() > best[0] else best
+        elif len(token) > 2:
             stack.append(match.end())
         elif token == "{":
             stack.append(None)
@@ -73,7 +83,7 @@ class MathVerifier(WorkerVerifier):
     """
 
     def __init__(self, timeout: float = 5.0) -> None:
-        super().__init__(f"{__name__}:grade_boxed", timeout)
+        super().__init__("effopd.tasks.math_equality:grade_boxed", timeout)
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Scores of several completions, each with its example.
@@ -91,7 +101,7 @@ class MathVerifier(WorkerVerifier):
                     f"cannot grade example '{example.id}': expected a reference answer, got none. Give the row an "
                     "'answer', or evaluate without accuracy."
                 )
-            boxed, gold = extract_boxed(completion), plain_answer(example.answer)
+            boxed, gold = extract_boxed(answer_part(completion)), plain_answer(example.answer)
             if boxed == gold:
                 scores[index] = 1.0
             elif boxed:
@@ -103,16 +113,6 @@ class MathVerifier(WorkerVerifier):
             scores[index] = score
         return scores
 
-
-@lru_cache(maxsize=4096)
-def _parse(expression: str) -> Any:
-    from math_verify import parse
-
-    return parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
-
-
-def grade_boxed(boxed: str, gold: str) -> float:
-    """1.0 when math-verify takes the two expressions as equal. No time limit of its own: for the worker process."""
-    from math_verify import verify
-
-    return float(verify(_parse(gold), _parse(boxed), timeout_seconds=None))
+    def answer_found(self, completion: str) -> bool:
+        r"""Whether there is a `\boxed{}` that is not empty, outside of the reasoning."""
+        return bool(extract_boxed(answer_part(completion)))

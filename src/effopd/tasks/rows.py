@@ -1,8 +1,8 @@
 """Rows of math problems: read, checked one by one, reported together.
 
 A row has its question in `prompt`, `problem` or `question` (exactly one of them; text or chat messages), its reference
-answer in `answer` (or in the `\\boxed{}` of `solution`) and optionally an `id`. Every other column goes to the
-example's metadata. Local files are read row by row; Hub datasets through `datasets.load_dataset`.
+answer in `answer` (or in the `\\boxed{}` of `solution`) and optionally an `id`. A field inside of a column has a dotted
+name, such as `reward_model.ground_truth` in verl's rows. Every other column goes to the example's metadata. Local files are read row by row; Hub datasets through `datasets.load_dataset`.
 
 A bad row is never dropped: all of them are collected and raised in one `TaskError` that names file and row.
 """
@@ -12,14 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from effopd.errors import TaskError
-from effopd.tasks.base import Example, Prompt, Task
+from effopd.tasks.base import Example, Prompt
 from effopd.tasks.math_grading import extract_boxed, plain_answer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from effopd.tasks.reference import MAX_DIGITS, UnusableAnswer, reference_text, single_precision
 
 #: Columns that may hold the question.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -31,10 +29,12 @@ _COLUMN_ARGS = ("prompt_column", "answer_column")
 #: What the name of such a column often has in it.
 _LIKELY = {
     "prompt_column": ("prompt", "problem", "question", "query", "instruction", "input"),
-    "answer_column": ("answer", "solution", "target", "label", "result", "output"),
+    "answer_column": ("answer", "solution", "target", "label", "result", "output", "truth", "gold"),
 }
 _ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 20
+#: Types of columns whose numbers have fewer digits than Python shows.
+_SHORT_FLOATS = ("float", "float32", "halffloat", "float16")
 
 #: What is wrong with a row: expected, got, how to fix it.
 _Fault = tuple[str, str, str]
@@ -81,7 +81,7 @@ def read_math_rows(
 
     Args:
         source: path ending in .jsonl, .json (an array, or one object a line) or .parquet; a folder or Hub id otherwise.
-        args: `prompt_column` and `answer_column` to use other columns; for Hub datasets also whatever `load_dataset`
+        args: `prompt_column` and `answer_column` to use other columns, or fields inside of one by their dotted names; for Hub datasets also whatever `load_dataset`
             takes (`split` is "train" unless given).
         answers_required: whether a row without an answer is a fault. If not, rows must still be alike: an answer in
             all of them or in none.
@@ -96,6 +96,7 @@ def read_math_rows(
     faults, table = RowFaults(source), _Table(source, columns, setting)
     examples: list[Example] = []
     first_row_of: dict[str, int] = {}
+    unusable: dict[str, Any] = {}
     for number, row in _open(source, args):
         origin = f"{source} row {number}"
         found = row if isinstance(row, _BadRow) else _to_example(row, source, number, columns)
@@ -109,60 +110,18 @@ def read_math_rows(
             continue
         first_row_of[found.id] = number
         examples.append(found)
+        if found.answer is None:
+            unusable[found.id] = _field(row, columns["answer_column"] or "answer")
     table.check_prompts()
     if answers_required and examples and all(example.answer is None for example in examples):
         table.check_answers(why)
-    _check_answers(examples, answers_required, columns["answer_column"] or "answer", faults)
+    _check_answers(examples, answers_required, columns["answer_column"] or "answer", faults, unusable)
     faults.raise_if_any()
     if not examples:
         raise TaskError(
             f"'{source}' has no rows: expected at least one with a prompt. Check that it is the right one."
         )
     return tuple(examples)
-
-
-def check_prompt_lengths(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_length: int | None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> dict[str, int]:
-    """Length of every prompt in tokens, as the model gets it: chat messages with the template and generation prompt.
-
-    Args:
-        task: whose prompts to measure.
-        tokenizer: the student's.
-        max_prompt_length: longest allowed, in tokens; `None` only measures.
-        chat_template_kwargs: passed to `apply_chat_template`.
-
-    Returns:
-        Example id → number of tokens.
-
-    Raises:
-        TaskError: prompts longer than allowed (all of them), or chat messages and no chat template.
-    """
-    lengths: dict[str, int] = {}
-    faults = RowFaults(task.name)
-    for example in task.examples:
-        if isinstance(example.prompt, str):
-            tokens = tokenizer(example.prompt)["input_ids"]
-        else:
-            if not getattr(tokenizer, "chat_template", None):
-                raise TaskError(
-                    f"prompts of task '{task.name}' are chat messages: expected a tokenizer with a chat template, got "
-                    f"none in '{tokenizer.name_or_path}'. Set as_chat to false for a base model, or add a template."
-                )
-            text = tokenizer.apply_chat_template(
-                example.prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-            )
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        lengths[example.id] = len(tokens)
-        if max_prompt_length is not None and len(tokens) > max_prompt_length:
-            origin = f"{example.metadata.get(ORIGIN, task.name)} (id {example.id})"
-            fix = "Raise max_prompt_length, or shorten or remove the row."
-            faults.add(origin, f"at most {max_prompt_length} prompt tokens", str(len(tokens)), fix)
-    faults.raise_if_any()
-    return lengths
 
 
 class _BadRow:
@@ -195,7 +154,7 @@ class _Table:
         self._rows += 1
         self._without_prompt += isinstance(found, _NoPrompt)
         if isinstance(row, dict):
-            self._seen |= dict.fromkeys(name for name, value in row.items() if value is not None)
+            self._seen |= dict.fromkeys(_names(row))
 
     def check_prompts(self) -> None:
         """
@@ -222,7 +181,7 @@ class _Table:
             TaskError: because there is no such column.
         """
         column = self._columns["answer_column"] or "answer"
-        if column not in self._seen:
+        if not any(name == column or name.startswith(f"{column}.") for name in self._seen):
             self._raise("answer_column", f"no row of {self._source} has '{column}'", why)
 
     def _raise(self, which: str, what: str, why: str, guess: str | None = None) -> None:
@@ -280,12 +239,17 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield number, json.loads(text)
+                    yield number, json.loads(text, parse_int=_whole_number)
             except UnicodeDecodeError as error:
                 yield number, _BadRow("UTF-8 text", f"other bytes ({error.reason})", "Save the file as UTF-8.")
             except (json.JSONDecodeError, RecursionError) as error:
                 shown = text.strip()[:60]
                 yield number, _BadRow("one JSON object a line", f"{shown!r} ({error})", "Correct the line.")
+
+
+def _whole_number(digits: str) -> int | str:
+    """A whole number of JSON; as text where Python would not read it."""
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
 
 
 def _json_file(path: Path) -> Iterator[tuple[int, Any]]:
@@ -295,7 +259,7 @@ def _json_file(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _json_lines(path)
         return
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_whole_number)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TaskError(f"'{path}': expected a JSON array of objects, got invalid JSON ({error}).") from error
     yield from enumerate(rows, start=1)
@@ -308,10 +272,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            short = [field.name for field in file.schema_arrow if str(field.type) in _SHORT_FLOATS]
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, row | {name: single_precision(row[name]) for name in short}
     except (pyarrow.ArrowException, OSError) as error:
         raise TaskError(f"'{path}': expected a Parquet file, got one that cannot be read ({error}).") from error
 
@@ -328,7 +293,10 @@ def _hub_rows(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
             f"dataset id or a local {', '.join(_FILE_TYPES)} file; check the name, task_args (e.g. 'name', 'split'), "
             "network access and that you may read it."
         ) from error
-    yield from enumerate(dataset, start=1)
+    features = getattr(dataset, "features", None) or {}
+    short = [name for name, feature in features.items() if getattr(feature, "dtype", "") in _SHORT_FLOATS]
+    for number, row in enumerate(dataset, start=1):
+        yield number, row | {name: single_precision(row[name]) for name in short}
 
 
 def _to_example(row: Any, source: str, number: int, columns: Mapping[str, str | None]) -> Example | _BadRow:
@@ -336,28 +304,31 @@ def _to_example(row: Any, source: str, number: int, columns: Mapping[str, str | 
         return _BadRow("an object with a prompt", _kind(row), 'Write {"prompt": …, "answer": …}.')
     row = {name: value for name, value in row.items() if value is not None}
     names = _prompt_columns(columns)
-    present = [name for name in names if name in row]
+    present = [name for name in names if _field(row, name) is not None]
     if len(present) != 1:
         got = f"both {' and '.join(map(repr, present))}" if present else f"columns {sorted(row)}"
         fix = "Keep one of them" if present else "Rename the column that has the question"
         expected = f"the prompt in one of the columns {', '.join(names)}"
         return _NoPrompt(expected, got, f"{fix}, or name it with task_args '{{\"prompt_column\": …}}'.")
-    prompt = row.pop(present[0])
+    prompt = _field(row, present[0])
+    row.pop(present[0], None)
     fault = _prompt_fault(prompt)
     if fault:
         return _BadRow(*fault)
     answer_column = columns["answer_column"] or "answer"
-    answer = row.pop(answer_column, None)
+    answer = _field(row, answer_column)
+    row.pop(answer_column, None)
     if answer is None and answer_column == "answer" and isinstance(row.get("solution"), str):
         answer = extract_boxed(row["solution"])
-    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, str | int | float)):
-        fix = "Write the final answer as one string."
-        return _BadRow(f"text or a number in '{answer_column}'", _kind(answer), fix)
+    try:
+        text = reference_text(answer)
+        text = reference_text(plain_answer(text)) if text is not None else None
+    except UnusableAnswer as error:
+        return _BadRow(f"{error} in '{answer_column}'", _kind(answer), error.fix)
     identity = row.pop("id", f"{Path(source).name}:{number}")
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         return _BadRow("text or a whole number in 'id'", _kind(identity), "Change it, or drop the column.")
-    plain = plain_answer(str(answer)) if answer is not None else ""
-    return Example(str(identity), prompt, plain or None, {**row, ORIGIN: f"{source} row {number}"})
+    return Example(str(identity), prompt, text, {**row, ORIGIN: f"{source} row {number}"})
 
 
 def _prompt_fault(prompt: Any) -> _Fault | None:
@@ -375,7 +346,35 @@ def _prompt_fault(prompt: Any) -> _Fault | None:
     return None
 
 
-def _check_answers(examples: list[Example], answers_required: bool, column: str, faults: RowFaults) -> None:
+def _names(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold something; of one that holds fields, their dotted names."""
+    names: list[str] = []
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            names += [f"{name}.{inner}" for inner in _names(value)]
+        elif value is not None:
+            names.append(name)
+    return names
+
+
+def _field(row: Any, name: str) -> Any:
+    """The value in a column, or in a field inside of one (`column.field`, `column.0` of a list); `None` if there is none."""
+    if not isinstance(row, dict) or name in row:
+        return row.get(name) if isinstance(row, dict) else None
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _check_answers(
+    examples: list[Example], answers_required: bool, column: str, faults: RowFaults, unusable: Mapping[str, Any]
+) -> None:
     having = next((example for example in examples if example.answer is not None), None)
     if not answers_required and having is None:
         return
@@ -383,7 +382,9 @@ def _check_answers(examples: list[Example], answers_required: bool, column: str,
         if example.answer is None:
             why = "" if answers_required or having is None else f", as {having.metadata[ORIGIN]} has"
             fix = "Add the answer; without accuracy, rows may lack it, but then all of them."
-            faults.add(str(example.metadata[ORIGIN]), f"a reference answer in '{column}'{why}", "none", fix)
+            value = unusable.get(example.id)
+            got = "none" if value is None else f"no answer: {_kind(value)}"
+            faults.add(str(example.metadata[ORIGIN]), f"a reference answer in '{column}'{why}", got, fix)
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,120 @@
+r"""When two math answers are the same. For the grading process: it imports math-verify at once, and has no time limit.
+
+    letters     both name the same choice, or one of them names none and the values are equal
+    units       both have one, and it is the same or converts (5 m, 500 cm); or one of them has none
+    values      math-verify takes them as equal, numbers compared relative to their size (`math_numbers`)
+                or, with unknowns, they agree wherever both are real (\sqrt{1/n} and 1/\sqrt{n})
+
+Departures from math-verify: answers are first brought to one way of writing (`math_text`), units are told from unknowns
+(`units`; 2t is not 2), and nothing but the whole of the box is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+
+from effopd.tasks.math_numbers import plain_number, relative_comparison, same_plain_number, same_where_real
+from effopd.tasks.math_text import Answer, read_answer, words_of
+from effopd.tasks.reference import too_long
+from effopd.tasks.units import PERCENT
+
+#: What the parser misreads: digits in another base, whose base it leaves out, and numbers side by side, which it adds up.
+_MISREAD = re.compile(r"\d\s*_|(?<![_^\d])\d+ +\d")
+_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
+_OR = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z])or(?![A-Za-z])|\\(?:lor|vee|cup)(?![a-zA-Z])")
+
+
+def grade_boxed(boxed: str, gold: str) -> float:
+    """1.0 when the two are the same answer. No time limit of its own: for the worker process."""
+    if too_long(boxed) or too_long(gold):
+        return 0.0
+    expected = read_answer(gold)
+    return float(_same(read_answer(boxed, unit_expected=expected.unit is not None), expected, boxed, gold))
+
+
+def _same(answer: Answer, gold: Answer, boxed: str, written: str) -> bool:
+    if answer.choice and gold.choice:
+        return answer.choice == gold.choice
+    if (gold.choice and not gold.value) or (answer.choice and not answer.value):
+        return _choice_in(answer) == _choice_in(gold) is not None
+    if answer.base or gold.base:
+        return answer.value.upper() == gold.value.upper() and answer.base == gold.base
+    words = words_of(boxed), words_of(written)
+    if words[0] and words[0] == words[1]:
+        return True
+    value = answer.value
+    if answer.unit and gold.unit and answer.unit != gold.unit:
+        factor = answer.unit.factor_to(gold.unit)
+        if factor is None:
+            return False
+        if factor != 1:
+            value = rf"({value}) \cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"
+    if (answer.unit == PERCENT) == (gold.unit == PERCENT) or (answer.unit and gold.unit):
+        return _same_value(value, gold.value)
+    return _same_share(*((value, gold.value) if answer.unit == PERCENT else (gold.value, value)))
+
+
+def _same_share(percent: str, number: str) -> bool:
+    """Whether a percentage is a number: the share itself, or above 1 the percentage without its sign."""
+    if _same_value(rf"\frac{{{percent}}}{{100}}", number):
+        return True
+    return not _within_one(number) and _same_value(percent, number)
+
+
+def _within_one(number: str) -> bool:
+    plain = plain_number(number)
+    return plain is not None and abs(plain) <= 1
+
+
+def _choice_in(answer: Answer) -> frozenset[str] | None:
+    """The letter that an answer is, with or without a text of its own."""
+    return answer.choice or (frozenset(answer.value) if re.fullmatch("[A-J]", answer.value) else None)
+
+
+def _same_value(value: str, gold: str) -> bool:
+    if _SPACE.sub("", value) == _SPACE.sub("", gold):
+        return bool(gold)
+    if _MISREAD.search(value) or _MISREAD.search(gold):
+        return False
+    plain = same_plain_number(value, gold)
+    if plain is not None:
+        return plain
+    parsed, expected = _parse(value), _parse(gold)
+    with relative_comparison():
+        if verify(expected, parsed, allow_set_relation_comp=True, timeout_seconds=None):
+            return True
+    return any(same_where_real(one, other) is True for one in expected for other in parsed)
+
+
+@lru_cache(maxsize=4096)
+def _parse(latex: str) -> Any:
+    r"""What math-verify reads: expressions, and the text itself. `\pm` stands for both signs, "or" for a union."""
+    if latex.count(r"\pm") == 1 and r"\mp" not in latex:
+        latex = ", ".join(latex.replace(r"\pm", sign) for sign in "+-")
+    alternatives = _OR.split(latex)
+    if len(alternatives) > 1 and all(re.search(r"[<>]|\\[lg]e(?![a-z])", part) for part in alternatives):
+        union = _union(alternatives)
+        if union is not None:
+            return [union]
+    return _read(latex)
+
+
+def _union(relations: Sequence[str]) -> Any:
+    """The set of numbers for which one of several relations holds; `None` where they cannot be solved."""
+    try:
+        return sympy.Union(*(_read(relation)[0].as_set() for relation in relations))
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def _read(latex: str) -> Any:
+    # units are taken off before, where they are told from unknowns; nothing but the whole text is the answer
+    rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    return parse(f"\\boxed{{{latex}}}", [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=None)
