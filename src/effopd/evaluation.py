@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from effopd.errors import ConfigError, TaskError, finite_predictions
 from effopd.restore import evaluating, isolated_rng
 from effopd.tasks.base import Example, Prompt, Task
+from effopd.tasks.reasoning import decode_marked, opened_by_ids
 from effopd.tasks.verify import check_score
 
 #: What of a model's own `generation_config` holds here: token ids and how the cache is kept; nothing that picks a token.
@@ -40,12 +41,22 @@ CORRECT = 1.0 - 1e-9
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: token ids up to and including the end token, and whether the length limit cut it."""
+    """One sampled answer: token ids up to and including the end token, and whether the length limit cut it.
+
+    `text` is decoded without special tokens, except marks of reasoning; `opened` is the mark with which the prompt itself
+    opened the reasoning, such as `<think>`, or "".
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     text: str
     truncated: bool
+    opened: str = ""
+
+    @property
+    def marked(self) -> str:
+        """The text that verifiers grade: with the mark that the prompt opened the reasoning with, if it did."""
+        return self.opened + self.text
 
 
 @dataclass(frozen=True)
@@ -209,21 +220,27 @@ def _generate_batch(model, tokenizer, prompt_ids: list[list[int]], config: Gener
     rows = output[:, width:].tolist()
     ended = [next((i + 1 for i, token in enumerate(row) if token in eos), None) for row in rows]
     kept = [row[:end] for row, end in zip(rows, ended, strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    texts = decode_marked(tokenizer, kept)
+    opened = {ids: opened_by_ids(tokenizer, ids) for ids in set(map(tuple, prompt_ids))}
     return [
-        Completion(ids, row, text, end is None)
+        Completion(ids, row, text, end is None, opened[tuple(ids)])
         for ids, row, text, end in zip(prompt_ids, kept, texts, ended, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Graded answers: `completions[i][j]` and `scores[i][j]` belong to sample j of example i."""
+    """Graded answers: `completions[i][j]` and `scores[i][j]` belong to sample j of example i.
+
+    `answers_found` is the number of answers in which the verifier found something to grade, over all samples; `None` where
+    the verifier cannot tell.
+    """
 
     examples: tuple[Example, ...]
     completions: list[list[Completion]]
     scores: list[list[float]]
     seconds: float
+    answers_found: int | None = None
 
     @property
     def correct(self) -> list[list[bool]]:
@@ -253,7 +270,17 @@ class EvalResult:
     @property
     def truncated_share(self) -> float:
         """Share of answers cut at the length limit (0–1)."""
-        return float(np.mean([c.truncated for row in self.completions for c in row]))
+        return self.answers_cut / len(self.lengths)
+
+    @property
+    def answers_cut(self) -> int:
+        """Number of answers cut at the length limit."""
+        return sum(c.truncated for row in self.completions for c in row)
+
+    @property
+    def answers_empty(self) -> int:
+        """Number of answers without any text."""
+        return sum(not c.text.strip() for row in self.completions for c in row)
 
     def pass_at(self, k: int) -> float:
         """Mean unbiased pass@k over the prompts."""
@@ -275,6 +302,9 @@ class EvalResult:
             "mean_length": float(np.mean(self.lengths)),
             "max_length": max(self.lengths),
             "truncated_share": self.truncated_share,
+            "answers_found": self.answers_found,
+            "answers_cut": self.answers_cut,
+            "answers_empty": self.answers_empty,
             "generated_tokens": self.generated_tokens,
             "seconds": self.seconds,
         }
@@ -340,8 +370,12 @@ def evaluate(
         progress=progress,
     )
     repeated = [example for example in task.examples for _ in range(n)]
-    values = task.verify_batch([completion.text for completion in flat], repeated)
+    texts = [completion.marked for completion in flat]
+    values = task.verify_batch(texts, repeated)
     grades = [check_score(value, example, task.name) for value, example in zip(values, repeated, strict=True)]
     completions = [flat[i : i + n] for i in range(0, len(flat), n)]
     scores = [grades[i : i + n] for i in range(0, len(flat), n)]
-    return EvalResult(task.examples, completions, scores, time.perf_counter() - start)
+    found = task.answers_found(texts)
+    return EvalResult(
+        task.examples, completions, scores, time.perf_counter() - start, None if found is None else sum(found)
+    )

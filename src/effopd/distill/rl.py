@@ -11,6 +11,7 @@ sampling, which TRL does not have: groups whose answers are all right or all wro
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -21,16 +22,33 @@ from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
 from effopd.errors import TaskError
-from effopd.evaluation import CORRECT
+from effopd.evaluation import CORRECT, encode_prompts
 from effopd.tasks.base import Task
+from effopd.tasks.reasoning import decode_marked, opened_by_ids
 
 
-def correct_reward(task: Task) -> Callable[..., list[float]]:
-    """TRL's reward function for a task: 1.0 where the verifier's score is 1, else 0.0; rows are found by column `id`."""
+def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]]:
+    """TRL's reward function for a task: 1.0 where the verifier's score is 1, else 0.0; rows are found by column `id`.
+
+    Args:
+        task: the rows and their verifier.
+        trainer: the TRL trainer that calls it. Verifiers then get the text that an evaluation gives them, marks of the
+            reasoning included. Without it they get TRL's own text, which lacks the marks that are special tokens and the
+            mark that the prompt ended with.
+    """
     by_id = {example.id: example for example in task.examples}
 
-    def correct(completions, id, **_) -> list[float]:
-        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    @cache
+    def opened(id: str) -> str:
+        prompts = encode_prompts(trainer._tokenizer, [by_id[id].prompt], trainer.chat_template_kwargs)
+        return opened_by_ids(trainer._tokenizer, prompts[0])
+
+    def correct(completions, id, completion_ids=None, **_) -> list[float]:
+        if trainer is None:
+            texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        else:
+            decoded = decode_marked(trainer._tokenizer, completion_ids)
+            texts = [opened(i) + text for text, i in zip(decoded, id, strict=True)]
         scores = task.verify_batch(texts, [by_id[i] for i in id])
         return [float(score >= CORRECT) for score in scores]
 
@@ -66,7 +84,7 @@ class TaskRLMixin(RunMixin):
             )
         self._open_run(args, eval_task)
         self.task_name = train_task.name
-        rewards = [correct_reward(train_task)]
+        rewards = [correct_reward(train_task, self)]
         if args.overlong_cache:
             limit = args.max_completion_length
             rewards.append(get_soft_overlong_punishment(limit, max(1, round(args.overlong_cache * limit))))

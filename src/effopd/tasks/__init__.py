@@ -6,6 +6,7 @@ load.py          load_task: config → train or eval split
 rows.py          math rows from JSON, Parquet or the Hub; prompt lengths
 gym_tasks.py     reasoning-gym questions and their verifier
 math_grading.py  the math verifier
+reasoning.py     reasoning and answer apart
 worker.py        grading in a process that can be killed
 verify.py        the user's own verifier; does a verifier tell right from wrong
 """

@@ -38,7 +38,8 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: `verify(completion, example)` → score in [0, 1]; the completion is the decoded text without special tokens.
+#: `verify(completion, example)` → score in [0, 1]; the completion is the decoded text without special tokens, reasoning
+#: and its marks included. Where the prompt itself opened the reasoning, the text starts with that mark, such as `<think>`.
 Verifier = Callable[[str, Example], float]
 
 
@@ -49,7 +50,8 @@ class Task:
     Attributes:
         name: what messages call it, e.g. `"math:data/train.jsonl"`.
         examples: the prompts, in order.
-        verify: the verifier. A verifier object may also have `verify_batch(completions, examples)`.
+        verify: the verifier. A verifier object may also have `verify_batch(completions, examples)` and
+            `answer_found(completion)`, which says whether there is anything to grade.
         render_answer: a completion that gives a reference answer in the form the verifier looks for, e.g. in
             `\\boxed{}`; `None` when the bare answer is that form.
         needs_answers: whether the verifier needs `Example.answer`; some grade by the metadata alone.
@@ -87,6 +89,11 @@ class Task:
         if batch is not None:
             return list(batch(completions, examples))
         return [self.verify(text, example) for text, example in zip(completions, examples, strict=True)]
+
+    def answers_found(self, completions: Sequence[str]) -> list[bool] | None:
+        """Whether the verifier finds an answer in each completion; `None` where it cannot tell."""
+        found = getattr(self.verify, "answer_found", None)
+        return None if found is None else [bool(found(text)) for text in completions]
 
     def subset(self, examples: Sequence[Example]) -> Task:
         """The same task over other examples."""

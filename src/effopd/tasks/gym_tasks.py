@@ -22,6 +22,7 @@ from typing import Any
 from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example
+from effopd.tasks.reasoning import answer_part
 from effopd.tasks.worker import WorkerVerifier
 
 #: What the default reasoning-gym prompt ends with.
@@ -88,7 +89,7 @@ class ReasoningGymVerifier(WorkerVerifier):
         Raises:
             TaskError: an example that does not come from reasoning-gym.
         """
-        answers = [extract_tagged(completion) for completion in completions]
+        answers = [extract_tagged(answer_part(completion)) for completion in completions]
         scores = [0.0] * len(answers)
         pending: list[int] = []
         for index, (answer, example) in enumerate(zip(answers, examples, strict=True)):
@@ -104,6 +105,10 @@ class ReasoningGymVerifier(WorkerVerifier):
         for index, score in zip(pending, graded, strict=True):
             scores[index] = score
         return scores
+
+    def answer_found(self, completion: str) -> bool:
+        """Whether there are `<answer>` tags with something between them, outside of the reasoning."""
+        return bool((extract_tagged(answer_part(completion)) or "").strip())
 
 
 def extract_tagged(completion: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example
+from effopd.tasks.reasoning import answer_part
 from effopd.tasks.worker import WorkerVerifier
 
 #: What the default math prompt ends with.
@@ -91,7 +92,7 @@ class MathVerifier(WorkerVerifier):
                     f"cannot grade example '{example.id}': expected a reference answer, got none. Give the row an "
                     "'answer', or evaluate without accuracy."
                 )
-            boxed, gold = extract_boxed(completion), plain_answer(example.answer)
+            boxed, gold = extract_boxed(answer_part(completion)), plain_answer(example.answer)
             if boxed == gold:
                 scores[index] = 1.0
             elif boxed:
@@ -102,6 +103,10 @@ class MathVerifier(WorkerVerifier):
         for (index, _, _), score in zip(pending, graded, strict=True):
             scores[index] = score
         return scores
+
+    def answer_found(self, completion: str) -> bool:
+        r"""Whether there is a `\boxed{}` that is not empty, outside of the reasoning."""
+        return bool(extract_boxed(answer_part(completion)))
 
 
 @lru_cache(maxsize=4096)

@@ -207,6 +207,10 @@ class WorkerVerifier:
         """Scores of several completions, each with its example."""
         raise NotImplementedError
 
+    def answer_found(self, completion: str) -> bool:
+        """Whether there is an answer in the form that the verifier looks for, outside of the reasoning."""
+        raise NotImplementedError
+
 
 def _environment() -> dict[str, str]:
     """This process's environment with its module search path, and one thread for numerical libraries."""

@@ -23,6 +23,7 @@ from effopd.errors import TaskError
 from effopd.optional import require
 from effopd.tasks.base import Example, Task
 from effopd.tasks.gym_tasks import extract_tagged, render_tagged
+from effopd.tasks.reasoning import answer_part
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,22 @@ def split_of(text: str) -> str:
     return _HELD_OUT_BUCKETS.get(bucket, "train")
 
 
-def verify(completion: str, example: Example) -> float:
+class FamilyVerifier:
     """reasoning-gym's score of what stands in the last `<answer>` tags; 0.0 without tags. 1.0 is correct."""
-    answer = extract_tagged(completion)
-    if answer is None:
-        return 0.0
-    return float(_scorer(example.metadata["family"]).score_answer(answer, {"answer": example.answer}))
+
+    def __call__(self, completion: str, example: Example) -> float:
+        answer = extract_tagged(answer_part(completion))
+        if answer is None:
+            return 0.0
+        return float(_scorer(example.metadata["family"]).score_answer(answer, {"answer": example.answer}))
+
+    def answer_found(self, completion: str) -> bool:
+        """Whether there are `<answer>` tags with something between them."""
+        return bool((extract_tagged(answer_part(completion)) or "").strip())
+
+
+#: The verifier of both families.
+verify = FamilyVerifier()
 
 
 def worked_reasoning(example: Example, rng: random.Random | None = None, corruption: float = 0.0) -> str:

@@ -1,0 +1,117 @@
+"""Reasoning and answer apart: only what follows a completion's reasoning is graded.
+
+Models mark their reasoning in the text: `<think>…</think>` and its relatives, `[THINK]…[/THINK]`, the channels of gpt-oss
+and Gemma. A guess inside it is not an answer, and a completion that is cut inside it has none.
+
+Where the chat template opens the reasoning itself (`…assistant\\n<think>\\n`), the completion has no opening mark.
+`opened_by` finds it at the end of the prompt; evaluation and rewards put it before the text that they hand to a verifier.
+
+Left out: reasoning that no mark closes, such as "Here is my thought process:".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NAMES = r"(?:seed:|longcat_)?(?:think|thinking|thoughts?|reason|reasoning)"
+#: (opening mark, closing mark) as patterns; a mark closes only reasoning that a mark of its own kind opened.
+_KINDS = tuple(
+    (re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE))
+    for opening, closing in (
+        *((rf"<{name}>", rf"</{name}>") for name in ("think", "thinking", "thoughts?", "reason", "reasoning")),
+        (r"<seed:think>", r"</seed:think>"),
+        (r"<longcat_think>", r"</longcat_think>"),
+        (r"\[THINK\]", r"\[/THINK\]"),
+        (r"◁think▷", r"◁/think▷"),
+        (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+        (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+        (r"<\|channel>thought", r"<channel\|>"),
+        (r"<\|channel\|>(?:analysis|commentary)", r"<\|channel\|>final[^<]*<\|message\|>"),
+    )
+)
+_OPENED = re.compile(
+    rf"(?:{'|'.join(opening.pattern for opening, _ in _KINDS)})(?:<\|message\|>)?\s*\Z", re.IGNORECASE
+)
+#: Tokens that the marks consist of where a tokenizer has them as special tokens, which decoding would leave out.
+_TOKENS = re.compile(
+    rf"</?{_NAMES}>|\[/?THINK\]|◁/?think▷|<\|(?:begin|end)_of_thought\|>|<\|(?:START|END)_THINKING\|>"
+    r"|<\|channel\|?>|<channel\|>|<\|message\|>",
+    re.IGNORECASE,
+)
+#: Characters at the end of a prompt in which an opening mark is looked for.
+_TAIL = 80
+
+
+def answer_part(text: str) -> str:
+    """What follows the reasoning: the text after the last closing mark, "" where reasoning is still open at the end.
+
+    Text without marks is all answer.
+
+    Example:
+        >>> answer_part("<think>perhaps 7</think> It is 8."), answer_part("<think>perhaps 7"), answer_part("It is 8.")
+        (' It is 8.', '', 'It is 8.')
+    """
+    start = 0
+    for opening, closing in _KINDS:
+        closed = max((match.end() for match in closing.finditer(text)), default=0)
+        if opening.search(text, closed) is not None:
+            return ""
+        start = max(start, closed)
+    return text[start:]
+
+
+def opened_by(prompt: str) -> str:
+    r"""The mark at the end of a prompt that opens the reasoning, with the space after it; "" if there is none.
+
+    Args:
+        prompt: the prompt as the model gets it, chat template and generation prompt included.
+
+    Example:
+        >>> opened_by("<|im_start|>assistant\n<think>\n"), opened_by("<|im_start|>assistant\n")
+        ('<think>\n', '')
+    """
+    match = _OPENED.search(prompt[-_TAIL:])
+    return match.group() if match else ""
+
+
+def opened_by_ids(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """`opened_by` of a prompt's token ids."""
+    return opened_by(tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False))
+
+
+def decode_marked(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]]) -> list[str]:
+    """Texts of token ids without special tokens, except the marks of reasoning that the tokenizer has as such."""
+    marks = _mark_tokens(tokenizer)
+    texts = []
+    for row in rows:
+        parts: list[list[int]] = [[]]
+        found: list[str] = [""]
+        for token in row:
+            if token in marks:
+                found.append(marks[token])
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        decoded = tokenizer.batch_decode(parts, skip_special_tokens=True)
+        texts.append("".join(mark + text for mark, text in zip(found, decoded, strict=True)))
+    return texts
+
+
+def _mark_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id → text of the special tokens that are marks."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = set(getattr(tokenizer, "all_special_tokens", ()))
+    return _marks_among(
+        tuple((i, str(t)) for i, t in added.items() if getattr(t, "special", False) or str(t) in special)
+    )
+
+
+@lru_cache(maxsize=8)
+def _marks_among(tokens: tuple[tuple[int, str], ...]) -> dict[int, str]:
+    return {i: text for i, text in tokens if _TOKENS.fullmatch(text)}
