@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_task
+from scipy import stats
 
 from effopd.errors import ConfigError, TaskError
 from effopd.evaluation import accuracy_interval, evaluate, generate, pass_at_k
@@ -107,6 +109,35 @@ def test_intervals_cover(n, samples, p):
 def test_interval_of_certainty_is_not_a_point():
     assert accuracy_interval([[True]] * 20).low < 0.9
     assert accuracy_interval([[False, False]] * 20).high > 0.1
+
+
+@pytest.mark.parametrize(
+    ("rows", "low", "high"),
+    [
+        ([[1, 0, 0, 0, 0]] * 3, 0.025, 0.712),
+        ([[1, 0]] * 3, 0.125, 0.875),
+        ([[1, 0, 0, 0]] * 2, 0.027, 0.802),
+        ([[1, 0, 0]], 0.025, 0.906),
+    ],
+)
+def test_equal_prompts_get_wilsons_interval_at_their_mean(rows, low, high):
+    """(mean + z²/2n ± z √(mean (1 − mean)/n + z²/4n²)) / (1 + z²/n), without rounding mean · n to a count."""
+    interval = accuracy_interval(rows)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=6e-4)
+    assert interval.low < interval.mean == sum(rows[0]) / len(rows[0]) < interval.high
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 17), (17, 17), (999, 1000)])
+def test_one_sample_per_prompt_gets_scipys_wilson_interval(right, n):
+    interval = accuracy_interval([[True]] * right + [[False]] * (n - right))
+    wilson = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert (interval.low, interval.high) == pytest.approx((wilson.low, wilson.high), abs=1e-12)
+
+
+def test_different_prompts_get_students_t():
+    interval = accuracy_interval([[1, 0], [1, 1], [0, 0], [1, 0]])
+    half = stats.t.ppf(0.975, 3) * np.std([0.5, 1, 0, 0.5], ddof=1) / 2
+    assert (interval.low, interval.high) == (pytest.approx(max(0.0, 0.5 - half)), pytest.approx(min(1.0, 0.5 + half)))
 
 
 def test_bad_requests(student, tokenizer, task):

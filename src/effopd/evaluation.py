@@ -75,8 +75,9 @@ class Interval:
 def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
     """Mean of per-prompt accuracies with a 95 % interval over prompts.
 
-    One sample a prompt: Wilson's score interval. Several: Student's t on the per-prompt means (the samples of one
-    prompt are not independent), cut to [0, 1]; if every per-prompt mean is the same, Wilson's over prompts.
+    One sample per prompt: Wilson's score interval. Several: Student's t on the per-prompt means (the samples of one
+    prompt are not independent), cut to [0, 1]. Where every per-prompt mean is the same, the spread says nothing: Wilson's
+    over prompts, at that mean.
 
     Args:
         correct: `correct[i][j]` says whether sample j of prompt i is right.
@@ -90,11 +91,18 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
         raise ValueError("accuracy_interval needs at least one prompt")
     means = np.array([np.mean(row) for row in correct], dtype=np.float64)
     mean, n = float(means.mean()), len(means)
-    if max(len(row) for row in correct) == 1 or float(means.std()) == 0.0:
-        wilson = stats.binomtest(round(mean * n), n).proportion_ci(method="wilson")
-        return Interval(mean, min(float(wilson.low), mean), max(float(wilson.high), mean), n)
+    if max(len(row) for row in correct) == 1 or means.max() == means.min():
+        return Interval(mean, *_wilson(mean, n), n)
     half = float(stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / math.sqrt(n))
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+
+
+def _wilson(mean: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share; `mean * n` need not be whole."""
+    z2 = 1.959963984540054**2
+    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return min(max(0.0, centre - half), mean), max(min(1.0, centre + half), mean)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
