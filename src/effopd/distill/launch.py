@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from effopd.distill.config import OPDConfig
+from effopd.distill.model_files import check_whole_model
 from effopd.distill.preflight import (
     check_disk,
     check_model_name,
@@ -98,6 +99,7 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
     """Model names, by the flags they are given with, packages, and the folder or checkpoint that a run starts from."""
     for flag, name in names.items():
         check_model_name(flag, name)
+        check_whole_model(flag, str(name))
     require_packages(model, args)
     run_dir, resume = RunDir(args.output_dir), resume_argument(args)
     run_dir.to_resume(resume)

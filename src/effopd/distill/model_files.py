@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from effopd.errors import CompatibilityError, ConfigError, EffOPDError
 from effopd.optional import ensure
+from effopd.weights.reader import ADAPTER, INDEX, WEIGHTS, read_json
 
-ADAPTER, MODEL_CONFIG = "adapter_config.json", "config.json"
+MODEL_CONFIG = "config.json"
 #: A folder with a tokenizer has at least one of these.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
@@ -50,7 +52,7 @@ def reading(flag: str, name: str) -> Iterator[None]:
         raise
     except Exception as error:  # the hosts raise whatever their parsers raise
         raise CompatibilityError(
-            f"{flag} {name!r} cannot be loaded: expected a model folder or a Hub id, got {_quoted(error)}"
+            f"{flag} {name!r} cannot be read: expected a model folder or a Hub id, got {_quoted(error)}"
             f"{_hint(name, error)}"
         ) from error
 
@@ -77,7 +79,7 @@ def check_model_folder(flag: str, name: str) -> None:
         if (path / MODEL_CONFIG).is_file():
             return  # transformers takes the weights beside the adapter as its base
         if not Path(base).is_dir() and not _HUB_ID.fullmatch(base):
-            raise CompatibilityError(f"{flag} {name!r} cannot be loaded.{_missing_base(name, base)}")
+            raise CompatibilityError(f"{flag} {name!r} cannot be read.{_missing_base(name, base)}")
         return
     config = path / MODEL_CONFIG
     if not config.is_file():
@@ -109,6 +111,30 @@ def refuse_adapter(flag: str, name: str | None) -> None:
     """
     if name and (base := adapter_base(flag, name)) is not None and not (Path(name) / MODEL_CONFIG).is_file():
         raise CompatibilityError(f"{flag} {name!r}{_merge(base)}")
+
+
+def check_whole_model(flag: str, name: str) -> None:
+    """Refuse a folder that training could not start from, before anything is loaded: configuration, and the headers of its
+    safetensors files. A Hub id passes.
+
+    Raises:
+        CompatibilityError: no model folder, an adapter, or weights that are missing, cut short or damaged.
+    """
+    refuse_adapter(flag, name)
+    check_model_folder(flag, name)
+    path = Path(name)
+    index, whole = path / INDEX, path / WEIGHTS
+    try:
+        files = (
+            sorted({path / str(file) for file in read_json(index)["weight_map"].values()}) if index.is_file() else []
+        )
+        for file in [whole] if whole.is_file() else files:
+            with safe_open(file, framework="pt"):  # checks that the tensors fill the file
+                pass
+    except Exception as error:  # safetensors' own, OSError, KeyError
+        raise CompatibilityError(
+            f"{flag} {name!r}: its weights cannot be read: {_quoted(error)}. Expected whole safetensors files; copy them again."
+        ) from error
 
 
 def load_tokenizer(flag: str, name: str, **load: Any) -> PreTrainedTokenizerBase:
@@ -177,9 +203,14 @@ def absolute_base(model: Any) -> None:
 def _has_tokenizer(name: str) -> bool:
     if Path(name).is_dir():
         return any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
-    return any(
-        cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None for file in _TOKENIZER_FILES
-    )
+    return any(_on_hub(name, file) for file in _TOKENIZER_FILES)
+
+
+def _on_hub(name: str, file: str) -> bool:
+    try:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def _json(flag: str, path: Path) -> dict[str, Any]:
@@ -203,6 +234,8 @@ def _quoted(error: Exception) -> str:
 
 def _hint(name: str, error: Exception) -> str:
     base, sizes_differ = adapter_base("", name), "size mismatch" in str(error) or "mismatched_sizes" in str(error)
+    if base is None and not Path(name).exists() and _on_hub(name, ADAPTER):
+        return " The repository holds an adapter, whose base must be reachable, too; training starts from whole models: merge it."
     if base is None:
         return f" {MODEL_CONFIG} and the weights are of different sizes." * sizes_differ
     if sizes_differ:

@@ -21,6 +21,7 @@ from effopd.distill.config import RunArguments
 from effopd.distill.console import end_bars, in_lines
 from effopd.distill.ledger import CLOCKS, CostLedger
 from effopd.distill.model_card import model_card
+from effopd.distill.model_files import absolute_base
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.errors import finite_predictions
 from effopd.extrapolate.ranks import from_first, gather, rank, together, world_size
@@ -107,6 +108,7 @@ class RunMixin(_Host):
         self._epochs = _EpochCallback()
 
     def _attach_run(self) -> None:
+        absolute_base(self.accelerator.unwrap_model(self.model))
         self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
         self.add_callback(self._epochs)
         self.callback_handler.callbacks.insert(0, _LedgerCallback(self.ledger))
