@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from effopd.command_help import CommandParser, OneSpelling, parsed
+from effopd.distill.console import missing_answers, quiet_hosts
 from effopd.distill.model_files import check_dtype, load_model, load_tokenizer
 from effopd.distill.preflight import check_model_name, check_task
 from effopd.distill.progress import Counted
@@ -71,7 +72,7 @@ class SamplingArguments:
     @property
     def template(self) -> dict[str, Any]:
         """Keyword arguments of the chat template."""
-        return dict(self.chat_template_kwargs or {})
+        return self.chat_template_kwargs if isinstance(self.chat_template_kwargs, dict) else {}
 
 
 @dataclass
@@ -172,7 +173,8 @@ class MeasuringParser(CommandParser):
     def _explicit(self, args: Any) -> set[str]:
         """Flags on the command line."""
         before = [(action, action.default, action.required) for action in self._actions]
-        defaults, self._defaults = self._defaults, {}
+        defaults: dict[str, Any] = self._defaults  # type: ignore[has-type]
+        self._defaults = {}
         try:
             for action in self._actions:
                 action.default, action.required = argparse.SUPPRESS, False
@@ -212,15 +214,18 @@ def run_eval(argv: Sequence[str]) -> int:
     arguments.model = resolve_model(arguments.model)
     check_model_name("--model", arguments.model)
     load = {"trust_remote_code": arguments.trust_remote_code}
-    tokenizer = load_tokenizer("--model", arguments.model, **load)
-    task = load_task(task_config, "eval", why="Answers are needed to tell right from wrong.")
-    check_task(task, tokenizer, task_config.max_prompt_length, **sampling.template)
-    model = load_model("--model", arguments.model, dtype=arguments.dtype, **load)
+    with quiet_hosts(bars=True):
+        tokenizer = load_tokenizer("--model", arguments.model, **load)
+        task = load_task(task_config, "eval", why="Answers are needed to tell right from wrong.")
+        check_task(task, tokenizer, task_config.max_prompt_length, **sampling.template)
+        model = load_model("--model", arguments.model, dtype=arguments.dtype, **load)
     if text := _part(task, task_config):
-        print(text)
+        print(text, flush=True)
     with Counted(len(task) * sampling.n, task.name, "answer") as bar:
         result = evaluate(model, tokenizer, task, progress=bar.update, **sampling.settings())
     _print(result, sampling.n)
+    if text := missing_text(result, task.name, sampling.max_new_tokens):
+        print(text)
     if arguments.output is not None:
         _write(result, arguments, task.name, sampling.temperature)
     return 0
@@ -241,11 +246,33 @@ def _print(result: EvalResult, n: int) -> None:
         **{name: f"{value:.3f}" for name, value in summary.items() if name.startswith("pass@") and n > 1},
         "mean score": f"{summary['mean_score']:.3f}",
         "answer length": f"{summary['mean_length']:.1f} tokens on average, {summary['max_length']} at most",
-        "cut at the limit": f"{summary['truncated_share']:.1%}",
+        "answers": answers_text(summary),
         "time": f"{summary['seconds']:.1f} s, {summary['generated_tokens']} tokens",
     }
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+
+
+def answers_text(summary: Mapping[str, Any]) -> str:
+    """How many answers there were, could be graded, were cut and were empty."""
+    count = summary["prompts"] * summary["samples_per_prompt"]
+    found = summary["answers_found"]
+    parts = [f"{count}"] + ([] if found is None else [f"{found} with something to grade"])
+    cut = f"{summary['answers_cut']} cut at the limit ({summary['truncated_share']:.1%})"
+    return ", ".join([*parts, cut, f"{summary['answers_empty']} empty"])
+
+
+def missing_text(result: EvalResult, task: str, limit: int) -> str:
+    """`console.missing_answers` of a result."""
+    return missing_answers(
+        task,
+        result.accuracy.mean,
+        len(result.lengths),
+        result.answers_found,
+        result.answers_cut,
+        result.answers_empty,
+        limit=limit,
+    )
 
 
 def _write(result: EvalResult, arguments: EvalArguments, task: str, temperature: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from effopd.command_help import OneSpelling
+from effopd.distill.console import missing_answers, quiet_hosts
 from effopd.distill.model_files import check_dtype, load_model, load_tokenizer
 from effopd.distill.preflight import check_models, check_task
 from effopd.distill.progress import Counted
@@ -183,6 +184,8 @@ def run_intervene(argv: Sequence[str]) -> int:
     if results is not None:
         _evaluate([*reference_points(study), *points], sources, request, results, task, tokenizer)
         _report(results, request.scan, sources)
+        if text := _missing(results, request):
+            print(text)
     if models.save_dir is not None:
         _save(points, sources, request, decided)
     return 0
@@ -230,10 +233,11 @@ def _evaluate(
         print(f"all {len(points)} points are in {results.root} already")
         return
     load = {"dtype": request.models.dtype, "trust_remote_code": request.models.trust_remote_code}
-    model = load_model("--base", str(sources.base.path), **load)
-    live = LiveBase(model, sources)
     teacher = request.models.teacher
-    loaded = None if teacher is None else load_model("--teacher", str(resolve_model(teacher)), **load)
+    with quiet_hosts(bars=True):
+        model = load_model("--base", str(sources.base.path), **load)
+        live = LiveBase(model, sources)
+        loaded = None if teacher is None else load_model("--teacher", str(resolve_model(teacher)), **load)
     evaluator = Evaluator(model, tokenizer, task, request.sampling.settings(), loaded)
     results.begin([f"{name} {version}" for name, version in versions().items()])
     run_scan(points, live, sources, evaluator, results)
@@ -266,6 +270,28 @@ def _report(results: Results, scan: str, sources: Sources) -> None:
     from effopd.report.intervention_figures import draw
 
     print(f"figure: {draw(frame, scan, results.root / 'figures' / f'{scan}.png')}")
+
+
+def _missing(results: Results, request: Request) -> str:
+    """Where most answers of a point had nothing to grade: the worst point, and what to do."""
+    worst: tuple[int, str, Mapping[str, Any]] | None = None
+    for name, row in results.rows.items():
+        found = row["measured"].get("answers_found")
+        if found is not None and row["scan"] in ("reference", request.scan) and (worst is None or found < worst[0]):
+            worst = (found, name, row["measured"])
+    if worst is None:
+        return ""
+    found, name, measured = worst
+    text = missing_answers(
+        request.task.eval_task or request.task.task,
+        measured["accuracy"],
+        measured["n"] * request.sampling.n,
+        found,
+        measured["answers_cut"],
+        measured["answers_empty"],
+        limit=request.sampling.max_new_tokens,
+    )
+    return f"{name}: {text}" if text else ""
 
 
 def _print(frame: pd.DataFrame, results: Results, scan: str) -> None:

@@ -258,6 +258,9 @@ class Evaluator:
             "mean_score": result.mean_score,
             "response_length": float(np.mean(result.lengths)),
             "truncated_share": result.truncated_share,
+            **({} if result.answers_found is None else {"answers_found": result.answers_found}),
+            "answers_cut": result.answers_cut,
+            "answers_empty": result.answers_empty,
             "generated_tokens": result.generated_tokens,
             "accuracies": [float(np.mean(row)) for row in result.correct],
         }

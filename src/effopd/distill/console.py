@@ -63,10 +63,49 @@ def step_line(row: Row, step: int, steps: int, *, loss_is_kl: bool = True, avera
 
 def eval_line(row: Row, step: int) -> str:
     """An evaluation's row in one line: KL ± standard error, accuracy with its 95 % interval; the host's own evaluation has
-    a loss only."""
+    a loss only. Says so where most answers had nothing to grade."""
     prefix = _prefix(row)
+    found, answers = row.get(f"{prefix}_answers_found"), row.get(f"{prefix}_answers")
     return _joined(
-        [f"{prefix} @{step}", *held_out(row), _length(row, f"{prefix}_response_length", f"{prefix}_truncated_share")]
+        [
+            f"{prefix} @{step}",
+            *held_out(row),
+            _length(row, f"{prefix}_response_length", f"{prefix}_truncated_share"),
+            f"(only {found} of {answers} answers could be graded)" if mostly_missing(found, answers) else "",
+        ]
+    )
+
+
+def mostly_missing(found: float | None, answers: float | None) -> bool:
+    """Whether fewer than half of the answers had something that the verifier could grade; not if that is unknown."""
+    return found is not None and answers is not None and found < answers / 2
+
+
+def missing_answers(
+    task: str, accuracy: float, answers: int, found: int | None, cut: int, empty: int, *, limit: int
+) -> str:
+    """A sentence for an evaluation whose verifier found nothing to grade in most answers; "" for any other.
+
+    Args:
+        task: its name; the kind before the colon says what the verifier looks for.
+        accuracy: the share of right answers that was measured.
+        answers: how many there were; `found`, `cut` and `empty` of them had something to grade, were cut at the limit, and
+            had no text.
+        limit: tokens at most of an answer.
+    """
+    if not mostly_missing(found, answers):
+        return ""
+    missing, ways = answers - (found or 0), []
+    if cut > answers / 4:
+        ways.append(f"raise --max_new_tokens ({cut} answers were cut at {limit})")
+    if empty > answers / 4:
+        ways.append(f"check --as_chat and the chat template ({empty} answers are empty)")
+    ways += ["change --prompt_suffix, which asks for the form of the answer"] * (empty < missing)
+    kind = task.partition(":")[0]
+    sought = {"math": "\\boxed{}", "reasoning-gym": "<answer> tags"}.get(kind, "answer to grade")
+    return (
+        f"{missing} of {answers} answers have no {sought}: accuracy {accuracy:.3f} says little about what the model can do "
+        f"here. To do: {'; '.join(ways)}."
     )
 
 

@@ -78,7 +78,7 @@ def check_model_folder(flag: str, name: str) -> None:
         ensure("peft")
         if (path / MODEL_CONFIG).is_file():
             return  # transformers takes the weights beside the adapter as its base
-        if not Path(base).is_dir() and not _HUB_ID.fullmatch(base):
+        if not _HUB_ID.fullmatch(base) and not (base and Path(base).is_dir()):
             raise CompatibilityError(f"{flag} {name!r} cannot be read.{_missing_base(name, base)}")
         return
     config = path / MODEL_CONFIG
