@@ -207,7 +207,7 @@ def closing_lines(root: Path, step: int, costs: Row) -> str:
     rewards = [row["reward"] for row in read_rows(root / METRICS) if row.get("reward") is not None]
     lines = [f"Done: step {step}. The model, its card and all rows are in {root}"]
     if evals:
-        lines.append("  held out  " + _joined(first_to_last(evals)))
+        lines.append(f"  held out, {steps_text(evals)}:  " + _joined(first_to_last(evals)))
     if rewards:
         lines.append(f"  reward {rewards[0]:.3f} → {rewards[-1]:.3f} (first and last logged step)")
     tokens = _part(costs, "cost/net_generated_tokens", "tokens", "{:,.0f}".format)
@@ -216,6 +216,12 @@ def closing_lines(root: Path, step: int, costs: Row) -> str:
     if searches:
         lines.append(f"  look-ahead: {searches_text(searches)}")
     return "\n".join([*lines, f"Next: effopd report {shlex.quote(str(root))}"])
+
+
+def steps_text(evals: Sequence[Row]) -> str:
+    """`step 2 → step 6`: of the first evaluation, which may come after the first jumps, and of the last."""
+    steps = list(dict.fromkeys(row["step"] for row in (evals[0], evals[-1])))
+    return " → ".join(f"step {step}" for step in steps)
 
 
 def first_to_last(evals: Sequence[Row]) -> list[str]:

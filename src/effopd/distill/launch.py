@@ -91,6 +91,8 @@ def check_settings(settings: RunSettings) -> None:
     if opd.reference_model_name_or_path is not None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
+    if opd.eval_on_start is None:  # the curve begins before the first jump
+        opd.eval_on_start = effopd.enabled and opd.eval_strategy != "no"
     if effopd.enabled and effopd.resolved_scorer == "teacher_kl":
         check_rollouts(opd, effopd.score_rollouts)
 
@@ -139,7 +141,7 @@ def tokenizer_of(model: ModelConfig, others: Sequence[str], args: Any) -> Any:
 
 def evaluates(args: Any) -> bool:
     """Whether a run measures itself on held-out prompts."""
-    return args.eval_strategy != "no" or args.eval_on_start
+    return args.eval_strategy != "no" or bool(args.eval_on_start)
 
 
 def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
