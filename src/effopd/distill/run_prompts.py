@@ -4,6 +4,7 @@ model later. A model gets the same tokens then as in training."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,9 @@ def agreed(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> tuple[dict[str, An
 
 def spoken(values: Mapping[str, Any]) -> str:
     """`--flag value` of each, as a user would write them."""
+    bare = re.compile(r"[^\s\"',]+")  # needs no quotes
     return ", ".join(
-        f"{name} {json.dumps(value, ensure_ascii=False) if not isinstance(value, str) or not value else value}"
+        f"{name} {value if isinstance(value, str) and bare.fullmatch(value) else json.dumps(value, ensure_ascii=False)}"
         for name, value in values.items()
     )
 
