@@ -323,7 +323,8 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
 
 def _table(summary: dict[str, Any]) -> Table:
     title = f"testbed:{summary['family']}, seed {summary['seed']}: {summary['max_steps']} steps each"
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    caption = "held-out KL: at the start → the median of the last three evaluations"
+    table = Table(title=title, caption=caption, box=box.SIMPLE, pad_edge=False)
     for name in ("", "steps", "net s", "tokens", "held-out KL", "accuracy [95 %]"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for arm, label in ARMS.items():

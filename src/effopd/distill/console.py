@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from effopd.distill.run_dir import EVALS, METRICS
+from effopd.distill.run_dir import CONFIG, EVALS, METRICS
 from effopd.extrapolate.callback import SEARCHES
 from effopd.files import read_rows
 
@@ -35,7 +35,9 @@ _RENAMED = ("is_gradient_checkpointing", "gradient_checkpointing_disable", "grad
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
-def step_line(row: Row, step: int, steps: int, *, loss_is_kl: bool = True, averaged: bool = False) -> str:
+def step_line(
+    row: Row, step: int, steps: int, *, loss_is_kl: bool = True, averaged: bool = False, clock: str = "wall"
+) -> str:
     """A training row in one line; what the row lacks, or has as `None`, is left out.
 
     Args:
@@ -44,6 +46,7 @@ def step_line(row: Row, step: int, steps: int, *, loss_is_kl: bool = True, avera
         loss_is_kl: the loss is the reverse KL of all the step's tokens (nats); otherwise it is shown beside the KL that the
             health metrics found on some of them.
         averaged: the row is a mean over several optimizer steps, of their jumps, too.
+        clock: `cost_clock` of the run.
     """
     learning = isinstance(row.get("reward"), int | float)
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
@@ -56,7 +59,7 @@ def step_line(row: Row, step: int, steps: int, *, loss_is_kl: bool = True, avera
         parts += [_part(row, "loss", "loss", number), _part(row, "health/reverse_kl", "KL", number)]
     parts.append(_part(row, "learning_rate", "lr", "{:.1e}".format))
     parts.append(_length(row, "completions/mean_length", "completions/clipped_ratio"))
-    parts += [net_seconds(row), _part(row, "cost/net_generated_tokens", "tokens", "{:,.0f}".format)]
+    parts += [net_seconds(row, clock), _part(row, "cost/net_generated_tokens", "tokens", "{:,.0f}".format)]
     parts.append(_jump(row, averaged))
     return _joined(parts)
 
@@ -132,12 +135,14 @@ def held_out(row: Row) -> list[str]:
     return [part for part in parts if part]
 
 
-def net_seconds(costs: Row) -> str:
-    """`net 14 s (search 7 %)`: all but evaluation, and the look-ahead's share of it if there was any."""
+def net_seconds(costs: Row, clock: str = "wall") -> str:
+    """`net 14 s (search 7 %)`: all but evaluation, and the look-ahead's share of it if there was any. CPU seconds are
+    called so."""
     net, search = costs.get("cost/net_seconds"), costs.get("cost/search_seconds")
     if net is None:
         return ""
-    return f"net {duration(net)}" + (f" (search {percent(search / net)})" if search and net else "")
+    unit = " of CPU" if clock == "cpu" else ""
+    return f"net {duration(net)}{unit}" + (f" (search {percent(search / net)})" if search and net else "")
 
 
 def searches_text(searches: Sequence[Row]) -> str:
@@ -211,7 +216,8 @@ def closing_lines(root: Path, step: int, costs: Row) -> str:
     if rewards:
         lines.append(f"  reward {rewards[0]:.3f} → {rewards[-1]:.3f} (first and last logged step)")
     tokens = _part(costs, "cost/net_generated_tokens", "tokens", "{:,.0f}".format)
-    if cost := _joined([net_seconds(costs), tokens]):
+    clock = "cpu" if (root / CONFIG).is_file() and "\ncost_clock: cpu\n" in (root / CONFIG).read_text() else "wall"
+    if cost := _joined([net_seconds(costs, clock), tokens]):
         lines.append(f"  {cost}")
     if searches:
         lines.append(f"  look-ahead: {searches_text(searches)}")
@@ -247,7 +253,11 @@ class _Lines(TrainerCallback):
             return
         if "loss" in logs:
             exact, averaged = _loss_is_kl(args), args.logging_strategy != "steps" or state.logging_steps > 1
-            _say(step_line(logs, state.global_step, state.max_steps, loss_is_kl=exact, averaged=averaged))
+            clock = getattr(args, "cost_clock", "wall")
+            line = step_line(
+                logs, state.global_step, state.max_steps, loss_is_kl=exact, averaged=averaged, clock=clock
+            )
+            _say(line)
         elif not any(key.endswith("_runtime") for key in logs):  # an evaluation is said below, the end by the command
             super().on_log(args, state, control, logs=logs, **kwargs)
 
