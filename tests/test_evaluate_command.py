@@ -7,7 +7,9 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import TEMPLATE, make_model, make_tokenizer
+from safetensors.torch import load_file
 
 from effopd import evaluate_command, intervene_command
 from effopd.cli import main, parse_rl
@@ -16,6 +18,7 @@ from effopd.distill.launch import prompts, to_yaml
 from effopd.distill.launch_rl import rl_yaml
 from effopd.distill.run_prompts import run_of
 from effopd.evaluation import encode_prompts
+from effopd.files import read_rows
 from effopd.tasks import TaskConfig
 from effopd.train_command import parse_train
 
@@ -244,6 +247,76 @@ def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, caps
     assert f"60, 0 with something to grade, {summary['answers_cut']} cut at the limit" in printed
     assert "60 of 60 answers have no \\boxed{}: accuracy 0.000 says little" in printed
     assert f"raise --max_new_tokens ({summary['answers_cut']} answers were cut at 3)" in printed
+
+
+def test_training_evaluations_count_their_answers(models, tmp_path, capsys):
+    flags = ["--model_name_or_path", str(models / "student"), "--teacher_model_name_or_path", str(models / "teacher"),
+             "--task", f"math:{models / 'math.jsonl'}", "--max_steps", "2", "--per_device_train_batch_size", "4",
+             "--max_completion_length", "4", "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "no",
+             "--report_to", "none", "--use_cpu", "--effopd.strategy", "lookahead", "--effopd.score_rollouts", "4"]  # fmt: skip
+    rows = {}
+    for name, more in (("as it is", []), ("without", ["--eval_on_start", "false"])):
+        assert main(["train", *flags, *more, "--output_dir", str(tmp_path / name)]) == 0
+        rows[name] = [list(read_rows(tmp_path / name / f"{kind}.jsonl")) for kind in ("evals", "metrics", "searches")]
+    evals, metrics, searches = rows["as it is"]
+    # before the first step, too, because of the look-ahead; which changes nothing that training does
+    assert [row["step"] for row in evals] == [0, 1, 2]
+    assert [row["step"] for row in rows["without"][0]] == [1, 2]
+
+    def decided(value):
+        if isinstance(value, dict):
+            return {
+                k: decided(v) for k, v in value.items() if not any(part in k for part in ("second", "time", "eval"))
+            }
+        return [decided(one) for one in value] if isinstance(value, list) else value
+
+    for mine, others in zip((metrics, searches), rows["without"][1:], strict=True):
+        assert decided(mine) == decided(others)
+    same = {"eval_kl", "eval_accuracy", "eval_accuracy_greedy"}
+    assert [{k: row[k] for k in same} for row in evals[1:]] == [
+        {k: row[k] for k in same} for row in rows["without"][0]
+    ]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in rows)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    for row in evals:
+        assert (row["eval_answers"], row["eval_answers_found"]) == (3, 0)
+        assert row["eval_answers_cut"] + row["eval_answers_empty"] <= 3
+        assert row["eval_answers_cut"] == round(3 * row["eval_truncated_share"])
+    assert capsys.readouterr().out.count("(only 0 of 3 answers could be graded)") == 5
+
+
+def test_a_scan_says_where_answers_could_not_be_graded(models, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = [
+        "--base",
+        str(models / "student"),
+        "--trained",
+        f"a={models / 'teacher'}",
+        "--out",
+        str(out),
+        "--alphas",
+        "0",
+    ]
+    # --eval_task alone is a task, too
+    assert (
+        main(["intervene", "alpha", *flags, "--eval_task", f"math:{models / 'other.jsonl'}", "--max_new_tokens", "2"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "reference/base: 2 of 2 answers have no \\boxed{}" in printed
+    rows = list(read_rows(out / "results.jsonl"))
+    assert all(row["measured"]["answers_found"] == 0 and "answers_cut" in row["measured"] for row in rows)
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ nothing.at.all }}", "{{ raise_exception('no system message') }}"])
+def test_a_template_that_cannot_write_prompts(models, tmp_path, template, capsys):
+    model, tokenizer = tmp_path / "model", make_tokenizer()
+    shutil.copytree(models / "student", model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    assert main(["eval", "--model", str(model), "--eval_task", f"math:{models / 'other.jsonl'}"]) == 2
+    assert f"the chat template of '{model}' cannot write the prompt" in capsys.readouterr().err
 
 
 def test_a_good_result_has_no_warning(capsys):

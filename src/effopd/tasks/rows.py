@@ -152,9 +152,17 @@ def check_prompt_lengths(
                     f"prompts of task '{task.name}' are chat messages: expected a tokenizer with a chat template, got "
                     f"none in '{tokenizer.name_or_path}'. Set as_chat to false for a base model, or add a template."
                 )
-            text = tokenizer.apply_chat_template(
-                example.prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-            )
+            try:
+                text = tokenizer.apply_chat_template(
+                    example.prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+                )
+            except Exception as error:  # a template is a program: it may raise anything
+                raise TaskError(
+                    f"the chat template of '{tokenizer.name_or_path}' cannot write the prompt of example '{example.id}'"
+                    + (f" with {dict(chat_template_kwargs)}" if chat_template_kwargs else "")
+                    + f": {type(error).__name__}: {error}. Mend the template, or what it is given (--chat_template_kwargs, "
+                    "--system_prompt)."
+                ) from error
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         lengths[example.id] = len(tokens)
         if max_prompt_length is not None and len(tokens) > max_prompt_length:
