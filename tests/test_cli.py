@@ -55,7 +55,7 @@ def train_flags(pair, output_dir, *extra):
 def test_train_evaluates_checkpoints_and_resumes(pair, tmp_path, capsys):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert main(["train", *train_flags(pair, whole)]) == 0
-    assert [row["step"] for row in read_rows(whole / "evals.jsonl")] == [2, 4]
+    assert [row["step"] for row in read_rows(whole / "evals.jsonl")] == [0, 2, 4]  # with a look-ahead, before it, too
     assert [row["step"] for row in read_rows(whole / "searches.jsonl")] == [1, 2, 4]
     assert (whole / "checkpoints" / "step-000002" / "effopd_anchor.safetensors").exists()
 
@@ -63,6 +63,7 @@ def test_train_evaluates_checkpoints_and_resumes(pair, tmp_path, capsys):
     assert main(["train", *train_flags(pair, part)]) == 2  # without resume: refused, nothing lost
     assert "--resume_from_checkpoint true" in capsys.readouterr().err
     assert main(["train", *train_flags(pair, part, "--resume_from_checkpoint", "true")]) == 0
+    assert [row["step"] for row in read_rows(part / "evals.jsonl")] == [0, 2, 4]
     one, other = (load_file(root / "model.safetensors") for root in (whole, part))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

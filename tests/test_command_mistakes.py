@@ -155,7 +155,7 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
         assert "expected testbed:student or testbed:teacher, got 'testbed:techer'" in said(capsys, *command)
     (tmp_path / "empty").mkdir()
     message = said(capsys, "train", *PAIR, *TESTBED, "--model_name_or_path", "empty")
-    assert "--model_name_or_path 'empty' holds no config.json" in message
+    assert "--model_name_or_path 'empty' has no config.json" in message
     check_model_name("--model", "org/model")  # may be on the Hub
 
 

@@ -12,6 +12,7 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
 from effopd import intervene_command
+from effopd.distill import model_files
 from effopd.dynamics.scans import SCANS
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, EffOPDError, TaskError
 from effopd.intervene_command import run_intervene
@@ -43,7 +44,7 @@ def forbid_loading(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(intervene_command.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(model_files.AutoModelForCausalLM, "from_pretrained", refuse)
 
 
 def test_alpha_with_a_teacher_then_again_then_another_scan(tmp_path, capsys, monkeypatch):

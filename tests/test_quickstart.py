@@ -29,6 +29,13 @@ def test_quickstart_end_to_end(tmp_path, capsys):
     assert (root / "figure.png").stat().st_size > 10_000
     assert all(arm in (root / "report.html").read_text() for arm in ARMS)
     assert "held-out KL" in printed and "speed-up" in printed
+    # without a terminal, a line an evaluation
+    lines = [line for line in printed.splitlines() if re.search(r"step \d/2 ", line)]
+    assert [re.split(r"  +", line)[:2] for line in lines] == [
+        [label, f"step {step}/2"] for label in ARMS.values() for step in range(3)
+    ]
+    assert all(re.search(r"KL 0\.\d+ .*\(\d+ (s|min)(, about \d+ (s|min) left)?\)$", line) for line in lines)
+    assert "left" in lines[1] and "left" not in lines[-1]
     first = [next(iter(read_rows(root / arm / "evals.jsonl"))) for arm in ARMS]
     assert len({row["eval_kl"] for row in first}) == 1  # same start, same held-out prompts, same noise
 
@@ -66,7 +73,7 @@ def test_a_folder_that_holds_no_demo_stays_where_it_is(tmp_path, capsys, monkeyp
 
 def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, monkeypatch):
     started = []
-    monkeypatch.setattr(quickstart, "_run_arm", lambda arm, arguments, folder, advance: started.append(folder))
+    monkeypatch.setattr(quickstart, "_run_arm", lambda arm, arguments, folder, display: started.append(folder))
     monkeypatch.setattr(quickstart, "conclude", lambda *_: None)
     root = tmp_path / "demo"
     for there in ([], ["vanilla"], ["vanilla", "effopd", "lookahead", "summary.json", ".DS_Store"]):

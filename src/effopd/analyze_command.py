@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm.auto import tqdm
 
+from effopd.distill.progress import Counted
 from effopd.dynamics.analysis import SUMMARY, Analysis, execute
 from effopd.dynamics.measure import GROUPS
 from effopd.dynamics.plan import Plan, labelled, prepare
@@ -158,20 +158,22 @@ class _Bar:
     """A progress bar that starts where an interrupted analysis stopped."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._bar: Counted | None = None
+        self._done = 0
 
     def __enter__(self) -> _Bar:
         return self
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, unit="matrix", desc="analyze")
+            self._bar = Counted(total, "analyze", "matrix", done=done)
         else:
-            self._bar.update(done - self._bar.n)
+            self._bar.update(done - self._done)
+        self._done = done
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._bar.__exit__()
 
 
 # -- printing -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from effopd.bench import plan as plan_module
 from effopd.bench.plan import Plan, PlannedRun, load_plan
 from effopd.bench.results import Run, analyse, read_run
 from effopd.bench.runner import DONE, LOG, Runner, failure_of, is_done, only_one
+from effopd.distill.progress import spoken_time, time_left
 from effopd.distill.run_dir import EVALS
 from effopd.errors import ConfigError, EffOPDError, NonFiniteLossError
 from effopd.files import read_rows, write_atomically
@@ -185,14 +187,19 @@ def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console, loc
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
+    start, total, ended = time.monotonic(), len(pending) + done, done
     with Progress(*columns, console=console, speed_estimate_period=36000) as progress:
-        bar = progress.add_task("compare", total=len(pending) + done, completed=done)
+        bar = progress.add_task("compare", total=total, completed=done)
 
         def report(event: str, run: PlannedRun) -> None:
+            nonlocal ended
             if event == "start":
                 progress.console.print(f"start  {escape(run.name)}", highlight=False)
                 return
-            progress.console.print(f"{event:<6} {escape(run.name)}", highlight=False)
+            ended += 1
+            left = time_left(time.monotonic() - start, ended - done, total - ended)
+            how_far = "" if console.is_terminal else f"  ({ended}/{total}, about {spoken_time(left)} left)"
+            progress.console.print(f"{event:<6} {escape(run.name)}{how_far}", highlight=False)
             progress.advance(bar)
 
         return Runner(plan, report, lock).run(pending)

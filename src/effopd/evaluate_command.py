@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from effopd.command_help import CommandParser, OneSpelling, parsed
-from effopd.distill.meta_model import check_model_folder, check_positions_of
+from effopd.distill.console import missing_answers, quiet_hosts
+from effopd.distill.meta_model import check_positions_of
+from effopd.distill.model_files import check_dtype, load_model, load_tokenizer
 from effopd.distill.preflight import check_model_name, check_task
-from effopd.errors import CompatibilityError, ConfigError
+from effopd.distill.progress import Counted
+from effopd.distill.run_prompts import agreed, run_of, spoken, taken_over
+from effopd.errors import ConfigError
 from effopd.evaluation import EvalResult, evaluate
 from effopd.files import write_atomically
 from effopd.tasks import Task, TaskConfig, load_task
+from effopd.tasks.config import json_object
 from effopd.testbed import resolve_model
 
 
@@ -43,8 +45,17 @@ class SamplingArguments:
     max_new_tokens: int = field(default=512, metadata={"help": "Token limit of an answer."})
     batch_size: int = field(default=64, metadata={"help": "Answers generated at once."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling noise."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON object with arguments of the tokenizer's chat template, such as '{\"enable_thinking\": false}'."
+        },
+    )
 
     def __post_init__(self) -> None:
+        self.chat_template_kwargs = json_object(
+            "--chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
+        )
         for name in ("n", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
@@ -59,6 +70,11 @@ class SamplingArguments:
         """Keyword arguments of `effopd.evaluation.evaluate`."""
         return dataclasses.asdict(self)
 
+    @property
+    def template(self) -> dict[str, Any]:
+        """Keyword arguments of the chat template."""
+        return self.chat_template_kwargs if isinstance(self.chat_template_kwargs, dict) else {}
+
 
 @dataclass
 class EvalArguments:
@@ -72,6 +88,7 @@ class EvalArguments:
     )
 
     def __post_init__(self) -> None:
+        check_dtype(self.dtype)
         if self.output is not None and Path(self.output).exists():
             raise ConfigError(f"--output {self.output} exists; choose another file (nothing was changed).")
 
@@ -103,44 +120,114 @@ class EvalTaskConfig(TaskConfig):
         super().__post_init__()
 
 
+class MeasuringParser(CommandParser):
+    """A parser of flags whose defaults are those of the run that a model comes from (see `distill.run_prompts`).
+
+    Attributes:
+        note: what was taken over from which run, in one line; "" if nothing.
+    """
+
+    #: Whether a command without a task measures on the run's own.
+    own_task = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.note = ""
+        self._in_file: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def models(self, found: argparse.Namespace) -> list[str]:
+        """The folders or Hub ids that are measured."""
+        return [str(found.model)] if found.model else []
+
+    def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        """As the host's; remembers which settings the file has."""
+        unset = object()
+        before = [(action, action.default) for action in self._actions]
+        for action in self._actions:
+            action.default = unset
+        try:
+            return super().set_defaults_with_config(**settings)
+        finally:
+            for action, default in before:
+                if action.default is unset:
+                    action.default = default
+                else:
+                    self._in_file.add(action.dest)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As the host's, with the run's settings in the place of the defaults."""
+        found, rest = super().parse_known_args(args, namespace)
+        runs = [run for run in map(run_of, self.models(found)) if run is not None]
+        if not runs:
+            return found, rest
+        explicit = self._explicit(args) | self._in_file
+        common, conflicts = agreed(runs)
+        if message := next((text for flag, text in conflicts.items() if flag not in explicit), None):
+            raise ConfigError(message)
+        values = taken_over(common, vars(found), explicit, own_task=self.own_task)
+        if not values:
+            return found, rest
+        self.note = f"as in {runs[0][0]}: {spoken(values)}"
+        self.set_defaults(**values)
+        return super().parse_known_args(args, namespace)
+
+    def _explicit(self, args: Any) -> set[str]:
+        """Flags on the command line."""
+        before = [(action, action.default, action.required) for action in self._actions]
+        defaults: dict[str, Any] = self._defaults  # type: ignore[has-type]
+        self._defaults = {}
+        try:
+            for action in self._actions:
+                action.default, action.required = argparse.SUPPRESS, False
+            return set(vars(argparse.ArgumentParser.parse_known_args(self, args)[0]))
+        finally:
+            self._defaults = defaults
+            for action, default, required in before:
+                action.default, action.required = default, required
+
+
+def parsed_as_trained(parser: MeasuringParser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """`parsed`; says in one line what was taken over from a run, also where it leads to an error."""
+    try:
+        arguments = parsed(parser, argv)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({parser.note})") if parser.note else error from error
+    if parser.note:
+        print(parser.note, flush=True)
+    return arguments
+
+
 def run_eval(argv: Sequence[str]) -> int:
     """Parse, check, evaluate, print."""
-    parser = CommandParser(
+    parser = MeasuringParser(
         [EvalArguments, SamplingArguments, EvalTaskConfig],
         prog="effopd eval",
         usage="effopd eval --model MODEL (--eval_task TASK | --task TASK) [--FLAG VALUE …]",
         description="Sample answers, verify them, and say how sure the accuracy is. The model's own sampling defaults are not "
-        "used.",
+        "used.\nOf a model in a run directory, prompts are written and answers sampled as config.yaml there says, unless a flag "
+        "says otherwise; without a task, the run's own is used.",
         epilog="Examples: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0\n"
-        "          effopd eval --model MODEL --eval_task math:test.jsonl      (every row of a file)",
+        "          effopd eval --model MODEL --eval_task math:test.jsonl      (every row of a file)\n"
+        "          effopd eval --model runs/first                             (as its own evaluations)",
         formatter_class=OneSpelling,
     )
-    arguments, sampling, task_config = parsed(parser, argv)
+    arguments, sampling, task_config = parsed_as_trained(parser, argv)
     arguments.model = resolve_model(arguments.model)
     check_model_name("--model", arguments.model)
-    check_model_folder("--model", arguments.model, adapter=True)
-    task = load_task(task_config, "eval", why="Answers are needed to tell right from wrong.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            arguments.model, padding_side="left", trust_remote_code=arguments.trust_remote_code
-        )
-        longest = check_task(task, tokenizer, task_config.max_prompt_length)
-        load = {"trust_remote_code": arguments.trust_remote_code}
+    load = {"trust_remote_code": arguments.trust_remote_code}
+    with quiet_hosts(bars=True):
+        tokenizer = load_tokenizer("--model", arguments.model, **load)
+        task = load_task(task_config, "eval", why="Answers are needed to tell right from wrong.")
+        longest = check_task(task, tokenizer, task_config.max_prompt_length, **sampling.template)
         check_positions_of("--model", arguments.model, longest, sampling.max_new_tokens, "--max_new_tokens", **load)
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
-        )
-    except OSError as error:
-        raise CompatibilityError(
-            f"--model {arguments.model!r} cannot be loaded: expected a model folder or a Hub id, got {error}"
-        ) from error
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
+        model = load_model("--model", arguments.model, dtype=arguments.dtype, **load)
     if text := _part(task, task_config):
-        print(text)
-    with tqdm(total=len(task) * sampling.n, unit="answer", desc=task.name) as bar:
+        print(text, flush=True)
+    with Counted(len(task) * sampling.n, task.name, "answer") as bar:
         result = evaluate(model, tokenizer, task, progress=bar.update, **sampling.settings())
     _print(result, sampling.n)
+    if text := missing_text(result, task.name, sampling.max_new_tokens):
+        print(text)
     if arguments.output is not None:
         _write(result, arguments, task.name, sampling.temperature)
     return 0
@@ -161,11 +248,33 @@ def _print(result: EvalResult, n: int) -> None:
         **{name: f"{value:.3f}" for name, value in summary.items() if name.startswith("pass@") and n > 1},
         "mean score": f"{summary['mean_score']:.3f}",
         "answer length": f"{summary['mean_length']:.1f} tokens on average, {summary['max_length']} at most",
-        "cut at the limit": f"{summary['truncated_share']:.1%}",
+        "answers": answers_text(summary),
         "time": f"{summary['seconds']:.1f} s, {summary['generated_tokens']} tokens",
     }
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+
+
+def answers_text(summary: Mapping[str, Any]) -> str:
+    """How many answers there were, could be graded, were cut and were empty."""
+    count = summary["prompts"] * summary["samples_per_prompt"]
+    found = summary["answers_found"]
+    parts = [f"{count}"] + ([] if found is None else [f"{found} with something to grade"])
+    cut = f"{summary['answers_cut']} cut at the limit ({summary['truncated_share']:.1%})"
+    return ", ".join([*parts, cut, f"{summary['answers_empty']} empty"])
+
+
+def missing_text(result: EvalResult, task: str, limit: int) -> str:
+    """`console.missing_answers` of a result."""
+    return missing_answers(
+        task,
+        result.accuracy.mean,
+        len(result.lengths),
+        result.answers_found,
+        result.answers_cut,
+        result.answers_empty,
+        limit=limit,
+    )
 
 
 def _write(result: EvalResult, arguments: EvalArguments, task: str, temperature: float) -> None:

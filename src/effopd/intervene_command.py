@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,18 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from effopd.command_help import CommandParser, OneSpelling, parsed
+from effopd.command_help import OneSpelling
+from effopd.distill.console import missing_answers, quiet_hosts
 from effopd.distill.meta_model import check_positions_of
+from effopd.distill.model_files import check_dtype, load_model, load_tokenizer
 from effopd.distill.preflight import check_models, check_task
+from effopd.distill.progress import Counted
 from effopd.dynamics.plan import labelled
 from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import SCAN_FIELDS, SCANS, Point, reference_points
-from effopd.errors import CompatibilityError, ConfigError, TaskError
-from effopd.evaluate_command import SamplingArguments
+from effopd.errors import ConfigError
+from effopd.evaluate_command import MeasuringParser, SamplingArguments, parsed_as_trained
 from effopd.optional import is_available
 from effopd.scan import Evaluator, LiveBase, Sources, run_scan, save_point
 from effopd.scan_results import Results, merged_settings, write_settings
@@ -39,7 +40,7 @@ class _Extend(argparse.Action):
     """Repeated flags add up, and together replace what a YAML file says."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        given = getattr(namespace, self.dest)
+        given = getattr(namespace, self.dest, self.default)
         setattr(namespace, self.dest, [*([] if given is self.default else given), *values])
 
 
@@ -82,8 +83,7 @@ class InterveneArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
 
     def __post_init__(self) -> None:
-        if self.dtype != "auto" and not getattr(getattr(torch, self.dtype, None), "is_floating_point", False):
-            raise ConfigError(f"--dtype: expected auto, float32, bfloat16 or float16, got {self.dtype!r}.")
+        check_dtype(self.dtype)
         if self.out is None and self.save_dir is None:
             raise ConfigError("--out is missing: expected a folder for the results (or --save_dir, to only write).")
         if self.save_dir is not None and self.out is not None and Path(self.save_dir) == Path(self.out):
@@ -107,21 +107,31 @@ class ScanTaskConfig(TaskConfig):
     task: str = field(default="", metadata=TaskConfig.__dataclass_fields__["task"].metadata)
 
     def __post_init__(self) -> None:
+        self.task = self.task or self.eval_task or ""
         if self.task:
             super().__post_init__()
 
 
-def intervene_parser() -> CommandParser:
+class _Parser(MeasuringParser):
+    own_task = False  # without a task, a scan only writes checkpoints
+
+    def models(self, found: argparse.Namespace) -> list[str]:
+        """The trained models; a mistake among them is said where they are opened."""
+        return [path for _, _, path in (str(one).partition("=") for one in found.trained or ()) if path]
+
+
+def intervene_parser() -> MeasuringParser:
     """The parser of `effopd intervene`."""
     width = max(map(len, SCANS))
     lines = [f"  {name:<{width}}  {(build.__doc__ or '').splitlines()[0]}" for name, build in SCANS.items()]
 
-    parser = CommandParser(
+    parser = _Parser(
         [InterveneArguments, ScanOptions, SamplingArguments, ScanTaskConfig],
         prog="effopd intervene",
         usage="effopd intervene SCAN --base DIR --trained LABEL=DIR [--trained LABEL=DIR …] --task TASK --out DIR",
         description="Test which part of an update carries the gain: models between and beside a base W0 and trained\n"
-        "ones W0 + ΔW, each evaluated on the same prompts with the same sampling noise.\n\nscans:\n"
+        "ones W0 + ΔW, each evaluated on the same prompts with the same sampling noise. Of models in run directories, prompts\n"
+        "are written and answers sampled as config.yaml there says, unless a flag says otherwise.\n\nscans:\n"
         + "\n".join(lines),
         epilog="Example: effopd intervene alpha --base testbed:student --trained rl=testbed:teacher "
         "--task testbed:chain_sum\n           --eval_size 200 --max_new_tokens 24 --out runs/alpha",
@@ -148,7 +158,7 @@ def parse_intervene(argv: Sequence[str]) -> Request:
     Raises:
         ConfigError: an unknown setting in the YAML file, a value out of range, or nothing to do.
     """
-    models, options, sampling, task, extra = parsed(intervene_parser(), argv)
+    models, options, sampling, task, extra = parsed_as_trained(intervene_parser(), argv)
     if task.task and models.out is None:
         raise ConfigError("--out is missing: expected a folder for the results of --task.")
     if not task.task and models.save_dir is None:
@@ -175,6 +185,8 @@ def run_intervene(argv: Sequence[str]) -> int:
     if results is not None:
         _evaluate([*reference_points(study), *points], sources, request, results, task, tokenizer)
         _report(results, request.scan, sources)
+        if text := _missing(results, request):
+            print(text)
     if models.save_dir is not None:
         _save(points, sources, request, decided)
     return 0
@@ -205,17 +217,10 @@ def _task_settings(request: Request) -> dict[str, Any]:
 
 def _load_task(sources: Sources, request: Request) -> tuple[Task, Any]:
     """The evaluation's prompts and the base's tokenizer, checked against each other and the teacher."""
-    task = load_task(request.task, "eval")
-    if not task.verifiable:
-        raise TaskError(f"task '{task.name}' has no answers to grade against: expected an answer for every prompt.")
     load = {"trust_remote_code": request.models.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(sources.base.path, padding_side="left", **load)
-    except (OSError, ValueError) as error:
-        raise CompatibilityError(
-            f"--base {sources.base.path} has no usable tokenizer: expected its files beside the weights, got {error}"
-        ) from error
-    longest = check_task(task, tokenizer, request.task.max_prompt_length)
+    tokenizer = load_tokenizer("--base", str(sources.base.path), **load)
+    task = load_task(request.task, "eval", why="Answers are needed to tell right from wrong.")
+    longest = check_task(task, tokenizer, request.task.max_prompt_length, **request.sampling.template)
     answer = request.sampling.max_new_tokens
     check_positions_of("--base", str(sources.base.path), longest, answer, "--max_new_tokens", **load)
     if request.models.teacher is not None:
@@ -233,10 +238,12 @@ def _evaluate(
     if all(point.id in results for point in points):
         print(f"all {len(points)} points are in {results.root} already")
         return
-    model = _load(str(sources.base.path), request.models)
-    live = LiveBase(model, sources)
+    load = {"dtype": request.models.dtype, "trust_remote_code": request.models.trust_remote_code}
     teacher = request.models.teacher
-    loaded = None if teacher is None else _load(str(resolve_model(teacher)), request.models)
+    with quiet_hosts(bars=True):
+        model = load_model("--base", str(sources.base.path), **load)
+        live = LiveBase(model, sources)
+        loaded = None if teacher is None else load_model("--teacher", str(resolve_model(teacher)), **load)
     evaluator = Evaluator(model, tokenizer, task, request.sampling.settings(), loaded)
     results.begin([f"{name} {version}" for name, version in versions().items()])
     run_scan(points, live, sources, evaluator, results)
@@ -248,21 +255,12 @@ def _save(points: Sequence[Point], sources: Sources, request: Request, settings:
     merged = merged_settings(root, settings)
     root.mkdir(parents=True, exist_ok=True)
     write_settings(root, merged)
-    for point in tqdm(points, "checkpoints", unit="point"):
-        if not (root / point.id).exists():
-            save_point(point, sources, root / point.id, None if name == "auto" else getattr(torch, name))
+    with Counted(len(points), "checkpoints", "point") as bar:
+        for point in points:
+            if not (root / point.id).exists():
+                save_point(point, sources, root / point.id, None if name == "auto" else getattr(torch, name))
+            bar.update()
     print(f"checkpoints: {len(points)} in {root / request.scan}")
-
-
-def _load(name: str, arguments: InterveneArguments) -> Any:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
-        )
-    except OSError as error:
-        raise CompatibilityError(f"{name!r} cannot be loaded: expected a model folder, got {error}") from error
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return model.eval() if accelerator is None else model.eval().to(accelerator)
 
 
 def _report(results: Results, scan: str, sources: Sources) -> None:
@@ -278,6 +276,28 @@ def _report(results: Results, scan: str, sources: Sources) -> None:
     from effopd.report.intervention_figures import draw
 
     print(f"figure: {draw(frame, scan, results.root / 'figures' / f'{scan}.png')}")
+
+
+def _missing(results: Results, request: Request) -> str:
+    """Where most answers of a point had nothing to grade: the worst point, and what to do."""
+    worst: tuple[int, str, Mapping[str, Any]] | None = None
+    for name, row in results.rows.items():
+        found = row["measured"].get("answers_found")
+        if found is not None and row["scan"] in ("reference", request.scan) and (worst is None or found < worst[0]):
+            worst = (found, name, row["measured"])
+    if worst is None:
+        return ""
+    found, name, measured = worst
+    text = missing_answers(
+        request.task.eval_task or request.task.task,
+        measured["accuracy"],
+        measured["n"] * request.sampling.n,
+        found,
+        measured["answers_cut"],
+        measured["answers_empty"],
+        limit=request.sampling.max_new_tokens,
+    )
+    return f"{name}: {text}" if text else ""
 
 
 def _print(frame: pd.DataFrame, results: Results, scan: str) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from effopd import testbed
 from effopd.bench.time_to_target import Cost, final_target, first_reach, speedup_by_gap
 from effopd.command_help import CommandParser, OneSpelling, parsed
 from effopd.distill.config import OPDConfig
+from effopd.distill.console import held_out
 from effopd.distill.launch import RunSettings, build_trainer
+from effopd.distill.progress import spoken_time, time_left
 from effopd.distill.run_dir import EVALS
 from effopd.errors import ConfigError
 from effopd.extrapolate.callback import SEARCHES
@@ -101,10 +103,15 @@ def run_quickstart(argv: Sequence[str]) -> int:
     root = Path(arguments.output_dir)
     root = root.resolve() if ".." in root.parts else root  # its last part is its name
     _move_aside(root, console)
-    with _progress(console) as progress:
-        tasks = {arm: progress.add_task(label, total=arguments.max_steps) for arm, label in ARMS.items()}
-        for arm in ARMS:
-            _run_arm(arm, arguments, root / arm, lambda arm=arm: progress.advance(tasks[arm]))
+    if console.is_terminal:
+        with _progress(console) as progress:
+            tasks = {arm: progress.add_task(label, total=arguments.max_steps) for arm, label in ARMS.items()}
+            for arm in ARMS:
+                _run_arm(arm, arguments, root / arm, _Bar(progress, tasks[arm]))
+    else:
+        start = time.monotonic()
+        for i, arm in enumerate(ARMS):
+            _run_arm(arm, arguments, root / arm, _Lines(ARMS[arm], i, arguments.max_steps, start, console))
     conclude(root, arguments, console)
     return 0
 
@@ -207,20 +214,67 @@ def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunS
     )
 
 
-class _Advance(TrainerCallback):
-    """Moves the progress bar after a step and its look-ahead."""
+class _Bar:
+    """Shows a run on a terminal."""
 
-    def __init__(self, advance):
-        self._advance = advance
+    def __init__(self, progress: Progress, task: Any):
+        self._progress, self._task = progress, task
+
+    def stepped(self) -> None:
+        """After a step and its look-ahead."""
+        self._progress.advance(self._task)
+
+    def evaluated(self, step: int, row: Mapping[str, Any]) -> None:
+        """After an evaluation."""
+
+
+class _Lines:
+    """Shows a run where there is no terminal: a line an evaluation, with the time that all runs will still take.
+
+    Args:
+        before: how many runs of the same length were made before it.
+        start: when the first of them began, on the monotonic clock.
+    """
+
+    def __init__(self, label: str, before: int, steps: int, start: float, console: Console):
+        self._label, self._before, self._steps = label, before, steps
+        self._start, self._console = start, console
+
+    def stepped(self) -> None:
+        """After a step and its look-ahead."""
+
+    def evaluated(self, step: int, row: Mapping[str, Any]) -> None:
+        """After an evaluation."""
+        seconds, done = time.monotonic() - self._start, self._before * self._steps + step
+        left = time_left(seconds, done, len(ARMS) * self._steps - done)
+        rest = f", about {spoken_time(left)} left" if left else ""
+        self._console.print(
+            f"{self._label:<10} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(row))}  "
+            f"({spoken_time(seconds)}{rest})",
+            highlight=False,
+            markup=False,
+        )
+
+
+class _Watch(TrainerCallback):
+    """Tells the display of a run what happens."""
+
+    def __init__(self, display: _Bar | _Lines):
+        self._display = display
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._advance()
+        self._display.stepped()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._display.evaluated(state.global_step, metrics or {})
 
 
-def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, advance) -> None:
+def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, display: _Bar | _Lines) -> None:
     trainer = build_trainer(settings(arm, arguments, output_dir))
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Advance(advance))
+    trainer.callback_handler.callbacks = [
+        callback for callback in trainer.callback_handler.callbacks if not isinstance(callback, PrinterCallback)
+    ]
+    trainer.add_callback(_Watch(display))
     trainer.train()
 
 
@@ -278,7 +332,8 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
 
 def _table(summary: dict[str, Any]) -> Table:
     title = f"testbed:{summary['family']}, seed {summary['seed']}: {summary['max_steps']} steps each"
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    caption = "held-out KL: at the start → the median of the last three evaluations"
+    table = Table(title=title, caption=caption, box=box.SIMPLE, pad_edge=False)
     for name in ("", "steps", "net s", "tokens", "held-out KL", "accuracy [95 %]"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for arm, label in ARMS.items():
@@ -341,5 +396,5 @@ def _figure(root: Path, summary: dict[str, Any]) -> Path:
             figure,
             root / "figure.png",
             f"testbed:{summary['family']}, seed {summary['seed']}",
-            "Dotted: plain OPD's final KL, smoothed over three evaluations like the lines; the teacher's accuracy.",
+            "Points: evaluations, with 95 % intervals. Dotted: plain OPD's final KL, the median of its last three; the teacher's accuracy.",
         )

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.distill.divergence import reverse_kl_of_completions, shared_vocab_size
+from effopd.distill.progress import Counted
 from effopd.distill.task_eval import ratio_with_error
 from effopd.dynamics.plan import seed_names
 from effopd.dynamics.scan_options import ScanOptions
@@ -82,10 +82,11 @@ class Sources:
         """‖ΔW_T‖ of every part at the end of `run`; one pass over the files, remembered."""
         if run not in self._norms:
             final = self._differences[run][-1]
-            self._norms[run] = {
-                update.part: update.norm()
-                for update in tqdm(final.updates(), f"norms of {run}", total=len(final.parts), leave=False)
-            }
+            self._norms[run] = {}
+            with Counted(len(final.parts), f"norms of {run}", "matrix", leave=False) as bar:
+                for update in final.updates():
+                    self._norms[run][update.part] = update.norm()
+                    bar.update()
         return self._norms[run]
 
     def study(self, options: ScanOptions) -> Study:
@@ -253,7 +254,7 @@ class Evaluator:
     def measure(self) -> dict[str, Any]:
         """Accuracy with its 95 % interval over prompts, per-prompt accuracies, lengths, cost; KL if there is a teacher."""
         n = self.settings.get("n", 1)
-        with tqdm(total=n * len(self.task), desc="answers", leave=False) as bar:
+        with Counted(n * len(self.task), "answers", "answer", leave=False) as bar:
             result = evaluate(self.model, self.tokenizer, self.task, progress=bar.update, **self.settings)
         interval = result.accuracy
         measured = {
@@ -264,6 +265,9 @@ class Evaluator:
             "mean_score": result.mean_score,
             "response_length": float(np.mean(result.lengths)),
             "truncated_share": result.truncated_share,
+            **({} if result.answers_found is None else {"answers_found": result.answers_found}),
+            "answers_cut": result.answers_cut,
+            "answers_empty": result.answers_empty,
             "generated_tokens": result.generated_tokens,
             "accuracies": [float(np.mean(row)) for row in result.correct],
         }
@@ -298,14 +302,19 @@ def run_scan(
 ) -> None:
     """Measure every point that has no result yet. A model met before, under whatever name, is not measured again."""
     todo = [point for point in points if point.id not in results]
-    bar = tqdm(todo, unit="point", initial=len(points) - len(todo), total=len(points))
-    for point in bar:
-        bar.set_description(point.id)
-        known = results.of_model(point.same_model)
-        if known is not None:
-            results.add(point, sources.step(point), known["update_norm"], known["measured"])
-            continue
-        with live.at(point) as norm:
-            base = results.of_model(BASE) if norm == 0.0 else None
-            measured = evaluator.measure() if base is None else base["measured"]
-        results.add(point, sources.step(point), norm, measured)
+    with Counted(len(points), "points", "point", done=len(points) - len(todo)) as bar:
+        for point in todo:
+            bar.about(point.id)
+            _measure(point, live, sources, evaluator, results)
+            bar.update()
+
+
+def _measure(point: Point, live: LiveBase, sources: Sources, evaluator: Evaluator, results: Results) -> None:
+    known = results.of_model(point.same_model)
+    if known is not None:
+        results.add(point, sources.step(point), known["update_norm"], known["measured"])
+        return
+    with live.at(point) as norm:
+        base = results.of_model(BASE) if norm == 0.0 else None
+        measured = evaluator.measure() if base is None else base["measured"]
+    results.add(point, sources.step(point), norm, measured)

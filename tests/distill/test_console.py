@@ -16,7 +16,16 @@ from transformers.utils import logging as transformers_logging
 
 from effopd import EffOPDConfig
 from effopd.cli import main
-from effopd.distill.console import LinesAlone, LinesWithBar, closing_lines, duration, eval_line, number, step_line
+from effopd.distill.console import (
+    LinesAlone,
+    LinesWithBar,
+    closing_lines,
+    duration,
+    eval_line,
+    missing_answers,
+    number,
+    step_line,
+)
 from effopd.files import append_row
 
 ROW = {
@@ -43,6 +52,7 @@ def test_a_step_is_a_line():
     assert "mean jump 21.7Δ" in step_line(ROW, 12, 96, averaged=True)
     assert step_line(ROW | {"effopd/accepted_scale": 0.0}, 12, 96).endswith("jump none")
     assert step_line(ROW | {"effopd/accepted_scale": -0.5}, 12, 96).endswith("jump -0.5Δ")
+    assert "net 14 s of CPU (search 7 %)" in step_line(ROW, 12, 96, clock="cpu")
     assert "length 11 (3 % cut)" in step_line(ROW | {"completions/clipped_ratio": 0.03}, 12, 96)
 
 
@@ -91,11 +101,46 @@ def test_the_end_says_what_was_reached_and_what_to_do_next(tmp_path):
         append_row(root / "searches.jsonl", {"step": 1, "accepted_scale": scale})
     text = closing_lines(root, 12, ROW)
     assert f"Done: step 12. The model, its card and all rows are in {root}\n" in text
-    assert "KL 0.2500 → 0.0031 ± 0.0004  accuracy 0.789 → 0.789 [0.735, 0.835]" in text
+    assert "held out, step 0 → step 12:  KL 0.2500 → 0.0031 ± 0.0004  accuracy 0.789 → 0.789 [0.735, 0.835]" in text
     assert "net 14 s (search 7 %)  tokens 12,345" in text
     assert "look-ahead: jumps accepted in 2 of 3 searches (1 back)" in text
     assert text.endswith(f"\nNext: effopd report '{root}'")
+    (root / "config.yaml").write_text("seed: 1\ncost_clock: cpu\nlearning_rate: 1\n")
+    assert "net 14 s of CPU (search 7 %)" in closing_lines(root, 12, ROW)
     assert closing_lines(tmp_path / "none", 3, {}).count("\n") == 1
+
+
+def test_values_are_those_of_the_steps_that_are_named(tmp_path):
+    for step in (2, 6):
+        append_row(tmp_path / "evals.jsonl", EVAL | {"step": step})
+        text = closing_lines(tmp_path, 6, ROW)
+        assert ("held out, step 2 → step 6:  KL" if step == 6 else "held out, step 2:  KL") in text
+
+
+def test_an_evaluation_whose_answers_cannot_be_graded_says_so():
+    for found, said in ((3, True), (49, True), (50, False), (100, False), (None, False)):
+        line = eval_line(EVAL | {"eval_answers": 100, "eval_answers_found": found}, 12)
+        assert line.endswith(f"(only {found} of 100 answers could be graded)") == said
+    assert "graded" not in eval_line(EVAL | {"eval_answers": 100}, 12)
+
+
+@pytest.mark.parametrize(
+    ("counts", "parts", "absent"),
+    [
+        ((0, 60, 0), ["100 of 100 answers have no \\boxed{}", "raise --max_new_tokens (60 answers were cut at 8)",
+                      "--prompt_suffix"], "empty"),
+        ((0, 0, 100), ["--as_chat and the chat template (100 answers are empty)"], "--prompt_suffix"),
+        ((10, 0, 0), ["90 of 100 answers", "change --prompt_suffix"], "--max_new_tokens"),
+    ],
+)  # fmt: skip
+def test_what_to_do_when_most_answers_cannot_be_graded(counts, parts, absent):
+    found, cut, empty = counts
+    text = missing_answers("math:x.jsonl", 0.0, 100, found, cut, empty, limit=8)
+    assert all(part in text for part in parts) and absent not in text
+    assert "<answer> tags" in missing_answers("reasoning-gym:x", 0.0, 100, found, cut, empty, limit=8)
+    assert "answer to grade" in missing_answers("testbed:x", 0.0, 100, found, cut, empty, limit=8)
+    for enough in (50, 100, None):  # half of them, all, or unknown
+        assert missing_answers("math:x.jsonl", 0.5, 100, enough, cut, empty, limit=8) == ""
 
 
 def test_a_run_says_lines_and_nothing_else(tmp_path, capsys):

@@ -22,7 +22,8 @@ from trl import ModelConfig
 from effopd.cli import main
 from effopd.distill import launch, launch_rl
 from effopd.distill.adapters import adapter_config, check_adapter
-from effopd.distill.meta_model import check_model_folder, meta_model, positions
+from effopd.distill.meta_model import meta_model, positions
+from effopd.distill.model_files import check_model_folder, check_whole_model
 from effopd.errors import CompatibilityError
 
 
@@ -74,10 +75,10 @@ def folders(tmp_path_factory):
 
 
 BAD = {
-    "adapter": "is an adapter of my/base, not a model. Merge it first",
-    "empty": "holds no config.json",
-    "model.gguf": "is a GGUF file",
-    "math.jsonl": "is a file: expected the folder",
+    "adapter": "is an adapter of 'my/base': expected a whole model. Merge",
+    "empty": "has no config.json",
+    "model.gguf": "GGUF files are not read",
+    "math.jsonl": "is a file: expected a model folder",
     "weightless": "holds no weights",
     "unknown": "cannot be read",
     "headless": "is a Qwen3Model: expected a decoder",
@@ -188,8 +189,8 @@ def test_a_vision_language_student_is_distilled_on_text(tmp_path, folders):
 
 
 def test_a_hub_id_and_a_whole_folder_pass(folders):
-    check_model_folder("--model", "org/model")
-    check_model_folder("--model", str(folders / "student"))
-    check_model_folder("--model", str(folders / "adapter"), adapter=True)
-    with pytest.raises(CompatibilityError, match="an adapter of my/base"):
-        check_model_folder("--model", str(folders / "adapter"))
+    check_whole_model("--model", "org/model")
+    check_whole_model("--model", str(folders / "student"))
+    check_model_folder("--model", str(folders / "adapter"))
+    with pytest.raises(CompatibilityError, match="an adapter of 'my/base'"):
+        check_whole_model("--model", str(folders / "adapter"))

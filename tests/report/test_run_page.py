@@ -12,6 +12,7 @@ from effopd.cli import main
 from effopd.errors import ConfigError
 from effopd.report.run_figures import quality_figure, search_figure, training_figure
 from effopd.report.run_page import read_run_rows, write_run_page
+from effopd.report.style import group_colors
 
 
 def cost(step, **more):
@@ -135,11 +136,47 @@ def test_curves_have_a_point_an_evaluation_and_jumps_are_marked_after_they_happe
     searches = [SEARCHES[0] | {"step": 3}]
     figure = quality_figure({"a": EVALS}, {"a": searches}, target=0.05)
     by_step, by_seconds = figure.axes[:2]
-    raw = next(line for line in by_seconds.get_lines() if line.get_alpha() == 0.3)
+    raw = next(line for line in by_seconds.get_lines() if line.get_label() == "a")
+    assert raw.get_marker() == "o" and not any(line.get_alpha() for line in by_seconds.get_lines())
     assert list(raw.get_xdata()) == [0.0, 6.0, 12.0] and list(raw.get_ydata()) == list(KLS.values())
     marks = [line.get_xdata() for line in by_step.get_lines() if line.get_marker() == "^" and len(line.get_xdata())]
     assert [list(x) for x in marks] == [[4]]
     assert any(line.get_label() == "target" and line.get_ydata()[0] == 0.05 for line in by_step.get_lines())
+
+
+def test_no_curve_is_smoothed():
+    kls = [0.2, 0.02, 0.15, 0.01, 0.1]
+    rows = [cost(step, eval_kl=kl, eval_kl_se=0.001) for step, kl in enumerate(kls)]
+    for axis in quality_figure({"a": rows}, {}).axes:
+        assert [list(line.get_ydata()) for line in axis.get_lines() if len(line.get_ydata())] == [kls]
+
+
+@pytest.mark.parametrize(
+    "names", [("opd", "effopd"), ("rl", "grpo"), ("OPD", "opd"), tuple("abcdefgh"), ("sft", "effopd", "x")]
+)
+def test_runs_have_hues_of_their_own_and_markers(names):
+    from colorsys import rgb_to_hsv
+
+    from matplotlib.colors import to_rgb
+
+    colors = group_colors(names)
+    assert list(colors) == list(names) and len(set(colors.values())) == len(names)
+    hues = [rgb_to_hsv(*to_rgb(color))[0] for color in list(colors.values())[:3]]
+    apart = [min(abs(a - b), 1 - abs(a - b)) for i, a in enumerate(hues) for b in hues[:i]]
+    assert min(apart) > 0.05
+    lines = quality_figure(dict.fromkeys(names, EVALS), {}).axes[0].get_lines()
+    assert len({line.get_marker() for line in lines if line.get_label() in names}) == len(names)
+
+
+def test_seconds_of_a_cpu_clock_are_called_so(make_run):
+    cpu = make_run("cpu", EVALS, METRICS, config="cost_clock: cpu\n")
+    wall = make_run("wall", EVALS, METRICS)
+    one = write_run_page([cpu], cpu / "page.html").read_text()
+    assert "net CPU seconds (search charged" in one and "<th>net CPU seconds</th>" in one
+    other = write_run_page([wall], wall / "page.html").read_text()
+    assert "net seconds (search charged" in other and "CPU" not in other
+    both = write_run_page([cpu, wall], cpu / "both.html").read_text()
+    assert "net seconds; of CPU time in cpu" in both and "12.0 CPU seconds" in both and "12.0 seconds" in both
 
 
 def test_several_runs_share_axes_and_are_told_apart(make_run):

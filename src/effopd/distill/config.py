@@ -138,6 +138,13 @@ class OPDConfig(RunArguments, DistillationConfig):
 
     output_dir: str = field(default="runs/opd", metadata={"help": "The run directory."})
 
+    eval_on_start: bool | None = field(  # the host takes None as false
+        default=None,
+        metadata={
+            "help": "Also evaluate before the first step. Default: with a look-ahead whose run evaluates, because the first "
+            "evaluation would come after the first jumps otherwise."
+        },
+    )
     loss_type: str = field(
         default="full",
         metadata={

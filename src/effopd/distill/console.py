@@ -23,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from effopd.distill.best_model import Kept, full_name
-from effopd.distill.run_dir import EVALS, METRICS, read_kept
+from effopd.distill.run_dir import CONFIG, EVALS, METRICS, read_kept
 from effopd.extrapolate.callback import SEARCHES
 from effopd.files import read_rows
 
@@ -36,7 +36,9 @@ _RENAMED = ("is_gradient_checkpointing", "gradient_checkpointing_disable", "grad
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
-def step_line(row: Row, step: int, steps: int, *, loss_is_kl: bool = True, averaged: bool = False) -> str:
+def step_line(
+    row: Row, step: int, steps: int, *, loss_is_kl: bool = True, averaged: bool = False, clock: str = "wall"
+) -> str:
     """A training row in one line; what the row lacks, or has as `None`, is left out.
 
     Args:
@@ -45,6 +47,7 @@ def step_line(row: Row, step: int, steps: int, *, loss_is_kl: bool = True, avera
         loss_is_kl: the loss is the reverse KL of all the step's tokens (nats); otherwise it is shown beside the KL that the
             health metrics found on some of them.
         averaged: the row is a mean over several optimizer steps, of their jumps, too.
+        clock: `cost_clock` of the run.
     """
     learning = isinstance(row.get("reward"), int | float)
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
@@ -57,17 +60,56 @@ def step_line(row: Row, step: int, steps: int, *, loss_is_kl: bool = True, avera
         parts += [_part(row, "loss", "loss", number), _part(row, "health/reverse_kl", "KL", number)]
     parts.append(_part(row, "learning_rate", "lr", "{:.1e}".format))
     parts.append(_length(row, "completions/mean_length", "completions/clipped_ratio"))
-    parts += [net_seconds(row), _part(row, "cost/net_generated_tokens", "tokens", "{:,.0f}".format)]
+    parts += [net_seconds(row, clock), _part(row, "cost/net_generated_tokens", "tokens", "{:,.0f}".format)]
     parts.append(_jump(row, averaged))
     return _joined(parts)
 
 
 def eval_line(row: Row, step: int) -> str:
     """An evaluation's row in one line: KL ± standard error, accuracy with its 95 % interval; the host's own evaluation has
-    a loss only."""
+    a loss only. Says so where most answers had nothing to grade."""
     prefix = _prefix(row)
+    found, answers = row.get(f"{prefix}_answers_found"), row.get(f"{prefix}_answers")
     return _joined(
-        [f"{prefix} @{step}", *held_out(row), _length(row, f"{prefix}_response_length", f"{prefix}_truncated_share")]
+        [
+            f"{prefix} @{step}",
+            *held_out(row),
+            _length(row, f"{prefix}_response_length", f"{prefix}_truncated_share"),
+            f"(only {found} of {answers} answers could be graded)" if mostly_missing(found, answers) else "",
+        ]
+    )
+
+
+def mostly_missing(found: float | None, answers: float | None) -> bool:
+    """Whether fewer than half of the answers had something that the verifier could grade; not if that is unknown."""
+    return found is not None and answers is not None and found < answers / 2
+
+
+def missing_answers(
+    task: str, accuracy: float, answers: int, found: int | None, cut: int, empty: int, *, limit: int
+) -> str:
+    """A sentence for an evaluation whose verifier found nothing to grade in most answers; "" for any other.
+
+    Args:
+        task: its name; the kind before the colon says what the verifier looks for.
+        accuracy: the share of right answers that was measured.
+        answers: how many there were; `found`, `cut` and `empty` of them had something to grade, were cut at the limit, and
+            had no text.
+        limit: tokens at most of an answer.
+    """
+    if not mostly_missing(found, answers):
+        return ""
+    missing, ways = answers - (found or 0), []
+    if cut > answers / 4:
+        ways.append(f"raise --max_new_tokens ({cut} answers were cut at {limit})")
+    if empty > answers / 4:
+        ways.append(f"check --as_chat and the chat template ({empty} answers are empty)")
+    ways += ["change --prompt_suffix, which asks for the form of the answer"] * (empty < missing)
+    kind = task.partition(":")[0]
+    sought = {"math": "\\boxed{}", "reasoning-gym": "<answer> tags"}.get(kind, "answer to grade")
+    return (
+        f"{missing} of {answers} answers have no {sought}: accuracy {accuracy:.3f} says little about what the model can do "
+        f"here. To do: {'; '.join(ways)}."
     )
 
 
@@ -94,12 +136,14 @@ def held_out(row: Row) -> list[str]:
     return [part for part in parts if part]
 
 
-def net_seconds(costs: Row) -> str:
-    """`net 14 s (search 7 %)`: all but evaluation, and the look-ahead's share of it if there was any."""
+def net_seconds(costs: Row, clock: str = "wall") -> str:
+    """`net 14 s (search 7 %)`: all but evaluation, and the look-ahead's share of it if there was any. CPU seconds are
+    called so."""
     net, search = costs.get("cost/net_seconds"), costs.get("cost/search_seconds")
     if net is None:
         return ""
-    return f"net {duration(net)}" + (f" (search {percent(search / net)})" if search and net else "")
+    unit = " of CPU" if clock == "cpu" else ""
+    return f"net {duration(net)}{unit}" + (f" (search {percent(search / net)})" if search and net else "")
 
 
 def searches_text(searches: Sequence[Row]) -> str:
@@ -173,11 +217,12 @@ def closing_lines(root: Path, step: int, costs: Row) -> str:
         evals = [row for row in evals if row["step"] <= kept.step]
     lines = [f"{done} The model, its card and all rows are in {root}"]
     if evals:
-        lines.append("  held out  " + _joined(first_to_last(evals)))
+        lines.append(f"  held out, {steps_text(evals)}:  " + _joined(first_to_last(evals)))
     if rewards:
         lines.append(f"  reward {rewards[0]:.3f} → {rewards[-1]:.3f} (first and last logged step)")
     tokens = _part(costs, "cost/net_generated_tokens", "tokens", "{:,.0f}".format)
-    if cost := _joined([net_seconds(costs), tokens]):
+    clock = "cpu" if (root / CONFIG).is_file() and "\ncost_clock: cpu\n" in (root / CONFIG).read_text() else "wall"
+    if cost := _joined([net_seconds(costs, clock), tokens]):
         lines.append(f"  {cost}")
     if searches:
         lines.append(f"  look-ahead: {searches_text(searches)}")
@@ -187,6 +232,12 @@ def closing_lines(root: Path, step: int, costs: Row) -> str:
 def kept_text(kept: Kept) -> str:
     """The step that `load_best_model_at_end` went back to, and why."""
     return f"step {kept.step}, the best by {full_name(kept.metric)} ({number(kept.value)})"
+
+
+def steps_text(evals: Sequence[Row]) -> str:
+    """`step 2 → step 6`: of the first evaluation, which may come after the first jumps, and of the last."""
+    steps = list(dict.fromkeys(row["step"] for row in (evals[0], evals[-1])))
+    return " → ".join(f"step {step}" for step in steps)
 
 
 def first_to_last(evals: Sequence[Row]) -> list[str]:
@@ -212,7 +263,11 @@ class _Lines(TrainerCallback):
             return
         if "loss" in logs:
             exact, averaged = _loss_is_kl(args), args.logging_strategy != "steps" or state.logging_steps > 1
-            _say(step_line(logs, state.global_step, state.max_steps, loss_is_kl=exact, averaged=averaged))
+            clock = getattr(args, "cost_clock", "wall")
+            line = step_line(
+                logs, state.global_step, state.max_steps, loss_is_kl=exact, averaged=averaged, clock=clock
+            )
+            _say(line)
         elif not any(key.endswith("_runtime") for key in logs):  # an evaluation is said below, the end by the command
             super().on_log(args, state, control, logs=logs, **kwargs)
 

@@ -19,7 +19,8 @@ from effopd.distill.adapters import adapter_config, check_adapter
 from effopd.distill.best_model import check_metric
 from effopd.distill.config import OPDConfig
 from effopd.distill.host_settings import check_host_settings
-from effopd.distill.meta_model import check_model_folder, check_positions, meta_model
+from effopd.distill.meta_model import check_positions, meta_model
+from effopd.distill.model_files import check_whole_model
 from effopd.distill.preflight import (
     check_disk,
     check_model_name,
@@ -103,6 +104,8 @@ def check_settings(settings: RunSettings) -> None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
     usable_device(effopd.anchor_device)
+    if opd.eval_on_start is None:  # the curve begins before the first jump
+        opd.eval_on_start = effopd.enabled and opd.eval_strategy != "no"
     if effopd.enabled and effopd.resolved_scorer == "teacher_kl":
         check_rollouts(opd, effopd.score_rollouts)
 
@@ -111,7 +114,7 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
     """Model names, by the flags they are given with, packages, and the folder or checkpoint that a run starts from."""
     for flag, name in names.items():
         check_model_name(flag, name)
-        check_model_folder(flag, str(name))
+        check_whole_model(flag, str(name))
     check_host_settings(model, args)
     run_dir, resume = RunDir(args.output_dir), resume_argument(args)
     run_dir.refuse_unwritable()
@@ -225,7 +228,7 @@ def tokenizer_of(model: ModelConfig, others: Sequence[str], args: Any) -> Any:
 
 def evaluates(args: Any) -> bool:
     """Whether a run measures itself on held-out prompts."""
-    return args.eval_strategy != "no" or args.eval_on_start
+    return args.eval_strategy != "no" or bool(args.eval_on_start)
 
 
 def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:

@@ -5,7 +5,6 @@ The class is the one that TRL loads: the first of the configuration's `architect
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -17,18 +16,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from effopd.distill.model_files import reading
 from effopd.distill.values import check_init_kwargs
 from effopd.errors import CompatibilityError, ConfigError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-    "*.gguf",
-)
 #: Where configurations say how many positions there are.
 _LIMITS = (
     "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "n_ctx",
@@ -40,54 +33,6 @@ _NOT_OF_TEXT = re.compile(r"vision|visual|image|audio|patch|encoder\.embeddings"
 _OFFSET = 8
 
 
-def check_model_folder(flag: str, name: str, *, weights: bool = True, adapter: bool = False) -> None:
-    """A local path is the folder of a model; a name that is no path passes.
-
-    Args:
-        weights: whether its weights are asked for.
-        adapter: whether an adapter will do.
-
-    Raises:
-        CompatibilityError: a file, a folder without a configuration or without weights, or an adapter.
-    """
-    path = Path(name)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        kind = "a GGUF file, which cannot be trained" if path.suffix == ".gguf" else "a file"
-        raise CompatibilityError(
-            f"{flag} {name!r} is {kind}: expected the folder of a transformers model (config.json, *.safetensors, tokenizer)."
-        )
-    settings = path / "adapter_config.json"
-    if settings.is_file() and not (path / "config.json").is_file():
-        if adapter:
-            return
-        raise CompatibilityError(f"{flag} {name!r} {_adapter_text(settings)}")
-    if not (path / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:4]) or "nothing"
-        raise CompatibilityError(
-            f"{flag} {name!r} holds no config.json: expected the folder of a transformers model, got one with {found}."
-        )
-    if weights and not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
-        raise CompatibilityError(
-            f"{flag} {name!r} holds no weights: expected *.safetensors (or pytorch_model*.bin) beside its config.json."
-        )
-
-
-def _adapter_text(settings: Path) -> str:
-    """What an adapter folder is, and how to make a model of it."""
-    try:
-        base = json.loads(settings.read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        base = None
-    folder = str(settings.parent)
-    return (
-        f'is an adapter of {base or "a base that it does not name"}, not a model. Merge it first: python -c "from peft '
-        f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}').merge_and_unload().save_pretrained('merged')\", "
-        "copy the tokenizer's files of the base into that folder, and name the folder here."
-    )
-
-
 def read_config(flag: str, name: str, init: Mapping[str, Any] | None = None, **load: Any) -> Any:
     """The configuration of a model, with what `init`, its loading arguments, sets of it.
 
@@ -95,12 +40,8 @@ def read_config(flag: str, name: str, init: Mapping[str, Any] | None = None, **l
         CompatibilityError: it cannot be read.
         ConfigError: a loading argument is neither one of `from_pretrained` nor a setting of the configuration.
     """
-    try:
+    with reading(flag, name):
         config = AutoConfig.from_pretrained(name, **load)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CompatibilityError(
-            f"{flag} {name!r} cannot be read: expected a model folder or a Hub id, got {' '.join(str(error).split())}"
-        ) from error
     if init:
         settings = [*vars(config), *type(config).attribute_map, *getattr(config, "sub_configs", ())]
         check_init_kwargs(f"{'teacher_' if 'teacher' in flag else ''}model_init_kwargs", init, settings)

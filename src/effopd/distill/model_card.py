@@ -6,11 +6,13 @@ the final model, in the place of TRL's card. Left out: a licence, which follows 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -21,9 +23,14 @@ from effopd.distill.run_dir import CONFIG, EVALS, METRICS
 from effopd.extrapolate.callback import SEARCHES, EffOPDCallback
 from effopd.extrapolate.strategies import STRATEGIES
 from effopd.files import read_rows
+from effopd.tasks.load import instruction
 from effopd.versions import TRAINING, versions
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+#: Settings of the task that a reader needs to repeat a number, where they are not defaults.
+_TASK = (
+    "task_args", "eval_task", "eval_task_args", "verifier", "prompt_suffix", "system_prompt", "as_chat", "max_prompt_length",
+)  # fmt: skip
 _DIVERGENCES = {1.0: "reverse KL(student ‖ teacher)", 0.0: "forward KL(teacher ‖ student)"}
 
 
@@ -47,6 +54,7 @@ def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Itera
         ("student", _shown(student)),
         ("teacher", "" if teacher is None else _shown(trainer.args.teacher_model_name_or_path or _source(teacher))),
         ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
+        *_task_facts(trainer),
         ("objective", objective(trainer.args, trainer._name)),
         ("strategy", "" if teacher is None else _strategy(trainer)),
         ("trained", _trained(adapter)),
@@ -71,6 +79,21 @@ def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Itera
     )
 
 
+def _task_facts(trainer: Any) -> list[tuple[str, str]]:
+    """Where prompts come from, how they are written and graded: what is not a default."""
+    values = {name: value for name, value in _settings(trainer).items() if name in _TASK and value not in (None, {})}
+    if trainer.args.chat_template_kwargs:
+        values["chat_template_kwargs"] = trainer.args.chat_template_kwargs
+    if values.pop("as_chat", True) is False:
+        values["as_chat"] = False
+    return [(name, f"`{json.dumps(value, ensure_ascii=False)}`") for name, value in values.items()]
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    """`config.yaml` of a run that a command started; a trainer of yours has none."""
+    return yaml.safe_load(trainer.run_dir.settings or "") or {}
+
+
 def objective(args: Any, method: str) -> str:
     """What the run minimises or maximises, in one line."""
     if not hasattr(args, "lambda_extrapolation"):
@@ -93,7 +116,8 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if adapter:
         lines.insert(0, "from peft import PeftModel")
-    base = repr(student)
+    folder = Path(student).is_dir() if student else False
+    base = repr(str(Path(student).resolve()) if folder else student)
     if (shown := _spoken(student)) != student:
         base = f"resolve_model({shown!r})"
         lines += ["from effopd.testbed import resolve_model"] if adapter else []
@@ -109,16 +133,7 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
         else f"model = AutoModelForCausalLM.from_pretrained(path{extra})",
         "",
     ]
-    if _chats(trainer.train_dataset, tokenizer):
-        template = "".join(f", {key}={value!r}" for key, value in (args.chat_template_kwargs or {}).items())
-        lines += [
-            'messages = [{"role": "user", "content": "Your question"}]',
-            "inputs = tokenizer.apply_chat_template(",
-            f'    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{template}',
-            ")",
-        ]
-    else:
-        lines.append('inputs = tokenizer("Your prompt", return_tensors="pt")')
+    lines += _question(trainer, tokenizer)
     return "\n".join(
         [
             *lines,
@@ -126,6 +141,25 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     )
+
+
+def _question(trainer: Any, tokenizer: Any) -> list[str]:
+    """Lines that write a question as training did: with its system message, instruction and template arguments."""
+    settings, args = _settings(trainer), trainer.args
+    suffix = instruction(settings["task"], settings.get("prompt_suffix")) if settings.get("task") else ""
+    after = f" + {suffix!r}" if suffix else ""
+    if not _chats(trainer.train_dataset, tokenizer):
+        return [f'inputs = tokenizer("Your prompt"{after}, return_tensors="pt")']
+    template = "".join(f", {key}={value!r}" for key, value in (args.chat_template_kwargs or {}).items())
+    messages = [f'{{"role": "user", "content": "Your question"{after}}}']
+    if settings.get("system_prompt"):
+        messages.insert(0, f'{{"role": "system", "content": {settings["system_prompt"]!r}}}')
+    return [
+        f"messages = [{', '.join(messages)}]",
+        "inputs = tokenizer.apply_chat_template(",
+        f'    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{template}',
+        ")",
+    ]
 
 
 def is_hub_id(name: str) -> bool:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from effopd.distill import model_files
 from effopd.distill.run_dir import Held
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
 from effopd.tasks import Task, check_prompt_lengths, check_verifier
@@ -49,12 +50,7 @@ def load_tokenizer(student: str, **load: Any) -> PreTrainedTokenizerBase:
     Raises:
         CompatibilityError: it cannot be read.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left", truncation_side="left", **load)
-    except (OSError, ValueError) as error:
-        raise CompatibilityError(
-            f"the student {student!r} has no tokenizer that can be read: expected a model folder or a Hub id, got {error}"
-        ) from error
+    tokenizer = model_files.load_tokenizer("the student", student, truncation_side="left", **load)
     if tokenizer.eos_token_id is None:
         for token in sorted(_declared_end_tokens(student, None, load.get("revision"))):
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token)
@@ -73,13 +69,11 @@ def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase,
     """
     configs = {}
     for role, name in (("student", student), ("teacher", teacher)):
-        try:
+        model_files.check_model_folder(f"the {role}", name)
+        model_files.refuse_adapter(f"the {role}", name)
+        with model_files.reading(f"the {role}", name):
             configs[role] = AutoConfig.from_pretrained(name, **load)
-        except (OSError, ValueError) as error:
-            raise CompatibilityError(
-                f"the {role} {name!r} cannot be read: expected a model folder or a Hub id, got {error}"
-            ) from error
-        rows = configs[role].get_text_config().vocab_size
+            rows = configs[role].get_text_config().vocab_size
         if rows < len(tokenizer):
             raise CompatibilityError(
                 f"the {role} {name!r} has {rows} vocabulary rows but the student's tokenizer has {len(tokenizer)} "
@@ -97,7 +91,8 @@ def _check_tokenizers(teacher: str, tokenizer: PreTrainedTokenizerBase, load: di
     ):
         logger.warning("The teacher %r has no tokenizer of its own; its agreement was not checked.", teacher)
         return
-    other = AutoTokenizer.from_pretrained(teacher, **load)
+    with model_files.reading("the teacher", teacher):
+        other = AutoTokenizer.from_pretrained(teacher, **load)
     mine, theirs = tokenizer.get_vocab(), other.get_vocab()
     if mine != theirs:
         different = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))

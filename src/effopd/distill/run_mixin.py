@@ -25,6 +25,7 @@ from effopd.distill.config import RunArguments
 from effopd.distill.console import end_bars, in_lines
 from effopd.distill.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
 from effopd.distill.model_card import model_card
+from effopd.distill.model_files import absolute_base
 from effopd.distill.resuming import LEDGER_FILE, SETTINGS_FILE, ResumeMixin, settings_that_matter
 from effopd.distill.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
@@ -115,6 +116,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         self._check_prompting()
         check_metric(self.args, self.eval_metrics())
         tidy_generation_config(self.accelerator.unwrap_model(self.model))
+        absolute_base(self.accelerator.unwrap_model(self.model))
         self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, JITCheckpointCallback) and callback.jit_manager is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -58,7 +58,8 @@ def evaluate_task(
     Returns:
         (`kl` in nats per token with its standard error `kl_se` over prompts, `loss` (= `kl`), `accuracy` with
         `accuracy_low` and `accuracy_high`, the same for `accuracy_greedy`, `response_length`, `truncated_share`,
-        `runtime`; number of tokens generated). Without a teacher there is no `kl` and no `loss`.
+        the counts `answers`, `answers_found` (if the verifier can tell), `answers_cut` and `answers_empty` of the sampled
+        ones, `runtime`; number of tokens generated). Without a teacher there is no `kl` and no `loss`.
     """
     start = time.perf_counter()
 
@@ -81,9 +82,12 @@ def evaluate_task(
             kl = [0.0] * len(mine)
             if against is not None:  # not its truth: a compiled model asks its module for a length then
                 kl = _kl(student, against, result, args, vocab_size, tokenizer.pad_token_id, autocast)
-            graded = zip(result.completions, result.correct, kl, strict=True)
+            can_tell = mine.answers_found([said.marked for (said,) in result.completions])
+            found: Sequence[bool | None] = [None] * len(mine) if can_tell is None else can_tell
+            graded = zip(result.completions, result.correct, kl, found, strict=True)
             return [
-                _Answer(right, len(said.completion_ids), said.truncated, sums) for (said,), (right,), sums in graded
+                _Answer(right, len(said.completion_ids), said.truncated, sums, has, not said.text.strip())
+                for (said,), (right,), sums, has in graded
             ]
 
         return merge_shards(pooled(share), len(task))
@@ -102,6 +106,10 @@ def evaluate_task(
     metrics |= {
         "response_length": float(np.mean([one.tokens for one in sampled])),
         "truncated_share": float(np.mean([one.truncated for one in sampled])),
+        "answers": len(sampled),
+        **({"answers_found": sum(bool(one.found) for one in sampled)} if sampled[0].found is not None else {}),
+        "answers_cut": sum(one.truncated for one in sampled),
+        "answers_empty": sum(one.empty for one in sampled),
         "runtime": time.perf_counter() - start,
     }
     return metrics, sum(one.tokens for answers in results.values() for one in answers)
@@ -112,6 +120,8 @@ class _Answer(NamedTuple):
     tokens: int
     truncated: bool
     kl: float  # summed over its tokens, in nats
+    found: bool | None  # something to grade; `None` where the verifier cannot tell
+    empty: bool
 
 
 def _kl(student, teacher, sampled: EvalResult, args, vocab_size: int, pad: int, autocast) -> list[float]:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from effopd.bench.time_to_target import smooth
 from effopd.extrapolate.search import Score, paired_gain
 from effopd.optional import require
-from effopd.report.style import INK, MUTED, group_colors
+from effopd.report.style import INK, MARKERS, MUTED, group_colors
 
 Rows = Sequence[Mapping[str, Any]]
 #: logged value → how its panel is called
@@ -25,7 +24,7 @@ LOGGED = {
     "grad_norm": "gradient norm",
 }
 _QUALITY = {
-    "eval_kl": "held-out reverse KL to the teacher\n(nats per token)",
+    "eval_kl": "held-out reverse KL to the teacher\n(nats per token, 95 % interval)",
     "eval_accuracy": "held-out accuracy\n(95 % interval)",
 }
 
@@ -46,6 +45,7 @@ def quality_figure(
     target: float | None = None,
     teacher_accuracy: float | None = None,
     colors: Mapping[str, str] | None = None,
+    seconds: str = "net seconds",
 ):
     """Held-out KL and accuracy (rows; those that were measured) against optimizer steps and net seconds (columns).
 
@@ -55,6 +55,7 @@ def quality_figure(
         target: a KL to draw as a line.
         teacher_accuracy: an accuracy to draw as a line.
         colors: by label; others get one of the palette.
+        seconds: what the runs' clock counts.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -72,14 +73,15 @@ def quality_figure(
     )
     axis_of: Sequence[tuple[str, Callable[[Mapping[str, Any]], float]]] = (
         ("optimizer steps", lambda row: row["step"]),
-        ("net seconds (search charged, evaluation not)", lambda row: row["cost/net_seconds"]),
+        (f"{seconds} (search charged, evaluation not)", lambda row: row["cost/net_seconds"]),
     )
     for panels, key in zip(axes, shown, strict=True):
         for axis, (_, x_of) in zip(panels, axis_of, strict=True):
-            for label, all_rows in runs.items():
+            for i, (label, all_rows) in enumerate(runs.items()):
                 rows = [row for row in all_rows if key in row]
                 jumps = [row["step"] for row in searches.get(label, ()) if row["accepted_scale"] > 0]
-                _curve(axis, rows, key, x_of, jumps, label, colors[label])
+                look = {"color": colors[label], "marker": MARKERS[i % len(MARKERS)], "label": label}
+                _curve(axis, rows, key, x_of, jumps, look)
         panels[0].set_ylabel(_QUALITY[key])
         line, name = (target, "target") if key == "eval_kl" else (teacher_accuracy, "teacher")
         for axis in panels:
@@ -101,21 +103,30 @@ def _curve(
     key: str,
     x_of: Callable[[Mapping[str, Any]], float],
     jumps: Iterable[int],
-    label: str,
-    color: str,
+    look: Mapping[str, Any],
 ) -> None:
-    """One line; a KL smoothed over three evaluations with the raw values behind it, an accuracy with its interval."""
-    x, raw = [x_of(row) for row in rows], [row[key] for row in rows]
-    y = smooth(raw) if key == "eval_kl" else raw
-    axis.plot(x, y, color=color, linewidth=2, label=label)
-    if key == "eval_kl":
-        axis.plot(x, raw, color=color, alpha=0.3, linewidth=1)
-    elif all(f"{key}_low" in row for row in rows):
-        low, high = ([row[f"{key}_{end}"] for row in rows] for end in ("low", "high"))
-        axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+    """A point an evaluation, joined by a thin line, with its interval; a triangle at the first one after each jump."""
+    x, y = [x_of(row) for row in rows], [row[key] for row in rows]
+    axis.plot(x, y, linewidth=1.1, markersize=3.5 if len(rows) <= 60 else 2, **look)
+    if interval := _interval(rows, key):
+        axis.fill_between(x, *interval, color=look["color"], alpha=0.12, linewidth=0)
     first_after = {next((i for i, row in enumerate(rows) if row["step"] >= step), None) for step in jumps} - {None}
     marked = sorted(i for i in first_after if i is not None)
-    axis.plot([x[i] for i in marked], [y[i] for i in marked], "^", color=color, markersize=8, zorder=5)
+    axis.plot(
+        [x[i] for i in marked], [y[i] for i in marked], "^", color=look["color"], markersize=8,
+        markeredgecolor=INK, markeredgewidth=0.8, zorder=5,
+    )  # fmt: skip
+
+
+def _interval(rows: Rows, key: str) -> tuple[list[float], list[float]] | None:
+    """Lower and upper ends: an accuracy's 95 % interval, a KL ± 1.96 standard errors (above 0: its axis is logarithmic)."""
+    if rows and all(row.get(f"{key}_low") is not None for row in rows):
+        return [row[f"{key}_low"] for row in rows], [row[f"{key}_high"] for row in rows]
+    if rows and all(row.get(f"{key}_se") is not None for row in rows):
+        spread = [1.96 * row[f"{key}_se"] for row in rows]
+        low = [max(row[key] - s, row[key] / 10) for row, s in zip(rows, spread, strict=True)]
+        return low, [row[key] + s for row, s in zip(rows, spread, strict=True)]
+    return None
 
 
 def search_figure(searches: Rows, most: int = 24):

@@ -28,7 +28,8 @@ PHASES = ("rollout", "teacher", "update", "search", "eval", "other")
 _SETTINGS = (
     "model_name_or_path", "teacher_model_name_or_path", "task", "strategy", "algorithm", "learning_rate", "lr_scheduler_type",
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length",
-    "loss_type", "lambda_extrapolation", "rollout_horizon", "seed",
+    "loss_type", "lambda_extrapolation", "rollout_horizon", "task_args", "verifier", "prompt_suffix", "system_prompt",
+    "chat_template_kwargs", "cost_clock", "seed",
 )  # fmt: skip
 
 
@@ -88,12 +89,14 @@ def write_run_page(roots: Sequence[Path], out: Path) -> Path:
             quality_figure,
             {run.label: run.evals for run in runs if run.evals},
             {run.label: run.searches for run in runs},
+            seconds=_seconds(runs),
         )
         if any(run.evals for run in runs)
         else None,
         last=[_last(run) for run in runs],
         costs=[_costs(run) for run in runs],
         phases=PHASES,
+        clock=_clock(runs[0]) if len({_clock(run) for run in runs}) == 1 else "cost",
         searched=[
             {
                 "label": run.label,
@@ -110,10 +113,24 @@ def write_run_page(roots: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _svg(draw, *arguments) -> Markup | None:
+def _clock(run: RunRows) -> str:
+    """What the seconds of a run's ledger are."""
+    return "CPU seconds" if run.config.get("cost_clock") == "cpu" else "seconds"
+
+
+def _seconds(runs: Sequence[RunRows]) -> str:
+    """The same for an axis that several runs share."""
+    clocks = {run.label: _clock(run) for run in runs}
+    if len(set(clocks.values())) == 1:
+        return f"net {next(iter(clocks.values()))}"
+    cpu = ", ".join(label for label, clock in clocks.items() if clock != "seconds")
+    return f"net seconds; of CPU time in {cpu}"
+
+
+def _svg(draw, *arguments, **options) -> Markup | None:
     """A figure as an `<svg>` element, with text as text."""
     with quiet_style(), require("matplotlib").rc_context({"svg.fonttype": "none"}):
-        figure = draw(*arguments)
+        figure = draw(*arguments, **options)
         if figure is None:
             return None
         file = io.StringIO()
@@ -144,7 +161,7 @@ def _last(run: RunRows) -> dict[str, str]:
         found["steps"] += f" (the model is that of step {kept.step}, the best by {full_name(kept.metric)})"
     if kl:
         found["KL"] = f"{kl[-1]['eval_kl']:.5f} ± {kl[-1].get('eval_kl_se', float('nan')):.5f}"
-        found["smoothed KL"] = f"{final_target(kl):.5f}"
+        found["late KL"] = f"{final_target(kl):.5f}"
     if "eval_accuracy" in row:
         low, high = row.get("eval_accuracy_low"), row.get("eval_accuracy_high")
         found["accuracy"] = f"{row['eval_accuracy']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
@@ -159,6 +176,7 @@ def _costs(run: RunRows) -> dict[str, Any]:
     return {
         "label": run.label,
         "net": f"{row.get('cost/net_seconds', 0.0):,.1f}",
+        "clock": _clock(run),
         "tokens": f"{int(row.get('cost/net_generated_tokens', 0)):,}",
         "forward": f"{int(row.get('cost/net_forward_tokens', 0)):,}",
         "phases": [f"{value:,.1f} s ({value / whole:.0%})" for value in seconds],
@@ -218,14 +236,14 @@ b.taken { color: #b02a3e; } span.trial { white-space: nowrap; margin-right: .8re
 
 <h2>How good it got</h2>
 <div class="wide"><table>
-<tr><th>run</th><th>steps</th><th>held-out KL ± SE</th><th>… smoothed</th><th>accuracy [95 %]</th></tr>
+<tr><th>run</th><th>steps</th><th>held-out KL ± SE</th><th>… median of the last 3</th><th>accuracy [95 %]</th></tr>
 {% for run in last %}
-<tr><td>{{ run.label }}</td><td>{{ run.steps }}</td><td>{{ run["KL"] or "–" }}</td><td>{{ run["smoothed KL"] or "–" }}</td><td>{{ run.accuracy or "–" }}</td></tr>
+<tr><td>{{ run.label }}</td><td>{{ run.steps }}</td><td>{{ run["KL"] or "–" }}</td><td>{{ run["late KL"] or "–" }}</td><td>{{ run.accuracy or "–" }}</td></tr>
 {% endfor %}
 </table></div>
 {% if quality %}
 {{ quality }}
-<p class="note">KL in nats per token, exact, on held-out prompts; the line is the median of three evaluations. Triangles: jumps forwards.</p>
+<p class="note">KL in nats per token, exact, on held-out prompts. A point is an evaluation as it was measured, nothing is smoothed; bands: 95 % intervals over prompts. Triangles: the first evaluation after a jump forwards.</p>
 {% else %}
 <p class="note">No evaluations: train with --eval_strategy steps --eval_steps N.</p>
 {% endif %}
@@ -237,7 +255,7 @@ b.taken { color: #b02a3e; } span.trial { white-space: nowrap; margin-right: .8re
 <p class="note">Gain over staying at s = 0 against the scale s (linear up to 1, logarithmic beyond), with two standard errors, example by example. Dashed: where the model went.</p>
 {% endif %}
 <details{% if one.rows | length <= 12 %} open{% endif %}><summary>Every candidate</summary><div class="wide"><table>
-<tr><th>step</th><th>‖Δ‖</th><th>scale: score</th><th>learning rate ×</th><th>seconds</th></tr>
+<tr><th>step</th><th>‖Δ‖</th><th>scale: score</th><th>learning rate ×</th><th>seconds on the wall</th></tr>
 {% for row in one.rows %}
 <tr><td>{{ row.step }}</td><td>{{ row.delta }}</td><td>{% for trial in row.trials %}<span class="trial">{% if trial.taken %}<b class="taken">{{ trial.text }}</b>{% else %}{{ trial.text }}{% endif %}</span> {% endfor %}</td><td>{{ row.factor }}</td><td>{{ row.seconds }}</td></tr>
 {% endfor %}
@@ -246,12 +264,12 @@ b.taken { color: #b02a3e; } span.trial { white-space: nowrap; margin-right: .8re
 
 <h2>What it cost</h2>
 <div class="wide"><table>
-<tr><th>run</th><th>net seconds</th><th>sampled tokens</th><th>forward tokens</th>{% for phase in phases %}<th>{{ phase }}</th>{% endfor %}</tr>
+<tr><th>run</th><th>net {{ clock }}</th><th>sampled tokens</th><th>forward tokens</th>{% for phase in phases %}<th>{{ phase }}</th>{% endfor %}</tr>
 {% for run in costs %}
-<tr><td>{{ run.label }}</td><td>{{ run.net }}</td><td>{{ run.tokens }}</td><td>{{ run.forward }}</td>{% for phase in run.phases %}<td>{{ phase }}</td>{% endfor %}</tr>
+<tr><td>{{ run.label }}</td><td>{{ run.net }}{% if clock != run.clock %} {{ run.clock }}{% endif %}</td><td>{{ run.tokens }}</td><td>{{ run.forward }}</td>{% for phase in run.phases %}<td>{{ phase }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
-<p class="note">Net: the search is charged, evaluation is not. Forward tokens: run through a model besides sampling.</p>
+<p class="note">Net: the search is charged, evaluation is not.{% if clock != "seconds" %} CPU seconds: of all threads of the process, instead of time on the wall.{% endif %} Forward tokens: run through a model besides sampling.</p>
 
 {% if training %}
 <h2>What training logged</h2>

@@ -10,15 +10,18 @@ from typing import Any
 from effopd.optional import require
 
 INK, MUTED, FAINT = "#22262e", "#6b7280", "#c9ced6"
+#: Okabe and Ito's colours, told apart with every common colour blindness; the last two are ours.
+_PALETTE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#22262e", "#7f6a1f")
 _KNOWN = {
-    "opd": "#d1495b",
-    "effopd": "#a4243b",
-    "rl": "#2e6f9e",
-    "grpo": "#2e6f9e",
-    "dapo": "#5a4fa2",
-    "sft": "#5f8f3e",
+    "opd": "#d55e00",
+    "effopd": "#009e73",
+    "rl": "#0072b2",
+    "grpo": "#0072b2",
+    "dapo": "#56b4e9",
+    "sft": "#cc79a7",
 }
-_PALETTE = ("#d1495b", "#2e6f9e", "#5f8f3e", "#d98b2b", "#5a4fa2", "#3a9188", "#8c5a3c", "#b2558e")
+#: One a group, beside its colour.
+MARKERS = ("o", "s", "D", "v", "P", "X", "<", ">")
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": FAINT,
@@ -48,13 +51,17 @@ _STYLE: dict[str, Any] = {
 
 
 def group_colors(groups: Iterable[str]) -> dict[str, str]:
-    """One colour a group: the usual ones for opd, rl, sft, …; the palette for the rest. The same in every figure."""
-    names = list(groups)
-    colors = {name: _KNOWN[name.lower()] for name in names if name.lower() in _KNOWN}
+    """One colour a group: the usual ones for opd, rl, sft, … (the first that claims it), the palette for the rest. Up to
+    eight groups never share one."""
+    names, colors = list(groups), dict[str, str]()
+    for name in names:
+        known = _KNOWN.get(name.lower())
+        if known is not None and known not in colors.values():
+            colors[name] = known
     free = [color for color in _PALETTE if color not in colors.values()] or list(_PALETTE)
     for i, name in enumerate(name for name in names if name not in colors):
         colors[name] = free[i % len(free)]
-    return colors
+    return {name: colors[name] for name in names}
 
 
 def quiet_style():

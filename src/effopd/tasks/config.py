@@ -126,8 +126,8 @@ class TaskConfig:
         kinds = [split_task_name("task", self.task)[0]]
         if self.eval_task is not None:
             kinds.append(split_task_name("eval_task", self.eval_task)[0])
-        self.task_args = _parse_args("task_args", self.task_args)
-        self.eval_task_args = _parse_args("eval_task_args", self.eval_task_args)
+        self.task_args = json_object("task_args", self.task_args)
+        self.eval_task_args = json_object("eval_task_args", self.eval_task_args)
         if self.verifier is not None and not _VERIFIER.fullmatch(self.verifier):
             raise ConfigError(
                 f"verifier: expected 'module:function', got {self.verifier!r}. For a function 'grade' in "
@@ -188,20 +188,21 @@ def split_task_name(field_name: str, value: Any) -> tuple[str, str]:
     return kind, name.strip()
 
 
-def _parse_args(field_name: str, value: dict | str | None) -> dict | None:
-    """JSON text as a dict; a dict or `None` as it is."""
+def json_object(field_name: str, value: dict | str | None, example: str = '{"max_terms": 3}') -> dict | None:
+    """JSON text as a dict; a dict or `None` as it is.
+
+    Raises:
+        ConfigError: anything else; the message shows the example.
+    """
     parsed: Any = value
+    hint = f"Write for example '{example}'"
     if isinstance(value, str):
         try:
             parsed = json.loads(value) if value.strip() else None
         except json.JSONDecodeError as error:
             raise ConfigError(
-                f"{field_name}: expected a JSON object, got {value!r} ({error}). Write for example "
-                "'{\"max_terms\": 3}', in single quotes on the command line."
+                f"{field_name}: expected a JSON object, got {value!r} ({error}). {hint}, in single quotes on the command line."
             ) from error
     if parsed is not None and not isinstance(parsed, dict):
-        raise ConfigError(
-            f"{field_name}: expected a JSON object, got {type(parsed).__name__} {value!r}. Write for example "
-            "'{\"max_terms\": 3}'."
-        )
+        raise ConfigError(f"{field_name}: expected a JSON object, got {type(parsed).__name__} {value!r}. {hint}.")
     return parsed

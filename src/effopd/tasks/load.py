@@ -189,6 +189,14 @@ _LOADERS: dict[str, Callable[[_Request], Task]] = {
 _SUFFIXES = {"reasoning-gym": GYM_SUFFIX, "math": MATH_SUFFIX}
 
 
+def instruction(task: str, prompt_suffix: str | None) -> str:
+    """What follows every question of `task` ("kind:name"): `prompt_suffix`, or the kind's own where that is `None`."""
+    kind, _ = split_task_name("task", task)
+    if kind not in _SUFFIXES:
+        return ""
+    return _SUFFIXES[kind] if prompt_suffix is None else prompt_suffix
+
+
 def _default_size(split: Split) -> int:
     return DEFAULT_TRAIN_SIZE if split == "train" else DEFAULT_EVAL_SIZE
 
@@ -199,7 +207,7 @@ def _finish(task: Task, config: TaskConfig, kind: str) -> Task:
         task = replace(task, verify=load_verifier(config.verifier), needs_answers=False)
     if kind not in _SUFFIXES:
         return task
-    suffix = _SUFFIXES[kind] if config.prompt_suffix is None else config.prompt_suffix
+    suffix = instruction(f"{kind}:{task.name}", config.prompt_suffix)
     return task.subset([replace(example, prompt=_write(example, suffix, config)) for example in task.examples])
 
 
