@@ -16,6 +16,7 @@ from effopd.optional import ensure
 
 logger = logging.getLogger(__name__)
 
+LOSS_WEIGHTINGS = ("token", "answer")
 LOSSES = ("full", "sampled")
 HORIZONS = ("full", "topd", "popd")
 #: Settings of a rollout horizon that only one of them reads.
@@ -108,6 +109,14 @@ class OPDConfig(RunArguments, DistillationConfig):
             "choices": list(LOSSES),
         },
     )
+    loss_weighting: str = field(
+        default="token",
+        metadata={
+            "help": "'token': every token counts alike, as in TRL. 'answer': every answer does (the mean over answers of "
+            "the mean over their tokens), as in the scripts of arXiv 2605.11739.",
+            "choices": list(LOSS_WEIGHTINGS),
+        },
+    )
     lambda_extrapolation: float = field(
         default=1.0,
         metadata={
@@ -147,6 +156,10 @@ class OPDConfig(RunArguments, DistillationConfig):
         super().__post_init__()
         if self.loss_type not in LOSSES:
             raise ConfigError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            raise ConfigError(
+                f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {self.loss_weighting!r}."
+            )
         if self.health_tokens < 0:
             raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
         if self.loss_type == "sampled":
@@ -201,12 +214,11 @@ class OPDConfig(RunArguments, DistillationConfig):
             "min_p": bool(self.min_p),
             "repetition_penalty": self.repetition_penalty != 1.0,
             "generation_kwargs": bool(self.generation_kwargs),
-            "use_vllm": self.use_vllm,
         }
         names = [name for name, is_wrong in wrong.items() if is_wrong]
         if names:
             raise ConfigError(
                 f"loss_type='sampled' needs answers drawn from the student itself, unfiltered, but {', '.join(names)} "
-                "change the sampler or the objective (vLLM would need its log-probs for the importance weight). Use "
+                "change the sampler or the objective. Use "
                 "the defaults of these flags, or loss_type='full'."
             )
