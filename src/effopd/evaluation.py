@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from effopd.errors import ConfigError, TaskError, finite_predictions
 from effopd.restore import evaluating, isolated_rng
-from effopd.sampler_check import same_length_groups
+from effopd.sampler_check import generate_groups
 from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.verify import check_score
 
@@ -201,7 +201,7 @@ def generate(
         for start in range(0, len(prompt_ids), batch_size):
             batch = prompt_ids[start : start + batch_size]
             answers: dict[int, Completion] = {}
-            for group in same_length_groups(model, batch):
+            for group in generate_groups(model, batch):
                 rows = _generate_batch(model, tokenizer, [batch[i] for i in group], config, eos)
                 answers |= dict(zip(group, rows, strict=True))
             completions += [answers[i] for i in range(len(batch))]

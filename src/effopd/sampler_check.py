@@ -1,14 +1,14 @@
 """Does `generate` sample from the distributions that losses and scores are computed with?
 
-Two measurements on a few tokens, each made once per model: whether left padding, which batches of unequal prompts get in
-`generate`, changes a row's distributions (recurrent models that do not read the mask, position tables without position
-ids), and whether the sampler's distributions are those of `logit_path`.
+Two measurements on a few tokens, each made once per model: which prompts `generate` may be given at once, so that none
+changes another's distributions (through padding or otherwise), and whether the sampler's distributions are those of
+`logit_path`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,67 +33,84 @@ from effopd.logit_path import (
 #: Tokens that the sampler adds in a measurement.
 _NEW = 3
 
-_PADS_EXACTLY: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+#: What `generate` may be given at once: any prompts, prompts of one length, or one prompt.
+Batching = Literal["any", "length", "single"]
+
+_BATCHING: WeakKeyDictionary[nn.Module, Batching] = WeakKeyDictionary()
 
 
-def same_length_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of the prompts that `generate` may be given as one batch: all of them or, where left padding changes what the
-    model predicts, those of one length at a time.
+def generate_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of the prompts that `generate` may be given as one batch, so that each has the predictions that it has alone.
 
     Raises:
-        CompatibilityError: the latter, with weights that are sharded (ranks would make unequal numbers of forwards); or
+        CompatibilityError: not all of them, with weights that are sharded (ranks would make unequal numbers of forwards); or
             `generate` fails.
     """
-    everything = [list(range(len(prompt_ids)))]
-    lengths = sorted({len(ids) for ids in prompt_ids})
-    whole = is_whole(model)
-    if (whole and len(lengths) < 2) or pads_exactly(model):
-        return everything
+    whole, lengths = is_whole(model), sorted({len(ids) for ids in prompt_ids})
+    if whole and len(prompt_ids) == 1:
+        return [[0]]
+    how = batching(model)
+    if how == "any" or (how == "length" and len(lengths) == 1 and whole):
+        return [list(range(len(prompt_ids)))]
     if not whole:
         raise CompatibilityError(
-            f"{type(core_of(model)).__name__}: left padding changes its predictions, so prompts of unequal length cannot share a "
-            "batch; with sharded weights expected a model that reads the padding mask. Use DDP, or another model."
+            f"{type(core_of(model)).__name__}: prompts of unequal length change each other's predictions in a batch; with sharded "
+            "weights expected a model that reads the padding mask. Use DDP, or another model."
         )
+    if how == "single":
+        return [[i] for i in range(len(prompt_ids))]
     return [[i for i, ids in enumerate(prompt_ids) if len(ids) == length] for length in lengths]
 
 
 @torch.no_grad()
-def pads_exactly(model: Any) -> bool:
-    """Whether `generate` gives a left-padded prompt what it gives the prompt alone.
+def batching(model: Any) -> Batching:
+    """Which prompts `generate` may be given at once: a batch must give each what it gives the prompt alone.
+
+    "length": left padding changes predictions (recurrent models that do not read the mask, tables of positions without
+    position ids). "single": so do other rows (RWKV's cache in transformers 5.23).
 
     Raises:
         CompatibilityError: `generate` fails.
     """
     core = core_of(model)
-    if core not in _PADS_EXACTLY:
-        with at_rest(core), typed(core, "`generate` with prompts of unequal length"):
-            _PADS_EXACTLY[core] = _measured(core)
-    return _PADS_EXACTLY[core]
+    if core not in _BATCHING:
+        with at_rest(core), typed(core, "`generate` with several prompts"):
+            _BATCHING[core] = _measured(core)
+    return _BATCHING[core]
 
 
-def remember_padding(model: Any, exact: bool) -> None:
-    """Take `exact` for what `pads_exactly` says of `model`: another rank has measured it."""
-    _PADS_EXACTLY[core_of(model)] = exact
+def remember_batching(model: Any, how: Batching) -> None:
+    """Take `how` for what `batching` says of `model`: another rank has measured it."""
+    _BATCHING[core_of(model)] = how
 
 
-def _measured(core: Any) -> bool:
+def _measured(core: Any) -> Batching:
     row = usual_tokens(core, LENGTH)
     short, left = row[:, :SHORT], LENGTH - SHORT
-    mask = torch.ones_like(row).repeat(2, 1)
+    ones, mask = torch.ones_like(short), torch.ones_like(row).repeat(2, 1)
     mask[0, :left] = 0
     first, second = (
-        _generated(core, torch.cat([torch.cat([row[:, i, None].expand(1, left), short], dim=1), row]), mask)[1][0]
+        _generated(core, torch.cat([torch.cat([row[:, i, None].expand(1, left), short], dim=1), row]), mask)
         for i in (0, -1)  # the same, padded with other tokens
     )
-    alone = _generated(core, short, torch.ones_like(short))[1][0]
-    exact = rounding(core) < 1e-6
+    alone = _generated(core, short, ones)
+    strict, loose = (1e-5, 1e-3) if rounding(core) < 1e-6 else (0.05, 0.5)
     # what stands in the padding must not matter at all; where a row begins may cost rounding
-    return _gap(first, second) <= (1e-5 if exact else 0.05) and _gap(first, alone) <= (1e-4 if exact else 0.5)
+    if _gap(first, second) <= strict and _gap(first, alone) <= loose:
+        return "any"
+    pair = _generated(core, torch.cat([short, short.flip(1)]), ones.repeat(2, 1))
+    return "length" if _gap(pair, alone) <= loose else "single"
 
 
-def _gap(a_TV: Tensor, b_TV: Tensor) -> float:
-    """Largest |Δ log p| of the first token's distributions."""
-    return float((a_TV[0].log_softmax(-1) - b_TV[0].log_softmax(-1)).abs().max())
+def _gap(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+    """Largest |Δ log p| of the first rows' distributions, as long as the tokens before are the same."""
+    (tokens, logits_TV), (others, other_logits_TV) = ((ids[0, -logits.shape[1] :], logits[0]) for ids, logits in (a, b))
+    gap = 0.0
+    for step in range(min(len(logits_TV), len(other_logits_TV))):
+        gap = max(gap, float((logits_TV[step].log_softmax(-1) - other_logits_TV[step].log_softmax(-1)).abs().max()))
+        if tokens[step] != others[step]:
+            break
+    return gap
 
 
 def _generated(core: Any, prompts_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:

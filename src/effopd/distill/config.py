@@ -215,6 +215,12 @@ class OPDConfig(RunArguments, DistillationConfig):
             "repetition_penalty": self.repetition_penalty != 1.0,
             "generation_kwargs": bool(self.generation_kwargs),
         }
+        if self.use_vllm and self.vllm_mode == "server" and self.temperature != 1:
+            raise ConfigError(
+                "loss_type='sampled' weighs vLLM's answers by its log-probabilities, and a vLLM server gives those at "
+                f"temperature 1, got temperature={self.temperature}. Use temperature=1, vllm_mode='colocate', or "
+                "loss_type='full'."
+            )
         names = [name for name, is_wrong in wrong.items() if is_wrong]
         if names:
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any
 from effopd.errors import CompatibilityError
 from effopd.extrapolate.ranks import pooled, rank
 from effopd.logit_path import LogitPath, is_whole, logit_path, remember
-from effopd.sampler_check import check_sampler, pads_exactly, remember_padding
+from effopd.sampler_check import Batching, batching, check_sampler, remember_batching
 
 
 def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) -> None:
@@ -29,13 +29,13 @@ def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) ->
             sampled = generates and role == "student"
             found = pooled(lambda model=model, role=role, sampled=sampled: _measured(model, role, sampled))[0]
             if found is not None:
-                path, padding = found
+                path, how = found
                 remember(model, path)
-                if padding is not None:
-                    remember_padding(model, padding)
+                if how is not None:
+                    remember_batching(model, how)
 
 
-def _measured(model: Any, role: str, sampled: bool) -> tuple[LogitPath, bool | None] | None:
+def _measured(model: Any, role: str, sampled: bool) -> tuple[LogitPath, Batching | None] | None:
     if rank() > 0 or not is_whole(model):
         return None
     try:
@@ -43,6 +43,6 @@ def _measured(model: Any, role: str, sampled: bool) -> tuple[LogitPath, bool | N
         if not sampled:
             return path, None
         check_sampler(model)
-        return path, pads_exactly(model)
+        return path, batching(model)
     except CompatibilityError as error:
         raise CompatibilityError(f"the {role} cannot be used. {error}") from error

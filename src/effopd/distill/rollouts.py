@@ -1,7 +1,7 @@
 """The student's rollouts as `OPDTrainer` takes them from its host: from the vocabulary that is trained, exact for prompts of
 unequal length, with the sampler's own log-probabilities.
 
-    ids below `vocab_size` only  →  one `generate` per prompt length where left padding is not exact  →  log π_sampler(y)
+    ids below `vocab_size` only  →  as many `generate` calls as exactness takes  →  log π_sampler(y)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from effopd.distill.divergence import Head, token_logprobs
 from effopd.distill.sampled_logps import padded, recording
 from effopd.errors import CompatibilityError
 from effopd.evaluation import beyond
-from effopd.sampler_check import same_length_groups
+from effopd.sampler_check import generate_groups
 
 #: Rollouts of a batch whose sampler's log-probabilities are kept for `health/sampler_logp_gap`.
 _RECORDED = 8
@@ -71,7 +71,7 @@ class RolloutMixin(_Host):
         if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         student = self.accelerator.unwrap_model(self.model)
-        groups = [list(range(len(prompt_ids)))] if multimodal_fields else same_length_groups(student, prompt_ids)
+        groups = [list(range(len(prompt_ids)))] if multimodal_fields else generate_groups(student, prompt_ids)
         completions: dict[int, list[int]] = {}
         logps: dict[int, Sequence[float | None]] = {}
         for group in groups:
