@@ -63,7 +63,13 @@ ROLLOUTS = {"any": "", "length": "by length", "single": "one by one"}
 OF_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "codegen": {"rotary_dim": 8},
-    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "lm_head_multiplier": 0.5},
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_chunk_size": 16,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "lm_head_multiplier": 0.5,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
     "granite": {"logits_scaling": 4.0},
@@ -230,11 +236,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"| {row['type']} | {', '.join(form)} | {row['own']:.0e} | {row['kl']:.0e} | {row['sampler']:.0e} | "
                 f"{ROLLOUTS[row['batching']]} |"
             )
-    for name, title in (("refused", "Refused"), ("not built", "Not built here"), ("WRONG", "Wrong"), ("CRASH", "Crash")):
+    for name, title in (
+        ("refused", "Refused"),
+        ("not built", "Not built here"),
+        ("WRONG", "Wrong"),
+        ("CRASH", "Crash"),
+    ):
         found = [row for row in rows if row["result"] == name]
         if found:
             lines += ["", f"## {title}", "", "| type | why |", "|---|---|"]
-            lines += [f"| {row['type']} | {' '.join(row.get('why', '').split())[:240].replace('|', '/')} |" for row in found]
+            lines += [
+                f"| {row['type']} | {' '.join(row.get('why', '').split())[:240].replace('|', '/')} |" for row in found
+            ]
     return "\n".join(lines) + "\n"
 
 

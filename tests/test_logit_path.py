@@ -49,7 +49,9 @@ def test_a_type_is_exact(kind, form):
     assert {name: row[name] for name in form} == form
 
 
-@pytest.mark.parametrize(("kind", "why"), [("cpmant", "depend on the tokens after it"), ("roberta", "`generate` samples")])
+@pytest.mark.parametrize(
+    ("kind", "why"), [("cpmant", "depend on the tokens after it"), ("roberta", "`generate` samples")]
+)
 def test_a_type_is_refused(kind, why):
     row = architectures.row_of(kind)
     assert row["result"] == "refused" and why in row["why"]
@@ -150,7 +152,9 @@ def test_a_batch_of_unequal_prompts_has_the_kl_of_its_rows(adapter):
     if adapter:
         from peft import LoraConfig, get_peft_model
 
-        models[0] = get_peft_model(models[0], LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)).eval()
+        models[0] = get_peft_model(
+            models[0], LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)
+        ).eval()
     prompts, answers = draw((4, 15, 9)), draw((6, 2, 5), 8)
     together, _ = reverse_kl_of_completions(*models, prompts, answers, vocab_size=64, pad_token_id=0)
     for i, found in enumerate(together):
@@ -184,13 +188,21 @@ def test_padding_anywhere_gives_each_row_its_own_states_and_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_position_tables_are_no_reason_to_sample_one_length_at_a_time(dtype):
-    assert batching(gpt2(0, dtype)) == "any" and check_sampler(gpt2(0, dtype)) < (1e-4 if dtype == torch.float32 else 0.1)
+    assert batching(gpt2(0, dtype)) == "any" and check_sampler(gpt2(0, dtype)) < (
+        1e-4 if dtype == torch.float32 else 0.1
+    )
 
 
 def rwkv(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
-        "rwkv", hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, vocab_size=64, bos_token_id=1, eos_token_id=2
+        "rwkv",
+        hidden_size=32,
+        attention_hidden_size=32,
+        num_hidden_layers=2,
+        vocab_size=64,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():

@@ -335,7 +335,9 @@ def float_logits(layer: Any, path: LogitPath, hidden: Tensor) -> Tensor:
     """Logits in float32, the way losses and scores make them."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     bias = None if bias is None else whole_tensor(bias).float()
-    made = torch.nn.functional.linear(hidden.to(weight.device).float(), whole_tensor(weight).float(), bias) * path.scale
+    made = (
+        torch.nn.functional.linear(hidden.to(weight.device).float(), whole_tensor(weight).float(), bias) * path.scale
+    )
     return made if path.softcap is None else path.softcap * torch.tanh(made / path.softcap)
 
 

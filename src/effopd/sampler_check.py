@@ -104,7 +104,9 @@ def _measured(core: Any) -> Batching:
 
 def _gap(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     """Largest |Δ log p| of the first rows' distributions, as long as the tokens before are the same."""
-    (tokens, logits_TV), (others, other_logits_TV) = ((ids[0, -logits.shape[1] :], logits[0]) for ids, logits in (a, b))
+    (tokens, logits_TV), (others, other_logits_TV) = (
+        (ids[0, -logits.shape[1] :], logits[0]) for ids, logits in (a, b)
+    )
     gap = 0.0
     for step in range(min(len(logits_TV), len(other_logits_TV))):
         gap = max(gap, float((logits_TV[step].log_softmax(-1) - other_logits_TV[step].log_softmax(-1)).abs().max()))

@@ -251,7 +251,12 @@ class Evaluator:
         n = self.settings.get("n", 1)
         with tqdm(total=n * len(self.task), desc="answers", leave=False) as bar:
             result = evaluate(
-                self.model, self.tokenizer, self.task, progress=bar.update, vocab_size=self._vocab_size, **self.settings
+                self.model,
+                self.tokenizer,
+                self.task,
+                progress=bar.update,
+                vocab_size=self._vocab_size,
+                **self.settings,
             )
         interval = result.accuracy
         measured = {

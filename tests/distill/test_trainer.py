@@ -256,7 +256,7 @@ def test_the_sampled_loss_needs_log_probs_at_its_own_temperature():
     server = {"loss_type": "sampled", "use_vllm": True, "vllm_mode": "server"}
     OPDConfig(**server)
     OPDConfig(**server | {"vllm_mode": "colocate"}, temperature=0.7)
-    with pytest.raises(ConfigError, match="temperature=0.7"):
+    with pytest.raises(ConfigError, match=r"temperature=0\.7"):
         OPDConfig(**server, temperature=0.7)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from effopd.errors import CompatibilityError
@@ -27,7 +28,7 @@ def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) ->
     for role, model in {"student": student, **others}.items():
         if model is not None:
             sampled = generates and role == "student"
-            found = pooled(lambda model=model, role=role, sampled=sampled: _measured(model, role, sampled))[0]
+            found = pooled(partial(_measured, model, role, sampled))[0]
             if found is not None:
                 path, how = found
                 remember(model, path)

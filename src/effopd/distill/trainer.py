@@ -202,7 +202,12 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
     def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal):
         """The host's, exact for rows of unequal length and for layers between backbone and output layer."""
         return completion_hidden_states(
-            unwrapped_model, input_ids, attention_mask, logits_to_keep, multiple_of=self.pad_to_multiple_of, **multimodal
+            unwrapped_model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            multiple_of=self.pad_to_multiple_of,
+            **multimodal,
         )
 
     def _not_finite(self, h_student, h_teacher) -> NonFiniteLossError:
