@@ -12,7 +12,7 @@ import effopd
 ROOT = Path(effopd.__file__).parent
 #: A module may import from its own layer (first column equal) and from lower ones, at module level.
 LAYERS = {
-    "errors": 0, "restore": 0, "files": 0, "versions": 0, "precision": 0, "command_help": 1, "optional": 1, "weights": 2, "dynamics": 3,
+    "errors": 0, "restore": 0, "files": 0, "versions": 0, "precision": 0, "command_help": 1, "optional": 1, "logit_path": 1, "sampler_check": 2, "weights": 2, "dynamics": 3,
     "tasks": 3, "evaluation": 4, "extrapolate": 5, "distill": 6,
     "testbed": 7, "bench": 7, "report": 8, "scan_results": 7, "scan": 8, "evaluate_command": 8,
     "train_command": 8, "analyze_command": 9, "intervene_command": 9, "compare_command": 9, "report_command": 9, "quickstart": 9, "cli": 10, "__main__": 11,

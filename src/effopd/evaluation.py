@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from effopd.errors import ConfigError, TaskError, finite_predictions
 from effopd.restore import evaluating, isolated_rng
+from effopd.sampler_check import generate_groups
 from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.prompts import prompt_ids
 from effopd.tasks.reasoning import decode_marked, opened_by_ids
@@ -145,6 +146,12 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+def beyond(model: PreTrainedModel, vocab_size: int | None) -> list[int] | None:
+    """The tokens from `vocab_size` on that the model has rows for, to be suppressed; `None` if there are none."""
+    rows = model.config.get_text_config().vocab_size
+    return list(range(vocab_size, rows)) if vocab_size is not None and vocab_size < rows else None
+
+
 @contextmanager
 def _own_sampling_aside(model: PreTrainedModel) -> Iterator[None]:
     """`model.generate` samples in this block as it is told, and no other way; the model has its `generation_config` back
@@ -179,6 +186,7 @@ def generate(
     seed: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: Callable[[int], object] | None = None,
+    vocab_size: int | None = None,
 ) -> list[Completion]:
     """Sample one answer a prompt with `model.generate`, in the given order and in fixed batches.
 
@@ -192,6 +200,10 @@ def generate(
     Args:
         temperature: 0 means greedy decoding.
         progress: called with the number of answers finished after each batch.
+        vocab_size: only tokens below it are sampled; `None`: all that the model has a row for.
+
+    Raises:
+        CompatibilityError: left padding changes what the model predicts, and its weights are sharded.
     """
     eos, pad = eos_token_ids(model, tokenizer), tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -201,13 +213,18 @@ def generate(
         use_cache=True,
         eos_token_id=eos or None,
         pad_token_id=pad if pad is not None else (eos[0] if eos else None),
+        suppress_tokens=beyond(model, vocab_size),
     )
     encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     completions: list[Completion] = []
     with evaluating(model), isolated_rng(seed), _own_sampling_aside(model):
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
-            completions += _generate_batch(model, tokenizer, batch, config, eos)
+            answers: dict[int, Completion] = {}
+            for group in generate_groups(model, batch):
+                rows = _generate_batch(model, tokenizer, [batch[i] for i in group], config, eos)
+                answers |= dict(zip(group, rows, strict=True))
+            completions += [answers[i] for i in range(len(batch))]
             if progress is not None:
                 progress(len(batch))
     return completions
@@ -348,9 +365,10 @@ def evaluate(
     seed: int | None = 0,
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: Callable[[int], object] | None = None,
+    vocab_size: int | None = None,
 ) -> EvalResult:
     """Answer every example `n` times, sampled as `generate` does (not by the model's own sampling defaults), and grade the
-    answers.
+    answers. `vocab_size` and the other arguments are those of `generate`.
 
     Raises:
         ConfigError: `n < 1`, or several greedy samples (they would all be the same).
@@ -377,6 +395,7 @@ def evaluate(
         seed=seed,
         chat_template_kwargs=chat_template_kwargs,
         progress=progress,
+        vocab_size=vocab_size,
     )
     repeated = [example for example in task.examples for _ in range(n)]
     texts = [completion.marked for completion in flat]

@@ -29,6 +29,7 @@ from effopd.dynamics.scan_options import ScanOptions
 from effopd.dynamics.scans import BASE, Point, Study
 from effopd.errors import CompatibilityError, NonFiniteWeightsError
 from effopd.evaluation import EvalResult, evaluate
+from effopd.logit_path import logit_path
 from effopd.precision import for_float64, has_float64
 from effopd.restore import evaluating
 from effopd.scan_results import Results
@@ -245,17 +246,26 @@ class Evaluator:
     task: Task
     settings: Mapping[str, Any]
     teacher: PreTrainedModel | None = None
-    _vocab_size: int = field(init=False, default=0)
+    _vocab_size: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.teacher is not None:
             self._vocab_size = shared_vocab_size(self.model, self.teacher, len(self.tokenizer))
+            for model in (self.model, self.teacher):
+                logit_path(model)  # raises before anything is sampled
 
     def measure(self) -> dict[str, Any]:
         """Accuracy with its 95 % interval over prompts, per-prompt accuracies, lengths, cost; KL if there is a teacher."""
         n = self.settings.get("n", 1)
         with Counted(n * len(self.task), "answers", "answer", leave=False) as bar:
-            result = evaluate(self.model, self.tokenizer, self.task, progress=bar.update, **self.settings)
+            result = evaluate(
+                self.model,
+                self.tokenizer,
+                self.task,
+                progress=bar.update,
+                vocab_size=self._vocab_size,
+                **self.settings,
+            )
         interval = result.accuracy
         measured = {
             "accuracy": interval.mean,
@@ -281,6 +291,7 @@ class Evaluator:
         The interval is over prompts: ratio of sums, delta method, normal quantile, cut at 0.
         """
         answers = [answer for row in result.completions for answer in row]
+        assert self._vocab_size is not None, "there is a teacher"
         with evaluating(self.model, teacher):
             sums, counts = reverse_kl_of_completions(
                 self.model,

@@ -125,11 +125,60 @@ def test_too_small_vocabulary():
         shared_vocab_size(make_model(0), make_model(1, vocab_size=32), 47)
 
 
-def test_head_reads_scale_softcap_and_bias():
-    model = make_model(0)
-    model.config.logits_scaling, model.config.final_logit_softcapping = 4.0, 30.0
-    head = Head.of(model, 50)
-    assert head.weight.shape[0] == 50 and head.scale == 0.25 and head.softcap == 30.0
-    hidden = torch.randn(2, 16)
-    expected = 30 * torch.tanh(hidden @ model.get_output_embeddings().weight[:50].T * 0.25 / 30)
-    torch.testing.assert_close(head.logits(hidden), expected)
+def by_answer(value_N, valid, num_items=None):
+    rows = value_N.new_zeros(valid.shape)
+    rows[valid] = value_N
+    lengths = valid.sum(1)
+    return (rows.sum(1) / lengths.clamp(min=1)).sum() / (num_items or int((lengths > 0).sum()))
+
+
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_answers_that_count_alike_match_the_dense_means_with_gradients(setting, num_items):
+    h_s, h_t, s, t, ids, mask = setting
+    logp, logq, targets, valid = dense(setting, 0.7)
+    lp, lq = (x.gather(-1, targets[..., None])[..., 0][valid] for x in (logp, logq))
+    losses = {
+        "full": full_loss(h_s, h_t, s, t, mask, 1.0, 0.7, num_items, by_answer=True)[0],
+        "sampled": sampled_loss(h_s, h_t, s, t, ids, mask, 0.7, num_items, by_answer=True)[0],
+    }
+    references = {
+        "full": by_answer((logp.exp() * (logp - logq)).sum(-1)[valid], valid, num_items),
+        "sampled": by_answer(-(lq - lp).detach() * lp, valid, num_items),
+    }
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, references[name], rtol=1e-5, atol=1e-6)
+        grads = [torch.autograd.grad(x, (h_s, s.weight), retain_graph=True) for x in (loss, references[name])]
+        for mine, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_without_tokens_counts_for_nothing(setting):
+    h_s, h_t, s, t, _, mask = setting
+    mask = mask.clone()
+    mask[1] = 0
+    loss, _, count = full_loss(h_s, h_t, s, t, mask, 1.0, 1.0, None, by_answer=True)
+    logp, logq, _, _ = dense(setting, 1.0)
+    kl, valid = (logp.exp() * (logp - logq)).sum(-1), mask.bool()
+    torch.testing.assert_close(loss, (kl[0][valid[0]].mean() + kl[2][valid[2]].mean()) / 2, rtol=1e-5, atol=1e-6)
+    assert count == 8
+
+
+def test_importance_weights_are_capped_and_detached(setting):
+    h_s, h_t, s, t, ids, mask = setting
+    logp, logq, targets, valid = dense(setting, 1.0)
+    lp, lq = (x.gather(-1, targets[..., None])[..., 0] for x in (logp, logq))
+    sampler = lp.detach() - torch.linspace(-1.0, 4.0, lp.numel()).view_as(lp)  # ratios from 0.37 to 55
+    sampler = torch.where(valid, sampler, torch.nan)
+    loss, _, _ = sampled_loss(h_s, h_t, s, t, ids, mask, 1.0, None, sampler_logps_BT=sampler)
+    weight = (lp.detach() - sampler).exp()[valid].clamp(max=5.0)
+    assert (weight == 5.0).any() and (weight < 1.0).any()
+    reference = -(weight * (lq - lp)[valid].detach() * lp[valid]).mean()
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(x, (h_s, s.weight), retain_graph=True) for x in (loss, reference)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_outside_of_the_shared_vocabulary_are_an_error():
+    with pytest.raises(CompatibilityError, match="token 63 is outside"):
+        reverse_kl_of_completions(make_model(0), make_model(1), [[3, 4]], [[63]], vocab_size=63, pad_token_id=0)

@@ -19,6 +19,7 @@ from effopd.optional import ensure
 
 logger = logging.getLogger(__name__)
 
+LOSS_WEIGHTINGS = ("token", "answer")
 LOSSES = ("full", "sampled")
 HORIZONS = ("full", "topd", "popd")
 #: Settings of a rollout horizon that only one of them reads.
@@ -153,6 +154,14 @@ class OPDConfig(RunArguments, DistillationConfig):
             "choices": list(LOSSES),
         },
     )
+    loss_weighting: str = field(
+        default="token",
+        metadata={
+            "help": "'token': every token counts alike, as in TRL. 'answer': every answer does (the mean over answers of "
+            "the mean over their tokens), as in the scripts of arXiv 2605.11739.",
+            "choices": list(LOSS_WEIGHTINGS),
+        },
+    )
     lambda_extrapolation: float = field(
         default=1.0,
         metadata={
@@ -192,6 +201,10 @@ class OPDConfig(RunArguments, DistillationConfig):
         super().__post_init__()
         if self.loss_type not in LOSSES:
             raise ConfigError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            raise ConfigError(
+                f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {self.loss_weighting!r}."
+            )
         if self.health_tokens < 0:
             raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
         if self.loss_type == "sampled":
@@ -246,12 +259,17 @@ class OPDConfig(RunArguments, DistillationConfig):
             "min_p": bool(self.min_p),
             "repetition_penalty": self.repetition_penalty != 1.0,
             "generation_kwargs": bool(self.generation_kwargs),
-            "use_vllm": self.use_vllm,
         }
+        if self.use_vllm and self.vllm_mode == "server" and self.temperature != 1:
+            raise ConfigError(
+                "loss_type='sampled' weighs vLLM's answers by its log-probabilities, and a vLLM server gives those at "
+                f"temperature 1, got temperature={self.temperature}. Use temperature=1, vllm_mode='colocate', or "
+                "loss_type='full'."
+            )
         names = [name for name, is_wrong in wrong.items() if is_wrong]
         if names:
             raise ConfigError(
                 f"loss_type='sampled' needs answers drawn from the student itself, unfiltered, but {', '.join(names)} "
-                "change the sampler or the objective (vLLM would need its log-probs for the importance weight). Use "
+                "change the sampler or the objective. Use "
                 "the defaults of these flags, or loss_type='full'."
             )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -22,12 +21,16 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from effopd.errors import CompatibilityError
+from effopd.logit_path import completion_hidden_states, core_of, logit_path, whole_tensor
 from effopd.precision import for_float64
 
 T = TypeVar("T")
 
 #: Width of a vocabulary tile of the sampled-token kernel.
 _VOCAB_CHUNK = 8192
+
+#: Cap of π_θ(y) / π_sampler(y), the importance weight of the sampled loss.
+_LARGEST_RATIO = 5.0
 
 #: What a batch of a multimodal student has besides tokens, handed on to the forward.
 MULTIMODAL_KEYS = (
@@ -56,14 +59,16 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, vocab_size: int) -> Head:
-        """The head of `model`, its first `vocab_size` rows (rows beyond the tokenizer are padding)."""
-        layer = model.get_output_embeddings()
-        bias = getattr(layer, "bias", None)
-        config = model.config.get_text_config()
-        weight = layer.weight
+        """The head of `model`, its first `vocab_size` rows (rows beyond the tokenizer are padding).
+
+        Raises:
+            CompatibilityError: the model's logits have another form (`effopd.logit_path`).
+        """
+        layer, path = core_of(model).get_output_embeddings(), logit_path(model)
+        weight, bias = layer.weight, getattr(layer, "bias", None)
         if weight.shape[0] != vocab_size:
             weight, bias = weight[:vocab_size], bias[:vocab_size] if bias is not None else None
-        return cls(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+        return cls(weight, bias, path.scale, path.softcap)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Dense fp32 logits [N, V] of a few positions."""
@@ -113,17 +118,6 @@ def mixture_hidden(
     return torch.cat([weight * teacher.scale * h_teacher_BTH, scaled], dim=-1)
 
 
-def _logit_scale(config) -> float:
-    """The factor a model family puts on its logits, by the names TRL 1.16 knows."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
-
-
 def shared_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer_size: int, role: str = "teacher"
 ) -> int:
@@ -157,8 +151,22 @@ def full_loss(
     beta: float,
     temperature: float,
     num_items: Tensor | int | None,
+    by_answer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's exact full-vocabulary divergence; β = 1 is the reverse KL. Returns loss, Σ student entropy, N."""
+    """TRL's exact full-vocabulary divergence; β = 1 is the reverse KL. Returns loss, Σ student entropy, N.
+
+    Args:
+        num_items: what the sum over tokens (by_answer: over answers) is divided by; `None`: their number here.
+        by_answer: every answer counts alike, whatever its length: the mean over answers of the mean over their tokens.
+    """
+    if by_answer:
+        valid = mask_BT != 0
+        value_N, entropy_N = ChunkedDivergenceFunction.apply(
+            h_student_BTH[valid], whole_tensor(student.weight), student.bias, h_teacher_BTH[valid],
+            whole_tensor(teacher.weight), teacher.bias, beta, temperature, student.scale, student.softcap, teacher.scale,
+            teacher.softcap,
+        )  # fmt: skip
+        return _weighted_mean(value_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()
     return _chunked_divergence_loss(
         h_student_BTH,
         h_teacher_BTH,
@@ -204,6 +212,8 @@ def sampled_loss(
     num_items: Tensor | int | None,
     reference: tuple[Tensor, Head] | None = None,
     weight: float = 1.0,
+    sampler_logps_BT: Tensor | None = None,
+    by_answer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log π_θ(y_t)$ detached.
 
@@ -212,10 +222,14 @@ def sampled_loss(
     (hidden states and head) and `weight` λ it is ExOPD's:
     $A_t = λ(\log π^*(y_t) − \log π_{ref}(y_t)) − (\log π_θ(y_t) − \log π_{ref}(y_t))$.
 
+    Answers that another engine sampled bring `sampler_logps_BT`: every token is then weighted by
+    $\min(π_θ(y_t) / π_{sampler}(y_t), 5)$, detached. `by_answer` and `num_items` are those of `full_loss`.
+
     Returns:
         loss, Σ student entropy, number of valid tokens, like `full_loss`.
 
-    Source: arXiv 2605.11739, section 2, and 2602.12125; PPO ratio and clipping left out because they are inactive.
+    Source: arXiv 2605.11739, section 2, and 2602.12125; PPO ratio and clipping left out because they are inactive. The cap
+    of the importance weight is that of 2605.11739's runs.
     """
     valid = mask_BT != 0
     targets_N = completion_ids_BT[valid]
@@ -227,14 +241,20 @@ def sampled_loss(
             logp_reference, _ = token_logprobs(reference[0][valid], reference[1], targets_N, temperature)
             goal = weight * logp_teacher + (1 - weight) * logp_reference
     advantage = goal - logp_student.detach()
-    count = valid.sum()
-    divisor = count.clamp(min=1) if num_items is None else num_items
-    return -(advantage * logp_student).sum() / divisor, entropy.sum(), count
+    if sampler_logps_BT is not None:
+        ratio = (logp_student.detach() - sampler_logps_BT[valid]).exp()
+        advantage = advantage * ratio.clamp(max=_LARGEST_RATIO)
+    return _weighted_mean(-advantage * logp_student, valid, num_items, by_answer), entropy.sum(), valid.sum()
 
 
-def _backbone(model: PreTrainedModel) -> torch.nn.Module:
-    """The model without its head; adapters stay active, they live inside its layers."""
-    return (model.base_model.model if is_peft_model(model) else model).base_model
+def _weighted_mean(value_N: Tensor, valid_BT: Tensor, num_items: Tensor | int | None, by_answer: bool) -> Tensor:
+    """Σ over tokens, or over answers of their token means, divided by `num_items` (default: how many there are)."""
+    length_B = valid_BT.sum(1)
+    if by_answer:
+        value_N = value_N / length_B.clamp(min=1)[:, None].expand_as(valid_BT)[valid_BT]
+    if num_items is None:
+        num_items = ((length_B > 0).sum() if by_answer else length_B.sum()).clamp(min=1)
+    return value_N.sum() / (num_items.to(value_N.device) if isinstance(num_items, Tensor) else num_items)
 
 
 @torch.no_grad()
@@ -251,9 +271,21 @@ def reverse_kl_of_completions(
 ) -> tuple[list[float], list[int]]:
     r"""Exact reverse KL of given completions: per sequence $\sum_t KL(π_θ(·|x,y_{<t}) ‖ π^*(·|x,y_{<t}))$.
 
+    Each sequence gets the KL that it has alone, whatever the others' lengths.
+
     Returns:
         (KL sums in nats, numbers of tokens), one entry a sequence; Σ sums / Σ tokens is the token mean.
+
+    Raises:
+        CompatibilityError: a token is outside of the shared vocabulary; or the logits of a model have a form whose KL cannot
+            be computed (`effopd.logit_path`).
     """
+    largest = max((max(row, default=0) for rows in (prompt_ids, completion_ids) for row in rows), default=0)
+    if largest >= vocab_size:
+        raise CompatibilityError(
+            f"token {largest} is outside of the vocabulary that student and teacher share (ids below {vocab_size}): expected "
+            "sequences that both can read. Sample with `vocab_size` (see `effopd.evaluation.generate`)."
+        )
 
     def measure() -> list[float]:
         return _reverse_kl_sums(
@@ -273,7 +305,6 @@ def _reverse_kl_sums(
     temperature: float,
     batch_size: int,
 ) -> list[float]:
-    heads = [Head.of(model, vocab_size) for model in (student, teacher)]
     sums: list[float] = []
     for start in range(0, len(prompt_ids), batch_size):
         prompts, answers = prompt_ids[start : start + batch_size], completion_ids[start : start + batch_size]
@@ -286,10 +317,9 @@ def _reverse_kl_sums(
         valid_BT = mask_BL[:, width:].bool().to(student.device)
         hidden_NH = []
         for model in (student, teacher):
-            out = _backbone(model)(
-                input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), use_cache=False
-            )
-            hidden_NH.append(out.last_hidden_state[:, width - 1 : -1][valid_BT.to(model.device)])
+            hidden_BTH = completion_hidden_states(model, ids_BL.to(model.device), mask_BL.to(model.device), length)
+            hidden_NH.append(hidden_BTH[valid_BT.to(hidden_BTH.device)])
+        heads = [Head.of(model, vocab_size) for model in (student, teacher)]
         kl_N, _ = ChunkedDivergenceFunction.apply(
             hidden_NH[0], heads[0].weight, heads[0].bias, hidden_NH[1].to(student.device), heads[1].weight,
             heads[1].bias, 1.0, temperature, heads[0].scale, heads[0].softcap, heads[1].scale, heads[1].softcap,

@@ -78,6 +78,7 @@ def evaluate_task(
                     chat_template_kwargs=args.chat_template_kwargs,
                     seed=args.eval_seed + rank(),  # the ranks' answers must not share their noise
                     progress=bar.update,
+                    vocab_size=vocab_size or None,
                 )
             kl = [0.0] * len(mine)
             if against is not None:  # not its truth: a compiled model asks its module for a length then

@@ -24,6 +24,7 @@ from effopd.errors import ConfigError
 from effopd.extrapolate.host import Patches
 from effopd.extrapolate.ranks import pooled, rank, world_size
 from effopd.extrapolate.search import Score
+from effopd.logit_path import completion_hidden_states
 from effopd.precision import for_float64
 
 logger = logging.getLogger(__name__)
@@ -237,5 +238,5 @@ class RolloutScorer:
 
     def _hidden(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Last hidden states [N, H] at the scored positions of a piece, rollout by rollout."""
-        hidden = self._trainer._get_last_hidden_state(model, batch["ids"], batch["attention"], batch["valid"].shape[1])
-        return hidden[batch["valid"]]
+        hidden = completion_hidden_states(model, batch["ids"], batch["attention"], batch["valid"].shape[1])
+        return hidden[batch["valid"].to(hidden.device)]

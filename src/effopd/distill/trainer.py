@@ -2,8 +2,9 @@
 
     sample (TRL) → teacher → loss → optimizer step → look ahead (callback) → log → evaluate → save
 
-Departures from TRL: vocabularies that differ only in padding rows are accepted; `bf16=True` holds on one process too;
-and those of `RunMixin`. Left out: a remote teacher, and what TRL itself refuses.
+Departures from TRL: vocabularies that differ only in padding rows are accepted, and rows that one model lacks are never
+sampled; logits are what each model's own forward makes of its hidden states (`effopd.logit_path`), and padding changes no
+row; `bf16=True` holds on one process too; and those of `RunMixin`. Left out: a remote teacher, and what TRL itself refuses.
 """
 
 from __future__ import annotations
@@ -27,19 +28,21 @@ from effopd.distill.divergence import (
     mixture_hidden,
     sampled_loss,
     shared_vocab_size,
-    token_logprobs,
 )
 from effopd.distill.health import health_metrics, spread_subset
 from effopd.distill.horizon import HorizonCallback
+from effopd.distill.model_checks import check_models
 from effopd.distill.preflight import check_dataset
+from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_mixin import RunMixin
 from effopd.distill.task_eval import evaluate_task
 from effopd.distill.teacher_kl import rollouts_a_step
 from effopd.errors import ConfigError, NonFiniteLossError
+from effopd.logit_path import completion_hidden_states
 from effopd.tasks.base import Task
 
 
-class OPDTrainer(RunMixin, DistillationTrainer):
+class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Takes everything `trl.DistillationTrainer` takes, and:
@@ -56,7 +59,8 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
 
     Raises:
-        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens.
+        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens; its logits have a form whose
+            divergence cannot be computed; or it is not causal.
         ConfigError: no teacher, or the teacher is the student object itself; λ ≠ 1 without a reference, or a reference
             without λ.
 
@@ -104,6 +108,10 @@ class OPDTrainer(RunMixin, DistillationTrainer):
             if other is not None
         )
         self._mixture_head: Head | None = None
+        check_models(
+            student, {"teacher": self.teacher_model, "reference": self.reference_model}, generates=not self.use_vllm
+        )
+        self._open_rollouts()
         self._attach_run()
         if args.rollout_horizon != "full":
             self.add_callback(HorizonCallback(self))
@@ -159,9 +167,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
     def _loss_of(self, unwrapped_student, inputs, num_items_in_batch):
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+        mask = self._learned(inputs)
         keep = inputs["completion_ids"].size(1)
         multimodal = {key: inputs[key] for key in MULTIMODAL_KEYS if key in inputs}
         h_student = self._get_last_hidden_state(unwrapped_student, input_ids, attention_mask, keep, **multimodal)
@@ -177,23 +183,37 @@ class OPDTrainer(RunMixin, DistillationTrainer):
             self.ledger.count("update", forward=int(attention_mask.sum()))
             ids = inputs["completion_ids"].to(device)
             sharded = isinstance(unwrapped_student, FSDPModule)
-            kept = self._keep_for_health(h_student, h_teacher, ids, mask, student_head if sharded else None)
-            if kept and not (multimodal or self.use_vllm or sharded):  # shards: no forward that only some ranks make
-                self._log_sampler_gap(unwrapped_student, input_ids, attention_mask, h_student, ids, mask)
+            self._keep_for_health(h_student, h_teacher, ids, mask, student_head if sharded else None)
+            if "sampler_logps" in inputs:
+                self._measure_sampler_gap(inputs["sampler_logps"].to(device), h_student, student_head, ids, mask)
+        by_answer = self.args.loss_weighting == "answer"
         if self.args.loss_type == "sampled":
             loss, entropy, count = sampled_loss(
                 h_student, h_teacher, student_head, teacher_head, inputs["completion_ids"].to(device), mask,
                 self.temperature, num_items_in_batch, reference, self.args.lambda_extrapolation,
+                sampler_logps_BT=inputs["sampler_logps"].to(device) if self.use_vllm else None, by_answer=by_answer,
             )  # fmt: skip
         else:
             if reference is not None:
                 h_teacher, teacher_head = self._mixture(h_teacher, teacher_head, *reference)
             loss, entropy, count = full_loss(
-                h_student, h_teacher, student_head, teacher_head, mask, self.beta, self.temperature, num_items_in_batch
-            )
+                h_student, h_teacher, student_head, teacher_head, mask, self.beta, self.temperature,
+                num_items_in_batch, by_answer=by_answer,
+            )  # fmt: skip
         if self.model.training and not bool(torch.isfinite(loss)):
             raise self._not_finite(h_student, h_teacher)
         return loss, entropy.detach(), count
+
+    def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal):
+        """The host's, exact for rows of unequal length and for layers between backbone and output layer."""
+        return completion_hidden_states(
+            unwrapped_model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            multiple_of=self.pad_to_multiple_of,
+            **multimodal,
+        )
 
     def _not_finite(self, h_student, h_teacher) -> NonFiniteLossError:
         """Whose fault it is, said before anything is updated (the host filters NaN out of its logs and trains on)."""
@@ -231,13 +251,11 @@ class OPDTrainer(RunMixin, DistillationTrainer):
 
     # -- health -------------------------------------------------------------------------------------------------
 
-    def _keep_for_health(self, h_student, h_teacher, completion_ids, mask, sharded_head: Head | None) -> bool:
+    def _keep_for_health(self, h_student, h_teacher, completion_ids, mask, sharded_head: Head | None) -> None:
         """Remember a few positions of the first micro-batch of a logged step; measured after the wrapped forward has
-        returned. A sharded head is whole only now, so its logits [N, V] are kept too. Says whether this was that
-        micro-batch."""
-        due = (self.state.global_step + 1) % max(int(self.state.logging_steps or 1), 1) == 0
-        if not due or not self.args.health_tokens or self._health_rows is not None or not bool(mask.any()):
-            return False
+        returned. A sharded head is whole only now, so its logits [N, V] are kept too."""
+        if not self._health_due() or self._health_rows is not None or not bool(mask.any()):
+            return
         index, position = spread_subset(mask, self.args.health_tokens)
         self._health_rows = {
             "student": h_student.detach().flatten(0, 1)[index],
@@ -248,21 +266,6 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         if sharded_head is not None:
             with torch.no_grad(), torch.autocast(h_student.device.type, enabled=False):
                 self._health_rows["logits"] = sharded_head.logits(self._health_rows["student"], self.temperature)
-        return True
-
-    @torch.no_grad()
-    def _log_sampler_gap(self, student, input_ids, attention_mask, h_student, completion_ids, mask) -> None:
-        """Mean |log π_sampler(y) − log π_train(y)| (nats) of the batch's first rollout. The sampler is the same model
-        outside of autocast; for vLLM the host hands over no sampler log-probs, so nothing is logged there."""
-        with torch.autocast(h_student.device.type, enabled=False):
-            hidden = self._get_last_hidden_state(student, input_ids[:1], attention_mask[:1], completion_ids.size(1))
-        valid, head = mask[0] != 0, Head.of(student, self.vocab_size)
-        targets = completion_ids[0][valid]
-        with torch.autocast(h_student.device.type, enabled=False):
-            sampler, _ = token_logprobs(hidden[0][valid], head, targets, self.temperature)
-        train, _ = token_logprobs(h_student.detach()[0][valid], head, targets, self.temperature)
-        gap = float((sampler - train).abs().mean()) if bool(valid.any()) else 0.0
-        self._metrics["train"]["health/sampler_logp_gap"].append(gap)
 
     def _log_health(self) -> None:
         rows, self._health_rows = self._health_rows, None
@@ -284,6 +287,7 @@ class OPDTrainer(RunMixin, DistillationTrainer):
         output = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._log_health()
+            self._log_sampler_gap()
         return output
 
     # -- evaluation ---------------------------------------------------------------------------------------------

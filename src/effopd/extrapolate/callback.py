@@ -139,6 +139,7 @@ class EffOPDCallback(TrainerCallback):
             batch_size=config.validation_batch_size,
             chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
             progress=not trainer.args.disable_tqdm,
+            vocab_size=getattr(trainer, "vocab_size", None),
         )
 
     def check_resume(self, checkpoint: Path) -> None:

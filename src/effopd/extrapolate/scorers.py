@@ -31,6 +31,7 @@ class AccuracyScorer:
         max_new_tokens: length limit of an answer, in tokens.
         temperature: sampling temperature, 0 = greedy.
         progress: show a bar for each candidate.
+        vocab_size: only tokens below it are sampled; `None`: all.
 
     Raises:
         TaskError: D_v is empty, an example has no answer, or the chat template refuses a prompt.
@@ -50,6 +51,7 @@ class AccuracyScorer:
         batch_size: int = 64,
         chat_template_kwargs: dict[str, Any] | None = None,
         progress: bool = False,
+        vocab_size: int | None = None,
     ):
         if not task.verifiable:
             raise TaskError(
@@ -66,6 +68,7 @@ class AccuracyScorer:
             "temperature": temperature,
             "batch_size": batch_size,
             "chat_template_kwargs": chat_template_kwargs,
+            "vocab_size": vocab_size,
         }
 
     @property
