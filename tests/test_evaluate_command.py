@@ -316,7 +316,7 @@ def test_a_template_that_cannot_write_prompts(models, tmp_path, template, capsys
     tokenizer.chat_template = template
     tokenizer.save_pretrained(model)
     assert main(["eval", "--model", str(model), "--eval_task", f"math:{models / 'other.jsonl'}"]) == 2
-    assert f"the chat template of '{model}' cannot write the prompt" in capsys.readouterr().err
+    assert f"the chat template of '{model}'" in capsys.readouterr().err
 
 
 def test_a_good_result_has_no_warning(capsys):
