@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from conftest import make_model, make_tokenizer
 from huggingface_hub import ModelCard
 from test_rl import make_trainer as make_rl_trainer
 from tiny_run import make_trainer
@@ -112,3 +114,45 @@ def test_the_base_model_is_named_if_it_is_on_the_hub(tmp_path):
     trainer.create_model_card(tags="mine", dataset_name="some/data")
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.base_model == "Qwen/Qwen3-0.6B" and card.data.datasets == "some/data" and "mine" in card.data.tags
+
+
+def test_the_card_says_how_prompts_are_written_and_graded(tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_grades.py").write_text(
+        "def grade(completion, example):\n    return float(example.answer in completion)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"{i} + 1", "sum": str(i + 1)} for i in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_model(0).save_pretrained("student")
+    make_model(1).save_pretrained("teacher")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{{ '' if enable_thinking else '-' }}"
+    for name in ("student", "teacher"):
+        tokenizer.save_pretrained(name)
+    flags = ["--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--task", "math:rows.jsonl",
+             "--task_args", '{"prompt_column": "question", "answer_column": "sum"}', "--verifier", "my_grades:grade",
+             "--system_prompt", "be | brief", "--prompt_suffix", " now", "--chat_template_kwargs", '{"enable_thinking": false}',
+             "--max_steps", "1", "--per_device_train_batch_size", "4", "--max_completion_length", "4", "--use_cpu",
+             "--report_to", "none", "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", "run", *LORA]  # fmt: skip
+    assert main(["train", *flags]) == 0
+    card = ModelCard.load("run/README.md")
+    for row in (
+        '| task_args | `{"prompt_column": "question", "answer_column": "sum"}` |',
+        '| verifier | `"my_grades:grade"` |',
+        '| system_prompt | `"be \\| brief"` |',
+        '| prompt_suffix | `" now"` |',
+        '| chat_template_kwargs | `{"enable_thinking": false}` |',
+    ):
+        assert row in card.text
+    assert "as_chat" not in card.text and "eval_task" not in card.text  # defaults
+    asked = """[{"role": "system", "content": 'be | brief'}, {"role": "user", "content": "Your question" + ' now'}]"""
+    assert f"messages = {asked}\n" in card.text and "enable_thinking=False" in card.text
+    # the base is named so that it is found from anywhere, in the adapter's own file, too
+    assert f"from_pretrained({str(tmp_path / 'student')!r})" in card.text
+    adapter = json.loads(Path("run/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "student")
+    capsys.readouterr()
+    answer_with(card, capsys)
+    monkeypatch.chdir("/")
+    elsewhere = ["--eval_task", f"math:{tmp_path}/rows.jsonl", "--eval_task_args", flags[7]]
+    assert main(["eval", "--model", str(tmp_path / "run"), *elsewhere]) == 0
