@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_scan import OPTIONS, equal, load, moved, weights
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     Phi3Config,
@@ -28,6 +30,8 @@ def make_other(family: str):
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0,
         "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
+    if family == "bloom":  # q, k and v of each head in turn
+        return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2))
     if family == "phi3":
         return Phi3ForCausalLM(Phi3Config(**size))
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, head_dim=8, num_experts=3, moe_intermediate_size=8))
@@ -40,7 +44,7 @@ def make_pair(family, tmp_path):
     return Sources(tmp_path / "base", {"rl": [tmp_path / "rl"]})
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt2-backbone", "phi3"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-backbone", "phi3", "bloom"])
 def test_fused_and_transposed_tensors(family, tmp_path):
     sources = make_pair(family, tmp_path)
     live = LiveBase(load(tmp_path / "base"), sources)

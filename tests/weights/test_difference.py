@@ -143,6 +143,10 @@ ADAPTERS = {
         {"target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"q_proj": 2},
          "alpha_pattern": {"layers.1.mlp.up_proj": 31}},
     ),
+    "fused by head": (
+        "Bloom", {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 4},
+        {"target_modules": ["query_key_value", "dense_4h_to_h"]},
+    ),
     "fused": ("Phi3", SMALL, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
     "conv1d": (
         "GPT2", {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32},
