@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, small_scores
 from safetensors.torch import load_file
 
 from effopd import optional
@@ -40,7 +40,8 @@ def pair(tmp_path_factory):
     return root
 
 
-def train_flags(pair, output_dir, *extra):
+def train_flags(pair, output_dir, *extra, strategy="effopd"):
+    ((name, size),) = small_scores(strategy).items()
     return [
         "--model_name_or_path", str(pair / "student"), "--teacher_model_name_or_path", str(pair / "teacher"),
         "--task", f"math:{pair / 'math.jsonl'}", "--prompt_suffix", "", "--eval_size", "12",
@@ -48,7 +49,7 @@ def train_flags(pair, output_dir, *extra):
         "--max_completion_length", "6", "--learning_rate", "1e-3", "--eval_strategy", "steps", "--eval_steps", "2",
         "--save_strategy", "steps", "--save_steps", "2", "--activation_checkpointing", "false", "--use_cpu",
         "--report_to", "none", "--output_dir", str(output_dir),
-        "--effopd.strategy", "effopd", "--effopd.validation_size", "8", *extra,
+        "--effopd.strategy", strategy, f"--effopd.{name}", str(size), *extra,
     ]  # fmt: skip
 
 
@@ -405,9 +406,18 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path, capsys, m
 
 @pytest.mark.parametrize("recipe", CLUSTER, ids=lambda path: path.stem)
 def test_cluster_recipes_run_two_steps_with_tiny_models(recipe, pair, tmp_path):
-    flags = train_flags(pair, tmp_path / "run", "--task_args", "{}", "--gradient_accumulation_steps", "1")
-    flags += ["--max_steps", "2", "--max_prompt_length", "64", "--save_steps", "2"]
-    flags += ["--effopd.strategy", parse_train(["--config", str(recipe)]).effopd.strategy]
+    strategy = parse_train(["--config", str(recipe)]).effopd.strategy
+    more = (
+        "--task_args",
+        "{}",
+        "--gradient_accumulation_steps",
+        "1",
+        "--max_prompt_length",
+        "64",
+        "--save_steps",
+        "2",
+    )
+    flags = train_flags(pair, tmp_path / "run", *more, "--max_steps", "2", strategy=strategy)
     assert main(["train", "--config", str(recipe), *flags]) == 0
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "run" / "checkpoints").is_dir() and (tmp_path / "run" / "searches.jsonl").is_file()

@@ -19,7 +19,7 @@ from test_callback import plain_trl
 from tiny_run import make_trainer
 
 from effopd import EffOPD, EffOPDCallback, EffOPDConfig
-from effopd.errors import ConfigError, ScorerError, TaskError
+from effopd.errors import CheckpointError, ConfigError, ScorerError, TaskError
 from effopd.extrapolate.callback import SEARCHES
 from effopd.files import read_rows
 
@@ -452,3 +452,21 @@ def test_rows_without_a_dataset_class_will_do(distilling, monkeypatch):
     monkeypatch.setattr(distilling, "train_dataset", [{"prompt": f"{i}", "answer": "a"} for i in range(20)])
     scorer = EffOPDCallback(distilling, EffOPDConfig(validation_size=12), verify=contains).scorer
     assert len(scorer.validation_ids) == 12
+
+
+def test_a_resume_that_spells_out_the_defaults_ends_where_the_run_does(tmp_path):
+    settings = FAST | {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, effopd=EffOPDConfig("lookahead"), **settings)
+    whole.train()
+    spelled = EffOPDConfig(
+        "lookahead", schedule="adaptive", scorer="teacher_kl", score_rollouts=8, optimizer="reset", steer=True, gate="margin",
+        gate_z=2.0, parameters="all",
+    )  # fmt: skip
+    checkpoint = str(tmp_path / "checkpoints" / "step-000002")
+    again = make_trainer(tmp_path, effopd=spelled, **settings)
+    again.train(resume_from_checkpoint=checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    assert left_behind(again) == []
+    other = make_trainer(tmp_path, effopd=EffOPDConfig("lookahead", score_rollouts=7), **settings)
+    with pytest.raises(CheckpointError, match=r"score_rollouts differ \(saved → now: score_rollouts 8 → 7\)"):
+        other.train(resume_from_checkpoint=checkpoint)
