@@ -122,6 +122,8 @@ def test_parquet_decimals_and_short_floats(tmp_path):
     def read(column):
         return [row.answer for row in read_math_rows(str(tmp_path / "rows.parquet"), {"answer_column": column})]
 
+    (first, _) = read_math_rows(str(tmp_path / "rows.parquet"), {"answer_column": "long"})
+    assert first.metadata["short"] == 0.1 and isinstance(first.metadata["short"], float)
     assert read("decimal") == ["0.50", "3.00"]
     assert read("short") == ["0.1", "2.5"]
     assert read("long") == ["0.00005", "100000000000000000000"]

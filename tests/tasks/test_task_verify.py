@@ -258,3 +258,12 @@ def test_scores_that_count():
     import numpy
 
     assert [check_score(v, example("1"), "t") for v in (1, True, 0.5, numpy.float32(0.5))] == [1.0, 1.0, 0.5, 0.5]
+
+
+def test_importing_is_not_part_of_a_gradings_limit(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(1.5)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    worker = GradingWorker("math:sqrt", 1.0, imports=("slow_to_import",))
+    assert worker.score_many([(0.25,)], ["a"]) == [0.5] and worker.timeouts == 0
+    assert pickle.loads(pickle.dumps(worker)).imports == ("slow_to_import",)
+    worker.close()

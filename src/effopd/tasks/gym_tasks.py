@@ -81,7 +81,7 @@ class ReasoningGymVerifier(WorkerVerifier):
         require("reasoning_gym")
         self.name = name
         self.params = json.dumps(dict(params or {}), sort_keys=True)
-        super().__init__(f"{__name__}:grade_gym", timeout)
+        super().__init__(f"{__name__}:grade_gym", timeout, imports=("reasoning_gym",))
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Scores of several completions, each with its example.

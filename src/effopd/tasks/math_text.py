@@ -45,6 +45,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\!", ""),
         (r"(?<!\\)\\[,;: ]|~|\\quad|\\qquad|\\hspace\{[^{}]*\}|\\hfill|\s+", " "),
         (r"\\degree|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\{\s*\\circ\s*\}", r"^\\circ "),
+        (r"\\(?:mathrm|text)\{\s*\^\\circ\s*\}", r"^\\circ "),
         (r"\\(?:mathrm|text|mathit)\{\s*([eE])\s*\}", r"\1"),
         (rf"(?<![\\a-zA-Z])({_WORDS})(?![a-zA-Z])", r"\\\1 "),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -139,8 +140,9 @@ def read_answer(text: str, *, unit_expected: bool = False) -> Answer:
         value = builder.group(1).strip()
     if based := _BASE.fullmatch(value):
         return Answer(based.group(1), unit, base=based.group(2))
-    if unit is None and "\\circ" in value and not _TRIGONOMETRY.search(value):
-        value = re.sub(r"\^\\circ ?", "", value).strip()
+    if unit is None and "\\circ" in value:
+        in_radians = r"\\left(\1\\cdot\\frac{\\pi}{180}\\right)" if _TRIGONOMETRY.search(value) else r"\1"
+        value = re.sub(r"(\d+(?:\.\d+)?)\s*\^\\circ ?", in_radians, value).strip()
     return Answer(value, unit)
 
 

@@ -58,10 +58,10 @@ def too_long(text: str) -> bool:
 
 
 def single_precision(value: Any) -> Any:
-    """A number that was stored with 32 bits as the shortest decimal that means it: 0.1 instead of 0.10000000149011612."""
+    """A number that was stored with 32 bits as the shortest one that means it: 0.1 instead of 0.10000000149011612."""
     import numpy
 
-    return Decimal(str(numpy.float32(value))) if isinstance(value, float) and math.isfinite(value) else value
+    return float(str(numpy.float32(value))) if isinstance(value, float) and math.isfinite(value) else value
 
 
 def _scalar(value: Any) -> Any:

@@ -60,25 +60,9 @@ _SYNONYMS = {
 _WRITTEN = {"mph": "mi/hr", "kmh": "km/hr", "kph": "km/hr", "kmph": "km/hr", "mps": "m/s"}
 #: Words after a number that belong to the value, or to no unit.
 _NO_UNIT = {
-    "and",
-    "or",
-    "to",
-    "times",
-    "over",
-    "plus",
-    "minus",
-    "mod",
-    "root",
-    "less",
-    "more",
-    "than",
-    "if",
-    "for",
-    "where",
-    "when",
-    "i",
-    "j",
-}
+    "and", "or", "to", "times", "over", "plus", "minus", "mod", "root", "less", "more", "than", "if", "for",
+    "where", "when", "is", "are", "not", "but", "dozen", "i", "j",
+}  # fmt: skip
 
 _TEXT = r"\\(?:text|textrm|textnormal|textit|textbf|mathrm|mathit|mbox|hbox|operatorname|rm)\*?\s*\{[^{}]*\}"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"

@@ -65,11 +65,13 @@ class GradingWorker:
     Args:
         function: `"module:function"`, importable in a fresh interpreter with this one's `sys.path`.
         timeout: wall-clock limit of one call, in seconds.
+        imports: modules that the function imports when it is called; they are imported before the first limit runs.
     """
 
-    def __init__(self, function: str, timeout: float) -> None:
+    def __init__(self, function: str, timeout: float, imports: Sequence[str] = ()) -> None:
         self.function = function
         self.timeout = timeout
+        self.imports = tuple(imports)
         self.timeouts = 0
         self.errors = 0
         self._lock = threading.Lock()
@@ -79,7 +81,7 @@ class GradingWorker:
         self._finalizer: weakref.finalize | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GradingWorker, (self.function, self.timeout)
+        return GradingWorker, (self.function, self.timeout, self.imports)
 
     def score_many(self, calls: Sequence[tuple[Any, ...]], labels: Sequence[str]) -> list[float]:
         """Score of each call in order; `labels` name the calls in warnings."""
@@ -155,7 +157,7 @@ class GradingWorker:
         connection, theirs = Pipe()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, str(theirs.fileno()), self.function, repr(self.timeout)],
+                [sys.executable, "-c", _SERVE, str(theirs.fileno()), self.function, repr(self.timeout), *self.imports],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -185,10 +187,11 @@ class WorkerVerifier:
     Args:
         function: see `GradingWorker`.
         timeout: hard limit of one grading, in seconds of wall-clock time.
+        imports: see `GradingWorker`.
     """
 
-    def __init__(self, function: str, timeout: float) -> None:
-        self.worker = GradingWorker(function, timeout)
+    def __init__(self, function: str, timeout: float, imports: Sequence[str] = ()) -> None:
+        self.worker = GradingWorker(function, timeout, imports)
 
     @property
     def timeouts(self) -> int:
@@ -228,11 +231,13 @@ def _stop(process: subprocess.Popen[bytes], connection: Connection, owner: int) 
 
 
 def serve() -> None:
-    """Main loop of the grading process: `serve FD module:function timeout`; reads lists of calls, answers each."""
+    """Main loop of the grading process: `serve FD module:function timeout [module …]`; reads lists of calls, answers each."""
     connection = Connection(int(sys.argv[1]))
     module, _, name = sys.argv[2].partition(":")
     limit = 2 * float(sys.argv[3]) + 1.0
     try:
+        for other in sys.argv[4:]:
+            importlib.import_module(other)
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # reported to the owner, which raises it
         connection.send(f"{type(error).__name__}: {error}")
