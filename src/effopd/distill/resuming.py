@@ -162,6 +162,14 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
     )
 
 
+def _unequal(args: Any) -> Iterator[str]:
+    """Settings whose state no checkpoint has."""
+    if args.ignore_data_skip:
+        yield "ignore_data_skip: the epoch's prompts start over"
+    if getattr(args, "sync_ref_model", False):
+        yield "sync_ref_model: the reference starts over from the model that the run started from"
+
+
 def compare_processes(checkpoint: Path, world_size: int) -> None:
     """Warn where the random states are those of another number of processes."""
     states = len(list(checkpoint.glob("rng_state*.pth")))
@@ -196,11 +204,8 @@ class ResumeMixin(_Host):
             if hasattr(callback, "check_resume"):
                 callback.check_resume(checkpoint)
         compare_settings(checkpoint, self.args)
-        if self.args.ignore_data_skip and rank() == 0:
-            logger.warning(
-                "ignore_data_skip: the epoch's prompts start over at step %d, so this run will not equal one that was not interrupted.",
-                json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"],
-            )  # fmt: skip
+        for why in _unequal(self.args) if rank() == 0 else ():
+            logger.warning("%s, so this run will not equal one that was not interrupted.", why)
         self._load_ledger(checkpoint)
 
     def _load_ledger(self, checkpoint: Path) -> None:
