@@ -8,7 +8,7 @@ import pytest
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from test_resume import RESUME, everything, flags, interrupted
-from tiny_run import make_trainer
+from tiny_run import EFFOPD, make_trainer
 from transformers import AutoModelForCausalLM
 
 from effopd.cli import main
@@ -191,3 +191,9 @@ def test_another_number_of_processes_is_said(root, caplog):
     shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
     resume(root)
     assert "was written by 2 process(es), and there are 1 now" in caplog.text
+
+
+def test_a_look_ahead_that_is_left_out_is_said(tmp_path, caplog):
+    interrupted(tmp_path, 3, effopd=EFFOPD, **PAIR)
+    resume(tmp_path)
+    assert "was written with a look-ahead, and this run has none" in caplog.text

@@ -24,6 +24,7 @@ from transformers.trainer_utils import SchedulerType
 from effopd.distill.ledger import CostLedger
 from effopd.errors import CheckpointError, EffOPDError
 from effopd.extrapolate.ranks import rank, together, world_size
+from effopd.extrapolate.saved_state import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +163,10 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
     )
 
 
-def _unequal(args: Any) -> Iterator[str]:
-    """Settings whose state no checkpoint has."""
+def _unequal(args: Any, checkpoint: Path, *, looks_ahead: bool) -> Iterator[str]:
+    """Settings whose state no checkpoint has, and state that no setting reads."""
+    if (checkpoint / STATE_FILE).is_file() and not looks_ahead:
+        yield f"{checkpoint} was written with a look-ahead, and this run has none"
     if args.ignore_data_skip:
         yield "ignore_data_skip: the epoch's prompts start over"
     if getattr(args, "sync_ref_model", False):
@@ -204,7 +207,8 @@ class ResumeMixin(_Host):
             if hasattr(callback, "check_resume"):
                 callback.check_resume(checkpoint)
         compare_settings(checkpoint, self.args)
-        for why in _unequal(self.args) if rank() == 0 else ():
+        looks = any(hasattr(callback, "check_resume") for callback in self.callback_handler.callbacks)
+        for why in _unequal(self.args, checkpoint, looks_ahead=looks) if rank() == 0 else ():
             logger.warning("%s, so this run will not equal one that was not interrupted.", why)
         self._load_ledger(checkpoint)
 
