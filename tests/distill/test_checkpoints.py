@@ -8,7 +8,7 @@ import pytest
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from test_resume import RESUME, everything, flags, interrupted
-from tiny_run import make_trainer
+from tiny_run import EFFOPD, make_trainer
 from transformers import AutoModelForCausalLM
 
 from effopd.cli import main
@@ -144,7 +144,7 @@ def test_adapters_and_whole_models_do_not_mix(root, tmp_path):
         ({"beta": 0.5}, ["beta 1.0 → 0.5"]),
         ({"seed": 7}, ["seed 42 → 7"]),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, ["per_device_train_batch_size 8 → 4"]),
-        ({"ignore_data_skip": True}, ["ignore_data_skip: the epoch's prompts start over at step 2"]),
+        ({"ignore_data_skip": True}, ["ignore_data_skip: the epoch's prompts start over"]),
     ],
 )
 def test_a_setting_that_changes_the_run_is_said(root, caplog, settings, said):
@@ -191,3 +191,9 @@ def test_another_number_of_processes_is_said(root, caplog):
     shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
     resume(root)
     assert "was written by 2 process(es), and there are 1 now" in caplog.text
+
+
+def test_a_look_ahead_that_is_left_out_is_said(tmp_path, caplog):
+    interrupted(tmp_path, 3, effopd=EFFOPD, **PAIR)
+    resume(tmp_path)
+    assert "was written with a look-ahead, and this run has none" in caplog.text

@@ -209,6 +209,7 @@ def test_the_written_yaml_is_the_run_again(tmp_path, algorithm):
         ("--beta", "0", "--num_generations", "8", "--per_device_train_batch_size", "8", "--loss_type", "dapo"),
         ("--gradient_accumulation_steps", "2", "--steps_per_generation", "1"),
         ("--steps_per_generation", "2", "--num_iterations", "2"),
+        ("--debug", "underflow_overflow"),
     ],
 )
 def test_the_written_yaml_has_every_setting(tmp_path, extra):

@@ -383,6 +383,8 @@ def differing(config: Any, default: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if field.init and value != getattr(default, field.name):
             value = value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)
+            if isinstance(value, list):
+                value = [getattr(item, "value", item) for item in value]
             if isinstance(value, str | int | float | bool | list | dict) and not field.name.startswith("_"):
                 result[field.name] = value
     return result

@@ -24,6 +24,7 @@ from transformers.trainer_utils import SchedulerType
 from effopd.distill.ledger import CostLedger
 from effopd.errors import CheckpointError, EffOPDError
 from effopd.extrapolate.ranks import rank, together, world_size
+from effopd.extrapolate.saved_state import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,16 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
     )
 
 
+def _unequal(args: Any, checkpoint: Path, *, looks_ahead: bool) -> Iterator[str]:
+    """Settings whose state no checkpoint has, and state that no setting reads."""
+    if (checkpoint / STATE_FILE).is_file() and not looks_ahead:
+        yield f"{checkpoint} was written with a look-ahead, and this run has none"
+    if args.ignore_data_skip:
+        yield "ignore_data_skip: the epoch's prompts start over"
+    if getattr(args, "sync_ref_model", False):
+        yield "sync_ref_model: the reference starts over from the model that the run started from"
+
+
 def compare_processes(checkpoint: Path, world_size: int) -> None:
     """Warn where the random states are those of another number of processes."""
     states = len(list(checkpoint.glob("rng_state*.pth")))
@@ -196,11 +207,9 @@ class ResumeMixin(_Host):
             if hasattr(callback, "check_resume"):
                 callback.check_resume(checkpoint)
         compare_settings(checkpoint, self.args)
-        if self.args.ignore_data_skip and rank() == 0:
-            logger.warning(
-                "ignore_data_skip: the epoch's prompts start over at step %d, so this run will not equal one that was not interrupted.",
-                json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"],
-            )  # fmt: skip
+        looks = any(hasattr(callback, "check_resume") for callback in self.callback_handler.callbacks)
+        for why in _unequal(self.args, checkpoint, looks_ahead=looks) if rank() == 0 else ():
+            logger.warning("%s, so this run will not equal one that was not interrupted.", why)
         self._load_ledger(checkpoint)
 
     def _load_ledger(self, checkpoint: Path) -> None:
