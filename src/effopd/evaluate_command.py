@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from effopd.command_help import CommandParser, OneSpelling, parsed
 from effopd.distill.meta_model import check_model_folder, check_positions_of
 from effopd.distill.preflight import check_model_name, check_task
-from effopd.errors import CompatibilityError, ConfigError
+from effopd.errors import CompatibilityError, ConfigError, EffOPDError
 from effopd.evaluation import EvalResult, evaluate
 from effopd.files import write_atomically
 from effopd.tasks import Task, TaskConfig, load_task
@@ -48,10 +49,12 @@ class SamplingArguments:
         for name in ("n", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"--temperature must be >= 0 and --top_p in (0, 1], got {self.temperature} and {self.top_p}."
             )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed must be a whole number from 0 to 2^32 - 1, got {self.seed}.")
         if self.temperature == 0 and self.n > 1:
             raise ConfigError("--n above 1 needs --temperature above 0: greedy answers are all the same.")
 
@@ -72,6 +75,8 @@ class EvalArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.dtype != "auto" and not getattr(getattr(torch, self.dtype, None), "is_floating_point", False):
+            raise ConfigError(f"--dtype: expected auto, float32, bfloat16 or float16, got {self.dtype!r}.")
         if self.output is not None and Path(self.output).exists():
             raise ConfigError(f"--output {self.output} exists; choose another file (nothing was changed).")
 
@@ -130,7 +135,9 @@ def run_eval(argv: Sequence[str]) -> int:
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, EffOPDError):
+            raise
         raise CompatibilityError(
             f"--model {arguments.model!r} cannot be loaded: expected a model folder or a Hub id, got {error}"
         ) from error
