@@ -265,10 +265,16 @@ def test_an_optimizer_is_built_or_refused_by_name(optim):
         (["--seed", "-1"], "--seed must be"),
         (["--dtype", "bf16"], "--dtype: expected auto"),
         (["--n", "0"], "--n must be at least 1"),
+        (["--max_new_tokens", "1" + "0" * 30], "--max_new_tokens must be at least 1 and below 2^31"),
     ],
 )
 def test_eval_refuses_values_out_of_range(flags, message, capsys):
     assert message in said(capsys, "eval", "--model", "testbed:student", *TESTBED, *flags)
+
+
+def test_analyze_refuses_a_seed_out_of_range(capsys, tmp_path):
+    pair = ["--base", "testbed:student", "--trained", "rl=testbed:teacher", "--out", str(tmp_path / "out")]
+    assert "--seed: expected a whole number" in said(capsys, "analyze", *pair, "--seed", "-1")
 
 
 def test_everything_that_is_missing_is_named(capsys):

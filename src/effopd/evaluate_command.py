@@ -47,8 +47,8 @@ class SamplingArguments:
 
     def __post_init__(self) -> None:
         for name in ("n", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ConfigError(f"--{name} must be at least 1 and below 2^31, got {getattr(self, name)}.")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"--temperature must be >= 0 and --top_p in (0, 1], got {self.temperature} and {self.top_p}."
