@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers.training_args import OptimizerNames
 
 from effopd import optional
 from effopd.cli import main, parse_rl
 from effopd.distill import host_settings, launch
+from effopd.distill.adapters import adapter_config
 from effopd.distill.preflight import check_model_name
 from effopd.distill.run_dir import METRICS
 from effopd.errors import ConfigError, EffOPDError
@@ -209,6 +211,70 @@ def test_yaml_blocks_and_dotted_keys(tmp_path, capsys):
         assert parse_train(flags).effopd.strategy == "lookahead"
     file.write_text("effopd:\n")
     assert not parse_train(flags).effopd.enabled
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: fast", "learning_rate: expected another value, got 'fast'"),
+        ("max_steps: 1.5", "max_steps: expected another value, got 1.5"),
+        ("bf16: maybe", "bf16: expected another value, got 'maybe'"),
+        ("loss_type: half", "loss_type: expected one of full, sampled; got 'half'"),
+        ("effopd: {gate: nearly}", "effopd.gate: expected one of"),
+        ("learning_rate: [1, 2]", "learning_rate: expected one value, got [1, 2]"),
+        ("learning_rate: {a: 1}", "learning_rate: expected a finite number"),
+        ("learning_rate: null", "--learning_rate: expected a number, got nothing"),
+        ("lora_target_modules: [1.5]\nuse_peft: true", "has no module '1.5'"),
+        ("chat_template_kwargs: [1]", "--chat_template_kwargs: expected a JSON object"),
+        ("- 1", "must contain a YAML mapping"),
+    ],
+)
+def test_a_bad_value_in_yaml_is_refused_like_one_of_a_flag(text, message, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert message in said(capsys, "train", *PAIR, *TESTBED, "--config", str(file), "--dry_run")
+
+
+def test_values_in_yaml_are_taken_as_written(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "learning_rate: 1e-4\nmax_steps: 3\nuse_peft: true\nlora_target_modules: q_proj\ntrajectory: 8\n"
+        "chat_template_kwargs: {enable_thinking: false}\neffopd: {strategy: effopd, scales: [2, 4]}\nmodel_revision: 1\n"
+    )
+    settings = parse_train([*PAIR, *TESTBED, "--config", str(file)])
+    assert (settings.opd.learning_rate, settings.opd.max_steps, settings.opd.trajectory) == (1e-4, 3, "8")
+    assert settings.opd.chat_template_kwargs == {"enable_thinking": False} and settings.effopd.scales == [2.0, 4.0]
+    assert adapter_config(settings.model).target_modules == {"q_proj"} and settings.model.model_revision == "1"
+
+
+@pytest.mark.parametrize("optim", [name.value for name in OptimizerNames])
+def test_an_optimizer_is_built_or_refused_by_name(optim):
+    settings = parse_train([*PAIR, *TESTBED, "--optim", optim, "--max_steps", "2"])
+    try:
+        host_settings.check_host_settings(settings.model, settings.opd)
+    except EffOPDError as error:
+        assert "--optim" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "nan"], "--temperature must be >= 0"),
+        (["--temperature", "inf"], "--temperature must be >= 0"),
+        (["--top_p", "nan"], "--top_p in (0, 1]"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--dtype", "bf16"], "--dtype: expected auto"),
+        (["--n", "0"], "--n must be at least 1"),
+        (["--max_new_tokens", "1" + "0" * 30], "--max_new_tokens must be at least 1 and below 2^31"),
+    ],
+)
+def test_eval_refuses_values_out_of_range(flags, message, capsys):
+    assert message in said(capsys, "eval", "--model", "testbed:student", *TESTBED, *flags)
+
+
+def test_analyze_refuses_a_seed_out_of_range(capsys, tmp_path):
+    pair = ["--base", "testbed:student", "--trained", "rl=testbed:teacher", "--out", str(tmp_path / "out")]
+    assert "--seed: expected a whole number" in said(capsys, "analyze", *pair, "--seed", "-1")
 
 
 def test_everything_that_is_missing_is_named(capsys):

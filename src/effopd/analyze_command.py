@@ -128,6 +128,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     trained = {
         label: [str(resolve_model(path)) for path in paths] for label, paths in labelled(arguments.trained).items()
     }
+    if not 0 <= arguments.seed < 2**32:
+        raise ConfigError(f"--seed: expected a whole number from 0 to 2^32 - 1, got {arguments.seed}.")
     return prepare(
         str(resolve_model(arguments.base)),
         trained,

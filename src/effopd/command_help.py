@@ -153,7 +153,7 @@ class CommandParser(TrlParser):
     def _explained(self, dataclass: type, values: Mapping[str, Any], error: Exception) -> ConfigError:
         """What the host says, with the flag without which it would not."""
         actions = {action.dest: action for action in self._settable()}
-        defaults = {f.name: _default(f) for f in fields(dataclass) if f.init}  # type: ignore[arg-type]
+        defaults = {f.name: _default(f) for f in fields(dataclass) if f.init}
         said = " ".join(str(error).split()) or type(error).__name__
         for name, value in values.items():
             if name not in actions or value == defaults[name] or defaults[name] is MISSING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,12 +58,14 @@ class SamplingArguments:
             "--chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
         )
         for name in ("n", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ConfigError(f"--{name} must be at least 1 and below 2^31, got {getattr(self, name)}.")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"--temperature must be >= 0 and --top_p in (0, 1], got {self.temperature} and {self.top_p}."
             )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed must be a whole number from 0 to 2^32 - 1, got {self.seed}.")
         if self.temperature == 0 and self.n > 1:
             raise ConfigError("--n above 1 needs --temperature above 0: greedy answers are all the same.")
 

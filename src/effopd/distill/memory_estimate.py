@@ -66,7 +66,7 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
             anchor_here=look.anchor_device is None,
             trained=trained,
             weight_bytes=next((size for name, size in _QUANTISED.items() if getattr(settings.model, name)), own),
-            optim=getattr(opd.optim, "value", opd.optim),
+            optim=str(getattr(opd.optim, "value", opd.optim)),
         )
         | {"process": PROCESS}
         for _, ranks, sharded in SETUPS

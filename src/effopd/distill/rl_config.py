@@ -51,8 +51,9 @@ class RLArguments(RunArguments):
     )
 
     def __post_init__(self) -> None:
-        if getattr(self, "reward_clip_range", None) is not None:
-            self.reward_clip_range = _two_numbers(self.reward_clip_range)
+        clip = getattr(self, "reward_clip_range", None)
+        if clip is not None:
+            self.reward_clip_range = _two_numbers(clip)
         super().__post_init__()
         if self.algorithm not in PRESETS:
             raise ConfigError(f"algorithm must be one of {', '.join(PRESETS)}; got {self.algorithm!r}.")
