@@ -112,7 +112,7 @@ def gate_section(look: Lookup) -> list[str]:
         return []
     runs = max(len(row["shared_by_run"]) for row in groups)
     text = (
-        f"How often EffOPD's gate (≥ on 50 answers) accepts a move along the real displacements of {runs} `effopd` runs, forwards and "
+        f"How often EffOPD's gate (≥ on 50 answers) accepts a move along the real displacements of {runs} `effopd` run{'s' * (runs > 1)}, forwards and "
         "backwards, by what the move truly does to the accuracy (`benchmarks/gate_power.py`): false accepts above, power below. "
         "Shared noise: W and candidate are sampled with the same random numbers, as in this package. Parentheses: the lowest and "
         "the highest run."
