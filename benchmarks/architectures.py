@@ -230,8 +230,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         if row["result"] == "exact":
-            form = [f"× {row['scale']:.4g}"] * (row["scale"] != 1) + [f"cap {row['softcap']:g}"] * bool(row["softcap"])
-            form += ["inner"] * row["inner"]
+            form = [f"× {row['scale']:.4g}"] if row["scale"] != 1 else []
+            form += [f"cap {row['softcap']:g}"] if row["softcap"] else []
+            form += ["inner"] if row["inner"] else []
             lines.append(
                 f"| {row['type']} | {', '.join(form)} | {row['own']:.0e} | {row['kl']:.0e} | {row['sampler']:.0e} | "
                 f"{ROLLOUTS[row['batching']]} |"

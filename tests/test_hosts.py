@@ -65,11 +65,11 @@ def test_our_multimodal_keys_are_trls():
     assert source.count("image_grid_thw") == 1
 
 
-def test_our_logit_scale_names_are_trls():
-    ours = inspect.getsource(__import__("effopd.distill.divergence", fromlist=["_logit_scale"])._logit_scale)
-    theirs = inspect.getsource(DistillationTrainer._compute_loss)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "hyperclovax"):
-        assert name in ours and name in theirs
+def test_generate_ends_its_processors_where_the_recorder_is_added():
+    from transformers import GenerationMixin
+
+    assert "self._get_logits_processor(" in inspect.getsource(GenerationMixin.generate)
+    assert inspect.getsource(GenerationMixin._get_logits_processor).rstrip().endswith("return processors")
 
 
 def test_order_of_a_step(tmp_path):

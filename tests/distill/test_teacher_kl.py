@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import make_model, make_task, make_tokenizer
 from tiny_run import make_trainer
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.distill.teacher_kl import wanted_rollouts
-from effopd.errors import ConfigError
+from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.live_weights import bit_sum
 from effopd.files import read_rows
 
@@ -323,3 +323,24 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
     assert "--per_device_train_batch_size 8 × --gradient_accumulation_steps 2 × 1 process(es)" in caplog.text
     with pytest.raises(ConfigError, match="come with pixel_values"):
         scorer.take([{"pixel_values": torch.zeros(1), "completion_ids": torch.zeros(2, 3)}])
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "modernbert-decoder"])
+def test_a_host_whose_loss_leaves_something_out_is_refused(tmp_path, kind):
+    def make(seed):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 64}
+        if kind == "recurrent_gemma":
+            sizes |= {"lru_width": 32, "attention_window_size": 64, "head_dim": 8, "num_key_value_heads": 2}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **special))
+
+    settings = {"per_device_train_batch_size": 8, "max_completion_length": 6, "report_to": "none", "use_cpu": True}
+    host = DistillationTrainer(
+        make(0), make(1), DistillationConfig(output_dir=str(tmp_path), max_steps=1, bf16=False, **settings),
+        train_dataset=make_task(16).to_dataset(), processing_class=make_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(CompatibilityError, match=r"leaves out.*Use OPDTrainer"):
+        EffOPDCallback(host, LOOK, task=make_task(16))
+    ours = make_trainer(tmp_path / "ours", student=make(0), teacher=make(1), effopd=LOOK, **FAST | {"max_steps": 1})
+    ours.train()

@@ -87,12 +87,15 @@ def gathered(model: Any, work: Callable[[], T]) -> T:
     return _ForwardRedirection()(model, model, work) if isinstance(model, FSDPModule) else work()
 
 
-def mixture_head(teacher: Head, reference: Head, weight: float) -> Head:
+def mixture_head(teacher: Head, reference: Head, weight: float, dtype: torch.dtype = torch.float32) -> Head:
     """The head of ExOPD's target for hidden states made by `mixture_hidden`, so that no logits have to be formed.
 
-    The weight is [W* | W_ref], [V, H* + H_ref], the bias λ scale* b* + (1−λ) scale_ref b_ref. Given both as the teacher,
-    `full_loss` with β = 1 is KL(π_θ ‖ softmax((λ z* + (1−λ) z_ref) / temperature)), in nats per token. Make the head
-    once; it is a copy of both.
+    The weight is [W* | W_ref], [V, H* + H_ref], the scale λ scale* and the bias b* + b_ref (1−λ) scale_ref / (λ scale*).
+    Given both as the teacher, `full_loss` with β = 1 is KL(π_θ ‖ softmax((λ z* + (1−λ) z_ref) / temperature)), in nats per
+    token. Make the head once; it is a copy of both, of the reference's weight two where `dtype` is not float32.
+
+    Args:
+        dtype: what the kernel rounds hidden states to (`kernel_dtype`).
 
     Raises:
         CompatibilityError: a model caps its logits; capped logits are no linear function of the hidden states.
@@ -101,21 +104,49 @@ def mixture_head(teacher: Head, reference: Head, weight: float) -> Head:
     """
     if teacher.softcap is not None or reference.softcap is not None:
         raise CompatibilityError(
-            "ExOPD adds the logits of teacher and reference, but final_logit_softcapping is set in "
+            "ExOPD adds the logits of teacher and reference, but a soft cap (final_logit_softcapping) is set in "
             f"{'the teacher' if teacher.softcap is not None else 'the reference'}. Use lambda_extrapolation=1."
         )
-    parts = [(teacher.bias, weight * teacher.scale), (reference.bias, (1 - weight) * reference.scale)]
-    biases = [scale * bias.float().to(teacher.weight.device) for bias, scale in parts if bias is not None]
-    matrix = torch.cat([teacher.weight, reference.weight.to(teacher.weight)], dim=1)
-    return Head(matrix, torch.stack(biases).sum(0) if biases else None, 1.0, None)
+    scale, first, second = _mixture_factors(teacher, reference, weight)
+    parts = [(teacher.bias, first), (reference.bias, second)]
+    biases = [factor * bias.float().to(teacher.weight.device) for bias, factor in parts if bias is not None]
+    other = reference.weight.to(teacher.weight)
+    matrix = torch.cat([teacher.weight, other] + [other] * (dtype.itemsize < 4), dim=1)
+    return Head(matrix, torch.stack(biases).sum(0) if biases else None, scale, None)
 
 
 def mixture_hidden(
-    h_teacher_BTH: Tensor, h_reference_BTH: Tensor, teacher: Head, reference: Head, weight: float
+    h_teacher_BTH: Tensor,
+    h_reference_BTH: Tensor,
+    teacher: Head,
+    reference: Head,
+    weight: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[λ · scale* · h* | (1−λ) · scale_ref · h_ref]: hidden states [B, T, H* + H_ref] for `mixture_head`."""
-    scaled = (1 - weight) * reference.scale * h_reference_BTH.to(h_teacher_BTH)
-    return torch.cat([weight * teacher.scale * h_teacher_BTH, scaled], dim=-1)
+    """[h* | c h_ref] with c = (1−λ) scale_ref / (λ scale*): hidden states [B, T, H* + H_ref] for `mixture_head`.
+
+    In half precision c h_ref is two parts, its rounded value and what that leaves out, [B, T, H* + 2 H_ref]: λ adds no
+    rounding to that of the two models.
+    """
+    _, first, second = _mixture_factors(teacher, reference, weight)
+    scaled = second * h_reference_BTH.float().to(h_teacher_BTH.device)
+    rounded = scaled.to(dtype)
+    parts = [first * h_teacher_BTH, rounded.to(h_teacher_BTH.dtype)]
+    if dtype.itemsize < 4:
+        parts.append((scaled - rounded.float()).to(dtype).to(h_teacher_BTH.dtype))
+    return torch.cat(parts, dim=-1)
+
+
+def _mixture_factors(teacher: Head, reference: Head, weight: float) -> tuple[float, float, float]:
+    """Scale of the whole, and factors of teacher and reference inside it; the teacher's is 1 (0 for λ = 0)."""
+    scale = weight * teacher.scale or 1.0
+    return scale, weight * teacher.scale / scale, (1 - weight) * reference.scale / scale
+
+
+def kernel_dtype(hidden: Tensor) -> torch.dtype:
+    """What the kernels round hidden states to: autocast's type, else their own."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def shared_vocab_size(

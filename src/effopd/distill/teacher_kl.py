@@ -20,11 +20,12 @@ from trl import DistillationTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vocab_size
-from effopd.errors import ConfigError
+from effopd.distill.model_checks import check_models
+from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.host import Patches
 from effopd.extrapolate.ranks import pooled, rank, world_size
 from effopd.extrapolate.search import Score
-from effopd.logit_path import completion_hidden_states
+from effopd.logit_path import completion_hidden_states, core_of, is_whole, logit_path
 from effopd.precision import for_float64
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,23 @@ def check_rollouts(args: Any, rollouts: int | None) -> None:
         )
 
 
+def _check_host(trainer: Any, models: Mapping[str, Any]) -> None:
+    """TRL's own loss reads a soft cap under one name only, and the backbone's hidden states whatever follows them."""
+    if type(trainer)._get_last_hidden_state is not DistillationTrainer._get_last_hidden_state or not all(
+        map(is_whole, models.values())
+    ):
+        return
+    for role, model in models.items():
+        path, config = logit_path(model), core_of(model).config.get_text_config()
+        layers = path.inner and getattr(config, "logits_scaling", None) is None
+        if layers or path.softcap != getattr(config, "final_logit_softcapping", None):
+            what = "layers between backbone and output layer" if layers else f"a soft cap of {path.softcap:g}"
+            raise CompatibilityError(
+                f"the {role}, {type(core_of(model)).__name__}, has {what}, which the loss of {type(trainer).__name__} leaves out: it "
+                "would train towards another distribution than is scored. Use OPDTrainer, which has it."
+            )
+
+
 class RolloutScorer:
     """−D(π_W+sD, π*), nats per token, on the first rollouts of the present step.
 
@@ -94,7 +112,8 @@ class RolloutScorer:
 
     Raises:
         ConfigError: fewer than two rollouts a step; the trainer does not distil, has no teacher of its own, or learns another target than the teacher (ExOPD).
-        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens.
+        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, or logits whose divergence cannot be
+            computed, here or in the loss of the host.
     """
 
     reads = ("scorer", "score_rollouts")
@@ -121,6 +140,8 @@ class RolloutScorer:
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         student, teacher = map(trainer.accelerator.unwrap_model, (trainer.model, trainer.teacher_model))
         self._vocab_size = shared_vocab_size(student, teacher, len(tokenizer))
+        check_models(student, {"teacher": teacher}, generates=False)
+        _check_host(trainer, {"student": student, "teacher": teacher})
         self._trainer, self._rollouts = trainer, -(-wanted // processes)
         self._batches: list[dict[str, Tensor]] = []
         self._teacher: list[Tensor] | None = None

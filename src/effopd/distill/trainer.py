@@ -24,6 +24,7 @@ from effopd.distill.divergence import (
     MULTIMODAL_KEYS,
     Head,
     full_loss,
+    kernel_dtype,
     mixture_head,
     mixture_hidden,
     sampled_loss,
@@ -244,10 +245,10 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
     @torch.no_grad()
     def _mixture(self, h_teacher, teacher_head: Head, h_reference, reference_head: Head):
         """ExOPD's target as one frozen model, for the kernel that takes a teacher."""
-        weight = self.args.lambda_extrapolation
+        weight, dtype = self.args.lambda_extrapolation, kernel_dtype(h_teacher)
         if self._mixture_head is None:
-            self._mixture_head = mixture_head(teacher_head, reference_head, weight)
-        return mixture_hidden(h_teacher, h_reference, teacher_head, reference_head, weight), self._mixture_head
+            self._mixture_head = mixture_head(teacher_head, reference_head, weight, dtype)
+        return mixture_hidden(h_teacher, h_reference, teacher_head, reference_head, weight, dtype), self._mixture_head
 
     # -- health -------------------------------------------------------------------------------------------------
 
