@@ -95,6 +95,10 @@ A fused tensor of a model type that is not listed here, or whose size contradict
 `down_proj` together, so files of the Hub and files that transformers wrote give the same matrices. One model in two layouts
 (experts stacked or one by one, other prefixes) is compared part by part; where names cannot be paired, `analyze` asks to
 load and save both with transformers.
+
+Contradictions that are no wrong cuts: BitNet normalises inside the MLP, so its up projection is not linear; HRM runs two
+modules whose layers have the same numbers (its pieces equal the parameters that transformers loads). The MLA models among
+those not built have no fused tensor that is cut: their projections are stored one by one.
 """
 _ATTENTION = re.compile(r"(?:self_attn|self_attention|attention|attn)$")
 _MLP = re.compile(r"(?:mlp|feed_forward|ffn|block_sparse_moe|moe)$")
