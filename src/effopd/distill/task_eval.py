@@ -29,6 +29,9 @@ DIRECTIONS: dict[str, bool | None] = {
     "accuracy_greedy_low": True,
     "accuracy_greedy_high": True,
     "truncated_share": False,
+    "answers": None,
+    "answers_cut": None,
+    "answers_empty": None,
     "response_length": None,
     "runtime": None,
 }
