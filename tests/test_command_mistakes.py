@@ -168,6 +168,9 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
     ("flags", "message"),
     [
         (["--lookahead"], "unknown flag --lookahead. Did you mean --effopd.strategy lookahead? (`effopd train --help`"),
+        (["--warmup_ratio", "0.1"], "unknown flag --warmup_ratio. Did you mean --warmup_steps SHARE? ("),
+        (["--torch_dtype", "bfloat16"], "unknown flag --torch_dtype. Did you mean --dtype? ("),
+        (["--evaluation_strategy", "steps"], "unknown flag --evaluation_strategy. Did you mean --eval_strategy? ("),
         (["--learning_rte", "1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate? (`effopd train --help` lists all)"),
         (["--learning_rte=1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate?"),
         (["--trainsize", "4", "--zzz"], "unknown flag --trainsize. Did you mean --train_size? unknown flag --zzz. ("),

@@ -29,6 +29,16 @@ RUN_ESSENTIALS = {
 }
 
 
+#: Names that flags have in earlier versions of the hosts and in other tools → (name, value) here.
+_FORMER = {
+    "warmup_ratio": ("warmup_steps", "SHARE"),
+    "torch_dtype": ("dtype", ""),
+    "evaluation_strategy": ("eval_strategy", ""),
+    "max_new_tokens": ("max_completion_length", ""),
+    "no_cuda": ("use_cpu", "true"),
+    "student_model_name_or_path": ("model_name_or_path", ""),
+    "dataset_name": ("task", ""),
+}
 _HOSTS = {"trl": "TRL's", "transformers": "transformers'"}
 #: All spellings of a flag, as argparse joins them in its messages.
 _SPELLINGS = re.compile(r"--[\w.-]+(?:/--?[\w.-]+)+")
@@ -194,6 +204,8 @@ class CommandParser(TrlParser):
         """
         word = word.lstrip("-").replace("-", "_")
         actions = {spelling(action).lstrip("-"): action for action in self._settable()}
+        if word in _FORMER and _FORMER[word][0] in actions:
+            return [_FORMER[word]]
         offering = [name for name, action in actions.items() if word in (action.choices or ())]
         similar = difflib.get_close_matches(word, actions, n=1, cutoff=0.75)
         ending = [name for name in actions if name.endswith((f"_{word}", f".{word}"))]

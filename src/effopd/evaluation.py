@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +19,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from effopd.errors import ConfigError, TaskError, finite_predictions
 from effopd.restore import evaluating, isolated_rng
-from effopd.sampler_check import generate_groups
+from effopd.sampler_check import generate_groups, own_sampling_aside
 from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.prompts import prompt_ids
 from effopd.tasks.reasoning import decode_marked, opened_by_ids
 from effopd.tasks.verify import check_score
-
-#: What of a model's own `generation_config` holds here: token ids and how the cache is kept; nothing that picks a token.
-_KEPT = (
-    "bos_token_id",
-    "pad_token_id",
-    "cache_implementation",
-    "cache_config",
-    "compile_config",
-    "disable_compile",
-    "prefill_chunk_size",
-)
 
 #: A verifier score at or above this counts as correct.
 CORRECT = 1.0 - 1e-9
@@ -152,27 +140,6 @@ def beyond(model: PreTrainedModel, vocab_size: int | None) -> list[int] | None:
     return list(range(vocab_size, rows)) if vocab_size is not None and vocab_size < rows else None
 
 
-@contextmanager
-def _own_sampling_aside(model: PreTrainedModel) -> Iterator[None]:
-    """`model.generate` samples in this block as it is told, and no other way; the model has its `generation_config` back
-    after it, whatever happens.
-
-    `generate` takes from there whatever the caller leaves at None, a repetition penalty in greedy decoding too, and off is
-    None for many of the settings.
-    """
-    # an adapter around the model, or a compiled one, may hold it in another module than `model`
-    holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
-    own = [module.generation_config for module in holders]
-    plain = GenerationConfig(**{name: getattr(model.generation_config, name, None) for name in _KEPT})
-    try:
-        for module in holders:
-            module.generation_config = plain
-        yield
-    finally:
-        for module, config in zip(holders, own, strict=True):
-            module.generation_config = config
-
-
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -217,7 +184,7 @@ def generate(
     )
     encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     completions: list[Completion] = []
-    with evaluating(model), isolated_rng(seed), _own_sampling_aside(model):
+    with evaluating(model), isolated_rng(seed), own_sampling_aside(model):
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             answers: dict[int, Completion] = {}

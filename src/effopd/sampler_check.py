@@ -7,7 +7,8 @@ changes another's distributions (through padding or otherwise), and whether the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,16 @@ from effopd.logit_path import (
     usual_tokens,
 )
 
+#: What of a model's own `generation_config` stays in force: token ids and how the cache is kept; nothing that picks a token.
+_KEPT = (
+    "bos_token_id",
+    "pad_token_id",
+    "cache_implementation",
+    "cache_config",
+    "compile_config",
+    "disable_compile",
+    "prefill_chunk_size",
+)
 #: Tokens that the sampler adds in a measurement.
 _NEW = 3
 
@@ -37,6 +48,28 @@ _NEW = 3
 Batching = Literal["any", "length", "single"]
 
 _BATCHING: WeakKeyDictionary[nn.Module, Batching] = WeakKeyDictionary()
+
+
+@contextmanager
+def own_sampling_aside(model: nn.Module) -> Iterator[None]:
+    """`model.generate` samples in this block as it is told, and no other way; the model has its `generation_config` back
+    after it, whatever happens.
+
+    `generate` takes from there whatever the caller leaves at None, a repetition penalty in greedy decoding too, and off is
+    None for many of the settings.
+    """
+    # an adapter around the model, or a compiled one, may hold it in another module than `model`
+    holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
+    own = [module.generation_config for module in holders]
+    mine = getattr(model, "generation_config", None)
+    plain = GenerationConfig(**{name: getattr(mine, name, None) for name in _KEPT})
+    try:
+        for module in holders:
+            module.generation_config = plain
+        yield
+    finally:
+        for module, config in zip(holders, own, strict=True):
+            module.generation_config = config
 
 
 def generate_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -121,7 +154,8 @@ def _generated(core: Any, prompts_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, 
         max_new_tokens=_NEW, do_sample=False, num_beams=1, use_cache=True, output_logits=True,
         return_dict_in_generate=True, disable_compile=True, pad_token_id=int(prompts_BP[0, 0]),
     )  # fmt: skip
-    out = core.generate(input_ids=prompts_BP, attention_mask=mask_BP, generation_config=config)
+    with own_sampling_aside(core):
+        out = core.generate(input_ids=prompts_BP, attention_mask=mask_BP, generation_config=config)
     return out.sequences, torch.stack(out.logits, dim=1).float()
 
 

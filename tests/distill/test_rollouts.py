@@ -136,6 +136,31 @@ def test_nothing_is_left_on_the_model(student):
     assert "_get_logits_processor" not in vars(student)
 
 
+def test_the_sampling_that_a_student_brings_along_is_not_used(tmp_path, monkeypatch):
+    """As of published models: min_p, penalties and lengths of their `generation_config`."""
+    losses, notices = [], []
+    for module in ("utils", "configuration_utils"):
+        logger = f"transformers.generation.{module}.logger.warning_once"
+        monkeypatch.setattr(logger, lambda text, *rest: notices.append(text))
+    for name in ("plain", "own"):
+        student = make_model(0)
+        if name == "own":
+            settings = {
+                "do_sample": True,
+                "temperature": 0.3,
+                "min_p": 0.9,
+                "no_repeat_ngram_size": 1,
+                "max_length": 99,
+            }
+            student.generation_config.update(**settings)
+        trainer = make_trainer(tmp_path / name, student=student, **FAST)
+        trainer.train()
+        losses += [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")]
+    assert losses[0] == losses[1]
+    assert student.generation_config.min_p == 0.9
+    assert not notices
+
+
 def wider(likely=50.0):
     """A student with 16 rows more than the teacher, all of them far likelier than the rest."""
     student = make_model(0, vocab_size=80)

@@ -33,6 +33,7 @@ from effopd.distill.task_eval import metric_names
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
 from effopd.extrapolate.ranks import from_first, gather, together
 from effopd.files import write_atomically
+from effopd.sampler_check import own_sampling_aside
 from effopd.tasks.base import Task
 from effopd.tasks.prompts import prompt_ids
 
@@ -188,6 +189,10 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
             output = super()._generate_and_score_completions(inputs)
         self.ledger.count(category, generated=int(output["completion_mask"].sum()))
         return output
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with own_sampling_aside(self.accelerator.unwrap_model(self.model)):  # what the run leaves open is off
+            return super()._generate_single_turn(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The host's log, with the cost ledger in every training row."""

@@ -74,7 +74,7 @@ RANGES: dict[str, Range] = {
     "warmup_steps": Range(0, share=True), "weight_decay": _FROM_0, "label_smoothing_factor": _BELOW_1, "adam_beta1": _BELOW_1, "adam_beta2": _BELOW_1,
     "adam_epsilon": _ABOVE_0, "max_grad_norm": _FROM_0, "neftune_noise_alpha": _FROM_0, "torch_empty_cache_steps": _FROM_1,
     "logging_steps": _STEPS, "eval_steps": _STEPS, "save_steps": _STEPS, "eval_delay": _FROM_0, "eval_accumulation_steps": _FROM_1,
-    "save_total_limit": _FROM_1, "seed": _SEED, "data_seed": _SEED, "dataloader_num_workers": _FROM_0,
+    "save_total_limit": _FROM_0, "seed": _SEED, "data_seed": _SEED, "dataloader_num_workers": _FROM_0,
     "dataloader_prefetch_factor": _FROM_1, "ddp_bucket_cap_mb": _FROM_1, "ddp_timeout": _FROM_1, "local_rank": Range(0, also=(-1,)),
     # TRL's configurations
     "max_completion_length": _FROM_1, "temperature": _ABOVE_0, "top_p": _PART, "top_k": _FROM_0, "min_p": _SHARE,
