@@ -227,6 +227,12 @@ def test_adapters_whose_update_is_not_b_a(tmp_path, config, message):
         open_checkpoint(adapter_files(tmp_path, **config))
 
 
+@pytest.mark.parametrize(("alpha", "entry"), [(0, 0.0), (1, 1.0), (None, 8.0)])
+def test_scaling_of_an_adapter(tmp_path, alpha, entry):
+    b, a = open_checkpoint(adapter_files(tmp_path, lora_alpha=alpha)).factors("model.layers.0.self_attn.q_proj.weight")
+    assert torch.equal(b @ a, torch.full((16, 16), entry, dtype=torch.float64))
+
+
 def test_an_adapter_with_a_head_of_its_own_for_a_tied_base(tmp_path, base):
     tuned = get_peft_model(make_model(0), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     tuned.save_pretrained(tmp_path / "adapter")

@@ -31,6 +31,11 @@ KINDS = {
     "falcon, per head": SIZES | {"multi_query": False},
     "falcon, groups": SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2},
     "mpt": {"vocab_size": 40, "d_model": 32, "n_layers": 1, "n_heads": 4},
+    "dbrx": {
+        "vocab_size": 40, "d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 16,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1e9, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1},
+    },
     "persimmon": SIZES | {"intermediate_size": 48},
     "phi3": SIZES | {"intermediate_size": 48, "num_key_value_heads": 2},
     "llama": SIZES | {"intermediate_size": 48, "num_key_value_heads": 2},

@@ -149,6 +149,27 @@ def test_prefixes_do_not_matter(prefix):
     assert place_of(f"{prefix}norm.weight") == Place(None, "norm", "final")
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("transformer.blocks.1.norm_attn_norm.attn.Wqkv.weight", Place(1, "attention", "qkv")),
+     ("transformer.blocks.1.norm_attn_norm.norm_1.weight", Place(1, "norm", "norm_1")),
+     ("model.layers.0.input_layernorm.mlp.fc1.weight", Place(0, "norm", "fc1")),
+     ("transformer.norm_f.weight", Place(None, "norm", "final")),
+     ("backbone.embeddings.weight", Place(None, "embedding", "tokens")),
+     ("output_projection.weight", Place(None, "head", "head")),
+     ("proj_out.weight", Place(None, "head", "head")),
+     ("decoder.bias", Place(None, "head", "head_bias"))],
+)  # fmt: skip
+def test_norms_embeddings_and_heads_under_other_names(name, place):
+    """DBRX's attention lies in a block that is named after its norms; AXK2's norms have matrices inside."""
+    assert place_of(name) == place
+
+
+def test_a_model_named_after_its_norms_has_no_matrix_for_a_norm():
+    name = "roberta_prelayernorm.encoder.layer.0.attention.self.query.weight"
+    assert place_of(name) == Place(None, "other", name)
+
+
 def test_stacked_experts_as_transformers_holds_them():
     shapes = {
         "model.layers.0.mlp.experts.gate_up_proj": (3, 24, 16),

@@ -178,7 +178,8 @@ class Adapter:
         return name in self._full and module not in (self.config.get("modules_to_save") or ())
 
     def _scaling(self, module: str, rank: int) -> float:
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha") or 8)
+        default = self.config.get("lora_alpha")
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, 8 if default is None else default)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
 

@@ -34,11 +34,14 @@ _ATTENTION = re.compile(r"(?:^|\.)(?:self_attn|self_attention|attention|attn)\.(
 _MLP = re.compile(r"(?:^|\.)(?:mlp|feed_forward|ffn|block_sparse_moe)\.(.+)$")
 #: MLPs without a module of their own (OPT), and shared experts beside the routed ones (Granite).
 _BARE_MLP = re.compile(r"(?:shared_mlp\.)?(fc1|fc2|input_linear|output_linear)$")
-_NORM = re.compile(r"(?:^|[._])(?:\w*norm\d?|ln_\w+|layernorm)(?:$|[._])")
+#: A norm and what is inside it; `norm_attn_norm` is DBRX's attention block.
+_NORM = re.compile(r"(?:^|\.)(?!norm_attn_norm)(?:\w*norm\d?|(?:\w+_)?ln_\w+)(?:$|[._])")
+_FINAL_NORM = re.compile(r"(?:^|\.)(?:\w*norm\d?|(?:\w+_)?ln_\w+)(?:_\w+)?$")
 _EMBEDDING = re.compile(
-    r"(?:^|\.)(embed_tokens|embed_in|tokens_embed|wte|tok_embeddings|word_embeddings|wpe|embed_positions|positions_embed)$"
+    r"(?:^|\.)(embed_tokens|embed_in|tokens_embed|wte|tok_embeddings|word_embeddings|embeddings|wpe|embed_positions|"
+    r"positions_embed)$"
 )
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)$")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)$|^(?:output_projection|proj_out|decoder|head)$")
 _EXPERT = re.compile(r"experts\.(\d+)\.(\w+)$")
 _SHARED = re.compile(r"shared_experts?\.(\w+)$")
 _QKV = {
@@ -238,7 +241,7 @@ def _outside(stem: str, kind: str, name: str) -> Place:
         return Place(None, "embedding", "positions" if positions else "tokens")
     if _HEAD.search(stem):
         return Place(None, "head", "head" + kind)
-    if _NORM.search(stem):
+    if _FINAL_NORM.search(stem):
         return Place(None, "norm", "final" + kind)
     return Place(None, "other", name)
 
