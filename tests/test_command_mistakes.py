@@ -91,7 +91,7 @@ REFUSED = [
     ([*TESTBED, "--use_peft", "true", "--lora_modules_to_save", "embed"], "--lora_modules_to_save: the model has no module"),
     ([*TESTBED, "--use_peft", "true", "--lora_target_parameters", "q.weights"], "has no parameter 'q.weights'"),
     ([*TESTBED, "--lora_r", "4"], "--lora_r: without --use_peft true nothing reads this"),
-    ([*TESTBED, "--effopd.strategy", "effopd", "--effopd.parameters", "nothing"], "matches no parameter of the student"),
+    ([*TESTBED, "--effopd.strategy", "effopd", "--effopd.parameters", "nothing"], "matches no trained parameter of the student"),
 ]  # fmt: skip
 
 
@@ -304,9 +304,10 @@ def test_resuming_needs_no_word():
     assert launch.resume_argument(rl) is True
 
 
-def test_deepspeed_is_refused_for_the_right_reason(monkeypatch):
+def test_deepspeed_is_refused_for_the_right_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(optional, "is_available", lambda module: module != "deepspeed")
-    flags = [*PAIR, *TESTBED, "--deepspeed", "ds.json"]
+    (tmp_path / "ds.json").write_text("{}")
+    flags = [*PAIR, *TESTBED, "--deepspeed", str(tmp_path / "ds.json")]
     with pytest.raises(EffOPDError, match=r"--deepspeed needs the package 'deepspeed'.*pip install 'deepspeed'"):
         parse_train(flags)
     with pytest.raises(ConfigError, match=r"this run uses DeepSpeed.*FSDP2.*or train without a look-ahead"):

@@ -25,7 +25,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effopd.errors import CompatibilityError
+from effopd.errors import CompatibilityError, NonFiniteLossError
 from effopd.precision import has_float64
 from effopd.restore import evaluating
 
@@ -69,6 +69,7 @@ def logit_path(model: Any) -> LogitPath:
 
     Raises:
         CompatibilityError: the logits have another form, or depend on later tokens.
+        NonFiniteLossError: the model predicts NaN or infinity.
     """
     core = core_of(model)
     if core not in _PATHS:
@@ -232,7 +233,7 @@ def typed(core: Any, what: str) -> Iterator[None]:
     """Whatever the model raises at `what` becomes a `CompatibilityError` that says so; running out of memory does not."""
     try:
         yield
-    except (CompatibilityError, torch.OutOfMemoryError):
+    except (CompatibilityError, NonFiniteLossError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise CompatibilityError(
@@ -250,6 +251,11 @@ def _measured(core: PreTrainedModel) -> LogitPath:
         layer, row = _OutputLayer(core), usual_tokens(core, LENGTH)
         inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "use_cache": False}
         hidden, result, logits = layer.watched(inputs)
+        if not bool(torch.isfinite(hidden).all()):
+            raise NonFiniteLossError(
+                f"{type(core).__name__}: hidden states of a few tokens are not finite. Check its weights and its dtype (float16 "
+                "overflows where bfloat16 does not)."
+            )
         scale, softcap = _after_layer(core, layer, inputs, result)
         backbone: Any = core.base_model
         inner = backbone is core

@@ -186,9 +186,9 @@ def _nan_in_the_second_step():
 
     calls = []
 
-    def loss(*arguments):
+    def loss(*arguments, **settings):
         calls.append(1)
-        value, entropy, count = full_loss(*arguments)
+        value, entropy, count = full_loss(*arguments, **settings)
         return value * (math.nan if len(calls) > 1 else 1.0), entropy, count
 
     return loss

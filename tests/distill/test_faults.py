@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import time
@@ -77,14 +78,23 @@ def test_resuming_with_another_setting_names_it(tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["full", "sampled"])
 def test_a_teacher_that_returns_nan_stops_the_run_before_an_update(tmp_path, loss_type):
-    teacher = make_model(1)
+    trainer = make_trainer(tmp_path, teacher=make_model(1), loss_type=loss_type, **RUN)
     with torch.no_grad():
-        teacher.model.norm.weight.fill_(float("nan"))
-    trainer = make_trainer(tmp_path, teacher=teacher, loss_type=loss_type, **RUN)
+        trainer.teacher_model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteLossError, match=r"step 1 .*not finite: teacher\."):
         trainer.train()
     start = dict(make_model(0).named_parameters())
     assert all(torch.equal(p, start[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_a_model_that_is_not_finite_is_refused_when_the_trainer_is_built(tmp_path):
+    models = {"student": make_model(0), "teacher": make_model(1)}
+    for role, model in models.items():
+        damaged = copy.deepcopy(model)
+        with torch.no_grad():
+            damaged.model.norm.weight[0] = float("nan")
+        with pytest.raises(NonFiniteLossError, match=f"the {role} cannot be used.*not finite"):
+            make_trainer(tmp_path, **models | {role: damaged}, **RUN)
 
 
 def test_weights_that_diverge_are_named_before_anything_is_sampled_from_them(tmp_path):

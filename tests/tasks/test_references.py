@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from decimal import Decimal
 from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,11 +169,11 @@ def test_the_training_sets_own_answers_are_read_alike():
     import datasets
 
     rows = datasets.Dataset.from_list([{"prompt": "a", "answer": 0.00005}, {"prompt": "b", "answer": float("nan")}])
-    task = _training_task(SimpleNamespace(train_dataset=rows), lambda *_: 0.0)
+    task = training_task(rows, lambda *_: 0.0)
     assert [example.answer for example in task.examples] == ["0.00005", None]
     wrong = datasets.Dataset.from_list([{"prompt": "a", "answer": ["1"]}])
     with pytest.raises(TaskError, match="row 0 of the training set: expected text or a number in 'answer', got list"):
-        _training_task(SimpleNamespace(train_dataset=wrong), lambda *_: 0.0)
+        training_task(wrong, lambda *_: 0.0)
 
 
 def test_an_answer_of_thousands_of_digits_is_wrong_not_an_error():

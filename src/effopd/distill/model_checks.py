@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from effopd.errors import CompatibilityError
+from effopd.errors import CompatibilityError, NonFiniteLossError
 from effopd.extrapolate.ranks import pooled, rank
 from effopd.logit_path import LogitPath, is_whole, logit_path, remember
 from effopd.sampler_check import Batching, batching, check_sampler, remember_batching
@@ -23,7 +23,7 @@ def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) ->
         generates: whether `generate` samples the rollouts.
 
     Raises:
-        CompatibilityError: a model is none of this; the message names its role.
+        CompatibilityError, NonFiniteLossError: a model is none of this; the message names its role.
     """
     for role, model in {"student": student, **others}.items():
         if model is not None:
@@ -45,5 +45,5 @@ def _measured(model: Any, role: str, sampled: bool) -> tuple[LogitPath, Batching
             return path, None
         check_sampler(model)
         return path, batching(model)
-    except CompatibilityError as error:
-        raise CompatibilityError(f"the {role} cannot be used. {error}") from error
+    except (CompatibilityError, NonFiniteLossError) as error:
+        raise type(error)(f"the {role} cannot be used. {error}") from error
