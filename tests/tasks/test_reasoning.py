@@ -136,3 +136,11 @@ def test_answers_are_counted(student, tokenizer, task):
     assert result.answers_cut == sum(answer.truncated for answer in texts)
     assert result.answers_empty == sum(not answer.text.strip() for answer in texts)
     assert result.summary()["answers_found"] == result.answers_found
+
+
+@pytest.mark.parametrize("quotes", ["''", '""', "``", "“”", "‘’"])
+def test_a_quoted_mark_opens_no_reasoning(quotes):
+    quoted = f"{quotes[0]}<think>{quotes[1]} is a tag: \\boxed{{7}}"
+    assert answer_part(quoted) == quoted
+    assert answer_part(f"<think>a</think>{quoted}") == quoted
+    assert answer_part(f"{quoted} <think>") == ""

@@ -11,6 +11,7 @@ math_grading.py  the math verifier
 math_equality.py when two math answers are the same
 math_text.py     one way of writing, before answers are parsed
 math_numbers.py  when two numbers are the same answer
+math_rules.py    what math-verify does otherwise when it grades here
 units.py         units of answers
 reasoning.py     reasoning and answer apart
 worker.py        grading in a process that can be killed

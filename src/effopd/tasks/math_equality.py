@@ -6,7 +6,8 @@ r"""When two math answers are the same. For the grading process: it imports math
                 or, with unknowns, they agree wherever both are real (\sqrt{1/n} and 1/\sqrt{n})
 
 Departures from math-verify: answers are first brought to one way of writing (`math_text`), units are told from unknowns
-(`units`; 2t is not 2), and nothing but the whole of the box is read.
+(`units`; 2t is not 2), m and M are two unknowns, i is the imaginary unit where it is the only letter, a pair is not a set
+of two, and nothing but the whole of the box is read.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-from effopd.tasks.math_numbers import plain_number, relative_comparison, same_plain_number, same_where_real
-from effopd.tasks.math_text import Answer, read_answer, words_of
+from effopd.tasks.math_numbers import plain_number, same_plain_number, same_where_real
+from effopd.tasks.math_rules import case_kept, own_comparison
+from effopd.tasks.math_text import Answer, read_answer, tuple_of_named, words_of
 from effopd.tasks.reference import too_long
 from effopd.tasks.units import PERCENT
 
 #: What the parser misreads: digits in another base, whose base it leaves out, and numbers side by side, which it adds up.
 _MISREAD = re.compile(r"\d\s*_|(?<![_^\d])\d+ +\d")
 _SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
+#: A set in braces and a tuple in parentheses, neither with pairs inside.
+_SET, _TUPLE = re.compile(r"\\\{[^(){}]*,[^(){}]*\\\}"), re.compile(r"\([^()]*,[^()]*\)")
 _OR = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z])or(?![A-Za-z])|\\(?:lor|vee|cup)(?![a-zA-Z])")
 
 
@@ -43,7 +47,7 @@ def _same(answer: Answer, gold: Answer, boxed: str, written: str) -> bool:
     if answer.choice and gold.choice:
         return answer.choice == gold.choice
     if (gold.choice and not gold.value) or (answer.choice and not answer.value):
-        return _choice_in(answer) == _choice_in(gold) is not None
+        return _choice_in(answer, "[A-Ja-df-j]" if gold.choice else "[A-J]") == _choice_in(gold, "[A-J]") is not None
     if answer.base or gold.base:
         return answer.value.upper() == gold.value.upper() and answer.base == gold.base
     words = words_of(boxed), words_of(written)
@@ -73,9 +77,9 @@ def _within_one(number: str) -> bool:
     return plain is not None and abs(plain) <= 1
 
 
-def _choice_in(answer: Answer) -> frozenset[str] | None:
-    """The letter that an answer is, with or without a text of its own."""
-    return answer.choice or (frozenset(answer.value) if re.fullmatch("[A-J]", answer.value) else None)
+def _choice_in(answer: Answer, letters: str) -> frozenset[str] | None:
+    """The choice that an answer is, with or without a text of its own; else the letter, where it is one of `letters`."""
+    return answer.choice or (frozenset(answer.value.upper()) if re.fullmatch(letters, answer.value) else None)
 
 
 def _same_value(value: str, gold: str) -> bool:
@@ -83,11 +87,18 @@ def _same_value(value: str, gold: str) -> bool:
         return bool(gold)
     if _MISREAD.search(value) or _MISREAD.search(gold):
         return False
+    if (_SET.fullmatch(value) and _TUPLE.fullmatch(gold)) or (_TUPLE.fullmatch(value) and _SET.fullmatch(gold)):
+        return False
+    named, expected_named = tuple_of_named(value), tuple_of_named(gold)
+    if (named is None) != (expected_named is None):  # x = 1, y = 2 is (1, 2)
+        value, gold = named or value, expected_named or gold
+        if "=" not in value + gold:
+            value, gold = (text if text.startswith("(") else f"({text})" for text in (value, gold))
     plain = same_plain_number(value, gold)
     if plain is not None:
         return plain
     parsed, expected = _parse(value), _parse(gold)
-    with relative_comparison():
+    with own_comparison():
         if verify(expected, parsed, allow_set_relation_comp=True, timeout_seconds=None):
             return True
     return any(same_where_real(one, other) is True for one in expected for other in parsed)
@@ -117,4 +128,16 @@ def _union(relations: Sequence[str]) -> Any:
 def _read(latex: str) -> Any:
     # units are taken off before, where they are told from unknowns; nothing but the whole text is the answer
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
-    return parse(f"\\boxed{{{latex}}}", [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=None)
+    with case_kept():
+        read = parse(f"\\boxed{{{latex}}}", [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=None)
+    return [_complex(item) if isinstance(item, sympy.Basic) else item for item in read]
+
+
+def _complex(expression: Any) -> Any:
+    """The expression with i as the imaginary unit, if it has no other unknown."""
+    unknowns = expression.free_symbols
+    return (
+        expression.xreplace(dict.fromkeys(unknowns, sympy.I))
+        if {str(one) for one in unknowns} == {"i"}
+        else expression
+    )

@@ -12,13 +12,10 @@ So 0.333333 is 1/3 and 0.66667 is not 2/3, as in math-verify; a small number nee
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
 import sympy
-from math_verify import grader
 
 #: Digits of every evaluation.
 _DIGITS = 60
@@ -105,25 +102,6 @@ def same_where_real(a: Any, b: Any) -> bool | None:
         if not _close(*values, decimal=decimal):
             return False
     return True if seen >= _NEEDED else None
-
-
-@contextmanager
-def relative_comparison() -> Iterator[None]:
-    """math-verify compares numbers as `same_number` does in this block, inside of sets, intervals and matrices too."""
-    original = grader.sympy_numeric_eq
-
-    def numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
-        same = same_number(a, b)
-        if same is not None:
-            return same
-        # it drops small coefficients of unknowns, so its yes is checked
-        return original(a, b, float_rounding, numeric_precision) and same_where_real(a, b) is not False
-
-    grader.sympy_numeric_eq = numeric_eq
-    try:
-        yield
-    finally:
-        grader.sympy_numeric_eq = original
 
 
 def _has_decimal(expression: Any) -> bool:

@@ -26,6 +26,12 @@ _SIGNS = {
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _WORDS = "pi|sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|theta|alpha|beta|gamma|infty"
+#: Words, without case, that mean others.
+_SAME_WORDS = {
+    "no solutions": "no solution", "there is no solution": "no solution", "there are no solutions": "no solution",
+    "\\emptyset": "no solution", "\\varnothing": "no solution", "empty set": "no solution", "the empty set": "no solution",
+    "dne": "does not exist",
+}  # fmt: skip
 #: Commands whose braces hold words, or math in another type.
 TEXT = r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|rm|bf)\*?"
 _TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
@@ -37,6 +43,9 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, replacement in (
         (r"\\(?:displaystyle|textstyle|limits|nolimits|left|right|bigl?|bigr|Bigl?|Bigr)(?![a-zA-Z])\.?", ""),
         (r"\\(?:d|t|c)frac", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
+        (r"(\\frac\{\d+\})\s*(\d)", r"\1{\2}"),
+        (r"\\log\s*_\s*(?:\{\s*e\s*\}|e(?![a-zA-Z]))", r"\\ln "),
         (r"\\leqslant|\\leq(?![a-zA-Z])", r"\\le "),
         (r"\\geqslant|\\geq(?![a-zA-Z])", r"\\ge "),
         (r"(?<![\w.)}])\.(?=\d)", "0."),
@@ -58,8 +67,9 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=[\d}])i(?![a-zA-Z])", " i"),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
+        (r"\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", r".\1\\overline{\2\3}"),
         # numbers: 5. and 5.0, .5, 4.5e33, 5 x 10^-5, 2^10
-        (r"(\d)\.0*(?![\d.])", r"\1"),
+        (r"(\d)\.0*(?![\d.]|\\overline)", r"\1"),
         (r"(?<![A-Za-z\d\\_.])(\d+(?:\.\d+)?)[eE]\{?([+-]?)0*(\d+)\}?(?![\w.])", r"\1 \\times 10^{\2\3}"),
         (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r" \\times "),
         (r"\^\s*([+-]?\d+)(?![\d.])", r"^{\1}"),
@@ -75,6 +85,13 @@ _SET_OF = re.compile(
     r"\\\{\s*[a-zA-Z](?:\s*\\in\s*\\(?:mathbb|mathbf)\{?\s*R\s*\}?)?\s*(?:\\mid(?![a-z])|\\vert|:|\|)\s*(.*[<>].*|.*\\[lgn]e.*)\\\}"
 )
 _BASE = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?\s*(\w+)\s*\}?")
+_REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\{(\d+)\}")
+_ONE_WORD = re.compile(r"[^\W\d_][^\W\d_' -]*[^\W\d_]")
+#: A word, then words and numbers, one of the words with three letters; none of the words is a function.
+_SENTENCE = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_][^\W_]*(?:[ ,.:;'-]+[^\W_]+)+")
+_FUNCTION = re.compile(rf"(?<![^\W\d_])(?:{_WORDS}|exp|max|min|mod|gcd|lcm)(?![^\W\d_])")
+#: One of several named values: x = 3.
+_NAMED = re.compile(r"\s*([a-zA-Z])\s*=\s*([^=<>]+?)\s*")
 _CHOICE = re.compile(
     r"(?:(?i:option|choice|answer)s?\s*:?\s*)?(?:\(([A-Ja-j])\)|([A-J])(?:[.):](?=\s|$)|$))\s*(.*)", re.DOTALL
 )
@@ -116,6 +133,7 @@ def plain_latex(text: str) -> str:
     text = "".join(_SIGNS.get(sign, sign) for sign in text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    text = _REPEATING.sub(lambda m: _repeating(*m.groups()), text)
     text = _SCALE.sub(lambda m: rf"\times 10^{{{_POWERS_OF_TEN[m.group(1)]}}} ", text)
     text = _stripped(re.sub(r" +", " ", text))
     return _one_number(text)
@@ -131,7 +149,7 @@ def read_answer(text: str, *, unit_expected: bool = False) -> Answer:
     if choice and not re.search(r"\([A-J]\)", choice.group(3)):
         rest = choice.group(3).strip()
         inner = read_answer(rest, unit_expected=unit_expected) if rest else Answer("")
-        return Answer(inner.value, inner.unit, frozenset({choice.group(1) or choice.group(2)}), inner.base)
+        return Answer(inner.value, inner.unit, frozenset({(choice.group(1) or choice.group(2)).upper()}), inner.base)
     if worded := re.fullmatch(TEXT + r"\s*\{([^{}]*\d[^{}]*)\}", text):
         text = worded.group(1).strip()
     value, unit = read_unit(text, expected=unit_expected)
@@ -159,6 +177,21 @@ def _one_number(text: str) -> str:
     return text.removeprefix("+").strip()
 
 
+def _repeating(whole: str, once: str, again: str) -> str:
+    r"""A repeating decimal as a fraction: 0.1\overline{6} is (16 - 1)/90."""
+    above = int(whole + once + again) - int(whole + once)
+    return rf"\frac{{{above}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}}"
+
+
+def tuple_of_named(text: str) -> str | None:
+    """Values of at least two names as a tuple, by name in the order of the alphabet: "y=2, x=1" is "(1,2)"; else `None`."""
+    parts = [_NAMED.fullmatch(part) for part in re.split(r",(?![^(\[{]*[)\]}])|;|\\text\{\s*and\s*\}", text)]
+    values = {part.group(1): part.group(2) for part in parts if part is not None}
+    if len(values) < 2 or len(values) != len(parts):
+        return None
+    return f"({','.join(values[name] for name in sorted(values))})"
+
+
 def unwrapped(text: str) -> str:
     r"""The text with `\text{…}` and its relatives replaced by what they hold."""
     previous = None
@@ -168,9 +201,16 @@ def unwrapped(text: str) -> str:
 
 
 def words_of(text: str) -> str | None:
-    """An answer that is words, without case and punctuation; `None` where it has digits or signs, or is a single letter."""
-    words = " ".join(unwrapped(text).split()).strip(" .,;:!").casefold()
-    return words if re.fullmatch(r"[^\W\d_][^\W\d_' -]*[^\W\d_]", words) else None
+    """An answer that is words, without case and punctuation; `None` where it has signs, or no word of three letters.
+
+    Numbers may stand between the words ("June 20"). Words of two letters count alone ("no").
+    """
+    words = " ".join(unwrapped(text).split()).strip(" $.,;:!").casefold()
+    if words in _SAME_WORDS:
+        return _SAME_WORDS[words]
+    return (
+        words if _ONE_WORD.fullmatch(words) or (_SENTENCE.fullmatch(words) and not _FUNCTION.search(words)) else None
+    )
 
 
 def _stripped(text: str) -> str:

@@ -51,7 +51,7 @@ _TAIL = 80
 def answer_part(text: str) -> str:
     """What follows the reasoning: the text after the last closing mark, "" where reasoning is still open at the end.
 
-    Text without marks is all answer.
+    Text without marks is all answer; an opening mark in quotation marks or backticks is none.
 
     Example:
         >>> answer_part("<think>perhaps 7</think> It is 8."), answer_part("<think>perhaps 7"), answer_part("It is 8.")
@@ -60,10 +60,16 @@ def answer_part(text: str) -> str:
     start = 0
     for opening, closing in _KINDS:
         closed = max((match.end() for match in closing.finditer(text)), default=0)
-        if opening.search(text, closed) is not None:
+        if any(not _quoted(match) for match in opening.finditer(text, closed)):
             return ""
         start = max(start, closed)
     return text[start:]
+
+
+def _quoted(mark: re.Match[str]) -> bool:
+    """Whether a mark stands in quotation marks or backticks: an answer speaks of it."""
+    before, after = mark.string[: mark.start()][-1:], mark.string[mark.end() :][:1]
+    return (before, after) in (("'", "'"), ('"', '"'), ("`", "`"), ("“", "”"), ("‘", "’"))
 
 
 def opened_by(prompt: str) -> str:

@@ -177,7 +177,7 @@ def _unit(written: str, *, known: bool, bare: bool = False) -> Unit | None:
         else:
             name = _name(word)
             if name is None:
-                words.add(_singular(word.lower()))
+                words.add(_singular(word.lower()) if len(word) > 2 else word)
             elif (
                 bare and not compound and len(word) == 1 and name not in ("m", "s", "g", "N", "J", "W", "V", "K", "L")
             ):
@@ -198,6 +198,8 @@ def _name(word: str) -> str | None:
     """The symbol of a known unit."""
     if word in _KNOWN or word in _SYMBOLS:
         return word
+    if re.fullmatch("M[a-zA-Z]", word):  # M is a million, m a thousandth
+        return None
     for spelled in (word.lower(), _singular(word.lower())):
         if spelled in _SYNONYMS:
             return _SYNONYMS[spelled]
