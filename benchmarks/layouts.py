@@ -71,6 +71,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"layer_types": None} for kind in ("jamba", "mamba", "falcon_mamba", "recurrent_gemma")},
     "mamba2": {"layer_types": None, "num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
     "xlstm": {"v_head_dim": None},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1e9, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
 }
 #: Further settings of one model type that change how tensors are fused.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -89,6 +93,9 @@ Written by `python benchmarks/layouts.py`; the header of that script says how a 
 - confirmed: kinds of matrix among q, k, v, gate, up and down whose effect is that of their name
 - contradicted: kinds whose effect is another one
 - other: tensors (layers and experts counted once) that stay whole under their own name, in module `other`
+
+There is nothing to do for a model type with confirmed matrices and none contradicted. Where much of it is "other", norms and
+spectra of those tensors are right, but they count in no average over attention and MLP.
 
 A fused tensor of a model type that is not listed here, or whose size contradicts its configuration, stays whole in module
 `other`: its norm counts, its pieces are not told apart. Stacked experts are oriented by the shapes of `gate_up_proj` and

@@ -14,6 +14,7 @@ import io
 import json
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,7 @@ def status(f: Figures) -> str:
         [f.own[task, "lookahead", tuned] for task in TASKS],
         [look.speedup(task, ("lookahead", f.reference), "seconds", rate="best") for task in TASKS],
     ))  # fmt: skip
-    return f"""There, at a learning rate of {f.reference:.0e}, which is too low for plain OPD, `lookahead` gets to plain OPD's final KL in {parts} of the steps. At {f.at(tuned)} of that rate, where plain OPD ends lowest, it gets to that end no sooner ({own[0]} on one
-task, {own[1]} on the other). It is {best[0]} and {best[1]} as fast, in seconds, as plain OPD at the best learning rate of a sweep, without the sweep; plain OPD with a tuned rate and a smaller batch is faster still."""
+    return f"""There, at a learning rate of {f.reference:.0e}, which is too low for plain OPD, `lookahead` gets to plain OPD's final KL in {parts} of the steps. At {f.at(tuned)} of that rate, where plain OPD ends lowest, it gets to that end no sooner (medians: {own[0]} and {own[1]}). It is {best[0]} and {best[1]} as fast, in seconds, as plain OPD at the best learning rate of a sweep, without the sweep; plain OPD with a tuned rate and a smaller batch is faster still."""
 
 
 def section(docs: dict[str, Any]) -> str:
@@ -122,13 +122,13 @@ def section(docs: dict[str, Any]) -> str:
     return f"""{START}
 
 How much sooner a run gets to the held-out exact reverse KL at which plain OPD ends after {base["max_steps"]} steps at {f.reference:.0e} (×1). Medians over five seeds, paired by seed, with 95 % bootstrap intervals (of five seeds: their range); “never” counts as slower than any. Search is charged, evaluation is not. Runs are evaluated every {base["eval_steps"]} steps, so large factors are coarse: `lookahead` arrives after {reach[0]} and {reach[1]} steps.
-`chain_sum` and `spell_backward` are toy tasks of reasoning-gym, {base["per_device_train_batch_size"]} prompts per step; forward tokens are all that go through a model besides sampling, a forward of the search counted like one with backward.
+`chain_sum` and `spell_backward` are toy tasks of reasoning-gym, {base["per_device_train_batch_size"]} prompts per step; forward tokens are all that go through a model outside sampling, those of the search counted as if they went backward too.
 
 {table(header, rows)}
 
 ![learning rates](docs/results/learning_rates.png)
 
-The same at other learning rates, in steps to where plain OPD ends **at that rate** (runs that arrive, where not all do):
+Speed-up in steps with both at **the same learning rate**, to the KL at which plain OPD ends there (“4 of 5”: runs that arrive):
 
 {table(["learning rate", *(f"`{strategy}`, `{task.split(':')[1]}`" for strategy, task in arms)], same)}
 
@@ -136,7 +136,7 @@ The same at other learning rates, in steps to where plain OPD ends **at that rat
 - {small_batch(docs)}
 - {ablation(docs["ablation"])}
 
-The rules of `lookahead` were chosen on these two tasks and these seeds. [docs/results.md](docs/results.md) has every strategy, learning rate, target and interval; `effopd compare recipes/compare-testbed.yaml` runs it all, `benchmarks/readme_results.py` writes this section.
+The rules of `lookahead` were chosen on these tasks and seeds. [docs/results.md](docs/results.md) has every strategy, learning rate, target and interval; `effopd compare recipes/compare-testbed.yaml` runs it all, `benchmarks/readme_results.py` writes this section.
 
 """
 
@@ -150,10 +150,10 @@ def rates_matter(f: Figures, docs: dict[str, Any]) -> str:
     own = {s: sorted(rate for strategy, rate in f.look.arms if strategy == s) for s in ("effopd", "lookahead")}
     ten = next(rate for rate in f.rates if f.at(rate) == "×10")
     return (
-        f"**The learning rate matters more than the paper's search.** At the best of its rates plain OPD itself is {tuned[CHAIN]} and "
-        f"{tuned[SPELL]} faster than at ×1. After it arrived, EffOPD is off the target again in {f.again(CHAIN, 'effopd', f.reference)} and "
-        f"{f.again(SPELL, 'effopd', f.reference)} of the evaluations from ×1 and in {f.again(CHAIN, 'effopd', *own['effopd'])} and "
-        f"{f.again(SPELL, 'effopd', *own['effopd'])} over its rates; plain OPD at ×10 in {f.again(CHAIN, 'vanilla', ten)} and "
+        f"**The learning rate matters more than the paper's search.** At the best of its rates plain OPD is {tuned[CHAIN]} and "
+        f"{tuned[SPELL]} as fast as at ×1. Once there, EffOPD is off the target again in {f.again(CHAIN, 'effopd', f.reference)} and "
+        f"{f.again(SPELL, 'effopd', f.reference)} of the later evaluations from ×1, and in {f.again(CHAIN, 'effopd', *own['effopd'])} and "
+        f"{f.again(SPELL, 'effopd', *own['effopd'])} over its rates. Plain OPD at ×10 is in {f.again(CHAIN, 'vanilla', ten)} and "
         f"{f.again(SPELL, 'vanilla', ten)}, `lookahead` over its rates in {f.again(CHAIN, 'lookahead', *own['lookahead'])} and "
         f"{f.again(SPELL, 'lookahead', *own['lookahead'])}."
     )
@@ -164,9 +164,9 @@ def replaces_the_sweep(f: Figures, docs: dict[str, Any]) -> str:
     ninety = list(dict.fromkeys(f.at(f.best(task, "gap_90")) for task in TASKS))
     return (
         f"**`lookahead` replaces the sweep of the rate.** From any of {len(f.rates)} rates between {f.at(f.rates[0])} and {f.at(f.rates[-1])} "
-        f"its median speed is {f.anywhere(CHAIN)} and {f.anywhere(SPELL)} that of plain OPD at the best rate of a sweep, in forward tokens "
+        f"its median speed is {f.anywhere(CHAIN)} and {f.anywhere(SPELL)} that of plain OPD at its best rate, in forward tokens "
         f"{f.anywhere(CHAIN, axis='forward_tokens')} and {f.anywhere(SPELL, axis='forward_tokens')}. To 90 % of the way, where plain OPD's best "
-        f"rate is {' and '.join(ninety)}, it is {f.anywhere(CHAIN, 'gap_90')} and {f.anywhere(SPELL, 'gap_90')}: no sweep, and no more than that. "
+        f"rate is {' and '.join(ninety)}, it is {f.anywhere(CHAIN, 'gap_90')} and {f.anywhere(SPELL, 'gap_90')}: it saves the sweep, nothing more. "
         "Higher starts, rates in between and, away from ×1, rates that decay were not compared."
     )
 
@@ -238,7 +238,7 @@ def ablation(results: dict[str, Any]) -> str:
         f"**With {base['per_device_train_batch_size']} prompts `lookahead` is about as fast as a tuned run.** Searches take {shares} of the time "
         f"to the target. In net seconds `lookahead` is {fast(look.reference)} as fast as plain OPD at the same rate; against the best of "
         f"{len(results['swept'][look.tasks[0]])} rates {fast(look.reference, 'best')} from ×1, {elsewhere} ({len(results['runs'])} of "
-        f"{results['settings']['planned_runs']} planned runs; what each part is worth: [docs/ablation/results.md](docs/ablation/results.md))."
+        f"{results['settings']['planned_runs']} planned runs; its parts: [docs/ablation/results.md](docs/ablation/results.md))."
     )
 
 
@@ -247,14 +247,12 @@ def gate(f: Figures, docs: dict[str, Any]) -> str:
     power = docs["gate_power"]
     groups = {(row["from"], row["to"]): row for row in power["by_true_change"]}
     kinds = {
-        "gain 2.5 to 7.5": (0.025, 0.075),
-        "lose 0.5 to 2.5": (-0.025, -0.005),
-        "lose 2.5 to 7.5": (-0.075, -0.025),
+        "raise accuracy by 2.5 to 7.5 points": (0.025, 0.075),
+        "lower it by 0.5 to 2.5": (-0.025, -0.005),
+        "lower it by 2.5 to 7.5": (-0.075, -0.025),
     }
-    said = ", ".join(
-        f"{groups[size]['shared']:.0%} ({groups[size]['fresh']:.0%}) of those that {kind}"
-        for kind, size in kinds.items()
-    )
+    said = listed(f"{groups[size]['shared']:.0%} of those that {kind}" for kind, size in kinds.items())
+    afresh = listed(f"{groups[size]['fresh']:.0%}" for size in kinds.values())
     runs = len({(row["family"], row["seed"]) for row in power["moves"]})
     nothing = [row["first_accepted"] for row in docs["gate_noise"]["shared_noise"] if row["gate"] == "ge"]
     anew = [
@@ -263,13 +261,19 @@ def gate(f: Figures, docs: dict[str, Any]) -> str:
         if (row["gate"], row["validation_size"]) == ("ge", 50)
     ]
     return (
-        f"**EffOPD's gate sees a few points of accuracy, and little below.** Of the real moves of {runs} run{'s' * (runs > 1)} it accepts {said} "
-        "points (in brackets: with fresh random numbers for every candidate, which the package shares; `benchmarks/gate_power.py`). Random moves "
-        f"too short to matter pass in {min(nothing):.0%}–{max(nothing):.0%} ({min(anew):.0%}–{max(anew):.0%}) of searches "
+        f"**EffOPD's gate tells gains from losses of several points, not smaller ones.** Of real moves of {runs} run{'s' * (runs > 1)} it accepts "
+        f"{said}. All candidates share their random numbers here; with fresh ones, {afresh} (`benchmarks/gate_power.py`). Random moves "
+        f"too short to matter pass in {min(nothing):.0%}–{max(nothing):.0%} of searches, with fresh ones in {min(anew):.0%}–{max(anew):.0%} "
         "(`benchmarks/gate_noise.py`). Jumping 2Δ at every trigger "
         f"without asking (`fixed-k1`) is {f.fast(CHAIN, 'fixed-k1')} and {f.fast(SPELL, 'fixed-k1')} in net seconds, where the search is "
         f"{f.fast(CHAIN, 'effopd')} and {f.fast(SPELL, 'effopd')}."
     )
+
+
+def listed(items: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *first, last = items
+    return f"{', '.join(first)} and {last}"
 
 
 def demo(summary: dict[str, Any]) -> str:
