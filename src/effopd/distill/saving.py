@@ -115,10 +115,10 @@ def tidy_generation_config(model: Any) -> None:
     if config is not None and (dropped := savable(config)):
         settings = ", ".join(f"{name}={value}" for name, value in dropped.items())
         logger.warning(
-            "The student's generation_config sets %s, which have no effect with do_sample=%s and num_beams=%s, and transformers "
-            "does not save such a file: the trained model's has them not. Rollouts are sampled with the run's own settings.",
-            settings, config.do_sample, config.num_beams,
-        )  # fmt: skip
+            "The student's generation_config sets %s without an effect, and transformers does not save such a file: the trained "
+            "model's is without them. Rollouts are sampled with the run's own settings.",
+            settings,
+        )
 
 
 # -- the rehearsal ----------------------------------------------------------------------------------------------------
