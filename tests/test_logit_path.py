@@ -243,3 +243,49 @@ def test_head_reads_the_bias():
     model = make_model(0)
     model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 64))
     assert torch.equal(Head.of(model, 50).bias, model.lm_head.bias[:50])
+
+
+def with_large_logits():
+    """GPT-2 whose logits are all near -200, as softmax allows: in half precision that costs half a nat."""
+    model = gpt2(0)
+    model.transformer.wte.weight.data[:, 0] = 1.0
+    model.transformer.ln_f.weight.data[0], model.transformer.ln_f.bias.data[0] = 0.0, -200.0
+    return model.to(torch.bfloat16)
+
+
+def small(kind):
+    """A type with logits below 1: in half precision, shifted positions move them by less than half a nat."""
+    model = architectures.build(kind, seed=1)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.div_(6)
+    return model.to(torch.bfloat16)
+
+
+def test_in_half_precision_rounding_grows_with_the_logits():
+    model = with_large_logits()
+    assert check_sampler(model) > 0.3 and batching(model) == "any"
+    assert batching(small("bart")) == "length"
+    with pytest.raises(CompatibilityError, match="`generate` samples"):
+        check_sampler(small("roberta"))
+
+
+@pytest.mark.parametrize("where", ["lm_head", "q_proj"])
+def test_an_adapter_on_the_output_layer_is_refused_before_it_has_learned(where):
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model(0)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[where]))
+    if where == "q_proj":
+        assert logit_path(adapted).error < 1e-5
+    else:
+        with pytest.raises(CompatibilityError, match="adapter on its output layer"):
+            logit_path(adapted)
+
+
+def test_layers_before_the_output_layer_are_seen_in_a_model_of_zeros():
+    model = architectures.build("modernbert-decoder")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert logit_path(model).inner

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "distill"))
 
 from tiny_run import make_trainer
 
-from effopd import EffOPDConfig, logit_path, precision
+from effopd import EffOPDConfig, precision
 from effopd.errors import CompatibilityError
 from effopd.extrapolate.observations import Observations
 from effopd.extrapolate.strategies import rank_one
@@ -73,8 +73,7 @@ def device_without_float64():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_one, "leading_directions", leading_directions)
         patch.setattr(torch.Tensor, "cpu", to_host)
-        for module in (precision, logit_path):
-            patch.setattr(module, "has_float64", lambda device: False)
+        patch.setattr(precision, "has_float64", lambda device: False)
         with NoFloat64():
             yield
 

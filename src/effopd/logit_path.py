@@ -25,8 +25,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from effopd import precision
 from effopd.errors import CompatibilityError, NonFiniteLossError
-from effopd.precision import has_float64
 from effopd.restore import evaluating
 
 #: Tokens of the measurement: a row, and the part of it that a shorter row has.
@@ -161,6 +161,12 @@ class _OutputLayer:
                 f"{type(core).__name__}: expected an output layer with a floating-point weight [vocabulary, hidden], got "
                 f"{found}. Its KL cannot be computed; use another model (or do not quantise its output layer)."
             )
+        adapted = hasattr(self.layer, "base_layer")  # PEFT's layers of adapters; their `weight` is the frozen one
+        if adapted and any(p.requires_grad for p in self.layer.parameters()):
+            raise CompatibilityError(
+                f"{type(core).__name__}: expected losses and scores to read all of the output layer, got a trainable adapter on "
+                "its output layer, which they leave out. Take it out of the adapter's target_modules."
+            )
 
     @contextmanager
     def _replaced(self, forward: Callable) -> Iterator[None]:
@@ -261,7 +267,7 @@ def _measured(core: PreTrainedModel) -> LogitPath:
         inner = backbone is core
         if not inner:
             last = getattr(backbone(**_accepted(backbone.forward, inputs)), "last_hidden_state", None)
-            inner = last is None or last.shape != hidden.shape or _apart(last, hidden) > _noise(core)
+            inner = last is None or last.shape != hidden.shape or not last.any() or _apart(last, hidden) > _noise(core)
         path = LogitPath(scale, softcap, inner)
         _check_causal(core, path, row, hidden)
         error = _error(layer.layer, path, hidden, logits)
@@ -292,7 +298,7 @@ def usual_tokens(core: PreTrainedModel, length: int) -> Tensor:
 
 def _after_layer(core: Any, layer: _OutputLayer, inputs: dict[str, Any], result: Tensor) -> tuple[float, float | None]:
     """Scale and soft cap of what follows the output layer, from the model's answers to known results."""
-    dtype = torch.float64 if has_float64(result.device) else torch.float32
+    dtype = torch.float64 if precision.has_float64(result.device) else torch.float32
     ramp = torch.linspace(-50, 50, result.numel(), dtype=dtype, device=result.device).view(result.shape)
     ramp[..., 0] = 1.0
     answer = layer.answer_to(inputs, ramp).to(dtype)
@@ -363,6 +369,11 @@ def rounding(core: PreTrainedModel) -> float:
         return torch.finfo(torch.bfloat16).eps
     coarse = core.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return 2.0**-10 if coarse else torch.finfo(torch.float32).eps
+
+
+def coarse(core: PreTrainedModel) -> bool:
+    """Whether the forward computes in less than single precision somewhere."""
+    return rounding(core) > 1e-6
 
 
 def _noise(core: PreTrainedModel) -> float:

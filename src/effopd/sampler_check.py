@@ -21,6 +21,7 @@ from effopd.logit_path import (
     LENGTH,
     SHORT,
     at_rest,
+    coarse,
     completion_hidden_states,
     core_of,
     float_logits,
@@ -127,12 +128,21 @@ def _measured(core: Any) -> Batching:
         for i in (0, -1)  # the same, padded with other tokens
     )
     alone = _generated(core, short, ones)
-    strict, loose = (1e-5, 1e-3) if rounding(core) < 1e-6 else (0.05, 0.5)
+    loose = _allowed(core, alone[1])
     # what stands in the padding must not matter at all; where a row begins may cost rounding
-    if _gap(first, second) <= strict and _gap(first, alone) <= loose:
+    if _gap(first, second) <= loose / (10 if coarse(core) else 100) and _gap(first, alone) <= loose:
         return "any"
     pair = _generated(core, torch.cat([short, short.flip(1)]), ones.repeat(2, 1))
     return "length" if _gap(pair, alone) <= loose else "single"
+
+
+def _allowed(core: Any, logits: Tensor) -> float:
+    """What log-probabilities may differ by through rounding alone, in nats; in half precision rounding grows with the
+    logits, while shifted positions and the like move them by a large part of their size."""
+    if not coarse(core):
+        return 1e-3
+    top = float(logits.abs().max())
+    return min(0.2 * top, 0.5 + 2 * rounding(core) * top)
 
 
 def _gap(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
@@ -176,7 +186,7 @@ def check_sampler(model: Any) -> float:
         hidden = completion_hidden_states(core, ids, torch.ones_like(ids), real.shape[1])
         made = float_logits(core.get_output_embeddings(), path, hidden)
     gap = float((made.log_softmax(-1) - real.to(made.device).log_softmax(-1)).abs().max())
-    allowed = 1e-3 if rounding(core) < 1e-6 else 0.5
+    allowed = _allowed(core, real)
     if not gap <= allowed:
         raise CompatibilityError(
             f"{type(core).__name__}: `generate` samples from log-probabilities that differ by {gap:.3g} nats from those of a "
