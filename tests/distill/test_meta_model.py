@@ -186,6 +186,7 @@ def test_a_vision_language_student_is_distilled_on_text(tmp_path, folders):
     assert main(["train", *run, "--dry_run"]) == 0
     assert main(["train", *run]) == 0
     assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert main(["eval", "--model", str(tmp_path / "run"), "--max_new_tokens", "4"]) == 0
 
 
 def test_a_hub_id_and_a_whole_folder_pass(folders):

@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from effopd.errors import CompatibilityError, ConfigError, EffOPDError
@@ -182,7 +190,7 @@ def load_model(flag: str, name: str, **load: Any) -> PreTrainedModel:
     """
     check_model_folder(flag, name)
     with reading(flag, name):
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **load)
+        model, info = _class_of(name, load).from_pretrained(name, output_loading_info=True, **load)
     if missing := sorted(info["missing_keys"]):
         raise CompatibilityError(
             f"{flag} {name!r}: the weights lack {len(missing)} tensors of {type(model).__name__}, e.g. "
@@ -190,6 +198,17 @@ def load_model(flag: str, name: str, **load: Any) -> PreTrainedModel:
         )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return model.eval() if accelerator is None else model.eval().to(accelerator)
+
+
+def _class_of(name: str, load: dict[str, Any]) -> Any:
+    """What loads a model: a causal language model, or a vision-language one that generates text, as training does."""
+    if adapter_base("", name) is None:
+        config = AutoConfig.from_pretrained(name, **{k: v for k, v in load.items() if k != "dtype"})
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        generates = kind is not None and not config.is_encoder_decoder and getattr(kind, "can_generate", bool)()
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and generates:
+            return kind
+    return AutoModelForCausalLM
 
 
 def check_dtype(value: str) -> None:
