@@ -152,7 +152,7 @@ def rates_matter(f: Figures, docs: dict[str, Any]) -> str:
     return (
         f"**The learning rate matters more than the paper's search.** At the best of its rates plain OPD is {tuned[CHAIN]} and "
         f"{tuned[SPELL]} as fast as at ×1. Once there, EffOPD is off the target again in {f.again(CHAIN, 'effopd', f.reference)} and "
-        f"{f.again(SPELL, 'effopd', f.reference)} of the later evaluations from ×1, and in {f.again(CHAIN, 'effopd', *own['effopd'])} and "
+        f"{f.again(SPELL, 'effopd', f.reference)} of the later evaluations from ×1 (mean over runs), and in {f.again(CHAIN, 'effopd', *own['effopd'])} and "
         f"{f.again(SPELL, 'effopd', *own['effopd'])} over its rates. Plain OPD at ×10 is in {f.again(CHAIN, 'vanilla', ten)} and "
         f"{f.again(SPELL, 'vanilla', ten)}, `lookahead` over its rates in {f.again(CHAIN, 'lookahead', *own['lookahead'])} and "
         f"{f.again(SPELL, 'lookahead', *own['lookahead'])}."
