@@ -347,3 +347,14 @@ def test_eval_needs_a_task_of_some_kind(folder, capsys):
     assert "--task and --eval_task are missing" in message
     message = said(capsys, "eval", "--model", "testbed:student", "--eval_task", "math:noans.jsonl")
     assert """--eval_task_args '{"answer_column": "solution"}'""" in message
+
+
+@pytest.mark.parametrize("content", ["{}\n{}\n", "[]", '{"runs": []}'])
+def test_files_that_are_something_else(tmp_path, capsys, content):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    assert "expected a results.json" in said(capsys, "compare", "--report", str(file), "--out", str(tmp_path / "out"))
+    assert "is a file" in said(capsys, "testbed", "build", "--output_dir", str(file))
+    file.write_text("a: [\nb")
+    assert "is not YAML" in said(capsys, "compare", str(file))
+    assert not (tmp_path / "out").exists()

@@ -263,9 +263,29 @@ def gate_errors(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def _read_results(path: Path) -> dict[str, Any]:
+    """A published results.json.
+
+    Raises:
+        ConfigError: the file is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ConfigError(
+            f"--report {path}: expected a results.json of `effopd compare`, got no JSON ({error})."
+        ) from error
+    missing = [name for name in ("settings", "runs") if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ConfigError(
+            f"--report {path}: expected a results.json of `effopd compare`; it has no {', '.join(missing)}."
+        )
+    return found
+
+
 def _report(source: Path, out: Path | None, console: Console) -> int:
     if source.is_file():
-        results, folder = json.loads(source.read_text()), out or source.parent
+        results, folder = _read_results(source), out or source.parent
     else:
         results, folder = collect(source), out or source
     folder.mkdir(parents=True, exist_ok=True)

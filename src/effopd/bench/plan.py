@@ -172,8 +172,8 @@ def load_plan(path: str | Path, **overrides: Any) -> Plan:
         raise ConfigError(f"no plan at {path}: expected a YAML file (recipes/compare-testbed.yaml is one).")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     known = {f.name: f for f in dataclasses.fields(Plan)}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with {', '.join(known)}; got {type(values).__name__}.")

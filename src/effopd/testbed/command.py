@@ -24,6 +24,8 @@ def run_testbed(argv: Sequence[str]) -> int:
     build.add_argument("--seed", type=int, default=0, help="0 makes the pair that ships with the package")
     arguments = parser.parse_args(argv)
     out = Path(arguments.output_dir)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--output_dir {out} is a file: expected a folder, or a path where there is nothing yet.")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--output_dir {out} is not empty; choose another folder (nothing was changed).")
     from effopd.testbed.recipe import build as run_recipe
