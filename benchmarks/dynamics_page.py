@@ -38,8 +38,8 @@ class Row:
     """One measured quantity.
 
     Attributes:
-        opd, rl: one value a seed.
-        test: the quantity the claim is about, one value a seed, and `side`: +1 if the claim says it is positive, −1 negative,
+        opd, rl: one value per seed.
+        test: the quantity the claim is about, one value per seed, and `side`: +1 if the claim says it is positive, −1 negative,
             0 zero.
         unit: `number`, or `percent` for shares.
         margin: for side 0, how large a value still counts as nothing.

@@ -141,7 +141,8 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
 
     Raises:
         CompatibilityError: a model that cannot be read or distilled.
-        ConfigError: loading arguments, an attention implementation or adapter names that a model does not have.
+        ConfigError: loading arguments, an attention implementation or adapter names that a model does not have, or look-ahead
+            `parameters` that match nothing of the student.
     """
     model, opd = settings.model, settings.opd
     student, other = loading(model, opd)
@@ -152,16 +153,10 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
         if (name := getattr(opd, f"{role}_model_name_or_path"))
     ]
     check_student_adapter(model, found[0], student, opd)
-    if not model.use_peft:
-        _check_moved(settings.effopd, found[0].meta)
+    if settings.effopd.enabled and not model.use_peft:
+        names = (name for name, _ in found[0].meta.named_parameters())
+        select(names, settings.effopd.resolved_parameters, "the student")
     return found
-
-
-def _check_moved(effopd: EffOPDConfig, student: PreTrainedModel) -> None:
-    """The look-ahead's `parameters` match a parameter of the student."""
-    if not effopd.enabled:
-        return
-    select((name for name, _ in student.named_parameters()), effopd.resolved_parameters, "the student")
 
 
 def check_student_adapter(model: ModelConfig, student: NamedModel, init: Mapping[str, Any], args: Any) -> None:
