@@ -1,0 +1,90 @@
+"""Decisions of twelve steps on the built-in pair: `python tests/golden/decisions.py` records them anew.
+
+Record only after a change that is meant to change a decision, and say so in docs/log.md.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+FILE = Path(__file__).with_name("decisions.json")
+FAMILIES = ("chain_sum", "spell_backward")
+#: Names of the strategies in the file → extra flags. Every strategy searches several times in twelve steps.
+STRATEGIES: dict[str, dict[str, object]] = {
+    "none": {},
+    "lookahead": {"score_rollouts": 16},
+    "effopd": {"validation_size": 24},
+    "effopd-released": {"validation_size": 24},
+    "noop": {"validation_size": 24},
+    "fixed": {},
+    "random_direction": {"validation_size": 24},
+    "alpha_opd": {"validation_size": 24, "fit_every": 2, "fit_until": 8},
+    "relex": {"fit_every": 2, "fit_until": 8},
+}
+
+
+def machine() -> dict[str, str]:
+    """What the last digits of a forward pass depend on."""
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def command(family: str, strategy: str, folder: Path) -> list[str]:
+    """The command line of one run: 12 steps of 32 rollouts, seed 0, an evaluation every 4 steps."""
+    flags = {
+        "model_name_or_path": "testbed:student", "teacher_model_name_or_path": "testbed:teacher",
+        "task": f"testbed:{family}", "train_size": 512, "eval_size": 32, "output_dir": folder,
+        "max_steps": 12, "learning_rate": 3e-5, "seed": 0, "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 32, "max_completion_length": 24, "activation_checkpointing": "false",
+        "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": "true", "logging_steps": 1,
+        "save_strategy": "no", "use_cpu": "true", "disable_tqdm": "true", "effopd.strategy": strategy,
+    } | {f"effopd.{name}": value for name, value in STRATEGIES[strategy].items()}  # fmt: skip
+    return ["effopd", "train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def decisions(family: str, strategy: str, folder: Path) -> dict[str, list]:
+    """Run it; per search its scale and trials, per step the loss and the rate, per evaluation KL and accuracy."""
+    with mock.patch.object(sys, "argv", command(family, strategy, folder)):
+        try:
+            runpy.run_module("effopd", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            assert not end.code, end.code
+    return {
+        "searches": [
+            {
+                "step": row["step"],
+                "scale": row["accepted_scale"],
+                "best_scale": row["preferred_scale"],
+                "trials": [[trial["scale"], trial.get("score")] for trial in row["trials"]],
+            }
+            for row in rows(folder / "searches.jsonl")
+        ],
+        "steps": [
+            [row["step"], row["loss"], row["learning_rate"]] for row in rows(folder / "metrics.jsonl") if "loss" in row
+        ],
+        "evals": [[row["step"], row["eval_kl"], row["eval_accuracy"]] for row in rows(folder / "evals.jsonl")],
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for family in FAMILIES:
+            for strategy in STRATEGIES:
+                found[f"{family}/{strategy}"] = decisions(family, strategy, Path(folder) / family / strategy)
+    FILE.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
