@@ -103,7 +103,7 @@ def main() -> None:
         folder = arguments.out / f"{layers}-layers"
         shutil.rmtree(folder, ignore_errors=True)
         write_pair(folder, layers, arguments.vocabulary)
-        command = [sys.executable, "-m", "effopd.cli", "analyze", "--base", str(folder / "base"),
+        command = [sys.executable, "-m", "effopd.commands.main", "analyze", "--base", str(folder / "base"),
                    "--trained", f"synthetic={folder / 'trained'}", "--out", str(folder / "analysis"), "--device", "cpu"]  # fmt: skip
         used, taken = peak(command)
         print(

@@ -30,8 +30,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from effopd.distill.divergence import Head, reverse_kl_of_completions
 from effopd.errors import CompatibilityError
-from effopd.logit_path import hidden_states, logit_path
-from effopd.sampler_check import batching, check_sampler
+from effopd.models.logit_path import hidden_states, logit_path
+from effopd.models.sampler_check import batching, check_sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
 VOCABULARY, LARGEST, SECONDS, EXACT = 300, 150_000_000, 60, 1e-3

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from effopd.bench.cross_targets import across, runs_of
-from effopd.files import write_atomically
+from effopd.common.files import write_atomically
+from effopd.compare.cross_targets import across, runs_of
 from effopd.report.compare_lookup import AXIS_NAMES, factor, table, times
 
 PAGE = "batch_size.md"

@@ -23,10 +23,10 @@ import statistics
 import time
 from pathlib import Path
 
-from effopd.bench.plan import Plan, PlannedRun, load_plan
-from effopd.bench.runner import DONE, Runner
-from effopd.distill.run_dir import EVALS
-from effopd.files import read_rows
+from effopd.common.files import read_rows
+from effopd.compare.plan import Plan, PlannedRun, load_plan
+from effopd.compare.runner import DONE, Runner
+from effopd.runs.run_dir import EVALS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare-testbed.yaml"
 

@@ -22,14 +22,14 @@ from typing import Any
 
 from rich.console import Console
 
-from effopd import quickstart
-from effopd.bench.results import from_row
-from effopd.cli import main as effopd
-from effopd.distill.run_dir import EVALS
-from effopd.evaluation import accuracy_interval
-from effopd.extrapolate.callback import SEARCHES
-from effopd.files import append_row
-from effopd.quickstart import ARMS, QuickstartArguments, conclude
+from effopd.commands import quickstart
+from effopd.commands.main import main as effopd
+from effopd.commands.quickstart import ARMS, QuickstartArguments, conclude
+from effopd.common.files import append_row
+from effopd.compare.results import from_row
+from effopd.distill.callback import SEARCHES
+from effopd.runs.run_dir import EVALS
+from effopd.tasks.evaluate import accuracy_interval
 
 AXES = ("steps", "seconds", "generated_tokens")
 

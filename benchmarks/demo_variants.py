@@ -15,10 +15,10 @@ from pathlib import Path
 
 from transformers import PrinterCallback
 
-from effopd.bench.time_to_target import Cost, final_target, first_reach, speedup_by_gap
-from effopd.distill.launch import build_trainer
-from effopd.files import read_rows
-from effopd.quickstart import QuickstartArguments, quiet, settings
+from effopd.commands.quickstart import QuickstartArguments, quiet, settings
+from effopd.common.files import read_rows
+from effopd.compare.time_to_target import Cost, final_target, first_reach, speedup_by_gap
+from effopd.launch.opd import build_trainer
 
 VARIANTS = {
     "paper": {},

@@ -21,9 +21,9 @@ from typing import Any
 
 import pandas as pd
 
-from effopd.bench.time_to_target import smooth
-from effopd.dynamics.statistics import seed_mean
-from effopd.files import write_atomically
+from effopd.analysis.statistics import seed_mean
+from effopd.common.files import write_atomically
+from effopd.compare.time_to_target import smooth
 
 EARLY = 12
 #: Held-out prompts of every scan, the same for all seeds (`dynamics_scans.py`).

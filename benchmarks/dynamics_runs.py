@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from effopd.cli import main as effopd
-from effopd.distill.run_dir import RunDir
-from effopd.testbed import reference_settings
+from effopd.commands.main import main as effopd
+from effopd.runs.run_dir import RunDir
+from effopd.tasks.builtin_models import reference_settings
 
 EVERY, QUESTIONS, ANSWERS = 4, 4096, 256
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from effopd.cli import main as effopd
+from effopd.commands.main import main as effopd
 
 SCANS: dict[str, list[str]] = {
     "trajectory": [],

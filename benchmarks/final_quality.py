@@ -21,13 +21,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from effopd.bench.paired import median_with_interval
-from effopd.bench.plan import Plan, PlannedRun, load_plan
-from effopd.bench.runner import is_done
+from effopd.common.files import write_atomically
+from effopd.compare.paired import median_with_interval
+from effopd.compare.plan import Plan, PlannedRun, load_plan
+from effopd.compare.runner import is_done
 from effopd.distill.divergence import reverse_kl_of_completions
-from effopd.evaluation import evaluate
-from effopd.files import write_atomically
-from effopd.testbed import family_task, resolve_model
+from effopd.tasks.builtin_models import family_task, resolve_model
+from effopd.tasks.evaluate import evaluate
 
 BATCH = 256
 

@@ -21,10 +21,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from effopd.distill.launch import prompts
-from effopd.distill.memory_estimate import estimate_memory
-from effopd.distill.preflight import load_tokenizer
-from effopd.train_command import parse_train
+from effopd.commands.train import parse_train
+from effopd.launch.memory_estimate import estimate_memory
+from effopd.launch.opd import prompts
+from effopd.launch.preflight import load_tokenizer
 
 #: hidden, layers, MLP, heads, key-value heads, vocabulary
 SIZES = {
@@ -77,7 +77,7 @@ def estimate(flags: list[str]) -> int:
 def peak(flags: list[str]) -> int:
     """Peak resident bytes of `effopd train` with these flags."""
     code = (
-        "import resource, sys; from effopd.cli import main; status = main(['train', *sys.argv[1:]]);"
+        "import resource, sys; from effopd.commands.main import main; status = main(['train', *sys.argv[1:]]);"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(status)"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -30,18 +30,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from effopd import testbed
-from effopd.evaluation import accuracy_interval, evaluate
+from effopd.commands.quickstart import quiet
+from effopd.common.files import write_atomically
+from effopd.common.isolation import evaluating, isolated_rng
+from effopd.common.versions import versions
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.live_weights import LiveWeights
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.extrapolate.search import Score, first_failure_search
 from effopd.extrapolate.strategies.random_direction import random_like, seed_of
-from effopd.files import write_atomically
-from effopd.quickstart import quiet
-from effopd.restore import evaluating, isolated_rng
 from effopd.tasks import Task, TaskConfig, load_task
-from effopd.versions import versions
+from effopd.tasks import builtin_models as testbed
+from effopd.tasks.evaluate import accuracy_interval, evaluate
 
 SCALES = tuple(EffOPDConfig().scales)
 #: The paper's and the released code's; `benchmarks/off_policy.py` has the false accepts of lookahead's.

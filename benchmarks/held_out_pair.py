@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken
 
+from effopd.commands.quickstart import quiet
+from effopd.common.files import write_atomically
 from effopd.errors import ConfigError
-from effopd.evaluation import evaluate
-from effopd.files import write_atomically
-from effopd.quickstart import quiet
 from effopd.tasks import Example, TaskConfig, load_task
+from effopd.tasks.evaluate import evaluate
+from effopd.tasks.testbed_families import question
 from effopd.testbed.base_training import BaseSettings, ModelSettings, new_model, train_base
-from effopd.testbed.families import question
 from effopd.testbed.recipe import save
 from effopd.testbed.rl import RLSettings, train_teacher
 from effopd.testbed.tokenizer import build_tokenizer

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from effopd.files import read_rows
+from effopd.common.files import read_rows
 
 
 def main(folders: list[str]) -> None:

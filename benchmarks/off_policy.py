@@ -29,15 +29,15 @@ import torch
 from transformers import PrinterCallback
 
 import effopd.distill.teacher_kl as teacher_kl_module
-from effopd.distill.launch import build_trainer
-from effopd.distill.task_eval import evaluate_task
+from effopd.commands.quickstart import quiet
+from effopd.commands.train import parse_train
+from effopd.common.isolation import evaluating, isolated_rng
+from effopd.distill.callback import EffOPDCallback
+from effopd.distill.evaluate_student import evaluate_task
 from effopd.distill.teacher_kl import RolloutScorer
-from effopd.extrapolate.callback import EffOPDCallback
 from effopd.extrapolate.search import Score, line_search
-from effopd.quickstart import quiet
-from effopd.restore import evaluating, isolated_rng
-from effopd.testbed.families import family_task
-from effopd.train_command import parse_train
+from effopd.launch.opd import build_trainer
+from effopd.tasks.testbed_families import family_task
 
 GRID = (-0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 CUT = 10.0

@@ -21,8 +21,8 @@ from typing import Any
 from batch_size import PAGE, compared, page
 from rich.console import Console
 
-from effopd import quickstart
-from effopd.bench.cross_targets import own_rate, runs_of
+from effopd.commands import quickstart
+from effopd.compare.cross_targets import own_rate, runs_of
 from effopd.report.compare_lookup import Lookup, factor, number, table, times
 
 ROOT = Path(__file__).parents[1]

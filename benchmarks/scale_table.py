@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/scale_table.py [--bandwidth 3350] [--link 55] [--out docs/scale.md]
 
-Bytes follow from the configurations alone (`effopd.distill.footprint`, which a test checks against a real step). Seconds are
+Bytes follow from the configurations alone (`effopd.launch.footprint`, which a test checks against a real step). Seconds are
 bytes moved / bandwidth: `--bandwidth` is the memory's, in GB/s, `--link` that between GPU and host for an anchor in pinned
 host memory. The defaults are an H100's data-sheet figures, not measurements. What share of the copy bandwidth `LiveWeights`
 reaches is measured on this machine, in this run, and applied.
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import Qwen3Config
 
-from effopd.distill.footprint import FP32, ModelSize, bytes_a_rank, size_of
+from effopd.common.files import write_atomically
 from effopd.extrapolate.live_weights import LiveWeights
-from effopd.files import write_atomically
+from effopd.launch.footprint import FP32, ModelSize, bytes_a_rank, size_of
 
 #: Hidden size, layers, heads, MLP width, tied embeddings of the Qwen3 models (8 key-value heads of 128, vocabulary 151936).
 SHAPES = {

@@ -23,14 +23,14 @@ import torch
 from transformers import PrinterCallback
 from trl import ModelConfig
 
-from effopd import testbed
+from effopd.commands.quickstart import quiet
 from effopd.distill.config import OPDConfig
-from effopd.distill.launch import RunSettings, build_trainer
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.extrapolate.search import Score
-from effopd.quickstart import quiet
+from effopd.launch.opd import RunSettings, build_trainer
 from effopd.tasks import TaskConfig
+from effopd.tasks import builtin_models as testbed
 
 
 class Rejecting(AccuracyScorer):
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     quiet()
-    import effopd.extrapolate.callback as callback
+    import effopd.distill.callback as callback
 
     callback.AccuracyScorer = Rejecting
     overheads, unexplained = [], []

@@ -16,9 +16,9 @@ import time
 
 import torch
 
-from effopd.dynamics.entries import entry_metrics
-from effopd.dynamics.leading import leading_directions
-from effopd.dynamics.spectrum import singular_values, spectrum_metrics
+from effopd.analysis.sparsity import entry_metrics
+from effopd.weights.leading import leading_directions
+from effopd.weights.spectrum import singular_values, spectrum_metrics
 
 
 def make_update(rows: int, columns: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,7 +44,7 @@ def test_every_module_has_a_layer():
 
 
 def test_import_is_light():
-    code = "import effopd, effopd.cli, sys; print(sorted(m for m in ('torch', 'transformers', 'trl') if m in sys.modules))"
+    code = "import effopd, effopd.commands.main, sys; print(sorted(m for m in ('torch', 'transformers', 'trl') if m in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

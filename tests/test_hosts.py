@@ -126,7 +126,7 @@ def test_accelerate_keeps_its_state_where_we_put_it_back():
     from accelerate.state import AcceleratorState, PartialState
     from transformers import TrainingArguments
 
-    from effopd.distill.launch import _accelerate_undisturbed
+    from effopd.launch.opd import _accelerate_undisturbed
 
     TrainingArguments(output_dir="x", use_cpu=True)
     before = [dict(state._shared_state) for state in (PartialState, AcceleratorState)]

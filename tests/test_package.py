@@ -57,8 +57,8 @@ def test_help_works_from_an_environment_with_nothing_else(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     for arguments, expected in (
-        (["-m", "effopd.cli", "--help"], "quickstart"),
-        (["-m", "effopd.cli", "--version"], "effopd 0."),
+        (["-m", "effopd.commands.main", "--help"], "quickstart"),
+        (["-m", "effopd.commands.main", "--version"], "effopd 0."),
         (["-c", "import effopd; from effopd import Task, Example; print(Task('t', (), lambda c, e: 0.0).name)"], "t"),
     ):
         result = subprocess.run(

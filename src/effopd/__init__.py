@@ -14,32 +14,32 @@ _NAMES = {
     "OPDConfig": "effopd.distill.config",
     "OPDTrainer": "effopd.distill.trainer",
     "EffOPDConfig": "effopd.extrapolate.config",
-    "EffOPDCallback": "effopd.extrapolate.callback",
-    "EffOPD": "effopd.extrapolate.lookahead",
+    "EffOPDCallback": "effopd.distill.callback",
+    "EffOPD": "effopd.extrapolate.effopd",
     "AccuracyScorer": "effopd.extrapolate.scorers",
     "Score": "effopd.extrapolate.search",
     "Task": "effopd.tasks.base",
     "Example": "effopd.tasks.base",
     "TaskConfig": "effopd.tasks",
     "load_task": "effopd.tasks",
-    "evaluate": "effopd.evaluation",
-    "analyze": "effopd.dynamics.analysis",
+    "evaluate": "effopd.tasks.evaluate",
+    "analyze": "effopd.analysis.analyze",
 }
 
 if TYPE_CHECKING:
+    from effopd.analysis.analyze import analyze as analyze
+    from effopd.distill.callback import EffOPDCallback as EffOPDCallback
     from effopd.distill.config import OPDConfig as OPDConfig
     from effopd.distill.trainer import OPDTrainer as OPDTrainer
-    from effopd.dynamics.analysis import analyze as analyze
-    from effopd.evaluation import evaluate as evaluate
-    from effopd.extrapolate.callback import EffOPDCallback as EffOPDCallback
     from effopd.extrapolate.config import EffOPDConfig as EffOPDConfig
-    from effopd.extrapolate.lookahead import EffOPD as EffOPD
+    from effopd.extrapolate.effopd import EffOPD as EffOPD
     from effopd.extrapolate.scorers import AccuracyScorer as AccuracyScorer
     from effopd.extrapolate.search import Score as Score
     from effopd.tasks import TaskConfig as TaskConfig
     from effopd.tasks import load_task as load_task
     from effopd.tasks.base import Example as Example
     from effopd.tasks.base import Task as Task
+    from effopd.tasks.evaluate import evaluate as evaluate
 
 __all__ = ["__version__", *_NAMES]
 

@@ -11,7 +11,7 @@ from test_resume import RESUME, everything, flags, interrupted
 from tiny_run import EFFOPD, make_trainer
 from transformers import AutoModelForCausalLM
 
-from effopd.cli import main
+from effopd.commands.main import main
 from effopd.errors import CheckpointError
 
 # -- what a checkpoint must have --------------------------------------------------------------------------------------

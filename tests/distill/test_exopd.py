@@ -10,9 +10,9 @@ from conftest import make_model, make_task, make_tokenizer
 from tiny_run import make_trainer
 
 from effopd import EffOPDConfig, OPDConfig, OPDTrainer
+from effopd.common.files import read_rows
 from effopd.distill.divergence import Head, full_loss, kernel_dtype, mixture_head, mixture_hidden, sampled_loss
 from effopd.errors import CompatibilityError, ConfigError
-from effopd.files import read_rows
 
 FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
 

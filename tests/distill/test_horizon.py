@@ -10,10 +10,10 @@ from conftest import make_model
 from tiny_run import make_trainer
 
 from effopd import EffOPDConfig, OPDConfig
+from effopd.common.files import read_rows
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.distill.horizon import HorizonCallback, popd, topd
 from effopd.errors import ConfigError
-from effopd.files import read_rows
 
 FAST = {"max_steps": 6, "save_strategy": "no", "eval_strategy": "no"}
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tiny_run import EFFOPD, STEPS, make_trainer
 from transformers import TrainerState
 
-from effopd.distill.run_mixin import EpochRepeatSampler, _EpochCallback, _TerminationCallback
+from effopd.common.files import read_rows
+from effopd.distill.run_dir_mixin import EpochRepeatSampler, _EpochCallback, _TerminationCallback
 from effopd.errors import CheckpointError
-from effopd.files import read_rows
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 

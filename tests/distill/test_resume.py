@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from tiny_run import EFFOPD, make_trainer
 from transformers import TrainerCallback
 
-from effopd import EffOPDConfig, testbed
-from effopd.cli import main
-from effopd.distill.meta_model import meta_model
+from effopd import EffOPDConfig
+from effopd.commands.main import main
+from effopd.common.files import read_rows
 from effopd.errors import CheckpointError
 from effopd.extrapolate.anchor_files import ANCHOR_FILE
-from effopd.files import read_rows
+from effopd.launch.meta_model import meta_model
+from effopd.tasks import builtin_models as testbed
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from effopd.cli import main, parse_rl
-from effopd.distill.launch_rl import rl_yaml
+from effopd.commands.main import main, parse_rl
+from effopd.common.files import read_rows
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer, correct_reward
 from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
 from effopd.errors import CheckpointError, ConfigError, TaskError
-from effopd.files import read_rows
+from effopd.launch.rl import rl_yaml
 from effopd.tasks.base import Example, Task
 
 SHARED = {

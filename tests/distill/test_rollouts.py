@@ -9,14 +9,14 @@ from tiny_run import make_trainer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from effopd.common.files import read_rows
 from effopd.distill import rollouts
 from effopd.distill import trainer as trainer_module
 from effopd.distill.sampled_logps import recording
 from effopd.errors import CompatibilityError, NonFiniteLossError
-from effopd.evaluation import evaluate
-from effopd.files import read_rows
-from effopd.logit_path import completion_hidden_states
+from effopd.models.logit_path import completion_hidden_states
 from effopd.tasks.base import Example, Task
+from effopd.tasks.evaluate import evaluate
 
 FAST = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
 

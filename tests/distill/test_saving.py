@@ -14,7 +14,7 @@ from tiny_run import EFFOPD, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from effopd.cli import main
+from effopd.commands.main import main
 from effopd.distill import saving
 from effopd.distill.rl import TaskGRPOTrainer
 from effopd.distill.rl_config import TaskGRPOConfig
@@ -225,7 +225,7 @@ def test_a_rehearsal_does_not_disturb_training(tmp_path, monkeypatch):
         return load_file(tmp_path / name / "checkpoints" / "step-000002" / "model.safetensors")
 
     with_it = trained("with")
-    monkeypatch.setattr("effopd.distill.run_mixin.rehearse", lambda trainer: None)
+    monkeypatch.setattr("effopd.distill.run_dir_mixin.rehearse", lambda trainer: None)
     assert all(torch.equal(tensor, with_it[name]) for name, tensor in trained("without").items())
 
 
@@ -293,7 +293,7 @@ def test_a_card_that_fails_costs_nothing_but_itself(tmp_path, monkeypatch, caplo
     def fails(*args, **kwargs):
         raise TypeError("no card")
 
-    monkeypatch.setattr("effopd.distill.run_mixin.model_card", fails)
+    monkeypatch.setattr("effopd.distill.run_dir_mixin.model_card", fails)
     trainer = make_trainer(tmp_path, **RUN)
     trainer.train()
     trainer.save_final()

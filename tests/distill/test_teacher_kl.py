@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig
+from effopd.common.files import read_rows
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.distill.teacher_kl import wanted_rollouts
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.live_weights import bit_sum
-from effopd.files import read_rows
 
 FAST = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
 LOOK = EffOPDConfig("lookahead", score_rollouts=5)

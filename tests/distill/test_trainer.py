@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDConfig, OPDConfig, OPDTrainer
-from effopd.distill.ledger import CATEGORIES
-from effopd.distill.run_dir import in_trajectory
+from effopd.common.files import read_rows
 from effopd.errors import CompatibilityError, ConfigError
-from effopd.files import read_rows
+from effopd.runs.ledger import CATEGORIES
+from effopd.runs.run_dir import in_trajectory
 
 FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
 

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_model, make_task, make_tokenizer
 
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer
-from effopd.distill.run_dir import RunDir
 from effopd.extrapolate import anchor_files
 from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.runs.run_dir import RunDir
 
 STEPS = 10
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig
-from effopd.extrapolate.ranks import leave
+from effopd.common.distributed import leave
 
 
 def trl_host(settings):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from effopd import EffOPD, EffOPDConfig, Score
-from effopd.extrapolate.ranks import leave, local, rank, world_size
+from effopd.common.distributed import leave, local, rank, world_size
 
 ROWS, WIDTH = 24, 10  # not divisible by the ranks of some tests, so that shards are uneven
 

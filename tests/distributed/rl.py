@@ -12,7 +12,7 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "di
 
 from test_rl import make_trainer
 
-from effopd.extrapolate.ranks import leave
+from effopd.common.distributed import leave
 
 
 def main() -> None:

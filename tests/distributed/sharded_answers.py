@@ -12,9 +12,9 @@ import torch.distributed as dist
 from conftest import make_model, make_task, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
-from effopd.extrapolate.ranks import leave, rank
+from effopd.common.distributed import leave, rank
+from effopd.common.isolation import isolated_rng
 from effopd.extrapolate.scorers import AccuracyScorer
-from effopd.restore import isolated_rng
 from effopd.tasks.base import Task
 
 

@@ -13,7 +13,7 @@ from test_plain_loops import launch
 sys.path.append(str(Path(__file__).parents[1] / "distill"))
 from tiny_run import make_trainer
 
-from effopd.files import read_rows
+from effopd.common.files import read_rows
 
 SCRIPT = Path(__file__).with_name("train.py")
 

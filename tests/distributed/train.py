@@ -20,7 +20,7 @@ from plain_loop import whole
 from tiny_run import make_trainer
 
 from effopd import EffOPDConfig
-from effopd.extrapolate.ranks import leave, rank
+from effopd.common.distributed import leave, rank
 from effopd.extrapolate.scorers import AccuracyScorer
 
 FSDP2 = {

@@ -8,9 +8,9 @@ from conftest import make_model, make_task, make_tokenizer, small_scores
 from peft import LoraConfig, get_peft_model
 
 from effopd import EffOPD, EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer
+from effopd.common.files import read_rows
 from effopd.errors import ConfigError, NonFiniteWeightsError
 from effopd.extrapolate.lora_weights import LoraWeights, adapted, move_factors
-from effopd.files import read_rows
 
 SCALES = (-0.5, 0.3, 1.0, 2.0, 10.0, 64.0)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

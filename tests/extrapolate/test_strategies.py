@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from effopd import EffOPD, EffOPDConfig, Score
+from effopd.common.files import read_rows
 from effopd.errors import ConfigError, NonFiniteWeightsError
 from effopd.extrapolate.config import ONLY_FOR
 from effopd.extrapolate.strategies import STRATEGIES
-from effopd.files import read_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
 from conftest import small_scores

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from test_compare_page import LR, grid, run
 
-from effopd.bench.results import Run, analyse
+from effopd.compare.results import Run, analyse
 from effopd.report.compare_figures import draw, strategy_colors
 from effopd.report.compare_lookup import Lookup
 

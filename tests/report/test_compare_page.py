@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from effopd.bench.results import Run, analyse, from_row
-from effopd.compare_command import gate_errors
+from effopd.commands.compare import gate_errors
+from effopd.compare.results import Run, analyse, from_row
 from effopd.report.compare_lookup import Lookup, number, times
 from effopd.report.compare_page import render, summary_table
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from tiny_checkpoints import save_base, save_trained, save_trajectory
 
-from effopd.dynamics.analysis import analyze
+from effopd.analysis.analyze import analyze
 from effopd.errors import CheckpointError
 from effopd.report.dynamics_data import Data, short_matrix, spread
 from effopd.report.dynamics_figures import FIGURES, draw

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from effopd.cli import main
+from effopd.commands.main import main
 from effopd.errors import ConfigError
 from effopd.report.run_figures import quality_figure, search_figure, training_figure
 from effopd.report.run_page import read_run_rows, write_run_page

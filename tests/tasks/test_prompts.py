@@ -11,14 +11,14 @@ from datasets import Dataset
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
-from effopd.cli import main
+from effopd.commands.main import main
 from effopd.distill.config import OPDConfig
-from effopd.distill.preflight import check_task, load_tokenizer
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import CompatibilityError, TaskError
-from effopd.evaluation import encode_prompts, generate
 from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.launch.preflight import check_task, load_tokenizer
 from effopd.tasks import Example, Task, check_prompt_lengths
+from effopd.tasks.evaluate import encode_prompts, generate
 from effopd.tasks.prompts import prompt_ids
 
 USER = [{"role": "user", "content": "1+1"}]

@@ -8,10 +8,10 @@ import pytest
 from conftest import TEMPLATE, make_model, make_tokenizer
 
 from effopd.distill.rl import correct_reward
-from effopd.evaluation import evaluate
 from effopd.tasks import Example, MathVerifier, ReasoningGymVerifier, Task
+from effopd.tasks import testbed_families as families
+from effopd.tasks.evaluate import evaluate
 from effopd.tasks.reasoning import answer_part, decode_marked, opened_by, opened_by_ids
-from effopd.testbed import families
 
 #: (opening mark, closing mark) as models and templates write them.
 MARKS = [

@@ -12,8 +12,17 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effopd.errors import TaskError
-from effopd.testbed import ASSETS, FAMILIES, card, family_task, reference_settings, student_path, teacher_path, verify
-from effopd.testbed.families import SPLITS, question, split_of, worked_reasoning
+from effopd.tasks.builtin_models import (
+    ASSETS,
+    FAMILIES,
+    card,
+    family_task,
+    reference_settings,
+    student_path,
+    teacher_path,
+    verify,
+)
+from effopd.tasks.testbed_families import SPLITS, question, split_of, worked_reasoning
 
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
@@ -75,7 +84,7 @@ def test_falsified_reasoning_is_right_as_often_as_planned(family):
 
 
 def test_bad_requests_name_the_value_and_the_choices(monkeypatch):
-    monkeypatch.setattr("effopd.testbed.families._MAX_DRY_DRAWS", 200)
+    monkeypatch.setattr("effopd.tasks.testbed_families._MAX_DRY_DRAWS", 200)
     with pytest.raises(TaskError, match="'sorting'"):
         family_task("sorting")
     with pytest.raises(TaskError, match="'dev'"):

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_base, save_tensors, tensors_of
 from transformers import AutoModelForCausalLM
 
-from effopd.dynamics.analysis import analyze
-from effopd.dynamics.scan_options import ScanOptions
-from effopd.dynamics.scans import SCANS, reference_points
+from effopd.analysis.analyze import analyze
 from effopd.errors import WeightsError
-from effopd.scan import LiveBase, Sources, save_point
+from effopd.interventions.options import ScanOptions
+from effopd.interventions.points import SCANS, reference_points
+from effopd.interventions.run import LiveBase, Sources, save_point
 from effopd.weights import Checkpoint, Difference, open_checkpoint, open_differences
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

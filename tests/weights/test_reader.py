@@ -12,7 +12,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from effopd.dynamics.analysis import analyze
+from effopd.analysis.analyze import analyze
 from effopd.errors import CheckpointError, WeightsError
 from effopd.weights import Adapter, Checkpoint, Difference, open_checkpoint, write_checkpoint
 

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from trl import DistillationConfig
 
-from effopd.distill.best_model import default_metric, settle_direction
-from effopd.distill.ledger import CLOCKS
-from effopd.distill.run_dir import in_trajectory
+from effopd.common.optional import ensure
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
-from effopd.optional import ensure
+from effopd.runs.best_model import default_metric, settle_direction
+from effopd.runs.ledger import CLOCKS
+from effopd.runs.run_dir import in_trajectory
 
 logger = logging.getLogger(__name__)
 

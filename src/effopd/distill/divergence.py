@@ -20,9 +20,9 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
+from effopd.common.float64 import for_float64
 from effopd.errors import CompatibilityError
-from effopd.logit_path import completion_hidden_states, core_of, logit_path, whole_tensor
-from effopd.precision import for_float64
+from effopd.models.logit_path import completion_hidden_states, core_of, logit_path, whole_tensor
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Head:
         """The head of `model`, its first `vocab_size` rows (rows beyond the tokenizer are padding).
 
         Raises:
-            CompatibilityError: the model's logits have another form (`effopd.logit_path`).
+            CompatibilityError: the model's logits have another form (`effopd.models.logit_path`).
         """
         layer, path = core_of(model).get_output_embeddings(), logit_path(model)
         weight, bias = layer.weight, getattr(layer, "bias", None)
@@ -309,13 +309,13 @@ def reverse_kl_of_completions(
 
     Raises:
         CompatibilityError: a token is outside of the shared vocabulary; or the logits of a model have a form whose KL cannot
-            be computed (`effopd.logit_path`).
+            be computed (`effopd.models.logit_path`).
     """
     largest = max((max(row, default=0) for rows in (prompt_ids, completion_ids) for row in rows), default=0)
     if largest >= vocab_size:
         raise CompatibilityError(
             f"token {largest} is outside of the vocabulary that student and teacher share (ids below {vocab_size}): expected "
-            "sequences that both can read. Sample with `vocab_size` (see `effopd.evaluation.generate`)."
+            "sequences that both can read. Sample with `vocab_size` (see `effopd.tasks.evaluate.generate`)."
         )
 
     def measure() -> list[float]:

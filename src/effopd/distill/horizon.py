@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from effopd.extrapolate.callback import EffOPDCallback
+from effopd.distill.callback import EffOPDCallback
 
 
 def _exact(value: float) -> float:

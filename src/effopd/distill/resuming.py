@@ -21,10 +21,10 @@ from transformers.trainer import (
 )
 from transformers.trainer_utils import SchedulerType
 
-from effopd.distill.ledger import CostLedger
+from effopd.common.distributed import rank, together, world_size
 from effopd.errors import CheckpointError, EffOPDError
-from effopd.extrapolate.ranks import rank, together, world_size
 from effopd.extrapolate.saved_state import STATE_FILE
+from effopd.runs.ledger import CostLedger
 
 logger = logging.getLogger(__name__)
 

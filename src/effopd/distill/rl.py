@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer, RLOOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
-from effopd.distill.preflight import check_dataset
+from effopd.distill.evaluate_student import evaluate_task
 from effopd.distill.rollout_cycle import RolloutCycleCallback
-from effopd.distill.run_mixin import RunMixin
-from effopd.distill.task_eval import evaluate_task
+from effopd.distill.run_dir_mixin import RunMixin
 from effopd.errors import TaskError
-from effopd.evaluation import CORRECT, encode_prompts
+from effopd.launch.preflight import check_dataset
 from effopd.tasks.base import Task
+from effopd.tasks.evaluate import CORRECT, encode_prompts
 from effopd.tasks.reasoning import decode_marked, opened_by_ids
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
-from effopd.extrapolate.ranks import gather, rank, world_size
+from effopd.common.distributed import gather, rank, world_size
 
 logger = logging.getLogger(__name__)
 

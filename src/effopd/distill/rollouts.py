@@ -15,8 +15,8 @@ from trl import DistillationTrainer
 from effopd.distill.divergence import Head, token_logprobs
 from effopd.distill.sampled_logps import padded, recording
 from effopd.errors import CompatibilityError
-from effopd.evaluation import beyond
-from effopd.sampler_check import generate_groups
+from effopd.models.sampler_check import generate_groups
+from effopd.tasks.evaluate import beyond
 
 #: Rollouts of a batch whose sampler's log-probabilities are kept for `health/sampler_logp_gap`.
 _RECORDED = 8

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from effopd.logit_path import core_of
+from effopd.models.logit_path import core_of
 
 
 class LogProbRecorder(LogitsProcessor):

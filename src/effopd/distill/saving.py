@@ -25,10 +25,10 @@ from transformers import GenerationConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
+from effopd.common.files import fsync
+from effopd.distill.callback import EffOPDCallback
 from effopd.errors import CheckpointError
-from effopd.extrapolate.callback import EffOPDCallback
 from effopd.extrapolate.saved_state import fingerprint
-from effopd.files import fsync
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from trl import DistillationTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+from effopd.common.distributed import pooled, rank, world_size
+from effopd.common.float64 import for_float64
 from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vocab_size
-from effopd.distill.model_checks import check_models
+from effopd.distill.trl_host import Patches
 from effopd.errors import CompatibilityError, ConfigError
-from effopd.extrapolate.host import Patches
-from effopd.extrapolate.ranks import pooled, rank, world_size
 from effopd.extrapolate.search import Score
-from effopd.logit_path import completion_hidden_states, core_of, is_whole, logit_path
-from effopd.precision import for_float64
+from effopd.models.checks import check_models
+from effopd.models.logit_path import completion_hidden_states, core_of, is_whole, logit_path
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
     sample (TRL) → teacher → loss → optimizer step → look ahead (callback) → log → evaluate → save
 
 Departures from TRL: vocabularies that differ only in padding rows are accepted, and rows that one model lacks are never
-sampled; logits are what each model's own forward makes of its hidden states (`effopd.logit_path`), and padding changes no
+sampled; logits are what each model's own forward makes of its hidden states (`effopd.models.logit_path`), and padding changes no
 row; `bf16=True` holds on one process too; and those of `RunMixin`. Left out: a remote teacher, and what TRL itself refuses.
 """
 
@@ -30,16 +30,16 @@ from effopd.distill.divergence import (
     sampled_loss,
     shared_vocab_size,
 )
+from effopd.distill.evaluate_student import evaluate_task
 from effopd.distill.health import health_metrics, spread_subset
 from effopd.distill.horizon import HorizonCallback
-from effopd.distill.model_checks import check_models
-from effopd.distill.preflight import check_dataset
 from effopd.distill.rollouts import RolloutMixin
-from effopd.distill.run_mixin import RunMixin
-from effopd.distill.task_eval import evaluate_task
+from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.teacher_kl import rollouts_a_step
 from effopd.errors import ConfigError, NonFiniteLossError
-from effopd.logit_path import completion_hidden_states
+from effopd.launch.preflight import check_dataset
+from effopd.models.checks import check_models
+from effopd.models.logit_path import completion_hidden_states
 from effopd.tasks.base import Task
 
 

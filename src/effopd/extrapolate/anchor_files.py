@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.extrapolate.ranks import Share, rank
-from effopd.files import write_atomically
+from effopd.common.distributed import Share, rank
+from effopd.common.files import write_atomically
 
 ANCHOR_FILE = "effopd_anchor.safetensors"
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from effopd.common.distributed import Share, gather, local, reshard, shares, world_size
+from effopd.common.float64 import for_float64
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
 from effopd.extrapolate.parameter_rules import inside, plain_name, select, trained_parameters
-from effopd.extrapolate.ranks import Share, gather, local, reshard, shares, world_size
-from effopd.precision import for_float64
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from effopd.common.distributed import Share, put, reshard, shares, whole
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement, usable_device
 from effopd.extrapolate.parameter_rules import inside, plain_name, select
-from effopd.extrapolate.ranks import Share, put, reshard, shares, whole
 
 logger = logging.getLogger(__name__)
 

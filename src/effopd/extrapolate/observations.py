@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effopd.common.float64 import has_float64
 from effopd.extrapolate.search import Score
-from effopd.precision import has_float64
 
 _SEPARATOR = "|"
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from effopd.common.distributed import Share, gather, rank
+from effopd.common.files import write_atomically
 from effopd.errors import CheckpointError
 from effopd.extrapolate.anchor_files import ANCHOR_FILE, read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.ranks import Share, gather, rank
 from effopd.extrapolate.settings_in_use import DECIDE_NOTHING, OF_BUILT_IN_SCORERS, OF_THE_STRATEGY
 from effopd.extrapolate.strategies import STRATEGIES
-from effopd.files import write_atomically
 
 STATE_FILE = "effopd_state.json"
 OBSERVATIONS_FILE = "effopd_observations.safetensors"

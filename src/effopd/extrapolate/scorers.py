@@ -12,11 +12,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from effopd.common.distributed import merge_shards, pooled, rank, shard_of, world_size
 from effopd.errors import NonFiniteLossError, TaskError
-from effopd.evaluation import encode_prompts, evaluate
-from effopd.extrapolate.ranks import merge_shards, pooled, rank, shard_of, world_size
 from effopd.extrapolate.search import Score
 from effopd.tasks.base import Example, Task, Verifier
+from effopd.tasks.evaluate import encode_prompts, evaluate
 
 
 class AccuracyScorer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from effopd.bench.results import BEST
+from effopd.compare.results import BEST
 from effopd.report.compare_lookup import AXIS_NAMES, FEW, Lookup, Row, table, times
 
 CONTROLS = ("noop", "fixed-k1", "random_direction")

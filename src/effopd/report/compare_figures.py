@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from effopd.bench.time_to_target import smooth
-from effopd.optional import require
+from effopd.common.optional import require
+from effopd.compare.time_to_target import smooth
 from effopd.report.compare_lookup import FEW, Lookup
 from effopd.report.style import group_colors, quiet_style, save
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from effopd.bench.results import ALL, BEST, SAME
+from effopd.compare.results import ALL, BEST, SAME
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]

@@ -9,8 +9,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from effopd.bench.cross_targets import own_rate, runs_of
-from effopd.bench.results import ALL, BEST, SAME, whole_of
+from effopd.compare.cross_targets import own_rate, runs_of
+from effopd.compare.results import ALL, BEST, SAME, whole_of
 from effopd.report.compare_answers import answers, gate_section
 from effopd.report.compare_lookup import AXIS_NAMES, Lookup, Results, Row, number, one, table, times
 from effopd.report.compare_method import method

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effopd.dynamics import frames
-from effopd.dynamics.statistics import bootstrap_mean
-from effopd.optional import require
+from effopd.analysis import table_queries as frames
+from effopd.analysis.statistics import bootstrap_mean
+from effopd.common.optional import require
 from effopd.report.dynamics_data import (
     Data,
     bare,

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effopd.dynamics import frames
-from effopd.dynamics.statistics import Estimate, bootstrap_mean, seed_mean
-from effopd.dynamics.tables import read_table
+from effopd.analysis import table_queries as frames
+from effopd.analysis.statistics import Estimate, bootstrap_mean, seed_mean
+from effopd.analysis.tables import read_table
+from effopd.common.optional import require
 from effopd.errors import CheckpointError
-from effopd.optional import require
 from effopd.report.style import MUTED, group_colors
 
 MODULE_COLORS = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effopd.dynamics import frames
+from effopd.analysis import table_queries as frames
 from effopd.report import direction_figures
 from effopd.report.dynamics_data import (
     MODULE_COLORS,

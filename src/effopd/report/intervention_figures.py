@@ -1,4 +1,4 @@
-"""Figures of intervention scans, drawn from the results table alone (see `effopd.scan_results`).
+"""Figures of intervention scans, drawn from the results table alone (see `effopd.interventions.results`).
 
 One function a scan. Runs of one label are seeds: their mean is a line, from the lowest to the highest seed a band; with
 one seed the band is the 95 % interval over prompts. Where a KL to a teacher was measured, a second row shows it.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effopd.optional import require
+from effopd.common.optional import require
 from effopd.report.style import group_colors
 
 _BASE = "#4c566a"

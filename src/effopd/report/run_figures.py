@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from effopd.common.optional import require
 from effopd.extrapolate.search import Score, paired_gain
-from effopd.optional import require
 from effopd.report.style import INK, MARKERS, MUTED, group_colors
 
 Rows = Sequence[Mapping[str, Any]]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from effopd.optional import require
+from effopd.common.optional import require
 
 INK, MUTED, FAINT = "#22262e", "#6b7280", "#c9ced6"
 #: Okabe and Ito's colours, told apart with every common colour blindness; the last two are ours.

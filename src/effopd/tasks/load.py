@@ -162,7 +162,7 @@ def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
 
 
 def _load_testbed(request: _Request) -> Task:
-    from effopd.testbed import family_task
+    from effopd.tasks.builtin_models import family_task
 
     if request.args:
         raise TaskError(

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from effopd.common.optional import require
 from effopd.errors import TaskError
-from effopd.optional import require
 from effopd.tasks.base import Example
 from effopd.tasks.reasoning import answer_part
 from effopd.tasks.worker import WorkerVerifier

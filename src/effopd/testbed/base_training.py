@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.errors import ConfigError
-from effopd.evaluation import encode_prompts
 from effopd.tasks.base import Example
-from effopd.testbed.families import FAMILIES, worked_reasoning
+from effopd.tasks.evaluate import encode_prompts
+from effopd.tasks.testbed_families import FAMILIES, worked_reasoning
 
 _IGNORED = -100
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, TrainerCallb
 
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.errors import ConfigError
-from effopd.evaluation import evaluate, generate
-from effopd.testbed.families import FAMILIES, family_task, mixed_examples
+from effopd.tasks.evaluate import evaluate, generate
+from effopd.tasks.testbed_families import FAMILIES, family_task, mixed_examples
 from effopd.testbed.rl import run_quietly, trainer_defaults
 
 
@@ -84,7 +84,7 @@ def measure_reference_opd(
     """Plain on-policy distillation with TRL's own trainer; neither model is changed.
 
     Args:
-        reference: flags for `trl.DistillationConfig`, see `effopd.testbed.reference_settings`.
+        reference: flags for `trl.DistillationConfig`, see `effopd.tasks.builtin_models.reference_settings`.
 
     Returns:
         The held-out exact reverse KL (on fresh student rollouts with one fixed sampling seed) by step, the first

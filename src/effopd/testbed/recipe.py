@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from effopd.common.files import write_atomically
+from effopd.common.versions import versions
 from effopd.errors import ConfigError
-from effopd.files import write_atomically
-from effopd.testbed import reference_settings
+from effopd.tasks.builtin_models import reference_settings
+from effopd.tasks.testbed_families import FAMILIES, family_task, mixed_examples, question
 from effopd.testbed.base_training import BaseSettings, ModelSettings, new_model, train_base
-from effopd.testbed.families import FAMILIES, family_task, mixed_examples, question
 from effopd.testbed.measure import MeasureSettings, measure_accuracy, measure_reference_opd
 from effopd.testbed.rl import RLSettings, train_teacher
 from effopd.testbed.tokenizer import build_tokenizer
-from effopd.versions import versions
 
 #: Packages whose versions decide the bytes that come out.
 _PACKAGES = ("torch", "transformers", "trl", "tokenizers", "reasoning-gym")

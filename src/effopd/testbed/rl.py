@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Qwen3ForCausa
 
 from effopd.errors import ConfigError
 from effopd.tasks.base import Example, Verifier
-from effopd.testbed.families import verify
+from effopd.tasks.testbed_families import verify
 
 
 @dataclass(frozen=True)

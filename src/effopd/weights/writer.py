@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from effopd.common.files import fsync
 from effopd.errors import CheckpointError, WeightsError
-from effopd.files import fsync
 from effopd.weights.naming import is_tied
 from effopd.weights.reader import INDEX, WEIGHTS, Checkpoint
 

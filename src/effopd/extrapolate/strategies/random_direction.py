@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from effopd.precision import for_float64
+from effopd.common.float64 import for_float64
 
 
 def random_like(displacement: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effopd.dynamics.leading import leading_directions
-from effopd.precision import for_float64
+from effopd.common.float64 import for_float64
+from effopd.weights.leading import leading_directions
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effopd.common.float64 import for_float64
 from effopd.errors import ConfigError
-from effopd.precision import for_float64
 
 
 @dataclass(frozen=True)

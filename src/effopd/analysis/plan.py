@@ -1,0 +1,218 @@
+"""What an analysis will compare, settled and checked before a single tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import effopd
+from effopd.analysis.measure import GROUPS, Options
+from effopd.analysis.progress import Progress, file_marks
+from effopd.common.float64 import has_float64
+from effopd.errors import ConfigError
+from effopd.weights import (
+    Adapter,
+    Checkpoint,
+    Difference,
+    Part,
+    Snapshot,
+    find_snapshots,
+    open_checkpoint,
+    open_differences,
+)
+
+PathLike = str | Path
+#: Words with a meaning of their own in the `reference` column.
+_RESERVED = ("base", "final", "first")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained checkpoint, or one trajectory of them. Runs of one `group` (label) differ in their seed only."""
+
+    name: str
+    group: str
+    path: Path
+    snapshots: tuple[Snapshot, ...]
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an analysis needs, validated; `progress` knows what is done already."""
+
+    base: Checkpoint
+    runs: tuple[Run, ...]
+    parts: tuple[Part, ...]
+    options: Options
+    out: Path
+    progress: Progress
+
+    @property
+    def snapshots(self) -> int:
+        """Snapshots of all runs together."""
+        return sum(len(run.snapshots) for run in self.runs)
+
+
+def prepare(
+    base: PathLike,
+    trained: Mapping[str, PathLike | Sequence[PathLike]],
+    out: PathLike,
+    *,
+    k: int = 20,
+    steps: Sequence[int] | None = None,
+    device: str | None = None,
+    metrics: Sequence[str] = GROUPS,
+    base_spectrum: bool = False,
+    seed: int = 0,
+) -> Plan:
+    """Check every setting, file and shape; nothing is written. For the arguments see `analysis.analyze`.
+
+    Raises:
+        ConfigError: a setting is out of range, a path comes twice, or `out` holds something else.
+        CheckpointError, WeightsError: a checkpoint is missing, incomplete, or does not fit the base.
+    """
+    options = Options(k, _check_metrics(metrics), base_spectrum, seed, resolve_device(device))
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}. The paper uses 20.")
+    named = name_runs(trained)
+    opened = open_checkpoint(base)
+    if isinstance(opened, Adapter):
+        raise ConfigError(
+            f"the base {base} is an adapter: expected the full checkpoint it was trained from. Pass that as the base "
+            "and the adapter as a trained run."
+        )
+    runs = _open_runs(opened, named, steps)
+    progress = Progress(Path(out), _settings(Path(base), runs, options))
+    return Plan(opened, runs, tuple(opened.parts()), options, Path(out), progress)
+
+
+def seed_names(label: str, count: int) -> list[str]:
+    """Names of the runs of one label: the label itself, or label#0, label#1, … for several seeds."""
+    return [label] if count == 1 else [f"{label}#{seed}" for seed in range(count)]
+
+
+def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
+    """LABEL=DIR, as given to `--trained`, as label → folders; labels in the order given.
+
+    Raises:
+        ConfigError: not LABEL=DIR, or a label that cannot be used.
+    """
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        label, equals, path = text.partition("=")
+        if not (label and equals and path):
+            raise ConfigError(
+                f"--trained: expected LABEL=DIR, got {text!r}. Write for example --trained opd={text.strip('=')}."
+            )
+        _check_label(label)
+        found.setdefault(label, []).append(path)
+    return found
+
+
+def _check_label(label: str) -> None:
+    if not re.fullmatch(r"[\w.+-]+", label) or label in _RESERVED:
+        raise ConfigError(
+            f"the label {label!r} cannot be used: expected a name such as opd or rl, of letters, digits and . _ + -, "
+            f"and none of {', '.join(_RESERVED)}."
+        )
+
+
+def name_runs(trained: Mapping[str, PathLike | Sequence[PathLike]]) -> list[tuple[str, str, Path]]:
+    """(run, group, path) for each trained path; several of one label are seeds and become label#0, label#1, ….
+
+    Raises:
+        ConfigError: no run, a label that cannot be used, or one path twice.
+    """
+    if not trained:
+        raise ConfigError("there is nothing to compare the base with: pass at least one trained LABEL=PATH.")
+    named: list[tuple[str, str, Path]] = []
+    for label, value in trained.items():
+        _check_label(label)
+        paths = [value] if isinstance(value, str | Path) else list(value)
+        if not paths:
+            raise ConfigError(f"the label {label!r} has no path. Give each label at least one.")
+        named += [(name, label, Path(path)) for name, path in zip(seed_names(label, len(paths)), paths, strict=True)]
+    seen: dict[Path, str] = {}
+    for name, _, path in named:
+        other = seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise ConfigError(
+                f"{path} is given twice, as {other} and as {name}: expected a path of its own for each run. The same "
+                "weights counted as two seeds would make every interval too narrow."
+            )
+    return named
+
+
+def resolve_device(device: str | None) -> str:
+    """`device`, or the accelerator when there is one that can do float64, else the CPU.
+
+    Raises:
+        ConfigError: not a device of this machine, or one without float64 (mps).
+    """
+    if device is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found.type if found is not None and has_float64(found) else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not one torch knows: expected e.g. cpu or cuda. ({error})") from error
+    if not has_float64(kind):
+        raise ConfigError(
+            f"device '{kind}' has no float64, which every measure here needs to tell an update from its rounding. "
+            "Use --device cpu."
+        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used on this machine ({error}). Use --device cpu.") from error
+    return device
+
+
+def _check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    unknown = sorted(set(metrics) - set(GROUPS))
+    if unknown or not metrics:
+        raise ConfigError(
+            f"metrics must name groups out of {', '.join(GROUPS)}; got {', '.join(unknown) or 'none'}. Leave it out "
+            "to measure everything."
+        )
+    return tuple(group for group in GROUPS if group in metrics or group == "norms")
+
+
+def _open_runs(
+    base: Checkpoint, named: Sequence[tuple[str, str, Path]], steps: Sequence[int] | None
+) -> tuple[Run, ...]:
+    snapshots = [tuple(find_snapshots(path, steps)) for _, _, path in named]
+    differences = open_differences(base, [[snapshot.path for snapshot in found] for found in snapshots])
+    return tuple(
+        Run(name, group, path, found, own)
+        for (name, group, path), found, own in zip(named, snapshots, differences, strict=True)
+    )
+
+
+def _settings(base: Path, runs: Sequence[Run], options: Options) -> dict[str, Any]:
+    """What has to be equal for an interrupted analysis to be continued."""
+    return {
+        "effopd": effopd.__version__,
+        "base": {"path": str(base.resolve()), "files": file_marks(base)},
+        "runs": {
+            run.name: {
+                "group": run.group,
+                "path": str(run.path.resolve()),
+                "snapshots": [
+                    {"step": s.step, "path": str(s.path.resolve()), "files": file_marks(s.path)} for s in run.snapshots
+                ],
+            }
+            for run in runs
+        },
+        "k": options.k,
+        "metrics": list(options.metrics),
+        "base_spectrum": options.base_spectrum,
+        "seed": options.seed,
+        "device": options.device,
+    }

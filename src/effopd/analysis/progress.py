@@ -1,0 +1,148 @@
+"""The memory of an analysis that can be interrupted: OUT/progress.jsonl.
+
+The first line is the settings (what was compared, with sizes and times of the files, and the options), every further line the
+finished measurements of one matrix. A killed analysis goes on after the last whole line; one with other settings is
+refused. Numbers round-trip exactly; NaN is null and infinities are strings, so that every line is strict JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from effopd.common.files import append_row
+from effopd.errors import CheckpointError, ConfigError
+
+FILE = "progress.jsonl"
+#: Files of a checkpoint whose size and time say whether it is still the same.
+_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
+
+
+def file_marks(folder: Path) -> dict[str, list[int]]:
+    """File name → [bytes, modification time in ns], for the files of a checkpoint or adapter that decide its weights."""
+    found = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in found}
+
+
+class Progress:
+    """Finished parts on disk, in the order of work.
+
+    Args:
+        out: the output folder; neither it nor anything in it is touched before `start`.
+        settings: strict JSON; a rerun goes on only with equal ones.
+
+    Raises:
+        ConfigError: `out` is a file, holds something else, or an analysis with other settings (the message says which).
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]):
+        self.path = out / FILE
+        self._settings = json.loads(json.dumps(settings))
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"the output folder {out} is a file: expected a new or empty folder. Choose another.")
+        header = self._header()
+        if header is None:
+            others = sorted(path.name for path in out.iterdir() if path.name != FILE) if out.is_dir() else []
+            if others:
+                raise ConfigError(
+                    f"the output folder {out} holds something else ({', '.join(others[:3])}"
+                    f"{', …' if len(others) > 3 else ''}): expected a new or empty folder, or an earlier analysis. "
+                    "Choose another (nothing was changed)."
+                )
+        elif header != self._settings:
+            raise ConfigError(
+                f"{out} holds an analysis with other settings: {'; '.join(_differences(header, self._settings))}. "
+                "Repeat those settings to continue it, or choose another output folder (nothing was changed)."
+            )
+
+    def start(self) -> set[str]:
+        """Create the folder and the first line if need be, drop a line cut short by a kill; names of finished parts."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._header() is None:
+            self.path.unlink(missing_ok=True)
+            append_row(self.path, {"settings": self._settings})
+        with self.path.open("rb+") as file:
+            end = 0
+            for line in file:
+                if line.endswith(b"\n"):
+                    end += len(line)
+            file.truncate(end)
+            file.flush()
+            os.fsync(file.fileno())
+        return {record["part"] for record in self.records()}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append the measurements of one part (key `part` names it)."""
+        append_row(self.path, _encode(record))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The finished parts, one at a time.
+
+        Raises:
+            CheckpointError: a line in the middle of the file is damaged.
+        """
+        with self.path.open(encoding="utf-8") as file:
+            next(file, None)
+            for number, line in enumerate(file, start=2):
+                if line.endswith("\n"):
+                    yield _decode(self._parse(line, number))
+
+    def _header(self) -> dict[str, Any] | None:
+        """The settings of the analysis that is there; `None` if there is none (or its first line was cut short)."""
+        if not self.path.exists():
+            return None
+        with self.path.open(encoding="utf-8") as file:
+            line = file.readline()
+        return self._parse(line, 1).get("settings", {}) if line.endswith("\n") else None
+
+    def _parse(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(
+                f"{self.path}, line {number}, is damaged: expected one JSON object ({error}). Delete the folder, or "
+                "choose another, and run the analysis again."
+            ) from error
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """What differs, a sentence each; long lists of files are summed up by the folder they are in."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        if name.endswith("files"):
+            return [f"{name.removesuffix('files')}weights changed on disk"] if there != here else []
+        keys = [*there, *(key for key in here if key not in there)]
+        return [text for key in keys for text in _differences(there.get(key), here.get(key), f"{name} {key}".strip())]
+    if there == here:
+        return []
+    if here is None:
+        return [f"{name} is gone"]
+    if there is None:
+        return [f"{name} was not there"]
+    if isinstance(there, list) and isinstance(here, list) and there and isinstance(there[0], dict):
+        if len(there) != len(here):
+            return [f"{name}: {len(there)} there, {len(here)} now"]
+        pairs = zip(there, here, strict=True)
+        return [t for i, (a, b) in enumerate(pairs) for t in _differences(a, b, f"{name}[{i}]")]
+    return [f"{name} was {json.dumps(there)}, now {json.dumps(here)}"]
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else {"float": str(value)}
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"float"}:
+            return float(value["float"])
+        return {key: _decode(item) for key, item in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,126 @@
+"""What the tables say about training as a whole: how early final directions are there, and whether runs agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from effopd.analysis import table_queries as frames
+from effopd.analysis.statistics import Estimate, bootstrap_mean
+from effopd.analysis.tables import read_table
+
+#: Share of training at which "early" is looked at.
+EARLY = 0.1
+#: Sizes of the leading subspace that the summary quotes.
+_KS = (1, 2, 5, 10, 16, 20)
+_OVERLAPS = ["left_overlap", "right_overlap"]
+
+Runs = Mapping[str, Mapping[str, Any]]
+
+
+def moving_runs(matrices: pd.DataFrame, runs: Runs) -> dict[str, list[int]]:
+    """Runs with at least two snapshots that moved → the steps of those."""
+    moved = {name: frames.moved_steps(matrices, name) for name in runs}
+    return {name: steps for name, steps in moved.items() if len(steps) > 1}
+
+
+def early_step(steps: list[int]) -> int:
+    """The snapshot nearest to 10 % of training."""
+    return frames.nearest(steps, EARLY * steps[-1])
+
+
+def quoted(k: int) -> list[int]:
+    """Sizes of the leading subspace that the summary quotes, when `k` directions were kept.
+
+    Example:
+        >>> quoted(8)
+        [1, 2, 5, 8]
+    """
+    return sorted({size for size in _KS if size < k} | {k})
+
+
+def early_rows(out: Path, moving: Mapping[str, list[int]], k: int) -> pd.DataFrame:
+    """One row a run and matrix: `early_left_overlap_K` (projector overlap of the leading K directions at 10 % of training
+    with the final ones; right likewise) and `first_left_cosine` (u1 of the first snapshot that moved with the final)."""
+    rows = _averaged(out, [("metric", "in", [*_OVERLAPS, "left_cosine"])])
+    pieces = [
+        rows[(rows["reference"] == "first") & (rows["metric"] == "left_cosine")].assign(metric="first_left_cosine")
+    ]
+    for run, steps in moving.items():
+        own = rows[(rows["run"] == run) & (rows["reference"] == "final") & rows["metric"].isin(_OVERLAPS)]
+        own = own[(own["step"] == early_step(steps)) & own["k"].isin(quoted(k))]
+        names = "early_" + own["metric"].astype(str) + "_" + own["k"].astype(str)
+        pieces.append(own.assign(metric=names))
+    return pd.concat([piece.astype({"metric": str}) for piece in pieces])
+
+
+def trajectories(
+    out: Path, last: pd.DataFrame, moving: Mapping[str, list[int]], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Run → steps, which one is early, the lock-in of the right subspace over training, EVR against random walks.
+
+    Args:
+        last: averaged rows of the last snapshots.
+    """
+    rows = _averaged(out, [("metric", "==", "right_overlap"), ("k", "==", 16), ("reference", "==", "final")])
+    found = {}
+    for run, steps in moving.items():
+        lock = rows[(rows["run"] == run) & rows["step"].isin(steps)]
+        found[run] = {
+            "steps": steps,
+            "early_step": early_step(steps),
+            "early_share_of_training": early_step(steps) / steps[-1],
+            "overlap_chance": chance(last, run),
+            "lock_in_right_16": [
+                {"step": int(step), **vars(bootstrap_mean(values["value"], seed=seed))}
+                for step, values in lock.groupby("step")
+            ],
+            "u1_variance_explained": _evr(last, run, seed),
+        }
+    return found
+
+
+def agreement(out: Path, last: pd.DataFrame, runs: Runs, k: int, seed: int) -> list[dict[str, Any]]:
+    """For each pair of runs: overlap of their final leading subspaces, with what chance gives."""
+    rows = _averaged(out, [("reference", "in", list(runs)), ("metric", "in", _OVERLAPS), ("k", "in", quoted(k))])
+    result = []
+    for (run, reference), pair in rows.groupby(["run", "reference"], observed=True, sort=False):
+        entry: dict[str, Any] = {
+            "run": str(run),
+            "reference": str(reference),
+            "same_group": runs[str(run)]["group"] == runs[str(reference)]["group"],
+            "overlap_chance": chance(last, str(run)),
+        }
+        for metric in _OVERLAPS:
+            own = pair[pair["metric"] == metric]
+            entry[metric] = {str(size): bootstrap_mean(v, seed=seed) for size, v in own.groupby("k")["value"]}
+        result.append(entry)
+    return result
+
+
+def chance(last: pd.DataFrame, run: str) -> dict[str, float]:
+    """Mean over matrices of 1/M and 1/N: times k, the overlap of independent random k-dimensional subspaces."""
+    own = last[last["run"] == run]
+    sides = {"left": "rows", "right": "columns"}
+    return {side: float((1.0 / own.loc[own["metric"] == size, "value"]).mean()) for side, size in sides.items()}
+
+
+def _evr(last: pd.DataFrame, run: str, seed: int) -> dict[str, Estimate | float] | None:
+    own = last[last["run"] == run]
+    p = own.loc[own["metric"] == "u1_evr_null_p", "value"].dropna()
+    if p.empty:
+        return None
+    return {
+        "observed": bootstrap_mean(own.loc[own["metric"] == "u1_evr", "value"], seed=seed),
+        "random_walk": bootstrap_mean(own.loc[own["metric"] == "u1_evr_null_mean", "value"], seed=seed),
+        "share_of_matrices_beyond_random_walk": float((p < 0.05).mean()),
+    }
+
+
+def _averaged(out: Path, filters: list[tuple[str, str, Any]]) -> pd.DataFrame:
+    """Rows of the `subspaces` table of attention and MLP matrices (it holds no vectors)."""
+    rows = frames.with_layer(read_table(out / "subspaces", filters))
+    return rows[rows["module"].isin(frames.AVERAGED)]

@@ -1,0 +1,304 @@
+"""`effopd compare`: run a grid, then say who was faster, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from effopd.common.files import read_rows, write_atomically
+from effopd.common.optional import is_available
+from effopd.common.progress import spoken_time, time_left
+from effopd.compare import imported_runs as elsewhere
+from effopd.compare import plan as plan_module
+from effopd.compare.plan import Plan, PlannedRun, load_plan
+from effopd.compare.results import Run, analyse, read_run
+from effopd.compare.runner import DONE, LOG, Runner, failure_of, is_done, only_one
+from effopd.errors import ConfigError, EffOPDError, NonFiniteLossError
+from effopd.report.compare_page import render, summary_table
+from effopd.runs.run_dir import EVALS
+
+#: The fields of a plan, from the documentation of `bench.plan`.
+_PLAN_HELP = textwrap.dedent((plan_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])
+
+PLAN, RESULTS, PAGE, FIGURES = "plan.yaml", "results.json", "results.md", "results"
+#: What `benchmarks/gate_noise.py` and `gate_power.py` write; the page quotes them if they lie beside it.
+GATE_NOISE, GATE_POWER = "gate_noise.json", "gate_power.json"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `effopd compare`."""
+    parser = argparse.ArgumentParser(
+        prog="effopd compare",
+        description="Run strategies × learning rates × seeds × tasks through `effopd train`, none twice, and compare them:\n"
+        "time to the baseline's final quality in steps, net seconds and tokens, paired by seed, with 95 % intervals.\n"
+        "Stop it whenever you like; the same command goes on.",
+        epilog="A plan:\n" + textwrap.indent(_PLAN_HELP, "  ") + "\nExamples:\n"
+        "  effopd compare recipes/compare-testbed.yaml --dry_run     # checks every setting, shows the grid\n"
+        "  effopd compare recipes/compare-testbed.yaml --workers 2   # runs it, or goes on with it\n"
+        "  effopd compare recipes/compare-testbed.yaml --runs_from docs/results.json   # … begun on another machine\n"
+        "  effopd compare --report runs/compare --out docs           # redraws without running",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("plan", nargs="?", help="YAML file; fields below, an example in recipes/compare-testbed.yaml.")
+    parser.add_argument("--workers", type=int, help="Runs at a time. Default: the plan's.")
+    parser.add_argument(
+        "--runs_from",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RESULTS_JSON",
+        help="Count the runs of a results.json as done: those of a grid that was begun, or shared, elsewhere. The baseline is "
+        "run here for one seed of each task, to bring their seconds to this machine's. Remembered in the grid's folder. May "
+        "be given several times.",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Check every setting and show the grid; run and write nothing."
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="PATH",
+        help="Run nothing: redraw from a grid's folder (finished runs only), or from a results.json.",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="Where results.json, results.md and results/*.png go. Default: the grid."
+    )
+    return parser
+
+
+def run_compare(argv: Sequence[str]) -> int:
+    """`effopd compare`."""
+    arguments = build_parser().parse_args(list(argv))
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)  # a file would get 80 columns
+    if (arguments.plan is None) == (arguments.report is None):
+        raise ConfigError("give either a plan to run, or --report with the folder of a grid or a results.json.")
+    if arguments.report is not None:
+        if arguments.runs_from:
+            raise ConfigError("--runs_from goes with a plan; the grid's folder remembers it for --report.")
+        return _report(arguments.report, arguments.out, console)
+    plan = load_plan(arguments.plan, workers=arguments.workers)
+    entries = elsewhere.given(plan, arguments.runs_from) or elsewhere.kept(plan)
+    runs = elsewhere.to_make(plan, elsewhere.sources(plan, entries))
+    check_runs(plan.runs())
+    if arguments.dry_run:
+        console.print(grid_table(plan, runs))
+        return 0
+    with only_one(Path(plan.output_dir)) as lock, _terminated_like_interrupted():
+        done = {run.path for run in runs if is_done(run)}
+        text = Path(arguments.plan).read_text()
+        if arguments.workers is not None:
+            text = yaml.safe_dump(yaml.safe_load(text) | {"workers": plan.workers}, sort_keys=False)
+        write_atomically(Path(plan.output_dir) / PLAN, lambda path: path.write_text(text))
+        if arguments.runs_from:
+            elsewhere.keep(plan, entries)
+        failed = _run(plan, [run for run in runs if run.path not in done], len(done), console, lock)
+    for run in failed:
+        console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(failure_of(run) or 'stopped')}")
+        console.print(f"        all of it: {run.path / LOG}", highlight=False)
+    _report(Path(plan.output_dir), arguments.out, console)
+    return 1 if failed else 0
+
+
+def check_runs(runs: Sequence[PlannedRun]) -> None:
+    """Parse the settings of one run of every kind, so that a typo is found before the first step.
+
+    Raises:
+        ConfigError: a setting is unknown, out of range, or the runs do not evaluate.
+    """
+    from effopd.commands.train import parse_train
+
+    seen = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for run in runs:
+            if (run.task, run.strategy) in seen:
+                continue
+            seen.add((run.task, run.strategy))
+            path = Path(folder) / "run.yaml"
+            path.write_text(yaml.safe_dump(run.settings))
+            try:
+                settings = parse_train(["--config", str(path)])
+            except EffOPDError as error:
+                raise ConfigError(f"strategy '{run.strategy}', task '{run.task}': {error}") from error
+            if settings.opd.eval_strategy == "no" or not settings.opd.eval_on_start:
+                raise ConfigError(
+                    "the plan's base must evaluate (eval_strategy: steps, eval_steps: N, eval_on_start: true): "
+                    "time-to-target is read off the evaluations."
+                )
+
+
+def grid_table(plan: Plan, runs: Sequence[PlannedRun]) -> Table:
+    """What a dry run shows: every strategy with its own settings, its runs, those of `runs`, and how many of them are done."""
+    planned = plan.runs()
+    table = Table(
+        title=f"{len(planned)} runs into {plan.output_dir}: {len(plan.tasks)} task(s), {len(plan.seeds)} seed(s), "
+        f"{plan.workers} at a time" + (f"; {len(runs)} to be made here" if len(runs) != len(planned) else ""),
+        box=box.SIMPLE,
+        pad_edge=False,
+    )
+    for name in ("strategy", "learning rates", "runs", "to be made here", "done", "own settings"):
+        table.add_column(name)
+    for strategy, settings in plan.strategies.items():
+        own = [run for run in planned if run.strategy == strategy]
+        here = [run for run in runs if run.strategy == strategy]
+        rates = sorted({run.learning_rate for run in own})
+        table.add_row(
+            strategy,
+            ", ".join(f"{rate:.3g}" for rate in rates),
+            str(len(own)),
+            str(len(here)),
+            str(sum(is_done(run) for run in here)),
+            escape(json.dumps({k: v for k, v in (settings or {}).items() if k != "learning_rate_factors"})),
+        )
+    return table
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM (a batch system, `kill`) stops the runs as Ctrl-C does, instead of leaving them behind."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console, lock: int) -> list[PlannedRun]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    start, total, ended = time.monotonic(), len(pending) + done, done
+    with Progress(*columns, console=console, speed_estimate_period=36000) as progress:
+        bar = progress.add_task("compare", total=total, completed=done)
+
+        def report(event: str, run: PlannedRun) -> None:
+            nonlocal ended
+            if event == "start":
+                progress.console.print(f"start  {escape(run.name)}", highlight=False)
+                return
+            ended += 1
+            left = time_left(time.monotonic() - start, ended - done, total - ended)
+            how_far = "" if console.is_terminal else f"  ({ended}/{total}, about {spoken_time(left)} left)"
+            progress.console.print(f"{event:<6} {escape(run.name)}{how_far}", highlight=False)
+            progress.advance(bar)
+
+        return Runner(plan, report, lock).run(pending)
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Results of all finished runs of a grid. A run that ended because its loss was not finite counts as one that never
+    arrives; other failures are named.
+
+    Raises:
+        ConfigError: the folder is no grid, or nothing is finished.
+    """
+    if not (folder / PLAN).is_file():
+        raise ConfigError(f"{folder} is no grid of `effopd compare`: expected {PLAN} in it.")
+    plan = load_plan(folder / PLAN, output_dir=str(folder))
+    runs = [run for run in plan.runs() if is_done(run)]
+    failed = [(run, said) for run in plan.runs() if not is_done(run) and (said := failure_of(run))]
+    diverged = [r for r, said in failed if NonFiniteLossError.__name__ in said and any(read_rows(r.path / EVALS))]
+    if not runs:
+        raise ConfigError(f"no run of {folder} is finished yet: start it with `effopd compare PLAN`.")
+    here = [_read(run) for run in runs] + [_read(run).diverged() for run in diverged]
+    read, notes = elsewhere.merged(plan, here, elsewhere.sources(plan, elsewhere.kept(plan)))
+    results = analyse(read, baseline=plan.baseline, reference_learning_rate=plan.reference_learning_rate)
+    results["settings"] |= {
+        "clock": plan.base.get("cost_clock", "wall"),
+        "workers": plan.workers,
+        "threads": plan.threads,
+        "planned_runs": len(plan.runs()),
+        "elsewhere": notes,
+        "failed": [f"{run.name}: {said}" for run, said in failed if run not in diverged],
+        "strategies": plan.strategies,
+        "base": plan.base,
+    }
+    return results
+
+
+def _read(run: PlannedRun) -> Run:
+    done = run.path / DONE
+    code = json.loads(done.read_text()).get("code") if done.is_file() else None
+    return read_run(
+        run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed, code=code
+    )
+
+
+def gate_errors(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What is known of the paper's gate (≥, the smallest D_v), from the files that are there.
+
+    Returns:
+        `gate_noise`: accepted shares where nothing changes, with fresh sampling noise; `gate_shared_noise`: the same along
+        random directions, with the shared noise that the package samples with; `gate_power`: accepted shares of real moves by
+        their true change in accuracy.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    if (folder / GATE_NOISE).is_file():
+        noise = json.loads((folder / GATE_NOISE).read_text())
+        for name, rows in (("gate_noise", noise["fresh_noise"]), ("gate_shared_noise", noise["shared_noise"])):
+            smallest = min(row["validation_size"] for row in rows)
+            found[name] = [row for row in rows if row["gate"] == "ge" and row["validation_size"] == smallest]
+    if (folder / GATE_POWER).is_file():
+        found["gate_power"] = json.loads((folder / GATE_POWER).read_text())["by_true_change"]
+    return found
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """A published results.json.
+
+    Raises:
+        ConfigError: the file is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ConfigError(
+            f"--report {path}: expected a results.json of `effopd compare`, got no JSON ({error})."
+        ) from error
+    missing = [name for name in ("settings", "runs") if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ConfigError(
+            f"--report {path}: expected a results.json of `effopd compare`; it has no {', '.join(missing)}."
+        )
+    return found
+
+
+def _report(source: Path, out: Path | None, console: Console) -> int:
+    if source.is_file():
+        results, folder = _read_results(source), out or source.parent
+    else:
+        results, folder = collect(source), out or source
+    folder.mkdir(parents=True, exist_ok=True)
+    results |= gate_errors(folder)
+    write_atomically(folder / RESULTS, lambda path: path.write_text(json.dumps(results, allow_nan=False) + "\n"))
+    figures: dict[str, Path] = {}
+    if is_available("matplotlib"):
+        from effopd.report.compare_figures import draw
+
+        figures = draw(results, folder / FIGURES)
+    page = render(results, {name: str(path.relative_to(folder)) for name, path in figures.items()})
+    write_atomically(folder / PAGE, lambda path: path.write_text(page))
+    for table in summary_table(results):
+        console.print(table)
+    console.print(f"results: {folder / PAGE}, {folder / RESULTS}" + (f", {folder / FIGURES}/" if figures else ""))
+    return 0

@@ -1,0 +1,252 @@
+"""The command line: `effopd quickstart | train | rl | eval | report | compare | analyze | intervene | testbed`.
+
+Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of them, and flags
+given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or as an `effopd:` block in YAML.
+Heavy libraries are imported by the command that needs them, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from effopd import __version__
+from effopd.errors import EffOPDError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, or 2 after a message that says what to change."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="effopd",
+        description="On-policy distillation with look-ahead along the weight update, every cost charged.",
+        epilog="`effopd COMMAND --help` explains a command. Start with `effopd quickstart`.",
+    )
+    parser.add_argument("--version", action="version", version=f"effopd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    if arguments and arguments[0] in COMMANDS:
+        try:
+            return COMMANDS[arguments[0]][0](arguments[1:])
+        except EffOPDError as error:
+            print(f"effopd {arguments[0]}: {type(error).__name__}: {_with_flags(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"effopd {arguments[0]}: interrupted", file=sys.stderr)
+            return 130
+    parser.parse_args(arguments)
+    return 2
+
+
+def _with_flags(message: str) -> str:
+    """A message about a field of `EffOPDConfig` names its flag too."""
+    return re.sub(r"EffOPDConfig\.(\w+)", r"EffOPDConfig.\1 (--effopd.\1)", message)
+
+
+# -- train ------------------------------------------------------------------------------------------------------
+
+
+def train(argv: Sequence[str]) -> int:
+    """`effopd train`."""
+    from effopd.commands.train import parse_command
+    from effopd.launch.opd import run
+    from effopd.runs.console import quiet_hosts
+
+    settings, dry_run = parse_command(argv)
+    if dry_run:
+        from rich.console import Console
+
+        from effopd.launch.dry_run import plan_tables
+
+        for table in plan_tables(settings):
+            Console(width=None if sys.stdout.isatty() else 140).print(table)
+        return 0
+    with quiet_hosts(bars=not settings.opd.disable_tqdm):
+        trainer = run(settings)
+    return _finish(trainer)
+
+
+def _finish(trainer: Any) -> int:
+    """Say where the results are, once, and end the process as its launcher wants it."""
+    from effopd.common.distributed import leave
+    from effopd.runs.console import closing_lines
+
+    if trainer.is_world_process_zero():
+        print(f"\n{closing_lines(trainer.run_dir.root, trainer.state.global_step, trainer.costs)}")
+    leave()
+    return 0
+
+
+# -- rl ---------------------------------------------------------------------------------------------------------
+
+
+def rl_parser(algorithm: str):
+    """The parser of `effopd rl`, with the algorithm's preset as defaults.
+
+    Raises:
+        ConfigError: unknown algorithm.
+    """
+    from trl import ModelConfig
+
+    from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, require
+    from effopd.distill.rl_config import PRESETS, config_class
+    from effopd.tasks import TaskConfig
+
+    configs = [ModelConfig, TaskConfig, config_class(algorithm)]
+    parser = CommandParser(
+        configs,
+        prog="effopd rl",
+        usage="effopd rl --algorithm grpo|dapo|rloo --model_name_or_path MODEL --task TASK [--FLAG VALUE …]",
+        description="Reinforcement learning on a task: GRPO, DAPO or RLOO with their published settings as defaults.",
+        epilog="Example:\n  effopd rl --algorithm grpo --model_name_or_path STUDENT --task math:train.jsonl \\\n"
+        "      --per_device_train_batch_size 64 --trajectory powers_of_two --output_dir runs/teacher",
+        formatter_class=OneSpelling,
+        add_help=False,
+    )
+    parser.set_defaults(**PRESETS[algorithm])
+    names = (
+        "algorithm",
+        "model_name_or_path",
+        "task",
+        "output_dir",
+        *RUN_ESSENTIALS,
+        "num_generations",
+        "beta",
+        "trajectory",
+    )
+    ours = RUN_ESSENTIALS | {
+        "per_device_train_batch_size": "Answers per forward pass, on each device. This × gradient_accumulation_steps × devices must be a "
+        "multiple of num_generations; divided by it, it is the number of prompts per step. Presets: 16.",
+        "beta": "Weight of the KL to the model that training starts from; 0 loads no reference model. Presets: grpo 0.001, dapo "
+        "and rloo 0.",
+    }
+    require(parser, "model_name_or_path")
+    arrange(parser, configs, {name: ours.get(name, "") for name in names})
+    return parser
+
+
+def parse_rl(argv: Sequence[str]):
+    """Command line and YAML → `RLRunSettings`; the algorithm's preset gives the defaults.
+
+    Raises:
+        ConfigError: unknown algorithm or setting, or a value out of range.
+    """
+    from effopd.commands.parser import parsed
+    from effopd.launch.rl import RLRunSettings
+    from effopd.tasks.builtin_models import resolve_model
+
+    model, task, rl = parsed(rl_parser(_algorithm(list(argv))), argv)
+    model.model_name_or_path = resolve_model(model.model_name_or_path)
+    return RLRunSettings(model, task, rl)
+
+
+def _algorithm(argv: list[str]) -> str:
+    """`--algorithm` from the command line, else from the YAML file: it decides which flags there are."""
+    import yaml
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algorithm")
+    first.add_argument("--config")
+    known, _ = first.parse_known_args(argv)
+    if known.algorithm is None and known.config is not None:
+        from pathlib import Path
+
+        path = Path(known.config)
+        settings = yaml.safe_load(path.read_text()) if path.is_file() else None
+        known.algorithm = settings.get("algorithm") if isinstance(settings, dict) else None
+    return known.algorithm or "grpo"
+
+
+def rl(argv: Sequence[str]) -> int:
+    """`effopd rl`."""
+    settings = parse_rl(argv)
+    from effopd.launch.rl import run_rl
+    from effopd.runs.console import quiet_hosts
+
+    with quiet_hosts(bars=not settings.rl.disable_tqdm):
+        trainer = run_rl(settings)
+    return _finish(trainer)
+
+
+# -- eval -------------------------------------------------------------------------------------------------------
+
+
+def eval_(argv: Sequence[str]) -> int:
+    """`effopd eval`."""
+    from effopd.commands.evaluate import run_eval
+
+    return run_eval(argv)
+
+
+# -- report -----------------------------------------------------------------------------------------------------
+
+
+def report(argv: Sequence[str]) -> int:
+    """`effopd report`."""
+    from effopd.commands.report import run_report
+
+    return run_report(argv)
+
+
+# -- compare ----------------------------------------------------------------------------------------------------
+
+
+def compare(argv: Sequence[str]) -> int:
+    """`effopd compare`."""
+    from effopd.commands.compare import run_compare
+
+    return run_compare(argv)
+
+
+# -- analyze and intervene ----------------------------------------------------------------------------------------
+
+
+def analyze(argv: Sequence[str]) -> int:
+    """`effopd analyze`."""
+    from effopd.commands.analyze import run_analyze
+
+    return run_analyze(argv)
+
+
+def intervene(argv: Sequence[str]) -> int:
+    """`effopd intervene`."""
+    from effopd.commands.intervene import run_intervene
+
+    return run_intervene(argv)
+
+
+# -- quickstart and testbed ---------------------------------------------------------------------------------------
+
+
+def quickstart(argv: Sequence[str]) -> int:
+    """`effopd quickstart`."""
+    from effopd.commands.quickstart import run_quickstart
+
+    return run_quickstart(argv)
+
+
+def testbed(argv: Sequence[str]) -> int:
+    """`effopd testbed build`."""
+    from effopd.commands.testbed import run_testbed
+
+    return run_testbed(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "quickstart": (quickstart, "watch plain OPD, EffOPD and lookahead on the built-in testbed, with the net speed-up"),
+    "train": (train, "distil a teacher into a student"),
+    "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
+    "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),
+    "report": (report, "one HTML page about a run, or several: quality, every search, costs"),
+    "compare": (compare, "strategies × learning rates × seeds × tasks: who is faster, net of every cost, how surely"),
+    "analyze": (analyze, "where training moved the weights and in which directions, RL against OPD"),
+    "intervene": (intervene, "which part of an update carries the gain: edit the weights and evaluate"),
+    "testbed": (testbed, "rebuild the built-in student and teacher from nothing"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""`effopd quickstart` (and `make demo`): plain OPD, EffOPD, lookahead; same seed and prompts, on the built-in testbed.
+
+Everything goes through the code of `effopd train`; this file only sets it up, shows progress and compares the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import PrinterCallback, TrainerCallback
+from trl import ModelConfig
+
+from effopd.commands.parser import CommandParser, OneSpelling, parsed
+from effopd.common.files import read_rows, write_atomically
+from effopd.common.optional import is_available
+from effopd.common.progress import spoken_time, time_left
+from effopd.common.versions import versions
+from effopd.compare.time_to_target import Cost, final_target, first_reach, speedup_by_gap
+from effopd.distill.callback import SEARCHES
+from effopd.distill.config import OPDConfig
+from effopd.errors import ConfigError
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.launch.opd import RunSettings, build_trainer
+from effopd.report.run_figures import quality_figure
+from effopd.report.run_page import write_run_page
+from effopd.report.style import quiet_style, save
+from effopd.runs.console import held_out
+from effopd.runs.run_dir import EVALS
+from effopd.tasks import TaskConfig
+from effopd.tasks import builtin_models as testbed
+
+#: Training prompts of the demo; the runs go over them several times.
+TRAIN_SIZE = 4096
+#: The runs: name → label; all but the first look ahead, with the strategy of that name.
+ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD", "lookahead": "lookahead"}
+AHEAD = tuple(ARMS)[1:]
+#: All that a demo, whole or interrupted, leaves in its folder.
+_OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
+_COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "lookahead": "#2e6f9e"}
+
+
+@dataclass
+class QuickstartArguments:
+    """Flags of `effopd quickstart`."""
+
+    output_dir: str = field(
+        default="runs/demo",
+        metadata={
+            "help": "Where rows, figure and summary.json go: a new or empty folder, or an earlier demo's, which is then kept "
+            "under another name."
+        },
+    )
+    family: str = field(default="", metadata={"help": "Testbed task family. Default: the first."})
+    seed: int = field(default=0, metadata={"help": "Seed of every run: prompts, sampling, D_v."})
+    max_steps: int = field(default=96, metadata={"help": "Optimizer steps of each run."})
+    eval_steps: int = field(default=2, metadata={"help": "Evaluate every that many steps (not charged)."})
+    eval_size: int = field(default=256, metadata={"help": "Held-out prompts."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Default: the testbed's reference learning rate."}
+    )
+    cost_clock: str = field(
+        default="wall",
+        metadata={
+            "help": "What the net seconds are: wall, or cpu, which leaves out other work of the machine.",
+            "choices": ["wall", "cpu"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.family = self.family or next(iter(testbed.FAMILIES))
+        if self.family not in testbed.FAMILIES:
+            raise ConfigError(f"--family must be one of {', '.join(testbed.FAMILIES)}; got {self.family!r}.")
+        for name in ("max_steps", "eval_steps", "eval_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def run_quickstart(argv: Sequence[str]) -> int:
+    """The runs, the comparison, the table."""
+    parser = CommandParser(
+        [QuickstartArguments],
+        prog="effopd quickstart",
+        description="Plain OPD, EffOPD (the paper's) and lookahead (ours) on the built-in testbed, same seed and prompts; "
+        "prints the net speed-ups.",
+        formatter_class=OneSpelling,
+    )
+    (arguments,) = parsed(parser, argv)
+    quiet()
+    console = Console(soft_wrap=True)
+    root = Path(arguments.output_dir)
+    root = root.resolve() if ".." in root.parts else root  # its last part is its name
+    _move_aside(root, console)
+    if console.is_terminal:
+        with _progress(console) as progress:
+            tasks = {arm: progress.add_task(label, total=arguments.max_steps) for arm, label in ARMS.items()}
+            for arm in ARMS:
+                _run_arm(arm, arguments, root / arm, _Bar(progress, tasks[arm]))
+    else:
+        start = time.monotonic()
+        for i, arm in enumerate(ARMS):
+            _run_arm(arm, arguments, root / arm, _Lines(ARMS[arm], i, arguments.max_steps, start, console))
+    conclude(root, arguments, console)
+    return 0
+
+
+def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> None:
+    """Summary, table and figure from the rows of all arms; no model is touched."""
+    summary = summarize(root, arguments)
+    write_atomically(root / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    console.print(_table(summary))
+    console.print(_verdict(summary))
+    if is_available("matplotlib"):
+        page = write_run_page([root / arm for arm in ARMS], root / "report.html")
+        console.print(f"figure:  {_figure(root, summary)}   page with every search: {page}")
+    else:
+        console.print(escape("figure:  not drawn, matplotlib is missing (pip install 'effopd[plots]')"))
+    console.print(f"summary: {root / 'summary.json'}   rows: {root}/*/evals.jsonl, searches.jsonl, metrics.jsonl")
+
+
+def quiet() -> None:
+    """The demo has its own progress bar; libraries speak only when something is wrong."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _move_aside(root: Path, console: Console) -> None:
+    """An earlier demo is kept under another name.
+
+    Raises:
+        ConfigError: what is there is no folder, or holds something else, or is the folder that the process works in.
+    """
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"--output_dir {root} is a file: expected a folder, or a path where there is nothing yet.")
+    held = {path.name for path in root.iterdir()} if root.exists() else set()
+    held.discard(".DS_Store")  # of whoever looked at the folder on a Mac
+    others = sorted(held - _OWN) or sorted(held if "vanilla" not in held else ())
+    if others:
+        raise ConfigError(
+            f"--output_dir {root} holds {', '.join(others[:3])}{', …' if len(others) > 3 else ''}, which no demo left there: "
+            "expected a new or empty folder, or an earlier demo's, which is then kept under another name. Nothing was "
+            f"changed; choose another folder, such as {root / 'demo'}."
+        )
+    if held:
+        if Path.cwd().is_relative_to(root.resolve()):
+            raise ConfigError(
+                f"--output_dir {root} holds an earlier demo and is, or contains, the working directory: expected a folder "
+                "that can get another name. Choose another one, or run this from elsewhere."
+            )
+        kept = root.with_name(f"{root.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(root.stat().st_mtime))}")
+        root.rename(kept)
+        console.print(f"an earlier demo was kept as {kept}")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=600,
+    )
+
+
+def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunSettings:
+    """The settings of one arm: the testbed's reference, and the strategy of its name."""
+    reference = dict(testbed.reference_settings())
+    if arguments.learning_rate is not None:
+        reference["learning_rate"] = arguments.learning_rate
+    opd = OPDConfig(
+        **reference,
+        output_dir=str(output_dir),
+        teacher_model_name_or_path=str(testbed.teacher_path()),
+        max_steps=arguments.max_steps,
+        seed=arguments.seed,
+        cost_clock=arguments.cost_clock,
+        per_device_eval_batch_size=arguments.eval_size,
+        eval_strategy="steps",
+        eval_steps=arguments.eval_steps,
+        eval_on_start=True,
+        eval_greedy=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return RunSettings(
+        ModelConfig(model_name_or_path=str(testbed.student_path())),
+        TaskConfig(
+            task=f"testbed:{arguments.family}",
+            train_size=TRAIN_SIZE,
+            eval_size=arguments.eval_size,
+            task_seed=arguments.seed,
+        ),
+        opd,
+        EffOPDConfig(arm if arm in AHEAD else "none", seed=arguments.seed),
+    )
+
+
+class _Bar:
+    """Shows a run on a terminal."""
+
+    def __init__(self, progress: Progress, task: Any):
+        self._progress, self._task = progress, task
+
+    def stepped(self) -> None:
+        """After a step and its look-ahead."""
+        self._progress.advance(self._task)
+
+    def evaluated(self, step: int, row: Mapping[str, Any]) -> None:
+        """After an evaluation."""
+
+
+class _Lines:
+    """Shows a run where there is no terminal: a line an evaluation, with the time that all runs will still take.
+
+    Args:
+        before: how many runs of the same length were made before it.
+        start: when the first of them began, on the monotonic clock.
+    """
+
+    def __init__(self, label: str, before: int, steps: int, start: float, console: Console):
+        self._label, self._before, self._steps = label, before, steps
+        self._start, self._console = start, console
+
+    def stepped(self) -> None:
+        """After a step and its look-ahead."""
+
+    def evaluated(self, step: int, row: Mapping[str, Any]) -> None:
+        """After an evaluation."""
+        seconds, done = time.monotonic() - self._start, self._before * self._steps + step
+        left = time_left(seconds, done, len(ARMS) * self._steps - done)
+        rest = f", about {spoken_time(left)} left" if left else ""
+        self._console.print(
+            f"{self._label:<10} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(row))}  "
+            f"({spoken_time(seconds)}{rest})",
+            highlight=False,
+            markup=False,
+        )
+
+
+class _Watch(TrainerCallback):
+    """Tells the display of a run what happens."""
+
+    def __init__(self, display: _Bar | _Lines):
+        self._display = display
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._display.stepped()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._display.evaluated(state.global_step, metrics or {})
+
+
+def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, display: _Bar | _Lines) -> None:
+    trainer = build_trainer(settings(arm, arguments, output_dir))
+    trainer.callback_handler.callbacks = [
+        callback for callback in trainer.callback_handler.callbacks if not isinstance(callback, PrinterCallback)
+    ]
+    trainer.add_callback(_Watch(display))
+    trainer.train()
+
+
+def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
+    """Costs, final values and the net speed-ups, from the rows of all arms.
+
+    Speed-up = vanilla's cost / the arm's cost until the smoothed held-out KL first reaches vanilla's final smoothed one,
+    so that a run like vanilla itself is 1.00×. Net: search charged, evaluation not. `speedup` and
+    `speedup_by_gap_closed` at the top are the paper's EffOPD's.
+    """
+    rows = {arm: list(read_rows(root / arm / EVALS)) for arm in ARMS}
+    target = final_target(rows["vanilla"])
+    summary: dict[str, Any] = {
+        "family": arguments.family,
+        "seed": arguments.seed,
+        "max_steps": arguments.max_steps,
+        "cost_clock": arguments.cost_clock,
+        "versions": versions(),
+        "target_kl": target,
+    }
+    for arm, arm_rows in rows.items():
+        last, cost = arm_rows[-1], Cost.of(arm_rows[-1])
+        summary[arm] = {
+            "steps": cost.steps,
+            "seconds": cost.seconds,
+            "generated_tokens": cost.generated_tokens,
+            "start_kl": arm_rows[0]["eval_kl"],
+            "final_kl": final_target(arm_rows),
+            "final_accuracy": last["eval_accuracy"],
+            "final_accuracy_ci95": [last["eval_accuracy_low"], last["eval_accuracy_high"]],
+        }
+    own = first_reach(rows["vanilla"], target)
+    for arm in AHEAD:
+        searches, reached = list(read_rows(root / arm / SEARCHES)), first_reach(rows[arm], target)
+        speedup: dict[str, Any] = (
+            own.ratio(reached)
+            if own and reached
+            else dict.fromkeys(("steps", "seconds", "generated_tokens", "forward_tokens"), None)
+        )
+        if reached is None:
+            speedup["reason"] = (
+                f"{ARMS[arm]}'s smoothed held-out KL did not reach plain OPD's final {target:.5f} within "
+                f"{arguments.max_steps} steps; its last was {summary[arm]['final_kl']:.5f}."
+            )
+        summary[arm] |= {
+            "accepted_scales": {str(row["step"]): row["accepted_scale"] for row in searches},
+            "search_seconds": sum(row["seconds"] for row in searches),
+            "search_generated_tokens": sum(row["generated_tokens"] for row in searches),
+            "cost_to_target": vars(reached) if reached else None,
+            "speedup": speedup,
+            "speedup_by_gap_closed": speedup_by_gap(rows["vanilla"], rows[arm]),
+        }
+    return summary | {name: summary["effopd"][name] for name in ("speedup", "speedup_by_gap_closed")}
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    title = f"testbed:{summary['family']}, seed {summary['seed']}: {summary['max_steps']} steps each"
+    caption = "held-out KL: at the start → the median of the last three evaluations"
+    table = Table(title=title, caption=caption, box=box.SIMPLE, pad_edge=False)
+    for name in ("", "steps", "net s", "tokens", "held-out KL", "accuracy [95 %]"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for arm, label in ARMS.items():
+        values = summary[arm]
+        low, high = values["final_accuracy_ci95"]
+        table.add_row(
+            label,
+            str(values["steps"]),
+            f"{values['seconds']:.1f}",
+            f"{values['generated_tokens']:,}",
+            f"{values['start_kl']:.4f} → {values['final_kl']:.4f}",
+            f"{values['final_accuracy']:.3f} [{low:.3f}, {high:.3f}]",
+        )
+        if reached := values.get("cost_to_target"):
+            table.add_row(
+                "… to target",
+                str(reached["steps"]),
+                f"{reached['seconds']:.1f}",
+                f"{reached['generated_tokens']:,}",
+                f"≤ {summary['target_kl']:.4f}",
+                "",
+            )
+    return table
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    lines = ["net speed-up to plain OPD's final KL (one seed; search charged, evaluation not):"]
+    for arm in AHEAD:
+        values = summary[arm]
+        speedup, label = values["speedup"], f"{ARMS[arm]:<10}"
+        if speedup["steps"] is None:
+            lines.append(f"{label} none. {speedup['reason']}")
+        else:
+            lines.append(
+                f"{label} [bold]{speedup['steps']:.2f}× in steps, {speedup['seconds']:.2f}× in seconds, "
+                f"{speedup['generated_tokens']:.2f}× in sampled tokens[/bold]"
+            )
+        jumps = [f"{scale:.3g}Δ at {step}" for step, scale in values["accepted_scales"].items() if scale]
+        more = f", … {len(jumps) - 8} more" if len(jumps) > 8 else ""
+        lines.append(f"{'':<10} jumps: {', '.join(jumps[:8]) or 'none'}{more}")
+        on_the_way = [
+            f"{row['gap_closed']:.0%}: {row['speedup']['steps']:.1f}× / {row['speedup']['seconds']:.1f}×"
+            for row in values["speedup_by_gap_closed"]
+            if row["speedup"]
+        ]
+        lines.append(f"{'':<10} at shares of the gap (steps / seconds): {', '.join(on_the_way) or 'not reached'}")
+    return "\n".join(lines)
+
+
+def _figure(root: Path, summary: dict[str, Any]) -> Path:
+    with quiet_style():
+        figure = quality_figure(
+            {label: list(read_rows(root / arm / EVALS)) for arm, label in ARMS.items()},
+            {ARMS[arm]: list(read_rows(root / arm / SEARCHES)) for arm in AHEAD},
+            target=summary["target_kl"],
+            teacher_accuracy=testbed.card()["teacher_accuracy"][summary["family"]],
+            colors=_COLORS,
+        )
+        return save(
+            figure,
+            root / "figure.png",
+            f"testbed:{summary['family']}, seed {summary['seed']}",
+            "Points: evaluations, with 95 % intervals. Dotted: plain OPD's final KL, the median of its last three; the teacher's accuracy.",
+        )

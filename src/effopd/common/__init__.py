@@ -1,0 +1,1 @@
+"""Files, processes, numbers and packages: one idea per module, no knowledge of language models."""

@@ -1,0 +1,217 @@
+"""Running a plan: every run in a process of its own, several at a time, none twice.
+
+A run is `effopd train --config RUN/settings.yaml`, so whatever it does can be repeated by hand. Its folder says where it
+stands: `settings.yaml` (what it is), rows (it has begun), `done.json` (it is finished; written last) or `failed.json` (it
+ended with an error; the next attempt removes it). A run that was cut
+off goes on from its newest checkpoint if it kept any, and starts anew otherwise.
+
+Timing: each process is held to `threads` CPU threads, so runs side by side share no core as long as workers × threads is
+at most the number of cores. `cost_clock: cpu` in the plan's base charges CPU seconds, which other processes do not
+touch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effopd.common.files import write_atomically
+from effopd.common.versions import code
+from effopd.compare.plan import Plan, PlannedRun
+from effopd.distill.callback import SEARCHES
+from effopd.errors import CheckpointError
+from effopd.runs.run_dir import EVALS, METRICS, RunDir
+
+SETTINGS, DONE, FAILED, LOG = "settings.yaml", "done.json", "failed.json", "log.txt"
+
+
+def is_done(run: PlannedRun) -> bool:
+    """Whether the run is finished, with the settings of the plan.
+
+    Raises:
+        CheckpointError: the folder holds a run with other settings; its rows must not be mixed with this plan's.
+    """
+    path = run.path / SETTINGS
+    if path.is_file():
+        found = yaml.safe_load(path.read_text())
+        differing = sorted(
+            key for key in {*found, *run.settings} - {"output_dir"} if found.get(key) != run.settings.get(key)
+        )
+        if differing:
+            raise CheckpointError(
+                f"{run.path} holds a run with other settings: {', '.join(differing)} differ from the plan. Choose "
+                "another output_dir, or move that folder away (nothing was changed)."
+            )
+    return (run.path / DONE).is_file()
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[int]:
+    """Hold the grid's lock; yields its file descriptor, which runs inherit.
+
+    So the grid stays locked while a run is alive whose `effopd compare` was killed.
+
+    Raises:
+        CheckpointError: another process is running this grid.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"another `effopd compare`, or a run that one left behind when it was killed, is at work in {folder}; "
+                "wait for it or stop it."
+            ) from error
+        yield handle.fileno()
+
+
+class Runner:
+    """Works through the runs that are not done.
+
+    Args:
+        plan: what to run and with how many workers.
+        report: called as `report(event, run)` with event 'start', 'done' or 'failed', from worker threads, one at a
+            time.
+        lock: file descriptor that runs inherit (`only_one`).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        report: Callable[[str, PlannedRun], None] = lambda event, run: None,
+        lock: int | None = None,
+    ):
+        self._plan, self._report, self._inherit = plan, report, () if lock is None else (lock,)
+        self._lock = threading.Lock()
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(plan.workers):
+            self._slots.put(slot)
+
+    def run(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+        """Run all of `runs`; returns those that failed (their `log.txt` says why)."""
+        failed: list[PlannedRun] = []
+        with ThreadPoolExecutor(self._plan.workers) as pool:
+            futures = {pool.submit(self._one, run): run for run in runs}
+            try:
+                for future in as_completed(futures):
+                    if not future.result():
+                        failed.append(futures[future])
+            except BaseException:
+                self._stop(pool)
+                raise
+        return failed
+
+    def _stop(self, pool: ThreadPoolExecutor) -> None:
+        """End the children; what they were doing starts again, or resumes, the next time."""
+        with self._lock:
+            self._stopped = True
+            for child in self._children:
+                child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+    def _one(self, run: PlannedRun) -> bool:
+        slot = self._slots.get()
+        try:
+            return self._in_slot(run, slot)
+        finally:
+            self._slots.put(slot)
+
+    def _in_slot(self, run: PlannedRun, slot: int) -> bool:
+        resume = prepare(run)
+        started = time.time()
+        with (run.path / LOG).open("ab") as log:
+            earlier = log.tell()  # what other attempts said
+            with self._lock:
+                if self._stopped:
+                    return False
+                self._report("start", run)
+                child = subprocess.Popen(
+                    command(self._plan, run, resume), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                    env=environment(self._plan, slot), pass_fds=self._inherit,
+                )  # fmt: skip
+                self._children.add(child)
+            status = child.wait()
+        with self._lock:
+            self._children.discard(child)
+            if status == 0:
+                record = {
+                    "finished": time.strftime("%Y-%m-%dT%H:%M:%S"), "process_seconds": time.time() - started, "code": code()
+                }  # fmt: skip
+                write_atomically(run.path / DONE, lambda path: path.write_text(json.dumps(record) + "\n"))
+            elif not self._stopped:
+                failure = {"status": status, "error": last_words(run.path / LOG, earlier)}
+                write_atomically(run.path / FAILED, lambda path: path.write_text(json.dumps(failure) + "\n"))
+            if not self._stopped:
+                self._report("done" if status == 0 else "failed", run)
+        return status == 0
+
+
+def prepare(run: PlannedRun) -> bool:
+    """Make the folder ready; whether the run can go on from a checkpoint. Rows without one are of no use: they go."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / FAILED).unlink(missing_ok=True)
+    write_atomically(run.path / SETTINGS, lambda path: path.write_text(yaml.safe_dump(run.settings, sort_keys=False)))
+    if RunDir(run.path).last_checkpoint() is not None:
+        return True
+    for name in (METRICS, EVALS, SEARCHES):
+        (run.path / name).unlink(missing_ok=True)
+    shutil.rmtree(run.path / "trajectory", ignore_errors=True)
+    return False
+
+
+def failure_of(run: PlannedRun) -> str | None:
+    """What a run ended with, if its last attempt failed."""
+    path = run.path / FAILED
+    return json.loads(path.read_text())["error"] if path.is_file() else None
+
+
+#: What an error message of the command begins with; a progress bar may stand before it on its line.
+_OWN = "effopd train: "
+
+
+def last_words(log: Path, start: int = 0) -> str:
+    """The beginning of a failed run's own error message, or else its last line (of a traceback), from byte `start` on."""
+    said = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    own = [i for i, line in enumerate(lines) if _OWN in line]
+    if not own:
+        return lines[-1] if lines else "no output"
+    first, *more = lines[own[-1] : own[-1] + 2]
+    return " ".join([first[first.index(_OWN) :], *more])
+
+
+def command(plan: Plan, run: PlannedRun, resume: bool) -> list[str]:
+    """The command of a run, as one would type it."""
+    start = (
+        [*plan.launcher, "-m", "effopd.commands.main"]
+        if plan.launcher
+        else [sys.executable, "-m", "effopd.commands.main"]
+    )
+    again = ["--resume_from_checkpoint", "true"] if resume else []
+    return [*start, "train", "--config", str(run.path / SETTINGS), *again]
+
+
+def environment(plan: Plan, slot: int) -> dict[str, str]:
+    """Threads and devices of worker `slot`."""
+    threads = plan.threads or max(1, (os.cpu_count() or 1) // plan.workers)
+    ours: dict[str, Any] = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if plan.devices:
+        ours["CUDA_VISIBLE_DEVICES"] = plan.devices[slot]
+    return {**os.environ, **{name: str(value) for name, value in ours.items()}}

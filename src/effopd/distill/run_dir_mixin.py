@@ -1,0 +1,362 @@
+"""What every trainer of this package adds to its TRL host: a run directory, costs, task evaluation, safe resume.
+
+`OPDTrainer` and the reinforcement-learning trainers mix this in, so their rows, checkpoints, trajectories, accuracies and
+seconds mean the same. Rollouts and losses stay with the host. Departures from TRL: checkpoints go to
+`checkpoints/step-000008` and appear there whole or not at all; the data order of a later epoch survives a resume (TRL's
+sampler restarts its permutations).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from trl.trainer.utils import RepeatSampler
+
+from effopd.common.distributed import from_first, gather, together
+from effopd.common.files import write_atomically
+from effopd.distill.config import RunArguments
+from effopd.distill.evaluate_student import metric_names
+from effopd.distill.resuming import LEDGER_FILE, SETTINGS_FILE, ResumeMixin, settings_that_matter
+from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
+from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
+from effopd.models.files import absolute_base
+from effopd.models.sampler_check import own_sampling_aside
+from effopd.runs.best_model import HOST_DIRECTIONS, BestModelMixin, Kept, check_metric
+from effopd.runs.console import end_bars, in_lines
+from effopd.runs.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
+from effopd.runs.model_card import model_card
+from effopd.runs.run_dir import RunDir, RunDirCallback, in_trajectory
+from effopd.tasks.base import Task
+from effopd.tasks.prompts import prompt_ids
+
+logger = logging.getLogger(__name__)
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's `RepeatSampler` whose permutation is a function of (seed, epoch); epoch 0 is TRL's own order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch, also the one a resume starts in."""
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+class _TerminationCallback(TrainerCallback):
+    """`enable_jit_checkpoint`: after a SIGTERM the step is finished, logged and saved, and training stops.
+
+    The host would save before the look-ahead of that step, or in its middle with the random state of the next, so that the run
+    could not go on as if it had not been stopped. Must run after every callback that changes the weights.
+    """
+
+    def __init__(self, manager: Any):
+        self._manager = manager
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if any(gather(self._manager.is_checkpoint_requested)):
+            control.should_save = control.should_training_stop = True
+            logger.warning("SIGTERM: training stops with a checkpoint of step %d.", state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._manager._original_sigterm_handler is not None:
+            signal.signal(signal.SIGTERM, self._manager._original_sigterm_handler)
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the sampler which epoch begins. accelerate does, too, but not through what a resume on several processes wraps
+    around it."""
+
+    def __init__(self) -> None:
+        self.sampler: EpochRepeatSampler | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch))
+
+
+_Host: Any = Trainer if TYPE_CHECKING else object
+
+
+class RunMixin(BestModelMixin, ResumeMixin, _Host):
+    """Mixed into a TRL trainer, before it: `class OPDTrainer(RunMixin, DistillationTrainer)`.
+
+    The trainer calls `_open_run` before and `_attach_run` after its host's `__init__`, and defines `_measure_task`.
+
+    Attributes:
+        ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
+        run_dir: the run directory.
+        task_name: what the model card calls the training task.
+        costs: the ledger's totals over all processes, as they were last logged, or at the end of training.
+        resumed_from: the checkpoint that training goes on from, if any.
+        kept: the step whose weights the model has after training with `load_best_model_at_end`; `None`: the last one's.
+        eval_task: what an evaluation answers, or `None` for the host's own evaluation.
+    """
+
+    #: The TRL class below; its `log` is passed over where it would add training metrics to an evaluation.
+    _host: ClassVar[Any]
+
+    def _open_run(self, args: RunArguments, eval_task: Task | None) -> None:
+        self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
+        self.task_name: str | None = None if eval_task is None else eval_task.name
+        self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
+        self.run_dir.refuse_unwritable()  # the host would make it
+        self.resumed_from: Path | None = None
+        self.kept: Kept | None = None
+        self._saving = False
+        self.costs: dict[str, float] = {}
+        self._epochs = _EpochCallback()
+
+    def _attach_run(self) -> None:
+        self._check_prompting()
+        check_metric(self.args, self.eval_metrics())
+        tidy_generation_config(self.accelerator.unwrap_model(self.model))
+        absolute_base(self.accelerator.unwrap_model(self.model))
+        self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback) and callback.jit_manager is not None:
+                self.add_callback(_TerminationCallback(callback.jit_manager))
+                callback.jit_manager = None  # nothing but the signal's handler is the host's
+        self.add_callback(self._epochs)
+        self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
+        self.add_callback(RunDirCallback(self.run_dir, self._rehearse))
+        self.add_callback(StartLedgerCallback(self.ledger))
+
+    def _check_prompting(self) -> None:
+        """Refuse now what the host would only meet in its first rollouts.
+
+        Raises:
+            CompatibilityError: there is no end token to fill rows with, or plain prompts end with one.
+            TaskError: the chat template refuses the first prompt.
+        """
+        tokenizer = self._tokenizer
+        if tokenizer.pad_token_id is None or None in self.eos_token_ids:
+            ends = [tokenizer.convert_ids_to_tokens(i) for i in self.eos_token_ids if i is not None]
+            raise CompatibilityError(
+                f"the tokenizer of '{tokenizer.name_or_path}' has no end token: expected one, to end answers and fill rows "
+                f"with. Set tokenizer.eos_token (the model declares {ends or 'none'})."
+            )
+        data = self.train_dataset
+        plain = not (getattr(self, "_is_vlm", False) or getattr(self, "tools", None)) and hasattr(data, "__len__")
+        if plain and len(data) and "prompt" in (getattr(data, "column_names", None) or ()):
+            prompt_ids(
+                tokenizer, data[0]["prompt"], self.args.chat_template_kwargs, origin="row 0 of the training set"
+            )
+
+    def add_callback(self, callback) -> None:
+        """The host's, but what writes to the run directory stays last."""
+        super().add_callback(callback)
+        last = (_TerminationCallback, RunDirCallback)
+        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, last))
+
+    def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
+        """Metrics of an evaluation (without prefix) and the tokens it generated."""
+        raise NotImplementedError
+
+    def eval_metrics(self) -> list[str]:
+        """What the evaluations of this trainer report, without the prefix `eval_`."""
+        if self.eval_task is not None:
+            return metric_names(teacher=hasattr(self, "teacher_model"), greedy=self.args.eval_greedy)
+        if isinstance(self.eval_dataset, dict):
+            return [f"{part}_{name}" for part in self.eval_dataset for name in HOST_DIRECTIONS]
+        return list(HOST_DIRECTIONS)
+
+    # -- data order ---------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        self._epochs.sampler = EpochRepeatSampler(
+            data_source=sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+        )
+        return self._epochs.sampler
+
+    # -- rollout, logging and evaluation ------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        category = "rollout" if self.model.training else "eval"
+        with self.ledger.track(category), finite_predictions():
+            output = super()._generate_and_score_completions(inputs)
+        self.ledger.count(category, generated=int(output["completion_mask"].sum()))
+        return output
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with own_sampling_aside(self.accelerator.unwrap_model(self.model)):  # what the run leaves open is off
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The host's log, with the cost ledger in every training row."""
+        if "loss" in logs:
+            logs.update(self._costs())
+        super().log(logs, start_time)
+
+    def _costs(self) -> dict[str, float]:
+        """The ledger's totals: tokens of all processes, seconds of the slowest."""
+        rows = gather(self.ledger.snapshot())
+        self.costs = {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
+        return self.costs
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluate `eval_task`, or like the host if there is none or another dataset is passed."""
+        if self.eval_task is None or eval_dataset is not None:
+            with self.ledger.track("eval"):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self.ledger.track("eval"):
+            metrics, generated = self._measure_task(self.eval_task)
+        if self.accelerator.is_main_process:  # everybody's tokens
+            self.ledger.count("eval", generated=generated)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._metrics["eval"].clear()
+        row = metrics | self._costs()
+        super(self._host, self).log(dict(metrics))  # the host would log the training metrics here too
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
+        return metrics
+
+    # -- saving and resuming ------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint of the run directory
+        (from the start if the run was killed before its first); a path continues from that one. A run that has reached
+        its limit is loaded, and nothing is trained.
+
+        Raises:
+            CheckpointError: a fresh start into a directory that holds a run, a checkpoint path that is none, or a
+                checkpoint of other settings (nothing has been written then).
+        """
+        checkpoint = self.resumed_from = self.run_dir.to_resume(resume_from_checkpoint)
+        if not resume_from_checkpoint:
+            together(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
+        if checkpoint is not None:
+            together(partial(self._check_resume, checkpoint))
+            self.args.eval_on_start = False  # the run has started before; its rows are there
+        try:
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            end_bars(self.callback_handler.callbacks)
+        self._costs()
+        self._say_kept()
+        return output
+
+    def _run_epoch(self, *args, **kwargs):
+        """The host's, which looks at the limit only after a step: one that is reached already would be passed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self.state.global_step == 0:
+            with self.ledger.paused():  # set-up
+                self._save_trajectory()
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial):
+        return str(self.run_dir.staging) if self._saving else super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The host's. With FSDP's SHARDED_STATE_DICT it writes no model at all: checkpoints have their shards beside it, but
+        a trajectory and the final model are whole, gathered for this."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        kind = None if plugin is None or self._saving else plugin.state_dict_type
+        if kind is not None:
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            if kind is not None:
+                plugin.set_state_dict_type(kind)
+        if Path(output_dir or self.args.output_dir) == self.run_dir.root:
+            self.create_model_card()  # PEFT has written one of its own there
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """`README.md` of the run directory, in the place of TRL's; the arguments are those of the host."""
+        if self.is_world_process_zero():
+            name = model_name or self.run_dir.root.resolve().name
+            try:  # a card must not cost the weights that are saved with it
+                card = model_card(self, name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+                self.run_dir.root.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.run_dir.root / "README.md", card.save)
+            except Exception as error:
+                logger.warning("The model card was not written: %s: %s", type(error).__name__, error)
+
+    def save_final(self) -> None:
+        """The model, with its card, into the run directory.
+
+        Raises:
+            CheckpointError: it cannot be saved; says where its weights are.
+        """
+        try:
+            together(partial(self.save_model, str(self.run_dir.root)))
+        except EffOPDError:
+            raise
+        except Exception as error:
+            raise save_failed(self, "the final model", error) from error
+
+    def _rehearse(self) -> None:
+        together(partial(rehearse, self) if self.args.should_save else lambda: None)
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            self._write_checkpoint(model, trial)
+        except EffOPDError:
+            raise
+        except Exception as error:
+            if self.args.should_save:
+                self.run_dir.clear_staging()
+            raise save_failed(self, f"step {self.state.global_step}", error) from error
+
+    def _write_checkpoint(self, model, trial):
+        step, best = self.state.global_step, self.state.best_model_checkpoint
+        if self.args.should_save:
+            self.run_dir.fresh_staging()
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+            self.state.best_model_checkpoint = best  # the host looks for it in the staging folder
+        staged, final = self.run_dir.staging / f"checkpoint-{step}", self.run_dir.checkpoint(step)
+        ledgers = gather(self.ledger.state_dict())
+        self.accelerator.wait_for_everyone()
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "save_state"):
+                callback.save_state(staged)
+        if self.state.best_global_step is not None:
+            better = self.run_dir.checkpoint(self.state.best_global_step)
+            if from_first(better == final or better.is_dir()):  # a step may have been evaluated and not saved
+                self.state.best_model_checkpoint = str(better)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            write_atomically(staged / LEDGER_FILE, lambda path: path.write_text(json.dumps(ledgers, indent=1)))
+            settings = json.dumps(settings_that_matter(self.args), indent=1)
+            write_atomically(staged / SETTINGS_FILE, lambda path: path.write_text(settings))
+            self.run_dir.publish(staged, final)
+            best = self.state.best_model_checkpoint
+            self.run_dir.rotate(self.args.save_total_limit, Path(best) if best else None)
+        self.accelerator.wait_for_everyone()
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._save_trajectory()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_trajectory(self) -> None:
+        step = self.state.global_step
+        wanted = in_trajectory(self.args.trajectory, step, self.state.max_steps)
+        if not wanted or from_first(self.run_dir.trajectory(step).exists()):
+            return
+        staged = self.run_dir.staging / "trajectory"
+        if self.args.should_save:
+            self.run_dir.fresh_staging()
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(staged), _internal_call=True)  # on every rank: sharded weights are gathered for it
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.run_dir.publish(staged, self.run_dir.trajectory(step))

@@ -1,0 +1,1 @@
+"""Move one model along its update, evaluate it there, put it back."""

@@ -1,0 +1,192 @@
+"""Results of scans in a folder: one row a finished point, the settings they were made with, and a table.
+
+    config.yaml      the settings, with versions as comments; a run with other settings is refused
+    results.jsonl    a row a finished point, with the accuracy of every prompt
+    results.parquet, results.csv    the table, for reading and plotting
+
+Several scans may share a folder as long as they agree on everything but the scan: their models are compared on the same
+prompts, and a model two scans have in common is measured once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from effopd.common.files import append_row, read_rows, write_atomically
+from effopd.errors import CheckpointError, ConfigError
+from effopd.interventions.points import BASE, Point
+from effopd.tasks.evaluate import Interval
+
+CONFIG, ROWS, TABLE = "config.yaml", "results.jsonl", "results"
+#: 97.5 % quantile of the standard normal distribution.
+_Z = 1.959963984540054
+
+
+class Results:
+    """The finished points of a folder. Nothing is written before `begin`.
+
+    Args:
+        settings: everything that decides a result, JSON-ready; `settings["scans"]` maps each scan to its own.
+
+    Raises:
+        ConfigError: the folder holds results made with other settings; the message names the first that differs.
+    """
+
+    def __init__(self, root: str | Path, settings: Mapping[str, Any]):
+        self.root = Path(root)
+        self._settings = merged_settings(self.root, settings)
+        self.rows: dict[str, dict[str, Any]] = {row["id"]: row for row in read_rows(self.root / ROWS)}
+        self._models = {row["model"]: row for row in self.rows.values()}
+
+    def begin(self, comments: Sequence[str] = ()) -> None:
+        """Make the folder, write the settings, and drop a last row that a kill cut short."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_settings(self.root, self._settings, comments)
+        if (self.root / ROWS).exists():
+            text = "".join(json.dumps(row) + "\n" for row in self.rows.values())
+            write_atomically(self.root / ROWS, lambda temporary: temporary.write_text(text))
+
+    def __contains__(self, point_id: str) -> bool:
+        return point_id in self.rows
+
+    def of_model(self, model: str) -> dict[str, Any] | None:
+        """The row of a point that is this model (see `Point.same_model`), if one is finished."""
+        return self._models.get(model)
+
+    def add(self, point: Point, step: int | None, norm: float, measured: Mapping[str, Any]) -> None:
+        """A finished point, on disk at once. A norm of 0 makes it the base, whatever the point is called."""
+        model = point.same_model if norm else BASE
+        row = {
+            "id": point.id,
+            "scan": point.scan,
+            "run": point.run,
+            "step": step,
+            "model": model,
+            "coordinates": dict(point.coordinates),
+            "measures": dict(point.measures),
+            "update_norm": norm,
+            "measured": dict(measured),
+        }
+        append_row(self.root / ROWS, row)
+        self.rows[point.id] = row
+        self._models.setdefault(model, row)
+
+    def table(self) -> pd.DataFrame:
+        """Tidy: a row a point, coordinates in columns, `accuracy_change` against the base and against the run's
+        trained model, paired over prompts."""
+        base = self.rows.get("reference/base")
+        flat = [_flat(row, base, self.rows.get(f"reference/{row['run']}")) for row in self.rows.values()]
+        coordinates = list(dict.fromkeys(key for row in self.rows.values() for key in row["coordinates"]))
+        measures = list(dict.fromkeys(key for row in self.rows.values() for key in row["measures"]))
+        coordinates = [key for key in coordinates if key != "step"]
+        rest = list(dict.fromkeys(key for row in flat for key in row if key not in coordinates + measures))
+        frame = pd.DataFrame(flat, columns=[*rest[:5], *coordinates, *rest[5:], *measures])
+        return frame.convert_dtypes(convert_floating=False)
+
+    def write_table(self) -> pd.DataFrame:
+        """`table()`, also as Parquet and CSV."""
+        frame = self.table()
+        write_atomically(self.root / f"{TABLE}.parquet", lambda path: frame.to_parquet(path, index=False))
+        write_atomically(self.root / f"{TABLE}.csv", lambda path: frame.to_csv(path, index=False))
+        return frame
+
+
+def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mapping[str, Any] | None) -> dict[str, Any]:
+    measured = {key: value for key, value in row["measured"].items() if key != "accuracies"}
+    flat = {
+        "scan": row["scan"],
+        "run": row["run"],
+        "group": row["run"].partition("#")[0],
+        "point": row["id"],
+        "step": row["step"],
+        **row["coordinates"],
+        "update_norm": row["update_norm"],
+        **measured,
+        **row["measures"],
+    }
+    for name, reference in (("accuracy_change", base), ("change_from_trained", trained)):
+        if reference is None:
+            change = Interval(math.nan, math.nan, math.nan, 0)
+        elif reference["model"] == row["model"]:
+            change = Interval(0.0, 0.0, 0.0, 0)
+        else:
+            change = paired_change(row["measured"]["accuracies"], reference["measured"]["accuracies"])
+        flat |= {name: change.mean, f"{name}_low": change.low, f"{name}_high": change.high}
+    return flat
+
+
+def paired_change(new: Sequence[float], old: Sequence[float]) -> Interval:
+    r"""Mean of new − old accuracy over the same prompts, with a 95 % interval.
+
+    Bonett and Price's adjusted interval for paired proportions: one prompt won and one prompt lost are added before
+    the normal interval is formed, $\bar d' ± z \sqrt{(\overline{d^2}' − \bar d'^2)/(n+2)}$, so that it does not shrink to
+    a point when no answer changed. With several answers a prompt, d is the difference of the prompt's means.
+
+    Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on
+    paired data", Journal of Educational and Behavioral Statistics 37(4), 2012.
+    """
+    d = np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64)
+    n, mean = len(d), float(d.mean())
+    middle = float(d.sum()) / (n + 2)
+    half = _Z * math.sqrt(max(0.0, (float(np.square(d).sum()) + 2) / (n + 2) - middle**2) / (n + 2))
+    return Interval(mean, max(-1.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)), n)
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+
+
+def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings`, with the other scans that `root` already holds.
+
+    Raises:
+        ConfigError: a setting differs from the one in `root`; nothing is touched.
+        CheckpointError: `root` holds results without settings.
+    """
+    path = root / CONFIG
+    if not path.exists():
+        if (root / ROWS).exists():
+            raise CheckpointError(
+                f"{root} holds {ROWS} but no {CONFIG}: expected both, or neither. Choose another folder."
+            )
+        return dict(settings)
+    old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(old, dict) or not isinstance(old.get("scans"), dict):
+        raise ConfigError(f"{path} is not a scan's: expected another folder (nothing was changed).")
+    scans = {**old["scans"], **settings["scans"]}
+    shared = {scan: values for scan, values in settings["scans"].items() if scan in old["scans"]}
+    for name, was, now in (
+        *_differences(
+            "", {k: v for k, v in old.items() if k != "scans"}, {k: v for k, v in settings.items() if k != "scans"}
+        ),
+        *_differences("", {scan: old["scans"][scan] for scan in shared}, shared),
+    ):
+        raise ConfigError(
+            f"{root} holds results with {name} = {was!r}, this run has {now!r}. Expected the same settings, so that all "
+            "points are comparable: choose another folder, or the old setting (nothing was changed)."
+        )
+    return {**settings, "scans": scans}
+
+
+def write_settings(root: Path, settings: Mapping[str, Any], comments: Sequence[str] = ()) -> None:
+    """`config.yaml`, with `comments` (versions) on top."""
+    text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(
+        dict(settings), sort_keys=False, allow_unicode=True
+    )
+    write_atomically(root / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _differences(prefix: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of every leaf that differs."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(prefix, old, new)]
+    names = list(dict.fromkeys([*old, *new]))
+    nested = (_differences(f"{prefix}.{name}".strip("."), old.get(name), new.get(name)) for name in names)
+    return [difference for part in nested for difference in part]

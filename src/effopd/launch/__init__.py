@@ -1,0 +1,1 @@
+"""From settings to a running trainer: checks, dry run, memory estimate, launch."""

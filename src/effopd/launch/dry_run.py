@@ -1,0 +1,165 @@
+"""`effopd train --dry_run`: what a run would do and need. Everything that the run itself would refuse is refused here, as
+far as that takes neither weights nor the network; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from effopd.distill.teacher_kl import rollouts_a_step, wanted_rollouts
+from effopd.launch.footprint import ModelSize, model_size
+from effopd.launch.memory_estimate import SETUPS, estimate_memory
+from effopd.launch.opd import (
+    Prompts,
+    RunSettings,
+    check_lengths,
+    check_models_of,
+    check_prompts,
+    check_settings,
+    check_space,
+    evaluates,
+    other_models,
+    prompts,
+    tokenizer_of,
+    why_answers,
+)
+from effopd.tasks import load_verifier, needs_network
+
+
+def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
+    """(what would run, estimated memory a rank).
+
+    Raises:
+        EffOPDError: a subclass that says what does not fit, as for the run itself.
+    """
+    rows = _checked(settings)
+    run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
+    for name, value in _run_rows(settings, rows):
+        run.add_row(name, value)
+    return run, _memory_table(settings, rows)
+
+
+def _checked(settings: RunSettings) -> Prompts | None:
+    """The run's own checks; its training and held-out prompts, if they are at hand."""
+    model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
+    check_settings(settings)
+    here = _models_here(settings)
+    models = check_models_of(settings) if here else []
+    tokenizer = tokenizer_of(model, other_models(opd), opd) if here else None
+    if needs_network(task):
+        if task.verifier is not None:
+            load_verifier(task.verifier)
+        return None
+    rows = prompts(task, opd, tokenizer, why_answers(opd, effopd))
+    check_prompts(settings, rows.train)
+    if here:
+        check_lengths(models, rows.longest, opd.max_completion_length)
+        check_space(model, opd, models, len(rows.train), rollouts_a_step(opd), effopd=effopd.enabled)
+    return rows
+
+
+def _models_here(settings: RunSettings) -> bool:
+    names = [settings.model.model_name_or_path, *other_models(settings.opd)]
+    return all(Path(name).is_dir() for name in names)
+
+
+def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str, str]]:
+    opd, task, look = settings.opd, settings.task, settings.effopd
+    yield (
+        "student",
+        f"{settings.model.model_name_or_path}  {_size_text(_size(settings.model.model_name_or_path, opd))}",
+    )
+    for role in ("teacher", "reference"):
+        name = getattr(opd, f"{role}_model_name_or_path")
+        if name:
+            yield role, f"{name}  {_size_text(_size(name, opd))}"
+    yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
+    yield (
+        "a step",
+        f"{rollouts_a_step(opd):,} prompts = {opd.per_device_train_batch_size} × {opd.gradient_accumulation_steps} accumulated × "
+        f"{opd.world_size} process(es); {f'prompts up to {task.max_prompt_length}, ' if task.max_prompt_length else ''}"
+        f"answers up to {opd.max_completion_length} tokens",
+    )
+    length = f"{opd.max_steps:,} steps" if opd.max_steps > 0 else f"{opd.num_train_epochs:g} epoch(s)"
+    yield (
+        "length",
+        f"{length}, learning rate {opd.learning_rate:g} ({getattr(opd.lr_scheduler_type, 'value', opd.lr_scheduler_type)})",
+    )
+    yield "look-ahead", _look_text(look, opd)
+    yield "written to", str(opd.output_dir)
+    unseen = ["the rows (a Hub dataset, or a folder)"] * (rows is None)
+    unseen += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_here(settings))
+    if unseen:
+        yield "not checked", ", ".join(unseen)
+
+
+def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:
+    """How many prompts train and evaluate."""
+    if rows is not None:
+        train, held_out = f"{len(rows.train):,}", f"{len(rows.held_out):,}" if rows.held_out else ""
+    else:
+        train = f"{task.train_size:,}" if task.train_size else "all that are not held out"
+        held_out = f"{task.eval_size:,}" if task.eval_size else "all of eval_task" if task.eval_task else _HELD_OUT
+    if not evaluates(opd):
+        return f"training prompts: {train}; no evaluation (see --eval_strategy)"
+    return f"training prompts: {train}, evaluated on: {held_out}"
+
+
+def _look_text(look: Any, opd: Any) -> str:
+    if not look.enabled:
+        return "none: plain OPD"
+    parts = [look.strategy, f"moves {look.resolved_parameters}"]
+    if look.plan.fit is not None:
+        parts.append(f"fits at step {look.fit_until}")
+    else:
+        parts.append(f"searches by schedule '{look.schedule or look.plan.schedule}'")
+    if look.resolved_scorer == "accuracy":
+        each = look.validation_size * (look.max_completion_length or opd.max_completion_length)
+        parts.append(f"D_v of {look.validation_size} prompts: up to {each:,} sampled tokens a candidate")
+    elif look.resolved_scorer == "teacher_kl":
+        wanted = wanted_rollouts(opd, look.score_rollouts)
+        scored = min(wanted, rollouts_a_step(opd))
+        fewer = f" (a step has no more; it would like {wanted})" if scored < wanted else ""
+        parts.append(f"scores {scored} rollouts a candidate{fewer}, samples nothing")
+    return ", ".join(parts)
+
+
+#: Of a source that has not been read, without an eval_size.
+_HELD_OUT = "100, or a tenth of the rows if that is less"
+
+
+def _memory_table(settings: RunSettings, rows: Prompts | None) -> Table:
+    """Parts by what they are for, and the most that is there at once."""
+    found = estimate_memory(settings, rows.longest if rows else None)
+    headings = [heading for heading, _, _ in SETUPS]
+    title = "estimated memory per rank, GB" + (f" ({found.prompts})" if found else "")
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    if found is None:
+        table.add_row("unknown: a model is not on disk, and its name does not say its size", *("–" for _ in headings))
+        return table
+    for name in found.columns[-1]:
+        table.add_row(name, *(_gb(column.get(name, 0)) for column in found.columns))
+    most = (
+        "most at once" if found.complete else "sum, without a step's own (the student's configuration is not on disk)"
+    )
+    table.add_row(f"[bold]{most}[/bold]", *(f"[bold]{_gb(peak)}[/bold]" for peak in found.peaks))
+    return table
+
+
+def _gb(value: int) -> str:
+    return f"{value / 1e9:,.3g}" if value < 1e12 else f"{value / 1e9:,.0f}"
+
+
+def _size(name: str, opd: Any) -> ModelSize | None:
+    return model_size(name, trust_remote_code=opd.trust_remote_code)
+
+
+def _size_text(size: ModelSize | None) -> str:
+    return "(size unknown)" if size is None else f"({size.parameters / 1e9:,.3g} B parameters, by its {size.source})"

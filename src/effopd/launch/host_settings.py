@@ -1,0 +1,226 @@
+"""What the host libraries refuse only while they set up a run, asked of them before anything is loaded: optimizer and
+schedule, generation, attention, and the packages that all of these need."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend
+from transformers import AttentionInterface, GenerationConfig, Trainer
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
+from transformers.optimization import get_scheduler
+from trl import ModelConfig
+
+from effopd.common import optional
+from effopd.common.optional import TRACKERS, ensure
+from effopd.distill.rl_config import TaskGRPOConfig
+from effopd.distill.values import GRPO_LOSSES, check_name, check_values
+from effopd.errors import ConfigError, MissingDependencyError
+
+#: Start of an `--optim` → the package that it comes from.
+_OPTIMIZERS = {
+    "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao", "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu_fused": "torch_npu", "adamw_anyprecision": "torchdistx", "galore_": "galore_torch", "apollo_": "apollo_torch",
+    "lomo": "lomo_optim", "adalomo": "lomo_optim", "grokadamw": "grokadamw", "schedule_free_": "schedulefree",
+    "stable_adamw": "optimi", "adamw_bnb_": "bitsandbytes", "adamw_8bit": "bitsandbytes", "ademamix": "bitsandbytes",
+    "lion_": "bitsandbytes", "paged_": "bitsandbytes", "rmsprop_bnb": "bitsandbytes",
+}  # fmt: skip
+#: Optimizers that take the loaded model, so that nothing is asked of them here but their flags.
+_OF_A_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
+
+
+def check_host_settings(model: ModelConfig, args: Any) -> None:
+    """Values, packages, and what the hosts say to the settings.
+
+    Args:
+        model: as parsed.
+        args: a training configuration of this package.
+
+    Raises:
+        MissingDependencyError: a package is missing.
+        ConfigError: a value that the host does not take.
+    """
+    check_values(model)
+    _check_unread(model)
+    if not str(args.output_dir).strip():
+        raise ConfigError("--output_dir: expected a folder, got nothing.")
+    if isinstance(args, TaskGRPOConfig):
+        check_name("loss_type", args.loss_type, GRPO_LOSSES)
+    require_packages(model, args)
+    _check_quantization(model)
+    for flag, name in (
+        ("--attn_implementation", model.attn_implementation),
+        ("--model_init_kwargs", (args.model_init_kwargs or {}).get("attn_implementation")),
+        ("--teacher_model_init_kwargs", (getattr(args, "teacher_model_init_kwargs", None) or {}).get("attn_implementation")),
+    ):  # fmt: skip
+        if isinstance(name, str):
+            _check_attention(flag, name)
+    _check_optimizer(args)
+    _check_generation(args)
+    if args.torch_compile_backend is not None and args.torch_compile_backend.upper() not in DynamoBackend.list():
+        check_name(
+            "torch_compile_backend", args.torch_compile_backend, [name.lower() for name in DynamoBackend.list()]
+        )
+    _check_rl(model, args)
+
+
+def require_packages(model: ModelConfig, args: Any) -> None:
+    """Refuse flags whose package is missing, before anything is loaded.
+
+    Raises:
+        MissingDependencyError: it is.
+        ConfigError: a tracker that the host does not know.
+    """
+    quantized = [
+        kwargs.get("quantization_config")
+        for kwargs in (args.model_init_kwargs or {}, getattr(args, "teacher_model_init_kwargs", None) or {})
+    ]
+    bits = any(isinstance(q, Mapping) and (q.get("load_in_8bit") or q.get("load_in_4bit")) for q in quantized)
+    for module, wanted in (
+        ("peft", model.use_peft),
+        ("bitsandbytes", model.load_in_4bit or model.load_in_8bit or bits),
+        ("vllm", args.use_vllm),
+        ("liger_kernel", args.use_liger_kernel),
+        *(
+            (module, optim.startswith(start))
+            for optim in [getattr(args.optim, "value", args.optim)]
+            for start, module in _OPTIMIZERS.items()
+        ),
+    ):
+        if wanted:
+            ensure(module)
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ConfigError(f"--report_to: {error}") from error
+    for tracker in TRACKERS.intersection(args.report_to):
+        if tracker != "tensorboard" or not optional.is_available("tensorboardX"):  # either will do
+            ensure(tracker)
+
+
+def _check_unread(model: ModelConfig) -> None:
+    """Settings of adapters and quantization that nothing would read."""
+    for reader, wanted, start in (
+        ("--use_peft true", model.use_peft, ("lora_", "use_rslora", "use_dora")),
+        ("--load_in_4bit true", model.load_in_4bit, ("bnb_4bit_", "use_bnb_nested_quant")),
+    ):
+        given = [
+            f"--{field.name}"
+            for field in fields(model)
+            if field.name.startswith(start) and getattr(model, field.name) != field.default
+        ]
+        if given and not wanted:
+            raise ConfigError(
+                f"{', '.join(given)}: without {reader} nothing reads this. Add {reader}, or leave it out."
+            )
+
+
+def _check_quantization(model: ModelConfig) -> None:
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model, name) and not model.use_peft:
+            raise ConfigError(
+                f"--{name} true: quantised weights cannot be trained. Add --use_peft true, which trains adapters on them."
+            )
+
+
+def _check_attention(flag: str, name: str) -> None:
+    """A name that transformers knows, or a kernel of the Hub, whose package is there."""
+    bare = name.removeprefix("paged|")
+    version = bare.removeprefix("flash_attention_")
+    if version.isdecimal() and int(version) in FLASH_ATTENTION_COMPATIBILITY_MATRIX:
+        there = FLASH_ATTENTION_COMPATIBILITY_MATRIX[int(version)]["general_availability_check"]()
+        if not there and not optional.is_available("kernels"):
+            raise MissingDependencyError(
+                f"{flag} {name} needs the package 'flash_attn' or 'kernels', which is not installed. Install one of "
+                "them, pip install flash-attn or pip install kernels, or use sdpa."
+            )
+        return
+    if "/" in bare:
+        if not optional.is_available("kernels"):
+            raise MissingDependencyError(
+                f"{flag} {name} is a kernel of the Hub, which needs the package 'kernels'. Install it with: pip install "
+                "'kernels'"
+            )
+        return
+    known = ["eager", *AttentionInterface().valid_keys()]
+    if name not in known:
+        raise ConfigError(f"{flag}: expected one of {', '.join(known)}; got {name!r}.")
+
+
+def _check_optimizer(args: Any) -> None:
+    """Build optimizer and schedule for one number."""
+    optim = getattr(args.optim, "value", args.optim)
+    if optim.startswith(_OF_A_MODEL):
+        if optim.startswith(("galore_", "apollo_")) and not args.optim_target_modules:
+            raise ConfigError(f"--optim {optim} needs --optim_target_modules: names of modules, or all-linear.")
+        optimizer: Any = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    else:
+        try:
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            given = f"--optim {optim}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
+            hint = " Expected --optim_args NAME=VALUE,…." if args.optim_args else ""
+            raise ConfigError(f"{given}: {error}.{hint}") from error
+        except ImportError as error:
+            raise MissingDependencyError(f"--optim {optim}: {error}") from error
+    steps = args.max_steps if args.max_steps > 0 else 100
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            get_scheduler(
+                args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+            )
+    except (ValueError, TypeError, KeyError) as error:
+        given = f"--lr_scheduler_type {name}" + (
+            f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
+        )
+        raise ConfigError(f"{given}: {error}. Its settings are given as --lr_scheduler_kwargs '{{…}}'.") from error
+
+
+def _check_generation(args: Any) -> None:
+    """The sampling settings as the host will put them together."""
+    extra = args.generation_kwargs or {}
+    if args.use_vllm or not extra:
+        return
+    settings = {
+        "max_new_tokens": args.max_completion_length, "do_sample": True, "temperature": args.temperature, "top_p": args.top_p,
+        "top_k": args.top_k, "min_p": args.min_p, "repetition_penalty": args.repetition_penalty,
+    } | dict(extra)  # fmt: skip
+    try:
+        GenerationConfig(**settings).validate(strict=True)
+        if not settings["temperature"] or settings["temperature"] < 0:
+            raise ValueError(f"temperature must be above 0, got {settings['temperature']}")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--generation_kwargs {extra}: {' '.join(str(error).split())}") from error
+
+
+def _check_rl(model: ModelConfig, args: Any) -> None:
+    """What TRL's GRPO and RLOO trainers say after the model is loaded."""
+    weights = getattr(args, "reward_weights", None)
+    rewards = 1 + bool(getattr(args, "overlong_cache", 0))
+    if weights is not None and len(weights) != rewards:
+        raise ConfigError(
+            f"--reward_weights: expected {rewards} number(s), for right answers"
+            + (" and the overlong punishment" if rewards > 1 else "")
+            + f"; got {len(weights)}."
+        )
+    if getattr(args, "sync_ref_model", False):
+        if args.beta == 0:
+            raise ConfigError(
+                "--sync_ref_model true: with --beta 0 there is no reference model. Leave one of them out."
+            )
+        if model.use_peft:
+            raise ConfigError(
+                "--sync_ref_model true: with --use_peft there is no reference model of its own. Leave it out."
+            )
+    if getattr(args, "loss_type", None) == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
+        check_name(
+            "vllm_importance_sampling_mode", args.vllm_importance_sampling_mode, ("token_truncate", "token_mask")
+        )

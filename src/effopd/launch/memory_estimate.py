@@ -1,0 +1,144 @@
+"""The memory of a run per rank, from its settings: parts by what they are for, and the most that is there at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.utils import is_triton_available
+
+from effopd.launch.adapters import adapter_config, trained_parameters
+from effopd.launch.footprint import ModelSize, bytes_a_rank, model_size
+from effopd.launch.meta_model import model_of
+from effopd.launch.opd import RunSettings, evaluates, loading
+from effopd.launch.working_memory import BF16, FP32, PROCESS, StepShape, Working, working
+
+#: (heading, ranks, sharded) of what is estimated.
+SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
+#: Tokens of a prompt where none was measured and no limit is set.
+_ASSUMED_PROMPT = 512
+_DTYPE_BYTES = {"float32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16}
+#: What an allocator holds beyond what is asked for; real runs took up to 9 % more (benchmarks/footprint.py).
+_ALLOCATOR = 1.12
+#: Bytes of a quantised weight, with its scales.
+_QUANTISED = {"load_in_4bit": 0.56, "load_in_8bit": 1.06}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes, one entry per setup of `SETUPS`.
+
+    Attributes:
+        columns: bytes by what they are for; not all of them are there at once.
+        peaks: the most that is there at once.
+        prompts: which prompt length was counted with, in words.
+        complete: whether the student's configuration was at hand, without which a step's own memory is not known.
+    """
+
+    columns: list[dict[str, int]]
+    peaks: list[int]
+    prompts: str
+    complete: bool
+
+
+def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimate | None:
+    """The memory of a run; `None` where a model is not on disk and its name does not say its size.
+
+    Args:
+        longest: tokens of the longest prompt, if it was measured.
+    """
+    opd, look = settings.opd, settings.effopd
+    prompt, said = _prompt_length(settings, longest)
+    student = _size(str(settings.model.model_name_or_path), opd)
+    found = [_size(name, opd) for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
+    others = [size for size in found if size is not None]
+    if student is None or len(others) < len(found):
+        return None
+    own, frozen = (_weight_bytes(init) for init in loading(settings.model, opd))
+    adapter, trained = _adapter(settings, student)
+    columns = [
+        bytes_a_rank(
+            student,
+            sum(size.parameters for size in others) * frozen,
+            ranks=ranks,
+            sharded=sharded,
+            moved=student.selected(look.resolved_parameters) if look.enabled else None,
+            anchor_here=look.anchor_device is None,
+            trained=trained,
+            weight_bytes=next((size for name, size in _QUANTISED.items() if getattr(settings.model, name)), own),
+            optim=str(getattr(opd.optim, "value", opd.optim)),
+        )
+        | {"process": PROCESS}
+        for _, ranks, sharded in SETUPS
+    ]
+    if student.config is None:
+        return MemoryEstimate(columns, [sum(column.values()) for column in columns], said, False)
+    step = working(
+        student.config,
+        others[0].config if others else None,
+        step_shape(settings, prompt),
+        attention=settings.model.attn_implementation,
+        adapter=adapter,
+    )
+    peaks = [_peak(column, step, accumulates=opd.gradient_accumulation_steps > 1) for column in columns]
+    parts = {name: getattr(step, name) for name in ("sampling", "activations", "loss", "evaluation")}
+    shown = {name: value for name, value in parts.items() if value}
+    return MemoryEstimate([column | shown for column in columns], peaks, said, True)
+
+
+def _peak(column: Mapping[str, int], step: Working, *, accumulates: bool) -> int:
+    """The most that is there at once: what is held all the time, and a step or a search."""
+    gradients, candidate = column["gradients"], column.get("candidate", 0)
+    held = sum(column.values()) - gradients - candidate
+    search = candidate + max(step.loss, step.sampling) if candidate else 0
+    return round(_ALLOCATOR * (held + max(step.peak(gradients, accumulates), search)))
+
+
+def _prompt_length(settings: RunSettings, longest: int | None) -> tuple[int, str]:
+    """Tokens of the longest prompt, and where that is from."""
+    limit = settings.task.max_prompt_length
+    if longest is not None:
+        return longest, f"longest prompt: {longest} tokens"
+    if limit:
+        return limit, f"prompts of up to {limit} tokens, --max_prompt_length"
+    return _ASSUMED_PROMPT, f"prompts not measured: {_ASSUMED_PROMPT} tokens assumed"
+
+
+def step_shape(settings: RunSettings, prompt: int) -> StepShape:
+    """What a rank works on at once, by the settings.
+
+    Args:
+        prompt: tokens of the longest prompt.
+    """
+    opd = settings.opd
+    return StepShape(
+        rows=opd.per_device_train_batch_size,
+        prompt=prompt,
+        answer=opd.max_completion_length or 0,
+        eval_rows=opd.per_device_eval_batch_size if evaluates(opd) else 0,
+        health_tokens=opd.health_tokens,
+        checkpointing=bool(opd.activation_checkpointing),
+        bf16=bool(opd.bf16 or opd.fp16),
+        triton=is_triton_available() and torch.cuda.is_available() and not opd.use_cpu,
+    )
+
+
+def _size(name: str, opd: Any) -> ModelSize | None:
+    return model_size(name, trust_remote_code=opd.trust_remote_code)
+
+
+def _weight_bytes(init: Mapping[str, Any]) -> int:
+    return _DTYPE_BYTES.get(str(init.get("dtype", "float32")).removeprefix("torch."), FP32)
+
+
+def _adapter(settings: RunSettings, student: ModelSize) -> tuple[Any, int | None]:
+    """PEFT's configuration and how many parameters it trains: a hundredth, where the model is not at hand; (None, None)
+    where all are trained."""
+    config = adapter_config(settings.model)
+    if config is None:
+        return None, None
+    if student.config is None:
+        return config, student.parameters // 100
+    return config, trained_parameters(config, model_of("model", "", student.config))

@@ -1,0 +1,173 @@
+"""A model's class, shapes and limits, from its configuration alone: built on the meta device, without weights or memory.
+
+The class is the one that TRL loads: the first of the configuration's `architectures`, else a causal language model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from effopd.distill.values import check_init_kwargs
+from effopd.errors import CompatibilityError, ConfigError, MissingDependencyError
+from effopd.models.files import reading
+
+logger = logging.getLogger(__name__)
+
+#: Where configurations say how many positions there are.
+_LIMITS = (
+    "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "n_ctx",
+)  # fmt: skip
+#: Tables of absolute positions, by the names that models give them.
+_TABLE = re.compile(r"(?:^|[._])(?:wpe|embed_positions|pos_encoding|positions?_embed\w*|pos_emb\w*)(?:[._]|$)")
+_NOT_OF_TEXT = re.compile(r"vision|visual|image|audio|patch|encoder\.embeddings")
+#: How many rows a table may have beyond the positions of its configuration (OPT: 2).
+_OFFSET = 8
+
+
+def read_config(flag: str, name: str, init: Mapping[str, Any] | None = None, **load: Any) -> Any:
+    """The configuration of a model, with what `init`, its loading arguments, sets of it.
+
+    Raises:
+        CompatibilityError: it cannot be read.
+        ConfigError: a loading argument is neither one of `from_pretrained` nor a setting of the configuration.
+    """
+    with reading(flag, name):
+        config = AutoConfig.from_pretrained(name, **load)
+    if init:
+        settings = [*vars(config), *type(config).attribute_map, *getattr(config, "sub_configs", ())]
+        check_init_kwargs(f"{'teacher_' if 'teacher' in flag else ''}model_init_kwargs", init, settings)
+        for key, value in init.items():
+            if key in settings and key not in ("dtype", "torch_dtype", "attn_implementation", "quantization_config"):
+                setattr(config, key, value)
+    return config
+
+
+def meta_model(flag: str, name: str, init: Mapping[str, Any] | None = None, **load: Any) -> PreTrainedModel:
+    """The model of a folder or Hub id, on the meta device.
+
+    Args:
+        flag: what names it in messages.
+        init: its loading arguments.
+        load: passed to `AutoConfig.from_pretrained`.
+
+    Raises:
+        CompatibilityError: its configuration cannot be read, or it generates no text with a head of its own.
+        ConfigError, MissingDependencyError: an attention implementation that it does not have.
+    """
+    return model_of(flag, name, read_config(flag, name, init, **load), (init or {}).get("attn_implementation"))
+
+
+def model_of(flag: str, name: str, config: Any, attention: str | None = None, device: str = "meta") -> PreTrainedModel:
+    """As `meta_model`, of a configuration; on another device only where tensors are fake."""
+    kind = _class_of(flag, name, config)
+    extra = {"attn_implementation": attention} if attention else {}
+    try:
+        with torch.device(device):
+            if kind is None:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **extra)
+            else:
+                model = kind._from_config(config, **extra)
+    except ImportError as error:
+        raise MissingDependencyError(f"{flag} {name!r}: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise CompatibilityError(
+            f"{flag} {name!r}: no model can be built from its configuration: {' '.join(str(error).split())}"
+        ) from error
+    if model.get_output_embeddings() is None:
+        raise CompatibilityError(
+            f"{flag} {name!r} is a {type(model).__name__}, which has no output head: expected a causal language model."
+        )
+    return model
+
+
+def _class_of(flag: str, name: str, config: Any) -> Any:
+    """The class that TRL loads; `None`: a causal language model of its own code."""
+    architectures = getattr(config, "architectures", None)
+    if not architectures:
+        raise CompatibilityError(
+            f"{flag} {name!r}: its config.json has no 'architectures', which say what to load. Expected for instance "
+            '"architectures": ["Qwen3ForCausalLM"].'
+        )
+    kind = getattr(transformers, architectures[0], None)
+    if kind is None:
+        if getattr(config, "auto_map", None):
+            return None
+        raise CompatibilityError(
+            f"{flag} {name!r} is a {architectures[0]}, which this transformers ({transformers.__version__}) does not have."
+        )
+    if getattr(config, "is_encoder_decoder", False) or not kind.can_generate():
+        raise CompatibilityError(
+            f"{flag} {name!r} is a {architectures[0]}: expected a decoder that continues a text, such as …ForCausalLM."
+        )
+    return kind
+
+
+def positions(model: PreTrainedModel) -> tuple[int | None, bool]:
+    """(how many positions a model has, whether it cannot go beyond them: a table of absolute positions)."""
+    text = model.config.get_text_config()
+    said = next((int(value) for name in _LIMITS if isinstance(value := getattr(text, name, None), int)), None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    if said and isinstance(rope, Mapping) and rope.get("original_max_position_embeddings") and rope.get("factor"):
+        said = max(said, math.ceil(rope["original_max_position_embeddings"] * rope["factor"]))
+    tables = [
+        tensor.shape
+        for name, tensor in _tensors(model)
+        if _TABLE.search(name) and not _NOT_OF_TEXT.search(name) and tensor.ndim >= 2
+    ]
+    rows = [max(shape[:-1]) for shape in tables]
+    fitting = [size for size in rows if said is None or 0 <= size - said <= _OFFSET]
+    if fitting:
+        return (said or min(fitting)), True
+    return said, False
+
+
+def _tensors(model: PreTrainedModel) -> Iterable[tuple[str, Any]]:
+    yield from model.named_parameters()
+    for name, buffer in model.named_buffers():
+        if "sinusoidal" not in type(model.get_submodule(name.rpartition(".")[0])).__name__.lower():  # these grow
+            yield name, buffer
+
+
+def check_positions_of(flag: str, name: str, prompt: int | None, answer: int, setting: str, **load: Any) -> None:
+    """`check_positions` of a model folder or Hub id; adapters are taken at their base.
+
+    Raises:
+        ConfigError: as `check_positions`.
+        CompatibilityError: the model cannot be read.
+    """
+    if prompt is not None and not (Path(name) / "adapter_config.json").is_file():
+        check_positions(flag, name, meta_model(flag, name, **load), prompt, answer, setting)
+
+
+def check_positions(flag: str, name: str, model: PreTrainedModel, prompt: int, answer: int, setting: str) -> None:
+    """The longest prompt and an answer fit into the positions of a model.
+
+    Args:
+        prompt: tokens of the longest prompt.
+        answer: tokens of the longest answer.
+        setting: the flag that says how long an answer is.
+
+    Raises:
+        ConfigError: they do not, and the model has a table of positions. Where positions are computed (RoPE, …) it is a
+            warning.
+    """
+    limit, table = positions(model)
+    if limit is None or prompt + answer <= limit:
+        return
+    text = (
+        f"{flag} {name!r} has {limit} positions, but the longest prompt has {prompt} tokens and an answer up to {answer}, "
+        f"together {prompt + answer}."
+    )
+    fix = f"Set {setting} to {limit - prompt} or less" if prompt < limit else "Shorten the prompts"
+    if table:
+        raise ConfigError(f"{text} Beyond its positions it has no embeddings. {fix}, or use another model.")
+    logger.warning("%s Beyond them it was not trained. %s, unless you mean it.", text, fix)

@@ -1,0 +1,90 @@
+"""From settings to a finished reinforcement-learning run; the counterpart of `launch.py` for `effopd rl`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl import ModelConfig, get_quantization_config
+
+from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
+from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
+from effopd.distill.values import check_values
+from effopd.errors import ConfigError
+from effopd.launch.adapters import adapter_config
+from effopd.launch.opd import (
+    check_lengths,
+    check_run,
+    check_space,
+    check_student_adapter,
+    loading,
+    on_meta,
+    prompts,
+    resume_argument,
+    settings_yaml,
+    tokenizer_of,
+)
+from effopd.tasks import TaskConfig
+
+
+@dataclass
+class RLRunSettings:
+    """Everything that defines a reinforcement-learning run."""
+
+    model: ModelConfig
+    task: TaskConfig
+    rl: TaskGRPOConfig | TaskRLOOConfig
+
+
+def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
+    """Check everything that can be checked cheaply and load the model; `config.yaml` is written when training starts.
+
+    Raises:
+        EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
+    """
+    model, task, rl = settings.model, settings.task, settings.rl
+    name = model.model_name_or_path
+    check_values(task)
+    check_run(model, rl, {"--model_name_or_path": name})
+    text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
+    init, _ = loading(model, rl)
+    models = [on_meta("--model_name_or_path", str(name), init, rl)]
+    check_student_adapter(model, models[0], init, rl)
+    tokenizer = tokenizer_of(model, [str(name)], rl)
+    train, held_out, longest = prompts(task, rl, tokenizer, "Answers are needed because the reward is for right ones.")
+    batch = rl.generation_batch_size // rl.num_generations
+    if len(train) < batch:
+        raise ConfigError(
+            f"a generation batch takes {batch} prompts ({rl.generation_batch_size} answers, {rl.num_generations} a "
+            f"prompt) but the task has {len(train)}: lower --per_device_train_batch_size or raise --train_size."
+        )
+    check_lengths(models, longest, rl.max_completion_length)
+    check_space(model, rl, models, len(train), batch, effopd=False)
+    rl.model_init_kwargs = init
+    trainer_class = TaskRLOOTrainer if isinstance(rl, TaskRLOOConfig) else TaskGRPOTrainer
+    trainer = trainer_class(
+        name,
+        rl,
+        train,
+        held_out,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model),
+        peft_config=adapter_config(model),
+    )
+    trainer.run_dir.settings = text
+    return trainer
+
+
+def run_rl(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
+    """Train, and leave the final model beside the rows in the run directory."""
+    trainer = build_rl_trainer(settings)
+    trainer.train(resume_from_checkpoint=resume_argument(settings.rl))
+    trainer.save_final()
+    return trainer
+
+
+def rl_yaml(settings: RLRunSettings) -> str:
+    """The run as YAML that `effopd rl --config` takes back."""
+    algorithm = settings.rl.algorithm
+    return settings_yaml(
+        settings.model, settings.task, settings.rl, {"algorithm": algorithm}, preset=PRESETS[algorithm]
+    )

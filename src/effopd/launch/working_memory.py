@@ -1,0 +1,213 @@
+"""Memory that a step takes beside weights, gradients and moments: sampling, activations, loss, evaluation.
+
+Activations are counted rather than guessed: the model is built with fake tensors, which have shapes but no memory, and one
+forward is run with hooks that add up what autograd saves. So attention scores, MLP widths, adapters and autocast are those
+of the model. Where fake tensors cannot be run (data-dependent experts), 6 hidden states, 6 attention widths and 4 MLP
+widths per token and layer are assumed, what a Llama layer saves.
+
+With B sequences of L tokens, of which T are the answer, N = B·T, V vocabulary, H hidden:
+
+    activations  what one forward saves; with checkpointing a hidden state per layer and one layer's share
+    loss         tiles of min(N, 4096) × min(V, 32768) logits in fp32: 11 of them without Triton, 3 with; head's gradient 4VH
+    sampling     key and value of every position, and six copies of the [B, V] logits in fp32
+    health       eight copies of [tokens, V] logits in fp32
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
+
+from effopd.launch.meta_model import model_of
+
+logger = logging.getLogger(__name__)
+
+FP32, BF16 = 4, 2
+#: fp32 tiles of logits that the chunked divergence holds at once: in torch, and with Triton.
+_TILES, _TILES_TRITON = 11, 3
+#: … without a gradient.
+_TILES_FORWARD = 8
+_LOGIT_COPIES, _HEALTH_COPIES = 6, 8
+#: A Python process with torch, transformers and TRL; on a GPU, about a context with its libraries.
+PROCESS = 900_000_000
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a rank works on at once.
+
+    Attributes:
+        rows: sequences of a micro-batch.
+        prompt, answer: longest, in tokens.
+        eval_rows: sequences of an evaluation's batch; 0: there is none.
+        health_tokens: tokens whose dense logits the health metrics take.
+        checkpointing: whether activations are checkpointed.
+        bf16: whether forwards run under autocast to bfloat16.
+        triton: whether the loss runs in Triton's kernels.
+    """
+
+    rows: int = 1
+    prompt: int = 0
+    answer: int = 0
+    eval_rows: int = 0
+    health_tokens: int = 0
+    checkpointing: bool = True
+    bf16: bool = False
+    triton: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt + self.answer
+
+
+#: Layers that are run; what they save stands for the rest.
+_RUN_LAYERS = 4
+
+
+def _shallow(config: Any) -> tuple[Any, float]:
+    """The configuration with few layers, and how many times as many there are."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    if layers <= _RUN_LAYERS:
+        return config, 1.0
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, name, value[:_RUN_LAYERS])
+    text.num_hidden_layers = _RUN_LAYERS
+    return config, layers / _RUN_LAYERS
+
+
+def saved_bytes(config: Any, shape: StepShape, *, attention: str | None = None, adapter: Any = None) -> int:
+    """Bytes that autograd saves in one forward of the backbone, without parameters and buffers.
+
+    Args:
+        adapter: PEFT's configuration, if adapters are trained.
+    """
+    try:
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+            shallow, times = _shallow(config)
+            return math.ceil(times * _saved_by_fakes(shallow, shape, attention, adapter))
+    except Exception as error:  # a model that fake tensors cannot run; an estimate is all that is asked for
+        logger.debug("activations of %s are assumed, not counted: %s", type(config).__name__, error)
+        return _saved_by_formula(config.get_text_config(), shape)
+
+
+def _saved_by_fakes(config: Any, shape: StepShape, attention: str | None, adapter: Any) -> int:
+    model: Any = model_of("model", "", config, attention, device="cpu").train()
+    if adapter is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapter).base_model.model
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+    alive = []  # or storages that are let go would be counted under one address
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.zeros(shape.rows, max(1, shape.length), dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast(
+        "cpu", torch.bfloat16, enabled=shape.bf16
+    ):  # fmt: skip
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return sum(sizes.values())
+
+
+def _saved_by_formula(text: Any, shape: StepShape) -> int:
+    heads = text.num_attention_heads
+    width = (getattr(text, "head_dim", None) or text.hidden_size // heads) * heads
+    inner = (
+        getattr(text, "moe_intermediate_size", None)
+        or getattr(text, "intermediate_size", None)
+        or 4 * text.hidden_size
+    )
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    per_token = 6 * text.hidden_size + 6 * width + 4 * inner * experts
+    return (BF16 if shape.bf16 else FP32) * text.num_hidden_layers * shape.rows * shape.length * per_token
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("transformers").setLevel(level)
+
+
+@dataclass(frozen=True)
+class Working:
+    """Bytes of a step on one rank, by what they are for; they are not all there at once."""
+
+    sampling: int
+    activations: int
+    loss: int
+    evaluation: int
+    health: int
+
+    def peak(self, gradients: int, accumulates: bool) -> int:
+        """The most that is there at once beside weights, moments and teacher, gradients included."""
+        update = self.activations + self.loss + gradients * accumulates
+        return max(self.sampling, update, self.activations // 8 + gradients + self.health, self.evaluation)
+
+
+def working(
+    config: Any, teacher: Any, shape: StepShape, *, attention: str | None = None, adapter: Any = None
+) -> Working:
+    """Bytes of a step on one rank.
+
+    Args:
+        config, teacher: configurations of the student and of the teacher, if that is at hand.
+    """
+    text = config.get_text_config()
+    layers, vocab = text.num_hidden_layers, text.vocab_size
+    width = BF16 if shape.bf16 else FP32
+    saved = saved_bytes(config, shape, attention=attention, adapter=adapter)
+    kept = saved
+    if shape.checkpointing:
+        kept = FP32 * layers * shape.rows * shape.length * text.hidden_size + saved // layers
+    scored = (
+        saved_bytes(teacher, shape, attention=attention) // teacher.get_text_config().num_hidden_layers
+        if teacher
+        else 0
+    )
+    tiles = _TILES_TRITON if shape.triton else _TILES
+    head = FP32 * vocab * text.hidden_size if adapter is None else 0
+    loss = max(scored, tiles * _tile(shape.rows * shape.answer, vocab) + head)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_row = 2 * FP32 * layers * heads * size * shape.length + _LOGIT_COPIES * FP32 * vocab
+    forward = (_TILES_TRITON if shape.triton else _TILES_FORWARD) * _tile(shape.eval_rows * shape.answer, vocab)
+    measured = 2 * width * shape.eval_rows * shape.length * text.hidden_size + saved * shape.eval_rows // (
+        layers * shape.rows
+    )
+    return Working(
+        sampling=per_row * shape.rows,
+        activations=kept,
+        loss=loss,
+        evaluation=max(per_row * shape.eval_rows, forward + measured if shape.eval_rows else 0),
+        health=_HEALTH_COPIES * FP32 * min(shape.health_tokens, shape.rows * shape.answer) * vocab,
+    )
+
+
+def _tile(tokens: int, vocab: int) -> int:
+    return FP32 * min(tokens, TOKEN_CHUNK_SIZE) * min(vocab, VOCAB_CHUNK_SIZE)

@@ -1,0 +1,278 @@
+"""The card in a run directory (`README.md`): which model this is, how it was made, what it reached and cost, how to load it.
+
+Everything comes from the trainer and from the rows; the text is in `model_card.md`. Written with every checkpoint and with
+the final model, in the place of TRL's card. Left out: a licence, which follows from the student's and the teacher's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
+
+from effopd.runs.console import first_to_last, kept_text, net_seconds, percent, searches_text
+from effopd.runs.run_dir import CONFIG, EVALS, METRICS
+from effopd.distill.callback import SEARCHES, EffOPDCallback
+from effopd.extrapolate.strategies import STRATEGIES
+from effopd.common.files import read_rows
+from effopd.tasks.load import instruction
+from effopd.common.versions import TRAINING, versions
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+#: Settings of the task that a reader needs to repeat a number, where they are not defaults.
+_TASK = (
+    "task_args", "eval_task", "eval_task_args", "verifier", "prompt_suffix", "system_prompt", "as_chat", "max_prompt_length",
+)  # fmt: skip
+_DIVERGENCES = {1.0: "reverse KL(student ‖ teacher)", 0.0: "forward KL(teacher ‖ student)"}
+
+
+def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
+    """The card of a run of one of our trainers, as far as the run has come."""
+    teacher = getattr(trainer, "teacher_model", None)
+    student, adapter = _source(trainer.model), getattr(_bare(trainer), "peft_config", None)
+    packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
+    tracked = _trackers()
+    data = ModelCardData(
+        base_model=student if is_hub_id(student) else None,
+        datasets=datasets,
+        library_name="peft" if adapter else "transformers",
+        model_name=name,
+        pipeline_tag="text-generation",
+        tags=sorted(
+            {"generated_from_trainer", *trainer._tag_names, *tags} | {f"trackio:{u}" for u in tracked[:1] if u}
+        ),
+    )
+    facts = [
+        ("student", _shown(student)),
+        ("teacher", "" if teacher is None else _shown(trainer.args.teacher_model_name_or_path or _source(teacher))),
+        ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
+        *_task_facts(trainer),
+        ("objective", objective(trainer.args, trainer._name)),
+        ("strategy", "" if teacher is None else _strategy(trainer)),
+        ("trained", _trained(adapter)),
+        ("steps", _steps(trainer)),
+        ("learning rate", _learning_rate(trainer)),
+        ("seed", str(trainer.args.seed)),
+        ("tracked at", ", ".join(url for url in tracked if url)),
+    ]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        student=dict(facts)["student"],
+        teacher=dict(facts)["teacher"],
+        method=_method(trainer.args, trainer._name),
+        facts=[(label, value.replace("|", "\\|")) for label, value in facts if value],
+        whole=(trainer.run_dir.root / CONFIG).is_file(),
+        results=_results(trainer),
+        snippet=snippet(trainer, student, adapter=bool(adapter)),
+        versions=packages,
+        citation=trainer._paper.get("citation"),
+    )
+
+
+def _task_facts(trainer: Any) -> list[tuple[str, str]]:
+    """Where prompts come from, how they are written and graded: what is not a default."""
+    values = {name: value for name, value in _settings(trainer).items() if name in _TASK and value not in (None, {})}
+    if trainer.args.chat_template_kwargs:
+        values["chat_template_kwargs"] = trainer.args.chat_template_kwargs
+    if values.pop("as_chat", True) is False:
+        values["as_chat"] = False
+    return [(name, f"`{json.dumps(value, ensure_ascii=False)}`") for name, value in values.items()]
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    """`config.yaml` of a run that a command started; a trainer of yours has none."""
+    return yaml.safe_load(trainer.run_dir.settings or "") or {}
+
+
+def objective(args: Any, method: str) -> str:
+    """What the run minimises or maximises, in one line."""
+    if not hasattr(args, "lambda_extrapolation"):
+        overlong = f", the last {percent(args.overlong_cache)} of the length punished" if args.overlong_cache else ""
+        return f"{_method(args, method)}: reward 1 for a verified answer{overlong}; KL to the start weighted {args.beta:g}"
+    if args.loss_type == "sampled":
+        text = "reverse KL(student ‖ teacher), policy gradient on the sampled token"
+    else:
+        text = f"{_DIVERGENCES.get(args.beta, f'Jensen–Shannon divergence, β = {args.beta:g}')}, exact over the vocabulary"
+    if args.lambda_extrapolation != 1:
+        text += f"; to λ·teacher + (1−λ)·reference, λ = {args.lambda_extrapolation:g}"
+        text += f", reference {_shown(args.reference_model_name_or_path or '')}"
+    return text + (f"; rollout horizon {args.rollout_horizon}" if args.rollout_horizon != "full" else "")
+
+
+def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
+    """Python that loads the model and lets it answer as it was trained to."""
+    args, tokenizer = trainer.args, trainer.processing_class
+    extra = ", trust_remote_code=True" if getattr(args, "trust_remote_code", False) else ""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if adapter:
+        lines.insert(0, "from peft import PeftModel")
+    folder = Path(student).is_dir() if student else False
+    base = repr(str(Path(student).resolve()) if folder else student)
+    if (shown := _spoken(student)) != student:
+        base = f"resolve_model({shown!r})"
+        lines += ["from effopd.tasks.builtin_models import resolve_model"] if adapter else []
+    lines += ["", f"path = {str(trainer.run_dir.root)!r}  # this folder, or the Hub id of its copy"]
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained(path{extra})")
+    if adapter and student:
+        lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}{extra})")
+    elif adapter:
+        lines.append("base = ...  # the model object that was given to the trainer")
+    lines += [
+        "model = PeftModel.from_pretrained(base, path)"
+        if adapter
+        else f"model = AutoModelForCausalLM.from_pretrained(path{extra})",
+        "",
+    ]
+    lines += _question(trainer, tokenizer)
+    return "\n".join(
+        [
+            *lines,
+            f"output = model.generate(**inputs, max_new_tokens={args.max_completion_length}, do_sample=True)",
+            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
+
+
+def _question(trainer: Any, tokenizer: Any) -> list[str]:
+    """Lines that write a question as training did: with its system message, instruction and template arguments."""
+    settings, args = _settings(trainer), trainer.args
+    suffix = instruction(settings["task"], settings.get("prompt_suffix")) if settings.get("task") else ""
+    after = f" + {suffix!r}" if suffix else ""
+    if not _chats(trainer.train_dataset, tokenizer):
+        return [f'inputs = tokenizer("Your prompt"{after}, return_tensors="pt")']
+    template = "".join(f", {key}={value!r}" for key, value in (args.chat_template_kwargs or {}).items())
+    messages = [f'{{"role": "user", "content": "Your question"{after}}}']
+    if settings.get("system_prompt"):
+        messages.insert(0, f'{{"role": "system", "content": {settings["system_prompt"]!r}}}')
+    return [
+        f"messages = [{', '.join(messages)}]",
+        "inputs = tokenizer.apply_chat_template(",
+        f'    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{template}',
+        ")",
+    ]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model that was loaded as `name` came from the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not Path(name).exists()
+
+
+def _results(trainer: Any) -> list[str]:
+    root = trainer.run_dir.root
+    evals, searches = list(read_rows(root / EVALS)), list(read_rows(root / SEARCHES))
+    rewards = [(row["step"], row["reward"]) for row in read_rows(root / METRICS) if row.get("reward") is not None]
+    lines = []
+    if trainer.kept is not None:  # what came later is of another model
+        lines.append(
+            f"{trainer.state.global_step} steps were trained; this is the model of {kept_text(trainer.kept)}."
+        )
+        evals = [row for row in evals if row["step"] <= trainer.kept.step]
+    if evals:
+        prompts = f" ({len(trainer.eval_task)} prompts)" if trainer.eval_task is not None else ""
+        when = f"from step {evals[0]['step']} to" if len(evals) > 1 else "at"
+        lines.append(f"Held out{prompts}, {when} step {evals[-1]['step']}: {'; '.join(first_to_last(evals))}.")
+        lines.append("KL: exact reverse KL to the teacher, nats a token, ± standard error." * ("eval_kl" in evals[-1]))
+        lines.append(
+            f"Accuracy: sampled at temperature {trainer.args.eval_temperature:g}, 95 % interval."
+            * ("eval_accuracy" in evals[-1])
+        )
+    else:
+        lines.append("Not evaluated on held-out prompts.")
+    if rewards:
+        lines.append(
+            "Mean training reward: " + ", ".join(f"{r:.3f} in step {s}" for s, r in (rewards[0], rewards[-1])) + "."
+        )
+    if trainer.costs:
+        clock = "on the wall" if trainer.args.cost_clock == "wall" else "of CPU time"
+        tokens = trainer.costs["cost/net_generated_tokens"]
+        lines.append(f"Cost without evaluation: {net_seconds(trainer.costs)} {clock}, {tokens:,} sampled tokens.")
+    if searches:
+        lines.append(f"Look-ahead: {searches_text(searches)}.")
+    return [line for line in lines if line]
+
+
+def _strategy(trainer: Any) -> str:
+    config = _lookahead(trainer)
+    if config is None or config.strategy == "none":
+        return "none: plain on-policy distillation"
+    return f"`{config.strategy}`: {STRATEGIES[config.strategy].help.removeprefix('ours: ')}"
+
+
+def _lookahead(trainer: Any) -> Any:
+    found = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EffOPDCallback))
+    return next((callback.config for callback in found), None)
+
+
+def _trained(adapter: Any) -> str:
+    if not adapter:
+        return "all weights"
+    config = next(iter(adapter.values()))
+    rank = getattr(config, "r", None)
+    kind = {"LORA": "LoRA"}.get(name := getattr(config.peft_type, "value", str(config.peft_type)), name)
+    return f"{kind} adapter" + (f" of rank {rank}" if rank else "")
+
+
+def _steps(trainer: Any) -> str:
+    args, state = trainer.args, trainer.state
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    kept = "" if trainer.kept is None else f"; the model is that of step {trainer.kept.step}"
+    return f"{state.global_step} of {state.max_steps}, {batch} answers each{kept}"
+
+
+def _learning_rate(trainer: Any) -> str:
+    args, config = trainer.args, _lookahead(trainer)
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    text = f"{args.learning_rate:g}, {schedule}" + (f", warm-up {args.warmup_steps:g}" if args.warmup_steps else "")
+    if config is None or not config.resolved_steer:
+        return text
+    rates = [row["learning_rate"] for row in read_rows(trainer.run_dir.root / METRICS) if row.get("learning_rate")]
+    return text + "; steered by the look-ahead" + (f", {rates[-1]:.2g} in the last step" if rates else "")
+
+
+def _method(args: Any, method: str) -> str:
+    return "DAPO" if getattr(args, "algorithm", "") == "dapo" else method
+
+
+def _bare(trainer: Any) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _source(model: Any) -> str:
+    return get_config_model_id(model.config) or ""
+
+
+def _shown(name: str) -> str:
+    return f"`{_spoken(name)}`" if name else "a model object without a name"
+
+
+def _spoken(name: str) -> str:
+    from effopd.tasks.builtin_models import spoken_name  # knows the trainers, which know this module
+
+    return spoken_name(name)
+
+
+def _chats(dataset: Any, tokenizer: Any) -> bool:
+    """Whether prompts are messages; of a stream, whose rows are not there yet, whether there is a chat template."""
+    if hasattr(dataset, "__len__") and len(dataset):
+        return isinstance(dataset[0].get("prompt"), list)
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def _trackers() -> tuple[str | None, str | None, str | None]:
+    """Addresses of the run at Trackio, Comet and Weights & Biases, as far as it is there."""
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    return get_trackio_space_url(), get_comet_experiment_url(), getattr(run, "url", None)

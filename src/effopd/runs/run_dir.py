@@ -1,0 +1,289 @@
+"""The run directory: plain files, readable without this package, whole after a kill.
+
+    config.yaml       the resolved settings; `effopd train --config` re-runs it
+    metrics.jsonl     a row a logged step: losses, health, cumulative cost
+    searches.jsonl    a row a search: every candidate, score, cost, verdict
+    evals.jsonl       a row an evaluation
+    checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
+    trajectory/       step-000008/ … (weights only, for analysis)
+    README.md         the model card, beside the final model
+    best.json         with load_best_model_at_end: the step whose weights the final model has, and what it was chosen by
+    report.html       written by `effopd report`
+    superseded/       1/ … (what lay beyond the step from which a run was resumed, if anything did)
+
+A checkpoint is filled in `checkpoints/.staging` and renamed into place, so whatever has a final name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from effopd.runs.best_model import Kept
+from effopd.distill.resuming import check_complete
+from effopd.errors import CheckpointError, ConfigError
+from effopd.distill.callback import SEARCHES
+from effopd.common.distributed import gather
+from effopd.extrapolate.schedule import powers_of_two
+from effopd.common.files import append_row, fsync, keep_rows, write_atomically
+
+logger = logging.getLogger(__name__)
+
+METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
+CONFIG = "config.yaml"
+BEST = "best.json"
+_STEP = re.compile(r"step-(\d{6,})$")
+
+
+def in_trajectory(rule: str, step: int, last: int) -> bool:
+    """Whether the weights of `step` are kept for analysis in a run of `last` steps.
+
+    Args:
+        rule: `none`; `powers_of_two`: steps 0, 1, 2, 4, …; or a number N: steps 0, N, 2N, …. Both end with `last`.
+
+    Raises:
+        ConfigError: the rule is none of these.
+    """
+    if rule == "none":
+        return False
+    if rule == "powers_of_two":
+        return step in (0, last) or powers_of_two(step)
+    if not rule.isdecimal() or int(rule) < 1:
+        raise ConfigError(
+            f"trajectory must be 'none', 'powers_of_two' or a number of steps of at least 1; got {rule!r}."
+        )
+    return step == last or step % int(rule) == 0
+
+
+class Held(NamedTuple):
+    """Bytes that a run has on the disk already, if it is resumed."""
+
+    checkpoints: int = 0
+    #: Weights alone: the trajectory and the final model.
+    models: int = 0
+    #: Of a save that was killed; the next save deletes it.
+    leftover: int = 0
+
+
+class RunDir:
+    """Paths and atomic moves of one run directory.
+
+    Attributes:
+        settings: what `config.yaml` will hold once training starts; `None` leaves it as it is.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.settings: str | None = None
+
+    @property
+    def staging(self) -> Path:
+        """Where a checkpoint is filled before it gets its name."""
+        return self.root / "checkpoints" / ".staging"
+
+    def checkpoint(self, step: int) -> Path:
+        """`checkpoints/step-000008`."""
+        return self.root / "checkpoints" / f"step-{step:06d}"
+
+    def trajectory(self, step: int) -> Path:
+        """`trajectory/step-000008`."""
+        return self.root / "trajectory" / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return self._steps("checkpoints")
+
+    def _steps(self, kind: str) -> list[Path]:
+        return sorted((p for p in (self.root / kind).glob("step-*") if _STEP.match(p.name)), key=_step_of)
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, if any."""
+        return next(reversed(self.checkpoints()), None)
+
+    def to_resume(self, argument: str | bool | None) -> Path | None:
+        """The checkpoint that `resume_from_checkpoint` means: the newest (`True`; `None` if there is none yet), or that path.
+
+        Raises:
+            CheckpointError: the path is no checkpoint, or lacks what an equal continuation takes.
+        """
+        checkpoint = self.last_checkpoint() if argument is True else Path(argument) if argument else None
+        if checkpoint is not None and not (checkpoint / TRAINER_STATE_NAME).is_file():
+            raise CheckpointError(
+                f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as {self.checkpoint(8)}."
+            )
+        if checkpoint is not None:
+            check_complete(checkpoint)
+        return checkpoint
+
+    def held(self, step: int) -> Held:
+        """What a run that goes on from `step` keeps of the files that are there."""
+        checkpoints, trajectory = (
+            sum(_bytes(path.rglob("*")) for path in self._steps(kind) if _step_of(path) <= step)
+            for kind in ("checkpoints", "trajectory")
+        )
+        final = _bytes(path for kind in ("model*.safetensors", "pytorch_model*.bin") for path in self.root.glob(kind))
+        return Held(checkpoints, trajectory + final, _bytes(self.staging.rglob("*")))
+
+    def fresh_staging(self) -> Path:
+        """An empty staging folder; leftovers of a killed save go."""
+        self.clear_staging()
+        self.staging.mkdir(parents=True)
+        return self.staging
+
+    def clear_staging(self) -> None:
+        """Free what a save that failed has taken."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def write_kept(self, kept: Kept | None) -> None:
+        """Say which step the final model is of; `None`: the last one."""
+        if kept is None:
+            (self.root / BEST).unlink(missing_ok=True)
+        else:
+            write_atomically(self.root / BEST, lambda path: path.write_text(json.dumps(kept._asdict()) + "\n"))
+
+    @staticmethod
+    def publish(staged: Path, final: Path) -> None:
+        """Flush every file of `staged` and rename it to `final`; an older folder of that name is replaced."""
+        for path in [*staged.rglob("*"), staged]:
+            fsync(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        retired = final.with_name(f".old-{final.name}")
+        shutil.rmtree(retired, ignore_errors=True)
+        if final.exists():
+            final.rename(retired)
+        staged.rename(final)
+        fsync(final.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+
+    def rotate(self, limit: int | None, keep: Path | None) -> None:
+        """Delete the oldest checkpoints beyond `limit` (but never `keep`, the best one)."""
+        if limit:
+            victims = [path for path in self.checkpoints()[:-limit] if keep is None or path != keep]
+            for path in victims:
+                shutil.rmtree(path)
+
+    def set_aside(self, step: int) -> Path | None:
+        """Move what an earlier run left beyond `step`, from where another goes on now, to `superseded/N`, with a copy of its
+        rows: the two must not mix, and nothing is lost. Returns the folder, if there was anything.
+        """
+        later = [path for kind in ("checkpoints", "trajectory") for path in self._steps(kind) if _step_of(path) > step]
+        if not later:
+            return None
+        number = 1 + max((int(p.name) for p in (self.root / "superseded").glob("*") if p.name.isdecimal()), default=0)
+        aside = self.root / "superseded" / str(number)
+        for name in (METRICS, SEARCHES, EVALS):
+            if (self.root / name).exists():
+                aside.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.root / name, aside / name)
+        for path in later:
+            target = aside / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        return aside
+
+    def refuse_unwritable(self) -> None:
+        """The folder can be made or written to; nothing is tried.
+
+        Raises:
+            CheckpointError: it, or what it would be made in, is a file or is write-protected.
+        """
+        there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "is write-protected" if there.is_dir() else "is not a folder"
+            raise CheckpointError(
+                f"nothing can be written to the run directory {self.root}: {there} {why}. Choose another --output_dir."
+            )
+
+    def refuse_overwrite(self) -> None:
+        """A fresh run must not mix its rows with an older run's.
+
+        Raises:
+            CheckpointError: the directory already holds rows or checkpoints of a run.
+        """
+        used = [n for n in (METRICS, EVALS) if (self.root / n).exists() and (self.root / n).stat().st_size]
+        used += [path.name for path in self.checkpoints()[-1:]]
+        used += ["trajectory"] if (self.root / "trajectory").exists() else []
+        if used:
+            raise CheckpointError(
+                f"{self.root} already holds a run ({', '.join(used)}). Continue it with --resume_from_checkpoint "
+                "true, or choose another --output_dir (nothing was changed)."
+            )
+
+
+def read_kept(root: Path) -> Kept | None:
+    """The step that the final model of a run is of, where it is not the last one."""
+    path = root / BEST
+    return Kept(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def step_of_checkpoint(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+class RunDirCallback(TrainerCallback):
+    """Writes `config.yaml`, `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed step.
+
+    Must run after every other callback: one that refuses to go on leaves the folder as it was.
+
+    Args:
+        check: called on every rank before anything is written; raises what forbids to start.
+    """
+
+    def __init__(self, run_dir: RunDir, check: Callable[[], None] = lambda: None):
+        self._run_dir, self._check = run_dir, check
+        self._started = False
+        self._before: dict[str, Any] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start, or cut the rows back to the checkpoint that is being resumed."""
+        gather(None)  # nobody writes before everybody has got here
+        self._check()
+        self._started, before, self._before = True, self._before, None
+        if not state.is_world_process_zero:
+            return
+        root, step = self._run_dir.root, state.global_step
+        root.mkdir(parents=True, exist_ok=True)
+        if aside := self._run_dir.set_aside(step):
+            logger.warning("Going on from step %d; what was there beyond it is in %s.", step, aside)
+        for name in (METRICS, SEARCHES, EVALS):
+            keep_rows(root / name, step if step > 0 else -1)  # a run that starts has no rows, not even of step 0
+        if step >= state.max_steps:
+            logger.warning("%s is finished (step %d of %d); nothing was trained.", root, step, state.max_steps)
+            return
+        if text := self._run_dir.settings:
+            write_atomically(root / CONFIG, lambda path: path.write_text(text))
+        if before is not None and step == 0 and not args.eval_on_start:
+            append_row(root / EVALS, before)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """A row a training log; evaluations and the final summary have other keys."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            append_row(self._run_dir.root / METRICS, {"step": state.global_step, **logs})
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """A row an evaluation. Before training, it waits: whose rows these are is known only when a run starts there."""
+        if not state.is_world_process_zero or not metrics:
+            return
+        row = {"step": state.global_step, **metrics}
+        if self._started:
+            append_row(self._run_dir.root / EVALS, row)
+        else:
+            self._before = row

@@ -1,0 +1,212 @@
+"""The two task families of the testbed: which reasoning-gym datasets, how an answer is worked out, how it is graded.
+
+Both are small enough for a 0.8M-parameter model and long enough for on-policy learning: a completion writes its
+running intermediate results, then the answer between `<answer>` tags.
+
+    chain_sum       "… problem: 4 - 1 - 7 + 3 ="          →  3 -4 -1 <answer>-1</answer>
+    spell_backward  "… (example: sun -> nus): splat"      →  t a l p s <answer>talps</answer>
+
+Questions and scores are reasoning-gym's own. Splits are disjoint for every size and seed, because a question's split
+is a function of its text (a hash), not of the draw that produced it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from effopd.common.optional import require
+from effopd.errors import TaskError
+from effopd.tasks.base import Example, Task
+from effopd.tasks.gym_tasks import extract_tagged, render_tagged
+from effopd.tasks.reasoning import answer_part
+
+
+@dataclass(frozen=True)
+class Family:
+    """One task family.
+
+    Attributes:
+        dataset: name of the reasoning-gym dataset.
+        params: its parameters.
+        corruption: probability (0–1) that an intermediate result is falsified in the base model's training data.
+    """
+
+    dataset: str
+    params: Mapping[str, Any]
+    corruption: float
+
+
+FAMILIES: dict[str, Family] = {
+    "chain_sum": Family(
+        "chain_sum", {"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 1}, corruption=0.26
+    ),
+    "spell_backward": Family("spell_backward", {"min_word_len": 4, "max_word_len": 6}, corruption=0.18),
+}
+
+SPLITS = ("train", "validation", "test")
+#: Out of 20 hash buckets: 2 for validation, 2 for test, 16 for training.
+_BUCKETS, _HELD_OUT_BUCKETS = 20, {0: "validation", 1: "validation", 2: "test", 3: "test"}
+#: Draws of questions in a row without a new one for the split, before the family counts as exhausted.
+_MAX_DRY_DRAWS = 5_000
+_CHUNK = 2_000
+
+
+def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0) -> Task:
+    """`size` distinct questions of a family; the same arguments give the same questions.
+
+    Args:
+        name: a key of `FAMILIES`.
+        split: "train", "validation" or "test" ("eval" means validation). No question is in two splits, whatever the
+            sizes and seeds.
+        size: number of questions.
+        seed: which questions; each (seed, split) has its own random stream.
+
+    Raises:
+        TaskError: unknown family or split, size below 1, or more questions than the split has.
+        MissingDependencyError: reasoning-gym is not installed.
+    """
+    split = "validation" if split == "eval" else split
+    if name not in FAMILIES:
+        raise TaskError(
+            f"testbed family: expected one of {', '.join(FAMILIES)}, got {name!r}. Use one of these names."
+        )
+    if split not in SPLITS:
+        raise TaskError(
+            f"split: expected one of {', '.join(SPLITS)} (or eval), got {split!r}. Use one of these names."
+        )
+    if size < 1:
+        raise TaskError(f"size: expected at least 1 question, got {size}. Ask for 1 or more.")
+    examples: list[Example] = []
+    seen: set[str] = set()
+    dry = 0
+    for entry in _entries(name, split, seed):
+        text = entry["question"]
+        if text in seen or split_of(text) != split:
+            dry += 1
+            if dry > _MAX_DRY_DRAWS:
+                raise TaskError(
+                    f"testbed family '{name}': expected {size} distinct questions in the {split} split, found "
+                    f"{len(examples)}. Ask for fewer."
+                )
+            continue
+        dry = 0
+        seen.add(text)
+        examples.append(_example(f"{name}-{split}-{seed}-{len(examples)}", name, entry))
+        if len(examples) == size:
+            break
+    return Task(f"testbed:{name}", tuple(examples), verify, render_tagged)
+
+
+def mixed_examples(split: str, size: int, seed: int) -> list[Example]:
+    """`size` questions of each family, one family after the other."""
+    return [example for family in FAMILIES for example in family_task(family, split, size, seed).examples]
+
+
+def question(example: Example) -> str:
+    """The question's text, without the chat message around it."""
+    return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+
+
+def split_of(text: str) -> str:
+    """The split a question belongs to, from a hash of its text."""
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % _BUCKETS
+    return _HELD_OUT_BUCKETS.get(bucket, "train")
+
+
+class FamilyVerifier:
+    """reasoning-gym's score of what stands in the last `<answer>` tags; 0.0 without tags. 1.0 is correct."""
+
+    def __call__(self, completion: str, example: Example) -> float:
+        answer = extract_tagged(answer_part(completion))
+        if answer is None:
+            return 0.0
+        return float(_scorer(example.metadata["family"]).score_answer(answer, {"answer": example.answer}))
+
+    def answer_found(self, completion: str) -> bool:
+        """Whether there are `<answer>` tags with something between them."""
+        return bool((extract_tagged(answer_part(completion)) or "").strip())
+
+
+#: The verifier of both families.
+verify = FamilyVerifier()
+
+
+def worked_reasoning(example: Example, rng: random.Random | None = None, corruption: float = 0.0) -> str:
+    """The completion a model is trained to write: intermediate results, then the answer they lead to.
+
+    Each intermediate result is falsified with probability `corruption`, and everything after it, the answer included,
+    follows from the false one: the text stays consistent with itself, so a model trained on it samples wrong answers
+    while its most likely answer stays right.
+
+    Args:
+        example: from `family_task`.
+        rng: needed when `corruption` is above 0.
+        corruption: probability (0–1) an intermediate result.
+
+    Example:
+        >>> worked_reasoning(family_task("spell_backward", size=1).examples[0]).count("<answer>")
+        1
+    """
+    if corruption > 0 and rng is None:
+        raise TaskError(f"corruption={corruption} needs a random generator, got none. Pass rng=random.Random(seed).")
+    rng = rng or random.Random(0)
+    steps, answer = _WORK[example.metadata["family"]](example.metadata["subject"], rng, corruption)
+    return f"{' '.join(steps)} {render_tagged(answer)}"
+
+
+def _work_chain_sum(expression: str, rng: random.Random, corruption: float) -> tuple[list[str], str]:
+    tokens = expression.split()
+    total, steps = int(tokens[0]), []
+    for sign, term in zip(tokens[1::2], tokens[2::2], strict=True):
+        change = int(term) if sign == "+" else -int(term)
+        if rng.random() < corruption:
+            change = rng.choice((0, -change))  # the term is skipped, or taken with the wrong sign
+        total += change
+        steps.append(str(total))
+    return steps, steps[-1]
+
+
+def _work_spell_backward(word: str, rng: random.Random, corruption: float) -> tuple[list[str], str]:
+    steps = []
+    for letter in reversed(word):
+        wrong = sorted(set(word.lower()) - {letter.lower()}) if rng.random() < corruption else []
+        steps.append(rng.choice(wrong) if wrong else letter)
+    return steps, "".join(steps)
+
+
+_WORK = {"chain_sum": _work_chain_sum, "spell_backward": _work_spell_backward}
+#: What the worked reasoning starts from: the entry of reasoning-gym's metadata that holds it.
+_SUBJECT = {"chain_sum": "expression", "spell_backward": "word"}
+
+
+def _example(example_id: str, name: str, entry: Mapping[str, Any]) -> Example:
+    return Example(
+        id=example_id,
+        prompt=[{"role": "user", "content": entry["question"]}],
+        answer=entry["answer"],
+        metadata={"family": name, "subject": entry["metadata"][_SUBJECT[name]]},
+    )
+
+
+def _entries(name: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of reasoning-gym entries with a random stream of its own."""
+    create_dataset = require("reasoning_gym").create_dataset
+    family, chunk = FAMILIES[name], 0
+    while True:
+        # the library seeds question i with seed + i, so neighbouring seeds would give nearly the same questions
+        digest = hashlib.sha256(f"{name}/{split}/{seed}/{chunk}".encode()).digest()
+        dataset_seed = int.from_bytes(digest[:4], "big") >> 1
+        dataset = create_dataset(family.dataset, size=_CHUNK, seed=dataset_seed, **family.params)
+        yield from (dataset[i] for i in range(_CHUNK))
+        chunk += 1
+
+
+@cache
+def _scorer(name: str) -> Any:
+    family = FAMILIES[name]
+    return require("reasoning_gym").create_dataset(family.dataset, size=1, seed=0, **family.params)

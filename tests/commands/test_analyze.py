@@ -1,0 +1,128 @@
+"""`effopd analyze` as a user runs it: the testbed pair, trajectories with seeds, no matplotlib, mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pandas as pd
+import pytest
+import torch
+from tiny_checkpoints import save_base, save_trained, save_trajectory
+
+from effopd.commands import analyze as analyze_command
+from effopd.commands.analyze import run_analyze
+from effopd.errors import ConfigError, EffOPDError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(analyze_command, "draw", lambda out: [out / "figures" / "u1_path.png"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    base = save_base(root / "base")
+    for name, seed in (("opd-1", 1), ("opd-2", 2), ("rl-1", 3), ("rl-2", 4)):
+        save_trajectory(root / name, base, seed)
+    save_trained(root / "sft", base, 5)
+    return root
+
+
+def test_the_testbed_pair(tmp_path, capsys):
+    out = tmp_path / "analysis"
+    flags = ["--base", "testbed:student", "--trained", "rl=testbed:teacher", "--out", str(out)]
+    assert run_analyze(flags) == 0
+    printed = capsys.readouterr().out
+    assert "46 tensors" in printed and "28 attention and MLP matrices" in printed
+    for words in ("spectral norm s1", "effective rank", "embedding", "over matrices", str(out / "summary.json")):
+        assert words in printed
+    assert re.search(r"s1 / norm +\d+\.\d% \[\d+\.\d, \d+\.\d\]", printed)
+    assert "larger" not in printed and "early" not in printed  # one run, no trajectory
+    frame = pd.read_parquet(out / "matrices.parquet")
+    assert len(frame[frame.metric == "frobenius_norm"]) == 46
+    assert (out / "figures" / "spectrum.png").exists() and not (out / "figures" / "u1_path.png").exists()
+
+    rows = (out / "progress.jsonl").read_bytes()
+    assert run_analyze(flags) == 0  # again: nothing is measured twice
+    assert (out / "progress.jsonl").read_bytes() == rows
+
+
+def test_two_labels_with_seeds(folders, tmp_path, capsys, undrawn):
+    out = tmp_path / "analysis"
+    flags = ["--base", str(folders / "base"), "--trained", f"opd={folders / 'opd-1'}", f"opd={folders / 'opd-2'}"]
+    flags += ["--trained", f"rl={folders / 'rl-1'}", "--trained", f"rl={folders / 'rl-2'}"]
+    flags += ["--out", str(out), "--k", "3", "--steps", "1,2,4", "8", "--base_spectrum"]
+    assert run_analyze(flags) == 0
+    printed = capsys.readouterr().out
+    for words in ("opd (2 seeds)", "rl (2 seeds)", "larger", "over seeds", "early: top-3 left", "step 1 of 8"):
+        assert words in printed
+    assert "shift of W0's singular values" in printed and "u1_path" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["runs"]) == ["opd#0", "opd#1", "rl#0", "rl#1"]
+    assert summary["runs"]["rl#1"]["steps"] == [1, 2, 4, 8]
+    assert summary["differences"][0]["metrics"]["stable_rank"]["over_seeds"]["n"] == 4
+
+
+def test_three_labels_get_sentences(folders, tmp_path, capsys, undrawn):
+    flags = ["--base", str(folders / "base"), "--out", str(tmp_path / "out"), "--metrics", "norms,spectrum"]
+    flags += ["--trained", f"sft={folders / 'sft'}", f"opd={folders / 'opd-1'}", f"same={folders / 'base'}"]
+    assert run_analyze(flags) == 0
+    printed = capsys.readouterr().out
+    assert "sft beyond same: norm of a matrix's update" in printed
+    assert "same: every tensor equals the base" in printed.replace("\n", " ")
+    assert "entries unchanged" not in printed
+
+
+def test_without_matplotlib_tables_are_written_and_the_way_out_is_named(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze_command, "is_available", lambda module: False)
+    monkeypatch.setattr(analyze_command, "draw", lambda out: pytest.fail("drew without matplotlib"))
+    out = tmp_path / "out"
+    flags = ["--base", str(folders / "base"), "--trained", f"sft={folders / 'sft'}", "--out", str(out), "--k", "2"]
+    assert run_analyze(flags) == 0
+    assert "pip install 'effopd[plots]'" in capsys.readouterr().out
+    assert (out / "matrices.csv").exists() and not (out / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--trained": "sft"}, "expected LABEL=DIR, got 'sft'.*--trained opd=sft"),
+        ({"--trained": "=sft"}, "expected LABEL=DIR"),
+        ({"--trained": "opd="}, "expected LABEL=DIR"),
+        ({"--trained": "opd=/nowhere"}, "/nowhere is no folder"),
+        ({"--base": "/nowhere"}, "/nowhere is no folder"),
+        ({"--steps": "1,x"}, "--steps: expected whole numbers"),
+        ({"--k": "0"}, "k must be at least 1"),
+        ({"--metrics": "norms,spectra"}, "spectra"),
+        ({"--device": "mps"}, "--device cpu"),
+    ],
+)
+def test_mistakes_are_explained_before_any_work(folders, tmp_path, change, message):
+    flags = {"--base": str(folders / "base"), "--trained": f"sft={folders / 'sft'}", "--out": str(tmp_path / "out")}
+    with pytest.raises(EffOPDError, match=message):
+        run_analyze([word for pair in (flags | change).items() for word in pair])
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_do_not_touch_an_analysis(folders, tmp_path, undrawn):
+    flags = ["--base", str(folders / "base"), "--trained", f"sft={folders / 'sft'}", "--out", str(tmp_path / "out")]
+    assert run_analyze([*flags, "--metrics", "norms"]) == 0
+    with pytest.raises(ConfigError, match="metrics was"):
+        run_analyze(flags)
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_analyze(["--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "--trained rl=testbed:teacher" in printed and "LABEL=DIR" in printed

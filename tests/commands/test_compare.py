@@ -1,0 +1,188 @@
+"""`effopd compare` as a user runs it: a small real grid, then everything that can be done with its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_model, make_tokenizer
+
+from effopd.commands.main import main
+from effopd.commands.train import parse_train
+from effopd.compare.plan import load_plan
+from effopd.compare.runner import DONE, LOG
+from effopd.errors import ConfigError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def plan_of(root: Path, **changes) -> Path:
+    values = {
+        "output_dir": str(root / "grid"),
+        "reference_learning_rate": 1.0e-3,
+        "tasks": [f"math:{root / 'math.jsonl'}"],
+        "seeds": [0],
+        "workers": 2,
+        "threads": 1,
+        "base": {
+            "model_name_or_path": str(root / "student"), "teacher_model_name_or_path": str(root / "teacher"),
+            "prompt_suffix": "", "eval_size": 12, "max_steps": 4, "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 12, "max_completion_length": 6, "eval_strategy": "steps", "eval_steps": 1,
+            "eval_on_start": True, "eval_greedy": False, "save_strategy": "no", "activation_checkpointing": False,
+            "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+        },
+        "strategies": {
+            "vanilla": {"learning_rate_factors": [1, 3]},
+            "effopd": {"effopd": {"strategy": "effopd", "validation_size": 8}},
+        },
+    } | changes  # fmt: skip
+    path = root / "plan.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compare")
+    for seed, name in enumerate(("student", "teacher")):
+        make_model(seed).save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+    rows = [{"problem": f"what is {a} + {b}", "answer": str(a + b)} for a in range(9) for b in range(9)]
+    (root / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def grid(root):
+    """A finished grid of three real runs."""
+    assert main(["compare", str(plan_of(root))]) == 0
+    return root / "grid"
+
+
+def test_a_dry_run_checks_and_shows_and_writes_nothing(root, capsys):
+    plan = plan_of(root, output_dir=str(root / "dry"))
+    assert main(["compare", str(plan), "--dry_run"]) == 0
+    assert "3 runs" in capsys.readouterr().out
+    assert not (root / "dry").exists()
+
+
+def test_results_hold_every_run_and_the_page_says_so(grid, capsys):
+    results = json.loads((grid / "results.json").read_text())
+    found = {(row["strategy"], row["learning_rate"], row["seed"]) for row in results["runs"]}
+    assert found == {("vanilla", 1e-3, 0), ("vanilla", 3e-3, 0), ("effopd", 1e-3, 0)}
+    for row in results["runs"]:
+        target = row["targets"]["reference_kl"]
+        assert set(target) >= {"steps", "seconds", "generated_tokens", "forward_tokens", "reached"}
+    own = next(r for r in results["runs"] if r["strategy"] == "vanilla" and r["learning_rate"] == 1e-3)
+    assert own["targets"]["reference_kl"]["reached"]
+    page = (grid / "results.md").read_text()
+    for image in (grid / "results").glob("*.png"):
+        assert image.name in page and image.stat().st_size > 10_000
+    assert len(list((grid / "results").glob("*.png"))) >= 2
+
+
+def test_nothing_is_run_twice(grid, root):
+    stamps = {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
+    assert len(stamps) == 3
+    assert main(["compare", str(plan_of(root))]) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
+
+
+def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, capsys):
+    before = {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
+    strategies = {"vanilla": {"learning_rate_factors": [1, 3]}, "broken": {"max_prompt_length": 1}}
+    assert main(["compare", str(plan_of(root, strategies=strategies))]) == 1
+    out = capsys.readouterr().out
+    assert "failed" in out and "broken" in out and "max_prompt_length" in out  # its last words
+    log = next(path for path in grid.rglob(LOG) if "broken" in str(path))
+    assert "max_prompt_length" in log.read_text()
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    page = (grid / "results.md").read_text()
+    assert "Failed and left out: " in page and "broken" in page and "max_prompt_length" in page
+    plan_of(root)
+    (grid / "plan.yaml").write_text((root / "plan.yaml").read_text())
+
+
+def test_report_redraws_the_same_from_the_folder_and_from_the_json(grid, tmp_path, capsys):
+    assert main(["compare", "--report", str(grid), "--out", str(tmp_path / "a")]) == 0
+    assert main(["compare", "--report", str(tmp_path / "a" / "results.json"), "--out", str(tmp_path / "b")]) == 0
+    for name in ("results.json", "results.md"):
+        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+    assert "effopd" in capsys.readouterr().out
+
+
+def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path, capsys):
+    plan = plan_of(root, output_dir=str(tmp_path / "grid"))
+    assert main(["compare", "--report", str(grid)]) == 0
+    there = ["--runs_from", str(grid / "results.json")]
+    assert main(["compare", str(plan), *there, "--dry_run"]) == 0
+    assert "1 to be made here" in capsys.readouterr().out and not (tmp_path / "grid").exists()
+    assert main(["compare", str(plan), *there]) == 0
+    (done,) = (tmp_path / "grid").rglob(DONE)
+    assert "vanilla" in str(done)
+    assert main(["compare", str(plan)]) == 0  # the folder remembers
+    assert len(list((tmp_path / "grid").rglob(DONE))) == 1
+    assert main(["compare", "--report", str(tmp_path / "grid")]) == 0
+    before, after = (json.loads((folder / "results.json").read_text()) for folder in (grid, tmp_path / "grid"))
+    assert [row["curve"]["kl"] for row in after["runs"]] == [row["curve"]["kl"] for row in before["runs"]]
+    (note,) = after["settings"]["elsewhere"]
+    assert note["runs"] == 2 and note["n"] == 1
+    assert "2 of the 3 runs were made on other machines" in (tmp_path / "grid" / "results.md").read_text()
+    plan_of(root)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"strategies": {"vanilla": {}, "typo": {"effopd": {"strateggy": "effopd"}}}}, "typo.*strateggy"),
+        ({"strategies": {"vanilla": {}, "typo": {"effopd": {"strategy": "fixd"}}}}, "typo.*fixd"),
+        ({"strategies": {"vanilla": {}, "exopd": {"lambda_extrapolation": 1.25}}}, "exopd.*reference"),
+        ({"base": {"model_name_or_path": "s", "teacher_model_name_or_path": "t"}}, "must evaluate"),
+    ],
+)
+def test_a_typo_is_found_before_anything_runs(root, changes, message, capsys):
+    plan = plan_of(root, output_dir=str(root / "never"), **changes)
+    assert main(["compare", str(plan)]) == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+    assert not (root / "never").exists()
+
+
+def test_wrong_calls_are_explained(root, tmp_path, capsys):
+    for flags, message in (
+        ([], "either a plan"),
+        (["--report", str(tmp_path)], "no grid"),
+        (["--report", str(tmp_path), "--runs_from", "a.json"], "goes with a plan"),
+        ([str(tmp_path / "none.yaml")], "no plan"),
+    ):
+        assert main(["compare", *flags]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "plan.yaml").write_text(plan_of(root, output_dir=str(tmp_path)).read_text())
+    assert main(["compare", "--report", str(tmp_path)]) == 2
+    assert "finished yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("compare-*.yaml")))
+def test_the_shipped_plans_pass_a_dry_run(recipe, capsys):
+    assert main(["compare", str(RECIPES / recipe), "--dry_run"]) == 0
+    assert "vanilla" in capsys.readouterr().out
+
+
+def test_the_testbed_plan_is_the_reference(tmp_path):
+    from effopd.tasks import builtin_models as testbed
+
+    plan = load_plan(RECIPES / "compare-testbed.yaml")
+    run = next(r for r in plan.runs() if r.strategy == "vanilla" and r.learning_rate == plan.reference_learning_rate)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.settings))
+    opd = parse_train(["--config", str(tmp_path / "run.yaml")]).opd
+    for name, value in testbed.reference_settings().items():
+        assert getattr(opd, name) == value, name
+    assert len(plan.seeds) >= 5 and len(plan.tasks) == 2
+
+
+def test_plan_errors_are_typed():
+    with pytest.raises(ConfigError):
+        load_plan(RECIPES / "testbed.yaml")

@@ -1,0 +1,361 @@
+"""What one mistypes or forgets on a command line is answered at once, in the words of the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers.training_args import OptimizerNames
+
+from effopd.commands.main import main, parse_rl
+from effopd.commands.train import parse_train
+from effopd.common import optional
+from effopd.errors import ConfigError, EffOPDError
+from effopd.launch import host_settings
+from effopd.launch import opd as launch
+from effopd.launch.adapters import adapter_config
+from effopd.launch.preflight import check_model_name
+from effopd.runs.run_dir import METRICS
+
+PAIR = ["--model_name_or_path", "testbed:student", "--teacher_model_name_or_path", "testbed:teacher", "--use_cpu"]
+TESTBED = ["--task", "testbed:chain_sum"]
+PLAIN = ["--prompt_suffix", "", "--as_chat", "false"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current directory with rows with answers, without, and a finished run."""
+    for name, column in (("test.jsonl", "answer"), ("noans.jsonl", "solution")):
+        rows = [{"problem": f"what is {n} + {n}", column: str(2 * n)} for n in range(40)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / METRICS).write_text('{"step": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(capsys, *argv: str) -> str:
+    """The message of a command that fails as it should."""
+    try:
+        status = main(argv)
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    assert status == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+# -- what a run refuses, its dry run refuses -------------------------------------------------------------------------
+
+MISSING = {"vllm", "wandb", "liger_kernel", "bitsandbytes", "kernels"}
+REFUSED = [
+    (["--task", "testbed:foo"], "expected one of chain_sum"),
+    (["--task", "math:nofile.jsonl"], "no such file"),
+    ([*TESTBED, "--model_name_or_path", "./nope"], "--model_name_or_path './nope': no such folder (looked in"),
+    ([*TESTBED, "--teacher_model_name_or_path", "/nope"], "--teacher_model_name_or_path '/nope': no such folder"),
+    ([*TESTBED, "--output_dir", "used"], "already holds a run"),
+    (["--task", "math:test.jsonl", "--per_device_train_batch_size", "64"], "a step takes 64 prompts but the task has 36"),
+    (["--task", "math:noans.jsonl", "--effopd.strategy", "effopd"], "because of --effopd.strategy effopd;"),
+    (["--task", "math:noans.jsonl", "--eval_strategy", "steps", "--eval_steps", "2"], "because of --eval_strategy steps;"),
+    (["--task", "math:test.jsonl", "--effopd.strategy", "effopd"], "D_v needs 50 training prompts but there are 36"),
+    ([*TESTBED, "--effopd.strategy", "lookahead", "--per_device_train_batch_size", "1"], "at least 2 a step"),
+    ([*TESTBED, "--use_vllm"], "pip install 'effopd[vllm]'"),
+    ([*TESTBED, "--report_to", "wandb"], "--report_to wandb needs the package 'wandb'"),
+    ([*TESTBED, "--report_to", "wandbb"], "--report_to: wandbb is not supported"),
+    ([*TESTBED, "--verifier", "nomod:f"], "an importable module 'nomod'"),
+    ([*TESTBED, "--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+    (["--task", "math:test.jsonl", *PLAIN, "--max_prompt_length", "3"], "at most 3 prompt tokens"),
+    ([*TESTBED, "--teacher_model_init_kwargs", '{"dtype": "bf16"}'], "one of auto, bfloat16, float16, float32; got 'bf16'"),
+    ([*TESTBED, "--teacher_model_init_kwargs", '{"load_in_8bit": true}'], '"quantization_config": {"quant_method"'),
+    ([*TESTBED, "--model_init_kwargs", '{"load_in_8bit": true}'], "--load_in_8bit true (with --use_peft true)"),
+    ([*TESTBED, "--model_init_kwargs", '{"dtyp": "bfloat16"}'], "--model_init_kwargs: expected loading arguments"),
+    ([*TESTBED, "--teacher_model_init_kwargs", '{"foo": 1}'], "--teacher_model_init_kwargs: expected loading arguments"),
+    ([*TESTBED, "--teacher_model_init_kwargs", "{'dtype': 'bfloat16'}"], "--teacher_model_init_kwargs: expected a JSON object"),
+    ([*TESTBED, "--chat_template_kwargs", "enable_thinking=false"], "--chat_template_kwargs: expected a JSON object"),
+    ([*TESTBED, "--attn_implementation", "flash_attention_2"], "--attn_implementation flash_attention_2 needs the package"),
+    ([*TESTBED, "--attn_implementation", "spda"], "--attn_implementation: expected one of eager"),
+    ([*TESTBED, "--teacher_model_init_kwargs", '{"attn_implementation": "spda"}'], "--teacher_model_init_kwargs: expected one of eager"),
+    ([*TESTBED, "--attn_implementation", "kernels-community/flash-attn"], "needs the package 'kernels'"),
+    ([*TESTBED, "--use_liger_kernel", "true"], "--use_liger_kernel needs the package 'liger_kernel'"),
+    ([*TESTBED, "--load_in_4bit", "true"], "'bitsandbytes'"),
+    ([*TESTBED, "--optim_args", "lr"], "Expected --optim_args NAME=VALUE"),
+    ([*TESTBED, "--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type cosine_with_min_lr"),
+    ([*TESTBED, "--lr_scheduler_type", "cosin"], "--lr_scheduler_type cosin"),
+    ([*TESTBED, "--temperature", "0"], "--temperature: expected a finite number above 0, got 0.0"),
+    ([*TESTBED, "--generation_kwargs", '{"temperature": 0}'], "--generation_kwargs"),
+    ([*TESTBED, "--fp16", "true"], "--fp16 true: this run is on the CPU"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_proj", "lm_head"], "adapts the output head"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_prj", "v_proj"], "has no module 'q_prj'. Did you mean q_proj"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_prj"], "has no module 'q_prj'. Did you mean q_proj"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", ".*q_prj"], "--lora_target_modules .*q_prj"),
+    ([*TESTBED, "--use_peft", "true", "--lora_modules_to_save", "embed"], "--lora_modules_to_save: the model has no module"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_parameters", "q.weights"], "has no parameter 'q.weights'"),
+    ([*TESTBED, "--lora_r", "4"], "--lora_r: without --use_peft true nothing reads this"),
+    ([*TESTBED, "--effopd.strategy", "effopd", "--effopd.parameters", "nothing"], "matches no trained parameter of the student"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry run", "run"])
+@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_a_dry_run_refuses_what_the_run_refuses_before_it_loads(flags, message, dry, folder, capsys, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("the models would have been loaded")
+
+    monkeypatch.setattr(launch, "OPDTrainer", loaded)
+    monkeypatch.setattr(optional, "is_available", lambda module: module not in MISSING)  # wherever the tests run
+    before = sorted(folder.rglob("*"))
+    assert message in said(capsys, "train", *PAIR, *flags, *["--dry_run"] * dry)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_dry_run_counts_the_rows_of_a_file(folder, capsys):
+    assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, "--dry_run"]) == 0
+    assert "training prompts: 36; no evaluation" in capsys.readouterr().out
+    flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--effopd.strategy", "lookahead"]
+    assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "training prompts: 36, evaluated on: 4" in out and "not checked" not in out
+    assert "scores 8 rollouts a candidate, samples nothing" in " ".join(out.split())
+    flags += ["--effopd.score_rollouts", "32"]
+    assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "scores 8 rollouts a candidate (a step has no more; it would like 32)" in " ".join(out.split())
+
+
+def test_a_dry_run_goes_to_no_network_and_says_what_it_left_out(folder, capsys, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    def asked(*args, **kwargs):
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", asked)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", asked)
+    monkeypatch.setattr(huggingface_hub.file_download, "get_hf_file_metadata", asked)
+    flags = ["--model_name_or_path", "org/model-1.7B", "--teacher_model_name_or_path", "org/model-4B"]
+    assert main(["train", *flags, "--task", "math:org/set", "--dry_run", "--use_cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "not checked" in out and "a Hub dataset" in out and "tokenizers" in out
+    message = said(capsys, "train", *flags, "--task", "math:org/set", "--dry_run", "--verifier", "nomod:f")
+    assert "an importable module 'nomod'" in message
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    where = f"'./nope': no such folder (looked in {tmp_path}), and not a Hub id."
+    assert where in said(capsys, "rl", "--model_name_or_path", "./nope", *TESTBED, "--use_cpu")
+    assert where in said(capsys, "eval", "--model", "./nope", *TESTBED)
+    for command in (
+        ["train", "--model_name_or_path", "testbed:techer", "--teacher_model_name_or_path", "x", *TESTBED],
+        ["rl", "--model_name_or_path", "testbed:techer", *TESTBED],
+        ["eval", "--model", "testbed:techer", *TESTBED],
+    ):
+        assert "expected testbed:student or testbed:teacher, got 'testbed:techer'" in said(capsys, *command)
+    (tmp_path / "empty").mkdir()
+    message = said(capsys, "train", *PAIR, *TESTBED, "--model_name_or_path", "empty")
+    assert "--model_name_or_path 'empty' has no config.json" in message
+    check_model_name("--model", "org/model")  # may be on the Hub
+
+
+# -- flags and keys --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lookahead"], "unknown flag --lookahead. Did you mean --effopd.strategy lookahead? (`effopd train --help`"),
+        (["--warmup_ratio", "0.1"], "unknown flag --warmup_ratio. Did you mean --warmup_steps SHARE? ("),
+        (["--torch_dtype", "bfloat16"], "unknown flag --torch_dtype. Did you mean --dtype? ("),
+        (["--evaluation_strategy", "steps"], "unknown flag --evaluation_strategy. Did you mean --eval_strategy? ("),
+        (["--learning_rte", "1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate? (`effopd train --help` lists all)"),
+        (["--learning_rte=1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate?"),
+        (["--trainsize", "4", "--zzz"], "unknown flag --trainsize. Did you mean --train_size? unknown flag --zzz. ("),
+        (["--scales", "2"], "Did you mean --effopd.scales?"),
+        (["--batch_size", "2"], "--per_device_train_batch_size"),
+        (["--effopd", "lookahead"], "unknown flag --effopd. Did you mean --effopd.strategy"),
+        (["recipe.yaml"], "'recipe.yaml' belongs to no flag: expected --FLAG VALUE; write --config before a YAML file."),
+        (["--config"], "expected a YAML file after it"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_comes_back_with_what_was_meant(flags, message, capsys):
+    assert message in said(capsys, "train", *PAIR, *TESTBED, *flags)
+
+
+def test_rl_explains_its_flags_too(capsys):
+    base = ["rl", "--model_name_or_path", "testbed:student", *TESTBED]
+    message = said(capsys, *base, "--learning_rte", "1e-4", "--grpo")
+    assert "Did you mean --learning_rate?" in message and "Did you mean --algorithm grpo?" in message
+
+
+@pytest.mark.parametrize("command", ["train", "rl"])
+def test_an_unknown_yaml_key_is_named_as_written_with_its_file(command, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rte: 1\nwarmup_step: 2\n")
+    message = said(capsys, command, "--config", str(file), *TESTBED)
+    assert "c.yaml: unknown setting learning_rte. Did you mean learning_rate?" in message
+    assert "unknown setting warmup_step. Did you mean warmup_steps?" in message and "dataclass" not in message
+
+
+def test_yaml_blocks_and_dotted_keys(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    flags = [*PAIR, *TESTBED, "--config", str(file)]
+    file.write_text("effopd: {strategi: lookahead}\n")
+    assert "c.yaml: unknown setting effopd.strategi. Did you mean effopd.strategy?" in said(capsys, "train", *flags)
+    file.write_text("effopd: lookahead\n")
+    assert "unknown setting effopd. Did you mean effopd.strategy: effopd?" in said(capsys, "train", *flags)
+    file.write_text("effopd: [\n")
+    assert "c.yaml" in said(capsys, "train", *flags)
+    for text in ("effopd: {strategy: lookahead}", "effopd.strategy: lookahead", "effopd_strategy: lookahead"):
+        file.write_text(text)
+        assert parse_train(flags).effopd.strategy == "lookahead"
+    file.write_text("effopd:\n")
+    assert not parse_train(flags).effopd.enabled
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: fast", "learning_rate: expected another value, got 'fast'"),
+        ("max_steps: 1.5", "max_steps: expected another value, got 1.5"),
+        ("bf16: maybe", "bf16: expected another value, got 'maybe'"),
+        ("loss_type: half", "loss_type: expected one of full, sampled; got 'half'"),
+        ("effopd: {gate: nearly}", "effopd.gate: expected one of"),
+        ("learning_rate: [1, 2]", "learning_rate: expected one value, got [1, 2]"),
+        ("learning_rate: {a: 1}", "learning_rate: expected a finite number"),
+        ("learning_rate: null", "--learning_rate: expected a number, got nothing"),
+        ("lora_target_modules: [1.5]\nuse_peft: true", "has no module '1.5'"),
+        ("chat_template_kwargs: [1]", "--chat_template_kwargs: expected a JSON object"),
+        ("- 1", "must contain a YAML mapping"),
+    ],
+)
+def test_a_bad_value_in_yaml_is_refused_like_one_of_a_flag(text, message, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert message in said(capsys, "train", *PAIR, *TESTBED, "--config", str(file), "--dry_run")
+
+
+def test_values_in_yaml_are_taken_as_written(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "learning_rate: 1e-4\nmax_steps: 3\nuse_peft: true\nlora_target_modules: q_proj\ntrajectory: 8\n"
+        "chat_template_kwargs: {enable_thinking: false}\neffopd: {strategy: effopd, scales: [2, 4]}\nmodel_revision: 1\n"
+    )
+    settings = parse_train([*PAIR, *TESTBED, "--config", str(file)])
+    assert (settings.opd.learning_rate, settings.opd.max_steps, settings.opd.trajectory) == (1e-4, 3, "8")
+    assert settings.opd.chat_template_kwargs == {"enable_thinking": False} and settings.effopd.scales == [2.0, 4.0]
+    assert adapter_config(settings.model).target_modules == {"q_proj"} and settings.model.model_revision == "1"
+
+
+@pytest.mark.parametrize("optim", [name.value for name in OptimizerNames])
+def test_an_optimizer_is_built_or_refused_by_name(optim):
+    settings = parse_train([*PAIR, *TESTBED, "--optim", optim, "--max_steps", "2"])
+    try:
+        host_settings.check_host_settings(settings.model, settings.opd)
+    except EffOPDError as error:
+        assert "--optim" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "nan"], "--temperature must be >= 0"),
+        (["--temperature", "inf"], "--temperature must be >= 0"),
+        (["--top_p", "nan"], "--top_p in (0, 1]"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--dtype", "bf16"], "--dtype: expected auto"),
+        (["--n", "0"], "--n must be at least 1"),
+        (["--max_new_tokens", "1" + "0" * 30], "--max_new_tokens must be at least 1 and below 2^31"),
+    ],
+)
+def test_eval_refuses_values_out_of_range(flags, message, capsys):
+    assert message in said(capsys, "eval", "--model", "testbed:student", *TESTBED, *flags)
+
+
+def test_analyze_refuses_a_seed_out_of_range(capsys, tmp_path):
+    pair = ["--base", "testbed:student", "--trained", "rl=testbed:teacher", "--out", str(tmp_path / "out")]
+    assert "--seed: expected a whole number" in said(capsys, "analyze", *pair, "--seed", "-1")
+
+
+def test_everything_that_is_missing_is_named(capsys):
+    message = said(capsys, "train")
+    assert all(flag in message for flag in ("--model_name_or_path", "--teacher_model_name_or_path", "--task"))
+    message = said(capsys, "rl")
+    assert "missing: --model_name_or_path, --task" in message
+    assert "unknown flag --tsk. Did you mean --task?" in said(capsys, "train", "--tsk", "x")
+
+
+def test_messages_about_the_lookahead_name_its_flags_in_one_spelling(capsys):
+    flags = ["train", *PAIR, *TESTBED, "--effopd.strategy"]
+    assert "EffOPDConfig.scales (--effopd.scales) must be" in said(capsys, *flags, "effopd", "--effopd.scales", "-1")
+    message = said(capsys, *flags, "efopd")
+    assert "argument --effopd.strategy: invalid choice" in message and "--effopd_strategy" not in message
+
+
+def test_resuming_needs_no_word():
+    assert parse_train([*PAIR, *TESTBED, "--resume_from_checkpoint"]).opd.resume_from_checkpoint == "true"
+    assert parse_train([*PAIR, *TESTBED, "--resume_from_checkpoint", "--seed", "1"]).opd.seed == 1
+    assert parse_train([*PAIR, *TESTBED, "--resume_from_checkpoint", "x"]).opd.resume_from_checkpoint == "x"
+    assert parse_train([*PAIR, *TESTBED]).opd.resume_from_checkpoint is None
+    rl = parse_rl(["--model_name_or_path", "testbed:student", *TESTBED, "--use_cpu", "--resume_from_checkpoint"]).rl
+    assert launch.resume_argument(rl) is True
+
+
+def test_deepspeed_is_refused_for_the_right_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(optional, "is_available", lambda module: module != "deepspeed")
+    (tmp_path / "ds.json").write_text("{}")
+    flags = [*PAIR, *TESTBED, "--deepspeed", str(tmp_path / "ds.json")]
+    with pytest.raises(EffOPDError, match=r"--deepspeed needs the package 'deepspeed'.*pip install 'deepspeed'"):
+        parse_train(flags)
+    with pytest.raises(ConfigError, match=r"this run uses DeepSpeed.*FSDP2.*or train without a look-ahead"):
+        parse_train([*flags, "--effopd.strategy", "lookahead"])
+
+
+@pytest.mark.parametrize("present", ["tensorboard", "tensorboardX"])
+def test_either_tensorboard_will_do(present, monkeypatch):
+    settings = parse_train([*PAIR, *TESTBED, "--report_to", "tensorboard"])
+    monkeypatch.setattr(optional, "is_available", lambda module: module == present)
+    host_settings.require_packages(settings.model, settings.opd)
+
+
+# -- eval ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompts", "part"),
+    [
+        (["--task", "math:test.jsonl"], 4, "4 of 40 rows (held out as in training; --eval_size 40 for all)"),
+        (["--task", "math:test.jsonl", "--eval_size", "40"], 40, None),
+        (["--eval_task", "math:test.jsonl"], 40, None),
+        (["--eval_task", "math:test.jsonl", "--eval_size", "5"], 5, "5 of 40 rows (--eval_size 5; --eval_size 40 for all)"),
+        (["--task", "testbed:chain_sum", "--eval_size", "6"], 6, None),
+    ],
+)  # fmt: skip
+def test_eval_says_when_it_is_a_part(flags, prompts, part, folder, capsys):
+    plain = PLAIN if "testbed:chain_sum" not in flags else []
+    assert main(["eval", "--model", "testbed:student", *flags, *plain, "--max_new_tokens", "2"]) == 0
+    out = capsys.readouterr().out
+    assert f"over {prompts} prompts" in out
+    assert part in out if part else "rows" not in out
+
+
+def test_eval_needs_a_task_of_some_kind(folder, capsys):
+    message = said(capsys, "eval", "--model", "testbed:student")
+    assert "--task and --eval_task are missing" in message
+    message = said(capsys, "eval", "--model", "testbed:student", "--eval_task", "math:noans.jsonl")
+    assert """--eval_task_args '{"answer_column": "solution"}'""" in message
+
+
+@pytest.mark.parametrize("content", ["{}\n{}\n", "[]", '{"runs": []}'])
+def test_files_that_are_something_else(tmp_path, capsys, content):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    assert "expected a results.json" in said(capsys, "compare", "--report", str(file), "--out", str(tmp_path / "out"))
+    assert "is a file" in said(capsys, "testbed", "build", "--output_dir", str(file))
+    file.write_text("a: [\nb")
+    assert "is not YAML" in said(capsys, "compare", str(file))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,94 @@
+"""The grid: what it holds, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from effopd.compare.plan import folder_name, load_plan, merge
+from effopd.errors import ConfigError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PLAN = {
+    "output_dir": "runs/x",
+    "reference_learning_rate": 3.0e-5,
+    "tasks": ["testbed:chain_sum", "testbed:spell_backward"],
+    "seeds": [0, 1],
+    "base": {"max_steps": 4, "effopd": {"validation_size": 8}},
+    "strategies": {
+        "vanilla": {"learning_rate_factors": [0.33333, 1, 3]},
+        "effopd": {"effopd": {"strategy": "effopd"}},
+    },
+}
+
+
+def load(tmp_path, **changes):
+    values = {key: value for key, value in (PLAN | changes).items() if value is not None}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
+    return load_plan(tmp_path / "plan.yaml")
+
+
+def test_the_grid_is_complete_without_repeats_and_seeds_come_first(tmp_path):
+    runs = load(tmp_path).runs()
+    assert len(runs) == 2 * 2 * 4 == len({run.path for run in runs})
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    for run in runs:
+        assert run.settings["seed"] == run.settings["task_seed"] == run.settings["effopd"]["seed"] == run.seed
+        assert run.settings["task"] == run.task and run.settings["output_dir"] == str(run.path)
+        assert "learning_rate_factors" not in run.settings
+    rates = {run.learning_rate for run in runs if run.strategy == "vanilla"}
+    assert rates == {1e-5, 3e-5, 9e-5}
+    own = next(run for run in runs if run.strategy == "effopd")
+    assert own.settings["effopd"] == {"validation_size": 8, "strategy": "effopd", "seed": own.seed}
+
+
+def test_runs_do_not_share_settings(tmp_path):
+    runs = load(tmp_path).runs()
+    runs[0].settings["effopd"]["strategy"] = "changed"
+    assert all(run.settings["effopd"].get("strategy") != "changed" for run in runs[1:])
+
+
+def test_overrides_win(tmp_path):
+    load(tmp_path)
+    assert load_plan(tmp_path / "plan.yaml", workers=3, output_dir=None).workers == 3
+
+
+def test_blocks_merge_key_by_key():
+    assert merge({"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"y": 3}, "c": 2}) == {"a": {"x": 1, "y": 3}, "b": 1, "c": 2}
+
+
+def test_folder_names_are_plain():
+    assert folder_name("math:data/train set.jsonl") == "math-data-train-set.jsonl"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"output_dir": None}, "missing: output_dir"),
+        ({"sedes": [1]}, "unknown: sedes"),
+        ({"seeds": []}, "'seeds' must not be empty"),
+        ({"seeds": [1, 1]}, "repeat"),
+        ({"seeds": 5}, "must be a list"),
+        ({"reference_learning_rate": "3e-5"}, "write 3.0e-5"),
+        ({"baseline": "plain"}, "none of the strategies"),
+        ({"workers": 0}, "at least 1"),
+        ({"workers": 2, "devices": ["0"]}, "1 devices"),
+        ({"base": {"seed": 3}}, "'base' sets seed"),
+        ({"strategies": {"vanilla": {"learning_rate": 1.0}}}, "'vanilla' sets learning_rate"),
+        ({"strategies": {"vanilla": {"learning_rate_factors": [3]}}}, "needs factor 1"),
+        ({"strategies": {"vanilla": {"learning_rate_factors": "all"}}}, "list of positive numbers"),
+    ],
+)
+def test_what_does_not_fit_is_said(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, **changes)
+
+
+def test_no_plan_and_no_mapping(tmp_path):
+    with pytest.raises(ConfigError, match="no plan"):
+        load_plan(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_plan(tmp_path / "list.yaml")

@@ -1,0 +1,115 @@
+"""The memory estimate against what a training step really holds; and sizes without a download."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_model
+
+from effopd.extrapolate.live_weights import LiveWeights
+from effopd.launch.footprint import ModelSize, bytes_a_rank, model_size, size_of, state_bytes
+from effopd.launch.working_memory import StepShape, saved_bytes, working
+
+
+@pytest.mark.parametrize("rule", ["attention+mlp", "all"])
+def test_the_estimate_is_what_a_step_and_a_search_hold(rule):
+    model = make_model(0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    lookahead = LiveWeights(model, rule)
+    model(torch.arange(4)[None]).logits.sum().backward()
+    optimizer.step()
+    lookahead.begin()
+    size = size_of(model.config)
+    found = bytes_a_rank(size, 0, moved=size.selected(rule))
+    parameters = list(model.parameters())
+    assert found["weights"] == sum(p.nbytes for p in parameters)
+    assert found["gradients"] == sum(p.grad.nbytes for p in parameters)
+    moments = (t for state in optimizer.state.values() for name, t in state.items() if name != "step")
+    assert found["optimizer"] == sum(t.nbytes for t in moments)
+    assert found["anchor"] + found["candidate"] == lookahead.nbytes
+
+
+def test_sharding_divides_everything_but_the_teacher():
+    size = ModelSize(8_000_000, "name")
+    whole = bytes_a_rank(size, 1000, moved=size.parameters)
+    shared = bytes_a_rank(size, 1000, moved=size.parameters, ranks=8, sharded=True)
+    assert whole == bytes_a_rank(size, 1000, moved=size.parameters, ranks=8)  # DDP
+    assert shared.pop("teacher") == whole.pop("teacher") == 1000
+    assert {name: 8 * value for name, value in shared.items()} == whole
+    assert "anchor" not in bytes_a_rank(size, 0)  # plain OPD
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen/Qwen3-1.7B-Base", 1.7), ("Qwen/Qwen3-30B-A3B", 30), ("x/gpt2-124M", 0.124), ("x/DAPO-Qwen-32B/", 32)],
+)
+def test_a_name_tells_the_size_of_a_model_that_is_not_here(name, billions):
+    assert model_size(name) == ModelSize(round(billions * 1e9), "name")
+
+
+def test_a_name_without_a_size_is_unknown():
+    assert model_size("someone/model-v2") is None
+
+
+def test_a_folder_is_measured_by_its_configuration(tmp_path):
+    make_model(0).save_pretrained(tmp_path)
+    size = model_size(str(tmp_path))
+    assert size.source == "configuration" and size.parameters == make_model(0).num_parameters()
+    assert size.layers == make_model(0).config.num_hidden_layers
+
+
+def saved_by_autograd(model, rows, length, autocast=False):
+    """Bytes that one real forward saves, without the parameters."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    sizes, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_a_forward_saves(bf16):
+    model = make_model(0).train()
+    model.config.architectures = ["Qwen3ForCausalLM"]
+    found = saved_bytes(model.config, StepShape(rows=3, prompt=5, answer=6, bf16=bf16))
+    assert found == pytest.approx(saved_by_autograd(model, 3, 11, bf16), rel=0.05)
+
+
+def test_checkpointing_keeps_less_and_more_tokens_take_more():
+    config = make_model(0).config
+    config.architectures = ["Qwen3ForCausalLM"]
+    whole, part = (
+        working(config, None, StepShape(rows=8, prompt=20, answer=20, checkpointing=on)) for on in (False, True)
+    )
+    assert part.activations < whole.activations and part.loss == whole.loss > 0
+    longer = working(config, None, StepShape(rows=8, prompt=20, answer=40, checkpointing=False))
+    assert longer.activations > whole.activations and longer.sampling > whole.sampling
+
+
+@pytest.mark.parametrize(
+    ("optim", "states"),
+    [
+        ("adamw_torch_fused", 8),
+        ("sgd", 0),
+        ("paged_adamw_8bit", 2),
+        ("adamw_torch_4bit", 1),
+        ("adafactor", 0.1),
+        ("new", 8),
+    ],
+)
+def test_states_of_optimizers(optim, states):
+    assert state_bytes(optim) == states
+    found = bytes_a_rank(ModelSize(1000, "name"), 0, optim=optim, trained=100, weight_bytes=2)
+    assert found["optimizer"] == 100 * states and found["gradients"] == 400 and found["weights"] == 2400

@@ -1,0 +1,127 @@
+"""Bad combinations are found in seconds, by name, before any weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import namedtuple
+
+import pytest
+from conftest import contains, make_model, make_task, make_tokenizer
+from datasets import Dataset
+
+from effopd.distill.config import OPDConfig
+from effopd.distill.trainer import OPDTrainer
+from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
+from effopd.launch.meta_model import meta_model
+from effopd.launch.preflight import check_dataset, check_disk, check_models, check_task
+from effopd.tasks.base import Example, Task
+
+
+def save(folder, *, seed=0, vocab_size=64, tokenizer=None, eos=2):
+    model = make_model(seed, vocab_size=vocab_size)
+    model.generation_config.eos_token_id = eos
+    model.config.eos_token_id = eos
+    model.save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def student_dir(tmp_path):
+    return save(tmp_path / "student")
+
+
+def test_a_fitting_pair_passes(student_dir, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_models(student_dir, save(tmp_path / "teacher", seed=1, vocab_size=80), make_tokenizer())
+    assert not caplog.records
+
+
+def test_different_tokenizers(student_dir, tmp_path):
+    other = make_tokenizer()
+    other.add_tokens(["<think>"])
+    teacher = save(tmp_path / "teacher", tokenizer=other)
+    with pytest.raises(CompatibilityError, match=r"different tokenizers: 1 tokens have another id, e.g.*'<think>'"):
+        check_models(student_dir, teacher, make_tokenizer())
+
+
+def test_small_vocabulary(student_dir, tmp_path):
+    with pytest.raises(CompatibilityError, match=r"teacher.*has 40 vocabulary rows"):
+        check_models(student_dir, save(tmp_path / "teacher", vocab_size=40), make_tokenizer())
+
+
+def test_end_tokens(student_dir, tmp_path, caplog):
+    with pytest.raises(CompatibilityError, match=r"different tokens: \[2\] and \[1\]"):
+        check_models(student_dir, save(tmp_path / "other", eos=1), make_tokenizer())
+    with caplog.at_level(logging.WARNING):
+        check_models(student_dir, save(tmp_path / "both", eos=[1, 2]), make_tokenizer())
+    assert "End tokens differ" in caplog.text
+
+
+def test_teacher_without_tokenizer_and_other_template_only_warn(student_dir, tmp_path, caplog):
+    bare = tmp_path / "bare"
+    make_model(1).save_pretrained(bare)
+    other = make_tokenizer()
+    other.chat_template = "{{ messages[0]['content'] }}"
+    with caplog.at_level(logging.WARNING):
+        check_models(student_dir, str(bare), make_tokenizer())
+        check_models(student_dir, save(tmp_path / "template", tokenizer=other), make_tokenizer())
+    assert "no tokenizer of its own" in caplog.text and "different chat templates" in caplog.text
+
+
+def test_unreadable_model(student_dir, tmp_path):
+    with pytest.raises(CompatibilityError, match=r"the teacher.*cannot be read"):
+        check_models(student_dir, str(tmp_path / "nothing"), make_tokenizer())
+
+
+def test_task_checks():
+    tokenizer = make_tokenizer()
+    assert check_task(make_task(4), tokenizer, None) > 5
+    with pytest.raises(TaskError, match="at most 3 prompt tokens"):
+        check_task(make_task(4), tokenizer, 3)
+    with pytest.raises(TaskError, match="no examples"):
+        check_task(Task("t", (), contains), tokenizer, None)
+    always = Task("t", (Example("0", "a", "b"),), lambda completion, example: 1.0)
+    with pytest.raises(TaskError, match="does not tell right from wrong"):
+        check_task(always, tokenizer, None)
+    bare = make_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(TaskError, match="chat template"):
+        check_task(make_task(4), bare, None)
+    check_task(Task("t", (Example("0", "a"),), contains), tokenizer, None)  # no answers: nothing to verify
+
+
+def test_parameter_count_needs_no_weights(student_dir):
+    assert meta_model("the student", student_dir).num_parameters() == make_model(0).num_parameters()
+
+
+def test_a_dataset_that_no_step_can_be_made_of(tmp_path):
+    rows = Dataset.from_dict({"prompt": ["a"] * 5})
+    check_dataset(rows, 5)
+    check_dataset(rows.to_iterable_dataset(), 8)  # its length is not known
+    for wrong, error, message in (
+        (None, ConfigError, "train_dataset is missing"),
+        (rows, ConfigError, "a step takes 8 prompts but train_dataset has 5"),
+        (rows.select([]), ConfigError, "train_dataset has 0"),
+        (rows.rename_column("prompt", "messages"), TaskError, "expected a column 'prompt'.*rename_column"),
+    ):
+        with pytest.raises(error, match=message):
+            check_dataset(wrong, 8)
+        with pytest.raises(error, match=message):
+            OPDTrainer(
+                make_model(0), make_model(1), OPDConfig(str(tmp_path), use_cpu=True, report_to="none"),
+                train_dataset=wrong, processing_class=make_tokenizer(),
+            )  # fmt: skip
+
+
+def test_disk(tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 5 * 10**9))
+    check_disk(tmp_path / "a" / "b", 10**8, checkpoints=3, effopd=True)  # 3 × 1.6 GB
+    with pytest.raises(CheckpointError, match="--save_total_limit"):
+        check_disk(tmp_path, 10**8, checkpoints=4, effopd=True)
+    check_disk(tmp_path, 10**8, checkpoints=4, effopd=False)  # without the anchor it fits
+    check_disk(tmp_path, 10**8, checkpoints=4, optimizer=False, effopd=True)  # and without the moments
+    with pytest.raises(CheckpointError, match="--trajectory"):
+        check_disk(tmp_path, 10**8, checkpoints=3, models=2, effopd=True)

@@ -1,0 +1,203 @@
+"""Whatever is wrong with a model's files is one typed error that names the flag and the folder, in every command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
+
+from effopd.commands.main import main
+from effopd.errors import CompatibilityError, ConfigError
+from effopd.models.files import absolute_base, check_whole_model, load_model, load_tokenizer, reading
+
+TASK = ["--task", "testbed:chain_sum", "--eval_size", "2", "--max_new_tokens", "2"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """whole/, shards/, and adapter/ of whole/, named by an absolute path."""
+    root = tmp_path_factory.mktemp("models")
+    for name, size in (("whole", "1GB"), ("shards", "4KB")):
+        make_model(0).save_pretrained(root / name, max_shard_size=size)
+        make_tokenizer().save_pretrained(root / name)
+    model = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = str(root / "whole")
+    model.save_pretrained(root / "adapter")
+    make_tokenizer().save_pretrained(root / "adapter")
+    return root
+
+
+def cut(path: Path, size: int):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def edit(path: Path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+#: Damage → (which folder, what is done to it, what the message says).
+DAMAGE = {
+    "weights cut": ("whole", lambda d: cut(d / "model.safetensors", 5000), "SafetensorError"),
+    "header cut": ("whole", lambda d: cut(d / "model.safetensors", 20), "SafetensorError"),
+    "weights empty": ("whole", lambda d: cut(d / "model.safetensors", 0), "SafetensorError"),
+    "weights missing": ("whole", lambda d: (d / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "config empty": ("whole", lambda d: (d / "config.json").write_text("{}"), "has no model_type"),
+    "config blank": ("whole", lambda d: cut(d / "config.json", 0), "JSONDecodeError"),
+    "config cut": ("whole", lambda d: cut(d / "config.json", 40), "JSONDecodeError"),
+    "config binary": ("whole", lambda d: (d / "config.json").write_bytes(b"\xff\xfe\0"), "UnicodeDecodeError"),
+    "config a list": ("whole", lambda d: (d / "config.json").write_text("[]"), "expected a JSON object, got list"),
+    "config missing": ("whole", lambda d: (d / "config.json").unlink(), "has no config.json"),
+    "unknown type": ("whole", lambda d: edit(d / "config.json", model_type="nope"), "`nope`"),
+    "wrong types": ("whole", lambda d: edit(d / "config.json", hidden_size="x"), "hidden_size"),
+    "other sizes": ("whole", lambda d: edit(d / "config.json", hidden_size=32), "of different sizes"),
+    "more layers": (
+        "whole",
+        lambda d: edit(d / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        "the weights lack 11 tensors of Qwen3ForCausalLM, e.g. model.layers.2.",
+    ),
+    "no language model": ("whole", lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "ViTConfig"),
+    "encoder and decoder": ("whole", lambda d: (d / "config.json").write_text('{"model_type": "t5"}'), "T5Config"),
+    "shard missing": ("shards", lambda d: sorted(d.glob("model-*"))[1].unlink(), "model-00002-of"),
+    "index cut": ("shards", lambda d: cut(d / "model.safetensors.index.json", 30), "JSONDecodeError"),
+    "index empty": ("shards", lambda d: (d / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+    "pickle that is none": (
+        "whole",
+        lambda d: ((d / "model.safetensors").unlink(), (d / "pytorch_model.bin").write_bytes(b"junk")),
+        "cannot be read",
+    ),
+    "no tokenizer": ("whole", lambda d: [path.unlink() for path in d.glob("token*")], "has no tokenizer"),
+    "tokenizer cut": ("whole", lambda d: cut(d / "tokenizer.json", 40), "JSONDecodeError"),
+    "tokenizer empty": ("whole", lambda d: (d / "tokenizer.json").write_text("{}"), "KeyError"),
+    "tokenizer's settings": ("whole", lambda d: (d / "tokenizer_config.json").write_text("[]"), "AttributeError"),
+    "gguf": ("whole", lambda d: ((d / "config.json").unlink(), (d / "m.gguf").write_bytes(b"GGUF")), "GGUF files"),
+    "adapter's weights": ("adapter", lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model"),
+    "adapter cut": ("adapter", lambda d: cut(d / "adapter_model.safetensors", 100), "SafetensorError"),
+    "adapter's settings": ("adapter", lambda d: cut(d / "adapter_config.json", 30), "JSONDecodeError"),
+    "base gone": (
+        "adapter",
+        lambda d: edit(d / "adapter_config.json", base_model_name_or_path="/gone/base"),
+        "names '/gone/base' as its base",
+    ),
+    "base relative": (
+        "adapter",
+        lambda d: edit(d / "adapter_config.json", base_model_name_or_path="base"),
+        "names 'base' as its base (base_model_name_or_path), which is neither a folder",
+    ),
+    "no base": ("adapter", lambda d: edit(d / "adapter_config.json", base_model_name_or_path=None), "names no base"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_one_typed_error(models, tmp_path, damage):
+    source, spoil, message = DAMAGE[damage]
+    folder = tmp_path / "model"
+    shutil.copytree(models / source, folder)
+    spoil(folder)
+    with pytest.raises(CompatibilityError) as caught:
+        load_tokenizer("--flag", str(folder))
+        load_model("--flag", str(folder))
+    said = str(caught.value)
+    assert message in said and "--flag" in said and str(folder) in said and "\n" not in said and len(said) < 1200
+
+
+@pytest.mark.parametrize("damage", ["weights cut", "shard missing", "index cut", "config empty", "adapter's settings"])
+def test_training_refuses_it_before_it_loads_anything(models, tmp_path, damage, capsys):
+    source, spoil, _ = DAMAGE[damage]
+    folder = tmp_path / "model"
+    shutil.copytree(models / source, folder)
+    spoil(folder)
+    with pytest.raises(CompatibilityError, match="--flag"):
+        check_whole_model("--flag", str(folder))
+    task = ["--task", "testbed:chain_sum", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    good = str(models / "whole")
+    for names in ((str(folder), good), (good, str(folder))):
+        flags = ["--model_name_or_path", names[0], "--teacher_model_name_or_path", names[1], *task]
+        for dry_run in ([], ["--dry_run"]):
+            assert main(["train", *flags, *dry_run]) == 2
+            assert str(folder) in capsys.readouterr().err
+    assert main(["rl", "--model_name_or_path", str(folder), *task]) == 2
+    assert str(folder) in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_commands_say_it_without_a_traceback(models, tmp_path, capsys):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert main(["eval", "--model", str(file), *TASK]) == 2
+    assert "is a file: expected a model folder or a Hub id. GGUF" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    make_model(0).save_pretrained(bare)
+    assert main(["eval", "--model", str(bare), *TASK]) == 2
+    assert f"--model '{bare}' has no tokenizer" in capsys.readouterr().err
+    scan = ["intervene", "alpha", "--trained", f"a={models / 'whole'}", *TASK, "--out", str(tmp_path / "out")]
+    assert main([*scan, "--base", str(bare)]) == 2
+    assert f"--base '{bare}' has no tokenizer" in capsys.readouterr().err
+    assert main(["eval", "--model", str(models / "whole"), *TASK, "--dtype", "float33"]) == 2
+    assert "--dtype: expected auto, float32" in capsys.readouterr().err
+
+
+def test_a_run_without_a_model_names_one_inside(models, tmp_path):
+    shutil.copytree(models / "whole", tmp_path / "run" / "checkpoints" / "step-000004")
+    with pytest.raises(CompatibilityError, match=r"There is one in .*step-000004"):
+        load_model("--model", str(tmp_path / "run"))
+
+
+def test_other_errors_and_whole_models_pass(models):
+    for error in (ConfigError("ours"), torch.OutOfMemoryError("full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), reading("--model", "x"):
+            raise error
+    for name in ("whole", "shards"):
+        check_whole_model("--model", str(models / name))
+        assert load_tokenizer("--model", str(models / name)).padding_side == "left"
+        model = load_model("--model", str(models / name))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make_model(0).parameters(), strict=True))
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_evaluated_with_its_base_and_the_bases_tokenizer(models, tmp_path, capsys):
+    assert main(["eval", "--model", str(models / "adapter"), *TASK]) == 0
+    bare = tmp_path / "bare"
+    shutil.copytree(models / "adapter", bare)
+    for path in bare.glob("token*"):
+        path.unlink()
+    assert main(["eval", "--model", str(bare), *TASK]) == 0
+
+
+def test_an_adapter_with_resized_embeddings(models, tmp_path):
+    model = make_model(0)
+    model.resize_token_embeddings(80)
+    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.peft_config["default"].base_model_name_or_path = str(models / "whole")
+    adapter.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with pytest.raises(CompatibilityError, match=r"resize_token_embeddings\(ROWS\)"):
+        load_model("--model", str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher", "rl"])
+def test_training_does_not_start_from_an_adapter(models, tmp_path, role, capsys):
+    adapter, whole = str(models / "adapter"), str(models / "whole")
+    names = {"student": (adapter, whole), "teacher": (whole, adapter), "rl": (adapter, None)}[role]
+    flags = ["--model_name_or_path", names[0], "--task", "testbed:chain_sum", "--output_dir", str(tmp_path / "run")]
+    flags += ["--teacher_model_name_or_path", names[1]] if names[1] else []
+    for dry_run in ([], ["--dry_run"])[: 1 if role == "rl" else 2]:
+        assert main(["rl" if role == "rl" else "train", *flags, "--use_cpu", *dry_run]) == 2
+        error = capsys.readouterr().err
+        assert f"'{adapter}' is an adapter of '{whole}'" in error and "merge_and_unload()" in error
+        assert ("--teacher_model_name_or_path" in error) == (role == "teacher")
+
+
+def test_the_base_of_a_trained_adapter_is_found_from_anywhere(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    model = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"]))
+    config = model.peft_config["default"]
+    for name, kept in (("whole", str(models / "whole")), ("org/model", "org/model"), (None, None)):
+        config.base_model_name_or_path = name
+        absolute_base(model)
+        assert config.base_model_name_or_path == kept
+    absolute_base(make_model(0))  # no adapter, nothing to do

@@ -1,0 +1,158 @@
+"""docs/dynamics.md: what it says follows from docs/dynamics/*.json, and "in every seed" from the values of the seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from effopd.analysis.statistics import seed_mean
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("chain_sum", "spell_backward")
+
+
+@pytest.fixture(scope="module")
+def module():
+    loaded = importlib.util.spec_from_file_location("dynamics_page", ROOT / "benchmarks" / "dynamics_page.py")
+    found = importlib.util.module_from_spec(loaded)
+    sys.modules["dynamics_page"] = found  # its dataclass asks for it
+    loaded.loader.exec_module(found)
+    yield found
+    del sys.modules["dynamics_page"]
+
+
+def row(module, values, claim=None, side=1):
+    return module.Row(claim or module.LONGER, "β", values, [0.0] * len(values), values, side, "number").to_row()
+
+
+def family(module, values):
+    return {"seeds": list(range(len(values))), "rows": [row(module, values)]}
+
+
+def test_the_page_is_what_its_command_writes(module):
+    page = (ROOT / "docs" / "dynamics.md").read_text()
+    families = module.published(ROOT / "docs" / "dynamics", NAMES)
+    assert module.rewritten(page, families) == page
+    for content in families.values():
+        for r in content["rows"]:
+            assert r["verdict"] == module.verdict(r["test"]["low"], r["test"]["high"], r["side"], r["margin"])
+
+
+def test_a_row_keeps_the_value_of_every_seed(module):
+    values = [0.2, 0.4, 0.4, 0.6, math.nan]
+    found = json.loads(json.dumps(row(module, values), allow_nan=False))
+    assert found["test"]["values"] == [0.2, 0.4, 0.4, 0.6, None] and found["test"]["n"] == 4
+    assert found["test"]["mean"] == seed_mean(values).mean and found["verdict"] == "shown"
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ([0.2, 0.4, 0.4, 0.2, 0.2], "in every seed (sums)"),
+        ([0.2, 0.9, 0.9, 0.9, 0.0], "in 4 of 5 seeds (sums)"),  # a tie is not larger
+        ([0.2, 0.9, 0.9, 0.9, math.nan], "in 4 of 5 seeds (sums)"),
+    ],
+)
+def test_in_every_seed_is_counted(module, values, said):
+    assert said in module.longer_steps({"sums": family(module, values)})
+
+
+def test_without_the_values_of_the_seeds_nothing_is_said_of_them(module):
+    families = {"sums": family(module, [0.2, 0.4, 0.4, 0.2, 0.2])}
+    assert "holds the value of every seed" in module.cautions(families)
+    del families["sums"]["rows"][0]["test"]["values"]
+    assert "every seed" not in module.longer_steps(families) and "in the mean over seeds" in module.longer_steps(
+        families
+    )
+    assert "mean and interval only" in module.cautions(families)
+
+
+def test_holm_and_the_p_value_agree_with_what_they_are_made_of(module):
+    from scipy import stats
+
+    values = [0.1, 0.3, 0.2, 0.5, 0.1]
+    estimate = row(module, values)["test"]
+    assert module.p_value(estimate) == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
+    assert module.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert module.holm([0.04, 0.001]) == [True, True]
+
+
+def scans(seed: int) -> list[dict]:
+    """A row for every point that the page reads, of both runs of a seed."""
+    rows = [{"scan": "reference", "run": "base", "accuracy": 0.3}]
+    for i, run in enumerate(("opd", "rl")):
+        end = 0.7 + 0.05 * i + 0.01 * seed
+        own = [{"scan": "reference", "accuracy": end}]
+        own += [
+            {"scan": "trajectory", "step": s, "accuracy": 0.3 + s * (end - 0.3) / 16, "update_norm": s + i}
+            for s in range(17)
+        ]
+        own += [
+            {"scan": "embedding", "change_from_trained": -0.02},
+            {"scan": "random", "accuracy_change": 0.001 * seed},
+        ]
+        own += [{"scan": "swap", "unit": u, "side": "only", "accuracy": 0.35 + 0.05 * k}
+                for k, u in enumerate(("embedding", "attention", "mlp"))]  # fmt: skip
+        own += [{"scan": "window", "module": "mlp", "centre": c, "accuracy": 0.4 + 0.01 * c} for c in range(4)]
+        own += [
+            {"scan": "norm_scaling", "step": 12, "beta": b, "accuracy": 0.4 + b / 10, "kl": (b - 0.5) ** 2}
+            for b in (0.0, 0.5, 1.0)
+        ]
+        own += [{"scan": "rank", "end": e, "percent": p, "accuracy": 0.5 + p / 1000} for e, p in
+                (("top", 1), ("top", 5), ("top", 20), ("bottom", 50))]  # fmt: skip
+        rows += [row | {"run": run} for row in own]
+    return rows
+
+
+def test_measuring_writes_the_value_of_every_seed(module, tmp_path):
+    """The whole path from tables of runs to the JSON, on made-up tables."""
+    import pandas as pd
+
+    root, metrics = (
+        tmp_path / "sums",
+        ("spectral_norm", "spectral_to_frobenius", "effective_rank", "top1pct_norm_ratio"),
+    )
+    names = (
+        *metrics,
+        "early_left_overlap_1",
+        "early_left_overlap_20",
+        "early_right_overlap_16",
+        "u1_evr",
+        "u1_evr_null_mean",
+    )
+    runs = {
+        f"{group}#{seed}": {
+            "update_norm": 1.0 + seed / 10,
+            "metrics": {name: {"mean": 0.5 + seed / 100} for name in names},
+            "layers": [{"layer": layer, "share": 0.25} for layer in range(4)] + [{"layer": None, "share": 0.0}],
+        }
+        for group in ("opd", "rl")
+        for seed in range(3)
+    }
+    (root / "analysis").mkdir(parents=True)
+    (root / "analysis" / "summary.json").write_text(json.dumps({"runs": runs}))
+    for seed in range(3):
+        (root / f"scans-{seed}").mkdir()
+        pd.DataFrame(scans(seed)).to_csv(root / f"scans-{seed}" / "results.csv", index=False)
+    module.measure(root, tmp_path, figures=False)
+    (content,) = module.published(tmp_path, ["sums"]).values()
+    published = module.published(ROOT / "docs" / "dynamics", NAMES)["chain_sum"]
+    fields = ("claim", "quantity", "unit", "side", "margin")
+    assert [[row[f] for f in fields] for row in content["rows"]] == [
+        [row[f] for f in fields] for row in published["rows"]
+    ]
+    assert content["seeds"] == [0, 1, 2]
+    for found in content["rows"]:
+        for which in ("opd", "rl", "test"):
+            values = found[which]["values"]
+            assert len(values) == 3 and found[which]["mean"] == pytest.approx(seed_mean(values).mean)
+    accuracy = content["rows"][0]
+    assert accuracy["opd"]["values"] == pytest.approx([0.70, 0.71, 0.72]) and accuracy["test"][
+        "values"
+    ] == pytest.approx([-0.05] * 3)
+    assert "0.5 [0.5, 0.5] in every seed (sums)" in module.longer_steps({"sums": content})

@@ -1,0 +1,117 @@
+"""Every second belongs to one category, and tokens add up."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from effopd.distill.config import OPDConfig
+from effopd.runs.ledger import CATEGORIES, CLOCKS, CostLedger
+from effopd.errors import ConfigError
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_parts_are_exclusive_and_add_up():
+    clock = Clock()
+    ledger = CostLedger(clock)
+    ledger.start()
+    clock.now = 1
+    with ledger.track("update"):
+        clock.now = 3
+        with ledger.track("rollout"):
+            clock.now = 10
+        with ledger.track("teacher"):
+            clock.now = 11
+        clock.now = 12
+    with ledger.track("eval"):
+        clock.now = 20
+    clock.now = 21
+    ledger.stop()
+    assert ledger.seconds == {
+        "rollout": 7.0, "teacher": 1.0, "update": 3.0, "search": 0.0, "eval": 8.0, "other": 2.0,
+    }  # fmt: skip
+    assert sum(ledger.seconds.values()) == 21
+    clock.now = 99
+    assert ledger.snapshot()["cost/net_seconds"] == 21 - 8
+
+
+def test_a_pause_is_charged_to_nobody():
+    clock = iter([0.0, 1.0, 11.0, 13.0]).__next__
+    ledger = CostLedger(clock)
+    ledger.start()
+    with ledger.paused():  # from 1 to 11
+        pass
+    ledger.stop()
+    assert ledger.seconds["other"] == 3.0 == sum(ledger.seconds.values())
+
+
+def test_tokens_and_net():
+    ledger = CostLedger(Clock())
+    ledger.count("rollout", generated=10)
+    ledger.count("search", generated=5, forward=2)
+    ledger.count("eval", generated=1000, forward=1000)
+    ledger.count("teacher", forward=7)
+    flat = ledger.snapshot()
+    assert flat["cost/net_generated_tokens"] == 15 and flat["cost/net_forward_tokens"] == 9
+    assert flat["cost/eval_generated_tokens"] == 1000
+
+
+def test_state_round_trip_continues():
+    clock = Clock()
+    first = CostLedger(clock)
+    first.start()
+    clock.now = 5
+    first.count("rollout", generated=3)
+    second = CostLedger(clock)
+    second.load_state_dict(first.state_dict())
+    second.start()
+    clock.now = 7
+    assert second.snapshot()["cost/other_seconds"] == 7
+    assert second.generated_tokens["rollout"] == 3
+
+
+def test_an_exception_closes_its_category():
+    clock = Clock()
+    ledger = CostLedger(clock)
+    ledger.start()
+    with pytest.raises(RuntimeError), ledger.track("search"):
+        clock.now = 2
+        raise RuntimeError
+    clock.now = 3
+    ledger.stop()
+    assert ledger.seconds["search"] == 2 and ledger.seconds["other"] == 1
+
+
+def test_unknown_category():
+    with pytest.raises(KeyError, match="known: " + ", ".join(CATEGORIES)):
+        CostLedger().push("coffee")
+
+
+def test_cpu_seconds_leave_waiting_out():
+    spent = {}
+    for name in ("wall", "cpu"):
+        ledger = CostLedger(CLOCKS[name])
+        ledger.start()
+        with ledger.track("rollout"):
+            time.sleep(0.5)
+        ledger.stop()
+        spent[name] = ledger.seconds["rollout"]
+    assert spent["wall"] >= 0.5 > 5 * spent["cpu"]
+
+
+def test_cpu_seconds_are_refused_where_an_accelerator_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    settings = {"output_dir": str(tmp_path), "cost_clock": "cpu", "bf16": False}
+    with pytest.raises(ConfigError, match="'wall', or use_cpu"):
+        OPDConfig(**settings)
+    assert OPDConfig(**settings, use_cpu=True).cost_clock == "cpu"
+    with pytest.raises(ConfigError, match="wall, cpu"):
+        OPDConfig(output_dir=str(tmp_path), cost_clock="sun")
