@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
-from conftest import make_model, make_task, make_tokenizer
+from helpers.tiny_models import make_model, make_task, make_tokenizer
 from transformers import Trainer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, GRPOTrainer, RLOOTrainer
 

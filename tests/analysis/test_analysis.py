@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_checkpoints import (
+from helpers.tiny_checkpoints import (
     STEPS,
     save_base,
     save_runs,

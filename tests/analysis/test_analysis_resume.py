@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tiny_checkpoints import (
+from helpers.tiny_checkpoints import (
     STEPS,
     save_runs,
     save_tensors,
@@ -155,7 +155,7 @@ def test_mistakes_are_refused_before_any_work(folders, tmp_path, trained, option
 
 
 def test_other_architectures_vocabularies_and_nan_are_refused(folders, tmp_path):
-    from conftest import make_model
+    from helpers.tiny_models import make_model
 
     make_model(1, hidden=32).save_pretrained(tmp_path / "wide")
     make_model(1, vocab_size=80).save_pretrained(tmp_path / "words")

@@ -8,7 +8,7 @@ import re
 import pandas as pd
 import pytest
 import torch
-from tiny_checkpoints import save_base, save_trained, save_trajectory
+from helpers.tiny_checkpoints import save_base, save_trained, save_trajectory
 
 from effopd.commands import analyze as analyze_command
 from effopd.commands.analyze import run_analyze

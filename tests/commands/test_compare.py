@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_model, make_tokenizer
+from helpers.tiny_models import make_model, make_tokenizer
 
 from effopd.commands.main import main
 from effopd.commands.train import parse_train
@@ -15,7 +15,7 @@ from effopd.compare.plan import load_plan
 from effopd.compare.runner import DONE, LOG
 from effopd.errors import ConfigError
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def plan_of(root: Path, **changes) -> Path:

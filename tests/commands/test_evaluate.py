@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEMPLATE, make_model, make_tokenizer
+from helpers.tiny_models import TEMPLATE, make_model, make_tokenizer
 from safetensors.torch import load_file
 
 from effopd.commands import evaluate as evaluate_command

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer, small_scores
+from helpers.tiny_models import make_model, make_tokenizer, small_scores
 from safetensors.torch import load_file
 
 from effopd.commands.main import main
@@ -362,7 +362,7 @@ def test_a_launcher_can_start_it_as_a_module():
     assert result.returncode == 0 and "train" in result.stdout
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def test_recipe_testbed_runs_two_steps_through_its_command(tmp_path):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_run import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-
-sys.path.insert(0, str(Path(__file__).parent / "distill"))
-
-from tiny_run import make_trainer
 
 from effopd import EffOPDConfig
 from effopd.common import float64 as precision

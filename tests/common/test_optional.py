@@ -13,7 +13,7 @@ from effopd.errors import MissingDependencyError
 
 
 def test_the_advice_names_something_that_exists():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = {f"effopd[{name}]" for name in project["optional-dependencies"]}
     required = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
     for module, (_, package) in optional._NEEDS.items():

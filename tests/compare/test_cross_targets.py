@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_results import LR, results, run
+from compare.test_results import LR, results, run
 
 from effopd.compare.cross_targets import across, own_rate, runs_of
 from effopd.errors import ConfigError

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_results import LR, run
+from compare.test_results import LR, run
 
 from effopd.compare import imported_runs as elsewhere
 from effopd.compare.imported_runs import Source, given, key, merged, scaled, sources, to_make

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import contains, make_model, make_task, make_tokenizer
 from datasets import Dataset, IterableDataset
+from distill.test_callback import plain_trl
+from helpers.tiny_models import contains, make_model, make_task, make_tokenizer
+from helpers.tiny_run import make_trainer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
-from test_callback import plain_trl
-from tiny_run import make_trainer
 
 from effopd import EffOPD, EffOPDCallback, EffOPDConfig
 from effopd.common.files import read_rows

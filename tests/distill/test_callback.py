@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
+from helpers.tiny_models import contains, make_model, make_task, make_tokenizer
+from helpers.tiny_run import EFFOPD, make_trainer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
-from conftest import contains, make_model, make_task, make_tokenizer
-from tiny_run import EFFOPD, make_trainer
 
 from effopd import EffOPDCallback, EffOPDConfig
 from effopd.common.files import read_rows

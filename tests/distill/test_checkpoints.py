@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import make_model
+from distill.test_resume import RESUME, everything, flags, interrupted
+from helpers.tiny_models import make_model
+from helpers.tiny_run import EFFOPD, make_trainer
 from peft import LoraConfig, get_peft_model
-from test_resume import RESUME, everything, flags, interrupted
-from tiny_run import EFFOPD, make_trainer
 from transformers import AutoModelForCausalLM
 
 from effopd.commands.main import main

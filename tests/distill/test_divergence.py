@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.tiny_models import make_model
 
 from effopd.distill.divergence import (
     Head,

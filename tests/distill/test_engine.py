@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model, make_task, make_tokenizer, small_scores
+from helpers.tiny_models import make_model, make_task, make_tokenizer, small_scores
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer

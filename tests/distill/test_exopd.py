@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import make_model, make_task, make_tokenizer
-from tiny_run import make_trainer
+from helpers.tiny_models import make_model, make_task, make_tokenizer
+from helpers.tiny_run import make_trainer
 
 from effopd import EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.common.files import read_rows

@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.tiny_models import make_model
+from helpers.tiny_run import EFFOPD, make_trainer
 from safetensors.torch import load_file
-from tiny_run import EFFOPD, make_trainer
 
 from effopd import EffOPD, EffOPDConfig
 from effopd.errors import CheckpointError, NonFiniteLossError, ScorerError

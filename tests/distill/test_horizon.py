@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model
-from tiny_run import make_trainer
+from helpers.tiny_models import make_model
+from helpers.tiny_run import make_trainer
 
 from effopd import EffOPDConfig, OPDConfig
 from effopd.common.files import read_rows

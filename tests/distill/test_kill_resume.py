@@ -12,16 +12,16 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from conftest import make_model
+from helpers.tiny_models import make_model
+from helpers.tiny_run import EFFOPD, STEPS, make_trainer
 from safetensors.torch import load_file
-from tiny_run import EFFOPD, STEPS, make_trainer
 from transformers import TrainerState
 
 from effopd.common.files import read_rows
 from effopd.distill.run_dir_mixin import EpochRepeatSampler, _EpochCallback, _TerminationCallback
 from effopd.errors import CheckpointError
 
-SCRIPT = Path(__file__).with_name("tiny_run.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "tiny_run.py"
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ def test_sigkill_then_resume_is_bit_identical(tmp_path, whole, where):
 
 def test_resume_in_a_later_epoch_keeps_the_data_order(tmp_path):
     """TRL's sampler restarts its permutations on a resume; ours does not."""
-    from conftest import make_task
+    from helpers.tiny_models import make_task
 
     settings = {"task": make_task(24), "eval_strategy": "no", "save_steps": 4}  # 3 steps an epoch
     make_trainer(tmp_path / "whole", **settings).train()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_task
+from helpers.tiny_models import make_task
+from helpers.tiny_run import EFFOPD, make_trainer
 from safetensors.torch import load_file
-from tiny_run import EFFOPD, make_trainer
 from transformers import TrainerCallback
 
 from effopd import EffOPDConfig

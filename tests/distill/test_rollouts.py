@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
-from tiny_run import make_trainer
+from helpers.tiny_models import make_model, make_tokenizer
+from helpers.tiny_run import make_trainer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

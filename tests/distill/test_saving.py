@@ -8,9 +8,9 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_model, make_task, make_tokenizer
+from helpers.tiny_models import make_model, make_task, make_tokenizer
+from helpers.tiny_run import EFFOPD, make_trainer
 from safetensors.torch import load_file
-from tiny_run import EFFOPD, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from transformers.trainer_callback import ExportableState
 

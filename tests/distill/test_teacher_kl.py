@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, make_task, make_tokenizer
-from tiny_run import make_trainer
+from helpers.tiny_models import make_model, make_task, make_tokenizer
+from helpers.tiny_run import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 

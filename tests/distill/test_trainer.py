@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, make_task, make_tokenizer
+from helpers.tiny_models import make_model, make_task, make_tokenizer
+from helpers.tiny_run import make_trainer
 from safetensors.torch import load_file
-from tiny_run import make_trainer
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 

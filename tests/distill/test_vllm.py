@@ -20,7 +20,7 @@ import functools
 
 import torch
 import trl.generation.vllm_generation as host
-from conftest import make_model, make_task, make_tokenizer, small_scores
+from helpers.tiny_models import make_model, make_task, make_tokenizer, small_scores
 from transformers import Qwen3ForCausalLM
 from vllm import SamplingParams
 

@@ -10,7 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from conftest import make_model, make_task, make_tokenizer
+from helpers.tiny_models import make_model, make_task, make_tokenizer
 from plain_loop import whole
 from train import FSDP2, fsdp2_on_the_cpu
 from transformers import Trainer, TrainingArguments

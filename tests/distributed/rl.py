@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "distill")]
+sys.path.append(str(Path(__file__).parents[1]))
 
-from test_rl import make_trainer
+from distill.test_rl import make_trainer
 
 from effopd.common.distributed import leave
 

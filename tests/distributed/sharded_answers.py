@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
-from conftest import make_model, make_task, make_tokenizer
+from helpers.tiny_models import make_model, make_task, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
 from effopd.common.distributed import leave, rank

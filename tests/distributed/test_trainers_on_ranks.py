@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from distributed.test_plain_loops import launch
+from helpers.tiny_run import make_trainer
 from safetensors.torch import load_file
-from test_plain_loops import launch
-
-sys.path.append(str(Path(__file__).parents[1] / "distill"))
-from tiny_run import make_trainer
 
 from effopd.common.files import read_rows
 

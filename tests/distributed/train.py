@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "distill")]
+sys.path.append(str(Path(__file__).parents[1]))
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import make_model, small_scores
+from helpers.tiny_models import make_model, small_scores
+from helpers.tiny_run import make_trainer
 from peft import LoraConfig, get_peft_model
 from plain_loop import whole
-from tiny_run import make_trainer
 
 from effopd import EffOPDConfig
 from effopd.common.distributed import leave, rank

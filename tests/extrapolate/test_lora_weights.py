@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model, make_task, make_tokenizer, small_scores
+from helpers.tiny_models import make_model, make_task, make_tokenizer, small_scores
 from peft import LoraConfig, get_peft_model
 
 from effopd import EffOPD, EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer

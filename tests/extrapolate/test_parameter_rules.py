@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from helpers.tiny_models import make_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

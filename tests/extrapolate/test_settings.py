@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, make_task, make_tokenizer
+from helpers.tiny_models import make_model, make_task, make_tokenizer
 from torch import nn
 
 from effopd import EffOPD, EffOPDConfig, Score

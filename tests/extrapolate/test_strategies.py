@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.tiny_models import small_scores
+from helpers.tiny_run import make_trainer
 from torch import nn
 
 from effopd import EffOPD, EffOPDConfig, Score
@@ -14,10 +13,6 @@ from effopd.common.files import read_rows
 from effopd.errors import ConfigError, NonFiniteWeightsError
 from effopd.extrapolate.config import ONLY_FOR
 from effopd.extrapolate.strategies import STRATEGIES
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
-from conftest import small_scores
-from tiny_run import make_trainer
 
 ALL = list(STRATEGIES)
 FITS = [name for name, strategy in STRATEGIES.items() if strategy.fit]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from helpers.tiny_models import make_model
 
 from effopd.errors import ConfigError
 from effopd.interventions.edits import (

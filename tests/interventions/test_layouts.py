@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_scan import OPTIONS, equal, load, moved, weights
+from interventions.test_run import OPTIONS, equal, load, moved, weights
 from transformers import (
     BloomConfig,
     BloomForCausalLM,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.tiny_models import make_model
 
 from effopd.extrapolate.live_weights import LiveWeights
 from effopd.launch.footprint import ModelSize, bytes_a_rank, model_size, size_of, state_bytes

@@ -7,8 +7,8 @@ import shutil
 from collections import namedtuple
 
 import pytest
-from conftest import contains, make_model, make_task, make_tokenizer
 from datasets import Dataset
+from helpers.tiny_models import contains, make_model, make_task, make_tokenizer
 
 from effopd.distill.config import OPDConfig
 from effopd.distill.trainer import OPDTrainer

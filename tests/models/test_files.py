@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from helpers.tiny_models import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from effopd.commands.main import main

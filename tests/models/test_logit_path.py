@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.tiny_models import make_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
@@ -18,7 +18,7 @@ from effopd.models.logit_path import completion_hidden_states, hidden_states, lo
 from effopd.models.sampler_check import batching, check_sampler, generate_groups
 from effopd.tasks.evaluate import generate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("architectures", ROOT / "benchmarks" / "architectures.py")
 architectures = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(architectures)

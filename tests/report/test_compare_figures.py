@@ -7,7 +7,7 @@ import math
 
 import pytest
 from matplotlib.figure import Figure
-from test_compare_page import LR, grid, run
+from report.test_compare_page import LR, grid, run
 
 from effopd.compare.results import Run, analyse
 from effopd.report.compare_figures import draw, strategy_colors

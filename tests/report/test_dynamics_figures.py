@@ -8,8 +8,8 @@ import shutil
 import matplotlib
 import pytest
 import torch
+from helpers.tiny_checkpoints import save_base, save_trained, save_trajectory
 from matplotlib.figure import Figure
-from tiny_checkpoints import save_base, save_trained, save_trajectory
 
 from effopd.analysis.analyze import analyze
 from effopd.errors import CheckpointError

@@ -10,7 +10,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import make_trainer
+from helpers.tiny_run import make_trainer
 from transformers import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 

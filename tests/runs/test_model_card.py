@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_tokenizer
+from helpers.tiny_models import make_model, make_tokenizer
 from huggingface_hub import ModelCard
-from test_rl import make_trainer as make_rl_trainer
-from tiny_run import make_trainer
+from distill.test_rl import make_trainer as make_rl_trainer
+from helpers.tiny_run import make_trainer
 
 from effopd.commands.main import main
 from effopd.runs.model_card import is_hub_id

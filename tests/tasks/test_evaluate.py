@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_task
+from helpers.tiny_models import make_model, make_task
 from scipy import stats
 
 from effopd.errors import ConfigError, TaskError

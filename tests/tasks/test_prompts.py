@@ -6,8 +6,8 @@ import json
 import re
 
 import pytest
-from conftest import TEMPLATE, make_model, make_tokenizer
 from datasets import Dataset
+from helpers.tiny_models import TEMPLATE, make_model, make_tokenizer
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 

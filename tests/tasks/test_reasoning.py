@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from conftest import TEMPLATE, make_model, make_tokenizer
+from helpers.tiny_models import TEMPLATE, make_model, make_tokenizer
 
 from effopd.distill.rl import correct_reward
 from effopd.tasks import Example, MathVerifier, ReasoningGymVerifier, Task

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from helpers.tiny_models import make_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_spectrum import noise, with_spectrum
+from weights.test_spectrum import noise, with_spectrum
 
 from effopd.weights import leading
 from effopd.weights.leading import leading_directions, leading_of_factors

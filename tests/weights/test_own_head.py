@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from helpers.tiny_checkpoints import save_base, save_tensors, tensors_of
+from helpers.tiny_models import make_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import save_base, save_tensors, tensors_of
 from transformers import AutoModelForCausalLM
 
 from effopd.analysis.analyze import analyze

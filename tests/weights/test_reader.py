@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from helpers.tiny_models import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from effopd.analysis.analyze import analyze

@@ -28,6 +28,6 @@ def versions(packages: Sequence[str] = TRAINING) -> dict[str, str]:
 def code() -> str:
     """A short hash of this package's source: which state of the code made a result."""
     found = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()[:12]

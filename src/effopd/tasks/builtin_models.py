@@ -1,15 +1,7 @@
-"""A tiny student/teacher pair that ships with the package, its two task families, and the recipe that makes them.
+"""The tiny student and teacher that ship with the package; `effopd.testbed` holds the recipe that makes them.
 
 The pair makes every claim of this package testable on two CPU cores in minutes. Importing this module is light: no
 torch, no transformers.
-
-    families.py       the two reasoning-gym families: questions, worked reasoning, verifier
-    tokenizer.py      bytes + pairs + constant phrases
-    base_training.py  random Qwen3 → base student, by supervised training on partly falsified reasoning
-    rl.py             base student → teacher, by GRPO
-    measure.py        accuracies, and plain distillation as the reference run
-    recipe.py         all of it from nothing: `effopd testbed build --output_dir OUT_DIR`
-    assets/           what the recipe made with its default seed: student/, teacher/, card.json, build.log
 
 Example:
     >>> from effopd.tasks.builtin_models import FAMILIES, student_path
@@ -40,7 +32,7 @@ __all__ = [
     "verify",
 ]
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "testbed" / "assets"
 
 #: The reference run of plain on-policy distillation on this pair, as flags of `trl.DistillationConfig`.
 _REFERENCE: dict[str, Any] = {

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from conftest import make_model
 from safetensors.torch import load_file, save_file
+
+from helpers.tiny_models import make_model
 
 STEPS = (0, 1, 2, 4, 8)
 
