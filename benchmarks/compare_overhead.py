@@ -26,7 +26,7 @@ from pathlib import Path
 from effopd.common.files import read_rows
 from effopd.compare.plan import Plan, PlannedRun, load_plan
 from effopd.compare.runner import DONE, Runner
-from effopd.runs.run_dir import EVALS
+from effopd.runs.records import EVALS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare-testbed.yaml"
 

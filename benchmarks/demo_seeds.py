@@ -27,8 +27,7 @@ from effopd.commands.main import main as effopd
 from effopd.commands.quickstart import ARMS, QuickstartArguments, conclude
 from effopd.common.files import append_row
 from effopd.compare.results import from_row
-from effopd.distill.callback import SEARCHES
-from effopd.runs.run_dir import EVALS
+from effopd.runs.records import EVALS, SEARCHES
 from effopd.tasks.evaluate import accuracy_interval
 
 AXES = ("steps", "seconds", "generated_tokens")

@@ -15,7 +15,7 @@ from effopd.launch import host_settings
 from effopd.launch import opd as launch
 from effopd.launch.adapters import adapter_config
 from effopd.launch.preflight import check_model_name
-from effopd.runs.run_dir import METRICS
+from effopd.runs.records import METRICS
 
 PAIR = ["--model_name_or_path", "testbed:student", "--teacher_model_name_or_path", "testbed:teacher", "--use_cpu"]
 TESTBED = ["--task", "testbed:chain_sum"]

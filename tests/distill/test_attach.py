@@ -16,8 +16,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from effopd import EffOPD, EffOPDCallback, EffOPDConfig
 from effopd.common.files import read_rows
-from effopd.distill.callback import SEARCHES
 from effopd.errors import CheckpointError, ConfigError, ScorerError, TaskError
+from effopd.runs.records import SEARCHES
 
 FAST = {
     "max_steps": 4,

@@ -11,10 +11,11 @@ from datasets import Dataset
 from helpers.tiny_models import contains, make_model, make_task, make_tokenizer
 
 from effopd.distill.config import OPDConfig
+from effopd.distill.dataset import check_dataset
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
 from effopd.launch.meta_model import meta_model
-from effopd.launch.preflight import check_dataset, check_disk, check_models, check_task
+from effopd.launch.preflight import check_disk, check_models, check_task
 from effopd.tasks.base import Example, Task
 
 

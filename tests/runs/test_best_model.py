@@ -7,20 +7,20 @@ import shutil
 import pytest
 import torch
 from helpers.tiny_models import make_model, make_task, make_tokenizer
-from safetensors.torch import load_file
 from helpers.tiny_run import make_trainer
+from safetensors.torch import load_file
 
 from effopd import OPDConfig, OPDTrainer
 from effopd.commands.main import main
+from effopd.distill.rl import TaskRLOOTrainer
+from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
+from effopd.errors import ConfigError
+from effopd.report.run_page import write_run_page
 from effopd.runs.best_model import HOST_DIRECTIONS, Kept, best_row, direction
 from effopd.runs.console import closing_lines
 from effopd.runs.model_card import model_card
-from effopd.distill.rl import TaskRLOOTrainer
-from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
+from effopd.runs.records import DIRECTIONS
 from effopd.runs.run_dir import read_kept
-from effopd.distill.evaluate_student import DIRECTIONS
-from effopd.errors import ConfigError
-from effopd.report.run_page import write_run_page
 
 USABLE = {name: greater for name, greater in DIRECTIONS.items() if greater is not None}
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

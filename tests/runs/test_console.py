@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from effopd import EffOPDConfig
 from effopd.commands.main import main
+from effopd.common.files import append_row
 from effopd.runs.console import (
     LinesAlone,
     LinesWithBar,
@@ -26,7 +27,6 @@ from effopd.runs.console import (
     number,
     step_line,
 )
-from effopd.common.files import append_row
 
 ROW = {
     "loss": 0.0123, "learning_rate": 3e-5, "completions/mean_length": 11.4, "completions/clipped_ratio": 0.0,

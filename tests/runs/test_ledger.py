@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from effopd.distill.config import OPDConfig
-from effopd.runs.ledger import CATEGORIES, CLOCKS, CostLedger
 from effopd.errors import ConfigError
+from effopd.runs.ledger import CATEGORIES, CLOCKS, CostLedger
 
 
 class Clock:

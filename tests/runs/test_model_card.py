@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.tiny_models import make_model, make_tokenizer
-from huggingface_hub import ModelCard
 from distill.test_rl import make_trainer as make_rl_trainer
+from helpers.tiny_models import make_model, make_tokenizer
 from helpers.tiny_run import make_trainer
+from huggingface_hub import ModelCard
 
 from effopd.commands.main import main
-from effopd.runs.model_card import is_hub_id
 from effopd.common.files import read_rows
+from effopd.runs.model_card import is_hub_id
 
 FLAGS = [
     "--model_name_or_path", "testbed:student", "--task", "testbed:chain_sum", "--train_size", "64", "--eval_size", "8",

@@ -31,7 +31,7 @@ from effopd.compare.results import Run, analyse, read_run
 from effopd.compare.runner import DONE, LOG, Runner, failure_of, is_done, only_one
 from effopd.errors import ConfigError, EffOPDError, NonFiniteLossError
 from effopd.report.compare_page import render, summary_table
-from effopd.runs.run_dir import EVALS
+from effopd.runs.records import EVALS
 
 #: The fields of a plan, from the documentation of `bench.plan`.
 _PLAN_HELP = textwrap.dedent((plan_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])

@@ -29,7 +29,6 @@ from effopd.common.optional import is_available
 from effopd.common.progress import spoken_time, time_left
 from effopd.common.versions import versions
 from effopd.compare.time_to_target import Cost, final_target, first_reach, speedup_by_gap
-from effopd.distill.callback import SEARCHES
 from effopd.distill.config import OPDConfig
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
@@ -38,7 +37,7 @@ from effopd.report.run_figures import quality_figure
 from effopd.report.run_page import write_run_page
 from effopd.report.style import quiet_style, save
 from effopd.runs.console import held_out
-from effopd.runs.run_dir import EVALS
+from effopd.runs.records import EVALS, SEARCHES
 from effopd.tasks import TaskConfig
 from effopd.tasks import builtin_models as testbed
 

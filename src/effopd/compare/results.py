@@ -34,9 +34,8 @@ from effopd.common.files import read_rows
 from effopd.common.versions import versions
 from effopd.compare.paired import median_with_interval, ratio
 from effopd.compare.time_to_target import WINDOW, Cost, final_target, first_reach, smooth
-from effopd.distill.callback import SEARCHES
 from effopd.errors import CheckpointError
-from effopd.runs.run_dir import EVALS
+from effopd.runs.records import EVALS, SEARCHES
 
 AXES = ("steps", "seconds", "generated_tokens", "forward_tokens")
 #: Target → (metric, higher is better).

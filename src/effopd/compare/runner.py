@@ -32,9 +32,9 @@ import yaml
 from effopd.common.files import write_atomically
 from effopd.common.versions import code
 from effopd.compare.plan import Plan, PlannedRun
-from effopd.distill.callback import SEARCHES
 from effopd.errors import CheckpointError
-from effopd.runs.run_dir import EVALS, METRICS, RunDir
+from effopd.runs.records import EVALS, METRICS, SEARCHES
+from effopd.runs.run_dir import RunDir
 
 SETTINGS, DONE, FAILED, LOG = "settings.yaml", "done.json", "failed.json", "log.txt"
 

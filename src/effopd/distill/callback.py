@@ -23,9 +23,9 @@ from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
 from effopd.extrapolate.scorers import AccuracyScorer, training_task
 from effopd.extrapolate.search import Score
 from effopd.extrapolate.settings_in_use import refuse_unread
+from effopd.runs.records import SEARCHES
 from effopd.tasks.base import Task, Verifier
 
-SEARCHES = "searches.jsonl"
 #: What `host_refused` says of it.
 DEEPSPEED = "DeepSpeed, whose masters live in the optimizer"
 

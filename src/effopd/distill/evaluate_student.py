@@ -17,31 +17,6 @@ from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.tasks.base import Task
 from effopd.tasks.evaluate import EvalResult, accuracy_interval, evaluate
 
-#: What `evaluate_task` can return → whether more of it is better; `None`: neither more nor less is.
-DIRECTIONS: dict[str, bool | None] = {
-    "kl": False,
-    "kl_se": False,
-    "loss": False,
-    "accuracy": True,
-    "accuracy_low": True,
-    "accuracy_high": True,
-    "accuracy_greedy": True,
-    "accuracy_greedy_low": True,
-    "accuracy_greedy_high": True,
-    "truncated_share": False,
-    "answers": None,
-    "answers_cut": None,
-    "answers_empty": None,
-    "response_length": None,
-    "runtime": None,
-}
-
-
-def metric_names(*, teacher: bool, greedy: bool) -> list[str]:
-    """The metrics that `evaluate_task` returns, known before there is a model."""
-    without = [] if teacher else ["kl", "kl_se", "loss"]
-    return [name for name in DIRECTIONS if name not in without and (greedy or "greedy" not in name)]
-
 
 def evaluate_task(
     student: PreTrainedModel,

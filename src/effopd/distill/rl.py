@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer, RLOOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
+from effopd.distill.dataset import check_dataset
 from effopd.distill.evaluate_student import evaluate_task
 from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.errors import TaskError
-from effopd.launch.preflight import check_dataset
 from effopd.tasks.base import Task
 from effopd.tasks.evaluate import CORRECT, encode_prompts
 from effopd.tasks.reasoning import decode_marked, opened_by_ids

@@ -23,16 +23,17 @@ from trl.trainer.utils import RepeatSampler
 from effopd.common.distributed import from_first, gather, together
 from effopd.common.files import write_atomically
 from effopd.distill.config import RunArguments
-from effopd.distill.evaluate_student import metric_names
-from effopd.distill.resuming import LEDGER_FILE, SETTINGS_FILE, ResumeMixin, settings_that_matter
+from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
 from effopd.models.files import absolute_base
 from effopd.models.sampler_check import own_sampling_aside
 from effopd.runs.best_model import HOST_DIRECTIONS, BestModelMixin, Kept, check_metric
+from effopd.runs.checkpoints import LEDGER_FILE, SETTINGS_FILE
 from effopd.runs.console import end_bars, in_lines
 from effopd.runs.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
 from effopd.runs.model_card import model_card
+from effopd.runs.records import metric_names
 from effopd.runs.run_dir import RunDir, RunDirCallback, in_trajectory
 from effopd.tasks.base import Task
 from effopd.tasks.prompts import prompt_ids

@@ -20,6 +20,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from effopd.distill.config import OPDConfig
+from effopd.distill.dataset import check_dataset
 from effopd.distill.divergence import (
     MULTIMODAL_KEYS,
     Head,
@@ -37,7 +38,6 @@ from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.teacher_kl import rollouts_a_step
 from effopd.errors import ConfigError, NonFiniteLossError
-from effopd.launch.preflight import check_dataset
 from effopd.models.checks import check_models
 from effopd.models.logit_path import completion_hidden_states
 from effopd.tasks.base import Task

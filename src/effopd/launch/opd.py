@@ -18,8 +18,6 @@ from trl import ModelConfig, get_quantization_config
 from effopd.common.versions import versions
 from effopd.distill.callback import EffOPDCallback, check_validation_size
 from effopd.distill.config import OPDConfig
-from effopd.distill.evaluate_student import metric_names
-from effopd.distill.resuming import check_kind
 from effopd.distill.saving import check_generation_config
 from effopd.distill.teacher_kl import check_rollouts, rollouts_a_step
 from effopd.distill.trainer import OPDTrainer
@@ -31,15 +29,11 @@ from effopd.extrapolate.parameter_rules import select
 from effopd.launch.adapters import adapter_config, check_adapter
 from effopd.launch.host_settings import check_host_settings
 from effopd.launch.meta_model import check_positions, meta_model
-from effopd.launch.preflight import (
-    check_disk,
-    check_model_name,
-    check_models,
-    check_task,
-    load_tokenizer,
-)
+from effopd.launch.preflight import check_disk, check_model_name, check_models, check_task, load_tokenizer
 from effopd.models.files import check_whole_model
 from effopd.runs.best_model import check_metric
+from effopd.runs.checkpoints import check_kind
+from effopd.runs.records import metric_names
 from effopd.runs.run_dir import RunDir, in_trajectory, step_of_checkpoint
 from effopd.tasks import Task, TaskConfig, load_task
 

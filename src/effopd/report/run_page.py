@@ -16,12 +16,12 @@ from markupsafe import Markup
 from effopd.common.files import read_rows, write_atomically
 from effopd.common.optional import require
 from effopd.compare.time_to_target import final_target
-from effopd.distill.callback import SEARCHES
 from effopd.errors import ConfigError
 from effopd.report.run_figures import quality_figure, search_figure, training_figure
 from effopd.report.style import quiet_style
 from effopd.runs.best_model import full_name
-from effopd.runs.run_dir import CONFIG, EVALS, METRICS, read_kept
+from effopd.runs.records import CONFIG, EVALS, METRICS, SEARCHES
+from effopd.runs.run_dir import read_kept
 
 PHASES = ("rollout", "teacher", "update", "search", "eval", "other")
 #: Settings shown at the top, if a run has them.

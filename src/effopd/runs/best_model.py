@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from effopd.distill.evaluate_student import DIRECTIONS
 from effopd.errors import ConfigError
+from effopd.runs.records import DIRECTIONS
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from effopd.runs.best_model import Kept, full_name
-from effopd.runs.run_dir import CONFIG, EVALS, METRICS, read_kept
-from effopd.distill.callback import SEARCHES
 from effopd.common.files import read_rows
+from effopd.runs.best_model import Kept, full_name
+from effopd.runs.records import CONFIG, EVALS, METRICS, SEARCHES
+from effopd.runs.run_dir import read_kept
 
 Row = Mapping[str, Any]
 

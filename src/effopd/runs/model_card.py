@@ -18,13 +18,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from effopd.runs.console import first_to_last, kept_text, net_seconds, percent, searches_text
-from effopd.runs.run_dir import CONFIG, EVALS, METRICS
-from effopd.distill.callback import SEARCHES, EffOPDCallback
-from effopd.extrapolate.strategies import STRATEGIES
 from effopd.common.files import read_rows
-from effopd.tasks.load import instruction
 from effopd.common.versions import TRAINING, versions
+from effopd.distill.callback import EffOPDCallback
+from effopd.extrapolate.strategies import STRATEGIES
+from effopd.runs.console import first_to_last, kept_text, net_seconds, percent, searches_text
+from effopd.runs.records import CONFIG, EVALS, METRICS, SEARCHES
+from effopd.tasks.load import instruction
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 #: Settings of the task that a reader needs to repeat a number, where they are not defaults.

@@ -28,19 +28,15 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from effopd.runs.best_model import Kept
-from effopd.distill.resuming import check_complete
-from effopd.errors import CheckpointError, ConfigError
-from effopd.distill.callback import SEARCHES
 from effopd.common.distributed import gather
-from effopd.extrapolate.schedule import powers_of_two
 from effopd.common.files import append_row, fsync, keep_rows, write_atomically
+from effopd.errors import CheckpointError, ConfigError
+from effopd.runs.best_model import Kept
+from effopd.runs.checkpoints import check_complete
+from effopd.runs.records import BEST, CONFIG, EVALS, METRICS, SEARCHES
 
 logger = logging.getLogger(__name__)
 
-METRICS, EVALS = "metrics.jsonl", "evals.jsonl"
-CONFIG = "config.yaml"
-BEST = "best.json"
 _STEP = re.compile(r"step-(\d{6,})$")
 
 
@@ -56,7 +52,7 @@ def in_trajectory(rule: str, step: int, last: int) -> bool:
     if rule == "none":
         return False
     if rule == "powers_of_two":
-        return step in (0, last) or powers_of_two(step)
+        return step in (0, last) or step & (step - 1) == 0
     if not rule.isdecimal() or int(rule) < 1:
         raise ConfigError(
             f"trajectory must be 'none', 'powers_of_two' or a number of steps of at least 1; got {rule!r}."

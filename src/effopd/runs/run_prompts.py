@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from effopd.runs.run_dir import CONFIG
+from effopd.runs.records import CONFIG
 
 #: Setting of a run → flag of `effopd eval` and `effopd intervene`, for every task: how prompts are written.
 PROMPTS = {name: name for name in ("chat_template_kwargs", "system_prompt", "as_chat", "prompt_suffix")}

@@ -1,0 +1,1 @@
+"""What a run writes: records, run directory, cost ledger, console, model card."""
