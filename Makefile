@@ -1,4 +1,4 @@
-# make demo  plain OPD, EffOPD and lookahead on the built-in testbed: runs/demo/
+# make demo  plain OPD, EffOPD and line_search on the built-in testbed: runs/demo/
 # make test  the whole test suite, on WORKERS=2 cores
 # make lint  ruff and mypy
 # Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).

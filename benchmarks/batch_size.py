@@ -4,7 +4,7 @@
 
 docs/results.json trains on 256 prompts per step, docs/ablation/results.json on 32, with the same models, tasks, seeds and
 held-out prompts. Target: the final KL of plain OPD with the large batch at the reference learning rate. Compared with:
-`lookahead` with the large batch from the reference rate. Nothing is run.
+`line_search` with the large batch from the reference rate. Nothing is run.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from effopd.compare.cross_targets import across, runs_of
 from effopd.report.compare_lookup import AXIS_NAMES, factor, table, times
 
 PAGE = "batch_size.md"
-STRATEGIES = ("vanilla", "lookahead")
+STRATEGIES = ("vanilla", "line_search")
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of `cross_targets.across` for plain OPD and `lookahead` with the small batch, at all their learning rates."""
+    """Rows of `cross_targets.across` for plain OPD and `line_search` with the small batch, at all their learning rates."""
     reference = large["settings"]["reference_learning_rate"]
     home, other = runs_of(large), runs_of(small)
     arms = sorted(
         {run.arm for run in other if run.strategy in STRATEGIES}, key=lambda arm: (arm[0] != "vanilla", arm[1])
     )
-    rows = across(home, (large["settings"]["baseline"], reference), ("lookahead", reference), other, arms)
+    rows = across(home, (large["settings"]["baseline"], reference), ("line_search", reference), other, arms)
     return sorted(rows, key=lambda row: arms.index((row["strategy"], row["learning_rate"])))
 
 
@@ -56,7 +56,7 @@ def page(large: dict[str, Any], small: dict[str, Any]) -> str:
 
 Made by `benchmarks/batch_size.py` from `results.json` and `ablation/results.json`.
 
-How much sooner than `lookahead` with {sizes[0]} prompts from ×1 a run with {sizes[1]} prompts gets to the headline target, the held-out KL at which plain OPD
+How much sooner than `line_search` with {sizes[0]} prompts from ×1 a run with {sizes[1]} prompts gets to the headline target, the held-out KL at which plain OPD
 with {sizes[0]} prompts ends at ×1 ({reference:.0e}). Above 1×, the small batch is the cheaper way there.
 
 {table(header, lines)}

@@ -44,7 +44,7 @@ from effopd.tasks import builtin_models as testbed
 from effopd.tasks.evaluate import accuracy_interval, evaluate
 
 SCALES = tuple(EffOPDConfig().scales)
-#: The paper's and the released code's; `benchmarks/off_policy.py` has the false accepts of lookahead's.
+#: The paper's and the released code's; `benchmarks/off_policy.py` has the false accepts of line_search's.
 GATES = ("ge", "gt")
 PATHS = {"student": testbed.student_path, "teacher": testbed.teacher_path}
 #: Searches replayed at a time.

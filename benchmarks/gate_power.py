@@ -66,7 +66,7 @@ class Measuring:
     def _grades(self, model, scale: float, seed: int) -> np.ndarray:
         """Grades [D_v, prompt] of W + sΔ, all D_v in a few batches with one seed: every answer has its own noise in them,
         the same at every scale."""
-        self._callback.lookahead.weights.move_to(scale)
+        self._callback.look_ahead.weights.move_to(scale)
         found = evaluate(
             model, self._trainer.processing_class, self.task, max_new_tokens=24, batch_size=10 * SIZE, seed=seed
         )
@@ -76,7 +76,7 @@ class Measuring:
         seed = 1000 * self._where["seed"] + self._step
         start = {"shared": self._grades(model, 0.0, seed), "fresh": self._grades(model, 0.0, seed + 500)}
         found = {scale: self._grades(model, scale, seed) for scale in (*BACKWARDS, *FORWARDS)}
-        self._callback.lookahead.weights.move_to(0.0)
+        self._callback.look_ahead.weights.move_to(0.0)
         where = self._where | {"step": self._step}
         true = {0.0: 0.0}
         for scale, grades in found.items():

@@ -1,4 +1,4 @@
-"""A student and a teacher for a task that no rule of `lookahead` was chosen on, in a shape of their own.
+"""A student and a teacher for a task that no rule of `line_search` was chosen on, in a shape of their own.
 
     .venv/bin/python benchmarks/held_out_pair.py      # runs/held-out/student, …/teacher, …/card.json
     effopd compare recipes/compare-held-out.yaml

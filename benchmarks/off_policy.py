@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/off_policy.py [--family chain_sum] [--seed 0] [--max_steps 24] [--out docs/off_policy.json]
 
-At every search of a `lookahead` run, every scale of a grid is scored in all these ways, and by the truth: the exact
+At every search of a `line_search` run, every scale of a grid is scored in all these ways, and by the truth: the exact
 reverse KL on 256 held-out prompts that the candidate answers itself.
 
 - `plain`: on the rollouts of W as they are, what `teacher_kl` does;
@@ -62,7 +62,7 @@ class Watching(RolloutScorer):
     def measure(self, model) -> dict:
         trainer = self._trainer
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback))
-        move_to = callback.lookahead.weights.move_to
+        move_to = callback.look_ahead.weights.move_to
         many = RolloutScorer(trainer, 10**9)
         many.take(self.all_batches)
         row = {"step": trainer.state.global_step + 1, "scale": list(GRID), "truth": [], "truth_se": [], "plain": {}}
@@ -250,7 +250,7 @@ def main() -> None:
             --per_device_train_batch_size 256 --per_device_eval_batch_size 256 --max_completion_length 24
             --activation_checkpointing false --eval_strategy no --eval_greedy false --save_strategy no
             --report_to none --disable_tqdm true --learning_rate {arguments.learning_rate} --seed {arguments.seed}
-            --output_dir {arguments.runs / name} --effopd.strategy lookahead""".split()
+            --output_dir {arguments.runs / name} --effopd.strategy line_search""".split()
         )
         trainer = build_trainer(settings)
         trainer.remove_callback(PrinterCallback)

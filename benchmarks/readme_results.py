@@ -36,7 +36,7 @@ class Figures:
     def __init__(self, results: dict[str, Any]):
         self.look = Lookup(results)
         self.reference = self.look.reference
-        self.rates = sorted({rate for strategy, rate in self.look.arms if strategy == "lookahead"})
+        self.rates = sorted({rate for strategy, rate in self.look.arms if strategy == "line_search"})
         self.own = {
             (row["task"], row["strategy"], row["learning_rate"]): row
             for row in own_rate(runs_of(results), self.look.baseline)
@@ -58,8 +58,8 @@ class Figures:
         return factor(rate, self.reference)
 
     def anywhere(self, task: str, target: str = "reference_kl", axis: str = "seconds") -> str:
-        """Against plain OPD at its best: the medians of `lookahead` over its learning rates, and the worst single seed."""
-        found = (self.look.speedup(task, ("lookahead", rate), axis, target, rate="best") for rate in self.rates)
+        """Against plain OPD at its best: the medians of `line_search` over its learning rates, and the worst single seed."""
+        found = (self.look.speedup(task, ("line_search", rate), axis, target, rate="best") for rate in self.rates)
         rows = [row for row in found if row]
         medians = [row["median"] for row in rows]
         return f"{min(medians):.2f}–{max(medians):.2f}× (worst seed {min(row['low'] for row in rows):.2f}×)"
@@ -79,13 +79,13 @@ class Figures:
 def status(f: Figures) -> str:
     """The paragraph under the status line: what the headline is, and what it is not."""
     look, tuned = f.look, next(rate for rate in f.rates if f.at(rate) == "×3")
-    rows = [look.speedup(task, ("lookahead", f.reference), "steps") for task in TASKS]
+    rows = [look.speedup(task, ("line_search", f.reference), "steps") for task in TASKS]
     parts = " and ".join(f"1/{row['median']:.0f}" for row in rows if row)
     own, best = ([times(row).split(" ")[0] for row in found] for found in (
-        [f.own[task, "lookahead", tuned] for task in TASKS],
-        [look.speedup(task, ("lookahead", f.reference), "seconds", rate="best") for task in TASKS],
+        [f.own[task, "line_search", tuned] for task in TASKS],
+        [look.speedup(task, ("line_search", f.reference), "seconds", rate="best") for task in TASKS],
     ))  # fmt: skip
-    return f"""There, at a learning rate of {f.reference:.0e}, which is too low for plain OPD, `lookahead` gets to plain OPD's final KL in {parts} of the steps. At {f.at(tuned)} of that rate, where plain OPD ends lowest, it gets to that end no sooner (medians: {own[0]} and {own[1]}). It is {best[0]} and {best[1]} as fast, in seconds, as plain OPD at the best learning rate of a sweep, without the sweep; plain OPD with a tuned rate and a smaller batch is faster still."""
+    return f"""There, at a learning rate of {f.reference:.0e}, which is too low for plain OPD, `line_search` gets to plain OPD's final KL in {parts} of the steps. At {f.at(tuned)} of that rate, where plain OPD ends lowest, it gets to that end no sooner (medians: {own[0]} and {own[1]}). It is {best[0]} and {best[1]} as fast, in seconds, as plain OPD at the best learning rate of a sweep, without the sweep; plain OPD with a tuned rate and a smaller batch is faster still."""
 
 
 def section(docs: dict[str, Any]) -> str:
@@ -98,7 +98,7 @@ def section(docs: dict[str, Any]) -> str:
             *(f.fast(task, strategy, axis=axis) for axis in ("steps", "seconds", "forward_tokens")),
             *(f.fast(task, strategy, to="best", axis=axis) for axis in ("seconds", "forward_tokens")),
         ]
-        for strategy, label in (("effopd", "`effopd`, the paper's search"), ("lookahead", "**`lookahead`, ours**"))
+        for strategy, label in (("effopd", "`effopd`, the paper's search"), ("line_search", "**`line_search`, ours**"))
         for task in TASKS
     ]
     header = [
@@ -111,17 +111,17 @@ def section(docs: dict[str, Any]) -> str:
         "… forward tokens",
     ]
     ours = [
-        [run["targets"]["reference_kl"]["steps"] for run in f.look.runs(task, ("lookahead", f.reference))]
+        [run["targets"]["reference_kl"]["steps"] for run in f.look.runs(task, ("line_search", f.reference))]
         for task in TASKS
     ]
     reach = [statistics.median(steps) for steps in ours]
-    arms = [(strategy, task) for strategy in ("lookahead", "effopd") for task in TASKS]
+    arms = [(strategy, task) for strategy in ("line_search", "effopd") for task in TASKS]
     rates = [rate for rate in f.rates if all((task, strategy, rate) in f.own for strategy, task in arms)]
     same = [[f.at(rate), *(f.same(task, strategy, rate) for strategy, task in arms)] for rate in rates]
     parts = (rates_matter, replaces_the_sweep, ends_where)
     return f"""{START}
 
-How much sooner a run gets to the held-out exact reverse KL at which plain OPD ends after {base["max_steps"]} steps at {f.reference:.0e} (×1). Medians over five seeds, paired by seed, with 95 % bootstrap intervals (of five seeds: their range); “never” counts as slower than any. Search is charged, evaluation is not. Runs are evaluated every {base["eval_steps"]} steps, so large factors are coarse: `lookahead` arrives after {reach[0]} and {reach[1]} steps.
+How much sooner a run gets to the held-out exact reverse KL at which plain OPD ends after {base["max_steps"]} steps at {f.reference:.0e} (×1). Medians over five seeds, paired by seed, with 95 % bootstrap intervals (of five seeds: their range); “never” counts as slower than any. Search is charged, evaluation is not. Runs are evaluated every {base["eval_steps"]} steps, so large factors are coarse: `line_search` arrives after {reach[0]} and {reach[1]} steps.
 `chain_sum` and `spell_backward` are toy tasks of reasoning-gym, {base["per_device_train_batch_size"]} prompts per step; forward tokens are all that go through a model outside sampling, those of the search counted as if they went backward too.
 
 {table(header, rows)}
@@ -136,7 +136,7 @@ Speed-up in steps with both at **the same learning rate**, to the KL at which pl
 - {small_batch(docs)}
 - {ablation(docs["ablation"])}
 
-The rules of `lookahead` were chosen on these tasks and seeds. [docs/results.md](docs/results.md) has every strategy, learning rate, target and interval; `effopd compare recipes/compare-testbed.yaml` runs it all, `benchmarks/readme_results.py` writes this section.
+The rules of `line_search` were chosen on these tasks and seeds. [docs/results.md](docs/results.md) has every strategy, learning rate, target and interval; `effopd compare recipes/compare-testbed.yaml` runs it all, `benchmarks/readme_results.py` writes this section.
 
 """
 
@@ -147,23 +147,23 @@ def rates_matter(f: Figures, docs: dict[str, Any]) -> str:
         task: f"{f.fast(task, 'vanilla', f.best(task))} (`{task.split(':')[1]}`, {f.at(f.best(task))})"
         for task in TASKS
     }
-    own = {s: sorted(rate for strategy, rate in f.look.arms if strategy == s) for s in ("effopd", "lookahead")}
+    own = {s: sorted(rate for strategy, rate in f.look.arms if strategy == s) for s in ("effopd", "line_search")}
     ten = next(rate for rate in f.rates if f.at(rate) == "×10")
     return (
         f"**The learning rate matters more than the paper's search.** At the best of its rates plain OPD is {tuned[CHAIN]} and "
         f"{tuned[SPELL]} as fast as at ×1. Once there, EffOPD is off the target again in {f.again(CHAIN, 'effopd', f.reference)} and "
         f"{f.again(SPELL, 'effopd', f.reference)} of the later evaluations from ×1 (mean over runs), and in {f.again(CHAIN, 'effopd', *own['effopd'])} and "
         f"{f.again(SPELL, 'effopd', *own['effopd'])} over its rates. Plain OPD at ×10 is in {f.again(CHAIN, 'vanilla', ten)} and "
-        f"{f.again(SPELL, 'vanilla', ten)}, `lookahead` over its rates in {f.again(CHAIN, 'lookahead', *own['lookahead'])} and "
-        f"{f.again(SPELL, 'lookahead', *own['lookahead'])}."
+        f"{f.again(SPELL, 'vanilla', ten)}, `line_search` over its rates in {f.again(CHAIN, 'line_search', *own['line_search'])} and "
+        f"{f.again(SPELL, 'line_search', *own['line_search'])}."
     )
 
 
 def replaces_the_sweep(f: Figures, docs: dict[str, Any]) -> str:
-    """`lookahead` from any rate against plain OPD at its best."""
+    """`line_search` from any rate against plain OPD at its best."""
     ninety = list(dict.fromkeys(f.at(f.best(task, "gap_90")) for task in TASKS))
     return (
-        f"**`lookahead` replaces the sweep of the rate.** From any of {len(f.rates)} rates between {f.at(f.rates[0])} and {f.at(f.rates[-1])} "
+        f"**`line_search` replaces the sweep of the rate.** From any of {len(f.rates)} rates between {f.at(f.rates[0])} and {f.at(f.rates[-1])} "
         f"its median speed is {f.anywhere(CHAIN)} and {f.anywhere(SPELL)} that of plain OPD at its best rate, in forward tokens "
         f"{f.anywhere(CHAIN, axis='forward_tokens')} and {f.anywhere(SPELL, axis='forward_tokens')}. To 90 % of the way, where plain OPD's best "
         f"rate is {' and '.join(ninety)}, it is {f.anywhere(CHAIN, 'gap_90')} and {f.anywhere(SPELL, 'gap_90')}: it saves the sweep, nothing more. "
@@ -186,7 +186,7 @@ def ends_where(f: Figures, docs: dict[str, Any]) -> str:
 
     said = []
     for task in TASKS:
-        ours, plain = ends(task, "lookahead"), ends(task, "vanilla")
+        ours, plain = ends(task, "line_search"), ends(task, "vanilla")
         lowest = min(plain, key=lambda rate: plain[rate])
         others = [value for rate, value in plain.items() if rate != lowest]
         said.append(
@@ -200,7 +200,7 @@ def ends_where(f: Figures, docs: dict[str, Any]) -> str:
 
 
 def small_batch(docs: dict[str, Any]) -> str:
-    """Plain OPD with the small batch at the rate where it always arrives, against `lookahead` with the large one."""
+    """Plain OPD with the small batch at the rate where it always arrives, against `line_search` with the large one."""
     both = compared(docs["results"], docs["ablation"])
     rows = [row for row in both if row["strategy"] == "vanilla"]
     reference = docs["results"]["settings"]["reference_learning_rate"]
@@ -211,32 +211,32 @@ def small_batch(docs: dict[str, Any]) -> str:
         return " and ".join(times(row) for row in rows if row["learning_rate"] == steady and row["axis"] == axis)
 
     ours = " and ".join(times(row) for row in both
-                        if (row["strategy"], row["learning_rate"], row["axis"]) == ("lookahead", reference, "seconds"))  # fmt: skip
+                        if (row["strategy"], row["learning_rate"], row["axis"]) == ("line_search", reference, "seconds"))  # fmt: skip
     size = docs["ablation"]["settings"]["base"]["per_device_train_batch_size"]
     return (
         f"**A small batch is the stronger baseline.** Plain OPD with {size} prompts per step at {factor(steady, reference)} gets to the table's "
-        f"target {said('generated_tokens')} sooner in sampled tokens than `lookahead` with "
+        f"target {said('generated_tokens')} sooner in sampled tokens than `line_search` with "
         f"{docs['results']['settings']['base']['per_device_train_batch_size']} from ×1, {said('forward_tokens')} in forward tokens and "
-        f"{said('seconds')} in net seconds; `lookahead` with {size}, from ×1, {ours} ([docs/batch_size.md](docs/batch_size.md))."
+        f"{said('seconds')} in net seconds; `line_search` with {size}, from ×1, {ours} ([docs/batch_size.md](docs/batch_size.md))."
     )
 
 
 def ablation(results: dict[str, Any]) -> str:
-    """`lookahead` in the setting of `recipes/compare-ablation.yaml`, and what its parts are worth there."""
+    """`line_search` in the setting of `recipes/compare-ablation.yaml`, and what its parts are worth there."""
     look, base = Lookup(results), results["settings"]["base"]
 
     def fast(rate: float, to: str | None = None) -> str:
-        return " and ".join(times(look.speedup(task, ("lookahead", rate), "seconds", rate=to)) for task in look.tasks)
+        return " and ".join(times(look.speedup(task, ("line_search", rate), "seconds", rate=to)) for task in look.tasks)
 
     shares = " and ".join(
-        number(look.quality(task, ("lookahead", look.reference), "search_share_to_target"), ".0%")
+        number(look.quality(task, ("line_search", look.reference), "search_share_to_target"), ".0%")
         for task in look.tasks
     )
-    others = sorted(rate for strategy, rate in look.arms if strategy == "lookahead" and rate != look.reference)
+    others = sorted(rate for strategy, rate in look.arms if strategy == "line_search" and rate != look.reference)
     elsewhere = "; ".join(f"from {factor(rate, look.reference)} {fast(rate, 'best')}" for rate in others)
     return (
-        f"**With {base['per_device_train_batch_size']} prompts `lookahead` is about as fast as a tuned run.** Searches take {shares} of the time "
-        f"to the target. In net seconds `lookahead` is {fast(look.reference)} as fast as plain OPD at the same rate; against the best of "
+        f"**With {base['per_device_train_batch_size']} prompts `line_search` is about as fast as a tuned run.** Searches take {shares} of the time "
+        f"to the target. In net seconds `line_search` is {fast(look.reference)} as fast as plain OPD at the same rate; against the best of "
         f"{len(results['swept'][look.tasks[0]])} rates {fast(look.reference, 'best')} from ×1, {elsewhere} ({len(results['runs'])} of "
         f"{results['settings']['planned_runs']} planned runs; its parts: [docs/ablation/results.md](docs/ablation/results.md))."
     )

@@ -71,7 +71,7 @@ def memory_table(sizes: dict[str, ModelSize]) -> str:
         "|---" * (len(RANKS) + 4) + "|",
     ]
     for name, size in sizes.items():
-        for rule, strategy in (("attention+mlp", "`effopd`"), ("all", "`lookahead`")):
+        for rule, strategy in (("attention+mlp", "`effopd`"), ("all", "`line_search`")):
             moved = size.selected(rule)
             extra = []
             for ranks in RANKS:
@@ -125,7 +125,7 @@ With `--effopd.anchor_device cpu` the anchor is on the host, and half of the ext
 
 ## Time a search
 
-A candidate reads the origin and the anchor and writes the parameters; a `lookahead` search tries 2 to 8 besides the starting point (up to 18 at first where the learning rate is far too low), a search of the paper 1 to 5. The
+A candidate reads the origin and the anchor and writes the parameters; a `line_search` search tries 2 to 8 besides the starting point (up to 18 at first where the learning rate is far too low), a search of the paper 1 to 5. The
 score costs more than moving: one forward of the rollouts for `teacher_kl` (last column, spread over the GPUs), sampling 50 answers for the
 paper's accuracy, whose cost is that of the sampling and is not estimated here.
 

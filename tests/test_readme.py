@@ -26,11 +26,11 @@ def test_blocks_run_as_they_stand(index, tmp_path, monkeypatch):
     names: dict = {}
     exec(compile(BLOCKS[index], f"README block {index}", "exec"), names)
     if index == 1:
-        lookahead = names["effopd"]
+        look_ahead = names["effopd"]
     else:
         callbacks = names["trainer" if index == 0 else "run"].callback_handler.callbacks
-        (lookahead,) = [callback.lookahead for callback in callbacks if isinstance(callback, EffOPDCallback)]
-    assert [row["step"] for row in lookahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
+        (look_ahead,) = [callback.look_ahead for callback in callbacks if isinstance(callback, EffOPDCallback)]
+    assert [row["step"] for row in look_ahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
     if index == 2:
         assert names["answers"].accuracy.mean > 0 and names["update"].summary["runs"]
 
@@ -83,6 +83,6 @@ def test_figures_change_with_the_results(readme_results):
         run["strategy"]: run for run in docs["results"]["runs"] if run["learning_rate"] == 9e-05 and run["seed"] == 0
     }
     assert "1.02× [0.74, 2.40]" in section  # at ×3, where the baseline is tuned
-    fewer = [run for run in docs["results"]["runs"] if run is not curve["lookahead"]]
+    fewer = [run for run in docs["results"]["runs"] if run is not curve["line_search"]]
     changed = docs | {"results": docs["results"] | {"runs": fewer}}
     assert readme_results.section(changed) != section

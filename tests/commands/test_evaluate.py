@@ -255,7 +255,7 @@ def test_training_evaluations_count_their_answers(models, tmp_path, capsys):
     flags = ["--model_name_or_path", str(models / "student"), "--teacher_model_name_or_path", str(models / "teacher"),
              "--task", f"math:{models / 'math.jsonl'}", "--max_steps", "2", "--per_device_train_batch_size", "4",
              "--max_completion_length", "4", "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "no",
-             "--report_to", "none", "--use_cpu", "--effopd.strategy", "lookahead", "--effopd.score_rollouts", "4"]  # fmt: skip
+             "--report_to", "none", "--use_cpu", "--effopd.strategy", "line_search", "--effopd.score_rollouts", "4"]  # fmt: skip
     rows = {}
     for name, more in (("as it is", []), ("without", ["--eval_on_start", "false"])):
         assert main(["train", *flags, *more, "--output_dir", str(tmp_path / name)]) == 0

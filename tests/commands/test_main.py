@@ -127,10 +127,10 @@ def test_mistakes_are_explained_before_any_work(pair, tmp_path, capsys, flag, va
 
 def test_lookahead_settings_without_a_strategy_are_refused(pair, tmp_path):
     base = train_flags(pair, tmp_path / "run")[:-4]
-    with pytest.raises(ConfigError, match=r"--effopd\.gate_z: without a strategy.*--effopd\.strategy lookahead"):
+    with pytest.raises(ConfigError, match=r"--effopd\.gate_z: without a strategy.*--effopd\.strategy line_search"):
         parse_train([*base, "--effopd.gate_z", "3"])
     assert not parse_train([*base, "--effopd.gate_z", "2", "--effopd.strategy", "none"]).effopd.enabled
-    (tmp_path / "c.yaml").write_text("effopd: {strategy: lookahead}\n")
+    (tmp_path / "c.yaml").write_text("effopd: {strategy: line_search}\n")
     assert parse_train(["--config", str(tmp_path / "c.yaml"), *base, "--effopd.gate_z", "3"]).effopd.gate_z == 3
 
 
@@ -244,7 +244,7 @@ def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_
 @pytest.mark.parametrize(
     ("strategy", "name", "value"),
     [
-        ("lookahead", "validation_size", 20),
+        ("line_search", "validation_size", 20),
         ("effopd", "score_rollouts", 16),
         ("fixed", "steer", True),
         ("none", "gate", "gt"),
@@ -271,7 +271,7 @@ def test_a_lookahead_setting_that_would_be_ignored_is_refused(pair, tmp_path, ca
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(pair, tmp_path, capsys, flags, message):
-    base = ["train", *train_flags(pair, tmp_path / "run")[:-4], "--effopd.strategy", "lookahead", *flags]
+    base = ["train", *train_flags(pair, tmp_path / "run")[:-4], "--effopd.strategy", "line_search", *flags]
     said = []
     for more in (["--dry_run"], []):
         assert main([*base, *more]) == 2
@@ -280,7 +280,7 @@ def test_a_dry_run_refuses_what_the_run_would(pair, tmp_path, capsys, flags, mes
 
 
 def test_a_dry_run_refuses_a_rule_that_moves_nothing(pair, tmp_path, capsys):
-    look = ["--effopd.strategy", "lookahead", "--effopd.parameters", "no_such_module", "--dry_run"]
+    look = ["--effopd.strategy", "line_search", "--effopd.parameters", "no_such_module", "--dry_run"]
     assert main(["train", *train_flags(pair, tmp_path / "run")[:-4], *look]) == 2
     assert "matches no trained parameter" in capsys.readouterr().err
 

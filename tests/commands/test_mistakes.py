@@ -59,7 +59,7 @@ REFUSED = [
     (["--task", "math:noans.jsonl", "--effopd.strategy", "effopd"], "because of --effopd.strategy effopd;"),
     (["--task", "math:noans.jsonl", "--eval_strategy", "steps", "--eval_steps", "2"], "because of --eval_strategy steps;"),
     (["--task", "math:test.jsonl", "--effopd.strategy", "effopd"], "D_v needs 50 training prompts but there are 36"),
-    ([*TESTBED, "--effopd.strategy", "lookahead", "--per_device_train_batch_size", "1"], "at least 2 a step"),
+    ([*TESTBED, "--effopd.strategy", "line_search", "--per_device_train_batch_size", "1"], "at least 2 a step"),
     ([*TESTBED, "--use_vllm"], "pip install 'effopd[vllm]'"),
     ([*TESTBED, "--report_to", "wandb"], "--report_to wandb needs the package 'wandb'"),
     ([*TESTBED, "--report_to", "wandbb"], "--report_to: wandbb is not supported"),
@@ -112,7 +112,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_before_it_loads(flags, message, 
 def test_a_dry_run_counts_the_rows_of_a_file(folder, capsys):
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, "--dry_run"]) == 0
     assert "training prompts: 36; no evaluation" in capsys.readouterr().out
-    flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--effopd.strategy", "lookahead"]
+    flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--effopd.strategy", "line_search"]
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "training prompts: 36, evaluated on: 4" in out and "not checked" not in out
@@ -168,7 +168,7 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lookahead"], "unknown flag --lookahead. Did you mean --effopd.strategy lookahead? (`effopd train --help`"),
+        (["--line_search"], "unknown flag --line_search. Did you mean --effopd.strategy line_search? (`effopd train --help`"),
         (["--warmup_ratio", "0.1"], "unknown flag --warmup_ratio. Did you mean --warmup_steps SHARE? ("),
         (["--torch_dtype", "bfloat16"], "unknown flag --torch_dtype. Did you mean --dtype? ("),
         (["--evaluation_strategy", "steps"], "unknown flag --evaluation_strategy. Did you mean --eval_strategy? ("),
@@ -177,7 +177,7 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
         (["--trainsize", "4", "--zzz"], "unknown flag --trainsize. Did you mean --train_size? unknown flag --zzz. ("),
         (["--scales", "2"], "Did you mean --effopd.scales?"),
         (["--batch_size", "2"], "--per_device_train_batch_size"),
-        (["--effopd", "lookahead"], "unknown flag --effopd. Did you mean --effopd.strategy"),
+        (["--effopd", "line_search"], "unknown flag --effopd. Did you mean --effopd.strategy"),
         (["recipe.yaml"], "'recipe.yaml' belongs to no flag: expected --FLAG VALUE; write --config before a YAML file."),
         (["--config"], "expected a YAML file after it"),
     ],
@@ -204,15 +204,15 @@ def test_an_unknown_yaml_key_is_named_as_written_with_its_file(command, tmp_path
 def test_yaml_blocks_and_dotted_keys(tmp_path, capsys):
     file = tmp_path / "c.yaml"
     flags = [*PAIR, *TESTBED, "--config", str(file)]
-    file.write_text("effopd: {strategi: lookahead}\n")
+    file.write_text("effopd: {strategi: line_search}\n")
     assert "c.yaml: unknown setting effopd.strategi. Did you mean effopd.strategy?" in said(capsys, "train", *flags)
-    file.write_text("effopd: lookahead\n")
+    file.write_text("effopd: line_search\n")
     assert "unknown setting effopd. Did you mean effopd.strategy: effopd?" in said(capsys, "train", *flags)
     file.write_text("effopd: [\n")
     assert "c.yaml" in said(capsys, "train", *flags)
-    for text in ("effopd: {strategy: lookahead}", "effopd.strategy: lookahead", "effopd_strategy: lookahead"):
+    for text in ("effopd: {strategy: line_search}", "effopd.strategy: line_search", "effopd_strategy: line_search"):
         file.write_text(text)
-        assert parse_train(flags).effopd.strategy == "lookahead"
+        assert parse_train(flags).effopd.strategy == "line_search"
     file.write_text("effopd:\n")
     assert not parse_train(flags).effopd.enabled
 
@@ -312,7 +312,7 @@ def test_deepspeed_is_refused_for_the_right_reason(monkeypatch, tmp_path):
     with pytest.raises(EffOPDError, match=r"--deepspeed needs the package 'deepspeed'.*pip install 'deepspeed'"):
         parse_train(flags)
     with pytest.raises(ConfigError, match=r"this run uses DeepSpeed.*FSDP2.*or train without a look-ahead"):
-        parse_train([*flags, "--effopd.strategy", "lookahead"])
+        parse_train([*flags, "--effopd.strategy", "line_search"])
 
 
 @pytest.mark.parametrize("present", ["tensorboard", "tensorboardX"])

@@ -20,11 +20,11 @@ def test_quickstart_end_to_end(tmp_path, capsys):
     assert main(["quickstart", *flags]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((root / "summary.json").read_text())
-    for arm in ("vanilla", "effopd", "lookahead"):
+    for arm in ("vanilla", "effopd", "line_search"):
         assert {"steps", "seconds", "generated_tokens", "final_kl", "final_accuracy"} <= summary[arm].keys()
         assert summary[arm]["steps"] == 2 and summary[arm]["seconds"] > 0
     assert set(summary["effopd"]["accepted_scales"]) == {"1", "2"}
-    assert set(summary["lookahead"]["accepted_scales"]) == {"2"}  # step 1 on the rollouts of step 2
+    assert set(summary["line_search"]["accepted_scales"]) == {"2"}  # step 1 on the rollouts of step 2
     assert {"steps", "seconds", "generated_tokens"} <= summary["speedup"].keys()
     assert (root / "figure.png").stat().st_size > 10_000
     assert all(arm in (root / "report.html").read_text() for arm in ARMS)
@@ -76,7 +76,7 @@ def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, mo
     monkeypatch.setattr(quickstart, "_run_arm", lambda arm, arguments, folder, display: started.append(folder))
     monkeypatch.setattr(quickstart, "conclude", lambda *_: None)
     root = tmp_path / "demo"
-    for there in ([], ["vanilla"], ["vanilla", "effopd", "lookahead", "summary.json", ".DS_Store"]):
+    for there in ([], ["vanilla"], ["vanilla", "effopd", "line_search", "summary.json", ".DS_Store"]):
         for name in there:
             (root / name).mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, mo
     assert "is a file" in capsys.readouterr().err
     assert len(started) == 12
     assert main(["quickstart", "--output_dir", "demo/vanilla/.."]) == 0
-    assert not root.exists() and started[12:] == [root / arm for arm in ("vanilla", "effopd", "lookahead")]
+    assert not root.exists() and started[12:] == [root / arm for arm in ("vanilla", "effopd", "line_search")]
 
 
 def rows(root, arm, values, seconds):
@@ -123,14 +123,14 @@ def rows(root, arm, values, seconds):
 def test_summary_finds_a_planted_speedup_and_reports_never(tmp_path):
     rows(tmp_path / "a", "vanilla", [0.9**i for i in range(31)], 1.0)
     rows(tmp_path / "a", "effopd", [0.9 ** (3 * i) for i in range(31)], 1.5)
-    rows(tmp_path / "a", "lookahead", [0.9 ** (6 * i) for i in range(31)], 1.5)
+    rows(tmp_path / "a", "line_search", [0.9 ** (6 * i) for i in range(31)], 1.5)
     summary = summarize(tmp_path / "a", QuickstartArguments(max_steps=30))
-    for speedup, steps in ((summary["speedup"], 3.0), (summary["lookahead"]["speedup"], 6.0)):
+    for speedup, steps in ((summary["speedup"], 3.0), (summary["line_search"]["speedup"], 6.0)):
         assert speedup["steps"] == pytest.approx(steps, rel=0.2)
         assert speedup["seconds"] == pytest.approx(steps / 1.5, rel=0.2)
 
     rows(tmp_path / "b", "vanilla", [0.9**i for i in range(31)], 1.0)
-    for arm in ("effopd", "lookahead"):
+    for arm in ("effopd", "line_search"):
         rows(tmp_path / "b", arm, [0.99**i for i in range(31)], 1.0)
     speedup = summarize(tmp_path / "b", QuickstartArguments(max_steps=30))["speedup"]
     assert speedup["steps"] is None and speedup["seconds"] is None and "did not reach" in speedup["reason"]

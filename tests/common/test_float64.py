@@ -21,7 +21,7 @@ VALIDATED = {"validation_size": 8}
 FITTED = {"fit_every": 1, "fit_until": 4}
 RUNS = {
     "evaluation": (None, {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}),
-    "lookahead": (EffOPDConfig("lookahead"), {}),
+    "line_search": (EffOPDConfig("line_search"), {}),
     "effopd": (EffOPDConfig("effopd", **VALIDATED), {}),
     "random_direction": (EffOPDConfig("random_direction", **VALIDATED), {}),
     "relex": (EffOPDConfig("relex", **FITTED), {}),

@@ -148,7 +148,7 @@ def test_a_source_comes_back_from_its_copy(tmp_path):
     "changes, message",
     [
         ({"base": BASE | {"max_steps": 48}}, r"base.max_steps \(48 here, 96 there\)"),
-        ({"strategies": {"vanilla": {}, "twice": {"effopd": {"strategy": "lookahead"}}}}, "strategies.twice.effopd"),
+        ({"strategies": {"vanilla": {}, "twice": {"effopd": {"strategy": "line_search"}}}}, "strategies.twice.effopd"),
         ({"reference_learning_rate": 1e-3}, "reference_learning_rate"),
     ],
 )

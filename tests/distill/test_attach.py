@@ -28,7 +28,7 @@ FAST = {
     "disable_tqdm": True,
 }
 PATCHED = ("_prepare_inputs", "_get_learning_rate", "_load_from_checkpoint", "_run_epoch")
-LOOK = EffOPDConfig("lookahead", parameters="all", gate="ge", schedule="every_step")
+LOOK = EffOPDConfig("line_search", parameters="all", gate="ge", schedule="every_step")
 
 
 def left_behind(trainer) -> list[str]:
@@ -125,9 +125,9 @@ def grpo(tmp_path):
 HOSTS = {
     "OPDTrainer": (
         lambda out: make_trainer(out, **FAST | {"eval_strategy": "no"}),
-        EffOPDConfig("lookahead", score_rollouts=4),
+        EffOPDConfig("line_search", score_rollouts=4),
     ),
-    "DistillationTrainer": (lambda out: plain_trl(out, max_steps=4), EffOPDConfig("lookahead", score_rollouts=4)),
+    "DistillationTrainer": (lambda out: plain_trl(out, max_steps=4), EffOPDConfig("line_search", score_rollouts=4)),
     "GRPOTrainer": (grpo, EffOPDConfig("effopd", validation_size=4, steer=True, scales=[2.0])),
 }
 
@@ -147,7 +147,7 @@ def test_nothing_is_on_the_host_before_and_after_training(host, tmp_path):
 
     trainer.add_callback(Look())
     trainer.train()
-    wanted = {"_run_epoch", "_get_learning_rate"} | ({"_prepare_inputs"} if config.strategy == "lookahead" else set())
+    wanted = {"_run_epoch", "_get_learning_rate"} | ({"_prepare_inputs"} if config.strategy == "line_search" else set())
     assert all(wanted <= set(names) and len(names) > len(wanted) for names in seen)  # … and the optimizer's hooks
     assert left_behind(trainer) == []
     assert len(list(read_rows(tmp_path / SEARCHES))) >= 2
@@ -166,14 +166,14 @@ def test_a_removed_callback_does_nothing_in_the_next_training(how, tmp_path):
     trainer, scorer = slope(tmp_path), Scorer()
     callback = add(trainer, scorer=scorer)
     trainer.train()
-    calls, rows, history = scorer.calls, len(list(read_rows(tmp_path / SEARCHES))), len(callback.lookahead.history)
+    calls, rows, history = scorer.calls, len(list(read_rows(tmp_path / SEARCHES))), len(callback.look_ahead.history)
     getattr(trainer, how)(callback)
     start = trainer.model.w.detach().clone()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.train()
     check_rates(trainer, steered=False)
     torch.testing.assert_close(start - trainer.model.w, torch.full_like(start, sum(probe_of(trainer).used[-6:])))
-    assert (scorer.calls, len(list(read_rows(tmp_path / SEARCHES))), len(callback.lookahead.history)) == (
+    assert (scorer.calls, len(list(read_rows(tmp_path / SEARCHES))), len(callback.look_ahead.history)) == (
         calls,
         rows,
         history,
@@ -198,10 +198,10 @@ def test_the_same_callback_trains_twice(tmp_path):
     trainer = slope(tmp_path)
     callback = add(trainer)
     trainer.train()
-    first = [row["accepted_scale"] for row in callback.lookahead.history]
+    first = [row["accepted_scale"] for row in callback.look_ahead.history]
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.train()
-    assert [row["accepted_scale"] for row in callback.lookahead.history] == pytest.approx(first)
+    assert [row["accepted_scale"] for row in callback.look_ahead.history] == pytest.approx(first)
     check_rates(trainer, steered=True)
     assert left_behind(trainer) == []
 
@@ -268,7 +268,7 @@ def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
     for when in ("never", "before", "after one step"):
         trainer = make_trainer(tmp_path / when, **FAST | {"eval_strategy": "no"})
         if when != "never":
-            callback = EffOPDCallback(trainer, EffOPDConfig("lookahead", score_rollouts=4))
+            callback = EffOPDCallback(trainer, EffOPDConfig("line_search", score_rollouts=4))
             trainer.add_callback(callback)
         if when == "before":
             trainer.remove_callback(callback)
@@ -347,7 +347,7 @@ def test_a_callback_is_collected_once_it_is_removed(tmp_path):
 def test_a_closed_look_ahead_leaves_the_optimizer_alone():
     model = Slope()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    config = EffOPDConfig("lookahead", parameters="all", gate="ge")
+    config = EffOPDConfig("line_search", parameters="all", gate="ge")
     with EffOPD(model, Scorer(), config, optimizer=optimizer) as look:
         look._rate.factor = 0.5
         with pytest.raises(ConfigError, match="steers the learning rate of this optimizer"):
@@ -393,7 +393,7 @@ def test_settings_reach_the_accuracy_scorer(distilling, name, value, setting):
 
 def test_score_rollouts_reach_the_divergence_scorer(distilling):
     sizes = [
-        EffOPDCallback(distilling, EffOPDConfig("lookahead", score_rollouts=n)).scorer._rollouts for n in (None, 3)
+        EffOPDCallback(distilling, EffOPDConfig("line_search", score_rollouts=n)).scorer._rollouts for n in (None, 3)
     ]
     assert sizes == [8, 3]
     scorers = [
@@ -409,7 +409,7 @@ def test_score_rollouts_reach_the_divergence_scorer(distilling):
     [
         (EffOPDConfig("none"), "plain training"),
         (EffOPDConfig(parameters="nothing_is_called_so"), "matches no trained parameter"),
-        (EffOPDConfig("lookahead", anchor_device="cuda:99"), "anchor_device='cuda:99'"),
+        (EffOPDConfig("line_search", anchor_device="cuda:99"), "anchor_device='cuda:99'"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_callback_is_built(distilling, config, message):
@@ -441,7 +441,7 @@ def test_why_no_validation_prompts_can_be_drawn(distilling, monkeypatch, dataset
     monkeypatch.setattr(distilling, "train_dataset", dataset)
     with pytest.raises(TaskError, match=message):
         EffOPDCallback(distilling, EffOPDConfig(), verify=contains)
-    EffOPDCallback(distilling, EffOPDConfig("lookahead"))  # which needs no answers
+    EffOPDCallback(distilling, EffOPDConfig("line_search"))  # which needs no answers
 
 
 def test_rows_without_a_dataset_class_will_do(distilling, monkeypatch):
@@ -452,10 +452,10 @@ def test_rows_without_a_dataset_class_will_do(distilling, monkeypatch):
 
 def test_a_resume_that_spells_out_the_defaults_ends_where_the_run_does(tmp_path):
     settings = FAST | {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(tmp_path, effopd=EffOPDConfig("lookahead"), **settings)
+    whole = make_trainer(tmp_path, effopd=EffOPDConfig("line_search"), **settings)
     whole.train()
     spelled = EffOPDConfig(
-        "lookahead", schedule="adaptive", scorer="teacher_kl", score_rollouts=8, optimizer="reset", steer=True, gate="margin",
+        "line_search", schedule="adaptive", scorer="teacher_kl", score_rollouts=8, optimizer="reset", steer=True, gate="margin",
         gate_z=2.0, parameters="all",
     )  # fmt: skip
     checkpoint = str(tmp_path / "checkpoints" / "step-000002")
@@ -463,6 +463,6 @@ def test_a_resume_that_spells_out_the_defaults_ends_where_the_run_does(tmp_path)
     again.train(resume_from_checkpoint=checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     assert left_behind(again) == []
-    other = make_trainer(tmp_path, effopd=EffOPDConfig("lookahead", score_rollouts=7), **settings)
+    other = make_trainer(tmp_path, effopd=EffOPDConfig("line_search", score_rollouts=7), **settings)
     with pytest.raises(CheckpointError, match=r"score_rollouts differ \(saved → now: score_rollouts 8 → 7\)"):
         other.train(resume_from_checkpoint=checkpoint)

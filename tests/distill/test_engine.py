@@ -59,7 +59,7 @@ def with_engine(tmp_path, strategy, *, ours=True, engine=Engine):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "ours"), [("effopd", True), ("effopd", False), ("lookahead", True), ("lookahead", False)]
+    ("strategy", "ours"), [("effopd", True), ("effopd", False), ("line_search", True), ("line_search", False)]
 )
 def test_after_every_jump_the_engine_serves_the_new_weights(strategy, ours, tmp_path):
     engine, jumps = with_engine(tmp_path, strategy, ours=ours)

@@ -76,7 +76,7 @@ def test_a_quantised_student_looks_ahead_and_goes_on(student, tmp_path):
         made = OPDTrainer(
             model, str(testbed.teacher_path()), arguments, train_dataset=task.to_dataset(), processing_class=tokenizer
         )
-        made.add_callback(EffOPDCallback(made, EffOPDConfig("lookahead", score_rollouts=8)))
+        made.add_callback(EffOPDCallback(made, EffOPDConfig("line_search", score_rollouts=8)))
         return made, base(model)
 
     first, before = trainer()

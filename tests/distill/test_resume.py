@@ -56,7 +56,7 @@ def flags(output_dir, *extra):
         "--task", "testbed:chain_sum", "--train_size", "256", "--max_completion_length", "8", "--max_steps", "2",
         "--per_device_train_batch_size", "8", "--activation_checkpointing", "false", "--report_to", "none",
         "--disable_tqdm", "true", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2",
-        "--use_cpu", "true", "--effopd.strategy", "lookahead", "--output_dir", str(output_dir), *extra,
+        "--use_cpu", "true", "--effopd.strategy", "line_search", "--output_dir", str(output_dir), *extra,
     ]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ RESUME = ("--resume_from_checkpoint", "true")
     ("settings", "last"),
     [
         ({"max_steps": 3}, 3),
-        ({"max_steps": 3, "effopd": EffOPDConfig("lookahead")}, 3),
+        ({"max_steps": 3, "effopd": EffOPDConfig("line_search")}, 3),
         ({"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 3),
         ({"max_steps": -1, "num_train_epochs": 1.5, "task": make_task(24)}, 5),  # 3 steps an epoch
         ({"max_steps": -1, "num_train_epochs": 1, "task": make_task(24)}, 3),

@@ -19,7 +19,7 @@ from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.live_weights import bit_sum
 
 FAST = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
-LOOK = EffOPDConfig("lookahead", score_rollouts=5)
+LOOK = EffOPDConfig("line_search", score_rollouts=5)
 
 
 def weights(trainer):
@@ -102,10 +102,10 @@ def test_a_score_is_the_divergence_that_is_trained(tmp_path, host, beta):
     """… so at the start it is the negative loss of the step; against whole distributions."""
     settings = {"max_steps": 3, "beta": beta, "temperature": 0.8, "logging_steps": 1}
     if host == "ours":
-        trainer = make_trainer(tmp_path, effopd=EffOPDConfig("lookahead"), **FAST | settings)
+        trainer = make_trainer(tmp_path, effopd=EffOPDConfig("line_search"), **FAST | settings)
     else:
         trainer = plain_host(tmp_path, **settings)
-        trainer.add_callback(EffOPDCallback(trainer, EffOPDConfig("lookahead")))
+        trainer.add_callback(EffOPDCallback(trainer, EffOPDConfig("line_search")))
     scorer, seen = scorer_of(trainer), []
     take = scorer.take
 
@@ -293,7 +293,7 @@ def test_a_quarter_of_the_steps_rollouts_is_scored(micro_batch, accumulated, wor
 
 def test_by_default_that_many_are_scored(tmp_path):
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 5, "max_steps": 2}
-    trainer = make_trainer(tmp_path, effopd=EffOPDConfig("lookahead"), **FAST | sizes)
+    trainer = make_trainer(tmp_path, effopd=EffOPDConfig("line_search"), **FAST | sizes)
     trainer.train()
     (search,) = read_rows(tmp_path / "searches.jsonl")
     assert {len(trial["per_example"]) for trial in search["trials"]} == {10}
@@ -309,7 +309,7 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
         make_trainer(tmp_path / "z", effopd=LOOK, per_device_train_batch_size=1, **FAST)
     scorer = scorer_of(make_trainer(tmp_path / "y", effopd=LOOK, **FAST))
     assert "noisier" not in caplog.text
-    by_default = EffOPDConfig("lookahead")
+    by_default = EffOPDConfig("line_search")
     make_trainer(tmp_path / "enough", effopd=by_default, gradient_accumulation_steps=1, **FAST)
     assert "noisier" not in caplog.text
     make_trainer(
@@ -317,7 +317,7 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
     )
     assert "would like 8 rollouts a step (--effopd.score_rollouts) but a step samples 6" in caplog.text
     caplog.clear()
-    asked = EffOPDConfig("lookahead", score_rollouts=32)
+    asked = EffOPDConfig("line_search", score_rollouts=32)
     make_trainer(tmp_path / "asked", effopd=asked, gradient_accumulation_steps=2, **FAST)
     assert "would like 32 rollouts a step (--effopd.score_rollouts) but a step samples 16" in caplog.text
     assert "--per_device_train_batch_size 8 × --gradient_accumulation_steps 2 × 1 process(es)" in caplog.text

@@ -153,7 +153,7 @@ def test_evaluation_is_repeatable_and_seeded(tmp_path):
 def test_a_compiled_run_measures_and_looks_ahead_like_a_plain_one(tmp_path):
     def run(name, **compiled):
         settings = FAST | {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True} | compiled
-        trainer = make_trainer(tmp_path / name, effopd=EffOPDConfig("lookahead"), **settings)
+        trainer = make_trainer(tmp_path / name, effopd=EffOPDConfig("line_search"), **settings)
         trainer.train()
         return trainer, [list(read_rows(tmp_path / name / f"{kind}.jsonl")) for kind in ("evals", "searches")]
 

@@ -71,7 +71,7 @@ def log_probs_live(model, prompts):
     return torch.cat(rows).cpu()
 
 
-@pytest.mark.parametrize("strategy", ["lookahead", "effopd"])
+@pytest.mark.parametrize("strategy", ["line_search", "effopd"])
 def test_the_engine_serves_what_is_trained(strategy, tmp_path, engine_in_float32):
     student, tokenizer, task = model_for_vllm(0), make_tokenizer(), make_task(32)
     student.save_pretrained(tmp_path / "student")

@@ -43,7 +43,7 @@ def close(one, other):
     return all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-6) for name in one)
 
 
-@pytest.fixture(scope="module", params=["effopd", "lookahead"])
+@pytest.fixture(scope="module", params=["effopd", "line_search"])
 def alone(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
     found, weights = finished(out, "--strategy", request.param)

@@ -21,7 +21,7 @@ def run(out, *flags, processes=2):
     return torch.load(out / "weights.pt")
 
 
-@pytest.mark.parametrize("strategy", ["effopd", "lookahead"])
+@pytest.mark.parametrize("strategy", ["effopd", "line_search"])
 def test_two_processes_search_together_pay_together_and_resume(strategy, tmp_path):
     flags = ("--strategy", strategy, "--rows", 4)
     whole = run(tmp_path / "whole", *flags)
@@ -94,7 +94,7 @@ def test_rollouts_that_two_steps_share_survive_on_every_rank(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "more"), [("effopd", ()), ("lookahead", ("--accumulate", 2)), ("lookahead", ("--lora",))]
+    ("strategy", "more"), [("effopd", ()), ("line_search", ("--accumulate", 2)), ("line_search", ("--lora",))]
 )
 def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, tmp_path):
     """Up to fp32 rounding: the gradient's norm, which it is clipped by, is summed shard by shard."""

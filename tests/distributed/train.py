@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = (
         EffOPDConfig(
-            arguments.strategy, **small_scores(arguments.strategy, 8 if arguments.strategy == "lookahead" else 10)
+            arguments.strategy, **small_scores(arguments.strategy, 8 if arguments.strategy == "line_search" else 10)
         )
         if arguments.strategy != "none"
         else None

@@ -27,14 +27,14 @@ class Quadratic(nn.Module):
         return 0.5 * (self.w - 1).square().sum()
 
 
-def descend(model, steps, lookahead=None, lr=0.01, start=1):
+def descend(model, steps, look_ahead=None, lr=0.01, start=1):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     rows = []
     for step in range(start, steps + 1):
         optimizer.zero_grad()
         model.loss().backward()
         optimizer.step()
-        if lookahead is not None and (row := lookahead.step(step)):
+        if look_ahead is not None and (row := look_ahead.step(step)):
             rows.append(row)
     return rows
 
@@ -45,20 +45,20 @@ def negative_loss(model):
 
 def test_it_searches_at_powers_of_two_and_gets_ahead():
     plain, ahead = Quadratic(), Quadratic()
-    lookahead = EffOPD(ahead, negative_loss, EffOPDConfig(**CONFIG))
+    look_ahead = EffOPD(ahead, negative_loss, EffOPDConfig(**CONFIG))
     descend(plain, 16)
-    rows = descend(ahead, 16, lookahead)
+    rows = descend(ahead, 16, look_ahead)
     assert [row["step"] for row in rows] == [1, 2, 4, 8, 16]
     assert [row["anchor_step"] for row in rows] == [0, 1, 2, 4, 8]
-    assert rows == lookahead.history
+    assert rows == look_ahead.history
     assert ahead.loss() < 0.5 * plain.loss()
 
 
 def test_exact_scores_never_make_it_worse():
     for lr in (0.001, 0.1, 1.0, 1.9):
         model = Quadratic()
-        lookahead = EffOPD(model, negative_loss, EffOPDConfig(**CONFIG))
-        for row in descend(model, 32, lookahead, lr):
+        look_ahead = EffOPD(model, negative_loss, EffOPDConfig(**CONFIG))
+        for row in descend(model, 32, look_ahead, lr):
             if row["delta_norm"] == 0:  # at the optimum: nothing was scored
                 assert row["accepted_scale"] == 0
                 continue
@@ -74,12 +74,12 @@ def test_candidates_share_the_noise_and_the_loop_keeps_its_own():
         return 0.0
 
     model = Quadratic()
-    lookahead = EffOPD(model, noisy, EffOPDConfig(**CONFIG))
+    look_ahead = EffOPD(model, noisy, EffOPDConfig(**CONFIG))
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     for step in (1, 2):
         with torch.no_grad():
             model.w.add_(1)
-        lookahead.search(step)
+        look_ahead.search(step)
     assert len(draws) == 12 and len(set(draws[:6])) == 1 and len(set(draws[6:])) == 1  # paired within a search …
     assert draws[0] != draws[6]  # … and fresh for the next one
     assert random.getstate() == states[0]
@@ -108,15 +108,15 @@ def test_a_failing_scorer_leaves_no_trace(bad):
             raise bad
         return bad
 
-    lookahead = EffOPD(model, scorer, EffOPDConfig(**CONFIG))
+    look_ahead = EffOPD(model, scorer, EffOPDConfig(**CONFIG))
     descend(model, 3)
     before = model.w.detach().clone()
     with pytest.raises(ScorerError, match="restored"):
-        lookahead.search(3)
+        look_ahead.search(3)
     assert torch.equal(model.w, before)
-    assert lookahead.history == []
-    lookahead.scorer = negative_loss  # and it can go on
-    lookahead.search(4)
+    assert look_ahead.history == []
+    look_ahead.scorer = negative_loss  # and it can go on
+    look_ahead.search(4)
 
 
 def test_interrupt_restores_too():
@@ -129,11 +129,11 @@ def test_interrupt_restores_too():
             raise KeyboardInterrupt
         return 0.0
 
-    lookahead = EffOPD(model, scorer, EffOPDConfig(**CONFIG))
+    look_ahead = EffOPD(model, scorer, EffOPDConfig(**CONFIG))
     descend(model, 2)
     before = model.w.detach().clone()
     with pytest.raises(KeyboardInterrupt):
-        lookahead.search(2)
+        look_ahead.search(2)
     assert torch.equal(model.w, before)
 
 
@@ -141,9 +141,9 @@ def test_noop_changes_nothing_and_still_pays():
     plain, noop = Quadratic(), Quadratic()
     calls = []
     config = EffOPDConfig(strategy="noop", **CONFIG)
-    lookahead = EffOPD(noop, lambda m: calls.append(1) or Score(1.0, generated_tokens=5), config)
+    look_ahead = EffOPD(noop, lambda m: calls.append(1) or Score(1.0, generated_tokens=5), config)
     descend(plain, 8)
-    rows = descend(noop, 8, lookahead)
+    rows = descend(noop, 8, look_ahead)
     assert torch.equal(plain.w, noop.w)
     assert len(calls) == 2 * 4 and all(row["generated_tokens"] == 10 for row in rows)
 
@@ -153,9 +153,9 @@ def test_state_round_trip_and_uninterrupted_equality(tmp_path):
     descend(whole, 20, EffOPD(whole, negative_loss, EffOPDConfig(**CONFIG)))
 
     first = Quadratic()
-    lookahead = EffOPD(first, negative_loss, EffOPDConfig(**CONFIG))
-    descend(first, 6, lookahead)
-    lookahead.save(tmp_path)
+    look_ahead = EffOPD(first, negative_loss, EffOPDConfig(**CONFIG))
+    descend(first, 6, look_ahead)
+    look_ahead.save(tmp_path)
 
     second = Quadratic()
     second.load_state_dict(first.state_dict())
@@ -167,8 +167,8 @@ def test_state_round_trip_and_uninterrupted_equality(tmp_path):
 
 
 def test_state_of_other_settings_is_refused(tmp_path):
-    lookahead = EffOPD(Quadratic(), negative_loss, EffOPDConfig(**CONFIG))
-    lookahead.save(tmp_path)
+    look_ahead = EffOPD(Quadratic(), negative_loss, EffOPDConfig(**CONFIG))
+    look_ahead.save(tmp_path)
     other = EffOPD(Quadratic(), negative_loss, EffOPDConfig(gate="gt", scales=[2.0], **CONFIG))
     with pytest.raises(CheckpointError, match="scales, gate differ"):
         other.load(tmp_path)
@@ -180,9 +180,9 @@ def test_on_move_is_called_only_after_a_jump():
     moves = []
     for gate, jumps in (("gt", 0), ("ge", 1)):
         model = Quadratic()
-        lookahead = EffOPD(model, lambda m: 0.0, EffOPDConfig(gate=gate, **CONFIG), on_move=lambda: moves.append(1))
+        look_ahead = EffOPD(model, lambda m: 0.0, EffOPDConfig(gate=gate, **CONFIG), on_move=lambda: moves.append(1))
         descend(model, 1)
-        lookahead.search(1)
+        look_ahead.search(1)
         assert len(moves) == jumps
 
 

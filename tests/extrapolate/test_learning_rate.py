@@ -99,7 +99,7 @@ def test_a_resume_without_the_optimizers_state_keeps_the_rate():
         return EffOPD(
             model,
             lambda model: -model.weight.square().sum().item(),
-            EffOPDConfig("lookahead", parameters="all"),
+            EffOPDConfig("line_search", parameters="all"),
             optimizer=optimizer,
         ), optimizer
 
@@ -107,7 +107,7 @@ def test_a_resume_without_the_optimizers_state_keeps_the_rate():
     with torch.no_grad():
         first.model.weight.mul_(-0.5)  # beyond the optimum, so going back halfway is better
     row = first.search(1)
-    assert row["preferred_scale"] < 0 and row["learning_rate_factor_total"] == pytest.approx(0.5**0.5)
+    assert row["best_scale"] < 0 and row["learning_rate_factor_total"] == pytest.approx(0.5**0.5)
     second, optimizer = make()
     second.load_state_dict(first.state_dict())
     assert second.learning_rate_factor == first.learning_rate_factor

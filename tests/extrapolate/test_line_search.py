@@ -92,7 +92,7 @@ def test_adaptive_searches_while_it_pays():
     assert steps(lambda i: 0.0, 5, trials=("start",)) == [1, 2, 3, 4]  # nothing has moved: a warm-up from rate 0
 
 
-def test_steering_follows_the_preferred_scale():
+def test_steering_follows_the_best_scale():
     assert [steering(s) for s in (0.0, 0.1, 0.7, 1.0)] == [1.0, 1.0, 1.0, 1.0]
     assert steering(-0.5) == steering(-0.1, 8.0) == pytest.approx(0.5**0.5)
     assert steering(2.0, 1.5) == pytest.approx(3**0.5) and steering(3.0, 9.0) == steering(50.0, 1.1) == 2.0
@@ -122,7 +122,7 @@ def test_steering_goes_down_to_an_eighth_where_scores_are_noise_and_no_further()
         factor, before = 1.0, 0.0
         for _ in range(60):
             noise: dict[float, float] = {0.0: 0.0}
-            scale = line_search(lambda s, known=noise: Score(known.setdefault(s, float(rng.normal())))).preferred_scale
+            scale = line_search(lambda s, known=noise: Score(known.setdefault(s, float(rng.normal())))).best_scale
             factor, before = factor * steering(scale, before, factor), scale
         factors.append(factor)
     assert min(factors) == pytest.approx(0.125) == np.median(factors) and np.quantile(factors, 0.95) < 1.0
@@ -137,8 +137,8 @@ def test_what_scores_best_is_known_even_if_nothing_passes_the_gate():
         return Score(sum(gains) / 32, per_example=tuple(gains))
 
     result = line_search(score, "margin", 2.0)
-    assert result.accepted_scale == 0.0 and result.preferred_scale >= 2.0
-    assert SearchResult(2.0, (Trial(0.0, None, "start"), Trial(2.0, None, "accepted"))).preferred_scale == 0.0
+    assert result.accepted_scale == 0.0 and result.best_scale >= 2.0
+    assert SearchResult(2.0, (Trial(0.0, None, "start"), Trial(2.0, None, "accepted"))).best_scale == 0.0
 
 
 @pytest.mark.parametrize("gate", ["margin", "gt", "ge"])
@@ -150,7 +150,7 @@ def test_a_step_back_needs_no_margin_but_a_gain(gate):
         return Score(sum(gains) / 32, per_example=tuple(gains))
 
     result = line_search(score, gate, 2.0, refinements=0)
-    assert result.accepted_scale == -0.5 == result.preferred_scale
+    assert result.accepted_scale == -0.5 == result.best_scale
     flat = line_search(lambda s: Score(0.0, per_example=(0.0,) * 32), "margin", 2.0)
     assert flat.accepted_scale == 0.0 and [trial.scale for trial in flat.trials] == [0.0, 1.0, -0.5]
 
@@ -174,15 +174,15 @@ class Softmax(nn.Module):
 def test_on_a_linear_softmax_a_jump_never_ends_higher_than_it_started(lr):
     plain, ahead = Softmax(), Softmax()
     optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for model in (plain, ahead)]
-    config = EffOPDConfig("lookahead", parameters="all", steer=False)
-    lookahead = EffOPD(ahead, lambda model: -model.kl().item(), config, optimizer=optimizers[1])
+    config = EffOPDConfig("line_search", parameters="all", steer=False)
+    look_ahead = EffOPD(ahead, lambda model: -model.kl().item(), config, optimizer=optimizers[1])
     for step in range(1, 17):
         for model, optimizer in zip((plain, ahead), optimizers, strict=True):
             optimizer.zero_grad()
             model.kl().backward()
             optimizer.step()
         before = ahead.kl().item()
-        row = lookahead.step(step)
+        row = look_ahead.step(step)
         assert ahead.kl().item() <= before + 1e-12
         if row and row["accepted_scale"]:
             assert ahead.kl().item() < before
@@ -219,10 +219,10 @@ def test_with_enough_refinements_it_finds_the_optimum_along_the_ray():
 def test_moments_are_reset_after_a_jump_forwards_and_the_rate_is_steered():
     model = Softmax()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    lookahead = EffOPD(
+    look_ahead = EffOPD(
         model,
         lambda model: -model.kl().item(),
-        EffOPDConfig("lookahead", parameters="all"),
+        EffOPDConfig("line_search", parameters="all"),
         optimizer=optimizer,
     )
 
@@ -232,48 +232,48 @@ def test_moments_are_reset_after_a_jump_forwards_and_the_rate_is_steered():
         optimizer.step()
 
     train()
-    row = lookahead.step(1)
+    row = look_ahead.step(1)
     first = row["accepted_scale"]
     assert first > 16 and row["learning_rate_factor"] == 1.0  # the first long jump
-    assert not optimizer.state and lookahead.learning_rate_factor == 1.0
+    assert not optimizer.state and look_ahead.learning_rate_factor == 1.0
     train()
-    row = lookahead.step(2)
+    row = look_ahead.step(2)
     factor = row["learning_rate_factor"]
     assert factor == steering(row["accepted_scale"], first) > 2.0
-    assert not optimizer.state and lookahead.learning_rate_factor == factor
+    assert not optimizer.state and look_ahead.learning_rate_factor == factor
     before = model.w.detach().clone()
     train()
     assert (model.w - before).abs().max().item() == pytest.approx(
         factor * 1e-3, rel=0.02
     )  # Adam's first step: the rate itself
     assert optimizer.param_groups[0]["lr"] == 1e-3  # the schedule's
-    here, before = model.w.detach().clone(), lookahead.weights.state_dict()["w"].clone()
-    lookahead.scorer = lambda model: -float((model.w - here).square().sum())
-    assert lookahead.step(3)["accepted_scale"] == 0.0
+    here, before = model.w.detach().clone(), look_ahead.weights.state_dict()["w"].clone()
+    look_ahead.scorer = lambda model: -float((model.w - here).square().sum())
+    assert look_ahead.step(3)["accepted_scale"] == 0.0
     assert optimizer.state  # no jump, no reset
-    assert lookahead.learning_rate_factor == factor  # the step was as long as it should be
+    assert look_ahead.learning_rate_factor == factor  # the step was as long as it should be
     train()
     train()
-    here, before = model.w.detach().clone(), lookahead.weights.state_dict()["w"].clone()
-    lookahead.scorer = lambda model: -float((model.w - (0.6 * here + 0.4 * before)).square().sum())
-    assert lookahead.search(4)["accepted_scale"] == pytest.approx(-0.4, abs=1e-3)
-    assert lookahead.learning_rate_factor == pytest.approx(factor * 0.5**0.5)
+    here, before = model.w.detach().clone(), look_ahead.weights.state_dict()["w"].clone()
+    look_ahead.scorer = lambda model: -float((model.w - (0.6 * here + 0.4 * before)).square().sum())
+    assert look_ahead.search(4)["accepted_scale"] == pytest.approx(-0.4, abs=1e-3)
+    assert look_ahead.learning_rate_factor == pytest.approx(factor * 0.5**0.5)
     assert (
-        lookahead.search(5)["learning_rate_factor"] == 1.0
+        look_ahead.search(5)["learning_rate_factor"] == 1.0
     )  # nothing has moved, so nothing was learnt about the rate
 
 
 def test_keeping_and_not_steering_leaves_the_optimizer_alone():
     model = Softmax()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    config = EffOPDConfig("lookahead", parameters="all", optimizer="keep", steer=False)
-    lookahead = EffOPD(model, lambda model: -model.kl().item(), config, optimizer=optimizer)
+    config = EffOPDConfig("line_search", parameters="all", optimizer="keep", steer=False)
+    look_ahead = EffOPD(model, lambda model: -model.kl().item(), config, optimizer=optimizer)
     model.kl().backward()
     optimizer.step()
-    assert lookahead.step(1)["accepted_scale"] > 0
+    assert look_ahead.step(1)["accepted_scale"] > 0
     assert optimizer.state and optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_without_an_optimizer_there_is_nothing_to_reset():
     with pytest.raises(ConfigError, match="optimizer"):
-        EffOPD(Softmax(), lambda model: 0.0, EffOPDConfig("lookahead", parameters="all"))
+        EffOPD(Softmax(), lambda model: 0.0, EffOPDConfig("line_search", parameters="all"))

@@ -175,7 +175,7 @@ def test_settings_of_built_in_scorers_are_refused_with_another_one(name, value):
         {"temperature": -0.1}, {"temperature": float("nan")}, {"max_completion_length": 0}, {"score_timeout": 0.0},
         {"anchor_device": "disk"}, {"anchor_device": "meta"}, {"anchor_device": "cuda:x"}, {"anchor_device": 3}, {"steer": "yes"},
         {"parameters": "("}, {"gate": "gte"}, {"schedule": "never"}, {"scorer": "loss"}, {"optimizer": "Adam"},
-        {"strategy": "lookahead", "score_rollouts": 0}, {"strategy": "effodp"}, {"strategy": None},
+        {"strategy": "line_search", "score_rollouts": 0}, {"strategy": "effodp"}, {"strategy": None},
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_when_the_config_is_built(bad):
@@ -243,7 +243,7 @@ def test_a_resume_with_another_setting_is_refused_and_named(strategy, scorer, st
 
 @pytest.mark.parametrize("name", [*OF_THE_STRATEGY, *HOST])
 def test_a_default_of_the_package_that_has_changed_is_noticed(name, monkeypatch):
-    config = EffOPDConfig("effopd" if name == "max_completion_length" else "lookahead")
+    config = EffOPDConfig("effopd" if name == "max_completion_length" else "line_search")
     before, host = saved(config), HOST
     if name in HOST:
         host = HOST | {name: 99}
@@ -251,8 +251,8 @@ def test_a_default_of_the_package_that_has_changed_is_noticed(name, monkeypatch)
         value = other(config, name)
         if name == "parameters":
             value = "attention+mlp"
-        changed = dataclasses.replace(STRATEGIES["lookahead"], **{name: value})
-        monkeypatch.setitem(STRATEGIES, "lookahead", changed)
+        changed = dataclasses.replace(STRATEGIES["line_search"], **{name: value})
+        monkeypatch.setitem(STRATEGIES, "line_search", changed)
     with pytest.raises(CheckpointError, match=name):
         check_same(before, config, Reads(), host)
 

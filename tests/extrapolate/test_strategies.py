@@ -47,11 +47,11 @@ def look(model, scorer, settings) -> EffOPD:
     return EffOPD(model, scorer, settings, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
 
 
-def loop(model, steps, lookahead=None, start=1):
+def loop(model, steps, look_ahead=None, start=1):
     for step in range(start, steps + 1):
         model.train_step()
-        if lookahead is not None:
-            lookahead.step(step)
+        if look_ahead is not None:
+            look_ahead.step(step)
 
 
 def weights(model):
@@ -81,10 +81,10 @@ def test_it_touches_nothing_but_the_selected_weights(strategy):
     plain, ahead = Drift(), Drift()
     loop(plain, 9)
     torch.manual_seed(0)
-    lookahead = look(ahead, Scorer(), config(strategy, parameters="matrix"))
-    loop(ahead, 9, lookahead)
+    look_ahead = look(ahead, Scorer(), config(strategy, parameters="matrix"))
+    loop(ahead, 9, look_ahead)
     assert torch.equal(plain.vector, ahead.vector)  # so the loop's random state was left alone, too
-    moved = any(row["accepted_scale"] for row in lookahead.history)
+    moved = any(row["accepted_scale"] for row in look_ahead.history)
     assert moved == (strategy in MOVING) == (not torch.equal(plain.matrix, ahead.matrix))
 
 
@@ -128,10 +128,10 @@ def test_what_is_rejected_leaves_no_trace(strategy):
 @pytest.mark.parametrize("strategy", ALL)
 def test_only_scored_strategies_score_and_every_score_is_charged(strategy):
     model, scorer = Drift(), Scorer()
-    lookahead = look(model, scorer if strategy in SCORED else None, config(strategy))
-    loop(model, 9, lookahead)
+    look_ahead = look(model, scorer if strategy in SCORED else None, config(strategy))
+    loop(model, 9, look_ahead)
     assert (scorer.calls > 0) == (strategy in SCORED)
-    assert sum(row["generated_tokens"] for row in lookahead.history) == 7 * scorer.calls
+    assert sum(row["generated_tokens"] for row in look_ahead.history) == 7 * scorer.calls
 
 
 @pytest.mark.parametrize("strategy", MOVING)
@@ -148,17 +148,17 @@ def test_a_point_that_is_not_finite_is_not_taken(strategy, monkeypatch):
     loop(plain, 9)
     torch.manual_seed(0)
     monkeypatch.setattr(LiveWeights, "move_to", refuse)
-    lookahead = look(ahead, Scorer(), config(strategy))
-    loop(ahead, 9, lookahead)
+    look_ahead = look(ahead, Scorer(), config(strategy))
+    loop(ahead, 9, look_ahead)
     assert same(weights(plain), weights(ahead))
-    assert any(trial["verdict"] == "non-finite" for row in lookahead.history for trial in row["trials"])
+    assert any(trial["verdict"] == "non-finite" for row in look_ahead.history for trial in row["trials"])
 
 
 def test_fixed_goes_exactly_2k_displacements_further():
     model = Drift()
-    lookahead = look(model, None, config("fixed", fixed_k=3))
+    look_ahead = look(model, None, config("fixed", fixed_k=3))
     model.train_step()
-    w, row = weights(model), lookahead.step(1)
+    w, row = weights(model), look_ahead.step(1)
     assert row["accepted_scale"] == 6.0
     for name, tensor in weights(model).items():
         torch.testing.assert_close(tensor, w[name] + 6 * (w[name] - Drift().state_dict()[name]))
@@ -166,10 +166,10 @@ def test_fixed_goes_exactly_2k_displacements_further():
 
 def test_random_direction_goes_as_far_as_the_displacement_but_elsewhere():
     model = Drift()
-    lookahead = look(model, Scorer(), config("random_direction", scales=[2.0], parameters="matrix"))
+    look_ahead = look(model, Scorer(), config("random_direction", scales=[2.0], parameters="matrix"))
     model.train_step()
     before = model.matrix.detach().clone()
-    row = lookahead.step(1)
+    row = look_ahead.step(1)
     step = model.matrix.detach() - before
     assert row["accepted_scale"] == 2.0
     torch.testing.assert_close(step.norm(), 2 * before.norm())
@@ -179,20 +179,20 @@ def test_random_direction_goes_as_far_as_the_displacement_but_elsewhere():
 def test_relex_lands_where_a_straight_line_leads():
     torch.manual_seed(0)
     model, far = Drift(), Drift()
-    lookahead = look(model, None, config("relex", relex_factor=10))
-    loop(model, 5, lookahead)
+    look_ahead = look(model, None, config("relex", relex_factor=10))
+    loop(model, 5, look_ahead)
     loop(far, 50)
     assert torch.dist(model.matrix, far.matrix) < 0.03 * far.matrix.norm()
     torch.testing.assert_close(model.frozen, far.frozen)
-    assert lookahead.history[-1]["fit"]["r2"] > 0.99
+    assert look_ahead.history[-1]["fit"]["r2"] > 0.99
 
 
 def test_alpha_opd_reports_what_its_fit_is_worth():
     torch.manual_seed(0)
     model = Drift()
-    lookahead = look(model, Scorer(), config("alpha_opd", fit_until=8))
-    loop(model, 8, lookahead)
-    fit = lookahead.history[-1]["fit"]
+    look_ahead = look(model, Scorer(), config("alpha_opd", fit_until=8))
+    loop(model, 8, look_ahead)
+    fit = look_ahead.history[-1]["fit"]
     assert fit["q2"] > 0.9 > fit["q2_null"]
     assert Scorer()(model).mean > 0.5 > 8 * 0.01 * 3.5  # the prediction went further than training did
 
@@ -204,11 +204,11 @@ def test_alpha_opd_needs_something_to_aim_at():
 
 def test_a_new_anchor_forgets_the_old_displacement():
     model = Drift()
-    lookahead = look(model, None, config("fixed"))
+    look_ahead = look(model, None, config("fixed"))
     loop(model, 3)
-    lookahead.reanchor(3)
+    look_ahead.reanchor(3)
     before = weights(model)
-    row = lookahead.step(4)
+    row = look_ahead.step(4)
     assert row["delta_norm"] == 0.0 and row["anchor_step"] == 3
     assert same(before, weights(model))
 
@@ -264,7 +264,7 @@ def test_through_the_trainer_resumed_and_charged(strategy, tmp_path):
     trainer.train()
     end = weights(trainer.model)
     rows = list(read_rows(tmp_path / "searches.jsonl"))
-    if strategy == "lookahead":
+    if strategy == "line_search":
         assert rows[0]["step"] == 2 and all(row["forward_tokens"] > 0 for row in rows)
     else:
         assert [row["step"] for row in rows] == ([1, 2, 3, 4] if strategy in FITS else [1, 2, 4])

@@ -19,7 +19,7 @@ FAMILIES = ("chain_sum", "spell_backward")
 #: Names of the strategies in the file → extra flags. Every strategy searches several times in twelve steps.
 STRATEGIES: dict[str, dict[str, object]] = {
     "none": {},
-    "lookahead": {"score_rollouts": 16},
+    "line_search": {"score_rollouts": 16},
     "effopd": {"validation_size": 24},
     "effopd-released": {"validation_size": 24},
     "noop": {"validation_size": 24},
@@ -64,7 +64,7 @@ def decisions(family: str, strategy: str, folder: Path) -> dict[str, list]:
             {
                 "step": row["step"],
                 "scale": row["accepted_scale"],
-                "best_scale": row["preferred_scale"],
+                "best_scale": row["best_scale"],
                 "trials": [[trial["scale"], trial.get("score")] for trial in row["trials"]],
             }
             for row in rows(folder / "searches.jsonl")

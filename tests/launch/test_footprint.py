@@ -15,10 +15,10 @@ from effopd.launch.working_memory import StepShape, saved_bytes, working
 def test_the_estimate_is_what_a_step_and_a_search_hold(rule):
     model = make_model(0)
     optimizer = torch.optim.AdamW(model.parameters())
-    lookahead = LiveWeights(model, rule)
+    look_ahead = LiveWeights(model, rule)
     model(torch.arange(4)[None]).logits.sum().backward()
     optimizer.step()
-    lookahead.begin()
+    look_ahead.begin()
     size = size_of(model.config)
     found = bytes_a_rank(size, 0, moved=size.selected(rule))
     parameters = list(model.parameters())
@@ -26,7 +26,7 @@ def test_the_estimate_is_what_a_step_and_a_search_hold(rule):
     assert found["gradients"] == sum(p.grad.nbytes for p in parameters)
     moments = (t for state in optimizer.state.values() for name, t in state.items() if name != "step")
     assert found["optimizer"] == sum(t.nbytes for t in moments)
-    assert found["anchor"] + found["candidate"] == lookahead.nbytes
+    assert found["anchor"] + found["candidate"] == look_ahead.nbytes
 
 
 def test_sharding_divides_everything_but_the_teacher():

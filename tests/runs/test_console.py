@@ -144,8 +144,8 @@ def test_what_to_do_when_most_answers_cannot_be_graded(counts, parts, absent):
 
 
 def test_a_run_says_lines_and_nothing_else(tmp_path, capsys):
-    lookahead = EffOPDConfig(strategy="lookahead")
-    trainer = make_trainer(tmp_path, effopd=lookahead, max_steps=3, eval_steps=2, save_strategy="no")
+    look_ahead = EffOPDConfig(strategy="line_search")
+    trainer = make_trainer(tmp_path, effopd=look_ahead, max_steps=3, eval_steps=2, save_strategy="no")
     capsys.readouterr()
     trainer.train()
     trainer.log({"of_mine": 1.0})

@@ -23,7 +23,7 @@ FLAGS = [
 ]  # fmt: skip
 TRAIN = [
     "train", *FLAGS, "--teacher_model_name_or_path", "testbed:teacher", "--per_device_train_batch_size", "8",
-    "--effopd.strategy", "lookahead", "--eval_strategy", "steps", "--eval_steps", "2", "--eval_on_start", "true",
+    "--effopd.strategy", "line_search", "--eval_strategy", "steps", "--eval_steps", "2", "--eval_on_start", "true",
 ]  # fmt: skip
 LORA = ["--use_peft", "true", "--lora_r", "2", "--lora_target_modules", "q_proj", "down_proj"]
 RL = ["rl", *FLAGS, "--per_device_train_batch_size", "16", "--num_generations", "4"]
@@ -62,7 +62,7 @@ def test_of_a_distilled_model(tmp_path, capsys, adapter):
     assert card.data.library_name == ("peft" if adapter else "transformers")
     assert "| teacher | `testbed:teacher` |" in card.text
     assert "| objective | reverse KL(student ‖ teacher), exact over the vocabulary |" in card.text
-    assert "| strategy | `lookahead`: " in card.text and "steered by the look-ahead" in card.text
+    assert "| strategy | `line_search`: " in card.text and "steered by the look-ahead" in card.text
     assert "| steps | 2 of 2, 8 answers each |" in card.text
     assert ("| trained | LoRA adapter of rank 2 |" in card.text) == adapter and ("PeftModel" in card.text) == adapter
     first, last = read_rows(root / "evals.jsonl")

@@ -237,7 +237,7 @@ def testbed(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "quickstart": (quickstart, "watch plain OPD, EffOPD and lookahead on the built-in testbed, with the net speed-up"),
+    "quickstart": (quickstart, "watch plain OPD, EffOPD and line_search on the built-in testbed, with the net speed-up"),
     "train": (train, "distil a teacher into a student"),
     "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
     "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),

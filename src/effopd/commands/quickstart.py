@@ -1,4 +1,4 @@
-"""`effopd quickstart` (and `make demo`): plain OPD, EffOPD, lookahead; same seed and prompts, on the built-in testbed.
+"""`effopd quickstart` (and `make demo`): plain OPD, EffOPD, line_search; same seed and prompts, on the built-in testbed.
 
 Everything goes through the code of `effopd train`; this file only sets it up, shows progress and compares the rows.
 """
@@ -44,11 +44,11 @@ from effopd.tasks import builtin_models as testbed
 #: Training prompts of the demo; the runs go over them several times.
 TRAIN_SIZE = 4096
 #: The runs: name → label; all but the first look ahead, with the strategy of that name.
-ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD", "lookahead": "lookahead"}
+ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD", "line_search": "line_search"}
 AHEAD = tuple(ARMS)[1:]
 #: All that a demo, whole or interrupted, leaves in its folder.
 _OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
-_COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "lookahead": "#2e6f9e"}
+_COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "line_search": "#2e6f9e"}
 
 
 @dataclass
@@ -92,7 +92,7 @@ def run_quickstart(argv: Sequence[str]) -> int:
     parser = CommandParser(
         [QuickstartArguments],
         prog="effopd quickstart",
-        description="Plain OPD, EffOPD (the paper's) and lookahead (ours) on the built-in testbed, same seed and prompts; "
+        description="Plain OPD, EffOPD (the paper's) and line_search (ours) on the built-in testbed, same seed and prompts; "
         "prints the net speed-ups.",
         formatter_class=OneSpelling,
     )

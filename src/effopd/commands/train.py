@@ -71,10 +71,10 @@ def train_parser():
         prog="effopd train",
         usage="effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task TASK [--FLAG VALUE …]",
         description="Distil a teacher into a student on the student's own answers: the student samples, the teacher grades every "
-        "token.\nWith --effopd.strategy lookahead it also tries points further along its own updates and keeps what is closer to the "
+        "token.\nWith --effopd.strategy line_search it also tries points further along its own updates and keeps what is closer to the "
         "teacher.",
         epilog="Example:\n  effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task math:train.jsonl \\\n"
-        "      --eval_strategy steps --eval_steps 10 --effopd.strategy lookahead --output_dir runs/first\n"
+        "      --eval_strategy steps --eval_steps 10 --effopd.strategy line_search --output_dir runs/first\n"
         "--dry_run with it checks what needs neither weights nor network and shows the memory per rank; the same command with --resume_from_checkpoint true goes on.",
         formatter_class=OneSpelling,
         add_help=False,
@@ -113,7 +113,7 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
     given = [word.partition("=")[0] for word in argv if word.startswith("--effopd")]
     if look.effopd_strategy == "none" and not any(name.endswith("strategy") for name in given) and given:
         raise ConfigError(
-            f"{', '.join(given)}: without a strategy there is no look-ahead to set. Add --effopd.strategy lookahead (or effopd, "
+            f"{', '.join(given)}: without a strategy there is no look-ahead to set. Add --effopd.strategy line_search (or effopd, "
             "the paper's), or leave it out."
         )
     values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}

@@ -15,7 +15,7 @@ baseline's too: a run like the baseline is 1×, not faster because the baseline'
 Over all tasks a seed counts once, with the geometric mean of its speed-ups on every task.
 
 A strategy named like another one of the grid with `-something` after it is a variant of it, and is also compared with that
-one at its own learning rate: `lookahead-no-steering` with `lookahead`.
+one at its own learning rate: `line_search-no-steering` with `line_search`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class EffOPDCallback(TrainerCallback):
         elif scorer is None and self.config.scored:
             scorer = self._accuracy_scorer(task if task is not None else training_task(trainer.train_dataset, verify))
         self.scorer: Scorer | None = scorer
-        self.lookahead: EffOPD | None = None
+        self.look_ahead: EffOPD | None = None
         self._patches: Patches | None = None
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -171,8 +171,8 @@ class EffOPDCallback(TrainerCallback):
         if self._patches is not None:
             self._patches.undo()
             self._patches = None
-        if self.lookahead is not None:
-            self.lookahead.close()
+        if self.look_ahead is not None:
+            self.look_ahead.close()
 
     def _detached_after(self, run_epoch: Callable[..., Any]) -> Callable[..., Any]:
         """An epoch, after which nothing is left of a callback that failed, or was removed in it: it gets no `on_train_end`."""
@@ -190,7 +190,7 @@ class EffOPDCallback(TrainerCallback):
         return guarded
 
     def _applied_factor(self) -> float:
-        return 1.0 if self.lookahead is None else self.lookahead.applied_learning_rate_factor
+        return 1.0 if self.look_ahead is None else self.look_ahead.applied_learning_rate_factor
 
     def _check_trainer(self, state: Any) -> None:
         if state is not self.trainer.state:
@@ -216,7 +216,7 @@ class EffOPDCallback(TrainerCallback):
         """
         self._detach()  # from an earlier `train`, perhaps interrupted
         self._check_trainer(state)
-        self.lookahead = EffOPD(
+        self.look_ahead = EffOPD(
             self.trainer.accelerator.unwrap_model(self.trainer.model),
             self.scorer,
             self.config,
@@ -228,7 +228,7 @@ class EffOPDCallback(TrainerCallback):
         )
         try:
             if state.global_step > 0:
-                self.lookahead.load(self._state_of(resumed_checkpoint(self.trainer)))
+                self.look_ahead.load(self._state_of(resumed_checkpoint(self.trainer)))
             self._attach()
         except BaseException:
             self._detach()
@@ -254,18 +254,18 @@ class EffOPDCallback(TrainerCallback):
         """A step's rollouts are there and nothing has been trained on them yet. The search counts as part of that step, so it
         comes after the checkpoint of the step before."""
         state = self.trainer.state
-        if self.lookahead is not None and state.global_step > 0:
+        if self.look_ahead is not None and state.global_step > 0:
             self._search(self.trainer.args, state, state.global_step + 1)
 
     def _search(self, args, state, step: int) -> None:
-        if self.lookahead is None:
+        if self.look_ahead is None:
             raise ConfigError(
                 "this EffOPDCallback was added while training was running, so it never saw the weights that training started from. "
                 "Add it before trainer.train()."
             )
         ledger = getattr(self.trainer, "ledger", None)
         with ledger.track("search") if ledger is not None else nullcontext():
-            row = self.lookahead.step(step)
+            row = self.look_ahead.step(step)
         if row is None:
             return
         if ledger is not None and state.is_world_process_zero:  # the row has everybody's tokens
@@ -283,8 +283,8 @@ class EffOPDCallback(TrainerCallback):
 
     def save_state(self, folder: Path) -> None:
         """Write the look-ahead state into a checkpoint folder, on every rank; `OPDTrainer` calls this before publishing it."""
-        if self.lookahead is not None:
-            self.lookahead.save(folder)
+        if self.look_ahead is not None:
+            self.look_ahead.save(folder)
 
     def _target(self) -> Callable[[], Score | float] | None:
         """The teacher's score, where the trainer has a teacher."""

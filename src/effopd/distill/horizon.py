@@ -70,8 +70,8 @@ class HorizonCallback(TrainerCallback):
         length = self.length(step, last)
         if step > 0 and length != self.length(step - 1, last):
             for callback in self._trainer.callback_handler.callbacks:
-                if isinstance(callback, EffOPDCallback) and callback.lookahead is not None:
-                    callback.lookahead.reanchor(step)
+                if isinstance(callback, EffOPDCallback) and callback.look_ahead is not None:
+                    callback.look_ahead.reanchor(step)
         self._set(length)
         self._trainer._metrics["train"]["horizon"].append(float(length))
 

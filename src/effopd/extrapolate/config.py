@@ -105,7 +105,7 @@ class EffOPDConfig:
     gate_z: float = field(
         default=2.0,
         metadata={
-            "help": "How many standard errors gate 'margin' asks for. 'lookahead' asks for them forwards only: any gain will "
+            "help": "How many standard errors gate 'margin' asks for. 'line_search' asks for them forwards only: any gain will "
             "do for a step back towards the last search's weights."
         },
     )

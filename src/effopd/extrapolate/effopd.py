@@ -68,7 +68,7 @@ def check_model(model: nn.Module, config: EffOPDConfig, *, target: bool) -> None
     if _needs_whole_matrices(config):
         raise ConfigError(
             f"strategy '{config.strategy}' needs whole matrices, but the student trains LoRA adapters. Use "
-            "effopd, lookahead, noop or fixed, or train the full weights."
+            "effopd, line_search, noop or fixed, or train the full weights."
         )
     selected_adapters(model, config.resolved_parameters)
 
@@ -96,10 +96,10 @@ class EffOPD:
             live on `config.anchor_device`, a setting belongs to another scorer, or another look-ahead steers this optimizer.
 
     Example:
-        >>> lookahead = EffOPD(model, scorer=my_score)                                      # doctest: +SKIP
+        >>> look_ahead = EffOPD(model, scorer=my_score)                                      # doctest: +SKIP
         >>> for step, batch in enumerate(loader, start=1):                                  # doctest: +SKIP
         ...     loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
-        ...     lookahead.step(step)
+        ...     look_ahead.step(step)
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class EffOPD:
         if weights.sharded and _needs_whole_matrices(self.config):
             raise ConfigError(
                 f"strategy '{self.config.strategy}' needs whole matrices, but this process holds shards of them (FSDP2). Use "
-                "effopd, effopd-released, lookahead, noop or fixed, or train with DDP."
+                "effopd, effopd-released, line_search, noop or fixed, or train with DDP."
             )
         return weights
 
@@ -218,8 +218,8 @@ class EffOPD:
             self._optimizer.state.clear()
         if self._rate is None:
             return 1.0
-        before = self.history[-1]["preferred_scale"] if self.history else 0.0
-        factor = steering(result.preferred_scale, before, self._rate.factor)
+        before = self.history[-1]["best_scale"] if self.history else 0.0
+        factor = steering(result.best_scale, before, self._rate.factor)
         self._rate.factor *= factor
         return factor
 
@@ -360,7 +360,7 @@ class EffOPD:
             "anchor_step": self.anchor_step,
             "delta_norm": delta_norm if math.isfinite(delta_norm) else None,
             "accepted_scale": result.accepted_scale,
-            "preferred_scale": result.preferred_scale,
+            "best_scale": result.best_scale,
             "seconds": seconds,
             "generated_tokens": result.generated_tokens,
             "forward_tokens": result.forward_tokens,

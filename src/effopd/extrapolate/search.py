@@ -63,7 +63,7 @@ class SearchResult:
     trials: tuple[Trial, ...] = field(default_factory=tuple)
 
     @property
-    def preferred_scale(self) -> float:
+    def best_scale(self) -> float:
         """The scale with the highest score, whether or not the gate let it pass; 0.0 if nothing was scored."""
         scored = {
             trial.scale: trial.score.mean for trial in self.trials if trial.score and math.isfinite(trial.score.mean)

@@ -18,7 +18,7 @@ OF_THE_STRATEGY = ("schedule", "scorer", "optimizer", "steer", "gate", "paramete
 _SEARCHING = tuple(name for name, strategy in STRATEGIES.items() if strategy.direction)
 _FITTING = tuple(name for name, strategy in STRATEGIES.items() if strategy.fit)
 _SCORED = tuple(name for name, strategy in STRATEGIES.items() if strategy.scorer)
-_GATED = ("lookahead", "effopd", "effopd-released", "random_direction", "noop")
+_GATED = ("line_search", "effopd", "effopd-released", "random_direction", "noop")
 
 #: Settings that only some strategies read.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "gate_z": _GATED,
     # no jump, no moments to reset; no score, no preferred scale to steer by
     "optimizer": tuple(name for name in STRATEGIES if name != "noop"),
-    "steer": ("lookahead", "effopd", "effopd-released", "random_direction"),
+    "steer": ("line_search", "effopd", "effopd-released", "random_direction"),
     "fixed_k": ("fixed",),
     "fit_every": _FITTING,
     "fit_until": _FITTING,

@@ -230,7 +230,7 @@ def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
         causes.append("--eval_on_start" if strategy == "no" else f"--eval_strategy {strategy}")
     if not causes:
         return ""
-    return f"Answers are needed because of {' and '.join(causes)}; --effopd.strategy lookahead without evaluation needs none."
+    return f"Answers are needed because of {' and '.join(causes)}; --effopd.strategy line_search without evaluation needs none."
 
 
 class Prompts(NamedTuple):

@@ -15,11 +15,11 @@ PAPER_CLAIM = 3.0
 def answers(look: Lookup) -> Iterator[str]:
     """The questions a reader has, answered from the numbers."""
     arm = ("effopd", look.reference)
-    if ("lookahead", look.reference) in look.arms:
-        yield from _net(look, "lookahead", "lookahead")
-        yield from _net(look, "lookahead", "lookahead", "effopd")
-        yield from _against_best(look, "lookahead", "lookahead")
-        yield from _against_best(look, "lookahead", "lookahead", "gap_90")
+    if ("line_search", look.reference) in look.arms:
+        yield from _net(look, "line_search", "line_search")
+        yield from _net(look, "line_search", "line_search", "effopd")
+        yield from _against_best(look, "line_search", "line_search")
+        yield from _against_best(look, "line_search", "line_search", "gap_90")
     if arm not in look.arms:
         return
     yield from _net(look, "effopd", "EffOPD")

@@ -15,7 +15,7 @@ from effopd.compare.time_to_target import smooth
 from effopd.report.compare_lookup import FEW, Lookup
 from effopd.report.style import group_colors, quiet_style, save
 
-_CURVES = ("vanilla", "lookahead", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")
+_CURVES = ("vanilla", "line_search", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")
 _GREY, _RED = "#4c566a", "#d1495b"
 
 

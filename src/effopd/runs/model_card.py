@@ -206,13 +206,13 @@ def _results(trainer: Any) -> list[str]:
 
 
 def _strategy(trainer: Any) -> str:
-    config = _lookahead(trainer)
+    config = _look_ahead(trainer)
     if config is None or config.strategy == "none":
         return "none: plain on-policy distillation"
     return f"`{config.strategy}`: {STRATEGIES[config.strategy].help.removeprefix('ours: ')}"
 
 
-def _lookahead(trainer: Any) -> Any:
+def _look_ahead(trainer: Any) -> Any:
     found = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EffOPDCallback))
     return next((callback.config for callback in found), None)
 
@@ -234,7 +234,7 @@ def _steps(trainer: Any) -> str:
 
 
 def _learning_rate(trainer: Any) -> str:
-    args, config = trainer.args, _lookahead(trainer)
+    args, config = trainer.args, _look_ahead(trainer)
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     text = f"{args.learning_rate:g}, {schedule}" + (f", warm-up {args.warmup_steps:g}" if args.warmup_steps else "")
     if config is None or not config.resolved_steer:

@@ -98,7 +98,7 @@ def _line(score: Callable[[float], Score], config: Any) -> SearchResult:
 LOWEST_RATE = 0.125
 
 
-def steering(preferred_scale: float, before: float = 0.0, so_far: float = 1.0) -> float:
+def steering(best_scale: float, before: float = 0.0, so_far: float = 1.0) -> float:
     """What the learning rate is multiplied with: the scales that searches prefer say how far it is from right.
 
     √min(1 + s, 4) where more than the displacement again would have been better (s > 1), twice in a row: once may be due to
@@ -109,15 +109,15 @@ def steering(preferred_scale: float, before: float = 0.0, so_far: float = 1.0) -
     there (some 30 searches; a fall takes one preference, a rise two in a row).
 
     Args:
-        preferred_scale: of this search.
+        best_scale: of this search.
         before: of the search before it, 0 if there was none.
         so_far: the product of all factors until now.
     """
-    if preferred_scale > 1:
+    if best_scale > 1:
         if before <= 1:
             return 1.0
-        return max(min(1 + preferred_scale, 4.0) ** 0.5, 0.5 * min(preferred_scale, before) ** 0.5)
-    return 1.0 if preferred_scale >= 0 else max(0.5**0.5, min(1.0, LOWEST_RATE / so_far))
+        return max(min(1 + best_scale, 4.0) ** 0.5, 0.5 * min(best_scale, before) ** 0.5)
+    return 1.0 if best_scale >= 0 else max(0.5**0.5, min(1.0, LOWEST_RATE / so_far))
 
 
 def unscored(scale: float) -> SearchResult:
@@ -173,7 +173,7 @@ def _predict_relex(observations, steps, quality, config) -> Prediction:
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "lookahead": Strategy(
+    "line_search": Strategy(
         "ours: a line search by the KL to the teacher on rollouts that training makes anyway, as often as it pays",
         "teacher_kl",
         _line,
