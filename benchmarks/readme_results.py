@@ -226,7 +226,9 @@ def ablation(results: dict[str, Any]) -> str:
     look, base = Lookup(results), results["settings"]["base"]
 
     def fast(rate: float, to: str | None = None) -> str:
-        return " and ".join(times(look.speedup(task, ("line_search", rate), "seconds", rate=to)) for task in look.tasks)
+        return " and ".join(
+            times(look.speedup(task, ("line_search", rate), "seconds", rate=to)) for task in look.tasks
+        )
 
     shares = " and ".join(
         number(look.quality(task, ("line_search", look.reference), "search_share_to_target"), ".0%")

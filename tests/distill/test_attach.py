@@ -147,7 +147,9 @@ def test_nothing_is_on_the_host_before_and_after_training(host, tmp_path):
 
     trainer.add_callback(Look())
     trainer.train()
-    wanted = {"_run_epoch", "_get_learning_rate"} | ({"_prepare_inputs"} if config.strategy == "line_search" else set())
+    wanted = {"_run_epoch", "_get_learning_rate"} | (
+        {"_prepare_inputs"} if config.strategy == "line_search" else set()
+    )
     assert all(wanted <= set(names) and len(names) > len(wanted) for names in seen)  # … and the optimizer's hooks
     assert left_behind(trainer) == []
     assert len(list(read_rows(tmp_path / SEARCHES))) >= 2

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig
-from effopd.common.distributed import leave
+from effopd.common.distributed import exit_gloo
 
 
 def trl_host(settings):
@@ -70,7 +70,7 @@ def main() -> None:
     }
     if trainer.accelerator.is_main_process:
         torch.save(weights, arguments.out / "weights.pt")
-    leave()
+    exit_gloo()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from effopd import EffOPD, EffOPDConfig, Score
-from effopd.common.distributed import leave, local, rank, world_size
+from effopd.common.distributed import exit_gloo, local_shard, rank, world_size
 
 ROWS, WIDTH = 24, 10  # not divisible by the ranks of some tests, so that shards are uneven
 
@@ -100,7 +100,7 @@ def main() -> None:
         optimizer.step()
         if arguments.fault == "diverge" and rank() == 1 and step == 3:
             with torch.no_grad():
-                local(next(iter(net.parameters()))).add_(1e-3)
+                local_shard(next(iter(net.parameters()))).add_(1e-3)
         if arguments.fault == "nan" and rank() == 1 and step == 4:
             with torch.no_grad():
                 next(iter(look.weights._anchor.values())).fill_(float("nan"))
@@ -121,7 +121,7 @@ def main() -> None:
         for row in look.history
     ]
     (arguments.out / f"rows-{rank()}.json").write_text(json.dumps(rows))
-    leave()
+    exit_gloo()
 
 
 if __name__ == "__main__":

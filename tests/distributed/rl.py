@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from distill.test_rl import make_trainer
 
-from effopd.common.distributed import leave
+from effopd.common.distributed import exit_gloo
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.accelerator.is_main_process:
         torch.save({name: p.detach().clone() for name, p in model.named_parameters()}, arguments.out / "weights.pt")
-    leave()
+    exit_gloo()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
-from effopd.common.distributed import leave, rank
+from effopd.common.distributed import exit_gloo, rank
 from effopd.common.isolation import isolated_rng
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.tasks.base import Task
@@ -43,7 +43,7 @@ def main() -> None:
             scores.append(scorer(model))
     assert scores[0].per_example == scores[1].per_example and len(scores[0].per_example) == 13
     assert scores[0].generated_tokens == scores[1].generated_tokens
-    leave()
+    exit_gloo()
 
 
 if __name__ == "__main__":

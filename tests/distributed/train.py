@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from plain_loop import whole
 
 from effopd import EffOPDConfig
-from effopd.common.distributed import leave, rank
+from effopd.common.distributed import exit_gloo, rank
 from effopd.extrapolate.scorers import AccuracyScorer
 
 FSDP2 = {
@@ -106,7 +106,7 @@ def main() -> None:
     weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     if trainer.accelerator.is_main_process:
         torch.save(weights, arguments.out / "weights.pt")
-    leave()
+    exit_gloo()
 
 
 if __name__ == "__main__":

@@ -72,12 +72,12 @@ def train(argv: Sequence[str]) -> int:
 
 def _finish(trainer: Any) -> int:
     """Say where the results are, once, and end the process as its launcher wants it."""
-    from effopd.common.distributed import leave
+    from effopd.common.distributed import exit_gloo
     from effopd.runs.console import closing_lines
 
     if trainer.is_world_process_zero():
         print(f"\n{closing_lines(trainer.run_dir.root, trainer.state.global_step, trainer.costs)}")
-    leave()
+    exit_gloo()
     return 0
 
 
@@ -237,7 +237,10 @@ def testbed(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "quickstart": (quickstart, "watch plain OPD, EffOPD and line_search on the built-in testbed, with the net speed-up"),
+    "quickstart": (
+        quickstart,
+        "watch plain OPD, EffOPD and line_search on the built-in testbed, with the net speed-up",
+    ),
     "train": (train, "distil a teacher into a student"),
     "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
     "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),

@@ -32,7 +32,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def gather(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """Everybody's value, by rank, on every rank."""
     if world_size() == 1:
         return [value]
@@ -41,13 +41,13 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def agreed(what: str, value: T) -> T:
+def assert_same_on_ranks(what: str, value: T) -> T:
     """`value`, which must be the same on every rank.
 
     Raises:
         DivergenceError: it is not; on every rank, naming the ranks that differ from rank 0.
     """
-    values = gather(value)
+    values = all_gather_object(value)
     apart = [i for i, other in enumerate(values) if repr(other) != repr(values[0])]
     if apart:
         raise DivergenceError(
@@ -58,7 +58,7 @@ def agreed(what: str, value: T) -> T:
     return value
 
 
-def from_first(value: T) -> T:
+def broadcast_from_rank0(value: T) -> T:
     """Rank 0's value, on every rank."""
     if world_size() > 1:
         box: list[Any] = [value]
@@ -67,7 +67,7 @@ def from_first(value: T) -> T:
     return value
 
 
-def pooled(work: Callable[[], T]) -> list[T]:
+def all_gather_or_raise(work: Callable[[], T]) -> list[T]:
     """Everybody's result of `work`, by rank, on every rank; if it raises on one rank, it raises on all.
 
     Results and failures travel in one collective: a rank that failed meets the others where they wait for its part.
@@ -82,7 +82,7 @@ def pooled(work: Callable[[], T]) -> list[T]:
     except Exception as caught:
         error = caught
     if world_size() > 1:
-        parts = gather((value, f"{type(error).__name__}: {error}" if error else None))
+        parts = all_gather_object((value, f"{type(error).__name__}: {error}" if error else None))
         failed = [i for i, (_, message) in enumerate(parts) if message]
         if failed and error is None:
             raise DivergenceError(
@@ -96,26 +96,26 @@ def pooled(work: Callable[[], T]) -> list[T]:
     return values
 
 
-def together(run: Callable[[], T]) -> T:
-    """This rank's result of `run`; if it raises on one rank, it raises on all (see `pooled`)."""
+def raise_on_all_ranks(run: Callable[[], T]) -> T:
+    """This rank's result of `run`; if it raises on one rank, it raises on all (see `all_gather_or_raise`)."""
     box: list[T] = []
-    pooled(lambda: box.append(run()))
+    all_gather_or_raise(lambda: box.append(run()))
     return box[0]
 
 
-def shard_of(items: Sequence[T]) -> list[T]:
+def split_between_ranks(items: Sequence[T]) -> list[T]:
     """This rank's part of `items`: every `world_size()`-th, the first ones again where they do not divide, so that all ranks
     have as many."""
     each = -(-len(items) // world_size())
     return [items[(rank() + i * world_size()) % len(items)] for i in range(each)]
 
 
-def merge_shards(parts: Sequence[Sequence[T]], count: int) -> list[T]:
-    """The inverse of `shard_of`, from everybody's part."""
+def merge_from_ranks(parts: Sequence[Sequence[T]], count: int) -> list[T]:
+    """The inverse of `split_between_ranks`, from everybody's part."""
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
 
-def leave() -> None:
+def exit_gloo() -> None:
     """End a finished process of several over gloo without taking the group down; nothing on one process or another backend.
 
     Under DDP that can hang: torch 2.13's ~ProcessGroupGloo joins its thread with the interpreter's lock held, which that
@@ -132,26 +132,26 @@ def leave() -> None:
 # -- sharded parameters (FSDP2) ---------------------------------------------------------------------------------------
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds, sharing its memory; all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered if it is sharded (every rank must call this then)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def put(tensor: Tensor, value: Tensor) -> None:
+def copy_full_(tensor: Tensor, value: Tensor) -> None:
     """Write `value`, the whole, into a tensor; of a sharded one every rank writes its part of rank 0's value, so that parts
     of different values never meet (every rank must call this then)."""
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.dtype), tensor.device_mesh, tensor.placements)
-    local(tensor).copy_(local(value))
+    local_shard(tensor).copy_(local_shard(value))
 
 
 @dataclass(frozen=True)
-class Share:
+class ShardSpec:
     """What a rank holds of a sharded parameter: of `rows` rows the part `part` of `parts`, and where shards are replicated
     (HSDP) in which `replica`."""
 
@@ -161,7 +161,7 @@ class Share:
     replica: int = 0
 
 
-def share_of(tensor: Tensor) -> Share | None:
+def shard_spec(tensor: Tensor) -> ShardSpec | None:
     """This rank's share, `None` of a tensor that is whole on every rank.
 
     Raises:
@@ -180,16 +180,16 @@ def share_of(tensor: Tensor) -> Share | None:
     replica = 0
     for dim in range(mesh.ndim):
         replica = replica if dim == over else replica * mesh.size(dim) + place[dim]
-    return Share(tensor.shape[0], place[over], mesh.size(over), replica)
+    return ShardSpec(tensor.shape[0], place[over], mesh.size(over), replica)
 
 
-def shares(parameters: Mapping[str, Tensor]) -> dict[str, Share]:
+def shard_specs(parameters: Mapping[str, Tensor]) -> dict[str, ShardSpec]:
     """The shares of the sharded ones among `parameters`.
 
     Raises:
-        ConfigError: as `share_of`; or they are sharded over different numbers of ranks.
+        ConfigError: as `shard_spec`; or they are sharded over different numbers of ranks.
     """
-    found = {name: share for name, tensor in parameters.items() if (share := share_of(tensor)) is not None}
+    found = {name: share for name, tensor in parameters.items() if (share := shard_spec(tensor)) is not None}
     if len({share.parts for share in found.values()}) > 1:
         raise ConfigError(
             "the look-ahead moves parameters that are all sharded over the same ranks; got "

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from effopd.common.distributed import from_first, world_size
+from effopd.common.distributed import broadcast_from_rank0, world_size
 from effopd.common.files import append_row, keep_rows
 from effopd.distill.trl_host import Patches, resumed_checkpoint
 from effopd.errors import CheckpointError, ConfigError, TaskError
@@ -278,7 +278,7 @@ class EffOPDCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Put anchor and history into the checkpoint of trainers that do not ask for them (`save_state`)."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if from_first(folder.is_dir()):
+        if broadcast_from_rank0(folder.is_dir()):
             self.save_state(folder)
 
     def save_state(self, folder: Path) -> None:

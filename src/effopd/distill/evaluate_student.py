@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from effopd.common.distributed import merge_shards, pooled, rank, shard_of
+from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, rank, split_between_ranks
 from effopd.common.isolation import evaluating
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.tasks.base import Task
@@ -43,7 +43,7 @@ def evaluate_task(
 
     def answer(temperature: float, against: PreTrainedModel | None) -> list[_Answer]:
         def share() -> list[_Answer]:
-            mine = task.subset(shard_of(task.examples))
+            mine = task.subset(split_between_ranks(task.examples))
             silent = args.disable_tqdm or rank() > 0
             with tqdm(total=len(mine), desc="evaluate", leave=False, disable=silent or None) as bar:
                 result = evaluate(
@@ -69,7 +69,7 @@ def evaluate_task(
                 for (said,), (right,), sums, has in graded
             ]
 
-        return merge_shards(pooled(share), len(task))
+        return merge_from_ranks(all_gather_or_raise(share), len(task))
 
     sampled = answer(args.eval_temperature, teacher)
     results = {"accuracy": sampled}

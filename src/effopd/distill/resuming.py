@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
-from effopd.common.distributed import rank, together, world_size
+from effopd.common.distributed import raise_on_all_ranks, rank, world_size
 from effopd.errors import CheckpointError
 from effopd.extrapolate.saved_state import STATE_FILE
 from effopd.runs.checkpoints import LEDGER_FILE, SETTINGS_FILE, check_complete, check_kind, reading
@@ -154,7 +154,7 @@ class ResumeMixin(_Host):
         self.kept = None
         if self.resumed_from is not None:
             finished = self.state.global_step >= max_steps
-            together(partial(check_complete, self.resumed_from, finished=finished))
+            raise_on_all_ranks(partial(check_complete, self.resumed_from, finished=finished))
             if not finished and rank() == 0:
                 compare_processes(self.resumed_from, self.args.world_size)
             self._recall_best()

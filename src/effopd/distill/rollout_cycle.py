@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
-from effopd.common.distributed import gather, rank, world_size
+from effopd.common.distributed import all_gather_object, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class RolloutCycleCallback(TrainerCallback):
         if not self._inside:
             return
         saved = self._saved(trainer.resumed_from / rollouts_file(rank(), world_size()))
-        there = gather(saved is not None)
+        there = all_gather_object(saved is not None)
         if saved is not None and all(there):
             trainer._buffered_inputs = send_to_device(saved["rollouts"], trainer.accelerator.device)
         elif rank() == 0:

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl.trainer.utils import RepeatSampler
 
-from effopd.common.distributed import from_first, gather, together
+from effopd.common.distributed import all_gather_object, broadcast_from_rank0, raise_on_all_ranks
 from effopd.common.files import write_atomically
 from effopd.distill.config import RunArguments
 from effopd.distill.resuming import ResumeMixin, settings_that_matter
@@ -61,7 +61,7 @@ class _TerminationCallback(TrainerCallback):
         self._manager = manager
 
     def on_step_end(self, args, state, control, **kwargs):
-        if any(gather(self._manager.is_checkpoint_requested)):
+        if any(all_gather_object(self._manager.is_checkpoint_requested)):
             control.should_save = control.should_training_stop = True
             logger.warning("SIGTERM: training stops with a checkpoint of step %d.", state.global_step)
 
@@ -203,7 +203,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
 
     def _costs(self) -> dict[str, float]:
         """The ledger's totals: tokens of all processes, seconds of the slowest."""
-        rows = gather(self.ledger.snapshot())
+        rows = all_gather_object(self.ledger.snapshot())
         self.costs = {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
         return self.costs
 
@@ -236,9 +236,9 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         """
         checkpoint = self.resumed_from = self.run_dir.to_resume(resume_from_checkpoint)
         if not resume_from_checkpoint:
-            together(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
+            raise_on_all_ranks(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
         if checkpoint is not None:
-            together(partial(self._check_resume, checkpoint))
+            raise_on_all_ranks(partial(self._check_resume, checkpoint))
             self.args.eval_on_start = False  # the run has started before; its rows are there
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
@@ -294,14 +294,14 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
             CheckpointError: it cannot be saved; says where its weights are.
         """
         try:
-            together(partial(self.save_model, str(self.run_dir.root)))
+            raise_on_all_ranks(partial(self.save_model, str(self.run_dir.root)))
         except EffOPDError:
             raise
         except Exception as error:
             raise save_failed(self, "the final model", error) from error
 
     def _rehearse(self) -> None:
-        together(partial(rehearse, self) if self.args.should_save else lambda: None)
+        raise_on_all_ranks(partial(rehearse, self) if self.args.should_save else lambda: None)
 
     def _save_checkpoint(self, model, trial):
         try:
@@ -325,14 +325,16 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
             self._saving = False
             self.state.best_model_checkpoint = best  # the host looks for it in the staging folder
         staged, final = self.run_dir.staging / f"checkpoint-{step}", self.run_dir.checkpoint(step)
-        ledgers = gather(self.ledger.state_dict())
+        ledgers = all_gather_object(self.ledger.state_dict())
         self.accelerator.wait_for_everyone()
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "save_state"):
                 callback.save_state(staged)
         if self.state.best_global_step is not None:
             better = self.run_dir.checkpoint(self.state.best_global_step)
-            if from_first(better == final or better.is_dir()):  # a step may have been evaluated and not saved
+            if broadcast_from_rank0(
+                better == final or better.is_dir()
+            ):  # a step may have been evaluated and not saved
                 self.state.best_model_checkpoint = str(better)
         if self.args.should_save:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
@@ -351,7 +353,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
     def _save_trajectory(self) -> None:
         step = self.state.global_step
         wanted = in_trajectory(self.args.trajectory, step, self.state.max_steps)
-        if not wanted or from_first(self.run_dir.trajectory(step).exists()):
+        if not wanted or broadcast_from_rank0(self.run_dir.trajectory(step).exists()):
             return
         staged = self.run_dir.staging / "trajectory"
         if self.args.should_save:

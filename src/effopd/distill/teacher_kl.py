@@ -19,7 +19,7 @@ from torch import Tensor
 from trl import DistillationTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from effopd.common.distributed import pooled, rank, world_size
+from effopd.common.distributed import all_gather_or_raise, rank, world_size
 from effopd.common.float64 import for_float64
 from effopd.distill.divergence import MULTIMODAL_KEYS, Head, gathered, shared_vocab_size
 from effopd.distill.trl_host import Patches
@@ -209,7 +209,7 @@ class RolloutScorer:
     def __call__(self, model: Any) -> Score:
         assert self._batches, "the trainer hands out rollouts before it searches"
         start, forwards = time.perf_counter(), 2 if self._teacher is None else 1
-        parts = pooled(lambda: self._part(model))
+        parts = all_gather_or_raise(lambda: self._part(model))
         sums, lengths = [value for part in parts for value in part[0]], [n for part in parts for n in part[1]]
         tokens = sum(part[2] for part in parts)
         mean_length = max(1, sum(lengths)) / len(lengths)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.common.distributed import Share, rank
+from effopd.common.distributed import ShardSpec, rank
 from effopd.common.files import write_atomically
 
 ANCHOR_FILE = "effopd_anchor.safetensors"
@@ -30,7 +30,7 @@ def rows_of(rows: int, part: int, parts: int) -> tuple[int, int]:
     return min(part * each, rows), min((part + 1) * each, rows)
 
 
-def write_anchor(folder: Path, anchor: Mapping[str, Tensor], share: Share | None) -> int:
+def write_anchor(folder: Path, anchor: Mapping[str, Tensor], share: ShardSpec | None) -> int:
     """Write this rank's part, if it is in the first replica.
 
     Args:
@@ -48,7 +48,9 @@ def write_anchor(folder: Path, anchor: Mapping[str, Tensor], share: Share | None
     return parts
 
 
-def read_anchor(folder: Path, parts: int, written: Collection[str], wanted: Mapping[str, Share]) -> dict[str, Tensor]:
+def read_anchor(
+    folder: Path, parts: int, written: Collection[str], wanted: Mapping[str, ShardSpec]
+) -> dict[str, Tensor]:
     """This rank's rows of every tensor, from however many parts were written.
 
     Args:

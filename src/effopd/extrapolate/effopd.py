@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effopd.common.distributed import agreed, from_first, together, world_size
+from effopd.common.distributed import assert_same_on_ranks, broadcast_from_rank0, raise_on_all_ranks, world_size
 from effopd.common.isolation import evaluating, isolated_rng, time_limit
 from effopd.errors import ConfigError, EffOPDError, NonFiniteWeightsError, ScorerError
 from effopd.extrapolate.config import EffOPDConfig
@@ -167,7 +167,7 @@ class EffOPD:
         start = time.perf_counter()
         plan, seed = self.config.plan, self._seed(step)
         if world_size() > 1:
-            agreed(
+            assert_same_on_ranks(
                 "(step, anchor's step, searches so far, checksum of the weights)",
                 (step, self.anchor_step, len(self.history), self.weights.checksum()),
             )
@@ -187,7 +187,9 @@ class EffOPD:
                     result = plan.search(lambda scale: self._score(scale, seed), self.config)
             result = self._move(result)
             if world_size() > 1:
-                agreed("(accepted scale, checksum of the weights)", (result.accepted_scale, self.weights.checksum()))
+                assert_same_on_ranks(
+                    "(accepted scale, checksum of the weights)", (result.accepted_scale, self.weights.checksum())
+                )
         except BaseException:
             self.weights.abort()
             raise
@@ -307,7 +309,7 @@ class EffOPD:
         assert self._target is not None
         measure = self._target
         with isolated_rng(self._seed(step)), torch.no_grad():
-            value = from_first(together(lambda: measure()))
+            value = broadcast_from_rank0(raise_on_all_ranks(lambda: measure()))
         return value if isinstance(value, Score) else Score(float(value))
 
     def _prediction(self) -> tuple[Direction, Mapping[str, float]]:
@@ -329,7 +331,7 @@ class EffOPD:
         """The score of a point: rank 0's, so that every rank decides alike. Scorers that share the work between ranks
         return the whole score on each."""
         self.weights.move_to(scale)
-        return from_first(together(lambda: self._ask(scale, seed)))
+        return broadcast_from_rank0(raise_on_all_ranks(lambda: self._ask(scale, seed)))
 
     def _ask(self, scale: float, seed: int) -> Score:
         assert self.scorer is not None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from effopd.common.distributed import Share, gather, local, reshard, shares, world_size
+from effopd.common.distributed import ShardSpec, all_gather_object, local_shard, reshard, shard_specs, world_size
 from effopd.common.float64 import for_float64
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
 from effopd.extrapolate.parameter_rules import inside, plain_name, select, trained_parameters
@@ -120,7 +120,7 @@ class LiveWeights:
             100 * self.numel / sum(p.numel() for p in trained.values()), len(stay), f", such as {', '.join(stay[:3])}" if stay else "",
         )  # fmt: skip
         self._model = model
-        self._shares = shares(self._parameters)
+        self._shares = shard_specs(self._parameters)
         for name, parameter in self._parameters.items():
             if not parameter.is_floating_point():
                 raise WeightsError(
@@ -150,7 +150,7 @@ class LiveWeights:
 
     def _held(self, parameter: torch.Tensor) -> torch.Tensor:
         """What of a parameter the anchor has on this rank."""
-        return local(parameter.detach())
+        return local_shard(parameter.detach())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,14 +163,14 @@ class LiveWeights:
         return sum(p.numel() for p in self._parameters.values())
 
     @property
-    def sharded(self) -> dict[str, Share]:
+    def sharded(self) -> dict[str, ShardSpec]:
         """This rank's share of every parameter of whose anchor it holds a part only."""
         return self._shares
 
     @property
     def nbytes(self) -> int:
         """Bytes held beside the model on this rank: the fp32 anchor and, during a search, the copy that it comes back to."""
-        return sum(local(t).nbytes for tensors in (self._anchor, self._origin or {}) for t in tensors.values())
+        return sum(local_shard(t).nbytes for tensors in (self._anchor, self._origin or {}) for t in tensors.values())
 
     @torch.no_grad()
     def displacement_norm(self) -> float:
@@ -184,14 +184,14 @@ class LiveWeights:
             squares[name in self._shares] += norm**2
         if self._shares:
             replicas = world_size() // next(iter(self._shares.values())).parts
-            squares[True] = math.fsum(gather(squares[True])) / replicas
+            squares[True] = math.fsum(all_gather_object(squares[True])) / replicas
         return (squares[True] + squares[False]) ** 0.5
 
     @torch.no_grad()
     def displacements(self) -> Iterator[tuple[str, Tensor]]:
         """(name, W − anchor in fp32), one parameter at a time; of sharded parameters this rank's part."""
         for name, parameter in self._parameters.items():
-            here = local(parameter.detach())
+            here = local_shard(parameter.detach())
             yield name, here.float() - self._anchor[name].to(here.device, non_blocking=True)
 
     @torch.no_grad()
@@ -209,8 +209,8 @@ class LiveWeights:
         if not self._shares or next(iter(self._shares.values())).parts == world_size():
             return found
         mine = next(iter(self._shares.values()))
-        everybody = gather(
-            (mine.replica, mine.part, crc(local(self._parameters[name].detach()) for name in self._shares))
+        everybody = all_gather_object(
+            (mine.replica, mine.part, crc(local_shard(self._parameters[name].detach()) for name in self._shares))
         )
         shards = sorted((part, value) for replica, part, value in everybody if replica == mine.replica)
         return zlib.crc32(str([found, *shards]).encode())
@@ -234,7 +234,7 @@ class LiveWeights:
             return
         spread: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            here, start = local(parameter), local(origin[name])
+            here, start = local_shard(parameter), local_shard(origin[name])
             anchor = self._anchor[name].to(here.device, non_blocking=True)
             if self._direction is displacement and here.dtype == torch.float32:
                 torch.lerp(anchor, start, 1.0 + scale, out=here)  # W + s(W − A) in one pass, without a temporary
@@ -251,7 +251,7 @@ class LiveWeights:
 
     def _reject_unless(self, finite: bool, point: str, where: str) -> None:
         """A point that is not finite on one rank is no point on any."""
-        if not all(gather(finite)):
+        if not all(all_gather_object(finite)):
             self.restore()
             raise NonFiniteWeightsError(
                 f"{point} is not finite in {'a parameter of another rank' if finite else where}; the candidate is rejected "
@@ -266,7 +266,7 @@ class LiveWeights:
     def restore(self) -> None:
         """Put the origin back, bit for bit."""
         for name, tensor in self._require_origin().items():
-            local(self._parameters[name]).copy_(local(tensor))
+            local_shard(self._parameters[name]).copy_(local_shard(tensor))
         self._edited()
 
     def abort(self) -> None:

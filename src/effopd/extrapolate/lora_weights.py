@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from effopd.common.distributed import Share, put, reshard, shares, whole
+from effopd.common.distributed import ShardSpec, copy_full_, full_tensor, reshard, shard_specs
 from effopd.errors import ConfigError
 from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement, usable_device
 from effopd.extrapolate.parameter_rules import inside, plain_name, select
@@ -115,7 +115,7 @@ class LoraWeights(LiveWeights):
                 ", ".join(others[:3]), ", …" if len(others) > 3 else "",
             )  # fmt: skip
         self.lost_share = 0.0
-        self._model, self._shares = model, shares(self._parameters)
+        self._model, self._shares = model, shard_specs(self._parameters)
         self._anchor_device = device
         self._lengths: dict[str, float] = {}
         self._origin: dict[str, Tensor] | None = None
@@ -123,16 +123,16 @@ class LoraWeights(LiveWeights):
         self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
 
     def _held(self, parameter: Tensor) -> Tensor:
-        return whole(parameter.detach())
+        return full_tensor(parameter.detach())
 
     @property
-    def sharded(self) -> dict[str, Share]:
+    def sharded(self) -> dict[str, ShardSpec]:
         """Nothing: the anchor of the factors is whole on every rank."""
         return {}
 
     def _factors(self, source: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
         device = self._parameters[f"{name}.A"].device
-        a, b = (whole(source[f"{name}.{factor}"].detach()).to(device, torch.float32) for factor in "AB")
+        a, b = (full_tensor(source[f"{name}.{factor}"].detach()).to(device, torch.float32) for factor in "AB")
         return a, b
 
     def _length(self, name: str) -> float:
@@ -194,8 +194,8 @@ class LoraWeights(LiveWeights):
             if not finite:
                 break
             self.lost_share = max(self.lost_share, float(lost) / (abs(scale) * length))
-            put(self._parameters[f"{name}.A"], a)
-            put(self._parameters[f"{name}.B"], b)
+            copy_full_(self._parameters[f"{name}.A"], a)
+            copy_full_(self._parameters[f"{name}.B"], b)
         self._reject_unless(finite, f"W + {scale}·ΔW", f"the adapter of '{name}'")
         self._edited()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from effopd.common.distributed import Share, gather, rank
+from effopd.common.distributed import ShardSpec, all_gather_object, rank
 from effopd.common.files import write_atomically
 from effopd.errors import CheckpointError
 from effopd.extrapolate.anchor_files import ANCHOR_FILE, read_anchor, write_anchor
@@ -83,7 +83,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise damaged(folder, error) from error
 
 
-def write_state(folder: Path, state: dict[str, Any], sharded: Mapping[str, Share]) -> None:
+def write_state(folder: Path, state: dict[str, Any], sharded: Mapping[str, ShardSpec]) -> None:
     """Write `EffOPD.state_dict()`; the JSON file comes last, so its presence means "complete".
 
     Every rank calls this: sharded parameters are written by the rank that holds them, the rest by rank 0.
@@ -96,7 +96,7 @@ def write_state(folder: Path, state: dict[str, Any], sharded: Mapping[str, Share
     observations = state.pop("observations")
     parts = write_anchor(folder, state.pop("anchor"), next(iter(sharded.values()), None))
     if sharded:
-        gather(None)  # every part is there
+        all_gather_object(None)  # every part is there
     if rank() != 0:
         return
     seen = {name: tensor.detach().cpu().contiguous() for name, tensor in observations.pop("tensors").items()}
@@ -106,7 +106,7 @@ def write_state(folder: Path, state: dict[str, Any], sharded: Mapping[str, Share
     write_atomically(folder / STATE_FILE, lambda path: path.write_text(json.dumps(state, indent=1)))
 
 
-def load_state(folder: Path, sharded: Mapping[str, Share]) -> dict[str, Any]:
+def load_state(folder: Path, sharded: Mapping[str, ShardSpec]) -> dict[str, Any]:
     """Read what `write_state` wrote, for `EffOPD.load_state_dict`; of the anchor this rank's share.
 
     Raises:

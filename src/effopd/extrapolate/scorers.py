@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from effopd.common.distributed import merge_shards, pooled, rank, shard_of, world_size
+from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, rank, split_between_ranks, world_size
 from effopd.errors import NonFiniteLossError, TaskError
 from effopd.extrapolate.search import Score
 from effopd.tasks.base import Example, Task, Verifier
@@ -78,7 +78,7 @@ class AccuracyScorer:
 
     def __call__(self, model: PreTrainedModel) -> Score:
         start, examples = time.perf_counter(), self.task.examples
-        mine = self.task if world_size() == 1 else self.task.subset(shard_of(examples))
+        mine = self.task if world_size() == 1 else self.task.subset(split_between_ranks(examples))
         # The search has seeded, every rank alike: the ranks' answers must not share their noise.
         seed = None if world_size() == 1 else (torch.initial_seed() + rank()) % 2**63
         silent = not self._progress or rank() > 0
@@ -91,9 +91,9 @@ class AccuracyScorer:
                 return None, 0
             return [float(row[0]) for row in result.correct], result.generated_tokens
 
-        parts = pooled(answer)
+        parts = all_gather_or_raise(answer)
         shares = [grades for grades, _ in parts if grades is not None]
-        per_example = tuple(merge_shards(shares, len(examples))) if len(shares) == len(parts) else ()
+        per_example = tuple(merge_from_ranks(shares, len(examples))) if len(shares) == len(parts) else ()
         return Score(
             mean=sum(per_example) / len(per_example) if per_example else math.nan,
             per_example=per_example,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from effopd.common.distributed import pooled, rank
+from effopd.common.distributed import all_gather_or_raise, rank
 from effopd.errors import CompatibilityError, NonFiniteLossError
 from effopd.models.logit_path import LogitPath, is_whole, logit_path, remember
 from effopd.models.sampler_check import Batching, batching, check_sampler, remember_batching
@@ -28,7 +28,7 @@ def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) ->
     for role, model in {"student": student, **others}.items():
         if model is not None:
             sampled = generates and role == "student"
-            found = pooled(partial(_measured, model, role, sampled))[0]
+            found = all_gather_or_raise(partial(_measured, model, role, sampled))[0]
             if found is not None:
                 path, how = found
                 remember(model, path)

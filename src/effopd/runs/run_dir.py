@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from effopd.common.distributed import gather
+from effopd.common.distributed import all_gather_object
 from effopd.common.files import append_row, fsync, keep_rows, write_atomically
 from effopd.errors import CheckpointError, ConfigError
 from effopd.runs.best_model import Kept
@@ -250,7 +250,7 @@ class RunDirCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start, or cut the rows back to the checkpoint that is being resumed."""
-        gather(None)  # nobody writes before everybody has got here
+        all_gather_object(None)  # nobody writes before everybody has got here
         self._check()
         self._started, before, self._before = True, self._before, None
         if not state.is_world_process_zero:
