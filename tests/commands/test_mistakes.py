@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from transformers.training_args import OptimizerNames
@@ -10,7 +11,7 @@ from transformers.training_args import OptimizerNames
 from effopd.commands.main import main, parse_rl
 from effopd.commands.train import parse_train
 from effopd.common import optional
-from effopd.errors import ConfigError, EffOPDError
+from effopd.errors import ConfigError, EffOPDError, MissingDependencyError
 from effopd.launch import host_settings
 from effopd.launch import opd as launch
 from effopd.launch.adapters import adapter_config
@@ -315,11 +316,13 @@ def test_deepspeed_is_refused_for_the_right_reason(monkeypatch, tmp_path):
         parse_train([*flags, "--effopd.strategy", "line_search"])
 
 
-@pytest.mark.parametrize("present", ["tensorboard", "tensorboardX"])
+@pytest.mark.parametrize("present", ["tensorboard", "tensorboardX", None])
 def test_either_tensorboard_will_do(present, monkeypatch):
     settings = parse_train([*PAIR, *TESTBED, "--report_to", "tensorboard"])
     monkeypatch.setattr(optional, "is_available", lambda module: module == present)
-    host_settings.require_packages(settings.model, settings.opd)
+    missing = nullcontext() if present else pytest.raises(MissingDependencyError, match="pip install 'tensorboard'")
+    with missing:
+        host_settings.require_packages(settings.model, settings.opd)
 
 
 # -- eval ------------------------------------------------------------------------------------------------------------

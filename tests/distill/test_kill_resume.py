@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
+from helpers.processes import run_script
 from helpers.tiny_models import make_model
 from helpers.tiny_run import EFFOPD, STEPS, make_trainer
 from safetensors.torch import load_file
@@ -50,8 +49,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("where", ["search", "save", "publish", "anchor"])
 def test_sigkill_then_resume_is_bit_identical(tmp_path, whole, where):
     root = tmp_path / "run"
-    process = subprocess.run([sys.executable, SCRIPT, root, "--kill", where], capture_output=True, text=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    killed = run_script(SCRIPT, root, "--kill", where)
+    assert killed.status == -signal.SIGKILL, killed.output[-2000:]
     done = [path.name for path in sorted((root / "checkpoints").glob("step-*"))]
     assert done[-1] == ("step-000006" if where == "search" else "step-000004")
     for name in ("metrics.jsonl", "searches.jsonl", "evals.jsonl"):

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import run_script
 
 from effopd.extrapolate.anchor_files import rows_of
 
 SCRIPT = Path(__file__).with_name("plain_loop.py")
 
 
-def launch(out, *flags, processes=0, script=SCRIPT):
-    """Run the script under torchrun (or plainly, for 0 processes); returns (exit status, what it said)."""
-    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(runner if processes else []), str(script), str(out), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    return done.returncode, done.stdout + done.stderr
-
-
 def finished(out, *flags, processes=0):
-    status, said = launch(out, *flags, processes=processes)
+    status, said = run_script(SCRIPT, out, *flags, processes=processes)
     assert status == 0, said[-3000:]
     return rows(out, 0), torch.load(out / "weights.pt")
 
@@ -95,7 +84,7 @@ def test_replicated_shards_as_one_process(tmp_path):
     assert all(torch.equal(other[name], again[name]) for name in other)
     _, resumed = finished(tmp_path / "resumed", *resume)
     assert close(other, resumed)
-    status, said = launch(tmp_path / "apart", "--mode", "hsdp", "--fault", "diverge", processes=4)
+    status, said = run_script(SCRIPT, tmp_path / "apart", "--mode", "hsdp", "--fault", "diverge", processes=4)
     assert status != 0 and "DivergenceError: the processes have diverged" in said
 
 
@@ -134,19 +123,19 @@ def test_resuming_with_other_ranks(sharded, mode, processes, tmp_path):
 
 def test_a_killed_rank_ends_the_job_and_the_last_state_goes_on(sharded, tmp_path):
     state, weights = sharded
-    status, said = launch(tmp_path, "--mode", "fsdp2", "--fault", "kill", processes=2)
+    status, said = run_script(SCRIPT, tmp_path, "--mode", "fsdp2", "--fault", "kill", processes=2)
     assert status != 0 and "SIGKILL" in said and not (tmp_path / "rows-0.json").exists()
     _, resumed = finished(tmp_path, "--mode", "fsdp2", "--resume", state, processes=2)
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
 def test_ranks_that_drift_apart_are_named(tmp_path):
-    status, said = launch(tmp_path, "--mode", "ddp", "--fault", "diverge", processes=2)
+    status, said = run_script(SCRIPT, tmp_path, "--mode", "ddp", "--fault", "diverge", processes=2)
     assert status != 0 and "DivergenceError" in said and "ranks that differ: 1" in said
 
 
 def test_a_scorer_that_fails_on_one_rank_fails_on_all(tmp_path):
-    status, said = launch(tmp_path, "--mode", "ddp", "--fault", "scorer", processes=2)
+    status, said = run_script(SCRIPT, tmp_path, "--mode", "ddp", "--fault", "scorer", processes=2)
     assert status != 0 and "ScorerError" in said and "rank 1 failed" in said
 
 
@@ -159,11 +148,11 @@ def test_a_point_that_is_not_finite_on_one_rank_is_rejected_on_all(mode, tmp_pat
 
 @pytest.mark.parametrize("strategy", ["random_direction", "relex"])
 def test_strategies_that_need_whole_matrices_refuse_shards(strategy, tmp_path):
-    status, said = launch(tmp_path, "--mode", "fsdp2", "--strategy", strategy, processes=2)
+    status, said = run_script(SCRIPT, tmp_path, "--mode", "fsdp2", "--strategy", strategy, processes=2)
     assert status != 0 and "needs whole matrices" in said
 
 
 def test_a_verifier_that_fails_on_one_rank_fails_on_all():
     """The others wait for its part of D_v and get its words."""
-    status, said = launch("", "--fault", processes=2, script=SCRIPT.with_name("sharded_answers.py"))
+    status, said = run_script(SCRIPT.with_name("sharded_answers.py"), "", "--fault", processes=2)
     assert status != 0 and "DivergenceError: rank 1 failed: ValueError: planted" in said

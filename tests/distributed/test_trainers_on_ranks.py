@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.test_plain_loops import launch
+from helpers.processes import run_script, torchrun
 from helpers.tiny_run import make_trainer
 from safetensors.torch import load_file
 
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("train.py")
 
 
 def run(out, *flags, processes=2):
-    status, said = launch(out, *flags, processes=processes, script=SCRIPT)
+    status, said = run_script(SCRIPT, out, *flags, processes=processes)
     assert status == 0, said[-3000:]
     return torch.load(out / "weights.pt")
 
@@ -61,7 +61,7 @@ def test_the_command_under_torchrun(tmp_path):
     flags = ["--max_steps", 2, "--per_device_train_batch_size", 8, "--eval_strategy", "no", "--eval_on_start", "false"]
     flags += ["--save_strategy", "no", "--effopd.validation_size", 8, "--use_cpu"]
     command = ("train", "--config", recipe, "--output_dir", tmp_path / "run", *flags)
-    status, said = launch("effopd", *command, processes=2, script="-m")
+    status, said = torchrun("-m", "effopd", *command, processes=2)
     assert status == 0, said[-3000:]
     assert [row["step"] for row in read_rows(tmp_path / "run" / "searches.jsonl")] == [1, 2]
     assert "use_cpu: true" in (tmp_path / "run" / "config.yaml").read_text()
@@ -84,12 +84,12 @@ def test_a_run_goes_on_with_another_number_of_processes(mode, tmp_path):
 def test_rollouts_that_two_steps_share_survive_on_every_rank(tmp_path):
     weights = []
     for flags in ((), ("--resume", tmp_path / "checkpoints" / "step-000003")):
-        status, said = launch(tmp_path, *flags, processes=2, script=SCRIPT.with_name("rl.py"))
+        status, said = run_script(SCRIPT.with_name("rl.py"), tmp_path, *flags, processes=2)
         assert status == 0, said[-3000:]
         assert "this run will differ" not in said
         weights.append(torch.load(tmp_path / "weights.pt"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    status, said = launch(tmp_path, *flags, processes=1, script=SCRIPT.with_name("rl.py"))
+    status, said = run_script(SCRIPT.with_name("rl.py"), tmp_path, *flags, processes=1)
     assert status == 0 and "this run will differ" in said, said[-3000:]  # another number: told, and in phase
 
 
@@ -122,7 +122,7 @@ def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, tmp_path):
 def test_fsdp2_goes_on_after_a_rank_was_killed_in_a_search(files, tmp_path):
     flags = ("--strategy", "effopd", "--rows", 4, "--mode", "fsdp2", "--files", files)
     weights = run(tmp_path / "whole", *flags)
-    status, said = launch(tmp_path / "part", *flags, "--kill-at", 3, processes=2, script=SCRIPT)
+    status, said = run_script(SCRIPT, tmp_path / "part", *flags, "--kill-at", 3, processes=2)
     assert status != 0 and "SIGKILL" in said and not (tmp_path / "part" / "weights.pt").exists()
     assert [path.name for path in sorted((tmp_path / "part" / "checkpoints").glob("step-*"))] == ["step-000002"]
     resumed = run(tmp_path / "part", *flags, "--resume")
@@ -136,7 +136,7 @@ def test_fsdp2_goes_on_after_a_rank_was_killed_in_a_search(files, tmp_path):
 
 
 def test_answers_of_shards_whose_ranks_end_at_different_tokens():
-    status, said = launch("", processes=2, script=SCRIPT.with_name("sharded_answers.py"))
+    status, said = run_script(SCRIPT.with_name("sharded_answers.py"), "", processes=2)
     assert status == 0, said[-3000:]
 
 
@@ -146,7 +146,7 @@ def test_unmodified_hosts(host, tmp_path):
     folders = [tmp_path / mode for mode in ("ddp", "fsdp2")]
     for mode, *flags in (["ddp"], ["fsdp2", "--steps", 2], ["fsdp2", "--resume"]):
         flags = ("--host", host, "--mode", mode, *flags)
-        status, said = launch(tmp_path / mode, *flags, processes=2, script=SCRIPT.with_name("plain_hosts.py"))
+        status, said = run_script(SCRIPT.with_name("plain_hosts.py"), tmp_path / mode, *flags, processes=2)
         assert status == 0, said[-3000:]
     searches = [list(read_rows(folder / "searches.jsonl")) for folder in folders]
     jumps = [[(row["step"], row["accepted_scale"]) for row in found] for found in searches]
