@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 
 from effopd.common.optional import ensure
 from effopd.errors import CompatibilityError, ConfigError, EffOPDError
-from effopd.weights.reader import ADAPTER, INDEX, WEIGHTS, read_json
+from effopd.weights.checkpoint_files import ADAPTER, INDEX, WEIGHTS, read_json
 
 MODEL_CONFIG = "config.json"
 #: A folder with a tokenizer has at least one of these.

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from effopd.errors import CheckpointError
-from effopd.weights.reader import ADAPTER, INDEX, WEIGHTS, find_weights, read_json
+from effopd.weights.checkpoint_files import ADAPTER, INDEX, WEIGHTS, find_weights, read_json
 
 _STEP = re.compile(r"(?:step|checkpoint|global_step)[-_]?(\d+)$")
 
