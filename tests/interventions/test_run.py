@@ -16,6 +16,7 @@ from effopd.interventions.options import ScanOptions
 from effopd.interventions.points import SCANS, reference_points
 from effopd.interventions.results import Results, paired_change
 from effopd.interventions.run import Evaluator, LiveBase, Sources, run_scan, save_point
+from effopd.tasks.sampling import Sampling
 
 OPTIONS = ScanOptions(alphas=[0, 0.3, 1], percents=[10, 100], betas=[0, 1, 1.6], random_seeds=[0])
 EVERY_SCAN = sorted(SCANS)
@@ -259,8 +260,8 @@ def test_repeated_labels_are_seeds(folder):
 
 
 def make_evaluator(live, teacher=None):
-    settings = {"max_new_tokens": 2, "seed": 0, "n": 2}
-    return Evaluator(live.model, make_tokenizer(), make_task(6), settings, teacher)
+    sampling = Sampling(max_new_tokens=2, seed=0, n=2)
+    return Evaluator(live.model, make_tokenizer(), make_task(6), sampling, teacher)
 
 
 def run(live, sources, root, scan, evaluator=None, **options):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from effopd.analysis.plan import labelled
-from effopd.commands.evaluate import MeasuringParser, SamplingArguments, parsed_as_trained
+from effopd.commands.measuring_parser import MeasuringParser, parsed_as_trained
 from effopd.commands.parser import OneSpelling
 from effopd.common.optional import is_available
 from effopd.common.progress import Counted
@@ -31,6 +31,7 @@ from effopd.models.files import check_dtype, load_model, load_tokenizer
 from effopd.runs.console import missing_answers, quiet_hosts
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks.builtin_models import resolve_model
+from effopd.tasks.sampling import Sampling
 
 #: Columns of the printed table when it does not go to a terminal.
 _PRINTED_WIDTH = 140
@@ -126,7 +127,7 @@ def intervene_parser() -> MeasuringParser:
     lines = [f"  {name:<{width}}  {(build.__doc__ or '').splitlines()[0]}" for name, build in SCANS.items()]
 
     parser = _Parser(
-        [InterveneArguments, ScanOptions, SamplingArguments, ScanTaskConfig],
+        [InterveneArguments, ScanOptions, Sampling, ScanTaskConfig],
         prog="effopd intervene",
         usage="effopd intervene SCAN --base DIR --trained LABEL=DIR [--trained LABEL=DIR …] --task TASK --out DIR",
         description="Test which part of an update carries the gain: models between and beside a base W0 and trained\n"
@@ -148,7 +149,7 @@ class Request:
     scan: str
     models: InterveneArguments
     options: ScanOptions
-    sampling: SamplingArguments
+    sampling: Sampling
     task: ScanTaskConfig
 
 
@@ -210,7 +211,7 @@ def _task_settings(request: Request) -> dict[str, Any]:
     """What decides how they are measured."""
     return {
         "task": dataclasses.asdict(request.task),
-        "sampling": request.sampling.settings(),
+        "sampling": dataclasses.asdict(request.sampling),
         "teacher": resolve_model(request.models.teacher),
     }
 
@@ -244,7 +245,7 @@ def _evaluate(
         model = load_model("--base", str(sources.base.path), **load)
         live = LiveBase(model, sources)
         loaded = None if teacher is None else load_model("--teacher", str(resolve_model(teacher)), **load)
-    evaluator = Evaluator(model, tokenizer, task, request.sampling.settings(), loaded)
+    evaluator = Evaluator(model, tokenizer, task, request.sampling, loaded)
     results.begin([f"{name} {version}" for name, version in versions().items()])
     run_scan(points, live, sources, evaluator, results)
 

@@ -34,6 +34,7 @@ from effopd.interventions.results import Results
 from effopd.models.logit_path import logit_path
 from effopd.tasks.base import Task
 from effopd.tasks.evaluate import EvalResult, evaluate
+from effopd.tasks.sampling import Sampling
 from effopd.weights.difference import Difference, open_differences
 from effopd.weights.naming import Part
 from effopd.weights.reader import Checkpoint
@@ -236,15 +237,12 @@ def save_point(point: Point, sources: Sources, out: Path, dtype: torch.dtype | N
 
 @dataclass
 class Evaluator:
-    """How every point is measured: the same prompts, the same sampling noise.
-
-    `settings` are keyword arguments of `effopd.tasks.evaluate.evaluate`, with at least `seed` and `max_new_tokens`.
-    """
+    """How every point is measured: the same prompts, the same sampling noise."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: Task
-    settings: Mapping[str, Any]
+    sampling: Sampling
     teacher: PreTrainedModel | None = None
     _vocab_size: int | None = field(init=False, default=None)
 
@@ -256,15 +254,14 @@ class Evaluator:
 
     def measure(self) -> dict[str, Any]:
         """Accuracy with its 95 % interval over prompts, per-prompt accuracies, lengths, cost; KL if there is a teacher."""
-        n = self.settings.get("n", 1)
-        with Counted(n * len(self.task), "answers", "answer", leave=False) as bar:
+        with Counted(self.sampling.n * len(self.task), "answers", "answer", leave=False) as bar:
             result = evaluate(
                 self.model,
                 self.tokenizer,
                 self.task,
-                progress=bar.update,
+                self.sampling,
                 vocab_size=self._vocab_size,
-                **self.settings,
+                progress=bar.update,
             )
         interval = result.accuracy
         measured = {
@@ -300,7 +297,7 @@ class Evaluator:
                 [answer.completion_ids for answer in answers],
                 vocab_size=self._vocab_size,
                 pad_token_id=self.tokenizer.pad_token_id or 0,
-                batch_size=self.settings.get("batch_size", 64),
+                batch_size=self.sampling.batch_size,
             )
         prompts = len(result.examples)
         by_prompt = [np.asarray(values).reshape(prompts, -1).sum(axis=1).tolist() for values in (sums, counts)]
