@@ -288,7 +288,7 @@ def test_training_evaluations_count_their_answers(models, tmp_path, capsys):
     assert capsys.readouterr().out.count("(only 0 of 3 answers could be graded)") == 5
 
 
-def test_a_scan_says_where_answers_could_not_be_graded(models, tmp_path, capsys):
+def test_an_intervention_says_where_answers_could_not_be_graded(models, tmp_path, capsys):
     out = tmp_path / "out"
     flags = [
         "--base",

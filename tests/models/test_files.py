@@ -133,8 +133,8 @@ def test_the_commands_say_it_without_a_traceback(models, tmp_path, capsys):
     make_model(0).save_pretrained(bare)
     assert main(["eval", "--model", str(bare), *TASK]) == 2
     assert f"--model '{bare}' has no tokenizer" in capsys.readouterr().err
-    scan = ["intervene", "alpha", "--trained", f"a={models / 'whole'}", *TASK, "--out", str(tmp_path / "out")]
-    assert main([*scan, "--base", str(bare)]) == 2
+    intervene = ["intervene", "alpha", "--trained", f"a={models / 'whole'}", *TASK, "--out", str(tmp_path / "out")]
+    assert main([*intervene, "--base", str(bare)]) == 2
     assert f"--base '{bare}' has no tokenizer" in capsys.readouterr().err
     assert main(["eval", "--model", str(models / "whole"), *TASK, "--dtype", "float33"]) == 2
     assert "--dtype: expected auto, float32" in capsys.readouterr().err
