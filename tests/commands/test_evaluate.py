@@ -16,8 +16,8 @@ from effopd.commands import intervene as intervene_command
 from effopd.commands.main import main, parse_rl
 from effopd.commands.train import parse_train
 from effopd.common.files import read_rows
-from effopd.launch import opd as launch
-from effopd.launch.opd import prompts, to_yaml
+from effopd.launch import prompts as launch_prompts
+from effopd.launch.opd import to_yaml
 from effopd.launch.rl import rl_yaml
 from effopd.runs import run_prompts
 from effopd.runs.run_prompts import run_of
@@ -77,7 +77,7 @@ def a_run(models, root, task, *flags, command="train"):
     (root / "config.yaml").write_text(text)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = THINKING
-    _, held_out, *_ = prompts(settings.task, args, tokenizer, "")
+    _, held_out, *_ = launch_prompts.load_prompts(settings.task, args, tokenizer, "")
     return encode_prompts(tokenizer, [e.prompt for e in held_out.examples], args.chat_template_kwargs)
 
 
@@ -96,7 +96,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(evaluate_command, "evaluate", evaluate)
     monkeypatch.setattr(evaluate_command, "load_model", lambda *_, **__: None)
-    for module in (evaluate_command, launch):  # the verifier works; to show it takes a process each time
+    for module in (evaluate_command, launch_prompts):  # the verifier works; to show it takes a process each time
         monkeypatch.setattr(module, "check_task", lambda *_, **__: 1)
 
     def run(*argv):
@@ -210,7 +210,7 @@ def test_a_point_written_by_intervene_is_of_the_run_it_was_made_from(models, tmp
 
 
 def test_intervene_measures_on_the_runs_prompts_and_asks_where_runs_differ(models, tmp_path, monkeypatch, capsys):
-    for module in (intervene_command, launch):
+    for module in (intervene_command, launch_prompts):
         monkeypatch.setattr(module, "check_task", lambda *_, **__: 1)
     task = f"math:{models / 'math.jsonl'}"
     ids = a_run(models, tmp_path / "run", task, *SETTINGS["all"], "--max_completion_length", "9")
