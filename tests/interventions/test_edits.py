@@ -24,7 +24,7 @@ from effopd.interventions.options import InterventionOptions
 from effopd.interventions.part_kinds import default_half_width
 from effopd.interventions.points import BASE, PointInputs
 from effopd.weights import MODULES, Part, Place, Update
-from effopd.weights.naming import parts_of
+from effopd.weights.parts import parts_of
 
 MODEL = make_model(0)
 PARTS = parts_of(MODEL.config.to_dict(), {name: tuple(p.shape) for name, p in MODEL.named_parameters()})

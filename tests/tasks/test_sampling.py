@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny_models import make_task, make_tokenizer
 
 from effopd.commands.evaluate import eval_parser
-from effopd.commands.intervene import intervene_parser
+from effopd.commands.intervene_parser import intervene_parser
 from effopd.errors import ConfigError
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.tasks.generate import generate

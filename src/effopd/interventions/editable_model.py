@@ -23,7 +23,7 @@ from effopd.errors import CompatibilityError, NonFiniteWeightsError
 from effopd.interventions.points import Point
 from effopd.interventions.sources import Sources
 from effopd.weights.difference import Difference
-from effopd.weights.naming import Part
+from effopd.weights.parts import Part
 from effopd.weights.writer import write_checkpoint
 
 

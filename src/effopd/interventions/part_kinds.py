@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from effopd.errors import ConfigError
 from effopd.interventions.points import Point, PointInputs, take_trained
-from effopd.weights.naming import MODULES, Part
+from effopd.weights.naming import MODULES
+from effopd.weights.parts import Part
 
 #: Half-width of the paper's windows, and the number of layers of its smallest model.
 _HALF_WIDTH, _LAYERS = 8, 28

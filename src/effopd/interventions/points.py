@@ -14,7 +14,7 @@ from torch import Tensor
 from effopd.errors import ConfigError
 from effopd.interventions.options import InterventionOptions
 from effopd.weights.difference import Update
-from effopd.weights.naming import Part
+from effopd.weights.parts import Part
 
 #: A rule for one part: the new tensor (any floating dtype, the part's shape), or `None` where the base stays.
 Edit = Callable[[Update], Tensor | None]

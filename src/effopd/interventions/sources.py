@@ -10,7 +10,7 @@ from effopd.common.progress import Counted
 from effopd.interventions.options import InterventionOptions
 from effopd.interventions.points import Point, PointInputs
 from effopd.weights.difference import Difference, open_differences
-from effopd.weights.naming import Part
+from effopd.weights.parts import Part
 from effopd.weights.reader import Checkpoint
 from effopd.weights.trajectory import Snapshot, find_snapshots
 

@@ -10,7 +10,7 @@ from effopd.errors import ConfigError
 from effopd.interventions.edits import component_count, components, norm_scaled, on_base, random_direction, rescaled
 from effopd.interventions.points import Point, PointInputs, require_trajectories, trained_name
 from effopd.weights.difference import Update
-from effopd.weights.naming import Part
+from effopd.weights.parts import Part
 
 #: The matrices whose update has a spectrum in the paper's sense.
 SPECTRAL = ("attention", "mlp")

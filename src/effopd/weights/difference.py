@@ -16,8 +16,9 @@ from torch import Tensor
 
 from effopd.errors import WeightsError
 from effopd.weights.adapter import Adapter
-from effopd.weights.naming import Part, is_head, is_tied, is_token_embedding
+from effopd.weights.naming import is_head, is_tied, is_token_embedding
 from effopd.weights.pairing import bare, check_architecture, pair, untie, vocabulary_hint
+from effopd.weights.parts import Part
 from effopd.weights.reader import Checkpoint, open_checkpoint
 
 #: Numbers in one float64 block (64 MiB).

@@ -19,7 +19,8 @@ from torch import Tensor
 from effopd.errors import CheckpointError, WeightsError
 from effopd.weights.adapter import Adapter
 from effopd.weights.checkpoint_files import ADAPTER, find_weights, read_json, stored_tensors
-from effopd.weights.naming import TOKENS, Part, is_head, is_tied, is_token_embedding, parts_of
+from effopd.weights.naming import TOKENS, is_head, is_tied, is_token_embedding
+from effopd.weights.parts import Part, parts_of
 from effopd.weights.safetensors_files import StoredTensor, is_buffer, read_tensor, same_values
 
 
