@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from effopd.commands.main import main
 from effopd.errors import CompatibilityError, ConfigError
-from effopd.models.files import absolute_base, check_whole_model, load_model, load_tokenizer, reading
+from effopd.models.files import absolute_base, load_model, load_tokenizer, reading
+from effopd.models.folders import check_whole_model
 
 TASK = ["--task", "testbed:chain_sum", "--eval_size", "2", "--max_new_tokens", "2"]
 

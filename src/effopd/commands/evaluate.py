@@ -132,8 +132,8 @@ def _print(result: EvalResult, n: int) -> None:
 def answers_text(summary: Mapping[str, Any]) -> str:
     """How many answers there were, could be graded, were cut and were empty."""
     count = summary["prompts"] * summary["samples_per_prompt"]
-    found = summary["answers_found"]
-    parts = [f"{count}"] + ([] if found is None else [f"{found} with something to grade"])
+    gradable = summary["answers_found"]
+    parts = [f"{count}"] + ([] if gradable is None else [f"{gradable} with something to grade"])
     cut = f"{summary['answers_cut']} cut at the limit ({summary['truncated_share']:.1%})"
     return ", ".join([*parts, cut, f"{summary['answers_empty']} empty"])
 

@@ -26,9 +26,9 @@ class MeasuringParser(CommandParser):
         self._in_file: set[str] = set()
         super().__init__(*args, **kwargs)
 
-    def models(self, found: argparse.Namespace) -> list[str]:
+    def models(self, namespace: argparse.Namespace) -> list[str]:
         """The folders or Hub ids that are measured."""
-        return [str(found.model)] if found.model else []
+        return [str(namespace.model)] if namespace.model else []
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
         """As the host's; remembers which settings the file has."""
@@ -47,17 +47,17 @@ class MeasuringParser(CommandParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As the host's, with the run's settings in the place of the defaults."""
-        found, rest = super().parse_known_args(args, namespace)
-        runs = [run for run in map(run_of, self.models(found)) if run is not None]
+        given, rest = super().parse_known_args(args, namespace)
+        runs = [run for run in map(run_of, self.models(given)) if run is not None]
         if not runs:
-            return found, rest
+            return given, rest
         explicit = self._explicit(args) | self._in_file
         common, conflicts = agreed(runs)
         if message := next((text for flag, text in conflicts.items() if flag not in explicit), None):
             raise ConfigError(message)
-        values = taken_over(common, vars(found), explicit, own_task=self.own_task)
+        values = taken_over(common, vars(given), explicit, own_task=self.own_task)
         if not values:
-            return found, rest
+            return given, rest
         self.note = f"as in {runs[0][0]}: {spoken(values)}"
         self.set_defaults(**values)
         return super().parse_known_args(args, namespace)

@@ -13,7 +13,7 @@ from effopd.errors import CheckpointError, ConfigError
 from effopd.launch.host_settings import check_host_settings
 from effopd.launch.preflight import check_disk, check_model_name
 from effopd.launch.run_models import NamedModel
-from effopd.models.files import check_whole_model
+from effopd.models.folders import check_whole_model
 from effopd.runs.best_model import check_metric
 from effopd.runs.checkpoints import check_kind
 from effopd.runs.records import metric_names

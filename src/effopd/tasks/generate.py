@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from effopd.common.isolation import evaluating, isolated_rng
 from effopd.errors import finite_predictions
-from effopd.models.sampler_check import generate_groups, own_sampling_aside
+from effopd.models.sampler_check import generate_groups, ignore_sampling_defaults
 from effopd.tasks.base import Prompt
 from effopd.tasks.prompts import prompt_ids
 from effopd.tasks.reasoning import decode_marked, opened_by_ids
@@ -97,7 +97,7 @@ def generate(
     repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
     encoded = encode_prompts(tokenizer, repeated, sampling.template)
     completions: list[Completion] = []
-    with evaluating(model), isolated_rng(sampling.seed), own_sampling_aside(model):
+    with evaluating(model), isolated_rng(sampling.seed), ignore_sampling_defaults(model):
         for start in range(0, len(encoded), sampling.batch_size):
             batch = encoded[start : start + sampling.batch_size]
             answers: dict[int, Completion] = {}

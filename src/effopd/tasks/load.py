@@ -20,6 +20,7 @@ from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
 from effopd.tasks.row_faults import ORIGIN
 from effopd.tasks.row_files import on_hub
 from effopd.tasks.rows import question_key, read_math_rows
+from effopd.tasks.testbed_families import family_task
 from effopd.tasks.verify import load_verifier
 
 logger = logging.getLogger(__name__)
@@ -164,8 +165,6 @@ def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
 
 
 def _load_testbed(request: _Request) -> Task:
-    from effopd.tasks.builtin_models import family_task
-
     if request.args:
         raise TaskError(
             f"task_args: expected none for testbed family '{request.name}', got {request.args}. Remove it."

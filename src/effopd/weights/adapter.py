@@ -106,14 +106,14 @@ class Adapter:
             halves.setdefault(module, {})[factor[3]] = name
             if factor[2]:
                 embeddings.add(module)
-        for module, found in halves.items():
-            if found.keys() != {"A", "B"}:
+        for module, factors in halves.items():
+            if factors.keys() != {"A", "B"}:
                 raise CheckpointError(
-                    f"{self.path / ADAPTER_WEIGHTS}: module '{module}' has lora_{''.join(found)} but not its counterpart. The "
+                    f"{self.path / ADAPTER_WEIGHTS}: module '{module}' has lora_{''.join(factors)} but not its counterpart. The "
                     "file is incomplete; copy it again."
                 )
             name = f"{module}.weight"
-            self._pairs[name] = _Pair(found["A"], found["B"], module in embeddings)
+            self._pairs[name] = _Pair(factors["A"], factors["B"], module in embeddings)
             if name in self._full:  # PEFT stores the base weights of an adapted embedding or head beside its factors
                 self._copies[name] = self._full.pop(name)
 

@@ -205,8 +205,8 @@ def open_differences(base: Checkpoint, runs: Sequence[Sequence[Path]]) -> list[t
         CheckpointError, WeightsError, CompatibilityError: a folder that cannot be used or does not belong to the base.
     """
     opened = [[open_checkpoint(path) for path in paths] for paths in runs]
-    untie([base, *(c for found in opened for c in found if isinstance(c, Checkpoint))])
-    return [tuple(Difference(base, c) for c in found) for found in opened]
+    untie([base, *(c for run in opened for c in run if isinstance(c, Checkpoint))])
+    return [tuple(Difference(base, c) for c in run) for run in opened]
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:
