@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/dynamics_page.py [--families chain_sum spell_backward] [--redraw] [--out docs]
 
-Reads what `dynamics_runs.py` and `dynamics_scans.py` left in runs/dynamics, writes docs/dynamics/FAMILY.json (every number of
+Reads what `dynamics_runs.py` and `dynamics_interventions.py` left in runs/dynamics, writes docs/dynamics/FAMILY.json (every number of
 the page, with the value of every seed) and the figures, and draws the page from the JSON; `--redraw` does only that. A value is the mean over seeds with Student's 95 %
 interval; a comparison is paired by seed. The verdict follows from the interval alone: *shown* if it lies wholly on the
 claimed side, *the other way* if wholly on the opposite one, *undecided* otherwise.
@@ -26,11 +26,11 @@ from effopd.common.files import write_atomically
 from effopd.compare.time_to_target import smooth
 
 EARLY = 12
-#: Held-out prompts of every scan, the same for all seeds (`dynamics_scans.py`).
+#: Held-out prompts of every intervention, the same for all seeds (`dynamics_interventions.py`).
 PROMPTS = 400
 LONGER = "ours: accuracy asks for longer steps than the KL"
 FIGURES = ("norms", "layers", "spectrum", "subspaces_left", "u1_path", "first_last", "sparsity")
-SCAN_FIGURES = ("alpha", "trajectory", "window", "rank", "norm_scaling")
+INTERVENTION_FIGURES = ("alpha", "trajectory", "window", "rank", "norm_scaling")
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ def written(estimate: Mapping[str, Any], unit: str) -> str:
 
 
 class Family:
-    """The analysis and the scans of all seeds of one task family."""
+    """The analysis and the interventions of all seeds of one task family."""
 
     def __init__(self, root: Path):
         self.root = root
         self.summary = json.loads((root / "analysis" / "summary.json").read_text())
-        folders = sorted(root.glob("scans-*"))
-        self.scans = [pd.read_csv(folder / "results.csv") for folder in folders]
-        self.seeds = [int(folder.name.removeprefix("scans-")) for folder in folders]
+        folders = sorted(root.glob("interventions-*"))
+        self.interventions = [pd.read_csv(folder / "results.csv") for folder in folders]
+        self.seeds = [int(folder.name.removeprefix("interventions-")) for folder in folders]
 
     def metric(self, name: str) -> dict[str, list[float]]:
         """Mean over attention and MLP matrices, by seed."""
@@ -104,8 +104,8 @@ class Family:
         runs = self.summary["runs"]
         return {g: [take(runs[f"{g}#{i}"]) for i in range(len(self.seeds))] for g in ("opd", "rl")}
 
-    def scan(self, take: Callable[[pd.DataFrame, str], float]) -> dict[str, list[float]]:
-        return {g: [take(table, g) for table in self.scans] for g in ("opd", "rl")}
+    def measured(self, take: Callable[[pd.DataFrame, str], float]) -> dict[str, list[float]]:
+        return {g: [take(table, g) for table in self.interventions] for g in ("opd", "rl")}
 
     def compare(self, claim: str, quantity: str, values: dict[str, list[float]], side: int, unit="number") -> Row:
         """OPD − RL, paired by seed."""
@@ -117,11 +117,11 @@ class Family:
         return Row(claim, quantity, values["opd"], values["rl"], values[group], side, unit, margin)
 
 
-def accuracy_of(table: pd.DataFrame, scan: str, run: str, **where) -> float:
-    rows = table[(table["scan"] == scan) & (table["run"] == run)]
+def accuracy_of(table: pd.DataFrame, intervention: str, run: str, **where) -> float:
+    rows = table[(table["intervention"] == intervention) & (table["run"] == run)]
     for column, value in where.items():
         rows = rows[rows[column] == value]
-    assert len(rows) == 1, (scan, run, where, len(rows))
+    assert len(rows) == 1, (intervention, run, where, len(rows))
     return float(rows["accuracy"].iloc[0])
 
 
@@ -133,7 +133,7 @@ def gain_share(table: pd.DataFrame, accuracy: float, run: str) -> float:
 
 def norm_at(table: pd.DataFrame, run: str, share: float) -> float:
     """‖W_t − W0‖ where the smoothed accuracy first reaches base + share × (RL's final gain); NaN if never."""
-    rows = table[(table["scan"] == "trajectory") & (table["run"] == run)].sort_values("step")
+    rows = table[(table["intervention"] == "trajectory") & (table["run"] == run)].sort_values("step")
     base = accuracy_of(table, "reference", "base")
     target = base + share * (accuracy_of(table, "reference", "rl") - base)
     curve = smooth(rows["accuracy"].tolist())
@@ -155,7 +155,7 @@ def window(table: pd.DataFrame, run: str, module: str, centres: list[int]) -> fl
 
 
 def random_change(table: pd.DataFrame, run: str) -> float:
-    return float(table[(table["scan"] == "random") & (table["run"] == run)]["accuracy_change"].mean())
+    return float(table[(table["intervention"] == "random") & (table["run"] == run)]["accuracy_change"].mean())
 
 
 def beta(value: float) -> Callable[[pd.DataFrame, str], float]:
@@ -165,8 +165,8 @@ def beta(value: float) -> Callable[[pd.DataFrame, str], float]:
 
 def overshoot(table: pd.DataFrame, run: str) -> float:
     """β of the best accuracy − β of the lowest KL to the teacher, of the early model."""
-    scan = table[(table["scan"] == "norm_scaling") & (table["run"] == run) & (table["step"] == EARLY)]
-    return float(scan.loc[scan["accuracy"].idxmax(), "beta"] - scan.loc[scan["kl"].idxmin(), "beta"])
+    rows = table[(table["intervention"] == "norm_scaling") & (table["run"] == run) & (table["step"] == EARLY)]
+    return float(rows.loc[rows["accuracy"].idxmax(), "beta"] - rows.loc[rows["kl"].idxmin(), "beta"])
 
 
 def rank(end: str, p: float) -> Callable[[pd.DataFrame, str], float]:
@@ -194,18 +194,18 @@ def rows_of(family: Family) -> list[Row]:
         "early_right_overlap_16": "overlap of the leading 16 right directions at 9 % with the end",
     }
     return [
-        f.compare(a, "final accuracy", f.scan(lambda t, g: accuracy_of(t, "reference", g)), 0, "percent"),
+        f.compare(a, "final accuracy", f.measured(lambda t, g: accuracy_of(t, "reference", g)), 0, "percent"),
         f.compare(a, "‖ΔW‖ at the end", f.run(lambda run: run["update_norm"]), -1),
-        f.compare(a, "‖ΔW_t‖ when 80 % of RL's gain is reached", f.scan(lambda t, g: norm_at(t, g, 0.8)), -1),
-        f.each(b, "change in accuracy with the base's embeddings (OPD)", f.scan(
-            lambda t, g: float(t[(t["scan"] == "embedding") & (t["run"] == g)]["change_from_trained"].iloc[0])
+        f.compare(a, "‖ΔW_t‖ when 80 % of RL's gain is reached", f.measured(lambda t, g: norm_at(t, g, 0.8)), -1),
+        f.each(b, "change in accuracy with the base's embeddings (OPD)", f.measured(
+            lambda t, g: float(t[(t["intervention"] == "embedding") & (t["run"] == g)]["change_from_trained"].iloc[0])
         ), "opd", 0, "percent", margin=0.02),
         f.each(b, "share of the gain from the embeddings alone (OPD)",
-               f.scan(lambda t, g: swap(t, g, "embedding", "only")), "opd", 0, "percent", margin=0.05),
+               f.measured(lambda t, g: swap(t, g, "embedding", "only")), "opd", 0, "percent", margin=0.05),
         f.each(c, "gain from all MLPs − gain from all attention (OPD)",
-               f.scan(lambda t, g: swap(t, g, "mlp", "only") - swap(t, g, "attention", "only")), "opd", 1, "percent"),
+               f.measured(lambda t, g: swap(t, g, "mlp", "only") - swap(t, g, "attention", "only")), "opd", 1, "percent"),
         f.each(c, "gain from one middle MLP − from one outer MLP (OPD)",
-               f.scan(lambda t, g: window(t, g, "mlp", middle) - window(t, g, "mlp", ends)), "opd", 1, "percent"),
+               f.measured(lambda t, g: window(t, g, "mlp", middle) - window(t, g, "mlp", ends)), "opd", 1, "percent"),
         f.compare(d, "share of ‖ΔW‖² in the first and last layer",
                   f.run(lambda run: layer_share(run["layers"], lambda i, count: i in (0, count - 1))), -1, "percent"),
         *(f.compare(e, label, f.metric(name), side, unit) for name, (label, side, unit) in metrics.items()),
@@ -214,18 +214,18 @@ def rows_of(family: Family) -> list[Row]:
             g: [x - y for x, y in zip(f.metric("u1_evr")[g], f.metric("u1_evr_null_mean")[g], strict=True)]
             for g in ("opd", "rl")
         }, "opd", 1, "percent"),
-        f.each(n, f"share of the gain at step {EARLY}, β = 0 (as it is)", f.scan(beta(0.0)), "opd", 1, "percent"),
-        f.each(n, f"share of the gain at step {EARLY}, β = 1", f.scan(beta(1.0)), "opd", 1, "percent"),
+        f.each(n, f"share of the gain at step {EARLY}, β = 0 (as it is)", f.measured(beta(0.0)), "opd", 1, "percent"),
+        f.each(n, f"share of the gain at step {EARLY}, β = 1", f.measured(beta(1.0)), "opd", 1, "percent"),
         f.each(n, "β = 1: share of the gain − 80 % (OPD)",
-               {g: [v - 0.8 for v in values] for g, values in f.scan(beta(1.0)).items()}, "opd", 1, "percent"),
+               {g: [v - 0.8 for v in values] for g, values in f.measured(beta(1.0)).items()}, "opd", 1, "percent"),
         f.each(LONGER, f"best β by accuracy − by KL at step {EARLY} (OPD)",
-               f.scan(overshoot), "opd", 1),
-        *(f.each(k, f"share of the gain from the top {p:g} % of the matrices, shared norm, the rest trained (OPD)", f.scan(rank("top", p)), "opd", 1, "percent")
+               f.measured(overshoot), "opd", 1),
+        *(f.each(k, f"share of the gain from the top {p:g} % of the matrices, shared norm, the rest trained (OPD)", f.measured(rank("top", p)), "opd", 1, "percent")
           for p in (1, 5, 20)),
         f.each(k, "share of the gain from the bottom 50 % of the matrices, beyond embeddings alone (OPD)",
-               f.scan(lambda t, g: rank("bottom", 50)(t, g) - swap(t, g, "embedding", "only")), "opd", 0, "percent", margin=0.05),
-        f.compare(k, "top 1 %, shared norm: OPD − RL", f.scan(rank("top", 1)), 1, "percent"),
-        f.each(r, "change in accuracy by a random move of the same norm (OPD's)", f.scan(random_change), "opd", 0,
+               f.measured(lambda t, g: rank("bottom", 50)(t, g) - swap(t, g, "embedding", "only")), "opd", 0, "percent", margin=0.05),
+        f.compare(k, "top 1 %, shared norm: OPD − RL", f.measured(rank("top", 1)), 1, "percent"),
+        f.each(r, "change in accuracy by a random move of the same norm (OPD's)", f.measured(random_change), "opd", 0,
                "percent", margin=0.02),
     ]  # fmt: skip
 
@@ -325,9 +325,9 @@ def measure(root: Path, out: Path, *, figures: bool) -> None:
     if figures:
         for figure in FIGURES:
             shutil.copy(root / "analysis" / "figures" / f"{figure}.png", out / f"{figure}.png")
-        for figure in SCAN_FIGURES:
-            source = root / f"scans-{family.seeds[0]}" / "figures" / f"{figure}.png"
-            shutil.copy(source, out / f"scan_{figure}.png")
+        for figure in INTERVENTION_FIGURES:
+            source = root / f"interventions-{family.seeds[0]}" / "figures" / f"{figure}.png"
+            shutil.copy(source, out / f"intervention_{figure}.png")
 
 
 def rewritten(page: str, families: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from effopd.compare.runner import is_done
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.tasks.builtin_models import family_task, resolve_model
 from effopd.tasks.evaluate import evaluate
+from effopd.tasks.sampling import Sampling
 
 BATCH = 256
 
@@ -42,7 +43,8 @@ def measure(run: PlannedRun, size: int) -> dict[str, float | str | int]:
     )
     tokenizer = AutoTokenizer.from_pretrained(run.path)
     length = run.settings["max_completion_length"]
-    answers = evaluate(student, tokenizer, questions, max_new_tokens=length, batch_size=BATCH, seed=0)
+    sampling = Sampling(max_new_tokens=length, batch_size=BATCH, seed=0)
+    answers = evaluate(student, tokenizer, questions, sampling)
     said = [answer for (answer,) in answers.completions]
     sums, tokens = reverse_kl_of_completions(
         student,

@@ -42,6 +42,7 @@ from effopd.extrapolate.strategies.random_direction import random_like, seed_of
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks import builtin_models as testbed
 from effopd.tasks.evaluate import accuracy_interval, evaluate
+from effopd.tasks.sampling import Sampling
 
 SCALES = tuple(EffOPDConfig().scales)
 #: The paper's and the released code's; `benchmarks/off_policy.py` has the false accepts of line_search's.
@@ -178,7 +179,7 @@ def shared_noise(model, tokenizer, task: Task, arguments: argparse.Namespace, ba
     weights, found = LiveWeights(model), {relative: Repeats() for relative in arguments.relative}
     for repeat in range(arguments.repeats):
         validation = task.sample(arguments.validation_size, seed=seed_of(arguments.seed, repeat, "D_v"))
-        scorer = AccuracyScorer(validation, tokenizer, max_new_tokens=arguments.max_new_tokens)
+        scorer = AccuracyScorer(validation, tokenizer, Sampling(max_new_tokens=arguments.max_new_tokens))
         sample = partial(score_at, weights, model, scorer, seed_of(arguments.seed, repeat, "answers") % 2**32)
         start = sample(0.0)  # the same for every ε
         for relative, repeats in found.items():
@@ -226,10 +227,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             task = load_task(config, "train")
             for role, path in PATHS.items():
                 model, tokenizer = AutoModelForCausalLM.from_pretrained(path()), AutoTokenizer.from_pretrained(path())
-                result = evaluate(
-                    model, tokenizer, task, max_new_tokens=arguments.max_new_tokens, n=arguments.answers,
-                    batch_size=512, seed=arguments.seed, progress=sampled.update,
-                )  # fmt: skip
+                sampling = Sampling(
+                    n=arguments.answers,
+                    max_new_tokens=arguments.max_new_tokens,
+                    batch_size=512,
+                    seed=arguments.seed,
+                )
+                result = evaluate(model, tokenizer, task, sampling, progress=sampled.update)
                 where = {"family": family, "model": role}
                 accuracy = result.accuracy
                 correct_PA = np.array(result.correct)

@@ -35,6 +35,7 @@ from effopd.launch.opd import build_trainer
 from effopd.report.compare_answers import gate_table
 from effopd.tasks import builtin_models as testbed
 from effopd.tasks.evaluate import accuracy_interval, evaluate
+from effopd.tasks.sampling import Sampling
 from effopd.tasks.testbed_families import family_task
 
 FORWARDS, BACKWARDS = (2.0, 4.0, 6.0, 8.0, 10.0), (-2.0, -6.0, -10.0)
@@ -67,10 +68,13 @@ class Measuring:
         """Grades [D_v, prompt] of W + sΔ, all D_v in a few batches with one seed: every answer has its own noise in them,
         the same at every scale."""
         self._callback.look_ahead.weights.move_to(scale)
-        found = evaluate(
-            model, self._trainer.processing_class, self.task, max_new_tokens=24, batch_size=10 * SIZE, seed=seed
+        result = evaluate(
+            model,
+            self._trainer.processing_class,
+            self.task,
+            Sampling(max_new_tokens=24, batch_size=10 * SIZE, seed=seed),
         )
-        return np.array(found.correct, dtype=np.float64).reshape(-1, SIZE)
+        return np.array(result.correct, dtype=np.float64).reshape(-1, SIZE)
 
     def _measure(self, model) -> None:
         seed = 1000 * self._where["seed"] + self._step

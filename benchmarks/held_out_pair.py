@@ -27,6 +27,7 @@ from effopd.common.files import write_atomically
 from effopd.errors import ConfigError
 from effopd.tasks import Example, TaskConfig, load_task
 from effopd.tasks.evaluate import evaluate
+from effopd.tasks.sampling import Sampling
 from effopd.tasks.testbed_families import question
 from effopd.testbed.base_training import BaseSettings, ModelSettings, new_model, train_base
 from effopd.testbed.recipe import save
@@ -97,9 +98,8 @@ def main() -> None:
     card: dict = {"parameters": sum(p.numel() for p in student.parameters()), "seed": seed, "accuracy": {}}
     for role, model in {"student": student, "teacher": teacher}.items():
         for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            result = evaluate(
-                model, tokenizer, held_out, max_new_tokens=40, temperature=temperature, batch_size=256, seed=seed
-            )
+            sampling = Sampling(max_new_tokens=40, temperature=temperature, batch_size=256, seed=seed)
+            result = evaluate(model, tokenizer, held_out, sampling)
             card["accuracy"][f"{role}, {decoding}"] = [result.accuracy.mean, result.accuracy.low, result.accuracy.high]
     write_atomically(out / "card.json", lambda path: path.write_text(json.dumps(card, indent=1) + "\n"))
     print(json.dumps(card, indent=1))

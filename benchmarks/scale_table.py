@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/scale_table.py [--bandwidth 3350] [--link 55] [--out docs/scale.md]
 
-Bytes follow from the configurations alone (`effopd.launch.footprint`, which a test checks against a real step). Seconds are
+Bytes follow from the configurations alone (`effopd.launch.model_states`, which a test checks against a real step). Seconds are
 bytes moved / bandwidth: `--bandwidth` is the memory's, in GB/s, `--link` that between GPU and host for an anchor in pinned
 host memory. The defaults are an H100's data-sheet figures, not measurements. What share of the copy bandwidth `LiveWeights`
 reaches is measured on this machine, in this run, and applied.
@@ -20,7 +20,8 @@ from transformers import Qwen3Config
 
 from effopd.common.files import write_atomically
 from effopd.extrapolate.live_weights import LiveWeights
-from effopd.launch.footprint import FP32, ModelSize, bytes_a_rank, size_of
+from effopd.launch.model_size import ModelSize, size_of
+from effopd.launch.model_states import FP32, model_state_bytes
 
 #: Hidden size, layers, heads, MLP width, tied embeddings of the Qwen3 models (8 key-value heads of 128, vocabulary 151936).
 SHAPES = {
@@ -75,7 +76,7 @@ def memory_table(sizes: dict[str, ModelSize]) -> str:
             moved = size.selected(rule)
             extra = []
             for ranks in RANKS:
-                parts = bytes_a_rank(size, 0, ranks=ranks, sharded=ranks > 1, moved=moved)
+                parts = model_state_bytes(size, 0, ranks=ranks, sharded=ranks > 1, moved=moved)
                 extra.append(f"{(parts['anchor'] + parts['candidate']) / 1e9:.2f} GB")
             gathers = 2 * FP32 * size.parameters / 1e9
             lines.append(f"| {name} | {moved / 1e9:.2f} B | {strategy} | {' | '.join(extra)} | {gathers:.0f} GB |")

@@ -122,15 +122,15 @@ def test_trainer_class_is_a_distillation_trainer():
 
 
 def test_accelerate_keeps_its_state_where_we_put_it_back():
-    """`launch._accelerate_undisturbed`: another TrainingArguments must not change what the first one set up."""
+    """`accelerate_undisturbed`: another TrainingArguments must not change what the first one set up."""
     from accelerate.state import AcceleratorState, PartialState
     from transformers import TrainingArguments
 
-    from effopd.launch.opd import _accelerate_undisturbed
+    from effopd.launch.settings_yaml import accelerate_undisturbed
 
     TrainingArguments(output_dir="x", use_cpu=True)
     before = [dict(state._shared_state) for state in (PartialState, AcceleratorState)]
     assert before[0], "accelerate keeps its state elsewhere now"
-    with _accelerate_undisturbed():
+    with accelerate_undisturbed():
         TrainingArguments(output_dir="y")
     assert [dict(state._shared_state) for state in (PartialState, AcceleratorState)] == before

@@ -23,6 +23,7 @@ _NAMES = {
     "TaskConfig": "effopd.tasks",
     "load_task": "effopd.tasks",
     "evaluate": "effopd.tasks.evaluate",
+    "Sampling": "effopd.tasks.sampling",
     "analyze": "effopd.analysis.analyze",
 }
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from effopd.tasks.base import Example as Example
     from effopd.tasks.base import Task as Task
     from effopd.tasks.evaluate import evaluate as evaluate
+    from effopd.tasks.sampling import Sampling as Sampling
 
 __all__ = ["__version__", *_NAMES]
 

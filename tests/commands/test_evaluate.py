@@ -16,13 +16,13 @@ from effopd.commands import intervene as intervene_command
 from effopd.commands.main import main, parse_rl
 from effopd.commands.train import parse_train
 from effopd.common.files import read_rows
-from effopd.launch import opd as launch
-from effopd.launch.opd import prompts, to_yaml
+from effopd.launch import prompts as launch_prompts
+from effopd.launch.opd import to_yaml
 from effopd.launch.rl import rl_yaml
 from effopd.runs import run_prompts
 from effopd.runs.run_prompts import run_of
 from effopd.tasks import TaskConfig
-from effopd.tasks.evaluate import encode_prompts
+from effopd.tasks.generate import encode_prompts
 
 THINKING = (
     "{{ '<s>' }}" + TEMPLATE + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
@@ -77,7 +77,7 @@ def a_run(models, root, task, *flags, command="train"):
     (root / "config.yaml").write_text(text)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = THINKING
-    _, held_out, *_ = prompts(settings.task, args, tokenizer, "")
+    _, held_out, *_ = launch_prompts.load_prompts(settings.task, args, tokenizer, "")
     return encode_prompts(tokenizer, [e.prompt for e in held_out.examples], args.chat_template_kwargs)
 
 
@@ -89,14 +89,14 @@ def measured(monkeypatch):
     class Stop(Exception):
         pass
 
-    def evaluate(model, tokenizer, task, progress=None, **settings):
-        seen.ids = encode_prompts(tokenizer, [e.prompt for e in task.examples], settings["chat_template_kwargs"])
-        seen.task, seen.settings = task, settings
+    def evaluate(model, tokenizer, task, sampling, progress=None):
+        seen.ids = encode_prompts(tokenizer, [e.prompt for e in task.examples], sampling.template)
+        seen.task, seen.sampling = task, sampling
         raise Stop
 
     monkeypatch.setattr(evaluate_command, "evaluate", evaluate)
     monkeypatch.setattr(evaluate_command, "load_model", lambda *_, **__: None)
-    for module in (evaluate_command, launch):  # the verifier works; to show it takes a process each time
+    for module in (evaluate_command, launch_prompts):  # the verifier works; to show it takes a process each time
         monkeypatch.setattr(module, "check_task", lambda *_, **__: 1)
 
     def run(*argv):
@@ -136,8 +136,8 @@ def test_eval_writes_the_prompts_that_training_wrote(models, tmp_path, measured,
         printed = capsys.readouterr().out
         assert f"as in {root / 'config.yaml'}: " in printed
     if name == "length":
-        settings = measured("--model", root).settings
-        assert settings["max_new_tokens"] == 9 and settings["temperature"] == 0.5
+        sampling = measured("--model", root).sampling
+        assert sampling.max_new_tokens == 9 and sampling.temperature == 0.5
 
 
 def test_columns_verifier_and_an_evaluation_of_its_own_are_the_runs(models, tmp_path, measured, monkeypatch):
@@ -171,8 +171,8 @@ def test_flags_and_files_win_over_the_run(models, tmp_path, measured):
     )  # fmt: skip
     for given in (default, ["--config", str(tmp_path / "c.yaml")]):
         seen = measured("--model", root, *given)
-        assert (seen.settings["max_new_tokens"], seen.settings["temperature"], len(seen.task)) == (512, 1.0, 5)
-        assert seen.settings["chat_template_kwargs"] == {"enable_thinking": True}
+        assert (seen.sampling.max_new_tokens, seen.sampling.temperature, len(seen.task)) == (512, 1.0, 5)
+        assert seen.sampling.chat_template_kwargs == {"enable_thinking": True}
         assert all(e.prompt[0]["content"] == "c" and e.prompt[1]["content"][-1].isdigit() for e in seen.task.examples)
     seen = measured("--model", root, "--as_chat", "false")  # plain text has no system message
     assert all(isinstance(e.prompt, str) for e in seen.task.examples)
@@ -193,7 +193,7 @@ def test_models_without_a_run(models, tmp_path, measured, capsys):
     model = tmp_path / "deep" / "model"
     shutil.copytree(models / "student", model)
     seen = measured("--model", model, "--task", f"math:{models / 'math.jsonl'}")
-    assert seen.settings["max_new_tokens"] == 512 and seen.settings["chat_template_kwargs"] is None
+    assert seen.sampling.max_new_tokens == 512 and seen.sampling.chat_template_kwargs is None
     assert "as in " + str(tmp_path) not in capsys.readouterr().out
     assert main(["eval", "--model", str(model)]) == 2
     assert "--task and --eval_task are missing" in capsys.readouterr().err
@@ -210,7 +210,7 @@ def test_a_point_written_by_intervene_is_of_the_run_it_was_made_from(models, tmp
 
 
 def test_intervene_measures_on_the_runs_prompts_and_asks_where_runs_differ(models, tmp_path, monkeypatch, capsys):
-    for module in (intervene_command, launch):
+    for module in (intervene_command, launch_prompts):
         monkeypatch.setattr(module, "check_task", lambda *_, **__: 1)
     task = f"math:{models / 'math.jsonl'}"
     ids = a_run(models, tmp_path / "run", task, *SETTINGS["all"], "--max_completion_length", "9")
@@ -288,7 +288,7 @@ def test_training_evaluations_count_their_answers(models, tmp_path, capsys):
     assert capsys.readouterr().out.count("(only 0 of 3 answers could be graded)") == 5
 
 
-def test_a_scan_says_where_answers_could_not_be_graded(models, tmp_path, capsys):
+def test_an_intervention_says_where_answers_could_not_be_graded(models, tmp_path, capsys):
     out = tmp_path / "out"
     flags = [
         "--base",

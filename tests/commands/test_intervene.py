@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from effopd.commands import intervene as intervene_command
 from effopd.commands.intervene import run_intervene
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, EffOPDError, TaskError
-from effopd.interventions.points import SCANS
+from effopd.interventions.kinds import INTERVENTIONS
 from effopd.models import files as model_files
 from effopd.tasks.builtin_models import teacher_path
 
@@ -47,7 +47,7 @@ def forbid_loading(monkeypatch):
     monkeypatch.setattr(model_files.AutoModelForCausalLM, "from_pretrained", refuse)
 
 
-def test_alpha_with_a_teacher_then_again_then_another_scan(tmp_path, capsys, monkeypatch):
+def test_alpha_with_a_teacher_then_again_then_another_intervention(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     flags = [*PAIR, *TASK, "--teacher", "testbed:teacher", "--out", str(out)]
     assert run_intervene(["alpha", *flags, "--alphas", "0", "0.5"]) == 0
@@ -55,12 +55,14 @@ def test_alpha_with_a_teacher_then_again_then_another_scan(tmp_path, capsys, mon
     assert "alpha: 16 prompts" in printed and "KL to the teacher" in printed and "results.csv" in printed
     frame = pd.read_parquet(out / "results.parquet")
     assert list(frame["point"]) == ["reference/base", "reference/rl", "alpha/rl/alpha=0", "alpha/rl/alpha=0.5"]
-    assert list(frame.columns[:5]) == ["scan", "run", "group", "point", "step"]
+    assert list(frame.columns[:5]) == ["intervention", "run", "group", "point", "step"]
     assert frame["kl"].iloc[1] == pytest.approx(0, abs=1e-9) and frame["kl"].iloc[0] > frame["kl"].iloc[3] > 0.001
     assert frame["accuracy_change"].iloc[1] > 0.2 and frame["accuracy_change_low"].iloc[1] > 0
     assert (out / "figures" / "alpha.png").stat().st_size > 10_000
     settings = yaml.safe_load((out / "config.yaml").read_text())
-    assert settings["scans"] == {"alpha": {"alphas": [0.0, 0.5]}} and settings["sampling"]["max_new_tokens"] == 24
+    assert (
+        settings["interventions"] == {"alpha": {"alphas": [0.0, 0.5]}} and settings["sampling"]["max_new_tokens"] == 24
+    )
     assert "# torch" in (out / "config.yaml").read_text()
 
     before = {path: path.read_bytes() for path in (out / "results.jsonl", out / "config.yaml")}
@@ -80,22 +82,27 @@ def test_alpha_with_a_teacher_then_again_then_another_scan(tmp_path, capsys, mon
     assert "ties its head to its embeddings" in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows[4:]] == ["embedding/rl/replaced=embedding"]
-    assert set(yaml.safe_load((out / "config.yaml").read_text())["scans"]) == {"alpha", "embedding"}
+    assert set(yaml.safe_load((out / "config.yaml").read_text())["interventions"]) == {"alpha", "embedding"}
 
 
-def test_every_scan_has_a_table_and_a_figure(tmp_path, tiny, monkeypatch):
+def test_every_intervention_has_a_table_and_a_figure(tmp_path, tiny, monkeypatch):
     run = tiny / "run"
     runs = ["--base", str(tiny / "base"), "--trained", f"opd={run}", f"opd={run}", "--trained", f"rl={run}"]
     monkeypatch.setattr(intervene_command.Evaluator, "measure", fake_measure)
     out = tmp_path / "out"
-    for scan in SCANS:
+    for name in INTERVENTIONS:
         flags = ["--alphas", "0", "1", "2", "--percents", "10", "100", "--betas", "0", "1", "--rank_norm", "shared"]
-        assert run_intervene([scan, *runs, *TASK, *flags, "--out", str(out)]) == 0
-        assert (out / "figures" / f"{scan}.png").stat().st_size > 10_000
+        assert run_intervene([name, *runs, *TASK, *flags, "--out", str(out)]) == 0
+        assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
     frame = pd.read_csv(out / "results.csv")
-    assert set(frame["scan"]) == {"reference", *SCANS} and set(frame["run"]) == {"base", "opd#0", "opd#1", "rl"}
+    assert set(frame["intervention"]) == {"reference", *INTERVENTIONS} and set(frame["run"]) == {
+        "base",
+        "opd#0",
+        "opd#1",
+        "rl",
+    }
     assert set(frame["group"]) == {"base", "opd", "rl"} and frame["point"].is_unique
-    window = frame[frame["scan"] == "window"]
+    window = frame[frame["intervention"] == "window"]
     assert (window["half_width"] == 1).all() and (window["layer_norm"] > 0).all()
     assert frame["update_norm"].notna().all() and frame["accuracy_low"].notna().all()
 
@@ -136,7 +143,7 @@ def test_only_writing_checkpoints_needs_no_task_and_no_model(tmp_path, no_model,
 
 
 def test_settings_from_yaml(tmp_path):
-    file = tmp_path / "scan.yaml"
+    file = tmp_path / "intervention.yaml"
     file.write_text("base: testbed:student\ntrained: [rl=testbed:teacher]\nsave_dir: x\nalphas: [0, 1]\n")
     request = intervene_command.parse_intervene(["alpha", "--config", str(file)])
     assert request.models.runs() == {"rl": [str(teacher_path())]} and request.options.alphas == [0, 1]
@@ -149,11 +156,11 @@ def test_settings_from_yaml(tmp_path):
         intervene_command.parse_intervene(["alpha", *PAIR, "--save_dir", "x", "--config", str(file)])
 
 
-def test_help_teaches_every_scan(capsys):
+def test_help_teaches_every_intervention(capsys):
     with pytest.raises(SystemExit, match="0"):
         run_intervene(["--help"])
     printed = capsys.readouterr().out
-    assert all(f"  {scan} " in printed for scan in SCANS) and "Example: effopd intervene alpha" in printed
+    assert all(f"  {name} " in printed for name in INTERVENTIONS) and "Example: effopd intervene alpha" in printed
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from effopd.launch import host_settings
 from effopd.launch import opd as launch
 from effopd.launch.adapters import adapter_config
 from effopd.launch.preflight import check_model_name
+from effopd.launch.run_checks import resume_argument
 from effopd.runs.records import METRICS
 
 PAIR = ["--model_name_or_path", "testbed:student", "--teacher_model_name_or_path", "testbed:teacher", "--use_cpu"]
@@ -303,7 +304,7 @@ def test_resuming_needs_no_word():
     assert parse_train([*PAIR, *TESTBED, "--resume_from_checkpoint", "x"]).opd.resume_from_checkpoint == "x"
     assert parse_train([*PAIR, *TESTBED]).opd.resume_from_checkpoint is None
     rl = parse_rl(["--model_name_or_path", "testbed:student", *TESTBED, "--use_cpu", "--resume_from_checkpoint"]).rl
-    assert launch.resume_argument(rl) is True
+    assert resume_argument(rl) is True
 
 
 def test_deepspeed_is_refused_for_the_right_reason(monkeypatch, tmp_path):

@@ -206,8 +206,8 @@ def test_the_scorer_samples_what_training_samples(tmp_path):
 
     trainer = make_trainer(tmp_path, student=wider(), **FAST)
     callback = EffOPDCallback(trainer, EffOPDConfig("effopd", validation_size=4), task=uneven_task(8))
-    assert callback.scorer._settings["vocab_size"] == 64
-    result = evaluate(trainer.model, make_tokenizer(), uneven_task(4), **callback.scorer._settings, seed=0)
+    assert callback.scorer.vocab_size == 64
+    result = evaluate(trainer.model, make_tokenizer(), uneven_task(4), callback.scorer.sampling, vocab_size=64)
     assert max(max(row[0].completion_ids) for row in result.completions) < 64
 
 

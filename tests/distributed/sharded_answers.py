@@ -16,6 +16,7 @@ from effopd.common.distributed import exit_gloo, rank
 from effopd.common.isolation import isolated_rng
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.tasks.base import Task
+from effopd.tasks.sampling import Sampling
 
 
 def fail(completion, example):
@@ -36,7 +37,7 @@ def main() -> None:
     task = make_task(13)
     if "--fault" in sys.argv and rank() == 1:
         task = Task("planted", task.examples, fail)
-    scorer = AccuracyScorer(task, make_tokenizer(), max_new_tokens=12, batch_size=4)
+    scorer = AccuracyScorer(task, make_tokenizer(), Sampling(max_new_tokens=12, batch_size=4))
     scores = []
     for model in (whole, sharded):
         with isolated_rng(5), torch.no_grad():

@@ -17,6 +17,7 @@ from effopd.extrapolate.saved_state import STATE_FILE, check_same, fingerprint
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.extrapolate.settings_in_use import DECIDE_NOTHING, OF_BUILT_IN_SCORERS, OF_THE_STRATEGY, WELCOME_ANYWHERE
 from effopd.extrapolate.strategies import STRATEGIES
+from effopd.tasks.sampling import Sampling
 
 #: A value that differs from every strategy's default.
 OTHER = {
@@ -258,7 +259,7 @@ def test_a_default_of_the_package_that_has_changed_is_noticed(name, monkeypatch)
 
 
 def test_a_state_on_disk_has_its_defaults_resolved(tmp_path):
-    scorer = AccuracyScorer(make_task(12), make_tokenizer(), max_new_tokens=4)
+    scorer = AccuracyScorer(make_task(12), make_tokenizer(), Sampling(max_new_tokens=4))
     EffOPD(make_model(0), scorer, EffOPDConfig(validation_size=12), host={"max_completion_length": 4}).save(tmp_path)
     settings = json.loads((tmp_path / STATE_FILE).read_text())["fingerprint"]["config"]
     assert settings == {

@@ -1,7 +1,8 @@
-"""Interventions on one matrix, and which parts each scan hands to which rule."""
+"""Interventions on one matrix, and which parts each intervention hands to which rule."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -18,10 +19,12 @@ from effopd.interventions.edits import (
     random_direction,
     rescaled,
 )
-from effopd.interventions.options import ScanOptions
-from effopd.interventions.points import BASE, SCAN_FIELDS, SCANS, Study, default_half_width, reference_points
+from effopd.interventions.kinds import INTERVENTIONS, reference_points
+from effopd.interventions.options import InterventionOptions
+from effopd.interventions.part_kinds import default_half_width
+from effopd.interventions.points import BASE, PointInputs
 from effopd.weights import MODULES, Part, Place, Update
-from effopd.weights.naming import parts_of
+from effopd.weights.parts import parts_of
 
 MODEL = make_model(0)
 PARTS = parts_of(MODEL.config.to_dict(), {name: tuple(p.shape) for name, p in MODEL.named_parameters()})
@@ -39,16 +42,16 @@ def make_update(shape=(12, 8), seed=0, rank=None, part=None) -> Update:
     return Update(part, base, factors=(b, torch.randn(rank, part.shape[1], generator=generator, dtype=torch.float64)))
 
 
-def make_study(**options) -> Study:
+def make_inputs(**options) -> PointInputs:
     def norms(run):
         return {part: 1.0 + i + 10.0 * list(RUNS).index(run) for i, part in enumerate(PARTS)}
 
-    return Study(PARTS, RUNS, norms, ScanOptions(**options))
+    return PointInputs(PARTS, RUNS, norms, InterventionOptions(**options))
 
 
 def all_points(**options):
-    study = make_study(**options)
-    return {scan: build(study) for scan, build in SCANS.items()}
+    inputs = make_inputs(**options)
+    return {name: kind.points(inputs) for name, kind in INTERVENTIONS.items()}
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -112,20 +115,24 @@ def test_random_directions_have_the_norm_and_depend_on_seed_and_name_only():
     assert random_direction((5,), 0.0, 0, "w").norm() == 0
 
 
-# -- scans ----------------------------------------------------------------------------------------------------------
+# -- points ---------------------------------------------------------------------------------------------------------
 
 
 def test_ids_are_unique_and_safe_as_paths():
-    points = [*reference_points(make_study()), *(p for found in all_points().values() for p in found)]
+    points = [*reference_points(make_inputs()), *(p for found in all_points().values() for p in found)]
     ids = [point.id for point in points]
     assert len(set(ids)) == len(ids)
     assert all(len(name.split("/")) <= 3 and not set(name) & set('\\:*?"<>| ') for name in ids)
-    assert SCANS.keys() == SCAN_FIELDS.keys()
+
+
+def test_every_option_is_read_by_an_intervention():
+    read = [name for kind in INTERVENTIONS.values() for name in kind.options]
+    assert sorted(read) == sorted(field.name for field in dataclasses.fields(InterventionOptions))
 
 
 def test_equal_models_are_named_alike_and_others_are_not():
     found = all_points(early_steps=None)
-    trained = {point.run: point.same_model for point in reference_points(make_study())}
+    trained = {point.run: point.same_model for point in reference_points(make_inputs())}
     assert trained["base"] == BASE
     for run in RUNS:
         (alpha_0,) = [p for p in found["alpha"] if p.run == run and p.coordinates["alpha"] == 0]
@@ -136,26 +143,26 @@ def test_equal_models_are_named_alike_and_others_are_not():
         assert {alpha_1.same_model, last.same_model, *(p.same_model for p in tops)} == {trained[run]}
     names = {p.same_model for p in found["norm_scaling"]} & {p.same_model for p in found["trajectory"]}
     assert names == {"trained/opd#0/1", "trained/opd#1/1", "trained/rl/1"}  # β = 0 is W_t itself
-    shared = SCANS["rank"](make_study(rank_norm="shared", ends=["top"]))
-    assert not any(p.model for p in [*shared, *SCANS["random"](make_study())])
+    shared = INTERVENTIONS["rank"].points(make_inputs(rank_norm="shared", ends=["top"]))
+    assert not any(p.model for p in [*shared, *INTERVENTIONS["random"].points(make_inputs())])
 
 
 def test_windows_are_cut_at_the_ends():
     for half, expected in ((0, [1, 1]), (1, [2, 2])):
-        points = [p for p in SCANS["window"](make_study(half_width=half)) if p.run == "rl"]
+        points = [p for p in INTERVENTIONS["window"].points(make_inputs(half_width=half)) if p.run == "rl"]
         for module in ("mlp", "attention"):
             found = [p for p in points if p.coordinates["module"] == module]
             layers = [{part.place.layer for part in PARTS if p.selects(part)} for p in found]
             assert [len(layer) for layer in layers] == expected
             assert all(part.place.module == module for p in found for part in PARTS if p.selects(part))
-            norms = make_study().norms("rl")
+            norms = make_inputs().norms("rl")
             squares = sum(norms[x] ** 2 for x in PARTS if x.place.module == module and x.place.layer == 1)
             assert found[1].measures["layer_norm"] == pytest.approx(math.sqrt(squares))
     assert [default_half_width(n) for n in (1, 2, 4, 14, 28, 36)] == [0, 1, 1, 4, 8, 8]
 
 
 def test_swaps_partition_the_model():
-    points = [p for p in SCANS["swap"](make_study()) if p.run == "rl"]
+    points = [p for p in INTERVENTIONS["swap"].points(make_inputs()) if p.run == "rl"]
     units = {p.coordinates["unit"] for p in points}
     assert units == {"embedding", "attention", "mlp", "norm", "layer_0", "layer_1"}  # tied: no head; nothing is other
     sides = {(p.coordinates["unit"], p.coordinates["side"]): p for p in points}
@@ -163,7 +170,7 @@ def test_swaps_partition_the_model():
         assert all(sides[unit, "only"].selects(part) != sides[unit, "without"].selects(part) for part in PARTS)
     modules = [p for (unit, side), p in sides.items() if unit in MODULES and side == "only"]
     assert all(sum(p.selects(part) for p in modules) == 1 for part in PARTS)
-    (embedding,) = [p for p in SCANS["embedding"](make_study()) if p.run == "rl"]
+    (embedding,) = [p for p in INTERVENTIONS["embedding"].points(make_inputs()) if p.run == "rl"]
     assert embedding.same_model == sides["embedding", "without"].same_model
 
 
@@ -172,10 +179,10 @@ def test_swaps_partition_the_model():
 def test_rank_points_keep_the_norm_that_was_asked_for(norm, rank):
     part = next(part for part in PARTS if part.place.module == "mlp")
     update = make_update(part=part, rank=rank)
-    study = make_study(rank_norm=norm, percents=[10.0, 100.0])
-    mean = sum(study.norms(run)[part] for run in RUNS) / len(RUNS)
+    inputs = make_inputs(rank_norm=norm, percents=[10.0, 100.0])
+    mean = sum(inputs.norms(run)[part] for run in RUNS) / len(RUNS)
     for run in RUNS:
-        low, full = (p for p in SCANS["rank"](study) if p.run == run and p.coordinates["end"] == "top")
+        low, full = (p for p in INTERVENTIONS["rank"].points(inputs) if p.run == run and p.coordinates["end"] == "top")
         move = low.edit(update) - update.base.double()
         k = component_count(10.0, min(part.shape))
         kept = components(update, k, "top").norm().item()
@@ -186,7 +193,9 @@ def test_rank_points_keep_the_norm_that_was_asked_for(norm, rank):
             assert (full.edit(update) - update.base.double()).norm().item() == pytest.approx(mean, rel=1e-12)
         else:
             assert torch.equal(full.edit(update), update.trained)
-        bottom = next(p for p in SCANS["rank"](study) if p.run == run and p.coordinates["end"] == "bottom")
+        bottom = next(
+            p for p in INTERVENTIONS["rank"].points(inputs) if p.run == run and p.coordinates["end"] == "bottom"
+        )
         left = (bottom.edit(update) - update.base.double()).norm().item()
         assert left == pytest.approx(components(update, k, "bottom").norm().item(), rel=1e-9, abs=1e-13)
 
@@ -194,30 +203,32 @@ def test_rank_points_keep_the_norm_that_was_asked_for(norm, rank):
 def test_the_rest_of_a_rank_point_is_trained_or_base():
     vector = next(part for part in PARTS if part.place.module == "norm")
     update = make_update(part=vector)
-    trained = SCANS["rank"](make_study())[0]
+    trained = INTERVENTIONS["rank"].points(make_inputs())[0]
     assert trained.selects(vector) and torch.equal(trained.edit(update), update.trained)
-    base = SCANS["rank"](make_study(rest="base"))
+    base = INTERVENTIONS["rank"].points(make_inputs(rest="base"))
     assert not any(p.selects(vector) or p.model for p in base)
 
 
 def test_norm_scaling_of_a_zero_update_leaves_the_base():
     part = PARTS[3]
     base = torch.ones(part.shape)
-    points = [p for p in SCANS["norm_scaling"](make_study()) if p.coordinates["beta"] == 1]
+    points = [p for p in INTERVENTIONS["norm_scaling"].points(make_inputs()) if p.coordinates["beta"] == 1]
     assert {(p.run, p.coordinates["step"], p.snapshot) for p in points} == {(run, 2, 1) for run in RUNS}
     assert points[0].edit(Update(part, base, base.clone())) is None
 
 
-def test_scans_that_need_a_trajectory_say_so():
-    study = Study(PARTS, {"rl": [None]}, lambda run: {}, ScanOptions())
-    for scan in ("trajectory", "norm_scaling"):
+def test_interventions_that_need_a_trajectory_say_so():
+    inputs = PointInputs(PARTS, {"rl": [None]}, lambda run: {}, InterventionOptions())
+    for name in ("trajectory", "norm_scaling"):
         with pytest.raises(ConfigError, match="'rl' is a single checkpoint"):
-            SCANS[scan](study)
+            INTERVENTIONS[name].points(inputs)
     with pytest.raises(ConfigError, match=r"no step 3 before its last, 4.*among: 2"):
-        SCANS["norm_scaling"](make_study(early_steps=[2, 3]))
-    lone = Study([part for part in PARTS if part.place.layer is None], RUNS, lambda run: {}, ScanOptions())
+        INTERVENTIONS["norm_scaling"].points(make_inputs(early_steps=[2, 3]))
+    lone = PointInputs(
+        [part for part in PARTS if part.place.layer is None], RUNS, lambda run: {}, InterventionOptions()
+    )
     with pytest.raises(ConfigError, match="layer"):
-        SCANS["window"](lone)
+        INTERVENTIONS["window"].points(lone)
 
 
 @pytest.mark.parametrize(
@@ -230,4 +241,4 @@ def test_scans_that_need_a_trajectory_say_so():
 )  # fmt: skip
 def test_bad_options_name_the_field(field, value):
     with pytest.raises(ConfigError, match=field):
-        ScanOptions(**{field: value})
+        InterventionOptions(**{field: value})

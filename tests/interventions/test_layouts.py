@@ -1,4 +1,4 @@
-"""Scans of models whose tensors are fused, stored transposed, without prefix, or merged on loading."""
+"""Interventions on models whose tensors are fused, stored transposed, without prefix, or merged on loading."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from effopd.errors import CompatibilityError
-from effopd.interventions.options import ScanOptions
-from effopd.interventions.points import SCANS
-from effopd.interventions.run import LiveBase, Sources, save_point
+from effopd.interventions.editable_model import EditableModel, save_point
+from effopd.interventions.kinds import INTERVENTIONS
+from effopd.interventions.options import InterventionOptions
+from effopd.interventions.sources import Sources
 
 
 def make_other(family: str):
@@ -47,10 +48,12 @@ def make_pair(family, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "gpt2-backbone", "phi3", "bloom"])
 def test_fused_and_transposed_tensors(family, tmp_path):
     sources = make_pair(family, tmp_path)
-    live = LiveBase(load(tmp_path / "base"), sources)
+    live = EditableModel(load(tmp_path / "base"), sources)
     base, trained = (weights(load(tmp_path / name)) for name in ("base", "rl"))
-    study = sources.study(OPTIONS)
-    points = {p.id: p for scan in ("alpha", "window", "swap", "rank", "random") for p in SCANS[scan](study)}
+    inputs = sources.point_inputs(OPTIONS)
+    points = {
+        p.id: p for kind in ("alpha", "window", "swap", "rank", "random") for p in INTERVENTIONS[kind].points(inputs)
+    }
     for point in points.values():
         with live.at(point) as norm:
             now = weights(live.model)
@@ -74,6 +77,6 @@ def live_tensor(live, name):
 def test_a_model_that_is_merged_on_loading_is_written_instead(tmp_path):
     sources = make_pair("moe", tmp_path)
     with pytest.raises(CompatibilityError, match=r"renames or merges tensors.*--save_dir"):
-        LiveBase(load(tmp_path / "base"), sources)
-    (point,) = SCANS["alpha"](sources.study(ScanOptions(alphas=[1])))
+        EditableModel(load(tmp_path / "base"), sources)
+    (point,) = INTERVENTIONS["alpha"].points(sources.point_inputs(InterventionOptions(alphas=[1])))
     assert equal(weights(load(save_point(point, sources, tmp_path / "out"))), weights(load(tmp_path / "rl")))

@@ -1,4 +1,4 @@
-"""Scans in memory: every edit is right, leaves no trace, and is measured once."""
+"""Interventions in memory: every edit is right, leaves no trace, and is measured once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, NonFiniteWeightsError, WeightsError
-from effopd.interventions.options import ScanOptions
-from effopd.interventions.points import SCANS, reference_points
-from effopd.interventions.results import Results, paired_change
-from effopd.interventions.run import Evaluator, LiveBase, Sources, run_scan, save_point
+from effopd.interventions.editable_model import EditableModel, save_point
+from effopd.interventions.kinds import INTERVENTIONS, reference_points
+from effopd.interventions.measure import Evaluator, measure_points
+from effopd.interventions.options import InterventionOptions
+from effopd.interventions.results import InterventionResults, paired_change
+from effopd.interventions.sources import Sources
+from effopd.tasks.sampling import Sampling
 
-OPTIONS = ScanOptions(alphas=[0, 0.3, 1], percents=[10, 100], betas=[0, 1, 1.6], random_seeds=[0])
-EVERY_SCAN = sorted(SCANS)
+OPTIONS = InterventionOptions(alphas=[0, 0.3, 1], percents=[10, 100], betas=[0, 1, 1.6], random_seeds=[0])
+EVERY_INTERVENTION = sorted(INTERVENTIONS)
 
 
 def moved(seed: int, scale: float, base=None, dtype=torch.float32):
@@ -34,7 +37,7 @@ def moved(seed: int, scale: float, base=None, dtype=torch.float32):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """base/, and two runs with steps 0, 2, 4; opd's is kept in float32, rl's in bfloat16."""
-    root = tmp_path_factory.mktemp("scan")
+    root = tmp_path_factory.mktemp("intervention")
     make_model(0).save_pretrained(root / "base")
     for seed, (run, dtype) in enumerate((("opd", torch.float32), ("rl", torch.bfloat16)), start=1):
         make_model(0).save_pretrained(root / run / "trajectory" / "step-000000")
@@ -54,7 +57,7 @@ def load(path, dtype="float32"):
 
 @pytest.fixture(scope="module")
 def live(folder, sources):
-    return LiveBase(load(folder / "base"), sources)
+    return EditableModel(load(folder / "base"), sources)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -68,12 +71,12 @@ def equal(one, other) -> bool:
 # -- edits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan", EVERY_SCAN)
+@pytest.mark.parametrize("intervention", EVERY_INTERVENTION)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_point_is_undone_bit_for_bit(folder, sources, scan, dtype):
-    live = LiveBase(load(folder / "base", dtype), sources)
+def test_every_point_is_undone_bit_for_bit(folder, sources, intervention, dtype):
+    live = EditableModel(load(folder / "base", dtype), sources)
     before = weights(live.model)
-    for point in SCANS[scan](sources.study(OPTIONS)):
+    for point in INTERVENTIONS[intervention].points(sources.point_inputs(OPTIONS)):
         with live.at(point) as norm:
             assert equal(weights(live.model), before) == (norm == 0)
         assert equal(weights(live.model), before)
@@ -82,7 +85,7 @@ def test_every_point_is_undone_bit_for_bit(folder, sources, scan, dtype):
         assert equal(weights(live.model), before)
 
 
-def test_each_scan_makes_the_models_it_promises(folder, sources, live):
+def test_each_intervention_makes_the_models_it_promises(folder, sources, live):
     """Against the same formulas written with whole state dicts."""
     base, trained, early = (
         weights(load(folder / path)) for path in ("base", "opd/trajectory/step-000004", "opd/trajectory/step-000002")
@@ -115,8 +118,8 @@ def test_each_scan_makes_the_models_it_promises(folder, sources, live):
         "norm_scaling/opd/step=2,beta=0": lambda n: early[n],
         "norm_scaling/opd/step=2,beta=1.6": lambda n: stretched(n, 1.6).float(),
     }
-    options = ScanOptions(**{**vars(OPTIONS), "half_width": 0})
-    points = {p.id: p for scan in SCANS.values() for p in scan(sources.study(options))}
+    options = InterventionOptions(**{**vars(OPTIONS), "half_width": 0})
+    points = {p.id: p for kind in INTERVENTIONS.values() for p in kind.points(sources.point_inputs(options))}
     rounded = ("alpha=0.3", "percent=10,", "beta=1.6")
     for name, formula in expected.items():
         with live.at(points[name]) as norm:
@@ -129,18 +132,18 @@ def test_each_scan_makes_the_models_it_promises(folder, sources, live):
 
 
 def test_a_float64_model_gets_there_too(folder, sources):
-    live = LiveBase(load(folder / "base", "float64"), sources)
+    live = EditableModel(load(folder / "base", "float64"), sources)
     trained = weights(load(folder / "opd/trajectory/step-000004", "float64"))
-    (point,) = (p for p in SCANS["alpha"](sources.study(OPTIONS)) if p.id == "alpha/opd/alpha=1")
+    (point,) = (p for p in INTERVENTIONS["alpha"].points(sources.point_inputs(OPTIONS)) if p.id == "alpha/opd/alpha=1")
     with live.at(point):
         assert equal(weights(live.model), trained)
 
 
 def test_norm_scaling_at_one_and_random_directions_have_the_final_norm(sources, live):
     base = weights(live.model)
-    study = sources.study(OPTIONS)
-    scaled = [p for p in SCANS["norm_scaling"](study) if p.coordinates["beta"] == 1]
-    for point in [*scaled, *SCANS["random"](study)]:
+    inputs = sources.point_inputs(OPTIONS)
+    scaled = [p for p in INTERVENTIONS["norm_scaling"].points(inputs) if p.coordinates["beta"] == 1]
+    for point in [*scaled, *INTERVENTIONS["random"].points(inputs)]:
         with live.at(point):
             for part, final in sources.norms(point.run).items():
                 now, was = (part.view(w[part.tensor]).double() for w in (weights(live.model), base))
@@ -149,10 +152,10 @@ def test_norm_scaling_at_one_and_random_directions_have_the_final_norm(sources, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scan", EVERY_SCAN)
-def test_a_written_checkpoint_is_the_model_that_was_measured(folder, sources, tmp_path, scan, dtype):
-    live = LiveBase(load(folder / "base", dtype), sources)
-    point = SCANS[scan](sources.study(OPTIONS))[-1]
+@pytest.mark.parametrize("intervention", EVERY_INTERVENTION)
+def test_a_written_checkpoint_is_the_model_that_was_measured(folder, sources, tmp_path, intervention, dtype):
+    live = EditableModel(load(folder / "base", dtype), sources)
+    point = INTERVENTIONS[intervention].points(sources.point_inputs(OPTIONS))[-1]
     written = save_point(point, sources, tmp_path / point.id, dtype)
     with live.at(point):
         assert equal(weights(load(written, dtype)), weights(live.model))
@@ -167,8 +170,8 @@ def test_a_head_of_its_own_is_a_point_of_its_own(tmp_path):
     moved(1, 0.02, base).save_pretrained(tmp_path / "rl")
     after = weights(base)
     sources = Sources(tmp_path / "base", {"rl": [tmp_path / "rl"]})
-    live = LiveBase(load(tmp_path / "base"), sources)
-    for point in SCANS["embedding"](sources.study(OPTIONS)):
+    live = EditableModel(load(tmp_path / "base"), sources)
+    for point in INTERVENTIONS["embedding"].points(sources.point_inputs(OPTIONS)):
         kept = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}[point.coordinates["replaced"]]
         with live.at(point):
             assert equal(weights(live.model), after | {kept: before[kept]})
@@ -182,8 +185,8 @@ def test_a_tied_head_that_is_stored_stays_equal_to_the_embeddings(folder, tmp_pa
         tensors = load_file(file)
         save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
     sources = Sources(tmp_path / "base", {"rl": [tmp_path / "rl"]})
-    for point in SCANS["alpha"](sources.study(OPTIONS)):
-        with LiveBase(load(tmp_path / "base"), sources).at(point):
+    for point in INTERVENTIONS["alpha"].points(sources.point_inputs(OPTIONS)):
+        with EditableModel(load(tmp_path / "base"), sources).at(point):
             pass
         stored = load_file(save_point(point, sources, tmp_path / point.id) / "model.safetensors")
         assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
@@ -201,8 +204,12 @@ def test_an_adapter_is_its_merged_model(folder, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     sources = Sources(folder / "base", {"lora": [tmp_path / "adapter"], "merged": [tmp_path / "merged"]})
-    live = LiveBase(load(folder / "base"), sources)
-    points = [p for scan in ("alpha", "window", "swap", "rank", "random") for p in SCANS[scan](sources.study(OPTIONS))]
+    live = EditableModel(load(folder / "base"), sources)
+    points = [
+        p
+        for kind in ("alpha", "window", "swap", "rank", "random")
+        for p in INTERVENTIONS[kind].points(sources.point_inputs(OPTIONS))
+    ]
     found: dict[str, dict] = {}
     for point in points:
         with live.at(point):
@@ -217,7 +224,11 @@ def test_an_adapter_is_its_merged_model(folder, tmp_path):
 
 def test_a_point_that_is_not_finite_is_refused_and_undone(live, sources):
     before = weights(live.model)
-    (point,) = [p for p in SCANS["alpha"](sources.study(ScanOptions(alphas=[1e300]))) if p.run == "opd"]
+    (point,) = [
+        p
+        for p in INTERVENTIONS["alpha"].points(sources.point_inputs(InterventionOptions(alphas=[1e300])))
+        if p.run == "opd"
+    ]
     with pytest.raises(NonFiniteWeightsError, match=r"alpha=1e\+300.*embedding.tokens"), live.at(point):
         pass
     assert equal(weights(live.model), before)
@@ -231,14 +242,14 @@ def test_a_model_that_is_not_the_checkpoint_is_refused(folder, sources):
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(CompatibilityError, match=r"layers.1.mlp.up_proj.*differs.*--save_dir"):
-        LiveBase(other, sources)
+        EditableModel(other, sources)
     renamed = load(folder / "base")
     renamed.model.blocks = renamed.model.layers
     del renamed.model.layers
     with pytest.raises(CompatibilityError, match=r"has no such parameter.*--save_dir"):
-        LiveBase(renamed, sources)
+        EditableModel(renamed, sources)
     with pytest.raises(CompatibilityError, match="with shape"):
-        LiveBase(make_model(0, vocab_size=80), sources)
+        EditableModel(make_model(0, vocab_size=80), sources)
 
 
 def test_runs_that_do_not_belong_to_the_base_are_refused(folder, tmp_path):
@@ -259,17 +270,19 @@ def test_repeated_labels_are_seeds(folder):
 
 
 def make_evaluator(live, teacher=None):
-    settings = {"max_new_tokens": 2, "seed": 0, "n": 2}
-    return Evaluator(live.model, make_tokenizer(), make_task(6), settings, teacher)
+    sampling = Sampling(max_new_tokens=2, seed=0, n=2)
+    return Evaluator(live.model, make_tokenizer(), make_task(6), sampling, teacher)
 
 
-def run(live, sources, root, scan, evaluator=None, **options):
-    options = ScanOptions(**{**vars(OPTIONS), **options})
-    results = Results(root, {"base": "b", "scans": {scan: vars(options)}})
+def run(live, sources, root, intervention, evaluator=None, **options):
+    options = InterventionOptions(**{**vars(OPTIONS), **options})
+    results = InterventionResults(root, {"base": "b", "interventions": {intervention: vars(options)}})
     results.begin()
-    study = sources.study(options)
+    inputs = sources.point_inputs(options)
     evaluator = evaluator or make_evaluator(live)
-    run_scan([*reference_points(study), *SCANS[scan](study)], live, sources, evaluator, results)
+    measure_points(
+        [*reference_points(inputs), *INTERVENTIONS[intervention].points(inputs)], live, sources, evaluator, results
+    )
     return results
 
 
@@ -292,7 +305,7 @@ def test_a_model_is_measured_once_whatever_it_is_called(live, sources, tmp_path)
     assert run(live, sources, tmp_path, "alpha", evaluator).rows == results.rows and len(calls) == 11
 
 
-def test_a_killed_scan_goes_on_and_ends_like_an_uninterrupted_one(live, sources, tmp_path):
+def test_a_killed_intervention_goes_on_and_ends_like_an_uninterrupted_one(live, sources, tmp_path):
     whole = run(live, sources, tmp_path / "whole", "alpha").write_table()
     evaluator = make_evaluator(live)
     real, calls = evaluator.measure, []
@@ -339,11 +352,11 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(live, sources
     with pytest.raises(ConfigError, match=r"alpha.alphas = \[0.*this run has \[0.5\]"):
         run(live, sources, tmp_path, "alpha", alphas=[0.5])
     with pytest.raises(ConfigError, match="base = 'b', this run has 'other'"):
-        Results(tmp_path, {"base": "other", "scans": {}})
+        InterventionResults(tmp_path, {"base": "other", "interventions": {}})
     (tmp_path / "lone").mkdir()
     (tmp_path / "lone" / "results.jsonl").write_text("")
     with pytest.raises(CheckpointError, match=r"config\.yaml"):
-        Results(tmp_path / "lone", {"scans": {}})
+        InterventionResults(tmp_path / "lone", {"interventions": {}})
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 

@@ -25,7 +25,7 @@ from effopd.launch import opd as launch
 from effopd.launch import rl as launch_rl
 from effopd.launch.adapters import adapter_config, check_adapter
 from effopd.launch.meta_model import meta_model, positions
-from effopd.models.files import check_model_folder, check_whole_model
+from effopd.models.folders import check_model_folder, check_whole_model
 
 
 def save(model, folder: Path) -> str:

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from effopd.commands.main import main
 from effopd.errors import CompatibilityError, ConfigError
-from effopd.models.files import absolute_base, check_whole_model, load_model, load_tokenizer, reading
+from effopd.models.files import absolute_base, load_model, load_tokenizer, reading
+from effopd.models.folders import check_whole_model
 
 TASK = ["--task", "testbed:chain_sum", "--eval_size", "2", "--max_new_tokens", "2"]
 
@@ -133,8 +134,8 @@ def test_the_commands_say_it_without_a_traceback(models, tmp_path, capsys):
     make_model(0).save_pretrained(bare)
     assert main(["eval", "--model", str(bare), *TASK]) == 2
     assert f"--model '{bare}' has no tokenizer" in capsys.readouterr().err
-    scan = ["intervene", "alpha", "--trained", f"a={models / 'whole'}", *TASK, "--out", str(tmp_path / "out")]
-    assert main([*scan, "--base", str(bare)]) == 2
+    intervene = ["intervene", "alpha", "--trained", f"a={models / 'whole'}", *TASK, "--out", str(tmp_path / "out")]
+    assert main([*intervene, "--base", str(bare)]) == 2
     assert f"--base '{bare}' has no tokenizer" in capsys.readouterr().err
     assert main(["eval", "--model", str(models / "whole"), *TASK, "--dtype", "float33"]) == 2
     assert "--dtype: expected auto, float32" in capsys.readouterr().err

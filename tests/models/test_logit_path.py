@@ -16,7 +16,8 @@ from effopd.errors import CompatibilityError
 from effopd.models.checks import check_models
 from effopd.models.logit_path import completion_hidden_states, hidden_states, logit_path
 from effopd.models.sampler_check import batching, check_sampler, generate_groups
-from effopd.tasks.evaluate import generate
+from effopd.tasks.generate import generate
+from effopd.tasks.sampling import Sampling
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("architectures", ROOT / "benchmarks" / "architectures.py")
@@ -220,8 +221,8 @@ def test_prompts_that_change_each_other_are_sampled_apart(make, groups, tokenize
     model, prompts = make(), ["1 + 1 =", "2 =", "3 + 4 + 5 =", "9 ="]
     assert generate_groups(model, tokenizer(prompts)["input_ids"]) == groups
     settings = {"max_new_tokens": 6, "temperature": 0}
-    together = generate(model, tokenizer, prompts, **settings)
-    assert together == [generate(model, tokenizer, [prompt], **settings)[0] for prompt in prompts]
+    together = generate(model, tokenizer, prompts, Sampling(**settings))
+    assert together == [generate(model, tokenizer, [prompt], Sampling(**settings))[0] for prompt in prompts]
 
 
 def test_a_recurrent_model_in_bf16_is_found():
@@ -234,8 +235,8 @@ def test_ids_that_only_the_student_has_are_not_sampled(tokenizer, temperature):
     student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
     student.lm_head.bias = nn.Parameter(torch.cat([torch.zeros(64), torch.full((16,), 50.0)]))
     settings = {"max_new_tokens": 8, "temperature": temperature, "seed": 0}
-    free = generate(student, tokenizer, ["1 + 1 =", "2 ="], **settings)
-    cut = generate(student, tokenizer, ["1 + 1 =", "2 ="], **settings, vocab_size=64)
+    free = generate(student, tokenizer, ["1 + 1 =", "2 ="], Sampling(**settings))
+    cut = generate(student, tokenizer, ["1 + 1 =", "2 ="], Sampling(**settings), vocab_size=64)
     assert max(max(one.completion_ids) for one in free) >= 64 > max(max(one.completion_ids) for one in cut)
 
 

@@ -82,28 +82,28 @@ def test_holm_and_the_p_value_agree_with_what_they_are_made_of(module):
     assert module.holm([0.04, 0.001]) == [True, True]
 
 
-def scans(seed: int) -> list[dict]:
+def interventions(seed: int) -> list[dict]:
     """A row for every point that the page reads, of both runs of a seed."""
-    rows = [{"scan": "reference", "run": "base", "accuracy": 0.3}]
+    rows = [{"intervention": "reference", "run": "base", "accuracy": 0.3}]
     for i, run in enumerate(("opd", "rl")):
         end = 0.7 + 0.05 * i + 0.01 * seed
-        own = [{"scan": "reference", "accuracy": end}]
+        own = [{"intervention": "reference", "accuracy": end}]
         own += [
-            {"scan": "trajectory", "step": s, "accuracy": 0.3 + s * (end - 0.3) / 16, "update_norm": s + i}
+            {"intervention": "trajectory", "step": s, "accuracy": 0.3 + s * (end - 0.3) / 16, "update_norm": s + i}
             for s in range(17)
         ]
         own += [
-            {"scan": "embedding", "change_from_trained": -0.02},
-            {"scan": "random", "accuracy_change": 0.001 * seed},
+            {"intervention": "embedding", "change_from_trained": -0.02},
+            {"intervention": "random", "accuracy_change": 0.001 * seed},
         ]
-        own += [{"scan": "swap", "unit": u, "side": "only", "accuracy": 0.35 + 0.05 * k}
+        own += [{"intervention": "swap", "unit": u, "side": "only", "accuracy": 0.35 + 0.05 * k}
                 for k, u in enumerate(("embedding", "attention", "mlp"))]  # fmt: skip
-        own += [{"scan": "window", "module": "mlp", "centre": c, "accuracy": 0.4 + 0.01 * c} for c in range(4)]
+        own += [{"intervention": "window", "module": "mlp", "centre": c, "accuracy": 0.4 + 0.01 * c} for c in range(4)]
         own += [
-            {"scan": "norm_scaling", "step": 12, "beta": b, "accuracy": 0.4 + b / 10, "kl": (b - 0.5) ** 2}
+            {"intervention": "norm_scaling", "step": 12, "beta": b, "accuracy": 0.4 + b / 10, "kl": (b - 0.5) ** 2}
             for b in (0.0, 0.5, 1.0)
         ]
-        own += [{"scan": "rank", "end": e, "percent": p, "accuracy": 0.5 + p / 1000} for e, p in
+        own += [{"intervention": "rank", "end": e, "percent": p, "accuracy": 0.5 + p / 1000} for e, p in
                 (("top", 1), ("top", 5), ("top", 20), ("bottom", 50))]  # fmt: skip
         rows += [row | {"run": run} for row in own]
     return rows
@@ -137,8 +137,8 @@ def test_measuring_writes_the_value_of_every_seed(module, tmp_path):
     (root / "analysis").mkdir(parents=True)
     (root / "analysis" / "summary.json").write_text(json.dumps({"runs": runs}))
     for seed in range(3):
-        (root / f"scans-{seed}").mkdir()
-        pd.DataFrame(scans(seed)).to_csv(root / f"scans-{seed}" / "results.csv", index=False)
+        (root / f"interventions-{seed}").mkdir()
+        pd.DataFrame(interventions(seed)).to_csv(root / f"interventions-{seed}" / "results.csv", index=False)
     module.measure(root, tmp_path, figures=False)
     (content,) = module.published(tmp_path, ["sums"]).values()
     published = module.published(ROOT / "docs" / "dynamics", NAMES)["chain_sum"]

@@ -13,7 +13,9 @@ from scipy import stats
 
 from effopd.errors import ConfigError, TaskError
 from effopd.tasks.base import Example, Task
-from effopd.tasks.evaluate import accuracy_interval, evaluate, generate, pass_at_k
+from effopd.tasks.evaluate import accuracy_interval, evaluate, pass_at_k
+from effopd.tasks.generate import generate
+from effopd.tasks.sampling import Sampling
 
 
 def prompts(task):
@@ -22,9 +24,9 @@ def prompts(task):
 
 def test_same_seed_same_answers_and_the_callers_random_state_is_untouched(student, tokenizer, task):
     state, python = torch.get_rng_state(), random.getstate()
-    first = generate(student, tokenizer, prompts(task), max_new_tokens=6, seed=3)
-    second = generate(student, tokenizer, prompts(task), max_new_tokens=6, seed=3)
-    other = generate(student, tokenizer, prompts(task), max_new_tokens=6, seed=4)
+    first = generate(student, tokenizer, prompts(task), Sampling(max_new_tokens=6, seed=3))
+    second = generate(student, tokenizer, prompts(task), Sampling(max_new_tokens=6, seed=3))
+    other = generate(student, tokenizer, prompts(task), Sampling(max_new_tokens=6, seed=4))
     assert first == second != other
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
     assert student.training
@@ -34,7 +36,7 @@ def test_every_submodule_keeps_its_mode(student, tokenizer, task):
     student.train()
     student.model.layers[0].eval()  # a part that is meant to stay frozen
     modes = [module.training for module in student.modules()]
-    generate(student, tokenizer, prompts(task)[:2], max_new_tokens=2, seed=0)
+    generate(student, tokenizer, prompts(task)[:2], Sampling(max_new_tokens=2, seed=0))
     assert [module.training for module in student.modules()] == modes
 
 
@@ -46,7 +48,7 @@ def test_common_random_numbers_couple_nearby_models(student, tokenizer):
         for p in moved.parameters():
             p.mul_(1.001)
     runs = [
-        generate(model, tokenizer, prompts(task), max_new_tokens=6, seed=seed)
+        generate(model, tokenizer, prompts(task), Sampling(max_new_tokens=6, seed=seed))
         for model, seed in ((student, 0), (moved, 0), (moved, 1))
     ]
     same = [sum(a.completion_ids == b.completion_ids for a, b in zip(runs[0], run, strict=True)) for run in runs[1:]]
@@ -55,7 +57,7 @@ def test_common_random_numbers_couple_nearby_models(student, tokenizer):
 
 def test_greedy_equals_a_plain_loop(student, tokenizer, task):
     student.eval()
-    for completion in generate(student, tokenizer, prompts(task)[:4], max_new_tokens=5, temperature=0):
+    for completion in generate(student, tokenizer, prompts(task)[:4], Sampling(max_new_tokens=5, temperature=0)):
         ids = list(completion.prompt_ids)
         for token in completion.completion_ids:
             with torch.no_grad():
@@ -64,7 +66,7 @@ def test_greedy_equals_a_plain_loop(student, tokenizer, task):
 
 
 def test_completions_end_at_the_first_end_token(student, tokenizer, task):
-    completions = generate(student, tokenizer, prompts(task), max_new_tokens=12, seed=0)
+    completions = generate(student, tokenizer, prompts(task), Sampling(max_new_tokens=12, seed=0))
     assert {c.truncated for c in completions} == {True, False}
     for c in completions:
         assert c.truncated == (tokenizer.eos_token_id not in c.completion_ids)
@@ -72,7 +74,7 @@ def test_completions_end_at_the_first_end_token(student, tokenizer, task):
 
 
 def test_evaluate_counts(student, tokenizer, task):
-    result = evaluate(student, tokenizer, task, max_new_tokens=6, n=4, seed=0)
+    result = evaluate(student, tokenizer, task, Sampling(max_new_tokens=6, n=4, seed=0))
     flat = list(itertools.chain(*result.correct))
     summary = result.summary()
     assert len(flat) == 4 * len(task)
@@ -142,12 +144,12 @@ def test_different_prompts_get_students_t():
 
 def test_bad_requests(student, tokenizer, task):
     with pytest.raises(ConfigError, match="greedy"):
-        evaluate(student, tokenizer, task, max_new_tokens=4, n=2, temperature=0)
+        evaluate(student, tokenizer, task, Sampling(max_new_tokens=4, n=2, temperature=0))
     unanswered = Task("t", (Example("a", "x", "1"), Example("b", "y", None)), lambda c, e: 0.0)
     with pytest.raises(TaskError, match="example 'b' has no answer"):
-        evaluate(student, tokenizer, unanswered, max_new_tokens=4)
+        evaluate(student, tokenizer, unanswered, Sampling(max_new_tokens=4))
     with pytest.raises(TaskError, match="no examples"):
-        evaluate(student, tokenizer, Task("t", (), lambda c, e: 0.0), max_new_tokens=4)
+        evaluate(student, tokenizer, Task("t", (), lambda c, e: 0.0), Sampling(max_new_tokens=4))
 
 
 # -- the model's own sampling defaults ------------------------------------------------------------------------------
@@ -179,24 +181,24 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_a_models_own_sampling_defaults_are_not_used(student, tokenizer, task, temperature, name):
     settings = {"max_new_tokens": 6, "temperature": temperature, "seed": 0}
-    plain = generate(student, tokenizer, prompts(task), **settings)
+    plain = generate(student, tokenizer, prompts(task), Sampling(**settings))
     own = student.generation_config
     setattr(own, name, OWN[name])
     before = own.to_dict()
-    assert generate(student, tokenizer, prompts(task), **settings) == plain
+    assert generate(student, tokenizer, prompts(task), Sampling(**settings)) == plain
     assert student.generation_config is own and own.to_dict() == before
 
 
 def test_an_adapted_and_a_compiled_model_answer_without_them_too(student, tokenizer, task):
     peft = pytest.importorskip("peft")
     settings = {"max_new_tokens": 6, "temperature": 0.0}
-    plain = generate(student, tokenizer, prompts(task), **settings)
+    plain = generate(student, tokenizer, prompts(task), Sampling(**settings))
     own = student.generation_config
     own.repetition_penalty = 1.3
     compiled = torch.compile(student, backend="eager")
-    assert generate(compiled, tokenizer, prompts(task), **settings) == plain
+    assert generate(compiled, tokenizer, prompts(task), Sampling(**settings)) == plain
     adapted = peft.get_peft_model(student, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert generate(adapted, tokenizer, prompts(task), **settings) == plain
+    assert generate(adapted, tokenizer, prompts(task), Sampling(**settings)) == plain
     assert student.generation_config is compiled.generation_config is adapted.generation_config is own
     assert "generation_config" not in vars(adapted)
 
@@ -212,7 +214,7 @@ def test_a_models_generation_config_survives_an_exception(student, tokenizer, ta
 
     monkeypatch.setattr(student.model, "forward", fail)
     with pytest.raises(KeyboardInterrupt):
-        generate(student, tokenizer, prompts(task), max_new_tokens=2)
+        generate(student, tokenizer, prompts(task), Sampling(max_new_tokens=2))
     assert student.generation_config is own and own.to_dict() == before
 
 
@@ -220,7 +222,7 @@ def test_the_end_tokens_that_a_model_declares_are_used(student, tokenizer, task)
     declared = 9
     student.generation_config.eos_token_id = [tokenizer.eos_token_id, declared]
     student.generation_config.min_new_tokens = 6
-    completions = generate(student, tokenizer, prompts(task), max_new_tokens=12, seed=0)
+    completions = generate(student, tokenizer, prompts(task), Sampling(max_new_tokens=12, seed=0))
     last = {completion.completion_ids[-1] for completion in completions if not completion.truncated}
     assert last == {tokenizer.eos_token_id, declared}
     assert min(len(completion.completion_ids) for completion in completions) < 6

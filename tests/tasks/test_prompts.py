@@ -18,8 +18,9 @@ from effopd.errors import CompatibilityError, TaskError
 from effopd.extrapolate.scorers import AccuracyScorer
 from effopd.launch.preflight import check_task, load_tokenizer
 from effopd.tasks import Example, Task, check_prompt_lengths
-from effopd.tasks.evaluate import encode_prompts, generate
+from effopd.tasks.generate import encode_prompts, generate
 from effopd.tasks.prompts import prompt_ids
+from effopd.tasks.sampling import Sampling
 
 USER = [{"role": "user", "content": "1+1"}]
 SYSTEM = [{"role": "system", "content": "hi"}, *USER]
@@ -56,8 +57,8 @@ def refused(tokenizer, prompt, error, match):
         lambda: encode_prompts(tokenizer, [prompt]),
         lambda: check_prompt_lengths(one(prompt), tokenizer, None),
         lambda: check_task(one(prompt), tokenizer, None),
-        lambda: generate(make_model(0), tokenizer, [prompt], max_new_tokens=1),
-        lambda: AccuracyScorer(one(prompt), tokenizer, max_new_tokens=1),
+        lambda: generate(make_model(0), tokenizer, [prompt], Sampling(max_new_tokens=1)),
+        lambda: AccuracyScorer(one(prompt), tokenizer, Sampling(max_new_tokens=1)),
     ):
         with pytest.raises(error, match=match):
             write()

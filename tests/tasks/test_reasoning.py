@@ -12,6 +12,7 @@ from effopd.tasks import Example, MathVerifier, ReasoningGymVerifier, Task
 from effopd.tasks import testbed_families as families
 from effopd.tasks.evaluate import evaluate
 from effopd.tasks.reasoning import answer_part, decode_marked, opened_by, opened_by_ids
+from effopd.tasks.sampling import Sampling
 
 #: (opening mark, closing mark) as models and templates write them.
 MARKS = [
@@ -111,7 +112,7 @@ def test_verifiers_learn_that_the_prompt_opened_the_reasoning():
         return 0.0
 
     task = Task("t", (Example("a", [{"role": "user", "content": "1+1"}], "2"),), verify)
-    result = evaluate(make_model(0), tokenizer, task, max_new_tokens=3)
+    result = evaluate(make_model(0), tokenizer, task, Sampling(max_new_tokens=3))
     ((answer,),) = result.completions
     assert seen == ["[THINK]" + answer.text] and answer.opened == "[THINK]"
     assert result.answers_found is None
@@ -130,7 +131,7 @@ def test_answers_are_counted(student, tokenizer, task):
             return "a" in completion
 
     counted = Task("t", task.examples, Letters())
-    result = evaluate(student, tokenizer, counted, max_new_tokens=3, n=2)
+    result = evaluate(student, tokenizer, counted, Sampling(max_new_tokens=3, n=2))
     texts = [answer for row in result.completions for answer in row]
     assert result.answers_found == sum("a" in answer.text for answer in texts) > 0
     assert result.answers_cut == sum(answer.truncated for answer in texts)

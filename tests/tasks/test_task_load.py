@@ -152,13 +152,11 @@ def test_only_hub_datasets_need_the_network(math_file):
 
 
 def test_testbed_is_delegated(monkeypatch):
-    import effopd.testbed
-
     def family_task(name, split, size, seed):
         rng = random.Random(f"{split}{seed}")
         return Task(name, tuple(Example(str(n), f"{split} {rng.random()}", "1") for n in range(size)), lambda *_: 0.0)
 
-    monkeypatch.setattr(effopd.testbed, "family_task", family_task, raising=False)
+    monkeypatch.setattr("effopd.tasks.load.family_task", family_task)
     train = load_task(TaskConfig("testbed:toy", train_size=3), "train")
     assert len(train) == 3 and train.name == "testbed:toy" and train.examples[0].prompt.startswith("train ")
     with pytest.raises(TaskError, match="task_args"):

@@ -8,7 +8,7 @@ import pytest
 
 from effopd.errors import TaskError
 from effopd.tasks import Example, Task, check_prompt_lengths, read_math_rows
-from effopd.tasks.rows import ORIGIN
+from effopd.tasks.row_faults import ORIGIN
 
 GOOD = '{"prompt": "1+1?", "answer": "2"}'
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from effopd.errors import WeightsError
 from effopd.weights import Checkpoint, Difference, open_checkpoint
-from effopd.weights.naming import parts_of
+from effopd.weights.parts import parts_of
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
 KINDS = {

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from effopd.weights import Checkpoint, Place
-from effopd.weights.naming import is_tied, parts_of, place_of
+from effopd.weights.naming import is_tied, place_of
+from effopd.weights.parts import parts_of
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from effopd.analysis.analyze import analyze
 from effopd.errors import WeightsError
-from effopd.interventions.options import ScanOptions
-from effopd.interventions.points import SCANS, reference_points
-from effopd.interventions.run import LiveBase, Sources, save_point
+from effopd.interventions.editable_model import EditableModel, save_point
+from effopd.interventions.kinds import INTERVENTIONS, reference_points
+from effopd.interventions.options import InterventionOptions
+from effopd.interventions.sources import Sources
 from effopd.weights import Checkpoint, Difference, open_checkpoint, open_differences
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -105,14 +106,14 @@ def test_an_analysis_of_tied_and_untied_runs_measures_the_head_apart(tmp_path, b
 
 
 @pytest.mark.parametrize("side", ["trained", "base"])
-def test_a_scan_moves_the_head_alone(tmp_path, base, side):
+def test_an_intervention_moves_the_head_alone(tmp_path, base, side):
     own = with_head(tmp_path / "own", base, 0.5)
     start, end = (base, own) if side == "trained" else (own, with_head(tmp_path / "copy", base, 0.0))
     sources = Sources(start, {"opd": [end]})
-    live = LiveBase(loaded(start), sources)
+    live = EditableModel(loaded(start), sources)
     assert torch.equal(logits(live.model), logits(loaded(start)))
-    study = sources.study(ScanOptions(alphas=[0.5]))
-    for point in [*reference_points(study), *SCANS["alpha"](study)]:
+    inputs = sources.point_inputs(InterventionOptions(alphas=[0.5]))
+    for point in [*reference_points(inputs), *INTERVENTIONS["alpha"].points(inputs)]:
         with live.at(point):
             now = logits(live.model)
         saved = loaded(save_point(point, sources, tmp_path / "out" / point.id))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from effopd.commands.parser import CommandParser, OneSpelling, parsed
+from effopd.commands.measuring_parser import MeasuringParser, parsed_as_trained
+from effopd.commands.parser import OneSpelling
 from effopd.common.files import write_atomically
 from effopd.common.progress import Counted
 from effopd.errors import ConfigError
@@ -19,64 +17,10 @@ from effopd.launch.meta_model import check_positions_of
 from effopd.launch.preflight import check_model_name, check_task
 from effopd.models.files import check_dtype, load_model, load_tokenizer
 from effopd.runs.console import missing_answers, quiet_hosts
-from effopd.runs.run_prompts import agreed, run_of, spoken, taken_over
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks.builtin_models import resolve_model
-from effopd.tasks.config import json_object
 from effopd.tasks.evaluate import EvalResult, evaluate
-
-
-@dataclass
-class SamplingArguments:
-    """How answers are sampled: flags that `effopd eval` and `effopd intervene` share.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    n: int = field(default=1, metadata={"help": "Answers per prompt; avg@n and pass@k for k = 1, 2, 4, … ≤ n."})
-    temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "Sampling temperature; 0 = greedy. Nothing else shapes the distribution but --top_p: the sampling "
-            "defaults in the model's own generation_config (repetition penalty, top_k, …) are not used."
-        },
-    )
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 = off."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Token limit of an answer."})
-    batch_size: int = field(default=64, metadata={"help": "Answers generated at once."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling noise."})
-    chat_template_kwargs: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON object with arguments of the tokenizer's chat template, such as '{\"enable_thinking\": false}'."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        self.chat_template_kwargs = json_object(
-            "--chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
-        )
-        for name in ("n", "max_new_tokens", "batch_size"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise ConfigError(f"--{name} must be at least 1 and below 2^31, got {getattr(self, name)}.")
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"--temperature must be >= 0 and --top_p in (0, 1], got {self.temperature} and {self.top_p}."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"--seed must be a whole number from 0 to 2^32 - 1, got {self.seed}.")
-        if self.temperature == 0 and self.n > 1:
-            raise ConfigError("--n above 1 needs --temperature above 0: greedy answers are all the same.")
-
-    def settings(self) -> dict[str, Any]:
-        """Keyword arguments of `effopd.tasks.evaluate.evaluate`."""
-        return dataclasses.asdict(self)
-
-    @property
-    def template(self) -> dict[str, Any]:
-        """Keyword arguments of the chat template."""
-        return self.chat_template_kwargs if isinstance(self.chat_template_kwargs, dict) else {}
+from effopd.tasks.sampling import Sampling
 
 
 @dataclass
@@ -123,87 +67,10 @@ class EvalTaskConfig(TaskConfig):
         super().__post_init__()
 
 
-class MeasuringParser(CommandParser):
-    """A parser of flags whose defaults are those of the run that a model comes from (see `distill.run_prompts`).
-
-    Attributes:
-        note: what was taken over from which run, in one line; "" if nothing.
-    """
-
-    #: Whether a command without a task measures on the run's own.
-    own_task = True
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.note = ""
-        self._in_file: set[str] = set()
-        super().__init__(*args, **kwargs)
-
-    def models(self, found: argparse.Namespace) -> list[str]:
-        """The folders or Hub ids that are measured."""
-        return [str(found.model)] if found.model else []
-
-    def set_defaults_with_config(self, **settings: Any) -> list[str]:
-        """As the host's; remembers which settings the file has."""
-        unset = object()
-        before = [(action, action.default) for action in self._actions]
-        for action in self._actions:
-            action.default = unset
-        try:
-            return super().set_defaults_with_config(**settings)
-        finally:
-            for action, default in before:
-                if action.default is unset:
-                    action.default = default
-                else:
-                    self._in_file.add(action.dest)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As the host's, with the run's settings in the place of the defaults."""
-        found, rest = super().parse_known_args(args, namespace)
-        runs = [run for run in map(run_of, self.models(found)) if run is not None]
-        if not runs:
-            return found, rest
-        explicit = self._explicit(args) | self._in_file
-        common, conflicts = agreed(runs)
-        if message := next((text for flag, text in conflicts.items() if flag not in explicit), None):
-            raise ConfigError(message)
-        values = taken_over(common, vars(found), explicit, own_task=self.own_task)
-        if not values:
-            return found, rest
-        self.note = f"as in {runs[0][0]}: {spoken(values)}"
-        self.set_defaults(**values)
-        return super().parse_known_args(args, namespace)
-
-    def _explicit(self, args: Any) -> set[str]:
-        """Flags on the command line."""
-        before = [(action, action.default, action.required) for action in self._actions]
-        defaults: dict[str, Any] = self._defaults  # type: ignore[has-type]
-        self._defaults = {}
-        try:
-            for action in self._actions:
-                action.default, action.required = argparse.SUPPRESS, False
-            return set(vars(argparse.ArgumentParser.parse_known_args(self, args)[0]))
-        finally:
-            self._defaults = defaults
-            for action, default, required in before:
-                action.default, action.required = default, required
-
-
-def parsed_as_trained(parser: MeasuringParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """`parsed`; says in one line what was taken over from a run, also where it leads to an error."""
-    try:
-        arguments = parsed(parser, argv)
-    except ConfigError as error:
-        raise ConfigError(f"{error} ({parser.note})") if parser.note else error from error
-    if parser.note:
-        print(parser.note, flush=True)
-    return arguments
-
-
-def run_eval(argv: Sequence[str]) -> int:
-    """Parse, check, evaluate, print."""
-    parser = MeasuringParser(
-        [EvalArguments, SamplingArguments, EvalTaskConfig],
+def eval_parser() -> MeasuringParser:
+    """The parser of `effopd eval`."""
+    return MeasuringParser(
+        [EvalArguments, Sampling, EvalTaskConfig],
         prog="effopd eval",
         usage="effopd eval --model MODEL (--eval_task TASK | --task TASK) [--FLAG VALUE …]",
         description="Sample answers, verify them, and say how sure the accuracy is. The model's own sampling defaults are not "
@@ -214,7 +81,11 @@ def run_eval(argv: Sequence[str]) -> int:
         "          effopd eval --model runs/first                             (as its own evaluations)",
         formatter_class=OneSpelling,
     )
-    arguments, sampling, task_config = parsed_as_trained(parser, argv)
+
+
+def run_eval(argv: Sequence[str]) -> int:
+    """Parse, check, evaluate, print."""
+    arguments, sampling, task_config = parsed_as_trained(eval_parser(), argv)
     arguments.model = resolve_model(arguments.model)
     check_model_name("--model", arguments.model)
     load = {"trust_remote_code": arguments.trust_remote_code}
@@ -227,7 +98,7 @@ def run_eval(argv: Sequence[str]) -> int:
     if text := _part(task, task_config):
         print(text, flush=True)
     with Counted(len(task) * sampling.n, task.name, "answer") as bar:
-        result = evaluate(model, tokenizer, task, progress=bar.update, **sampling.settings())
+        result = evaluate(model, tokenizer, task, sampling, progress=bar.update)
     _print(result, sampling.n)
     if text := missing_text(result, task.name, sampling.max_new_tokens):
         print(text)
@@ -261,8 +132,8 @@ def _print(result: EvalResult, n: int) -> None:
 def answers_text(summary: Mapping[str, Any]) -> str:
     """How many answers there were, could be graded, were cut and were empty."""
     count = summary["prompts"] * summary["samples_per_prompt"]
-    found = summary["answers_found"]
-    parts = [f"{count}"] + ([] if found is None else [f"{found} with something to grade"])
+    gradable = summary["answers_found"]
+    parts = [f"{count}"] + ([] if gradable is None else [f"{gradable} with something to grade"])
     cut = f"{summary['answers_cut']} cut at the limit ({summary['truncated_share']:.1%})"
     return ", ".join([*parts, cut, f"{summary['answers_empty']} empty"])
 

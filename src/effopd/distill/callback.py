@@ -25,6 +25,7 @@ from effopd.extrapolate.search import Score
 from effopd.extrapolate.settings_in_use import refuse_unread
 from effopd.runs.records import SEARCHES
 from effopd.tasks.base import Task, Verifier
+from effopd.tasks.sampling import Sampling
 
 #: What `host_refused` says of it.
 DEEPSPEED = "DeepSpeed, whose masters live in the optimizer"
@@ -134,10 +135,12 @@ class EffOPDCallback(TrainerCallback):
         return AccuracyScorer(
             task.sample(config.validation_size, config.seed),
             tokenizer,
-            max_new_tokens=limit,
-            temperature=config.temperature,
-            batch_size=config.validation_batch_size,
-            chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
+            Sampling(
+                max_new_tokens=limit,
+                temperature=config.temperature,
+                batch_size=config.validation_batch_size,
+                chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
+            ),
             progress=not trainer.args.disable_tqdm,
             vocab_size=getattr(trainer, "vocab_size", None),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, ran
 from effopd.common.isolation import evaluating
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.tasks.base import Task
-from effopd.tasks.evaluate import EvalResult, accuracy_interval, evaluate
+from effopd.tasks.evaluate import accuracy_interval, evaluate
+from effopd.tasks.generate import Completion
+from effopd.tasks.sampling import Sampling
 
 
 def evaluate_task(
@@ -28,7 +31,7 @@ def evaluate_task(
     vocab_size: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[dict[str, float], int]:
-    """Sample one answer a prompt, measure its KL to the teacher (if there is one) and its accuracy; then greedy, if asked.
+    """Sample one answer per prompt, measure its KL to the teacher (if there is one) and its accuracy; then greedy, if asked.
 
     Always the same prompts and the same sampling noise (`args.eval_seed`), so a curve over training is paired. Several
     processes answer a share each, with noise of their own; all of them get the whole result.
@@ -40,58 +43,26 @@ def evaluate_task(
         ones, `runtime`; number of tokens generated). Without a teacher there is no `kl` and no `loss`.
     """
     start = time.perf_counter()
-
-    def answer(temperature: float, against: PreTrainedModel | None) -> list[_Answer]:
-        def share() -> list[_Answer]:
-            mine = task.subset(split_between_ranks(task.examples))
-            silent = args.disable_tqdm or rank() > 0
-            with tqdm(total=len(mine), desc="evaluate", leave=False, disable=silent or None) as bar:
-                result = evaluate(
-                    student,
-                    tokenizer,
-                    mine,
-                    temperature=temperature,
-                    max_new_tokens=args.max_completion_length,
-                    batch_size=args.per_device_eval_batch_size,
-                    chat_template_kwargs=args.chat_template_kwargs,
-                    seed=args.eval_seed + rank(),  # the ranks' answers must not share their noise
-                    progress=bar.update,
-                    vocab_size=vocab_size or None,
-                )
-            kl = [0.0] * len(mine)
-            if against is not None:  # not its truth: a compiled model asks its module for a length then
-                kl = _kl(student, against, result, args, vocab_size, tokenizer.pad_token_id, autocast)
-            can_tell = mine.answers_found([said.marked for (said,) in result.completions])
-            found: Sequence[bool | None] = [None] * len(mine) if can_tell is None else can_tell
-            graded = zip(result.completions, result.correct, kl, found, strict=True)
-            return [
-                _Answer(right, len(said.completion_ids), said.truncated, sums, has, not said.text.strip())
-                for (said,), (right,), sums, has in graded
-            ]
-
-        return merge_from_ranks(all_gather_or_raise(share), len(task))
-
-    sampled = answer(args.eval_temperature, teacher)
-    results = {"accuracy": sampled}
+    answers = _Answers(student, tokenizer, task, args, vocab_size, autocast)
+    sampled = answers.at(args.eval_temperature, teacher)
     metrics: dict[str, float] = {}
     if teacher is not None:
-        kl, error = ratio_with_error([one.kl for one in sampled], [one.tokens for one in sampled])
+        kl, error = ratio_with_error([answer.kl for answer in sampled], [answer.tokens for answer in sampled])
         metrics = {"kl": kl, "kl_se": error, "loss": kl}
-    if args.eval_greedy:
-        results["accuracy_greedy"] = answer(0.0, None)
-    for name, answers in results.items():
-        interval = accuracy_interval([[one.correct] for one in answers])
-        metrics |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    metrics |= _accuracy("accuracy", sampled)
+    greedy = answers.at(0.0) if args.eval_greedy else []
+    if greedy:
+        metrics |= _accuracy("accuracy_greedy", greedy)
     metrics |= {
-        "response_length": float(np.mean([one.tokens for one in sampled])),
-        "truncated_share": float(np.mean([one.truncated for one in sampled])),
+        "response_length": float(np.mean([answer.tokens for answer in sampled])),
+        "truncated_share": float(np.mean([answer.truncated for answer in sampled])),
         "answers": len(sampled),
-        **({"answers_found": sum(bool(one.found) for one in sampled)} if sampled[0].found is not None else {}),
-        "answers_cut": sum(one.truncated for one in sampled),
-        "answers_empty": sum(one.empty for one in sampled),
+        **({"answers_found": sum(bool(a.gradable) for a in sampled)} if sampled[0].gradable is not None else {}),
+        "answers_cut": sum(answer.truncated for answer in sampled),
+        "answers_empty": sum(answer.empty for answer in sampled),
         "runtime": time.perf_counter() - start,
     }
-    return metrics, sum(one.tokens for answers in results.values() for one in answers)
+    return metrics, sum(answer.tokens for answer in [*sampled, *greedy])
 
 
 class _Answer(NamedTuple):
@@ -99,24 +70,78 @@ class _Answer(NamedTuple):
     tokens: int
     truncated: bool
     kl: float  # summed over its tokens, in nats
-    found: bool | None  # something to grade; `None` where the verifier cannot tell
+    gradable: bool | None  # something to grade; `None` where the verifier cannot tell
     empty: bool
 
 
-def _kl(student, teacher, sampled: EvalResult, args, vocab_size: int, pad: int, autocast) -> list[float]:
-    answers = [row[0] for row in sampled.completions]
-    with evaluating(student, teacher), autocast():
-        sums, _ = reverse_kl_of_completions(
-            student,
-            teacher,
-            [answer.prompt_ids for answer in answers],
-            [answer.completion_ids for answer in answers],
-            vocab_size=vocab_size,
-            pad_token_id=pad,
-            temperature=args.temperature,
-            batch_size=args.per_device_eval_batch_size,
-        )
-    return sums
+def _accuracy(name: str, answers: Sequence[_Answer]) -> dict[str, float]:
+    interval = accuracy_interval([[answer.correct] for answer in answers])
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The student's answers to all prompts of a task, with their KL to a teacher."""
+
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    args: Any
+    vocab_size: int
+    autocast: Callable[[], AbstractContextManager]
+
+    def at(self, temperature: float, teacher: PreTrainedModel | None = None) -> list[_Answer]:
+        """One answer per prompt, in order; each rank samples its share, and all ranks get all answers."""
+        shares = all_gather_or_raise(lambda: self._of_this_rank(temperature, teacher))
+        return merge_from_ranks(shares, len(self.task))
+
+    def _of_this_rank(self, temperature: float, teacher: PreTrainedModel | None) -> list[_Answer]:
+        task = self.task.subset(split_between_ranks(self.task.examples))
+        silent = self.args.disable_tqdm or rank() > 0
+        with tqdm(total=len(task), desc="evaluate", leave=False, disable=silent or None) as bar:
+            result = evaluate(
+                self.student,
+                self.tokenizer,
+                task,
+                _sampling(self.args, temperature),
+                vocab_size=self.vocab_size or None,
+                progress=bar.update,
+            )
+        completions = [row[0] for row in result.completions]
+        kl = [0.0] * len(task)
+        if teacher is not None:  # not its truth value: a compiled model asks its module for a length then
+            kl = self._kl(teacher, completions)
+        told = task.answers_found([completion.marked for completion in completions])
+        gradable: Sequence[bool | None] = [None] * len(task) if told is None else told
+        return [
+            _Answer(correct, len(c.completion_ids), c.truncated, kl_sum, to_grade, not c.text.strip())
+            for c, (correct,), kl_sum, to_grade in zip(completions, result.correct, kl, gradable, strict=True)
+        ]
+
+    def _kl(self, teacher: PreTrainedModel, completions: Sequence[Completion]) -> list[float]:
+        """KL(student ‖ teacher) of each answer, in nats, summed over its tokens."""
+        with evaluating(self.student, teacher), self.autocast():
+            sums, _ = reverse_kl_of_completions(
+                self.student,
+                teacher,
+                [completion.prompt_ids for completion in completions],
+                [completion.completion_ids for completion in completions],
+                vocab_size=self.vocab_size,
+                pad_token_id=self.tokenizer.pad_token_id,
+                temperature=self.args.temperature,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
+        return sums
+
+
+def _sampling(args: Any, temperature: float) -> Sampling:
+    return Sampling(
+        temperature=temperature,
+        max_new_tokens=args.max_completion_length,
+        batch_size=args.per_device_eval_batch_size,
+        chat_template_kwargs=args.chat_template_kwargs,
+        seed=args.eval_seed + rank(),  # the ranks' answers must not share their noise
+    )
 
 
 def ratio_with_error(sums: list[float], counts: list[int]) -> tuple[float, float]:

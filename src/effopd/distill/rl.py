@@ -24,7 +24,8 @@ from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.errors import TaskError
 from effopd.tasks.base import Task
-from effopd.tasks.evaluate import CORRECT, encode_prompts
+from effopd.tasks.evaluate import CORRECT
+from effopd.tasks.generate import encode_prompts
 from effopd.tasks.reasoning import decode_marked, opened_by_ids
 
 

@@ -16,7 +16,7 @@ from effopd.distill.divergence import Head, token_logprobs
 from effopd.distill.sampled_logps import padded, recording
 from effopd.errors import CompatibilityError
 from effopd.models.sampler_check import generate_groups
-from effopd.tasks.evaluate import beyond
+from effopd.tasks.generate import tokens_beyond
 
 #: Rollouts of a batch whose sampler's log-probabilities are kept for `health/sampler_logp_gap`.
 _RECORDED = 8
@@ -37,7 +37,7 @@ class RolloutMixin(_Host):
         """
         self._sampler_rows: list[Sequence[float | None] | None] | None = None
         self._gap = [0.0, 0.0]  # Σ |Δ log p| and tokens, of the present step
-        unknown = beyond(self.accelerator.unwrap_model(self.model), self.vocab_size)
+        unknown = tokens_beyond(self.accelerator.unwrap_model(self.model), self.vocab_size)
         if unknown and self.use_vllm:
             raise CompatibilityError(
                 f"the student has {len(unknown)} vocabulary rows (from id {unknown[0]}) that the teacher or reference has not, and "

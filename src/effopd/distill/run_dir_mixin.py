@@ -27,7 +27,7 @@ from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
 from effopd.models.files import absolute_base
-from effopd.models.sampler_check import own_sampling_aside
+from effopd.models.sampler_check import ignore_sampling_defaults
 from effopd.runs.best_model import HOST_DIRECTIONS, BestModelMixin, Kept, check_metric
 from effopd.runs.checkpoints import LEDGER_FILE, SETTINGS_FILE
 from effopd.runs.console import end_bars, in_lines
@@ -192,7 +192,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         return output
 
     def _generate_single_turn(self, *args, **kwargs):
-        with own_sampling_aside(self.accelerator.unwrap_model(self.model)):  # what the run leaves open is off
+        with ignore_sampling_defaults(self.accelerator.unwrap_model(self.model)):  # what the run leaves open is off
             return super()._generate_single_turn(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

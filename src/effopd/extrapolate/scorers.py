@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, ran
 from effopd.errors import NonFiniteLossError, TaskError
 from effopd.extrapolate.search import Score
 from effopd.tasks.base import Example, Task, Verifier
-from effopd.tasks.evaluate import encode_prompts, evaluate
+from effopd.tasks.evaluate import evaluate
+from effopd.tasks.generate import encode_prompts
+from effopd.tasks.sampling import Sampling
 
 
 class AccuracyScorer:
@@ -28,8 +31,7 @@ class AccuracyScorer:
     Args:
         task: D_v: examples with answers and their verifier.
         tokenizer: encodes prompts and decodes answers.
-        max_new_tokens: length limit of an answer, in tokens.
-        temperature: sampling temperature, 0 = greedy.
+        sampling: how answers are drawn. Its `seed` is not used: the search seeds every call.
         progress: show a bar for each candidate.
         vocab_size: only tokens below it are sampled; `None`: all.
 
@@ -45,11 +47,8 @@ class AccuracyScorer:
         self,
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
         *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        batch_size: int = 64,
-        chat_template_kwargs: dict[str, Any] | None = None,
         progress: bool = False,
         vocab_size: int | None = None,
     ):
@@ -60,16 +59,10 @@ class AccuracyScorer:
                 + " Give every row an `answer`, or pass a scorer of your own (a callable model → number)."
             )
         encode_prompts(
-            tokenizer, [example.prompt for example in task.examples], chat_template_kwargs
+            tokenizer, [example.prompt for example in task.examples], sampling.template
         )  # refused now, if at all
-        self.task, self._tokenizer, self._progress = task, tokenizer, progress
-        self._settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "batch_size": batch_size,
-            "chat_template_kwargs": chat_template_kwargs,
-            "vocab_size": vocab_size,
-        }
+        self.task, self.sampling, self.vocab_size = task, sampling, vocab_size
+        self._tokenizer, self._progress = tokenizer, progress
 
     @property
     def validation_ids(self) -> list[str]:
@@ -81,15 +74,18 @@ class AccuracyScorer:
         mine = self.task if world_size() == 1 else self.task.subset(split_between_ranks(examples))
         # The search has seeded, every rank alike: the ranks' answers must not share their noise.
         seed = None if world_size() == 1 else (torch.initial_seed() + rank()) % 2**63
+        sampling = replace(self.sampling, seed=seed)
         silent = not self._progress or rank() > 0
 
         def answer() -> tuple[list[float] | None, int]:
             try:
                 with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent or None) as bar:
-                    result = evaluate(model, self._tokenizer, mine, seed=seed, progress=bar.update, **self._settings)
+                    result = evaluate(
+                        model, self._tokenizer, mine, sampling, vocab_size=self.vocab_size, progress=bar.update
+                    )
             except NonFiniteLossError:
                 return None, 0
-            return [float(row[0]) for row in result.correct], result.generated_tokens
+            return [sum(row) / len(row) for row in result.correct], result.generated_tokens
 
         parts = all_gather_or_raise(answer)
         shares = [grades for grades, _ in parts if grades is not None]

@@ -1,7 +1,7 @@
 r"""Interventions on one matrix or vector: from W0 and an update ΔW to the tensor of another model.
 
-Everything is float64, one part at a time, so memory is a few times the largest matrix; who holds the weights rounds the
-result once, to its own dtype. `scans.py` says which parts get which rule.
+Everything is float64, one part at a time, so memory is a few times the largest matrix; the caller
+rounds the result once, to the dtype of the weights. `kinds.py` says which parts get which rule.
 
 Departs from the paper: R = min(M, N) for adapters too, so that p % means the same number of components for full and for
 low-rank training; norms and biases follow the formulas of the matrices wherever those make sense.
@@ -37,8 +37,8 @@ def on_base(update: Update, delta: Tensor) -> Tensor:
 
 def rescaled(delta: Tensor, norm: float) -> Tensor:
     """`norm` · ΔW/‖ΔW‖; a zero ΔW has no direction and stays zero."""
-    own = float(torch.linalg.vector_norm(delta))
-    return delta * (norm / own) if own > 0 else delta
+    delta_norm = float(torch.linalg.vector_norm(delta))
+    return delta * (norm / delta_norm) if delta_norm > 0 else delta
 
 
 def norm_scaled(delta: Tensor, final_norm: float, beta: float) -> Tensor:
@@ -50,8 +50,8 @@ def norm_scaled(delta: Tensor, final_norm: float, beta: float) -> Tensor:
 
     Source: arXiv 2605.11739, section 5 (norm scaling), fig. 4c.
     """
-    own = float(torch.linalg.vector_norm(delta))
-    return delta * (1 + beta * (final_norm - own) / own) if own > 0 else delta
+    norm = float(torch.linalg.vector_norm(delta))
+    return delta * (1 + beta * (final_norm - norm) / norm) if norm > 0 else delta
 
 
 def component_count(percent: float, size: int) -> int:
@@ -72,16 +72,16 @@ def components(update: Update, k: int, end: str) -> Tensor:
     if update.factors is None:
         u, s, vt = torch.linalg.svd(update.delta(), full_matrices=False)
     else:
-        found = leading_of_factors(*update.factors, k=size)
-        u, s, vt = (x.to(update.base.device) for x in (found.u_MK, found.s_K, found.v_NK.T))
-    kept = slice(0, k) if end == "top" else slice(min(size - k, len(s)), len(s))
-    return (u[:, kept] * s[kept]) @ vt[kept]
+        svd = leading_of_factors(*update.factors, k=size)
+        u, s, vt = (x.to(update.base.device) for x in (svd.u_MK, svd.s_K, svd.v_NK.T))
+    chosen = slice(0, k) if end == "top" else slice(min(size - k, len(s)), len(s))
+    return (u[:, chosen] * s[chosen]) @ vt[chosen]
 
 
 def random_direction(shape: Sequence[int], norm: float, seed: int, name: str) -> Tensor:
     """A direction drawn uniformly from the sphere, of the given Frobenius norm, float64 on the CPU.
 
-    It depends on `seed` and `name` only: all runs of a scan are moved along the same random directions.
+    It depends on `seed` and `name` only: all runs are moved along the same random directions.
     """
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,4 +1,4 @@
-"""`ScanOptions`: the settings of the intervention scans, for Python, the command line and YAML; checked when built."""
+"""`InterventionOptions`: the settings of the interventions, for Python, the command line and YAML; checked when built."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ RANK_NORMS, RANK_ENDS, RESTS = ("own", "full", "shared"), ("top", "bottom"), ("t
 
 
 @dataclass
-class ScanOptions:
-    """The settings of the scans, each read by the scan its help names.
+class InterventionOptions:
+    """The settings of all interventions; the help of each names the intervention that reads it.
 
     Raises:
         ConfigError: a value out of range; the message names the field.
     """
 
-    _argument_group_name = "scan"
+    _argument_group_name = "intervention"
 
     alphas: list[float] = field(
         default_factory=lambda: [i / 10 for i in range(11)],

@@ -1,11 +1,11 @@
-"""Results of scans in a folder: one row a finished point, the settings they were made with, and a table.
+"""Results of interventions in a folder: one row per finished point, the settings they were made with, and a table.
 
     config.yaml      the settings, with versions as comments; a run with other settings is refused
-    results.jsonl    a row a finished point, with the accuracy of every prompt
+    results.jsonl    one row per finished point, with the accuracy of every prompt
     results.parquet, results.csv    the table, for reading and plotting
 
-Several scans may share a folder as long as they agree on everything but the scan: their models are compared on the same
-prompts, and a model two scans have in common is measured once.
+Several interventions may share a folder if all their other settings agree: their models are compared on the same
+prompts, and a model that two interventions have in common is measured once.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from effopd.interventions.points import BASE, Point
 from effopd.tasks.evaluate import Interval
 
 CONFIG, ROWS, TABLE = "config.yaml", "results.jsonl", "results"
+#: Key of `config.yaml`: the options of each intervention in the folder.
+INTERVENTIONS = "interventions"
 #: 97.5 % quantile of the standard normal distribution.
 _Z = 1.959963984540054
 
 
-class Results:
+class InterventionResults:
     """The finished points of a folder. Nothing is written before `begin`.
 
     Args:
-        settings: everything that decides a result, JSON-ready; `settings["scans"]` maps each scan to its own.
+        settings: everything that decides a result, JSON-ready; `settings["interventions"]` maps each intervention to its
+            own options.
 
     Raises:
         ConfigError: the folder holds results made with other settings; the message names the first that differs.
@@ -66,7 +69,7 @@ class Results:
         model = point.same_model if norm else BASE
         row = {
             "id": point.id,
-            "scan": point.scan,
+            "intervention": point.intervention,
             "run": point.run,
             "step": step,
             "model": model,
@@ -79,8 +82,13 @@ class Results:
         self.rows[point.id] = row
         self._models.setdefault(model, row)
 
+    def coordinates(self, intervention: str) -> list[str]:
+        """Names of the coordinates of its points."""
+        rows = [row for row in self.rows.values() if row["intervention"] == intervention]
+        return list(dict.fromkeys(key for row in rows for key in row["coordinates"]))
+
     def table(self) -> pd.DataFrame:
-        """Tidy: a row a point, coordinates in columns, `accuracy_change` against the base and against the run's
+        """Tidy: one row per point, coordinates in columns, `accuracy_change` against the base and against the run's
         trained model, paired over prompts."""
         base = self.rows.get("reference/base")
         flat = [_flat(row, base, self.rows.get(f"reference/{row['run']}")) for row in self.rows.values()]
@@ -102,7 +110,7 @@ class Results:
 def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mapping[str, Any] | None) -> dict[str, Any]:
     measured = {key: value for key, value in row["measured"].items() if key != "accuracies"}
     flat = {
-        "scan": row["scan"],
+        "intervention": row["intervention"],
         "run": row["run"],
         "group": row["run"].partition("#")[0],
         "point": row["id"],
@@ -128,7 +136,7 @@ def paired_change(new: Sequence[float], old: Sequence[float]) -> Interval:
 
     Bonett and Price's adjusted interval for paired proportions: one prompt won and one prompt lost are added before
     the normal interval is formed, $\bar d' ± z \sqrt{(\overline{d^2}' − \bar d'^2)/(n+2)}$, so that it does not shrink to
-    a point when no answer changed. With several answers a prompt, d is the difference of the prompt's means.
+    a point when no answer changed. With several answers per prompt, d is the difference of the prompt's means.
 
     Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on
     paired data", Journal of Educational and Behavioral Statistics 37(4), 2012.
@@ -144,7 +152,7 @@ def paired_change(new: Sequence[float], old: Sequence[float]) -> Interval:
 
 
 def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings`, with the other scans that `root` already holds.
+    """`settings`, with the other interventions that `root` already holds.
 
     Raises:
         ConfigError: a setting differs from the one in `root`; nothing is touched.
@@ -158,21 +166,23 @@ def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             )
         return dict(settings)
     old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(old, dict) or not isinstance(old.get("scans"), dict):
-        raise ConfigError(f"{path} is not a scan's: expected another folder (nothing was changed).")
-    scans = {**old["scans"], **settings["scans"]}
-    shared = {scan: values for scan, values in settings["scans"].items() if scan in old["scans"]}
-    for name, was, now in (
-        *_differences(
-            "", {k: v for k, v in old.items() if k != "scans"}, {k: v for k, v in settings.items() if k != "scans"}
-        ),
-        *_differences("", {scan: old["scans"][scan] for scan in shared}, shared),
+    if not isinstance(old, dict) or not isinstance(old.get(INTERVENTIONS), dict):
+        raise ConfigError(f"{path} is not of `effopd intervene`: expected another folder (nothing was changed).")
+    before, now = old[INTERVENTIONS], settings[INTERVENTIONS]
+    shared = before.keys() & now.keys()
+    for name, was, wanted in (
+        *_differences("", _without(old, INTERVENTIONS), _without(settings, INTERVENTIONS)),
+        *_differences("", {key: before[key] for key in shared}, {key: now[key] for key in shared}),
     ):
         raise ConfigError(
-            f"{root} holds results with {name} = {was!r}, this run has {now!r}. Expected the same settings, so that all "
+            f"{root} holds results with {name} = {was!r}, this run has {wanted!r}. Expected the same settings, so that all "
             "points are comparable: choose another folder, or the old setting (nothing was changed)."
         )
-    return {**settings, "scans": scans}
+    return {**settings, INTERVENTIONS: {**before, **now}}
+
+
+def _without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != name}
 
 
 def write_settings(root: Path, settings: Mapping[str, Any], comments: Sequence[str] = ()) -> None:

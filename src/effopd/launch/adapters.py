@@ -77,9 +77,9 @@ def _check_by_peft(config: Any, student: PreTrainedModel, modules: list[str]) ->
             warnings.simplefilter("ignore")
             adapted: Any = get_peft_model(student, config)
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, re.error) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"--lora_target_modules {_shown(config)}: {said[:300]} Expected names of linear layers, such as "
+            f"--lora_target_modules {_shown(config)}: {reason[:300]} Expected names of linear layers, such as "
             f"{', '.join(_last_names(modules)[:8])}."
         ) from error
     head = adapted.get_output_embeddings()

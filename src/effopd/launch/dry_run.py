@@ -11,22 +11,19 @@ from rich import box
 from rich.table import Table
 
 from effopd.distill.teacher_kl import rollouts_a_step, wanted_rollouts
-from effopd.launch.footprint import ModelSize, model_size
 from effopd.launch.memory_estimate import SETUPS, estimate_memory
+from effopd.launch.model_size import ModelSize, model_size
 from effopd.launch.opd import (
-    Prompts,
     RunSettings,
-    check_lengths,
     check_models_of,
     check_prompts,
     check_settings,
-    check_space,
-    evaluates,
     other_models,
-    prompts,
-    tokenizer_of,
     why_answers,
 )
+from effopd.launch.prompts import Prompts, evaluates, load_prompts
+from effopd.launch.run_checks import check_space
+from effopd.launch.run_models import check_lengths, tokenizer_of
 from effopd.tasks import load_verifier, needs_network
 
 
@@ -47,22 +44,22 @@ def _checked(settings: RunSettings) -> Prompts | None:
     """The run's own checks; its training and held-out prompts, if they are at hand."""
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
-    here = _models_here(settings)
-    models = check_models_of(settings) if here else []
-    tokenizer = tokenizer_of(model, other_models(opd), opd) if here else None
+    on_disk = _models_on_disk(settings)
+    models = check_models_of(settings) if on_disk else []
+    tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
     if needs_network(task):
         if task.verifier is not None:
             load_verifier(task.verifier)
         return None
-    rows = prompts(task, opd, tokenizer, why_answers(opd, effopd))
+    rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
     check_prompts(settings, rows.train)
-    if here:
+    if on_disk:
         check_lengths(models, rows.longest, opd.max_completion_length)
         check_space(model, opd, models, len(rows.train), rollouts_a_step(opd), effopd=effopd.enabled)
     return rows
 
 
-def _models_here(settings: RunSettings) -> bool:
+def _models_on_disk(settings: RunSettings) -> bool:
     names = [settings.model.model_name_or_path, *other_models(settings.opd)]
     return all(Path(name).is_dir() for name in names)
 
@@ -92,7 +89,7 @@ def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str
     yield "look-ahead", _look_text(look, opd)
     yield "written to", str(opd.output_dir)
     unseen = ["the rows (a Hub dataset, or a folder)"] * (rows is None)
-    unseen += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_here(settings))
+    unseen += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_on_disk(settings))
     if unseen:
         yield "not checked", ", ".join(unseen)
 
@@ -134,22 +131,24 @@ _HELD_OUT = "100, or a tenth of the rows if that is less"
 
 def _memory_table(settings: RunSettings, rows: Prompts | None) -> Table:
     """Parts by what they are for, and the most that is there at once."""
-    found = estimate_memory(settings, rows.longest if rows else None)
+    estimate = estimate_memory(settings, rows.longest if rows else None)
     headings = [heading for heading, _, _ in SETUPS]
-    title = "estimated memory per rank, GB" + (f" ({found.prompts})" if found else "")
+    title = "estimated memory per rank, GB" + (f" ({estimate.prompts})" if estimate else "")
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    if found is None:
+    if estimate is None:
         table.add_row("unknown: a model is not on disk, and its name does not say its size", *("–" for _ in headings))
         return table
-    for name in found.columns[-1]:
-        table.add_row(name, *(_gb(column.get(name, 0)) for column in found.columns))
+    for name in estimate.columns[-1]:
+        table.add_row(name, *(_gb(column.get(name, 0)) for column in estimate.columns))
     most = (
-        "most at once" if found.complete else "sum, without a step's own (the student's configuration is not on disk)"
+        "most at once"
+        if estimate.complete
+        else "sum, without a step's own (the student's configuration is not on disk)"
     )
-    table.add_row(f"[bold]{most}[/bold]", *(f"[bold]{_gb(peak)}[/bold]" for peak in found.peaks))
+    table.add_row(f"[bold]{most}[/bold]", *(f"[bold]{_gb(peak)}[/bold]" for peak in estimate.peaks))
     return table
 
 

@@ -133,8 +133,8 @@ def _check_attention(flag: str, name: str) -> None:
     bare = name.removeprefix("paged|")
     version = bare.removeprefix("flash_attention_")
     if version.isdecimal() and int(version) in FLASH_ATTENTION_COMPATIBILITY_MATRIX:
-        there = FLASH_ATTENTION_COMPATIBILITY_MATRIX[int(version)]["general_availability_check"]()
-        if not there and not optional.is_available("kernels"):
+        installed = FLASH_ATTENTION_COMPATIBILITY_MATRIX[int(version)]["general_availability_check"]()
+        if not installed and not optional.is_available("kernels"):
             raise MissingDependencyError(
                 f"{flag} {name} needs the package 'flash_attn' or 'kernels', which is not installed. Install one of "
                 "them, pip install flash-attn or pip install kernels, or use sdpa."

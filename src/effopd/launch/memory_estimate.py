@@ -10,17 +10,20 @@ import torch
 from transformers.utils import is_triton_available
 
 from effopd.launch.adapters import adapter_config, trained_parameters
-from effopd.launch.footprint import ModelSize, bytes_a_rank, model_size
 from effopd.launch.meta_model import model_of
-from effopd.launch.opd import RunSettings, evaluates, loading
-from effopd.launch.working_memory import BF16, FP32, PROCESS, StepShape, Working, working
+from effopd.launch.model_size import ModelSize, model_size
+from effopd.launch.model_states import BF16, FP32, model_state_bytes
+from effopd.launch.opd import RunSettings
+from effopd.launch.prompts import evaluates
+from effopd.launch.run_models import loading_arguments
+from effopd.launch.step_memory import PROCESS, StepMemory, StepShape, step_memory
 
 #: (heading, ranks, sharded) of what is estimated.
 SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
 #: Tokens of a prompt where none was measured and no limit is set.
 _ASSUMED_PROMPT = 512
 _DTYPE_BYTES = {"float32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16}
-#: What an allocator holds beyond what is asked for; real runs took up to 9 % more (benchmarks/footprint.py).
+#: What an allocator holds beyond what is asked for; real runs took up to 9 % more (benchmarks/memory_estimate.py).
 _ALLOCATOR = 1.12
 #: Bytes of a quantised weight, with its scales.
 _QUANTISED = {"load_in_4bit": 0.56, "load_in_8bit": 1.06}
@@ -50,32 +53,36 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
         longest: tokens of the longest prompt, if it was measured.
     """
     opd, look = settings.opd, settings.effopd
-    prompt, said = _prompt_length(settings, longest)
+    prompt, prompt_source = _prompt_length(settings, longest)
     student = _size(str(settings.model.model_name_or_path), opd)
-    found = [_size(name, opd) for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
-    others = [size for size in found if size is not None]
-    if student is None or len(others) < len(found):
+    frozen_sizes = [
+        _size(name, opd) for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name
+    ]
+    others = [size for size in frozen_sizes if size is not None]
+    if student is None or len(others) < len(frozen_sizes):
         return None
-    own, frozen = (_weight_bytes(init) for init in loading(settings.model, opd))
+    student_bytes, frozen_bytes = (_weight_bytes(init) for init in loading_arguments(settings.model, opd))
     adapter, trained = _adapter(settings, student)
     columns = [
-        bytes_a_rank(
+        model_state_bytes(
             student,
-            sum(size.parameters for size in others) * frozen,
+            sum(size.parameters for size in others) * frozen_bytes,
             ranks=ranks,
             sharded=sharded,
             moved=student.selected(look.resolved_parameters) if look.enabled else None,
             anchor_here=look.anchor_device is None,
             trained=trained,
-            weight_bytes=next((size for name, size in _QUANTISED.items() if getattr(settings.model, name)), own),
+            weight_bytes=next(
+                (size for name, size in _QUANTISED.items() if getattr(settings.model, name)), student_bytes
+            ),
             optim=str(getattr(opd.optim, "value", opd.optim)),
         )
         | {"process": PROCESS}
         for _, ranks, sharded in SETUPS
     ]
     if student.config is None:
-        return MemoryEstimate(columns, [sum(column.values()) for column in columns], said, False)
-    step = working(
+        return MemoryEstimate(columns, [sum(column.values()) for column in columns], prompt_source, False)
+    step = step_memory(
         student.config,
         others[0].config if others else None,
         step_shape(settings, prompt),
@@ -85,10 +92,10 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
     peaks = [_peak(column, step, accumulates=opd.gradient_accumulation_steps > 1) for column in columns]
     parts = {name: getattr(step, name) for name in ("sampling", "activations", "loss", "evaluation")}
     shown = {name: value for name, value in parts.items() if value}
-    return MemoryEstimate([column | shown for column in columns], peaks, said, True)
+    return MemoryEstimate([column | shown for column in columns], peaks, prompt_source, True)
 
 
-def _peak(column: Mapping[str, int], step: Working, *, accumulates: bool) -> int:
+def _peak(column: Mapping[str, int], step: StepMemory, *, accumulates: bool) -> int:
     """The most that is there at once: what is held all the time, and a step or a search."""
     gradients, candidate = column["gradients"], column.get("candidate", 0)
     held = sum(column.values()) - gradients - candidate

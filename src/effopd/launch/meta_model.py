@@ -114,20 +114,20 @@ def _class_of(flag: str, name: str, config: Any) -> Any:
 def positions(model: PreTrainedModel) -> tuple[int | None, bool]:
     """(how many positions a model has, whether it cannot go beyond them: a table of absolute positions)."""
     text = model.config.get_text_config()
-    said = next((int(value) for name in _LIMITS if isinstance(value := getattr(text, name, None), int)), None)
+    declared = next((int(value) for name in _LIMITS if isinstance(value := getattr(text, name, None), int)), None)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    if said and isinstance(rope, Mapping) and rope.get("original_max_position_embeddings") and rope.get("factor"):
-        said = max(said, math.ceil(rope["original_max_position_embeddings"] * rope["factor"]))
+    if declared and isinstance(rope, Mapping) and rope.get("original_max_position_embeddings") and rope.get("factor"):
+        declared = max(declared, math.ceil(rope["original_max_position_embeddings"] * rope["factor"]))
     tables = [
         tensor.shape
         for name, tensor in _tensors(model)
         if _TABLE.search(name) and not _NOT_OF_TEXT.search(name) and tensor.ndim >= 2
     ]
     rows = [max(shape[:-1]) for shape in tables]
-    fitting = [size for size in rows if said is None or 0 <= size - said <= _OFFSET]
+    fitting = [size for size in rows if declared is None or 0 <= size - declared <= _OFFSET]
     if fitting:
-        return (said or min(fitting)), True
-    return said, False
+        return (declared or min(fitting)), True
+    return declared, False
 
 
 def _tensors(model: PreTrainedModel) -> Iterable[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
 from effopd.models import files as model_files
+from effopd.models.folders import check_model_folder, refuse_adapter
 from effopd.runs.run_dir import Held
 from effopd.tasks import Task, check_prompt_lengths, check_verifier
 
@@ -69,8 +70,8 @@ def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase,
     """
     configs = {}
     for role, name in (("student", student), ("teacher", teacher)):
-        model_files.check_model_folder(f"the {role}", name)
-        model_files.refuse_adapter(f"the {role}", name)
+        check_model_folder(f"the {role}", name)
+        refuse_adapter(f"the {role}", name)
         with model_files.reading(f"the {role}", name):
             configs[role] = AutoConfig.from_pretrained(name, **load)
             rows = configs[role].get_text_config().vocab_size
@@ -192,10 +193,10 @@ def check_disk(
     rest = max(each * checkpoints - held.checkpoints, each * min(checkpoints, 1))
     rest += max(model * models - held.models, 0)
     if rest > free:
-        there = held.checkpoints + held.models
+        present = held.checkpoints + held.models
         raise CheckpointError(
             f"{folder} has {free / 1e9:.1f} GB free but {checkpoints} checkpoints of {each / 1e9:.1f} GB (one of them being "
-            f"written) and {models} times the model, {model / 1e9:.1f} GB, take {(rest + there) / 1e9:.1f} GB"
-            + (f", of which {there / 1e9:.1f} GB are there" if there else "")
+            f"written) and {models} times the model, {model / 1e9:.1f} GB, take {(rest + present) / 1e9:.1f} GB"
+            + (f", of which {present / 1e9:.1f} GB are there" if present else "")
             + ". Lower --save_total_limit, raise --save_steps, keep less of --trajectory, or choose another --output_dir."
         )

@@ -1,4 +1,4 @@
-"""From settings to a finished reinforcement-learning run; the counterpart of `launch.py` for `effopd rl`."""
+"""From settings to a finished reinforcement-learning run; the counterpart of `opd.py` for `effopd rl`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,10 @@ from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.launch.adapters import adapter_config
-from effopd.launch.opd import (
-    check_lengths,
-    check_run,
-    check_space,
-    check_student_adapter,
-    loading,
-    on_meta,
-    prompts,
-    resume_argument,
-    settings_yaml,
-    tokenizer_of,
-)
+from effopd.launch.prompts import load_prompts
+from effopd.launch.run_checks import check_run, check_space, resume_argument
+from effopd.launch.run_models import check_lengths, check_student_adapter, loading_arguments, on_meta, tokenizer_of
+from effopd.launch.settings_yaml import settings_yaml
 from effopd.tasks import TaskConfig
 
 
@@ -46,11 +38,13 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     check_values(task)
     check_run(model, rl, {"--model_name_or_path": name})
     text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
-    init, _ = loading(model, rl)
+    init, _ = loading_arguments(model, rl)
     models = [on_meta("--model_name_or_path", str(name), init, rl)]
     check_student_adapter(model, models[0], init, rl)
     tokenizer = tokenizer_of(model, [str(name)], rl)
-    train, held_out, longest = prompts(task, rl, tokenizer, "Answers are needed because the reward is for right ones.")
+    train, held_out, longest = load_prompts(
+        task, rl, tokenizer, "Answers are needed because the reward is for right ones."
+    )
     batch = rl.generation_batch_size // rl.num_generations
     if len(train) < batch:
         raise ConfigError(

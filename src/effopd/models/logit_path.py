@@ -156,10 +156,10 @@ class _OutputLayer:
         self._core, self.layer = core, core.get_output_embeddings()
         weight = getattr(self.layer, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-            found = "none" if self.layer is None else f"{type(self.layer).__name__}"
+            kind = "none" if self.layer is None else f"{type(self.layer).__name__}"
             raise CompatibilityError(
                 f"{type(core).__name__}: expected an output layer with a floating-point weight [vocabulary, hidden], got "
-                f"{found}. Its KL cannot be computed; use another model (or do not quantise its output layer)."
+                f"{kind}. Its KL cannot be computed; use another model (or do not quantise its output layer)."
             )
         adapted = hasattr(self.layer, "base_layer")  # PEFT's layers of adapters; their `weight` is the frozen one
         if adapted and any(p.requires_grad for p in self.layer.parameters()):
@@ -170,15 +170,15 @@ class _OutputLayer:
 
     @contextmanager
     def _replaced(self, forward: Callable) -> Iterator[None]:
-        own = self.layer.__dict__.get("forward")
+        previous = self.layer.__dict__.get("forward")
         self.layer.forward = forward
         try:
             yield
         finally:
-            if own is None:
+            if previous is None:
                 del self.layer.forward
             else:
-                self.layer.forward = own
+                self.layer.forward = previous
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         return self._core.forward(**_accepted(self._core.forward, inputs))

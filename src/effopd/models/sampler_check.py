@@ -52,16 +52,16 @@ _BATCHING: WeakKeyDictionary[nn.Module, Batching] = WeakKeyDictionary()
 
 
 @contextmanager
-def own_sampling_aside(model: nn.Module) -> Iterator[None]:
-    """`model.generate` samples in this block as it is told, and no other way; the model has its `generation_config` back
-    after it, whatever happens.
+def ignore_sampling_defaults(model: nn.Module) -> Iterator[None]:
+    """In this block `model.generate` samples by its arguments alone; the model's `generation_config` comes back after it,
+    whatever happens.
 
-    `generate` takes from there whatever the caller leaves at None, a repetition penalty in greedy decoding too, and off is
-    None for many of the settings.
+    Without this, `generate` takes every setting that the caller leaves at None from the model's `generation_config`, even a
+    repetition penalty in greedy decoding, and None is how many of the settings are switched off.
     """
     # an adapter around the model, or a compiled one, may hold it in another module than `model`
     holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
-    own = [module.generation_config for module in holders]
+    configs = [module.generation_config for module in holders]
     mine = getattr(model, "generation_config", None)
     plain = GenerationConfig(**{name: getattr(mine, name, None) for name in _KEPT})
     try:
@@ -69,7 +69,7 @@ def own_sampling_aside(model: nn.Module) -> Iterator[None]:
             module.generation_config = plain
         yield
     finally:
-        for module, config in zip(holders, own, strict=True):
+        for module, config in zip(holders, configs, strict=True):
             module.generation_config = config
 
 
@@ -164,7 +164,7 @@ def _generated(core: Any, prompts_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, 
         max_new_tokens=_NEW, do_sample=False, num_beams=1, use_cache=True, output_logits=True,
         return_dict_in_generate=True, disable_compile=True, pad_token_id=int(prompts_BP[0, 0]),
     )  # fmt: skip
-    with own_sampling_aside(core):
+    with ignore_sampling_defaults(core):
         out = core.generate(input_ids=prompts_BP, attention_mask=mask_BP, generation_config=config)
     return out.sequences, torch.stack(out.logits, dim=1).float()
 

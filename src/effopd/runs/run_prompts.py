@@ -38,7 +38,7 @@ def run_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
         config = _settings(folder / CONFIG)
         if isinstance(config.get("task"), str) and "output_dir" in config:
             return _spoken(path, absolute, folder) / CONFIG, config
-        if isinstance(config.get("trained"), dict) and "scans" in config:
+        if isinstance(config.get("trained"), dict) and "interventions" in config:
             return _made_of(config["trained"], absolute.relative_to(folder).parts)
     return None
 
@@ -80,7 +80,7 @@ def agreed(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> tuple[dict[str, An
             if settings.get(name) != other.get(name):
                 conflicts[flag] = (
                     f"the runs differ in {name}: {settings.get(name)!r} in {first}, {other.get(name)!r} in {path}. All points "
-                    f"of a scan get the same prompts and limits: say which with --{flag}."
+                    f"of an intervention get the same prompts and limits: say which with --{flag}."
                 )
     common = {name: value for name, value in settings.items() if all(other.get(name) == value for _, other in others)}
     return common, conflicts
@@ -121,7 +121,7 @@ def _spoken(given: Path, absolute: Path, folder: Path) -> Path:
 
 
 def _made_of(trained: Mapping[str, Any], below: Sequence[str]) -> tuple[Path, dict[str, Any]] | None:
-    """The run of a point: its folder has the run's label in its path, SCAN/LABEL/…."""
+    """The run of a point: its folder has the run's label in its path, INTERVENTION/LABEL/…."""
     for label, snapshots in trained.items():
         if label in below and snapshots:
             return run_of(snapshots[-1]["path"])

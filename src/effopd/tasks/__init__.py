@@ -3,7 +3,10 @@
 base.py          Example, Task and the verifier contract
 config.py        TaskConfig, for Python, the command line and YAML
 load.py          load_task: config → train or eval split
-rows.py          math rows from JSON, Parquet or the Hub
+rows.py          math rows as examples
+row_files.py     rows from JSON, Parquet or the Hub
+row_columns.py   which of their columns are question and answer
+row_faults.py    what is wrong with rows
 prompts.py       prompts as token ids; their lengths
 gym_tasks.py     reasoning-gym questions and their verifier
 reference.py     reference answers as text
@@ -15,6 +18,10 @@ math_rules.py    what math-verify does otherwise when it grades here
 units.py         units of answers
 reasoning.py     reasoning and answer apart
 worker.py        grading in a process that can be killed
+grading_process.py  … what runs there
+sampling.py      Sampling: how answers are drawn
+generate.py      sample answers
+evaluate.py      grade them: accuracy, pass@k, intervals
 verify.py        the user's own verifier; does a verifier tell right from wrong
 """
 

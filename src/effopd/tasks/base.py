@@ -92,8 +92,8 @@ class Task:
 
     def answers_found(self, completions: Sequence[str]) -> list[bool] | None:
         """Whether the verifier finds an answer in each completion; `None` where it cannot tell."""
-        found = getattr(self.verify, "answer_found", None)
-        return None if found is None else [bool(found(text)) for text in completions]
+        answer_found = getattr(self.verify, "answer_found", None)
+        return None if answer_found is None else [bool(answer_found(text)) for text in completions]
 
     def subset(self, examples: Sequence[Example]) -> Task:
         """The same task over other examples."""

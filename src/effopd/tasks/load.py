@@ -17,7 +17,10 @@ from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.config import TaskConfig, split_task_name
 from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples, render_tagged
 from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
-from effopd.tasks.rows import ORIGIN, on_hub, question_key, read_math_rows
+from effopd.tasks.row_faults import ORIGIN
+from effopd.tasks.row_files import on_hub
+from effopd.tasks.rows import question_key, read_math_rows
+from effopd.tasks.testbed_families import family_task
 from effopd.tasks.verify import load_verifier
 
 logger = logging.getLogger(__name__)
@@ -162,19 +165,17 @@ def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
 
 
 def _load_testbed(request: _Request) -> Task:
-    from effopd.tasks.builtin_models import family_task
-
     if request.args:
         raise TaskError(
             f"task_args: expected none for testbed family '{request.name}', got {request.args}. Remove it."
         )
     task: Task = family_task(request.name, request.split, request.size or _default_size(request.split), request.seed)
     if request.excluded:
-        kept = [example for example in task.examples if question_key(example.prompt) not in request.excluded]
-        if len(kept) < len(task):
+        unseen = [example for example in task.examples if question_key(example.prompt) not in request.excluded]
+        if len(unseen) < len(task):
             raise TaskError(
                 f"testbed family '{request.name}': expected training questions that are not in the evaluation, got "
-                f"{len(task) - len(kept)} that are. Use the family's own eval split: remove eval_task."
+                f"{len(task) - len(unseen)} that are. Use the family's own eval split: remove eval_task."
             )
     return task
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from effopd.errors import CompatibilityError, TaskError
 from effopd.tasks.base import Prompt, Task
-from effopd.tasks.rows import ORIGIN, RowFaults
+from effopd.tasks.row_faults import ORIGIN, RowFaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -97,15 +97,15 @@ def decode_marked(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[in
     texts = []
     for row in rows:
         parts: list[list[int]] = [[]]
-        found: list[str] = [""]
+        shown_marks: list[str] = [""]
         for token in row:
             if token in marks:
-                found.append(marks[token])
+                shown_marks.append(marks[token])
                 parts.append([])
             else:
                 parts[-1].append(token)
         decoded = tokenizer.batch_decode(parts, skip_special_tokens=True)
-        texts.append("".join(mark + text for mark, text in zip(found, decoded, strict=True)))
+        texts.append("".join(mark + text for mark, text in zip(shown_marks, decoded, strict=True)))
     return texts
 
 

@@ -127,15 +127,15 @@ def check_verifier(task: Task, examples: int = 4) -> VerifierCheck:
 
 def _import(module_name: str, name: str) -> Any:
     """The module; for the time of the import the current directory is on the path, last."""
-    here = str(Path.cwd())
-    sys.path.append(here)
+    folder = str(Path.cwd())
+    sys.path.append(folder)
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise TaskError(
                 f"verifier '{name}': expected an importable module '{module_name}', got none. Looked in the current "
-                f"directory '{here}' and the installed packages; check the spelling or change directory."
+                f"directory '{folder}' and the installed packages; check the spelling or change directory."
             ) from error
         raise TaskError(f"verifier '{name}': the module '{module_name}' failed to import: {error}.") from error
     except Exception as error:  # the user's code may raise anything; the cause is chained
@@ -144,7 +144,7 @@ def _import(module_name: str, name: str) -> Any:
             f'Correct it; try: python -c "import {module_name}"'
         ) from error
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)
 
 
 def _render(task: Task, answer: str) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.errors import ConfigError
 from effopd.tasks.base import Example
-from effopd.tasks.evaluate import encode_prompts
+from effopd.tasks.generate import encode_prompts
 from effopd.tasks.testbed_families import FAMILIES, worked_reasoning
 
 _IGNORED = -100

@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, TrainerCallb
 
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.errors import ConfigError
-from effopd.tasks.evaluate import evaluate, generate
+from effopd.tasks.evaluate import evaluate
+from effopd.tasks.generate import generate
+from effopd.tasks.sampling import Sampling
 from effopd.tasks.testbed_families import FAMILIES, family_task, mixed_examples
 from effopd.testbed.rl import run_quietly, trainer_defaults
 
@@ -56,10 +58,8 @@ def measure_accuracy(
         for family in FAMILIES:
             task = family_task(family, "test", size, seed)
             for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-                result = evaluate(
-                    model, tokenizer, task, max_new_tokens=max_new_tokens, temperature=temperature,
-                    batch_size=250, seed=seed,
-                )  # fmt: skip
+                sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=250, seed=seed)
+                result = evaluate(model, tokenizer, task, sampling)
                 accuracy = result.accuracy
                 rows.append(
                     {
@@ -101,7 +101,8 @@ def measure_reference_opd(
     def held_out_kl() -> float:
         prompts = [example.prompt for example in held_out]
         limit = reference["max_completion_length"]
-        rollouts = generate(student, tokenizer, prompts, max_new_tokens=limit, batch_size=len(prompts), seed=seed)
+        sampling = Sampling(max_new_tokens=limit, batch_size=len(prompts), seed=seed)
+        rollouts = generate(student, tokenizer, prompts, sampling)
         sums, counts = reverse_kl_of_completions(
             student,
             teacher,

@@ -2,7 +2,8 @@
 
 from effopd.weights.adapter import Adapter
 from effopd.weights.difference import Difference, Update, open_differences
-from effopd.weights.naming import MODULES, Part, Place
+from effopd.weights.naming import MODULES, Place
+from effopd.weights.parts import Part
 from effopd.weights.reader import Checkpoint, open_checkpoint
 from effopd.weights.trajectory import Snapshot, find_snapshots
 from effopd.weights.writer import write_checkpoint

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from effopd.errors import CheckpointError, ConfigError, WeightsError
-from effopd.weights.reader import ADAPTER, Stored, read_header, read_json, read_tensor
+from effopd.weights.checkpoint_files import ADAPTER, read_json
+from effopd.weights.safetensors_files import StoredTensor, read_header, read_tensor
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
@@ -66,7 +67,7 @@ class Adapter:
                 f"{self.path} has adapter_model.bin only, a pickle file, which runs code when it is loaded. Load it with PEFT "
                 "once, if you trust it, and save it again: model.save_pretrained(NEW_FOLDER)."
             )
-        self._stored: dict[str, Stored] = read_header(file)
+        self._stored: dict[str, StoredTensor] = read_header(file)
         self.files = {name: stored.file for name, stored in self._stored.items()}
         self._pairs: dict[str, _Pair] = {}
         self._full: dict[str, str] = {}
@@ -105,14 +106,14 @@ class Adapter:
             halves.setdefault(module, {})[factor[3]] = name
             if factor[2]:
                 embeddings.add(module)
-        for module, found in halves.items():
-            if found.keys() != {"A", "B"}:
+        for module, factors in halves.items():
+            if factors.keys() != {"A", "B"}:
                 raise CheckpointError(
-                    f"{self.path / ADAPTER_WEIGHTS}: module '{module}' has lora_{''.join(found)} but not its counterpart. The "
+                    f"{self.path / ADAPTER_WEIGHTS}: module '{module}' has lora_{''.join(factors)} but not its counterpart. The "
                     "file is incomplete; copy it again."
                 )
             name = f"{module}.weight"
-            self._pairs[name] = _Pair(found["A"], found["B"], module in embeddings)
+            self._pairs[name] = _Pair(factors["A"], factors["B"], module in embeddings)
             if name in self._full:  # PEFT stores the base weights of an adapted embedding or head beside its factors
                 self._copies[name] = self._full.pop(name)
 

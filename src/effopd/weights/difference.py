@@ -16,8 +16,9 @@ from torch import Tensor
 
 from effopd.errors import WeightsError
 from effopd.weights.adapter import Adapter
-from effopd.weights.naming import Part, is_head, is_tied, is_token_embedding
+from effopd.weights.naming import is_head, is_tied, is_token_embedding
 from effopd.weights.pairing import bare, check_architecture, pair, untie, vocabulary_hint
+from effopd.weights.parts import Part
 from effopd.weights.reader import Checkpoint, open_checkpoint
 
 #: Numbers in one float64 block (64 MiB).
@@ -204,8 +205,8 @@ def open_differences(base: Checkpoint, runs: Sequence[Sequence[Path]]) -> list[t
         CheckpointError, WeightsError, CompatibilityError: a folder that cannot be used or does not belong to the base.
     """
     opened = [[open_checkpoint(path) for path in paths] for paths in runs]
-    untie([base, *(c for found in opened for c in found if isinstance(c, Checkpoint))])
-    return [tuple(Difference(base, c) for c in found) for found in opened]
+    untie([base, *(c for run in opened for c in run if isinstance(c, Checkpoint))])
+    return [tuple(Difference(base, c) for c in run) for run in opened]
 
 
 def _same(one: Tensor | None, other: Tensor) -> bool:

@@ -57,11 +57,11 @@ def model_type(config: Mapping[str, Any]) -> str:
 def setting(config: Mapping[str, Any], *names: str) -> Any:
     """The first of these settings that the text configuration has, else its model type's default; `None` if neither."""
     text = text_config(config)
-    found = next((text[name] for name in names if text.get(name) is not None), None)
-    if found is not None:
-        return found
+    value = next((text[name] for name in names if text.get(name) is not None), None)
+    if value is not None:
+        return value
     defaults = _defaults(model_type(config))
-    return next((value for name in names if (value := getattr(defaults, name, None)) is not None), None)
+    return next((default for name in names if (default := getattr(defaults, name, None)) is not None), None)
 
 
 def hidden_size(config: Mapping[str, Any]) -> int | None:

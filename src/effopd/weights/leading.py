@@ -63,10 +63,10 @@ def leading_directions(trained: Tensor, base: Tensor | None = None, k: int = 20,
     k = min(k, delta.shape[0])
     if delta.shape[0] <= max(DIRECT, 4 * (k + _OVERSAMPLE)):
         u, s, vt = torch.linalg.svd(delta.dense(), full_matrices=False)
-        found = _leading(u[:, :k], s[:k], vt[:k].T, float(s[k]) if k < len(s) else 0.0, s.new_zeros(k))
+        leading = _leading(u[:, :k], s[:k], vt[:k].T, float(s[k]) if k < len(s) else 0.0, s.new_zeros(k))
     else:
-        found = _polish(delta, _krylov(delta.scaled(torch.float32), k, seed), k)
-    return _swap(found) if delta.swapped else found
+        leading = _polish(delta, _krylov(delta.scaled(torch.float32), k, seed), k)
+    return _swap(leading) if delta.swapped else leading
 
 
 def leading_of_factors(b_MR: Tensor, a_RN: Tensor, k: int = 20) -> Leading:
@@ -158,5 +158,5 @@ def _leading(u: Tensor, s: Tensor, v: Tensor, following: float, residual_K: Tens
     return Leading(u.cpu().contiguous(), s, v.cpu().contiguous(), following, angle)
 
 
-def _swap(found: Leading) -> Leading:
-    return Leading(found.v_NK, found.s_K, found.u_MK, found.next_value, found.angle_bound_K)
+def _swap(leading: Leading) -> Leading:
+    return Leading(leading.v_NK, leading.s_K, leading.u_MK, leading.next_value, leading.angle_bound_K)

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from effopd.errors import CompatibilityError, WeightsError
 from effopd.weights.layouts import model_type
-from effopd.weights.naming import Part, is_head, is_tied, is_token_embedding, place_of
+from effopd.weights.naming import is_head, is_tied, is_token_embedding, place_of
+from effopd.weights.parts import Part
 from effopd.weights.reader import Checkpoint
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|transformer|model|language_model)\.)+")

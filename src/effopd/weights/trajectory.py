@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from effopd.errors import CheckpointError
-from effopd.weights.reader import ADAPTER, INDEX, WEIGHTS, find_weights, read_json
+from effopd.weights.checkpoint_files import ADAPTER, INDEX, WEIGHTS, find_weights, read_json
 
 _STEP = re.compile(r"(?:step|checkpoint|global_step)[-_]?(\d+)$")
 
@@ -67,9 +67,9 @@ def find_snapshots(path: str | Path, steps: Sequence[int] | None = None) -> list
 def _step_folders(root: Path) -> dict[int, Path]:
     """Step → folder, of the first place that has any."""
     for place in (root / "trajectory", root / "checkpoints", root):
-        found = {int(m[1]): p for p in sorted(_folders(place)) if (m := _STEP.match(p.name))}
-        if found and (place != root or not _has_weights(root)):
-            return found
+        folders = {int(m[1]): p for p in sorted(_folders(place)) if (m := _STEP.match(p.name))}
+        if folders and (place != root or not _has_weights(root)):
+            return folders
     return {}
 
 

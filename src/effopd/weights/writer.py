@@ -14,8 +14,9 @@ from torch import Tensor
 
 from effopd.common.files import fsync
 from effopd.errors import CheckpointError, WeightsError
+from effopd.weights.checkpoint_files import INDEX, WEIGHTS
 from effopd.weights.naming import is_tied
-from effopd.weights.reader import INDEX, WEIGHTS, Checkpoint
+from effopd.weights.reader import Checkpoint
 
 #: Files beside the weights that make a checkpoint usable.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")

@@ -29,10 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
 
 from effopd.launch.meta_model import model_of
+from effopd.launch.model_states import BF16, FP32
 
 logger = logging.getLogger(__name__)
 
-FP32, BF16 = 4, 2
 #: fp32 tiles of logits that the chunked divergence holds at once: in torch, and with Triton.
 _TILES, _TILES_TRITON = 11, 3
 #: … without a gradient.
@@ -110,13 +110,13 @@ def _saved_by_fakes(config: Any, shape: StepShape, attention: str | None, adapte
         from peft import get_peft_model
 
         model = get_peft_model(model, adapter).base_model.model
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    persistent = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
     alive = []  # or storages that are let go would be counted under one address
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in persistent:
             sizes[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
@@ -155,7 +155,7 @@ def _quiet() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Working:
+class StepMemory:
     """Bytes of a step on one rank, by what they are for; they are not all there at once."""
 
     sampling: int
@@ -170,9 +170,9 @@ class Working:
         return max(self.sampling, update, self.activations // 8 + gradients + self.health, self.evaluation)
 
 
-def working(
+def step_memory(
     config: Any, teacher: Any, shape: StepShape, *, attention: str | None = None, adapter: Any = None
-) -> Working:
+) -> StepMemory:
     """Bytes of a step on one rank.
 
     Args:
@@ -182,9 +182,9 @@ def working(
     layers, vocab = text.num_hidden_layers, text.vocab_size
     width = BF16 if shape.bf16 else FP32
     saved = saved_bytes(config, shape, attention=attention, adapter=adapter)
-    kept = saved
+    activations = saved
     if shape.checkpointing:
-        kept = FP32 * layers * shape.rows * shape.length * text.hidden_size + saved // layers
+        activations = FP32 * layers * shape.rows * shape.length * text.hidden_size + saved // layers
     scored = (
         saved_bytes(teacher, shape, attention=attention) // teacher.get_text_config().num_hidden_layers
         if teacher
@@ -200,9 +200,9 @@ def working(
     measured = 2 * width * shape.eval_rows * shape.length * text.hidden_size + saved * shape.eval_rows // (
         layers * shape.rows
     )
-    return Working(
+    return StepMemory(
         sampling=per_row * shape.rows,
-        activations=kept,
+        activations=activations,
         loss=loss,
         evaluation=max(per_row * shape.eval_rows, forward + measured if shape.eval_rows else 0),
         health=_HEALTH_COPIES * FP32 * min(shape.health_tokens, shape.rows * shape.answer) * vocab,

@@ -7,8 +7,9 @@ import torch
 from helpers.tiny_models import make_model
 
 from effopd.extrapolate.live_weights import LiveWeights
-from effopd.launch.footprint import ModelSize, bytes_a_rank, model_size, size_of, state_bytes
-from effopd.launch.working_memory import StepShape, saved_bytes, working
+from effopd.launch.model_size import ModelSize, model_size, size_of
+from effopd.launch.model_states import model_state_bytes, optimizer_state_bytes
+from effopd.launch.step_memory import StepShape, saved_bytes, step_memory
 
 
 @pytest.mark.parametrize("rule", ["attention+mlp", "all"])
@@ -20,7 +21,7 @@ def test_the_estimate_is_what_a_step_and_a_search_hold(rule):
     optimizer.step()
     look_ahead.begin()
     size = size_of(model.config)
-    found = bytes_a_rank(size, 0, moved=size.selected(rule))
+    found = model_state_bytes(size, 0, moved=size.selected(rule))
     parameters = list(model.parameters())
     assert found["weights"] == sum(p.nbytes for p in parameters)
     assert found["gradients"] == sum(p.grad.nbytes for p in parameters)
@@ -31,12 +32,12 @@ def test_the_estimate_is_what_a_step_and_a_search_hold(rule):
 
 def test_sharding_divides_everything_but_the_teacher():
     size = ModelSize(8_000_000, "name")
-    whole = bytes_a_rank(size, 1000, moved=size.parameters)
-    shared = bytes_a_rank(size, 1000, moved=size.parameters, ranks=8, sharded=True)
-    assert whole == bytes_a_rank(size, 1000, moved=size.parameters, ranks=8)  # DDP
+    whole = model_state_bytes(size, 1000, moved=size.parameters)
+    shared = model_state_bytes(size, 1000, moved=size.parameters, ranks=8, sharded=True)
+    assert whole == model_state_bytes(size, 1000, moved=size.parameters, ranks=8)  # DDP
     assert shared.pop("teacher") == whole.pop("teacher") == 1000
     assert {name: 8 * value for name, value in shared.items()} == whole
-    assert "anchor" not in bytes_a_rank(size, 0)  # plain OPD
+    assert "anchor" not in model_state_bytes(size, 0)  # plain OPD
 
 
 @pytest.mark.parametrize(
@@ -91,10 +92,10 @@ def test_checkpointing_keeps_less_and_more_tokens_take_more():
     config = make_model(0).config
     config.architectures = ["Qwen3ForCausalLM"]
     whole, part = (
-        working(config, None, StepShape(rows=8, prompt=20, answer=20, checkpointing=on)) for on in (False, True)
+        step_memory(config, None, StepShape(rows=8, prompt=20, answer=20, checkpointing=on)) for on in (False, True)
     )
     assert part.activations < whole.activations and part.loss == whole.loss > 0
-    longer = working(config, None, StepShape(rows=8, prompt=20, answer=40, checkpointing=False))
+    longer = step_memory(config, None, StepShape(rows=8, prompt=20, answer=40, checkpointing=False))
     assert longer.activations > whole.activations and longer.sampling > whole.sampling
 
 
@@ -110,6 +111,6 @@ def test_checkpointing_keeps_less_and_more_tokens_take_more():
     ],
 )
 def test_states_of_optimizers(optim, states):
-    assert state_bytes(optim) == states
-    found = bytes_a_rank(ModelSize(1000, "name"), 0, optim=optim, trained=100, weight_bytes=2)
+    assert optimizer_state_bytes(optim) == states
+    found = model_state_bytes(ModelSize(1000, "name"), 0, optim=optim, trained=100, weight_bytes=2)
     assert found["optimizer"] == 100 * states and found["gradients"] == 400 and found["weights"] == 2400

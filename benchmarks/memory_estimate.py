@@ -1,6 +1,6 @@
 """The dry run's memory estimate against the peak of real runs: two steps on the CPU, one process each.
 
-    python benchmarks/footprint.py --sizes 20M 60M 135M --out runs/footprint
+    python benchmarks/memory_estimate.py --sizes 20M 60M 135M --out runs/memory_estimate
 
 For every size, with and without activation checkpointing, a random Llama-shaped pair is written, `effopd train` runs two
 steps in a process of its own, and its peak resident memory (`ru_maxrss`) is printed beside the estimate. One run at a
@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from effopd.commands.train import parse_train
 from effopd.launch.memory_estimate import estimate_memory
-from effopd.launch.opd import prompts
 from effopd.launch.preflight import load_tokenizer
+from effopd.launch.prompts import load_prompts
 
 #: hidden, layers, MLP, heads, key-value heads, vocabulary
 SIZES = {
@@ -69,7 +69,7 @@ def estimate(flags: list[str]) -> int:
     """The dry run's "most at once" on one device, in bytes."""
     settings = parse_train(flags)
     tokenizer = load_tokenizer(str(settings.model.model_name_or_path))
-    found = estimate_memory(settings, prompts(settings.task, settings.opd, tokenizer, "").longest)
+    found = estimate_memory(settings, load_prompts(settings.task, settings.opd, tokenizer, "").longest)
     assert found is not None, "the models are on disk"
     return found.peaks[0]
 
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rows", type=int, default=32, help="rollouts per step")
     parser.add_argument("--answer", type=int, default=48, help="tokens of an answer")
-    parser.add_argument("--out", type=Path, default=Path("runs/footprint"))
+    parser.add_argument("--out", type=Path, default=Path("runs/memory_estimate"))
     arguments = parser.parse_args()
     for size in arguments.sizes:
         for checkpointing in (True, False):

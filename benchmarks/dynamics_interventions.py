@@ -1,10 +1,11 @@
 """Analysis and interventions on the runs of `dynamics_runs.py`, through the commands, for docs/dynamics.md.
 
-    .venv/bin/python benchmarks/dynamics_scans.py [--family chain_sum] [--seeds 0 1 2 3 4] [--only analyze alpha …]
+    .venv/bin/python benchmarks/dynamics_interventions.py [--family chain_sum] [--seeds 0 1 2 3 4] [--only analyze alpha …]
 
-`effopd analyze` over all seeds goes to runs/dynamics/FAMILY/analysis. The scans run seed by seed, because each seed's
-distillation has its own teacher (its own RL model), into runs/dynamics/FAMILY/scans-SEED: 400 held-out prompts, one answer
-each at temperature 1, the same prompts and sampling noise for every point of a seed. What is done is not done again.
+`effopd analyze` over all seeds goes to runs/dynamics/FAMILY/analysis. The interventions run seed by seed, because each
+seed's distillation has its own teacher (its own RL model), into runs/dynamics/FAMILY/interventions-SEED: 400 held-out prompts,
+one answer each at temperature 1, the same prompts and sampling noise for every point of a seed. Finished work is not
+repeated.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from effopd.commands.main import main as effopd
 
-SCANS: dict[str, list[str]] = {
+INTERVENTIONS: dict[str, list[str]] = {
     "trajectory": [],
     "alpha": [],
     "embedding": [],
@@ -38,25 +39,25 @@ def analyze(root: Path, seeds: list[int]) -> None:
     run(["analyze", "--base", "testbed:student", *trained, "--out", str(root / "analysis"), "--base_spectrum"])
 
 
-def scan(name: str, root: Path, family: str, seed: int) -> None:
+def intervene(name: str, root: Path, family: str, seed: int) -> None:
     teacher = root / f"rl-{seed}" / "trajectory" / f"step-{STEPS:06d}"
-    run(["intervene", name, *SCANS[name], "--base", "testbed:student", "--teacher", str(teacher),
+    run(["intervene", name, *INTERVENTIONS[name], "--base", "testbed:student", "--teacher", str(teacher),
          "--trained", f"opd={root / f'opd-{seed}'}", f"rl={root / f'rl-{seed}'}",
          "--task", f"testbed:{family}", "--eval_size", "400", "--task_seed", "0", "--seed", str(seed),
-         "--batch_size", "400", "--max_new_tokens", "24", "--out", str(root / f"scans-{seed}")])  # fmt: skip
+         "--batch_size", "400", "--max_new_tokens", "24", "--out", str(root / f"interventions-{seed}")])  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="chain_sum")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--only", nargs="+", choices=["analyze", *SCANS], default=["analyze", *SCANS])
+    parser.add_argument("--only", nargs="+", choices=["analyze", *INTERVENTIONS], default=["analyze", *INTERVENTIONS])
     arguments = parser.parse_args()
     root = Path("runs/dynamics") / arguments.family
     for seed in arguments.seeds:
-        for name in SCANS:
+        for name in INTERVENTIONS:
             if name in arguments.only:
-                scan(name, root, arguments.family, seed)
+                intervene(name, root, arguments.family, seed)
     if "analyze" in arguments.only:
         analyze(root, arguments.seeds)
 

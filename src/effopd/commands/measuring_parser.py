@@ -1,0 +1,88 @@
+"""The parser of the commands that measure a model: their defaults are the settings of the run that the model comes from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from effopd.commands.parser import CommandParser, parsed
+from effopd.errors import ConfigError
+from effopd.runs.run_prompts import agreed, run_of, spoken, taken_over
+
+
+class MeasuringParser(CommandParser):
+    """A parser of flags whose defaults are those of the run that a model comes from (see `runs.run_prompts`).
+
+    Attributes:
+        note: what was taken over from which run, in one line; "" if nothing.
+    """
+
+    #: Whether a command without a task measures on the run's own.
+    own_task = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.note = ""
+        self._in_file: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def models(self, namespace: argparse.Namespace) -> list[str]:
+        """The folders or Hub ids that are measured."""
+        return [str(namespace.model)] if namespace.model else []
+
+    def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        """As the host's; remembers which settings the file has."""
+        unset = object()
+        before = [(action, action.default) for action in self._actions]
+        for action in self._actions:
+            action.default = unset
+        try:
+            return super().set_defaults_with_config(**settings)
+        finally:
+            for action, default in before:
+                if action.default is unset:
+                    action.default = default
+                else:
+                    self._in_file.add(action.dest)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As the host's, with the run's settings in the place of the defaults."""
+        given, rest = super().parse_known_args(args, namespace)
+        runs = [run for run in map(run_of, self.models(given)) if run is not None]
+        if not runs:
+            return given, rest
+        explicit = self._explicit(args) | self._in_file
+        common, conflicts = agreed(runs)
+        if message := next((text for flag, text in conflicts.items() if flag not in explicit), None):
+            raise ConfigError(message)
+        values = taken_over(common, vars(given), explicit, own_task=self.own_task)
+        if not values:
+            return given, rest
+        self.note = f"as in {runs[0][0]}: {spoken(values)}"
+        self.set_defaults(**values)
+        return super().parse_known_args(args, namespace)
+
+    def _explicit(self, args: Any) -> set[str]:
+        """Flags on the command line."""
+        before = [(action, action.default, action.required) for action in self._actions]
+        defaults: dict[str, Any] = self._defaults  # type: ignore[has-type]
+        self._defaults = {}
+        try:
+            for action in self._actions:
+                action.default, action.required = argparse.SUPPRESS, False
+            return set(vars(argparse.ArgumentParser.parse_known_args(self, args)[0]))
+        finally:
+            self._defaults = defaults
+            for action, default, required in before:
+                action.default, action.required = default, required
+
+
+def parsed_as_trained(parser: MeasuringParser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """`parsed`; says in one line what was taken over from a run, also where it leads to an error."""
+    try:
+        arguments = parsed(parser, argv)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({parser.note})") if parser.note else error from error
+    if parser.note:
+        print(parser.note, flush=True)
+    return arguments

@@ -1,0 +1,72 @@
+"""Settings of a run as YAML, the way that `--config` takes them back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from trl import ModelConfig
+
+from effopd.common.versions import versions
+from effopd.tasks import TaskConfig
+
+#: Always written, even at their defaults: the settings that readers look for first, and those whose defaults depend on the
+#: machine.
+_ALWAYS = ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length", "bf16", "fp16")
+
+
+def settings_yaml(
+    model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any], preset: Collection[str] = ()
+) -> str:
+    """Every setting that is not a default, all of ours, what depends on the machine or on a preset, and the versions of the
+    libraries as comments."""
+    with accelerate_undisturbed():
+        default = type(args)(output_dir=args.output_dir)
+    values = differing(model, ModelConfig()) | plain(task)
+    values |= differing(args, default) | {
+        name: getattr(args, name) for name in (*_ALWAYS, *preset) if hasattr(args, name)
+    }
+    values.pop("resume_from_checkpoint", None)
+    values.pop("generation_batch_size", None)  # TRL derives one from the other and takes only one back
+    values.pop("steps_per_generation", None)
+    if getattr(args, "steps_per_generation", None) not in (None, args.gradient_accumulation_steps):  # TRL's default
+        values["steps_per_generation"] = args.steps_per_generation
+    values |= extra
+    lines = [f"# {name} {version}" for name, version in versions().items()]
+    return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
+
+
+@contextmanager
+def accelerate_undisturbed() -> Iterator[None]:
+    """A second `TrainingArguments` resets accelerate's state, perhaps to another device and to one process; put it back."""
+    states = (PartialState._shared_state, AcceleratorState._shared_state)
+    saved = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, before in zip(states, saved, strict=True):
+            state.clear()
+            state.update(before)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Fields that are set, as a dictionary."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
+
+
+def differing(config: Any, default: Any) -> dict[str, Any]:
+    """Fields whose value is not the default's; enums as their value, nested configs as dictionaries."""
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.init and value != getattr(default, field.name):
+            value = value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)
+            if isinstance(value, list):
+                value = [getattr(item, "value", item) for item in value]
+            if isinstance(value, str | int | float | bool | list | dict) and not field.name.startswith("_"):
+                result[field.name] = value
+    return result

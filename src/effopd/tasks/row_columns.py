@@ -1,0 +1,116 @@
+"""The columns of a source of rows: which hold the question and the answer, and what to say where none does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from effopd.errors import TaskError
+from effopd.tasks.base import Example
+from effopd.tasks.row_faults import BadRow, NoPrompt
+
+#: Columns that may hold the question.
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+#: Settings that name other columns.
+COLUMN_ARGS = ("prompt_column", "answer_column")
+#: What the name of such a column often has in it.
+_LIKELY = {
+    "prompt_column": ("prompt", "problem", "question", "query", "instruction", "input"),
+    "answer_column": ("answer", "solution", "target", "label", "result", "output", "truth", "gold"),
+}
+
+
+class Columns:
+    """The columns of a source as a whole: a mistake that all rows share is raised once, with the setting that names
+    the right column.
+
+    Args:
+        source: file or dataset the rows came from.
+        columns: the `prompt_column` and `answer_column` that were given.
+        setting: what they are given in.
+    """
+
+    def __init__(self, source: str, columns: Mapping[str, str | None], setting: str) -> None:
+        self._source, self._columns, self._setting = source, columns, setting
+        self._seen: dict[str, None] = {}
+        self._rows = self._without_prompt = 0
+
+    def add(self, row: Any, example: Example | BadRow) -> None:
+        """Note a row, as read and as understood."""
+        self._rows += 1
+        self._without_prompt += isinstance(example, NoPrompt)
+        if isinstance(row, dict):
+            self._seen |= dict.fromkeys(_names(row))
+
+    def check_prompts(self) -> None:
+        """
+        Raises:
+            TaskError: no row has one prompt column, and they agree on how.
+        """
+        names = prompt_columns(self._columns)
+        present = [name for name in names if name in self._seen]
+        if not self._rows or self._without_prompt < self._rows:
+            return
+        if not present:
+            self._raise("prompt_column", f"no row of {self._source} has {' or '.join(map(repr, names))}", "")
+        self._raise(
+            "prompt_column",
+            f"no row of {self._source} has just one of {' and '.join(map(repr, present))}",
+            "",
+            present[0],
+        )
+
+    def check_answers(self, why: str) -> None:
+        """For a source none of whose rows has an answer.
+
+        Raises:
+            TaskError: because there is no such column.
+        """
+        column = self._columns["answer_column"] or "answer"
+        if not any(name == column or name.startswith(f"{column}.") for name in self._seen):
+            self._raise("answer_column", f"no row of {self._source} has '{column}'", why)
+
+    def _raise(self, which: str, what: str, why: str, guess: str | None = None) -> None:
+        prompt = next((name for name in prompt_columns(self._columns) if name in self._seen), None)
+        others = [
+            name for name in self._seen if name not in (prompt, self._columns["answer_column"] or "answer", "id")
+        ]
+        likely = [name for name in others if any(part in name.lower() for part in _LIKELY[which])]
+        guess = guess or next(iter(likely or (others if len(others) == 1 else ())), "…")
+        given = {name: value for name, value in self._columns.items() if value} | {which: guess}
+        raise TaskError(
+            f"{what} (columns: {', '.join(self._seen) or 'none'}). Name yours: --{self._setting} "
+            f"'{json.dumps(given, ensure_ascii=False)}'." + (f" {why}" if why else "")
+        )
+
+
+def prompt_columns(columns: Mapping[str, str | None]) -> tuple[str, ...]:
+    """The columns that may hold the question."""
+    return (columns["prompt_column"],) if columns["prompt_column"] else PROMPT_COLUMNS
+
+
+def field_of(row: Any, name: str) -> Any:
+    """The value in a column, or in a field inside of one (`column.field`, `column.0` of a list); `None` if there is none."""
+    if not isinstance(row, dict) or name in row:
+        return row.get(name) if isinstance(row, dict) else None
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _names(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold something; of one that holds fields, their dotted names."""
+    names: list[str] = []
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            names += [f"{name}.{inner}" for inner in _names(value)]
+        elif value is not None:
+            names.append(name)
+    return names

@@ -1,0 +1,114 @@
+"""Rows of a local file, one by one, or of a Hub dataset through `datasets.load_dataset`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from effopd.errors import TaskError
+from effopd.tasks.reference import MAX_DIGITS, single_precision
+from effopd.tasks.row_columns import COLUMN_ARGS
+from effopd.tasks.row_faults import BadRow
+
+FILE_TYPES = (".jsonl", ".json", ".parquet")
+#: Types of columns whose numbers have fewer digits than Python shows.
+_SHORT_FLOATS = ("float", "float32", "halffloat", "float16")
+
+
+def on_hub(source: str) -> bool:
+    """Whether a source is read with `datasets.load_dataset` rather than as a local file."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() not in FILE_TYPES and not path.is_file()
+
+
+def read_rows(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
+    """Rows with their 1-based number in the file (the line number for JSON Lines)."""
+    if on_hub(source):
+        return _hub_rows(source, args)
+    path = Path(source).expanduser()
+    if args:
+        raise TaskError(
+            f"task_args of the local file '{source}': expected only {' and '.join(COLUMN_ARGS)}, got "
+            f"{', '.join(map(repr, sorted(args)))}. Remove the others; they are for Hub datasets."
+        )
+    if not path.is_file():
+        raise TaskError(f"no such file: '{source}' (looked in '{Path.cwd()}'). Check the path, or write a Hub id.")
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+        ".jsonl": _json_lines,
+        ".json": _json_file,
+        ".parquet": _parquet_rows,
+    }
+    if path.suffix.lower() not in readers:
+        raise TaskError(
+            f"'{source}': expected a file ending in {', '.join(FILE_TYPES)}, got '{path.suffix}'. Convert it, e.g. "
+            "with datasets.Dataset.to_json."
+        )
+    return readers[path.suffix.lower()](path)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield number, json.loads(text, parse_int=_whole_number)
+            except UnicodeDecodeError as error:
+                yield number, BadRow("UTF-8 text", f"other bytes ({error.reason})", "Save the file as UTF-8.")
+            except (json.JSONDecodeError, RecursionError) as error:
+                shown = text.strip()[:60]
+                yield number, BadRow("one JSON object a line", f"{shown!r} ({error})", "Correct the line.")
+
+
+def _whole_number(digits: str) -> int | str:
+    """A whole number of JSON; as text where Python would not read it."""
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
+
+
+def _json_file(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if not is_array:
+        yield from _json_lines(path)
+        return
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_whole_number)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TaskError(f"'{path}': expected a JSON array of objects, got invalid JSON ({error}).") from error
+    yield from enumerate(rows, start=1)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            short = [field.name for field in file.schema_arrow if str(field.type) in _SHORT_FLOATS]
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row | {name: single_precision(row[name]) for name in short}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise TaskError(f"'{path}': expected a Parquet file, got one that cannot be read ({error}).") from error
+
+
+def _hub_rows(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
+    from datasets import load_dataset
+
+    args = {"split": "train", **args}
+    try:
+        dataset = load_dataset(source, **args)
+    except Exception as error:  # whatever the Hub client and dataset builders raise, with what to check
+        raise TaskError(
+            f"could not load the dataset '{source}' with {args}: {type(error).__name__}: {error}. Expected a Hub "
+            f"dataset id or a local {', '.join(FILE_TYPES)} file; check the name, task_args (e.g. 'name', 'split'), "
+            "network access and that you may read it."
+        ) from error
+    features = getattr(dataset, "features", None) or {}
+    short = [name for name, feature in features.items() if getattr(feature, "dtype", "") in _SHORT_FLOATS]
+    for number, row in enumerate(dataset, start=1):
+        yield number, row | {name: single_precision(row[name]) for name in short}
