@@ -26,9 +26,9 @@ from effopd.commands import quickstart
 from effopd.commands.main import main as effopd
 from effopd.commands.quickstart import ARMS, QuickstartArguments, conclude
 from effopd.common.files import append_row
+from effopd.common.statistics import accuracy_interval
 from effopd.compare.results import from_row
 from effopd.runs.records import EVALS, SEARCHES
-from effopd.tasks.evaluate import accuracy_interval
 
 AXES = ("steps", "seconds", "generated_tokens")
 

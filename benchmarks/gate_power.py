@@ -28,13 +28,14 @@ from transformers import PrinterCallback
 
 from effopd.commands.quickstart import QuickstartArguments, quiet, settings
 from effopd.common.files import write_atomically
+from effopd.common.statistics import accuracy_interval
 from effopd.common.versions import versions
 from effopd.distill.callback import EffOPDCallback
 from effopd.extrapolate.search import Score, first_failure_search
 from effopd.launch.opd import build_trainer
 from effopd.report.compare_answers import gate_table
 from effopd.tasks import builtin_models as testbed
-from effopd.tasks.evaluate import accuracy_interval, evaluate
+from effopd.tasks.evaluate import evaluate
 from effopd.tasks.testbed_families import family_task
 
 FORWARDS, BACKWARDS = (2.0, 4.0, 6.0, 8.0, 10.0), (-2.0, -6.0, -10.0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ import pandas as pd
 import effopd
 from effopd.analysis import table_queries as frames
 from effopd.analysis import trajectory_metrics as over_training
-from effopd.analysis.statistics import Estimate, bootstrap_mean, paired_difference, seed_mean
 from effopd.analysis.tables import read_table
+from effopd.common.statistics import Interval, bootstrap_mean, paired_difference, student_t, welch
 from effopd.common.versions import ANALYSIS, versions
 
 AVERAGING = (
@@ -92,10 +91,10 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
 # -- one run --------------------------------------------------------------------------------------------------------
 
 
-def _means(rows: pd.DataFrame, runs: Iterable[str], seed: int) -> dict[str, dict[str, Estimate]]:
+def _means(rows: pd.DataFrame, runs: Iterable[str], seed: int) -> dict[str, dict[str, Interval]]:
     """run → metric → mean over attention and MLP matrices."""
     rows = rows[~rows["metric"].isin((*frames.SIZES, "share_of_total"))]
-    found: dict[str, dict[str, Estimate]] = {run: {} for run in runs}
+    found: dict[str, dict[str, Interval]] = {run: {} for run in runs}
     for (run, metric), values in rows.groupby(["run", "metric"], observed=True, sort=False)["value"]:
         found[str(run)][str(metric)] = bootstrap_mean(values, seed=seed)
     return found
@@ -169,15 +168,15 @@ def _group(names: Sequence[str], totals, means, modules) -> dict[str, Any]:
     """A label's runs together: means over seeds, or the single run's own means and intervals over matrices."""
     one = len(names) == 1
     found = {
-        metric: seed_mean([means[n][metric].mean for n in names if metric in means[n]]) for metric in means[names[0]]
+        metric: student_t([means[n][metric].mean for n in names if metric in means[n]]) for metric in means[names[0]]
     }
     return {
         "runs": list(names),
         "interval_over": "matrices" if one else "seeds",
-        "update_norm": seed_mean([totals[name] for name in names]),
+        "update_norm": student_t([totals[name] for name in names]),
         "metrics": means[names[0]] if one else found,
         "modules": {
-            module: {key: seed_mean([modules[n][module][key] for n in names]) for key in ("norm", "share")}
+            module: {key: student_t([modules[n][module][key] for n in names]) for key in ("norm", "share")}
             for module in modules[names[0]]
         },
     }
@@ -194,14 +193,14 @@ def _differences(
     }
     result = []
     for a, b in itertools.combinations(groups, 2):
-        norm = _welch([[totals[n] for n in groups[g]] for g in (a, b)])
+        norm = welch(*([totals[n] for n in groups[g]] for g in (a, b)))
         metrics: dict[str, Any] = {}
         for metric, table in wide.items():
             if not set(groups[a]) | set(groups[b]) <= set(table.columns):
                 continue
             mean_a, mean_b = (table[groups[g]].mean(axis=1, skipna=False) for g in (a, b))
             over_matrices = paired_difference(mean_a, mean_b, seed=seed)
-            over_seeds = _welch([[means[n][metric].mean for n in groups[g]] for g in (a, b)])
+            over_seeds = welch(*([means[n][metric].mean for n in groups[g]] for g in (a, b)))
             larger = _larger(a, b, [over_matrices, over_seeds])
             metrics[metric] = {"over_matrices": over_matrices, "over_seeds": over_seeds, "larger": larger}
         total = {"over_seeds": norm, "larger": _larger(a, b, [norm])}
@@ -209,22 +208,7 @@ def _differences(
     return result
 
 
-def _welch(values: Sequence[Sequence[float]]) -> Estimate | None:
-    """Difference of two means over seeds with Welch's t interval; `None` with a single seed on either side."""
-    from scipy import stats
-
-    a, b = (np.array([v for v in side if math.isfinite(v)]) for side in values)
-    if min(len(a), len(b)) < 2:
-        return None
-    mean = float(a.mean() - b.mean())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # equal values: no spread to divide by
-        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    low, high = (float(x) if math.isfinite(x) else mean for x in (interval.low, interval.high))
-    return Estimate(mean, low, high, len(a) + len(b))
-
-
-def _larger(a: str, b: str, estimates: Sequence[Estimate | None]) -> str | None:
+def _larger(a: str, b: str, estimates: Sequence[Interval | None]) -> str | None:
     known = [e for e in estimates if e is not None and math.isfinite(e.low)]
     if known and all(e.low > 0 for e in known):
         return a
@@ -275,7 +259,7 @@ def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mappin
 
 def _strict(value: Any) -> Any:
     """Plain JSON values; estimates as objects, numbers that are not finite as `None`."""
-    if isinstance(value, Estimate):
+    if isinstance(value, Interval):
         return _strict(vars(value))
     if isinstance(value, Mapping):
         return {str(key): _strict(item) for key, item in value.items()}

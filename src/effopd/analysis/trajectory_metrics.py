@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from effopd.analysis import table_queries as frames
-from effopd.analysis.statistics import Estimate, bootstrap_mean
 from effopd.analysis.tables import read_table
+from effopd.common.statistics import Interval, bootstrap_mean
 
 #: Share of training at which "early" is looked at.
 EARLY = 0.1
@@ -108,7 +108,7 @@ def chance(last: pd.DataFrame, run: str) -> dict[str, float]:
     return {side: float((1.0 / own.loc[own["metric"] == size, "value"]).mean()) for side, size in sides.items()}
 
 
-def _evr(last: pd.DataFrame, run: str, seed: int) -> dict[str, Estimate | float] | None:
+def _evr(last: pd.DataFrame, run: str, seed: int) -> dict[str, Interval | float] | None:
     own = last[last["run"] == run]
     p = own.loc[own["metric"] == "u1_evr_null_p", "value"].dropna()
     if p.empty:

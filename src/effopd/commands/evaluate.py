@@ -247,7 +247,7 @@ def _part(task: Task, config: TaskConfig) -> str:
 def _print(result: EvalResult, n: int) -> None:
     summary = result.summary()
     rows = {
-        f"avg@{n}": f"{result.accuracy}  (95 % interval over {summary['prompts']} prompts)",
+        f"avg@{n}": f"{result.accuracy:.3f}  (95 % interval over {summary['prompts']} prompts)",
         **{name: f"{value:.3f}" for name, value in summary.items() if name.startswith("pass@") and n > 1},
         "mean score": f"{summary['mean_score']:.3f}",
         "answer length": f"{summary['mean_length']:.1f} tokens on average, {summary['max_length']} at most",

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, rank, split_between_ranks
 from effopd.common.isolation import evaluating
+from effopd.common.statistics import accuracy_interval, ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.tasks.base import Task
-from effopd.tasks.evaluate import EvalResult, accuracy_interval, evaluate
+from effopd.tasks.evaluate import EvalResult, evaluate
 
 
 def evaluate_task(
@@ -117,12 +118,3 @@ def _kl(student, teacher, sampled: EvalResult, args, vocab_size: int, pad: int, 
             batch_size=args.per_device_eval_batch_size,
         )
     return sums
-
-
-def ratio_with_error(sums: list[float], counts: list[int]) -> tuple[float, float]:
-    """Token mean Σ sums / Σ counts, and its standard error over sequences (ratio estimator, delta method)."""
-    s, c = np.asarray(sums), np.asarray(counts, dtype=np.float64)
-    mean = s.sum() / c.sum()
-    residual = s - mean * c
-    error = np.sqrt(residual.var(ddof=1) / len(s)) / c.mean() if len(s) > 1 else 0.0
-    return float(mean), float(error)

@@ -25,8 +25,8 @@ from effopd.analysis.plan import seed_names
 from effopd.common.float64 import for_float64, has_float64
 from effopd.common.isolation import evaluating
 from effopd.common.progress import Counted
+from effopd.common.statistics import ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions, shared_vocab_size
-from effopd.distill.evaluate_student import ratio_with_error
 from effopd.errors import CompatibilityError, NonFiniteWeightsError
 from effopd.interventions.options import ScanOptions
 from effopd.interventions.points import BASE, Point, Study

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from effopd.analysis import table_queries as frames
-from effopd.analysis.statistics import bootstrap_mean
 from effopd.common.optional import require
+from effopd.common.statistics import bootstrap_mean
 from effopd.report.dynamics_data import (
     Data,
     bare,

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from effopd.analysis import table_queries as frames
-from effopd.analysis.statistics import Estimate, bootstrap_mean, seed_mean
 from effopd.analysis.tables import read_table
 from effopd.common.optional import require
+from effopd.common.statistics import Interval, bootstrap_mean, student_t
 from effopd.errors import CheckpointError
 from effopd.report.style import MUTED, group_colors
 
@@ -112,20 +112,20 @@ class Data:
         Returns:
             columns mean, low, high; index step.
         """
-        found: dict[int, Estimate] = {}
+        found: dict[int, Interval] = {}
         for step, values in complete_steps(rows).groupby("step"):
             if len(self.groups[group]) > 1:
-                found[int(step)] = seed_mean(values.groupby("run", observed=True)["value"].mean())
+                found[int(step)] = student_t(values.groupby("run", observed=True)["value"].mean())
             else:
                 found[int(step)] = bootstrap_mean(values["value"], _DRAWS)
         table = pd.DataFrame({step: vars(estimate) for step, estimate in found.items()}, index=["mean", "low", "high"])
         return table.T.astype(float).dropna(subset=["mean"])
 
-    def interval(self, group: str, metric: str) -> Estimate:
+    def interval(self, group: str, metric: str) -> Interval:
         """The group's mean of a metric at the end, as in the summary."""
         values = self.summary["groups"][group]["metrics"].get(metric) or {}
         mean, low, high = (np.nan if values.get(key) is None else values[key] for key in ("mean", "low", "high"))
-        return Estimate(mean, low, high, values.get("n", 0))
+        return Interval(mean, low, high, values.get("n", 0))
 
 
 def complete_steps(rows: pd.DataFrame) -> pd.DataFrame:
