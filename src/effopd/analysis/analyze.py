@@ -29,7 +29,7 @@ from effopd.analysis.measure import (
     measure_update,
     path_of_u1,
 )
-from effopd.analysis.plan import PathLike, Plan, Run, prepare
+from effopd.analysis.plan import AnalysisPlan, AnalysisRun, PathLike, prepare
 from effopd.analysis.summary import summarize
 from effopd.analysis.tables import TABLES, TableWriter
 from effopd.common.files import write_atomically
@@ -96,7 +96,7 @@ def analyze(
     return execute(plan, progress)
 
 
-def execute(plan: Plan, progress: Callable[[int, int], object] | None = None) -> Analysis:
+def execute(plan: AnalysisPlan, progress: Callable[[int, int], object] | None = None) -> Analysis:
     """Carry out a plan: measure what is missing, then write tables and summary."""
     done = plan.progress.start()
     total = len(plan.parts) * plan.snapshots
@@ -120,7 +120,7 @@ def execute(plan: Plan, progress: Callable[[int, int], object] | None = None) ->
     return Analysis(plan.out, tables, summary)
 
 
-def batches(parts: Sequence[Part], plan: Plan) -> Iterator[list[Part]]:
+def batches(parts: Sequence[Part], plan: AnalysisPlan) -> Iterator[list[Part]]:
     """Parts of the same stored tensor together (it is read once), as many as their kept directions allow."""
     batch: list[Part] = []
     kept = 0
@@ -161,7 +161,7 @@ class _PartRecord:
         self.embeddings: list[list[Any]] = []
         self.directions: dict[str, list[tuple[int | None, Directions | None]]] = {}
 
-    def take(self, run: Run, index: int, update: Update) -> None:
+    def take(self, run: AnalysisRun, index: int, update: Update) -> None:
         """Measure snapshot `index` of `run`."""
         step, final = run.snapshots[index].step, index == len(run.snapshots) - 1
         metrics, kept = measure_update(update, self.options)
@@ -175,7 +175,7 @@ class _PartRecord:
                 self.embeddings += [[run.name, step, name, values] for name, values in picture.items()]
         self.matrices.append([run.name, step, metrics])
 
-    def finish(self, runs: Sequence[Run], picture: bool) -> dict[str, Any]:
+    def finish(self, runs: Sequence[AnalysisRun], picture: bool) -> dict[str, Any]:
         """Compare the snapshots with each other; the line of progress.jsonl."""
         record: dict[str, Any] = {"part": str(self.part.place), "matrices": self.matrices}
         record["subspaces"] = (
@@ -192,7 +192,7 @@ class _PartRecord:
         record["embeddings"] = self.embeddings
         return record
 
-    def _path(self, run: Run, picture: bool):
+    def _path(self, run: AnalysisRun, picture: bool):
         u1 = {
             step: kept.u_MK[:, 0]
             for step, kept in self.directions[run.name]
@@ -202,7 +202,7 @@ class _PartRecord:
 
 
 def measure_batch(
-    plan: Plan, batch: Sequence[Part], pictured: set[str], advance: Callable[[], object]
+    plan: AnalysisPlan, batch: Sequence[Part], pictured: set[str], advance: Callable[[], object]
 ) -> Iterator[dict[str, Any]]:
     """All snapshots of all runs, for parts of one stored tensor."""
     records = [_PartRecord(part, plan.options) for part in batch]
@@ -216,7 +216,7 @@ def measure_batch(
 
 
 def _take_snapshot(
-    records: Sequence[_PartRecord], run: Run, index: int, difference: Difference, advance: Callable[[], object]
+    records: Sequence[_PartRecord], run: AnalysisRun, index: int, difference: Difference, advance: Callable[[], object]
 ) -> None:
     """One snapshot. The previous part's update is alive while the next is made, so a shared tensor is read once; on
     return it is let go, before the next snapshot is read."""
@@ -261,7 +261,7 @@ def _padded(kept: Directions | None, size: int) -> list[float]:
 # -- tables -------------------------------------------------------------------------------------------------------
 
 
-def write_tables(plan: Plan) -> dict[str, Path]:
+def write_tables(plan: AnalysisPlan) -> dict[str, Path]:
     """All tables from the finished parts, in the order of the parts of the base."""
     squares: dict[tuple[str, int | None], float] = {}
     for record in plan.progress.records():
@@ -312,7 +312,7 @@ _ROWS: dict[str, Callable[..., Iterator[tuple[Any, ...]]]] = {
 }
 
 
-def _about(plan: Plan) -> dict[str, Any]:
+def _about(plan: AnalysisPlan) -> dict[str, Any]:
     """What the tables do not say: settings, and which runs belong together."""
     return {
         "base": str(plan.base.path),

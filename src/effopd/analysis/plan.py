@@ -32,7 +32,7 @@ _RESERVED = ("base", "final", "first")
 
 
 @dataclass(frozen=True)
-class Run:
+class AnalysisRun:
     """One trained checkpoint, or one trajectory of them. Runs of one `group` (label) differ in their seed only."""
 
     name: str
@@ -43,11 +43,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AnalysisPlan:
     """Everything an analysis needs, validated; `progress` knows what is done already."""
 
     base: Checkpoint
-    runs: tuple[Run, ...]
+    runs: tuple[AnalysisRun, ...]
     parts: tuple[Part, ...]
     options: Options
     out: Path
@@ -70,7 +70,7 @@ def prepare(
     metrics: Sequence[str] = GROUPS,
     base_spectrum: bool = False,
     seed: int = 0,
-) -> Plan:
+) -> AnalysisPlan:
     """Check every setting, file and shape; nothing is written. For the arguments see `analysis.analyze`.
 
     Raises:
@@ -89,7 +89,7 @@ def prepare(
         )
     runs = _open_runs(opened, named, steps)
     progress = Progress(Path(out), _settings(Path(base), runs, options))
-    return Plan(opened, runs, tuple(opened.parts()), options, Path(out), progress)
+    return AnalysisPlan(opened, runs, tuple(opened.parts()), options, Path(out), progress)
 
 
 def seed_names(label: str, count: int) -> list[str]:
@@ -186,16 +186,16 @@ def _check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _open_runs(
     base: Checkpoint, named: Sequence[tuple[str, str, Path]], steps: Sequence[int] | None
-) -> tuple[Run, ...]:
+) -> tuple[AnalysisRun, ...]:
     snapshots = [tuple(find_snapshots(path, steps)) for _, _, path in named]
     differences = open_differences(base, [[snapshot.path for snapshot in found] for found in snapshots])
     return tuple(
-        Run(name, group, path, found, own)
+        AnalysisRun(name, group, path, found, own)
         for (name, group, path), found, own in zip(named, snapshots, differences, strict=True)
     )
 
 
-def _settings(base: Path, runs: Sequence[Run], options: Options) -> dict[str, Any]:
+def _settings(base: Path, runs: Sequence[AnalysisRun], options: Options) -> dict[str, Any]:
     """What has to be equal for an interrupted analysis to be continued."""
     return {
         "effopd": effopd.__version__,

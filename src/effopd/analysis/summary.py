@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 
 import effopd
-from effopd.analysis import table_queries as frames
-from effopd.analysis import trajectory_metrics as over_training
+from effopd.analysis import table_queries, trajectory_metrics
 from effopd.analysis.tables import read_table
 from effopd.common.statistics import Interval, bootstrap_mean, paired_difference, student_t, welch
 from effopd.common.versions import ANALYSIS, versions
@@ -46,18 +45,18 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         out: folder with the tables.
         about: settings and runs (run → group, path, steps), copied into the summary.
     """
-    matrices = frames.with_layer(read_table(out / "matrices"))
+    matrices = table_queries.with_layer(read_table(out / "matrices"))
     runs, seed = about["runs"], about["seed"]
-    groups = frames.groups_of(runs)
-    last = frames.final(matrices, runs)
-    rows = frames.averaged(last)
-    moving = over_training.moving_runs(matrices, runs)
-    paths = over_training.trajectories(out, rows, moving, seed)
+    groups = table_queries.groups_of(runs)
+    last = table_queries.final(matrices, runs)
+    rows = table_queries.averaged(last)
+    moving = trajectory_metrics.moving_runs(matrices, runs)
+    paths = trajectory_metrics.trajectories(out, rows, moving, seed)
     if moving:
-        rows = pd.concat([rows.astype({"metric": str}), over_training.early_rows(out, moving, about["k"])])
+        rows = pd.concat([rows.astype({"metric": str}), trajectory_metrics.early_rows(out, moving, about["k"])])
     means = _means(rows, runs, seed)
     modules, layers = _norms(last, ["module"]), _norms(last, ["layer"])
-    blocks = _norms(last[last["module"].isin(frames.AVERAGED)], ["layer", "module"])
+    blocks = _norms(last[last["module"].isin(table_queries.AVERAGED)], ["layer", "module"])
     totals = {name: _total(last, name) for name in runs}
     embeddings = _embeddings(last)
     summary = {
@@ -82,7 +81,7 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         },
         "groups": {group: _group(names, totals, means, modules) for group, names in groups.items()},
         "differences": _differences(rows, groups, totals, means, seed),
-        "agreement": over_training.agreement(out, rows, runs, about["k"], seed) if len(runs) > 1 else [],
+        "agreement": trajectory_metrics.agreement(out, rows, runs, about["k"], seed) if len(runs) > 1 else [],
         "notes": [*([HEAD_APART] if about.get("head_apart") else []), *_notes(matrices, last, runs)],
     }
     return _strict(summary)
@@ -93,7 +92,7 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _means(rows: pd.DataFrame, runs: Iterable[str], seed: int) -> dict[str, dict[str, Interval]]:
     """run → metric → mean over attention and MLP matrices."""
-    rows = rows[~rows["metric"].isin((*frames.SIZES, "share_of_total"))]
+    rows = rows[~rows["metric"].isin((*table_queries.SIZES, "share_of_total"))]
     found: dict[str, dict[str, Interval]] = {run: {} for run in runs}
     for (run, metric), values in rows.groupby(["run", "metric"], observed=True, sort=False)["value"]:
         found[str(run)][str(metric)] = bootstrap_mean(values, seed=seed)
@@ -128,7 +127,7 @@ def _layers(
     rows = []
     for layer in sorted(key for key in layers if key >= 0):
         row: dict[str, Any] = {"layer": int(layer), **{n: layers[layer][n] for n in ("norm", "share")}}
-        for module in frames.AVERAGED:
+        for module in table_queries.AVERAGED:
             block = blocks.get((layer, module), {"norm": math.nan, "share": math.nan})
             row |= {f"{module}_norm": block["norm"], f"{module}_share": block["share"]}
         rows.append(row)
@@ -155,7 +154,7 @@ def _parts(last: pd.DataFrame, run: str) -> dict[str, Any]:
     return {
         "parts": len(sizes),
         "matrices": len(matrices),
-        "averaged": int(matrices["module"].isin(frames.AVERAGED).sum()),
+        "averaged": int(matrices["module"].isin(table_queries.AVERAGED).sum()),
         "modules": by_module,
         "other": [str(name) for name in sizes.loc[sizes["module"] == "other", "matrix"]],
     }
@@ -188,7 +187,7 @@ def _differences(
     """For each pair of groups and metric: mean of a − b over the same matrices (each averaged over its seeds)."""
     names = {metric for found in means.values() for metric in found}
     wide = {
-        str(metric): frames.by_matrix(values)
+        str(metric): table_queries.by_matrix(values)
         for metric, values in rows[rows["metric"].isin(names)].groupby("metric", observed=True, sort=False)
     }
     result = []
@@ -241,7 +240,7 @@ def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mappin
                 "than half as large as the update; effective rank and small singular values there are those of the "
                 "rounding. Analyse float32 checkpoints if there are any."
             )
-    for group, names in frames.groups_of(runs).items():
+    for group, names in table_queries.groups_of(runs).items():
         ends = {runs[name]["steps"][-1] for name in names}
         if len(ends) > 1:
             notes.append(

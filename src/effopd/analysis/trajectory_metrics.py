@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from effopd.analysis import table_queries as frames
+from effopd.analysis import table_queries
 from effopd.analysis.tables import read_table
 from effopd.common.statistics import Interval, bootstrap_mean
 
@@ -23,13 +23,13 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 def moving_runs(matrices: pd.DataFrame, runs: Runs) -> dict[str, list[int]]:
     """Runs with at least two snapshots that moved → the steps of those."""
-    moved = {name: frames.moved_steps(matrices, name) for name in runs}
+    moved = {name: table_queries.moved_steps(matrices, name) for name in runs}
     return {name: steps for name, steps in moved.items() if len(steps) > 1}
 
 
 def early_step(steps: list[int]) -> int:
     """The snapshot nearest to 10 % of training."""
-    return frames.nearest(steps, EARLY * steps[-1])
+    return table_queries.nearest(steps, EARLY * steps[-1])
 
 
 def quoted(k: int) -> list[int]:
@@ -122,5 +122,5 @@ def _evr(last: pd.DataFrame, run: str, seed: int) -> dict[str, Interval | float]
 
 def _averaged(out: Path, filters: list[tuple[str, str, Any]]) -> pd.DataFrame:
     """Rows of the `subspaces` table of attention and MLP matrices (it holds no vectors)."""
-    rows = frames.with_layer(read_table(out / "subspaces", filters))
-    return rows[rows["module"].isin(frames.AVERAGED)]
+    rows = table_queries.with_layer(read_table(out / "subspaces", filters))
+    return rows[rows["module"].isin(table_queries.AVERAGED)]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from effopd.analysis.analyze import SUMMARY, Analysis, execute
 from effopd.analysis.measure import GROUPS
-from effopd.analysis.plan import Plan, labelled, prepare
+from effopd.analysis.plan import AnalysisPlan, labelled, prepare
 from effopd.common.optional import is_available
 from effopd.common.progress import Counted
 from effopd.errors import ConfigError
@@ -119,7 +119,7 @@ def _count(n: int, word: str) -> str:
     return f"{n} {word}{'' if n == 1 else 's'}"
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
+def plan_of(arguments: argparse.Namespace) -> AnalysisPlan:
     """Flags → a checked plan; nothing is written.
 
     Raises:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effopd.analysis import table_queries as frames
+from effopd.analysis import table_queries
 from effopd.common.optional import require
 from effopd.common.statistics import bootstrap_mean
 from effopd.report.dynamics_data import (
@@ -43,7 +43,7 @@ def subspaces(data: Data, path: Path, side: str) -> Path | None:
     if not moving or "subspaces" not in data.summary["settings"]["metrics"]:
         return None
     rows = data.table("subspaces", [("reference", "==", "final"), ("metric", "in", list(readings))])
-    rows = rows[rows["module"].isin(frames.AVERAGED)].dropna(subset=["value"])
+    rows = rows[rows["module"].isin(table_queries.AVERAGED)].dropna(subset=["value"])
     if rows.empty:
         return None
     figure, axes = figure_of(len(moving), 3, width=4.2, height=2.5, sharex="col", sharey="row")
@@ -112,12 +112,12 @@ def first_last(data: Data, path: Path) -> Path | None:
     if not data.moving or "subspaces" not in data.summary["settings"]["metrics"]:
         return None
     rows = data.table("subspaces", [("reference", "==", "first"), ("metric", "==", "left_cosine")])
-    rows = rows[rows["module"].isin(frames.AVERAGED) & (rows["layer"] >= 0)]
+    rows = rows[rows["module"].isin(table_queries.AVERAGED) & (rows["layer"] >= 0)]
     if rows.empty:
         return None
     rows = rows.assign(matrix=rows["matrix"].astype(str).map(short_matrix))
     order = list(dict.fromkeys(zip(rows["module"].astype(str), rows["matrix"], strict=True)))
-    order.sort(key=lambda key: (frames.AVERAGED.index(key[0]), matrix_rank(key[1])))
+    order.sort(key=lambda key: (table_queries.AVERAGED.index(key[0]), matrix_rank(key[1])))
     names = [matrix for _, matrix in order]
     layers = sorted(rows["layer"].unique())
     height = float(np.clip(0.34 * len(layers) + 1.2, 2.4, 9.0))
@@ -196,12 +196,12 @@ def _pictured(rows: pd.DataFrame, kind: str) -> list[tuple[int, str, str]]:
     """First and last layer's attention and MLP matrix, out of those with a t-SNE picture if there are any."""
     chosen = rows[rows["metric"] == "tsne1"]
     if chosen.empty and kind == "pc":
-        chosen = rows[(rows["metric"] == "pc1") & rows["module"].isin(frames.AVERAGED)]
+        chosen = rows[(rows["metric"] == "pc1") & rows["module"].isin(table_queries.AVERAGED)]
     columns = (chosen["layer"], chosen["module"].astype(str), chosen["matrix"].astype(str))
     places = sorted(
-        set(zip(*columns, strict=True)), key=lambda place: (frames.AVERAGED.index(place[1]), place[0], place[2])
+        set(zip(*columns, strict=True)), key=lambda place: (table_queries.AVERAGED.index(place[1]), place[0], place[2])
     )
-    by_module = [[place for place in places if place[1] == module] for module in frames.AVERAGED]
+    by_module = [[place for place in places if place[1] == module] for module in table_queries.AVERAGED]
     return [place for own in by_module for place in dict.fromkeys((own[0], own[-1]) if own else ())]
 
 
@@ -228,7 +228,7 @@ def _explained(axes, data: Data, groups: dict[str, str]) -> None:
         axis = axes[row][-1]
         own = data.last[data.last["run"].isin(data.moving[group])]
         for x, (metric, color) in enumerate((("u1_evr", data.colors[group]), ("u1_evr_null_mean", MUTED))):
-            values = frames.by_matrix(own[own["metric"] == metric]).mean(axis=1).dropna()
+            values = table_queries.by_matrix(own[own["metric"] == metric]).mean(axis=1).dropna()
             if values.empty:
                 continue
             jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(values))
@@ -250,7 +250,7 @@ def agreement(data: Data, path: Path) -> Path | None:
         return None
     wanted = ["left_overlap", "right_overlap"]
     rows = data.table("subspaces", [("reference", "in", list(data.runs)), ("metric", "in", wanted)])
-    rows = rows[rows["module"].isin(frames.AVERAGED)].dropna(subset=["value"])
+    rows = rows[rows["module"].isin(table_queries.AVERAGED)].dropna(subset=["value"])
     if rows.empty:
         return None
     group = {run: values["group"] for run, values in data.runs.items()}
@@ -285,7 +285,7 @@ def agreement(data: Data, path: Path) -> Path | None:
 
 def _over_pairs(rows: pd.DataFrame):
     """Mean over matrices for each k, with the bootstrap interval; pairs of runs are averaged first."""
-    per_matrix = rows.groupby(["k", *frames.PLACE], observed=True)["value"].mean()
+    per_matrix = rows.groupby(["k", *table_queries.PLACE], observed=True)["value"].mean()
     estimates = {k: bootstrap_mean(values, 500) for k, values in per_matrix.groupby("k")}
     line = pd.Series({k: estimate.mean for k, estimate in estimates.items()})
     return line, [e.low for e in estimates.values()], [e.high for e in estimates.values()]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effopd.analysis import table_queries as frames
+from effopd.analysis import table_queries
 from effopd.analysis.tables import read_table
 from effopd.common.optional import require
 from effopd.common.statistics import Interval, bootstrap_mean, student_t
@@ -50,19 +50,19 @@ class Data:
                 f"({error}). Run the analysis, or continue it, first."
             ) from error
         self.runs: dict[str, dict[str, Any]] = self.summary["runs"]
-        self.groups = frames.groups_of(self.runs)
+        self.groups = table_queries.groups_of(self.runs)
         self.colors = group_colors(self.groups)
         self.k: int = self.summary["settings"]["k"]
 
     @cached_property
     def matrices(self) -> pd.DataFrame:
         """The `matrices` table; layers as integers, −1 outside the layers."""
-        return frames.with_layer(read_table(self.out / "matrices"))
+        return table_queries.with_layer(read_table(self.out / "matrices"))
 
     @cached_property
     def averaged(self) -> pd.DataFrame:
         """Its rows of attention and MLP matrices."""
-        return frames.averaged(self.matrices)
+        return table_queries.averaged(self.matrices)
 
     @cached_property
     def at_rest(self) -> pd.Series:
@@ -79,11 +79,11 @@ class Data:
     @cached_property
     def last(self) -> pd.DataFrame:
         """The averaged rows of each run's last snapshot."""
-        return frames.final(self.averaged, self.runs)
+        return table_queries.final(self.averaged, self.runs)
 
     def table(self, name: str, filters: Sequence[tuple[str, str, Any]] | None = None) -> pd.DataFrame:
         """Another table, layers as integers."""
-        return frames.with_layer(read_table(self.out / name, filters))
+        return table_queries.with_layer(read_table(self.out / name, filters))
 
     def has(self, metric: str) -> bool:
         """Whether a metric was measured and is defined somewhere."""
@@ -230,7 +230,7 @@ def lines_over_steps(axis, data: Data, rows: pd.DataFrame) -> None:
             axis.plot(band.index, band["mean"], color=color, linewidth=2)
             y = float(band["mean"].iloc[-1])
         else:
-            y = float(frames.final(own, {run: data.runs[run] for run in runs})["value"].mean())
+            y = float(table_queries.final(own, {run: data.runs[run] for run in runs})["value"].mean())
             axis.axhline(y, color=color, linewidth=1.4, linestyle=(0, (5, 3)))
             extent.append(y)
         labels.append((float(right), y, data.label(group), color))
@@ -266,12 +266,12 @@ def strips(axis, data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, 
     Args:
         extra: (metric, name) of a reference that gets a grey column of its own, e.g. the noise floor.
     """
-    wide = frames.by_matrix(rows[rows["metric"] == metric])
+    wide = table_queries.by_matrix(rows[rows["metric"] == metric])
     columns = [
         (group, wide.reindex(columns=runs).mean(axis=1), data.colors[group]) for group, runs in data.groups.items()
     ]
     if extra is not None:
-        columns.append((extra[1], frames.by_matrix(rows[rows["metric"] == extra[0]]).mean(axis=1), MUTED))
+        columns.append((extra[1], table_queries.by_matrix(rows[rows["metric"] == extra[0]]).mean(axis=1), MUTED))
     everything = pd.concat([values for _, values, _ in columns]).dropna()
     if len(everything) and everything.min() > 0 and everything.max() > 30 * everything.min():
         axis.set_yscale("log")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effopd.analysis import table_queries as frames
+from effopd.analysis import table_queries
 from effopd.report import direction_figures
 from effopd.report.dynamics_data import (
     MODULE_COLORS,
@@ -192,7 +192,7 @@ def embeddings(data: Data, path: Path) -> Path | None:
     for axis, (group, run) in zip(axes[0][int(compare) :], shown.items(), strict=True):
         xy = points[points["run"] == run].pivot(index="point", columns="metric", values="value").astype(float)
         _moves(axis, xy, data.colors[group])
-        turned = frames.at_step(shift, run, data.runs[run]["steps"][-1])["value"].iloc[0]
+        turned = table_queries.at_step(shift, run, data.runs[run]["steps"][-1])["value"].iloc[0]
         axis.set_title(f"{run}: 1 − mean cosine = {turned:.2g}", color=data.colors[group])
     note = "Principal-component plane fitted on base and trained rows; grey: base, colour: trained, joined by a line."
     return save(figure, path, f"How far the embeddings ({matrix}) turned", note)
@@ -203,7 +203,7 @@ def _shift(axis, data: Data, shift: pd.DataFrame) -> None:
     if data.moving:
         lines_over_steps(axis, data, shift)
     else:
-        last = frames.final(shift, data.runs)
+        last = table_queries.final(shift, data.runs)
         for x, (group, runs) in enumerate(data.groups.items()):
             value = float(last.loc[last["run"].isin(runs), "value"].mean())
             axis.bar(x, value, color=data.colors[group], width=0.5)
