@@ -37,7 +37,7 @@ from effopd.report.run_figures import quality_figure
 from effopd.report.run_page import write_run_page
 from effopd.report.style import quiet_style, save
 from effopd.runs.console import held_out
-from effopd.runs.records import EVALS, SEARCHES
+from effopd.runs.records import EVALS, SEARCHES, read_evaluations
 from effopd.tasks import TaskConfig
 from effopd.tasks import builtin_models as testbed
 
@@ -284,7 +284,7 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
     so that a run like vanilla itself is 1.00×. Net: search charged, evaluation not. `speedup` and
     `speedup_by_gap_closed` at the top are the paper's EffOPD's.
     """
-    rows = {arm: list(read_rows(root / arm / EVALS)) for arm in ARMS}
+    rows = {arm: read_evaluations(root / arm) for arm in ARMS}
     target = final_target(rows["vanilla"])
     summary: dict[str, Any] = {
         "family": arguments.family,
@@ -300,10 +300,10 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
             "steps": cost.steps,
             "seconds": cost.seconds,
             "generated_tokens": cost.generated_tokens,
-            "start_kl": arm_rows[0]["eval_kl"],
+            "start_kl": arm_rows[0].kl,
             "final_kl": final_target(arm_rows),
-            "final_accuracy": last["eval_accuracy"],
-            "final_accuracy_ci95": [last["eval_accuracy_low"], last["eval_accuracy_high"]],
+            "final_accuracy": last.accuracy,
+            "final_accuracy_ci95": [last.accuracy_low, last.accuracy_high],
         }
     own = first_reach(rows["vanilla"], target)
     for arm in AHEAD:

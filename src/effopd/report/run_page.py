@@ -20,7 +20,7 @@ from effopd.errors import ConfigError
 from effopd.report.run_figures import quality_figure, search_figure, training_figure
 from effopd.report.style import quiet_style
 from effopd.runs.best_model import full_name
-from effopd.runs.records import CONFIG, EVALS, METRICS, SEARCHES
+from effopd.runs.records import CONFIG, EVALS, METRICS, SEARCHES, EvaluationRecord
 from effopd.runs.run_dir import read_kept
 
 PHASES = ("rollout", "teacher", "update", "search", "eval", "other")
@@ -161,7 +161,7 @@ def _last(run: RunRows) -> dict[str, str]:
         found["steps"] += f" (the model is that of step {kept.step}, the best by {full_name(kept.metric)})"
     if kl:
         found["KL"] = f"{kl[-1]['eval_kl']:.5f} ± {kl[-1].get('eval_kl_se', float('nan')):.5f}"
-        found["late KL"] = f"{final_target(kl):.5f}"
+        found["late KL"] = f"{final_target([EvaluationRecord.from_row(row) for row in kl]):.5f}"
     if "eval_accuracy" in row:
         low, high = row.get("eval_accuracy_low"), row.get("eval_accuracy_high")
         found["accuracy"] = f"{row['eval_accuracy']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
