@@ -123,14 +123,14 @@ def execute(plan: AnalysisPlan, progress: Callable[[int, int], object] | None = 
 def batches(parts: Sequence[Part], plan: AnalysisPlan) -> Iterator[list[Part]]:
     """Parts of the same stored tensor together (it is read once), as many as their kept directions allow."""
     batch: list[Part] = []
-    kept = 0
+    stored = 0
     for part in parts:
         size = 4 * plan.options.k * sum(part.shape) * plan.snapshots if part.is_matrix else 0
-        if batch and (part.tensor != batch[0].tensor or kept + size > _KEPT):
+        if batch and (part.tensor != batch[0].tensor or stored + size > _KEPT):
             yield batch
-            batch, kept = [], 0
+            batch, stored = [], 0
         batch.append(part)
-        kept += size
+        stored += size
     if batch:
         yield batch
 
@@ -164,9 +164,9 @@ class _PartRecord:
     def take(self, run: AnalysisRun, index: int, update: Update) -> None:
         """Measure snapshot `index` of `run`."""
         step, final = run.snapshots[index].step, index == len(run.snapshots) - 1
-        metrics, kept = measure_update(update, self.options)
+        metrics, leading = measure_update(update, self.options)
         if self.part.is_matrix:
-            self.directions.setdefault(run.name, []).append((step, kept))
+            self.directions.setdefault(run.name, []).append((step, leading))
             if final and ("rotation" in self.options.metrics or self.options.base_spectrum):
                 self.base = self.base or BaseOfPart(update.base, self.options)
                 metrics |= measure_base(update, self.base, self.options)
@@ -194,9 +194,9 @@ class _PartRecord:
 
     def _path(self, run: AnalysisRun, picture: bool):
         u1 = {
-            step: kept.u_MK[:, 0]
-            for step, kept in self.directions[run.name]
-            if step is not None and kept is not None and kept.has_first
+            step: leading.u_MK[:, 0]
+            for step, leading in self.directions[run.name]
+            if step is not None and leading is not None and leading.has_first
         }
         return path_of_u1(list(u1), u1, self.options, picture)
 
@@ -236,10 +236,10 @@ def subspace_rows(
     rows: list[list[Any]] = []
     for run, path in directions.items():
         final_step, final = path[-1]
-        for step, kept in path:
-            values = compare(kept, final, size) | {"singular_value": _padded(kept, size)}
+        for step, leading in path:
+            values = compare(leading, final, size) | {"singular_value": _padded(leading, size)}
             rows += [[run, step, "final", name, numbers] for name, numbers in values.items()]
-        first = next((kept for _, kept in path if kept is not None and kept.has_first), None)
+        first = next((leading for _, leading in path if leading is not None and leading.has_first), None)
         if first is not None and first is not final:
             values = compare(first, final, 1)
             rows += [
@@ -253,9 +253,9 @@ def subspace_rows(
     return rows
 
 
-def _padded(kept: Directions | None, size: int) -> list[float]:
-    found = [] if kept is None else kept.s_K[:size].tolist()
-    return found + [0.0] * (size - len(found))
+def _padded(leading: Directions | None, size: int) -> list[float]:
+    values = [] if leading is None else leading.s_K[:size].tolist()
+    return values + [0.0] * (size - len(values))
 
 
 # -- tables -------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         ConfigError: not LABEL=DIR, or a label that cannot be used.
     """
-    found: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     for text in texts:
         label, equals, path = text.partition("=")
         if not (label and equals and path):
@@ -111,8 +111,8 @@ def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
                 f"--trained: expected LABEL=DIR, got {text!r}. Write for example --trained opd={text.strip('=')}."
             )
         _check_label(label)
-        found.setdefault(label, []).append(path)
-    return found
+        paths.setdefault(label, []).append(path)
+    return paths
 
 
 def _check_label(label: str) -> None:
@@ -156,8 +156,8 @@ def resolve_device(device: str | None) -> str:
         ConfigError: not a device of this machine, or one without float64 (mps).
     """
     if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found.type if found is not None and has_float64(found) else "cpu"
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator.type if accelerator is not None and has_float64(accelerator) else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -188,10 +188,10 @@ def _open_runs(
     base: Checkpoint, named: Sequence[tuple[str, str, Path]], steps: Sequence[int] | None
 ) -> tuple[AnalysisRun, ...]:
     snapshots = [tuple(find_snapshots(path, steps)) for _, _, path in named]
-    differences = open_differences(base, [[snapshot.path for snapshot in found] for found in snapshots])
+    differences = open_differences(base, [[snapshot.path for snapshot in of_run] for of_run in snapshots])
     return tuple(
-        AnalysisRun(name, group, path, found, own)
-        for (name, group, path), found, own in zip(named, snapshots, differences, strict=True)
+        AnalysisRun(name, group, path, of_run, of_run_differences)
+        for (name, group, path), of_run, of_run_differences in zip(named, snapshots, differences, strict=True)
     )
 
 

@@ -93,10 +93,10 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
 def _means(rows: pd.DataFrame, runs: Iterable[str], seed: int) -> dict[str, dict[str, Interval]]:
     """run → metric → mean over attention and MLP matrices."""
     rows = rows[~rows["metric"].isin((*table_queries.SIZES, "share_of_total"))]
-    found: dict[str, dict[str, Interval]] = {run: {} for run in runs}
+    means: dict[str, dict[str, Interval]] = {run: {} for run in runs}
     for (run, metric), values in rows.groupby(["run", "metric"], observed=True, sort=False)["value"]:
-        found[str(run)][str(metric)] = bootstrap_mean(values, seed=seed)
-    return found
+        means[str(run)][str(metric)] = bootstrap_mean(values, seed=seed)
+    return means
 
 
 def _total(last: pd.DataFrame, run: str) -> float:
@@ -110,15 +110,15 @@ def _norms(last: pd.DataFrame, by: list[str]) -> dict[str, dict[Any, dict[str, f
     value = wanted["value"].where(wanted["metric"] != "frobenius_norm", wanted["value"] ** 2)
     keys = ["run", *by, "metric"]
     sums = wanted.assign(value=value).groupby(keys, observed=True, sort=False)["value"].sum(min_count=1)
-    found: dict[str, dict[Any, dict[str, float]]] = {}
+    norms: dict[str, dict[Any, dict[str, float]]] = {}
     for key, value in sums.items():
         run, *where, metric = key
-        place = found.setdefault(str(run), {}).setdefault(where[0] if len(where) == 1 else tuple(where), {})
+        place = norms.setdefault(str(run), {}).setdefault(where[0] if len(where) == 1 else tuple(where), {})
         if metric == "frobenius_norm":
             place["norm"] = math.sqrt(value)
         else:
             place["share" if metric == "share_of_total" else "parameters"] = value
-    return found
+    return norms
 
 
 def _layers(
@@ -137,10 +137,10 @@ def _layers(
 def _embeddings(last: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     """run → matrix → metric, for embedding and head."""
     names = ("row_cosine_mean", "row_cosine_min", "rows_moved_share")
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    values: dict[str, dict[str, dict[str, float]]] = {}
     for row in last[last["metric"].isin(names)].itertuples():
-        found.setdefault(str(row.run), {}).setdefault(str(row.matrix), {})[str(row.metric)] = row.value
-    return found
+        values.setdefault(str(row.run), {}).setdefault(str(row.matrix), {})[str(row.metric)] = row.value
+    return values
 
 
 def _parts(last: pd.DataFrame, run: str) -> dict[str, Any]:
@@ -166,14 +166,14 @@ def _parts(last: pd.DataFrame, run: str) -> dict[str, Any]:
 def _group(names: Sequence[str], totals, means, modules) -> dict[str, Any]:
     """A label's runs together: means over seeds, or the single run's own means and intervals over matrices."""
     one = len(names) == 1
-    found = {
+    over_seeds = {
         metric: student_t([means[n][metric].mean for n in names if metric in means[n]]) for metric in means[names[0]]
     }
     return {
         "runs": list(names),
         "interval_over": "matrices" if one else "seeds",
         "update_norm": student_t([totals[name] for name in names]),
-        "metrics": means[names[0]] if one else found,
+        "metrics": means[names[0]] if one else over_seeds,
         "modules": {
             module: {key: student_t([modules[n][module][key] for n in names]) for key in ("norm", "share")}
             for module in modules[names[0]]
@@ -185,7 +185,7 @@ def _differences(
     rows: pd.DataFrame, groups: Mapping[str, list[str]], totals, means, seed: int
 ) -> list[dict[str, Any]]:
     """For each pair of groups and metric: mean of a − b over the same matrices (each averaged over its seeds)."""
-    names = {metric for found in means.values() for metric in found}
+    names = {metric for of_run in means.values() for metric in of_run}
     wide = {
         str(metric): table_queries.by_matrix(values)
         for metric, values in rows[rows["metric"].isin(names)].groupby("metric", observed=True, sort=False)
@@ -226,8 +226,8 @@ def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mappin
                 "directions are undefined."
             )
             continue
-        own = matrices[matrices["run"] == name]
-        start = own[(own["step"] == 0) & (own["metric"] == "frobenius_norm")]["value"]
+        of_run = matrices[matrices["run"] == name]
+        start = of_run[(of_run["step"] == 0) & (of_run["metric"] == "frobenius_norm")]["value"]
         if 0 in run["steps"] and float(start.abs().sum()) > 0:
             notes.append(
                 f"{name}: step 0 differs from the base (update norm {math.sqrt(float(start.pow(2).sum())):.3g}), so this "

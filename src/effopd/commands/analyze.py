@@ -213,8 +213,8 @@ def _metrics_table(summary: Mapping[str, Any]) -> Table:
         if all(value is None or value["mean"] is None for value in values):
             continue
         cells = [_estimate(value, style) for value in values]
-        found = None if not pair or metric in _YARDSTICKS else pair["metrics"].get(metric)
-        table.add_row(escape(name), *cells, *([_mark(found)] if pair else []))
+        difference = None if not pair or metric in _YARDSTICKS else pair["metrics"].get(metric)
+        table.add_row(escape(name), *cells, *([_mark(difference)] if pair else []))
     return table
 
 
@@ -246,11 +246,11 @@ def _only_pair(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return summary["differences"][0] if len(summary["differences"]) == 1 else None
 
 
-def _mark(found: Mapping[str, Any] | None) -> str:
+def _mark(difference: Mapping[str, Any] | None) -> str:
     """The larger group, a dot when none is beyond the interval, nothing when there is no interval."""
-    if found is None or all(found.get(over) is None for over in ("over_matrices", "over_seeds")):
+    if difference is None or all(difference.get(over) is None for over in ("over_matrices", "over_seeds")):
         return ""
-    return escape(found["larger"] or "·")
+    return escape(difference["larger"] or "·")
 
 
 def _sentences(summary: Mapping[str, Any]) -> list[str]:

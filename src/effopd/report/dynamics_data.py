@@ -93,8 +93,8 @@ class Data:
     @property
     def moving(self) -> dict[str, list[str]]:
         """Groups, reduced to runs with a trajectory of at least two snapshots that moved."""
-        kept = {g: [r for r in runs if self.runs[r]["trajectory"]] for g, runs in self.groups.items()}
-        return {group: runs for group, runs in kept.items() if runs}
+        moving = {g: [r for r in runs if self.runs[r]["trajectory"]] for g, runs in self.groups.items()}
+        return {group: runs for group, runs in moving.items() if runs}
 
     def label(self, group: str) -> str:
         """The group's name, with the number of seeds where there are several."""
@@ -112,13 +112,15 @@ class Data:
         Returns:
             columns mean, low, high; index step.
         """
-        found: dict[int, Interval] = {}
+        intervals: dict[int, Interval] = {}
         for step, values in complete_steps(rows).groupby("step"):
             if len(self.groups[group]) > 1:
-                found[int(step)] = student_t(values.groupby("run", observed=True)["value"].mean())
+                intervals[int(step)] = student_t(values.groupby("run", observed=True)["value"].mean())
             else:
-                found[int(step)] = bootstrap_mean(values["value"], _DRAWS)
-        table = pd.DataFrame({step: vars(estimate) for step, estimate in found.items()}, index=["mean", "low", "high"])
+                intervals[int(step)] = bootstrap_mean(values["value"], _DRAWS)
+        table = pd.DataFrame(
+            {step: vars(estimate) for step, estimate in intervals.items()}, index=["mean", "low", "high"]
+        )
         return table.T.astype(float).dropna(subset=["mean"])
 
     def interval(self, group: str, metric: str) -> Interval:
@@ -219,18 +221,18 @@ def lines_over_steps(axis, data: Data, rows: pd.DataFrame) -> None:
     right = max(steps[-1] for runs in data.moving.values() for steps in map(data.steps, runs))
     for group, runs in data.groups.items():
         color, moving = data.colors[group], data.moving.get(group)
-        own = rows[rows["run"].isin(moving or runs)]
+        of_group = rows[rows["run"].isin(moving or runs)]
         if moving:
-            band = data.band(group, own)
+            band = data.band(group, of_group)
             if band.empty:
                 continue
-            extent += [*_single_seeds(axis, own, moving, color), *band["mean"]]
+            extent += [*_single_seeds(axis, of_group, moving, color), *band["mean"]]
             extent += [] if len(moving) > 1 else [*band["low"], *band["high"]]
             axis.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.15, linewidth=0)
             axis.plot(band.index, band["mean"], color=color, linewidth=2)
             y = float(band["mean"].iloc[-1])
         else:
-            y = float(table_queries.final(own, {run: data.runs[run] for run in runs})["value"].mean())
+            y = float(table_queries.final(of_group, {run: data.runs[run] for run in runs})["value"].mean())
             axis.axhline(y, color=color, linewidth=1.4, linestyle=(0, (5, 3)))
             extent.append(y)
         labels.append((float(right), y, data.label(group), color))
@@ -278,10 +280,10 @@ def strips(axis, data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, 
     for x, (group, values, color) in enumerate(columns):
         modules = values.index.get_level_values("module")
         for module, marker in (("attention", "o"), ("mlp", "^")):
-            own = values[modules == module].dropna()
-            jitter = np.random.default_rng(0).uniform(-0.13, 0.13, len(own))
+            of_module = values[modules == module].dropna()
+            jitter = np.random.default_rng(0).uniform(-0.13, 0.13, len(of_module))
             size = float(np.clip(900 / max(1, len(values)), 3, 16))
-            axis.scatter(x - 0.1 + jitter, own, s=size, marker=marker, color=color, alpha=0.45, linewidth=0)
+            axis.scatter(x - 0.1 + jitter, of_module, s=size, marker=marker, color=color, alpha=0.45, linewidth=0)
         estimate = data.interval(group, metric) if group in data.groups else bootstrap_mean(values, _DRAWS)
         axis.plot([x + 0.22] * 2, [estimate.low, estimate.high], color=color, linewidth=2.2, solid_capstyle="butt")
         axis.plot([x + 0.22], [estimate.mean], marker="D", color=color, markersize=5)

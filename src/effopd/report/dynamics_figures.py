@@ -79,9 +79,11 @@ def _norms_over_steps(figure, data: Data, panels: Sequence[str | None]) -> None:
     rows = data.matrices[data.matrices["metric"] == "frobenius_norm"]
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, module in zip(axes, panels, strict=True):
-        own = rows if module is None else rows[rows["module"] == module]
+        of_module = rows if module is None else rows[rows["module"] == module]
         total = (
-            own.assign(value=own["value"] ** 2).groupby(["run", "step"], observed=True, dropna=False)["value"].sum()
+            of_module.assign(value=of_module["value"] ** 2)
+            .groupby(["run", "step"], observed=True, dropna=False)["value"]
+            .sum()
             ** 0.5
         )
         lines_over_steps(axis, data, total.reset_index())

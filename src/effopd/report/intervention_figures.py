@@ -66,22 +66,22 @@ def _reference(axis, table: pd.DataFrame, metric: str, colors: dict[str, str], v
     """Lines across: the base, and each group's trained model (mean over its seeds)."""
     draw_line = axis.axvline if vertical else axis.axhline
     rows = table[table["scan"] == "reference"]
-    for group, found in rows.groupby("group", sort=False):
+    for group, of_group in rows.groupby("group", sort=False):
         color = _BASE if group == "base" else colors.get(group)
         if color is not None:
             label = "base" if group == "base" else f"{group}, trained"
-            draw_line(found[metric].mean(), color=color, linestyle=":", linewidth=1.2, label=label, zorder=1)
+            draw_line(of_group[metric].mean(), color=color, linestyle=":", linewidth=1.2, label=label, zorder=1)
 
 
 def _summary(rows: pd.DataFrame, key: str, metric: str, x: str | None = None) -> pd.DataFrame:
     """Columns x, mean, low, high: one row a value of `key`; the band is over seeds, or over prompts for a single one."""
     out = []
-    for value, found in rows.groupby(key, sort=True):
-        values = found[metric].astype(float)
+    for value, of_value in rows.groupby(key, sort=True):
+        values = of_value[metric].astype(float)
         low, high = values.min(), values.max()
-        if len(found) == 1:
-            low, high = (float(found[f"{metric}_{end}"].iloc[0]) for end in ("low", "high"))
-        where = float(found[x].mean()) if x else float(value)
+        if len(of_value) == 1:
+            low, high = (float(of_value[f"{metric}_{end}"].iloc[0]) for end in ("low", "high"))
+        where = float(of_value[x].mean()) if x else float(value)
         out.append({"x": where, "mean": values.mean(), "low": low, "high": high})
     return pd.DataFrame(out, columns=["x", "mean", "low", "high"])
 
@@ -177,10 +177,10 @@ def window_figure(plt, table: pd.DataFrame, metrics: list[str]):
     figure, axes = _grid(plt, len(metrics) + 1, len(modules), sharex=True, sharey="row")
     for j, module in enumerate(modules):
         for k, (group, color) in enumerate(colors.items()):
-            found = rows[(rows["group"] == group) & (rows["module"] == module)]
+            of_group = rows[(rows["group"] == group) & (rows["module"] == module)]
             for i, metric in enumerate(metrics):
-                _line(axes[i][j], _summary(found, "centre", metric), color, group)
-            norms = found.groupby("centre")["layer_norm"].mean()
+                _line(axes[i][j], _summary(of_group, "centre", metric), color, group)
+            norms = of_group.groupby("centre")["layer_norm"].mean()
             width = 0.8 / len(colors)
             shift = width * (k - (len(colors) - 1) / 2)
             axes[-1][j].bar(norms.index.to_numpy(float) + shift, norms.to_numpy(float), width, color=color, alpha=0.7)
@@ -208,8 +208,8 @@ def swap_figure(plt, table: pd.DataFrame, metrics: list[str]):
         for i, metric in enumerate(metrics):
             axis = axes[i][j]
             for k, (group, color) in enumerate(colors.items()):
-                found = rows[(rows["group"] == group) & (rows["side"] == side)]
-                summary = _summary(found.assign(place=found["unit"].map(units.index)), "place", metric)
+                of_group = rows[(rows["group"] == group) & (rows["side"] == side)]
+                summary = _summary(of_group.assign(place=of_group["unit"].map(units.index)), "place", metric)
                 _points(axis, summary.x + 0.16 * (k - (len(colors) - 1) / 2), summary, color, group, horizontal=True)
             _reference(axis, table, metric, colors, vertical=True)
             axis.set_xlabel(_LABELS[metric])
@@ -226,8 +226,8 @@ def rank_figure(plt, table: pd.DataFrame, metrics: list[str]):
     for j, end in enumerate(ends):
         for i, metric in enumerate(metrics):
             for group, color in colors.items():
-                found = rows[(rows["group"] == group) & (rows["end"] == end)]
-                _line(axes[i][j], _summary(found, "percent", metric), color, group)
+                of_group = rows[(rows["group"] == group) & (rows["end"] == end)]
+                _line(axes[i][j], _summary(of_group, "percent", metric), color, group)
             _reference(axes[i][j], table, metric, colors)
             axes[i][0].set_ylabel(_LABELS[metric])
         axes[0][j].set_title({"top": "leading components", "bottom": "trailing components, norm untouched"}[end])
@@ -254,9 +254,9 @@ def norm_scaling_figure(plt, table: pd.DataFrame, metrics: list[str]):
         axes[0][j].set_title(group)
         for i, metric in enumerate(metrics):
             for step in steps:
-                found = rows[(rows["group"] == group) & (rows["step"] == step)]
-                if len(found):
-                    _line(axes[i][j], _summary(found, "beta", metric), shades[step], f"step {step}")
+                of_group = rows[(rows["group"] == group) & (rows["step"] == step)]
+                if len(of_group):
+                    _line(axes[i][j], _summary(of_group, "beta", metric), shades[step], f"step {step}")
             _reference(axes[i][j], table, metric, {group: color})
             axes[i][0].set_ylabel(_LABELS[metric])
         axes[-1][j].set_xlabel("β (0: ΔW_t as it is, 1: norm of the final update)")
@@ -270,11 +270,11 @@ def random_figure(plt, table: pd.DataFrame, metrics: list[str]):
     figure, axes = _grid(plt, 1, len(metrics))
     for axis, metric in zip(axes[0], metrics, strict=True):
         for i, (group, color) in enumerate(group_colors(groups).items()):
-            found = rows[rows["group"] == group].assign(place=float(i))
+            of_group = rows[rows["group"] == group].assign(place=float(i))
             trained = table[(table["scan"] == "reference") & (table["group"] == group)].assign(place=float(i))
             _points(axis, [i - 0.12], _summary(trained, "place", metric), color, "")
-            jitter = np.linspace(0.08, 0.2, len(found)) if len(found) > 1 else [0.12]
-            axis.plot(i + np.asarray(jitter), found[metric], "x", color=color)
+            jitter = np.linspace(0.08, 0.2, len(of_group)) if len(of_group) > 1 else [0.12]
+            axis.plot(i + np.asarray(jitter), of_group[metric], "x", color=color)
         axis.plot([], [], "o", color=_BASE, label="trained")
         axis.plot([], [], "x", color=_BASE, label="a random direction")
         base = table[(table["scan"] == "reference") & (table["group"] == "base")]
