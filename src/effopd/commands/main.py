@@ -73,7 +73,7 @@ def train(argv: Sequence[str]) -> int:
 def _finish(trainer: Any) -> int:
     """Say where the results are, once, and end the process as its launcher wants it."""
     from effopd.common.distributed import exit_gloo
-    from effopd.runs.console import closing_lines
+    from effopd.runs.lines import closing_lines
 
     if trainer.is_world_process_zero():
         print(f"\n{closing_lines(trainer.run_dir.root, trainer.state.global_step, trainer.costs)}")
