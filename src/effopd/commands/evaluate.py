@@ -18,7 +18,8 @@ from effopd.errors import ConfigError
 from effopd.launch.meta_model import check_positions_of
 from effopd.launch.preflight import check_model_name, check_task
 from effopd.models.files import check_dtype, load_model, load_tokenizer
-from effopd.runs.console import missing_answers, quiet_hosts
+from effopd.runs.console import quiet_hosts
+from effopd.runs.lines import missing_answers
 from effopd.runs.run_prompts import agreed, run_of, spoken, taken_over
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks.builtin_models import resolve_model

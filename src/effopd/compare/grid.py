@@ -9,7 +9,7 @@
     strategies:                           # what each one changes; `learning_rate_factors` default to [1]
       vanilla: {learning_rate_factors: [0.333, 1, 3, 10]}
       effopd: {effopd: {strategy: effopd}}
-      effopd-strict: {variant_of: effopd, effopd: {strategy: effopd, gate: gt}}   # also compared with effopd
+      effopd-all: {variant_of: effopd, effopd: {strategy: effopd, parameters: all}}   # also compared with effopd
     rivals: [effopd]                      # optional: every strategy is compared with these too
     headline: [effopd]                    # optional: opens the page; default: all but baseline, controls and variants
     controls: [noop]                      # optional: strategies that should gain nothing, shown together

@@ -34,6 +34,7 @@ from effopd.common.versions import code
 from effopd.compare.grid import Grid, PlannedRun
 from effopd.errors import CheckpointError
 from effopd.runs.records import EVALS, METRICS, SEARCHES
+from effopd.runs.run_dir import RunDir
 
 SETTINGS, DONE, FAILED, LOG = "settings.yaml", "done.json", "failed.json", "log.txt"
 
@@ -164,8 +165,6 @@ class Runner:
 
 def prepare(run: PlannedRun) -> bool:
     """Make the folder ready; whether the run can go on from a checkpoint. Rows without one are of no use: they go."""
-    from effopd.runs.run_dir import RunDir  # it needs torch, which reading finished runs does not
-
     run.path.mkdir(parents=True, exist_ok=True)
     (run.path / FAILED).unlink(missing_ok=True)
     write_atomically(run.path / SETTINGS, lambda path: path.write_text(yaml.safe_dump(run.settings, sort_keys=False)))

@@ -79,17 +79,17 @@ class Health(Record, prefix="health/"):
 
     sampler_logp_gap: Annotated[Number, Column("mean |log p(y) at sampling − log p(y) in the loss|", "nats")] = None
     sampled_reverse_kl: Annotated[Number, Column("mean of log p(y) − log q(y)", "nats")] = None
-    sampled_reverse_kl_p95: Annotated[Number, Column("its 95th percentile", "nats")] = None
+    sampled_reverse_kl_p95: Annotated[Number, Column("95th percentile of log p(y) − log q(y)", "nats")] = None
     reverse_kl: Annotated[Number, Column("exact KL(p ‖ q), mean over tokens", "nats")] = None
-    reverse_kl_q1: Annotated[Number, Column("the same in the first quarter of the answers", "nats")] = None
-    reverse_kl_q2: Annotated[Number, Column("in the second", "nats")] = None
-    reverse_kl_q3: Annotated[Number, Column("in the third", "nats")] = None
-    reverse_kl_q4: Annotated[Number, Column("in the last", "nats")] = None
-    overlap_ratio: Annotated[Number, Column("share of the 16 likeliest tokens that p and q have in common")] = None
-    student_overlap_mass: Annotated[Number, Column("probability that p puts on the common ones")] = None
-    teacher_overlap_mass: Annotated[Number, Column("probability that q puts on them")] = None
+    reverse_kl_q1: Annotated[Number, Column("the same, over the first quarter of each answer", "nats")] = None
+    reverse_kl_q2: Annotated[Number, Column("the same, over the second quarter", "nats")] = None
+    reverse_kl_q3: Annotated[Number, Column("the same, over the third quarter", "nats")] = None
+    reverse_kl_q4: Annotated[Number, Column("the same, over the last quarter", "nats")] = None
+    overlap_ratio: Annotated[Number, Column("share of the 16 likeliest tokens that p and q share")] = None
+    student_overlap_mass: Annotated[Number, Column("probability that p gives the shared tokens")] = None
+    teacher_overlap_mass: Annotated[Number, Column("probability that q gives the shared tokens")] = None
     overlap_advantage: Annotated[
-        Number, Column("Σ p̂ (log q̂ − log p̂), both renormalised on the common ones", "nats")
+        Number, Column("Σ p̂ (log q̂ − log p̂), both renormalised on the shared tokens", "nats")
     ] = None
     student_entropy: Annotated[Number, Column("entropy of p", "nats")] = None
     teacher_entropy: Annotated[Number, Column("entropy of q", "nats")] = None
@@ -103,10 +103,10 @@ class SearchMetrics(Record, prefix="effopd/"):
     accepted_scale: Annotated[Number, Column("scale of the jump; 0: stayed, negative: stepped back")] = None
     delta_norm: Annotated[Number, Column("‖Δ‖ over all moved weights")] = None
     candidates: Annotated[Number, Column("points tried besides the start")] = None
-    search_seconds: Annotated[Number, Column("of this search, on the wall", "s")] = None
-    search_generated_tokens: Annotated[Number, Column("sampled by this search", "tokens")] = None
+    search_seconds: Annotated[Number, Column("wall-clock time of the search", "s")] = None
+    search_generated_tokens: Annotated[Number, Column("tokens sampled by the search", "tokens")] = None
     start_score: Annotated[Number, Column("score at s = 0")] = None
-    memory_bytes: Annotated[Number, Column("held beside the model on this rank", "bytes")] = None
+    memory_bytes: Annotated[Number, Column("memory held besides the model, on this rank", "bytes")] = None
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,24 @@ class StepRecord(Record):
     """A row of `metrics.jsonl`: a logged optimizer step (a mean over several with `--logging_steps`)."""
 
     step: Annotated[int, Column("optimizer steps done, from 1")]
-    loss: Annotated[Number, Column("the objective; for distillation nats per token")] = None
+    loss: Annotated[Number, Column("the training objective", "nats per token, for distillation")] = None
     grad_norm: Annotated[Number, Column("‖gradient‖ before clipping")] = None
     learning_rate: Annotated[Number, Column("the schedule's rate times the look-ahead's factor")] = None
     costs: Annotated[Costs, Group(Costs)] = field(default_factory=Costs)
-    entropy: Annotated[Number, Column("of the student, mean over tokens", "nats")] = None
-    mean_length: Annotated[Number, Column("of the answers", "tokens", "completions/mean_length")] = None
-    clipped_share: Annotated[Number, Column("of answers cut at the limit", "", "completions/clipped_ratio")] = None
+    entropy: Annotated[Number, Column("entropy of the student, mean over tokens", "nats")] = None
+    mean_length: Annotated[Number, Column("mean length of the answers", "tokens", "completions/mean_length")] = None
+    clipped_share: Annotated[Number, Column("share of answers cut at the limit", "", "completions/clipped_ratio")] = (
+        None
+    )
     reward: Annotated[Number, Column("reinforcement learning: mean reward")] = None
     kl: Annotated[Number, Column("reinforcement learning: KL to the start", "nats")] = None
     tied_groups_share: Annotated[
-        Number, Column("groups of equal rewards, which teach nothing", "", "frac_reward_zero_std")
+        Number,
+        Column(
+            "reinforcement learning: share of groups with equal rewards, which teach nothing",
+            "",
+            "frac_reward_zero_std",
+        ),
     ] = None
     health: Annotated[Health, Group(Health)] = field(default_factory=Health)
     search: Annotated[SearchMetrics, Group(SearchMetrics)] = field(default_factory=SearchMetrics)
@@ -138,22 +145,24 @@ class EvaluationRecord(Record, prefix="eval_"):
 
     step: Annotated[int, Column("optimizer steps done; 0: before training", "", "step")]
     kl: Annotated[Number, Column("exact reverse KL to the teacher, mean over tokens", "nats per token")] = None
-    kl_se: Annotated[Number, Column("its standard error over prompts", "nats per token")] = None
-    loss: Annotated[Number, Column("the same as the KL; without a task the host's own loss")] = None
+    kl_se: Annotated[Number, Column("standard error of `eval_kl` over prompts", "nats per token")] = None
+    loss: Annotated[Number, Column("equal to `eval_kl`; without a task, the host's own loss", "nats per token")] = None
     accuracy: Annotated[Number, Column("share of right answers, one sampled per prompt")] = None
     accuracy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
     accuracy_greedy: Annotated[Number, Column("share of right answers decoded greedily (`--eval_greedy`)")] = None
     accuracy_greedy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_greedy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
-    reward: Annotated[Number, Column("mean reward, where the host evaluates without a task")] = None
+    reward: Annotated[Number, Column("without a task: mean reward")] = None
     response_length: Annotated[Number, Column("mean length of the sampled answers", "tokens")] = None
-    truncated_share: Annotated[Number, Column("sampled answers cut at the limit")] = None
-    answers: Annotated[Count, Column("sampled answers")] = None
-    answers_found: Annotated[Count, Column("of these, with something to grade, where the verifier can tell")] = None
-    answers_cut: Annotated[Count, Column("of these, cut at the limit")] = None
-    answers_empty: Annotated[Count, Column("of these, without text")] = None
-    runtime: Annotated[Number, Column("of the evaluation, on the wall", "s")] = None
+    truncated_share: Annotated[Number, Column("share of sampled answers cut at the limit")] = None
+    answers: Annotated[Count, Column("number of sampled answers")] = None
+    answers_found: Annotated[
+        Count, Column("how many of them have something to grade, where the verifier can tell")
+    ] = None
+    answers_cut: Annotated[Count, Column("how many of them were cut at the limit")] = None
+    answers_empty: Annotated[Count, Column("how many of them have no text")] = None
+    runtime: Annotated[Number, Column("wall-clock time of the evaluation", "s")] = None
     costs: Annotated[Costs, Group(Costs)] = field(default_factory=Costs)
     #: What else the host reported, by its key with `eval_` before it.
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -180,10 +189,12 @@ class TrialRecord(Record):
     scale: Annotated[float, Column("s")]
     verdict: Annotated[str, Column("`start`, `accepted`, `rejected` or `non-finite`")]
     score: Annotated[Number, Column("larger is better; null: not finite")] = None
-    per_example: Annotated[tuple[float, ...] | None, Column("the score of every validation example")] = None
-    seconds: Annotated[Number, Column("of scoring it, on the wall", "s")] = None
-    generated_tokens: Annotated[Count, Column("sampled for the score", "tokens")] = None
-    forward_tokens: Annotated[Count, Column("run through a model besides", "tokens")] = None
+    per_example: Annotated[
+        tuple[float, ...] | None, Column("the score of each validation example, in a fixed order")
+    ] = None
+    seconds: Annotated[Number, Column("wall-clock time of scoring it", "s")] = None
+    generated_tokens: Annotated[Count, Column("tokens sampled for the score", "tokens")] = None
+    forward_tokens: Annotated[Count, Column("tokens run through a model besides sampling", "tokens")] = None
 
     def to_row(self) -> dict[str, Any]:
         """As for every record; the score of a point that was scored is written, finite or not (null)."""
@@ -203,22 +214,26 @@ class TrialRecord(Record):
 class SearchRecord(Record):
     """A row of `searches.jsonl`: a search, or an observation of a strategy that predicts."""
 
-    step: Annotated[int, Column("the optimizer step after which it searched")]
+    step: Annotated[int, Column("the search followed this optimizer step")]
     anchor_step: Annotated[Count, Column("Δ = weights now − weights after this step")] = None
     delta_norm: Annotated[Number, Column("‖Δ‖ over all moved weights; null: not finite", null=True)] = None
     accepted_scale: Annotated[float, Column("where the model went; 0: stayed, negative: stepped back")] = 0.0
-    best_scale: Annotated[Number, Column("what scored best, accepted or not: it steers the learning rate")] = None
-    seconds: Annotated[float, Column("of the search, on the wall", "s")] = 0.0
-    generated_tokens: Annotated[int, Column("sampled by the search", "tokens")] = 0
-    forward_tokens: Annotated[int, Column("run through a model besides", "tokens")] = 0
-    trials: Annotated[tuple[TrialRecord, ...], Column("the candidates in the order tried; the start first")] = ()
-    memory_bytes: Annotated[Count, Column("held beside the model on this rank", "bytes")] = None
-    learning_rate_factor: Annotated[Number, Column("of this search, on the schedule's learning rate")] = None
+    best_scale: Annotated[Number, Column("the highest-scoring scale, accepted or not; decides the learning rate")] = (
+        None
+    )
+    seconds: Annotated[float, Column("wall-clock time of the search", "s")] = 0.0
+    generated_tokens: Annotated[int, Column("tokens sampled by the search", "tokens")] = 0
+    forward_tokens: Annotated[int, Column("tokens run through a model besides sampling", "tokens")] = 0
+    trials: Annotated[tuple[TrialRecord, ...], Column("the candidates, in the order tried; the start first")] = ()
+    memory_bytes: Annotated[Count, Column("memory held besides the model, on this rank", "bytes")] = None
+    learning_rate_factor: Annotated[
+        Number, Column("what this search multiplied the schedule's learning rate with")
+    ] = None
     learning_rate_factor_total: Annotated[Number, Column("product of the factors of all searches so far")] = None
     lora_lost_share: Annotated[
         Number, Column("LoRA: largest share of a matrix's jump that the adapter's rank cannot hold")
     ] = None
-    fit: Annotated[Mapping[str, Number] | None, Column("strategies that predict: how well the fit holds")] = None
+    fit: Annotated[Mapping[str, Number] | None, Column("strategies that predict: quality of the fit, by name")] = None
     observation: Annotated[Count, Column("strategies that predict: number of the observation, from 1")] = None
 
     @property
