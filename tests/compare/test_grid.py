@@ -94,7 +94,7 @@ def test_folder_names_are_plain():
         ({"seeds": [1, 1]}, "repeat"),
         ({"seeds": 5}, "must be a list"),
         ({"reference_learning_rate": "3e-5"}, "write 3.0e-5"),
-        ({"baseline": "plain"}, "none of the strategies"),
+        ({"baseline": "other"}, "none of the strategies"),
         ({"workers": 0}, "at least 1"),
         ({"workers": 2, "devices": ["0"]}, "1 devices"),
         ({"base": {"seed": 3}}, "'base' sets seed"),

@@ -16,7 +16,7 @@ from effopd.runs.records import EVALS, Costs, EvaluationRecord, SearchRecord, re
 Arm = tuple[str, float]
 Place = tuple[str, int]
 #: Columns of a run's curve in results.json.
-CURVE = ("step", "kl", "kl_se", "accuracy", "seconds", "generated_tokens", "forward_tokens", "search_seconds")
+CURVE_COLUMNS = ("step", "kl", "kl_se", "accuracy", "seconds", "generated_tokens", "forward_tokens", "search_seconds")
 #: Cost axes on which runs are compared.
 AXES = ("steps", "seconds", "generated_tokens", "forward_tokens")
 
@@ -136,7 +136,7 @@ def to_row(run: GridRun) -> dict[str, Any]:
         "seed": run.seed,
         "code": run.code,
         "merges": list(run.merges),
-        "curve": {name: [_short(value) for value in values] for name, values in zip(CURVE, zip(*points, strict=True), strict=True)},
+        "curve": {name: [_short(value) for value in values] for name, values in zip(CURVE_COLUMNS, zip(*points, strict=True), strict=True)},
         "accepted": [list(jump) for jump in run.searches.accepted],
         "searches": run.searches.count,
         "memory_bytes": run.searches.memory_bytes,
@@ -148,7 +148,7 @@ def from_row(row: Mapping[str, Any]) -> GridRun:
     """The inverse of `to_row`, up to rounding; what was not finite comes back as worse than any number."""
     columns = [
         [(-math.inf if name == "accuracy" else math.inf) if value is None else value for value in row["curve"][name]]
-        for name in CURVE
+        for name in CURVE_COLUMNS
     ]
     searches = SearchSummary(
         tuple((step, scale) for step, scale in row["accepted"]), row["searches"], row["memory_bytes"], row.get("fit")
@@ -161,7 +161,7 @@ def from_row(row: Mapping[str, Any]) -> GridRun:
 
 
 def _curve_point(evaluation: EvaluationRecord) -> tuple[Any, ...]:
-    """The values of `CURVE`; a standard error or a search that was not recorded is 0."""
+    """The values of `CURVE_COLUMNS`; a standard error or a search that was not recorded is 0."""
     costs = evaluation.costs
     return (
         evaluation.step, evaluation.kl, evaluation.kl_se or 0.0, evaluation.accuracy, costs.net_seconds,

@@ -71,7 +71,7 @@ def against_tuned_baseline(look: Lookup) -> Table:
                 baseline = times(look.speedup(task, (look.baseline, best), "seconds", target))
                 cell = ", ".join(f"{rate:.3g}: {times(speedup)}" for rate, speedup in by_rate)
                 rows.append([f"`{strategy}`", name, task, f"{best:.3g}", baseline, cell])
-    header = ["strategy", "target", "task", f"best rate of {look.baseline}", "its speed-up there",
+    header = ["strategy", "target", "task", f"best rate of `{look.baseline}`", "its speed-up there",
               "speed-up of the strategy by its own learning rate"]  # fmt: skip
     return Table(header, rows)
 

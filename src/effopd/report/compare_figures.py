@@ -187,7 +187,7 @@ def _rates(plt, look: Lookup):
 _FIGURES = {
     "speedups": (
         _forest,
-        "Net speed-up to {baseline}'s final held-out KL",
+        "Net speed-up to the final held-out KL of {baseline}",
         "Reference learning rate; median over seeds, 95 % interval; hollow: fewer than five seeds, their range. An arrow: beyond the axis, at the left also “never”.",
     ),
     "curves": (

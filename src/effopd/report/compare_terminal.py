@@ -19,7 +19,7 @@ def _summary_table(look: Lookup, task: str) -> Table:
     seeds = len({run["seed"] for run in look.results["runs"] if run["task"] == task})
     drawn = Table(
         title=escape(
-            f"{task}: net speed-up to {look.baseline}'s final held-out KL, {seeds} seed(s), median, low–high"
+            f"{task}: net speed-up to the final held-out KL of {look.baseline}, {seeds} seed(s), median, low–high"
         ),
         box=box.SIMPLE,
         pad_edge=False,
