@@ -24,16 +24,16 @@ import time
 from pathlib import Path
 
 from effopd.common.files import read_rows
-from effopd.compare.plan import Plan, PlannedRun, load_plan
+from effopd.compare.grid import Grid, PlannedRun, load_grid
 from effopd.compare.runner import DONE, Runner
 from effopd.runs.records import EVALS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare-testbed.yaml"
 
 
-def grid(root: Path, name: str, steps: int, seeds: list[int], workers: int, clock: str) -> tuple[Plan, float]:
+def grid(root: Path, name: str, steps: int, seeds: list[int], workers: int, clock: str) -> tuple[Grid, float]:
     """Run the small grid afresh; returns its plan and the elapsed seconds."""
-    plan = load_plan(RECIPE)
+    plan = load_grid(RECIPE)
     strategies = {
         key: {k: v for k, v in plan.strategies[key].items() if k == "effopd"} for key in ("vanilla", "effopd")
     }

@@ -14,6 +14,7 @@ writes its output there from docs/demo/chain_sum-seed-0.json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import statistics
@@ -26,9 +27,9 @@ from effopd.commands import quickstart
 from effopd.commands.main import main as effopd
 from effopd.commands.quickstart import ARMS, QuickstartArguments, conclude
 from effopd.common.files import append_row
-from effopd.compare.results import from_row
-from effopd.runs.records import EVALS, SEARCHES
-from effopd.tasks.evaluate import accuracy_interval
+from effopd.common.statistics import accuracy_interval
+from effopd.compare.grid_run import from_row
+from effopd.runs.records import EVALS, SEARCHES, SearchRecord
 
 AXES = ("steps", "seconds", "generated_tokens")
 
@@ -72,15 +73,13 @@ def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> N
         place = (f"testbed:{demo.family}", arm, settings["reference_learning_rate"], demo.seed)
         (row,) = (r for r in results["runs"] if (r["task"], r["strategy"], r["learning_rate"], r["seed"]) == place)
         (root / arm).mkdir(parents=True)
-        for evaluation in from_row(row).rows:
-            right = round(evaluation["eval_accuracy"] * base["eval_size"])
+        for evaluation in from_row(row).evaluations:
+            right = round(evaluation.accuracy * base["eval_size"])
             interval = accuracy_interval([[i < right] for i in range(base["eval_size"])])
-            between = {"eval_accuracy_low": interval.low, "eval_accuracy_high": interval.high}
-            append_row(root / arm / EVALS, dict(evaluation) | between)
+            between = dataclasses.replace(evaluation, accuracy_low=interval.low, accuracy_high=interval.high)
+            append_row(root / arm / EVALS, between.to_row())
         for step, scale in row["accepted"]:
-            append_row(
-                root / arm / SEARCHES, {"step": step, "accepted_scale": scale, "seconds": 0.0, "generated_tokens": 0}
-            )
+            append_row(root / arm / SEARCHES, SearchRecord(step, accepted_scale=scale).to_row())
     summary = quickstart.summarize(root, demo) | {"versions": results["versions"], "cost_clock": settings["clock"]}
     summary["runs_of"] = "docs/results.json"
     for arm in quickstart.AHEAD:  # the grid does not keep what single searches cost

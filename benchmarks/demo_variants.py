@@ -16,9 +16,9 @@ from pathlib import Path
 from transformers import PrinterCallback
 
 from effopd.commands.quickstart import QuickstartArguments, quiet, settings
-from effopd.common.files import read_rows
 from effopd.compare.time_to_target import Cost, final_target, first_reach, speedup_by_gap
 from effopd.launch.opd import build_trainer
+from effopd.runs.records import read_evaluations, read_searches
 
 VARIANTS = {
     "paper": {},
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     base = Path("runs") / f"demo-{arguments.family}-{arguments.seed}"
-    vanilla = list(read_rows(base / "vanilla" / "evals.jsonl"))
+    vanilla = read_evaluations(base / "vanilla")
     target, whole = final_target(vanilla), Cost.of(vanilla[-1])
     for name in arguments.variants:
         root = Path("runs") / f"variant-{arguments.family}-{arguments.seed}-{name}"
@@ -50,7 +50,7 @@ def main() -> None:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             (root / "done").touch()
-        rows, searches = list(read_rows(root / "evals.jsonl")), list(read_rows(root / "searches.jsonl"))
+        rows, searches = read_evaluations(root), read_searches(root)
         reached = first_reach(rows, target)
         print(
             json.dumps(
@@ -62,8 +62,8 @@ def main() -> None:
                         row["gap_closed"]: round(row["speedup"]["steps"], 2) if row["speedup"] else None
                         for row in speedup_by_gap(vanilla, rows)
                     },
-                    "accepted": {row["step"]: row["accepted_scale"] for row in searches},
-                    "search_seconds": round(sum(row["seconds"] for row in searches), 2),
+                    "accepted": {search.step: search.accepted_scale for search in searches},
+                    "search_seconds": round(sum(search.seconds for search in searches), 2),
                     "final_kl": round(final_target(rows), 5),
                 }
             ),

@@ -21,8 +21,8 @@ from typing import Any
 
 import pandas as pd
 
-from effopd.analysis.statistics import seed_mean
 from effopd.common.files import write_atomically
+from effopd.common.statistics import student_t
 from effopd.compare.time_to_target import smooth
 
 EARLY = 12
@@ -56,11 +56,11 @@ class Row:
 
     def to_row(self) -> dict[str, Any]:
         """JSON-ready: mean, interval and the values of the seeds; NaN becomes `None`."""
-        test = seed_mean(self.test)
+        test = student_t(self.test)
         return {
             "claim": self.claim, "quantity": self.quantity, "unit": self.unit, "side": self.side, "margin": self.margin,
             "verdict": verdict(test.low, test.high, self.side, self.margin),
-            **{name: asdict(seed_mean(values)) | {"values": [None if math.isnan(v) else v for v in values]}
+            **{name: asdict(student_t(values)) | {"values": [None if math.isnan(v) else v for v in values]}
                for name, values in (("opd", self.opd), ("rl", self.rl), ("test", self.test))},
         }  # fmt: skip
 

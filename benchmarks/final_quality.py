@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effopd.common.files import write_atomically
+from effopd.common.statistics import ratio_with_error
+from effopd.compare.grid import Grid, PlannedRun, load_grid
 from effopd.compare.paired import median_with_interval
-from effopd.compare.plan import Plan, PlannedRun, load_plan
 from effopd.compare.runner import is_done
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.tasks.builtin_models import family_task, resolve_model
@@ -56,36 +56,36 @@ def measure(run: PlannedRun, size: int) -> dict[str, float | str | int]:
         batch_size=BATCH,
     )
     kl, n = np.array(sums), np.array(tokens)
-    mean = kl.sum() / n.sum()
+    mean, error = ratio_with_error(sums, tokens)
     return {
         "task": run.task,
         "strategy": run.strategy,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         "size": size,
-        "kl": float(mean),
-        "kl_se": float((kl - mean * n).std(ddof=1) * math.sqrt(size) / n.sum()),
+        "kl": mean,
+        "kl_se": error,
         "tail": float(np.sort(kl)[-max(1, size // 100) :].sum() / kl.sum()),
         "median_kl": float(np.median(kl / n)),
         "accuracy": answers.accuracy.mean,
     }
 
 
-def show(rows: list[dict], plan: Plan) -> None:
+def show(rows: list[dict], grid: Grid) -> None:
     """The table, in Markdown."""
     values = {(row["task"], row["learning_rate"], row["strategy"], row["seed"]): row for row in rows}
 
     def spread(numbers: list[float], form: str) -> str:
-        found = median_with_interval(numbers, zero_is_never=False)
-        return f"{found.median:{form}} [{found.low:{form}}, {found.high:{form}}]" if found.n else "–"
+        median = median_with_interval(numbers, zero_is_never=False)
+        return f"{median.median:{form}} [{median.low:{form}}, {median.high:{form}}]" if median.n else "–"
 
     print(
         "| task | learning rate | strategy | n | KL | minus plain OPD's | accuracy minus plain OPD's | tail | median answer's KL |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for task, rate, strategy in sorted({key[:3] for key in values}):
-        mine = [values[task, rate, strategy, seed] for seed in plan.seeds if (task, rate, strategy, seed) in values]
-        pairs = [(row, values[key]) for row in mine if (key := (task, rate, plan.baseline, row["seed"])) in values]
+        mine = [values[task, rate, strategy, seed] for seed in grid.seeds if (task, rate, strategy, seed) in values]
+        pairs = [(row, values[key]) for row in mine if (key := (task, rate, grid.baseline, row["seed"])) in values]
         print(
             f"| {task} | {rate:.3g} | `{strategy}` | {len(mine)} | {spread([row['kl'] for row in mine], '.5f')} "
             f"| {spread([a['kl'] - b['kl'] for a, b in pairs], '+.5f')} "
@@ -102,12 +102,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/final_quality.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    plan = load_plan(arguments.plan)
+    grid = load_grid(arguments.plan)
     rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     known = {(row["task"], row["strategy"], row["learning_rate"], row["seed"], row["size"]) for row in rows}
     todo = [
         run
-        for run in plan.runs()
+        for run in grid.runs()
         if run.strategy in arguments.strategies
         and (run.task, run.strategy, run.learning_rate, run.seed, arguments.size) not in known
         and is_done(run)
@@ -115,7 +115,7 @@ def main() -> None:
     for run in tqdm(todo, desc="final models"):
         rows.append(measure(run, arguments.size))
         write_atomically(arguments.out, lambda file: file.write_text(json.dumps(rows, indent=0) + "\n"))
-    show([row for row in rows if row["size"] == arguments.size], plan)
+    show([row for row in rows if row["size"] == arguments.size], grid)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from effopd.commands.quickstart import quiet
 from effopd.common.files import write_atomically
 from effopd.common.isolation import evaluating, isolated_rng
+from effopd.common.statistics import accuracy_interval
 from effopd.common.versions import versions
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.live_weights import LiveWeights
@@ -41,7 +42,7 @@ from effopd.extrapolate.search import Score, first_failure_search
 from effopd.extrapolate.strategies.random_direction import random_like, seed_of
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks import builtin_models as testbed
-from effopd.tasks.evaluate import accuracy_interval, evaluate
+from effopd.tasks.evaluate import evaluate
 from effopd.tasks.sampling import Sampling
 
 SCALES = tuple(EffOPDConfig().scales)

@@ -28,13 +28,15 @@ from transformers import PrinterCallback
 
 from effopd.commands.quickstart import QuickstartArguments, quiet, settings
 from effopd.common.files import write_atomically
+from effopd.common.statistics import accuracy_interval
 from effopd.common.versions import versions
 from effopd.distill.callback import EffOPDCallback
 from effopd.extrapolate.search import Score, first_failure_search
 from effopd.launch.opd import build_trainer
-from effopd.report.compare_answers import gate_table
+from effopd.report.compare_gate import gate_table
+from effopd.report.compare_lookup import table
 from effopd.tasks import builtin_models as testbed
-from effopd.tasks.evaluate import accuracy_interval, evaluate
+from effopd.tasks.evaluate import evaluate
 from effopd.tasks.sampling import Sampling
 from effopd.tasks.testbed_families import family_task
 
@@ -175,7 +177,7 @@ def main() -> None:
                 }
                 text = json.dumps(found, indent=1) + "\n"
                 write_atomically(arguments.out, lambda path, text=text: path.write_text(text))
-    print(gate_table(grouped(rows)))
+    print(table(*gate_table(grouped(rows))))
 
 
 if __name__ == "__main__":

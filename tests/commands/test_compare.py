@@ -11,7 +11,7 @@ from helpers.tiny_models import make_model, make_tokenizer
 
 from effopd.commands.main import main
 from effopd.commands.train import parse_train
-from effopd.compare.plan import load_plan
+from effopd.compare.grid import load_grid
 from effopd.compare.runner import DONE, LOG
 from effopd.errors import ConfigError
 
@@ -127,7 +127,7 @@ def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path
     assert main(["compare", "--report", str(tmp_path / "grid")]) == 0
     before, after = (json.loads((folder / "results.json").read_text()) for folder in (grid, tmp_path / "grid"))
     assert [row["curve"]["kl"] for row in after["runs"]] == [row["curve"]["kl"] for row in before["runs"]]
-    (note,) = after["settings"]["elsewhere"]
+    (note,) = after["settings"]["merges"]
     assert note["runs"] == 2 and note["n"] == 1
     assert "2 of the 3 runs were made on other machines" in (tmp_path / "grid" / "results.md").read_text()
     plan_of(root)
@@ -174,7 +174,7 @@ def test_the_shipped_plans_pass_a_dry_run(recipe, capsys):
 def test_the_testbed_plan_is_the_reference(tmp_path):
     from effopd.tasks import builtin_models as testbed
 
-    plan = load_plan(RECIPES / "compare-testbed.yaml")
+    plan = load_grid(RECIPES / "compare-testbed.yaml")
     run = next(r for r in plan.runs() if r.strategy == "vanilla" and r.learning_rate == plan.reference_learning_rate)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.settings))
     opd = parse_train(["--config", str(tmp_path / "run.yaml")]).opd
@@ -185,4 +185,4 @@ def test_the_testbed_plan_is_the_reference(tmp_path):
 
 def test_plan_errors_are_typed():
     with pytest.raises(ConfigError):
-        load_plan(RECIPES / "testbed.yaml")
+        load_grid(RECIPES / "testbed.yaml")

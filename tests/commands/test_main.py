@@ -317,7 +317,8 @@ def test_the_precision_of_a_run_does_not_depend_on_the_machine_that_repeats_it(c
 
 
 @pytest.mark.parametrize("command", ["train", "rl", "eval", "compare", "analyze", "intervene", "quickstart"])
-def test_help_teaches(command, capsys):
+def test_help_teaches(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     said = capsys.readouterr().out
@@ -330,7 +331,8 @@ def test_an_unknown_command_is_an_error():
 
 
 @pytest.mark.parametrize("command", ["train", "rl"])
-def test_short_help_has_the_essentials_and_long_help_every_flag_once(command, capsys):
+def test_short_help_has_the_essentials_and_long_help_every_flag_once(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said = {}
     for flag in ("-h", "--help"):
         with pytest.raises(SystemExit, match="0"):

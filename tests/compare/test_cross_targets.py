@@ -8,9 +8,12 @@ import math
 from pathlib import Path
 
 import pytest
-from compare.test_results import LR, results, run
+from helpers.grid_runs import LR
+from helpers.grid_runs import planted_run as run
 
 from effopd.compare.cross_targets import across, own_rate, runs_of
+from effopd.compare.results import analyse
+from effopd.compare.roles import Roles
 from effopd.errors import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -59,7 +62,9 @@ def test_another_grid_is_asked_for_the_target_of_this_one():
 def test_grids_on_other_prompts_are_refused():
     home = [run(seed=0, noise=0.0)]
     (other,) = home
-    moved = dataclasses.replace(other, rows=tuple(row | {"eval_kl": 1.01 * row["eval_kl"]} for row in other.rows))
+    moved = dataclasses.replace(
+        other, evaluations=tuple(dataclasses.replace(e, kl=1.01 * e.kl) for e in other.evaluations)
+    )
     with pytest.raises(ConfigError, match="expected the same"):
         across(home, ("vanilla", LR), ("vanilla", LR), [moved])
 
@@ -83,4 +88,4 @@ def test_the_reference_rows_are_those_of_the_grids_own_analysis():
 
 def test_round_trip():
     runs = [run(seed=0), run("ours", seed=0)]
-    assert [r.arm for r in runs_of(results(runs))] == [r.arm for r in runs]
+    assert [r.arm for r in runs_of(analyse(runs, Roles("vanilla", LR)))] == [r.arm for r in runs]

@@ -7,24 +7,35 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from compare.test_results import LR, run
+from helpers.grid_runs import LR
+from helpers.grid_runs import planted_run as run
 
-from effopd.compare import imported_runs as elsewhere
-from effopd.compare.imported_runs import Source, given, key, merged, scaled, sources, to_make
-from effopd.compare.plan import Plan
+from effopd.compare.grid import Grid
+from effopd.compare.imported_runs import (
+    Source,
+    key,
+    merge_runs,
+    read_entries,
+    runs_to_make,
+    save_entries,
+    saved_entries,
+    scaled,
+    sources,
+)
 from effopd.compare.results import analyse
+from effopd.compare.roles import Roles
 from effopd.errors import ConfigError
 from effopd.report.compare_page import render
 
 BASE = {"max_steps": 96, "cost_clock": "cpu"}
 
 
-def plan(root: Path = Path("nowhere"), **changes) -> Plan:
+def plan(root: Path = Path("nowhere"), **changes) -> Grid:
     values = {
         "output_dir": str(root), "reference_learning_rate": LR, "tasks": ["t", "u"], "seeds": [0, 1, 2], "base": BASE,
         "strategies": {"vanilla": {}, "twice": {"effopd": {"strategy": "effopd"}}},
     } | changes  # fmt: skip
-    return Plan(**values)
+    return Grid(**values)
 
 
 def grid(**settings):
@@ -38,10 +49,10 @@ def grid(**settings):
 
 
 def analysed(runs):
-    return analyse(runs, baseline="vanilla", reference_learning_rate=LR)
+    return analyse(runs, Roles("vanilla", LR))
 
 
-def results_json(path: Path, runs, the_plan: Plan, **settings) -> Path:
+def results_json(path: Path, runs, the_plan: Grid, **settings) -> Path:
     found = analysed(runs)
     found["settings"] |= {"base": the_plan.base, "strategies": the_plan.strategies} | settings
     path.write_text(json.dumps(found))
@@ -50,19 +61,19 @@ def results_json(path: Path, runs, the_plan: Plan, **settings) -> Path:
 
 def test_what_is_known_is_not_made_again_but_one_run_of_each_task():
     there = [r for r in grid() if r.seed < 2]
-    made = to_make(plan(), [Source("a.json", tuple(there))])
+    made = runs_to_make(plan(), [Source("a.json", tuple(there))])
     assert [(r.task, r.strategy, r.seed) for r in made] == [
         ("t", "vanilla", 0), ("u", "vanilla", 0),  # made on both machines
         ("t", "vanilla", 2), ("t", "twice", 2), ("u", "vanilla", 2), ("u", "twice", 2),
     ]  # fmt: skip
-    assert to_make(plan(), []) == plan().runs()
+    assert runs_to_make(plan(), []) == plan().runs()
 
 
 def test_a_slower_machine_changes_no_speedup():
     whole = grid()
     here = [r for r in whole if r.strategy == "vanilla"]
     there = [scaled(r, 1.4) for r in whole if r.strategy == "twice" or r.seed == 0]
-    read, (note,) = merged(plan(), here, [Source("a.json", tuple(there))])
+    read, (note,) = merge_runs(plan(), here, [Source("a.json", tuple(there))])
     assert note["factor"] == pytest.approx(1 / 1.4) and (note["n"], note["runs"]) == (2, 6)
     assert [r.merges for r in read] == [(0,) if r.strategy == "twice" else () for r in read]
     assert [key(r) for r in read] == [key(r) for r in plan().runs()]
@@ -78,7 +89,7 @@ def test_the_run_made_here_wins_and_then_the_first_source():
     first = [run(seed=0, task="t", code="first"), run(seed=1, task="t", code="first")]
     second = [run(seed=s, task="t", code="second") for s in range(3)]
     the_plan = plan()
-    read, notes = merged(the_plan, here, [Source("a", tuple(first)), Source("b", tuple(second))])
+    read, notes = merge_runs(the_plan, here, [Source("a", tuple(first)), Source("b", tuple(second))])
     assert [(r.seed, r.code) for r in read] == [(0, "here"), (1, "first"), (2, "second")]
     assert [note["runs"] for note in notes] == [1, 1]
 
@@ -90,11 +101,11 @@ def test_a_run_made_anew_counts_for_none_of_the_machines_that_made_it_before(tmp
     the_plan, path = plan(tmp_path), tmp_path / "r.json"
     for speed, made_here in ((1.4, []), (0.7, [r for r in whole.values() if r.strategy == "twice"])):
         if made_here:
-            (source,) = sources(the_plan, given(the_plan, [path]))
+            (source,) = sources(the_plan, read_entries(the_plan, [path]))
         else:
             source = Source("first.json", tuple(scaled(r, speed) for r in whole.values()))
-        read, notes = merged(the_plan, [*baseline, *made_here], [source])
-        results_json(path, read, the_plan, elsewhere=notes)
+        read, notes = merge_runs(the_plan, [*baseline, *made_here], [source])
+        results_json(path, read, the_plan, merges=notes)
     assert [note["runs"] for note in notes] == [4, 4]  # vanilla of the other seeds; 14 runs were taken over in all
     assert sorted({r.merges for r in read}) == [(), (0, 1)]
     assert all(r.merges == () for r in read if r.strategy == "twice" or r.seed == 0)
@@ -106,7 +117,7 @@ def test_the_merges_of_several_sources_keep_their_order():
     first, second = ([run(seed=s, task="t", code="there") for s in seeds] for seeds in ((0, 1), (0, 1, 2)))
     second = [replace(r, merges=(1,)) for r in second]
     notes = ({"factor": 0.5}, {"factor": 2.0})
-    read, found = merged(
+    read, found = merge_runs(
         plan(), [run(seed=0, task="t")], [Source("a", tuple(first), notes), Source("b", tuple(second), notes)]
     )
     assert [r.merges for r in read] == [(), (2,), (4, 5)]
@@ -121,9 +132,9 @@ def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
     there = [scaled(r, uneven[r.seed]) for r in whole.values()]
     here = [r for r in third if r.seed == 0]
     found = [Source("third.json", tuple(scaled(r, 0.7) for r in third)), Source("there.json", tuple(there))]
-    read, notes = merged(plan(), here, found)
+    read, notes = merge_runs(plan(), here, found)
     assert [note["runs"] for note in notes] == [4, 6]
-    paces = {key(r): r.rows[-1]["cost/net_seconds"] for r in read}
+    paces = {key(r): r.evaluations[-1].costs.net_seconds for r in read}
     for task in ("t", "u"):
         for seed in range(3):
             ours = [paces[task, name, LR, seed] for name in ("vanilla", "twice")]
@@ -132,16 +143,16 @@ def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
 
 def test_seconds_without_a_run_in_common_are_refused():
     with pytest.raises(ConfigError, match="one seed"):
-        merged(plan(), [run(seed=0, task="t")], [Source("a.json", (run(seed=1, task="t"),))])
+        merge_runs(plan(), [run(seed=0, task="t")], [Source("a.json", (run(seed=1, task="t"),))])
 
 
 def test_a_source_comes_back_from_its_copy(tmp_path):
     the_plan = plan(tmp_path)
-    entries = given(the_plan, [results_json(tmp_path / "r.json", grid(), the_plan, elsewhere=[{"runs": 3}])])
-    elsewhere.keep(the_plan, entries)
-    (source,) = sources(the_plan, elsewhere.kept(the_plan))
-    assert {key(r) for r in source.runs} == {key(r) for r in the_plan.runs()} and source.earlier == ({"runs": 3},)
-    assert elsewhere.kept(plan(tmp_path / "other")) == []
+    entries = read_entries(the_plan, [results_json(tmp_path / "r.json", grid(), the_plan, merges=[{"runs": 3}])])
+    save_entries(the_plan, entries)
+    (source,) = sources(the_plan, saved_entries(the_plan))
+    assert {key(r) for r in source.runs} == {key(r) for r in the_plan.runs()} and source.merges == ({"runs": 3},)
+    assert saved_entries(plan(tmp_path / "other")) == []
 
 
 @pytest.mark.parametrize(
@@ -155,13 +166,13 @@ def test_a_source_comes_back_from_its_copy(tmp_path):
 def test_other_settings_are_refused_and_named(tmp_path, changes, message):
     path = results_json(tmp_path / "r.json", grid(), plan())
     with pytest.raises(ConfigError, match=message):
-        given(plan(tmp_path, **changes), [path])
+        read_entries(plan(tmp_path, **changes), [path])
 
 
 def test_more_rates_or_strategies_are_no_other_settings(tmp_path):
     path = results_json(tmp_path / "r.json", grid(), plan())
     more = {"vanilla": {"learning_rate_factors": [1, 3]}, "noop": {"effopd": {"strategy": "noop"}}}
-    (entry,) = given(plan(tmp_path, strategies=more), [path])
+    (entry,) = read_entries(plan(tmp_path, strategies=more), [path])
     (source,) = sources(plan(tmp_path, strategies=more), [entry])
     assert {r.strategy for r in source.runs} == {"vanilla"}
 
@@ -170,6 +181,6 @@ def test_more_rates_or_strategies_are_no_other_settings(tmp_path):
 def test_what_is_no_results_json_is_said(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ConfigError, match=r"r\.json"):
-        given(plan(tmp_path), [tmp_path / "r.json"])
+        read_entries(plan(tmp_path), [tmp_path / "r.json"])
     with pytest.raises(ConfigError, match=r"none\.json"):
-        given(plan(tmp_path), [tmp_path / "none.json"])
+        read_entries(plan(tmp_path), [tmp_path / "none.json"])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from effopd.compare.paired import Estimate, median_with_interval, ratio
+from effopd.compare.paired import SeedMedian, median_with_interval, ratio
 
 
 def test_ratios_keep_their_order_when_someone_never_arrives():
@@ -30,7 +30,7 @@ def test_intervals_cover_the_true_median(n):
 
 def test_five_seeds_give_their_range():
     values = [1.5, 1.9, 2.0, 2.4, 7.0]
-    assert median_with_interval(values) == Estimate(2.0, 1.5, 7.0, 5)
+    assert median_with_interval(values) == SeedMedian(2.0, 1.5, 7.0, 5)
 
 
 @pytest.mark.parametrize("truth, found", [(2.0, True), (1.0, False)])

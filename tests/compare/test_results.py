@@ -8,43 +8,24 @@ import math
 
 import numpy as np
 import pytest
+from helpers.grid_runs import LR, evaluation
+from helpers.grid_runs import planted_run as run
 
 from effopd.common.files import append_row
+from effopd.compare.grid_run import GridRun, SearchSummary, from_row, read_run, to_row
 from effopd.compare.paired import median_with_interval, ratio
-from effopd.compare.results import Run, analyse, area, from_row, read_run, to_row
+from effopd.compare.quality import area
+from effopd.compare.results import analyse
+from effopd.compare.roles import Claim, Roles
 from effopd.compare.time_to_target import final_target
 from effopd.errors import CheckpointError
 from effopd.report.compare_lookup import Lookup
-from effopd.report.compare_page import render, summary_table
-
-LR = 3e-5
-STEPS = range(0, 97, 2)
+from effopd.report.compare_page import render
+from effopd.report.compare_terminal import summary_tables
 
 
-def run(
-    strategy="vanilla", rate=LR, seed=0, speed=1.0, noise=0.03, task="t", step_cost=1.0, floor=0.0, rng=None, **more
-):
-    """KL = exp(−speed · seed's own rate · step) with noise; a step costs `step_cost` seconds and 100 tokens."""
-    rng = rng or np.random.default_rng([seed, int(1e6 * rate), *map(ord, strategy + task)])
-    own = 0.03 * (1 + 0.3 * math.sin(seed))
-    rows = [
-        {
-            "step": step,
-            "eval_kl": 0.1 * max(math.exp(-speed * own * step), floor) * math.exp(noise * rng.standard_normal()),
-            "eval_kl_se": 0.001,
-            "eval_accuracy": 0.8 - 0.5 * math.exp(-speed * own * step),
-            "cost/net_seconds": step * step_cost,
-            "cost/net_generated_tokens": 100 * step,
-            "cost/net_forward_tokens": 300 * step,
-            "cost/search_seconds": 0.1 * step * step_cost,
-        }
-        for step in STEPS
-    ]
-    return Run(task, strategy, rate, seed, tuple(rows), **more)
-
-
-def results(runs):
-    return analyse(runs, baseline="vanilla", reference_learning_rate=LR)
+def results(runs, **roles):
+    return analyse(runs, Roles("vanilla", LR, **roles))
 
 
 def speedup(found, strategy, axis="steps", target="reference_kl", task="t", against=LR, rate=LR):
@@ -70,7 +51,7 @@ def test_a_planted_2x_is_found_and_a_planted_1x_is_not():
 
 def test_the_baseline_is_exactly_1x_of_itself_and_so_is_its_twin():
     runs = [run(seed=seed) for seed in range(5)]
-    twins = [Run(r.task, "twin", r.learning_rate, r.seed, r.rows) for r in runs]
+    twins = [dataclasses.replace(r, strategy="twin") for r in runs]
     found = results(runs + twins)
     for strategy in ("vanilla", "twin"):
         for axis in ("steps", "seconds", "generated_tokens", "forward_tokens"):
@@ -165,9 +146,9 @@ def test_a_visit_to_the_target_is_told_from_an_arrival():
     row = results([*grid(3), run("x", seed=0, speed=4.0)])["runs"][-1]
     assert row["strategy"] == "x" and row["targets"]["reference_kl"]["above_again"] == 0.0
     visiting = run("y", seed=0, speed=4.0)
-    half = len(visiting.rows) // 2
-    back = [r | {"eval_kl": 1.0} if i >= half else r for i, r in enumerate(visiting.rows)]
-    row = results([*grid(3), Run("t", "y", LR, 0, tuple(back))])["runs"][-1]
+    half = len(visiting.evaluations) // 2
+    back = [dataclasses.replace(e, kl=1.0) if i >= half else e for i, e in enumerate(visiting.evaluations)]
+    row = results([*grid(3), dataclasses.replace(visiting, evaluations=tuple(back))])["runs"][-1]
     assert row["targets"]["reference_kl"]["reached"] and row["targets"]["reference_kl"]["above_again"] > 0.3
 
 
@@ -196,15 +177,15 @@ def test_an_unfinished_grid_uses_the_pairs_it_has():
     alone = next(r for r in found["runs"] if (r["strategy"], r["seed"]) == ("x", 9))
     assert alone["targets"] == {} and alone["auc_steps"] is None
     render(found, {})
-    summary_table(found)
+    summary_tables(found)
 
 
 def test_area_is_the_mean_of_the_relative_kl():
-    straight = Run("t", "x", LR, 0, tuple({"step": s, "eval_kl": 1 - s / 100} for s in range(0, 101, 10)))
-    assert area(straight, "step", 100) == pytest.approx(0.6, abs=0.02)  # the trailing median lags by a step of 10
-    assert area(straight, "step", 200) < area(straight, "step", 100)
-    flat = Run("t", "x", LR, 0, tuple({"step": s, "eval_kl": 2.0} for s in range(0, 101, 10)))
-    assert area(flat, "step", 55) == pytest.approx(1.0)
+    straight = GridRun("t", "x", LR, 0, tuple(evaluation(step, 1 - step / 100) for step in range(0, 101, 10)))
+    assert area(straight, "steps", 100) == pytest.approx(0.6, abs=0.02)  # the trailing median lags by a step of 10
+    assert area(straight, "steps", 200) < area(straight, "steps", 100)
+    flat = GridRun("t", "x", LR, 0, tuple(evaluation(step, 2.0) for step in range(0, 101, 10)))
+    assert area(flat, "steps", 55) == pytest.approx(1.0)
 
 
 def test_planted_speedups_over_many_grids():
@@ -218,7 +199,7 @@ def test_planted_speedups_over_many_grids():
                 rng = np.random.default_rng([repeat, seed])
                 base = run(seed=seed, noise=0.1, floor=floor, rng=rng)
                 other = run("x", seed=seed, noise=0.1, floor=floor, speed=speed, rng=rng)
-                costs = [r.cost(final_target(base.rows), "eval_kl", False) for r in (base, other)]
+                costs = [r.cost(final_target(base.evaluations), "kl", False) for r in (base, other)]
                 ratios.append(ratio(*(cost.steps if cost else None for cost in costs)))
             estimate = median_with_interval(ratios, draws=400, seed=repeat)
             called += not estimate.low <= 1.0 <= estimate.high
@@ -230,9 +211,9 @@ def test_planted_speedups_over_many_grids():
 
 def test_a_diverged_run_never_arrives_and_is_kept():
     def diverged(strategy, seed):
-        own = run(strategy, seed=seed)
-        late = [row | {"eval_kl": math.nan} if row["step"] > 4 else row for row in own.rows]
-        return Run("t", strategy, LR, seed, tuple(late))
+        whole = run(strategy, seed=seed)
+        late = [dataclasses.replace(e, kl=math.nan) if e.step > 4 else e for e in whole.evaluations]
+        return dataclasses.replace(whole, evaluations=tuple(late))
 
     found = results([*grid(5), *[diverged("x", seed) for seed in range(5)]])
     row = speedup(found, "x")
@@ -244,7 +225,7 @@ def test_a_diverged_run_never_arrives_and_is_kept():
 
 def test_a_run_that_ended_with_a_loss_that_is_not_finite_never_arrives():
     ended = run("x", seed=0)
-    found = results([*grid(2), dataclasses.replace(ended, rows=ended.rows[:3]).diverged()])
+    found = results([*grid(2), dataclasses.replace(ended, evaluations=ended.evaluations[:3]).diverged()])
     row = speedup(found, "x")
     assert row["n"] == row["censored"] == 1 and row["median"] == 0.0
     assert found["runs"][-1]["final_kl"] is None
@@ -252,10 +233,7 @@ def test_a_run_that_ended_with_a_loss_that_is_not_finite_never_arrives():
 
 def test_a_diverged_baseline_sets_no_target():
     runs = grid(3, x={"speed": 2.0})
-    broken = [
-        Run("t", "vanilla", LR, 2, tuple(row | {"eval_kl": math.inf} for row in r.rows)) if (*r.arm, r.seed)
-        == ("vanilla", LR, 2) else r for r in runs
-    ]  # fmt: skip
+    broken = [r.diverged() if (*r.arm, r.seed) == ("vanilla", LR, 2) else r for r in runs]
     assert speedup(results(broken), "x")["n"] == 2
 
 
@@ -270,53 +248,52 @@ def test_a_run_without_what_is_compared_is_refused(tmp_path):
     place = {"task": "t", "strategy": "vanilla", "learning_rate": LR, "seed": 0}
     with pytest.raises(CheckpointError, match="has no row"):
         read_run(tmp_path, **place)
-    append_row(tmp_path / "evals.jsonl", {k: v for k, v in run().rows[0].items() if k != "eval_kl"})
+    append_row(tmp_path / "evals.jsonl", {k: v for k, v in run().evaluations[0].to_row().items() if k != "eval_kl"})
     with pytest.raises(CheckpointError, match="lacks eval_kl"):
         read_run(tmp_path, **place)
 
 
 def test_results_are_strict_json_and_redraw_the_same_page():
-    trials = [{"scale": 0.0}, {"scale": 2.0}]
-    searches = (
-        {"step": 4, "accepted_scale": 10.0, "trials": trials},
-        {"step": 8, "accepted_scale": 0.0, "trials": trials},
-    )
+    searches = SearchSummary(accepted=((4, 10.0),), count=2)
     runs = grid(5, stuck={"floor": 0.5}, twice={"speed": 2.0})
     runs += [run("effopd", seed=s, speed=3.0, searches=searches) for s in range(5)]
-    found = results(runs)
+    roles = {"rivals": ("effopd",), "claims": (Claim("effopd", 3),)}
+    found = results(runs, **roles)
     text = json.dumps(found, allow_nan=False)
     again = json.loads(text)
     assert render(again, {}) == render(found, {})
-    rebuilt = results([from_row(row) for row in again["runs"]])
+    rebuilt = analyse([from_row(row) for row in again["runs"]], Roles.of_settings(again["settings"]))
     assert json.dumps(rebuilt, allow_nan=False) == text
     page = render(found, {"curves": "results/curves.png"})
-    assert "4: 10" in page and "8: 0" not in page and "results/curves.png" in page
-    assert "t: not reproduced, 2.8" in page
+    assert "4: 10" in page and "results/curves.png" in page
+    assert "| `effopd` | t | not reproduced | 2.8" in page
 
 
-def test_the_papers_claim_is_judged_by_its_interval():
-    for speed, verdict in ((2.0, "t: not reproduced"), (4.0, "t: reproduced")):
-        page = render(results(grid(effopd={"speed": speed})), {})
-        assert verdict in page
-    wide = grid(effopd={"speed": 4.0})
-    wide = [run("effopd", seed=0, speed=2.0) if (r.strategy, r.seed) == ("effopd", 0) else r for r in wide]
-    assert "t: undecided" in render(results(wide), {})
+def test_a_claim_is_judged_by_its_interval():
+    roles = {"claims": (Claim("quick", 3),)}
+    for speed, verdict in ((2.0, "not reproduced"), (4.0, "reproduced")):
+        page = render(results(grid(quick={"speed": speed}), **roles), {})
+        assert f"| 3× in steps | `quick` | t | {verdict} |" in page
+    wide = grid(quick={"speed": 4.0})
+    wide = [run("quick", seed=0, speed=2.0) if (r.strategy, r.seed) == ("quick", 0) else r for r in wide]
+    assert "| t | undecided |" in render(results(wide, **roles), {})
 
 
 def test_reading_a_run_directory(tmp_path):
     source = run()
-    for row in source.rows:
-        append_row(tmp_path / "evals.jsonl", dict(row))
+    for record in source.evaluations:
+        append_row(tmp_path / "evals.jsonl", record.to_row())
+    trials = [{"scale": scale, "verdict": "start", "seconds": 1.0} for scale in (0.0, 2.0)]
     append_row(
         tmp_path / "searches.jsonl",
-        {"step": 1, "accepted_scale": 2.0, "fit": {"q2": 0.5}, "trials": [0, 1], "memory_bytes": 80},
+        {"step": 1, "accepted_scale": 2.0, "fit": {"q2": 0.5}, "trials": trials, "memory_bytes": 80},
     )
     read = read_run(tmp_path, task="t", strategy="vanilla", learning_rate=LR, seed=0)
-    assert read.rows == source.rows
+    assert read.evaluations == source.evaluations
     row = to_row(read)
     assert row["accepted"] == [[1, 2.0]] and row["fit"] == {"q2": 0.5}
     assert row["searches"] == 1 and row["memory_bytes"] == 80
-    assert to_row(from_row(row)) == row
+    assert to_row(from_row(row)) == row and from_row(row).searches == read.searches
     assert Lookup(results([read])).reached("t", ("vanilla", LR)) == "1 of 1"
 
 
@@ -324,20 +301,21 @@ def test_a_variant_is_compared_with_what_it_is_a_variant_of_at_its_own_learning_
     runs = [run(seed=seed) for seed in range(5)]
     for rate, speed in ((LR, 4.0), (9e-5, 8.0)):
         runs += [run("look", rate, seed, speed=speed) for seed in range(5)]
-        runs += [run("look-short", rate, seed, speed=2.0) for seed in range(5)]
-    found = results(runs)
+        runs += [run("short", rate, seed, speed=2.0) for seed in range(5)]
+        runs += [run("look-alike", rate, seed, speed=2.0) for seed in range(5)]  # its name declares nothing
+    found = results(runs, variants={"short": "look"})
     pairs = {
         (r["strategy"], r["learning_rate"]): r["median"]
         for r in found["speedups"]
         if (r["against"], r["target"], r["axis"]) == ("look", "reference_kl", "steps")
     }
     assert pairs == {
-        ("look-short", LR): pytest.approx(0.5, rel=0.15),
-        ("look-short", 9e-5): pytest.approx(0.25, rel=0.15),
+        ("short", LR): pytest.approx(0.5, rel=0.15),
+        ("short", 9e-5): pytest.approx(0.25, rel=0.15),
     }
     (row,) = [
         r
         for r in found["quality"]
-        if (r["strategy"], r["learning_rate"], r["measure"]) == ("look-short", LR, "kl_difference_whole")
+        if (r["strategy"], r["learning_rate"], r["measure"]) == ("short", LR, "kl_difference_parent")
     ]
     assert row["low"] > 0 and row["n"] == 5

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from effopd.compare.plan import load_plan
+from effopd.compare.grid import load_grid
 from effopd.compare.runner import (
     DONE,
     LOG,
@@ -55,7 +55,7 @@ def grid(tmp_path, **changes):
         "launcher": [sys.executable, str(fake)],
     } | changes  # fmt: skip
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
-    return load_plan(tmp_path / "plan.yaml")
+    return load_grid(tmp_path / "plan.yaml")
 
 
 def calls(run):
@@ -156,9 +156,9 @@ def test_a_run_left_behind_keeps_the_grid_locked(tmp_path):
     (run,) = plan.runs()
     script = tmp_path / "main.py"
     script.write_text(
-        "from pathlib import Path\nfrom effopd.compare.plan import load_plan\n"
+        "from pathlib import Path\nfrom effopd.compare.grid import load_grid\n"
         "from effopd.compare.runner import Runner, only_one\n"
-        f"plan = load_plan({str(tmp_path / 'plan.yaml')!r})\n"
+        f"plan = load_grid({str(tmp_path / 'plan.yaml')!r})\n"
         "with only_one(Path(plan.output_dir)) as lock:\n    Runner(plan, lock=lock).run(plan.runs())\n"
     )
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
@@ -178,10 +178,10 @@ def test_an_interrupt_stops_the_children_and_leaves_nothing_done(tmp_path):
     script = tmp_path / "main.py"
     grid(tmp_path, base={"sleep": 600}, seeds=[0])
     script.write_text(
-        f"from effopd.compare.plan import load_plan\nfrom effopd.compare.runner import Runner\n"
-        f"plan = load_plan({str(tmp_path / 'plan.yaml')!r})\nRunner(plan).run(plan.runs())\n"
+        f"from effopd.compare.grid import load_grid\nfrom effopd.compare.runner import Runner\n"
+        f"plan = load_grid({str(tmp_path / 'plan.yaml')!r})\nRunner(plan).run(plan.runs())\n"
     )
-    runs = load_plan(tmp_path / "plan.yaml").runs()
+    runs = load_grid(tmp_path / "plan.yaml").runs()
     process = subprocess.Popen(
         [sys.executable, str(script)],
         stderr=subprocess.DEVNULL,

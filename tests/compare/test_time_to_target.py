@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from helpers.grid_runs import evaluation
 
 from effopd.compare.time_to_target import Cost, final_target, first_reach, smooth, speedup_by_gap
 
 
 def rows(values, seconds=1.0):
-    return [
-        {
-            "step": i,
-            "eval_kl": v,
-            "cost/net_seconds": seconds * i,
-            "cost/net_generated_tokens": 10 * i,
-            "cost/net_forward_tokens": 10 * i,
-        }
-        for i, v in enumerate(values)
-    ]
+    return [evaluation(step, value, seconds=seconds * step) for step, value in enumerate(values)]
 
 
 def test_a_planted_speedup_is_found_and_none_where_there_is_none():

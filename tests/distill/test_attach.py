@@ -280,7 +280,7 @@ def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
         runs[when] = [p.detach().clone() for p in trainer.model.parameters()]
         assert left_behind(trainer) == []
         assert not (tmp_path / when / SEARCHES).exists()
-        assert trainer.costs["cost/search_forward_tokens"] == 0
+        assert trainer.costs.search_forward_tokens == 0
     for when in ("before", "after one step"):
         assert all(torch.equal(a, b) for a, b in zip(runs["never"], runs[when], strict=True))
 

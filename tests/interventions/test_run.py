@@ -11,12 +11,13 @@ from helpers.tiny_models import make_model, make_task, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from effopd.common.statistics import bonett_price
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, NonFiniteWeightsError, WeightsError
 from effopd.interventions.editable_model import EditableModel, save_point
 from effopd.interventions.kinds import INTERVENTIONS, reference_points
 from effopd.interventions.measure import Evaluator, measure_points
 from effopd.interventions.options import InterventionOptions
-from effopd.interventions.results import InterventionResults, paired_change
+from effopd.interventions.results import InterventionResults
 from effopd.interventions.sources import Sources
 from effopd.tasks.sampling import Sampling
 
@@ -375,13 +376,13 @@ def test_paired_intervals_cover(n, samples, lift):
             old.append(sum(x < p for x in noise) / samples)
             q = p + lift * rng.choice((0, 2))  # not every prompt gains
             new.append(sum(x < q for x in noise) / samples)
-        found = paired_change(new, old)
+        found = bonett_price(new, old)
         hits += found.low <= lift <= found.high
     assert hits / trials >= 0.92
 
 
 def test_a_paired_interval_without_changes_is_not_a_point():
-    found = paired_change([1, 0, 1, 1], [1, 0, 1, 1])
+    found = bonett_price([1, 0, 1, 1], [1, 0, 1, 1])
     assert found.mean == 0 and found.low < -0.1 and found.high > 0.1 and found.n == 4
-    wide, narrow = paired_change([1] * 5, [0] * 5), paired_change([1] * 50, [0] * 50)
+    wide, narrow = bonett_price([1] * 5, [0] * 5), bonett_price([1] * 50, [0] * 50)
     assert wide.mean == narrow.mean == 1 >= wide.high and wide.low < narrow.low < 1

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+from helpers.grid_runs import LR
 from matplotlib.figure import Figure
-from report.test_compare_page import LR, grid, run
+from report.test_compare_page import ROLES, grid, run
 
-from effopd.compare.results import Run, analyse
-from effopd.report.compare_figures import draw, strategy_colors
+from effopd.compare.results import analyse
+from effopd.report.compare_figures import curve_strategies, draw, strategy_colors
 from effopd.report.compare_lookup import Lookup
 
 
@@ -52,7 +54,7 @@ def test_curves_hold_the_median_of_the_seeds(tmp_path, figures):
 def test_the_forest_marks_what_never_arrives(tmp_path, figures):
     runs = [run(name, seed, speed=speed, floor=floor) for seed in range(3)
             for name, speed, floor in (("vanilla", 1, 0), ("effopd", 2, 0), ("stuck", 1, 0.5))]  # fmt: skip
-    results = analyse(runs, baseline="vanilla", reference_learning_rate=LR)
+    results = analyse(runs, ROLES)
     draw(results, tmp_path)
     axis = figures["speedups"].axes[0]
     points = [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
@@ -72,15 +74,22 @@ def test_runs_that_never_arrive_sit_above_all_others(tmp_path, figures):
 
 
 def test_what_there_is_no_data_for_is_left_out(tmp_path, figures):
-    only = analyse([run("vanilla", 0)], baseline="vanilla", reference_learning_rate=LR)
+    only = analyse([run("vanilla", 0)], ROLES)
     assert set(draw(only, tmp_path)) == {"curves"}
 
 
 def test_a_diverged_run_does_not_stop_the_figures(tmp_path, figures):
     whole = run("effopd", 0)
-    rows = tuple(row | {"eval_kl": math.nan} if row["step"] > 20 else row for row in whole.rows)
-    runs = [run("vanilla", 0), run("vanilla", 1), Run("sums", "effopd", LR, 0, rows), run("effopd", 1)]
-    assert "curves" in draw(analyse(runs, baseline="vanilla", reference_learning_rate=LR), tmp_path)
+    evaluations = tuple(replace(e, kl=math.nan) if e.step > 20 else e for e in whole.evaluations)
+    runs = [run("vanilla", 0), run("vanilla", 1), replace(whole, evaluations=evaluations), run("effopd", 1)]
+    assert "curves" in draw(analyse(runs, ROLES), tmp_path)
+
+
+def test_curves_are_those_of_the_roles_and_not_too_many():
+    others = [f"other-{i}" for i in range(12)]
+    runs = [run(name, 0) for name in ("vanilla", *others, "noop", "effopd")]
+    shown = curve_strategies(Lookup(analyse(runs, replace(ROLES, variants={"other-0": "other-1"}))))
+    assert len(shown) == 8 and {"vanilla", "effopd", "noop"} < set(shown) and "other-0" not in shown
 
 
 def test_colours_tell_strategies_apart():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from effopd.analysis.statistics import seed_mean
+from effopd.common.statistics import student_t
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("chain_sum", "spell_backward")
@@ -47,7 +47,7 @@ def test_a_row_keeps_the_value_of_every_seed(module):
     values = [0.2, 0.4, 0.4, 0.6, math.nan]
     found = json.loads(json.dumps(row(module, values), allow_nan=False))
     assert found["test"]["values"] == [0.2, 0.4, 0.4, 0.6, None] and found["test"]["n"] == 4
-    assert found["test"]["mean"] == seed_mean(values).mean and found["verdict"] == "shown"
+    assert found["test"]["mean"] == student_t(values).mean and found["verdict"] == "shown"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_measuring_writes_the_value_of_every_seed(module, tmp_path):
     for found in content["rows"]:
         for which in ("opd", "rl", "test"):
             values = found[which]["values"]
-            assert len(values) == 3 and found[which]["mean"] == pytest.approx(seed_mean(values).mean)
+            assert len(values) == 3 and found[which]["mean"] == pytest.approx(student_t(values).mean)
     accuracy = content["rows"][0]
     assert accuracy["opd"]["values"] == pytest.approx([0.70, 0.71, 0.72]) and accuracy["test"][
         "values"

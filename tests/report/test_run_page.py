@@ -11,8 +11,9 @@ import pytest
 from effopd.commands.main import main
 from effopd.errors import ConfigError
 from effopd.report.run_figures import quality_figure, search_figure, training_figure
-from effopd.report.run_page import read_run_rows, write_run_page
+from effopd.report.run_page import read_runs, write_run_page
 from effopd.report.style import group_colors
+from effopd.runs.records import EvaluationRecord, SearchRecord
 
 
 def cost(step, **more):
@@ -90,6 +91,7 @@ class Page(HTMLParser):
 KLS = {0: 0.2, 2: 0.1, 4: 0.04321}
 EVALS = [cost(step, eval_kl=kl, eval_kl_se=0.002, eval_accuracy=0.5, eval_accuracy_low=0.4, eval_accuracy_high=0.6)
          for step, kl in KLS.items()]  # fmt: skip
+EVALUATIONS = [EvaluationRecord.from_row(row) for row in EVALS]
 METRICS = [cost(step, loss=1.0 / step, learning_rate=1e-4) for step in range(1, 5)]
 SEARCHES = [
     search(
@@ -116,7 +118,7 @@ def test_the_page_says_what_the_rows_say_and_needs_nothing_else(make_run):
 
 
 def test_panels_show_the_paired_gain_and_where_the_model_went():
-    figure = search_figure(SEARCHES)
+    figure = search_figure([SearchRecord.from_row(row) for row in SEARCHES])
     first, second = figure.axes[:2]
     assert not any(axis.get_visible() for axis in figure.axes[2:])
     (line,) = [lines for lines in first.get_lines() if len(lines.get_xdata()) == 2 and lines.get_marker() == "o"]
@@ -129,12 +131,13 @@ def test_panels_show_the_paired_gain_and_where_the_model_went():
         [line.get_xdata()[0] for line in axis.get_lines() if line.get_linestyle() == "--"] for axis in (first, second)
     ]
     assert went == [[4.0], [0.0]]
-    assert search_figure([search(1, 0.0, SEARCHES[0]["trials"][:1])]) is None
+    start_alone = search(1, 0.0, SEARCHES[0]["trials"][:1])
+    assert search_figure([SearchRecord.from_row(start_alone)]) is None
 
 
 def test_curves_have_a_point_an_evaluation_and_jumps_are_marked_after_they_happened():
-    searches = [SEARCHES[0] | {"step": 3}]
-    figure = quality_figure({"a": EVALS}, {"a": searches}, target=0.05)
+    searches = [SearchRecord.from_row(SEARCHES[0] | {"step": 3})]
+    figure = quality_figure({"a": EVALUATIONS}, {"a": searches}, target=0.05)
     by_step, by_seconds = figure.axes[:2]
     raw = next(line for line in by_seconds.get_lines() if line.get_label() == "a")
     assert raw.get_marker() == "o" and not any(line.get_alpha() for line in by_seconds.get_lines())
@@ -147,7 +150,7 @@ def test_curves_have_a_point_an_evaluation_and_jumps_are_marked_after_they_happe
 def test_no_curve_is_smoothed():
     kls = [0.2, 0.02, 0.15, 0.01, 0.1]
     rows = [cost(step, eval_kl=kl, eval_kl_se=0.001) for step, kl in enumerate(kls)]
-    for axis in quality_figure({"a": rows}, {}).axes:
+    for axis in quality_figure({"a": [EvaluationRecord.from_row(row) for row in rows]}, {}).axes:
         assert [list(line.get_ydata()) for line in axis.get_lines() if len(line.get_ydata())] == [kls]
 
 
@@ -164,7 +167,7 @@ def test_runs_have_hues_of_their_own_and_markers(names):
     hues = [rgb_to_hsv(*to_rgb(color))[0] for color in list(colors.values())[:3]]
     apart = [min(abs(a - b), 1 - abs(a - b)) for i, a in enumerate(hues) for b in hues[:i]]
     assert min(apart) > 0.05
-    lines = quality_figure(dict.fromkeys(names, EVALS), {}).axes[0].get_lines()
+    lines = quality_figure(dict.fromkeys(names, EVALUATIONS), {}).axes[0].get_lines()
     assert len({line.get_marker() for line in lines if line.get_label() in names}) == len(names)
 
 
@@ -181,8 +184,8 @@ def test_seconds_of_a_cpu_clock_are_called_so(make_run):
 
 def test_several_runs_share_axes_and_are_told_apart(make_run):
     roots = [make_run(f"{name}/lr-1/seed-0", EVALS, METRICS) for name in ("vanilla", "line_search")]
-    assert [run.label for run in read_run_rows(roots)] == ["vanilla/lr-1/seed-0", "line_search/lr-1/seed-0"]
-    figure = training_figure({run.label: run.metrics for run in read_run_rows(roots)})
+    assert [run.label for run in read_runs(roots)] == ["vanilla/lr-1/seed-0", "line_search/lr-1/seed-0"]
+    figure = training_figure({run.label: run.steps for run in read_runs(roots)})
     assert [len(axis.get_lines()) for axis in figure.axes if axis.get_visible()] == [2, 2]  # loss and learning rate
     page = Page(write_run_page(roots, roots[0] / "both.html").read_text())
     assert "vanilla/lr-1/seed-0" in page.text and "line_search/lr-1/seed-0" in page.text
@@ -200,6 +203,7 @@ def test_settings_are_text_whatever_they_hold(make_run):
         {"metrics": METRICS},  # no evaluation yet
         {"metrics": [cost(1, reward=0.5)], "evals": [cost(0, eval_accuracy=0.5)]},  # reinforcement learning
         {"evals": EVALS[:1]},  # just begun
+        {"evals": [{"step": 2, "eval_loss": 1.0, "eval_runtime": 0.5}]},  # the host's own evaluation
         {
             "metrics": METRICS[:1],
             "searches": [search(1, 0.0, [trial(0.0, None), trial(1.0, 1.0)])],
@@ -228,4 +232,4 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(make_run, capsys, tmp_
     assert "empty is not a run directory: expected rows in metrics.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
     with pytest.raises(ConfigError, match="each run once"):
-        read_run_rows([root, root])
+        read_runs([root, root])

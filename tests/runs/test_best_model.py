@@ -16,11 +16,10 @@ from effopd.distill.rl import TaskRLOOTrainer
 from effopd.distill.rl_config import TaskGRPOConfig, TaskRLOOConfig
 from effopd.errors import ConfigError
 from effopd.report.run_page import write_run_page
-from effopd.runs.best_model import HOST_DIRECTIONS, Kept, best_row, direction
-from effopd.runs.console import closing_lines
+from effopd.runs.best_model import HOST_DIRECTIONS, Kept, best_row, direction, read_kept
+from effopd.runs.lines import closing_lines
 from effopd.runs.model_card import model_card
 from effopd.runs.records import DIRECTIONS
-from effopd.runs.run_dir import read_kept
 
 USABLE = {name: greater for name, greater in DIRECTIONS.items() if greater is not None}
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

@@ -17,16 +17,9 @@ from transformers.utils import logging as transformers_logging
 from effopd import EffOPDConfig
 from effopd.commands.main import main
 from effopd.common.files import append_row
-from effopd.runs.console import (
-    LinesAlone,
-    LinesWithBar,
-    closing_lines,
-    duration,
-    eval_line,
-    missing_answers,
-    number,
-    step_line,
-)
+from effopd.runs.console import LinesAlone, LinesWithBar
+from effopd.runs.lines import closing_lines, duration, eval_line, missing_answers, number, step_line
+from effopd.runs.records import Costs, EvaluationRecord, StepRecord
 
 ROW = {
     "loss": 0.0123, "learning_rate": 3e-5, "completions/mean_length": 11.4, "completions/clipped_ratio": 0.0,
@@ -44,28 +37,36 @@ class Terminal(io.StringIO):
         return True
 
 
+def line_of(row, step, steps, **options) -> str:
+    return step_line(StepRecord.from_row({"step": step, **row}), steps, **options)
+
+
+def evaluation_line(row, step) -> str:
+    return eval_line(EvaluationRecord.from_row({"step": step, **row}))
+
+
 def test_a_step_is_a_line():
-    assert step_line(ROW, 12, 96) == (
+    assert line_of(ROW, 12, 96) == (
         "step 12/96  KL 0.0123  lr 3.0e-05  length 11  net 14 s (search 7 %)  tokens 12,345  jump 21.7Δ"
     )
-    assert "loss 0.0123  KL 0.0456" in step_line(ROW, 12, 96, loss_is_kl=False)
-    assert "mean jump 21.7Δ" in step_line(ROW, 12, 96, averaged=True)
-    assert step_line(ROW | {"effopd/accepted_scale": 0.0}, 12, 96).endswith("jump none")
-    assert step_line(ROW | {"effopd/accepted_scale": -0.5}, 12, 96).endswith("jump -0.5Δ")
-    assert "net 14 s of CPU (search 7 %)" in step_line(ROW, 12, 96, clock="cpu")
-    assert "length 11 (3 % cut)" in step_line(ROW | {"completions/clipped_ratio": 0.03}, 12, 96)
+    assert "loss 0.0123  KL 0.0456" in line_of(ROW, 12, 96, loss_is_kl=False)
+    assert "mean jump 21.7Δ" in line_of(ROW, 12, 96, averaged=True)
+    assert line_of(ROW | {"effopd/accepted_scale": 0.0}, 12, 96).endswith("jump none")
+    assert line_of(ROW | {"effopd/accepted_scale": -0.5}, 12, 96).endswith("jump -0.5Δ")
+    assert "net 14 s of CPU (search 7 %)" in line_of(ROW, 12, 96, clock="cpu")
+    assert "length 11 (3 % cut)" in line_of(ROW | {"completions/clipped_ratio": 0.03}, 12, 96)
 
 
 def test_what_a_row_lacks_is_left_out():
-    assert step_line({"loss": 0.5}, 3, 100) == "step   3/100  KL 0.5000"
+    assert line_of({"loss": 0.5}, 3, 100) == "step   3/100  KL 0.5000"
     nothing = dict.fromkeys(ROW)
-    assert step_line(nothing, 3, 4) == step_line(nothing, 3, 4, loss_is_kl=False) == step_line({}, 3, 4) == "step 3/4"
-    assert eval_line(dict.fromkeys(EVAL), 3) == "eval @3"
+    assert line_of(nothing, 3, 4) == line_of(nothing, 3, 4, loss_is_kl=False) == line_of({}, 3, 4) == "step 3/4"
+    assert evaluation_line(dict.fromkeys(EVAL), 3) == "eval @3"
 
 
 def test_reinforcement_learning_shows_its_reward():
     row = ROW | {"loss": 3e-9, "reward": 0.28125, "kl": 3.63e-5, "entropy": 0.2244, "frac_reward_zero_std": 0.25}
-    line = step_line({k: v for k, v in row.items() if not k.startswith("effopd/")}, 2, 96, loss_is_kl=False)
+    line = line_of({k: v for k, v in row.items() if not k.startswith("effopd/")}, 2, 96, loss_is_kl=False)
     assert line.startswith(
         "step  2/96  reward 0.281  tied groups 25 %  KL to start 3.63e-05  entropy 0.224  lr 3.0e-05"
     )
@@ -73,10 +74,10 @@ def test_reinforcement_learning_shows_its_reward():
 
 
 def test_an_evaluation_is_a_line():
-    assert eval_line(EVAL, 12) == "eval @12  KL 0.0031 ± 0.0004  accuracy 0.789 [0.735, 0.835]"
-    assert eval_line({"eval_kl": 9.59e-4, "eval_kl_se": 1.2e-4}, 12) == "eval @12  KL 9.59e-04 ± 1.20e-04"
-    assert eval_line({"eval_loss": 0.25, "eval_runtime": 1.0}, 8) == "eval @8  loss 0.2500"
-    assert eval_line({"test_kl": 0.25, "test_runtime": 1.0}, 8) == "test @8  KL 0.2500"
+    assert evaluation_line(EVAL, 12) == "eval @12  KL 0.0031 ± 0.0004  accuracy 0.789 [0.735, 0.835]"
+    assert evaluation_line({"eval_kl": 9.59e-4, "eval_kl_se": 1.2e-4}, 12) == "eval @12  KL 9.59e-04 ± 1.20e-04"
+    assert evaluation_line({"eval_loss": 0.25, "eval_runtime": 1.0}, 8) == "eval @8  loss 0.2500"
+    assert evaluation_line({"test_kl": 0.25, "test_runtime": 1.0}, 8) == "test @8  KL 0.2500"
 
 
 @pytest.mark.parametrize(
@@ -99,29 +100,29 @@ def test_the_end_says_what_was_reached_and_what_to_do_next(tmp_path):
         append_row(root / "evals.jsonl", EVAL | {"step": step, "eval_kl": kl})
     for scale in (21.7, 0.0, -0.5):
         append_row(root / "searches.jsonl", {"step": 1, "accepted_scale": scale})
-    text = closing_lines(root, 12, ROW)
+    text = closing_lines(root, 12, Costs.from_row(ROW))
     assert f"Done: step 12. The model, its card and all rows are in {root}\n" in text
     assert "held out, step 0 → step 12:  KL 0.2500 → 0.0031 ± 0.0004  accuracy 0.789 → 0.789 [0.735, 0.835]" in text
     assert "net 14 s (search 7 %)  tokens 12,345" in text
     assert "look-ahead: jumps accepted in 2 of 3 searches (1 back)" in text
     assert text.endswith(f"\nNext: effopd report '{root}'")
     (root / "config.yaml").write_text("seed: 1\ncost_clock: cpu\nlearning_rate: 1\n")
-    assert "net 14 s of CPU (search 7 %)" in closing_lines(root, 12, ROW)
-    assert closing_lines(tmp_path / "none", 3, {}).count("\n") == 1
+    assert "net 14 s of CPU (search 7 %)" in closing_lines(root, 12, Costs.from_row(ROW))
+    assert closing_lines(tmp_path / "none", 3, Costs()).count("\n") == 1
 
 
 def test_values_are_those_of_the_steps_that_are_named(tmp_path):
     for step in (2, 6):
         append_row(tmp_path / "evals.jsonl", EVAL | {"step": step})
-        text = closing_lines(tmp_path, 6, ROW)
+        text = closing_lines(tmp_path, 6, Costs.from_row(ROW))
         assert ("held out, step 2 → step 6:  KL" if step == 6 else "held out, step 2:  KL") in text
 
 
 def test_an_evaluation_whose_answers_cannot_be_graded_says_so():
     for found, said in ((3, True), (49, True), (50, False), (100, False), (None, False)):
-        line = eval_line(EVAL | {"eval_answers": 100, "eval_answers_found": found}, 12)
+        line = evaluation_line(EVAL | {"eval_answers": 100, "eval_answers_found": found}, 12)
         assert line.endswith(f"(only {found} of 100 answers could be graded)") == said
-    assert "graded" not in eval_line(EVAL | {"eval_answers": 100}, 12)
+    assert "graded" not in evaluation_line(EVAL | {"eval_answers": 100}, 12)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_the_bar_is_for_terminals(tmp_path, monkeypatch, terminal):
 
 
 def test_an_error_begins_on_a_line_of_its_own(tmp_path, monkeypatch):
-    """`bench.runner.last_words` and whoever reads the screen look for it at the beginning of a line."""
+    """`compare.runner.error_message` and whoever reads the screen look for it at the beginning of a line."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)

@@ -11,9 +11,10 @@ import torch
 from helpers.tiny_models import make_model, make_task
 from scipy import stats
 
+from effopd.common.statistics import accuracy_interval
 from effopd.errors import ConfigError, TaskError
 from effopd.tasks.base import Example, Task
-from effopd.tasks.evaluate import accuracy_interval, evaluate, pass_at_k
+from effopd.tasks.evaluate import evaluate, pass_at_k
 from effopd.tasks.generate import generate
 from effopd.tasks.sampling import Sampling
 

@@ -29,7 +29,7 @@ from effopd.analysis.measure import (
     measure_update,
     path_of_u1,
 )
-from effopd.analysis.plan import PathLike, Plan, Run, prepare
+from effopd.analysis.plan import AnalysisPlan, AnalysisRun, PathLike, prepare
 from effopd.analysis.summary import summarize
 from effopd.analysis.tables import TABLES, TableWriter
 from effopd.common.files import write_atomically
@@ -96,7 +96,7 @@ def analyze(
     return execute(plan, progress)
 
 
-def execute(plan: Plan, progress: Callable[[int, int], object] | None = None) -> Analysis:
+def execute(plan: AnalysisPlan, progress: Callable[[int, int], object] | None = None) -> Analysis:
     """Carry out a plan: measure what is missing, then write tables and summary."""
     done = plan.progress.start()
     total = len(plan.parts) * plan.snapshots
@@ -120,17 +120,17 @@ def execute(plan: Plan, progress: Callable[[int, int], object] | None = None) ->
     return Analysis(plan.out, tables, summary)
 
 
-def batches(parts: Sequence[Part], plan: Plan) -> Iterator[list[Part]]:
+def batches(parts: Sequence[Part], plan: AnalysisPlan) -> Iterator[list[Part]]:
     """Parts of the same stored tensor together (it is read once), as many as their kept directions allow."""
     batch: list[Part] = []
-    kept = 0
+    stored = 0
     for part in parts:
         size = 4 * plan.options.k * sum(part.shape) * plan.snapshots if part.is_matrix else 0
-        if batch and (part.tensor != batch[0].tensor or kept + size > _KEPT):
+        if batch and (part.tensor != batch[0].tensor or stored + size > _KEPT):
             yield batch
-            batch, kept = [], 0
+            batch, stored = [], 0
         batch.append(part)
-        kept += size
+        stored += size
     if batch:
         yield batch
 
@@ -161,12 +161,12 @@ class _PartRecord:
         self.embeddings: list[list[Any]] = []
         self.directions: dict[str, list[tuple[int | None, Directions | None]]] = {}
 
-    def take(self, run: Run, index: int, update: Update) -> None:
+    def take(self, run: AnalysisRun, index: int, update: Update) -> None:
         """Measure snapshot `index` of `run`."""
         step, final = run.snapshots[index].step, index == len(run.snapshots) - 1
-        metrics, kept = measure_update(update, self.options)
+        metrics, leading = measure_update(update, self.options)
         if self.part.is_matrix:
-            self.directions.setdefault(run.name, []).append((step, kept))
+            self.directions.setdefault(run.name, []).append((step, leading))
             if final and ("rotation" in self.options.metrics or self.options.base_spectrum):
                 self.base = self.base or BaseOfPart(update.base, self.options)
                 metrics |= measure_base(update, self.base, self.options)
@@ -175,7 +175,7 @@ class _PartRecord:
                 self.embeddings += [[run.name, step, name, values] for name, values in picture.items()]
         self.matrices.append([run.name, step, metrics])
 
-    def finish(self, runs: Sequence[Run], picture: bool) -> dict[str, Any]:
+    def finish(self, runs: Sequence[AnalysisRun], picture: bool) -> dict[str, Any]:
         """Compare the snapshots with each other; the line of progress.jsonl."""
         record: dict[str, Any] = {"part": str(self.part.place), "matrices": self.matrices}
         record["subspaces"] = (
@@ -192,17 +192,17 @@ class _PartRecord:
         record["embeddings"] = self.embeddings
         return record
 
-    def _path(self, run: Run, picture: bool):
+    def _path(self, run: AnalysisRun, picture: bool):
         u1 = {
-            step: kept.u_MK[:, 0]
-            for step, kept in self.directions[run.name]
-            if step is not None and kept is not None and kept.has_first
+            step: leading.u_MK[:, 0]
+            for step, leading in self.directions[run.name]
+            if step is not None and leading is not None and leading.has_first
         }
         return path_of_u1(list(u1), u1, self.options, picture)
 
 
 def measure_batch(
-    plan: Plan, batch: Sequence[Part], pictured: set[str], advance: Callable[[], object]
+    plan: AnalysisPlan, batch: Sequence[Part], pictured: set[str], advance: Callable[[], object]
 ) -> Iterator[dict[str, Any]]:
     """All snapshots of all runs, for parts of one stored tensor."""
     records = [_PartRecord(part, plan.options) for part in batch]
@@ -216,7 +216,7 @@ def measure_batch(
 
 
 def _take_snapshot(
-    records: Sequence[_PartRecord], run: Run, index: int, difference: Difference, advance: Callable[[], object]
+    records: Sequence[_PartRecord], run: AnalysisRun, index: int, difference: Difference, advance: Callable[[], object]
 ) -> None:
     """One snapshot. The previous part's update is alive while the next is made, so a shared tensor is read once; on
     return it is let go, before the next snapshot is read."""
@@ -236,10 +236,10 @@ def subspace_rows(
     rows: list[list[Any]] = []
     for run, path in directions.items():
         final_step, final = path[-1]
-        for step, kept in path:
-            values = compare(kept, final, size) | {"singular_value": _padded(kept, size)}
+        for step, leading in path:
+            values = compare(leading, final, size) | {"singular_value": _padded(leading, size)}
             rows += [[run, step, "final", name, numbers] for name, numbers in values.items()]
-        first = next((kept for _, kept in path if kept is not None and kept.has_first), None)
+        first = next((leading for _, leading in path if leading is not None and leading.has_first), None)
         if first is not None and first is not final:
             values = compare(first, final, 1)
             rows += [
@@ -253,15 +253,15 @@ def subspace_rows(
     return rows
 
 
-def _padded(kept: Directions | None, size: int) -> list[float]:
-    found = [] if kept is None else kept.s_K[:size].tolist()
-    return found + [0.0] * (size - len(found))
+def _padded(leading: Directions | None, size: int) -> list[float]:
+    values = [] if leading is None else leading.s_K[:size].tolist()
+    return values + [0.0] * (size - len(values))
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
 
 
-def write_tables(plan: Plan) -> dict[str, Path]:
+def write_tables(plan: AnalysisPlan) -> dict[str, Path]:
     """All tables from the finished parts, in the order of the parts of the base."""
     squares: dict[tuple[str, int | None], float] = {}
     for record in plan.progress.records():
@@ -312,7 +312,7 @@ _ROWS: dict[str, Callable[..., Iterator[tuple[Any, ...]]]] = {
 }
 
 
-def _about(plan: Plan) -> dict[str, Any]:
+def _about(plan: AnalysisPlan) -> dict[str, Any]:
     """What the tables do not say: settings, and which runs belong together."""
     return {
         "base": str(plan.base.path),

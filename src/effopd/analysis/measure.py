@@ -75,13 +75,13 @@ class Directions:
     rank: int
 
     @classmethod
-    def of(cls, found: Leading) -> Directions:
+    def of(cls, leading: Leading) -> Directions:
         """Round to float32 and count the directions that mean something."""
-        s = found.s_K.to(torch.float64)
+        s = leading.s_K.to(torch.float64)
         rank = int((s > _RANK_TOLERANCE * s[0]).sum()) if len(s) and s[0] > 0 else 0
         sizes = torch.arange(1, len(s) + 1, dtype=torch.float64)
-        bound = (found.angle_bound_K.rad2deg() + _STORAGE * sizes).clamp(max=90.0)
-        return cls(found.u_MK.float().cpu(), s.cpu(), found.v_NK.float().cpu(), bound, rank)
+        bound = (leading.angle_bound_K.rad2deg() + _STORAGE * sizes).clamp(max=90.0)
+        return cls(leading.u_MK.float().cpu(), s.cpu(), leading.v_NK.float().cpu(), bound, rank)
 
     @property
     def has_first(self) -> bool:
@@ -127,9 +127,9 @@ def measure_update(update: Update, options: Options) -> tuple[dict[str, float], 
     if "spectrum" in options.metrics and part.is_matrix:
         metrics |= spectrum_metrics(_spectrum(update, moved), (part.shape[0], part.shape[1]))
     if "embeddings" in options.metrics and part.is_matrix and part.place.module in ("embedding", "head"):
-        found = embedding_metrics(update.base, update.trained)
-        keep = found if part.place.module == "embedding" else ("rows_moved_share",)
-        metrics |= {name: found[name] for name in keep}
+        values = embedding_metrics(update.base, update.trained)
+        keep = values if part.place.module == "embedding" else ("rows_moved_share",)
+        metrics |= {name: values[name] for name in keep}
     if not (options.wants_directions and part.is_matrix and moved):
         return metrics, None
     if update.factors is not None:
@@ -196,18 +196,18 @@ def compare(one: Directions | None, other: Directions | None, size: int) -> dict
     values = {name: [math.nan] * size for name in [*names, "angle_bound"]}
     if one is None or other is None:
         return values
-    found = min(one.rank, other.rank, size)
-    bound = (one.angle_bound_K[:found] + other.angle_bound_K[:found]).clamp(max=90.0)
+    common = min(one.rank, other.rank, size)
+    bound = (one.angle_bound_K[:common] + other.angle_bound_K[:common]).clamp(max=90.0)
     proven = bound < 90.0
-    before = torch.cat([torch.ones(1, dtype=torch.bool), proven])[:found]
+    before = torch.cat([torch.ones(1, dtype=torch.bool), proven])[:common]
     for side, a, b in (("left", one.u_MK, other.u_MK), ("right", one.v_NK, other.v_NK)):
-        u, w = a[:, :found].to(torch.float64), b[:, :found].to(torch.float64)
+        u, w = a[:, :common].to(torch.float64), b[:, :common].to(torch.float64)
         angles = [float(principal_angles(u[:, :k], w[:, :k])[-1]) if proven[k - 1] else math.nan
-                  for k in range(1, found + 1)]  # fmt: skip
-        values[f"{side}_cosine"][:found] = _where(proven & before, counterpart_cosines(u, w))
-        values[f"{side}_overlap"][:found] = _where(proven, projector_overlaps(u, w))
-        values[f"{side}_angle_max"][:found] = angles
-    values["angle_bound"][:found] = bound.tolist()
+                  for k in range(1, common + 1)]  # fmt: skip
+        values[f"{side}_cosine"][:common] = _where(proven & before, counterpart_cosines(u, w))
+        values[f"{side}_overlap"][:common] = _where(proven, projector_overlaps(u, w))
+        values[f"{side}_angle_max"][:common] = angles
+    values["angle_bound"][:common] = bound.tolist()
     return values
 
 

@@ -32,7 +32,7 @@ _RESERVED = ("base", "final", "first")
 
 
 @dataclass(frozen=True)
-class Run:
+class AnalysisRun:
     """One trained checkpoint, or one trajectory of them. Runs of one `group` (label) differ in their seed only."""
 
     name: str
@@ -43,11 +43,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AnalysisPlan:
     """Everything an analysis needs, validated; `progress` knows what is done already."""
 
     base: Checkpoint
-    runs: tuple[Run, ...]
+    runs: tuple[AnalysisRun, ...]
     parts: tuple[Part, ...]
     options: Options
     out: Path
@@ -70,7 +70,7 @@ def prepare(
     metrics: Sequence[str] = GROUPS,
     base_spectrum: bool = False,
     seed: int = 0,
-) -> Plan:
+) -> AnalysisPlan:
     """Check every setting, file and shape; nothing is written. For the arguments see `analysis.analyze`.
 
     Raises:
@@ -89,7 +89,7 @@ def prepare(
         )
     runs = _open_runs(opened, named, steps)
     progress = Progress(Path(out), _settings(Path(base), runs, options))
-    return Plan(opened, runs, tuple(opened.parts()), options, Path(out), progress)
+    return AnalysisPlan(opened, runs, tuple(opened.parts()), options, Path(out), progress)
 
 
 def seed_names(label: str, count: int) -> list[str]:
@@ -103,7 +103,7 @@ def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         ConfigError: not LABEL=DIR, or a label that cannot be used.
     """
-    found: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     for text in texts:
         label, equals, path = text.partition("=")
         if not (label and equals and path):
@@ -111,8 +111,8 @@ def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
                 f"--trained: expected LABEL=DIR, got {text!r}. Write for example --trained opd={text.strip('=')}."
             )
         _check_label(label)
-        found.setdefault(label, []).append(path)
-    return found
+        paths.setdefault(label, []).append(path)
+    return paths
 
 
 def _check_label(label: str) -> None:
@@ -156,8 +156,8 @@ def resolve_device(device: str | None) -> str:
         ConfigError: not a device of this machine, or one without float64 (mps).
     """
     if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found.type if found is not None and has_float64(found) else "cpu"
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator.type if accelerator is not None and has_float64(accelerator) else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -186,16 +186,16 @@ def _check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _open_runs(
     base: Checkpoint, named: Sequence[tuple[str, str, Path]], steps: Sequence[int] | None
-) -> tuple[Run, ...]:
+) -> tuple[AnalysisRun, ...]:
     snapshots = [tuple(find_snapshots(path, steps)) for _, _, path in named]
-    differences = open_differences(base, [[snapshot.path for snapshot in found] for found in snapshots])
+    differences = open_differences(base, [[snapshot.path for snapshot in of_run] for of_run in snapshots])
     return tuple(
-        Run(name, group, path, found, own)
-        for (name, group, path), found, own in zip(named, snapshots, differences, strict=True)
+        AnalysisRun(name, group, path, of_run, of_run_differences)
+        for (name, group, path), of_run, of_run_differences in zip(named, snapshots, differences, strict=True)
     )
 
 
-def _settings(base: Path, runs: Sequence[Run], options: Options) -> dict[str, Any]:
+def _settings(base: Path, runs: Sequence[AnalysisRun], options: Options) -> dict[str, Any]:
     """What has to be equal for an interrupted analysis to be continued."""
     return {
         "effopd": effopd.__version__,

@@ -24,8 +24,8 @@ _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapte
 
 def file_marks(folder: Path) -> dict[str, list[int]]:
     """File name → [bytes, modification time in ns], for the files of a checkpoint or adapter that decide its weights."""
-    found = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in found}
+    paths = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 class Progress:
@@ -109,25 +109,25 @@ class Progress:
             ) from error
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+def _differences(then: Any, now: Any, name: str = "") -> list[str]:
     """What differs, a sentence each; long lists of files are summed up by the folder they are in."""
-    if isinstance(there, dict) and isinstance(here, dict):
+    if isinstance(then, dict) and isinstance(now, dict):
         if name.endswith("files"):
-            return [f"{name.removesuffix('files')}weights changed on disk"] if there != here else []
-        keys = [*there, *(key for key in here if key not in there)]
-        return [text for key in keys for text in _differences(there.get(key), here.get(key), f"{name} {key}".strip())]
-    if there == here:
+            return [f"{name.removesuffix('files')}weights changed on disk"] if then != now else []
+        keys = [*then, *(key for key in now if key not in then)]
+        return [text for key in keys for text in _differences(then.get(key), now.get(key), f"{name} {key}".strip())]
+    if then == now:
         return []
-    if here is None:
+    if now is None:
         return [f"{name} is gone"]
-    if there is None:
+    if then is None:
         return [f"{name} was not there"]
-    if isinstance(there, list) and isinstance(here, list) and there and isinstance(there[0], dict):
-        if len(there) != len(here):
-            return [f"{name}: {len(there)} there, {len(here)} now"]
-        pairs = zip(there, here, strict=True)
+    if isinstance(then, list) and isinstance(now, list) and then and isinstance(then[0], dict):
+        if len(then) != len(now):
+            return [f"{name}: {len(then)} there, {len(now)} now"]
+        pairs = zip(then, now, strict=True)
         return [t for i, (a, b) in enumerate(pairs) for t in _differences(a, b, f"{name}[{i}]")]
-    return [f"{name} was {json.dumps(there)}, now {json.dumps(here)}"]
+    return [f"{name} was {json.dumps(then)}, now {json.dumps(now)}"]
 
 
 def _encode(value: Any) -> Any:

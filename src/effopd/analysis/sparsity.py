@@ -181,8 +181,8 @@ def _smallest(first: Tensor, stream: _Stream, m: int, dtype: torch.dtype) -> flo
         counts = torch.zeros_like(first)
         for magnitudes, changed in stream():
             keys = _keys(magnitudes)
-            here = keys >> (shift + 16) == prefix
-            keys, changed = keys[here], changed[here]
+            in_bucket = keys >> (shift + 16) == prefix
+            keys, changed = keys[in_bucket], changed[in_bucket]
             counts += torch.stack([_histogram(keys, shift), _histogram(keys[changed], shift)])
 
 

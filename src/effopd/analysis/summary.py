@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ import numpy as np
 import pandas as pd
 
 import effopd
-from effopd.analysis import table_queries as frames
-from effopd.analysis import trajectory_metrics as over_training
-from effopd.analysis.statistics import Estimate, bootstrap_mean, paired_difference, seed_mean
+from effopd.analysis import table_queries, trajectory_metrics
 from effopd.analysis.tables import read_table
+from effopd.common.statistics import Interval, bootstrap_mean, paired_difference, student_t, welch
 from effopd.common.versions import ANALYSIS, versions
 
 AVERAGING = (
@@ -47,18 +45,18 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         out: folder with the tables.
         about: settings and runs (run → group, path, steps), copied into the summary.
     """
-    matrices = frames.with_layer(read_table(out / "matrices"))
+    matrices = table_queries.with_layer(read_table(out / "matrices"))
     runs, seed = about["runs"], about["seed"]
-    groups = frames.groups_of(runs)
-    last = frames.final(matrices, runs)
-    rows = frames.averaged(last)
-    moving = over_training.moving_runs(matrices, runs)
-    paths = over_training.trajectories(out, rows, moving, seed)
+    groups = table_queries.groups_of(runs)
+    last = table_queries.final(matrices, runs)
+    rows = table_queries.averaged(last)
+    moving = trajectory_metrics.moving_runs(matrices, runs)
+    paths = trajectory_metrics.trajectories(out, rows, moving, seed)
     if moving:
-        rows = pd.concat([rows.astype({"metric": str}), over_training.early_rows(out, moving, about["k"])])
+        rows = pd.concat([rows.astype({"metric": str}), trajectory_metrics.early_rows(out, moving, about["k"])])
     means = _means(rows, runs, seed)
     modules, layers = _norms(last, ["module"]), _norms(last, ["layer"])
-    blocks = _norms(last[last["module"].isin(frames.AVERAGED)], ["layer", "module"])
+    blocks = _norms(last[last["module"].isin(table_queries.AVERAGED)], ["layer", "module"])
     totals = {name: _total(last, name) for name in runs}
     embeddings = _embeddings(last)
     summary = {
@@ -83,7 +81,7 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         },
         "groups": {group: _group(names, totals, means, modules) for group, names in groups.items()},
         "differences": _differences(rows, groups, totals, means, seed),
-        "agreement": over_training.agreement(out, rows, runs, about["k"], seed) if len(runs) > 1 else [],
+        "agreement": trajectory_metrics.agreement(out, rows, runs, about["k"], seed) if len(runs) > 1 else [],
         "notes": [*([HEAD_APART] if about.get("head_apart") else []), *_notes(matrices, last, runs)],
     }
     return _strict(summary)
@@ -92,13 +90,13 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
 # -- one run --------------------------------------------------------------------------------------------------------
 
 
-def _means(rows: pd.DataFrame, runs: Iterable[str], seed: int) -> dict[str, dict[str, Estimate]]:
+def _means(rows: pd.DataFrame, runs: Iterable[str], seed: int) -> dict[str, dict[str, Interval]]:
     """run → metric → mean over attention and MLP matrices."""
-    rows = rows[~rows["metric"].isin((*frames.SIZES, "share_of_total"))]
-    found: dict[str, dict[str, Estimate]] = {run: {} for run in runs}
+    rows = rows[~rows["metric"].isin((*table_queries.SIZES, "share_of_total"))]
+    means: dict[str, dict[str, Interval]] = {run: {} for run in runs}
     for (run, metric), values in rows.groupby(["run", "metric"], observed=True, sort=False)["value"]:
-        found[str(run)][str(metric)] = bootstrap_mean(values, seed=seed)
-    return found
+        means[str(run)][str(metric)] = bootstrap_mean(values, seed=seed)
+    return means
 
 
 def _total(last: pd.DataFrame, run: str) -> float:
@@ -112,15 +110,15 @@ def _norms(last: pd.DataFrame, by: list[str]) -> dict[str, dict[Any, dict[str, f
     value = wanted["value"].where(wanted["metric"] != "frobenius_norm", wanted["value"] ** 2)
     keys = ["run", *by, "metric"]
     sums = wanted.assign(value=value).groupby(keys, observed=True, sort=False)["value"].sum(min_count=1)
-    found: dict[str, dict[Any, dict[str, float]]] = {}
+    norms: dict[str, dict[Any, dict[str, float]]] = {}
     for key, value in sums.items():
         run, *where, metric = key
-        place = found.setdefault(str(run), {}).setdefault(where[0] if len(where) == 1 else tuple(where), {})
+        place = norms.setdefault(str(run), {}).setdefault(where[0] if len(where) == 1 else tuple(where), {})
         if metric == "frobenius_norm":
             place["norm"] = math.sqrt(value)
         else:
             place["share" if metric == "share_of_total" else "parameters"] = value
-    return found
+    return norms
 
 
 def _layers(
@@ -129,7 +127,7 @@ def _layers(
     rows = []
     for layer in sorted(key for key in layers if key >= 0):
         row: dict[str, Any] = {"layer": int(layer), **{n: layers[layer][n] for n in ("norm", "share")}}
-        for module in frames.AVERAGED:
+        for module in table_queries.AVERAGED:
             block = blocks.get((layer, module), {"norm": math.nan, "share": math.nan})
             row |= {f"{module}_norm": block["norm"], f"{module}_share": block["share"]}
         rows.append(row)
@@ -139,10 +137,10 @@ def _layers(
 def _embeddings(last: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     """run → matrix → metric, for embedding and head."""
     names = ("row_cosine_mean", "row_cosine_min", "rows_moved_share")
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    values: dict[str, dict[str, dict[str, float]]] = {}
     for row in last[last["metric"].isin(names)].itertuples():
-        found.setdefault(str(row.run), {}).setdefault(str(row.matrix), {})[str(row.metric)] = row.value
-    return found
+        values.setdefault(str(row.run), {}).setdefault(str(row.matrix), {})[str(row.metric)] = row.value
+    return values
 
 
 def _parts(last: pd.DataFrame, run: str) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def _parts(last: pd.DataFrame, run: str) -> dict[str, Any]:
     return {
         "parts": len(sizes),
         "matrices": len(matrices),
-        "averaged": int(matrices["module"].isin(frames.AVERAGED).sum()),
+        "averaged": int(matrices["module"].isin(table_queries.AVERAGED).sum()),
         "modules": by_module,
         "other": [str(name) for name in sizes.loc[sizes["module"] == "other", "matrix"]],
     }
@@ -168,16 +166,16 @@ def _parts(last: pd.DataFrame, run: str) -> dict[str, Any]:
 def _group(names: Sequence[str], totals, means, modules) -> dict[str, Any]:
     """A label's runs together: means over seeds, or the single run's own means and intervals over matrices."""
     one = len(names) == 1
-    found = {
-        metric: seed_mean([means[n][metric].mean for n in names if metric in means[n]]) for metric in means[names[0]]
+    over_seeds = {
+        metric: student_t([means[n][metric].mean for n in names if metric in means[n]]) for metric in means[names[0]]
     }
     return {
         "runs": list(names),
         "interval_over": "matrices" if one else "seeds",
-        "update_norm": seed_mean([totals[name] for name in names]),
-        "metrics": means[names[0]] if one else found,
+        "update_norm": student_t([totals[name] for name in names]),
+        "metrics": means[names[0]] if one else over_seeds,
         "modules": {
-            module: {key: seed_mean([modules[n][module][key] for n in names]) for key in ("norm", "share")}
+            module: {key: student_t([modules[n][module][key] for n in names]) for key in ("norm", "share")}
             for module in modules[names[0]]
         },
     }
@@ -187,21 +185,21 @@ def _differences(
     rows: pd.DataFrame, groups: Mapping[str, list[str]], totals, means, seed: int
 ) -> list[dict[str, Any]]:
     """For each pair of groups and metric: mean of a − b over the same matrices (each averaged over its seeds)."""
-    names = {metric for found in means.values() for metric in found}
+    names = {metric for of_run in means.values() for metric in of_run}
     wide = {
-        str(metric): frames.by_matrix(values)
+        str(metric): table_queries.by_matrix(values)
         for metric, values in rows[rows["metric"].isin(names)].groupby("metric", observed=True, sort=False)
     }
     result = []
     for a, b in itertools.combinations(groups, 2):
-        norm = _welch([[totals[n] for n in groups[g]] for g in (a, b)])
+        norm = welch(*([totals[n] for n in groups[g]] for g in (a, b)))
         metrics: dict[str, Any] = {}
         for metric, table in wide.items():
             if not set(groups[a]) | set(groups[b]) <= set(table.columns):
                 continue
             mean_a, mean_b = (table[groups[g]].mean(axis=1, skipna=False) for g in (a, b))
             over_matrices = paired_difference(mean_a, mean_b, seed=seed)
-            over_seeds = _welch([[means[n][metric].mean for n in groups[g]] for g in (a, b)])
+            over_seeds = welch(*([means[n][metric].mean for n in groups[g]] for g in (a, b)))
             larger = _larger(a, b, [over_matrices, over_seeds])
             metrics[metric] = {"over_matrices": over_matrices, "over_seeds": over_seeds, "larger": larger}
         total = {"over_seeds": norm, "larger": _larger(a, b, [norm])}
@@ -209,22 +207,7 @@ def _differences(
     return result
 
 
-def _welch(values: Sequence[Sequence[float]]) -> Estimate | None:
-    """Difference of two means over seeds with Welch's t interval; `None` with a single seed on either side."""
-    from scipy import stats
-
-    a, b = (np.array([v for v in side if math.isfinite(v)]) for side in values)
-    if min(len(a), len(b)) < 2:
-        return None
-    mean = float(a.mean() - b.mean())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # equal values: no spread to divide by
-        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    low, high = (float(x) if math.isfinite(x) else mean for x in (interval.low, interval.high))
-    return Estimate(mean, low, high, len(a) + len(b))
-
-
-def _larger(a: str, b: str, estimates: Sequence[Estimate | None]) -> str | None:
+def _larger(a: str, b: str, estimates: Sequence[Interval | None]) -> str | None:
     known = [e for e in estimates if e is not None and math.isfinite(e.low)]
     if known and all(e.low > 0 for e in known):
         return a
@@ -243,8 +226,8 @@ def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mappin
                 "directions are undefined."
             )
             continue
-        own = matrices[matrices["run"] == name]
-        start = own[(own["step"] == 0) & (own["metric"] == "frobenius_norm")]["value"]
+        of_run = matrices[matrices["run"] == name]
+        start = of_run[(of_run["step"] == 0) & (of_run["metric"] == "frobenius_norm")]["value"]
         if 0 in run["steps"] and float(start.abs().sum()) > 0:
             notes.append(
                 f"{name}: step 0 differs from the base (update norm {math.sqrt(float(start.pow(2).sum())):.3g}), so this "
@@ -257,7 +240,7 @@ def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mappin
                 "than half as large as the update; effective rank and small singular values there are those of the "
                 "rounding. Analyse float32 checkpoints if there are any."
             )
-    for group, names in frames.groups_of(runs).items():
+    for group, names in table_queries.groups_of(runs).items():
         ends = {runs[name]["steps"][-1] for name in names}
         if len(ends) > 1:
             notes.append(
@@ -275,7 +258,7 @@ def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mappin
 
 def _strict(value: Any) -> Any:
     """Plain JSON values; estimates as objects, numbers that are not finite as `None`."""
-    if isinstance(value, Estimate):
+    if isinstance(value, Interval):
         return _strict(vars(value))
     if isinstance(value, Mapping):
         return {str(key): _strict(item) for key, item in value.items()}

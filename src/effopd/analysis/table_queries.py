@@ -44,8 +44,8 @@ def averaged(matrices: pd.DataFrame) -> pd.DataFrame:
     rows = matrices[matrices["module"].isin(AVERAGED)]
     places = rows.loc[rows["metric"] == "rows", PLACE].drop_duplicates()
     keys = pd.MultiIndex.from_frame(places.astype({"module": str, "matrix": str}))
-    own = pd.MultiIndex.from_frame(rows[PLACE].astype({"module": str, "matrix": str}))
-    return rows[own.isin(keys)]
+    places = pd.MultiIndex.from_frame(rows[PLACE].astype({"module": str, "matrix": str}))
+    return rows[places.isin(keys)]
 
 
 def by_matrix(rows: pd.DataFrame) -> pd.DataFrame:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from effopd.analysis import table_queries as frames
-from effopd.analysis.statistics import Estimate, bootstrap_mean
+from effopd.analysis import table_queries
 from effopd.analysis.tables import read_table
+from effopd.common.statistics import Interval, bootstrap_mean
 
 #: Share of training at which "early" is looked at.
 EARLY = 0.1
@@ -23,13 +23,13 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 def moving_runs(matrices: pd.DataFrame, runs: Runs) -> dict[str, list[int]]:
     """Runs with at least two snapshots that moved → the steps of those."""
-    moved = {name: frames.moved_steps(matrices, name) for name in runs}
+    moved = {name: table_queries.moved_steps(matrices, name) for name in runs}
     return {name: steps for name, steps in moved.items() if len(steps) > 1}
 
 
 def early_step(steps: list[int]) -> int:
     """The snapshot nearest to 10 % of training."""
-    return frames.nearest(steps, EARLY * steps[-1])
+    return table_queries.nearest(steps, EARLY * steps[-1])
 
 
 def quoted(k: int) -> list[int]:
@@ -50,10 +50,10 @@ def early_rows(out: Path, moving: Mapping[str, list[int]], k: int) -> pd.DataFra
         rows[(rows["reference"] == "first") & (rows["metric"] == "left_cosine")].assign(metric="first_left_cosine")
     ]
     for run, steps in moving.items():
-        own = rows[(rows["run"] == run) & (rows["reference"] == "final") & rows["metric"].isin(_OVERLAPS)]
-        own = own[(own["step"] == early_step(steps)) & own["k"].isin(quoted(k))]
-        names = "early_" + own["metric"].astype(str) + "_" + own["k"].astype(str)
-        pieces.append(own.assign(metric=names))
+        early = rows[(rows["run"] == run) & (rows["reference"] == "final") & rows["metric"].isin(_OVERLAPS)]
+        early = early[(early["step"] == early_step(steps)) & early["k"].isin(quoted(k))]
+        names = "early_" + early["metric"].astype(str) + "_" + early["k"].astype(str)
+        pieces.append(early.assign(metric=names))
     return pd.concat([piece.astype({"metric": str}) for piece in pieces])
 
 
@@ -66,10 +66,10 @@ def trajectories(
         last: averaged rows of the last snapshots.
     """
     rows = _averaged(out, [("metric", "==", "right_overlap"), ("k", "==", 16), ("reference", "==", "final")])
-    found = {}
+    summaries = {}
     for run, steps in moving.items():
         lock = rows[(rows["run"] == run) & rows["step"].isin(steps)]
-        found[run] = {
+        summaries[run] = {
             "steps": steps,
             "early_step": early_step(steps),
             "early_share_of_training": early_step(steps) / steps[-1],
@@ -80,7 +80,7 @@ def trajectories(
             ],
             "u1_variance_explained": _evr(last, run, seed),
         }
-    return found
+    return summaries
 
 
 def agreement(out: Path, last: pd.DataFrame, runs: Runs, k: int, seed: int) -> list[dict[str, Any]]:
@@ -95,32 +95,32 @@ def agreement(out: Path, last: pd.DataFrame, runs: Runs, k: int, seed: int) -> l
             "overlap_chance": chance(last, str(run)),
         }
         for metric in _OVERLAPS:
-            own = pair[pair["metric"] == metric]
-            entry[metric] = {str(size): bootstrap_mean(v, seed=seed) for size, v in own.groupby("k")["value"]}
+            of_metric = pair[pair["metric"] == metric]
+            entry[metric] = {str(size): bootstrap_mean(v, seed=seed) for size, v in of_metric.groupby("k")["value"]}
         result.append(entry)
     return result
 
 
 def chance(last: pd.DataFrame, run: str) -> dict[str, float]:
     """Mean over matrices of 1/M and 1/N: times k, the overlap of independent random k-dimensional subspaces."""
-    own = last[last["run"] == run]
+    of_run = last[last["run"] == run]
     sides = {"left": "rows", "right": "columns"}
-    return {side: float((1.0 / own.loc[own["metric"] == size, "value"]).mean()) for side, size in sides.items()}
+    return {side: float((1.0 / of_run.loc[of_run["metric"] == size, "value"]).mean()) for side, size in sides.items()}
 
 
-def _evr(last: pd.DataFrame, run: str, seed: int) -> dict[str, Estimate | float] | None:
-    own = last[last["run"] == run]
-    p = own.loc[own["metric"] == "u1_evr_null_p", "value"].dropna()
+def _evr(last: pd.DataFrame, run: str, seed: int) -> dict[str, Interval | float] | None:
+    of_run = last[last["run"] == run]
+    p = of_run.loc[of_run["metric"] == "u1_evr_null_p", "value"].dropna()
     if p.empty:
         return None
     return {
-        "observed": bootstrap_mean(own.loc[own["metric"] == "u1_evr", "value"], seed=seed),
-        "random_walk": bootstrap_mean(own.loc[own["metric"] == "u1_evr_null_mean", "value"], seed=seed),
+        "observed": bootstrap_mean(of_run.loc[of_run["metric"] == "u1_evr", "value"], seed=seed),
+        "random_walk": bootstrap_mean(of_run.loc[of_run["metric"] == "u1_evr_null_mean", "value"], seed=seed),
         "share_of_matrices_beyond_random_walk": float((p < 0.05).mean()),
     }
 
 
 def _averaged(out: Path, filters: list[tuple[str, str, Any]]) -> pd.DataFrame:
     """Rows of the `subspaces` table of attention and MLP matrices (it holds no vectors)."""
-    rows = frames.with_layer(read_table(out / "subspaces", filters))
-    return rows[rows["module"].isin(frames.AVERAGED)]
+    rows = table_queries.with_layer(read_table(out / "subspaces", filters))
+    return rows[rows["module"].isin(table_queries.AVERAGED)]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from effopd.analysis.analyze import SUMMARY, Analysis, execute
 from effopd.analysis.measure import GROUPS
-from effopd.analysis.plan import Plan, labelled, prepare
+from effopd.analysis.plan import AnalysisPlan, labelled, prepare
 from effopd.common.optional import is_available
 from effopd.common.progress import Counted
 from effopd.errors import ConfigError
@@ -119,7 +119,7 @@ def _count(n: int, word: str) -> str:
     return f"{n} {word}{'' if n == 1 else 's'}"
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
+def plan_of(arguments: argparse.Namespace) -> AnalysisPlan:
     """Flags → a checked plan; nothing is written.
 
     Raises:
@@ -213,8 +213,8 @@ def _metrics_table(summary: Mapping[str, Any]) -> Table:
         if all(value is None or value["mean"] is None for value in values):
             continue
         cells = [_estimate(value, style) for value in values]
-        found = None if not pair or metric in _YARDSTICKS else pair["metrics"].get(metric)
-        table.add_row(escape(name), *cells, *([_mark(found)] if pair else []))
+        difference = None if not pair or metric in _YARDSTICKS else pair["metrics"].get(metric)
+        table.add_row(escape(name), *cells, *([_mark(difference)] if pair else []))
     return table
 
 
@@ -246,11 +246,11 @@ def _only_pair(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return summary["differences"][0] if len(summary["differences"]) == 1 else None
 
 
-def _mark(found: Mapping[str, Any] | None) -> str:
+def _mark(difference: Mapping[str, Any] | None) -> str:
     """The larger group, a dot when none is beyond the interval, nothing when there is no interval."""
-    if found is None or all(found.get(over) is None for over in ("over_matrices", "over_seeds")):
+    if difference is None or all(difference.get(over) is None for over in ("over_matrices", "over_seeds")):
         return ""
-    return escape(found["larger"] or "·")
+    return escape(difference["larger"] or "·")
 
 
 def _sentences(summary: Mapping[str, Any]) -> list[str]:

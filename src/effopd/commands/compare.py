@@ -21,24 +21,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from effopd.common.files import read_rows, write_atomically
+from effopd.common.files import write_atomically
 from effopd.common.optional import is_available
 from effopd.common.progress import spoken_time, time_left
-from effopd.compare import imported_runs as elsewhere
-from effopd.compare import plan as plan_module
-from effopd.compare.plan import Plan, PlannedRun, load_plan
-from effopd.compare.results import Run, analyse, read_run
-from effopd.compare.runner import DONE, LOG, Runner, failure_of, is_done, only_one
-from effopd.errors import ConfigError, EffOPDError, NonFiniteLossError
-from effopd.report.compare_page import render, summary_table
-from effopd.runs.records import EVALS
+from effopd.compare import grid as grid_module
+from effopd.compare.collect import PLAN, collect
+from effopd.compare.grid import Grid, PlannedRun, load_grid, run_settings
+from effopd.compare.imported_runs import read_entries, runs_to_make, save_entries, saved_entries, sources
+from effopd.compare.runner import LOG, Runner, failure_of, is_done, only_one
+from effopd.errors import ConfigError, EffOPDError
+from effopd.report.compare_gate import gate_results
+from effopd.report.compare_page import render
+from effopd.report.compare_terminal import summary_tables
 
-#: The fields of a plan, from the documentation of `bench.plan`.
-_PLAN_HELP = textwrap.dedent((plan_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])
+#: The fields of a plan, from the documentation of `compare.grid`.
+_PLAN_HELP = textwrap.dedent((grid_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])
 
-PLAN, RESULTS, PAGE, FIGURES = "plan.yaml", "results.json", "results.md", "results"
-#: What `benchmarks/gate_noise.py` and `gate_power.py` write; the page quotes them if they lie beside it.
-GATE_NOISE, GATE_POWER = "gate_noise.json", "gate_power.json"
+RESULTS, PAGE, FIGURES = "results.json", "results.md", "results"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RESULTS_JSON",
-        help="Count the runs of a results.json as done: those of a grid that was begun, or shared, elsewhere. The baseline is "
-        "run here for one seed of each task, to bring their seconds to this machine's. Remembered in the grid's folder. May "
-        "be given several times.",
+        help="Count the runs of a results.json as done: those of a grid that was begun, or shared, on another "
+        "machine. The baseline is run here for one seed of each task, to bring their seconds to this machine's. The grid's "
+        "folder keeps them. May be given several times.",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="Check every setting and show the grid; run and write nothing."
@@ -92,26 +91,26 @@ def run_compare(argv: Sequence[str]) -> int:
         if arguments.runs_from:
             raise ConfigError("--runs_from goes with a plan; the grid's folder remembers it for --report.")
         return _report(arguments.report, arguments.out, console)
-    plan = load_plan(arguments.plan, workers=arguments.workers)
-    entries = elsewhere.given(plan, arguments.runs_from) or elsewhere.kept(plan)
-    runs = elsewhere.to_make(plan, elsewhere.sources(plan, entries))
-    check_runs(plan.runs())
+    grid = load_grid(arguments.plan, workers=arguments.workers)
+    entries = read_entries(grid, arguments.runs_from) or saved_entries(grid)
+    runs = runs_to_make(grid, sources(grid, entries))
+    check_runs(grid.runs())
     if arguments.dry_run:
-        console.print(grid_table(plan, runs))
+        console.print(grid_table(grid, runs))
         return 0
-    with only_one(Path(plan.output_dir)) as lock, _terminated_like_interrupted():
+    with only_one(Path(grid.output_dir)) as lock, _terminated_like_interrupted():
         done = {run.path for run in runs if is_done(run)}
         text = Path(arguments.plan).read_text()
         if arguments.workers is not None:
-            text = yaml.safe_dump(yaml.safe_load(text) | {"workers": plan.workers}, sort_keys=False)
-        write_atomically(Path(plan.output_dir) / PLAN, lambda path: path.write_text(text))
+            text = yaml.safe_dump(yaml.safe_load(text) | {"workers": grid.workers}, sort_keys=False)
+        write_atomically(Path(grid.output_dir) / PLAN, lambda path: path.write_text(text))
         if arguments.runs_from:
-            elsewhere.keep(plan, entries)
-        failed = _run(plan, [run for run in runs if run.path not in done], len(done), console, lock)
+            save_entries(grid, entries)
+        failed = _run(grid, [run for run in runs if run.path not in done], len(done), console, lock)
     for run in failed:
         console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(failure_of(run) or 'stopped')}")
         console.print(f"        all of it: {run.path / LOG}", highlight=False)
-    _report(Path(plan.output_dir), arguments.out, console)
+    _report(Path(grid.output_dir), arguments.out, console)
     return 1 if failed else 0
 
 
@@ -142,28 +141,28 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
                 )
 
 
-def grid_table(plan: Plan, runs: Sequence[PlannedRun]) -> Table:
-    """What a dry run shows: every strategy with its own settings, its runs, those of `runs`, and how many of them are done."""
-    planned = plan.runs()
+def grid_table(grid: Grid, to_make: Sequence[PlannedRun]) -> Table:
+    """What a dry run shows: every strategy with its own settings, its runs, those to be made here, and those that are done."""
+    planned = grid.runs()
     table = Table(
-        title=f"{len(planned)} runs into {plan.output_dir}: {len(plan.tasks)} task(s), {len(plan.seeds)} seed(s), "
-        f"{plan.workers} at a time" + (f"; {len(runs)} to be made here" if len(runs) != len(planned) else ""),
+        title=f"{len(planned)} runs into {grid.output_dir}: {len(grid.tasks)} task(s), {len(grid.seeds)} seed(s), "
+        f"{grid.workers} at a time" + (f"; {len(to_make)} to be made here" if len(to_make) != len(planned) else ""),
         box=box.SIMPLE,
         pad_edge=False,
     )
     for name in ("strategy", "learning rates", "runs", "to be made here", "done", "own settings"):
         table.add_column(name)
-    for strategy, settings in plan.strategies.items():
-        own = [run for run in planned if run.strategy == strategy]
-        here = [run for run in runs if run.strategy == strategy]
-        rates = sorted({run.learning_rate for run in own})
+    for strategy, settings in grid.strategies.items():
+        runs = [run for run in planned if run.strategy == strategy]
+        made_here = [run for run in to_make if run.strategy == strategy]
+        rates = sorted({run.learning_rate for run in runs})
         table.add_row(
             strategy,
             ", ".join(f"{rate:.3g}" for rate in rates),
-            str(len(own)),
-            str(len(here)),
-            str(sum(is_done(run) for run in here)),
-            escape(json.dumps({k: v for k, v in (settings or {}).items() if k != "learning_rate_factors"})),
+            str(len(runs)),
+            str(len(made_here)),
+            str(sum(is_done(run) for run in made_here)),
+            escape(json.dumps(run_settings(settings))),
         )
     return table
 
@@ -182,7 +181,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console, lock: int) -> list[PlannedRun]:
+def _run(grid: Grid, pending: list[PlannedRun], done: int, console: Console, lock: int) -> list[PlannedRun]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
@@ -202,65 +201,7 @@ def _run(plan: Plan, pending: list[PlannedRun], done: int, console: Console, loc
             progress.console.print(f"{event:<6} {escape(run.name)}{how_far}", highlight=False)
             progress.advance(bar)
 
-        return Runner(plan, report, lock).run(pending)
-
-
-def collect(folder: Path) -> dict[str, Any]:
-    """Results of all finished runs of a grid. A run that ended because its loss was not finite counts as one that never
-    arrives; other failures are named.
-
-    Raises:
-        ConfigError: the folder is no grid, or nothing is finished.
-    """
-    if not (folder / PLAN).is_file():
-        raise ConfigError(f"{folder} is no grid of `effopd compare`: expected {PLAN} in it.")
-    plan = load_plan(folder / PLAN, output_dir=str(folder))
-    runs = [run for run in plan.runs() if is_done(run)]
-    failed = [(run, said) for run in plan.runs() if not is_done(run) and (said := failure_of(run))]
-    diverged = [r for r, said in failed if NonFiniteLossError.__name__ in said and any(read_rows(r.path / EVALS))]
-    if not runs:
-        raise ConfigError(f"no run of {folder} is finished yet: start it with `effopd compare PLAN`.")
-    here = [_read(run) for run in runs] + [_read(run).diverged() for run in diverged]
-    read, notes = elsewhere.merged(plan, here, elsewhere.sources(plan, elsewhere.kept(plan)))
-    results = analyse(read, baseline=plan.baseline, reference_learning_rate=plan.reference_learning_rate)
-    results["settings"] |= {
-        "clock": plan.base.get("cost_clock", "wall"),
-        "workers": plan.workers,
-        "threads": plan.threads,
-        "planned_runs": len(plan.runs()),
-        "elsewhere": notes,
-        "failed": [f"{run.name}: {said}" for run, said in failed if run not in diverged],
-        "strategies": plan.strategies,
-        "base": plan.base,
-    }
-    return results
-
-
-def _read(run: PlannedRun) -> Run:
-    done = run.path / DONE
-    code = json.loads(done.read_text()).get("code") if done.is_file() else None
-    return read_run(
-        run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed, code=code
-    )
-
-
-def gate_errors(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What is known of the paper's gate (≥, the smallest D_v), from the files that are there.
-
-    Returns:
-        `gate_noise`: accepted shares where nothing changes, with fresh sampling noise; `gate_shared_noise`: the same along
-        random directions, with the shared noise that the package samples with; `gate_power`: accepted shares of real moves by
-        their true change in accuracy.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    if (folder / GATE_NOISE).is_file():
-        noise = json.loads((folder / GATE_NOISE).read_text())
-        for name, rows in (("gate_noise", noise["fresh_noise"]), ("gate_shared_noise", noise["shared_noise"])):
-            smallest = min(row["validation_size"] for row in rows)
-            found[name] = [row for row in rows if row["gate"] == "ge" and row["validation_size"] == smallest]
-    if (folder / GATE_POWER).is_file():
-        found["gate_power"] = json.loads((folder / GATE_POWER).read_text())["by_true_change"]
-    return found
+        return Runner(grid, report, lock).run(pending)
 
 
 def _read_results(path: Path) -> dict[str, Any]:
@@ -270,17 +211,17 @@ def _read_results(path: Path) -> dict[str, Any]:
         ConfigError: the file is none.
     """
     try:
-        found = json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except ValueError as error:  # no JSON, or no text
         raise ConfigError(
             f"--report {path}: expected a results.json of `effopd compare`, got no JSON ({error})."
         ) from error
-    missing = [name for name in ("settings", "runs") if not isinstance(found, dict) or name not in found]
+    missing = [name for name in ("settings", "runs") if not isinstance(results, dict) or name not in results]
     if missing:
         raise ConfigError(
             f"--report {path}: expected a results.json of `effopd compare`; it has no {', '.join(missing)}."
         )
-    return found
+    return results
 
 
 def _report(source: Path, out: Path | None, console: Console) -> int:
@@ -289,7 +230,7 @@ def _report(source: Path, out: Path | None, console: Console) -> int:
     else:
         results, folder = collect(source), out or source
     folder.mkdir(parents=True, exist_ok=True)
-    results |= gate_errors(folder)
+    results |= gate_results(folder)
     write_atomically(folder / RESULTS, lambda path: path.write_text(json.dumps(results, allow_nan=False) + "\n"))
     figures: dict[str, Path] = {}
     if is_available("matplotlib"):
@@ -298,7 +239,7 @@ def _report(source: Path, out: Path | None, console: Console) -> int:
         figures = draw(results, folder / FIGURES)
     page = render(results, {name: str(path.relative_to(folder)) for name, path in figures.items()})
     write_atomically(folder / PAGE, lambda path: path.write_text(page))
-    for table in summary_table(results):
+    for table in summary_tables(results):
         console.print(table)
     console.print(f"results: {folder / PAGE}, {folder / RESULTS}" + (f", {folder / FIGURES}/" if figures else ""))
     return 0

@@ -16,7 +16,8 @@ from effopd.errors import ConfigError
 from effopd.launch.meta_model import check_positions_of
 from effopd.launch.preflight import check_model_name, check_task
 from effopd.models.files import check_dtype, load_model, load_tokenizer
-from effopd.runs.console import missing_answers, quiet_hosts
+from effopd.runs.console import quiet_hosts
+from effopd.runs.lines import missing_answers
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks.builtin_models import resolve_model
 from effopd.tasks.evaluate import EvalResult, evaluate
@@ -118,7 +119,7 @@ def _part(task: Task, config: TaskConfig) -> str:
 def _print(result: EvalResult, n: int) -> None:
     summary = result.summary()
     rows = {
-        f"avg@{n}": f"{result.accuracy}  (95 % interval over {summary['prompts']} prompts)",
+        f"avg@{n}": f"{result.accuracy:.3f}  (95 % interval over {summary['prompts']} prompts)",
         **{name: f"{value:.3f}" for name, value in summary.items() if name.startswith("pass@") and n > 1},
         "mean score": f"{summary['mean_score']:.3f}",
         "answer length": f"{summary['mean_length']:.1f} tokens on average, {summary['max_length']} at most",

@@ -24,7 +24,8 @@ from effopd.launch.meta_model import check_positions_of
 from effopd.launch.preflight import check_models, check_task
 from effopd.models.files import load_model, load_tokenizer
 from effopd.report.intervention_table import intervention_table
-from effopd.runs.console import missing_answers, quiet_hosts
+from effopd.runs.console import quiet_hosts
+from effopd.runs.lines import missing_answers
 from effopd.tasks import Task, load_task
 from effopd.tasks.builtin_models import resolve_model
 

@@ -2,7 +2,8 @@
 
 Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of them, and flags
 given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or as an `effopd:` block in YAML.
-Heavy libraries are imported by the command that needs them, so `--help` is quick.
+Heavy libraries are imported by the command that needs them, and the help of a command is kept once it was rendered
+(`help_cache`), so `--help` is quick.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from effopd import __version__
+from effopd.commands.help_cache import asks_for_help, help_text
 from effopd.errors import EffOPDError
 
 
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=text, add_help=False)
     if arguments and arguments[0] in COMMANDS:
         try:
-            return COMMANDS[arguments[0]][0](arguments[1:])
+            return _run(arguments[0], arguments[1:])
         except EffOPDError as error:
             print(f"effopd {arguments[0]}: {type(error).__name__}: {_with_flags(str(error))}", file=sys.stderr)
             return 2
@@ -40,6 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
     parser.parse_args(arguments)
     return 2
+
+
+def _run(command: str, argv: Sequence[str]) -> int:
+    run = partial(COMMANDS[command][0], argv)
+    if command in _SLOW and asks_for_help(argv):
+        print(help_text((command, *argv), run), end="")
+        sys.exit(0)  # as argparse does
+    return run()
 
 
 def _with_flags(message: str) -> str:
@@ -73,7 +84,7 @@ def train(argv: Sequence[str]) -> int:
 def _finish(trainer: Any) -> int:
     """Say where the results are, once, and end the process as its launcher wants it."""
     from effopd.common.distributed import exit_gloo
-    from effopd.runs.console import closing_lines
+    from effopd.runs.lines import closing_lines
 
     if trainer.is_world_process_zero():
         print(f"\n{closing_lines(trainer.run_dir.root, trainer.state.global_step, trainer.costs)}")
@@ -250,6 +261,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "intervene": (intervene, "which part of an update carries the gain: edit the weights and evaluate"),
     "testbed": (testbed, "rebuild the built-in student and teacher from nothing"),
 }
+
+#: Commands whose flags take seconds to import.
+_SLOW = ("quickstart", "train", "rl", "eval", "analyze", "intervene")
 
 if __name__ == "__main__":
     sys.exit(main())

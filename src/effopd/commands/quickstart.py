@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import ModelConfig
 
 from effopd.commands.parser import CommandParser, OneSpelling, parsed
-from effopd.common.files import read_rows, write_atomically
+from effopd.common.files import write_atomically
 from effopd.common.optional import is_available
 from effopd.common.progress import spoken_time, time_left
 from effopd.common.versions import versions
@@ -36,8 +36,8 @@ from effopd.launch.opd import RunSettings, build_trainer
 from effopd.report.run_figures import quality_figure
 from effopd.report.run_page import write_run_page
 from effopd.report.style import quiet_style, save
-from effopd.runs.console import held_out
-from effopd.runs.records import EVALS, SEARCHES
+from effopd.runs.lines import held_out
+from effopd.runs.records import EvaluationRecord, read_evaluations, read_searches
 from effopd.tasks import TaskConfig
 from effopd.tasks import builtin_models as testbed
 
@@ -167,7 +167,7 @@ def _move_aside(root: Path, console: Console) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<11}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),
@@ -223,12 +223,12 @@ class _Bar:
         """After a step and its look-ahead."""
         self._progress.advance(self._task)
 
-    def evaluated(self, step: int, row: Mapping[str, Any]) -> None:
+    def evaluated(self, evaluation: EvaluationRecord) -> None:
         """After an evaluation."""
 
 
 class _Lines:
-    """Shows a run where there is no terminal: a line an evaluation, with the time that all runs will still take.
+    """Shows a run where there is no terminal: a line per evaluation, with the time that all runs will still take.
 
     Args:
         before: how many runs of the same length were made before it.
@@ -242,13 +242,14 @@ class _Lines:
     def stepped(self) -> None:
         """After a step and its look-ahead."""
 
-    def evaluated(self, step: int, row: Mapping[str, Any]) -> None:
+    def evaluated(self, evaluation: EvaluationRecord) -> None:
         """After an evaluation."""
+        step = evaluation.step
         seconds, done = time.monotonic() - self._start, self._before * self._steps + step
         left = time_left(seconds, done, len(ARMS) * self._steps - done)
         rest = f", about {spoken_time(left)} left" if left else ""
         self._console.print(
-            f"{self._label:<10} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(row))}  "
+            f"{self._label:<11} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(evaluation))}  "
             f"({spoken_time(seconds)}{rest})",
             highlight=False,
             markup=False,
@@ -265,7 +266,7 @@ class _Watch(TrainerCallback):
         self._display.stepped()
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._display.evaluated(state.global_step, metrics or {})
+        self._display.evaluated(EvaluationRecord.from_row({"step": state.global_step, **(metrics or {})}))
 
 
 def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, display: _Bar | _Lines) -> None:
@@ -278,14 +279,14 @@ def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, display
 
 
 def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
-    """Costs, final values and the net speed-ups, from the rows of all arms.
+    """Costs, final values and the net speed-ups, from the records of all arms.
 
     Speed-up = vanilla's cost / the arm's cost until the smoothed held-out KL first reaches vanilla's final smoothed one,
     so that a run like vanilla itself is 1.00×. Net: search charged, evaluation not. `speedup` and
     `speedup_by_gap_closed` at the top are the paper's EffOPD's.
     """
-    rows = {arm: list(read_rows(root / arm / EVALS)) for arm in ARMS}
-    target = final_target(rows["vanilla"])
+    runs = {arm: read_evaluations(root / arm) for arm in ARMS}
+    target = final_target(runs["vanilla"])
     summary: dict[str, Any] = {
         "family": arguments.family,
         "seed": arguments.seed,
@@ -294,23 +295,23 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
         "versions": versions(),
         "target_kl": target,
     }
-    for arm, arm_rows in rows.items():
-        last, cost = arm_rows[-1], Cost.of(arm_rows[-1])
+    for arm, evaluations in runs.items():
+        last, cost = evaluations[-1], Cost.of(evaluations[-1])
         summary[arm] = {
             "steps": cost.steps,
             "seconds": cost.seconds,
             "generated_tokens": cost.generated_tokens,
-            "start_kl": arm_rows[0]["eval_kl"],
-            "final_kl": final_target(arm_rows),
-            "final_accuracy": last["eval_accuracy"],
-            "final_accuracy_ci95": [last["eval_accuracy_low"], last["eval_accuracy_high"]],
+            "start_kl": evaluations[0].kl,
+            "final_kl": final_target(evaluations),
+            "final_accuracy": last.accuracy,
+            "final_accuracy_ci95": [last.accuracy_low, last.accuracy_high],
         }
-    own = first_reach(rows["vanilla"], target)
+    baseline = first_reach(runs["vanilla"], target)
     for arm in AHEAD:
-        searches, reached = list(read_rows(root / arm / SEARCHES)), first_reach(rows[arm], target)
+        searches, reached = read_searches(root / arm), first_reach(runs[arm], target)
         speedup: dict[str, Any] = (
-            own.ratio(reached)
-            if own and reached
+            baseline.ratio(reached)
+            if baseline and reached
             else dict.fromkeys(("steps", "seconds", "generated_tokens", "forward_tokens"), None)
         )
         if reached is None:
@@ -319,12 +320,12 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
                 f"{arguments.max_steps} steps; its last was {summary[arm]['final_kl']:.5f}."
             )
         summary[arm] |= {
-            "accepted_scales": {str(row["step"]): row["accepted_scale"] for row in searches},
-            "search_seconds": sum(row["seconds"] for row in searches),
-            "search_generated_tokens": sum(row["generated_tokens"] for row in searches),
+            "accepted_scales": {str(search.step): search.accepted_scale for search in searches},
+            "search_seconds": sum(search.seconds for search in searches),
+            "search_generated_tokens": sum(search.generated_tokens for search in searches),
             "cost_to_target": vars(reached) if reached else None,
             "speedup": speedup,
-            "speedup_by_gap_closed": speedup_by_gap(rows["vanilla"], rows[arm]),
+            "speedup_by_gap_closed": speedup_by_gap(runs["vanilla"], runs[arm]),
         }
     return summary | {name: summary["effopd"][name] for name in ("speedup", "speedup_by_gap_closed")}
 
@@ -385,8 +386,8 @@ def _verdict(summary: dict[str, Any]) -> str:
 def _figure(root: Path, summary: dict[str, Any]) -> Path:
     with quiet_style():
         figure = quality_figure(
-            {label: list(read_rows(root / arm / EVALS)) for arm, label in ARMS.items()},
-            {ARMS[arm]: list(read_rows(root / arm / SEARCHES)) for arm in AHEAD},
+            {label: read_evaluations(root / arm) for arm, label in ARMS.items()},
+            {ARMS[arm]: read_searches(root / arm) for arm in AHEAD},
             target=summary["target_kl"],
             teacher_accuracy=testbed.card()["teacher_accuracy"][summary["family"]],
             colors=_COLORS,

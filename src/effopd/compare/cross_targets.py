@@ -1,6 +1,6 @@
 """Times to targets that a grid's own analysis does not set: the baseline's end at each learning rate, and another grid's target.
 
-`bench.results` asks every run for one target a task and seed, the baseline's end at the reference learning rate. Two other
+`compare.results` asks every run for one target per task and seed, the baseline's end at the reference learning rate. Two other
 questions are answered here, from the runs of results.json:
 
     own_rate     how much sooner than the baseline at the same learning rate a run gets to where that baseline ends
@@ -14,45 +14,49 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from effopd.compare.grid_run import AXES, Arm, GridRun, from_row
 from effopd.compare.paired import median_with_interval, ratio
-from effopd.compare.results import AXES, Run, from_row
 from effopd.compare.time_to_target import Cost, final_target
 from effopd.errors import ConfigError
 
-Arm = tuple[str, float]
 #: Relative difference of the KL at step 0 up to which two runs count as evaluated on the same prompts.
 _SAME_START = 1e-4
+#: Cost of the run compared with, and of the run itself; `None`: never arrives.
+CostPair = tuple[Cost | None, Cost | None]
 
 
-def runs_of(results: Mapping[str, Any]) -> list[Run]:
+def runs_of(results: Mapping[str, Any]) -> list[GridRun]:
     """The runs of a results.json."""
     return [from_row(row) for row in results["runs"]]
 
 
-def own_rate(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
+def own_rate(runs: Sequence[GridRun], baseline: str) -> list[dict[str, Any]]:
     """Speed-up over the baseline at the arm's own learning rate, to the baseline's final smoothed KL at that rate.
 
     Returns:
-        a row a task, arm and axis (`AXES`), arms without a baseline at their rate left out: `task`, `strategy`,
-        `learning_rate`, `axis`, `reached` (runs that arrive) and the fields of `paired.Estimate`.
+        one row per task, arm and axis (`AXES`), arms without a baseline at their rate left out: `task`, `strategy`,
+        `learning_rate`, `axis`, `reached` (runs that arrive) and the fields of `paired.SeedMedian`.
     """
-    ends = {(r.task, r.seed, r.learning_rate): r for r in runs if r.strategy == baseline}
+    baselines = {(run.task, run.seed, run.learning_rate): run for run in runs if run.strategy == baseline}
     rows = []
     for task, arm in _arms(runs):
-        own = [r for r in runs if r.task == task and r.arm == arm and (r.task, r.seed, arm[1]) in ends]
-        pairs = []
-        for run in own:
-            plain = ends[run.task, run.seed, arm[1]]
-            target = final_target(plain.rows)
-            pairs.append((plain.cost(target, "eval_kl", False), run.cost(target, "eval_kl", False)))
+        pairs: list[CostPair] = []
+        for run in runs:
+            against = baselines.get((run.task, run.seed, run.learning_rate))
+            if run.task == task and run.arm == arm and against is not None:
+                pairs.append(_costs(against, run, final_target(against.evaluations)))
         rows += _rows(task, arm, pairs)
     return rows
 
 
 def across(
-    home: Sequence[Run], reference: Arm, rival: Arm, other: Sequence[Run], arms: Iterable[Arm] | None = None
+    home: Sequence[GridRun],
+    reference: Arm,
+    opponent: Arm,
+    other: Sequence[GridRun],
+    arms: Iterable[Arm] | None = None,
 ) -> list[dict[str, Any]]:
-    """Speed-up of runs of another grid over the arm `rival` of `home`, to the final smoothed KL of `home`'s arm `reference`.
+    """Speed-up of runs of another grid over the arm `opponent` of `home`, to the final smoothed KL of `home`'s arm `reference`.
 
     Args:
         arms: arms of `other`; all of them by default.
@@ -64,31 +68,37 @@ def across(
         ConfigError: runs of the same task and seed do not start at the same held-out KL, so that their evaluations (prompts
             or sampling) differ.
     """
-    at_home = {(r.arm, r.task, r.seed): r for r in home}
-    kept = None if arms is None else list(arms)
+    at_home = {(run.arm, run.task, run.seed): run for run in home}
+    wanted = None if arms is None else list(arms)
     rows = []
     for task, arm in _arms(other):
-        if kept is not None and arm not in kept:
+        if wanted is not None and arm not in wanted:
             continue
-        pairs, last = [], []
+        pairs: list[CostPair] = []
+        last = []
         for run in other:
-            plain, own = (at_home.get((which, run.task, run.seed)) for which in (reference, rival))
-            if run.task != task or run.arm != arm or plain is None or own is None:
+            plain, against = (at_home.get((which, run.task, run.seed)) for which in (reference, opponent))
+            if run.task != task or run.arm != arm or plain is None or against is None:
                 continue
-            _same_start(plain, run)
-            target = final_target(plain.rows)
-            pairs.append((own.cost(target, "eval_kl", False), run.cost(target, "eval_kl", False)))
-            last.append(run.rows[-1]["step"])
+            _check_same_start(plain, run)
+            pairs.append(_costs(against, run, final_target(plain.evaluations)))
+            last.append(run.evaluations[-1].step)
         rows += [row | {"last_steps": min(last)} for row in _rows(task, arm, pairs)]
     return rows
 
 
-def _arms(runs: Iterable[Run]) -> list[tuple[str, Arm]]:
+def _arms(runs: Iterable[GridRun]) -> list[tuple[str, Arm]]:
     return list(dict.fromkeys((run.task, run.arm) for run in runs))
 
 
-def _same_start(first: Run, second: Run) -> None:
-    a, b = (run.rows[0]["eval_kl"] for run in (first, second))
+def _costs(against: GridRun, run: GridRun, target: float) -> CostPair:
+    """What both had cost at a KL."""
+    return against.cost(target, "kl", False), run.cost(target, "kl", False)
+
+
+def _check_same_start(first: GridRun, second: GridRun) -> None:
+    a, b = (run.evaluations[0].kl for run in (first, second))
+    assert a is not None and b is not None
     if abs(a - b) > _SAME_START * abs(a):
         raise ConfigError(
             f"{first.task}, seed {first.seed}: the two grids start at a held-out KL of {a:.5f} and {b:.5f}; expected the same: "
@@ -96,15 +106,15 @@ def _same_start(first: Run, second: Run) -> None:
         )
 
 
-def _rows(task: str, arm: Arm, pairs: Sequence[tuple[Cost | None, Cost | None]]) -> list[dict[str, Any]]:
-    """A row an axis, of (cost of what is compared with, own cost) by seed."""
+def _rows(task: str, arm: Arm, pairs: Sequence[CostPair]) -> list[dict[str, Any]]:
+    """One row per axis."""
     if not pairs:
         return []
+    reached = sum(cost is not None for _, cost in pairs)
     return [
-        {"task": task, "strategy": arm[0], "learning_rate": arm[1], "axis": axis,
-         "reached": sum(own is not None for _, own in pairs)}
+        {"task": task, "strategy": arm[0], "learning_rate": arm[1], "axis": axis, "reached": reached}
         | median_with_interval(
             [ratio(*(None if cost is None else getattr(cost, axis) for cost in pair)) for pair in pairs]
         ).to_row()
         for axis in AXES
-    ]  # fmt: skip
+    ]

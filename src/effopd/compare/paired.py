@@ -1,4 +1,4 @@
-"""Speed-ups paired by seed, with intervals that runs which never arrive are part of.
+"""Medians over seeds of paired speed-ups, with intervals that include the runs which never arrive.
 
 A speed-up is baseline cost / cost of the same seed. Where only one of the two arrives, the ratio is still ordered against
 all others: a run that never arrives is slower than any that does (0), a baseline that never arrives makes whoever does
@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from effopd.common.statistics import resampled
+
 DRAWS = 4000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedMedian:
     """A median over seeds with its 95 % interval.
 
     Attributes:
@@ -53,7 +55,7 @@ def median_with_interval(
     seed: int = 0,
     *,
     zero_is_never: bool = True,
-) -> Estimate:
+) -> SeedMedian:
     """Median and percentile bootstrap interval (2.5 %, 97.5 %) over seeds, NaNs counted as undefined.
 
     With 2 to 5 values the interval is their range: it covers the true median of whatever n values are drawn from with
@@ -61,24 +63,22 @@ def median_with_interval(
     0, so that a half that never arrives is not averaged away, and otherwise ∞ with anything gives ∞.
 
     Args:
-        values: one a seed; 0 and ∞ are allowed.
+        values: one per seed; 0 and ∞ are allowed.
         draws: resamples. The same `seed` and values give the same interval.
         zero_is_never: whether 0 stands for a run that never arrives; if not, it is a number like any other.
 
     Example:
         >>> median_with_interval([2.0, 2.5, 3.0, 0.0, 2.2])
-        Estimate(median=2.2, low=0.0, high=3.0, n=5, censored=1, undefined=0)
+        SeedMedian(median=2.2, low=0.0, high=3.0, n=5, censored=1, undefined=0)
     """
-    kept = [value for value in values if not math.isnan(value)]
-    undefined = len(values) - len(kept)
-    x = np.array(kept, dtype=np.float64)
+    x = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
+    undefined = len(values) - len(x)
     if not len(x):
-        return Estimate(math.nan, math.nan, math.nan, 0, 0, undefined)
-    drawn = np.random.default_rng(seed).integers(len(x), size=(draws, len(x)))
-    medians = _medians(x[drawn], zero_is_never)
+        return SeedMedian(math.nan, math.nan, math.nan, 0, 0, undefined)
+    medians = resampled(x, lambda rows: _medians(rows, zero_is_never), draws, seed)
     low, high = np.quantile(medians, (0.025, 0.975), method="closest_observation")
     middle = float(_medians(x[None], zero_is_never)[0])
-    return Estimate(middle, float(low), float(high), len(x), zero_is_never * int((x == 0).sum()), undefined)
+    return SeedMedian(middle, float(low), float(high), len(x), zero_is_never * int((x == 0).sum()), undefined)
 
 
 def _medians(rows: np.ndarray, zero_is_never: bool) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Running a plan: every run in a process of its own, several at a time, none twice.
+"""Running a grid: every run in a process of its own, several at a time, none twice.
 
-A run is `effopd train --config RUN/settings.yaml`, so whatever it does can be repeated by hand. Its folder says where it
-stands: `settings.yaml` (what it is), rows (it has begun), `done.json` (it is finished; written last) or `failed.json` (it
-ended with an error; the next attempt removes it). A run that was cut
-off goes on from its newest checkpoint if it kept any, and starts anew otherwise.
+A run is `effopd train --config RUN/settings.yaml`, so it can be repeated by hand. The files of its folder show its state:
+`settings.yaml` (its settings), rows (it has begun), `done.json` (it is finished; written last) or `failed.json` (it ended
+with an error; the next attempt removes it). A run that was cut off goes on from its newest checkpoint if it kept any, and
+starts anew otherwise.
 
 Timing: each process is held to `threads` CPU threads, so runs side by side share no core as long as workers × threads is
 at most the number of cores. `cost_clock: cpu` in the plan's base charges CPU seconds, which other processes do not
@@ -31,7 +31,7 @@ import yaml
 
 from effopd.common.files import write_atomically
 from effopd.common.versions import code
-from effopd.compare.plan import Plan, PlannedRun
+from effopd.compare.grid import Grid, PlannedRun
 from effopd.errors import CheckpointError
 from effopd.runs.records import EVALS, METRICS, SEARCHES
 from effopd.runs.run_dir import RunDir
@@ -47,9 +47,9 @@ def is_done(run: PlannedRun) -> bool:
     """
     path = run.path / SETTINGS
     if path.is_file():
-        found = yaml.safe_load(path.read_text())
+        recorded = yaml.safe_load(path.read_text())
         differing = sorted(
-            key for key in {*found, *run.settings} - {"output_dir"} if found.get(key) != run.settings.get(key)
+            key for key in {*recorded, *run.settings} - {"output_dir"} if recorded.get(key) != run.settings.get(key)
         )
         if differing:
             raise CheckpointError(
@@ -84,7 +84,7 @@ class Runner:
     """Works through the runs that are not done.
 
     Args:
-        plan: what to run and with how many workers.
+        grid: what to run and with how many workers.
         report: called as `report(event, run)` with event 'start', 'done' or 'failed', from worker threads, one at a
             time.
         lock: file descriptor that runs inherit (`only_one`).
@@ -92,22 +92,22 @@ class Runner:
 
     def __init__(
         self,
-        plan: Plan,
+        grid: Grid,
         report: Callable[[str, PlannedRun], None] = lambda event, run: None,
         lock: int | None = None,
     ):
-        self._plan, self._report, self._inherit = plan, report, () if lock is None else (lock,)
+        self._grid, self._report, self._inherit = grid, report, () if lock is None else (lock,)
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(plan.workers):
+        for slot in range(grid.workers):
             self._slots.put(slot)
 
     def run(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
         """Run all of `runs`; returns those that failed (their `log.txt` says why)."""
         failed: list[PlannedRun] = []
-        with ThreadPoolExecutor(self._plan.workers) as pool:
+        with ThreadPoolExecutor(self._grid.workers) as pool:
             futures = {pool.submit(self._one, run): run for run in runs}
             try:
                 for future in as_completed(futures):
@@ -137,14 +137,14 @@ class Runner:
         resume = prepare(run)
         started = time.time()
         with (run.path / LOG).open("ab") as log:
-            earlier = log.tell()  # what other attempts said
+            earlier = log.tell()  # where the output of this attempt begins
             with self._lock:
                 if self._stopped:
                     return False
                 self._report("start", run)
                 child = subprocess.Popen(
-                    command(self._plan, run, resume), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    env=environment(self._plan, slot), pass_fds=self._inherit,
+                    command(self._grid, run, resume), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                    env=environment(self._grid, slot), pass_fds=self._inherit,
                 )  # fmt: skip
                 self._children.add(child)
             status = child.wait()
@@ -156,7 +156,7 @@ class Runner:
                 }  # fmt: skip
                 write_atomically(run.path / DONE, lambda path: path.write_text(json.dumps(record) + "\n"))
             elif not self._stopped:
-                failure = {"status": status, "error": last_words(run.path / LOG, earlier)}
+                failure = {"status": status, "error": error_message(run.path / LOG, earlier)}
                 write_atomically(run.path / FAILED, lambda path: path.write_text(json.dumps(failure) + "\n"))
             if not self._stopped:
                 self._report("done" if status == 0 else "failed", run)
@@ -183,35 +183,39 @@ def failure_of(run: PlannedRun) -> str | None:
 
 
 #: What an error message of the command begins with; a progress bar may stand before it on its line.
-_OWN = "effopd train: "
+_MESSAGE = "effopd train: "
 
 
-def last_words(log: Path, start: int = 0) -> str:
+def error_message(log: Path, start: int = 0) -> str:
     """The beginning of a failed run's own error message, or else its last line (of a traceback), from byte `start` on."""
-    said = log.read_bytes()[start:].decode(errors="replace")
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    own = [i for i, line in enumerate(lines) if _OWN in line]
-    if not own:
+    output = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    messages = [i for i, line in enumerate(lines) if _MESSAGE in line]
+    if not messages:
         return lines[-1] if lines else "no output"
-    first, *more = lines[own[-1] : own[-1] + 2]
-    return " ".join([first[first.index(_OWN) :], *more])
+    first, *more = lines[messages[-1] : messages[-1] + 2]
+    return " ".join([first[first.index(_MESSAGE) :], *more])
 
 
-def command(plan: Plan, run: PlannedRun, resume: bool) -> list[str]:
+def command(grid: Grid, run: PlannedRun, resume: bool) -> list[str]:
     """The command of a run, as one would type it."""
     start = (
-        [*plan.launcher, "-m", "effopd.commands.main"]
-        if plan.launcher
+        [*grid.launcher, "-m", "effopd.commands.main"]
+        if grid.launcher
         else [sys.executable, "-m", "effopd.commands.main"]
     )
-    again = ["--resume_from_checkpoint", "true"] if resume else []
-    return [*start, "train", "--config", str(run.path / SETTINGS), *again]
+    resuming = ["--resume_from_checkpoint", "true"] if resume else []
+    return [*start, "train", "--config", str(run.path / SETTINGS), *resuming]
 
 
-def environment(plan: Plan, slot: int) -> dict[str, str]:
+def environment(grid: Grid, slot: int) -> dict[str, str]:
     """Threads and devices of worker `slot`."""
-    threads = plan.threads or max(1, (os.cpu_count() or 1) // plan.workers)
-    ours: dict[str, Any] = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    if plan.devices:
-        ours["CUDA_VISIBLE_DEVICES"] = plan.devices[slot]
-    return {**os.environ, **{name: str(value) for name, value in ours.items()}}
+    threads = grid.threads or max(1, (os.cpu_count() or 1) // grid.workers)
+    variables: dict[str, Any] = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if grid.devices:
+        variables["CUDA_VISIBLE_DEVICES"] = grid.devices[slot]
+    return {**os.environ, **{name: str(value) for name, value in variables.items()}}

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, rank, split_between_ranks
 from effopd.common.isolation import evaluating
+from effopd.common.statistics import accuracy_interval, ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.tasks.base import Task
-from effopd.tasks.evaluate import accuracy_interval, evaluate
+from effopd.tasks.evaluate import evaluate
 from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
 
@@ -142,12 +143,3 @@ def _sampling(args: Any, temperature: float) -> Sampling:
         chat_template_kwargs=args.chat_template_kwargs,
         seed=args.eval_seed + rank(),  # the ranks' answers must not share their noise
     )
-
-
-def ratio_with_error(sums: list[float], counts: list[int]) -> tuple[float, float]:
-    """Token mean Σ sums / Σ counts, and its standard error over sequences (ratio estimator, delta method)."""
-    s, c = np.asarray(sums), np.asarray(counts, dtype=np.float64)
-    mean = s.sum() / c.sum()
-    residual = s - mean * c
-    error = np.sqrt(residual.var(ddof=1) / len(s)) / c.mean() if len(s) > 1 else 0.0
-    return float(mean), float(error)

@@ -22,19 +22,23 @@ from trl.trainer.utils import RepeatSampler
 
 from effopd.common.distributed import all_gather_object, broadcast_from_rank0, raise_on_all_ranks
 from effopd.common.files import write_atomically
+from effopd.distill.best_model_mixin import BestModelMixin
+from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import RunArguments
 from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
+from effopd.extrapolate.strategies import STRATEGIES
 from effopd.models.files import absolute_base
 from effopd.models.sampler_check import ignore_sampling_defaults
-from effopd.runs.best_model import HOST_DIRECTIONS, BestModelMixin, Kept, check_metric
+from effopd.runs.best_model import HOST_DIRECTIONS, Kept, check_metric
 from effopd.runs.checkpoints import LEDGER_FILE, SETTINGS_FILE
 from effopd.runs.console import end_bars, in_lines
 from effopd.runs.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
-from effopd.runs.model_card import model_card
-from effopd.runs.records import metric_names
-from effopd.runs.run_dir import RunDir, RunDirCallback, in_trajectory
+from effopd.runs.model_card import LookAhead, model_card
+from effopd.runs.records import Costs, metric_names
+from effopd.runs.run_dir import RunDir, in_trajectory
+from effopd.runs.writer import RunDirCallback
 from effopd.tasks.base import Task
 from effopd.tasks.prompts import prompt_ids
 
@@ -111,7 +115,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         self.resumed_from: Path | None = None
         self.kept: Kept | None = None
         self._saving = False
-        self.costs: dict[str, float] = {}
+        self.costs = Costs()
         self._epochs = _EpochCallback()
 
     def _attach_run(self) -> None:
@@ -204,8 +208,9 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
     def _costs(self) -> dict[str, float]:
         """The ledger's totals: tokens of all processes, seconds of the slowest."""
         rows = all_gather_object(self.ledger.snapshot())
-        self.costs = {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
-        return self.costs
+        totals = {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
+        self.costs = Costs.from_row(totals)
+        return totals
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate `eval_task`, or like the host if there is none or another dataset is passed."""
@@ -281,11 +286,21 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         if self.is_world_process_zero():
             name = model_name or self.run_dir.root.resolve().name
             try:  # a card must not cost the weights that are saved with it
-                card = model_card(self, name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+                words = [tags] if isinstance(tags, str) else tags or []
+                card = model_card(self, name, dataset_name, words, self._look_ahead())
                 self.run_dir.root.mkdir(parents=True, exist_ok=True)
                 write_atomically(self.run_dir.root / "README.md", card.save)
             except Exception as error:
                 logger.warning("The model card was not written: %s: %s", type(error).__name__, error)
+
+    def _look_ahead(self) -> LookAhead | None:
+        """What the card says of the look-ahead, if there is one."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EffOPDCallback):
+                config = callback.config
+                text = STRATEGIES[config.strategy].help.removeprefix("ours: ")
+                return LookAhead(config.strategy, text, config.resolved_steer)
+        return None
 
     def save_final(self) -> None:
         """The model, with its card, into the run directory.

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.common.isolation import evaluating
 from effopd.common.progress import Counted
+from effopd.common.statistics import ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions, shared_vocab_size
-from effopd.distill.evaluate_student import ratio_with_error
 from effopd.interventions.editable_model import EditableModel
 from effopd.interventions.points import BASE, Point
 from effopd.interventions.results import InterventionResults

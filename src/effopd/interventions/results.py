@@ -16,20 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
 from effopd.common.files import append_row, read_rows, write_atomically
+from effopd.common.statistics import Interval, bonett_price
 from effopd.errors import CheckpointError, ConfigError
 from effopd.interventions.points import BASE, Point
-from effopd.tasks.evaluate import Interval
 
 CONFIG, ROWS, TABLE = "config.yaml", "results.jsonl", "results"
 #: Key of `config.yaml`: the options of each intervention in the folder.
 INTERVENTIONS = "interventions"
-#: 97.5 % quantile of the standard normal distribution.
-_Z = 1.959963984540054
 
 
 class InterventionResults:
@@ -126,26 +123,9 @@ def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mappi
         elif reference["model"] == row["model"]:
             change = Interval(0.0, 0.0, 0.0, 0)
         else:
-            change = paired_change(row["measured"]["accuracies"], reference["measured"]["accuracies"])
+            change = bonett_price(row["measured"]["accuracies"], reference["measured"]["accuracies"])
         flat |= {name: change.mean, f"{name}_low": change.low, f"{name}_high": change.high}
     return flat
-
-
-def paired_change(new: Sequence[float], old: Sequence[float]) -> Interval:
-    r"""Mean of new − old accuracy over the same prompts, with a 95 % interval.
-
-    Bonett and Price's adjusted interval for paired proportions: one prompt won and one prompt lost are added before
-    the normal interval is formed, $\bar d' ± z \sqrt{(\overline{d^2}' − \bar d'^2)/(n+2)}$, so that it does not shrink to
-    a point when no answer changed. With several answers per prompt, d is the difference of the prompt's means.
-
-    Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on
-    paired data", Journal of Educational and Behavioral Statistics 37(4), 2012.
-    """
-    d = np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64)
-    n, mean = len(d), float(d.mean())
-    middle = float(d.sum()) / (n + 2)
-    half = _Z * math.sqrt(max(0.0, (float(np.square(d).sum()) + 2) / (n + 2) - middle**2) / (n + 2))
-    return Interval(mean, max(-1.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)), n)
 
 
 # -- settings -------------------------------------------------------------------------------------------------------

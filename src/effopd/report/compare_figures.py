@@ -15,8 +15,9 @@ from effopd.compare.time_to_target import smooth
 from effopd.report.compare_lookup import FEW, Lookup
 from effopd.report.style import group_colors, quiet_style, save
 
-_CURVES = ("vanilla", "line_search", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd")
 _GREY, _RED = "#4c566a", "#d1495b"
+#: More curves than this hide each other.
+_MAX_CURVES = 8
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
@@ -40,8 +41,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def strategy_colors(look: Lookup, strategies: Sequence[str]) -> dict[str, str]:
-    """Grey for the baseline and red for EffOPD, as in the demo's figure; the palette without them for the others."""
-    fixed = {look.baseline: _GREY, "effopd": _RED}
+    """Grey for the baseline and red for the first rival, as in the demo's figure; the palette without them for the others."""
+    fixed = {look.baseline: _GREY, **dict.fromkeys(look.roles.rivals[:1], _RED)}
     others = [strategy for strategy in strategies if strategy not in fixed]
     return fixed | group_colors(["opd", *others])  # `opd` takes the palette's red
 
@@ -49,7 +50,7 @@ def strategy_colors(look: Lookup, strategies: Sequence[str]) -> dict[str, str]:
 def _curves(plt, look: Lookup):
     """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest. On a logarithmic axis a
     speed-up is a shift to the left."""
-    strategies = [s for s in look.at_reference() if s in (look.baseline, *_CURVES)] or look.at_reference()[:7]
+    strategies = curve_strategies(look)
     colors = strategy_colors(look, strategies)
     figure, axes = plt.subplots(
         len(look.tasks), 2, figsize=(11, 3.8 * len(look.tasks)), squeeze=False, constrained_layout=True
@@ -69,9 +70,18 @@ def _curves(plt, look: Lookup):
             axis.set_xscale("log")
             axis.set_xlabel(label)
             axis.set_title(task, loc="left")
-        axes[row][0].set_ylabel("held-out reverse KL (nats a token)")
+        axes[row][0].set_ylabel("held-out reverse KL (nats per token)")
     axes[0][0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def curve_strategies(look: Lookup) -> list[str]:
+    """The baseline, the headline strategies and the controls, then others but variants, while there is room."""
+    ran = look.at_reference()
+    wanted = [look.baseline, *look.roles.opening(ran), *look.roles.controls]
+    wanted += [strategy for strategy in ran if strategy not in look.roles.variants]
+    shown = list(dict.fromkeys(strategy for strategy in wanted if strategy in ran))[:_MAX_CURVES]
+    return [strategy for strategy in ran if strategy in shown]
 
 
 def _band(curves: Sequence[Mapping[str, list[float]]], key: str):
@@ -79,12 +89,12 @@ def _band(curves: Sequence[Mapping[str, list[float]]], key: str):
     start = max(curve[key][1] for curve in curves)  # the first evaluation after the start
     x = np.geomspace(start, min(curve[key][-1] for curve in curves), 200)
     kl = [[math.inf if value is None else value for value in curve["kl"]] for curve in curves]
-    y = np.array([np.interp(x, curve[key], smooth(own)) for curve, own in zip(curves, kl, strict=True)])
+    y = np.array([np.interp(x, curve[key], smooth(values)) for curve, values in zip(curves, kl, strict=True)])
     return x, np.median(y, axis=0), y.min(axis=0), y.max(axis=0)
 
 
 def _forest(plt, look: Lookup):
-    """Speed-ups of all strategies at the reference learning rate, one panel a cost axis."""
+    """Speed-ups of all strategies at the reference learning rate, one panel per cost axis."""
     strategies = [s for s in look.at_reference() if s != look.baseline]
     if not strategies:
         return None
@@ -134,7 +144,7 @@ def _whisker(axis, row, y: float, color: str, floor: float, ceiling: float) -> N
 
 def _rates(plt, look: Lookup):
     """Net seconds to the reference target against the learning rate; runs that never arrive sit on the top line."""
-    swept = [s for s in dict.fromkeys(s for s, _ in look.arms) if len({r for t, r in look.arms if t == s}) > 1]
+    swept = look.swept()
     if not swept:
         return None
     colors, ticks = strategy_colors(look, swept), require("matplotlib.ticker")
@@ -177,7 +187,7 @@ def _rates(plt, look: Lookup):
 _FIGURES = {
     "speedups": (
         _forest,
-        "Net speed-up to {baseline}'s final held-out KL",
+        "Net speed-up to the final held-out KL of {baseline}",
         "Reference learning rate; median over seeds, 95 % interval; hollow: fewer than five seeds, their range. An arrow: beyond the axis, at the left also “never”.",
     ),
     "curves": (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from effopd.compare.results import ALL, BEST, SAME
+from effopd.compare.grid_run import Arm
+from effopd.compare.roles import Roles
+from effopd.compare.speedups import ALL, BEST, SAME
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -25,8 +27,8 @@ class Lookup:
 
     def __init__(self, results: Results):
         self.results = results
-        self.baseline: str = results["settings"]["baseline"]
-        self.reference: float = results["settings"]["reference_learning_rate"]
+        self.roles = Roles.of_settings(results["settings"])
+        self.baseline, self.reference = self.roles.reference
         self.tasks = list(dict.fromkeys(run["task"] for run in results["runs"]))
         self.scopes = [*self.tasks, ALL] if len(self.tasks) > 1 else self.tasks
         self.arms = list(dict.fromkeys((run["strategy"], run["learning_rate"]) for run in results["runs"]))
@@ -44,6 +46,13 @@ class Lookup:
         }
         self._quality = {(r["task"], r["strategy"], r["learning_rate"], r["measure"]): r for r in results["quality"]}
 
+    def swept(self) -> list[str]:
+        """Strategies that ran at several learning rates."""
+        rates: dict[str, set[float]] = {}
+        for strategy, rate in self.arms:
+            rates.setdefault(strategy, set()).add(rate)
+        return [strategy for strategy, of_strategy in rates.items() if len(of_strategy) > 1]
+
     def at_reference(self) -> list[str]:
         """Strategies that ran at the reference learning rate, in the plan's order."""
         return [strategy for strategy, rate in self.arms if rate == self.reference]
@@ -51,9 +60,9 @@ class Lookup:
     def speedup(
         self,
         task: str,
-        arm: tuple[str, float],
+        arm: Arm,
         axis: str,
-        target="reference_kl",
+        target: str = "reference_kl",
         against: str | None = None,
         rate: str | None = None,
     ) -> Row | None:
@@ -61,11 +70,11 @@ class Lookup:
         its best (`BEST`, the baseline only) or at the arm's own (`SAME`)."""
         return self._speedups.get((task, *arm, against or self.baseline, rate, target, axis))
 
-    def quality(self, task: str, arm: tuple[str, float], measure: str) -> Row | None:
+    def quality(self, task: str, arm: Arm, measure: str) -> Row | None:
         """A row of `quality`, if there is one."""
         return self._quality.get((task, *arm, measure))
 
-    def runs(self, task: str, arm: tuple[str, float]) -> list[Row]:
+    def runs(self, task: str, arm: Arm) -> list[Row]:
         """Runs of an arm on a task."""
         return [r for r in self.results["runs"] if r["task"] == task and (r["strategy"], r["learning_rate"]) == arm]
 
@@ -73,13 +82,13 @@ class Lookup:
         """The baseline's best learning rate for a target."""
         return self.results["best_learning_rate"].get(task, {}).get(target)
 
-    def again(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
-        """How often runs that arrived were seen off the target later."""
+    def again(self, task: str, arm: Arm, target: str = "reference_kl") -> str:
+        """Share of the later evaluations at which runs that had arrived were off the target again, as text."""
         shares = [run["targets"][target]["above_again"] for run in self.runs(task, arm) if target in run["targets"]]
-        seen = [share for share in shares if share is not None]
-        return f"{statistics.mean(seen):.0%} of the later evaluations off it again" if seen else "–"
+        of_arrived = [share for share in shares if share is not None]
+        return f"{statistics.mean(of_arrived):.0%}" if of_arrived else "–"
 
-    def reached(self, task: str, arm: tuple[str, float], target="reference_kl") -> str:
+    def reached(self, task: str, arm: Arm, target: str = "reference_kl") -> str:
         """`3 of 5`: how many runs arrived."""
         runs = [run["targets"][target] for run in self.runs(task, arm) if target in run["targets"]]
         return f"{sum(run['reached'] for run in runs)} of {len(runs)}"
@@ -111,6 +120,13 @@ def number(row: Row | None, form: str = ".4f") -> str:
     if row["n"] >= FEW:
         return f"{median} [{low}, {high}]"
     return median if row["n"] == 1 else f"{median} ({low} to {high})"
+
+
+class Table(NamedTuple):
+    """A table of a page."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effopd.analysis import table_queries as frames
-from effopd.analysis.statistics import bootstrap_mean
+from effopd.analysis import table_queries
 from effopd.common.optional import require
+from effopd.common.statistics import bootstrap_mean
 from effopd.report.dynamics_data import (
     Data,
     bare,
@@ -43,17 +43,17 @@ def subspaces(data: Data, path: Path, side: str) -> Path | None:
     if not moving or "subspaces" not in data.summary["settings"]["metrics"]:
         return None
     rows = data.table("subspaces", [("reference", "==", "final"), ("metric", "in", list(readings))])
-    rows = rows[rows["module"].isin(frames.AVERAGED)].dropna(subset=["value"])
+    rows = rows[rows["module"].isin(table_queries.AVERAGED)].dropna(subset=["value"])
     if rows.empty:
         return None
     figure, axes = figure_of(len(moving), 3, width=4.2, height=2.5, sharex="col", sharey="row")
     largest = int(rows["k"].max())
     colormap = _dark_to_light()
     for column, (group, runs) in enumerate(moving.items()):
-        own = rows[rows["run"].isin(runs)]
+        of_group = rows[rows["run"].isin(runs)]
         for row, (metric, name) in enumerate(readings.items()):
             axis = axes[row][column]
-            _fan(axis, data, group, own[own["metric"] == metric], largest, colormap)
+            _fan(axis, data, group, of_group[of_group["metric"] == metric], largest, colormap)
             if metric.endswith("overlap"):
                 _chance_lines(axis, data, runs, side, largest)
             early = data.runs[runs[0]]["trajectory"]["steps"][-1] * 0.1
@@ -112,19 +112,23 @@ def first_last(data: Data, path: Path) -> Path | None:
     if not data.moving or "subspaces" not in data.summary["settings"]["metrics"]:
         return None
     rows = data.table("subspaces", [("reference", "==", "first"), ("metric", "==", "left_cosine")])
-    rows = rows[rows["module"].isin(frames.AVERAGED) & (rows["layer"] >= 0)]
+    rows = rows[rows["module"].isin(table_queries.AVERAGED) & (rows["layer"] >= 0)]
     if rows.empty:
         return None
     rows = rows.assign(matrix=rows["matrix"].astype(str).map(short_matrix))
     order = list(dict.fromkeys(zip(rows["module"].astype(str), rows["matrix"], strict=True)))
-    order.sort(key=lambda key: (frames.AVERAGED.index(key[0]), matrix_rank(key[1])))
+    order.sort(key=lambda key: (table_queries.AVERAGED.index(key[0]), matrix_rank(key[1])))
     names = [matrix for _, matrix in order]
     layers = sorted(rows["layer"].unique())
     height = float(np.clip(0.34 * len(layers) + 1.2, 2.4, 9.0))
     figure, axes = figure_of(len(data.moving), width=max(3.0, 0.55 * len(names) + 0.8), height=height, sharey=True)
     for axis, (group, runs) in zip(axes[0], data.moving.items(), strict=True):
-        own = rows[rows["run"].isin(runs)]
-        table = own.groupby(["layer", "module", "matrix"], observed=True)["value"].mean().unstack(["module", "matrix"])
+        of_group = rows[rows["run"].isin(runs)]
+        table = (
+            of_group.groupby(["layer", "module", "matrix"], observed=True)["value"]
+            .mean()
+            .unstack(["module", "matrix"])
+        )
         grid = table.reindex(index=layers, columns=pd.MultiIndex.from_tuples(order)).to_numpy(dtype=float)
         image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", origin="lower")
         if len(layers) <= 16:
@@ -167,10 +171,12 @@ def _paths(data: Data, path: Path, kind: str, title: str, explained: bool) -> Pa
     figure, axes = figure_of(len(places) + explained, len(groups), width=2.7, height=2.6)
     for (row, (group, run)), (column, place) in itertools.product(enumerate(groups.items()), enumerate(places)):
         layer, module, matrix = place
-        own = rows[
+        of_run = rows[
             (rows["run"] == run) & (rows["layer"] == layer) & (rows["module"] == module) & (rows["matrix"] == matrix)
         ]
-        xy = own[own["metric"].isin((f"{kind}1", f"{kind}2"))].pivot(index="step", columns="metric", values="value")
+        xy = of_run[of_run["metric"].isin((f"{kind}1", f"{kind}2"))].pivot(
+            index="step", columns="metric", values="value"
+        )
         _path(axes[row][column], xy, data.colors[group])
         if row == 0:
             axes[row][column].set_title(f"layer {layer}, {matrix}")
@@ -196,13 +202,15 @@ def _pictured(rows: pd.DataFrame, kind: str) -> list[tuple[int, str, str]]:
     """First and last layer's attention and MLP matrix, out of those with a t-SNE picture if there are any."""
     chosen = rows[rows["metric"] == "tsne1"]
     if chosen.empty and kind == "pc":
-        chosen = rows[(rows["metric"] == "pc1") & rows["module"].isin(frames.AVERAGED)]
+        chosen = rows[(rows["metric"] == "pc1") & rows["module"].isin(table_queries.AVERAGED)]
     columns = (chosen["layer"], chosen["module"].astype(str), chosen["matrix"].astype(str))
     places = sorted(
-        set(zip(*columns, strict=True)), key=lambda place: (frames.AVERAGED.index(place[1]), place[0], place[2])
+        set(zip(*columns, strict=True)), key=lambda place: (table_queries.AVERAGED.index(place[1]), place[0], place[2])
     )
-    by_module = [[place for place in places if place[1] == module] for module in frames.AVERAGED]
-    return [place for own in by_module for place in dict.fromkeys((own[0], own[-1]) if own else ())]
+    by_module = [[place for place in places if place[1] == module] for module in table_queries.AVERAGED]
+    return [
+        place for of_module in by_module for place in dict.fromkeys((of_module[0], of_module[-1]) if of_module else ())
+    ]
 
 
 def _path(axis, xy: pd.DataFrame, color: str) -> None:
@@ -226,9 +234,9 @@ def _explained(axes, data: Data, groups: dict[str, str]) -> None:
     shown = data.last.loc[data.last["metric"].isin(("u1_evr", "u1_evr_null_mean")), "value"].dropna()
     for row, group in enumerate(groups):
         axis = axes[row][-1]
-        own = data.last[data.last["run"].isin(data.moving[group])]
+        of_group = data.last[data.last["run"].isin(data.moving[group])]
         for x, (metric, color) in enumerate((("u1_evr", data.colors[group]), ("u1_evr_null_mean", MUTED))):
-            values = frames.by_matrix(own[own["metric"] == metric]).mean(axis=1).dropna()
+            values = table_queries.by_matrix(of_group[of_group["metric"] == metric]).mean(axis=1).dropna()
             if values.empty:
                 continue
             jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(values))
@@ -250,7 +258,7 @@ def agreement(data: Data, path: Path) -> Path | None:
         return None
     wanted = ["left_overlap", "right_overlap"]
     rows = data.table("subspaces", [("reference", "in", list(data.runs)), ("metric", "in", wanted)])
-    rows = rows[rows["module"].isin(frames.AVERAGED)].dropna(subset=["value"])
+    rows = rows[rows["module"].isin(table_queries.AVERAGED)].dropna(subset=["value"])
     if rows.empty:
         return None
     group = {run: values["group"] for run, values in data.runs.items()}
@@ -260,10 +268,10 @@ def agreement(data: Data, path: Path) -> Path | None:
     sizes = {"left_overlap": "rows", "right_overlap": "columns"}
     for axis, metric in zip(axes[0], wanted, strict=True):
         labels = []
-        for i, (kind, own) in enumerate(rows[rows["metric"] == metric].groupby("kind", sort=False)):
+        for i, (kind, of_kind) in enumerate(rows[rows["metric"] == metric].groupby("kind", sort=False)):
             one, other = kind.split(" – ")
             color = data.colors[one] if one == other else ("#6a4c7d", "#4f6d5a", "#8a6d3b")[i % 3]
-            line, low, high = _over_pairs(own)
+            line, low, high = _over_pairs(of_kind)
             axis.fill_between(line.index.astype(int), low, high, color=color, alpha=0.14, linewidth=0)
             axis.plot(line.index.astype(int), line, color=color, linewidth=2, linestyle="-" if one == other else "--")
             labels.append(
@@ -285,7 +293,7 @@ def agreement(data: Data, path: Path) -> Path | None:
 
 def _over_pairs(rows: pd.DataFrame):
     """Mean over matrices for each k, with the bootstrap interval; pairs of runs are averaged first."""
-    per_matrix = rows.groupby(["k", *frames.PLACE], observed=True)["value"].mean()
+    per_matrix = rows.groupby(["k", *table_queries.PLACE], observed=True)["value"].mean()
     estimates = {k: bootstrap_mean(values, 500) for k, values in per_matrix.groupby("k")}
     line = pd.Series({k: estimate.mean for k, estimate in estimates.items()})
     return line, [e.low for e in estimates.values()], [e.high for e in estimates.values()]

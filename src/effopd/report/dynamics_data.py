@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from effopd.analysis import table_queries as frames
-from effopd.analysis.statistics import Estimate, bootstrap_mean, seed_mean
+from effopd.analysis import table_queries
 from effopd.analysis.tables import read_table
 from effopd.common.optional import require
+from effopd.common.statistics import Interval, bootstrap_mean, student_t
 from effopd.errors import CheckpointError
 from effopd.report.style import MUTED, group_colors
 
@@ -50,19 +50,19 @@ class Data:
                 f"({error}). Run the analysis, or continue it, first."
             ) from error
         self.runs: dict[str, dict[str, Any]] = self.summary["runs"]
-        self.groups = frames.groups_of(self.runs)
+        self.groups = table_queries.groups_of(self.runs)
         self.colors = group_colors(self.groups)
         self.k: int = self.summary["settings"]["k"]
 
     @cached_property
     def matrices(self) -> pd.DataFrame:
         """The `matrices` table; layers as integers, −1 outside the layers."""
-        return frames.with_layer(read_table(self.out / "matrices"))
+        return table_queries.with_layer(read_table(self.out / "matrices"))
 
     @cached_property
     def averaged(self) -> pd.DataFrame:
         """Its rows of attention and MLP matrices."""
-        return frames.averaged(self.matrices)
+        return table_queries.averaged(self.matrices)
 
     @cached_property
     def at_rest(self) -> pd.Series:
@@ -79,11 +79,11 @@ class Data:
     @cached_property
     def last(self) -> pd.DataFrame:
         """The averaged rows of each run's last snapshot."""
-        return frames.final(self.averaged, self.runs)
+        return table_queries.final(self.averaged, self.runs)
 
     def table(self, name: str, filters: Sequence[tuple[str, str, Any]] | None = None) -> pd.DataFrame:
         """Another table, layers as integers."""
-        return frames.with_layer(read_table(self.out / name, filters))
+        return table_queries.with_layer(read_table(self.out / name, filters))
 
     def has(self, metric: str) -> bool:
         """Whether a metric was measured and is defined somewhere."""
@@ -93,8 +93,8 @@ class Data:
     @property
     def moving(self) -> dict[str, list[str]]:
         """Groups, reduced to runs with a trajectory of at least two snapshots that moved."""
-        kept = {g: [r for r in runs if self.runs[r]["trajectory"]] for g, runs in self.groups.items()}
-        return {group: runs for group, runs in kept.items() if runs}
+        moving = {g: [r for r in runs if self.runs[r]["trajectory"]] for g, runs in self.groups.items()}
+        return {group: runs for group, runs in moving.items() if runs}
 
     def label(self, group: str) -> str:
         """The group's name, with the number of seeds where there are several."""
@@ -112,20 +112,22 @@ class Data:
         Returns:
             columns mean, low, high; index step.
         """
-        found: dict[int, Estimate] = {}
+        intervals: dict[int, Interval] = {}
         for step, values in complete_steps(rows).groupby("step"):
             if len(self.groups[group]) > 1:
-                found[int(step)] = seed_mean(values.groupby("run", observed=True)["value"].mean())
+                intervals[int(step)] = student_t(values.groupby("run", observed=True)["value"].mean())
             else:
-                found[int(step)] = bootstrap_mean(values["value"], _DRAWS)
-        table = pd.DataFrame({step: vars(estimate) for step, estimate in found.items()}, index=["mean", "low", "high"])
+                intervals[int(step)] = bootstrap_mean(values["value"], _DRAWS)
+        table = pd.DataFrame(
+            {step: vars(estimate) for step, estimate in intervals.items()}, index=["mean", "low", "high"]
+        )
         return table.T.astype(float).dropna(subset=["mean"])
 
-    def interval(self, group: str, metric: str) -> Estimate:
+    def interval(self, group: str, metric: str) -> Interval:
         """The group's mean of a metric at the end, as in the summary."""
         values = self.summary["groups"][group]["metrics"].get(metric) or {}
         mean, low, high = (np.nan if values.get(key) is None else values[key] for key in ("mean", "low", "high"))
-        return Estimate(mean, low, high, values.get("n", 0))
+        return Interval(mean, low, high, values.get("n", 0))
 
 
 def complete_steps(rows: pd.DataFrame) -> pd.DataFrame:
@@ -219,18 +221,18 @@ def lines_over_steps(axis, data: Data, rows: pd.DataFrame) -> None:
     right = max(steps[-1] for runs in data.moving.values() for steps in map(data.steps, runs))
     for group, runs in data.groups.items():
         color, moving = data.colors[group], data.moving.get(group)
-        own = rows[rows["run"].isin(moving or runs)]
+        of_group = rows[rows["run"].isin(moving or runs)]
         if moving:
-            band = data.band(group, own)
+            band = data.band(group, of_group)
             if band.empty:
                 continue
-            extent += [*_single_seeds(axis, own, moving, color), *band["mean"]]
+            extent += [*_single_seeds(axis, of_group, moving, color), *band["mean"]]
             extent += [] if len(moving) > 1 else [*band["low"], *band["high"]]
             axis.fill_between(band.index, band["low"], band["high"], color=color, alpha=0.15, linewidth=0)
             axis.plot(band.index, band["mean"], color=color, linewidth=2)
             y = float(band["mean"].iloc[-1])
         else:
-            y = float(frames.final(own, {run: data.runs[run] for run in runs})["value"].mean())
+            y = float(table_queries.final(of_group, {run: data.runs[run] for run in runs})["value"].mean())
             axis.axhline(y, color=color, linewidth=1.4, linestyle=(0, (5, 3)))
             extent.append(y)
         labels.append((float(right), y, data.label(group), color))
@@ -266,22 +268,22 @@ def strips(axis, data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, 
     Args:
         extra: (metric, name) of a reference that gets a grey column of its own, e.g. the noise floor.
     """
-    wide = frames.by_matrix(rows[rows["metric"] == metric])
+    wide = table_queries.by_matrix(rows[rows["metric"] == metric])
     columns = [
         (group, wide.reindex(columns=runs).mean(axis=1), data.colors[group]) for group, runs in data.groups.items()
     ]
     if extra is not None:
-        columns.append((extra[1], frames.by_matrix(rows[rows["metric"] == extra[0]]).mean(axis=1), MUTED))
+        columns.append((extra[1], table_queries.by_matrix(rows[rows["metric"] == extra[0]]).mean(axis=1), MUTED))
     everything = pd.concat([values for _, values, _ in columns]).dropna()
     if len(everything) and everything.min() > 0 and everything.max() > 30 * everything.min():
         axis.set_yscale("log")
     for x, (group, values, color) in enumerate(columns):
         modules = values.index.get_level_values("module")
         for module, marker in (("attention", "o"), ("mlp", "^")):
-            own = values[modules == module].dropna()
-            jitter = np.random.default_rng(0).uniform(-0.13, 0.13, len(own))
+            of_module = values[modules == module].dropna()
+            jitter = np.random.default_rng(0).uniform(-0.13, 0.13, len(of_module))
             size = float(np.clip(900 / max(1, len(values)), 3, 16))
-            axis.scatter(x - 0.1 + jitter, own, s=size, marker=marker, color=color, alpha=0.45, linewidth=0)
+            axis.scatter(x - 0.1 + jitter, of_module, s=size, marker=marker, color=color, alpha=0.45, linewidth=0)
         estimate = data.interval(group, metric) if group in data.groups else bootstrap_mean(values, _DRAWS)
         axis.plot([x + 0.22] * 2, [estimate.low, estimate.high], color=color, linewidth=2.2, solid_capstyle="butt")
         axis.plot([x + 0.22], [estimate.mean], marker="D", color=color, markersize=5)

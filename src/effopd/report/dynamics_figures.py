@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effopd.analysis import table_queries as frames
+from effopd.analysis import table_queries
 from effopd.report import direction_figures
 from effopd.report.dynamics_data import (
     MODULE_COLORS,
@@ -79,9 +79,11 @@ def _norms_over_steps(figure, data: Data, panels: Sequence[str | None]) -> None:
     rows = data.matrices[data.matrices["metric"] == "frobenius_norm"]
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, module in zip(axes, panels, strict=True):
-        own = rows if module is None else rows[rows["module"] == module]
+        of_module = rows if module is None else rows[rows["module"] == module]
         total = (
-            own.assign(value=own["value"] ** 2).groupby(["run", "step"], observed=True, dropna=False)["value"].sum()
+            of_module.assign(value=of_module["value"] ** 2)
+            .groupby(["run", "step"], observed=True, dropna=False)["value"]
+            .sum()
             ** 0.5
         )
         lines_over_steps(axis, data, total.reset_index())
@@ -192,7 +194,7 @@ def embeddings(data: Data, path: Path) -> Path | None:
     for axis, (group, run) in zip(axes[0][int(compare) :], shown.items(), strict=True):
         xy = points[points["run"] == run].pivot(index="point", columns="metric", values="value").astype(float)
         _moves(axis, xy, data.colors[group])
-        turned = frames.at_step(shift, run, data.runs[run]["steps"][-1])["value"].iloc[0]
+        turned = table_queries.at_step(shift, run, data.runs[run]["steps"][-1])["value"].iloc[0]
         axis.set_title(f"{run}: 1 − mean cosine = {turned:.2g}", color=data.colors[group])
     note = "Principal-component plane fitted on base and trained rows; grey: base, colour: trained, joined by a line."
     return save(figure, path, f"How far the embeddings ({matrix}) turned", note)
@@ -203,7 +205,7 @@ def _shift(axis, data: Data, shift: pd.DataFrame) -> None:
     if data.moving:
         lines_over_steps(axis, data, shift)
     else:
-        last = frames.final(shift, data.runs)
+        last = table_queries.final(shift, data.runs)
         for x, (group, runs) in enumerate(data.groups.items()):
             value = float(last.loc[last["run"].isin(runs), "value"].mean())
             axis.bar(x, value, color=data.colors[group], width=0.5)

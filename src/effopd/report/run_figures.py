@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from effopd.common.optional import require
 from effopd.extrapolate.search import Score, paired_gain
 from effopd.report.style import INK, MARKERS, MUTED, group_colors
+from effopd.runs.records import EvaluationRecord, SearchRecord, StepRecord, TrialRecord
 
-Rows = Sequence[Mapping[str, Any]]
-#: logged value → how its panel is called
+#: Attribute of a `StepRecord` → title of its panel.
 LOGGED = {
     "loss": "loss",
     "reward": "reward",
     "learning_rate": "learning rate",
-    "health/reverse_kl": "reverse KL on fresh rollouts",
-    "health/overlap_ratio": "top-k overlap with the teacher",
+    "health.reverse_kl": "reverse KL on fresh rollouts",
+    "health.overlap_ratio": "top-k overlap with the teacher",
     "entropy": "student's entropy, nats",
-    "completions/mean_length": "tokens per answer",
-    "completions/clipped_ratio": "answers cut at the limit",
+    "mean_length": "tokens per answer",
+    "clipped_share": "answers cut at the limit",
     "grad_norm": "gradient norm",
 }
+#: Attribute of an `EvaluationRecord` → label of its axis.
 _QUALITY = {
-    "eval_kl": "held-out reverse KL to the teacher\n(nats per token, 95 % interval)",
-    "eval_accuracy": "held-out accuracy\n(95 % interval)",
+    "kl": "held-out reverse KL to the teacher\n(nats per token, 95 % interval)",
+    "accuracy": "held-out accuracy\n(95 % interval)",
 }
 
 
@@ -40,18 +42,19 @@ def pyplot():
 
 
 def quality_figure(
-    runs: Mapping[str, Rows],
-    searches: Mapping[str, Rows],
+    runs: Mapping[str, Sequence[EvaluationRecord]],
+    searches: Mapping[str, Sequence[SearchRecord]],
     target: float | None = None,
     teacher_accuracy: float | None = None,
     colors: Mapping[str, str] | None = None,
     seconds: str = "net seconds",
 ):
-    """Held-out KL and accuracy (rows; those that were measured) against optimizer steps and net seconds (columns).
+    """Held-out KL and accuracy (rows of panels; those measured) against optimizer steps and net seconds (columns); `None` if
+    neither was measured.
 
     Args:
-        runs: rows of `evals.jsonl` by label.
-        searches: rows of `searches.jsonl` by label; accepted jumps forwards are marked on the curves.
+        runs: evaluations by label.
+        searches: searches by label; accepted jumps forwards are marked on the curves.
         target: a KL to draw as a line.
         teacher_accuracy: an accuracy to draw as a line.
         colors: by label; others get one of the palette.
@@ -60,7 +63,11 @@ def quality_figure(
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    shown = [key for key in _QUALITY if any(key in row for rows in runs.values() for row in rows)]
+    shown = [
+        key for key in _QUALITY if any(getattr(record, key) is not None for run in runs.values() for record in run)
+    ]
+    if not shown:
+        return None
     colors = group_colors(runs) | dict(colors or {})
     figure, axes = pyplot().subplots(
         len(shown),
@@ -71,25 +78,25 @@ def quality_figure(
         constrained_layout=True,
         squeeze=False,
     )
-    axis_of: Sequence[tuple[str, Callable[[Mapping[str, Any]], float]]] = (
-        ("optimizer steps", lambda row: row["step"]),
-        (f"{seconds} (search charged, evaluation not)", lambda row: row["cost/net_seconds"]),
+    axis_of: Sequence[tuple[str, Callable[[EvaluationRecord], float]]] = (
+        ("optimizer steps", attrgetter("step")),
+        (f"{seconds} (search charged, evaluation not)", attrgetter("costs.net_seconds")),
     )
     for panels, key in zip(axes, shown, strict=True):
         for axis, (_, x_of) in zip(panels, axis_of, strict=True):
-            for i, (label, all_rows) in enumerate(runs.items()):
-                rows = [row for row in all_rows if key in row]
-                jumps = [row["step"] for row in searches.get(label, ()) if row["accepted_scale"] > 0]
+            for i, (label, evaluations) in enumerate(runs.items()):
+                measured = [record for record in evaluations if getattr(record, key) is not None]
+                jumps = [search.step for search in searches.get(label, ()) if search.accepted_scale > 0]
                 look = {"color": colors[label], "marker": MARKERS[i % len(MARKERS)], "label": label}
-                _curve(axis, rows, key, x_of, jumps, look)
+                _curve(axis, measured, key, x_of, jumps, look)
         panels[0].set_ylabel(_QUALITY[key])
-        line, name = (target, "target") if key == "eval_kl" else (teacher_accuracy, "teacher")
+        line, name = (target, "target") if key == "kl" else (teacher_accuracy, "teacher")
         for axis in panels:
-            if key == "eval_kl":
+            if key == "kl":
                 axis.set_yscale("log")
             if line is not None:
                 axis.axhline(line, color=MUTED, linestyle=":", linewidth=1.2, label=name)
-        if any(row["accepted_scale"] > 0 for rows in searches.values() for row in rows):
+        if any(search.accepted_scale > 0 for run in searches.values() for search in run):
             panels[0].plot([], [], marker="^", color=INK, linestyle="", label="jump")
         panels[0].legend()
     for axis, (name, _) in zip(axes[-1], axis_of, strict=True):
@@ -99,18 +106,19 @@ def quality_figure(
 
 def _curve(
     axis,
-    rows: Rows,
+    evaluations: Sequence[EvaluationRecord],
     key: str,
-    x_of: Callable[[Mapping[str, Any]], float],
+    x_of: Callable[[EvaluationRecord], float],
     jumps: Iterable[int],
     look: Mapping[str, Any],
 ) -> None:
-    """A point an evaluation, joined by a thin line, with its interval; a triangle at the first one after each jump."""
-    x, y = [x_of(row) for row in rows], [row[key] for row in rows]
-    axis.plot(x, y, linewidth=1.1, markersize=3.5 if len(rows) <= 60 else 2, **look)
-    if interval := _interval(rows, key):
+    """A point per evaluation, joined by a thin line, with its interval; a triangle at the first one after each jump."""
+    x, y = [x_of(record) for record in evaluations], [getattr(record, key) for record in evaluations]
+    axis.plot(x, y, linewidth=1.1, markersize=3.5 if len(evaluations) <= 60 else 2, **look)
+    if interval := _interval(evaluations, key):
         axis.fill_between(x, *interval, color=look["color"], alpha=0.12, linewidth=0)
-    first_after = {next((i for i, row in enumerate(rows) if row["step"] >= step), None) for step in jumps} - {None}
+    steps = [record.step for record in evaluations]
+    first_after = {next((i for i, other in enumerate(steps) if other >= step), None) for step in jumps} - {None}
     marked = sorted(i for i in first_after if i is not None)
     axis.plot(
         [x[i] for i in marked], [y[i] for i in marked], "^", color=look["color"], markersize=8,
@@ -118,25 +126,25 @@ def _curve(
     )  # fmt: skip
 
 
-def _interval(rows: Rows, key: str) -> tuple[list[float], list[float]] | None:
+def _interval(evaluations: Sequence[EvaluationRecord], key: str) -> tuple[list[float], list[float]] | None:
     """Lower and upper ends: an accuracy's 95 % interval, a KL ± 1.96 standard errors (above 0: its axis is logarithmic)."""
-    if rows and all(row.get(f"{key}_low") is not None for row in rows):
-        return [row[f"{key}_low"] for row in rows], [row[f"{key}_high"] for row in rows]
-    if rows and all(row.get(f"{key}_se") is not None for row in rows):
-        spread = [1.96 * row[f"{key}_se"] for row in rows]
-        low = [max(row[key] - s, row[key] / 10) for row, s in zip(rows, spread, strict=True)]
-        return low, [row[key] + s for row, s in zip(rows, spread, strict=True)]
-    return None
+    columns = ("accuracy", "accuracy_low", "accuracy_high") if key == "accuracy" else ("kl", "kl_se")
+    rows = [attrgetter(*columns)(record) for record in evaluations]
+    if not rows or any(value is None for row in rows for value in row):
+        return None
+    if key == "accuracy":
+        return [low for _, low, _ in rows], [high for _, _, high in rows]
+    return [max(kl - 1.96 * se, kl / 10) for kl, se in rows], [kl + 1.96 * se for kl, se in rows]
 
 
-def search_figure(searches: Rows, most: int = 24):
-    """A panel a search: what every scale gained over staying, with two standard errors of the paired gain, and where
+def search_figure(searches: Sequence[SearchRecord], most: int = 24):
+    """A panel per search: what every scale gained over staying, with two standard errors of the paired gain, and where
     the model went (dashed). The first `most` searches with a candidate; `None` if there is none.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    drawn = [row for row in searches if len(_scored(row)) > 1 and row["trials"][0] in _scored(row)][:most]
+    drawn = [search for search in searches if search.start_score is not None and len(_scored(search)) > 1][:most]
     if not drawn:
         return None
     columns, lines = 6, math.ceil(len(drawn) / 6)
@@ -145,10 +153,10 @@ def search_figure(searches: Rows, most: int = 24):
     )
     for axis in list(axes.flat)[len(drawn) :]:
         axis.set_visible(False)
-    for axis, row in zip(axes.flat, drawn, strict=False):
-        start = _score(row["trials"][0])
-        points = sorted(_scored(row), key=lambda trial: trial["scale"])
-        scales, gains = [trial["scale"] for trial in points], [paired_gain(_score(trial), start) for trial in points]
+    for axis, search in zip(axes.flat, drawn, strict=False):
+        start = _score(search.trials[0])
+        points = sorted(_scored(search), key=attrgetter("scale"))
+        scales, gains = [trial.scale for trial in points], [paired_gain(_score(trial), start) for trial in points]
         axis.axhline(0, color=MUTED, linewidth=0.8)
         axis.errorbar(
             scales,
@@ -160,12 +168,11 @@ def search_figure(searches: Rows, most: int = 24):
             linewidth=1.2,
             elinewidth=0.9,
         )
-        axis.axvline(row["accepted_scale"], color="#d1495b", linestyle="--", linewidth=1.2)
+        axis.axvline(search.accepted_scale, color="#d1495b", linestyle="--", linewidth=1.2)
         axis.set_xscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_title(
-            f"step {row['step']}: " + (f"{row['accepted_scale']:.3g}Δ" if row["accepted_scale"] else "stays")
-        )
+        outcome = f"{search.accepted_scale:.3g}Δ" if search.accepted_scale else "stays"
+        axis.set_title(f"step {search.step}: {outcome}")
         axis.tick_params(labelsize=6.5)
     for axis in axes[:, 0]:
         axis.set_ylabel("gain")
@@ -173,24 +180,25 @@ def search_figure(searches: Rows, most: int = 24):
     return figure
 
 
-def _scored(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [trial for trial in row["trials"] if trial.get("score") is not None]
+def _scored(search: SearchRecord) -> list[TrialRecord]:
+    return [trial for trial in search.trials if trial.score is not None]
 
 
-def _score(trial: Mapping[str, Any]) -> Score:
-    return Score(trial["score"], tuple(trial.get("per_example") or ()))
+def _score(trial: TrialRecord) -> Score:
+    assert trial.score is not None
+    return Score(trial.score, trial.per_example or ())
 
 
-def training_figure(runs: Mapping[str, Rows]):
-    """What every step logged, a panel a value; `None` if nothing was.
+def training_figure(runs: Mapping[str, Sequence[StepRecord]]):
+    """What every step logged, a panel per value; `None` if nothing was.
 
     Args:
-        runs: rows of `metrics.jsonl` by label.
+        runs: logged steps by label.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    shown = [key for key in LOGGED if any(key in row for rows in runs.values() for row in rows)]
+    shown = [key for key in LOGGED if any(attrgetter(key)(step) is not None for run in runs.values() for step in run)]
     if not shown:
         return None
     lines = math.ceil(len(shown) / 3)
@@ -201,17 +209,12 @@ def training_figure(runs: Mapping[str, Rows]):
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
     for axis, key in zip(axes.flat, shown, strict=False):
-        for label, all_rows in runs.items():
-            rows = [row for row in all_rows if row.get(key) is not None]
-            axis.plot(
-                [row["step"] for row in rows],
-                [row[key] for row in rows],
-                color=colors[label],
-                linewidth=1.4,
-                label=label,
-            )
+        for label, steps in runs.items():
+            values = {step.step: attrgetter(key)(step) for step in steps}
+            points = {step: value for step, value in values.items() if value is not None}
+            axis.plot(list(points), list(points.values()), color=colors[label], linewidth=1.4, label=label)
         axis.set_title(LOGGED[key])
-        if key in ("health/reverse_kl", "grad_norm", "learning_rate"):
+        if key in ("health.reverse_kl", "grad_norm", "learning_rate"):
             axis.set_yscale("log")
     if len(runs) > 1:
         axes[0][0].legend()

@@ -7,19 +7,14 @@ schedules that follow a metric all read it.
 
 from __future__ import annotations
 
-import logging
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from transformers import Trainer
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from typing import Any, NamedTuple
 
 from effopd.errors import ConfigError
-from effopd.runs.records import DIRECTIONS
-
-logger = logging.getLogger(__name__)
+from effopd.runs.records import BEST, DIRECTIONS
 
 #: The same for TRL's own evaluation, on a dataset instead of a task.
 HOST_DIRECTIONS: dict[str, bool | None] = {
@@ -54,6 +49,12 @@ class Kept(NamedTuple):
     value: float
 
 
+def read_kept(root: Path) -> Kept | None:
+    """The step that the final model of a run is of, where it is not the last one."""
+    path = root / BEST
+    return Kept(**json.loads(path.read_text())) if path.is_file() else None
+
+
 def full_name(metric: str) -> str:
     """A metric as an evaluation reports it: `eval_kl` for `kl`."""
     return metric if metric.startswith("eval_") else f"eval_{metric}"
@@ -73,7 +74,7 @@ def direction(metric: str) -> bool | None:
 
 def default_metric(args: Any, default: str) -> None:
     """Set `metric_for_best_model` where something reads it and it is not given."""
-    reads = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or _follows(args)
+    reads = args.load_best_model_at_end or args.save_strategy == "best" or _follows(args)
     if reads and args.metric_for_best_model is None:
         args.metric_for_best_model = default
 
@@ -89,10 +90,10 @@ def settle_direction(args: Any, asked: bool | None) -> None:
         ConfigError: `asked` or the schedule's mode contradict the metric, or the best model is asked for without evaluations.
     """
     best = {
-        "save_strategy='best'": args.save_strategy == SaveStrategy.BEST,
+        "save_strategy='best'": args.save_strategy == "best",
         "load_best_model_at_end": args.load_best_model_at_end,
     }
-    if any(best.values()) and args.eval_strategy == IntervalStrategy.NO:
+    if any(best.values()) and args.eval_strategy == "no":
         raise ConfigError(
             f"{' and '.join(name for name, given in best.items() if given)}: expected evaluations to tell the best model by, got "
             "eval_strategy='no'. Set --eval_strategy steps --eval_steps N, or leave it out."
@@ -132,7 +133,7 @@ def check_metric(args: Any, names: Collection[str]) -> None:
         ConfigError: it is none of them, it has no direction, or `greater_is_better` contradicts it.
     """
     metric = args.metric_for_best_model
-    if metric is None or args.eval_strategy == IntervalStrategy.NO:
+    if metric is None or args.eval_strategy == "no":
         return
     name, greater = full_name(metric).removeprefix("eval_"), direction(metric)
     usable = ", ".join(f"eval_{one}" for one in names if direction(one) is not None)
@@ -163,55 +164,3 @@ def best_row(
         if best is None or (value > best.value if greater else value < best.value):
             best = Kept(row["step"], metric, value)
     return best
-
-
-_Host: Any = Trainer if TYPE_CHECKING else object
-
-
-class BestModelMixin(_Host):
-    """The part of `RunMixin` that finds the best checkpoint, remembers it through a resume, and says which one was kept."""
-
-    run_dir: Any
-    resumed_from: Path | None
-    kept: Kept | None
-
-    def _recall_best(self) -> None:
-        """What was best before a resume, among the checkpoints that are there, by the metric of this run."""
-        args, state = self.args, self.state
-        if not (args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST):
-            return
-        best = best_row(
-            state.log_history,
-            args.metric_for_best_model,
-            bool(args.greater_is_better),
-            lambda step: self._checkpoint_of(step) is not None,
-        )
-        state.best_metric, state.best_global_step = (best.value, best.step) if best else (None, None)
-        state.best_model_checkpoint = str(self._checkpoint_of(best.step)) if best else None
-
-    def _checkpoint_of(self, step: int) -> Path | None:
-        """The checkpoint of a step: this run's, or that of the run it goes on from."""
-        own = self.run_dir.checkpoint(step)
-        folders = [own.parent, *([self.resumed_from.parent] if self.resumed_from else [])]
-        return next((folder / own.name for folder in folders if (folder / own.name).is_dir()), None)
-
-    def _determine_best_metric(self, metrics, trial):
-        """The host's, among the steps that are saved: another one could not be gone back to."""
-        saved = self.args.save_strategy == SaveStrategy.BEST or self.control.should_save
-        if self.args.load_best_model_at_end and not saved:
-            return False
-        return super()._determine_best_metric(metrics, trial)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.kept = Kept(self.state.best_global_step, self.args.metric_for_best_model, self.state.best_metric)
-
-    def _say_kept(self) -> None:
-        if not self.is_world_process_zero():
-            return
-        self.run_dir.write_kept(self.kept)
-        if self.args.load_best_model_at_end and self.kept is None:
-            logger.warning(
-                "No step was both evaluated and saved with a finite %s: the model is that of step %d, the last.",
-                self.args.metric_for_best_model, self.state.global_step,
-            )  # fmt: skip

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
-
 from effopd.errors import CheckpointError, EffOPDError
 
 LEDGER_FILE, SETTINGS_FILE = "effopd_ledger.json", "effopd_settings.json"
+#: Files of transformers' checkpoints, whose own constants take seconds to import.
+TRAINER_STATE, SCHEDULER, OPTIMIZERS = "trainer_state.json", "scheduler.pt", ("optimizer.pt", "optimizer.bin")
 _ADAPTER = "adapter_model.*"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*", _ADAPTER, f"*/{_ADAPTER}", "global_step*")
-_OPTIMIZER = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, "optimizer_*")
+_OPTIMIZER = (*OPTIMIZERS, "optimizer_*")
 
 
 def check_complete(checkpoint: Path, *, finished: bool | None = None) -> None:
@@ -28,10 +28,10 @@ def check_complete(checkpoint: Path, *, finished: bool | None = None) -> None:
             are not there (`save_only_model` leaves the last three out).
     """
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        state = json.loads((checkpoint / TRAINER_STATE).read_text())
         step, last = int(state["global_step"]), int(state["max_steps"])
     except (ValueError, KeyError, TypeError) as error:
-        raise damaged(checkpoint, TRAINER_STATE_NAME, error) from error
+        raise damaged(checkpoint, TRAINER_STATE, error) from error
 
     def there(*patterns: str) -> bool:
         return any(next(checkpoint.glob(pattern), None) for pattern in patterns)
@@ -40,7 +40,7 @@ def check_complete(checkpoint: Path, *, finished: bool | None = None) -> None:
     if not (step >= last if finished is None else finished):
         if not there("global_step*"):  # DeepSpeed keeps the rest in there
             parts["the optimizer's state (optimizer.pt)"] = there(*_OPTIMIZER)
-            parts["the schedule's (scheduler.pt)"] = there(SCHEDULER_NAME)
+            parts["the schedule's (scheduler.pt)"] = there(SCHEDULER)
         parts["the random states (rng_state.pth)"] = there("rng_state*.pth")
     if missing := [name for name, found in parts.items() if not found]:
         raise CheckpointError(

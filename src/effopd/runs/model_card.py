@@ -1,7 +1,7 @@
 """The card in a run directory (`README.md`): which model this is, how it was made, what it reached and cost, how to load it.
 
-Everything comes from the trainer and from the rows; the text is in `model_card.md`. Written with every checkpoint and with
-the final model, in the place of TRL's card. Left out: a licence, which follows from the student's and the teacher's.
+Everything comes from the trainer and the run's records; the text is in `model_card.md`. Written with every checkpoint and
+with the final model, in the place of TRL's card. Left out: a licence, which follows from the student's and the teacher's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from effopd.common.files import read_rows
 from effopd.common.versions import TRAINING, versions
-from effopd.distill.callback import EffOPDCallback
-from effopd.extrapolate.strategies import STRATEGIES
-from effopd.runs.console import first_to_last, kept_text, net_seconds, percent, searches_text
-from effopd.runs.records import CONFIG, EVALS, METRICS, SEARCHES
+from effopd.runs.lines import first_to_last, kept_text, net_seconds, percent, searches_text
+from effopd.runs.records import CONFIG, read_evaluations, read_searches, read_steps
+from effopd.tasks.builtin_models import spoken_name
 from effopd.tasks.load import instruction
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -34,8 +33,27 @@ _TASK = (
 _DIVERGENCES = {1.0: "reverse KL(student ‖ teacher)", 0.0: "forward KL(teacher ‖ student)"}
 
 
-def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
-    """The card of a run of one of our trainers, as far as the run has come."""
+@dataclass(frozen=True)
+class LookAhead:
+    """What the card says of a look-ahead: the name of its strategy, what that does, and whether it adapts the learning rate."""
+
+    strategy: str
+    text: str
+    adapts_learning_rate: bool
+
+
+def model_card(
+    trainer: Any,
+    name: str,
+    datasets: str | None = None,
+    tags: Iterable[str] = (),
+    look_ahead: LookAhead | None = None,
+) -> ModelCard:
+    """The card of a run of one of our trainers, as far as the run has come.
+
+    Args:
+        look_ahead: of the run; `None`: it trains without one.
+    """
     teacher = getattr(trainer, "teacher_model", None)
     student, adapter = _source(trainer.model), getattr(_bare(trainer), "peft_config", None)
     packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
@@ -56,10 +74,10 @@ def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Itera
         ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
         *_task_facts(trainer),
         ("objective", objective(trainer.args, trainer._name)),
-        ("strategy", "" if teacher is None else _strategy(trainer)),
+        ("strategy", "" if teacher is None else _strategy(look_ahead)),
         ("trained", _trained(adapter)),
         ("steps", _steps(trainer)),
-        ("learning rate", _learning_rate(trainer)),
+        ("learning rate", _learning_rate(trainer, look_ahead)),
         ("seed", str(trainer.args.seed)),
         ("tracked at", ", ".join(url for url in tracked if url)),
     ]
@@ -118,7 +136,7 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
         lines.insert(0, "from peft import PeftModel")
     folder = Path(student).is_dir() if student else False
     base = repr(str(Path(student).resolve()) if folder else student)
-    if (shown := _spoken(student)) != student:
+    if (shown := spoken_name(student)) != student:
         base = f"resolve_model({shown!r})"
         lines += ["from effopd.tasks.builtin_models import resolve_model"] if adapter else []
     lines += ["", f"path = {str(trainer.run_dir.root)!r}  # this folder, or the Hub id of its copy"]
@@ -173,22 +191,23 @@ def is_hub_id(name: str) -> bool:
 
 def _results(trainer: Any) -> list[str]:
     root = trainer.run_dir.root
-    evals, searches = list(read_rows(root / EVALS)), list(read_rows(root / SEARCHES))
-    rewards = [(row["step"], row["reward"]) for row in read_rows(root / METRICS) if row.get("reward") is not None]
+    evaluations, searches = read_evaluations(root), read_searches(root)
+    rewards = [(record.step, record.reward) for record in read_steps(root) if record.reward is not None]
     lines = []
     if trainer.kept is not None:  # what came later is of another model
         lines.append(
             f"{trainer.state.global_step} steps were trained; this is the model of {kept_text(trainer.kept)}."
         )
-        evals = [row for row in evals if row["step"] <= trainer.kept.step]
-    if evals:
+        evaluations = [record for record in evaluations if record.step <= trainer.kept.step]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
         prompts = f" ({len(trainer.eval_task)} prompts)" if trainer.eval_task is not None else ""
-        when = f"from step {evals[0]['step']} to" if len(evals) > 1 else "at"
-        lines.append(f"Held out{prompts}, {when} step {evals[-1]['step']}: {'; '.join(first_to_last(evals))}.")
-        lines.append("KL: exact reverse KL to the teacher, nats a token, ± standard error." * ("eval_kl" in evals[-1]))
+        when = f"from step {first.step} to" if len(evaluations) > 1 else "at"
+        lines.append(f"Held out{prompts}, {when} step {last.step}: {'; '.join(first_to_last(evaluations))}.")
+        lines.append("KL: exact reverse KL to the teacher, nats a token, ± standard error." * (last.kl is not None))
         lines.append(
             f"Accuracy: sampled at temperature {trainer.args.eval_temperature:g}, 95 % interval."
-            * ("eval_accuracy" in evals[-1])
+            * (last.accuracy is not None)
         )
     else:
         lines.append("Not evaluated on held-out prompts.")
@@ -196,25 +215,20 @@ def _results(trainer: Any) -> list[str]:
         lines.append(
             "Mean training reward: " + ", ".join(f"{r:.3f} in step {s}" for s, r in (rewards[0], rewards[-1])) + "."
         )
-    if trainer.costs:
+    costs = trainer.costs
+    if costs.net_seconds is not None:
         clock = "on the wall" if trainer.args.cost_clock == "wall" else "of CPU time"
-        tokens = trainer.costs["cost/net_generated_tokens"]
-        lines.append(f"Cost without evaluation: {net_seconds(trainer.costs)} {clock}, {tokens:,} sampled tokens.")
+        tokens = f"{costs.net_generated_tokens:,} sampled tokens"
+        lines.append(f"Cost without evaluation: {net_seconds(costs)} {clock}, {tokens}.")
     if searches:
         lines.append(f"Look-ahead: {searches_text(searches)}.")
     return [line for line in lines if line]
 
 
-def _strategy(trainer: Any) -> str:
-    config = _look_ahead(trainer)
-    if config is None or config.strategy == "none":
+def _strategy(look_ahead: LookAhead | None) -> str:
+    if look_ahead is None:
         return "none: plain on-policy distillation"
-    return f"`{config.strategy}`: {STRATEGIES[config.strategy].help.removeprefix('ours: ')}"
-
-
-def _look_ahead(trainer: Any) -> Any:
-    found = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EffOPDCallback))
-    return next((callback.config for callback in found), None)
+    return f"`{look_ahead.strategy}`: {look_ahead.text}"
 
 
 def _trained(adapter: Any) -> str:
@@ -233,13 +247,13 @@ def _steps(trainer: Any) -> str:
     return f"{state.global_step} of {state.max_steps}, {batch} answers each{kept}"
 
 
-def _learning_rate(trainer: Any) -> str:
-    args, config = trainer.args, _look_ahead(trainer)
+def _learning_rate(trainer: Any, look_ahead: LookAhead | None) -> str:
+    args = trainer.args
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     text = f"{args.learning_rate:g}, {schedule}" + (f", warm-up {args.warmup_steps:g}" if args.warmup_steps else "")
-    if config is None or not config.resolved_steer:
+    if look_ahead is None or not look_ahead.adapts_learning_rate:
         return text
-    rates = [row["learning_rate"] for row in read_rows(trainer.run_dir.root / METRICS) if row.get("learning_rate")]
+    rates = [record.learning_rate for record in read_steps(trainer.run_dir.root) if record.learning_rate]
     return text + "; steered by the look-ahead" + (f", {rates[-1]:.2g} in the last step" if rates else "")
 
 
@@ -256,13 +270,7 @@ def _source(model: Any) -> str:
 
 
 def _shown(name: str) -> str:
-    return f"`{_spoken(name)}`" if name else "a model object without a name"
-
-
-def _spoken(name: str) -> str:
-    from effopd.tasks.builtin_models import spoken_name  # knows the trainers, which know this module
-
-    return spoken_name(name)
+    return f"`{spoken_name(name)}`" if name else "a model object without a name"
 
 
 def _chats(dataset: Any, tokenizer: Any) -> bool:

@@ -1,6 +1,18 @@
-"""The files of a run and what their rows hold."""
+"""The files of a run and what their rows hold: a step of training, a search with its trials, an evaluation.
+
+Standard library only: reading a run needs neither torch nor the trainers. The tables of `docs/reading-a-run.md` are made from
+these classes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from effopd.common.files import read_rows
+from effopd.runs.columns import Column, Group, Record
 
 METRICS, EVALS, SEARCHES = "metrics.jsonl", "evals.jsonl", "searches.jsonl"
 CONFIG = "config.yaml"
@@ -30,3 +42,245 @@ def metric_names(*, teacher: bool, greedy: bool) -> list[str]:
     """The metrics that `evaluate_task` returns, known before there is a model."""
     without = [] if teacher else ["kl", "kl_se", "loss"]
     return [name for name in DIRECTIONS if name not in without and (greedy or "greedy" not in name)]
+
+
+Number = float | None
+Count = int | None
+
+
+@dataclass(frozen=True)
+class Costs(Record, prefix="cost/"):
+    """What a run has cost so far: seconds of the slowest process on the run's `cost_clock`, tokens of all processes.
+
+    *Sampled* tokens are counted where they are generated; *forward* tokens run through a model besides.
+    """
+
+    rollout_seconds: Annotated[Number, Column("sampling the rollouts", "s")] = None
+    teacher_seconds: Annotated[Number, Column("the teacher's forward passes", "s")] = None
+    update_seconds: Annotated[Number, Column("loss, backward pass and optimizer", "s")] = None
+    search_seconds: Annotated[Number, Column("the look-ahead", "s")] = None
+    eval_seconds: Annotated[Number, Column("evaluation", "s")] = None
+    other_seconds: Annotated[Number, Column("the rest: data, logging, saving", "s")] = None
+    rollout_generated_tokens: Annotated[Count, Column("sampled for rollouts", "tokens")] = None
+    search_generated_tokens: Annotated[Count, Column("sampled by searches", "tokens")] = None
+    eval_generated_tokens: Annotated[Count, Column("sampled by evaluations", "tokens")] = None
+    teacher_forward_tokens: Annotated[Count, Column("forward tokens of the teacher", "tokens")] = None
+    update_forward_tokens: Annotated[Count, Column("forward tokens of the student's loss", "tokens")] = None
+    search_forward_tokens: Annotated[Count, Column("forward tokens of searches", "tokens")] = None
+    eval_forward_tokens: Annotated[Count, Column("forward tokens of evaluations", "tokens")] = None
+    net_seconds: Annotated[Number, Column("all seconds but those of evaluation; search included", "s")] = None
+    net_generated_tokens: Annotated[Count, Column("all sampled tokens but those of evaluation", "tokens")] = None
+    net_forward_tokens: Annotated[Count, Column("all forward tokens but those of evaluation", "tokens")] = None
+
+
+@dataclass(frozen=True)
+class Health(Record, prefix="health/"):
+    """Token-level measures on some of a step's tokens, before its update. p: student, q: teacher, y: the sampled token."""
+
+    sampler_logp_gap: Annotated[Number, Column("mean |log p(y) at sampling − log p(y) in the loss|", "nats")] = None
+    sampled_reverse_kl: Annotated[Number, Column("mean of log p(y) − log q(y)", "nats")] = None
+    sampled_reverse_kl_p95: Annotated[Number, Column("95th percentile of log p(y) − log q(y)", "nats")] = None
+    reverse_kl: Annotated[Number, Column("exact KL(p ‖ q), mean over tokens", "nats")] = None
+    reverse_kl_q1: Annotated[Number, Column("the same, over the first quarter of each answer", "nats")] = None
+    reverse_kl_q2: Annotated[Number, Column("the same, over the second quarter", "nats")] = None
+    reverse_kl_q3: Annotated[Number, Column("the same, over the third quarter", "nats")] = None
+    reverse_kl_q4: Annotated[Number, Column("the same, over the last quarter", "nats")] = None
+    overlap_ratio: Annotated[Number, Column("share of the 16 likeliest tokens that p and q share")] = None
+    student_overlap_mass: Annotated[Number, Column("probability that p gives the shared tokens")] = None
+    teacher_overlap_mass: Annotated[Number, Column("probability that q gives the shared tokens")] = None
+    overlap_advantage: Annotated[
+        Number, Column("Σ p̂ (log q̂ − log p̂), both renormalised on the shared tokens", "nats")
+    ] = None
+    student_entropy: Annotated[Number, Column("entropy of p", "nats")] = None
+    teacher_entropy: Annotated[Number, Column("entropy of q", "nats")] = None
+    entropy_gap: Annotated[Number, Column("mean |entropy of p − entropy of q|", "nats")] = None
+
+
+@dataclass(frozen=True)
+class SearchMetrics(Record, prefix="effopd/"):
+    """A search as the step's row reports it; means, where a row covers several steps (`--logging_steps`)."""
+
+    accepted_scale: Annotated[Number, Column("scale of the jump; 0: stayed, negative: stepped back")] = None
+    delta_norm: Annotated[Number, Column("‖Δ‖ over all moved weights")] = None
+    candidates: Annotated[Number, Column("points tried besides the start")] = None
+    search_seconds: Annotated[Number, Column("wall-clock time of the search", "s")] = None
+    search_generated_tokens: Annotated[Number, Column("tokens sampled by the search", "tokens")] = None
+    start_score: Annotated[Number, Column("score at s = 0")] = None
+    memory_bytes: Annotated[Number, Column("memory held besides the model, on this rank", "bytes")] = None
+
+
+@dataclass(frozen=True)
+class StepRecord(Record):
+    """A row of `metrics.jsonl`: a logged optimizer step (a mean over several with `--logging_steps`)."""
+
+    step: Annotated[int, Column("optimizer steps done, from 1")]
+    loss: Annotated[Number, Column("the training objective", "nats per token, for distillation")] = None
+    grad_norm: Annotated[Number, Column("‖gradient‖ before clipping")] = None
+    learning_rate: Annotated[Number, Column("the schedule's rate times the look-ahead's factor")] = None
+    costs: Annotated[Costs, Group(Costs)] = field(default_factory=Costs)
+    entropy: Annotated[Number, Column("entropy of the student, mean over tokens", "nats")] = None
+    mean_length: Annotated[Number, Column("mean length of the answers", "tokens", "completions/mean_length")] = None
+    clipped_share: Annotated[Number, Column("share of answers cut at the limit", "", "completions/clipped_ratio")] = (
+        None
+    )
+    reward: Annotated[Number, Column("reinforcement learning: mean reward")] = None
+    kl: Annotated[Number, Column("reinforcement learning: KL to the start", "nats")] = None
+    tied_groups_share: Annotated[
+        Number,
+        Column(
+            "reinforcement learning: share of groups with equal rewards, which teach nothing",
+            "",
+            "frac_reward_zero_std",
+        ),
+    ] = None
+    health: Annotated[Health, Group(Health)] = field(default_factory=Health)
+    search: Annotated[SearchMetrics, Group(SearchMetrics)] = field(default_factory=SearchMetrics)
+    #: What else the host logged, by its key.
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord(Record, prefix="eval_"):
+    """A row of `evals.jsonl`: an evaluation on held-out prompts."""
+
+    step: Annotated[int, Column("optimizer steps done; 0: before training", "", "step")]
+    kl: Annotated[Number, Column("exact reverse KL to the teacher, mean over tokens", "nats per token")] = None
+    kl_se: Annotated[Number, Column("standard error of `eval_kl` over prompts", "nats per token")] = None
+    loss: Annotated[Number, Column("equal to `eval_kl`; without a task, the host's own loss", "nats per token")] = None
+    accuracy: Annotated[Number, Column("share of right answers, one sampled per prompt")] = None
+    accuracy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
+    accuracy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
+    accuracy_greedy: Annotated[Number, Column("share of right answers decoded greedily (`--eval_greedy`)")] = None
+    accuracy_greedy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
+    accuracy_greedy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
+    reward: Annotated[Number, Column("without a task: mean reward")] = None
+    response_length: Annotated[Number, Column("mean length of the sampled answers", "tokens")] = None
+    truncated_share: Annotated[Number, Column("share of sampled answers cut at the limit")] = None
+    answers: Annotated[Count, Column("number of sampled answers")] = None
+    answers_found: Annotated[
+        Count, Column("how many of them have something to grade, where the verifier can tell")
+    ] = None
+    answers_cut: Annotated[Count, Column("how many of them were cut at the limit")] = None
+    answers_empty: Annotated[Count, Column("how many of them have no text")] = None
+    runtime: Annotated[Number, Column("wall-clock time of the evaluation", "s")] = None
+    costs: Annotated[Costs, Group(Costs)] = field(default_factory=Costs)
+    #: What else the host reported, by its key with `eval_` before it.
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    #: What stands before the keys instead of `eval`: with several datasets `eval_first` and so on.
+    name: str = "eval"
+
+    def to_row(self) -> dict[str, Any]:
+        return _renamed(super().to_row(), "eval", self.name)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        name = next((key.removesuffix("_runtime") for key in row if key.endswith("_runtime")), "eval")
+        return replace(super().from_row(_renamed(row, name, "eval")), name=name)
+
+
+def _renamed(row: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new + key.removeprefix(old) if key.startswith(f"{old}_") else key: value for key, value in row.items()}
+
+
+@dataclass(frozen=True)
+class TrialRecord(Record):
+    """A candidate W + sΔ of a search. One that was not scored has neither a score nor costs."""
+
+    scale: Annotated[float, Column("s")]
+    verdict: Annotated[str, Column("`start`, `accepted`, `rejected` or `non-finite`")]
+    score: Annotated[Number, Column("larger is better; null: not finite")] = None
+    per_example: Annotated[
+        tuple[float, ...] | None, Column("the score of each validation example, in a fixed order")
+    ] = None
+    seconds: Annotated[Number, Column("wall-clock time of scoring it", "s")] = None
+    generated_tokens: Annotated[Count, Column("tokens sampled for the score", "tokens")] = None
+    forward_tokens: Annotated[Count, Column("tokens run through a model besides sampling", "tokens")] = None
+
+    def to_row(self) -> dict[str, Any]:
+        """As for every record; the score of a point that was scored is written, finite or not (null)."""
+        start = {"scale": self.scale, "verdict": self.verdict}
+        if self.seconds is not None:
+            start["score"] = self.score
+        row = start | super().to_row()
+        return row if self.per_example is None else row | {"per_example": list(self.per_example)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        values = row.get("per_example")
+        return super().from_row({**row, "per_example": None if values is None else tuple(values)})
+
+
+@dataclass(frozen=True)
+class SearchRecord(Record):
+    """A row of `searches.jsonl`: a search, or an observation of a strategy that predicts."""
+
+    step: Annotated[int, Column("the search followed this optimizer step")]
+    anchor_step: Annotated[Count, Column("Δ = weights now − weights after this step")] = None
+    delta_norm: Annotated[Number, Column("‖Δ‖ over all moved weights; null: not finite", null=True)] = None
+    accepted_scale: Annotated[float, Column("where the model went; 0: stayed, negative: stepped back")] = 0.0
+    best_scale: Annotated[Number, Column("the highest-scoring scale, accepted or not; decides the learning rate")] = (
+        None
+    )
+    seconds: Annotated[float, Column("wall-clock time of the search", "s")] = 0.0
+    generated_tokens: Annotated[int, Column("tokens sampled by the search", "tokens")] = 0
+    forward_tokens: Annotated[int, Column("tokens run through a model besides sampling", "tokens")] = 0
+    trials: Annotated[tuple[TrialRecord, ...], Column("the candidates, in the order tried; the start first")] = ()
+    memory_bytes: Annotated[Count, Column("memory held besides the model, on this rank", "bytes")] = None
+    learning_rate_factor: Annotated[
+        Number, Column("what this search multiplied the schedule's learning rate with")
+    ] = None
+    learning_rate_factor_total: Annotated[Number, Column("product of the factors of all searches so far")] = None
+    lora_lost_share: Annotated[
+        Number, Column("LoRA: largest share of a matrix's jump that the adapter's rank cannot hold")
+    ] = None
+    fit: Annotated[Mapping[str, Number] | None, Column("strategies that predict: quality of the fit, by name")] = None
+    observation: Annotated[Count, Column("strategies that predict: number of the observation, from 1")] = None
+
+    @property
+    def searched(self) -> bool:
+        """Whether a candidate was tried besides the start."""
+        return len(self.trials) > 1
+
+    @property
+    def candidates(self) -> int:
+        """How many points were tried besides the start."""
+        return max(len(self.trials) - 1, 0)
+
+    @property
+    def start_score(self) -> float | None:
+        """The score at s = 0."""
+        return self.trials[0].score if self.trials else None
+
+    def metrics(self) -> SearchMetrics:
+        """What the row of the step reports of it."""
+        return SearchMetrics(
+            accepted_scale=self.accepted_scale,
+            delta_norm=self.delta_norm,
+            candidates=self.candidates,
+            search_seconds=self.seconds,
+            search_generated_tokens=self.generated_tokens,
+            start_score=self.start_score,
+            memory_bytes=self.memory_bytes,
+        )
+
+    def to_row(self) -> dict[str, Any]:
+        return super().to_row() | {"trials": [trial.to_row() for trial in self.trials]}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        return super().from_row({**row, "trials": tuple(map(TrialRecord.from_row, row.get("trials", ())))})
+
+
+def read_steps(run: Path) -> list[StepRecord]:
+    """The logged steps of a run directory; none if it has no such file."""
+    return [StepRecord.from_row(row) for row in read_rows(run / METRICS)]
+
+
+def read_searches(run: Path) -> list[SearchRecord]:
+    """The searches of a run directory; none if it has no such file."""
+    return [SearchRecord.from_row(row) for row in read_rows(run / SEARCHES)]
+
+
+def read_evaluations(run: Path) -> list[EvaluationRecord]:
+    """The evaluations of a run directory; none if it has no such file."""
+    return [EvaluationRecord.from_row(row) for row in read_rows(run / EVALS)]

@@ -17,25 +17,18 @@ A checkpoint is filled in `checkpoints/.staging` and renamed into place, so what
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-
-from effopd.common.distributed import all_gather_object
-from effopd.common.files import append_row, fsync, keep_rows, write_atomically
+from effopd.common.files import fsync, write_atomically
 from effopd.errors import CheckpointError, ConfigError
 from effopd.runs.best_model import Kept
-from effopd.runs.checkpoints import check_complete
-from effopd.runs.records import BEST, CONFIG, EVALS, METRICS, SEARCHES
-
-logger = logging.getLogger(__name__)
+from effopd.runs.checkpoints import TRAINER_STATE, check_complete
+from effopd.runs.records import BEST, EVALS, METRICS, SEARCHES
 
 _STEP = re.compile(r"step-(\d{6,})$")
 
@@ -112,9 +105,9 @@ class RunDir:
             CheckpointError: the path is no checkpoint, or lacks what an equal continuation takes.
         """
         checkpoint = self.last_checkpoint() if argument is True else Path(argument) if argument else None
-        if checkpoint is not None and not (checkpoint / TRAINER_STATE_NAME).is_file():
+        if checkpoint is not None and not (checkpoint / TRAINER_STATE).is_file():
             raise CheckpointError(
-                f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE_NAME}, such as {self.checkpoint(8)}."
+                f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE}, such as {self.checkpoint(8)}."
             )
         if checkpoint is not None:
             check_complete(checkpoint)
@@ -215,15 +208,9 @@ class RunDir:
             )
 
 
-def read_kept(root: Path) -> Kept | None:
-    """The step that the final model of a run is of, where it is not the last one."""
-    path = root / BEST
-    return Kept(**json.loads(path.read_text())) if path.is_file() else None
-
-
 def step_of_checkpoint(checkpoint: Path) -> int:
     """The step at which a checkpoint was written."""
-    return json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    return json.loads((checkpoint / TRAINER_STATE).read_text())["global_step"]
 
 
 def _step_of(folder: Path) -> int:
@@ -232,54 +219,3 @@ def _step_of(folder: Path) -> int:
 
 def _bytes(paths: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-class RunDirCallback(TrainerCallback):
-    """Writes `config.yaml`, `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed step.
-
-    Must run after every other callback: one that refuses to go on leaves the folder as it was.
-
-    Args:
-        check: called on every rank before anything is written; raises what forbids to start.
-    """
-
-    def __init__(self, run_dir: RunDir, check: Callable[[], None] = lambda: None):
-        self._run_dir, self._check = run_dir, check
-        self._started = False
-        self._before: dict[str, Any] | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start, or cut the rows back to the checkpoint that is being resumed."""
-        all_gather_object(None)  # nobody writes before everybody has got here
-        self._check()
-        self._started, before, self._before = True, self._before, None
-        if not state.is_world_process_zero:
-            return
-        root, step = self._run_dir.root, state.global_step
-        root.mkdir(parents=True, exist_ok=True)
-        if aside := self._run_dir.set_aside(step):
-            logger.warning("Going on from step %d; what was there beyond it is in %s.", step, aside)
-        for name in (METRICS, SEARCHES, EVALS):
-            keep_rows(root / name, step if step > 0 else -1)  # a run that starts has no rows, not even of step 0
-        if step >= state.max_steps:
-            logger.warning("%s is finished (step %d of %d); nothing was trained.", root, step, state.max_steps)
-            return
-        if text := self._run_dir.settings:
-            write_atomically(root / CONFIG, lambda path: path.write_text(text))
-        if before is not None and step == 0 and not args.eval_on_start:
-            append_row(root / EVALS, before)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """A row a training log; evaluations and the final summary have other keys."""
-        if state.is_world_process_zero and logs and "loss" in logs:
-            append_row(self._run_dir.root / METRICS, {"step": state.global_step, **logs})
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """A row an evaluation. Before training, it waits: whose rows these are is known only when a run starts there."""
-        if not state.is_world_process_zero or not metrics:
-            return
-        row = {"step": state.global_step, **metrics}
-        if self._started:
-            append_row(self._run_dir.root / EVALS, row)
-        else:
-            self._before = row

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from effopd.common.statistics import Interval, accuracy_interval
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Task
 from effopd.tasks.generate import Completion, generate
@@ -24,52 +25,6 @@ from effopd.tasks.verify import check_score
 
 #: A verifier score at or above this counts as correct.
 CORRECT = 1.0 - 1e-9
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with a two-sided 95 % interval; `n` is the number of independent units (prompts) behind it."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
-    """Mean of per-prompt accuracies with a 95 % interval over prompts.
-
-    One sample per prompt: Wilson's score interval. Several: Student's t on the per-prompt means (the samples of one
-    prompt are not independent), cut to [0, 1]. Where every per-prompt mean is the same, the spread says nothing: Wilson's
-    over prompts, at that mean.
-
-    Args:
-        correct: `correct[i][j]` says whether sample j of prompt i is right.
-
-    Raises:
-        ValueError: no prompts.
-    """
-    from scipy import stats
-
-    if not correct:
-        raise ValueError("accuracy_interval needs at least one prompt")
-    means = np.array([np.mean(row) for row in correct], dtype=np.float64)
-    mean, n = float(means.mean()), len(means)
-    if max(len(row) for row in correct) == 1 or means.max() == means.min():
-        return Interval(mean, *_wilson(mean, n), n)
-    half = float(stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / math.sqrt(n))
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), n)
-
-
-def _wilson(mean: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share; `mean * n` need not be whole."""
-    z2 = 1.959963984540054**2
-    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return min(max(0.0, centre - half), mean), max(min(1.0, centre + half), mean)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

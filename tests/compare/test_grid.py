@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from effopd.compare.plan import folder_name, load_plan, merge
+from effopd.compare.grid import folder_name, load_grid, merge
+from effopd.compare.roles import Claim, Roles
 from effopd.errors import ConfigError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -27,7 +28,7 @@ PLAN = {
 def load(tmp_path, **changes):
     values = {key: value for key, value in (PLAN | changes).items() if value is not None}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
-    return load_plan(tmp_path / "plan.yaml")
+    return load_grid(tmp_path / "plan.yaml")
 
 
 def test_the_grid_is_complete_without_repeats_and_seeds_come_first(tmp_path):
@@ -44,6 +45,27 @@ def test_the_grid_is_complete_without_repeats_and_seeds_come_first(tmp_path):
     assert own.settings["effopd"] == {"validation_size": 8, "strategy": "effopd", "seed": own.seed}
 
 
+def test_roles_come_from_the_plan_and_are_no_settings_of_a_run(tmp_path):
+    strategies = PLAN["strategies"] | {"effopd-strict": {"variant_of": "effopd", "effopd": {"gate": "strict"}}}
+    claims = [{"strategy": "effopd", "speedup": 3}]
+    grid = load(tmp_path, strategies=strategies, rivals=["effopd"], claims=claims)
+    assert grid.roles == Roles(
+        "vanilla", 3e-5, rivals=("effopd",), claims=(Claim("effopd", 3),), variants={"effopd-strict": "effopd"}
+    )
+    assert Roles.of_settings(grid.roles.to_settings()) == grid.roles
+    assert all("variant_of" not in run.settings for run in grid.runs())
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("compare-*.yaml")), ids=lambda path: path.stem)
+def test_every_variant_of_a_recipe_is_declared(recipe):
+    """A name with another strategy's before a hyphen is one of its variants, of the baseline's, or a control."""
+    grid = load_grid(recipe)
+    for name in grid.strategies:
+        prefix = name.rpartition("-")[0]
+        if prefix in grid.strategies and prefix != grid.baseline and name not in grid.roles.controls:
+            assert grid.roles.variants.get(name) == prefix
+
+
 def test_runs_do_not_share_settings(tmp_path):
     runs = load(tmp_path).runs()
     runs[0].settings["effopd"]["strategy"] = "changed"
@@ -52,7 +74,7 @@ def test_runs_do_not_share_settings(tmp_path):
 
 def test_overrides_win(tmp_path):
     load(tmp_path)
-    assert load_plan(tmp_path / "plan.yaml", workers=3, output_dir=None).workers == 3
+    assert load_grid(tmp_path / "plan.yaml", workers=3, output_dir=None).workers == 3
 
 
 def test_blocks_merge_key_by_key():
@@ -72,13 +94,22 @@ def test_folder_names_are_plain():
         ({"seeds": [1, 1]}, "repeat"),
         ({"seeds": 5}, "must be a list"),
         ({"reference_learning_rate": "3e-5"}, "write 3.0e-5"),
-        ({"baseline": "plain"}, "none of the strategies"),
+        ({"baseline": "other"}, "none of the strategies"),
         ({"workers": 0}, "at least 1"),
         ({"workers": 2, "devices": ["0"]}, "1 devices"),
         ({"base": {"seed": 3}}, "'base' sets seed"),
         ({"strategies": {"vanilla": {"learning_rate": 1.0}}}, "'vanilla' sets learning_rate"),
         ({"strategies": {"vanilla": {"learning_rate_factors": [3]}}}, "needs factor 1"),
         ({"strategies": {"vanilla": {"learning_rate_factors": "all"}}}, "list of positive numbers"),
+        ({"rivals": ["efopd"]}, "rivals names 'efopd'"),
+        ({"headline": "effopd"}, "'headline' must be a list"),
+        ({"controls": ["noop"]}, "controls names 'noop'"),
+        ({"claims": [{"strategy": "paper", "speedup": 3}]}, "claims names 'paper'"),
+        ({"claims": [{"strategy": "effopd", "speed": 3}]}, "a claim has strategy, speedup"),
+        ({"claims": [{"strategy": "effopd", "speedup": 3, "axis": "hours"}]}, "one of steps"),
+        ({"claims": ["3x"]}, "a claim has strategy, speedup"),
+        ({"strategies": {"vanilla": {}, "short": {"variant_of": "long"}}}, "variant_of names 'long'"),
+        ({"strategies": {"vanilla": {}, "short": {"variant_of": "short"}}}, "a variant of itself"),
     ],
 )
 def test_what_does_not_fit_is_said(tmp_path, changes, message):
@@ -88,7 +119,7 @@ def test_what_does_not_fit_is_said(tmp_path, changes, message):
 
 def test_no_plan_and_no_mapping(tmp_path):
     with pytest.raises(ConfigError, match="no plan"):
-        load_plan(tmp_path / "none.yaml")
+        load_grid(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(ConfigError, match="mapping"):
-        load_plan(tmp_path / "list.yaml")
+        load_grid(tmp_path / "list.yaml")

@@ -2,13 +2,19 @@
 
     output_dir: runs/compare              # a run lands in TASK/STRATEGY/lr-RATE/seed-N below it
     reference_learning_rate: 3.0e-5
-    baseline: vanilla
+    baseline: vanilla                     # sets the targets; every strategy is compared with it
     tasks: [testbed:chain_sum]
     seeds: [0, 1, 2, 3, 4]
     base: {…}                             # settings of `effopd train` that every run shares
     strategies:                           # what each one changes; `learning_rate_factors` default to [1]
       vanilla: {learning_rate_factors: [0.333, 1, 3, 10]}
       effopd: {effopd: {strategy: effopd}}
+      effopd-all: {variant_of: effopd, effopd: {strategy: effopd, parameters: all}}   # also compared with effopd
+    rivals: [effopd]                      # optional: every strategy is compared with these too
+    headline: [effopd]                    # optional: opens the page; default: all but baseline, controls and variants
+    controls: [noop]                      # optional: strategies that should gain nothing, shown together
+    claims:                               # optional: published speed-ups over the baseline, judged on the page
+      - {strategy: effopd, speedup: 3, axis: steps, text: 3× fewer steps}
     workers: 2                            # runs at a time
     threads: 1                            # CPU threads of each; default: all of them, divided by `workers`
     devices: ["0", "1"]                   # optional: CUDA_VISIBLE_DEVICES of each worker
@@ -27,11 +33,14 @@ from typing import Any
 
 import yaml
 
+from effopd.compare.roles import LISTS, VARIANT_OF, Roles, check_names, read_claims
 from effopd.errors import ConfigError
 
 #: What the grid itself sets in every run.
 GRID_KEYS = ("task", "learning_rate", "seed", "task_seed", "output_dir", "resume_from_checkpoint")
 FACTORS = "learning_rate_factors"
+#: Fields of a strategy that are no settings of its runs.
+GRID_FIELDS = (FACTORS, VARIANT_OF)
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Grid:
     """A checked plan; see the module's header for the fields.
 
     Raises:
@@ -66,6 +75,10 @@ class Plan:
     base: dict[str, Any]
     strategies: dict[str, dict[str, Any]]
     baseline: str = "vanilla"
+    rivals: list[str] = field(default_factory=list)
+    headline: list[str] = field(default_factory=list)
+    controls: list[str] = field(default_factory=list)
+    claims: list[dict[str, Any]] = field(default_factory=list)
     workers: int = 1
     threads: int | None = None
     devices: list[str] | None = None
@@ -89,10 +102,11 @@ class Plan:
             raise ConfigError(f"plan: workers and threads must be at least 1, got {self.workers} and {self.threads}.")
         if self.devices is not None and len(self.devices) < self.workers:
             raise ConfigError(
-                f"plan: {self.workers} workers but {len(self.devices)} devices: name one CUDA_VISIBLE_DEVICES a worker."
+                f"plan: {self.workers} workers but {len(self.devices)} devices: name one CUDA_VISIBLE_DEVICES per worker."
             )
         for name, settings in {"base": self.base, **self.strategies}.items():
             self._check_settings(name, settings or {})
+        check_names(self.roles, self.strategies)
         if 1.0 not in self.factors(self.baseline):
             raise ConfigError(
                 f"plan: the baseline '{self.baseline}' needs factor 1 among its {FACTORS}: its run at the reference "
@@ -119,6 +133,17 @@ class Plan:
         ):
             raise ConfigError(f"plan: '{name}.{FACTORS}' must be a list of positive numbers, got {factors!r}.")
 
+    @property
+    def roles(self) -> Roles:
+        """Which strategy plays which part."""
+        variants = {
+            name: settings[VARIANT_OF] for name, settings in self.strategies.items() if VARIANT_OF in (settings or {})
+        }
+        return Roles(
+            self.baseline, self.reference_learning_rate, **{name: tuple(getattr(self, name)) for name in LISTS},
+            claims=read_claims(self.claims), variants=variants,
+        )  # fmt: skip
+
     def factors(self, strategy: str) -> list[float]:
         """Learning rates of a strategy, as multiples of the reference."""
         return [float(factor) for factor in (self.strategies[strategy] or {}).get(FACTORS, [1.0])]
@@ -136,8 +161,7 @@ class Plan:
     def _run(self, task: str, strategy: str, factor: float, seed: int) -> PlannedRun:
         rate = self.reference_learning_rate * factor
         rate = self.reference_learning_rate if factor == 1 else float(f"{rate:.4g}")
-        own = {key: value for key, value in (self.strategies[strategy] or {}).items() if key != FACTORS}
-        settings = merge(self.base, own)
+        settings = merge(self.base, run_settings(self.strategies[strategy]))
         path = Path(self.output_dir) / folder_name(task) / strategy / f"lr-{rate:.3g}" / f"seed-{seed}"
         settings |= {
             "task": task, "learning_rate": rate, "seed": seed, "task_seed": seed, "output_dir": str(path)
@@ -147,10 +171,15 @@ class Plan:
         return PlannedRun(task, strategy, rate, seed, path, settings)
 
 
-def merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` over `base`, blocks merged key by key."""
+def run_settings(strategy: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a strategy of a plan changes in the settings of its runs."""
+    return {key: value for key, value in (strategy or {}).items() if key not in GRID_FIELDS}
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, blocks merged key by key."""
     merged = dict(base)
-    for key, value in own.items():
+    for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
@@ -161,7 +190,7 @@ def folder_name(task: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in task)
 
 
-def load_plan(path: str | Path, **overrides: Any) -> Plan:
+def load_grid(path: str | Path, **overrides: Any) -> Grid:
     """Read and check a plan; `overrides` that are not `None` win.
 
     Raises:
@@ -174,7 +203,7 @@ def load_plan(path: str | Path, **overrides: Any) -> Plan:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    known = {f.name: f for f in dataclasses.fields(Plan)}
+    known = {f.name: f for f in dataclasses.fields(Grid)}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with {', '.join(known)}; got {type(values).__name__}.")
     unknown = sorted(set(values) - set(known))
@@ -187,12 +216,12 @@ def load_plan(path: str | Path, **overrides: Any) -> Plan:
             ) + f". A plan has {', '.join(known)}."
         )  # fmt: skip
     _check_types(path, values)
-    return Plan(**values | {name: value for name, value in overrides.items() if value is not None})
+    return Grid(**values | {name: value for name, value in overrides.items() if value is not None})
 
 
 def _check_types(path: Path, values: Mapping[str, Any]) -> None:
     wanted: Sequence[tuple[type, Sequence[str]]] = (
-        (list, ("tasks", "seeds", "devices", "launcher")),
+        (list, ("tasks", "seeds", "devices", "launcher", "claims", *LISTS)),
         (dict, ("base", "strategies")),
         (str, ("output_dir", "baseline")),
         (int, ("workers", "threads")),

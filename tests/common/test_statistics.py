@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from effopd.analysis import statistics
-from effopd.analysis.statistics import Estimate, bootstrap_mean, paired_difference, seed_mean
+from effopd.common import statistics
+from effopd.common.statistics import Interval, bootstrap_mean, paired_difference, student_t
 
 
 def coverage(estimate, draw, mean: float, trials: int) -> float:
@@ -31,15 +31,15 @@ def test_bootstrap_agrees_with_scipy():
     assert (ours.low, ours.high) == pytest.approx((scipys.low, scipys.high), abs=0.01)
 
 
-def test_seed_mean_is_students_t_and_covers_with_three_seeds():
+def test_student_t_is_students_t_and_covers_with_three_seeds():
     values = [0.2, 0.5, 0.3]
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
-    found = seed_mean(values)
+    found = student_t(values)
     assert (found.mean, found.low, found.high, found.n) == pytest.approx((np.mean(values), low, high, 3))
-    assert 0.92 <= coverage(seed_mean, lambda rng: rng.standard_normal(3), 0.0, 1000) <= 0.98
+    assert 0.92 <= coverage(student_t, lambda rng: rng.standard_normal(3), 0.0, 1000) <= 0.98
 
 
-@pytest.mark.parametrize("estimate", [bootstrap_mean, seed_mean, lambda x: paired_difference(x, [0.0] * len(x))])
+@pytest.mark.parametrize("estimate", [bootstrap_mean, student_t, lambda x: paired_difference(x, [0.0] * len(x))])
 def test_nans_are_left_out_and_counted(estimate):
     assert estimate([1.0, math.nan, 2.0, 4.0]) == estimate([1.0, 2.0, 4.0])
     assert estimate([1.0, math.nan, 2.0, 4.0]).n == 3
@@ -50,7 +50,7 @@ def test_nans_are_left_out_and_counted(estimate):
 
 
 def test_the_interval_holds_the_mean_even_without_spread():
-    for estimate in (bootstrap_mean, seed_mean):
+    for estimate in (bootstrap_mean, student_t):
         found = estimate([0.1] * 7)
         assert found.low <= found.mean <= found.high
         assert found.high - found.low < 1e-15
@@ -79,7 +79,7 @@ def test_pairs_cancel_what_matrices_share():
     assert 0.4 < found.low < 0.5 < found.high < 0.6
     b[3] = math.nan
     assert paired_difference(a, b).n == 49
-    assert paired_difference(a, a) == Estimate(0.0, 0.0, 0.0, 50)
+    assert paired_difference(a, a) == Interval(0.0, 0.0, 0.0, 50)
 
 
 def test_bad_input_is_refused():
@@ -87,4 +87,4 @@ def test_bad_input_is_refused():
         paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="draws"):
         bootstrap_mean([1.0, 2.0], draws=0)
-    assert str(Estimate(0.5, 0.25, 0.75, 3)) == "0.5 [0.25, 0.75]"
+    assert str(Interval(0.5, 0.25, 0.75, 3)) == "0.5 [0.25, 0.75]"

@@ -1,0 +1,213 @@
+"""Means with two-sided 95 % intervals, and standard errors. NumPy alone; SciPy where a quantile of Student's t is needed.
+
+    wilson               share of successes               score interval
+    student_t            mean over seeds                  mean ± t₀.₉₇₅(n − 1) · sd / √n
+    welch                mean(a) − mean(b), unpaired      Welch's t
+    bootstrap_mean       mean over matrices               percentile bootstrap
+    paired_difference    mean of a − b                    percentile bootstrap over pairs
+    bonett_price         mean of new − old in [−1, 1]     adjusted normal interval over pairs
+    accuracy_interval    share of right answers           Wilson, or Student's t over prompts
+    ratio_with_error     Σ sums / Σ counts                standard error by the delta method
+
+An interval over the matrices of one run describes how far the mean depends on which matrices the model happens to have.
+It is no statement about another training run, which takes seeds. Matrices of one model are not independent either.
+
+Medians of speed-ups, in which some runs never arrive, are in `compare.paired`; the gate of a search is in
+`extrapolate.search`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+#: 97.5 % quantile of the standard normal distribution.
+Z = 1.959963984540054
+#: Resampled values held at a time.
+_CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, its two-sided 95 % interval, and the number of independent values behind it (NaNs not counted).
+
+    `low` and `high` are NaN where fewer than two values say nothing about the spread.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __format__(self, form: str) -> str:
+        form = form or ".4g"
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+    def __str__(self) -> str:
+        return format(self)
+
+
+# -- one sample ---------------------------------------------------------------------------------------------------
+
+
+def wilson(share: float, n: int) -> Interval:
+    r"""Wilson's score interval, (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n); `share · n` need not be whole."""
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = math.sqrt(Z**2 * (share * (1 - share) / n + Z**2 / (4 * n * n))) / (1 + Z**2 / n)
+    return Interval(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), n)
+
+
+def student_t(values: Iterable[float]) -> Interval:
+    """Mean ± t₀.₉₇₅(n − 1) · sd / √n. NaNs are left out."""
+    from scipy import stats
+
+    x = _without_nan(values)
+    n, mean = len(x), _mean(x)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    half = float(stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def bootstrap_mean(values: Iterable[float], draws: int = 2000, seed: int = 0) -> Interval:
+    """Mean with the percentile bootstrap interval: the 2.5 % and 97.5 % quantiles of means of resampled values.
+
+    NaNs are left out. With few values the interval is too narrow: it covers the mean of normal values in 91 % of
+    cases with ten of them, 83 % with five, 75 % with three.
+
+    Args:
+        values: numbers, an array, or a CPU tensor; flattened.
+        draws: resamples. The same `seed` and values give the same interval.
+
+    Raises:
+        ValueError: draws < 1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}.")
+    x = _without_nan(values)
+    n, mean = len(x), _mean(x)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    low, high = np.quantile(resampled(x, lambda rows: rows.mean(axis=1), draws, seed), (0.025, 0.975))
+    # resampled means of equal values differ from their mean by rounding
+    return Interval(mean, min(float(low), mean), max(float(high), mean), n)
+
+
+def resampled(x: Values, statistic: Callable[[Values], Values], draws: int, seed: int) -> Values:
+    """The statistic of `draws` resamples of x with replacement.
+
+    Args:
+        x: shape (n,), n ≥ 1.
+        statistic: (resamples, n) → (resamples,).
+    """
+    n, rng = len(x), np.random.default_rng(seed)
+    rows = max(1, _CHUNK // n)
+    chunks = (min(rows, draws - start) for start in range(0, draws, rows))
+    return np.concatenate([statistic(x[rng.integers(n, size=(size, n))]) for size in chunks])
+
+
+def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
+    """Mean of per-prompt accuracies with a 95 % interval over prompts.
+
+    One sample per prompt: Wilson's score interval. Several: Student's t on the per-prompt means (the samples of one
+    prompt are not independent), cut to [0, 1]. Where every per-prompt mean is the same, the spread says nothing: Wilson's
+    over prompts, at that mean.
+
+    Args:
+        correct: `correct[i][j]` says whether sample j of prompt i is right.
+
+    Raises:
+        ValueError: no prompts.
+    """
+    if not correct:
+        raise ValueError("accuracy_interval needs at least one prompt")
+    means = np.array([np.mean(row) for row in correct], dtype=np.float64)
+    if max(len(row) for row in correct) == 1 or means.max() == means.min():
+        return wilson(float(means.mean()), len(means))
+    over_prompts = student_t(means)
+    return Interval(over_prompts.mean, max(0.0, over_prompts.low), min(1.0, over_prompts.high), over_prompts.n)
+
+
+def ratio_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Token mean Σ sums / Σ counts, and its standard error over sequences (ratio estimator, delta method)."""
+    s, c = np.asarray(sums), np.asarray(counts, dtype=np.float64)
+    mean = s.sum() / c.sum()
+    residual = s - mean * c
+    error = np.sqrt(residual.var(ddof=1) / len(s)) / c.mean() if len(s) > 1 else 0.0
+    return float(mean), float(error)
+
+
+# -- two samples --------------------------------------------------------------------------------------------------
+
+
+def paired_difference(a: Iterable[float], b: Iterable[float], draws: int = 2000, seed: int = 0) -> Interval:
+    """Mean of a − b over the same matrices, with the bootstrap interval over pairs.
+
+    What the matrices have in common (size, depth) cancels, so it is much sharper than comparing two intervals. A pair
+    with a NaN on either side is left out.
+
+    Raises:
+        ValueError: a and b do not have the same length.
+    """
+    first, second = _array(a), _array(b)
+    if len(first) != len(second):
+        raise ValueError(
+            f"paired_difference needs the same matrices on both sides, got {len(first)} and {len(second)} values."
+        )
+    return bootstrap_mean(first - second, draws, seed)
+
+
+def bonett_price(new: Sequence[float], old: Sequence[float]) -> Interval:
+    r"""Mean of d = new − old over the same prompts, for accuracies in [0, 1].
+
+    Bonett and Price's adjusted interval for paired proportions: one prompt won and one prompt lost are added before
+    the normal interval is formed, $\bar d' ± z \sqrt{(\overline{d^2}' − \bar d'^2)/(n+2)}$, so that it does not shrink to
+    a point when no answer changed. With several answers per prompt, d is the difference of the prompt's means.
+
+    Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on
+    paired data", Journal of Educational and Behavioral Statistics 37(4), 2012.
+    """
+    d = np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64)
+    n, mean = len(d), float(d.mean())
+    middle = float(d.sum()) / (n + 2)
+    half = Z * math.sqrt(max(0.0, (float(np.square(d).sum()) + 2) / (n + 2) - middle**2) / (n + 2))
+    return Interval(mean, max(-1.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)), n)
+
+
+def welch(a: Iterable[float], b: Iterable[float]) -> Interval | None:
+    """mean(a) − mean(b) with Welch's t interval; `None` with fewer than two finite values on either side."""
+    from scipy import stats
+
+    first, second = (x[np.isfinite(x)] for x in map(_array, (a, b)))
+    if min(len(first), len(second)) < 2:
+        return None
+    mean = float(first.mean() - second.mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # equal values: no spread to divide by
+        interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    low, high = (float(x) if math.isfinite(x) else mean for x in (interval.low, interval.high))
+    return Interval(mean, low, high, len(first) + len(second))
+
+
+# -- arrays -------------------------------------------------------------------------------------------------------
+
+
+def _array(values: Iterable[float]) -> Values:
+    if not hasattr(values, "__array__"):
+        values = list(values)
+    return np.asarray(values, dtype=np.float64).ravel()
+
+
+def _without_nan(values: Iterable[float]) -> Values:
+    x = _array(values)
+    return x[~np.isnan(x)]
+
+
+def _mean(x: Values) -> float:
+    return float(x.mean()) if len(x) else math.nan

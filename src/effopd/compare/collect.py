@@ -1,0 +1,62 @@
+"""A grid's folder → the results of its finished runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from effopd.common.files import read_rows
+from effopd.compare.grid import PlannedRun, load_grid
+from effopd.compare.grid_run import GridRun, read_run
+from effopd.compare.imported_runs import merge_runs, saved_entries, sources
+from effopd.compare.results import analyse
+from effopd.compare.runner import DONE, failure_of, is_done
+from effopd.errors import ConfigError, NonFiniteLossError
+from effopd.runs.records import EVALS
+
+PLAN = "plan.yaml"
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Results of all finished runs of a grid. A run that ended because its loss was not finite counts as one that never
+    arrives; other failures are named.
+
+    Raises:
+        ConfigError: the folder is no grid, or nothing is finished.
+    """
+    if not (folder / PLAN).is_file():
+        raise ConfigError(f"{folder} is no grid of `effopd compare`: expected {PLAN} in it.")
+    grid = load_grid(folder / PLAN, output_dir=str(folder))
+    finished = [run for run in grid.runs() if is_done(run)]
+    failed = {run.name: (run, error) for run in grid.runs() if not is_done(run) and (error := failure_of(run))}
+    diverged = {name: run for name, (run, error) in failed.items() if _has_diverged(run, error)}
+    if not finished:
+        raise ConfigError(f"no run of {folder} is finished yet: start it with `effopd compare PLAN`.")
+    made_here = [_read(run) for run in finished] + [_read(run).diverged() for run in diverged.values()]
+    runs, merges = merge_runs(grid, made_here, sources(grid, saved_entries(grid)))
+    results = analyse(runs, grid.roles)
+    results["settings"] |= {
+        "clock": grid.base.get("cost_clock", "wall"),
+        "workers": grid.workers,
+        "threads": grid.threads,
+        "planned_runs": len(grid.runs()),
+        "merges": merges,
+        "failed": [f"{name}: {error}" for name, (_, error) in failed.items() if name not in diverged],
+        "strategies": grid.strategies,
+        "base": grid.base,
+    }
+    return results
+
+
+def _has_diverged(run: PlannedRun, error: str) -> bool:
+    """Whether a run ended because its loss was not finite, after at least one evaluation."""
+    return NonFiniteLossError.__name__ in error and any(read_rows(run.path / EVALS))
+
+
+def _read(run: PlannedRun) -> GridRun:
+    done = run.path / DONE
+    code = json.loads(done.read_text()).get("code") if done.is_file() else None
+    return read_run(
+        run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed, code=code
+    )

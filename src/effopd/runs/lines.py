@@ -1,0 +1,228 @@
+"""A run in lines: one per logged step, one per evaluation, and a summary at the end.
+
+    step 12/96  KL 0.0123  lr 3.0e-05  length 11  net 14 s (search 7 %)  tokens 12,345  jump 21.7Δ
+    eval @12  KL 0.0031 ± 0.0004  accuracy 0.789 [0.735, 0.835]  greedy 0.969  length 11
+
+Pure functions of records; `runs.console` prints them.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from effopd.runs.best_model import Kept, full_name, read_kept
+from effopd.runs.records import (
+    CONFIG,
+    Costs,
+    EvaluationRecord,
+    SearchRecord,
+    StepRecord,
+    read_evaluations,
+    read_searches,
+    read_steps,
+)
+
+
+def step_line(
+    record: StepRecord, steps: int, *, loss_is_kl: bool = True, averaged: bool = False, clock: str = "wall"
+) -> str:
+    """A logged step in one line; what was not logged is left out.
+
+    Args:
+        record: of a distillation, or of a reinforcement-learning run (which has a `reward`).
+        steps: how many there will be.
+        loss_is_kl: the loss is the reverse KL over all of the step's tokens (nats). Otherwise the line shows it beside the KL
+            that the health metrics measured on some of them.
+        averaged: the record is a mean over several optimizer steps.
+        clock: `cost_clock` of the run.
+    """
+    costs = record.costs
+    parts = [f"step {record.step:>{len(str(steps))}}/{steps}"]
+    if record.reward is not None:
+        parts += [_part("reward", record.reward, _three), _share(record.tied_groups_share, "tied groups {}")]
+        parts += [_part("KL to start", record.kl, number), _part("entropy", record.entropy, _three)]
+    elif loss_is_kl:
+        parts.append(_part("KL", record.loss, number))
+    else:
+        parts += [_part("loss", record.loss, number), _part("KL", record.health.reverse_kl, number)]
+    parts.append(_part("lr", record.learning_rate, "{:.1e}".format))
+    parts.append(_length(record.mean_length, record.clipped_share))
+    parts += [net_seconds(costs, clock), _part("tokens", costs.net_generated_tokens, "{:,.0f}".format)]
+    parts.append(_jump(record.search.accepted_scale, averaged))
+    return _joined(parts)
+
+
+def eval_line(record: EvaluationRecord) -> str:
+    """An evaluation in one line: KL ± standard error, accuracy with its 95 % interval; the loss alone where the host evaluated
+    without a task. Warns where most answers had nothing to grade."""
+    gradable, answers = record.answers_found, record.answers
+    return _joined(
+        [
+            f"{record.name} @{record.step}",
+            *held_out(record),
+            _length(record.response_length, record.truncated_share),
+            f"(only {gradable} of {answers} answers could be graded)" if mostly_missing(gradable, answers) else "",
+        ]
+    )
+
+
+def mostly_missing(found: float | None, answers: float | None) -> bool:
+    """Whether fewer than half of the answers had something that the verifier could grade; not if that is unknown."""
+    return found is not None and answers is not None and found < answers / 2
+
+
+def missing_answers(
+    task: str, accuracy: float, answers: int, found: int | None, cut: int, empty: int, *, limit: int
+) -> str:
+    """A sentence for an evaluation whose verifier found nothing to grade in most answers; "" for any other.
+
+    Args:
+        task: its name; the kind before the colon says what the verifier looks for.
+        accuracy: the share of right answers that was measured.
+        answers: how many there were; `found`, `cut` and `empty` of them had something to grade, were cut at the limit, and
+            had no text.
+        limit: tokens at most of an answer.
+    """
+    if not mostly_missing(found, answers):
+        return ""
+    missing, ways = answers - (found or 0), []
+    if cut > answers / 4:
+        ways.append(f"raise --max_new_tokens ({cut} answers were cut at {limit})")
+    if empty > answers / 4:
+        ways.append(f"check --as_chat and the chat template ({empty} answers are empty)")
+    ways += ["change --prompt_suffix, which asks for the form of the answer"] * (empty < missing)
+    kind = task.partition(":")[0]
+    sought = {"math": "\\boxed{}", "reasoning-gym": "<answer> tags"}.get(kind, "answer to grade")
+    return (
+        f"{missing} of {answers} answers have no {sought}: accuracy {accuracy:.3f} says little about what the model can do "
+        f"here. To do: {'; '.join(ways)}."
+    )
+
+
+def held_out(record: EvaluationRecord) -> list[str]:
+    """KL and accuracy of an evaluation; its reward and loss where the host evaluated without a task."""
+    parts = []
+    if record.kl is not None:
+        shown = number(record.kl)
+        error = number(record.kl_se, 1e-3 if "e" in shown else 5e-5) if record.kl_se is not None else ""
+        parts.append(f"KL {shown}" + (f" ± {error}" if error else ""))
+    if record.accuracy is not None:
+        low, high = record.accuracy_low, record.accuracy_high
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        parts.append(f"accuracy {record.accuracy:.3f}{interval}")
+        parts.append(_part("greedy", record.accuracy_greedy, _three))
+    if not parts:
+        parts = [_part("reward", record.reward, _three), _part("loss", record.loss, number)]
+    return [part for part in parts if part]
+
+
+def net_seconds(costs: Costs, clock: str = "wall") -> str:
+    """`net 14 s (search 7 %)`: all seconds but those of evaluation, and the share of search in them, if any."""
+    if costs.net_seconds is None:
+        return ""
+    net, search = costs.net_seconds, costs.search_seconds
+    unit = " of CPU" if clock == "cpu" else ""
+    return f"net {duration(net)}{unit}" + (f" (search {percent(search / net)})" if search and net else "")
+
+
+def searches_text(searches: Sequence[SearchRecord]) -> str:
+    """How many searches ended in a jump, and how many of those went back."""
+    scales = [search.accepted_scale for search in searches]
+    back = sum(scale < 0 for scale in scales)
+    return f"jumps accepted in {sum(map(bool, scales))} of {len(scales)} searches" + (
+        f" ({back} back)" if back else ""
+    )
+
+
+def number(value: float, smallest: float = 1e-3) -> str:
+    """Four decimals, or three digits and an exponent where they would say nothing: below `smallest` and from 1000 on."""
+    plain = value == 0 or smallest <= abs(value) < 1e3 or not math.isfinite(value)
+    return f"{value:.4f}" if plain else f"{value:.2e}"
+
+
+def percent(share: float) -> str:
+    """A share of 1 in percent."""
+    return f"{100 * share:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever is short."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _part(label: str, value: float | None, written: Callable[[float], str]) -> str:
+    return "" if value is None else f"{label} {written(value)}"
+
+
+def _share(share: float | None, text: str) -> str:
+    """Empty where the share is 0."""
+    return text.format(percent(share)) if share else ""
+
+
+def _length(mean: float | None, cut: float | None) -> str:
+    length = _part("length", mean, "{:.0f}".format)
+    return length + _share(cut, " ({} cut)") if length else ""
+
+
+def _jump(scale: float | None, averaged: bool) -> str:
+    if scale is None:
+        return ""
+    return ("mean jump " if averaged else "jump ") + (f"{scale:.3g}Δ" if scale else "none")
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return "  ".join(part for part in parts if part)
+
+
+def closing_lines(root: Path, step: int, costs: Costs) -> str:
+    """Where the model is, what the run reached (first → last evaluation), what it cost, and the command to type next."""
+    evaluations, searches = read_evaluations(root), read_searches(root)
+    rewards = [record.reward for record in read_steps(root) if record.reward is not None]
+    done, kept = f"Done: step {step}.", read_kept(root)
+    if kept is not None:  # later evaluations are of another model
+        done += f" The model is that of {kept_text(kept)}."
+        evaluations = [record for record in evaluations if record.step <= kept.step]
+    lines = [f"{done} The model, its card and all rows are in {root}"]
+    if evaluations:
+        lines.append(f"  held out, {steps_text(evaluations)}:  " + _joined(first_to_last(evaluations)))
+    if rewards:
+        lines.append(f"  reward {rewards[0]:.3f} → {rewards[-1]:.3f} (first and last logged step)")
+    tokens = _part("tokens", costs.net_generated_tokens, "{:,.0f}".format)
+    clock = "cpu" if (root / CONFIG).is_file() and "\ncost_clock: cpu\n" in (root / CONFIG).read_text() else "wall"
+    if cost := _joined([net_seconds(costs, clock), tokens]):
+        lines.append(f"  {cost}")
+    if searches:
+        lines.append(f"  look-ahead: {searches_text(searches)}")
+    return "\n".join([*lines, f"Next: effopd report {shlex.quote(str(root))}"])
+
+
+def kept_text(kept: Kept) -> str:
+    """The step that `load_best_model_at_end` went back to, and why."""
+    return f"step {kept.step}, the best by {full_name(kept.metric)} ({number(kept.value)})"
+
+
+def steps_text(evaluations: Sequence[EvaluationRecord]) -> str:
+    """`step 2 → step 6`: the first evaluation, which may come after the first jumps, and the last."""
+    steps = dict.fromkeys((evaluations[0].step, evaluations[-1].step))
+    return " → ".join(f"step {step}" for step in steps)
+
+
+def first_to_last(evaluations: Sequence[EvaluationRecord]) -> list[str]:
+    """`held_out` of the last evaluation, each value with the first evaluation's before it."""
+    last = held_out(evaluations[-1])
+    if len(evaluations) == 1:
+        return last
+    starts = dict(part.split(" ")[:2] for part in held_out(evaluations[0]))
+    return [
+        part.replace(" ", f" {starts[name]} → ", 1) if (name := part.split(" ")[0]) in starts else part
+        for part in last
+    ]

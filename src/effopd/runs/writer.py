@@ -1,0 +1,67 @@
+"""What a trainer's events write to the run directory: settings, rows, and what becomes of an earlier run's rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from transformers import TrainerCallback
+
+from effopd.common.distributed import all_gather_object
+from effopd.common.files import append_row, keep_rows, write_atomically
+from effopd.runs.records import CONFIG, EVALS, METRICS, SEARCHES, EvaluationRecord, StepRecord
+from effopd.runs.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+class RunDirCallback(TrainerCallback):
+    """Writes `config.yaml`, `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed step.
+
+    Must run after every other callback: one that refuses to go on leaves the folder as it was.
+
+    Args:
+        check: called on every rank before anything is written; raises what forbids to start.
+    """
+
+    def __init__(self, run_dir: RunDir, check: Callable[[], None] = lambda: None):
+        self._run_dir, self._check = run_dir, check
+        self._started = False
+        self._before: EvaluationRecord | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start, or cut the rows back to the checkpoint that is being resumed."""
+        all_gather_object(None)  # nobody writes before everybody has got here
+        self._check()
+        self._started, before, self._before = True, self._before, None
+        if not state.is_world_process_zero:
+            return
+        root, step = self._run_dir.root, state.global_step
+        root.mkdir(parents=True, exist_ok=True)
+        if aside := self._run_dir.set_aside(step):
+            logger.warning("Going on from step %d; what was there beyond it is in %s.", step, aside)
+        for name in (METRICS, SEARCHES, EVALS):
+            keep_rows(root / name, step if step > 0 else -1)  # a run that starts has no rows, not even of step 0
+        if step >= state.max_steps:
+            logger.warning("%s is finished (step %d of %d); nothing was trained.", root, step, state.max_steps)
+            return
+        if text := self._run_dir.settings:
+            write_atomically(root / CONFIG, lambda path: path.write_text(text))
+        if before is not None and step == 0 and not args.eval_on_start:
+            append_row(root / EVALS, before.to_row())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write a row per training log; evaluations and the final summary have no loss."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            step = StepRecord.from_row({"step": state.global_step, **logs})
+            append_row(self._run_dir.root / METRICS, step.to_row())
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Write a row per evaluation. One before training is held back until a run starts in this folder."""
+        if not state.is_world_process_zero or not metrics:
+            return
+        evaluation = EvaluationRecord.from_row({"step": state.global_step, **metrics})
+        if self._started:
+            append_row(self._run_dir.root / EVALS, evaluation.to_row())
+        else:
+            self._before = evaluation
