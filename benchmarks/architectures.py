@@ -1,6 +1,8 @@
 """Which causal-LM model types of the installed transformers can be distilled: exact, refused, or not built here.
 
-    python benchmarks/architectures.py [TYPE …]     all types: writes docs/architectures.md and .json; some: prints them
+    python benchmarks/architectures.py            measure all types, write docs/architectures.json and the page's tables
+    python benchmarks/architectures.py TYPE …     measure these types and print the rows
+    python benchmarks/architectures.py --redraw   write the tables of docs/architectures.md from the JSON
 
 Every type that `AutoModelForCausalLM` knows is built tiny, with random weights (matrices six times their usual size, so
 that positions and padding matter), in float32. Then, on two prompts of 4 and 15 tokens with answers of 6:
@@ -19,11 +21,11 @@ import json
 import signal
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from pages import DOCS, rewrite
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -33,7 +35,6 @@ from effopd.errors import CompatibilityError
 from effopd.models.logit_path import hidden_states, logit_path
 from effopd.models.sampler_check import batching, check_sampler
 
-DOCS = Path(__file__).parents[1] / "docs"
 VOCABULARY, LARGEST, SECONDS, EXACT = 300, 150_000_000, 60, 1e-3
 SIZES = {
     64: ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size"),
@@ -58,6 +59,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"num_hidden_layers": 4}, {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": None},
     {"num_hidden_layers": 8}, {"num_experts_per_tok": 1}, {"num_experts_per_tok": 1, "num_hidden_layers": 4},
 ]  # fmt: skip
+RESULTS = ("exact", "refused", "not built", "WRONG", "CRASH")
 ROLLOUTS = {"any": "", "length": "by length", "single": "one by one"}
 #: What a type needs besides, and settings of its logits that its defaults leave at 1.
 OF_TYPE: dict[str, dict[str, Any]] = {
@@ -206,64 +208,53 @@ def row_of(kind: str) -> dict[str, Any]:
         signal.alarm(0)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """docs/architectures.md."""
-    counts = {name: sum(row["result"] == name for row in rows) for name in ("exact", "refused", "not built")}
-    lines = [
-        "# Architectures",
-        "",
-        f"All {len(rows)} model types that `AutoModelForCausalLM` of transformers {transformers.__version__} knows, built tiny with "
-        "random weights:",
-        f"{counts['exact']} exact, {counts['refused']} refused with a reason before anything is trained, {counts['not built']} not "
-        "built here (this says nothing about them).",
-        "",
-        "Exact: on two prompts of unequal length, log-probabilities (nats), the reverse KL (relative) and the sampler's "
-        "distributions (nats) agree with the model's own forward of each row alone. Numbers, command and settings: "
-        "`python benchmarks/architectures.py`, [architectures.json](architectures.json).",
-        "",
-        "Logits: what follows the output layer (a factor, a soft cap), and `inner` where layers stand between backbone and output "
-        "layer. Rollouts: `by length` where left padding changes what `generate` predicts, `one by one` where any other row does: "
-        "prompts are sampled in such groups (correct, and slower).",
-        "",
-        "| type | logits | Δ log p | Δ KL | Δ sampler | rollouts |",
-        "|---|---|---|---|---|---|",
+def blocks(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The generated blocks of docs/architectures.md."""
+    named = {name: [row for row in rows if row["result"] == name] for name in RESULTS}
+    counts = [f"| {name} | {len(named[name])} |" for name in RESULTS]
+    exact = [
+        f"| {row['type']} | {_logits(row)} | {row['own']:.0e} | {row['kl']:.0e} | {row['sampler']:.0e} | "
+        f"{ROLLOUTS[row['batching']]} |"
+        for row in named["exact"]
     ]
-    for row in rows:
-        if row["result"] == "exact":
-            form = [f"× {row['scale']:.4g}"] if row["scale"] != 1 else []
-            form += [f"cap {row['softcap']:g}"] if row["softcap"] else []
-            form += ["inner"] if row["inner"] else []
-            lines.append(
-                f"| {row['type']} | {', '.join(form)} | {row['own']:.0e} | {row['kl']:.0e} | {row['sampler']:.0e} | "
-                f"{ROLLOUTS[row['batching']]} |"
-            )
-    for name, title in (
-        ("refused", "Refused"),
-        ("not built", "Not built here"),
-        ("WRONG", "Wrong"),
-        ("CRASH", "Crash"),
-    ):
-        found = [row for row in rows if row["result"] == name]
-        if found:
-            lines += ["", f"## {title}", "", "| type | why |", "|---|---|"]
-            lines += [
-                f"| {row['type']} | {' '.join(row.get('why', '').split())[:240].replace('|', '/')} |" for row in found
-            ]
-    return "\n".join(lines) + "\n"
+    others = {
+        name: [
+            f"| {row['type']} | {' '.join(row.get('why', '').split())[:240].replace('|', '/')} |"
+            for row in named[name]
+        ]
+        for name in RESULTS[1:]
+    }
+    reason = ["| type | reason |", "|---|---|"]
+    return {
+        "counts": "\n".join(["| result | model types |", "|---|--:|", *counts]),
+        "exact": "\n".join(
+            ["| type | logits | Δ log p | Δ KL | Δ sampler | rollouts |", "|---|---|---|---|---|---|", *exact]
+        ),
+        **{name: "\n".join([*reason, *lines] if lines else ["None."]) for name, lines in others.items()},
+    }
+
+
+def _logits(row: dict[str, Any]) -> str:
+    """What follows the output layer."""
+    parts = [f"× {row['scale']:.4g}"] if row["scale"] != 1 else []
+    parts += [f"cap {row['softcap']:g}"] if row["softcap"] else []
+    return ", ".join([*parts, *(["inner"] if row["inner"] else [])])
 
 
 def main() -> None:
-    """Measure the named types, or all."""
+    """Measure the named types, or all; with `--redraw` only rewrite the page from the JSON."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(50)
-    kinds = sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    rows = []
-    for kind in kinds:
-        rows.append(row_of(kind))
-        print(json.dumps(rows[-1]), flush=True)
-    if not sys.argv[1:]:
-        (DOCS / "architectures.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (DOCS / "architectures.md").write_text(markdown(rows))
+    stored, kinds = DOCS / "architectures.json", sys.argv[1:]
+    if kinds != ["--redraw"]:
+        rows = []
+        for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+            rows.append(row_of(kind))
+            print(json.dumps(rows[-1]), flush=True)
+        if kinds:
+            return
+        stored.write_text(json.dumps(rows, indent=1) + "\n")
+    rewrite(DOCS / "architectures.md", blocks(json.loads(stored.read_text())))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo over several seeds: the figures of the README and of docs/demo/.
+"""The demo over several seeds: the figures of docs/demo/.
 
     .venv/bin/python benchmarks/demo_seeds.py [--family chain_sum] [--seeds 0] [--keep docs/demo]
     .venv/bin/python benchmarks/demo_seeds.py --grid docs/results.json
@@ -7,7 +7,7 @@
 Runs `effopd quickstart` once a seed into runs/demo-FAMILY-SEED (a finished seed is not run again, only redrawn), copies
 the summaries and the first seed's figure to `--keep`, and prints the table and the medians. With `--grid` nothing is run:
 `recipes/compare-testbed.yaml` has the same three runs a seed, and their rows are taken from its results.json. Seconds are
-CPU seconds, so that other work on the machine does not count. The README shows seed 0 of chain_sum; `readme_results.py`
+CPU seconds, so that other work on the machine does not count. docs/guide.md shows seed 0 of chain_sum; `readme_results.py`
 writes its output there from docs/demo/chain_sum-seed-0.json.
 """
 

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/dynamics_page.py [--families chain_sum spell_backward] [--redraw] [--out docs]
 
 Reads what `dynamics_runs.py` and `dynamics_interventions.py` left in runs/dynamics, writes docs/dynamics/FAMILY.json (every number of
-the page, with the value of every seed) and the figures, and draws the page from the JSON; `--redraw` does only that. A value is the mean over seeds with Student's 95 %
-interval; a comparison is paired by seed. The verdict follows from the interval alone: *shown* if it lies wholly on the
+the page, with the value of every seed) and the figures, and rewrites the page's tables from the JSON; `--redraw` does only
+that. A value is the mean over seeds with Student's 95 % interval; a comparison is paired by seed. The verdict follows from the interval alone: *shown* if it lies wholly on the
 claimed side, *the other way* if wholly on the opposite one, *undecided* otherwise.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pages import rewrite
 
 from effopd.common.files import write_atomically
 from effopd.common.statistics import student_t
@@ -231,7 +232,7 @@ def rows_of(family: Family) -> list[Row]:
 
 
 def page_table(families: Mapping[str, Any]) -> str:
-    """A Markdown table a family, from the published JSON; ° marks what one test of many may have found by chance."""
+    """One Markdown table per family; ° marks a value that differs from zero at 5 % but not after Holm's correction."""
     text, kept = [], iter(holm([p_value(row["test"]) for family in families.values() for row in family["rows"]]))
     for name, family in families.items():
         text += [
@@ -246,26 +247,6 @@ def page_table(families: Mapping[str, Any]) -> str:
             text.append(f"| {row['claim']} | {row['quantity']} | {' | '.join(cells)} | **{row['verdict']}**{mark} |")
         text.append("")
     return "\n".join(text)
-
-
-def by_seed(row: Mapping[str, Any]) -> str:
-    """In how many seeds the tested value is positive; without values of the seeds, that this cannot be told."""
-    values = row["test"].get("values")
-    if values is None:
-        return "in the mean over seeds"
-    positive = sum(value is not None and value > 0 for value in values)
-    return "in every seed" if positive == len(values) else f"in {positive} of {len(values)} seeds"
-
-
-def longer_steps(families: Mapping[str, Any]) -> str:
-    """Our own claim, in the words that the numbers allow."""
-    found = {name: next(r for r in family["rows"] if r["claim"] == LONGER) for name, family in families.items()}
-    said = ", ".join(f"{written(row['test'], row['unit'])} {by_seed(row)} ({name})" for name, row in found.items())
-    return (
-        "*Accuracy asks for longer steps than the KL* (ours, not the paper's): stretching the early update, accuracy is best at a "
-        f"larger β than the reverse KL: β of the best accuracy minus β of the lowest KL is {said}. It fits the finding that an "
-        "accuracy gate accepts jumps that raise the KL."
-    )
 
 
 def p_value(estimate: Mapping[str, Any]) -> float:
@@ -286,33 +267,23 @@ def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
     return rejected
 
 
-def cautions(families: Mapping[str, Any]) -> str:
-    """What the intervals leave out."""
-    rows = [(name, row) for name, family in families.items() for row in family["rows"]]
-    alone = [p_value(row["test"]) < 0.05 for _, row in rows]
-    together = holm([p_value(row["test"]) for _, row in rows])
-    seeds = {tuple(family["seeds"]) for family in families.values()}
-    kept = all("values" in row["test"] for _, row in rows)
-    stored = (
-        "The JSON holds the value of every seed beside mean and interval."
-        if kept
-        else "The JSON of these runs holds mean and interval only, and the runs are not shipped, so nothing can be said here seed by "
-        "seed. `benchmarks/dynamics_page.py` stores the value of every seed from the next run on."
-    )
+def tests_table(families: Mapping[str, Any]) -> str:
+    """How many values are tested, how many differ from zero, and what the intervals rest on."""
+    rows = [row for family in families.values() for row in family["rows"]]
+    p_values = [p_value(row["test"]) for row in rows]
+    seeds = {len(family["seeds"]) for family in families.values()}
+    cells = {
+        "tested values": len(rows),
+        "differ from 0 at 5 % each": sum(p < 0.05 for p in p_values),
+        "differ from 0 after Holm's correction": sum(holm(p_values)),
+        "tasks": len(families),
+        "seeds per task": "–".join(str(count) for count in sorted(seeds)),
+        "held-out prompts, the same for all seeds": PROMPTS,
+        "largest standard error of an accuracy from the choice of prompts": f"{100 * math.sqrt(0.25 / PROMPTS):.1f} points",
+        "value of every seed stored in the JSON": "yes" if all("values" in row["test"] for row in rows) else "no",
+    }
     return "\n".join(
-        f"- {line}"
-        for line in (
-            f"*Several tests.* {len(rows)} values are tested. {sum(alone)} differ from 0 at 5 % each, {sum(together)} still do after "
-            "Holm's correction for all of them; the tables mark the others with °. The four spectral metrics are correlated, so "
-            "“all eight comparisons” are not eight independent findings.",
-            f"*Prompts.* All seeds answer the same {PROMPTS} held-out prompts, so intervals of accuracies leave out the choice of prompts "
-            f"(standard error {100 * math.sqrt(0.25 / PROMPTS):.1f} points at most); differences on the same prompts are less affected.",
-            f"*Seeds.* One base model and {len(families)} tasks; {len(next(iter(seeds)))} seeds vary the training runs, not the student "
-            "or its family.",
-            "*Equal steps.* Spectra and ranks are compared at equal steps, not at equal gain or equal norm, and OPD ends below RL in "
-            "accuracy. A row at equal gain exists for the norm only.",
-            f"*Data.* {stored}",
-        )
+        ["| quantity | value |", "|---|--:|", *(f"| {name} | {value} |" for name, value in cells.items())]
     )
 
 
@@ -330,16 +301,6 @@ def measure(root: Path, out: Path, *, figures: bool) -> None:
             shutil.copy(source, out / f"intervention_{figure}.png")
 
 
-def rewritten(page: str, families: Mapping[str, Any]) -> str:
-    """The page with what the JSON says: the generated sentences and the tables."""
-    for mark, text in (("longer steps", f"- {longer_steps(families)}"), ("cautions", cautions(families))):
-        start, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
-        before, _, rest = page.partition(start)
-        page = before + start + text + "\n" + end + rest.partition(end)[2]
-    head, mark, _ = page.partition("<!-- tables -->\n")
-    return head + mark + "\n" + page_table(families)
-
-
 def published(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """The JSON of each family."""
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
@@ -349,7 +310,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["chain_sum", "spell_backward"])
     parser.add_argument("--runs", type=Path, default=Path("runs/dynamics"))
-    parser.add_argument("--redraw", action="store_true", help="only the page, from the JSON that is there")
+    parser.add_argument(
+        "--redraw", action="store_true", help="only rewrite the page's tables from docs/dynamics/*.json"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     folder, page = arguments.out / "dynamics", arguments.out / "dynamics.md"
@@ -357,8 +320,8 @@ def main() -> None:
     if not arguments.redraw:
         for name in arguments.families:
             measure(arguments.runs / name, folder, figures=name == arguments.families[0])
-    text = rewritten(page.read_text(), published(folder, arguments.families))
-    write_atomically(page, lambda path: path.write_text(text))
+    families = published(folder, arguments.families)
+    rewrite(page, {"tests": tests_table(families), "tables": page_table(families)})
 
 
 if __name__ == "__main__":

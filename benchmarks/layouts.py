@@ -1,6 +1,6 @@
 """Whether `effopd analyze` cuts the tensors of every causal language model in transformers as its forward pass does.
 
-    python benchmarks/layouts.py [MODEL_TYPE …] > docs/layouts.md
+    python benchmarks/layouts.py [MODEL_TYPE …]     all types: rewrites the tables of docs/layouts.md; some: prints their rows
 
 Each model type is built tiny and random and saved. Then one kind of matrix at a time is changed *in the file*, through
 `Part.put`, and the model is loaded again. What the change does to the output of the attention or the MLP of a layer tells
@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import transformers
+from pages import DOCS, rewrite
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -84,29 +85,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 #: Larger models are left out.
 _PARAMETERS = 3e7
-INTRODUCTION = """\
-# Layouts of the causal language models in transformers
-
-Which matrices `effopd analyze` finds in a layer, and whether the model's own forward pass agrees (transformers {transformers}).
-Written by `python benchmarks/layouts.py`; the header of that script says how a matrix is told from its effect.
-
-- confirmed: kinds of matrix among q, k, v, gate, up and down whose effect is that of their name
-- contradicted: kinds whose effect is another one
-- other: tensors (layers and experts counted once) that stay whole under their own name, in module `other`
-
-There is nothing to do for a model type with confirmed matrices and none contradicted. Where much of it is "other", norms and
-spectra of those tensors are right, but they count in no average over attention and MLP.
-
-A fused tensor of a model type that is not listed here, or whose size contradicts its configuration, stays whole in module
-`other`: its norm counts, its pieces are not told apart. Stacked experts are oriented by the shapes of `gate_up_proj` and
-`down_proj` together, so files of the Hub and files that transformers wrote give the same matrices. One model in two layouts
-(experts stacked or one by one, other prefixes) is compared part by part; where names cannot be paired, `analyze` asks to
-load and save both with transformers.
-
-Contradictions that are no wrong cuts: BitNet normalises inside the MLP, so its up projection is not linear; HRM runs two
-modules whose layers have the same numbers (its pieces equal the parameters that transformers loads). The MLA models among
-those not built have no fused tensor that is cut: their projections are stored one by one.
-"""
 _ATTENTION = re.compile(r"(?:self_attn|self_attention|attention|attn)$")
 _MLP = re.compile(r"(?:mlp|feed_forward|ffn|block_sparse_moe|moe)$")
 #: matrix → (moves with one token, moves along d ⟂ x of the last token).
@@ -341,22 +319,28 @@ def _fused(part: Part) -> bool:
 
 
 def main(kinds: list[str]) -> None:
-    """Examine and print the page."""
+    """Examine the named types and print their rows; examine all types and rewrite the page."""
     warnings.simplefilter("ignore")
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    print(INTRODUCTION.format(transformers=transformers.__version__))
-    print("| model type | attention | MLP | confirmed | contradicted | other |\n|---|---|---|--:|---|--:|")
-    skipped = []
+    rows, skipped = [], []
     for kind in kinds or sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]):
-        found = examine(kind)
-        if found.problem:
-            skipped.append(f"- `{kind}`: {found.problem}")
+        finding = examine(kind)
+        if finding.problem:
+            skipped.append(f"- `{kind}`: {finding.problem}")
+            print(skipped[-1], flush=True)
             continue
-        cells = (" ".join(found.attention), " ".join(found.mlp), str(len(found.confirmed)),
-                 " ".join(found.contradicted), str(len(found.other)))  # fmt: skip
-        print(f"| {kind} | " + " | ".join(cells) + " |", flush=True)
-    print("\nNot built:\n\n" + "\n".join(skipped))
+        cells = (" ".join(finding.attention), " ".join(finding.mlp), str(len(finding.confirmed)),
+                 " ".join(finding.contradicted), str(len(finding.other)))  # fmt: skip
+        rows.append(f"| {kind} | " + " | ".join(cells) + " |")
+        print(rows[-1], flush=True)
+    if not kinds:
+        head = ["| model type | attention | MLP | confirmed | contradicted | other |", "|---|---|---|--:|---|--:|"]
+        versions = f"transformers {transformers.__version__}"
+        rewrite(
+            DOCS / "layouts.md",
+            {"version": versions, "types": "\n".join([*head, *rows]), "not built": "\n".join(skipped)},
+        )
 
 
 if __name__ == "__main__":

@@ -1,39 +1,45 @@
-"""The README's results, from the published JSON files in docs/.
+"""Tables and figure of README.md, docs/findings.md, docs/batch_size.md and docs/guide.md, from the JSON files in docs/.
 
     effopd compare --report runs/compare --out docs
     effopd compare --report runs/compare-ablation --out docs/ablation
-    .venv/bin/python benchmarks/readme_results.py
+    .venv/bin/python benchmarks/readme_results.py            # rewrite the tables
+    .venv/bin/python benchmarks/readme_results.py --figure   # redraw docs/readme.png too
 
-Rewrites the paragraph of the status, the section "How much faster" and the demo's output in README.md, and
-docs/batch_size.md; a test asks that they are what this command writes.
+Only the blocks between markers are generated (`pages.py`); the sentences around them are written by hand.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from batch_size import PAGE, compared, page
+from batch_size import compared, settings_table, speed_table
+from pages import DOCS, rewrite
+from readme_figure import draw
 from rich.console import Console
 
 from effopd.commands import quickstart
 from effopd.compare.cross_targets import own_rate, runs_of
 from effopd.report.compare_lookup import Lookup, factor, number, table, times
 
-ROOT = Path(__file__).parents[1]
-START, END = "## How much faster", "## Install"
 CHAIN, SPELL = TASKS = ("testbed:chain_sum", "testbed:spell_backward")
+NAMES = [f"`{task.split(':')[1]}`" for task in TASKS]
+LABELS = {
+    "effopd": "`effopd`, the paper's search",
+    "line_search": "**`line_search`, ours**",
+    "fixed-k1": "`fixed`: always W + 2Δ, unscored",
+}
 
 
 class Figures:
-    """Everything that the README quotes from the headline grid, as text."""
+    """Cells of the tables, from results.json of the grid with large batches."""
 
-    def __init__(self, results: dict[str, Any]):
+    def __init__(self, results: Mapping[str, Any]):
         self.look = Lookup(results)
         self.reference = self.look.reference
         self.rates = sorted({rate for strategy, rate in self.look.arms if strategy == "line_search"})
@@ -43,252 +49,233 @@ class Figures:
             if row["axis"] == "steps"
         }
 
-    def fast(self, task: str, strategy: str, rate: float | None = None, to: str | None = None, axis="seconds") -> str:
-        """A speed-up with its interval, at the reference rate unless told otherwise."""
-        return times(self.look.speedup(task, (strategy, rate or self.reference), axis, rate=to))
-
-    def best(self, task: str, target: str = "reference_kl") -> float:
-        """Plain OPD's best learning rate."""
-        rate = self.look.best(task, target)
-        assert rate is not None
-        return rate
+    def speed(self, task: str, strategy: str, axis: str = "seconds", **kwargs) -> str:
+        """Speed-up with its interval, at the reference learning rate; `kwargs` as of `Lookup.speedup`."""
+        return times(self.look.speedup(task, (strategy, self.reference), axis, **kwargs))
 
     def at(self, rate: float) -> str:
         """A learning rate as a multiple of the reference."""
         return factor(rate, self.reference)
 
-    def anywhere(self, task: str, target: str = "reference_kl", axis: str = "seconds") -> str:
-        """Against plain OPD at its best: the medians of `line_search` over its learning rates, and the worst single seed."""
-        found = (self.look.speedup(task, ("line_search", rate), axis, target, rate="best") for rate in self.rates)
-        rows = [row for row in found if row]
-        medians = [row["median"] for row in rows]
-        return f"{min(medians):.2f}–{max(medians):.2f}× (worst seed {min(row['low'] for row in rows):.2f}×)"
+    def any_rate(self, task: str, target: str, axis: str) -> tuple[str, str]:
+        """Against plain OPD at its best: range of the medians of `line_search` over its learning rates, and the worst seed."""
+        rows = [self.look.speedup(task, ("line_search", r), axis, target, rate="best") for r in self.rates]
+        medians, lows = ([row[key] for row in rows if row] for key in ("median", "low"))
+        return f"{min(medians):.2f}–{max(medians):.2f}×", f"{min(lows):.2f}×"
 
-    def same(self, task: str, strategy: str, rate: float) -> str:
+    def same_rate(self, task: str, strategy: str, rate: float) -> str:
         """Steps against plain OPD at the same rate, to its own end there."""
         row = self.own[task, strategy, rate]
         return times(row) + (f", {row['reached']} of {row['n']}" if row["reached"] < row["n"] else "")
 
-    def again(self, task: str, strategy: str, *rates: float) -> str:
-        """How often runs that arrived were off the target later: one share, or the range over rates where any arrived."""
-        said = [self.look.again(task, (strategy, rate)).split(" ")[0] for rate in rates]
-        shares = sorted({int(share.rstrip("%")) for share in said if share != "–"})
-        return f"{shares[0]}%" if len(shares) == 1 else f"{shares[0]}–{shares[-1]}%"
+    def off_again(self, task: str, strategy: str, *rates: float) -> str:
+        """Share of later evaluations above the target again, of runs that arrived; the range over several rates."""
+        cells = [self.look.again(task, (strategy, rate)).split(" ")[0] for rate in rates]
+        shares = sorted({int(cell.rstrip("%")) for cell in cells if cell != "–"})
+        return f"{shares[0]} %" if len(shares) == 1 else f"{shares[0]}–{shares[-1]} %"
 
 
-def status(f: Figures) -> str:
-    """The paragraph under the status line: what the headline is, and what it is not."""
-    look, tuned = f.look, next(rate for rate in f.rates if f.at(rate) == "×3")
-    rows = [look.speedup(task, ("line_search", f.reference), "steps") for task in TASKS]
-    parts = " and ".join(f"1/{row['median']:.0f}" for row in rows if row)
-    own, best = ([times(row).split(" ")[0] for row in found] for found in (
-        [f.own[task, "line_search", tuned] for task in TASKS],
-        [look.speedup(task, ("line_search", f.reference), "seconds", rate="best") for task in TASKS],
-    ))  # fmt: skip
-    return f"""There, at a learning rate of {f.reference:.0e}, which is too low for plain OPD, `line_search` gets to plain OPD's final KL in {parts} of the steps. At {f.at(tuned)} of that rate, where plain OPD ends lowest, it gets to that end no sooner (medians: {own[0]} and {own[1]}). It is {best[0]} and {best[1]} as fast, in seconds, as plain OPD at the best learning rate of a sweep, without the sweep; plain OPD with a tuned rate and a smaller batch is faster still."""
+def readme_table(docs: Mapping[str, Any]) -> str:
+    """Net speed-ups of `line_search`: the table of the README."""
+    f, sizes = Figures(docs["results"]), [_base(docs, name)["per_device_train_batch_size"] for name in GRIDS]
+    swept, small = (len(docs[name]["swept"][CHAIN]) for name in GRIDS)
+    rows = {
+        f"plain OPD at the same learning rate, {f.reference:.0e}": [f.speed(t, "line_search") for t in TASKS],
+        "the paper's search at the same learning rate": [f.speed(t, "line_search", against="effopd") for t in TASKS],
+        f"plain OPD at the best of {swept} learning rates": [f.speed(t, "line_search", rate="best") for t in TASKS],
+        "the same, to 90 % of the way only": [f.speed(t, "line_search", target="gap_90", rate="best") for t in TASKS],
+        f"plain OPD with {sizes[1]} prompts per step instead of {sizes[0]}, best of {small} rates": [
+            times(inverse(best_small_batch(docs, task))) for task in TASKS
+        ],
+    }
+    return table(["`line_search` against …", *NAMES], [[label, *cells] for label, cells in rows.items()])
 
 
-def section(docs: dict[str, Any]) -> str:
-    """The section, with its heading, from the published JSON files by name."""
-    f, base = Figures(docs["results"]), docs["results"]["settings"]["base"]
+def best_small_batch(docs: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Plain OPD with small batches at its fastest learning rate, in net seconds, over `line_search` with large ones."""
     rows = [
-        [
-            label,
-            f"`{task.split(':')[1]}`",
-            *(f.fast(task, strategy, axis=axis) for axis in ("steps", "seconds", "forward_tokens")),
-            *(f.fast(task, strategy, to="best", axis=axis) for axis in ("seconds", "forward_tokens")),
-        ]
-        for strategy, label in (("effopd", "`effopd`, the paper's search"), ("line_search", "**`line_search`, ours**"))
-        for task in TASKS
+        row
+        for row in compared(docs["results"], docs["ablation"])
+        if (row["task"], row["strategy"], row["axis"]) == (task, "vanilla", "seconds")
     ]
-    header = [
-        "strategy",
-        "task",
-        "steps",
-        "net seconds",
-        "forward tokens",
-        "against plain OPD at its best rate: net seconds",
-        "… forward tokens",
+    return max(rows, key=lambda row: row["median"])
+
+
+def inverse(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The speed-up the other way round: the median of an odd number of ratios is inverted exactly, the ends change places."""
+    flipped = {0: None, None: 0.0}
+    ends = {"median": "median", "low": "high", "high": "low"}
+    return dict(row) | {end: flipped[row[of]] if row[of] in flipped else 1 / row[of] for end, of in ends.items()}
+
+
+def findings(docs: Mapping[str, Any]) -> dict[str, str]:
+    """The blocks of docs/findings.md."""
+    f = Figures(docs["results"])
+    return {
+        "speed": speed(f),
+        "same rate": same_rate(f),
+        "plain rates": plain_rates(f),
+        "any rate": any_rate(f),
+        "off again": off_again(f),
+        "final quality": final_quality(f, docs["final_quality"]),
+        "gate": gate(docs),
+        "small batch": small_batch(docs),
+        "figure target": figure_targets(f),
+    }
+
+
+def speed(f: Figures) -> str:
+    """Speed-ups at the reference learning rate, and against plain OPD at its best."""
+    axes = {"steps": "steps", "seconds": "net seconds", "forward_tokens": "forward tokens"}
+    rows = [
+        [label, NAMES[i], *(f.speed(task, strategy, axis) for axis in axes),
+         *(f.speed(task, strategy, axis, rate="best") for axis in list(axes)[1:])]
+        for strategy, label in LABELS.items() for i, task in enumerate(TASKS)
+    ]  # fmt: skip
+    best = [f"against the best rate: {axes[axis]}" for axis in list(axes)[1:]]
+    return table(["strategy", "task", *axes.values(), *best], rows)
+
+
+def same_rate(f: Figures) -> str:
+    """Steps, both at the same learning rate, to plain OPD's end at that rate."""
+    arms = [(strategy, task) for strategy in ("line_search", "effopd") for task in TASKS]
+    rates = [rate for rate in f.rates if all((task, strategy, rate) in f.own for strategy, task in arms)]
+    head = [f"`{strategy}`, {NAMES[TASKS.index(task)]}" for strategy, task in arms]
+    rows = [[f.at(rate), *(f.same_rate(task, strategy, rate) for strategy, task in arms)] for rate in rates]
+    return table(["learning rate", *head], rows)
+
+
+def plain_rates(f: Figures) -> str:
+    """The learning rate at which plain OPD reaches a target soonest, and how much sooner than at the reference rate."""
+    rows = []
+    for target, label in (("reference_kl", "final KL of plain OPD at ×1"), ("gap_90", "90 % of the way")):
+        cells = []
+        for task in TASKS:
+            rate = f.look.best(task, target)
+            assert rate is not None
+            cells += [f.at(rate), times(f.look.speedup(task, (f.look.baseline, rate), "seconds", target))]
+        rows.append([label, *cells])
+    return table(
+        ["target", *(cell for name in NAMES for cell in (f"{name}: best rate", "net speed-up over ×1"))], rows
+    )
+
+
+def any_rate(f: Figures) -> str:
+    """`line_search` from any of its learning rates against plain OPD at its best."""
+    rows = [
+        [label, axis, *(cell for task in TASKS for cell in f.any_rate(task, target, key))]
+        for target, label in (("reference_kl", "final KL of plain OPD at ×1"), ("gap_90", "90 % of the way"))
+        for key, axis in (("seconds", "net seconds"), ("forward_tokens", "forward tokens"))
     ]
-    ours = [
+    return table(["target", "cost", *(c for name in NAMES for c in (f"{name}: medians", "worst seed"))], rows)
+
+
+def off_again(f: Figures) -> str:
+    """How often runs that have reached the target are above it later."""
+    rates = {s: sorted(rate for strategy, rate in f.look.arms if strategy == s) for s in ("effopd", "line_search")}
+    ten = next(rate for rate in f.rates if f.at(rate) == "×10")
+    arms = {
+        "`effopd` at ×1": ("effopd", f.reference),
+        "`effopd`, over its rates": ("effopd", *rates["effopd"]),
+        "plain OPD at ×10": ("vanilla", ten),
+        "`line_search`, over its rates": ("line_search", *rates["line_search"]),
+    }
+    return table(
+        ["run", *NAMES], [[label, *(f.off_again(task, *arm) for task in TASKS)] for label, arm in arms.items()]
+    )
+
+
+def final_quality(f: Figures, rows: list[dict[str, Any]]) -> str:
+    """Medians of the final KL on many answers, over seeds."""
+    lines = []
+    for name, task in zip(NAMES, TASKS, strict=True):
+        ends: dict[str, dict[float, float]] = {
+            strategy: {
+                rate: statistics.median(row["kl"] for row in rows if (row["task"], row["strategy"], row["learning_rate"]) == (task, strategy, rate))
+                for rate in sorted({row["learning_rate"] for row in rows if (row["task"], row["strategy"]) == (task, strategy)})
+            }
+            for strategy in ("line_search", "vanilla")
+        }  # fmt: skip
+        plain = ends["vanilla"]
+        lowest = min(plain, key=plain.__getitem__)
+        others = [value for rate, value in plain.items() if rate != lowest]
+        ours = ends["line_search"].values()
+        lines.append([name, f"{min(ours):.4f}–{max(ours):.4f}", f"{plain[lowest]:.4f} at {f.at(lowest)}",
+                      f"{min(others):.4f}–{max(others):.4f}"])  # fmt: skip
+    return table(["task", "`line_search`, every rate", "plain OPD, best rate", "plain OPD, other rates"], lines)
+
+
+def gate(docs: Mapping[str, Any]) -> str:
+    """Share of moves that the accuracy gate accepts, by their true change in accuracy."""
+    groups = {(row["from"], row["to"]): row for row in docs["gate_power"]["by_true_change"]}
+    kinds = {
+        "raises accuracy by 2.5 to 7.5 points": (0.025, 0.075),
+        "lowers it by 0.5 to 2.5 points": (-0.025, -0.005),
+        "lowers it by 2.5 to 7.5 points": (-0.075, -0.025),
+    }
+    rows = [[kind, f"{groups[size]['shared']:.0%}", f"{groups[size]['fresh']:.0%}"] for kind, size in kinds.items()]
+    nothing = {
+        noise: [row["first_accepted"] for row in docs["gate_noise"][noise]
+                if row["gate"] == "ge" and row.get("validation_size", 50) == 50]
+        for noise in ("shared_noise", "fresh_noise")
+    }  # fmt: skip
+    ranges = [f"{min(shares):.0%}–{max(shares):.0%}" for shares in nothing.values()]
+    return table(
+        ["move", "shared random numbers", "fresh random numbers"], [*rows, ["changes nothing measurable", *ranges]]
+    )
+
+
+def small_batch(docs: Mapping[str, Any]) -> str:
+    """`line_search` with small batches against plain OPD with small batches."""
+    results = docs["ablation"]
+    look, rates = Lookup(results), len(results["swept"][CHAIN])
+    line_search = sorted(rate for strategy, rate in look.arms if strategy == "line_search")
+    rows = [
+        ["net speed-up over plain OPD at the same rate, ×1",
+         *(times(look.speedup(task, ("line_search", look.reference), "seconds")) for task in TASKS)],
+        *([f"from {factor(rate, look.reference)}, over plain OPD at the best of {rates} rates",
+           *(times(look.speedup(task, ("line_search", rate), "seconds", rate="best")) for task in TASKS)]
+          for rate in line_search),
+        ["share of the time to the target spent in searches, from ×1",
+         *(number(look.quality(task, ("line_search", look.reference), "search_share_to_target"), ".0%") for task in TASKS)],
+        ["runs made of those planned", *[f"{len(results['runs'])} of {results['settings']['planned_runs']}"] * 2],
+    ]  # fmt: skip
+    return table(["`line_search`, small batches", *NAMES], rows)
+
+
+def figure_targets(f: Figures) -> str:
+    """Steps at which `line_search` from the reference rate reaches the target; evaluations are every few steps."""
+    steps = [
         [run["targets"]["reference_kl"]["steps"] for run in f.look.runs(task, ("line_search", f.reference))]
         for task in TASKS
     ]
-    reach = [statistics.median(steps) for steps in ours]
-    arms = [(strategy, task) for strategy in ("line_search", "effopd") for task in TASKS]
-    rates = [rate for rate in f.rates if all((task, strategy, rate) in f.own for strategy, task in arms)]
-    same = [[f.at(rate), *(f.same(task, strategy, rate) for strategy, task in arms)] for rate in rates]
-    parts = (rates_matter, replaces_the_sweep, ends_where)
-    return f"""{START}
-
-How much sooner a run gets to the held-out exact reverse KL at which plain OPD ends after {base["max_steps"]} steps at {f.reference:.0e} (×1). Medians over five seeds, paired by seed, with 95 % bootstrap intervals (of five seeds: their range); “never” counts as slower than any. Search is charged, evaluation is not. Runs are evaluated every {base["eval_steps"]} steps, so large factors are coarse: `line_search` arrives after {reach[0]} and {reach[1]} steps.
-`chain_sum` and `spell_backward` are toy tasks of reasoning-gym, {base["per_device_train_batch_size"]} prompts per step; forward tokens are all that go through a model outside sampling, those of the search counted as if they went backward too.
-
-{table(header, rows)}
-
-![learning rates](docs/results/learning_rates.png)
-
-Speed-up in steps with both at **the same learning rate**, to the KL at which plain OPD ends there (“4 of 5”: runs that arrive):
-
-{table(["learning rate", *(f"`{strategy}`, `{task.split(':')[1]}`" for strategy, task in arms)], same)}
-
-{"".join(f"- {part(f, docs)}" + chr(10) for part in parts)}- {gate(f, docs)}
-- {small_batch(docs)}
-- {ablation(docs["ablation"])}
-
-The rules of `line_search` were chosen on these tasks and seeds. [docs/results.md](docs/results.md) has every strategy, learning rate, target and interval; `effopd compare recipes/compare-testbed.yaml` runs it all, `benchmarks/readme_results.py` writes this section.
-
-"""
-
-
-def rates_matter(f: Figures, docs: dict[str, Any]) -> str:
-    """Plain OPD's own gain from tuning, and who leaves the target again."""
-    tuned = {
-        task: f"{f.fast(task, 'vanilla', f.best(task))} (`{task.split(':')[1]}`, {f.at(f.best(task))})"
-        for task in TASKS
-    }
-    own = {s: sorted(rate for strategy, rate in f.look.arms if strategy == s) for s in ("effopd", "line_search")}
-    ten = next(rate for rate in f.rates if f.at(rate) == "×10")
-    return (
-        f"**The learning rate matters more than the paper's search.** At the best of its rates plain OPD is {tuned[CHAIN]} and "
-        f"{tuned[SPELL]} as fast as at ×1. Once there, EffOPD is off the target again in {f.again(CHAIN, 'effopd', f.reference)} and "
-        f"{f.again(SPELL, 'effopd', f.reference)} of the later evaluations from ×1 (mean over runs), and in {f.again(CHAIN, 'effopd', *own['effopd'])} and "
-        f"{f.again(SPELL, 'effopd', *own['effopd'])} over its rates. Plain OPD at ×10 is in {f.again(CHAIN, 'vanilla', ten)} and "
-        f"{f.again(SPELL, 'vanilla', ten)}, `line_search` over its rates in {f.again(CHAIN, 'line_search', *own['line_search'])} and "
-        f"{f.again(SPELL, 'line_search', *own['line_search'])}."
-    )
-
-
-def replaces_the_sweep(f: Figures, docs: dict[str, Any]) -> str:
-    """`line_search` from any rate against plain OPD at its best."""
-    ninety = list(dict.fromkeys(f.at(f.best(task, "gap_90")) for task in TASKS))
-    return (
-        f"**`line_search` replaces the sweep of the rate.** From any of {len(f.rates)} rates between {f.at(f.rates[0])} and {f.at(f.rates[-1])} "
-        f"its median speed is {f.anywhere(CHAIN)} and {f.anywhere(SPELL)} that of plain OPD at its best rate, in forward tokens "
-        f"{f.anywhere(CHAIN, axis='forward_tokens')} and {f.anywhere(SPELL, axis='forward_tokens')}. To 90 % of the way, where plain OPD's best "
-        f"rate is {' and '.join(ninety)}, it is {f.anywhere(CHAIN, 'gap_90')} and {f.anywhere(SPELL, 'gap_90')}: it saves the sweep, nothing more. "
-        "Higher starts, rates in between and, away from ×1, rates that decay were not compared."
-    )
-
-
-def ends_where(f: Figures, docs: dict[str, Any]) -> str:
-    """Final KL on many answers."""
-    final = docs["final_quality"]
-    seeds = {len({r["seed"] for r in final if (r["task"], r["learning_rate"], r["strategy"]) == arm})
-             for arm in {(r["task"], r["learning_rate"], r["strategy"]) for r in final}}  # fmt: skip
-
-    def ends(task: str, strategy: str) -> dict[float, float]:
-        own = [row for row in final if (row["task"], row["strategy"]) == (task, strategy)]
-        return {
-            rate: statistics.median(row["kl"] for row in own if row["learning_rate"] == rate)
-            for rate in sorted({row["learning_rate"] for row in own})
-        }
-
-    said = []
-    for task in TASKS:
-        ours, plain = ends(task, "line_search"), ends(task, "vanilla")
-        lowest = min(plain, key=lambda rate: plain[rate])
-        others = [value for rate, value in plain.items() if rate != lowest]
-        said.append(
-            f"`{task.split(':')[1]}`: {min(ours.values()):.4f}–{max(ours.values()):.4f} from every start, plain OPD {plain[lowest]:.4f} at "
-            f"{f.at(lowest)} and {min(others):.4f}–{max(others):.4f} at its other rates"
-        )
-    return (
-        f"**It ends where a well-tuned run ends.** Final KL on {final[0]['size']} answers (`benchmarks/final_quality.py`, medians of "
-        f"{min(seeds)}–{max(seeds)} seeds on the same questions; constant rates), {'; '.join(said)}."
-    )
-
-
-def small_batch(docs: dict[str, Any]) -> str:
-    """Plain OPD with the small batch at the rate where it always arrives, against `line_search` with the large one."""
-    both = compared(docs["results"], docs["ablation"])
-    rows = [row for row in both if row["strategy"] == "vanilla"]
-    reference = docs["results"]["settings"]["reference_learning_rate"]
-    steady = next(rate for rate in sorted({row["learning_rate"] for row in rows})
-                  if all(row["reached"] == row["n"] for row in rows if row["learning_rate"] == rate))  # fmt: skip
-
-    def said(axis: str) -> str:
-        return " and ".join(times(row) for row in rows if row["learning_rate"] == steady and row["axis"] == axis)
-
-    ours = " and ".join(times(row) for row in both
-                        if (row["strategy"], row["learning_rate"], row["axis"]) == ("line_search", reference, "seconds"))  # fmt: skip
-    size = docs["ablation"]["settings"]["base"]["per_device_train_batch_size"]
-    return (
-        f"**A small batch is the stronger baseline.** Plain OPD with {size} prompts per step at {factor(steady, reference)} gets to the table's "
-        f"target {said('generated_tokens')} sooner in sampled tokens than `line_search` with "
-        f"{docs['results']['settings']['base']['per_device_train_batch_size']} from ×1, {said('forward_tokens')} in forward tokens and "
-        f"{said('seconds')} in net seconds; `line_search` with {size}, from ×1, {ours} ([docs/batch_size.md](docs/batch_size.md))."
-    )
-
-
-def ablation(results: dict[str, Any]) -> str:
-    """`line_search` in the setting of `recipes/compare-ablation.yaml`, and what its parts are worth there."""
-    look, base = Lookup(results), results["settings"]["base"]
-
-    def fast(rate: float, to: str | None = None) -> str:
-        return " and ".join(
-            times(look.speedup(task, ("line_search", rate), "seconds", rate=to)) for task in look.tasks
-        )
-
-    shares = " and ".join(
-        number(look.quality(task, ("line_search", look.reference), "search_share_to_target"), ".0%")
-        for task in look.tasks
-    )
-    others = sorted(rate for strategy, rate in look.arms if strategy == "line_search" and rate != look.reference)
-    elsewhere = "; ".join(f"from {factor(rate, look.reference)} {fast(rate, 'best')}" for rate in others)
-    return (
-        f"**With {base['per_device_train_batch_size']} prompts `line_search` is about as fast as a tuned run.** Searches take {shares} of the time "
-        f"to the target. In net seconds `line_search` is {fast(look.reference)} as fast as plain OPD at the same rate; against the best of "
-        f"{len(results['swept'][look.tasks[0]])} rates {fast(look.reference, 'best')} from ×1, {elsewhere} ({len(results['runs'])} of "
-        f"{results['settings']['planned_runs']} planned runs; its parts: [docs/ablation/results.md](docs/ablation/results.md))."
-    )
-
-
-def gate(f: Figures, docs: dict[str, Any]) -> str:
-    """What EffOPD's gate accepts."""
-    power = docs["gate_power"]
-    groups = {(row["from"], row["to"]): row for row in power["by_true_change"]}
-    kinds = {
-        "raise accuracy by 2.5 to 7.5 points": (0.025, 0.075),
-        "lower it by 0.5 to 2.5": (-0.025, -0.005),
-        "lower it by 2.5 to 7.5": (-0.075, -0.025),
-    }
-    said = listed(f"{groups[size]['shared']:.0%} of those that {kind}" for kind, size in kinds.items())
-    afresh = listed(f"{groups[size]['fresh']:.0%}" for size in kinds.values())
-    runs = len({(row["family"], row["seed"]) for row in power["moves"]})
-    nothing = [row["first_accepted"] for row in docs["gate_noise"]["shared_noise"] if row["gate"] == "ge"]
-    anew = [
-        row["first_accepted"]
-        for row in docs["gate_noise"]["fresh_noise"]
-        if (row["gate"], row["validation_size"]) == ("ge", 50)
+    every = f.look.results["settings"]["base"]["eval_steps"]
+    rows = [
+        ["steps of `line_search` to the target, median", *(f"{statistics.median(each):g}" for each in steps)],
+        ["steps of plain OPD", *[str(f.look.results["settings"]["base"]["max_steps"])] * 2],
+        ["steps between evaluations", *[str(every)] * 2],
     ]
-    return (
-        f"**EffOPD's gate tells gains from losses of several points, not smaller ones.** Of real moves of {runs} run{'s' * (runs > 1)} it accepts "
-        f"{said}. All candidates share their random numbers here; with fresh ones, {afresh} (`benchmarks/gate_power.py`). Random moves "
-        f"too short to matter pass in {min(nothing):.0%}–{max(nothing):.0%} of searches, with fresh ones in {min(anew):.0%}–{max(anew):.0%} "
-        "(`benchmarks/gate_noise.py`). Jumping 2Δ at every trigger "
-        f"without asking (`fixed-k1`) is {f.fast(CHAIN, 'fixed-k1')} and {f.fast(SPELL, 'fixed-k1')} in net seconds, where the search is "
-        f"{f.fast(CHAIN, 'effopd')} and {f.fast(SPELL, 'effopd')}."
-    )
-
-
-def listed(items: Iterable[str]) -> str:
-    """`a, b and c`."""
-    *first, last = items
-    return f"{', '.join(first)} and {last}"
+    return table(["quantity", *NAMES], rows)
 
 
 def demo(summary: dict[str, Any]) -> str:
-    """What `effopd quickstart` prints of a demo, without the paths at its end."""
+    """Output of `effopd quickstart`, without the paths at its end."""
     console = Console(soft_wrap=True, width=80, file=io.StringIO(), force_terminal=False)
     console.print(quickstart._table(summary))
     console.print(quickstart._verdict(summary))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
-    return "\n".join(lines).strip("\n")
+    return "```\n" + "\n".join(lines).strip("\n") + "\n```"
 
 
-def published(docs: Path) -> dict[str, Any]:
-    """The JSON files that the README quotes."""
+GRIDS = ("results", "ablation")
+
+
+def _base(docs: Mapping[str, Any], grid: str) -> dict[str, Any]:
+    return docs[grid]["settings"]["base"]
+
+
+def published(docs: Path = DOCS) -> dict[str, Any]:
+    """The JSON files that the tables are made from."""
     files = {
         "results": "results.json", "final_quality": "final_quality.json", "ablation": "ablation/results.json",
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
@@ -296,23 +283,26 @@ def published(docs: Path) -> dict[str, Any]:
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
 
 
-def rewritten(readme: str, docs: dict[str, Any]) -> str:
-    """The README with what these results say."""
-    before, after = readme[: readme.index(START)], readme[readme.index(END) :]
-    before = re.sub(r"(?m)^There, at .*\n(?:.+\n)*", lambda _: status(Figures(docs["results"])) + "\n", before)
-    after = re.sub(
-        r"(What the demo prints:\n\n```\n).*?(\n```)",
-        lambda m: m[1] + demo(docs["demo"]) + m[2],
-        after,
-        flags=re.DOTALL,
-    )
-    return before + section(docs) + after
+def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
+    """Page → generated blocks."""
+    grids = docs["results"], docs["ablation"]
+    return {
+        DOCS.parent / "README.md": {"results": readme_table(docs)},
+        DOCS / "findings.md": findings(docs),
+        DOCS / "batch_size.md": {"settings": settings_table(*grids), "speed": speed_table(*grids)},
+        DOCS / "guide.md": {"demo": demo(docs["demo"])},
+    }
 
 
 def main() -> None:
-    docs, readme = published(ROOT / "docs"), ROOT / "README.md"
-    readme.write_text(rewritten(readme.read_text(), docs))
-    (ROOT / "docs" / PAGE).write_text(page(docs["results"], docs["ablation"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", action="store_true", help="redraw docs/readme.png too (needs matplotlib)")
+    arguments = parser.parse_args()
+    docs = published()
+    for page, content in blocks(docs).items():
+        rewrite(page, content)
+    if arguments.figure:
+        draw(docs["results"], DOCS / "readme.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the look-ahead costs at scale: bytes a rank and seconds a search for 1.7B to 32B students on 1, 8 and 32 GPUs.
 
-    .venv/bin/python benchmarks/scale_table.py [--bandwidth 3350] [--link 55] [--out docs/scale.md]
+    .venv/bin/python benchmarks/scale_table.py [--bandwidth 3350] [--link 55] [--write]
 
 Bytes follow from the configurations alone (`effopd.launch.model_states`, which a test checks against a real step). Seconds are
 bytes moved / bandwidth: `--bandwidth` is the memory's, in GB/s, `--link` that between GPU and host for an anchor in pinned
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
+from pages import DOCS, rewrite
 from torch import nn
 from transformers import Qwen3Config
 
-from effopd.common.files import write_atomically
 from effopd.extrapolate.live_weights import LiveWeights
 from effopd.launch.model_size import ModelSize, size_of
 from effopd.launch.model_states import FP32, model_state_bytes
@@ -65,6 +64,16 @@ def efficiency(megabytes: int = 512, repeats: int = 5) -> float:
     return CANDIDATE * ideal / best(lambda: weights.move_to(2.0))
 
 
+def inputs_table(bandwidth: float, link: float, share: float) -> str:
+    """The figures that the seconds rest on."""
+    rows = [
+        ("GPU memory bandwidth", f"{bandwidth:g} GB/s", "data sheet (H100)"),
+        ("GPU to pinned host memory", f"{link:g} GB/s", "data sheet (H100)"),
+        ("share of the copy bandwidth that a candidate reaches", f"{share:.0%}", "measured on a CPU"),
+    ]
+    return "\n".join(["| quantity | value | source |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def memory_table(sizes: dict[str, ModelSize]) -> str:
     heads = " | ".join(f"{ranks} GPU{'s' * (ranks > 1)}" for ranks in RANKS)
     lines = [
@@ -105,36 +114,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bandwidth", type=float, default=3350.0, help="memory bandwidth of a GPU, GB/s")
     parser.add_argument("--link", type=float, default=55.0, help="GPU to pinned host memory, GB/s")
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("--write", action="store_true", help="rewrite the tables of docs/scale.md")
     arguments = parser.parse_args()
     sizes = {name: size_of(config(*shape)) for name, shape in SHAPES.items()}
     share = efficiency()
-    page = f"""# What the look-ahead costs at scale
-
-Made by `benchmarks/scale_table.py`: bytes from the configurations (Qwen3 shapes), seconds from bytes and bandwidths. **Computed, not
-measured on GPUs**: {arguments.bandwidth:g} GB/s of memory and {arguments.link:g} GB/s to the host are data-sheet figures of an H100; the {share:.0%} of the copy
-bandwidth that a candidate reaches was measured on a CPU.
-
-## Memory a rank
-
-Anchor and one working copy of what moves, fp32, sharded (FSDP2) on 8 and 32 GPUs: at most half of what training itself holds for these
-parameters (weights, gradients, two moments). The released code gathers all parameters on every GPU, twice ({2 * FP32} bytes a parameter).
-
-{memory_table(sizes)}
-
-With `--effopd.anchor_device cpu` the anchor is on the host, and half of the extra memory stays on the GPU, during a search only.
-
-## Time a search
-
-A candidate reads the origin and the anchor and writes the parameters; a `line_search` search tries 2 to 8 besides the starting point (up to 18 at first where the learning rate is far too low), a search of the paper 1 to 5. The
-score costs more than moving: one forward of the rollouts for `teacher_kl` (last column, spread over the GPUs), sampling 50 answers for the
-paper's accuracy, whose cost is that of the sampling and is not estimated here.
-
-{time_table(sizes, arguments.bandwidth, arguments.link, share)}
-"""
-    print(page)
-    if arguments.out is not None:
-        write_atomically(arguments.out, lambda path: path.write_text(page))
+    blocks = {
+        "inputs": inputs_table(arguments.bandwidth, arguments.link, share),
+        "memory": memory_table(sizes),
+        "time": time_table(sizes, arguments.bandwidth, arguments.link, share),
+    }
+    print("\n\n".join(blocks.values()))
+    if arguments.write:
+        rewrite(DOCS / "scale.md", blocks)
 
 
 if __name__ == "__main__":

@@ -1,88 +1,170 @@
-"""The integrations of the README run word for word, and its tree is the tree on disk."""
+"""README and pages: code blocks run, tables and numbers follow from docs/*.json, links resolve, the tree is that on disk."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
+import architecture_tree
+import pages
 import pytest
+import readme_results
+import torch
+from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDCallback
+from effopd.tasks import builtin_models as testbed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+#: Speed-ups as the pages print them: `2.51×`.
+FACTOR = re.compile(r"\d+\.\d+(?=×)")
 
 
-def test_there_is_a_block_for_trl_for_pytorch_and_for_all_of_it():
-    assert len(BLOCKS) == 3 and "OPDTrainer(" in BLOCKS[2]
-    assert "DistillationTrainer(" in BLOCKS[0] and "effopd.step(step)" in BLOCKS[1]
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+
+
+def run(block: str, names: dict | None = None) -> dict:
+    names = {} if names is None else names
+    exec(compile(block, "a block of the page", "exec"), names)
+    return names
+
+
+def search_of(trainer):
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback)]
+    return callback.look_ahead
+
+
+def searched_steps(look_ahead) -> list[int]:
+    return [row["step"] for row in look_ahead.history]
+
+
+def test_the_front_page_is_read_in_a_minute():
+    assert len(README.splitlines()) <= 120
+    assert len(README.encode()) <= 9 * 1024
+
+
+def test_the_lines_for_a_trl_script(tmp_path):
+    """The README's block, put into a script that has a `trl.DistillationTrainer`."""
+    task = testbed.family_task("chain_sum", "train", size=256)
+    trainer = DistillationTrainer(
+        model=str(testbed.student_path()),
+        teacher_model=str(testbed.teacher_path()),
+        args=DistillationConfig(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=16, max_completion_length=8, bf16=False,
+            report_to="none",
+        ),
+        train_dataset=task.to_dataset(),
+    )  # fmt: skip
+    run(python_blocks(README)[0], {"trainer": trainer})
+    trainer.train()
+    assert searched_steps(search_of(trainer)) == [2, 3]
+
+
+def test_the_lines_for_a_plain_loop():
+    """The README's block, put into a script that has a model, an optimizer, batches and a scorer."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x = torch.randn(64, 4)
+
+    def loss(model):
+        return (model(x)[:, 0] - x.sum(1)).square().mean()
+
+    def train_step(model, optimizer, batch):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    before = loss(model).item()
+    names = run(
+        python_blocks(README)[1],
+        {"model": model, "optimizer": optimizer, "scorer": lambda model: -loss(model), "batches": range(8),
+         "train_step": train_step},
+    )  # fmt: skip
+    assert searched_steps(names["search"])[:2] == [1, 2] and loss(model).item() < before
 
 
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["trl", "pytorch", "all"])
-def test_blocks_run_as_they_stand(index, tmp_path, monkeypatch):
+def test_the_scripts_of_the_guide_run_as_they_stand(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(compile(BLOCKS[index], f"README block {index}", "exec"), names)
-    if index == 1:
-        look_ahead = names["effopd"]
-    else:
-        callbacks = names["trainer" if index == 0 else "run"].callback_handler.callbacks
-        (look_ahead,) = [callback.look_ahead for callback in callbacks if isinstance(callback, EffOPDCallback)]
-    assert [row["step"] for row in look_ahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
+    names = run(python_blocks(GUIDE)[index])
+    look_ahead = names["search"] if index == 1 else search_of(names["trainer" if index == 0 else "run"])
+    assert searched_steps(look_ahead) == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
     if index == 2:
         assert names["answers"].accuracy.mean > 0 and names["update"].summary["runs"]
 
 
-def test_the_printed_tree_is_the_tree_on_disk():
-    block = re.search(r"```\n(src/effopd/.*?)```", README, flags=re.DOTALL)
-    assert block is not None
-    printed: set[str] = set()
-    folders: list[str] = []
-    for line in block.group(1).splitlines():
-        name = re.search(r"([\w.]+/?)(?:\s{2,}|$)", line.lstrip("│├└─ ").strip())
-        if not name or line.startswith("src/"):
+def test_generated_blocks_are_those_of_the_json_files():
+    for page, content in readme_results.blocks(readme_results.published()).items():
+        text = page.read_text()
+        assert pages.with_blocks(text, content) == text, f"{page.name}: run benchmarks/readme_results.py"
+
+
+def test_every_speed_up_in_a_sentence_is_one_of_the_tables():
+    content = readme_results.blocks(readme_results.published())
+    computed = {number for blocks in content.values() for table in blocks.values() for number in FACTOR.findall(table)}
+    for page in (ROOT / "README.md", ROOT / "docs" / "findings.md", ROOT / "docs" / "batch_size.md"):
+        assert set(FACTOR.findall(page.read_text())) <= computed, page.name
+
+
+def test_the_tables_follow_the_results():
+    """One seed less in the JSON changes the tables that hold it."""
+    docs = readme_results.published()
+    changed = docs | {"results": {**docs["results"], "runs": [r for r in docs["results"]["runs"] if r["seed"]]}}
+    assert readme_results.same_rate(readme_results.Figures(changed["results"])) != readme_results.same_rate(
+        readme_results.Figures(docs["results"])
+    )
+    halved = [row | {"median": row["median"] and row["median"] / 2} for row in docs["results"]["speedups"]]
+    changed = docs | {"results": {**docs["results"], "speedups": halved}}
+    before, after = (FACTOR.findall(readme_results.readme_table(d)) for d in (docs, changed))
+    assert float(after[0]) == pytest.approx(float(before[0]) / 2, abs=0.01) and before[-1] == after[-1]
+
+
+def test_an_inverted_speed_up_changes_its_ends():
+    row = {"median": 2.0, "low": 0.0, "high": None, "n": 3}
+    assert readme_results.inverse(row) == {"median": 0.5, "low": 0.0, "high": None, "n": 3}
+    assert readme_results.inverse(row | {"low": 1.0, "high": 4.0}) == {"median": 0.5, "low": 0.25, "high": 1.0, "n": 3}
+
+
+def test_a_block_must_be_there_once():
+    page = "<!-- a -->\nold\n<!-- end of a -->\nmine\n"
+    assert pages.with_blocks(page, {"a": "new"}) == "<!-- a -->\n\nnew\n\n<!-- end of a -->\nmine\n"
+    for wrong in ("mine\n", page * 2):
+        with pytest.raises(ValueError, match="'a'"):
+            pages.with_blocks(wrong, {"a": "new"})
+
+
+def test_the_tree_of_the_architecture_page_is_the_tree_on_disk():
+    text = architecture_tree.PAGE.read_text()
+    assert pages.with_blocks(text, architecture_tree.blocks()) == text, "run benchmarks/architecture_tree.py --write"
+
+
+def markdown_pages() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    found = [ROOT / name for name in listed] or [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    return [path for path in found if path.exists() and path.name != "model_card.md"]
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", title).lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", markdown_pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_resolve(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
             continue
-        level = (len(line) - len(line.lstrip("│├└─ "))) // 4 - 1
-        folders = [*folders[:level], name.group(1)]
-        printed.add("".join(folders))
-    package = ROOT / "src" / "effopd"
-    on_disk = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
-    printed_files = {name for name in printed if name.endswith(".py")}
-    assert printed_files == on_disk
-
-
-@pytest.fixture(scope="module")
-def readme_results():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        loaded = importlib.util.spec_from_file_location("readme_results", ROOT / "benchmarks" / "readme_results.py")
-        module = importlib.util.module_from_spec(loaded)
-        loaded.loader.exec_module(module)
-        yield module
-
-
-def test_figures_are_those_of_the_results(readme_results):
-    docs = readme_results.published(ROOT / "docs")
-    assert readme_results.rewritten(README, docs) == README
-    assert (ROOT / "docs" / readme_results.PAGE).read_text() == readme_results.page(docs["results"], docs["ablation"])
-
-
-def test_the_demos_output_is_that_of_its_data(readme_results):
-    docs = readme_results.published(ROOT / "docs")
-    changed = docs | {"demo": docs["demo"] | {"seed": 7}}
-    assert readme_results.demo(docs["demo"]) in README
-    assert "testbed:chain_sum, seed 7: " in readme_results.rewritten(README, changed)
-
-
-def test_figures_change_with_the_results(readme_results):
-    docs = readme_results.published(ROOT / "docs")
-    section = README[README.index(readme_results.START) : README.index(readme_results.END)]
-    curve = {
-        run["strategy"]: run for run in docs["results"]["runs"] if run["learning_rate"] == 9e-05 and run["seed"] == 0
-    }
-    assert "1.02× [0.74, 2.40]" in section  # at ×3, where the baseline is tuned
-    fewer = [run for run in docs["results"]["runs"] if run is not curve["line_search"]]
-    changed = docs | {"results": docs["results"] | {"runs": fewer}}
-    assert readme_results.section(changed) != section
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(link)
+    assert not broken

@@ -1,13 +1,13 @@
-"""docs/dynamics.md: what it says follows from docs/dynamics/*.json, and "in every seed" from the values of the seeds."""
+"""The tables of docs/dynamics.md are those of docs/dynamics/*.json."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
+import dynamics_page as module
+import pages
 import pytest
 
 from effopd.common.statistics import student_t
@@ -16,67 +16,41 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("chain_sum", "spell_backward")
 
 
-@pytest.fixture(scope="module")
-def module():
-    loaded = importlib.util.spec_from_file_location("dynamics_page", ROOT / "benchmarks" / "dynamics_page.py")
-    found = importlib.util.module_from_spec(loaded)
-    sys.modules["dynamics_page"] = found  # its dataclass asks for it
-    loaded.loader.exec_module(found)
-    yield found
-    del sys.modules["dynamics_page"]
-
-
-def row(module, values, claim=None, side=1):
+def row(values, claim=None, side=1):
     return module.Row(claim or module.LONGER, "β", values, [0.0] * len(values), values, side, "number").to_row()
 
 
-def family(module, values):
-    return {"seeds": list(range(len(values))), "rows": [row(module, values)]}
-
-
-def test_the_page_is_what_its_command_writes(module):
+def test_the_page_is_what_its_command_writes():
     page = (ROOT / "docs" / "dynamics.md").read_text()
     families = module.published(ROOT / "docs" / "dynamics", NAMES)
-    assert module.rewritten(page, families) == page
+    blocks = {"tests": module.tests_table(families), "tables": module.page_table(families)}
+    assert pages.with_blocks(page, blocks) == page
     for content in families.values():
         for r in content["rows"]:
             assert r["verdict"] == module.verdict(r["test"]["low"], r["test"]["high"], r["side"], r["margin"])
 
 
-def test_a_row_keeps_the_value_of_every_seed(module):
+def test_a_row_keeps_the_value_of_every_seed():
     values = [0.2, 0.4, 0.4, 0.6, math.nan]
-    found = json.loads(json.dumps(row(module, values), allow_nan=False))
+    found = json.loads(json.dumps(row(values), allow_nan=False))
     assert found["test"]["values"] == [0.2, 0.4, 0.4, 0.6, None] and found["test"]["n"] == 4
     assert found["test"]["mean"] == student_t(values).mean and found["verdict"] == "shown"
 
 
-@pytest.mark.parametrize(
-    "values, said",
-    [
-        ([0.2, 0.4, 0.4, 0.2, 0.2], "in every seed (sums)"),
-        ([0.2, 0.9, 0.9, 0.9, 0.0], "in 4 of 5 seeds (sums)"),  # a tie is not larger
-        ([0.2, 0.9, 0.9, 0.9, math.nan], "in 4 of 5 seeds (sums)"),
-    ],
-)
-def test_in_every_seed_is_counted(module, values, said):
-    assert said in module.longer_steps({"sums": family(module, values)})
+def test_the_table_of_tests_counts_what_the_json_holds():
+    kept = {"seeds": [0, 1, 2], "rows": [row([0.2, 0.3, 0.2]), row([0.1, -0.1, 0.0])]}
+    assert "| tested values | 2 |" in module.tests_table({"sums": kept})
+    assert "| differ from 0 at 5 % each | 1 |" in module.tests_table({"sums": kept})
+    assert "| value of every seed stored in the JSON | yes |" in module.tests_table({"sums": kept})
+    del kept["rows"][0]["test"]["values"]
+    assert "| value of every seed stored in the JSON | no |" in module.tests_table({"sums": kept})
 
 
-def test_without_the_values_of_the_seeds_nothing_is_said_of_them(module):
-    families = {"sums": family(module, [0.2, 0.4, 0.4, 0.2, 0.2])}
-    assert "holds the value of every seed" in module.cautions(families)
-    del families["sums"]["rows"][0]["test"]["values"]
-    assert "every seed" not in module.longer_steps(families) and "in the mean over seeds" in module.longer_steps(
-        families
-    )
-    assert "mean and interval only" in module.cautions(families)
-
-
-def test_holm_and_the_p_value_agree_with_what_they_are_made_of(module):
+def test_holm_and_the_p_value_agree_with_what_they_are_made_of():
     from scipy import stats
 
     values = [0.1, 0.3, 0.2, 0.5, 0.1]
-    estimate = row(module, values)["test"]
+    estimate = row(values)["test"]
     assert module.p_value(estimate) == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
     assert module.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
     assert module.holm([0.04, 0.001]) == [True, True]
@@ -109,7 +83,7 @@ def interventions(seed: int) -> list[dict]:
     return rows
 
 
-def test_measuring_writes_the_value_of_every_seed(module, tmp_path):
+def test_measuring_writes_the_value_of_every_seed(tmp_path):
     """The whole path from tables of runs to the JSON, on made-up tables."""
     import pandas as pd
 
@@ -155,4 +129,3 @@ def test_measuring_writes_the_value_of_every_seed(module, tmp_path):
     assert accuracy["opd"]["values"] == pytest.approx([0.70, 0.71, 0.72]) and accuracy["test"][
         "values"
     ] == pytest.approx([-0.05] * 3)
-    assert "0.5 [0.5, 0.5] in every seed (sums)" in module.longer_steps({"sums": content})
