@@ -11,25 +11,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from effopd.common.files import read_rows
+from effopd.runs.records import read_evaluations, read_searches
 
 
 def main(folders: list[str]) -> None:
     print("| run | step | scale | gate: start → accepted | KL before → after | accuracy before → after |")
     print("|---|---|---|---|---|---|")
     for folder in map(Path, folders):
-        evals = list(read_rows(folder / "evals.jsonl"))
-        for search in read_rows(folder / "searches.jsonl"):
-            after = next((row for row in evals if row["step"] == search["step"]), None)
-            before = [row for row in evals if row["step"] < search["step"]]
-            if not search["accepted_scale"] or after is None:
+        evaluations = read_evaluations(folder)
+        for search in read_searches(folder):
+            after = next((evaluation for evaluation in evaluations if evaluation.step == search.step), None)
+            before = [evaluation for evaluation in evaluations if evaluation.step < search.step]
+            if not search.accepted_scale or after is None:
                 continue
-            start = search["trials"][0]["score"]
-            accepted = next(t["score"] for t in search["trials"] if t["scale"] == search["accepted_scale"])
-            kl, accuracy = ((before[-1][key], after[key]) for key in ("eval_kl", "eval_accuracy"))
+            start = search.start_score
+            accepted = next(trial.score for trial in search.trials if trial.scale == search.accepted_scale)
+            kl, accuracy = ((getattr(before[-1], name), getattr(after, name)) for name in ("kl", "accuracy"))
             worse = " **worse**" if kl[1] > kl[0] else ""
             print(
-                f"| {folder.parent.name}/{folder.name} | {search['step']} | {search['accepted_scale']:g} "
+                f"| {folder.parent.name}/{folder.name} | {search.step} | {search.accepted_scale:g} "
                 f"| {start:.2f} → {accepted:.2f} | {kl[0]:.4f} → {kl[1]:.4f}{worse} "
                 f"| {accuracy[0]:.3f} → {accuracy[1]:.3f} |"
             )
