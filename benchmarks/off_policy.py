@@ -24,17 +24,17 @@ import json
 import time
 from pathlib import Path
 
+import effopd.distill.teacher_kl as teacher_kl_module
 import numpy as np
 import torch
+from effopd.distill.teacher_kl import RolloutScorer
 from transformers import PrinterCallback
 
-import effopd.distill.teacher_kl as teacher_kl_module
 from effopd.commands.quickstart import quiet
 from effopd.commands.train import parse_train
 from effopd.common.isolation import evaluating, isolated_rng
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.evaluate_student import evaluate_task
-from effopd.distill.teacher_kl import RolloutScorer
 from effopd.extrapolate.search import Score, line_search
 from effopd.launch.opd import build_trainer
 from effopd.tasks.testbed_families import family_task

@@ -26,7 +26,7 @@ from trl import ModelConfig
 from effopd.commands.quickstart import quiet
 from effopd.distill.config import OPDConfig
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.extrapolate.search import Score
 from effopd.launch.opd import RunSettings, build_trainer
 from effopd.tasks import TaskConfig

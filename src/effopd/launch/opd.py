@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_quantization_config
 
 from effopd.common.versions import versions
-from effopd.distill.callback import EffOPDCallback, check_validation_size
+from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
 from effopd.distill.saving import check_generation_config
-from effopd.distill.teacher_kl import check_rollouts, rollouts_a_step
+from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
 from effopd.distill.trainer import OPDTrainer
+from effopd.distill.trl_host.state import accelerate_undisturbed
 from effopd.distill.values import check_values
 from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.config import EffOPDConfig
@@ -62,7 +61,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     train, held_out, longest = prompts(task, opd, tokenizer, why_answers(opd, effopd))
     check_prompts(settings, train)
     check_lengths(models, longest, opd.max_completion_length)
-    check_space(model, opd, models, len(train), rollouts_a_step(opd), effopd=effopd.enabled)
+    check_space(model, opd, models, len(train), rollouts_per_step(opd), effopd=effopd.enabled)
     opd.model_init_kwargs, opd.teacher_model_init_kwargs = loading(model, opd)
     trainer = OPDTrainer(
         model.model_name_or_path,
@@ -190,7 +189,7 @@ def check_prompts(settings: RunSettings, train: Task) -> None:
     Raises:
         ConfigError, TaskError: there are too few.
     """
-    batch = rollouts_a_step(settings.opd)
+    batch = rollouts_per_step(settings.opd)
     if len(train) < batch:
         raise ConfigError(
             f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "
@@ -331,7 +330,7 @@ def settings_yaml(
 ) -> str:
     """Every setting that is not a default, all of ours, what depends on the machine or on a preset, and the versions of the
     libraries as comments."""
-    with _accelerate_undisturbed():
+    with accelerate_undisturbed():
         default = type(args)(output_dir=args.output_dir)
     values = differing(model, ModelConfig()) | plain(task)
     values |= differing(args, default) | {
@@ -345,19 +344,6 @@ def settings_yaml(
     values |= extra
     lines = [f"# {name} {version}" for name, version in versions().items()]
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
-
-
-@contextmanager
-def _accelerate_undisturbed() -> Iterator[None]:
-    """A second `TrainingArguments` resets accelerate's state, perhaps to another device and to one process; put it back."""
-    states = (PartialState._shared_state, AcceleratorState._shared_state)
-    saved = [dict(state) for state in states]
-    try:
-        yield
-    finally:
-        for state, before in zip(states, saved, strict=True):
-            state.clear()
-            state.update(before)
 
 
 def plain(config: Any) -> dict[str, Any]:

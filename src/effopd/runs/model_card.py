@@ -16,7 +16,6 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
 from effopd.common.files import read_rows
 from effopd.common.versions import TRAINING, versions
@@ -37,9 +36,9 @@ _DIVERGENCES = {1.0: "reverse KL(student ‖ teacher)", 0.0: "forward KL(teacher
 def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Iterable[str] = ()) -> ModelCard:
     """The card of a run of one of our trainers, as far as the run has come."""
     teacher = getattr(trainer, "teacher_model", None)
-    student, adapter = _source(trainer.model), getattr(_bare(trainer), "peft_config", None)
+    student, adapter = trainer.model_id(trainer.model), getattr(_bare(trainer), "peft_config", None)
     packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
-    tracked = _trackers()
+    tracked = _trackers(trainer)
     data = ModelCardData(
         base_model=student if is_hub_id(student) else None,
         datasets=datasets,
@@ -47,15 +46,18 @@ def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Itera
         model_name=name,
         pipeline_tag="text-generation",
         tags=sorted(
-            {"generated_from_trainer", *trainer._tag_names, *tags} | {f"trackio:{u}" for u in tracked[:1] if u}
+            {"generated_from_trainer", *trainer.card_tags, *tags} | {f"trackio:{u}" for u in tracked[:1] if u}
         ),
     )
     facts = [
         ("student", _shown(student)),
-        ("teacher", "" if teacher is None else _shown(trainer.args.teacher_model_name_or_path or _source(teacher))),
+        (
+            "teacher",
+            "" if teacher is None else _shown(trainer.args.teacher_model_name_or_path or trainer.model_id(teacher)),
+        ),
         ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
         *_task_facts(trainer),
-        ("objective", objective(trainer.args, trainer._name)),
+        ("objective", objective(trainer.args, trainer.method_name)),
         ("strategy", "" if teacher is None else _strategy(trainer)),
         ("trained", _trained(adapter)),
         ("steps", _steps(trainer)),
@@ -69,13 +71,13 @@ def model_card(trainer: Any, name: str, datasets: str | None = None, tags: Itera
         name=name,
         student=dict(facts)["student"],
         teacher=dict(facts)["teacher"],
-        method=_method(trainer.args, trainer._name),
+        method=_method(trainer.args, trainer.method_name),
         facts=[(label, value.replace("|", "\\|")) for label, value in facts if value],
         whole=(trainer.run_dir.root / CONFIG).is_file(),
         results=_results(trainer),
         snippet=snippet(trainer, student, adapter=bool(adapter)),
         versions=packages,
-        citation=trainer._paper.get("citation"),
+        citation=trainer.citation,
     )
 
 
@@ -251,10 +253,6 @@ def _bare(trainer: Any) -> Any:
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
-def _source(model: Any) -> str:
-    return get_config_model_id(model.config) or ""
-
-
 def _shown(name: str) -> str:
     return f"`{_spoken(name)}`" if name else "a model object without a name"
 
@@ -272,7 +270,7 @@ def _chats(dataset: Any, tokenizer: Any) -> bool:
     return getattr(tokenizer, "chat_template", None) is not None
 
 
-def _trackers() -> tuple[str | None, str | None, str | None]:
+def _trackers(trainer: Any) -> tuple[str | None, str | None, str | None]:
     """Addresses of the run at Trackio, Comet and Weights & Biases, as far as it is there."""
     run = getattr(sys.modules.get("wandb"), "run", None)
-    return get_trackio_space_url(), get_comet_experiment_url(), getattr(run, "url", None)
+    return *trainer.tracker_urls(), getattr(run, "url", None)

@@ -1,4 +1,4 @@
-"""How good a candidate is. A scorer is any callable `model → Score` (or a plain number; larger is better)."""
+"""`accuracy`: the share of validation prompts that a candidate answers correctly."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class AccuracyScorer:
         encode_prompts(
             tokenizer, [example.prompt for example in task.examples], chat_template_kwargs
         )  # refused now, if at all
-        self.task, self._tokenizer, self._progress = task, tokenizer, progress
+        self.task, self.tokenizer, self._progress = task, tokenizer, progress
         self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -86,7 +86,7 @@ class AccuracyScorer:
         def answer() -> tuple[list[float] | None, int]:
             try:
                 with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent or None) as bar:
-                    result = evaluate(model, self._tokenizer, mine, seed=seed, progress=bar.update, **self._settings)
+                    result = evaluate(model, self.tokenizer, mine, seed=seed, progress=bar.update, **self._settings)
             except NonFiniteLossError:
                 return None, 0
             return [float(row[0]) for row in result.correct], result.generated_tokens
