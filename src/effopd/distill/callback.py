@@ -86,9 +86,10 @@ class EffOPDCallback(TrainerCallback):
         check_model(trainer.accelerator.unwrap_model(trainer.model), self.config, target=self._teacher() is not None)
         self.waits_for_rollouts = scorer is None and self.config.resolved_scorer == "teacher_kl"
         self._events = HostEvents(trainer)
+        self._rollouts: RolloutScorer | None = None
         self._host: dict[str, Any] = {"max_completion_length": getattr(trainer.args, "max_completion_length", None)}
         if self.waits_for_rollouts:
-            scorer = rollout_scorer(trainer, self.config.score_rollouts)
+            scorer = self._rollouts = rollout_scorer(trainer, self.config.score_rollouts)
             self._host["score_rollouts"] = wanted_rollouts(trainer.args, None)
         elif scorer is None and self.config.scored:
             task = task if task is not None else training_task(trainer.train_dataset, verify)
@@ -204,8 +205,8 @@ class EffOPDCallback(TrainerCallback):
 
         The search counts as part of the step that they belong to, so it comes after the checkpoint of the step before.
         """
-        state, scorer = self.trainer.state, self.scorer
-        assert isinstance(scorer, RolloutScorer)
+        state, scorer = self.trainer.state, self._rollouts
+        assert scorer is not None
         scorer.take(map(text_batch, rollouts))
         try:
             if self.look_ahead is not None and state.global_step > 0:

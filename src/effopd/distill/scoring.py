@@ -161,7 +161,7 @@ class TrainedDivergence:
     """
 
     def __init__(self, trainer: Any):
-        self._trainer = trainer
+        self.trainer = trainer
         student = trainer.accelerator.unwrap_model(trainer.model)
         self._vocab_size = shared_vocab_size(student, self._teacher, len(_tokenizer(trainer)))
         check_models(student, {"teacher": self._teacher}, generates=False)
@@ -169,17 +169,17 @@ class TrainedDivergence:
 
     @property
     def _teacher(self) -> Any:
-        return self._trainer.accelerator.unwrap_model(self._trainer.teacher_model)
+        return self.trainer.accelerator.unwrap_model(self.trainer.teacher_model)
 
     @torch.no_grad()
     def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """The teacher's hidden states [N, H] at the N scored positions of each batch."""
-        with self._trainer.accelerator.autocast():
+        with self.trainer.accelerator.autocast():
             return [batch.hidden(self._teacher) for batch in batches]
 
     def __call__(self, model: Any, batches: Sequence[TokenBatch], teacher_hidden: Sequence[Tensor]) -> list[Tensor]:
         """D(model, teacher) [N], in nats, at the scored positions of each batch."""
-        trainer = self._trainer
+        trainer = self.trainer
         with trainer.accelerator.autocast():
             return divergences(
                 model, self._teacher, batches, vocab_size=self._vocab_size, beta=trainer.beta,
