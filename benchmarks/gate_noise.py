@@ -37,7 +37,7 @@ from effopd.common.statistics import accuracy_interval
 from effopd.common.versions import versions
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.live_weights import LiveWeights
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.extrapolate.search import Score, first_failure_search
 from effopd.extrapolate.strategies.random_direction import random_like, seed_of
 from effopd.tasks import Task, TaskConfig, load_task

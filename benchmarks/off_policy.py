@@ -28,15 +28,16 @@ import numpy as np
 import torch
 from transformers import PrinterCallback
 
-import effopd.distill.teacher_kl as teacher_kl_module
 from effopd.commands.quickstart import quiet
 from effopd.commands.train import parse_train
 from effopd.common.isolation import evaluating, isolated_rng
+from effopd.distill import scoring
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.evaluate_student import evaluate_task
-from effopd.distill.teacher_kl import RolloutScorer
+from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.extrapolate.search import Score, line_search
 from effopd.launch.opd import build_trainer
+from effopd.models.logit_path import completion_hidden_states
 from effopd.tasks.testbed_families import family_task
 
 GRID = (-0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -48,6 +49,10 @@ class Watching(RolloutScorer):
 
     rows: list[dict]
 
+    def __init__(self, divergence, rollouts: int):
+        super().__init__(divergence, rollouts)
+        self._trainer = divergence.trainer
+
     def __call__(self, model):
         if self._teacher is None and not getattr(self, "busy", False):
             self.busy = True
@@ -56,14 +61,14 @@ class Watching(RolloutScorer):
         return super().__call__(model)
 
     def take(self, batches):
-        self.all_batches = batches
-        super().take(batches)
+        self.all_batches = list(batches)
+        super().take(self.all_batches)
 
     def measure(self, model) -> dict:
         trainer = self._trainer
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback))
         move_to = callback.look_ahead.weights.move_to
-        many = RolloutScorer(trainer, 10**9)
+        many = RolloutScorer(self._divergence, 10**9)
         many.take(self.all_batches)
         row = {"step": trainer.state.global_step + 1, "scale": list(GRID), "truth": [], "truth_se": [], "plain": {}}
         row |= {
@@ -110,9 +115,8 @@ class Watching(RolloutScorer):
             return [self.log_probs(model, batch) for batch in batches]
 
     def log_probs(self, model, batch):
-        keep, trainer = batch["valid"].shape[1], self._trainer
-        hidden = trainer._get_last_hidden_state(model, batch["ids"], batch["attention"], keep)
-        return model.get_output_embeddings()(hidden)[..., : trainer.vocab_size].float().log_softmax(-1)
+        hidden = completion_hidden_states(model, batch.ids_BL, batch.mask_BL, batch.scored_BT.shape[1])
+        return model.get_output_embeddings()(hidden)[..., : self._trainer.vocab_size].float().log_softmax(-1)
 
     @torch.no_grad()
     def weighted(self, model, batches, before) -> tuple[float, float]:
@@ -120,7 +124,7 @@ class Watching(RolloutScorer):
         total = weights = moved = count = 0.0
         for batch, old in zip(batches, before, strict=True):
             new, teacher = self.log_probs(model, batch), self.log_probs(self._trainer.teacher_model, batch)
-            valid, answer = batch["valid"], batch["ids"][:, -batch["valid"].shape[1] :]
+            valid, answer = batch.scored_BT, batch.ids_BL[:, -batch.scored_BT.shape[1] :]
             ratio = ((new - old).gather(-1, answer[..., None])[..., 0] * valid).cumsum(1)
             prefix = torch.cat([torch.zeros_like(ratio[:, :1]), ratio[:, :-1]], dim=1).exp().clamp(max=CUT)
             kl = (new.exp() * (new - teacher)).sum(-1)
@@ -243,7 +247,7 @@ def main() -> None:
     name = f"{arguments.family}-{arguments.seed}"
     rows_file = arguments.runs / f"{name}.json"
     if not rows_file.exists():
-        teacher_kl_module.RolloutScorer = Watching  # type: ignore[attr-defined]
+        scoring.RolloutScorer = Watching  # type: ignore[attr-defined]
         settings = parse_train(
             f"""--model_name_or_path testbed:student --teacher_model_name_or_path testbed:teacher
             --task testbed:{arguments.family} --train_size 4096 --eval_size 256 --max_steps {arguments.max_steps}

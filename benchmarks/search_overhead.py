@@ -24,9 +24,10 @@ from transformers import PrinterCallback
 from trl import ModelConfig
 
 from effopd.commands.quickstart import quiet
+from effopd.distill import scoring
 from effopd.distill.config import OPDConfig
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.extrapolate.search import Score
 from effopd.launch.opd import RunSettings, build_trainer
 from effopd.tasks import TaskConfig
@@ -69,9 +70,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     quiet()
-    import effopd.distill.callback as callback
-
-    callback.AccuracyScorer = Rejecting
+    scoring.AccuracyScorer = Rejecting  # type: ignore[attr-defined]
     overheads, unexplained = [], []
     for seed in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as folder:

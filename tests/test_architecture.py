@@ -131,3 +131,49 @@ def test_import_is_light():
 @pytest.mark.parametrize("name", effopd.__all__)
 def test_public_names_resolve(name):
     assert getattr(effopd, name) is not None
+
+
+#: Private names of a host that a class of ours has for itself, by file, and what it is there.
+OURS_TOO = {("interventions/results.py", "_models"): "results by the model they are of"}
+
+
+def test_private_names_of_hosts_stay_behind_the_door():
+    from helpers.host_names import uses  # loads the hosts
+
+    strays = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        where = path.relative_to(PACKAGE).as_posix()
+        if not where.startswith("distill/trl_host/"):
+            strays += [f"{where}:{line} {name}" for name, line in uses(path) if (where, name) not in OURS_TOO]
+    assert not strays
+    for where, name in OURS_TOO:  # no excuse outlives its reason
+        assert name in {each for each, _ in uses(PACKAGE / where)}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "trainer._buffered_inputs = None",
+        "getattr(trainer, '_metrics', None)",
+        "class T(Trainer):\n    def _run_epoch(self): ...",
+        "class T(Trainer):\n    _tag_names = []",
+        "def f():\n    from trl.models.utils import _ForwardRedirection",
+        "from trl.kernels.chunked_divergence import ChunkedDivergenceFunction",
+    ],
+)
+def test_a_private_name_outside_the_door_is_seen(code, tmp_path):
+    from helpers.host_names import uses
+
+    (tmp_path / "stray.py").write_text(code)
+    assert uses(tmp_path / "stray.py")
+    (tmp_path / "ours.py").write_text("self._model = f'{name}_metrics'\ndef _step(): ...\nfrom trl import GRPOTrainer")
+    assert not uses(tmp_path / "ours.py")
+
+
+def test_look_ahead_knows_no_trainer():
+    """`extrapolate` imports neither TRL nor the trainer of transformers, not even through what it imports."""
+    code = "import pkgutil, importlib, sys, effopd.extrapolate as room\n"
+    code += "[importlib.import_module(each.name) for each in pkgutil.walk_packages(room.__path__, 'effopd.extrapolate.')]\n"
+    code += "print(sorted(m for m in ('trl', 'transformers.trainer', 'transformers.trainer_callback') if m in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

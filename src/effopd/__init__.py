@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from effopd.distill.trainer import OPDTrainer as OPDTrainer
     from effopd.extrapolate.config import EffOPDConfig as EffOPDConfig
     from effopd.extrapolate.effopd import EffOPD as EffOPD
-    from effopd.extrapolate.scorers import AccuracyScorer as AccuracyScorer
+    from effopd.extrapolate.scorers.accuracy import AccuracyScorer as AccuracyScorer
     from effopd.extrapolate.search import Score as Score
     from effopd.tasks import TaskConfig as TaskConfig
     from effopd.tasks import load_task as load_task

@@ -16,6 +16,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from effopd import EffOPD, EffOPDCallback, EffOPDConfig
 from effopd.common.files import read_rows
+from effopd.distill.trl_host.events import HostEvents
+from effopd.distill.trl_host.state import drop_rollouts
 from effopd.errors import CheckpointError, ConfigError, ScorerError, TaskError
 from effopd.runs.records import SEARCHES
 
@@ -283,6 +285,57 @@ def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
         assert trainer.costs.search_forward_tokens == 0
     for when in ("before", "after one step"):
         assert all(torch.equal(a, b) for a, b in zip(runs["never"], runs[when], strict=True))
+
+
+def test_a_removed_callback_moves_nothing_in_a_second_training_on_rollouts(tmp_path):
+    """It has a look-ahead of the first training, whose patch used to hand it the rollouts of the second."""
+    trainer = plain_trl(tmp_path, max_steps=3)
+    callback = EffOPDCallback(trainer, EffOPDConfig("line_search", score_rollouts=4))
+    trainer.add_callback(callback)
+    trainer.train()
+    searches = len(list(read_rows(tmp_path / SEARCHES)))
+    trainer.remove_callback(callback)
+    trainer.args.max_steps = 6
+    trainer.optimizer = trainer.lr_scheduler = None
+    callback.look_ahead.step = lambda step: fail()
+    steps = []
+    trainer.add_callback(Steps(steps))
+    trainer.train()
+    assert steps == [1, 2, 3, 4, 5, 6] and searches > 0
+    assert len(list(read_rows(tmp_path / SEARCHES))) == searches
+    assert left_behind(trainer) == []
+
+
+class Steps(TrainerCallback):
+    def __init__(self, steps: list[int]):
+        self._steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._steps.append(state.global_step)
+
+
+def test_rollouts_dropped_by_who_waits_for_them_are_sampled_again(tmp_path):
+    """`HostEvents` on its own: one event per step, with all its micro-batches; nothing once it is detached."""
+    trainer = make_trainer(
+        tmp_path, **FAST | {"max_steps": 3, "eval_strategy": "no", "per_device_train_batch_size": 4},
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    events, ready = HostEvents(trainer), []
+
+    def drop(rollouts):
+        ready.append((trainer.state.global_step, len(rollouts)))
+        if trainer.state.global_step == 1:
+            drop_rollouts(trainer)
+
+    events.attach(active=lambda: trainer.state.global_step < 2, stopped=lambda: events.detach(), rollouts_ready=drop)
+    sampled, sample = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (
+        sampled.append(trainer.state.global_step) or sample(inputs)
+    )
+    trainer.train()
+    assert ready == [(0, 2), (1, 2)]
+    assert sampled == [0, 1, 1, 2]
+    assert left_behind(trainer) == []
 
 
 def test_a_trainer_has_one_callback(tmp_path):

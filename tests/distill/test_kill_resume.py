@@ -15,9 +15,10 @@ from helpers.tiny_models import make_model
 from helpers.tiny_run import EFFOPD, STEPS, make_trainer
 from safetensors.torch import load_file
 from transformers import TrainerState
+from trl.trainer.utils import RepeatSampler
 
 from effopd.common.files import read_rows
-from effopd.distill.run_dir_mixin import EpochRepeatSampler, _EpochCallback, _TerminationCallback
+from effopd.distill.run_dir_mixin import EpochSampler, _EpochCallback, _TerminationCallback
 from effopd.errors import CheckpointError
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "tiny_run.py"
@@ -83,7 +84,7 @@ def test_data_order_after_a_resume_on_several_processes():
     """accelerate tells the sampler the epoch, but not through what a resume wraps around the batches of one of several ranks."""
 
     def batches(resumed: bool) -> list[list[int]]:
-        sampler = EpochRepeatSampler(range(16), mini_repeat_count=1, batch_size=2, shuffle=True, seed=0)
+        sampler = EpochSampler(RepeatSampler(range(16), mini_repeat_count=1, batch_size=2, shuffle=True, seed=0))
         loader = torch.utils.data.DataLoader(range(16), batch_size=2, sampler=sampler)
         loader = prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False)
         callback = _EpochCallback()

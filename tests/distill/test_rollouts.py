@@ -273,7 +273,7 @@ class Engine:
 def with_engine(path, flatten, **settings):
     trainer = make_trainer(path, loss_type="sampled", **FAST | {"max_steps": 2} | settings)
     engine = Engine(trainer, flatten)
-    trainer._keep_engine_logps()
+    engine.logprobs = 0
     ratios, real = [], trainer_module.sampled_loss
 
     def spy(h_student, h_teacher, head, *args, **kwargs):
@@ -318,6 +318,5 @@ def test_a_log_prob_that_is_none_stops_the_run(tmp_path):
         return out
 
     engine.generate = broken
-    trainer._keep_engine_logps()
     with pytest.raises(NonFiniteLossError):
         trainer.train()

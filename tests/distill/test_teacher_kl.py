@@ -14,9 +14,10 @@ from trl import DistillationConfig, DistillationTrainer
 from effopd import EffOPDCallback, EffOPDConfig
 from effopd.common.files import read_rows
 from effopd.distill.divergence import reverse_kl_of_completions
-from effopd.distill.teacher_kl import wanted_rollouts
+from effopd.distill.scoring import text_batch, wanted_rollouts
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.live_weights import bit_sum
+from effopd.models.token_batch import TokenBatch
 
 FAST = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
 LOOK = EffOPDConfig("line_search", score_rollouts=5)
@@ -42,12 +43,16 @@ def test_a_score_is_the_exact_kl_of_the_steps_own_rollouts(tmp_path):
     take = scorer.take
 
     def spy(batches):
+        (batch,) = batches = list(batches)
         take(batches)
-        (inputs,) = batches
         score = scorer(trainer.model)
+        answer_length = batch.scored_BT.shape[1]
         prompts, answers = (
-            [row[mask.bool()].tolist() for row, mask in zip(inputs[f"{n}_ids"], inputs[f"{n}_mask"], strict=True)][:5]
-            for n in ("prompt", "completion")
+            [row[mask.bool()].tolist() for row, mask in zip(ids, masks, strict=True)][:5]
+            for ids, masks in (
+                (batch.ids_BL[:, :-answer_length], batch.mask_BL[:, :-answer_length]),
+                (batch.ids_BL[:, -answer_length:], batch.mask_BL[:, -answer_length:]),
+            )
         )
         sums, counts = reverse_kl_of_completions(
             trainer.model.eval(),
@@ -74,13 +79,12 @@ def test_a_score_is_the_exact_kl_of_the_steps_own_rollouts(tmp_path):
 
 def dense_divergence(student, teacher, batch, beta, temperature):
     """Σ over the tokens of each rollout, from whole [V] distributions in float64."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    width = batch["completion_ids"].shape[1]
+    width = batch.scored_BT.shape[1]
     with torch.no_grad():
         s, t = (
             (
-                model.eval()(ids, attention_mask=attention).logits[:, -width - 1 : -1].double() / temperature
+                model.eval()(batch.ids_BL, attention_mask=batch.mask_BL).logits[:, -width - 1 : -1].double()
+                / temperature
             ).log_softmax(-1)
             for model in (student, teacher)
         )
@@ -93,7 +97,7 @@ def dense_divergence(student, teacher, batch, beta, temperature):
     else:
         mixture = ((1 - beta) * s.exp() + beta * t.exp()).log()
         tokens = beta * kl(t, mixture) + (1 - beta) * kl(s, mixture)
-    return (tokens * batch["completion_mask"]).sum(1).tolist()
+    return (tokens * batch.scored_BT).sum(1).tolist()
 
 
 @pytest.mark.parametrize("host", ["ours", "trl"])
@@ -110,12 +114,12 @@ def test_a_score_is_the_divergence_that_is_trained(tmp_path, host, beta):
     take = scorer.take
 
     def spy(batches):
+        (batch,) = batches = list(batches)
         take(batches)
-        (batch,) = batches
         score = scorer(trainer.model.eval())
         sums = dense_divergence(trainer.model, trainer.teacher_model, batch, beta, 0.8)
         trainer.model.train()
-        seen.append((score, sums, int(batch["completion_mask"].sum())))
+        seen.append((score, sums, int(batch.scored_BT.sum())))
 
     scorer.take = spy
     trainer.train()
@@ -164,11 +168,11 @@ def test_pieces_do_not_change_a_score(tmp_path, pieces):
 
     def spy(batches):
         (whole,) = batches
-        tensors = {name: value for name, value in whole.items() if name.endswith(("_ids", "_mask"))}
-        take([tensors])
+        take([whole])
         scores.append(scorer(trainer.model))
         size = -(-8 // pieces)
-        take([{name: value[i : i + size] for name, value in tensors.items()} for i in range(0, 8, size)])
+        columns = (whole.ids_BL, whole.mask_BL, whole.scored_BT)
+        take(TokenBatch(*(column[i : i + size] for column in columns)) for i in range(0, 8, size))
         scores.append(scorer(trainer.model))
 
     scorer.take = spy
@@ -307,7 +311,7 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
         make_trainer(tmp_path / "x", effopd=LOOK, lambda_extrapolation=1.25, reference_model=make_model(2), **FAST)
     with pytest.raises(ConfigError, match="at least 2 a step"):
         make_trainer(tmp_path / "z", effopd=LOOK, per_device_train_batch_size=1, **FAST)
-    scorer = scorer_of(make_trainer(tmp_path / "y", effopd=LOOK, **FAST))
+    make_trainer(tmp_path / "y", effopd=LOOK, **FAST)
     assert "noisier" not in caplog.text
     by_default = EffOPDConfig("line_search")
     make_trainer(tmp_path / "enough", effopd=by_default, gradient_accumulation_steps=1, **FAST)
@@ -322,7 +326,7 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
     assert "would like 32 rollouts a step (--effopd.score_rollouts) but a step samples 16" in caplog.text
     assert "--per_device_train_batch_size 8 × --gradient_accumulation_steps 2 × 1 process(es)" in caplog.text
     with pytest.raises(ConfigError, match="come with pixel_values"):
-        scorer.take([{"pixel_values": torch.zeros(1), "completion_ids": torch.zeros(2, 3)}])
+        text_batch({"pixel_values": torch.zeros(1), "completion_ids": torch.zeros(2, 3)})
 
 
 @pytest.mark.parametrize("kind", ["recurrent_gemma", "modernbert-decoder"])

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from effopd.common.distributed import exit_gloo, rank
 from effopd.common.isolation import isolated_rng
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.tasks.base import Task
 from effopd.tasks.sampling import Sampling
 

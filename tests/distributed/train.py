@@ -21,7 +21,7 @@ from plain_loop import whole
 
 from effopd import EffOPDConfig
 from effopd.common.distributed import exit_gloo, rank
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 
 FSDP2 = {
     "fsdp_version": 2,

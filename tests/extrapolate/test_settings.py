@@ -14,7 +14,7 @@ from effopd import EffOPD, EffOPDConfig, Score
 from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.config import ONLY_FOR
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, fingerprint
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.extrapolate.settings_in_use import DECIDE_NOTHING, OF_BUILT_IN_SCORERS, OF_THE_STRATEGY, WELCOME_ANYWHERE
 from effopd.extrapolate.strategies import STRATEGIES
 from effopd.tasks.sampling import Sampling

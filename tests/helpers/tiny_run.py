@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.extrapolate import anchor_files
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.runs.run_dir import RunDir
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 

@@ -15,7 +15,7 @@ from effopd.commands.main import main
 from effopd.distill.config import OPDConfig
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import CompatibilityError, TaskError
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.launch.preflight import check_task, load_tokenizer
 from effopd.tasks import Example, Task, check_prompt_lengths
 from effopd.tasks.generate import encode_prompts, generate

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from effopd.errors import TaskError
-from effopd.extrapolate.scorers import training_task
+from effopd.extrapolate.scorers.accuracy import training_task
 from effopd.tasks import Example, MathVerifier, Task, check_verifier, read_math_rows
 from effopd.tasks.math_grading import render_boxed
 from effopd.tasks.reference import UnusableAnswer, reference_text

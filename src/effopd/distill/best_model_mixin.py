@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,15 @@ class BestModelMixin(_Host):
         folders = [own.parent, *([self.resumed_from.parent] if self.resumed_from else [])]
         return next((folder / own.name for folder in folders if (folder / own.name).is_dir()), None)
 
-    def _determine_best_metric(self, metrics, trial):
+    def around_best_metric(self, judge: Callable[[], bool]) -> bool:
         """The host's, among the steps that are saved: another one could not be gone back to."""
         saved = self.args.save_strategy == "best" or self.control.should_save
         if self.args.load_best_model_at_end and not saved:
             return False
-        return super()._determine_best_metric(metrics, trial)
+        return judge()
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
+    def around_best_model(self, load: Callable[[], None]) -> None:
+        load()
         self.kept = Kept(self.state.best_global_step, self.args.metric_for_best_model, self.state.best_metric)
 
     def _say_kept(self) -> None:

@@ -6,7 +6,7 @@ It searches right after the optimizer step (`on_step_end`), before that step is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,19 @@ from transformers import Trainer, TrainerCallback
 
 from effopd.common.distributed import broadcast_from_rank0, world_size
 from effopd.common.files import append_row, keep_rows
-from effopd.distill.trl_host import Patches, resumed_checkpoint
-from effopd.errors import CheckpointError, ConfigError, TaskError
+from effopd.distill.scoring import accuracy_scorer, rollout_scorer, text_batch, wanted_rollouts
+from effopd.distill.trl_host.events import HostEvents
+from effopd.distill.trl_host.state import drop_rollouts, log_metrics, mark_engine_stale, resumed_checkpoint
+from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.effopd import EffOPD, Scorer, check_model
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
-from effopd.extrapolate.scorers import AccuracyScorer, training_task
+from effopd.extrapolate.scorers.accuracy import training_task
+from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.extrapolate.search import Score
 from effopd.extrapolate.settings_in_use import refuse_unread
 from effopd.runs.records import SEARCHES
 from effopd.tasks.base import Task, Verifier
-from effopd.tasks.sampling import Sampling
 
 #: What `host_refused` says of it.
 DEEPSPEED = "DeepSpeed, whose masters live in the optimizer"
@@ -37,19 +39,6 @@ def host_refused(host: str) -> ConfigError:
         "the look-ahead moves weights that are whole (one process, DDP) or sharded row by row (FSDP2); this run uses "
         f"{host}. Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: 2), or train without a look-ahead."
     )
-
-
-def check_validation_size(config: EffOPDConfig, task: Task) -> None:
-    """D_v can be drawn from the training prompts.
-
-    Raises:
-        TaskError: there are too few.
-    """
-    if config.validation_size > len(task):
-        raise TaskError(
-            f"D_v needs {config.validation_size} training prompts but there are {len(task)}: lower "
-            "EffOPDConfig.validation_size or add prompts."
-        )
 
 
 class EffOPDCallback(TrainerCallback):
@@ -96,18 +85,17 @@ class EffOPDCallback(TrainerCallback):
             refuse_unread(self.config, scorer, ())
         check_model(trainer.accelerator.unwrap_model(trainer.model), self.config, target=self._teacher() is not None)
         self.waits_for_rollouts = scorer is None and self.config.resolved_scorer == "teacher_kl"
-        self._rollouts: Any = None
+        self._events = HostEvents(trainer)
+        self._rollouts: RolloutScorer | None = None
         self._host: dict[str, Any] = {"max_completion_length": getattr(trainer.args, "max_completion_length", None)}
         if self.waits_for_rollouts:
-            from effopd.distill.teacher_kl import RolloutScorer, wanted_rollouts  # knows the trainers, which know this
-
-            scorer = self._rollouts = RolloutScorer(trainer, self.config.score_rollouts)
+            scorer = self._rollouts = rollout_scorer(trainer, self.config.score_rollouts)
             self._host["score_rollouts"] = wanted_rollouts(trainer.args, None)
         elif scorer is None and self.config.scored:
-            scorer = self._accuracy_scorer(task if task is not None else training_task(trainer.train_dataset, verify))
+            task = task if task is not None else training_task(trainer.train_dataset, verify)
+            scorer = accuracy_scorer(trainer, self.config, task)
         self.scorer: Scorer | None = scorer
         self.look_ahead: EffOPD | None = None
-        self._patches: Patches | None = None
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
 
@@ -121,29 +109,6 @@ class EffOPDCallback(TrainerCallback):
                 f"torch.distributed has {world_size()} processes but the trainer counts {trainer.accelerator.num_processes}: each "
                 "would train on its own. Build the TrainingArguments once, in every process, under one launcher."
             )
-
-    def _accuracy_scorer(self, task: Task) -> AccuracyScorer:
-        trainer, config = self.trainer, self.config
-        limit = config.max_completion_length or getattr(trainer.args, "max_completion_length", None)
-        if limit is None:
-            raise ConfigError(
-                f"{type(trainer).__name__} has no max_completion_length: set EffOPDConfig.max_completion_length for "
-                "the validation answers, or pass a scorer."
-            )
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        check_validation_size(config, task)
-        return AccuracyScorer(
-            task.sample(config.validation_size, config.seed),
-            tokenizer,
-            Sampling(
-                max_new_tokens=limit,
-                temperature=config.temperature,
-                batch_size=config.validation_batch_size,
-                chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
-            ),
-            progress=not trainer.args.disable_tqdm,
-            vocab_size=getattr(trainer, "vocab_size", None),
-        )
 
     def check_resume(self, checkpoint: Path) -> None:
         """Refuse to go on from a checkpoint of other settings; `OPDTrainer` calls this before it loads or writes anything.
@@ -161,36 +126,18 @@ class EffOPDCallback(TrainerCallback):
         return any(callback is self for callback in self.trainer.callback_handler.callbacks)
 
     def _attach(self) -> None:
-        """What the events of the host do not offer is patched into this trainer, for the length of one `train`."""
-        self._patches = patches = Patches(self.trainer)
-        patches.replace("_run_epoch", self._detached_after)
-        if self._rollouts is not None:
-            self._rollouts.watch(patches, self._on_rollouts, wanted=lambda: self._registered)
-        if self.config.resolved_steer:  # log the rate that steps are taken with; the host knows the schedule's only
-            patches.replace("_get_learning_rate", lambda scheduled: lambda: scheduled() * self._applied_factor())
+        self._events.attach(
+            active=lambda: self._registered,
+            stopped=self._detach,
+            rate_multiplier=self._applied_factor if self.config.resolved_steer else None,
+            rollouts_ready=self._on_rollouts if self.waits_for_rollouts else None,
+        )
 
     def _detach(self) -> None:
         """Leave nothing on the trainer, its optimizer or its rollouts."""
-        if self._patches is not None:
-            self._patches.undo()
-            self._patches = None
+        self._events.detach()
         if self.look_ahead is not None:
             self.look_ahead.close()
-
-    def _detached_after(self, run_epoch: Callable[..., Any]) -> Callable[..., Any]:
-        """An epoch, after which nothing is left of a callback that failed, or was removed in it: it gets no `on_train_end`."""
-
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            done = False
-            try:
-                result = run_epoch(*args, **kwargs)
-                done = self._registered
-                return result
-            finally:
-                if not done:
-                    self._detach()
-
-        return guarded
 
     def _applied_factor(self) -> float:
         return 1.0 if self.look_ahead is None else self.look_ahead.applied_learning_rate_factor
@@ -253,12 +200,19 @@ class EffOPDCallback(TrainerCallback):
         if not self.waits_for_rollouts:
             self._search(args, state, state.global_step)
 
-    def _on_rollouts(self) -> None:
-        """A step's rollouts are there and nothing has been trained on them yet. The search counts as part of that step, so it
-        comes after the checkpoint of the step before."""
-        state = self.trainer.state
-        if self.look_ahead is not None and state.global_step > 0:
-            self._search(self.trainer.args, state, state.global_step + 1)
+    def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
+        """Search on rollouts that nothing has been trained on yet.
+
+        The search counts as part of the step that they belong to, so it comes after the checkpoint of the step before.
+        """
+        state, scorer = self.trainer.state, self._rollouts
+        assert scorer is not None
+        scorer.take(map(text_batch, rollouts))
+        try:
+            if self.look_ahead is not None and state.global_step > 0:
+                self._search(self.trainer.args, state, state.global_step + 1)
+        finally:
+            scorer.drop()
 
     def _search(self, args, state, step: int) -> None:
         if self.look_ahead is None:
@@ -313,16 +267,14 @@ class EffOPDCallback(TrainerCallback):
         )
 
     def _weights_moved(self) -> None:
-        """Engines with their own copy of the weights, and rollouts made with the old ones, are out of date now.
+        """Invalidate what was made with the old weights.
 
-        The full KL of a search that used a step's rollouts is still a loss on them; the sampled one is an estimate only where
-        the weights that it updates are those that sampled.
+        Rollouts that a search has used stay unless the sampled loss is trained: the full KL is still a loss on them, the
+        sampled one is an estimate only where the weights that it updates are those that sampled.
         """
-        if getattr(self.trainer, "use_vllm", False):
-            self.trainer._last_loaded_step = -1
-        keep = self.waits_for_rollouts and getattr(self.trainer.args, "loss_type", None) != "sampled"
-        if getattr(self.trainer, "_buffered_inputs", None) is not None and not keep:
-            self.trainer._buffered_inputs = None
+        mark_engine_stale(self.trainer)
+        if not self.waits_for_rollouts or getattr(self.trainer.args, "loss_type", None) == "sampled":
+            drop_rollouts(self.trainer)
 
     def _log(self, row: dict[str, Any]) -> None:
         metrics = {
@@ -335,10 +287,8 @@ class EffOPDCallback(TrainerCallback):
             "effopd/memory_bytes": row.get("memory_bytes"),
         }
         metrics = {name: float(value) for name, value in metrics.items() if value is not None}
-        if hasattr(self.trainer, "_metrics"):  # TRL averages these into the step's own log row
-            for name, value in metrics.items():
-                self.trainer._metrics["train"][name].append(value)
-        else:  # a log during on_step_end would swallow the step's own row, so this one waits for the next event
+        if not log_metrics(self.trainer, metrics):
+            # a log during on_step_end would swallow the step's own row, so this one waits for the next event
             self._pending = metrics
 
     def _flush(self) -> None:

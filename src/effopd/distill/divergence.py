@@ -8,21 +8,19 @@ distributions: "reverse KL" is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-from trl.models.utils import _ForwardRedirection
-from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from effopd.common.float64 import for_float64
+from effopd.distill.trl_host.kernels import divergence_kernel, divergence_loss, logprob_kernel
+from effopd.distill.trl_host.models import inside_forward
 from effopd.errors import CompatibilityError
-from effopd.models.logit_path import completion_hidden_states, core_of, logit_path, whole_tensor
+from effopd.models.logit_path import core_of, logit_path, whole_tensor
+from effopd.models.token_batch import TokenBatch
 
 T = TypeVar("T")
 
@@ -70,6 +68,11 @@ class Head:
             weight, bias = weight[:vocab_size], bias[:vocab_size] if bias is not None else None
         return cls(weight, bias, path.scale, path.softcap)
 
+    def whole(self) -> Head:
+        """The same head with its tensors gathered, if FSDP2 shards them (every rank must call this then)."""
+        bias = None if self.bias is None else whole_tensor(self.bias)
+        return replace(self, weight=whole_tensor(self.weight), bias=bias)
+
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Dense fp32 logits [N, V] of a few positions."""
         logits = torch.nn.functional.linear(hidden.float(), self.weight.float())
@@ -81,10 +84,40 @@ class Head:
         return logits / temperature
 
 
+class Predictions(NamedTuple):
+    """What a model predicts at the T answer tokens of a batch, before it becomes [B, T, V] logits."""
+
+    hidden_BTH: Tensor
+    head: Head
+
+    def to(self, device: torch.device) -> Predictions:
+        """The hidden states moved to `device`."""
+        return Predictions(self.hidden_BTH.to(device), self.head)
+
+
+class Answers(NamedTuple):
+    """The T answer tokens of a batch.
+
+    Attributes:
+        ids_BT: token ids.
+        mask_BT: whether each is trained on.
+        sampler_logps_BT: log π_sampler(y), NaN where it was not recorded; `None`: nowhere.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    sampler_logps_BT: Tensor | None = None
+
+    def to(self, device: torch.device) -> Answers:
+        """All of it moved to `device`."""
+        logps_BT = None if self.sampler_logps_BT is None else self.sampler_logps_BT.to(device)
+        return Answers(self.ids_BT.to(device), self.mask_BT.to(device), logps_BT)
+
+
 def gathered(model: Any, work: Callable[[], T]) -> T:
     """Run `work` with the weights of `model` whole: inside its forward, if FSDP2 shards it (every rank must call this), else
     right away."""
-    return _ForwardRedirection()(model, model, work) if isinstance(model, FSDPModule) else work()
+    return inside_forward(model, model, work) if isinstance(model, FSDPModule) else work()
 
 
 def mixture_head(teacher: Head, reference: Head, weight: float, dtype: torch.dtype = torch.float32) -> Head:
@@ -190,46 +223,18 @@ def full_loss(
         num_items: what the sum over tokens (by_answer: over answers) is divided by; `None`: their number here.
         by_answer: every answer counts alike, whatever its length: the mean over answers of the mean over their tokens.
     """
-    if by_answer:
-        valid = mask_BT != 0
-        value_N, entropy_N = ChunkedDivergenceFunction.apply(
-            h_student_BTH[valid], whole_tensor(student.weight), student.bias, h_teacher_BTH[valid],
-            whole_tensor(teacher.weight), teacher.bias, beta, temperature, student.scale, student.softcap, teacher.scale,
-            teacher.softcap,
-        )  # fmt: skip
-        return _weighted_mean(value_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()
-    return _chunked_divergence_loss(
-        h_student_BTH,
-        h_teacher_BTH,
-        student.weight,
-        teacher.weight,
-        mask_BT,
-        beta,
-        num_items_in_batch=num_items,
-        student_lm_head_bias=student.bias,
-        teacher_lm_head_bias=teacher.bias,
-        student_logit_scale=student.scale,
-        teacher_logit_scale=teacher.scale,
-        student_final_logit_softcapping=student.softcap,
-        teacher_final_logit_softcapping=teacher.softcap,
-        temperature=temperature,
+    if not by_answer:
+        return divergence_loss(h_student_BTH, student, h_teacher_BTH, teacher, mask_BT, beta, temperature, num_items)
+    valid = mask_BT != 0
+    value_N, entropy_N = divergence_kernel(
+        h_student_BTH[valid], student.whole(), h_teacher_BTH[valid], teacher.whole(), beta, temperature
     )
+    return _weighted_mean(value_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()
 
 
 def token_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log π(target) and the entropy (nats) at N positions, without the [N, V] logits."""
-    logp, entropy, *_ = ChunkedLogProbFunction.apply(
-        hidden_NH,
-        head.weight,
-        head.bias,
-        targets_N,
-        temperature,
-        _VOCAB_CHUNK,
-        head.softcap,
-        head.scale,
-        ("entropy",),
-    )
-    return logp, entropy
+    return logprob_kernel(hidden_NH, head, targets_N, temperature, _VOCAB_CHUNK)
 
 
 def sampled_loss(
@@ -318,45 +323,44 @@ def reverse_kl_of_completions(
             "sequences that both can read. Sample with `vocab_size` (see `effopd.tasks.evaluate.generate`)."
         )
 
-    def measure() -> list[float]:
-        return _reverse_kl_sums(
-            student, teacher, prompt_ids, completion_ids, vocab_size, pad_token_id, temperature, batch_size
-        )
+    starts = range(0, len(prompt_ids), batch_size)
+    batches = [
+        TokenBatch.of(prompt_ids[i : i + batch_size], completion_ids[i : i + batch_size], pad_token_id) for i in starts
+    ]
+    values = divergences(student, teacher, batches, vocab_size=vocab_size, beta=1.0, temperature=temperature)
+    sums = [each for batch, value_N in zip(batches, values, strict=True) for each in batch.sums(value_N)]
+    return sums, [len(answer) for answer in completion_ids]
 
-    return gathered(student, measure), [len(answer) for answer in completion_ids]
 
-
-def _reverse_kl_sums(
+@torch.no_grad()
+def divergences(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    prompt_ids: Sequence[list[int]],
-    completion_ids: Sequence[list[int]],
+    batches: Sequence[TokenBatch],
+    *,
     vocab_size: int,
-    pad_token_id: int,
+    beta: float,
     temperature: float,
-    batch_size: int,
-) -> list[float]:
-    sums: list[float] = []
-    for start in range(0, len(prompt_ids), batch_size):
-        prompts, answers = prompt_ids[start : start + batch_size], completion_ids[start : start + batch_size]
-        width, length = max(map(len, prompts)), max(map(len, answers))
-        ids_BL = torch.full((len(prompts), width + length), pad_token_id)
-        mask_BL = torch.zeros_like(ids_BL)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            ids_BL[row, width - len(prompt) : width + len(answer)] = torch.tensor(prompt + answer)
-            mask_BL[row, width - len(prompt) : width + len(answer)] = 1
-        valid_BT = mask_BL[:, width:].bool().to(student.device)
-        hidden_NH = []
-        for model in (student, teacher):
-            hidden_BTH = completion_hidden_states(model, ids_BL.to(model.device), mask_BL.to(model.device), length)
-            hidden_NH.append(hidden_BTH[valid_BT.to(hidden_BTH.device)])
-        heads = [Head.of(model, vocab_size) for model in (student, teacher)]
-        kl_N, _ = ChunkedDivergenceFunction.apply(
-            hidden_NH[0], heads[0].weight, heads[0].bias, hidden_NH[1].to(student.device), heads[1].weight,
-            heads[1].bias, 1.0, temperature, heads[0].scale, heads[0].softcap, heads[1].scale, heads[1].softcap,
-        )  # fmt: skip
-        kl_N = for_float64(kl_N).double()
-        kl_BT = kl_N.new_zeros(valid_BT.shape)
-        kl_BT[valid_BT.to(kl_BT.device)] = kl_N
-        sums += kl_BT.sum(1).tolist()
-    return sums
+    teacher_hidden: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """D(student, teacher) [N] at the N scored positions of each batch, in nats, exact over the vocabulary.
+
+    D is the reverse KL(π ‖ π*) at β = 1 and the forward KL(π* ‖ π) at β = 0; between them it is
+    (1−β) KL(π ‖ m) + β KL(π* ‖ m) with m = (1−β) π + β π*.
+
+    Args:
+        teacher_hidden: `batch.hidden(teacher)` of each batch, if it is known.
+    """
+
+    def measure() -> list[Tensor]:
+        values = []
+        for index, batch in enumerate(batches):
+            h_student_NH = batch.hidden(student)
+            h_teacher_NH = batch.hidden(teacher) if teacher_hidden is None else teacher_hidden[index]
+            # after the forward: before it, the head of a sharded student is not whole yet
+            heads = [Head.of(model, vocab_size) for model in (student, teacher)]
+            h_teacher_NH = h_teacher_NH.to(h_student_NH.device)
+            values.append(divergence_kernel(h_student_NH, heads[0], h_teacher_NH, heads[1], beta, temperature)[0])
+        return values
+
+    return gathered(student, measure)

@@ -1,4 +1,4 @@
-"""Is this distillation healthy? Token-level measures on a bounded number of tokens a step.
+"""Is this distillation healthy? Token-level measures on a bounded number of tokens per step.
 
 Shapes: N tokens, V vocabulary, K = top-k. p is the student, q the teacher, y the sampled token; all logs natural
 (nats). Definitions follow METHOD of arXiv 2604.13016 where names coincide; the overlap-token advantage renormalises
@@ -7,10 +7,94 @@ both distributions on the intersection (another definition in use does not).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from effopd.distill.divergence import Answers, Head, Predictions, token_logprobs
 
 TOP_K = 16
+
+
+class HealthProbe:
+    """Health of the logged steps: `after_loss` keeps what `after_step` measures, when no forward is running.
+
+    Args:
+        tokens: positions that are measured per logged step; 0 measures none.
+        temperature: of the distributions that are compared.
+    """
+
+    def __init__(self, tokens: int, temperature: float):
+        self._tokens, self._temperature = tokens, temperature
+        self._rows: dict[str, Tensor] | None = None
+        self._gap = [0.0, 0.0]  # Σ |Δ log p| and tokens, of the present step
+
+    def due(self, state: Any) -> bool:
+        """Whether the step under way will be logged.
+
+        Args:
+            state: a `TrainerState`.
+        """
+        every = max(int(state.logging_steps or 1), 1)
+        return bool(self._tokens) and (state.global_step + 1) % every == 0
+
+    def after_loss(
+        self, model: Any, student: Predictions, teacher: Predictions, answers: Answers, *, due: bool
+    ) -> None:
+        """A micro-batch, in the forward of its loss.
+
+        Args:
+            model: the student.
+            due: see the method.
+        """
+        if due and self._rows is None and bool(answers.mask_BT.any()):
+            index_N, position_N = spread_subset(answers.mask_BT, self._tokens)
+            self._rows = {
+                "student": student.hidden_BTH.detach().flatten(0, 1)[index_N],
+                "teacher": teacher.hidden_BTH.flatten(0, 1)[index_N],
+                "targets": answers.ids_BT.reshape(-1)[index_N],
+                "position": position_N,
+            }
+            if isinstance(model, FSDPModule):  # its head is whole only now
+                with torch.no_grad(), torch.autocast(index_N.device.type, enabled=False):
+                    self._rows["logits"] = student.head.logits(self._rows["student"], self._temperature)
+        if answers.sampler_logps_BT is not None:
+            self._compare_sampler(student, answers, answers.sampler_logps_BT)
+
+    @torch.no_grad()
+    def _compare_sampler(self, student: Predictions, answers: Answers, sampler_BT: Tensor) -> None:
+        """Add |log π_sampler(y) − log π_train(y)| of the recorded answers."""
+        known = (answers.mask_BT != 0) & ~sampler_BT.isnan()
+        if not bool(known.any()):
+            return
+        hidden_NH = student.hidden_BTH.detach()[known]
+        logp_N, _ = token_logprobs(hidden_NH, student.head, answers.ids_BT[known], self._temperature)
+        self._gap[0] += float((sampler_BT[known] - logp_N).abs().sum())
+        self._gap[1] += float(known.sum())
+
+    @torch.no_grad()
+    def after_step(self, heads: Callable[[], tuple[Head, Head]]) -> dict[str, float]:
+        """The metrics of the step that just ended, by their names in its row; none if it is not logged.
+
+        `health/sampler_logp_gap` is the mean |log π_sampler(y) − log π_train(y)|, in nats, over the recorded tokens.
+
+        Args:
+            heads: the student's and the teacher's, asked for where they are needed.
+        """
+        metrics: dict[str, float] = {}
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            student, teacher = heads()
+            logits_NV = rows["logits"] if "logits" in rows else student.logits(rows["student"], self._temperature)
+            other_NV = teacher.logits(rows["teacher"], self._temperature)
+            metrics = health_metrics(logits_NV, other_NV, rows["targets"], rows["position"])
+        (total, tokens), self._gap = self._gap, [0.0, 0.0]
+        if tokens:
+            metrics["sampler_logp_gap"] = total / tokens
+        return {f"health/{name}": value for name, value in metrics.items()}
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from effopd.distill.callback import EffOPDCallback
+from effopd.distill.trl_host.state import log_metrics
 
 
 def _exact(value: float) -> float:
@@ -73,7 +74,7 @@ class HorizonCallback(TrainerCallback):
                 if isinstance(callback, EffOPDCallback) and callback.look_ahead is not None:
                     callback.look_ahead.reanchor(step)
         self._set(length)
-        self._trainer._metrics["train"]["horizon"].append(float(length))
+        log_metrics(self._trainer, {"horizon": float(length)})
 
     def on_step_end(self, args, state, control, **kwargs):
         """Whatever generates between steps does so at full length."""

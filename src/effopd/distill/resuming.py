@@ -8,13 +8,13 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import Trainer
 from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
 from effopd.common.distributed import raise_on_all_ranks, rank, world_size
+from effopd.distill.trl_host.hooks import SCALER, HostHooks
 from effopd.errors import CheckpointError
 from effopd.extrapolate.saved_state import STATE_FILE
 from effopd.runs.checkpoints import LEDGER_FILE, SETTINGS_FILE, check_complete, check_kind, reading
@@ -105,10 +105,8 @@ def compare_processes(checkpoint: Path, world_size: int) -> None:
 
 # -- the trainer's part -----------------------------------------------------------------------------------------------
 
-_Host: Any = Trainer if TYPE_CHECKING else object
 
-
-class ResumeMixin(_Host):
+class ResumeMixin(HostHooks):
     """The part of `RunMixin` that reads a checkpoint: what the host would pass over in silence is refused or said."""
 
     ledger: CostLedger
@@ -146,11 +144,9 @@ class ResumeMixin(_Host):
                 for state in saved:
                     self.ledger.add(state, tokens=rank() == 0)
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
-        with reading(resume, TRAINER_STATE_NAME):
-            trained = super()._init_training_state(
-                max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
-            )
+    def around_state(self, initialise, checkpoint, max_steps):
+        with reading(checkpoint, TRAINER_STATE_NAME):
+            trained = initialise()
         self.kept = None
         if self.resumed_from is not None:
             finished = self.state.global_step >= max_steps
@@ -160,36 +156,24 @@ class ResumeMixin(_Host):
             self._recall_best()
         return trained
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with reading(resume_from_checkpoint, "the weights"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with reading(checkpoint, "the optimizer's or the schedule's state"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint):
-        with reading(checkpoint, "the gradient scaler"):
-            scaled = getattr(self.accelerator, "scaler", None) is not None
+    def around_load(self, part, checkpoint, load):
+        with reading(checkpoint, part):
+            scaled = part == SCALER and getattr(self.accelerator, "scaler", None) is not None
             if scaled and checkpoint is not None and not (Path(checkpoint) / SCALER_NAME).is_file():
                 logger.warning("%s has no state of the fp16 gradient scaler: it starts anew.", checkpoint)
-            super()._load_scaler(checkpoint)
+            load()
 
-    def _load_rng_state(self, checkpoint):
-        with reading(checkpoint, "the random state"):
-            super()._load_rng_state(checkpoint)
-
-    def _issue_warnings_after_load(self, load_result) -> None:
+    def check_loaded(self, missing, unexpected) -> None:
         """Tensors that were left out because another name has them are no fault; others are.
 
         Raises:
             CheckpointError: the checkpoint lacks tensors of this model, or has others.
         """
         tensors = self.model.state_dict(keep_vars=True)
-        loaded = {_place(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
-        missing = [name for name in load_result.missing_keys if _place(tensors.get(name)) not in loaded]
-        wrong = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in (
-            ("missing", missing), ("unknown", list(load_result.unexpected_keys))) if names]  # fmt: skip
+        loaded = {_place(tensor) for name, tensor in tensors.items() if name not in missing}
+        lacking = [name for name in missing if _place(tensors.get(name)) not in loaded]
+        groups = (("missing", lacking), ("unknown", list(unexpected)))
+        wrong = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in groups if names]
         if wrong:
             raise CheckpointError(
                 f"{self.resumed_from or self.state.best_model_checkpoint} is of another model: {' and '.join(wrong)} tensors. "

@@ -22,6 +22,7 @@ from effopd.distill.dataset import check_dataset
 from effopd.distill.evaluate_student import evaluate_task
 from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.run_dir_mixin import RunMixin
+from effopd.distill.trl_host.hooks import PolicyHooks
 from effopd.errors import TaskError
 from effopd.tasks.base import Task
 from effopd.tasks.evaluate import CORRECT
@@ -42,14 +43,14 @@ def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]
 
     @cache
     def opened(id: str) -> str:
-        prompts = encode_prompts(trainer._tokenizer, [by_id[id].prompt], trainer.chat_template_kwargs)
-        return opened_by_ids(trainer._tokenizer, prompts[0])
+        prompts = encode_prompts(trainer.text_tokenizer, [by_id[id].prompt], trainer.chat_template_kwargs)
+        return opened_by_ids(trainer.text_tokenizer, prompts[0])
 
     def correct(completions, id, completion_ids=None, **_) -> list[float]:
         if trainer is None:
             texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
         else:
-            decoded = decode_marked(trainer._tokenizer, completion_ids)
+            decoded = decode_marked(trainer.text_tokenizer, completion_ids)
             texts = [opened(i) + text for text, i in zip(decoded, id, strict=True)]
         scores = task.verify_batch(texts, [by_id[i] for i in id])
         return [float(score >= CORRECT) for score in scores]
@@ -57,7 +58,7 @@ def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]
     return correct
 
 
-class TaskRLMixin(RunMixin):
+class TaskRLMixin(RunMixin, PolicyHooks):
     """A TRL reinforcement-learning trainer on a `Task`.
 
     Args:
@@ -102,10 +103,10 @@ class TaskRLMixin(RunMixin):
         self._attach_run()
         self.add_callback(RolloutCycleCallback(self))
 
-    def _compute_loss(self, model, inputs):
+    def around_policy_loss(self, inputs, compute):
         if self.model.training:
             self.ledger.count("update", forward=int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()))
-        return super()._compute_loss(model, inputs)
+        return compute()
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
         return evaluate_task(
@@ -122,12 +123,10 @@ class TaskRLMixin(RunMixin):
 class TaskGRPOTrainer(TaskRLMixin, GRPOTrainer):
     """GRPO and DAPO (arXiv 2402.03300, 2503.14476)."""
 
-    _tag_names: ClassVar = ["trl", "effopd", "grpo"]
-    _host = GRPOTrainer
+    card_tags: ClassVar = ["trl", "effopd", "grpo"]
 
 
 class TaskRLOOTrainer(TaskRLMixin, RLOOTrainer):
     """RLOO (arXiv 2402.14740)."""
 
-    _tag_names: ClassVar = ["trl", "effopd", "rloo"]
-    _host = RLOOTrainer
+    card_tags: ClassVar = ["trl", "effopd", "rloo"]

@@ -17,6 +17,7 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from effopd.common.distributed import all_gather_object, rank, world_size
+from effopd.distill.trl_host.state import rollouts_in_use, use_rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +51,21 @@ class RolloutCycleCallback(TrainerCallback):
     @property
     def _inside(self) -> bool:
         trainer = self._trainer
-        return trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+        position, _ = rollouts_in_use(trainer)
+        return position % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Be where the data sampler is: so many micro-batches into the epoch, which holds whole cycles."""
         trainer = self._trainer
         steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
-        trainer._step = state.global_step % steps * args.gradient_accumulation_steps
-        trainer._buffered_inputs = None
+        position = state.global_step % steps * args.gradient_accumulation_steps
+        use_rollouts(trainer, position, None)
         if not self._inside:
             return
         saved = self._saved(trainer.resumed_from / rollouts_file(rank(), world_size()))
-        there = all_gather_object(saved is not None)
-        if saved is not None and all(there):
-            trainer._buffered_inputs = send_to_device(saved["rollouts"], trainer.accelerator.device)
+        complete = all(all_gather_object(saved is not None))
+        if saved is not None and complete:
+            use_rollouts(trainer, position, send_to_device(saved["rollouts"], trainer.accelerator.device))
         elif rank() == 0:
             logger.warning(
                 "Step %d is in the middle of rollouts that several steps share, and %s has none for %d process(es) and these batch "
@@ -80,5 +82,5 @@ class RolloutCycleCallback(TrainerCallback):
     def save_state(self, folder: Path) -> None:
         """Write this process's rollouts into a checkpoint folder, if the next step learns from them too."""
         if self._inside:
-            saved = {"shape": self._shape, "rollouts": self._trainer._buffered_inputs}
+            saved = {"shape": self._shape, "rollouts": rollouts_in_use(self._trainer)[1]}
             torch.save(saved, folder / rollouts_file(rank(), world_size()))

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import signal
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl
+from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from trl.trainer.utils import RepeatSampler
 
 from effopd.common.distributed import all_gather_object, broadcast_from_rank0, raise_on_all_ranks
 from effopd.common.files import write_atomically
@@ -27,6 +28,7 @@ from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import RunArguments
 from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
+from effopd.distill.trl_host.state import log_evaluation, termination_handler
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
 from effopd.extrapolate.strategies import STRATEGIES
 from effopd.models.files import absolute_base
@@ -45,13 +47,24 @@ from effopd.tasks.prompts import prompt_ids
 logger = logging.getLogger(__name__)
 
 
-class EpochRepeatSampler(RepeatSampler):
-    """TRL's `RepeatSampler` whose permutation is a function of (seed, epoch); epoch 0 is TRL's own order."""
+class EpochSampler(Sampler[int]):
+    """TRL's sampler of prompts, whose permutation becomes a function of (seed, epoch); epoch 0 is TRL's own order."""
+
+    def __init__(self, sampler: Any):
+        self._sampler = sampler
+        if sampler.shuffle:
+            self.generator = sampler.generator  # accelerate keeps it the same on all processes
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before each epoch, also the one a resume starts in."""
-        if self.shuffle and self.seed is not None:
-            self.generator.manual_seed(self.seed + epoch)
+        if self._sampler.shuffle and self._sampler.seed is not None:
+            self._sampler.generator.manual_seed(self._sampler.seed + epoch)
 
 
 class _TerminationCallback(TrainerCallback):
@@ -70,8 +83,8 @@ class _TerminationCallback(TrainerCallback):
             logger.warning("SIGTERM: training stops with a checkpoint of step %d.", state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._manager._original_sigterm_handler is not None:
-            signal.signal(signal.SIGTERM, self._manager._original_sigterm_handler)
+        if (handler := termination_handler(self._manager)) is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 class _EpochCallback(TrainerCallback):
@@ -79,18 +92,15 @@ class _EpochCallback(TrainerCallback):
     around it."""
 
     def __init__(self) -> None:
-        self.sampler: EpochRepeatSampler | None = None
+        self.sampler: EpochSampler | None = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.sampler is not None:
             self.sampler.set_epoch(int(state.epoch))
 
 
-_Host: Any = Trainer if TYPE_CHECKING else object
-
-
-class RunMixin(BestModelMixin, ResumeMixin, _Host):
-    """Mixed into a TRL trainer, before it: `class OPDTrainer(RunMixin, DistillationTrainer)`.
+class RunMixin(BestModelMixin, ResumeMixin):
+    """Mixed into a TRL trainer, before its hooks: `class OPDTrainer(RunMixin, DistillationHooks, DistillationTrainer)`.
 
     The trainer calls `_open_run` before and `_attach_run` after its host's `__init__`, and defines `_measure_task`.
 
@@ -103,9 +113,6 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         kept: the step whose weights the model has after training with `load_best_model_at_end`; `None`: the last one's.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
     """
-
-    #: The TRL class below; its `log` is passed over where it would add training metrics to an evaluation.
-    _host: ClassVar[Any]
 
     def _open_run(self, args: RunArguments, eval_task: Task | None) -> None:
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
@@ -140,7 +147,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
             CompatibilityError: there is no end token to fill rows with, or plain prompts end with one.
             TaskError: the chat template refuses the first prompt.
         """
-        tokenizer = self._tokenizer
+        tokenizer = self.text_tokenizer
         if tokenizer.pad_token_id is None or None in self.eos_token_ids:
             ends = [tokenizer.convert_ids_to_tokens(i) for i in self.eos_token_ids if i is not None]
             raise CompatibilityError(
@@ -148,7 +155,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
                 f"with. Set tokenizer.eos_token (the model declares {ends or 'none'})."
             )
         data = self.train_dataset
-        plain = not (getattr(self, "_is_vlm", False) or getattr(self, "tools", None)) and hasattr(data, "__len__")
+        plain = not (self.reads_images or getattr(self, "tools", None)) and hasattr(data, "__len__")
         if plain and len(data) and "prompt" in (getattr(data, "column_names", None) or ()):
             prompt_ids(
                 tokenizer, data[0]["prompt"], self.args.chat_template_kwargs, origin="row 0 of the training set"
@@ -174,30 +181,22 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
 
     # -- data order ---------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, dataset=None):
-        sampler = super()._get_train_sampler(dataset)
-        self._epochs.sampler = EpochRepeatSampler(
-            data_source=sampler.data_source,
-            mini_repeat_count=sampler.mini_repeat_count,
-            batch_size=sampler.batch_size,
-            repeat_count=sampler.repeat_count,
-            shuffle=sampler.shuffle,
-            seed=sampler.seed,
-        )
+    def train_sampler(self, sampler):
+        self._epochs.sampler = EpochSampler(sampler)
         return self._epochs.sampler
 
     # -- rollout, logging and evaluation ------------------------------------------------------------------------
 
-    def _generate_and_score_completions(self, inputs):
+    def around_rollouts(self, sample):
         category = "rollout" if self.model.training else "eval"
         with self.ledger.track(category), finite_predictions():
-            output = super()._generate_and_score_completions(inputs)
+            output = super().around_rollouts(sample)
         self.ledger.count(category, generated=int(output["completion_mask"].sum()))
         return output
 
-    def _generate_single_turn(self, *args, **kwargs):
+    def around_turn(self, generate, prompt_ids, *, multimodal):
         with ignore_sampling_defaults(self.accelerator.unwrap_model(self.model)):  # what the run leaves open is off
-            return super()._generate_single_turn(*args, **kwargs)
+            return super().around_turn(generate, prompt_ids, multimodal=multimodal)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The host's log, with the cost ledger in every training row."""
@@ -222,9 +221,8 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         if self.accelerator.is_main_process:  # everybody's tokens
             self.ledger.count("eval", generated=generated)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self._metrics["eval"].clear()
         row = metrics | self._costs()
-        super(self._host, self).log(dict(metrics))  # the host would log the training metrics here too
+        log_evaluation(self, metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return metrics
 
@@ -253,7 +251,7 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         self._say_kept()
         return output
 
-    def _run_epoch(self, *args, **kwargs):
+    def around_epoch(self, run):
         """The host's, which looks at the limit only after a step: one that is reached already would be passed."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -261,10 +259,10 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
         if self.state.global_step == 0:
             with self.ledger.paused():  # set-up
                 self._save_trajectory()
-        super()._run_epoch(*args, **kwargs)
+        run()
 
-    def _get_output_dir(self, trial):
-        return str(self.run_dir.staging) if self._saving else super()._get_output_dir(trial)
+    def checkpoint_root(self) -> Path | None:
+        return self.run_dir.staging if self._saving else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The host's. With FSDP's SHARDED_STATE_DICT it writes no model at all: checkpoints have their shards beside it, but
@@ -318,9 +316,9 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
     def _rehearse(self) -> None:
         raise_on_all_ranks(partial(rehearse, self) if self.args.should_save else lambda: None)
 
-    def _save_checkpoint(self, model, trial):
+    def around_checkpoint(self, write):
         try:
-            self._write_checkpoint(model, trial)
+            self._publish_checkpoint(write)
         except EffOPDError:
             raise
         except Exception as error:
@@ -328,14 +326,14 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
                 self.run_dir.clear_staging()
             raise save_failed(self, f"step {self.state.global_step}", error) from error
 
-    def _write_checkpoint(self, model, trial):
+    def _publish_checkpoint(self, write: Callable[[], None]) -> None:
         step, best = self.state.global_step, self.state.best_model_checkpoint
         if self.args.should_save:
             self.run_dir.fresh_staging()
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            write()
         finally:
             self._saving = False
             self.state.best_model_checkpoint = best  # the host looks for it in the staging folder
@@ -361,9 +359,9 @@ class RunMixin(BestModelMixin, ResumeMixin, _Host):
             self.run_dir.rotate(self.args.save_total_limit, Path(best) if best else None)
         self.accelerator.wait_for_everyone()
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
+    def around_step_end(self, report):
         self._save_trajectory()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        report()
 
     def _save_trajectory(self) -> None:
         step = self.state.global_step

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from effopd.distill.trl_host.models import last_logits_processor
+from effopd.errors import CompatibilityError
 from effopd.models.logit_path import core_of
 
 
@@ -52,19 +54,43 @@ class LogProbRecorder(LogitsProcessor):
 @contextmanager
 def recording(model: Any, rows: int) -> Iterator[LogProbRecorder]:
     """In this block, `generate` on `model` ends its list of processors with the recorder that is handed out."""
-    core: Any = core_of(model)
-    recorder, processors = LogProbRecorder(rows), core._get_logits_processor
-
-    def with_recorder(*args: Any, **kwargs: Any) -> Any:
-        made = processors(*args, **kwargs)
-        made.append(recorder)
-        return made
-
-    core._get_logits_processor = with_recorder
-    try:
+    recorder = LogProbRecorder(rows)
+    with last_logits_processor(core_of(model), recorder):
         yield recorder
+
+
+@contextmanager
+def engine_logps(engine: Any) -> Iterator[list[Sequence[float | None]]]:
+    """What a vLLM engine gives the tokens that it samples in this block: one row per answer of its last call.
+
+    Args:
+        engine: TRL's `VLLMGeneration`, with `logprobs` set to 0.
+
+    Raises:
+        CompatibilityError: it returns no log-probabilities.
+    """
+    rows: list[Sequence[float | None]] = []
+    generate, instance = engine.generate, vars(engine)
+    before = instance.get("generate")
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        output = generate(*args, **kwargs)
+        if output[2] is None:
+            raise CompatibilityError(
+                "vLLM returned no log-probabilities of its samples, which the importance weights of loss_type='sampled' "
+                "need. Use a TRL whose engine returns them, or loss_type='full'."
+            )
+        rows[:] = [[token[0] for token in row] for row in output[2]]
+        return output
+
+    engine.generate = recorded
+    try:
+        yield rows
     finally:
-        del core._get_logits_processor
+        if before is None:
+            del engine.generate
+        else:
+            engine.generate = before
 
 
 def padded(rows: Sequence[Sequence[float | None] | None], like_BT: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from effopd.common.files import fsync
 from effopd.distill.callback import EffOPDCallback
+from effopd.distill.trl_host.state import save_optimizer, save_scaler, save_weights
 from effopd.errors import CheckpointError
 from effopd.extrapolate.saved_state import fingerprint
 
@@ -160,11 +161,11 @@ def _parts(trainer: Any, folder: Path) -> Iterator[tuple[str, str, Callable[[], 
     yield "the training arguments", "They must be picklable.", lambda: torch.save(trainer.args, folder / "args")
     if not sharded:
         advice = "Weights that share memory must be declared as tied by the model's class, or be cloned."
-        yield "the student's weights", advice, lambda: trainer._save(str(folder))
+        yield "the student's weights", advice, lambda: save_weights(trainer, folder)
         if not trainer.args.save_only_model:
             advice = "What the optimizer and the schedule keep must be picklable."
-            yield "the optimizer's state", advice, lambda: trainer._save_optimizer_and_scheduler(str(folder))
-            yield "the gradient scaler", advice, lambda: trainer._save_scaler(str(folder))
+            yield "the optimizer's state", advice, lambda: save_optimizer(trainer, folder)
+            yield "the gradient scaler", advice, lambda: save_scaler(trainer, folder)
     yield (
         "the trainer's state",
         "What stateful callbacks export must be JSON.",

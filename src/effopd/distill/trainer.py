@@ -13,17 +13,17 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DistillationTrainer
-from trl.models import prepare_deepspeed
-from trl.trainer.utils import create_model_from_path
 
 from effopd.distill.config import OPDConfig
 from effopd.distill.dataset import check_dataset
 from effopd.distill.divergence import (
     MULTIMODAL_KEYS,
+    Answers,
     Head,
+    Predictions,
     full_loss,
     kernel_dtype,
     mixture_head,
@@ -32,18 +32,22 @@ from effopd.distill.divergence import (
     shared_vocab_size,
 )
 from effopd.distill.evaluate_student import evaluate_task
-from effopd.distill.health import health_metrics, spread_subset
+from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
 from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_dir_mixin import RunMixin
-from effopd.distill.teacher_kl import rollouts_a_step
+from effopd.distill.scoring import rollouts_per_step, token_batch
+from effopd.distill.trl_host.hooks import DistillationHooks
+from effopd.distill.trl_host.models import inside_forward, load_causal_lm, place_frozen
+from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.models.checks import check_models
 from effopd.models.logit_path import completion_hidden_states
+from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
 
-class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
+class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Takes everything `trl.DistillationTrainer` takes, and:
@@ -68,8 +72,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
     Source: arXiv 2605.11739, section 2 (objective); ExOPD 2602.12125; health metrics after 2604.13016.
     """
 
-    _tag_names: ClassVar = ["trl", "effopd", "on-policy-distillation"]
-    _host = DistillationTrainer
+    card_tags: ClassVar = ["trl", "effopd", "on-policy-distillation"]
 
     def __init__(
         self,
@@ -93,18 +96,18 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
             )
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
-        check_dataset(train_dataset, rollouts_a_step(args))
+        check_dataset(train_dataset, rollouts_per_step(args))
         self._open_run(args, eval_task)
-        self._health_rows: dict[str, torch.Tensor] | None = None
         if eval_task is not None and eval_dataset is None:
             eval_dataset = eval_task.to_dataset()
         super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
+        self.health = HealthProbe(args.health_tokens, self.temperature)
         self.teacher_model = self._prepare_frozen(teacher_model, "teacher")
         self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
         student = self.accelerator.unwrap_model(self.model)
         self.vocab_size = min(
-            shared_vocab_size(student, self.accelerator.unwrap_model(other), len(self._tokenizer), role)
+            shared_vocab_size(student, self.accelerator.unwrap_model(other), len(self.text_tokenizer), role)
             for role, other in (("teacher", self.teacher_model), ("reference", self.reference_model))
             if other is not None
         )
@@ -147,74 +150,75 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
                 init.setdefault("revision", self.args.teacher_model_revision)
             if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 init["device_map"] = None
-            teacher = create_model_from_path(teacher, **init)
+            teacher = load_causal_lm(teacher, **init)
         elif self.args.teacher_model_init_kwargs is not None and role == "teacher":
             raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
         teacher.requires_grad_(False)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        return place_frozen(self, teacher)
 
     # -- sample → teacher → loss --------------------------------------------------------------------------------
 
-    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+    def distillation_loss(self, student, inputs, num_items):
         # On one process TRL's forward redirection replaces the forward that accelerate had wrapped, so `bf16=True`
         # would silently train in fp32; entering autocast here is harmless where it is on already.
         # Compiled adapters are unwrapped: TRL asks for the type, and would take them for a model without a backbone.
-        student = getattr(unwrapped_student, "_orig_mod", unwrapped_student)
+        student = getattr(student, "_orig_mod", student)
         with self.accelerator.autocast():
-            return self._loss_of(student, inputs, num_items_in_batch)
+            return self._loss_of(student, inputs, num_items)
 
-    def _loss_of(self, unwrapped_student, inputs, num_items_in_batch):
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        mask = self._learned(inputs)
-        keep = inputs["completion_ids"].size(1)
+    def _loss_of(self, student, inputs, num_items):
+        batch, training = token_batch(inputs), self.model.training
         multimodal = {key: inputs[key] for key in MULTIMODAL_KEYS if key in inputs}
-        h_student = self._get_last_hidden_state(unwrapped_student, input_ids, attention_mask, keep, **multimodal)
-        h_teacher, teacher_head = self._frozen_forward(self.teacher_model, input_ids, attention_mask, keep, multimodal)
-        student_head = Head.of(unwrapped_student, self.vocab_size)
-        device = student_head.weight.device
+        h_student_BTH = self._hidden_states(student, *_columns(batch), **multimodal)
+        teacher = self._frozen(self.teacher_model, batch, multimodal)
+        head = Head.of(student, self.vocab_size)
         reference = None
-        if self.reference_model is not None and self.model.training:  # evaluation is against the teacher
-            hidden, head = self._frozen_forward(self.reference_model, input_ids, attention_mask, keep, multimodal)
-            reference = hidden.to(device), head
-        h_student, h_teacher, mask = h_student.to(device), h_teacher.to(device), mask.to(device)
-        if self.model.training:
-            self.ledger.count("update", forward=int(attention_mask.sum()))
-            ids = inputs["completion_ids"].to(device)
-            sharded = isinstance(unwrapped_student, FSDPModule)
-            self._keep_for_health(h_student, h_teacher, ids, mask, student_head if sharded else None)
-            if "sampler_logps" in inputs:
-                self._measure_sampler_gap(inputs["sampler_logps"].to(device), h_student, student_head, ids, mask)
-        by_answer = self.args.loss_weighting == "answer"
-        if self.args.loss_type == "sampled":
-            loss, entropy, count = sampled_loss(
-                h_student, h_teacher, student_head, teacher_head, inputs["completion_ids"].to(device), mask,
-                self.temperature, num_items_in_batch, reference, self.args.lambda_extrapolation,
-                sampler_logps_BT=inputs["sampler_logps"].to(device) if self.use_vllm else None, by_answer=by_answer,
-            )  # fmt: skip
-        else:
-            if reference is not None:
-                h_teacher, teacher_head = self._mixture(h_teacher, teacher_head, *reference)
-            loss, entropy, count = full_loss(
-                h_student, h_teacher, student_head, teacher_head, mask, self.beta, self.temperature,
-                num_items_in_batch, by_answer=by_answer,
-            )  # fmt: skip
-        if self.model.training and not bool(torch.isfinite(loss)):
-            raise self._not_finite(h_student, h_teacher)
+        if self.reference_model is not None and training:  # evaluation is against the teacher
+            reference = self._frozen(self.reference_model, batch, multimodal).to(head.weight.device)
+        own, teacher = (each.to(head.weight.device) for each in (Predictions(h_student_BTH, head), teacher))
+        answers = Answers(inputs["completion_ids"], batch.scored_BT, inputs.get("sampler_logps")).to(
+            head.weight.device
+        )
+        if training:
+            self.ledger.count("update", forward=batch.tokens)
+            self.health.after_loss(student, own, teacher, answers, due=self.health.due(self.state))
+        loss, entropy, count = self._objective(own, teacher, reference, answers, num_items)
+        if training and not bool(torch.isfinite(loss)):
+            raise self._not_finite(own.hidden_BTH, teacher.hidden_BTH)
         return loss, entropy.detach(), count
 
-    def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal):
-        """The host's, exact for rows of unequal length and for layers between backbone and output layer."""
+    def _hidden_states(self, model, ids_BL, mask_BL, keep, **multimodal) -> Tensor:
+        """[B, T, H] at the last `keep` tokens, exact for rows of unequal length."""
         return completion_hidden_states(
-            unwrapped_model,
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-            multiple_of=self.pad_to_multiple_of,
-            **multimodal,
+            model, ids_BL, mask_BL, keep, multiple_of=self.pad_to_multiple_of, **multimodal
         )
+
+    def _frozen(self, model, batch: TokenBatch, multimodal: dict[str, Any]) -> Predictions:
+        """What the teacher or the reference predicts; both are charged as `teacher`."""
+        category = "teacher" if self.model.training else "eval"
+        model.eval()
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.ledger.track(category), torch.no_grad():
+            hidden_BTH = inside_forward(
+                model, unwrapped, self._hidden_states, unwrapped, *_columns(batch), **multimodal
+            )
+        self.ledger.count(category, forward=batch.tokens)
+        return Predictions(hidden_BTH, Head.of(unwrapped, self.vocab_size))
+
+    def _objective(self, student, teacher, reference, answers: Answers, num_items):
+        """Loss, Σ student entropy and number of positions, by `loss_type`, `loss_weighting` and λ."""
+        by_answer = self.args.loss_weighting == "answer"
+        if self.args.loss_type == "sampled":
+            return sampled_loss(
+                student.hidden_BTH, teacher.hidden_BTH, student.head, teacher.head, answers.ids_BT, answers.mask_BT,
+                self.temperature, num_items, reference, self.args.lambda_extrapolation,
+                sampler_logps_BT=answers.sampler_logps_BT if self.use_vllm else None, by_answer=by_answer,
+            )  # fmt: skip
+        target = teacher if reference is None else self._mixture(teacher, reference)
+        return full_loss(
+            student.hidden_BTH, target.hidden_BTH, student.head, target.head, answers.mask_BT, self.beta,
+            self.temperature, num_items, by_answer=by_answer,
+        )  # fmt: skip
 
     def _not_finite(self, h_student, h_teacher) -> NonFiniteLossError:
         """Whose fault it is, said before anything is updated (the host filters NaN out of its logs and trains on)."""
@@ -230,66 +234,28 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
             "lower the learning rate and resume from the last checkpoint."
         )
 
-    def _frozen_forward(self, model, input_ids, attention_mask, keep, multimodal):
-        """Hidden states and head of the teacher, or of the reference; both are charged as `teacher`."""
-        category = "teacher" if self.model.training else "eval"
-        model.eval()
-        unwrapped = self.accelerator.unwrap_model(model)
-        with self.ledger.track(category), torch.no_grad():
-            hidden = self._forward_redirection(
-                model, unwrapped, self._get_last_hidden_state, unwrapped, input_ids, attention_mask, keep, **multimodal
-            )
-        self.ledger.count(category, forward=int(attention_mask.sum()))
-        return hidden, Head.of(unwrapped, self.vocab_size)
-
     @torch.no_grad()
-    def _mixture(self, h_teacher, teacher_head: Head, h_reference, reference_head: Head):
+    def _mixture(self, teacher: Predictions, reference: Predictions) -> Predictions:
         """ExOPD's target as one frozen model, for the kernel that takes a teacher."""
-        weight, dtype = self.args.lambda_extrapolation, kernel_dtype(h_teacher)
+        weight, dtype = self.args.lambda_extrapolation, kernel_dtype(teacher.hidden_BTH)
         if self._mixture_head is None:
-            self._mixture_head = mixture_head(teacher_head, reference_head, weight, dtype)
-        return mixture_hidden(h_teacher, h_reference, teacher_head, reference_head, weight, dtype), self._mixture_head
-
-    # -- health -------------------------------------------------------------------------------------------------
-
-    def _keep_for_health(self, h_student, h_teacher, completion_ids, mask, sharded_head: Head | None) -> None:
-        """Remember a few positions of the first micro-batch of a logged step; measured after the wrapped forward has
-        returned. A sharded head is whole only now, so its logits [N, V] are kept too."""
-        if not self._health_due() or self._health_rows is not None or not bool(mask.any()):
-            return
-        index, position = spread_subset(mask, self.args.health_tokens)
-        self._health_rows = {
-            "student": h_student.detach().flatten(0, 1)[index],
-            "teacher": h_teacher.flatten(0, 1)[index],
-            "targets": completion_ids.reshape(-1)[index],
-            "position": position,
-        }
-        if sharded_head is not None:
-            with torch.no_grad(), torch.autocast(h_student.device.type, enabled=False):
-                self._health_rows["logits"] = sharded_head.logits(self._health_rows["student"], self.temperature)
-
-    def _log_health(self) -> None:
-        rows, self._health_rows = self._health_rows, None
-        if rows is None:
-            return
-        with torch.no_grad():
-            student, teacher = (
-                Head.of(self.accelerator.unwrap_model(model), self.vocab_size).logits(rows[role], self.temperature)
-                if role != "student" or "logits" not in rows
-                else rows["logits"]
-                for role, model in (("student", self.model), ("teacher", self.teacher_model))
-            )
-            metrics = health_metrics(student, teacher, rows["targets"], rows["position"])
-        for name, value in metrics.items():
-            self._metrics["train"][f"health/{name}"].append(value)
+            self._mixture_head = mixture_head(teacher.head, reference.head, weight, dtype)
+        hidden_BTH = mixture_hidden(
+            teacher.hidden_BTH, reference.hidden_BTH, teacher.head, reference.head, weight, dtype
+        )
+        return Predictions(hidden_BTH, self._mixture_head)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch; measures health after the last one of an optimizer step."""
         output = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._log_health()
-            self._log_sampler_gap()
+            log_metrics(self, self.health.after_step(self._heads))
         return output
+
+    def _heads(self) -> tuple[Head, Head]:
+        models = map(self.accelerator.unwrap_model, (self.model, self.teacher_model))
+        student, teacher = (Head.of(model, self.vocab_size) for model in models)
+        return student, teacher
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
@@ -297,9 +263,14 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationTrainer):
         return evaluate_task(
             self.accelerator.unwrap_model(self.model),
             self.accelerator.unwrap_model(self.teacher_model),
-            self._tokenizer,
+            self.text_tokenizer,
             task,
             self.args,
             vocab_size=self.vocab_size,
             autocast=self.accelerator.autocast,
         )
+
+
+def _columns(batch: TokenBatch) -> tuple[Tensor, Tensor, int]:
+    """Ids, mask and number of answer columns, as a forward takes them."""
+    return batch.ids_BL, batch.mask_BL, batch.scored_BT.shape[1]

@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from effopd.distill.teacher_kl import rollouts_a_step, wanted_rollouts
+from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
 from effopd.launch.memory_estimate import SETUPS, estimate_memory
 from effopd.launch.model_size import ModelSize, model_size
 from effopd.launch.opd import (
@@ -55,7 +55,7 @@ def _checked(settings: RunSettings) -> Prompts | None:
     check_prompts(settings, rows.train)
     if on_disk:
         check_lengths(models, rows.longest, opd.max_completion_length)
-        check_space(model, opd, models, len(rows.train), rollouts_a_step(opd), effopd=effopd.enabled)
+        check_space(model, opd, models, len(rows.train), rollouts_per_step(opd), effopd=effopd.enabled)
     return rows
 
 
@@ -77,7 +77,7 @@ def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
     yield (
         "a step",
-        f"{rollouts_a_step(opd):,} prompts = {opd.per_device_train_batch_size} × {opd.gradient_accumulation_steps} accumulated × "
+        f"{rollouts_per_step(opd):,} prompts = {opd.per_device_train_batch_size} × {opd.gradient_accumulation_steps} accumulated × "
         f"{opd.world_size} process(es); {f'prompts up to {task.max_prompt_length}, ' if task.max_prompt_length else ''}"
         f"answers up to {opd.max_completion_length} tokens",
     )
@@ -119,7 +119,7 @@ def _look_text(look: Any, opd: Any) -> str:
         parts.append(f"D_v of {look.validation_size} prompts: up to {each:,} sampled tokens a candidate")
     elif look.resolved_scorer == "teacher_kl":
         wanted = wanted_rollouts(opd, look.score_rollouts)
-        scored = min(wanted, rollouts_a_step(opd))
+        scored = min(wanted, rollouts_per_step(opd))
         fewer = f" (a step has no more; it would like {wanted})" if scored < wanted else ""
         parts.append(f"scores {scored} rollouts a candidate{fewer}, samples nothing")
     return ", ".join(parts)

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from effopd.distill.trl_host.models import build_model
 from effopd.distill.values import check_init_kwargs
 from effopd.errors import CompatibilityError, ConfigError, MissingDependencyError
 from effopd.models.files import reading
@@ -75,7 +76,7 @@ def model_of(flag: str, name: str, config: Any, attention: str | None = None, de
             if kind is None:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **extra)
             else:
-                model = kind._from_config(config, **extra)
+                model = build_model(kind, config, **extra)
     except ImportError as error:
         raise MissingDependencyError(f"{flag} {name!r}: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from trl import ModelConfig, get_quantization_config
 
-from effopd.distill.callback import EffOPDCallback, check_validation_size
+from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
-from effopd.distill.teacher_kl import check_rollouts, rollouts_a_step
+from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
 from effopd.distill.trainer import OPDTrainer
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
@@ -54,7 +54,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
     check_prompts(settings, train)
     check_lengths(models, longest, opd.max_completion_length)
-    check_space(model, opd, models, len(train), rollouts_a_step(opd), effopd=effopd.enabled)
+    check_space(model, opd, models, len(train), rollouts_per_step(opd), effopd=effopd.enabled)
     opd.model_init_kwargs, opd.teacher_model_init_kwargs = loading_arguments(model, opd)
     trainer = OPDTrainer(
         model.model_name_or_path,
@@ -125,7 +125,7 @@ def check_prompts(settings: RunSettings, train: Task) -> None:
     Raises:
         ConfigError, TaskError: there are too few.
     """
-    batch = rollouts_a_step(settings.opd)
+    batch = rollouts_per_step(settings.opd)
     if len(train) < batch:
         raise ConfigError(
             f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from trl import ModelConfig
 
 from effopd.common.versions import versions
+from effopd.distill.trl_host.state import accelerate_undisturbed
 from effopd.tasks import TaskConfig
 
 #: Always written, even at their defaults: the settings that readers look for first, and those whose defaults depend on the
@@ -38,19 +37,6 @@ def settings_yaml(
     values |= extra
     lines = [f"# {name} {version}" for name, version in versions().items()]
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
-
-
-@contextmanager
-def accelerate_undisturbed() -> Iterator[None]:
-    """A second `TrainingArguments` resets accelerate's state, perhaps to another device and to one process; put it back."""
-    states = (PartialState._shared_state, AcceleratorState._shared_state)
-    saved = [dict(state) for state in states]
-    try:
-        yield
-    finally:
-        for state, before in zip(states, saved, strict=True):
-            state.clear()
-            state.update(before)
 
 
 def plain(config: Any) -> dict[str, Any]:

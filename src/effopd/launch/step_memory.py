@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
 
+from effopd.distill.trl_host.kernels import KERNEL_TILE
 from effopd.launch.meta_model import model_of
 from effopd.launch.model_states import BF16, FP32
 
@@ -210,4 +210,4 @@ def step_memory(
 
 
 def _tile(tokens: int, vocab: int) -> int:
-    return FP32 * min(tokens, TOKEN_CHUNK_SIZE) * min(vocab, VOCAB_CHUNK_SIZE)
+    return FP32 * min(tokens, KERNEL_TILE[0]) * min(vocab, KERNEL_TILE[1])

@@ -28,12 +28,12 @@ def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) ->
     for role, model in {"student": student, **others}.items():
         if model is not None:
             sampled = generates and role == "student"
-            found = all_gather_or_raise(partial(_measured, model, role, sampled))[0]
-            if found is not None:
-                path, how = found
+            measured = all_gather_or_raise(partial(_measured, model, role, sampled))[0]
+            if measured is not None:
+                path, groups = measured
                 remember(model, path)
-                if how is not None:
-                    remember_batching(model, how)
+                if groups is not None:
+                    remember_batching(model, groups)
 
 
 def _measured(model: Any, role: str, sampled: bool) -> tuple[LogitPath, Batching | None] | None:

@@ -17,11 +17,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import is_peft_model
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -223,15 +225,25 @@ class _OutputLayer:
 @contextmanager
 def at_rest(core: Any) -> Iterator[None]:
     """Eval mode, and weights' own precision: without the autocast that accelerate has put around the forward."""
-    wrapped = core.__dict__.get("forward") if "_original_forward" in core.__dict__ else None
-    if wrapped is not None:
-        core.forward = core._original_forward
+    wrapped, plain = vars(core).get("forward"), forward_without_autocast(core)
+    if plain is not None:
+        core.forward = plain
     try:
         with evaluating(core), torch.autocast(core.device.type, enabled=False):
             yield
     finally:
-        if wrapped is not None:
+        if plain is not None:
             core.forward = wrapped
+
+
+def forward_without_autocast(core: Any) -> Callable | None:
+    """The forward that accelerate has put its autocast around; `None` if it has not."""
+    forward = vars(core).get("forward")
+    to_float32 = getattr(forward, "__wrapped__", None)
+    if not isinstance(to_float32, ConvertOutputsToFp32):
+        return None
+    plain = to_float32.model_forward.__wrapped__
+    return MethodType(plain, core) if isinstance(forward, MethodType) else plain
 
 
 @contextmanager

@@ -17,7 +17,6 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
 from effopd.common.versions import TRAINING, versions
 from effopd.runs.lines import first_to_last, kept_text, net_seconds, percent, searches_text
@@ -55,9 +54,9 @@ def model_card(
         look_ahead: of the run; `None`: it trains without one.
     """
     teacher = getattr(trainer, "teacher_model", None)
-    student, adapter = _source(trainer.model), getattr(_bare(trainer), "peft_config", None)
+    student, adapter = trainer.model_id(trainer.model), getattr(_bare(trainer), "peft_config", None)
     packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
-    tracked = _trackers()
+    tracked = _trackers(trainer)
     data = ModelCardData(
         base_model=student if is_hub_id(student) else None,
         datasets=datasets,
@@ -65,15 +64,18 @@ def model_card(
         model_name=name,
         pipeline_tag="text-generation",
         tags=sorted(
-            {"generated_from_trainer", *trainer._tag_names, *tags} | {f"trackio:{u}" for u in tracked[:1] if u}
+            {"generated_from_trainer", *trainer.card_tags, *tags} | {f"trackio:{u}" for u in tracked[:1] if u}
         ),
     )
     facts = [
         ("student", _shown(student)),
-        ("teacher", "" if teacher is None else _shown(trainer.args.teacher_model_name_or_path or _source(teacher))),
+        (
+            "teacher",
+            "" if teacher is None else _shown(trainer.args.teacher_model_name_or_path or trainer.model_id(teacher)),
+        ),
         ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
         *_task_facts(trainer),
-        ("objective", objective(trainer.args, trainer._name)),
+        ("objective", objective(trainer.args, trainer.method_name)),
         ("strategy", "" if teacher is None else _strategy(look_ahead)),
         ("trained", _trained(adapter)),
         ("steps", _steps(trainer)),
@@ -87,13 +89,13 @@ def model_card(
         name=name,
         student=dict(facts)["student"],
         teacher=dict(facts)["teacher"],
-        method=_method(trainer.args, trainer._name),
+        method=_method(trainer.args, trainer.method_name),
         facts=[(label, value.replace("|", "\\|")) for label, value in facts if value],
         whole=(trainer.run_dir.root / CONFIG).is_file(),
         results=_results(trainer),
         snippet=snippet(trainer, student, adapter=bool(adapter)),
         versions=packages,
-        citation=trainer._paper.get("citation"),
+        citation=trainer.citation,
     )
 
 
@@ -265,10 +267,6 @@ def _bare(trainer: Any) -> Any:
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
-def _source(model: Any) -> str:
-    return get_config_model_id(model.config) or ""
-
-
 def _shown(name: str) -> str:
     return f"`{spoken_name(name)}`" if name else "a model object without a name"
 
@@ -280,7 +278,7 @@ def _chats(dataset: Any, tokenizer: Any) -> bool:
     return getattr(tokenizer, "chat_template", None) is not None
 
 
-def _trackers() -> tuple[str | None, str | None, str | None]:
+def _trackers(trainer: Any) -> tuple[str | None, str | None, str | None]:
     """Addresses of the run at Trackio, Comet and Weights & Biases, as far as it is there."""
     run = getattr(sys.modules.get("wandb"), "run", None)
-    return get_trackio_space_url(), get_comet_experiment_url(), getattr(run, "url", None)
+    return *trainer.tracker_urls(), getattr(run, "url", None)

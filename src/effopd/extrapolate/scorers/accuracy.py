@@ -1,4 +1,4 @@
-"""How good a candidate is. A scorer is any callable `model → Score` (or a plain number; larger is better)."""
+"""`accuracy`: the share of validation prompts that a candidate answers correctly."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class AccuracyScorer:
             tokenizer, [example.prompt for example in task.examples], sampling.template
         )  # refused now, if at all
         self.task, self.sampling, self.vocab_size = task, sampling, vocab_size
-        self._tokenizer, self._progress = tokenizer, progress
+        self.tokenizer, self._progress = tokenizer, progress
 
     @property
     def validation_ids(self) -> list[str]:
@@ -81,7 +81,7 @@ class AccuracyScorer:
             try:
                 with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent or None) as bar:
                     result = evaluate(
-                        model, self._tokenizer, mine, sampling, vocab_size=self.vocab_size, progress=bar.update
+                        model, self.tokenizer, mine, sampling, vocab_size=self.vocab_size, progress=bar.update
                     )
             except NonFiniteLossError:
                 return None, 0

@@ -1,0 +1,231 @@
+"""The scorers of a look-ahead, built from what a trainer has: its prompts, tokenizer, models, rollouts and divergence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DistillationTrainer
+
+from effopd.common.distributed import rank, world_size
+from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab_size
+from effopd.distill.trl_host.state import has_trls_loss
+from effopd.errors import CompatibilityError, ConfigError, TaskError
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
+from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
+from effopd.models.checks import check_models
+from effopd.models.logit_path import core_of, is_whole, logit_path
+from effopd.models.token_batch import TokenBatch
+from effopd.tasks.base import Task
+from effopd.tasks.sampling import Sampling
+
+logger = logging.getLogger(__name__)
+
+#: By default a quarter of a step's rollouts is scored, but no fewer and no more than these.
+FEWEST, MOST = 8, 32
+
+
+# -- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def check_validation_size(config: EffOPDConfig, task: Task) -> None:
+    """D_v can be drawn from the training prompts.
+
+    Raises:
+        TaskError: there are too few.
+    """
+    if config.validation_size > len(task):
+        raise TaskError(
+            f"D_v needs {config.validation_size} training prompts but there are {len(task)}: lower "
+            "EffOPDConfig.validation_size or add prompts."
+        )
+
+
+def accuracy_scorer(trainer: Any, config: EffOPDConfig, task: Task) -> AccuracyScorer:
+    """The scorer `accuracy` on validation prompts drawn from `task`.
+
+    Raises:
+        ConfigError: neither the trainer nor `config` has a length limit for answers.
+        TaskError: too few prompts, or prompts without answers.
+    """
+    limit = config.max_completion_length or getattr(trainer.args, "max_completion_length", None)
+    if limit is None:
+        raise ConfigError(
+            f"{type(trainer).__name__} has no max_completion_length: set EffOPDConfig.max_completion_length for "
+            "the validation answers, or pass a scorer."
+        )
+    check_validation_size(config, task)
+    return AccuracyScorer(
+        task.sample(config.validation_size, config.seed),
+        _tokenizer(trainer),
+        Sampling(
+            max_new_tokens=limit,
+            temperature=config.temperature,
+            batch_size=config.validation_batch_size,
+            chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
+        ),
+        progress=not trainer.args.disable_tqdm,
+        vocab_size=getattr(trainer, "vocab_size", None),
+    )
+
+
+def _tokenizer(trainer: Any) -> Any:
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+
+
+# -- teacher_kl -------------------------------------------------------------------------------------------------------
+
+
+def rollouts_per_step(args: Any) -> int:
+    """Rollouts that all processes together sample for an optimizer step."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def wanted_rollouts(args: Any, rollouts: int | None) -> int:
+    """How many rollouts a search would like to score, over all processes; a step may have fewer, and then all are scored.
+
+    Args:
+        args: an `OPDConfig` or `trl.DistillationConfig`.
+        rollouts: `EffOPDConfig.score_rollouts`; `None`: a quarter of the step's, at least 8 and at most 32, so that a search
+            of some eight scores costs less than the step it belongs to.
+    """
+    return rollouts if rollouts is not None else min(max(rollouts_per_step(args) // 4, FEWEST), MOST)
+
+
+def check_rollouts(args: Any, rollouts: int | None) -> None:
+    """A run's settings let `teacher_kl` score; no model is needed to tell.
+
+    Args:
+        args: an `OPDConfig` or `trl.DistillationConfig`.
+        rollouts: how many are to be scored, over all processes; `None`: as `wanted_rollouts` says.
+
+    Raises:
+        ConfigError: fewer than two rollouts per step, or another target than the teacher (ExOPD).
+    """
+    if getattr(args, "lambda_extrapolation", 1) != 1:
+        raise ConfigError(
+            f"the look-ahead's scorer 'teacher_kl' measures the divergence from the teacher, but lambda_extrapolation="
+            f"{args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
+            "strategy 'effopd', or lambda_extrapolation=1."
+        )
+    scored = min(rollouts_per_step(args), wanted_rollouts(args, rollouts))
+    if scored < 2:
+        raise ConfigError(
+            "the scorer 'teacher_kl' tells a gain from noise by comparing rollouts, so it needs at least 2 a step; this run, on "
+            f"{args.world_size} process(es), samples {rollouts_per_step(args)} and scores {scored}. Raise "
+            "--per_device_train_batch_size, --gradient_accumulation_steps or --effopd.score_rollouts."
+        )
+
+
+def rollout_scorer(trainer: Any, rollouts: int | None = None) -> RolloutScorer:
+    """The scorer `teacher_kl`, of the divergence that the trainer minimises.
+
+    Args:
+        trainer: an `OPDTrainer`, or any `trl.DistillationTrainer`.
+        rollouts: how many rollouts are scored, over all processes; `None`: as `wanted_rollouts` says.
+
+    Raises:
+        ConfigError: fewer than two rollouts per step; the trainer does not distil, has no teacher of its own, or learns another
+            target than the teacher (ExOPD).
+        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, or logits whose divergence cannot be
+            computed, here or in the loss of the host.
+    """
+    if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
+        raise ConfigError(
+            f"the scorer 'teacher_kl' measures the divergence from the teacher on fresh rollouts: expected an OPDTrainer or a "
+            f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or pass scorer=…."
+        )
+    check_rollouts(trainer.args, rollouts)
+    _warn_of_few(trainer.args, wanted_rollouts(trainer.args, rollouts))
+    divergence = TrainedDivergence(trainer)
+    return RolloutScorer(divergence, -(-wanted_rollouts(trainer.args, rollouts) // world_size()))
+
+
+def _warn_of_few(args: Any, wanted: int) -> None:
+    sampled = rollouts_per_step(args)
+    if sampled < wanted and rank() == 0:
+        logger.warning(
+            "The look-ahead's scorer 'teacher_kl' would like %d rollouts a step (--effopd.score_rollouts) but a step samples %d "
+            "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d process(es)): it scores all of them, so "
+            "its decisions are noisier. Raise one of the two, or lower --effopd.score_rollouts.",
+            wanted, sampled, args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size(),
+        )  # fmt: skip
+
+
+class TrainedDivergence:
+    """The divergence from its teacher that a `trl.DistillationTrainer` minimises, in the precision that it trains in.
+
+    Raises:
+        CompatibilityError: as `rollout_scorer`.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        self._vocab_size = shared_vocab_size(student, self._teacher, len(_tokenizer(trainer)))
+        check_models(student, {"teacher": self._teacher}, generates=False)
+        _check_loss(trainer, {"student": student, "teacher": self._teacher})
+
+    @property
+    def _teacher(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.teacher_model)
+
+    @torch.no_grad()
+    def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """The teacher's hidden states [N, H] at the N scored positions of each batch."""
+        with self.trainer.accelerator.autocast():
+            return [batch.hidden(self._teacher) for batch in batches]
+
+    def __call__(self, model: Any, batches: Sequence[TokenBatch], teacher_hidden: Sequence[Tensor]) -> list[Tensor]:
+        """D(model, teacher) [N], in nats, at the scored positions of each batch."""
+        trainer = self.trainer
+        with trainer.accelerator.autocast():
+            return divergences(
+                model, self._teacher, batches, vocab_size=self._vocab_size, beta=trainer.beta,
+                temperature=trainer.temperature, teacher_hidden=teacher_hidden,
+            )  # fmt: skip
+
+
+def _check_loss(trainer: Any, models: Mapping[str, Any]) -> None:
+    """TRL's own loss reads a soft cap under one name only, and the backbone's hidden states whatever follows them."""
+    if not has_trls_loss(trainer) or not all(map(is_whole, models.values())):
+        return
+    for role, model in models.items():
+        path, config = logit_path(model), core_of(model).config.get_text_config()
+        layers = path.inner and getattr(config, "logits_scaling", None) is None
+        if layers or path.softcap != getattr(config, "final_logit_softcapping", None):
+            what = "layers between backbone and output layer" if layers else f"a soft cap of {path.softcap:g}"
+            raise CompatibilityError(
+                f"the {role}, {type(core_of(model)).__name__}, has {what}, which the loss of {type(trainer).__name__} leaves out: it "
+                "would train towards another distribution than is scored. Use OPDTrainer, which has it."
+            )
+
+
+def token_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
+    """A micro-batch of TRL's as scorers and losses read it; what tools wrote is read, but not scored."""
+    scored_BT = rollouts["completion_mask"]
+    if "tool_mask" in rollouts:
+        scored_BT = scored_BT * rollouts["tool_mask"]
+    return TokenBatch(
+        torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1),
+        torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1),
+        scored_BT.bool(),
+    )
+
+
+def text_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
+    """As `token_batch`, of rollouts that are text only.
+
+    Raises:
+        ConfigError: they come with images or the like.
+    """
+    if seen := [key for key in MULTIMODAL_KEYS if rollouts.get(key) is not None]:
+        raise ConfigError(
+            f"the scorer 'teacher_kl' reads text only, but the rollouts come with {', '.join(seen)}: without them the "
+            "score would be that of other prompts. Use --effopd.scorer accuracy with strategy 'effopd'."
+        )
+    return token_batch(rollouts)
