@@ -37,7 +37,7 @@ def test_wheel_holds_code_assets_and_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "effopd/py.typed",
-        "effopd/distill/model_card.md",
+        "effopd/runs/model_card.md",
         "effopd/testbed/assets/card.json",
         "effopd/testbed/assets/student/model.safetensors",
         "effopd/testbed/assets/teacher/chat_template.jinja",

@@ -16,7 +16,7 @@ _NAMES = {
     "EffOPDConfig": "effopd.extrapolate.config",
     "EffOPDCallback": "effopd.distill.callback",
     "EffOPD": "effopd.extrapolate.effopd",
-    "AccuracyScorer": "effopd.extrapolate.scorers",
+    "AccuracyScorer": "effopd.extrapolate.scorers.accuracy",
     "Score": "effopd.extrapolate.search",
     "Task": "effopd.tasks.base",
     "Example": "effopd.tasks.base",

@@ -11,7 +11,7 @@ from helpers.tiny_models import make_task, make_tokenizer
 from effopd.commands.evaluate import eval_parser
 from effopd.commands.intervene_parser import intervene_parser
 from effopd.errors import ConfigError
-from effopd.extrapolate.scorers import AccuracyScorer
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.tasks.generate import generate
 from effopd.tasks.sampling import Sampling
 
