@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from effopd.extrapolate.settings_in_use import DECIDE_NOTHING, OF_BUILT_IN_SCORERS, OF_THE_STRATEGY, WELCOME_ANYWHERE
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 from torch import nn
 
@@ -15,7 +16,6 @@ from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.config import ONLY_FOR
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, fingerprint
 from effopd.extrapolate.scorers import AccuracyScorer
-from effopd.extrapolate.settings_in_use import DECIDE_NOTHING, OF_BUILT_IN_SCORERS, OF_THE_STRATEGY, WELCOME_ANYWHERE
 from effopd.extrapolate.strategies import STRATEGIES
 
 #: A value that differs from every strategy's default.

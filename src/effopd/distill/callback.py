@@ -17,13 +17,14 @@ from effopd.common.distributed import broadcast_from_rank0, world_size
 from effopd.common.files import append_row, keep_rows
 from effopd.distill.trl_host import Patches, resumed_checkpoint
 from effopd.errors import CheckpointError, ConfigError, TaskError
+from effopd.extrapolate.checks import check_model, check_scorer, refuse_unread
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.effopd import EffOPD, Scorer, check_model
+from effopd.extrapolate.effopd import EffOPD
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
 from effopd.extrapolate.scorers import AccuracyScorer, training_task
+from effopd.extrapolate.scoring import Scorer
 from effopd.extrapolate.search import Score
-from effopd.extrapolate.settings_in_use import refuse_unread
-from effopd.runs.records import SEARCHES
+from effopd.runs.records import SEARCHES, SearchRecord
 from effopd.tasks.base import Task, Verifier
 
 #: What `host_refused` says of it.
@@ -38,15 +39,15 @@ def host_refused(host: str) -> ConfigError:
     )
 
 
-def check_validation_size(config: EffOPDConfig, task: Task) -> None:
-    """D_v can be drawn from the training prompts.
+def check_validation_size(size: int, task: Task) -> None:
+    """The validation prompts can be drawn from the training prompts.
 
     Raises:
         TaskError: there are too few.
     """
-    if config.validation_size > len(task):
+    if size > len(task):
         raise TaskError(
-            f"D_v needs {config.validation_size} training prompts but there are {len(task)}: lower "
+            f"{size} validation prompts are drawn from the training prompts but there are {len(task)}: lower "
             "EffOPDConfig.validation_size or add prompts."
         )
 
@@ -65,6 +66,7 @@ class EffOPDCallback(TrainerCallback):
             dataset, columns `prompt` and `answer`.
         verify: grades an answer of that dataset; default: `math-verify`.
         scorer: a callable `model → number` instead of the accuracy on D_v.
+        score_timeout: stop with an error if scoring one candidate takes longer, in seconds; `None`: no limit.
         resume_from_checkpoint: where a resumed run finds the look-ahead state; default: in the checkpoint that the trainer
             loads.
 
@@ -87,6 +89,7 @@ class EffOPDCallback(TrainerCallback):
         task: Task | None = None,
         verify: Verifier | None = None,
         scorer: Scorer | None = None,
+        score_timeout: float | None = None,
         resume_from_checkpoint: str | Path | None = None,
     ):
         self.trainer, self.config = trainer, config or EffOPDConfig()
@@ -94,17 +97,20 @@ class EffOPDCallback(TrainerCallback):
         if scorer is not None:
             refuse_unread(self.config, scorer, ())
         check_model(trainer.accelerator.unwrap_model(trainer.model), self.config, target=self._teacher() is not None)
-        self.waits_for_rollouts = scorer is None and self.config.resolved_scorer == "teacher_kl"
+        rollouts = self.config.score_rollouts if scorer is None else None
+        self.waits_for_rollouts = rollouts is not None
         self._rollouts: Any = None
         self._host: dict[str, Any] = {"max_completion_length": getattr(trainer.args, "max_completion_length", None)}
-        if self.waits_for_rollouts:
+        if rollouts is not None:
             from effopd.distill.teacher_kl import RolloutScorer, wanted_rollouts  # knows the trainers, which know this
 
-            scorer = self._rollouts = RolloutScorer(trainer, self.config.score_rollouts)
-            self._host["score_rollouts"] = wanted_rollouts(trainer.args, None)
+            scorer = self._rollouts = RolloutScorer(trainer, rollouts)
+            self._host["score_rollouts"] = wanted_rollouts(trainer.args, rollouts)
         elif scorer is None and self.config.scored:
             scorer = self._accuracy_scorer(task if task is not None else training_task(trainer.train_dataset, verify))
+        check_scorer(scorer, self.config, score_timeout)
         self.scorer: Scorer | None = scorer
+        self._score_timeout = score_timeout
         self.look_ahead: EffOPD | None = None
         self._patches: Patches | None = None
         self._pending: dict[str, float] | None = None
@@ -122,21 +128,22 @@ class EffOPDCallback(TrainerCallback):
             )
 
     def _accuracy_scorer(self, task: Task) -> AccuracyScorer:
-        trainer, config = self.trainer, self.config
-        limit = config.max_completion_length or getattr(trainer.args, "max_completion_length", None)
+        trainer, args, size = self.trainer, self.config.scorer_args, self.config.validation_size
+        assert size is not None
+        limit = args.max_completion_length or getattr(trainer.args, "max_completion_length", None)
         if limit is None:
             raise ConfigError(
-                f"{type(trainer).__name__} has no max_completion_length: set EffOPDConfig.max_completion_length for "
+                f"{type(trainer).__name__} has no max_completion_length: set EffOPDConfig(args={{'max_completion_length': …}}) for "
                 "the validation answers, or pass a scorer."
             )
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        check_validation_size(config, task)
+        check_validation_size(size, task)
         return AccuracyScorer(
-            task.sample(config.validation_size, config.seed),
+            task.sample(size, self.config.seed),
             tokenizer,
             max_new_tokens=limit,
-            temperature=config.temperature,
-            batch_size=config.validation_batch_size,
+            temperature=args.temperature,
+            batch_size=args.batch_size,
             chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
             progress=not trainer.args.disable_tqdm,
             vocab_size=getattr(trainer, "vocab_size", None),
@@ -163,7 +170,9 @@ class EffOPDCallback(TrainerCallback):
         patches.replace("_run_epoch", self._detached_after)
         if self._rollouts is not None:
             self._rollouts.watch(patches, self._on_rollouts, wanted=lambda: self._registered)
-        if self.config.resolved_steer:  # log the rate that steps are taken with; the host knows the schedule's only
+        if (
+            self.config.adapt_learning_rate
+        ):  # log the rate that steps are taken with; the host knows the schedule's only
             patches.replace("_get_learning_rate", lambda scheduled: lambda: scheduled() * self._applied_factor())
 
     def _detach(self) -> None:
@@ -225,6 +234,7 @@ class EffOPDCallback(TrainerCallback):
             optimizer=kwargs.get("optimizer"),
             wanted=lambda: self._registered,
             host=self._host,
+            score_timeout=self._score_timeout,
         )
         try:
             if state.global_step > 0:
@@ -265,15 +275,15 @@ class EffOPDCallback(TrainerCallback):
             )
         ledger = getattr(self.trainer, "ledger", None)
         with ledger.track("search") if ledger is not None else nullcontext():
-            row = self.look_ahead.step(step)
-        if row is None:
+            record = self.look_ahead.step(step)
+        if record is None:
             return
-        if ledger is not None and state.is_world_process_zero:  # the row has everybody's tokens
-            ledger.count("search", generated=row["generated_tokens"], forward=row["forward_tokens"])
+        if ledger is not None and state.is_world_process_zero:  # the record has everybody's tokens
+            ledger.count("search", generated=record.generated_tokens, forward=record.forward_tokens)
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            append_row(Path(args.output_dir) / SEARCHES, row)
-        self._log(row)
+            append_row(Path(args.output_dir) / SEARCHES, record.to_row())
+        self._log(record)
 
     def on_save(self, args, state, control, **kwargs):
         """Put anchor and history into the checkpoint of trainers that do not ask for them (`save_state`)."""
@@ -321,17 +331,8 @@ class EffOPDCallback(TrainerCallback):
         if getattr(self.trainer, "_buffered_inputs", None) is not None and not keep:
             self.trainer._buffered_inputs = None
 
-    def _log(self, row: dict[str, Any]) -> None:
-        metrics = {
-            "effopd/accepted_scale": row["accepted_scale"],
-            "effopd/delta_norm": row["delta_norm"],
-            "effopd/candidates": len(row["trials"]) - 1,
-            "effopd/search_seconds": row["seconds"],
-            "effopd/search_generated_tokens": row["generated_tokens"],
-            "effopd/start_score": row["trials"][0].get("score"),
-            "effopd/memory_bytes": row.get("memory_bytes"),
-        }
-        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+    def _log(self, record: SearchRecord) -> None:
+        metrics = {name: float(value) for name, value in record.metrics().to_row().items()}
         if hasattr(self.trainer, "_metrics"):  # TRL averages these into the step's own log row
             for name, value in metrics.items():
                 self.trainer._metrics["train"][name].append(value)

@@ -30,7 +30,7 @@ from effopd.models.logit_path import completion_hidden_states, core_of, is_whole
 
 logger = logging.getLogger(__name__)
 
-#: By default a quarter of a step's rollouts is scored, but no fewer and no more than these.
+#: Of a share of a step's rollouts no fewer and no more than these are scored.
 FEWEST, MOST = 8, 32
 
 _NAMES = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask", "tool_mask")
@@ -41,23 +41,23 @@ def rollouts_a_step(args: Any) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def wanted_rollouts(args: Any, rollouts: int | None) -> int:
+def wanted_rollouts(args: Any, rollouts: float) -> int:
     """How many rollouts a search would like to score, over all processes; a step may have fewer, and then all are scored.
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: `EffOPDConfig.score_rollouts`; `None`: a quarter of the step's, at least 8 and at most 32, so that a search
-            of some eight scores costs less than the step it belongs to.
+        rollouts: `EffOPDConfig.score_rollouts`; below 1: this share of the step's, at least 8 and at most 32. A quarter, the
+            default, makes a search of some eight scores cost less than the step it belongs to.
     """
-    return rollouts if rollouts is not None else min(max(rollouts_a_step(args) // 4, FEWEST), MOST)
+    return int(rollouts) if rollouts >= 1 else min(max(int(rollouts_a_step(args) * rollouts), FEWEST), MOST)
 
 
-def check_rollouts(args: Any, rollouts: int | None) -> None:
+def check_rollouts(args: Any, rollouts: float) -> None:
     """A run's settings let `teacher_kl` score; no model is needed to tell.
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: how many are to be scored, over all processes; `None`: as `wanted_rollouts` says.
+        rollouts: how many are to be scored, over all processes; below 1: as `wanted_rollouts` says.
 
     Raises:
         ConfigError: fewer than two rollouts a step, or another target than the teacher (ExOPD).
@@ -65,8 +65,8 @@ def check_rollouts(args: Any, rollouts: int | None) -> None:
     if getattr(args, "lambda_extrapolation", 1) != 1:
         raise ConfigError(
             f"the look-ahead's scorer 'teacher_kl' measures the divergence from the teacher, but lambda_extrapolation="
-            f"{args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
-            "strategy 'effopd', or lambda_extrapolation=1."
+            f"{args.lambda_extrapolation} trains towards another target. Score by answers, as "
+            "strategy 'effopd' does (--effopd.validation_size), or use lambda_extrapolation=1."
         )
     scored = min(rollouts_a_step(args), wanted_rollouts(args, rollouts))
     if scored < 2:
@@ -104,7 +104,7 @@ class RolloutScorer:
 
     Args:
         trainer: an `OPDTrainer`, or any `trl.DistillationTrainer`; the scorer uses its forward and its teacher.
-        rollouts: how many rollouts are scored, over all processes; `None`: as `wanted_rollouts` says.
+        rollouts: how many rollouts are scored, over all processes; below 1: as `wanted_rollouts` says.
 
     Attributes:
         looked_at: the global step at which `watch` last looked.
@@ -116,9 +116,9 @@ class RolloutScorer:
             computed, here or in the loss of the host.
     """
 
-    reads = ("scorer", "score_rollouts")
+    reads = ("score_rollouts",)
 
-    def __init__(self, trainer: Any, rollouts: int | None = None):
+    def __init__(self, trainer: Any, rollouts: float = 0.25):
         if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
             raise ConfigError(
                 f"the scorer 'teacher_kl' measures the divergence from the teacher on fresh rollouts: expected an OPDTrainer or a "
@@ -187,7 +187,7 @@ class RolloutScorer:
             if seen := [key for key in MULTIMODAL_KEYS if batch.get(key) is not None]:
                 raise ConfigError(
                     f"the scorer 'teacher_kl' reads text only, but the rollouts come with {', '.join(seen)}: without them the "
-                    "score would be that of other prompts. Use --effopd.scorer accuracy with strategy 'effopd'."
+                    "score would be that of other prompts. Score by answers (--effopd.validation_size), as strategy 'effopd' does."
                 )
             rows = {name: value[:left] for name, value in batch.items() if name in _NAMES}
             left -= len(rows["completion_ids"])

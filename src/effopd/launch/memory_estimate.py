@@ -64,7 +64,7 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
             sum(size.parameters for size in others) * frozen,
             ranks=ranks,
             sharded=sharded,
-            moved=student.selected(look.resolved_parameters) if look.enabled else None,
+            moved=student.selected(str(look.parameters)) if look.enabled else None,
             anchor_here=look.anchor_device is None,
             trained=trained,
             weight_bytes=next((size for name, size in _QUANTISED.items() if getattr(settings.model, name)), own),

@@ -21,7 +21,6 @@ from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get
 from effopd.common.files import read_rows
 from effopd.common.versions import TRAINING, versions
 from effopd.distill.callback import EffOPDCallback
-from effopd.extrapolate.strategies import STRATEGIES
 from effopd.runs.console import first_to_last, kept_text, net_seconds, percent, searches_text
 from effopd.runs.records import CONFIG, EVALS, METRICS, SEARCHES
 from effopd.tasks.load import instruction
@@ -209,7 +208,7 @@ def _strategy(trainer: Any) -> str:
     config = _look_ahead(trainer)
     if config is None or config.strategy == "none":
         return "none: plain on-policy distillation"
-    return f"`{config.strategy}`: {STRATEGIES[config.strategy].help.removeprefix('ours: ')}"
+    return f"`{config.strategy}`: {config.rules.help.removeprefix('ours: ')}"
 
 
 def _look_ahead(trainer: Any) -> Any:
@@ -237,10 +236,10 @@ def _learning_rate(trainer: Any) -> str:
     args, config = trainer.args, _look_ahead(trainer)
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     text = f"{args.learning_rate:g}, {schedule}" + (f", warm-up {args.warmup_steps:g}" if args.warmup_steps else "")
-    if config is None or not config.resolved_steer:
+    if config is None or not config.adapt_learning_rate:
         return text
     rates = [row["learning_rate"] for row in read_rows(trainer.run_dir.root / METRICS) if row.get("learning_rate")]
-    return text + "; steered by the look-ahead" + (f", {rates[-1]:.2g} in the last step" if rates else "")
+    return text + "; adapted by the look-ahead" + (f", {rates[-1]:.2g} in the last step" if rates else "")
 
 
 def _method(args: Any, method: str) -> str:
