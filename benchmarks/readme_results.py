@@ -256,11 +256,11 @@ def gate(f: Figures, docs: dict[str, Any]) -> str:
     said = listed(f"{groups[size]['shared']:.0%} of those that {kind}" for kind, size in kinds.items())
     afresh = listed(f"{groups[size]['fresh']:.0%}" for size in kinds.values())
     runs = len({(row["family"], row["seed"]) for row in power["moves"]})
-    nothing = [row["first_accepted"] for row in docs["gate_noise"]["shared_noise"] if row["gate"] == "ge"]
+    nothing = [row["first_accepted"] for row in docs["gate_noise"]["shared_noise"] if row["gate"] == "not_worse"]
     anew = [
         row["first_accepted"]
         for row in docs["gate_noise"]["fresh_noise"]
-        if (row["gate"], row["validation_size"]) == ("ge", 50)
+        if (row["gate"], row["validation_size"]) == ("not_worse", 50)
     ]
     return (
         f"**EffOPD's gate tells gains from losses of several points, not smaller ones.** Of real moves of {runs} run{'s' * (runs > 1)} it accepts "

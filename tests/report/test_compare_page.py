@@ -142,7 +142,9 @@ def test_what_the_gate_lets_pass_where_nothing_is_to_be_found(results):
     assert {(row["family"], row["model"]) for row in rows} == {
         (family, model) for family in ("chain_sum", "spell_backward") for model in ("student", "teacher")
     }
-    assert all(row["gate"] == "ge" and row["validation_size"] == 50 for row in rows + found["gate_shared_noise"])
+    assert all(
+        row["gate"] == "not_worse" and row["validation_size"] == 50 for row in rows + found["gate_shared_noise"]
+    )
     assert "nothing is to be found" not in render(results, {}) and "gate accepts" not in render(results, {})
     page = render(results | found, {})
     assert f"{rows[0]['first_accepted']:.1%} [" in page and "20000 simulated searches" in page

@@ -20,6 +20,7 @@ from effopd.extrapolate.strategy import PAPER, STRATEGIES, Strategy
 #: Plain training: reads nothing.
 NONE = "none"
 _CHOICES: dict[str, Collection[str]] = {"schedule": SCHEDULES, "gate": GATES}
+_GIVEN = object()
 #: The only gate that reads `min_z`.
 _READS_MIN_Z = "significant"
 
@@ -237,7 +238,11 @@ class EffOPDConfig:
         complete: dict[str, Any] = {}
         for cls in self._args_classes:
             complete |= plain(build(label, cls, {name: given[name] for name in hints(cls) if name in given}))
-        if unknown := sorted(set(given) - set(complete)):
+        others = [
+            plain(cls()) for cls, _ in SCORERS.values()
+        ]  # a default of the scorer that was replaced does no harm
+        idle = {name for values in others for name, value in values.items() if given.get(name, _GIVEN) == value}
+        if unknown := sorted(set(given) - set(complete) - idle):
             scorer = f" and its scorer '{self.scorer}'" if self.scorer else ""
             raise ConfigError(
                 f"{label}: strategy '{self.strategy}'{scorer} would ignore {', '.join(unknown)}; expected "

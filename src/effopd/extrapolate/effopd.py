@@ -98,6 +98,15 @@ class EffOPD:
         return self._searcher.model
 
     @property
+    def scorer(self) -> Scorer | None:
+        """What scores the model; may be replaced between searches."""
+        return self._searcher.scorer
+
+    @scorer.setter
+    def scorer(self, scorer: Scorer | None) -> None:
+        self._searcher.scorer = scorer
+
+    @property
     def weights(self) -> MovableWeights:
         """What moves, with its anchor."""
         return self._searcher.weights
@@ -240,7 +249,7 @@ class EffOPD:
             "anchor_step": self.anchor_step,
             "history": [record.to_row() for record in self.history],
             "learning_rate_factor": self.learning_rate_factor,
-            "fingerprint": fingerprint(self.config, self._searcher.scorer, self._host),
+            "fingerprint": fingerprint(self.config, self.scorer, self._host),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -250,7 +259,7 @@ class EffOPD:
             CheckpointError: the state belongs to other settings or other validation prompts.
             WeightsError: the anchor does not fit the model.
         """
-        check_same(state["fingerprint"], self.config, self._searcher.scorer, self._host)
+        check_same(state["fingerprint"], self.config, self.scorer, self._host)
         self.weights.load_state_dict(state["anchor"])
         if self.predictor is not None:
             self.predictor.observations.load_state_dict(state["observations"])
