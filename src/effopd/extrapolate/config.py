@@ -43,6 +43,10 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _default(value: Any) -> str:
+    return "" if value is None else f"; default {value}"
+
+
 def _args_help() -> str:
     """The arguments of every strategy and scorer."""
     owners = [(name, rules.args) for name, rules in STRATEGIES.items()] + [
@@ -51,7 +55,7 @@ def _args_help() -> str:
     texts: dict[str, list[str]] = {}
     for name, cls in owners:
         described = "; ".join(
-            f"{f.name} ({f.metadata.get('help', '')}; default {plain(cls())[f.name]})" for f in fields(cls)
+            f"{f.name} ({f.metadata.get('help', '')}{_default(plain(cls())[f.name])})" for f in fields(cls)
         )
         if described:
             texts.setdefault(described, []).append(name)
@@ -131,7 +135,7 @@ class EffOPDConfig:
         | _help(
             "gate",
             "Accept a candidate with score >= the best so far ('not_worse'), > the best so far ('better'), or better by min_z standard "
-            "errors of the paired difference ('significant'). line_search compares with the start; for its steps back any gain will do.",
+            "errors of the paired difference ('significant').",
         ),
     )
     min_z: float | None = field(

@@ -6,7 +6,8 @@ from effopd.extrapolate.search import line_search
 from effopd.extrapolate.strategy import PAPER, STRATEGIES, Strategy
 
 STRATEGIES["line_search"] = Strategy(
-    "ours: a line search by the KL to the teacher on rollouts that training samples anyway, as often as jumps pay",
+    "ours: a line search by the KL to the teacher on rollouts that training samples anyway, as often as jumps pay; every "
+    "candidate is compared with the start, and for a step back any gain will do",
     lambda score, config, args: line_search(score, config.gate, config.min_z),
     PAPER
     | {
