@@ -30,7 +30,7 @@ def test_blocks_run_as_they_stand(index, tmp_path, monkeypatch):
     else:
         callbacks = names["trainer" if index == 0 else "run"].callback_handler.callbacks
         (look_ahead,) = [callback.look_ahead for callback in callbacks if isinstance(callback, EffOPDCallback)]
-    assert [row["step"] for row in look_ahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
+    assert [search.step for search in look_ahead.history] == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
     if index == 2:
         assert names["answers"].accuracy.mean > 0 and names["update"].summary["runs"]
 

@@ -24,7 +24,7 @@ RUNS = {
     "line_search": (EffOPDConfig("line_search"), {}),
     "effopd": (EffOPDConfig("effopd", **VALIDATED), {}),
     "random_direction": (EffOPDConfig("random_direction", **VALIDATED), {}),
-    "relex": (EffOPDConfig("relex", **FITTED), {}),
+    "relex": (EffOPDConfig("relex", args=FITTED), {}),
     "alpha_opd": (EffOPDConfig("alpha_opd", args=FITTED | {"target": 0.9}, **VALIDATED), {}),
 }
 

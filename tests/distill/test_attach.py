@@ -395,7 +395,7 @@ def test_settings_reach_the_accuracy_scorer(distilling, name, value, setting):
 
 def test_score_rollouts_reach_the_divergence_scorer(distilling):
     sizes = [
-        EffOPDCallback(distilling, EffOPDConfig("line_search", score_rollouts=n)).scorer._rollouts for n in (None, 3)
+        EffOPDCallback(distilling, EffOPDConfig("line_search", score_rollouts=n)).scorer._rollouts for n in (0.25, 3)
     ]
     assert sizes == [8, 3]
     scorers = [

@@ -194,7 +194,7 @@ def test_unusable_validation_sets(tmp_path):
     without = Task("t", tuple(Example(str(i), "x") for i in range(60)), contains)
     for task, message in (
         (without, "prompts without an answer"),
-        (make_task(20), "D_v needs 50 training prompts but there are 20"),
+        (make_task(20), "50 validation prompts are drawn from the training prompts but there are 20"),
         (Task("t", (), contains), "there are 0"),
     ):
         with pytest.raises(TaskError, match=message):

@@ -275,11 +275,11 @@ def test_an_unmodified_trl_trainer_resumes_to_the_same_weights(tmp_path):
 @pytest.mark.parametrize(
     ("micro_batch", "accumulated", "world_size", "asked", "wanted"),
     [
-        (256, 1, 1, None, 32),
-        (4, 16, 1, None, 16),
-        (8, 4, 2, None, 16),
-        (8, 4, 1, None, 8),
-        (4, 1, 1, None, 8),
+        (256, 1, 1, 0.25, 32),
+        (4, 16, 1, 0.25, 16),
+        (8, 4, 2, 0.25, 16),
+        (8, 4, 1, 0.25, 8),
+        (4, 1, 1, 0.25, 8),
         (8, 4, 1, 5, 5),
         (8, 4, 1, 128, 128),
     ],

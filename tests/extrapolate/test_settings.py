@@ -153,6 +153,20 @@ def test_every_setting_that_is_read_has_a_value_after_construction():
         assert [config.validation_size, config.score_rollouts].count(None) == (1 if config.scorer else 2)
 
 
+def test_the_page_of_searches_shows_these_values():
+    page = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+    strategies, *rows = re.findall(r"^\|(.*)\|$", page.partition("## Settings")[2].partition("##")[0], re.M)
+    names = re.findall(r"`([\w-]+)`", strategies)
+    shown = {re.findall(r"`(\w+)`", row)[0]: [cell.strip() for cell in row.split("|")[1:]] for row in rows[1:]}
+    assert set(shown) == set(PAPER)
+    for setting, cells in shown.items():
+        values = [getattr(EffOPDConfig(name), setting) for name in names]
+        texts = [
+            "–" if value is None else f"{value:g}" if type(value) is float else str(value).lower() for value in values
+        ]
+        assert texts == cells, setting
+
+
 def test_two_ways_of_scoring_exclude_each_other():
     assert EffOPDConfig("effopd", score_rollouts=16).scorer == "teacher_kl"
     assert EffOPDConfig("effopd", score_rollouts=16).validation_size is None
