@@ -36,6 +36,26 @@ class OptimizerUpdate:
         self._optimizer = optimizer if config.reset_moments else None
         self.rate = LearningRateMultiplier(optimizer, wanted) if config.adapt_learning_rate else None
 
+    @property
+    def factor(self) -> float:
+        """The present multiplier of the schedule's learning rate."""
+        return 1.0 if self.rate is None else self.rate.factor
+
+    @factor.setter
+    def factor(self, factor: float) -> None:
+        if self.rate is not None:
+            self.rate.factor = factor
+
+    @property
+    def applied(self) -> float:
+        """The multiplier of the schedule's learning rate in the last optimizer step."""
+        return 1.0 if self.rate is None else self.rate.applied
+
+    def close(self) -> None:
+        """Leave the optimizer alone from now on; safe to call twice."""
+        if self.rate is not None:
+            self.rate.close()
+
     def after(self, result: SearchResult, previous: float) -> float | None:
         """Apply a search; returns its factor on the learning rate, `None` if that is not adapted.
 

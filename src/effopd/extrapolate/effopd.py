@@ -25,7 +25,7 @@ from effopd.errors import ConfigError
 from effopd.extrapolate.after_search import OptimizerUpdate
 from effopd.extrapolate.checks import check_model, check_scorer, movable_weights, refuse_unread
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.movable import Direction, MovableWeights
+from effopd.extrapolate.movable import Direction
 from effopd.extrapolate.predicting import Predictor, finite_or_none
 from effopd.extrapolate.saved_state import check_same, fingerprint, load_state, write_state
 from effopd.extrapolate.scoring import Scorer
@@ -82,7 +82,8 @@ class EffOPD:
         check_model(model, self.config, target=target is not None)
         refuse_unread(self.config, scorer)
         self._target, self._on_move, self._host, self._closed = target, on_move, dict(host or {}), False
-        self._searcher = Searcher(model, movable_weights(model, self.config), scorer, self.config.seed, score_timeout)
+        self.model, self.weights = model, movable_weights(model, self.config)
+        self._searcher = Searcher(model, self.weights, scorer, self.config.seed, score_timeout)
         self.predictor = (
             Predictor(fit, self.config.strategy_args, self.config.seed, self.config.anchor_device)
             if (fit := self.config.rules.fit)
@@ -93,11 +94,6 @@ class EffOPD:
         self.anchor_step = 0
 
     @property
-    def model(self) -> nn.Module:
-        """The model being trained."""
-        return self._searcher.model
-
-    @property
     def scorer(self) -> Scorer | None:
         """What scores the model; may be replaced between searches."""
         return self._searcher.scorer
@@ -105,11 +101,6 @@ class EffOPD:
     @scorer.setter
     def scorer(self, scorer: Scorer | None) -> None:
         self._searcher.scorer = scorer
-
-    @property
-    def weights(self) -> MovableWeights:
-        """What moves, with its anchor."""
-        return self._searcher.weights
 
     # -- searching ------------------------------------------------------------------------------------------------
 
@@ -194,12 +185,12 @@ class EffOPD:
     @property
     def learning_rate_factor(self) -> float:
         """The present multiplier of the schedule's learning rate."""
-        return 1.0 if self._optimizer.rate is None else self._optimizer.rate.factor
+        return self._optimizer.factor
 
     @property
     def applied_learning_rate_factor(self) -> float:
         """The multiplier of the schedule's learning rate in the last optimizer step."""
-        return 1.0 if self._optimizer.rate is None else self._optimizer.rate.applied
+        return self._optimizer.applied
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -207,8 +198,7 @@ class EffOPD:
         """Let go of the optimizer and search no more; for a loop that goes on without the look-ahead, or with a new one.
         The history and `state_dict` can still be read. Safe to call twice."""
         self._closed = True
-        if self._optimizer.rate is not None:
-            self._optimizer.rate.close()
+        self._optimizer.close()
 
     def __enter__(self) -> EffOPD:
         return self
@@ -265,8 +255,7 @@ class EffOPD:
             self.predictor.observations.load_state_dict(state["observations"])
         self.anchor_step = int(state["anchor_step"])
         self.history = [SearchRecord.from_row(row) for row in state["history"]]
-        if self._optimizer.rate is not None:
-            self._optimizer.rate.factor = float(state["learning_rate_factor"])
+        self._optimizer.factor = float(state["learning_rate_factor"])
 
     def save(self, folder: str | Path) -> None:
         """Write the state into a checkpoint folder; the JSON file comes last, so its presence means "complete".
