@@ -9,7 +9,6 @@ steps, net seconds and sampled tokens as speed-ups to plain OPD's final smoothed
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -17,14 +16,15 @@ from transformers import PrinterCallback
 
 from effopd.commands.quickstart import QuickstartArguments, quiet, settings
 from effopd.compare.time_to_target import Cost, final_target, first_reach, speedup_by_gap
+from effopd.extrapolate.config import EffOPDConfig
 from effopd.launch.opd import build_trainer
 from effopd.runs.records import read_evaluations, read_searches
 
 VARIANTS = {
     "paper": {},
-    "dv400": {"validation_size": 400, "validation_batch_size": 400},  # the same gate with an eighth of the variance
+    "dv400": {"validation_size": 400, "args": {"batch_size": 400}},  # the same gate with an eighth of the variance
     "all": {"parameters": "all"},  # embeddings and norms move too
-    "strict": {"gate": "gt"},  # ties are failures
+    "strict": {"gate": "better"},  # ties are failures
     "released": {"strategy": "effopd-released"},
 }
 
@@ -45,7 +45,7 @@ def main() -> None:
             root = base / "effopd"
         elif not (root / "done").exists():
             run = settings("effopd", QuickstartArguments(seed=arguments.seed, family=arguments.family), root)
-            run.effopd = dataclasses.replace(run.effopd, **VARIANTS[name])
+            run.effopd = EffOPDConfig(**{"strategy": "effopd", "seed": arguments.seed} | VARIANTS[name])
             trainer = build_trainer(run)
             trainer.remove_callback(PrinterCallback)
             trainer.train()

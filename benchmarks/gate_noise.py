@@ -45,9 +45,9 @@ from effopd.tasks import builtin_models as testbed
 from effopd.tasks.evaluate import evaluate
 from effopd.tasks.sampling import Sampling
 
-SCALES = tuple(EffOPDConfig().scales)
+SCALES = tuple(EffOPDConfig().args["scales"])
 #: The paper's and the released code's; `benchmarks/off_policy.py` has the false accepts of line_search's.
-GATES = ("ge", "gt")
+GATES = ("not_worse", "better")
 PATHS = {"student": testbed.student_path, "teacher": testbed.teacher_path}
 #: Searches replayed at a time.
 _CHUNK = 2000
@@ -81,7 +81,7 @@ def scores_of_searches(correct_PA: np.ndarray, size: int, searches: int, rng: np
 def accepted_candidates(scores_SK: np.ndarray, gate: str) -> np.ndarray:
     """How many candidates each search accepts before its first failure: `first_failure_search`, all rows at once."""
     before, after = scores_SK[:, :-1], scores_SK[:, 1:]  # while all are accepted, the best so far is the one before
-    passed = after >= before if gate == "ge" else after > before
+    passed = after >= before if gate == "not_worse" else after > before
     return np.cumprod(passed, axis=1).sum(1)
 
 
@@ -157,7 +157,7 @@ class Repeats:
     change: list[float] = field(default_factory=list)
 
     def add(self, score: Callable[[float], Score]) -> None:
-        """Search with every gate; what 'gt' looks at is a part of what 'ge' looks at."""
+        """Search with every gate; the candidates of 'better' are a part of those of 'not_worse'."""
         for gate in GATES:
             result = first_failure_search(score, SCALES, gate)
             self.accepted[gate].append((0.0, *SCALES).index(result.accepted_scale))

@@ -152,7 +152,7 @@ def summary(rows: list[dict], radius: float) -> dict:
         examples = np.array(row["plain"]["32"])
         gains = examples - examples[stay]
         z = gains.mean(1) / np.maximum(gains.std(1, ddof=1) / gains.shape[1] ** 0.5, 1e-300)
-        scores["margin 32"] = np.where((z >= 2) | (np.array(GRID) <= 0), scores["plain 32"], -np.inf)
+        scores["significant 32"] = np.where((z >= 2) | (np.array(GRID) <= 0), scores["plain 32"], -np.inf)
         scores["stay"] = (np.arange(len(GRID)) == stay) - 1.0
         for name, score in scores.items():
             pick = int(np.argmax(score))
@@ -176,7 +176,7 @@ def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str
     on the gains as they are, and how often to a point that is in truth worse than staying; the same of steps back, which
     every gate lets pass on any gain."""
     rng, stay = np.random.default_rng(0), GRID.index(0.0)
-    gates = {"gt": ("gt", 2.0)} | {f"margin {z:g}": ("margin", z) for z in (1.0, 1.5, 2.0, 3.0)}
+    gates = {"better": ("better", 2.0)} | {f"significant {z:g}": ("significant", z) for z in (1.0, 1.5, 2.0, 3.0)}
     counts = {
         name: dict.fromkeys(("false", "jumps", "harmful", "false_back", "back", "harmful_back"), 0) for name in gates
     }
@@ -223,7 +223,7 @@ def racing(rows: list[dict], rollouts: int = 32, block: int = 8, repeats: int = 
                         raced[scale], cost[scale] = Score(-1e9, per_example=(-1e9,) * rollouts), seen
                         break
             whole, short = (
-                line_search(scores.__getitem__, "margin", 2.0, longest=max(GRID), refinements=0)
+                line_search(scores.__getitem__, "significant", 2.0, longest=max(GRID), refinements=0)
                 for scores in (full, raced)
             )
             scored += rollouts * len(whole.trials)

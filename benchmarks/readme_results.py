@@ -216,7 +216,7 @@ def gate(docs: Mapping[str, Any]) -> str:
     rows = [[kind, f"{groups[size]['shared']:.0%}", f"{groups[size]['fresh']:.0%}"] for kind, size in kinds.items()]
     nothing = {
         noise: [row["first_accepted"] for row in docs["gate_noise"][noise]
-                if row["gate"] == "ge" and row.get("validation_size", 50) == 50]
+                if row["gate"] == "not_worse" and row.get("validation_size", 50) == 50]
         for noise in ("shared_noise", "fresh_noise")
     }  # fmt: skip
     ranges = [f"{min(shares):.0%}–{max(shares):.0%}" for shares in nothing.values()]

@@ -39,7 +39,7 @@ def search_of(trainer):
 
 
 def searched_steps(look_ahead) -> list[int]:
-    return [row["step"] for row in look_ahead.history]
+    return [search.step for search in look_ahead.history]
 
 
 def test_the_front_page_is_read_in_a_minute():

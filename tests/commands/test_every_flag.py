@@ -24,7 +24,7 @@ ANY_TEXT = {
     "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
 }  # fmt: skip
 #: Numbers that a flag takes though most would not; those of `RANGES` are known from it.
-ZERO = {"eval_size", "effopd_temperature", "effopd_seed", "effopd_gate_z", "effopd_fixed_k"}
+ZERO = {"eval_size", "effopd_seed", "effopd_min_z"}
 
 COMMANDS = {
     "train": ["train", "--model_name_or_path", "testbed:student", "--teacher_model_name_or_path", "testbed:teacher"],
@@ -34,9 +34,7 @@ COMMANDS = {
 #: What some flags need beside them to be read at all.
 BESIDE = {
     "lora_": ["--use_peft", "true"], "use_rslora": ["--use_peft", "true"], "use_dora": ["--use_peft", "true"],
-    "effopd_fit": ["--effopd.strategy", "relex"], "effopd_relex": ["--effopd.strategy", "relex"],
-    "effopd_alpha": ["--effopd.strategy", "alpha_opd"], "effopd_fixed": ["--effopd.strategy", "fixed"],
-    "effopd_": ["--effopd.strategy", "effopd"],
+    "effopd_min_z": ["--effopd.strategy", "line_search"], "effopd_": ["--effopd.strategy", "effopd"],
 }  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from effopd.common.files import read_rows
 from effopd.distill.config import OPDConfig
 from effopd.distill.rl_config import config_class
 from effopd.errors import ConfigError
-from effopd.extrapolate.config import ONLY_FOR, EffOPDConfig
-from effopd.extrapolate.strategies import STRATEGIES
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.strategy import STRATEGIES
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +107,12 @@ def test_bad_rows_are_reported_with_file_and_row(pair, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--effopd.scales", "-1", "scales"),
+        ("--effopd.args", '{"scales": [-1]}', "scales"),
         ("--loss_type", "half", "invalid choice"),
         ("--teacher_model_name_or_path", "/nowhere/at/all", "no such folder"),
         ("--per_device_train_batch_size", "1000", "a step takes 1000 prompts"),
         ("--max_prompt_length", "3", "at most 3"),
-        ("--effopd.validation_size", "500", "D_v needs 500"),
+        ("--effopd.validation_size", "500", "500 validation prompts are drawn"),
     ],
 )
 def test_mistakes_are_explained_before_any_work(pair, tmp_path, capsys, flag, value, message):
@@ -127,11 +127,11 @@ def test_mistakes_are_explained_before_any_work(pair, tmp_path, capsys, flag, va
 
 def test_lookahead_settings_without_a_strategy_are_refused(pair, tmp_path):
     base = train_flags(pair, tmp_path / "run")[:-4]
-    with pytest.raises(ConfigError, match=r"--effopd\.gate_z: without a strategy.*--effopd\.strategy line_search"):
-        parse_train([*base, "--effopd.gate_z", "3"])
-    assert not parse_train([*base, "--effopd.gate_z", "2", "--effopd.strategy", "none"]).effopd.enabled
+    with pytest.raises(ConfigError, match=r"--effopd\.min_z: without a strategy.*--effopd\.strategy line_search"):
+        parse_train([*base, "--effopd.min_z", "3"])
+    assert not parse_train([*base, "--effopd.seed", "2", "--effopd.strategy", "none"]).effopd.enabled
     (tmp_path / "c.yaml").write_text("effopd: {strategy: line_search}\n")
-    assert parse_train(["--config", str(tmp_path / "c.yaml"), *base, "--effopd.gate_z", "3"]).effopd.gate_z == 3
+    assert parse_train(["--config", str(tmp_path / "c.yaml"), *base, "--effopd.min_z", "3"]).effopd.min_z == 3
 
 
 def test_unknown_yaml_keys_are_named(pair, tmp_path):
@@ -196,58 +196,47 @@ def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
 
 
 OTHER_VALUES = {
-    "gate": "margin", "parameters": "mlp", "scales": [3.0, 5.0], "anchor_device": "cpu", "max_completion_length": 7,
-    "schedule": "every_step", "fit_every": 1, "fit_until": 32, "alpha_target": 0.5, "score_timeout": 60.0, "score_rollouts": 16,
+    "gate": "significant", "min_z": 3.0, "parameters": "mlp", "anchor_device": "cpu", "schedule": "every_step", "score_rollouts": 16,
+    "reset_moments": True, "adapt_learning_rate": True, "validation_size": 51, "seed": 1,
 }  # fmt: skip
+OTHER_ARGS = {"scales": [3.0, 5.0], "max_completion_length": 7, "every": 1, "until": 32, "target": 0.5, "k": 0.5}
 
 
-def other_settings(strategy, scorer):
-    """Another value than the default of every setting that the strategy reads with this scorer."""
-    start = EffOPDConfig(strategy, **({"scorer": scorer} if scorer else {}))
-    start = dataclasses.replace(
-        start, **({"gate": "margin"} if "gate" in start.in_use() else {})
-    )  # which reads gate_z
-    wanted = dataclasses.asdict(start)
-    for name, value in start.in_use().items():
-        if name not in ("strategy", "scorer"):
-            if isinstance(value, bool):
-                wanted[name] = not value
-            elif name == "optimizer":
-                wanted[name] = "keep" if value == "reset" else "reset"
-            else:
-                wanted[name] = OTHER_VALUES[name] if name in OTHER_VALUES else value + 1
-    return wanted
+def other_settings(strategy):
+    """Another value of every setting that the strategy reads."""
+    start = EffOPDConfig(strategy)
+    args = {name: OTHER_ARGS[name] if name in OTHER_ARGS else value + 1 for name, value in start.args.items()}
+    values = {name: value for name, value in OTHER_VALUES.items() if getattr(start, name) is not None}
+    values |= {"anchor_device": "cpu"} | ({"gate": "significant", "min_z": 3.0} if start.gate else {})
+    for name in ("reset_moments", "adapt_learning_rate"):
+        if name in values:
+            values[name] = not getattr(start, name)
+    return {"strategy": strategy, "args": args, **values}
 
 
-@pytest.mark.parametrize(
-    ("strategy", "scorer"),
-    [
-        (strategy, scorer)
-        for strategy in STRATEGIES
-        for scorer in (("accuracy", "teacher_kl") if strategy in ONLY_FOR["gate"] else (None,))
-    ],
-)
-def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path, strategy, scorer):
-    wanted = other_settings(strategy, scorer)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_lookahead_field_reaches_the_config_by_flag_and_by_yaml(pair, tmp_path, strategy):
+    wanted = other_settings(strategy)
     flags = []
     for name, value in wanted.items():
-        if value is None:
-            continue
-        flags += [f"--effopd.{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        flags += [f"--effopd.{name}", json.dumps(value) if name == "args" else str(value)]
     base = train_flags(pair, tmp_path / "run")[:-4]
-    assert dataclasses.asdict(parse_train([*base, *flags]).effopd) == wanted
+    config = parse_train([*base, *flags]).effopd
+    assert config == EffOPDConfig(**wanted) and {name: getattr(config, name) for name in wanted} == wanted
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"effopd": wanted}))
-    assert dataclasses.asdict(parse_train(["--config", str(tmp_path / "c.yaml"), *base]).effopd) == wanted
+    assert parse_train(["--config", str(tmp_path / "c.yaml"), *base]).effopd == config
 
 
 @pytest.mark.parametrize("how", ["flag", "yaml"])
 @pytest.mark.parametrize(
     ("strategy", "name", "value"),
     [
-        ("line_search", "validation_size", 20),
-        ("effopd", "score_rollouts", 16),
-        ("fixed", "steer", True),
-        ("none", "gate", "gt"),
+        ("fixed", "validation_size", 20),
+        ("alpha_opd", "score_rollouts", 16),
+        ("fixed", "adapt_learning_rate", True),
+        ("effopd", "min_z", 3),
+        ("line_search", "args", '{"k": 2}'),
+        ("none", "gate", "better"),
     ],
 )
 def test_a_lookahead_setting_that_would_be_ignored_is_refused(pair, tmp_path, capsys, how, strategy, name, value):

@@ -61,7 +61,7 @@ REFUSED = [
     (["--task", "math:test.jsonl", "--per_device_train_batch_size", "64"], "a step takes 64 prompts but the task has 36"),
     (["--task", "math:noans.jsonl", "--effopd.strategy", "effopd"], "because of --effopd.strategy effopd;"),
     (["--task", "math:noans.jsonl", "--eval_strategy", "steps", "--eval_steps", "2"], "because of --eval_strategy steps;"),
-    (["--task", "math:test.jsonl", "--effopd.strategy", "effopd"], "D_v needs 50 training prompts but there are 36"),
+    (["--task", "math:test.jsonl", "--effopd.strategy", "effopd"], "50 validation prompts are drawn from the training prompts but there are 36"),
     ([*TESTBED, "--effopd.strategy", "line_search", "--per_device_train_batch_size", "1"], "at least 2 a step"),
     ([*TESTBED, "--use_vllm"], "pip install 'effopd[vllm]'"),
     ([*TESTBED, "--report_to", "wandb"], "--report_to wandb needs the package 'wandb'"),
@@ -119,11 +119,11 @@ def test_a_dry_run_counts_the_rows_of_a_file(folder, capsys):
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "training prompts: 36, evaluated on: 4" in out and "not checked" not in out
-    assert "scores 8 rollouts a candidate, samples nothing" in " ".join(out.split())
+    assert "scores 8 rollouts per candidate, samples nothing" in " ".join(out.split())
     flags += ["--effopd.score_rollouts", "32"]
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
     out = capsys.readouterr().out
-    assert "scores 8 rollouts a candidate (a step has no more; it would like 32)" in " ".join(out.split())
+    assert "scores 8 rollouts per candidate (a step has no more; it would like 32)" in " ".join(out.split())
 
 
 def test_a_dry_run_goes_to_no_network_and_says_what_it_left_out(folder, capsys, monkeypatch):
@@ -178,7 +178,7 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
         (["--learning_rte", "1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate? (`effopd train --help` lists all)"),
         (["--learning_rte=1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate?"),
         (["--trainsize", "4", "--zzz"], "unknown flag --trainsize. Did you mean --train_size? unknown flag --zzz. ("),
-        (["--scales", "2"], "Did you mean --effopd.scales?"),
+        (["--score_rollouts", "2"], "Did you mean --effopd.score_rollouts?"),
         (["--batch_size", "2"], "--per_device_train_batch_size"),
         (["--effopd", "line_search"], "unknown flag --effopd. Did you mean --effopd.strategy"),
         (["recipe.yaml"], "'recipe.yaml' belongs to no flag: expected --FLAG VALUE; write --config before a YAML file."),
@@ -246,11 +246,11 @@ def test_values_in_yaml_are_taken_as_written(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(
         "learning_rate: 1e-4\nmax_steps: 3\nuse_peft: true\nlora_target_modules: q_proj\ntrajectory: 8\n"
-        "chat_template_kwargs: {enable_thinking: false}\neffopd: {strategy: effopd, scales: [2, 4]}\nmodel_revision: 1\n"
+        "chat_template_kwargs: {enable_thinking: false}\neffopd: {strategy: effopd, args: {scales: [2, 4]}}\nmodel_revision: 1\n"
     )
     settings = parse_train([*PAIR, *TESTBED, "--config", str(file)])
     assert (settings.opd.learning_rate, settings.opd.max_steps, settings.opd.trajectory) == (1e-4, 3, "8")
-    assert settings.opd.chat_template_kwargs == {"enable_thinking": False} and settings.effopd.scales == [2.0, 4.0]
+    assert settings.opd.chat_template_kwargs == {"enable_thinking": False} and settings.effopd.args["scales"] == [2, 4]
     assert adapter_config(settings.model).target_modules == {"q_proj"} and settings.model.model_revision == "1"
 
 
@@ -294,7 +294,7 @@ def test_everything_that_is_missing_is_named(capsys):
 
 def test_messages_about_the_lookahead_name_its_flags_in_one_spelling(capsys):
     flags = ["train", *PAIR, *TESTBED, "--effopd.strategy"]
-    assert "EffOPDConfig.scales (--effopd.scales) must be" in said(capsys, *flags, "effopd", "--effopd.scales", "-1")
+    assert "EffOPDConfig.min_z (--effopd.min_z) must be" in said(capsys, *flags, "line_search", "--effopd.min_z", "-1")
     message = said(capsys, *flags, "efopd")
     assert "argument --effopd.strategy: invalid choice" in message and "--effopd_strategy" not in message
 

@@ -14,18 +14,18 @@ from effopd import EffOPDConfig
 from effopd.common import float64 as precision
 from effopd.common.files import read_rows
 from effopd.errors import CompatibilityError
+from effopd.extrapolate import rank_one
 from effopd.extrapolate.observations import Observations
-from effopd.extrapolate.strategies import rank_one
 
 VALIDATED = {"validation_size": 8}
-FITTED = {"fit_every": 1, "fit_until": 4}
+FITTED = {"every": 1, "until": 4}
 RUNS = {
     "evaluation": (None, {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}),
     "line_search": (EffOPDConfig("line_search"), {}),
     "effopd": (EffOPDConfig("effopd", **VALIDATED), {}),
     "random_direction": (EffOPDConfig("random_direction", **VALIDATED), {}),
-    "relex": (EffOPDConfig("relex", **FITTED), {}),
-    "alpha_opd": (EffOPDConfig("alpha_opd", alpha_target=0.9, **FITTED, **VALIDATED), {}),
+    "relex": (EffOPDConfig("relex", args=FITTED), {}),
+    "alpha_opd": (EffOPDConfig("alpha_opd", args=FITTED | {"target": 0.9}, **VALIDATED), {}),
 }
 
 

@@ -86,7 +86,7 @@ def test_dv_is_drawn_from_the_training_prompts_by_seed(tmp_path):
 
 def test_plain_trl_with_its_own_dataset(tmp_path):
     trainer = plain_trl(tmp_path, logging_steps=1)
-    config = EffOPDConfig(validation_size=12, scales=[2.0])
+    config = EffOPDConfig(validation_size=12, args={"scales": [2.0]})
     trainer.add_callback(EffOPDCallback(trainer, config, verify=contains))
     trainer.train()
     assert [row["step"] for row in read_rows(tmp_path / "searches.jsonl")] == [1, 2, 4]
@@ -194,7 +194,7 @@ def test_unusable_validation_sets(tmp_path):
     without = Task("t", tuple(Example(str(i), "x") for i in range(60)), contains)
     for task, message in (
         (without, "prompts without an answer"),
-        (make_task(20), "D_v needs 50 training prompts but there are 20"),
+        (make_task(20), "50 validation prompts are drawn from the training prompts but there are 20"),
         (Task("t", (), contains), "there are 0"),
     ):
         with pytest.raises(TaskError, match=message):

@@ -118,7 +118,7 @@ def test_the_reference_stays_frozen_and_its_forward_is_charged(tmp_path):
     before = copy.deepcopy(reference.state_dict())
     trainer = make_trainer(
         tmp_path / "x", lambda_extrapolation=1.25, reference_model=reference,
-        effopd=EffOPDConfig(validation_size=12, parameters="all", scales=[2.0], gate="ge"), **FAST,
+        effopd=EffOPDConfig(validation_size=12, parameters="all", args={"scales": [2.0]}), **FAST,
     )  # fmt: skip
     trainer.train()
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.reference_model.state_dict().items())

@@ -137,7 +137,7 @@ def test_the_kl_of_a_token_does_not_depend_on_what_was_cut_off():
     torch.testing.assert_close(torch.tensor(kl), whole, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("effopd", [None, EffOPDConfig(validation_size=12, parameters="all", scales=[2.0], gate="ge")])
+@pytest.mark.parametrize("effopd", [None, EffOPDConfig(validation_size=12, parameters="all", args={"scales": [2.0]})])
 def test_resumed_is_uninterrupted_also_where_the_horizon_changes(tmp_path, effopd):
     settings = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no", "rollout_horizon": "popd", "horizon_start": 0.5,
                 "horizon_stages": 1, "effopd": effopd}  # fmt: skip

@@ -117,7 +117,7 @@ def test_a_finished_run_gets_its_final_model(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--effopd.gate_z", "3"), "gate_z differ"),
+        (("--effopd.min_z", "3"), "min_z differ"),
         (("--effopd.seed", "1"), "seed differ"),
         (("--per_device_train_batch_size", "512"), "a step takes 512 prompts"),
         (("--resume_from_checkpoint", "/nowhere"), "is no checkpoint"),

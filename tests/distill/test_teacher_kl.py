@@ -16,7 +16,7 @@ from effopd.common.files import read_rows
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.distill.scoring import text_batch, wanted_rollouts
 from effopd.errors import CompatibilityError, ConfigError
-from effopd.extrapolate.live_weights import bit_sum
+from effopd.extrapolate.anchored import bit_sum
 from effopd.models.token_batch import TokenBatch
 
 FAST = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
@@ -134,7 +134,7 @@ def test_a_score_is_the_divergence_that_is_trained(tmp_path, host, beta):
 def test_looking_without_jumping_leaves_no_trace(tmp_path):
     plain = make_trainer(tmp_path / "plain", **FAST)
     plain.train()
-    config = EffOPDConfig("noop", scorer="teacher_kl", schedule="every_step")
+    config = EffOPDConfig("noop", score_rollouts=0.25, schedule="every_step")
     looked = make_trainer(tmp_path / "looked", effopd=config, **FAST)
     looked.train()
     assert same(weights(plain), weights(looked))
@@ -151,7 +151,7 @@ def test_looking_without_jumping_leaves_no_trace(tmp_path):
 
 def test_accumulated_micro_batches_are_looked_at_once_a_step(tmp_path):
     """… on rollouts of all of them, in pieces of a micro-batch."""
-    config = EffOPDConfig("noop", scorer="teacher_kl", schedule="every_step", score_rollouts=6)
+    config = EffOPDConfig("noop", schedule="every_step", score_rollouts=6)
     make_trainer(
         tmp_path, effopd=config, **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} | FAST
     ).train()
@@ -279,11 +279,11 @@ def test_an_unmodified_trl_trainer_resumes_to_the_same_weights(tmp_path):
 @pytest.mark.parametrize(
     ("micro_batch", "accumulated", "world_size", "asked", "wanted"),
     [
-        (256, 1, 1, None, 32),
-        (4, 16, 1, None, 16),
-        (8, 4, 2, None, 16),
-        (8, 4, 1, None, 8),
-        (4, 1, 1, None, 8),
+        (256, 1, 1, 0.25, 32),
+        (4, 16, 1, 0.25, 16),
+        (8, 4, 2, 0.25, 16),
+        (8, 4, 1, 0.25, 8),
+        (4, 1, 1, 0.25, 8),
         (8, 4, 1, 5, 5),
         (8, 4, 1, 128, 128),
     ],

@@ -80,7 +80,7 @@ def main() -> None:
         scores.append(1)
         return Score(-float(losses.mean()), per_example=tuple((-losses).tolist()))
 
-    config = EffOPDConfig(arguments.strategy, parameters="all", optimizer="keep", steer=False)
+    config = EffOPDConfig(arguments.strategy, parameters="all", reset_moments=False, adapt_learning_rate=False)
     look = EffOPD(net, scorer, config, optimizer=optimizer)
     start = 0
     if arguments.resume:
@@ -92,7 +92,7 @@ def main() -> None:
                     value = dist.tensor.distribute_tensor(value, parameter.device_mesh, parameter.placements)
                 parameter.copy_(value)
         look.load(arguments.resume)
-        start = look.history[-1]["step"]
+        start = look.history[-1].step
     part = slice(rank(), None, world_size())
     for step in range(start + 1, arguments.steps + 1):
         optimizer.zero_grad()
@@ -103,7 +103,7 @@ def main() -> None:
                 local_shard(next(iter(net.parameters()))).add_(1e-3)
         if arguments.fault == "nan" and rank() == 1 and step == 4:
             with torch.no_grad():
-                next(iter(look.weights._anchor.values())).fill_(float("nan"))
+                next(iter(look.weights.state_dict().values())).fill_(float("nan"))
         look.step(step)
         if step == 4 and not arguments.resume:
             folder = arguments.out / "at-4"
@@ -117,8 +117,11 @@ def main() -> None:
     if rank() == 0:
         torch.save(weights, arguments.out / "weights.pt")
     rows = [
-        {key: row.get(key) for key in ("step", "accepted_scale", "memory_bytes", "delta_norm", "lora_lost_share")}
-        for row in look.history
+        {
+            key: getattr(search, key)
+            for key in ("step", "accepted_scale", "memory_bytes", "delta_norm", "lora_lost_share")
+        }
+        for search in look.history
     ]
     (arguments.out / f"rows-{rank()}.json").write_text(json.dumps(rows))
     exit_gloo()

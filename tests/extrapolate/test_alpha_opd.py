@@ -11,8 +11,8 @@ from sklearn.cross_decomposition import PLSRegression
 from sklearn.linear_model import LinearRegression
 
 from effopd.errors import ConfigError
+from effopd.extrapolate.rank_one import RankOne, align_forward, leading
 from effopd.extrapolate.strategies.alpha_opd import fit_pls, leave_one_out, predict, summary
-from effopd.extrapolate.strategies.rank_one import RankOne, align_forward, leading
 
 ACCURACY = np.array([0.31, 0.35, 0.36, 0.44, 0.52, 0.51, 0.60, 0.66])
 

@@ -48,8 +48,8 @@ def test_it_searches_at_powers_of_two_and_gets_ahead():
     look_ahead = EffOPD(ahead, negative_loss, EffOPDConfig(**CONFIG))
     descend(plain, 16)
     rows = descend(ahead, 16, look_ahead)
-    assert [row["step"] for row in rows] == [1, 2, 4, 8, 16]
-    assert [row["anchor_step"] for row in rows] == [0, 1, 2, 4, 8]
+    assert [row.step for row in rows] == [1, 2, 4, 8, 16]
+    assert [row.anchor_step for row in rows] == [0, 1, 2, 4, 8]
     assert rows == look_ahead.history
     assert ahead.loss() < 0.5 * plain.loss()
 
@@ -59,11 +59,11 @@ def test_exact_scores_never_make_it_worse():
         model = Quadratic()
         look_ahead = EffOPD(model, negative_loss, EffOPDConfig(**CONFIG))
         for row in descend(model, 32, look_ahead, lr):
-            if row["delta_norm"] == 0:  # at the optimum: nothing was scored
-                assert row["accepted_scale"] == 0
+            if row.delta_norm == 0:  # at the optimum: nothing was scored
+                assert row.accepted_scale == 0
                 continue
-            scores = {trial["scale"]: trial["score"] for trial in row["trials"]}
-            assert scores[row["accepted_scale"]] >= scores[0.0]
+            scores = {trial.scale: trial.score for trial in row.trials}
+            assert scores[row.accepted_scale] >= scores[0.0]
 
 
 def test_candidates_share_the_noise_and_the_loop_keeps_its_own():
@@ -145,7 +145,7 @@ def test_noop_changes_nothing_and_still_pays():
     descend(plain, 8)
     rows = descend(noop, 8, look_ahead)
     assert torch.equal(plain.w, noop.w)
-    assert len(calls) == 2 * 4 and all(row["generated_tokens"] == 10 for row in rows)
+    assert len(calls) == 2 * 4 and all(row.generated_tokens == 10 for row in rows)
 
 
 def test_state_round_trip_and_uninterrupted_equality(tmp_path):
@@ -169,8 +169,10 @@ def test_state_round_trip_and_uninterrupted_equality(tmp_path):
 def test_state_of_other_settings_is_refused(tmp_path):
     look_ahead = EffOPD(Quadratic(), negative_loss, EffOPDConfig(**CONFIG))
     look_ahead.save(tmp_path)
-    other = EffOPD(Quadratic(), negative_loss, EffOPDConfig(gate="gt", scales=[2.0], **CONFIG))
-    with pytest.raises(CheckpointError, match="scales, gate differ"):
+    other = EffOPD(Quadratic(), negative_loss, EffOPDConfig(gate="better", args={"scales": [2.0]}, **CONFIG))
+    with pytest.raises(
+        CheckpointError, match=r"gate, args.scales differ \(saved → now: gate not_worse → better, args.scales \[2.0"
+    ):
         other.load(tmp_path)
     with pytest.raises(CheckpointError, match="no complete look-ahead state"):
         other.load(tmp_path / "nothing")
@@ -178,7 +180,7 @@ def test_state_of_other_settings_is_refused(tmp_path):
 
 def test_on_move_is_called_only_after_a_jump():
     moves = []
-    for gate, jumps in (("gt", 0), ("ge", 1)):
+    for gate, jumps in (("better", 0), ("not_worse", 1)):
         model = Quadratic()
         look_ahead = EffOPD(model, lambda m: 0.0, EffOPDConfig(gate=gate, **CONFIG), on_move=lambda: moves.append(1))
         descend(model, 1)
@@ -189,13 +191,13 @@ def test_on_move_is_called_only_after_a_jump():
 def test_a_search_holds_the_anchor_and_one_copy_of_what_moves():
     model = Quadratic()
     row = EffOPD(model, negative_loss, EffOPDConfig(**CONFIG)).search(1)
-    assert row["memory_bytes"] == 2 * 4 * model.w.numel()
+    assert row.memory_bytes == 2 * 4 * model.w.numel()
 
 
 def test_without_a_displacement_nothing_is_scored():
     calls = []
     row = EffOPD(Quadratic(), lambda m: calls.append(1) or 0.0, EffOPDConfig(**CONFIG)).search(1)
-    assert not calls and row["accepted_scale"] == 0 and row["delta_norm"] == 0
+    assert not calls and row.accepted_scale == 0 and row.delta_norm == 0
 
 
 def test_scorer_must_be_callable():

@@ -1,4 +1,4 @@
-"""A steered learning rate is the schedule's times a factor, whatever the scheduler does."""
+"""An adapted learning rate is the schedule's times a factor, whatever the scheduler does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler as schedulers
 
 from effopd import EffOPD, EffOPDConfig
 from effopd.errors import ConfigError
-from effopd.extrapolate.learning_rate import SteeredRate
+from effopd.extrapolate.learning_rate import LearningRateMultiplier
 
 SCHEDULES = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
@@ -31,13 +31,13 @@ def rates_used(schedule, factors, tensor_rate=False, resume_at=None):
     """The rate of every step, read off the weight that it moves (gradient 1)."""
     weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
     optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.5, dtype=torch.float64) if tensor_rate else 0.5)
-    scheduler, rate, used = SCHEDULES[schedule](optimizer), SteeredRate(optimizer), []
+    scheduler, rate, used = SCHEDULES[schedule](optimizer), LearningRateMultiplier(optimizer), []
     for step, factor in enumerate(factors):
         if step == resume_at:
             states = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
             rate.close()
             optimizer = torch.optim.SGD([weight], lr=0.5)
-            scheduler, rate = SCHEDULES[schedule](optimizer), SteeredRate(optimizer)
+            scheduler, rate = SCHEDULES[schedule](optimizer), LearningRateMultiplier(optimizer)
             optimizer.load_state_dict(states[0])
             scheduler.load_state_dict(states[1])
         rate.factor, before = factor, weight.item()
@@ -53,19 +53,19 @@ def rates_used(schedule, factors, tensor_rate=False, resume_at=None):
 def test_every_schedule_goes_on_below_the_factor(schedule, resume_at):
     factors = [1.0] * 3 + [2.0] * 4 + [0.25] * 8
     plain = rates_used(schedule, [1.0] * 15)
-    steered = rates_used(schedule, factors, resume_at=resume_at)
+    adapted = rates_used(schedule, factors, resume_at=resume_at)
     assert len(set(plain)) > 3
-    assert steered == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=True)], rel=1e-9)
+    assert adapted == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=True)], rel=1e-9)
 
 
 def test_rates_that_are_tensors_stay_the_same_tensors():
     factors = [1.0, 2.0, 0.5, 0.5]
     plain = rates_used("LambdaLR", [1.0] * 4, tensor_rate=True)
-    steered = rates_used("LambdaLR", factors, tensor_rate=True)
-    assert steered == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=True)], rel=1e-9)
+    adapted = rates_used("LambdaLR", factors, tensor_rate=True)
+    assert adapted == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=True)], rel=1e-9)
     weight = torch.nn.Parameter(torch.ones(()))
     optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.5))
-    held, rate = optimizer.param_groups[0]["lr"], SteeredRate(optimizer)
+    held, rate = optimizer.param_groups[0]["lr"], LearningRateMultiplier(optimizer)
     rate.factor, weight.grad = 3.0, torch.ones(())
     optimizer.step()
     assert optimizer.param_groups[0]["lr"] is held and held.item() == 0.5 and weight.item() == -0.5
@@ -74,7 +74,7 @@ def test_rates_that_are_tensors_stay_the_same_tensors():
 def test_a_step_that_fails_is_not_counted_twice():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    rate = SteeredRate(optimizer)
+    rate = LearningRateMultiplier(optimizer)
     rate.factor = 2.0
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
@@ -87,8 +87,8 @@ def test_a_step_that_fails_is_not_counted_twice():
 
 
 def test_what_is_no_optimizer_is_refused():
-    with pytest.raises(ConfigError, match="steer=False"):
-        SteeredRate(object())
+    with pytest.raises(ConfigError, match="adapt_learning_rate=False"):
+        LearningRateMultiplier(object())
 
 
 def test_a_resume_without_the_optimizers_state_keeps_the_rate():
@@ -106,8 +106,8 @@ def test_a_resume_without_the_optimizers_state_keeps_the_rate():
     first, _ = make()
     with torch.no_grad():
         first.model.weight.mul_(-0.5)  # beyond the optimum, so going back halfway is better
-    row = first.search(1)
-    assert row["best_scale"] < 0 and row["learning_rate_factor_total"] == pytest.approx(0.5**0.5)
+    search = first.search(1)
+    assert search.best_scale < 0 and search.learning_rate_factor_total == pytest.approx(0.5**0.5)
     second, optimizer = make()
     second.load_state_dict(first.state_dict())
     assert second.learning_rate_factor == first.learning_rate_factor

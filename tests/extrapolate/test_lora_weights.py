@@ -135,7 +135,7 @@ def test_a_point_that_is_not_finite_is_refused_and_undone():
     nudge(model)
     weights.begin()
     with torch.no_grad():
-        next(iter(weights._anchor.values())).fill_(float("inf"))
+        next(iter(weights.state_dict().values())).fill_(float("inf"))
     bits = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(NonFiniteWeightsError, match="adapter"):
         weights.move_to(2.0)

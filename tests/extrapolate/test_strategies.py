@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.tiny_models import small_scores
@@ -11,20 +13,20 @@ from torch import nn
 from effopd import EffOPD, EffOPDConfig, Score
 from effopd.common.files import read_rows
 from effopd.errors import ConfigError, NonFiniteWeightsError
-from effopd.extrapolate.config import ONLY_FOR
-from effopd.extrapolate.strategies import STRATEGIES
+from effopd.extrapolate.scoring import SCORERS
+from effopd.extrapolate.strategy import STRATEGIES
 
 ALL = list(STRATEGIES)
 FITS = [name for name, strategy in STRATEGIES.items() if strategy.fit]
-SCORED = [name for name, strategy in STRATEGIES.items() if strategy.scorer]
-GENERATING = [name for name, strategy in STRATEGIES.items() if strategy.scorer == "accuracy"]
+SCORED = [name for name in ALL if EffOPDConfig(name).scorer]
+GENERATING = [name for name in ALL if EffOPDConfig(name).scorer == "accuracy"]
 MOVING = [name for name in ALL if name != "noop"]
 
 
-def config(strategy: str, **overrides) -> EffOPDConfig:
-    short = {"fit_every": 1, "fit_until": 5} if strategy in FITS else {}
-    target = {"alpha_target": 0.9} if strategy == "alpha_opd" else {}
-    return EffOPDConfig(strategy, **({"parameters": "all"} | short | target | overrides))
+def config(strategy: str, args=(), **overrides) -> EffOPDConfig:
+    short = {"every": 1, "until": 5} if strategy in FITS else {}
+    target = {"target": 0.9} if strategy == "alpha_opd" else {}
+    return EffOPDConfig(strategy, args=short | target | dict(args), **({"parameters": "all"} | overrides))
 
 
 class Drift(nn.Module):
@@ -84,7 +86,7 @@ def test_it_touches_nothing_but_the_selected_weights(strategy):
     look_ahead = look(ahead, Scorer(), config(strategy, parameters="matrix"))
     loop(ahead, 9, look_ahead)
     assert torch.equal(plain.vector, ahead.vector)  # so the loop's random state was left alone, too
-    moved = any(row["accepted_scale"] for row in look_ahead.history)
+    moved = any(search.accepted_scale for search in look_ahead.history)
     assert moved == (strategy in MOVING) == (not torch.equal(plain.matrix, ahead.matrix))
 
 
@@ -109,7 +111,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(strategy, tmp_p
         assert same(weights(whole), weights(second))
         times = ("seconds",)
         clean = [
-            [{k: v for k, v in row.items() if k not in times and k != "trials"} for row in run.history]
+            [{k: v for k, v in row.to_row().items() if k not in times and k != "trials"} for row in run.history]
             for run in (ahead, late)
         ]
         assert clean[0] == clean[1]
@@ -131,7 +133,7 @@ def test_only_scored_strategies_score_and_every_score_is_charged(strategy):
     look_ahead = look(model, scorer if strategy in SCORED else None, config(strategy))
     loop(model, 9, look_ahead)
     assert (scorer.calls > 0) == (strategy in SCORED)
-    assert sum(row["generated_tokens"] for row in look_ahead.history) == 7 * scorer.calls
+    assert sum(search.generated_tokens for search in look_ahead.history) == 7 * scorer.calls
 
 
 @pytest.mark.parametrize("strategy", MOVING)
@@ -151,27 +153,27 @@ def test_a_point_that_is_not_finite_is_not_taken(strategy, monkeypatch):
     look_ahead = look(ahead, Scorer(), config(strategy))
     loop(ahead, 9, look_ahead)
     assert same(weights(plain), weights(ahead))
-    assert any(trial["verdict"] == "non-finite" for row in look_ahead.history for trial in row["trials"])
+    assert any(trial.verdict == "non-finite" for search in look_ahead.history for trial in search.trials)
 
 
 def test_fixed_goes_exactly_2k_displacements_further():
     model = Drift()
-    look_ahead = look(model, None, config("fixed", fixed_k=3))
+    look_ahead = look(model, None, config("fixed", {"k": 3}))
     model.train_step()
     w, row = weights(model), look_ahead.step(1)
-    assert row["accepted_scale"] == 6.0
+    assert row.accepted_scale == 6.0
     for name, tensor in weights(model).items():
         torch.testing.assert_close(tensor, w[name] + 6 * (w[name] - Drift().state_dict()[name]))
 
 
 def test_random_direction_goes_as_far_as_the_displacement_but_elsewhere():
     model = Drift()
-    look_ahead = look(model, Scorer(), config("random_direction", scales=[2.0], parameters="matrix"))
+    look_ahead = look(model, Scorer(), config("random_direction", {"scales": [2.0]}, parameters="matrix"))
     model.train_step()
     before = model.matrix.detach().clone()
     row = look_ahead.step(1)
     step = model.matrix.detach() - before
-    assert row["accepted_scale"] == 2.0
+    assert row.accepted_scale == 2.0
     torch.testing.assert_close(step.norm(), 2 * before.norm())
     assert abs(float((step * before).sum() / step.norm() / before.norm())) < 0.9
 
@@ -179,26 +181,26 @@ def test_random_direction_goes_as_far_as_the_displacement_but_elsewhere():
 def test_relex_lands_where_a_straight_line_leads():
     torch.manual_seed(0)
     model, far = Drift(), Drift()
-    look_ahead = look(model, None, config("relex", relex_factor=10))
+    look_ahead = look(model, None, config("relex", {"factor": 10}))
     loop(model, 5, look_ahead)
     loop(far, 50)
     assert torch.dist(model.matrix, far.matrix) < 0.03 * far.matrix.norm()
     torch.testing.assert_close(model.frozen, far.frozen)
-    assert look_ahead.history[-1]["fit"]["r2"] > 0.99
+    assert look_ahead.history[-1].fit["r2"] > 0.99
 
 
 def test_alpha_opd_reports_what_its_fit_is_worth():
     torch.manual_seed(0)
     model = Drift()
-    look_ahead = look(model, Scorer(), config("alpha_opd", fit_until=8))
+    look_ahead = look(model, Scorer(), config("alpha_opd", {"until": 8}))
     loop(model, 8, look_ahead)
-    fit = look_ahead.history[-1]["fit"]
+    fit = look_ahead.history[-1].fit
     assert fit["q2"] > 0.9 > fit["q2_null"]
     assert Scorer()(model).mean > 0.5 > 8 * 0.01 * 3.5  # the prediction went further than training did
 
 
 def test_alpha_opd_needs_something_to_aim_at():
-    with pytest.raises(ConfigError, match="alpha_target"):
+    with pytest.raises(ConfigError, match="target"):
         EffOPD(Drift(), Scorer(), EffOPDConfig("alpha_opd", parameters="all"))
 
 
@@ -209,7 +211,7 @@ def test_a_new_anchor_forgets_the_old_displacement():
     look_ahead.reanchor(3)
     before = weights(model)
     row = look_ahead.step(4)
-    assert row["delta_norm"] == 0.0 and row["anchor_step"] == 3
+    assert row.delta_norm == 0.0 and row.anchor_step == 3
     assert same(before, weights(model))
 
 
@@ -219,33 +221,39 @@ def test_none_is_no_strategy():
         EffOPD(Drift(), Scorer(), EffOPDConfig("none", parameters="all"))
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [("fixed_k", 2.0), ("fit_every", 4), ("fit_until", 32), ("relex_factor", 2.0), ("alpha_target", 0.5)],
-)
-def test_settings_of_other_strategies_are_refused(name, value):
-    for strategy in ALL:
-        if strategy in ONLY_FOR[name]:
-            assert getattr(EffOPDConfig(strategy, **{name: value}), name) == value
-        else:
-            with pytest.raises(ConfigError, match=name):
-                EffOPDConfig(strategy, **{name: value})
+@pytest.mark.parametrize("strategy", ALL)
+def test_arguments_of_other_strategies_are_refused_and_the_known_ones_named(strategy):
+    known = list(EffOPDConfig(strategy).args)
+    others = {name for other in ALL for name in EffOPDConfig(other).args} - set(known)
+    assert others
+    for name in others:
+        with pytest.raises(
+            ConfigError, match=rf"EffOPDConfig\.args: .* would ignore {name}; expected {', '.join(known) or 'none'}"
+        ):
+            EffOPDConfig(strategy, args={name: 1})
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("strategy", "args"),
     [
-        {"strategy": "fixed", "fixed_k": -1.0},
-        {"strategy": "relex", "fit_every": 0},
-        {"strategy": "relex", "fit_until": 15},
-        {"strategy": "relex", "fit_until": 6},
-        {"strategy": "relex", "relex_factor": 1.0},
-        {"strategy": "alpha_opd", "alpha_target": 0.0},
+        ("fixed", {"k": -1.0}), ("fixed", {"k": "two"}), ("fixed", '{"k": '), ("fixed", [2]), ("fixed", "2"),
+        ("relex", {"every": 0}), ("relex", {"every": 1.5}), ("relex", {"until": 15}), ("relex", {"until": 6}),
+        ("relex", {"factor": 1.0}), ("alpha_opd", {"target": 0.0}), ("alpha_opd", {"temperature": -1}),
+        ("effopd", {"scales": []}), ("effopd", {"scales": [2.0, -1.0]}), ("effopd", {"scales": "2"}),
+        ("effopd", {"scales": [float("nan")]}), ("effopd", {"batch_size": 0}), ("effopd", {"temperature": float("nan")}),
+        ("effopd", {"max_completion_length": 0}), ("effopd", {"batch_size": True}),
     ],
-)
-def test_bad_strategy_settings(bad):
-    with pytest.raises(ConfigError):
-        EffOPDConfig(**bad)
+)  # fmt: skip
+def test_bad_arguments_are_refused_when_the_config_is_built(strategy, args):
+    with pytest.raises(ConfigError, match=r"EffOPDConfig\.args"):
+        EffOPDConfig(strategy, args=args)
+
+
+def test_names_of_arguments_are_unambiguous():
+    scorers = {f.name for cls, _ in SCORERS.values() for f in dataclasses.fields(cls)}
+    for name, rules in STRATEGIES.items():
+        own = {f.name for f in dataclasses.fields(rules.args)}
+        assert not own & scorers and not (own | scorers) & {f.name for f in dataclasses.fields(EffOPDConfig)}, name
 
 
 TINY = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no", "save_total_limit": 2}
@@ -258,7 +266,7 @@ def test_through_the_trainer_resumed_and_charged(strategy, tmp_path):
         strategy,
         parameters="all",
         **small_scores(strategy, 12),
-        **({"fit_every": 1, "fit_until": 4} if strategy in FITS else {}),
+        args={"every": 1, "until": 4} if strategy in FITS else {},
     )
     trainer = make_trainer(tmp_path, effopd=effopd, **TINY)
     trainer.train()
@@ -269,9 +277,9 @@ def test_through_the_trainer_resumed_and_charged(strategy, tmp_path):
     else:
         assert [row["step"] for row in rows] == ([1, 2, 3, 4] if strategy in FITS else [1, 2, 4])
     metrics = list(read_rows(tmp_path / "metrics.jsonl"))
-    steered = {row["step"]: row["learning_rate_factor_total"] for row in rows if "learning_rate_factor_total" in row}
+    factors = {row["step"]: row["learning_rate_factor_total"] for row in rows if "learning_rate_factor_total" in row}
     for row in metrics:  # the rate that the step was taken with
-        factor = next((steered[s] for s in range(row["step"], 0, -1) if s in steered), 1.0)
+        factor = next((factors[s] for s in range(row["step"], 0, -1) if s in factors), 1.0)
         assert row["learning_rate"] == pytest.approx(trainer.args.learning_rate * factor)
     last = metrics[-1]
     assert last["cost/search_generated_tokens"] == sum(row["generated_tokens"] for row in rows)

@@ -25,8 +25,8 @@ STRATEGIES: dict[str, dict[str, object]] = {
     "noop": {"validation_size": 24},
     "fixed": {},
     "random_direction": {"validation_size": 24},
-    "alpha_opd": {"validation_size": 24, "fit_every": 2, "fit_until": 8},
-    "relex": {"fit_every": 2, "fit_until": 8},
+    "alpha_opd": {"validation_size": 24, "args": '{"every": 2, "until": 8}'},
+    "relex": {"args": '{"every": 2, "until": 8}'},
 }
 
 

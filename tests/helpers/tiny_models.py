@@ -67,5 +67,5 @@ def small_scores(strategy: str, size: int = 8) -> dict[str, int]:
     """The setting that makes a strategy score on `size` examples, if it scores."""
     from effopd import EffOPDConfig
 
-    scorer = EffOPDConfig(strategy).resolved_scorer
+    scorer = EffOPDConfig(strategy).scorer
     return {"accuracy": {"validation_size": size}, "teacher_kl": {"score_rollouts": size}}.get(scorer, {})

@@ -51,7 +51,7 @@ def make_trainer(
     return trainer
 
 
-EFFOPD = EffOPDConfig(validation_size=12, temperature=1.0)
+EFFOPD = EffOPDConfig(validation_size=12)
 
 
 def _die(*_args, **_kwargs):

@@ -62,7 +62,7 @@ def test_of_a_distilled_model(tmp_path, capsys, adapter):
     assert card.data.library_name == ("peft" if adapter else "transformers")
     assert "| teacher | `testbed:teacher` |" in card.text
     assert "| objective | reverse KL(student ‖ teacher), exact over the vocabulary |" in card.text
-    assert "| strategy | `line_search`: " in card.text and "steered by the look-ahead" in card.text
+    assert "| strategy | `line_search`: " in card.text and "adapted by the look-ahead" in card.text
     assert "| steps | 2 of 2, 8 answers each |" in card.text
     assert ("| trained | LoRA adapter of rank 2 |" in card.text) == adapter and ("PeftModel" in card.text) == adapter
     first, last = read_rows(root / "evals.jsonl")

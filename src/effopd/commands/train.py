@@ -39,17 +39,15 @@ ESSENTIALS = {
 def effopd_arguments() -> type:
     """A dataclass with the fields of `EffOPDConfig` as flags `--effopd.NAME` (and `--effopd_NAME`); the command's
     default strategy is 'none'."""
-    types = typing.get_type_hints(EffOPDConfig)
+    types = typing.get_type_hints(EffOPDConfig) | {"args": str | None}  # JSON
+    defaults = {"strategy": "none", "args": None}
     fields = []
     for field in dataclasses.fields(EffOPDConfig):
-        options: dict[str, Any] = {"metadata": {**field.metadata, "aliases": [f"--effopd.{field.name}"]}}
-        if field.name == "strategy":
-            options["default"] = "none"
-        elif field.default is not dataclasses.MISSING:
-            options["default"] = field.default
-        else:
-            options["default_factory"] = field.default_factory
-        fields.append((f"effopd_{field.name}", types[field.name], dataclasses.field(**options)))
+        metadata = {**field.metadata, "aliases": [f"--effopd.{field.name}"]}
+        default = defaults.get(field.name, field.default)
+        fields.append(
+            (f"effopd_{field.name}", types[field.name], dataclasses.field(default=default, metadata=metadata))
+        )
     made: Any = dataclasses.make_dataclass("EffOPDArguments", fields)
     made._argument_group_name = "look-ahead (EffOPD)"
     return made

@@ -19,14 +19,15 @@ from effopd.distill.scoring import accuracy_scorer, rollout_scorer, text_batch, 
 from effopd.distill.trl_host.events import HostEvents
 from effopd.distill.trl_host.state import drop_rollouts, log_metrics, mark_engine_stale, resumed_checkpoint
 from effopd.errors import CheckpointError, ConfigError
+from effopd.extrapolate.checks import check_model, check_scorer, refuse_unread
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.effopd import EffOPD, Scorer, check_model
+from effopd.extrapolate.effopd import EffOPD
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
 from effopd.extrapolate.scorers.accuracy import training_task
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
+from effopd.extrapolate.scoring import Scorer
 from effopd.extrapolate.search import Score
-from effopd.extrapolate.settings_in_use import refuse_unread
-from effopd.runs.records import SEARCHES
+from effopd.runs.records import SEARCHES, SearchRecord
 from effopd.tasks.base import Task, Verifier
 
 #: What `host_refused` says of it.
@@ -55,6 +56,7 @@ class EffOPDCallback(TrainerCallback):
             dataset, columns `prompt` and `answer`.
         verify: grades an answer of that dataset; default: `math-verify`.
         scorer: a callable `model → number` instead of the accuracy on D_v.
+        score_timeout: stop with an error if scoring one candidate takes longer, in seconds; `None`: no limit.
         resume_from_checkpoint: where a resumed run finds the look-ahead state; default: in the checkpoint that the trainer
             loads.
 
@@ -77,6 +79,7 @@ class EffOPDCallback(TrainerCallback):
         task: Task | None = None,
         verify: Verifier | None = None,
         scorer: Scorer | None = None,
+        score_timeout: float | None = None,
         resume_from_checkpoint: str | Path | None = None,
     ):
         self.trainer, self.config = trainer, config or EffOPDConfig()
@@ -84,17 +87,20 @@ class EffOPDCallback(TrainerCallback):
         if scorer is not None:
             refuse_unread(self.config, scorer, ())
         check_model(trainer.accelerator.unwrap_model(trainer.model), self.config, target=self._teacher() is not None)
-        self.waits_for_rollouts = scorer is None and self.config.resolved_scorer == "teacher_kl"
+        rollouts = self.config.score_rollouts if scorer is None else None
+        self.waits_for_rollouts = rollouts is not None
         self._events = HostEvents(trainer)
         self._rollouts: RolloutScorer | None = None
         self._host: dict[str, Any] = {"max_completion_length": getattr(trainer.args, "max_completion_length", None)}
-        if self.waits_for_rollouts:
-            scorer = self._rollouts = rollout_scorer(trainer, self.config.score_rollouts)
-            self._host["score_rollouts"] = wanted_rollouts(trainer.args, None)
+        if rollouts is not None:
+            scorer = self._rollouts = rollout_scorer(trainer, rollouts)
+            self._host["score_rollouts"] = wanted_rollouts(trainer.args, rollouts)
         elif scorer is None and self.config.scored:
             task = task if task is not None else training_task(trainer.train_dataset, verify)
             scorer = accuracy_scorer(trainer, self.config, task)
+        check_scorer(scorer, self.config, score_timeout)
         self.scorer: Scorer | None = scorer
+        self._score_timeout = score_timeout
         self.look_ahead: EffOPD | None = None
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -129,7 +135,7 @@ class EffOPDCallback(TrainerCallback):
         self._events.attach(
             active=lambda: self._registered,
             stopped=self._detach,
-            rate_multiplier=self._applied_factor if self.config.resolved_steer else None,
+            rate_multiplier=self._applied_factor if self.config.adapt_learning_rate else None,
             rollouts_ready=self._on_rollouts if self.waits_for_rollouts else None,
         )
 
@@ -175,6 +181,7 @@ class EffOPDCallback(TrainerCallback):
             optimizer=kwargs.get("optimizer"),
             wanted=lambda: self._registered,
             host=self._host,
+            score_timeout=self._score_timeout,
         )
         try:
             if state.global_step > 0:
@@ -222,15 +229,15 @@ class EffOPDCallback(TrainerCallback):
             )
         ledger = getattr(self.trainer, "ledger", None)
         with ledger.track("search") if ledger is not None else nullcontext():
-            row = self.look_ahead.step(step)
-        if row is None:
+            record = self.look_ahead.step(step)
+        if record is None:
             return
-        if ledger is not None and state.is_world_process_zero:  # the row has everybody's tokens
-            ledger.count("search", generated=row["generated_tokens"], forward=row["forward_tokens"])
+        if ledger is not None and state.is_world_process_zero:  # the record has everybody's tokens
+            ledger.count("search", generated=record.generated_tokens, forward=record.forward_tokens)
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            append_row(Path(args.output_dir) / SEARCHES, row)
-        self._log(row)
+            append_row(Path(args.output_dir) / SEARCHES, record.to_row())
+        self._log(record)
 
     def on_save(self, args, state, control, **kwargs):
         """Put anchor and history into the checkpoint of trainers that do not ask for them (`save_state`)."""
@@ -276,17 +283,8 @@ class EffOPDCallback(TrainerCallback):
         if not self.waits_for_rollouts or getattr(self.trainer.args, "loss_type", None) == "sampled":
             drop_rollouts(self.trainer)
 
-    def _log(self, row: dict[str, Any]) -> None:
-        metrics = {
-            "effopd/accepted_scale": row["accepted_scale"],
-            "effopd/delta_norm": row["delta_norm"],
-            "effopd/candidates": len(row["trials"]) - 1,
-            "effopd/search_seconds": row["seconds"],
-            "effopd/search_generated_tokens": row["generated_tokens"],
-            "effopd/start_score": row["trials"][0].get("score"),
-            "effopd/memory_bytes": row.get("memory_bytes"),
-        }
-        metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+    def _log(self, record: SearchRecord) -> None:
+        metrics = {name: float(value) for name, value in record.metrics().to_row().items()}
         if not log_metrics(self.trainer, metrics):
             # a log during on_step_end would swallow the step's own row, so this one waits for the next event
             self._pending = metrics

@@ -30,7 +30,6 @@ from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
 from effopd.distill.trl_host.state import log_evaluation, termination_handler
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
-from effopd.extrapolate.strategies import STRATEGIES
 from effopd.models.files import absolute_base
 from effopd.models.sampler_check import ignore_sampling_defaults
 from effopd.runs.best_model import HOST_DIRECTIONS, Kept, check_metric
@@ -296,8 +295,8 @@ class RunMixin(BestModelMixin, ResumeMixin):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EffOPDCallback):
                 config = callback.config
-                text = STRATEGIES[config.strategy].help.removeprefix("ours: ")
-                return LookAhead(config.strategy, text, config.resolved_steer)
+                text = config.rules.help.removeprefix("ours: ")
+                return LookAhead(config.strategy, text, config.adapt_learning_rate)
         return None
 
     def save_final(self) -> None:

@@ -25,22 +25,22 @@ from effopd.tasks.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
-#: By default a quarter of a step's rollouts is scored, but no fewer and no more than these.
+#: Bounds on the number of scored rollouts if `score_rollouts` is a share of the step's.
 FEWEST, MOST = 8, 32
 
 
 # -- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-def check_validation_size(config: EffOPDConfig, task: Task) -> None:
-    """D_v can be drawn from the training prompts.
+def check_validation_size(size: int, task: Task) -> None:
+    """The validation prompts can be drawn from the training prompts.
 
     Raises:
         TaskError: there are too few.
     """
-    if config.validation_size > len(task):
+    if size > len(task):
         raise TaskError(
-            f"D_v needs {config.validation_size} training prompts but there are {len(task)}: lower "
+            f"{size} validation prompts are drawn from the training prompts but there are {len(task)}: lower "
             "EffOPDConfig.validation_size or add prompts."
         )
 
@@ -52,20 +52,22 @@ def accuracy_scorer(trainer: Any, config: EffOPDConfig, task: Task) -> AccuracyS
         ConfigError: neither the trainer nor `config` has a length limit for answers.
         TaskError: too few prompts, or prompts without answers.
     """
-    limit = config.max_completion_length or getattr(trainer.args, "max_completion_length", None)
+    args, size = config.scorer_args, config.validation_size
+    assert size is not None
+    limit = args.max_completion_length or getattr(trainer.args, "max_completion_length", None)
     if limit is None:
         raise ConfigError(
-            f"{type(trainer).__name__} has no max_completion_length: set EffOPDConfig.max_completion_length for "
-            "the validation answers, or pass a scorer."
+            f"{type(trainer).__name__} has no max_completion_length: set EffOPDConfig(args={{'max_completion_length': …}}) "
+            "for the validation answers, or pass a scorer."
         )
-    check_validation_size(config, task)
+    check_validation_size(size, task)
     return AccuracyScorer(
-        task.sample(config.validation_size, config.seed),
+        task.sample(size, config.seed),
         _tokenizer(trainer),
         Sampling(
             max_new_tokens=limit,
-            temperature=config.temperature,
-            batch_size=config.validation_batch_size,
+            temperature=args.temperature,
+            batch_size=args.batch_size,
             chat_template_kwargs=getattr(trainer, "chat_template_kwargs", None),
         ),
         progress=not trainer.args.disable_tqdm,
@@ -85,23 +87,23 @@ def rollouts_per_step(args: Any) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def wanted_rollouts(args: Any, rollouts: int | None) -> int:
+def wanted_rollouts(args: Any, rollouts: float) -> int:
     """How many rollouts a search would like to score, over all processes; a step may have fewer, and then all are scored.
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: `EffOPDConfig.score_rollouts`; `None`: a quarter of the step's, at least 8 and at most 32, so that a search
-            of some eight scores costs less than the step it belongs to.
+        rollouts: `EffOPDConfig.score_rollouts`; below 1: this share of the step's, at least 8 and at most 32. A quarter, the
+            default, makes a search of some eight scores cost less than the step it belongs to.
     """
-    return rollouts if rollouts is not None else min(max(rollouts_per_step(args) // 4, FEWEST), MOST)
+    return int(rollouts) if rollouts >= 1 else min(max(int(rollouts_per_step(args) * rollouts), FEWEST), MOST)
 
 
-def check_rollouts(args: Any, rollouts: int | None) -> None:
+def check_rollouts(args: Any, rollouts: float) -> None:
     """A run's settings let `teacher_kl` score; no model is needed to tell.
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: how many are to be scored, over all processes; `None`: as `wanted_rollouts` says.
+        rollouts: how many are to be scored, over all processes; below 1: as `wanted_rollouts` says.
 
     Raises:
         ConfigError: fewer than two rollouts per step, or another target than the teacher (ExOPD).
@@ -109,8 +111,8 @@ def check_rollouts(args: Any, rollouts: int | None) -> None:
     if getattr(args, "lambda_extrapolation", 1) != 1:
         raise ConfigError(
             f"the look-ahead's scorer 'teacher_kl' measures the divergence from the teacher, but lambda_extrapolation="
-            f"{args.lambda_extrapolation} trains towards another target. Use --effopd.scorer accuracy with "
-            "strategy 'effopd', or lambda_extrapolation=1."
+            f"{args.lambda_extrapolation} trains towards another target. Score by answers, as "
+            "strategy 'effopd' does (--effopd.validation_size), or use lambda_extrapolation=1."
         )
     scored = min(rollouts_per_step(args), wanted_rollouts(args, rollouts))
     if scored < 2:
@@ -121,12 +123,12 @@ def check_rollouts(args: Any, rollouts: int | None) -> None:
         )
 
 
-def rollout_scorer(trainer: Any, rollouts: int | None = None) -> RolloutScorer:
+def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
     """The scorer `teacher_kl`, of the divergence that the trainer minimises.
 
     Args:
         trainer: an `OPDTrainer`, or any `trl.DistillationTrainer`.
-        rollouts: how many rollouts are scored, over all processes; `None`: as `wanted_rollouts` says.
+        rollouts: how many rollouts are scored, over all processes; below 1: as `wanted_rollouts` says.
 
     Raises:
         ConfigError: fewer than two rollouts per step; the trainer does not distil, has no teacher of its own, or learns another
@@ -226,6 +228,7 @@ def text_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
     if seen := [key for key in MULTIMODAL_KEYS if rollouts.get(key) is not None]:
         raise ConfigError(
             f"the scorer 'teacher_kl' reads text only, but the rollouts come with {', '.join(seen)}: without them the "
-            "score would be that of other prompts. Use --effopd.scorer accuracy with strategy 'effopd'."
+            "score would be that of other prompts. Score by answers (--effopd.validation_size), as "
+            "strategy 'effopd' does."
         )
     return token_batch(rollouts)

@@ -1,4 +1,4 @@
-"""A factor on the learning rate, on top of whatever schedule it follows."""
+"""Adapting the learning rate to the scales that searches find: the rule, and a factor on top of any schedule."""
 
 from __future__ import annotations
 
@@ -11,18 +11,48 @@ from torch import Tensor
 
 from effopd.errors import ConfigError
 
-#: The `SteeredRate` at work on an optimizer; neither keeps the other alive.
-_AT_WORK: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[SteeredRate]] = weakref.WeakKeyDictionary()
+#: The `LearningRateMultiplier` active on an optimizer; neither keeps the other alive.
+_ACTIVE: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[LearningRateMultiplier]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-class SteeredRate:
+#: The factor never takes the learning rate below this share of its schedule.
+LOWEST_FACTOR = 0.125
+
+
+def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float = 1.0) -> float:
+    """Learning-rate multiplier from the best scale s of this search and s′ of the previous one: √min(1+s, 4) if both exceed 1
+    (or ½√min(s, s′) if larger); 1/√2 if s < 0, floored at 1/8 of the schedule; otherwise 1.
+
+    Two searches must agree before the rate rises, because the first jump often reflects the starting point. The gate is ignored
+    on purpose: below the noise level nothing passes it, and the rate would decay to zero. Where scores are pure noise, the
+    rate falls to the floor in some 30 searches and stays there: a fall takes one best scale, a rise two in a row.
+
+    Args:
+        best_scale: s.
+        previous: s′; 0 before the first search.
+        total: product of the factors so far.
+
+    Example:
+        >>> learning_rate_factor(3.0), learning_rate_factor(3.0, previous=2.0), learning_rate_factor(100.0, previous=64.0)
+        (1.0, 2.0, 4.0)
+    """
+    if best_scale > 1:
+        if previous <= 1:
+            return 1.0
+        return max(min(1 + best_scale, 4.0) ** 0.5, 0.5 * min(best_scale, previous) ** 0.5)
+    return 1.0 if best_scale >= 0 else max(0.5**0.5, min(1.0, LOWEST_FACTOR / total))
+
+
+class LearningRateMultiplier:
     """Multiplies the learning rates of an optimizer for the length of each of its steps.
 
-    Right before a step the rate of every parameter group is multiplied by `factor`, right after it it is what it was. So no
-    scheduler ever sees the factor, neither one that works from the first rates nor one that works from the last, and a
-    resumed run needs nothing but the factor.
+    The rate of every parameter group is multiplied by `factor` right before a step and restored right after it. So no scheduler
+    ever sees the factor, whether it works from the first rates or from the last, and a resumed run needs nothing but the
+    factor.
 
-    An optimizer has one `SteeredRate` at a time. `close`, or the end of the object's life, takes its hooks off the optimizer.
+    An optimizer has one `LearningRateMultiplier` at a time. `close`, or the end of the object's life, removes its hooks.
 
     Args:
         optimizer: a `torch.optim.Optimizer`, as it is or wrapped by accelerate.
@@ -32,12 +62,12 @@ class SteeredRate:
         factor: starts at 1.
 
     Raises:
-        ConfigError: not an optimizer with step hooks, or another `SteeredRate` is at work on it.
+        ConfigError: not an optimizer with step hooks, or another `LearningRateMultiplier` is at work on it.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> rate = SteeredRate(optimizer)
+        >>> rate = LearningRateMultiplier(optimizer)
         >>> rate.factor, weight.grad = 0.5, torch.ones(1)
         >>> _ = optimizer.step()
         >>> weight.item(), optimizer.param_groups[0]["lr"], rate.applied
@@ -50,14 +80,14 @@ class SteeredRate:
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if not isinstance(inner, torch.optim.Optimizer):
             raise ConfigError(
-                f"steering the learning rate needs a torch.optim.Optimizer, got {type(inner).__name__}. Pass the "
-                "optimizer that takes the steps, or set steer=False."
+                f"adapting the learning rate needs a torch.optim.Optimizer, got {type(inner).__name__}. Pass the "
+                "optimizer that takes the steps, or set adapt_learning_rate=False."
             )
-        other = _at_work(inner)
+        other = _active(inner)
         if other is not None and other._wanted():
             raise ConfigError(
-                "another look-ahead steers the learning rate of this optimizer, so their factors would multiply. Close it first "
-                "(`EffOPD.close()`), or set steer=False in one of them."
+                "another look-ahead adapts the learning rate of this optimizer, so their factors would multiply. Close it first "
+                "(`EffOPD.close()`), or set adapt_learning_rate=False in one of them."
             )
         if other is not None:
             other.close()
@@ -69,7 +99,7 @@ class SteeredRate:
 
         def before(*_: Any) -> None:
             if (rate := me()) is not None:
-                rate._steer()
+                rate._multiply()
 
         def after(*_: Any) -> None:
             if (rate := me()) is not None:
@@ -77,14 +107,14 @@ class SteeredRate:
 
         hooks = inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
         self._remove = weakref.finalize(self, _take_off, hooks)
-        _AT_WORK[inner] = me
+        _ACTIVE[inner] = me
 
     @property
     def applied(self) -> float:
         """The factor that the last step was taken with; before the first, the one it would be taken with."""
         return self.factor if self._applied is None else self._applied
 
-    def _steer(self) -> None:
+    def _multiply(self) -> None:
         self.release()  # a step that raised did not get to this
         self._applied = self.factor if self._wanted() else 1.0
         groups = self._optimizer.param_groups
@@ -103,8 +133,8 @@ class SteeredRate:
         """Leave the optimizer alone from now on; safe to call twice."""
         self.release()
         self._remove()
-        if _at_work(self._optimizer) is self:
-            del _AT_WORK[self._optimizer]
+        if _active(self._optimizer) is self:
+            del _ACTIVE[self._optimizer]
 
 
 def _take_off(hooks: Iterable[Any]) -> None:
@@ -112,8 +142,8 @@ def _take_off(hooks: Iterable[Any]) -> None:
         hook.remove()
 
 
-def _at_work(optimizer: torch.optim.Optimizer) -> SteeredRate | None:
-    found = _AT_WORK.get(optimizer)
+def _active(optimizer: torch.optim.Optimizer) -> LearningRateMultiplier | None:
+    found = _ACTIVE.get(optimizer)
     return found() if found is not None else None
 
 

@@ -24,9 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from effopd.common.distributed import ShardSpec, copy_full_, full_tensor, reshard, shard_specs
+from effopd.common.distributed import ShardSpec, copy_full_, full_tensor, reshard
 from effopd.errors import ConfigError
-from effopd.extrapolate.live_weights import Direction, LiveWeights, displacement, usable_device
+from effopd.extrapolate.anchored import AnchoredParameters, usable_device
+from effopd.extrapolate.movable import Direction, displacement
 from effopd.extrapolate.parameter_rules import inside, plain_name, select
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,8 @@ def move_factors(
     return a, us @ inverse, lost
 
 
-class LoraWeights(LiveWeights):
-    """The LoRA factors of a PEFT model, moved so that the *update* of every matrix goes along the ray.
+class LoraWeights:
+    """The LoRA factors of a PEFT model, moved so that the *update* of every matrix goes along the ray: `MovableWeights` for adapters.
 
     Factors that FSDP2 shards are gathered one matrix at a time to be moved, and their anchor is whole on every rank: they are
     small. The base weights stay where they are.
@@ -103,27 +104,59 @@ class LoraWeights(LiveWeights):
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
         device = usable_device(anchor_device)
         reshard(model)
-        found = selected_adapters(model, parameters)
-        self._scaling = {name: scaling for name, (_, scaling) in found.items()}
-        self._parameters: dict[str, nn.Parameter] = {}
-        for name, (factors, _) in found.items():
-            self._parameters |= {f"{name}.A": factors[0], f"{name}.B": factors[1]}
+        adapters = selected_adapters(model, parameters)
+        self._scaling = {name: scaling for name, (_, scaling) in adapters.items()}
+        factors_by_name: dict[str, nn.Parameter] = {}
+        for name, (factors, _) in adapters.items():
+            factors_by_name |= {f"{name}.A": factors[0], f"{name}.B": factors[1]}
         others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
         if others:
             logger.warning(
                 "EffOPD moves the LoRA factors only; these are trained, too, and stay: %s%s.",
                 ", ".join(others[:3]), ", …" if len(others) > 3 else "",
             )  # fmt: skip
-        self.lost_share = 0.0
-        self._model, self._shares = model, shard_specs(self._parameters)
-        self._anchor_device = device
+        self.lost_share: float | None = 0.0
         self._lengths: dict[str, float] = {}
-        self._origin: dict[str, Tensor] | None = None
-        self._direction: Direction = displacement
-        self._anchor = {name: self._to_anchor(p) for name, p in self._parameters.items()}
+        self._anchored = AnchoredParameters(model, factors_by_name, device, full_tensor)
 
-    def _held(self, parameter: Tensor) -> Tensor:
-        return full_tensor(parameter.detach())
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that move."""
+        return self._anchored.names
+
+    @property
+    def numel(self) -> int:
+        """How many numbers move."""
+        return self._anchored.numel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, one copy of the weights."""
+        return self._anchored.nbytes
+
+    def checksum(self) -> int:
+        """As `AnchoredParameters.checksum`."""
+        return self._anchored.checksum()
+
+    def restore(self) -> None:
+        """Put the origin back, bit for bit."""
+        self._anchored.restore()
+
+    def abort(self) -> None:
+        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe to call twice."""
+        self._anchored.abort()
+
+    def commit(self) -> None:
+        """End the search where the model stands now; these weights become the anchor of the next search."""
+        self._anchored.commit()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The anchor, fp32, by parameter name; whole on every rank."""
+        return self._anchored.state_dict()
+
+    def load_state_dict(self, anchor: Mapping[str, Tensor]) -> None:
+        """Take over a saved anchor; see `AnchoredParameters.load_state_dict`."""
+        self._anchored.load_state_dict(anchor)
 
     @property
     def sharded(self) -> dict[str, ShardSpec]:
@@ -131,13 +164,15 @@ class LoraWeights(LiveWeights):
         return {}
 
     def _factors(self, source: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        device = self._parameters[f"{name}.A"].device
+        device = self._anchored.parameters[f"{name}.A"].device
         a, b = (full_tensor(source[f"{name}.{factor}"].detach()).to(device, torch.float32) for factor in "AB")
         return a, b
 
     def _length(self, name: str) -> float:
         """‖B A − B_a A_a‖ (without scaling), of the factors as they stand."""
-        (a, b), (anchor_a, anchor_b) = self._factors(self._parameters, name), self._factors(self._anchor, name)
+        (a, b), (anchor_a, anchor_b) = (
+            self._factors(at, name) for at in (self._anchored.parameters, self._anchored.anchor)
+        )
         if torch.equal(a, anchor_a) and torch.equal(b, anchor_b):
             return 0.0  # and not what rounding makes of it
         try:
@@ -151,23 +186,18 @@ class LoraWeights(LiveWeights):
         return math.hypot(*(scaling * self._length(name) for name, scaling in self._scaling.items()))
 
     def displacements(self) -> Iterator[tuple[str, Tensor]]:
-        """Not for adapters: whoever asks wants whole matrices.
+        """Refused: an adapter has no full matrices.
 
         Raises:
             ConfigError: always.
         """
-        raise ConfigError("strategies that watch whole matrices do not work with LoRA adapters.")
+        raise ConfigError("strategies that need full matrices do not work with LoRA adapters.")
 
     @torch.no_grad()
     def begin(self, direction: Direction = displacement) -> None:
-        """Remember the present factors as the origin of a search along ΔW.
-
-        Raises:
-            ConfigError: another direction, which rank r could not hold.
-        """
-        if direction is not displacement:
-            raise ConfigError("with LoRA adapters the look-ahead goes along the last displacement only.")
-        super().begin(direction)
+        """Remember the present factors as the origin of a search along ΔW; rank r could not hold another direction."""
+        assert direction is displacement, "strategies that need full matrices are refused"
+        self._anchored.begin()
         self._lengths = {name: self._length(name) for name in self._scaling}
 
     @torch.no_grad()
@@ -177,8 +207,8 @@ class LoraWeights(LiveWeights):
         Raises:
             NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the origin then.
         """
-        origin = self._require_origin()
-        self.lost_share = 0.0
+        origin, anchor = self._anchored.origin, self._anchored.anchor
+        self.lost_share = lost_share = 0.0
         if scale == 0.0:
             self.restore()
             return
@@ -187,17 +217,16 @@ class LoraWeights(LiveWeights):
             if length == 0.0:
                 continue
             try:
-                a, b, lost = move_factors(*self._factors(origin, name), *self._factors(self._anchor, name), scale)
+                a, b, lost = move_factors(*self._factors(origin, name), *self._factors(anchor, name), scale)
                 finite = bool(torch.isfinite(a).all() & torch.isfinite(b).all())
             except torch.linalg.LinAlgError:
                 finite = False
             if not finite:
                 break
-            self.lost_share = max(self.lost_share, float(lost) / (abs(scale) * length))
-            copy_full_(self._parameters[f"{name}.A"], a)
-            copy_full_(self._parameters[f"{name}.B"], b)
-        self._reject_unless(finite, f"W + {scale}·ΔW", f"the adapter of '{name}'")
-        self._edited()
+            self.lost_share = lost_share = max(lost_share, float(lost) / (abs(scale) * length))
+            copy_full_(self._anchored.parameters[f"{name}.A"], a)
+            copy_full_(self._anchored.parameters[f"{name}.B"], b)
+        self._anchored.restore_unless(finite, f"W + {scale}·ΔW", f"the adapter of '{name}'")
 
 
 def selected_adapters(model: nn.Module, rule: str) -> dict[str, tuple[tuple[nn.Parameter, nn.Parameter], float]]:

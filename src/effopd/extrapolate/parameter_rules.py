@@ -57,7 +57,7 @@ def compile_rule(rule: str) -> re.Pattern[str]:
         return re.compile(PARAMETER_RULES.get(rule, rule))
     except re.error as error:
         raise ConfigError(
-            f"parameters={rule!r} is neither one of {', '.join(PARAMETER_RULES)} nor a valid regular expression "
+            f"EffOPDConfig.parameters={rule!r} is neither one of {', '.join(PARAMETER_RULES)} nor a valid regular expression "
             f"({error})."
         ) from error
 

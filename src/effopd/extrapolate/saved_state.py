@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,25 +13,34 @@ from effopd.common.files import write_atomically
 from effopd.errors import CheckpointError
 from effopd.extrapolate.anchor_files import ANCHOR_FILE, read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.settings_in_use import DECIDE_NOTHING, OF_BUILT_IN_SCORERS, OF_THE_STRATEGY
-from effopd.extrapolate.strategies import STRATEGIES
+from effopd.extrapolate.scoring import OF_SCORERS
 
 STATE_FILE = "effopd_state.json"
 OBSERVATIONS_FILE = "effopd_observations.safetensors"
 
 
+#: Settings that decide where but not what: a resumed run may change them.
+DECIDES_NOTHING = ("anchor_device",)
+
+
 def fingerprint(config: EffOPDConfig, scorer: Any, host: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What must be the same for a resumed run to take the same decisions, every default resolved.
+    """What must be the same for a resumed run to take the same decisions, every setting with its value.
 
     Args:
         config: the settings of the run.
         scorer: what it scores with.
-        host: what the trainer decides where the settings leave it open: `score_rollouts`, `max_completion_length`.
+        host: the values of settings that the trainer decides: `score_rollouts`, `max_completion_length`.
     """
-    settings, reads = config.in_use(), getattr(scorer, "reads", ())
-    for name in (*DECIDE_NOTHING, *(name for name in OF_BUILT_IN_SCORERS if name not in reads)):
+    settings = dataclasses.asdict(config)
+    settings |= {f"args.{name}": value for name, value in settings.pop("args").items()}
+    unread = OF_SCORERS - set(getattr(scorer, "reads", ()))
+    for name in (*DECIDES_NOTHING, *unread, *(f"args.{name}" for name in unread)):
         settings.pop(name, None)
-    settings |= {name: value for name, value in (host or {}).items() if name in settings and settings[name] is None}
+    host, limit = host or {}, "args.max_completion_length"
+    if (settings.get("score_rollouts") or 1) < 1:  # a share of the step's
+        settings["score_rollouts"] = host.get("score_rollouts", settings["score_rollouts"])
+    if limit in settings and settings[limit] is None:
+        settings[limit] = host.get("max_completion_length")
     return {"config": settings, "validation_ids": getattr(scorer, "validation_ids", None)}
 
 
@@ -40,29 +50,20 @@ def check_same(
     """Compare the fingerprint of a saved state with that of a run; see `fingerprint`.
 
     Raises:
-        CheckpointError: the state belongs to other settings or another D_v.
+        CheckpointError: the state belongs to other settings or other validation prompts.
     """
     saved, now = (json.loads(json.dumps(one)) for one in (saved, fingerprint(config, scorer, host)))
-    there = {name: _resolved(name, saved["config"], host or {}) for name in now["config"]}
-    differing = [name for name, value in now["config"].items() if there[name] != value]
-    values = [f"{name} {there[name]} → {now['config'][name]}" for name in differing]
+    before, after = saved["config"], now["config"]
+    differing = [name for name in after | before if before.get(name) != after.get(name)]
+    values = [f"{name} {before.get(name)} → {after.get(name)}" for name in differing]
     if saved["validation_ids"] != now["validation_ids"]:
-        differing.append("validation examples (D_v)")
+        differing.append("validation prompts")
     if differing:
         raise CheckpointError(
             f"the saved look-ahead state was made with other settings: {', '.join(differing)} differ"
             + (f" (saved → now: {', '.join(values)})" if values else "")
             + ". Resume with the settings of the run (its config.yaml), or start a new run."
         )
-
-
-def _resolved(name: str, saved: Mapping[str, Any], host: Mapping[str, Any]) -> Any:
-    """A saved setting with its default; earlier states kept `None` for one."""
-    value = saved.get(name)
-    if value is None and name in OF_THE_STRATEGY:
-        strategy = STRATEGIES.get(saved.get("strategy", ""))
-        return getattr(strategy, name, None)
-    return host.get(name) if value is None else value
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -99,10 +100,10 @@ def write_state(folder: Path, state: dict[str, Any], sharded: Mapping[str, Shard
         all_gather_object(None)  # every part is there
     if rank() != 0:
         return
-    seen = {name: tensor.detach().cpu().contiguous() for name, tensor in observations.pop("tensors").items()}
     state |= {"observations": observations, "anchor_parts": parts, "anchor_sharded": list(sharded)}
-    if seen:
-        write_atomically(folder / OBSERVATIONS_FILE, lambda path: save_file(seen, path))
+    if observations is not None and (tensors := observations.pop("tensors")):
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(folder / OBSERVATIONS_FILE, lambda path: save_file(kept, path))
     write_atomically(folder / STATE_FILE, lambda path: path.write_text(json.dumps(state, indent=1)))
 
 
@@ -117,8 +118,9 @@ def load_state(folder: Path, sharded: Mapping[str, ShardSpec]) -> dict[str, Any]
 
     state = read_state(folder)
     try:
-        seen = folder / OBSERVATIONS_FILE
-        state["observations"]["tensors"] = load_file(seen) if seen.is_file() else {}
+        if state["observations"] is not None:
+            file = folder / OBSERVATIONS_FILE
+            state["observations"]["tensors"] = load_file(file) if file.is_file() else {}
         state["anchor"] = read_anchor(folder, state["anchor_parts"], state["anchor_sharded"], sharded)
     except (SafetensorError, FileNotFoundError, ValueError, KeyError) as error:
         raise damaged(folder, error) from error

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from effopd.errors import NonFiniteWeightsError, ScorerError
+from effopd.runs.records import TrialRecord
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,19 @@ class Trial:
     score: Score | None
     verdict: str
 
-    def to_row(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        row: dict[str, Any] = {"scale": self.scale, "verdict": self.verdict}
-        if self.score is not None:
-            row |= {
-                "score": self.score.mean if math.isfinite(self.score.mean) else None,
-                "per_example": list(self.score.per_example),
-                "seconds": self.score.seconds,
-                "generated_tokens": self.score.generated_tokens,
-                "forward_tokens": self.score.forward_tokens,
-            }
-        return row
+    def to_record(self) -> TrialRecord:
+        """The trial as a row of a run has it."""
+        if self.score is None:
+            return TrialRecord(self.scale, self.verdict)
+        return TrialRecord(
+            self.scale,
+            self.verdict,
+            self.score.mean if math.isfinite(self.score.mean) else None,
+            self.score.per_example,
+            self.score.seconds,
+            self.score.generated_tokens,
+            self.score.forward_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:
     n = len(candidate.per_example)
     if n == 1 or n != len(reference.per_example):
         raise ScorerError(
-            "gate 'margin' compares example by example: expected two scores with the same n >= 2 values in per_example "
-            f"(or none), got {n} and {len(reference.per_example)}. Score more examples, or set gate='gt'."
+            "gate 'significant' compares example by example: expected two scores with the same n >= 2 values in per_example "
+            f"(or none), got {n} and {len(reference.per_example)}. Score more examples, or set gate='better'."
         )
     gains = [c - r for c, r in zip(candidate.per_example, reference.per_example, strict=True)]
     mean = math.fsum(gains) / n if n else candidate.mean - reference.mean
@@ -119,17 +120,22 @@ def paired_z(candidate: Score, reference: Score) -> float:
     return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 
-#: (candidate, reference, z) → whether the candidate is accepted: `ge` is ≥ (ties accepted, the paper), `gt` is > (the
-#: released code), `margin` is better by z standard errors (`paired_z`).
-GATES: dict[str, Callable[[Score, Score, float], bool]] = {
-    "ge": lambda candidate, reference, z: candidate.mean >= reference.mean,
-    "gt": lambda candidate, reference, z: candidate.mean > reference.mean,
-    "margin": lambda candidate, reference, z: paired_z(candidate, reference) >= z,
+#: (candidate, reference, z) → whether the candidate is accepted: `not_worse` is ≥ (ties accepted, the paper), `better` is >
+#: (the released code), `significant` is better by z standard errors (`paired_z`).
+GATES: dict[str, Callable[[Score, Score, float | None], bool]] = {
+    "not_worse": lambda candidate, reference, z: candidate.mean >= reference.mean,
+    "better": lambda candidate, reference, z: candidate.mean > reference.mean,
+    "significant": lambda candidate, reference, z: paired_z(candidate, reference) >= (z or 0.0),
 }
 
 
+def unscored(scale: float) -> SearchResult:
+    """Go to `scale` without scoring it."""
+    return SearchResult(scale, (Trial(0.0, None, "start"), Trial(scale, None, "accepted")))
+
+
 def first_failure_search(
-    score: Callable[[float], Score], scales: Sequence[float], gate: str = "ge", z: float = 2.0
+    score: Callable[[float], Score], scales: Sequence[float], gate: str = "not_worse", z: float | None = 2.0
 ) -> SearchResult:
     """Walk outwards until a candidate fails, and keep the last one that passed (arXiv 2605.11739).
 
@@ -139,8 +145,8 @@ def first_failure_search(
     Args:
         score: maps a scale s to the score of W + s·Δ. May raise `NonFiniteWeightsError`: that candidate fails.
         scales: candidate scales in the order to try them.
-        gate: `ge`, `gt` or `margin`, see `GATES`.
-        z: standard errors that `margin` asks for.
+        gate: `not_worse`, `better` or `significant`, see `GATES`.
+        z: standard errors that `significant` asks for; `None` for the other gates.
 
     Example:
         >>> result = first_failure_search(lambda s: Score(-(s - 4) ** 2), (2, 4, 6))
@@ -170,8 +176,8 @@ def first_failure_search(
 
 def line_search(
     score: Callable[[float], Score],
-    gate: str = "gt",
-    z: float = 2.0,
+    gate: str = "better",
+    z: float | None = 2.0,
     longest: float = 65536.0,
     refinements: int = 1,
 ) -> SearchResult:
@@ -182,15 +188,15 @@ def line_search(
     highest point and its neighbours. A quadratic score is maximised exactly by one refinement. Of all points that pass
     the gate against the *start*, the highest is kept.
 
-    The margin is for going further. Back towards the anchor (s < 0) any gain will do: those points lie between two that
-    training has been at, so a step back taken by mistake loses a part of the last displacement and nothing else.
+    Significance is asked of jumps forwards only. Back towards the anchor (s < 0) any gain will do: these points lie between
+    two that training visited, so a step back taken by mistake loses no more than a part of the last displacement.
 
     The result never scores below the start: with exact scores a jump never makes things worse.
 
     Args:
         score: as for `first_failure_search`.
-        gate: `ge`, `gt` or `margin`, see `GATES`.
-        z: standard errors that `margin` asks for where s > 0.
+        gate: `not_worse`, `better` or `significant`, see `GATES`.
+        z: standard errors that `significant` asks for where s > 0; `None` for the other gates.
         longest: the largest scale tried.
         refinements: how many parabola steps.
 
@@ -214,7 +220,7 @@ def line_search(
             trials.append(Trial(scale, candidate, "non-finite"))
             return
         known[scale] = candidate.mean
-        asked = "gt" if gate == "margin" and scale < 0 else gate
+        asked = "better" if gate == "significant" and scale < 0 else gate
         wins = candidate.mean >= known[accepted] and GATES[asked](candidate, start, z)
         trials.append(Trial(scale, candidate, "accepted" if wins else "rejected"))
         accepted = scale if wins else accepted

@@ -109,19 +109,19 @@ def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:
 def _look_text(look: Any, opd: Any) -> str:
     if not look.enabled:
         return "none: plain OPD"
-    parts = [look.strategy, f"moves {look.resolved_parameters}"]
-    if look.plan.fit is not None:
-        parts.append(f"fits at step {look.fit_until}")
+    parts = [look.strategy, f"moves {look.parameters}"]
+    if look.rules.fit is not None:
+        parts.append(f"fits at step {look.strategy_args.until}")
     else:
-        parts.append(f"searches by schedule '{look.schedule or look.plan.schedule}'")
-    if look.resolved_scorer == "accuracy":
-        each = look.validation_size * (look.max_completion_length or opd.max_completion_length)
-        parts.append(f"D_v of {look.validation_size} prompts: up to {each:,} sampled tokens a candidate")
-    elif look.resolved_scorer == "teacher_kl":
+        parts.append(f"searches by schedule '{look.schedule}'")
+    if look.scorer == "accuracy":
+        each = look.validation_size * (look.scorer_args.max_completion_length or opd.max_completion_length)
+        parts.append(f"{look.validation_size} validation prompts: up to {each:,} sampled tokens per candidate")
+    elif look.scorer == "teacher_kl":
         wanted = wanted_rollouts(opd, look.score_rollouts)
         scored = min(wanted, rollouts_per_step(opd))
         fewer = f" (a step has no more; it would like {wanted})" if scored < wanted else ""
-        parts.append(f"scores {scored} rollouts a candidate{fewer}, samples nothing")
+        parts.append(f"scores {scored} rollouts per candidate{fewer}, samples nothing")
     return ", ".join(parts)
 
 

@@ -69,7 +69,7 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
             sum(size.parameters for size in others) * frozen_bytes,
             ranks=ranks,
             sharded=sharded,
-            moved=student.selected(look.resolved_parameters) if look.enabled else None,
+            moved=student.selected(str(look.parameters)) if look.enabled else None,
             anchor_here=look.anchor_device is None,
             trained=trained,
             weight_bytes=next(

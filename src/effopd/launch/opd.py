@@ -12,8 +12,8 @@ from effopd.distill.scoring import check_rollouts, check_validation_size, rollou
 from effopd.distill.trainer import OPDTrainer
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
+from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.live_weights import usable_device
 from effopd.extrapolate.parameter_rules import select
 from effopd.launch.adapters import adapter_config
 from effopd.launch.prompts import evaluates, load_prompts
@@ -92,7 +92,7 @@ def check_settings(settings: RunSettings) -> None:
     usable_device(effopd.anchor_device)
     if opd.eval_on_start is None:  # the curve begins before the first jump
         opd.eval_on_start = effopd.enabled and opd.eval_strategy != "no"
-    if effopd.enabled and effopd.resolved_scorer == "teacher_kl":
+    if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
 
 
@@ -115,7 +115,7 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
     check_student_adapter(model, models[0], student, opd)
     if settings.effopd.enabled and not model.use_peft:
         names = (name for name, _ in models[0].meta.named_parameters())
-        select(names, settings.effopd.resolved_parameters, "the student")
+        select(names, str(settings.effopd.parameters), "the student")
     return models
 
 
@@ -131,8 +131,8 @@ def check_prompts(settings: RunSettings, train: Task) -> None:
             f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "
             "--gradient_accumulation_steps, or raise --train_size."
         )
-    if settings.effopd.scored:
-        check_validation_size(settings.effopd, train)
+    if settings.effopd.validation_size is not None:
+        check_validation_size(settings.effopd.validation_size, train)
 
 
 def other_models(opd: OPDConfig) -> list[str]:
@@ -144,7 +144,10 @@ def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
     """The settings of a run that need reference answers, as a sentence; "" if it needs none."""
     causes = []
     if effopd.scored:
-        causes.append(f"--effopd.scorer {effopd.scorer}" if effopd.scorer else f"--effopd.strategy {effopd.strategy}")
+        chosen = "validation_size" in effopd.changed
+        causes.append(
+            f"--effopd.validation_size {effopd.validation_size}" if chosen else f"--effopd.strategy {effopd.strategy}"
+        )
     if evaluates(opd):
         strategy = getattr(opd.eval_strategy, "value", opd.eval_strategy)
         causes.append("--eval_on_start" if strategy == "no" else f"--eval_strategy {strategy}")

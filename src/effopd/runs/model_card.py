@@ -256,7 +256,7 @@ def _learning_rate(trainer: Any, look_ahead: LookAhead | None) -> str:
     if look_ahead is None or not look_ahead.adapts_learning_rate:
         return text
     rates = [record.learning_rate for record in read_steps(trainer.run_dir.root) if record.learning_rate]
-    return text + "; steered by the look-ahead" + (f", {rates[-1]:.2g} in the last step" if rates else "")
+    return text + "; adapted by the look-ahead" + (f", {rates[-1]:.2g} in the last step" if rates else "")
 
 
 def _method(args: Any, method: str) -> str:

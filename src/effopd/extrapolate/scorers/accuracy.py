@@ -41,7 +41,7 @@ class AccuracyScorer:
     """
 
     #: Settings of `EffOPDConfig` that this scorer is built from.
-    reads = ("scorer", "validation_size", "validation_batch_size", "temperature", "max_completion_length")
+    reads = ("validation_size", "temperature", "batch_size", "max_completion_length")
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class RolloutScorer:
     """
 
     #: Settings of `EffOPDConfig` that this scorer is built from.
-    reads = ("scorer", "score_rollouts")
+    reads = ("score_rollouts",)
 
     def __init__(self, divergence: TeacherDivergence, rollouts: int):
         self._divergence, self._rollouts = divergence, rollouts

@@ -18,14 +18,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from effopd.errors import ConfigError
-from effopd.extrapolate.strategies.rank_one import RankOne, align_forward
+from effopd.extrapolate.observations import Observations
+from effopd.extrapolate.predicting import Fit, FitArgs, Prediction
+from effopd.extrapolate.rank_one import RankOne, align_forward, leading
+from effopd.extrapolate.search import unscored
+from effopd.extrapolate.strategy import STRATEGIES, Strategy, without
 
 #: Differences below this share of a value are rounding: such values are equal.
 _SAME = 1e-12
@@ -152,3 +156,49 @@ def summary(fits: Mapping[str, AlphaFit | None]) -> dict[str, float]:
     for name in ("r2", "q2", "q2_null"):
         figures[name] = statistics.median([getattr(fit, name) for fit in found]) if found else math.nan
     return figures
+
+
+@dataclass(frozen=True)
+class AlphaArgs(FitArgs):
+    """When to observe and predict, and the accuracy to aim at."""
+
+    target: float | None = field(
+        default=None,
+        metadata={
+            "help": "predict the weights whose accuracy on the validation prompts is this; unset: the teacher's accuracy on them, "
+            "measured once and charged"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is not None and not 0 < self.target <= 1:
+            raise ValueError(f"target is an accuracy in (0, 1], got {self.target}")
+
+
+def keep_leading(delta: Tensor) -> dict[str, Tensor]:
+    """The leading component of a displacement, its norm and its shape."""
+    point = leading(delta)
+    scalars = torch.tensor([point.s1, point.norm], dtype=torch.float64)
+    return {"u": point.u_M, "v": point.v_N, "s1_norm": scalars, "shape": torch.tensor(delta.shape)}
+
+
+def predict_all(observations: Observations, args: AlphaArgs, seed: int) -> Prediction:
+    """The prediction for every matrix that has one."""
+    fits, delta, quality = {}, {}, observations.quality()
+    for name, points in observations.by_parameter.items():
+        path = [RankOne(p["u"], float(p["s1_norm"][0]), p["v"], float(p["s1_norm"][1])) for p in points]
+        fit = fits[name] = predict(path, quality, seed=seed)
+        if fit is not None:
+            delta[name] = torch.outer(fit.u_M, fit.v_N).reshape(points[0]["shape"].tolist())
+    return Prediction(delta, summary(fits))
+
+
+STRATEGIES["alpha_opd"] = Strategy(
+    "AlphaOPD: predicts each matrix from its rank-1 path and the accuracies so far, once, without scoring",
+    lambda score, config, args: unscored(1.0),
+    without("schedule", "score_rollouts", "gate", "min_z", "adapt_learning_rate"),
+    AlphaArgs,
+    needs_full_matrices=True,
+    fit=Fit(keep_leading, predict_all, target=lambda args: args.target),
+)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from effopd.common.float64 import for_float64
+from effopd.extrapolate.movable import Direction
+from effopd.extrapolate.scales import ScalesArgs, until_one_fails
+from effopd.extrapolate.strategy import STRATEGIES, Strategy
 
 
 def random_like(displacement: Tensor, generator: torch.Generator) -> Tensor:
@@ -26,3 +29,23 @@ def seed_of(seed: int, step: int, name: str) -> int:
     """A seed for each (run, step, parameter), the same in every process and Python version."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def random_direction(seed: int, step: int) -> Direction:
+    """Noise with the norm of the displacement, tensor by tensor; the same for every candidate of a search."""
+
+    def direction(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
+        delta = origin - anchor
+        generator = torch.Generator(delta.device).manual_seed(seed_of(seed, step, name))
+        return random_like(delta, generator)
+
+    return direction
+
+
+STRATEGIES["random_direction"] = Strategy(
+    "control: the paper's search along noise as long as Δ",
+    until_one_fails,
+    args=ScalesArgs,
+    direction=random_direction,
+    needs_full_matrices=True,
+)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from torch import Tensor
 
 from effopd.common.float64 import for_float64
 from effopd.errors import ConfigError
+from effopd.extrapolate.observations import Observations
+from effopd.extrapolate.predicting import Fit, FitArgs, Prediction
+from effopd.extrapolate.search import unscored
+from effopd.extrapolate.strategy import STRATEGIES, Strategy, without
 
 
 @dataclass(frozen=True)
@@ -107,3 +111,39 @@ def summary(fits: Mapping[str, RelexFit | None]) -> dict[str, float]:
         values = [getattr(fit, name) for fit in found if not math.isnan(getattr(fit, name))]
         figures[name] = statistics.median(values) if values else math.nan
     return figures
+
+
+@dataclass(frozen=True)
+class RelexArgs(FitArgs):
+    """When to observe and predict, and for which step."""
+
+    factor: float = field(
+        default=6.0,
+        metadata={"help": "predict the weights of step factor × until; the paper: 6 to 20 times"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 < self.factor < math.inf:
+            raise ValueError(f"factor must be above 1 and finite, got {self.factor}")
+
+
+def predict_all(observations: Observations, args: RelexArgs, seed: int) -> Prediction:
+    """The prediction for every tensor that has one."""
+    steps = observations.steps
+    fits = {
+        # a resume reads the earlier points into main memory
+        name: predict([p["delta"].to(points[-1]["delta"].device) for p in points], steps, args.factor * steps[-1])
+        for name, points in observations.by_parameter.items()
+    }
+    return Prediction({name: fit.delta for name, fit in fits.items() if fit}, summary(fits))
+
+
+STRATEGIES["relex"] = Strategy(
+    "RELEX: extends a straight line through the rank-1 coefficients of the first steps, once, without scoring",
+    lambda score, config, args: unscored(1.0),
+    without("schedule", "validation_size", "score_rollouts", "gate", "min_z", "adapt_learning_rate"),
+    RelexArgs,
+    needs_full_matrices=True,
+    fit=Fit(lambda delta: {"delta": delta.clone()}, predict_all),
+)

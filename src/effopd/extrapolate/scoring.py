@@ -1,0 +1,94 @@
+"""Asking a scorer: what the built-in ones are set by, and one call that leaves no trace."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from effopd.common.distributed import broadcast_from_rank0, raise_on_all_ranks
+from effopd.common.isolation import isolated_rng, time_limit
+from effopd.errors import EffOPDError, ScorerError
+from effopd.extrapolate.search import Score
+
+#: model → its score, larger is better.
+Scorer = Callable[[Any], "Score | float"]
+
+
+@dataclass(frozen=True)
+class AccuracyArgs:
+    """How validation prompts are answered."""
+
+    temperature: float = field(
+        default=1.0, metadata={"help": "sampling temperature of the validation answers, 0: greedy"}
+    )
+    batch_size: int = field(default=64, metadata={"help": "validation prompts that are answered at once"})
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "token limit of a validation answer; unset: the trainer's max_completion_length"},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be >= 0 and finite, got {self.temperature}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.max_completion_length is not None and self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1 or unset, got {self.max_completion_length}")
+
+
+@dataclass(frozen=True)
+class TeacherKLArgs:
+    """The divergence from the teacher has no arguments of its own."""
+
+
+#: Built-in scorers → their arguments, and the setting of `EffOPDConfig` that chooses them.
+SCORERS: dict[str, tuple[type, str]] = {
+    "accuracy": (AccuracyArgs, "validation_size"),
+    "teacher_kl": (TeacherKLArgs, "score_rollouts"),
+}
+#: Settings that only built-in scorers read: those that choose one, and its arguments.
+OF_SCORERS = frozenset({setting for _, setting in SCORERS.values()}).union(
+    *({f.name for f in fields(cls)} for cls, _ in SCORERS.values())
+)
+
+
+def ask(scorer: Scorer, model: Any, scale: float, seed: int, timeout: float | None) -> Score:
+    """Rank 0's score of the model as it stands, so that every rank decides alike. Scorers that share the work between ranks
+    return the whole score on each.
+
+    Args:
+        scale: where the model stands, for the message.
+        seed: of the random numbers that the scorer draws.
+        timeout: in seconds; `None`: no limit.
+
+    Raises:
+        ScorerError: the scorer raised, took too long, or returned no score.
+    """
+    return broadcast_from_rank0(raise_on_all_ranks(lambda: _ask(scorer, model, scale, seed, timeout)))
+
+
+def _ask(scorer: Scorer, model: Any, scale: float, seed: int, timeout: float | None) -> Score:
+    start = time.perf_counter()
+    try:
+        with isolated_rng(seed), torch.no_grad(), time_limit(timeout):
+            value = scorer(model)
+    except EffOPDError:
+        raise
+    except Exception as error:
+        raise ScorerError(
+            f"the scorer raised {type(error).__name__} at scale {scale}: {error}. The weights were restored; fix "
+            "the scorer and resume from the last checkpoint."
+        ) from error
+    if isinstance(value, Score):
+        return value
+    try:
+        return Score(float(value), seconds=time.perf_counter() - start)
+    except (TypeError, ValueError) as error:
+        raise ScorerError(
+            f"the scorer returned {type(value).__name__}: expected a number or an effopd Score. The weights were restored."
+        ) from error

@@ -1,0 +1,99 @@
+"""One search on live weights: begin → score candidates → go to the best → commit; after an exception nothing has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from effopd.common.distributed import assert_same_on_ranks, broadcast_from_rank0, raise_on_all_ranks, world_size
+from effopd.common.isolation import evaluating, isolated_rng
+from effopd.errors import NonFiniteWeightsError
+from effopd.extrapolate.movable import Direction, MovableWeights
+from effopd.extrapolate.scoring import Scorer, ask
+from effopd.extrapolate.search import Score, SearchResult, Trial
+
+#: Nothing has moved since the anchor: there is no direction, and the model stays.
+NOWHERE = SearchResult(0.0, (Trial(0.0, None, "start"),))
+
+
+class Searcher:
+    """Moves and scores one model.
+
+    Args:
+        model: the model that the weights belong to.
+        weights: what moves.
+        scorer: scores the model; `None` for strategies that do not score.
+        seed: of the look-ahead.
+        timeout: of one score, in seconds; `None`: no limit.
+    """
+
+    def __init__(self, model: Any, weights: MovableWeights, scorer: Scorer | None, seed: int, timeout: float | None):
+        self.model, self.weights, self.scorer = model, weights, scorer
+        self._seed, self._timeout = seed, timeout
+
+    def search(
+        self, step: int, direction: Direction, decide: Callable[[Callable[[float], Score]], SearchResult]
+    ) -> tuple[SearchResult, int]:
+        """Let `decide` score points along `direction`, and go where it says.
+
+        Args:
+            decide: (s → score of W + s·D) → decision.
+
+        Returns:
+            The decision, and the bytes held beside the model for it.
+
+        Raises:
+            ScorerError: the scorer failed; the weights are back where they were.
+        """
+        seed = self.seed_at(step)
+        self.weights.begin(direction)
+        nbytes = self.weights.nbytes
+        try:
+            with evaluating(self.model):
+                result = decide(lambda scale: self._score(scale, seed))
+            result = self._move(result)
+            if world_size() > 1:
+                assert_same_on_ranks(
+                    "(accepted scale, checksum of the weights)", (result.accepted_scale, self.weights.checksum())
+                )
+        except BaseException:
+            self.weights.abort()
+            raise
+        self.weights.commit()
+        return result, nbytes
+
+    def score_present(self, step: int) -> Score:
+        """The score of the weights as they are."""
+        self.weights.begin()
+        try:
+            with evaluating(self.model):
+                return self._score(0.0, self.seed_at(step))
+        finally:
+            self.weights.abort()
+
+    def measure(self, score: Callable[[], Score | float] | None, step: int) -> Score:
+        """Rank 0's score of something else, such as the teacher, with the random numbers of this step."""
+        assert score is not None, "check_model asks for a target"
+        with isolated_rng(self.seed_at(step)), torch.no_grad():
+            value = broadcast_from_rank0(raise_on_all_ranks(score))
+        return value if isinstance(value, Score) else Score(float(value))
+
+    def seed_at(self, step: int) -> int:
+        """The seed that all scores at a step share."""
+        return int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
+
+    def _score(self, scale: float, seed: int) -> Score:
+        assert self.scorer is not None
+        self.weights.move_to(scale)
+        return ask(self.scorer, self.model, scale, seed, self._timeout)
+
+    def _move(self, result: SearchResult) -> SearchResult:
+        """Go where the search says; a point that it did not score itself may turn out non-finite: then stay."""
+        try:
+            self.weights.move_to(result.accepted_scale)
+        except NonFiniteWeightsError:
+            return SearchResult(0.0, (*result.trials[:-1], Trial(result.accepted_scale, None, "non-finite")))
+        return result
