@@ -296,7 +296,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
             if isinstance(callback, EffOPDCallback):
                 config = callback.config
                 text = config.rules.help.removeprefix("ours: ")
-                return LookAhead(config.strategy, text, config.adapt_learning_rate)
+                return LookAhead(config.strategy, text, bool(config.adapt_learning_rate))
         return None
 
     def save_final(self) -> None:

@@ -26,7 +26,7 @@ def gate_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
         noise = json.loads((folder / GATE_NOISE).read_text())
         for name, rows in (("gate_noise", noise["fresh_noise"]), ("gate_shared_noise", noise["shared_noise"])):
             smallest = min(row["validation_size"] for row in rows)
-            results[name] = [row for row in rows if row["gate"] == "ge" and row["validation_size"] == smallest]
+            results[name] = [row for row in rows if row["gate"] == "not_worse" and row["validation_size"] == smallest]
     if (folder / GATE_POWER).is_file():
         results["gate_power"] = json.loads((folder / GATE_POWER).read_text())["by_true_change"]
     return results
