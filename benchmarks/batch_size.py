@@ -19,7 +19,7 @@ from effopd.compare.cross_targets import across, runs_of
 from effopd.report.compare_lookup import AXIS_NAMES, factor, table, times
 
 PAGE = "batch_size.md"
-STRATEGIES = ("vanilla", "line_search")
+STRATEGIES = ("plain", "line_search")
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any
     reference = large["settings"]["reference_learning_rate"]
     home, other = runs_of(large), runs_of(small)
     arms = sorted(
-        {run.arm for run in other if run.strategy in STRATEGIES}, key=lambda arm: (arm[0] != "vanilla", arm[1])
+        {run.arm for run in other if run.strategy in STRATEGIES}, key=lambda arm: (arm[0] != "plain", arm[1])
     )
     rows = across(home, (large["settings"]["baseline"], reference), ("line_search", reference), other, arms)
     return sorted(rows, key=lambda row: arms.index((row["strategy"], row["learning_rate"])))

@@ -144,8 +144,7 @@ The rules of `line_search` were chosen on these tasks and seeds. [docs/results.m
 def rates_matter(f: Figures, docs: dict[str, Any]) -> str:
     """Plain OPD's own gain from tuning, and who leaves the target again."""
     tuned = {
-        task: f"{f.fast(task, 'vanilla', f.best(task))} (`{task.split(':')[1]}`, {f.at(f.best(task))})"
-        for task in TASKS
+        task: f"{f.fast(task, 'plain', f.best(task))} (`{task.split(':')[1]}`, {f.at(f.best(task))})" for task in TASKS
     }
     own = {s: sorted(rate for strategy, rate in f.look.arms if strategy == s) for s in ("effopd", "line_search")}
     ten = next(rate for rate in f.rates if f.at(rate) == "×10")
@@ -153,8 +152,8 @@ def rates_matter(f: Figures, docs: dict[str, Any]) -> str:
         f"**The learning rate matters more than the paper's search.** At the best of its rates plain OPD is {tuned[CHAIN]} and "
         f"{tuned[SPELL]} as fast as at ×1. Once there, EffOPD is off the target again in {f.again(CHAIN, 'effopd', f.reference)} and "
         f"{f.again(SPELL, 'effopd', f.reference)} of the later evaluations from ×1 (mean over runs), and in {f.again(CHAIN, 'effopd', *own['effopd'])} and "
-        f"{f.again(SPELL, 'effopd', *own['effopd'])} over its rates. Plain OPD at ×10 is in {f.again(CHAIN, 'vanilla', ten)} and "
-        f"{f.again(SPELL, 'vanilla', ten)}, `line_search` over its rates in {f.again(CHAIN, 'line_search', *own['line_search'])} and "
+        f"{f.again(SPELL, 'effopd', *own['effopd'])} over its rates. Plain OPD at ×10 is in {f.again(CHAIN, 'plain', ten)} and "
+        f"{f.again(SPELL, 'plain', ten)}, `line_search` over its rates in {f.again(CHAIN, 'line_search', *own['line_search'])} and "
         f"{f.again(SPELL, 'line_search', *own['line_search'])}."
     )
 
@@ -186,7 +185,7 @@ def ends_where(f: Figures, docs: dict[str, Any]) -> str:
 
     said = []
     for task in TASKS:
-        ours, plain = ends(task, "line_search"), ends(task, "vanilla")
+        ours, plain = ends(task, "line_search"), ends(task, "plain")
         lowest = min(plain, key=lambda rate: plain[rate])
         others = [value for rate, value in plain.items() if rate != lowest]
         said.append(
@@ -202,7 +201,7 @@ def ends_where(f: Figures, docs: dict[str, Any]) -> str:
 def small_batch(docs: dict[str, Any]) -> str:
     """Plain OPD with the small batch at the rate where it always arrives, against `line_search` with the large one."""
     both = compared(docs["results"], docs["ablation"])
-    rows = [row for row in both if row["strategy"] == "vanilla"]
+    rows = [row for row in both if row["strategy"] == "plain"]
     reference = docs["results"]["settings"]["reference_learning_rate"]
     steady = next(rate for rate in sorted({row["learning_rate"] for row in rows})
                   if all(row["reached"] == row["n"] for row in rows if row["learning_rate"] == rate))  # fmt: skip
