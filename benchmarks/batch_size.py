@@ -20,7 +20,7 @@ def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any
     reference = large["settings"]["reference_learning_rate"]
     home, other = runs_of(large), runs_of(small)
     arms = sorted(
-        {run.arm for run in other if run.strategy in STRATEGIES}, key=lambda arm: (arm[0] != "vanilla", arm[1])
+        {run.arm for run in other if run.strategy in STRATEGIES}, key=lambda arm: (arm[0] != "plain", arm[1])
     )
     rows = across(home, (large["settings"]["baseline"], reference), ("line_search", reference), other, arms)
     return sorted(rows, key=lambda row: arms.index((row["strategy"], row["learning_rate"])))

@@ -34,9 +34,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "compare-testbed.yaml"
 def grid(root: Path, name: str, steps: int, seeds: list[int], workers: int, clock: str) -> tuple[Grid, float]:
     """Run the small grid afresh; returns its plan and the elapsed seconds."""
     plan = load_grid(RECIPE)
-    strategies = {
-        key: {k: v for k, v in plan.strategies[key].items() if k == "effopd"} for key in ("vanilla", "effopd")
-    }
+    strategies = {key: {k: v for k, v in plan.strategies[key].items() if k == "effopd"} for key in ("plain", "effopd")}
     plan = dataclasses.replace(
         plan,
         output_dir=str(root / name),
@@ -75,7 +73,7 @@ def main() -> None:
     cost = {name: [seconds(run) for run in plan.runs()] for name, (plan, _) in made.items()}
     runs = made["alone"][0].runs()
     pairs = [(runs.index(a), runs.index(b)) for a in runs for b in runs
-             if (a.strategy, b.strategy) == ("vanilla", "effopd") and a.seed == b.seed]  # fmt: skip
+             if (a.strategy, b.strategy) == ("plain", "effopd") and a.seed == b.seed]  # fmt: skip
     ratios = {name: [values[a] / values[b] for a, b in pairs] for name, values in cost.items()}
     plan, elapsed = made["alone"]
     inside = sum(json.loads((run.path / DONE).read_text())["process_seconds"] for run in plan.runs())

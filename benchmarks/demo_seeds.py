@@ -101,7 +101,7 @@ def table(summaries: dict[int, dict]) -> str:
         jumps = ", ".join(f"{step}: {scale:g}" for step, scale in summary["effopd"]["accepted_scales"].items())
         accuracy = [
             "{:.3f} [{:.3f}, {:.3f}]".format(summary[arm]["final_accuracy"], *summary[arm]["final_accuracy_ci95"])
-            for arm in ("vanilla", "effopd")
+            for arm in ("plain", "effopd")
         ]
         lines.append(f"| {seed} | " + " | ".join([*cells, jumps, *accuracy]) + " |")
     for share in (row["gap_closed"] for row in next(iter(summaries.values()))["speedup_by_gap_closed"]):

@@ -37,8 +37,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     base = Path("runs") / f"demo-{arguments.family}-{arguments.seed}"
-    vanilla = read_evaluations(base / "vanilla")
-    target, whole = final_target(vanilla), Cost.of(vanilla[-1])
+    plain = read_evaluations(base / "plain")
+    target, whole = final_target(plain), Cost.of(plain[-1])
     for name in arguments.variants:
         root = Path("runs") / f"variant-{arguments.family}-{arguments.seed}-{name}"
         if name == "paper":
@@ -60,7 +60,7 @@ def main() -> None:
                     "speedup": {k: round(v, 2) for k, v in whole.ratio(reached).items()} if reached else None,
                     "steps_speedup_by_gap": {
                         row["gap_closed"]: round(row["speedup"]["steps"], 2) if row["speedup"] else None
-                        for row in speedup_by_gap(vanilla, rows)
+                        for row in speedup_by_gap(plain, rows)
                     },
                     "accepted": {search.step: search.accepted_scale for search in searches},
                     "search_seconds": round(sum(search.seconds for search in searches), 2),

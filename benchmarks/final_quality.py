@@ -97,7 +97,7 @@ def show(rows: list[dict], grid: Grid) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", help="plan of the comparison")
-    parser.add_argument("--strategies", nargs="+", default=["vanilla", "line_search"])
+    parser.add_argument("--strategies", nargs="+", default=["plain", "line_search"])
     parser.add_argument("--size", type=int, default=3000, help="questions each model answers")
     parser.add_argument("--out", type=Path, default=Path("docs/final_quality.json"))
     arguments = parser.parse_args()

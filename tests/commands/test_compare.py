@@ -34,7 +34,7 @@ def plan_of(root: Path, **changes) -> Path:
             "use_cpu": True, "report_to": "none", "disable_tqdm": True,
         },
         "strategies": {
-            "vanilla": {"learning_rate_factors": [1, 3]},
+            "plain": {"learning_rate_factors": [1, 3]},
             "effopd": {"effopd": {"strategy": "effopd", "validation_size": 8}},
         },
     } | changes  # fmt: skip
@@ -71,11 +71,11 @@ def test_a_dry_run_checks_and_shows_and_writes_nothing(root, capsys):
 def test_results_hold_every_run_and_the_page_says_so(grid, capsys):
     results = json.loads((grid / "results.json").read_text())
     found = {(row["strategy"], row["learning_rate"], row["seed"]) for row in results["runs"]}
-    assert found == {("vanilla", 1e-3, 0), ("vanilla", 3e-3, 0), ("effopd", 1e-3, 0)}
+    assert found == {("plain", 1e-3, 0), ("plain", 3e-3, 0), ("effopd", 1e-3, 0)}
     for row in results["runs"]:
         target = row["targets"]["reference_kl"]
         assert set(target) >= {"steps", "seconds", "generated_tokens", "forward_tokens", "reached"}
-    own = next(r for r in results["runs"] if r["strategy"] == "vanilla" and r["learning_rate"] == 1e-3)
+    own = next(r for r in results["runs"] if r["strategy"] == "plain" and r["learning_rate"] == 1e-3)
     assert own["targets"]["reference_kl"]["reached"]
     page = (grid / "results.md").read_text()
     for image in (grid / "results").glob("*.png"):
@@ -92,7 +92,7 @@ def test_nothing_is_run_twice(grid, root):
 
 def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, capsys):
     before = {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
-    strategies = {"vanilla": {"learning_rate_factors": [1, 3]}, "broken": {"max_prompt_length": 1}}
+    strategies = {"plain": {"learning_rate_factors": [1, 3]}, "broken": {"max_prompt_length": 1}}
     assert main(["compare", str(plan_of(root, strategies=strategies))]) == 1
     out = capsys.readouterr().out
     assert "failed" in out and "broken" in out and "max_prompt_length" in out  # its last words
@@ -121,7 +121,7 @@ def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path
     assert "1 to be made here" in capsys.readouterr().out and not (tmp_path / "grid").exists()
     assert main(["compare", str(plan), *there]) == 0
     (done,) = (tmp_path / "grid").rglob(DONE)
-    assert "vanilla" in str(done)
+    assert "plain" in str(done)
     assert main(["compare", str(plan)]) == 0  # the folder remembers
     assert len(list((tmp_path / "grid").rglob(DONE))) == 1
     assert main(["compare", "--report", str(tmp_path / "grid")]) == 0
@@ -136,9 +136,9 @@ def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"strategies": {"vanilla": {}, "typo": {"effopd": {"strateggy": "effopd"}}}}, "typo.*strateggy"),
-        ({"strategies": {"vanilla": {}, "typo": {"effopd": {"strategy": "fixd"}}}}, "typo.*fixd"),
-        ({"strategies": {"vanilla": {}, "exopd": {"lambda_extrapolation": 1.25}}}, "exopd.*reference"),
+        ({"strategies": {"plain": {}, "typo": {"effopd": {"strateggy": "effopd"}}}}, "typo.*strateggy"),
+        ({"strategies": {"plain": {}, "typo": {"effopd": {"strategy": "fixd"}}}}, "typo.*fixd"),
+        ({"strategies": {"plain": {}, "exopd": {"lambda_extrapolation": 1.25}}}, "exopd.*reference"),
         ({"base": {"model_name_or_path": "s", "teacher_model_name_or_path": "t"}}, "must evaluate"),
     ],
 )
@@ -168,14 +168,14 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("compare-*.yaml")))
 def test_the_shipped_plans_pass_a_dry_run(recipe, capsys):
     assert main(["compare", str(RECIPES / recipe), "--dry_run"]) == 0
-    assert "vanilla" in capsys.readouterr().out
+    assert "plain" in capsys.readouterr().out
 
 
 def test_the_testbed_plan_is_the_reference(tmp_path):
     from effopd.tasks import builtin_models as testbed
 
     plan = load_grid(RECIPES / "compare-testbed.yaml")
-    run = next(r for r in plan.runs() if r.strategy == "vanilla" and r.learning_rate == plan.reference_learning_rate)
+    run = next(r for r in plan.runs() if r.strategy == "plain" and r.learning_rate == plan.reference_learning_rate)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.settings))
     opd = parse_train(["--config", str(tmp_path / "run.yaml")]).opd
     for name, value in testbed.reference_settings().items():

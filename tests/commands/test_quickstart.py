@@ -20,7 +20,7 @@ def test_quickstart_end_to_end(tmp_path, capsys):
     assert main(["quickstart", *flags]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((root / "summary.json").read_text())
-    for arm in ("vanilla", "effopd", "line_search"):
+    for arm in ("plain", "effopd", "line_search"):
         assert {"steps", "seconds", "generated_tokens", "final_kl", "final_accuracy"} <= summary[arm].keys()
         assert summary[arm]["steps"] == 2 and summary[arm]["seconds"] > 0
     assert set(summary["effopd"]["accepted_scales"]) == {"1", "2"}
@@ -51,7 +51,7 @@ def tree(root):
     ("there", "message"),
     [
         (["mine/evals.jsonl", "demo/summary.json"], r"holds demo, mine, which no demo left"),
-        (["vanilla/evals.jsonl", "summary.json", "notes.txt"], r"holds notes\.txt, which"),
+        (["plain/evals.jsonl", "summary.json", "notes.txt"], r"holds notes\.txt, which"),
         ([f"{name}/evals.jsonl" for name in "abcd"], r"holds a, b, c, …, which"),
         (["report.html"], r"holds report\.html, which"),
     ],
@@ -76,7 +76,7 @@ def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, mo
     monkeypatch.setattr(quickstart, "_run_arm", lambda arm, arguments, folder, display: started.append(folder))
     monkeypatch.setattr(quickstart, "conclude", lambda *_: None)
     root = tmp_path / "demo"
-    for there in ([], ["vanilla"], ["vanilla", "effopd", "line_search", "summary.json", ".DS_Store"]):
+    for there in ([], ["plain"], ["plain", "effopd", "line_search", "summary.json", ".DS_Store"]):
         for name in there:
             (root / name).mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
@@ -92,8 +92,8 @@ def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, mo
     (root / ".DS_Store").write_text("")
     assert main(["quickstart", "--output_dir", "demo"]) == 0
     assert root.is_dir() and len(started) == 12  # nothing to move aside
-    (root / "vanilla").mkdir()
-    monkeypatch.chdir(root / "vanilla")
+    (root / "plain").mkdir()
+    monkeypatch.chdir(root / "plain")
     for given in ("..", str(root)):
         assert main(["quickstart", "--output_dir", given]) == 2
         assert "working directory" in capsys.readouterr().err
@@ -102,8 +102,8 @@ def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, mo
     assert main(["quickstart", "--output_dir", "file"]) == 2
     assert "is a file" in capsys.readouterr().err
     assert len(started) == 12
-    assert main(["quickstart", "--output_dir", "demo/vanilla/.."]) == 0
-    assert not root.exists() and started[12:] == [root / arm for arm in ("vanilla", "effopd", "line_search")]
+    assert main(["quickstart", "--output_dir", "demo/plain/.."]) == 0
+    assert not root.exists() and started[12:] == [root / arm for arm in ("plain", "effopd", "line_search")]
 
 
 def rows(root, arm, values, seconds):
@@ -121,7 +121,7 @@ def rows(root, arm, values, seconds):
 
 
 def test_summary_finds_a_planted_speedup_and_reports_never(tmp_path):
-    rows(tmp_path / "a", "vanilla", [0.9**i for i in range(31)], 1.0)
+    rows(tmp_path / "a", "plain", [0.9**i for i in range(31)], 1.0)
     rows(tmp_path / "a", "effopd", [0.9 ** (3 * i) for i in range(31)], 1.5)
     rows(tmp_path / "a", "line_search", [0.9 ** (6 * i) for i in range(31)], 1.5)
     summary = summarize(tmp_path / "a", QuickstartArguments(max_steps=30))
@@ -129,7 +129,7 @@ def test_summary_finds_a_planted_speedup_and_reports_never(tmp_path):
         assert speedup["steps"] == pytest.approx(steps, rel=0.2)
         assert speedup["seconds"] == pytest.approx(steps / 1.5, rel=0.2)
 
-    rows(tmp_path / "b", "vanilla", [0.9**i for i in range(31)], 1.0)
+    rows(tmp_path / "b", "plain", [0.9**i for i in range(31)], 1.0)
     for arm in ("effopd", "line_search"):
         rows(tmp_path / "b", arm, [0.99**i for i in range(31)], 1.0)
     speedup = summarize(tmp_path / "b", QuickstartArguments(max_steps=30))["speedup"]

@@ -19,7 +19,7 @@ PLAN = {
     "seeds": [0, 1],
     "base": {"max_steps": 4, "effopd": {"validation_size": 8}},
     "strategies": {
-        "vanilla": {"learning_rate_factors": [0.33333, 1, 3]},
+        "plain": {"learning_rate_factors": [0.33333, 1, 3]},
         "effopd": {"effopd": {"strategy": "effopd"}},
     },
 }
@@ -39,7 +39,7 @@ def test_the_grid_is_complete_without_repeats_and_seeds_come_first(tmp_path):
         assert run.settings["seed"] == run.settings["task_seed"] == run.settings["effopd"]["seed"] == run.seed
         assert run.settings["task"] == run.task and run.settings["output_dir"] == str(run.path)
         assert "learning_rate_factors" not in run.settings
-    rates = {run.learning_rate for run in runs if run.strategy == "vanilla"}
+    rates = {run.learning_rate for run in runs if run.strategy == "plain"}
     assert rates == {1e-5, 3e-5, 9e-5}
     own = next(run for run in runs if run.strategy == "effopd")
     assert own.settings["effopd"] == {"validation_size": 8, "strategy": "effopd", "seed": own.seed}
@@ -50,7 +50,7 @@ def test_roles_come_from_the_plan_and_are_no_settings_of_a_run(tmp_path):
     claims = [{"strategy": "effopd", "speedup": 3}]
     grid = load(tmp_path, strategies=strategies, rivals=["effopd"], claims=claims)
     assert grid.roles == Roles(
-        "vanilla", 3e-5, rivals=("effopd",), claims=(Claim("effopd", 3),), variants={"effopd-strict": "effopd"}
+        "plain", 3e-5, rivals=("effopd",), claims=(Claim("effopd", 3),), variants={"effopd-strict": "effopd"}
     )
     assert Roles.of_settings(grid.roles.to_settings()) == grid.roles
     assert all("variant_of" not in run.settings for run in grid.runs())
@@ -98,9 +98,9 @@ def test_folder_names_are_plain():
         ({"workers": 0}, "at least 1"),
         ({"workers": 2, "devices": ["0"]}, "1 devices"),
         ({"base": {"seed": 3}}, "'base' sets seed"),
-        ({"strategies": {"vanilla": {"learning_rate": 1.0}}}, "'vanilla' sets learning_rate"),
-        ({"strategies": {"vanilla": {"learning_rate_factors": [3]}}}, "needs factor 1"),
-        ({"strategies": {"vanilla": {"learning_rate_factors": "all"}}}, "list of positive numbers"),
+        ({"strategies": {"plain": {"learning_rate": 1.0}}}, "'plain' sets learning_rate"),
+        ({"strategies": {"plain": {"learning_rate_factors": [3]}}}, "needs factor 1"),
+        ({"strategies": {"plain": {"learning_rate_factors": "all"}}}, "list of positive numbers"),
         ({"rivals": ["efopd"]}, "rivals names 'efopd'"),
         ({"headline": "effopd"}, "'headline' must be a list"),
         ({"controls": ["noop"]}, "controls names 'noop'"),
@@ -108,8 +108,8 @@ def test_folder_names_are_plain():
         ({"claims": [{"strategy": "effopd", "speed": 3}]}, "a claim has strategy, speedup"),
         ({"claims": [{"strategy": "effopd", "speedup": 3, "axis": "hours"}]}, "one of steps"),
         ({"claims": ["3x"]}, "a claim has strategy, speedup"),
-        ({"strategies": {"vanilla": {}, "short": {"variant_of": "long"}}}, "variant_of names 'long'"),
-        ({"strategies": {"vanilla": {}, "short": {"variant_of": "short"}}}, "a variant of itself"),
+        ({"strategies": {"plain": {}, "short": {"variant_of": "long"}}}, "variant_of names 'long'"),
+        ({"strategies": {"plain": {}, "short": {"variant_of": "short"}}}, "a variant of itself"),
     ],
 )
 def test_what_does_not_fit_is_said(tmp_path, changes, message):

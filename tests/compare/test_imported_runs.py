@@ -33,13 +33,13 @@ BASE = {"max_steps": 96, "cost_clock": "cpu"}
 def plan(root: Path = Path("nowhere"), **changes) -> Grid:
     values = {
         "output_dir": str(root), "reference_learning_rate": LR, "tasks": ["t", "u"], "seeds": [0, 1, 2], "base": BASE,
-        "strategies": {"vanilla": {}, "twice": {"effopd": {"strategy": "effopd"}}},
+        "strategies": {"plain": {}, "twice": {"effopd": {"strategy": "effopd"}}},
     } | changes  # fmt: skip
     return Grid(**values)
 
 
 def grid(**settings):
-    arms = {"vanilla": {}, "twice": {"speed": 2.0}}
+    arms = {"plain": {}, "twice": {"speed": 2.0}}
     return [
         run(name, seed=seed, task=task, **arm, **settings)
         for seed in range(3)
@@ -49,7 +49,7 @@ def grid(**settings):
 
 
 def analysed(runs):
-    return analyse(runs, Roles("vanilla", LR))
+    return analyse(runs, Roles("plain", LR))
 
 
 def results_json(path: Path, runs, the_plan: Grid, **settings) -> Path:
@@ -63,15 +63,15 @@ def test_what_is_known_is_not_made_again_but_one_run_of_each_task():
     there = [r for r in grid() if r.seed < 2]
     made = runs_to_make(plan(), [Source("a.json", tuple(there))])
     assert [(r.task, r.strategy, r.seed) for r in made] == [
-        ("t", "vanilla", 0), ("u", "vanilla", 0),  # made on both machines
-        ("t", "vanilla", 2), ("t", "twice", 2), ("u", "vanilla", 2), ("u", "twice", 2),
+        ("t", "plain", 0), ("u", "plain", 0),  # made on both machines
+        ("t", "plain", 2), ("t", "twice", 2), ("u", "plain", 2), ("u", "twice", 2),
     ]  # fmt: skip
     assert runs_to_make(plan(), []) == plan().runs()
 
 
 def test_a_slower_machine_changes_no_speedup():
     whole = grid()
-    here = [r for r in whole if r.strategy == "vanilla"]
+    here = [r for r in whole if r.strategy == "plain"]
     there = [scaled(r, 1.4) for r in whole if r.strategy == "twice" or r.seed == 0]
     read, (note,) = merge_runs(plan(), here, [Source("a.json", tuple(there))])
     assert note["factor"] == pytest.approx(1 / 1.4) and (note["n"], note["runs"]) == (2, 6)
@@ -97,7 +97,7 @@ def test_the_run_made_here_wins_and_then_the_first_source():
 def test_a_run_made_anew_counts_for_none_of_the_machines_that_made_it_before(tmp_path):
     """A grid that moves on twice: the second time `twice` is made anew, as after a change of the code."""
     whole = {key(r): r for r in grid()}
-    baseline = [r for r in whole.values() if r.strategy == "vanilla" and r.seed == 0]
+    baseline = [r for r in whole.values() if r.strategy == "plain" and r.seed == 0]
     the_plan, path = plan(tmp_path), tmp_path / "r.json"
     for speed, made_here in ((1.4, []), (0.7, [r for r in whole.values() if r.strategy == "twice"])):
         if made_here:
@@ -106,7 +106,7 @@ def test_a_run_made_anew_counts_for_none_of_the_machines_that_made_it_before(tmp
             source = Source("first.json", tuple(scaled(r, speed) for r in whole.values()))
         read, notes = merge_runs(the_plan, [*baseline, *made_here], [source])
         results_json(path, read, the_plan, merges=notes)
-    assert [note["runs"] for note in notes] == [4, 4]  # vanilla of the other seeds; 14 runs were taken over in all
+    assert [note["runs"] for note in notes] == [4, 4]  # plain of the other seeds; 14 runs were taken over in all
     assert sorted({r.merges for r in read}) == [(), (0, 1)]
     assert all(r.merges == () for r in read if r.strategy == "twice" or r.seed == 0)
     page = render(json.loads(path.read_text()), {})
@@ -128,7 +128,7 @@ def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
     """Also where machines differ by more for one seed than for another, and where the baseline came from a third one."""
     whole = {key(r): r for r in grid()}
     uneven = [1.4, 1.1, 1.9]
-    third = [r for r in whole.values() if r.strategy == "vanilla"]
+    third = [r for r in whole.values() if r.strategy == "plain"]
     there = [scaled(r, uneven[r.seed]) for r in whole.values()]
     here = [r for r in third if r.seed == 0]
     found = [Source("third.json", tuple(scaled(r, 0.7) for r in third)), Source("there.json", tuple(there))]
@@ -137,7 +137,7 @@ def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
     paces = {key(r): r.evaluations[-1].costs.net_seconds for r in read}
     for task in ("t", "u"):
         for seed in range(3):
-            ours = [paces[task, name, LR, seed] for name in ("vanilla", "twice")]
+            ours = [paces[task, name, LR, seed] for name in ("plain", "twice")]
             assert ours[0] / ours[1] == pytest.approx(1.0)  # both cost a second a step
 
 
@@ -159,7 +159,7 @@ def test_a_source_comes_back_from_its_copy(tmp_path):
     "changes, message",
     [
         ({"base": BASE | {"max_steps": 48}}, r"base.max_steps \(48 here, 96 there\)"),
-        ({"strategies": {"vanilla": {}, "twice": {"effopd": {"strategy": "line_search"}}}}, "strategies.twice.effopd"),
+        ({"strategies": {"plain": {}, "twice": {"effopd": {"strategy": "line_search"}}}}, "strategies.twice.effopd"),
         ({"reference_learning_rate": 1e-3}, "reference_learning_rate"),
     ],
 )
@@ -171,10 +171,10 @@ def test_other_settings_are_refused_and_named(tmp_path, changes, message):
 
 def test_more_rates_or_strategies_are_no_other_settings(tmp_path):
     path = results_json(tmp_path / "r.json", grid(), plan())
-    more = {"vanilla": {"learning_rate_factors": [1, 3]}, "noop": {"effopd": {"strategy": "noop"}}}
+    more = {"plain": {"learning_rate_factors": [1, 3]}, "noop": {"effopd": {"strategy": "noop"}}}
     (entry,) = read_entries(plan(tmp_path, strategies=more), [path])
     (source,) = sources(plan(tmp_path, strategies=more), [entry])
-    assert {r.strategy for r in source.runs} == {"vanilla"}
+    assert {r.strategy for r in source.runs} == {"plain"}
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"settings": {}, "runs": [{"task": "t"}]}'])

@@ -25,7 +25,7 @@ from effopd.report.compare_terminal import summary_tables
 
 
 def results(runs, **roles):
-    return analyse(runs, Roles("vanilla", LR, **roles))
+    return analyse(runs, Roles("plain", LR, **roles))
 
 
 def speedup(found, strategy, axis="steps", target="reference_kl", task="t", against=LR, rate=LR):
@@ -53,7 +53,7 @@ def test_the_baseline_is_exactly_1x_of_itself_and_so_is_its_twin():
     runs = [run(seed=seed) for seed in range(5)]
     twins = [dataclasses.replace(r, strategy="twin") for r in runs]
     found = results(runs + twins)
-    for strategy in ("vanilla", "twin"):
+    for strategy in ("plain", "twin"):
         for axis in ("steps", "seconds", "generated_tokens", "forward_tokens"):
             row = speedup(found, strategy, axis)
             assert row["median"] == row["low"] == row["high"] == 1.0
@@ -104,9 +104,9 @@ def test_the_best_learning_rate_is_the_fastest_that_arrives():
     assert best["reference_kl"] == best["best_kl"] == 9e-5
     assert found["lowest_learning_rate"] == {"t": 9e-5} and found["swept"] == {"t": [1e-5, LR, 9e-5, 3e-4]}
     assert speedup(found, "x", against="best")["median"] < 1.0 < speedup(found, "x")["median"]
-    assert speedup(found, "vanilla", against="best", rate=9e-5)["median"] == 1.0
+    assert speedup(found, "plain", against="best", rate=9e-5)["median"] == 1.0
     # the target of the best learning rate is out of reach at the reference's, so everyone there is beaten
-    assert speedup(found, "vanilla", against="best", target="best_kl")["median"] == 0.0
+    assert speedup(found, "plain", against="best", target="best_kl")["median"] == 0.0
 
 
 def test_the_best_learning_rate_is_that_of_the_target():
@@ -233,7 +233,7 @@ def test_a_run_that_ended_with_a_loss_that_is_not_finite_never_arrives():
 
 def test_a_diverged_baseline_sets_no_target():
     runs = grid(3, x={"speed": 2.0})
-    broken = [r.diverged() if (*r.arm, r.seed) == ("vanilla", LR, 2) else r for r in runs]
+    broken = [r.diverged() if (*r.arm, r.seed) == ("plain", LR, 2) else r for r in runs]
     assert speedup(results(broken), "x")["n"] == 2
 
 
@@ -241,11 +241,11 @@ def test_pooling_needs_every_task():
     runs = [run(task=task, seed=seed) for task in "ab" for seed in range(3)]
     found = results(runs + [run("x", task="a", seed=seed, speed=2.0) for seed in range(3)])
     assert {row["task"] for row in found["speedups"] if row["strategy"] == "x"} == {"a"}
-    assert {row["task"] for row in found["speedups"] if row["strategy"] == "vanilla"} == {"a", "b", "all"}
+    assert {row["task"] for row in found["speedups"] if row["strategy"] == "plain"} == {"a", "b", "all"}
 
 
 def test_a_run_without_what_is_compared_is_refused(tmp_path):
-    place = {"task": "t", "strategy": "vanilla", "learning_rate": LR, "seed": 0}
+    place = {"task": "t", "strategy": "plain", "learning_rate": LR, "seed": 0}
     with pytest.raises(CheckpointError, match="has no row"):
         read_run(tmp_path, **place)
     append_row(tmp_path / "evals.jsonl", {k: v for k, v in run().evaluations[0].to_row().items() if k != "eval_kl"})
@@ -288,13 +288,13 @@ def test_reading_a_run_directory(tmp_path):
         tmp_path / "searches.jsonl",
         {"step": 1, "accepted_scale": 2.0, "fit": {"q2": 0.5}, "trials": trials, "memory_bytes": 80},
     )
-    read = read_run(tmp_path, task="t", strategy="vanilla", learning_rate=LR, seed=0)
+    read = read_run(tmp_path, task="t", strategy="plain", learning_rate=LR, seed=0)
     assert read.evaluations == source.evaluations
     row = to_row(read)
     assert row["accepted"] == [[1, 2.0]] and row["fit"] == {"q2": 0.5}
     assert row["searches"] == 1 and row["memory_bytes"] == 80
     assert to_row(from_row(row)) == row and from_row(row).searches == read.searches
-    assert Lookup(results([read])).reached("t", ("vanilla", LR)) == "1 of 1"
+    assert Lookup(results([read])).reached("t", ("plain", LR)) == "1 of 1"
 
 
 def test_a_variant_is_compared_with_what_it_is_a_variant_of_at_its_own_learning_rate():

@@ -51,7 +51,7 @@ def grid(tmp_path, **changes):
     fake.write_text(textwrap.dedent(FAKE))
     values = {
         "output_dir": str(tmp_path / "grid"), "reference_learning_rate": 1.0e-3, "tasks": ["t"], "seeds": [0, 1, 2],
-        "base": {}, "strategies": {"vanilla": {}, "other": {"x": 1}}, "workers": 2, "threads": 1,
+        "base": {}, "strategies": {"plain": {}, "other": {"x": 1}}, "workers": 2, "threads": 1,
         "launcher": [sys.executable, str(fake)],
     } | changes  # fmt: skip
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
@@ -83,7 +83,7 @@ def test_a_failure_does_not_stop_the_others_and_is_tried_again(tmp_path):
 
 
 def test_what_a_run_failed_with_is_its_own_last_attempts_message(tmp_path):
-    plan = grid(tmp_path, seeds=[0], strategies={"vanilla": {}}, base={"fail": [0]})
+    plan = grid(tmp_path, seeds=[0], strategies={"plain": {}}, base={"fail": [0]})
     (run,) = plan.runs()
     prepare(run)
     bar = "\r 10%|#         | 2/20 [00:01<00:09]"
@@ -152,7 +152,7 @@ def test_two_at_once_on_one_grid_are_refused(tmp_path):
 
 def test_a_run_left_behind_keeps_the_grid_locked(tmp_path):
     """The lock is inherited: it is free only when the orphan is gone, too."""
-    plan = grid(tmp_path, seeds=[0], base={"sleep": 600}, strategies={"vanilla": {}})
+    plan = grid(tmp_path, seeds=[0], base={"sleep": 600}, strategies={"plain": {}})
     (run,) = plan.runs()
     script = tmp_path / "main.py"
     script.write_text(

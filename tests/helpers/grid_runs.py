@@ -26,7 +26,7 @@ def evaluation(step: int, kl: float, accuracy: float = 0.5, seconds: float | Non
 
 
 def planted_run(
-    strategy: str = "vanilla",
+    strategy: str = "plain",
     rate: float = LR,
     seed: int = 0,
     speed: float = 1.0,

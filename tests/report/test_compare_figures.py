@@ -45,7 +45,7 @@ def test_curves_hold_the_median_of_the_seeds(tmp_path, figures):
     draw(results, tmp_path)
     by_steps, by_seconds = figures["curves"].axes
     for axis in (by_steps, by_seconds):
-        assert axis.get_yscale() == "log" and set(curves(axis)) == {"vanilla", "effopd", "noop"}
+        assert axis.get_yscale() == "log" and set(curves(axis)) == {"plain", "effopd", "noop"}
     ends = sorted(r["final_kl"] for r in results["runs"] if (r["strategy"], r["learning_rate"]) == ("effopd", LR))
     assert curves(by_steps)["effopd"].get_ydata()[-1] == pytest.approx(ends[1])
     assert len(by_steps.collections) == 3  # a band each
@@ -53,7 +53,7 @@ def test_curves_hold_the_median_of_the_seeds(tmp_path, figures):
 
 def test_the_forest_marks_what_never_arrives(tmp_path, figures):
     runs = [run(name, seed, speed=speed, floor=floor) for seed in range(3)
-            for name, speed, floor in (("vanilla", 1, 0), ("effopd", 2, 0), ("stuck", 1, 0.5))]  # fmt: skip
+            for name, speed, floor in (("plain", 1, 0), ("effopd", 2, 0), ("stuck", 1, 0.5))]  # fmt: skip
     results = analyse(runs, ROLES)
     draw(results, tmp_path)
     axis = figures["speedups"].axes[0]
@@ -74,25 +74,25 @@ def test_runs_that_never_arrive_sit_above_all_others(tmp_path, figures):
 
 
 def test_what_there_is_no_data_for_is_left_out(tmp_path, figures):
-    only = analyse([run("vanilla", 0)], ROLES)
+    only = analyse([run("plain", 0)], ROLES)
     assert set(draw(only, tmp_path)) == {"curves"}
 
 
 def test_a_diverged_run_does_not_stop_the_figures(tmp_path, figures):
     whole = run("effopd", 0)
     evaluations = tuple(replace(e, kl=math.nan) if e.step > 20 else e for e in whole.evaluations)
-    runs = [run("vanilla", 0), run("vanilla", 1), replace(whole, evaluations=evaluations), run("effopd", 1)]
+    runs = [run("plain", 0), run("plain", 1), replace(whole, evaluations=evaluations), run("effopd", 1)]
     assert "curves" in draw(analyse(runs, ROLES), tmp_path)
 
 
 def test_curves_are_those_of_the_roles_and_not_too_many():
     others = [f"other-{i}" for i in range(12)]
-    runs = [run(name, 0) for name in ("vanilla", *others, "noop", "effopd")]
+    runs = [run(name, 0) for name in ("plain", *others, "noop", "effopd")]
     shown = curve_strategies(Lookup(analyse(runs, replace(ROLES, variants={"other-0": "other-1"}))))
-    assert len(shown) == 8 and {"vanilla", "effopd", "noop"} < set(shown) and "other-0" not in shown
+    assert len(shown) == 8 and {"plain", "effopd", "noop"} < set(shown) and "other-0" not in shown
 
 
 def test_colours_tell_strategies_apart():
-    names = ["vanilla", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd"]
+    names = ["plain", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd"]
     colors = strategy_colors(Lookup(grid(1, ("sums",))), names)
     assert len({colors[name] for name in names}) == len(names)

@@ -20,7 +20,7 @@ from effopd.report.compare_page import render
 from effopd.report.compare_terminal import summary_tables
 
 ROLES = Roles(
-    "vanilla", LR, rivals=("effopd",), headline=("effopd",), controls=("noop", "random_direction"),
+    "plain", LR, rivals=("effopd",), headline=("effopd",), controls=("noop", "random_direction"),
     claims=(Claim("effopd", 3, "steps", "3× fewer steps"),),
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def grid(seeds=3, tasks=("sums", "words"), speed=2.0, roles=ROLES):
     runs = []
     for task in tasks:
         for seed in range(seeds):
-            runs += [run("vanilla", seed, task=task), run("vanilla", seed, 9e-5, 1.5, task=task)]
+            runs += [run("plain", seed, task=task), run("plain", seed, 9e-5, 1.5, task=task)]
             runs += [run("effopd", seed, speed=speed, task=task, searches=jumped)]
             runs += [run("effopd", seed, 9e-5, speed, floor=0.5, task=task), run("noop", seed, task=task)]
     return analyse(runs, roles)
@@ -73,7 +73,7 @@ def test_every_speed_up_in_the_headline_is_a_row_of_the_results(results):
     page = render(results, {})
     look = Lookup(results)
     for task in ("sums", "words"):
-        (line,) = lines_of(page, f"| `effopd` | `vanilla` | {task} | 3 |")
+        (line,) = lines_of(page, f"| `effopd` | `plain` | {task} | 3 |")
         axes = ("steps", "seconds", "generated_tokens", "forward_tokens")
         assert line.split(" | ")[4:] == [
             *(times(look.speedup(task, ("effopd", LR), axis)) for axis in axes[:3]),
@@ -83,7 +83,7 @@ def test_every_speed_up_in_the_headline_is_a_row_of_the_results(results):
 
 def test_the_page_names_no_strategy_that_the_plan_does_not(results):
     """Under other names, in the same roles, the page is the same."""
-    names = {"vanilla": "slow", "effopd": "quick", "noop": "still"}
+    names = {"plain": "slow", "effopd": "quick", "noop": "still"}
     results = results | {"versions": {}}
     text, page = json.dumps(results), render(results, {})
     for old, new in names.items():
@@ -93,9 +93,9 @@ def test_the_page_names_no_strategy_that_the_plan_does_not(results):
 
 
 def test_without_roles_the_page_opens_with_every_other_strategy():
-    page = render(grid(roles=Roles("vanilla", LR)), {})
+    page = render(grid(roles=Roles("plain", LR)), {})
     headline = page.partition("## Headline")[2].partition("\n## ")[0]
-    assert lines_of(headline, "| `effopd` | `vanilla`") and lines_of(headline, "| `noop` | `vanilla`")
+    assert lines_of(headline, "| `effopd` | `plain`") and lines_of(headline, "| `noop` | `plain`")
     assert "Controls" not in page and "claims" not in page and "`effopd` | `effopd`" not in page
 
 
@@ -153,8 +153,8 @@ def test_a_grid_without_effopd_or_with_one_task_or_seed():
     for seeds, tasks in ((1, ("sums",)), (1, ("sums", "words"))):
         page = render(grid(seeds, tasks), {})
         assert ("### all tasks" in page) == (len(tasks) > 1)
-    only = analyse([run("vanilla", 0)], ROLES)
-    assert "| `vanilla` | 1.00×" in render(only, {})
+    only = analyse([run("plain", 0)], ROLES)
+    assert "| `plain` | 1.00×" in render(only, {})
 
 
 def test_what_the_gate_accepts_where_nothing_changes(results):
@@ -202,15 +202,15 @@ def test_tables_are_rectangular(results):
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_terminal_table_is_whole(results, width):
     text = printed(results, width)
-    assert "…" not in text and "effopd" in text and "vanilla" in text
-    assert text.count("final held-out KL of vanilla") == 2
+    assert "…" not in text and "effopd" in text and "plain" in text
+    assert text.count("final held-out KL of plain") == 2
     found = Lookup(results).speedup("sums", ("effopd", LR), "seconds")
     assert f"{found['median']:.2f}×" in text and "3/3" in text and "10.0%" in text
 
 
 def test_the_terminal_shows_intervals_of_runs_that_never_arrive():
     slow = [run("effopd", seed, speed=2.0, floor=0.5 if seed else 0.0) for seed in range(3)]
-    results = analyse([*(run("vanilla", seed) for seed in range(3)), *slow], ROLES)
+    results = analyse([*(run("plain", seed) for seed in range(3)), *slow], ROLES)
     row = Lookup(results).speedup("sums", ("effopd", LR), "seconds")
     assert row["low"] == row["median"] == 0.0 < row["high"]
     for width in (80, 120):
@@ -225,9 +225,9 @@ def test_the_same_json_draws_the_same_page(results):
 
 def test_variants_have_a_table_of_their_own(results):
     assert "What each part is worth" not in render(results, {})
-    speeds = {"vanilla": 1, "look": 4, "brief": 2, "look-alike": 2}
+    speeds = {"plain": 1, "look": 4, "brief": 2, "look-alike": 2}
     runs = [run(name, seed, speed=speed) for seed in range(5) for name, speed in speeds.items()]
-    page = render(analyse(runs, Roles("vanilla", LR, variants={"brief": "look"})), {})
+    page = render(analyse(runs, Roles("plain", LR, variants={"brief": "look"})), {})
     section = page.partition("## What each part is worth")[2].partition("\n## ")[0]
     (row,) = [line for line in section.splitlines() if line.startswith("| sums")]  # names declare nothing
     cells = [cell.strip() for cell in row.strip("|").split("|")]

@@ -183,12 +183,12 @@ def test_seconds_of_a_cpu_clock_are_called_so(make_run):
 
 
 def test_several_runs_share_axes_and_are_told_apart(make_run):
-    roots = [make_run(f"{name}/lr-1/seed-0", EVALS, METRICS) for name in ("vanilla", "line_search")]
-    assert [run.label for run in read_runs(roots)] == ["vanilla/lr-1/seed-0", "line_search/lr-1/seed-0"]
+    roots = [make_run(f"{name}/lr-1/seed-0", EVALS, METRICS) for name in ("plain", "line_search")]
+    assert [run.label for run in read_runs(roots)] == ["plain/lr-1/seed-0", "line_search/lr-1/seed-0"]
     figure = training_figure({run.label: run.steps for run in read_runs(roots)})
     assert [len(axis.get_lines()) for axis in figure.axes if axis.get_visible()] == [2, 2]  # loss and learning rate
     page = Page(write_run_page(roots, roots[0] / "both.html").read_text())
-    assert "vanilla/lr-1/seed-0" in page.text and "line_search/lr-1/seed-0" in page.text
+    assert "plain/lr-1/seed-0" in page.text and "line_search/lr-1/seed-0" in page.text
 
 
 def test_settings_are_text_whatever_they_hold(make_run):

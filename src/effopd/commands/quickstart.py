@@ -44,7 +44,7 @@ from effopd.tasks import builtin_models as testbed
 #: Training prompts of the demo; the runs go over them several times.
 TRAIN_SIZE = 4096
 #: The runs: name → label; all but the first look ahead, with the strategy of that name.
-ARMS = {"vanilla": "plain OPD", "effopd": "EffOPD", "line_search": "line_search"}
+ARMS = {"plain": "plain OPD", "effopd": "EffOPD", "line_search": "line_search"}
 AHEAD = tuple(ARMS)[1:]
 #: All that a demo, whole or interrupted, leaves in its folder.
 _OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
@@ -147,7 +147,7 @@ def _move_aside(root: Path, console: Console) -> None:
         raise ConfigError(f"--output_dir {root} is a file: expected a folder, or a path where there is nothing yet.")
     held = {path.name for path in root.iterdir()} if root.exists() else set()
     held.discard(".DS_Store")  # of whoever looked at the folder on a Mac
-    others = sorted(held - _OWN) or sorted(held if "vanilla" not in held else ())
+    others = sorted(held - _OWN) or sorted(held if "plain" not in held else ())
     if others:
         raise ConfigError(
             f"--output_dir {root} holds {', '.join(others[:3])}{', …' if len(others) > 3 else ''}, which no demo left there: "
@@ -281,12 +281,12 @@ def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, display
 def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
     """Costs, final values and the net speed-ups, from the records of all arms.
 
-    Speed-up = vanilla's cost / the arm's cost until the smoothed held-out KL first reaches vanilla's final smoothed one,
-    so that a run like vanilla itself is 1.00×. Net: search charged, evaluation not. `speedup` and
+    Speed-up = cost of plain OPD / cost of the arm until the smoothed held-out KL first reaches plain OPD's final one,
+    so that a run like plain OPD itself is 1.00×. Net: search charged, evaluation not. `speedup` and
     `speedup_by_gap_closed` at the top are the paper's EffOPD's.
     """
     runs = {arm: read_evaluations(root / arm) for arm in ARMS}
-    target = final_target(runs["vanilla"])
+    target = final_target(runs["plain"])
     summary: dict[str, Any] = {
         "family": arguments.family,
         "seed": arguments.seed,
@@ -306,7 +306,7 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
             "final_accuracy": last.accuracy,
             "final_accuracy_ci95": [last.accuracy_low, last.accuracy_high],
         }
-    baseline = first_reach(runs["vanilla"], target)
+    baseline = first_reach(runs["plain"], target)
     for arm in AHEAD:
         searches, reached = read_searches(root / arm), first_reach(runs[arm], target)
         speedup: dict[str, Any] = (
@@ -325,7 +325,7 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
             "search_generated_tokens": sum(search.generated_tokens for search in searches),
             "cost_to_target": vars(reached) if reached else None,
             "speedup": speedup,
-            "speedup_by_gap_closed": speedup_by_gap(runs["vanilla"], runs[arm]),
+            "speedup_by_gap_closed": speedup_by_gap(runs["plain"], runs[arm]),
         }
     return summary | {name: summary["effopd"][name] for name in ("speedup", "speedup_by_gap_closed")}
 

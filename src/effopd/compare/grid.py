@@ -2,12 +2,12 @@
 
     output_dir: runs/compare              # a run lands in TASK/STRATEGY/lr-RATE/seed-N below it
     reference_learning_rate: 3.0e-5
-    baseline: vanilla                     # sets the targets; every strategy is compared with it
+    baseline: plain                       # sets the targets; every strategy is compared with it
     tasks: [testbed:chain_sum]
     seeds: [0, 1, 2, 3, 4]
     base: {…}                             # settings of `effopd train` that every run shares
     strategies:                           # what each one changes; `learning_rate_factors` default to [1]
-      vanilla: {learning_rate_factors: [0.333, 1, 3, 10]}
+      plain: {learning_rate_factors: [0.333, 1, 3, 10]}
       effopd: {effopd: {strategy: effopd}}
       effopd-all: {variant_of: effopd, effopd: {strategy: effopd, parameters: all}}   # also compared with effopd
     rivals: [effopd]                      # optional: every strategy is compared with these too
@@ -74,7 +74,7 @@ class Grid:
     seeds: list[int]
     base: dict[str, Any]
     strategies: dict[str, dict[str, Any]]
-    baseline: str = "vanilla"
+    baseline: str = "plain"
     rivals: list[str] = field(default_factory=list)
     headline: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=list)
