@@ -12,7 +12,7 @@ from typing import Any
 from effopd.compare.cross_targets import across, runs_of
 from effopd.report.compare_lookup import AXIS_NAMES, factor, table, times
 
-STRATEGIES = ("vanilla", "line_search")
+STRATEGIES = ("plain", "line_search")
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ def best_small_batch(docs: Mapping[str, Any], task: str) -> dict[str, Any]:
     rows = [
         row
         for row in compared(docs["results"], docs["ablation"])
-        if (row["task"], row["strategy"], row["axis"]) == (task, "vanilla", "seconds")
+        if (row["task"], row["strategy"], row["axis"]) == (task, "plain", "seconds")
     ]
     return max(rows, key=lambda row: row["median"])
 
@@ -177,7 +177,7 @@ def off_again(f: Figures) -> str:
     arms = {
         "`effopd` at ×1": ("effopd", f.reference),
         "`effopd`, over its rates": ("effopd", *rates["effopd"]),
-        "plain OPD at ×10": ("vanilla", ten),
+        "plain OPD at ×10": ("plain", ten),
         "`line_search`, over its rates": ("line_search", *rates["line_search"]),
     }
     return table(
@@ -194,9 +194,9 @@ def final_quality(f: Figures, rows: list[dict[str, Any]]) -> str:
                 rate: statistics.median(row["kl"] for row in rows if (row["task"], row["strategy"], row["learning_rate"]) == (task, strategy, rate))
                 for rate in sorted({row["learning_rate"] for row in rows if (row["task"], row["strategy"]) == (task, strategy)})
             }
-            for strategy in ("line_search", "vanilla")
+            for strategy in ("line_search", "plain")
         }  # fmt: skip
-        plain = ends["vanilla"]
+        plain = ends["plain"]
         lowest = min(plain, key=plain.__getitem__)
         others = [value for rate, value in plain.items() if rate != lowest]
         ours = ends["line_search"].values()
