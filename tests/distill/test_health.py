@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from effopd.distill.health import health_metrics, spread_subset
+from effopd.distill.divergence import Answers, Head, Predictions
+from effopd.distill.health import HealthProbe, health_metrics, spread_subset
 
 N, V = 12, 40
 
@@ -69,3 +70,49 @@ def test_spread_subset_is_valid_deterministic_and_bounded():
     assert everything.tolist() == [0, 1, 2, 3, 6, 7]
     assert position.tolist() == [0, 0.25, 0.5, 0.75, 0, 0.5]
     assert torch.equal(spread_subset(mask, 3)[0], index)
+
+
+class State:
+    logging_steps = 2
+    global_step = 0
+
+
+def probed(tokens: int = 100, **answers):
+    """A probe, and the arguments of a micro-batch of two rows of three answer tokens."""
+    g = torch.Generator().manual_seed(0)
+    heads = [Head(torch.randn(V, 4, generator=g), None, 1.0, None) for _ in range(2)]
+    student, teacher = (Predictions(torch.randn(2, 3, 4, generator=g), head) for head in heads)
+    ids_BT, mask_BT = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    return HealthProbe(tokens, 0.5), (None, student, teacher, Answers(ids_BT, mask_BT, **answers)), tuple(heads)
+
+
+def test_a_probe_measures_the_first_micro_batch_of_logged_steps():
+    probe, micro_batch, heads = probed()
+    state = State()
+    assert [probe.due(state) for state.global_step in range(4)] == [False, True, False, True]
+    probe.after_loss(*micro_batch, due=False)
+    assert probe.after_step(lambda: heads) == {}
+    probe.after_loss(*micro_batch, due=True)
+    other = (None, micro_batch[1].to("cpu")._replace(hidden_BTH=torch.zeros(2, 3, 4)), *micro_batch[2:])
+    probe.after_loss(*other, due=True)  # a later one of the step changes nothing
+    measured = probe.after_step(lambda: heads)
+    valid = micro_batch[3].mask_BT.bool()
+    rows = [heads[i].logits(micro_batch[i + 1].hidden_BTH[valid], 0.5) for i in range(2)]
+    position = torch.tensor([0, 1 / 3, 2 / 3, 0, 0.5])
+    expected = health_metrics(*rows, micro_batch[3].ids_BT[valid], position)
+    assert measured == pytest.approx({f"health/{name}": value for name, value in expected.items()}, nan_ok=True)
+    assert probe.after_step(lambda: heads) == {}
+    assert not HealthProbe(0, 1.0).due(state)
+
+
+def test_a_probe_compares_the_sampler_over_all_micro_batches_of_a_step():
+    sampler_BT = torch.full((2, 3), math.nan)
+    sampler_BT[0] = torch.tensor([-1.0, -2.0, -3.0])
+    sampler_BT[1, 2] = 5.0  # masked
+    probe, micro_batch, heads = probed(sampler_logps_BT=sampler_BT)
+    for _ in range(2):
+        probe.after_loss(*micro_batch, due=False)
+    logp = heads[0].logits(micro_batch[1].hidden_BTH[0], 0.5).log_softmax(-1)
+    gaps = [abs(float(logp[i, y]) - float(sampler_BT[0, i])) for i, y in enumerate((3, 4, 5))]
+    assert probe.after_step(lambda: heads) == {"health/sampler_logp_gap": pytest.approx(sum(gaps) / 3, rel=1e-5)}
+    assert probe.after_step(lambda: heads) == {}

@@ -18,7 +18,7 @@ from transformers import TrainerState
 from trl.trainer.utils import RepeatSampler
 
 from effopd.common.files import read_rows
-from effopd.distill.run_dir_mixin import EpochSampler, _EpochCallback, _TerminationCallback
+from effopd.distill.exact_resume import EpochCallback, EpochSampler, TerminationCallback
 from effopd.errors import CheckpointError
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "tiny_run.py"
@@ -87,7 +87,7 @@ def test_data_order_after_a_resume_on_several_processes():
         sampler = EpochSampler(RepeatSampler(range(16), mini_repeat_count=1, batch_size=2, shuffle=True, seed=0))
         loader = torch.utils.data.DataLoader(range(16), batch_size=2, sampler=sampler)
         loader = prepare_data_loader(loader, num_processes=2, process_index=1, put_on_device=False)
-        callback = _EpochCallback()
+        callback = EpochCallback()
         callback.sampler, seen = sampler, []
         for epoch in (2,) if resumed else (0, 1, 2):
             state = TrainerState(epoch=epoch + 0.5 * resumed)
@@ -152,7 +152,7 @@ def test_a_termination_signal_ends_with_a_checkpoint_that_resumes_bit_for_bit(tm
     def step(*args, **kwargs):
         if trainer.state.global_step == 4:
             next(
-                c for c in trainer.callback_handler.callbacks if isinstance(c, _TerminationCallback)
+                c for c in trainer.callback_handler.callbacks if isinstance(c, TerminationCallback)
             )._manager._enable_checkpoint()
         return real(*args, **kwargs)
 

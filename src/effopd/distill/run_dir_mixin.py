@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -26,9 +24,10 @@ from effopd.common.files import write_atomically
 from effopd.distill.best_model_mixin import BestModelMixin
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import RunArguments
+from effopd.distill.exact_resume import EpochCallback, EpochSampler, TerminationCallback
 from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
-from effopd.distill.trl_host.state import log_evaluation, termination_handler
+from effopd.distill.trl_host.state import log_evaluation
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
 from effopd.models.files import absolute_base
 from effopd.models.sampler_check import ignore_sampling_defaults
@@ -44,58 +43,6 @@ from effopd.tasks.base import Task
 from effopd.tasks.prompts import prompt_ids
 
 logger = logging.getLogger(__name__)
-
-
-class EpochSampler(Sampler[int]):
-    """TRL's sampler of prompts, whose permutation becomes a function of (seed, epoch); epoch 0 is TRL's own order."""
-
-    def __init__(self, sampler: Any):
-        self._sampler = sampler
-        if sampler.shuffle:
-            self.generator = sampler.generator  # accelerate keeps it the same on all processes
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._sampler)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch, also the one a resume starts in."""
-        if self._sampler.shuffle and self._sampler.seed is not None:
-            self._sampler.generator.manual_seed(self._sampler.seed + epoch)
-
-
-class _TerminationCallback(TrainerCallback):
-    """`enable_jit_checkpoint`: after a SIGTERM the step is finished, logged and saved, and training stops.
-
-    The host would save before the look-ahead of that step, or in its middle with the random state of the next, so that the run
-    could not go on as if it had not been stopped. Must run after every callback that changes the weights.
-    """
-
-    def __init__(self, manager: Any):
-        self._manager = manager
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if any(all_gather_object(self._manager.is_checkpoint_requested)):
-            control.should_save = control.should_training_stop = True
-            logger.warning("SIGTERM: training stops with a checkpoint of step %d.", state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if (handler := termination_handler(self._manager)) is not None:
-            signal.signal(signal.SIGTERM, handler)
-
-
-class _EpochCallback(TrainerCallback):
-    """Tells the sampler which epoch begins. accelerate does, too, but not through what a resume on several processes wraps
-    around it."""
-
-    def __init__(self) -> None:
-        self.sampler: EpochSampler | None = None
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.sampler is not None:
-            self.sampler.set_epoch(int(state.epoch))
 
 
 class RunMixin(BestModelMixin, ResumeMixin):
@@ -122,7 +69,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
         self.kept: Kept | None = None
         self._saving = False
         self.costs = Costs()
-        self._epochs = _EpochCallback()
+        self._epochs = EpochCallback()
 
     def _attach_run(self) -> None:
         self._check_prompting()
@@ -132,7 +79,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
         self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, JITCheckpointCallback) and callback.jit_manager is not None:
-                self.add_callback(_TerminationCallback(callback.jit_manager))
+                self.add_callback(TerminationCallback(callback.jit_manager))
                 callback.jit_manager = None  # nothing but the signal's handler is the host's
         self.add_callback(self._epochs)
         self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
@@ -163,7 +110,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
     def add_callback(self, callback) -> None:
         """The host's, but what writes to the run directory stays last."""
         super().add_callback(callback)
-        last = (_TerminationCallback, RunDirCallback)
+        last = (TerminationCallback, RunDirCallback)
         self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, last))
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
