@@ -230,7 +230,7 @@ def test_arguments_of_other_strategies_are_refused_and_the_known_ones_named(stra
         with pytest.raises(
             ConfigError, match=rf"EffOPDConfig\.args: .* would ignore {name}; expected {', '.join(known) or 'none'}"
         ):
-            EffOPDConfig(strategy, args={name: 1})
+            EffOPDConfig(strategy, args={name: 0.125})
 
 
 @pytest.mark.parametrize(

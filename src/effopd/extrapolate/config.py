@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from effopd.errors import ConfigError
@@ -15,6 +15,7 @@ from effopd.extrapolate.parameter_rules import compile_rule
 from effopd.extrapolate.schedule import SCHEDULES
 from effopd.extrapolate.scoring import SCORERS
 from effopd.extrapolate.search import GATES
+from effopd.extrapolate.setting_help import args_help, setting_help
 from effopd.extrapolate.strategy import PAPER, STRATEGIES, Strategy
 
 #: Plain training: reads nothing.
@@ -23,43 +24,6 @@ _CHOICES: dict[str, Collection[str]] = {"schedule": SCHEDULES, "gate": GATES}
 _GIVEN = object()
 #: The only gate that reads `min_z`.
 _READS_MIN_Z = "significant"
-
-
-def _help(name: str, text: str) -> dict[str, Any]:
-    """The help of a setting, with the value of every strategy that reads it."""
-    values = {strategy: rules.settings[name] for strategy, rules in STRATEGIES.items() if name in rules.settings}
-    by_value: dict[Any, list[str]] = {}
-    for strategy, value in values.items():
-        by_value.setdefault(value, []).append(strategy)
-    common = None if None in by_value else max(by_value, key=lambda value: len(by_value[value]))
-    defaults = [_text(common)] if common is not None else []
-    defaults += [
-        f"{_text(value)} ({', '.join(names)})" for value, names in by_value.items() if value not in (None, common)
-    ]
-    return {"help": f"{text} Default: {'; '.join(defaults)}."}
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _default(value: Any) -> str:
-    return "" if value is None else f"; default {value}"
-
-
-def _args_help() -> str:
-    """The arguments of every strategy and scorer."""
-    owners = [(name, rules.args) for name, rules in STRATEGIES.items()] + [
-        (f"scoring by {s}", SCORERS[s][0]) for s in SCORERS
-    ]
-    texts: dict[str, list[str]] = {}
-    for name, cls in owners:
-        described = "; ".join(
-            f"{f.name} ({f.metadata.get('help', '')}{_default(plain(cls())[f.name])})" for f in fields(cls)
-        )
-        if described:
-            texts.setdefault(described, []).append(name)
-    return " ".join(f"{', '.join(names)}: {described}." for described, names in texts.items())
 
 
 @dataclass
@@ -94,12 +58,12 @@ class EffOPDConfig:
     )
     args: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "JSON object of settings that belong to one strategy or scorer. " + _args_help()},
+        metadata={"help": "JSON object of settings that belong to one strategy or scorer. " + args_help()},
     )
     schedule: str | None = field(
         default=None,
         metadata={"choices": list(SCHEDULES)}
-        | _help(
+        | setting_help(
             "schedule",
             "After which optimizer steps to search. 'powers_of_two': 1, 2, 4, 8, … 'adaptive': after every step while jumps pay; "
             "otherwise 2, 4, 8 steps apart, and at most 4 apart after a step back.",
@@ -107,14 +71,14 @@ class EffOPDConfig:
     )
     parameters: str | None = field(
         default=None,
-        metadata=_help(
+        metadata=setting_help(
             "parameters",
             "Which parameters move: 'attention+mlp', 'all', 'released-code', or a regular expression searched in parameter names.",
         ),
     )
     validation_size: int | None = field(
         default=None,
-        metadata=_help(
+        metadata=setting_help(
             "validation_size",
             "Score candidates by the share of right answers to N training prompts, drawn once (needs answers, generates). Takes the "
             "place of score_rollouts.",
@@ -122,7 +86,7 @@ class EffOPDConfig:
     )
     score_rollouts: float | None = field(
         default=None,
-        metadata=_help(
+        metadata=setting_help(
             "score_rollouts",
             "Score candidates by the divergence from the teacher that is trained (by default the exact reverse KL), on N of the next "
             "step's rollouts, before they are trained on (no answers, no generation). Below 1: this share of a step's rollouts, at "
@@ -132,25 +96,25 @@ class EffOPDConfig:
     gate: str | None = field(
         default=None,
         metadata={"choices": list(GATES)}
-        | _help(
+        | setting_help(
             "gate",
             "Accept a candidate with score >= the best so far ('not_worse'), > the best so far ('better'), or better by min_z standard "
             "errors of the paired difference ('significant').",
         ),
     )
     min_z: float | None = field(
-        default=None, metadata=_help("min_z", "Standard errors that gate 'significant' asks for.")
+        default=None, metadata=setting_help("min_z", "Standard errors that gate 'significant' asks for.")
     )
     reset_moments: bool | None = field(
         default=None,
-        metadata=_help(
+        metadata=setting_help(
             "reset_moments",
             "Clear the optimizer's moments after a jump forwards: they belong to the gradients of the place that was left.",
         ),
     )
     adapt_learning_rate: bool | None = field(
         default=None,
-        metadata=_help(
+        metadata=setting_help(
             "adapt_learning_rate",
             "Learning-rate multiplier from the best scale s of this search and s′ of the previous one: √min(1+s, 4) if both exceed 1 "
             "(or ½√min(s, s′) if larger); 1/√2 if s < 0, floored at 1/8 of the schedule; otherwise 1. Two searches must agree before "
