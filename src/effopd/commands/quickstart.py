@@ -167,7 +167,7 @@ def _move_aside(root: Path, console: Console) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<11}"),
+        TextColumn("{task.description:<12}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),
@@ -249,7 +249,7 @@ class _Lines:
         left = time_left(seconds, done, len(ARMS) * self._steps - done)
         rest = f", about {spoken_time(left)} left" if left else ""
         self._console.print(
-            f"{self._label:<11} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(evaluation))}  "
+            f"{self._label:<12} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(evaluation))}  "
             f"({spoken_time(seconds)}{rest})",
             highlight=False,
             markup=False,
