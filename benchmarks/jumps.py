@@ -24,12 +24,13 @@ def main(folders: list[str]) -> None:
             before = [evaluation for evaluation in evaluations if evaluation.step < search.step]
             if not search.accepted_scale or after is None:
                 continue
+            start = search.start_score
             accepted = next(trial.score for trial in search.trials if trial.scale == search.accepted_scale)
-            kl, accuracy = (before[-1].kl, after.kl), (before[-1].accuracy, after.accuracy)
+            kl, accuracy = ((getattr(before[-1], name), getattr(after, name)) for name in ("kl", "accuracy"))
             worse = " **worse**" if kl[1] > kl[0] else ""
             print(
                 f"| {folder.parent.name}/{folder.name} | {search.step} | {search.accepted_scale:g} "
-                f"| {search.start_score:.2f} → {accepted:.2f} | {kl[0]:.4f} → {kl[1]:.4f}{worse} "
+                f"| {start:.2f} → {accepted:.2f} | {kl[0]:.4f} → {kl[1]:.4f}{worse} "
                 f"| {accuracy[0]:.3f} → {accuracy[1]:.3f} |"
             )
 

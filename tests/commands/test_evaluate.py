@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from effopd.commands import evaluate as evaluate_command
 from effopd.commands import intervene as intervene_command
-from effopd.commands.main import main, parse_rl
+from effopd.commands.main import main
+from effopd.commands.rl import parse_rl
 from effopd.commands.train import parse_train
 from effopd.common.files import read_rows
 from effopd.launch import opd as launch

@@ -7,8 +7,9 @@ import functools
 
 import pytest
 
-from effopd.commands.main import main, rl_parser
+from effopd.commands.main import main
 from effopd.commands.parser import spelling
+from effopd.commands.rl import rl_parser
 from effopd.commands.train import train_parser
 from effopd.distill.values import MAPPINGS, RANGES
 from effopd.launch import opd as launch

@@ -300,7 +300,7 @@ def test_settings_survive_the_yaml_round_trip(pair, tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "rl"])
 def test_the_precision_of_a_run_does_not_depend_on_the_machine_that_repeats_it(command, pair, tmp_path, monkeypatch):
-    from effopd.commands.main import parse_rl
+    from effopd.commands.rl import parse_rl
     from effopd.launch.opd import to_yaml
     from effopd.launch.rl import rl_yaml
 

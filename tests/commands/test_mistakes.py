@@ -7,7 +7,8 @@ import json
 import pytest
 from transformers.training_args import OptimizerNames
 
-from effopd.commands.main import main, parse_rl
+from effopd.commands.main import main
+from effopd.commands.rl import parse_rl
 from effopd.commands.train import parse_train
 from effopd.common import optional
 from effopd.errors import ConfigError, EffOPDError

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from effopd.commands.main import main, parse_rl
+from effopd.commands.main import main
+from effopd.commands.rl import parse_rl
 from effopd.common.files import read_rows
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer, correct_reward
 from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig

@@ -118,8 +118,16 @@ def test_every_field_says_what_it_is_and_keys_are_unique(record):
     assert len({key for key, _ in columns}) == len(columns)
 
 
-def test_reading_rows_takes_the_standard_library_only():
-    code = "import sys, effopd.runs.records; print(*(m for m in ('torch', 'transformers', 'numpy', 'yaml') if m in sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
-    )
+def imported(modules: str, among: tuple[str, ...]) -> str:
+    """Which packages `import modules` brings along."""
+    code = f"import sys, {modules}; print(*(name for name in {among} if name in sys.modules))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_reading_records_takes_the_standard_library_only():
+    assert imported("effopd.runs.records", ("torch", "transformers", "numpy", "yaml")) == ""
+
+
+def test_a_run_directory_is_read_without_the_hosts():
+    modules = "effopd.runs.run_dir, effopd.runs.lines, effopd.runs.best_model, effopd.runs.run_prompts"
+    assert imported(modules, ("torch", "transformers", "trl", "numpy")) == ""

@@ -95,89 +95,13 @@ def _finish(trainer: Any) -> int:
 # -- rl ---------------------------------------------------------------------------------------------------------
 
 
-def rl_parser(algorithm: str):
-    """The parser of `effopd rl`, with the algorithm's preset as defaults.
-
-    Raises:
-        ConfigError: unknown algorithm.
-    """
-    from trl import ModelConfig
-
-    from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, require
-    from effopd.distill.rl_config import PRESETS, config_class
-    from effopd.tasks import TaskConfig
-
-    configs = [ModelConfig, TaskConfig, config_class(algorithm)]
-    parser = CommandParser(
-        configs,
-        prog="effopd rl",
-        usage="effopd rl --algorithm grpo|dapo|rloo --model_name_or_path MODEL --task TASK [--FLAG VALUE …]",
-        description="Reinforcement learning on a task: GRPO, DAPO or RLOO with their published settings as defaults.",
-        epilog="Example:\n  effopd rl --algorithm grpo --model_name_or_path STUDENT --task math:train.jsonl \\\n"
-        "      --per_device_train_batch_size 64 --trajectory powers_of_two --output_dir runs/teacher",
-        formatter_class=OneSpelling,
-        add_help=False,
-    )
-    parser.set_defaults(**PRESETS[algorithm])
-    names = (
-        "algorithm",
-        "model_name_or_path",
-        "task",
-        "output_dir",
-        *RUN_ESSENTIALS,
-        "num_generations",
-        "beta",
-        "trajectory",
-    )
-    ours = RUN_ESSENTIALS | {
-        "per_device_train_batch_size": "Answers per forward pass, on each device. This × gradient_accumulation_steps × devices must be a "
-        "multiple of num_generations; divided by it, it is the number of prompts per step. Presets: 16.",
-        "beta": "Weight of the KL to the model that training starts from; 0 loads no reference model. Presets: grpo 0.001, dapo "
-        "and rloo 0.",
-    }
-    require(parser, "model_name_or_path")
-    arrange(parser, configs, {name: ours.get(name, "") for name in names})
-    return parser
-
-
-def parse_rl(argv: Sequence[str]):
-    """Command line and YAML → `RLRunSettings`; the algorithm's preset gives the defaults.
-
-    Raises:
-        ConfigError: unknown algorithm or setting, or a value out of range.
-    """
-    from effopd.commands.parser import parsed
-    from effopd.launch.rl import RLRunSettings
-    from effopd.tasks.builtin_models import resolve_model
-
-    model, task, rl = parsed(rl_parser(_algorithm(list(argv))), argv)
-    model.model_name_or_path = resolve_model(model.model_name_or_path)
-    return RLRunSettings(model, task, rl)
-
-
-def _algorithm(argv: list[str]) -> str:
-    """`--algorithm` from the command line, else from the YAML file: it decides which flags there are."""
-    import yaml
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--algorithm")
-    first.add_argument("--config")
-    known, _ = first.parse_known_args(argv)
-    if known.algorithm is None and known.config is not None:
-        from pathlib import Path
-
-        path = Path(known.config)
-        settings = yaml.safe_load(path.read_text()) if path.is_file() else None
-        known.algorithm = settings.get("algorithm") if isinstance(settings, dict) else None
-    return known.algorithm or "grpo"
-
-
 def rl(argv: Sequence[str]) -> int:
     """`effopd rl`."""
-    settings = parse_rl(argv)
+    from effopd.commands.rl import parse_rl
     from effopd.launch.rl import run_rl
     from effopd.runs.console import quiet_hosts
 
+    settings = parse_rl(argv)
     with quiet_hosts(bars=not settings.rl.disable_tqdm):
         trainer = run_rl(settings)
     return _finish(trainer)

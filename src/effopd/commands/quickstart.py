@@ -46,6 +46,7 @@ TRAIN_SIZE = 4096
 #: The runs: name → label; all but the first look ahead, with the strategy of that name.
 ARMS = {"plain": "plain OPD", "effopd": "EffOPD", "line_search": "line_search"}
 AHEAD = tuple(ARMS)[1:]
+_WIDTH = max(map(len, ARMS.values())) + 1
 #: All that a demo, whole or interrupted, leaves in its folder.
 _OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
 _COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "line_search": "#2e6f9e"}
@@ -167,7 +168,7 @@ def _move_aside(root: Path, console: Console) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<12}"),
+        TextColumn(f"{{task.description:<{_WIDTH}}}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),
@@ -249,7 +250,7 @@ class _Lines:
         left = time_left(seconds, done, len(ARMS) * self._steps - done)
         rest = f", about {spoken_time(left)} left" if left else ""
         self._console.print(
-            f"{self._label:<12} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(evaluation))}  "
+            f"{self._label:<{_WIDTH}} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(evaluation))}  "
             f"({spoken_time(seconds)}{rest})",
             highlight=False,
             markup=False,
@@ -363,7 +364,7 @@ def _verdict(summary: dict[str, Any]) -> str:
     lines = ["net speed-up to plain OPD's final KL (one seed; search charged, evaluation not):"]
     for arm in AHEAD:
         values = summary[arm]
-        speedup, label = values["speedup"], f"{ARMS[arm]:<10}"
+        speedup, label = values["speedup"], f"{ARMS[arm]:<{_WIDTH}}"
         if speedup["steps"] is None:
             lines.append(f"{label} none. {speedup['reason']}")
         else:
@@ -373,13 +374,15 @@ def _verdict(summary: dict[str, Any]) -> str:
             )
         jumps = [f"{scale:.3g}Δ at {step}" for step, scale in values["accepted_scales"].items() if scale]
         more = f", … {len(jumps) - 8} more" if len(jumps) > 8 else ""
-        lines.append(f"{'':<10} jumps: {', '.join(jumps[:8]) or 'none'}{more}")
+        lines.append(f"{'':<{_WIDTH}} jumps: {', '.join(jumps[:8]) or 'none'}{more}")
         on_the_way = [
             f"{row['gap_closed']:.0%}: {row['speedup']['steps']:.1f}× / {row['speedup']['seconds']:.1f}×"
             for row in values["speedup_by_gap_closed"]
             if row["speedup"]
         ]
-        lines.append(f"{'':<10} at shares of the gap (steps / seconds): {', '.join(on_the_way) or 'not reached'}")
+        lines.append(
+            f"{'':<{_WIDTH}} at shares of the gap (steps / seconds): {', '.join(on_the_way) or 'not reached'}"
+        )
     return "\n".join(lines)
 
 

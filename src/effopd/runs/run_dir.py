@@ -1,9 +1,9 @@
 """The run directory: plain files, readable without this package, whole after a kill.
 
     config.yaml       the resolved settings; `effopd train --config` re-runs it
-    metrics.jsonl     a row a logged step: losses, health, cumulative cost
-    searches.jsonl    a row a search: every candidate, score, cost, verdict
-    evals.jsonl       a row an evaluation
+    metrics.jsonl     one row per logged step: losses, health, cumulative cost (`records.StepRecord`)
+    searches.jsonl    one row per search: candidates with score, cost, verdict (`records.SearchRecord`)
+    evals.jsonl       one row per evaluation (`records.EvaluationRecord`)
     checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
     trajectory/       step-000008/ … (weights only, for analysis)
     README.md         the model card, beside the final model
