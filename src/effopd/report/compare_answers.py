@@ -12,36 +12,36 @@ from effopd.report.compare_tables import jumped
 _TARGETS = {"reference_kl": "final KL", "gap_90": "90 %"}
 
 
-def headline(look: Lookup) -> Table:
+def headline(lookup: Lookup) -> Table:
     """Net speed-ups of the headline strategies over the baseline and over the rivals, at the reference learning rate."""
     rows = []
-    for strategy in _headline_strategies(look):
-        for opponent in (look.baseline, *look.roles.rivals):
+    for strategy in _headline_strategies(lookup):
+        for opponent in (lookup.baseline, *lookup.roles.rivals):
             if opponent == strategy:
                 continue
-            for task in look.tasks:
-                arm = (strategy, look.reference)
-                speedups = [look.speedup(task, arm, axis, against=opponent) for axis in AXIS_NAMES]
+            for task in lookup.tasks:
+                arm = (strategy, lookup.reference)
+                speedups = [lookup.speedup(task, arm, axis, against=opponent) for axis in AXIS_NAMES]
                 if speedups[0]:
                     rows.append([f"`{strategy}`", f"`{opponent}`", task, str(speedups[0]["n"]), *map(times, speedups)])
     return Table(["strategy", "over", "task", "seeds", *AXIS_NAMES.values()], rows)
 
 
-def _headline_strategies(look: Lookup) -> list[str]:
-    return look.roles.opening(look.at_reference())
+def _headline_strategies(lookup: Lookup) -> list[str]:
+    return lookup.roles.opening(lookup.at_reference())
 
 
-def claims(look: Lookup) -> Table:
+def claims(lookup: Lookup) -> Table:
     """The claims of the plan, judged on every task."""
     rows = []
-    for claim in look.roles.claims:
-        arm = (claim.strategy, look.reference)
-        for task in look.tasks:
-            row = look.speedup(task, arm, claim.axis)
+    for claim in lookup.roles.claims:
+        arm = (claim.strategy, lookup.reference)
+        for task in lookup.tasks:
+            row = lookup.speedup(task, arm, claim.axis)
             if row and row["n"]:
                 text = claim.text or f"{claim.speedup:g}× in {AXIS_NAMES[claim.axis]}"
                 rows.append([text, f"`{claim.strategy}`", task, verdict(row, claim.speedup), times(row),
-                             look.reached(task, arm), look.again(task, arm)])  # fmt: skip
+                             lookup.reached(task, arm), lookup.again(task, arm)])  # fmt: skip
     return Table(["claim", "strategy", "task", "verdict", "speed-up", "reached", "off it again"], rows)
 
 
@@ -53,38 +53,38 @@ def verdict(row: Row, claimed: float) -> str:
     return "reproduced" if low >= claimed else "not reproduced"
 
 
-def against_tuned_baseline(look: Lookup) -> Table:
+def against_tuned_baseline(lookup: Lookup) -> Table:
     """Net seconds of the headline strategies, at all their rates, against the baseline at its best rate for a target."""
     rows = []
-    for strategy in _headline_strategies(look):
+    for strategy in _headline_strategies(lookup):
         for target, name in _TARGETS.items():
-            for task in look.tasks:
-                best = look.best(task, target)
+            for task in lookup.tasks:
+                best = lookup.best(task, target)
                 if best is None:
                     continue
                 rates = sorted(
-                    rate for other, rate in look.arms if other == strategy and look.runs(task, (other, rate))
+                    rate for other, rate in lookup.arms if other == strategy and lookup.runs(task, (other, rate))
                 )
                 by_rate = [
-                    (rate, look.speedup(task, (strategy, rate), "seconds", target, rate=BEST)) for rate in rates
+                    (rate, lookup.speedup(task, (strategy, rate), "seconds", target, rate=BEST)) for rate in rates
                 ]
-                baseline = times(look.speedup(task, (look.baseline, best), "seconds", target))
+                baseline = times(lookup.speedup(task, (lookup.baseline, best), "seconds", target))
                 cell = ", ".join(f"{rate:.3g}: {times(speedup)}" for rate, speedup in by_rate)
                 rows.append([f"`{strategy}`", name, task, f"{best:.3g}", baseline, cell])
-    header = ["strategy", "target", "task", f"best rate of `{look.baseline}`", "its speed-up there",
+    header = ["strategy", "target", "task", f"best rate of `{lookup.baseline}`", "its speed-up there",
               "speed-up of the strategy by its own learning rate"]  # fmt: skip
     return Table(header, rows)
 
 
-def controls(look: Lookup) -> Table:
+def controls(lookup: Lookup) -> Table:
     """The controls, and the rivals beside them, over the baseline and over each rival in net seconds."""
     rows = []
-    for task in look.tasks:
-        for strategy in dict.fromkeys((*look.roles.controls, *look.roles.rivals)):
-            arm = (strategy, look.reference)
-            if look.runs(task, arm) and look.roles.controls:
-                over = [look.speedup(task, arm, "seconds", against=other) for other in (None, *look.roles.rivals)]
-                rows.append([task, f"`{strategy}`", *map(times, over), jumped(look, task, arm) or "–"])
-    header = ["task", "strategy", *(f"over `{other}`" for other in (look.baseline, *look.roles.rivals)),
+    for task in lookup.tasks:
+        for strategy in dict.fromkeys((*lookup.roles.controls, *lookup.roles.rivals)):
+            arm = (strategy, lookup.reference)
+            if lookup.runs(task, arm) and lookup.roles.controls:
+                over = [lookup.speedup(task, arm, "seconds", against=other) for other in (None, *lookup.roles.rivals)]
+                rows.append([task, f"`{strategy}`", *map(times, over), jumped(lookup, task, arm) or "–"])
+    header = ["task", "strategy", *(f"over `{other}`" for other in (lookup.baseline, *lookup.roles.rivals)),
               "searches that jumped"]  # fmt: skip
     return Table(header, rows)

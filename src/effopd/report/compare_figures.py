@@ -28,42 +28,42 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")
-    look = Lookup(results)
+    lookup = Lookup(results)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     with quiet_style():
         for name, (make, title, note) in _FIGURES.items():
-            figure = make(plt, look)
+            figure = make(plt, lookup)
             if figure is not None:
-                drawn[name] = save(figure, folder / f"{name}.png", title.format(baseline=look.baseline), note)
+                drawn[name] = save(figure, folder / f"{name}.png", title.format(baseline=lookup.baseline), note)
                 plt.close(figure)
     return drawn
 
 
-def strategy_colors(look: Lookup, strategies: Sequence[str]) -> dict[str, str]:
+def strategy_colors(lookup: Lookup, strategies: Sequence[str]) -> dict[str, str]:
     """Grey for the baseline and red for the first rival, as in the demo's figure; the palette without them for the others."""
-    fixed = {look.baseline: _GREY, **dict.fromkeys(look.roles.rivals[:1], _RED)}
+    fixed = {lookup.baseline: _GREY, **dict.fromkeys(lookup.roles.rivals[:1], _RED)}
     others = [strategy for strategy in strategies if strategy not in fixed]
     return fixed | group_colors(["opd", *others])  # `opd` takes the palette's red
 
 
-def _curves(plt, look: Lookup):
+def _curves(plt, lookup: Lookup):
     """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest. On a logarithmic axis a
     speed-up is a shift to the left."""
-    strategies = curve_strategies(look)
-    colors = strategy_colors(look, strategies)
+    strategies = curve_strategies(lookup)
+    colors = strategy_colors(lookup, strategies)
     figure, axes = plt.subplots(
-        len(look.tasks), 2, figsize=(11, 3.8 * len(look.tasks)), squeeze=False, constrained_layout=True
+        len(lookup.tasks), 2, figsize=(11, 3.8 * len(lookup.tasks)), squeeze=False, constrained_layout=True
     )
-    for row, task in enumerate(look.tasks):
+    for row, task in enumerate(lookup.tasks):
         for column, (key, label) in enumerate((("step", "optimizer steps"), ("seconds", "net seconds"))):
             axis = axes[row][column]
             for strategy in strategies:
-                curves = [run["curve"] for run in look.runs(task, (strategy, look.reference))]
+                curves = [run["curve"] for run in lookup.runs(task, (strategy, lookup.reference))]
                 if not curves:
                     continue
                 x, median, low, high = _band(curves, key)
-                base = {"linestyle": "--", "zorder": 5} if strategy == look.baseline else {}  # no-op lies on it
+                base = {"linestyle": "--", "zorder": 5} if strategy == lookup.baseline else {}  # no-op lies on it
                 axis.plot(x, median, color=colors[strategy], label=strategy, linewidth=1.6, **base)
                 axis.fill_between(x, low, high, color=colors[strategy], alpha=0.12, linewidth=0)
             axis.set_yscale("log")
@@ -75,11 +75,11 @@ def _curves(plt, look: Lookup):
     return figure
 
 
-def curve_strategies(look: Lookup) -> list[str]:
+def curve_strategies(lookup: Lookup) -> list[str]:
     """The baseline, the headline strategies and the controls, then others but variants, while there is room."""
-    ran = look.at_reference()
-    wanted = [look.baseline, *look.roles.opening(ran), *look.roles.controls]
-    wanted += [strategy for strategy in ran if strategy not in look.roles.variants]
+    ran = lookup.at_reference()
+    wanted = [lookup.baseline, *lookup.roles.opening(ran), *lookup.roles.controls]
+    wanted += [strategy for strategy in ran if strategy not in lookup.roles.variants]
     shown = list(dict.fromkeys(strategy for strategy in wanted if strategy in ran))[:_MAX_CURVES]
     return [strategy for strategy in ran if strategy in shown]
 
@@ -93,12 +93,12 @@ def _band(curves: Sequence[Mapping[str, list[float]]], key: str):
     return x, np.median(y, axis=0), y.min(axis=0), y.max(axis=0)
 
 
-def _forest(plt, look: Lookup):
+def _forest(plt, lookup: Lookup):
     """Speed-ups of all strategies at the reference learning rate, one panel per cost axis."""
-    strategies = [s for s in look.at_reference() if s != look.baseline]
+    strategies = [s for s in lookup.at_reference() if s != lookup.baseline]
     if not strategies:
         return None
-    colors = group_colors(look.tasks)
+    colors = group_colors(lookup.tasks)
     panels = (("steps", "steps"), ("seconds", "net seconds"), ("generated_tokens", "sampled tokens"))
     figure, axes = plt.subplots(
         1, 3, figsize=(12, 1.2 + 0.42 * len(strategies)), sharey=True, sharex=True, constrained_layout=True
@@ -107,10 +107,10 @@ def _forest(plt, look: Lookup):
     for axis, (name, label) in zip(axes, panels, strict=True):
         axis.axvline(1, color="#4c566a", linewidth=1)
         for index, strategy in enumerate(strategies):
-            for offset, task in enumerate(look.tasks):
-                row = look.speedup(task, (strategy, look.reference), name)
+            for offset, task in enumerate(lookup.tasks):
+                row = lookup.speedup(task, (strategy, lookup.reference), name)
                 if row is not None and row["n"]:
-                    y = -index - 0.22 * (offset - (len(look.tasks) - 1) / 2)
+                    y = -index - 0.22 * (offset - (len(lookup.tasks) - 1) / 2)
                     _whisker(axis, row, y, colors[task], floor, ceiling)
         axis.set_xscale("log")
         axis.set_xlim(floor, ceiling)
@@ -118,10 +118,10 @@ def _forest(plt, look: Lookup):
         axis.minorticks_off()
         axis.set_xlabel(f"speed-up in {label}")
     axes[0].set_yticks([-i for i in range(len(strategies))], strategies)
-    for task in look.tasks:
+    for task in lookup.tasks:
         axes[0].plot([], [], "o", color=colors[task], label=task)
     axes[0].plot([], [], "<", color="#4c566a", markerfacecolor="none", label="median: never arrives")
-    figure.legend(loc="outside upper right", ncols=len(look.tasks) + 1, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper right", ncols=len(lookup.tasks) + 1, frameon=False, fontsize=8)
     return figure
 
 
@@ -142,20 +142,20 @@ def _whisker(axis, row, y: float, color: str, floor: float, ceiling: float) -> N
         )
 
 
-def _rates(plt, look: Lookup):
+def _rates(plt, lookup: Lookup):
     """Net seconds to the reference target against the learning rate; runs that never arrive sit on the top line."""
-    swept = look.swept()
+    swept = lookup.swept()
     if not swept:
         return None
-    colors, ticks = strategy_colors(look, swept), require("matplotlib.ticker")
+    colors, ticks = strategy_colors(lookup, swept), require("matplotlib.ticker")
     figure, axes = plt.subplots(
-        1, len(look.tasks), figsize=(5.5 * len(look.tasks), 3.8), squeeze=False, constrained_layout=True
+        1, len(lookup.tasks), figsize=(5.5 * len(lookup.tasks), 3.8), squeeze=False, constrained_layout=True
     )
-    for axis, task in zip(axes[0], look.tasks, strict=True):
+    for axis, task in zip(axes[0], lookup.tasks, strict=True):
         points = {
-            (s, rate): [run["targets"]["reference_kl"]["seconds"] for run in look.runs(task, (s, rate))
+            (s, rate): [run["targets"]["reference_kl"]["seconds"] for run in lookup.runs(task, (s, rate))
                         if "reference_kl" in run["targets"]]
-            for s, rate in look.arms if s in swept
+            for s, rate in lookup.arms if s in swept
         }  # fmt: skip
         seen = [value for values in points.values() for value in values if value is not None]
         top = 1.6 * max(seen, default=1.0)

@@ -16,16 +16,16 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
     Args:
         figures: path of each figure, relative to the page, by name.
     """
-    look = Lookup(results)
+    lookup = Lookup(results)
     return markdown_template("compare.md.jinja").render(
-        look=look,
+        lookup=lookup,
         results=results,
         settings=results["settings"],
-        baseline=look.baseline,
+        baseline=lookup.baseline,
         all_tasks=ALL,
         figures=figures,
         answers=compare_answers,
         tables=compare_tables,
         gate=compare_gate,
-        method=method(look),
+        method=method(lookup),
     )

@@ -11,15 +11,15 @@ from effopd.report.compare_lookup import AXIS_NAMES, Lookup, Results, Row, numbe
 
 def summary_tables(results: Results) -> list[Table]:
     """One table per task: the strategies at the reference learning rate."""
-    look = Lookup(results)
-    return [_summary_table(look, task) for task in look.tasks]
+    lookup = Lookup(results)
+    return [_summary_table(lookup, task) for task in lookup.tasks]
 
 
-def _summary_table(look: Lookup, task: str) -> Table:
-    seeds = len({run["seed"] for run in look.results["runs"] if run["task"] == task})
+def _summary_table(lookup: Lookup, task: str) -> Table:
+    seeds = len({run["seed"] for run in lookup.results["runs"] if run["task"] == task})
     drawn = Table(
         title=escape(
-            f"{task}: net speed-up to the final held-out KL of {look.baseline}, {seeds} seed(s), median, low–high"
+            f"{task}: net speed-up to the final held-out KL of {lookup.baseline}, {seeds} seed(s), median, low–high"
         ),
         box=box.SIMPLE,
         pad_edge=False,
@@ -28,16 +28,16 @@ def _summary_table(look: Lookup, task: str) -> Table:
     drawn.add_column("", no_wrap=True)
     for name in ("steps", "net\nseconds", "sampled\ntokens", "reached", "final\nKL", "accuracy", "search"):
         drawn.add_column(name, justify="right", no_wrap=True)
-    for strategy in look.at_reference():
-        arm = (strategy, look.reference)
-        if not look.runs(task, arm):
+    for strategy in lookup.at_reference():
+        arm = (strategy, lookup.reference)
+        if not lookup.runs(task, arm):
             continue
         last = {"final_kl": ".4f", "final_accuracy": ".3f", "search_share": ".1%"}
         drawn.add_row(
             escape(strategy),
-            *(_two_lines(look.speedup(task, arm, axis)) for axis in list(AXIS_NAMES)[:3]),
-            look.reached(task, arm).replace(" of ", "/"),
-            *(number(look.quality(task, arm, name), form).split(" ")[0] for name, form in last.items()),
+            *(_two_lines(lookup.speedup(task, arm, axis)) for axis in list(AXIS_NAMES)[:3]),
+            lookup.reached(task, arm).replace(" of ", "/"),
+            *(number(lookup.quality(task, arm, name), form).split(" ")[0] for name, form in last.items()),
         )
     return drawn
 
