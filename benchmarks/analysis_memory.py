@@ -1,10 +1,13 @@
-"""Peak memory of `effopd analyze` on a synthetic pair with the shapes of an 8B model, for growing depth.
+"""Peak memory of `effopd analyze` on a synthetic pair with the shapes of an 8B model, for growing
+depth.
 
-    .venv/bin/python benchmarks/analysis_memory.py [--layers 1 2 4] [--vocabulary 4096] [--out runs/analysis_memory]
+    .venv/bin/python benchmarks/analysis_memory.py [--layers 1 2 4] [--vocabulary 4096] [--out
+    runs/analysis_memory]
 
-Writes a sharded bfloat16 base and trained checkpoint (Qwen3-8B's hidden 4096, MLP 12288, 32 heads, 8 key/value heads of 128;
-the vocabulary is an option because the embedding is by far the largest matrix), analyses each pair in a process of its
-own, and reports that process's peak resident memory, beside that of a process which only imports the libraries.
+Writes a sharded bfloat16 base and trained checkpoint (Qwen3-8B's hidden 4096, MLP 12288, 32 heads,
+8 key/value heads of 128; the vocabulary is an option because the embedding is by far the largest
+matrix), analyses each pair in a process of its own, and reports that process's peak resident
+memory, beside that of a process which only imports the libraries.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ def tensor(name: str, shape: tuple[int, ...], kind: str) -> torch.Tensor:
 def peak(command: list[str]) -> tuple[float, float]:
     """Peak resident memory (GiB) and seconds of a process."""
     code = (
-        "import resource, subprocess, sys; status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
+        "import resource, subprocess, sys; status = subprocess.run(sys.argv[1:], "
+        "stdout=subprocess.DEVNULL).returncode; "
         "print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     start = time.perf_counter()
@@ -103,8 +107,20 @@ def main() -> None:
         folder = arguments.out / f"{layers}-layers"
         shutil.rmtree(folder, ignore_errors=True)
         write_pair(folder, layers, arguments.vocabulary)
-        command = [sys.executable, "-m", "effopd.commands.main", "analyze", "--base", str(folder / "base"),
-                   "--trained", f"synthetic={folder / 'trained'}", "--out", str(folder / "analysis"), "--device", "cpu"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "effopd.commands.main",
+            "analyze",
+            "--base",
+            str(folder / "base"),
+            "--trained",
+            f"synthetic={folder / 'trained'}",
+            "--out",
+            str(folder / "analysis"),
+            "--device",
+            "cpu",
+        ]
         used, taken = peak(command)
         print(
             f"{layers} layers: peak {used:.2f} GiB = {used / largest:.1f}× the largest matrix, "

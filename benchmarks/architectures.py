@@ -1,14 +1,18 @@
-"""Which causal-LM model types of the installed transformers can be distilled: exact, refused, or not built here.
+"""Which causal-LM model types of the installed transformers can be distilled: exact, refused, or
+not built here.
 
-    python benchmarks/architectures.py            measure all types, write docs/architectures.json and the page's tables
-    python benchmarks/architectures.py TYPE …     measure these types and print the rows
-    python benchmarks/architectures.py --redraw   write the tables of docs/architectures.md from the JSON
+    python benchmarks/architectures.py            # all types; docs/architectures.json and its page
+    python benchmarks/architectures.py TYPE …     # these types; prints their rows
+    python benchmarks/architectures.py --redraw   # the page from the JSON
 
-Every type that `AutoModelForCausalLM` knows is built tiny, with random weights (matrices six times their usual size, so
-that positions and padding matter), in float32. Then, on two prompts of 4 and 15 tokens with answers of 6:
+Every type that `AutoModelForCausalLM` knows is built tiny, with random weights (matrices six times
+their usual size, so that positions and padding matter), in float32. Then, on two prompts of 4 and
+15 tokens with answers of 6:
 
-- `Δ own`: largest |Δ log p| between the model's own logits, each row alone, and head · hidden states as the loss has them;
-- `Δ KL`: `reverse_kl_of_completions` of the batch against the dense KL of the own logits, row by row, relative;
+- `Δ own`: largest |Δ log p| between the model's own logits, each row alone, and head · hidden
+    states as the loss has them;
+- `Δ KL`: `reverse_kl_of_completions` of the batch against the dense KL of the own logits, row by
+    row, relative;
 - `Δ sampler`: largest |Δ log p| between `generate`'s own distributions and those of the loss;
 - which prompts `generate` may be given at once: any, those of one length, or one.
 
@@ -39,21 +43,42 @@ VOCABULARY, LARGEST, SECONDS, EXACT = 300, 150_000_000, 60, 1e-3
 SIZES = {
     64: ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size"),
     2: (
-        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers",
-        "num_decoder_layers", "num_encoder_layers", "num_key_value_heads", "linear_num_key_heads", "num_experts_per_tok",
-        "top_k_experts", "moe_k",
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "num_blocks",
+        "decoder_layers",
+        "encoder_layers",
+        "num_decoder_layers",
+        "num_encoder_layers",
+        "num_key_value_heads",
+        "linear_num_key_heads",
+        "num_experts_per_tok",
+        "top_k_experts",
+        "moe_k",
     ),
     4: (
-        "num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads",
-        "num_decoder_attention_heads", "num_encoder_attention_heads", "linear_num_value_heads", "num_experts",
-        "num_local_experts", "n_routed_experts", "moe_num_experts",
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "decoder_attention_heads",
+        "encoder_attention_heads",
+        "num_decoder_attention_heads",
+        "num_encoder_attention_heads",
+        "linear_num_value_heads",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
     ),
     16: ("head_dim", "global_head_dim", "linear_key_head_dim", "linear_value_head_dim"),
     96: ("intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff"),
     32: ("moe_intermediate_size", "shared_expert_intermediate_size"),
     128: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
-}  # fmt: skip
-#: Added to the sizes, in this order, until a model builds, runs and generates; `None` as a value: the type's own default.
+}
+#: Added to the sizes, in this order, until a model builds, runs and generates; `None` as a value:
+#: the type's own default.
 VARIANTS: list[dict[str, Any]] = [
     {}, {"num_key_value_heads": 4}, {"head_dim": None}, {"num_key_value_heads": 4, "head_dim": None},
     {"num_hidden_layers": 4}, {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": None},
@@ -105,7 +130,9 @@ def _now(config: Any, name: str) -> Any:
 
 
 def configured(kind: str, variant: dict[str, Any]) -> Any:
-    """A small configuration of a type: sizes that it has by the names in `SIZES`, special tokens inside the vocabulary."""
+    """A small configuration of a type: sizes that it has by the names in `SIZES`, special tokens
+    inside the vocabulary.
+    """
     cls = CONFIG_MAPPING[kind]
     default = cls()
     text = default.get_text_config()
@@ -181,9 +208,14 @@ def measure(kind: str) -> dict[str, Any]:
             own.append(float((made[0, len(prompt) - 1 : -1].log_softmax(-1) - log_p).abs().max()))
         path = logit_path(student)
         row |= {
-            "own": max(own), "kl": max(kl), "sampler": check_sampler(student), "scale": path.scale, "softcap": path.softcap,
-            "inner": path.inner, "batching": batching(student),
-        }  # fmt: skip
+            "own": max(own),
+            "kl": max(kl),
+            "sampler": check_sampler(student),
+            "scale": path.scale,
+            "softcap": path.softcap,
+            "inner": path.inner,
+            "batching": batching(student),
+        }
     except CompatibilityError as error:
         return row | {"result": "refused", "why": str(error)}
     row["result"] = "exact" if max(row["own"], row["kl"], row["sampler"]) < EXACT else "WRONG"

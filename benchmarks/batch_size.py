@@ -1,8 +1,10 @@
-"""Small against large batches: the tables of docs/batch_size.md, which `readme_results.py` writes. Nothing is run.
+"""Small against large batches: the tables of docs/batch_size.md, which `readme_results.py` writes.
+Nothing is run.
 
-docs/results.json trains on 256 prompts per step, docs/ablation/results.json on 32, with the same models, tasks, seeds and
-held-out prompts. Target: the final KL of plain OPD with the large batch at the reference learning rate. Compared with:
-`line_search` with the large batch from the reference rate.
+docs/results.json trains on 256 prompts per step, docs/ablation/results.json on 32, with the same
+models, tasks, seeds and held-out prompts. Target: the final KL of plain OPD with the large batch at
+the reference learning rate. Compared with: `line_search` with the large batch from the reference
+rate.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ STRATEGIES = ("plain", "line_search")
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of `cross_targets.across` for plain OPD and `line_search` with the small batch, at all their learning rates."""
+    """Rows of `cross_targets.across` for plain OPD and `line_search` with the small batch, at all
+    their learning rates.
+    """
     reference = large["settings"]["reference_learning_rate"]
     home, other = runs_of(large), runs_of(small)
     arms = sorted(
@@ -40,7 +44,9 @@ def settings_table(large: dict[str, Any], small: dict[str, Any]) -> str:
 
 
 def speed_table(large: dict[str, Any], small: dict[str, Any]) -> str:
-    """Speed-ups over `line_search` with large batches from the reference rate; one row per task, strategy and rate."""
+    """Speed-ups over `line_search` with large batches from the reference rate; one row per task,
+    strategy and rate.
+    """
     rows, reference = compared(large, small), large["settings"]["reference_learning_rate"]
     arms = dict.fromkeys((row["task"], row["strategy"], row["learning_rate"]) for row in rows)
     axes = {axis: name for axis, name in AXIS_NAMES.items() if axis != "steps"}

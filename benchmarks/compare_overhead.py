@@ -1,13 +1,15 @@
-"""What `effopd compare` costs beyond its runs, and whether runs side by side disturb each other's timing.
+"""What `effopd compare` costs beyond its runs, and whether runs side by side disturb each other's
+timing.
 
-    .venv/bin/python benchmarks/compare_overhead.py [--steps 16] [--seeds 0 1] [--out runs/compare-overhead]
+    .venv/bin/python benchmarks/compare_overhead.py [--steps 16] [--seeds 0 1] [--out DIR]
 
-The same grid (plain OPD and EffOPD on the testbed, a few steps) three times: one run at a time charged in wall-clock
-seconds, one at a time in CPU seconds, two at a time in CPU seconds; one thread each. Reported, over runs:
+The same grid (plain OPD and EffOPD on the testbed, a few steps) three times: one run at a time
+charged in wall-clock seconds, one at a time in CPU seconds, two at a time in CPU seconds; one
+thread each. Reported, over runs:
 
     clock       CPU seconds / wall-clock seconds of the same run, alone
     neighbour   CPU seconds with a neighbour / alone
-    ratio       the cost ratio plain / EffOPD with neighbours / the same alone (what a speed-up would be off by)
+    ratio       cost ratio plain / EffOPD with neighbours, divided by the same ratio alone
     overhead    share of the elapsed time in which no run's process existed, one run at a time
 
 Leave the machine alone meanwhile.

@@ -4,10 +4,11 @@
     .venv/bin/python benchmarks/demo_seeds.py --grid docs/results.json
     .venv/bin/python benchmarks/readme_results.py
 
-Runs `effopd quickstart` once a seed into runs/demo-FAMILY-SEED (a finished seed is not run again, only redrawn), copies
-the summaries and the first seed's figure to `--keep`, and prints the table and the medians. With `--grid` nothing is run:
-`recipes/compare-testbed.yaml` has the same three runs a seed, and their rows are taken from its results.json. Seconds are
-CPU seconds, so that other work on the machine does not count. docs/guide.md shows seed 0 of chain_sum; `readme_results.py`
+Runs `effopd quickstart` once a seed into runs/demo-FAMILY-SEED (a finished seed is not run again,
+only redrawn), copies the summaries and the first seed's figure to `--keep`, and prints the table
+and the medians. With `--grid` nothing is run: `recipes/compare-testbed.yaml` has the same three
+runs a seed, and their rows are taken from its results.json. Seconds are CPU seconds, so that other
+work on the machine does not count. docs/guide.md shows seed 0 of chain_sum; `readme_results.py`
 writes its output there from docs/demo/chain_sum-seed-0.json.
 """
 
@@ -66,7 +67,9 @@ def main() -> None:
 
 
 def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> None:
-    """The demo's summary and figure from the grid's runs at the reference learning rate with the demo's seed."""
+    """The demo's summary and figure from the grid's runs at the reference learning rate with the
+    demo's seed.
+    """
     base, settings = results["settings"]["base"], results["settings"]
     shutil.rmtree(root, ignore_errors=True)
     for arm in ARMS:
@@ -90,9 +93,12 @@ def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> N
 
 
 def table(summaries: dict[int, dict]) -> str:
-    """Markdown: a row a seed, then the medians; a seed that never reached the target counts as below every ratio."""
+    """Markdown: a row a seed, then the medians; a seed that never reached the target counts as
+    below every ratio.
+    """
     lines = [
-        "| seed | speed-up: steps | seconds | sampled tokens | accepted jumps (step: scale) | final accuracy: plain | EffOPD |",
+        "| seed | speed-up: steps | seconds | sampled tokens | accepted jumps (step: scale) "
+        "| final accuracy: plain | EffOPD |",
         "|---|---|---|---|---|---|---|",
     ]
     for seed, summary in summaries.items():

@@ -1,9 +1,11 @@
 """Why the demo's speed-up is what it is: EffOPD with one decision changed at a time.
 
-    .venv/bin/python benchmarks/demo_variants.py [--family chain_sum] [--seed 0] [--variants dv400 all strict ...]
+    .venv/bin/python benchmarks/demo_variants.py [--family chain_sum] [--seed 0] [--variants dv400
+    all strict ...]
 
-Needs the rows of `benchmarks/demo_seeds.py` for the same family and seed: plain OPD's there are the baseline. Prints
-steps, net seconds and sampled tokens as speed-ups to plain OPD's final smoothed held-out KL, and to shares of the gap.
+Needs the rows of `benchmarks/demo_seeds.py` for the same family and seed: plain OPD's there are the
+baseline. Prints steps, net seconds and sampled tokens as speed-ups to plain OPD's final smoothed
+held-out KL, and to shares of the gap.
 """
 
 from __future__ import annotations

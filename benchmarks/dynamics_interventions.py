@@ -1,11 +1,13 @@
-"""Analysis and interventions on the runs of `dynamics_runs.py`, through the commands, for docs/dynamics.md.
+"""Analysis and interventions on the runs of `dynamics_runs.py`, through the commands, for
+docs/dynamics.md.
 
-    .venv/bin/python benchmarks/dynamics_interventions.py [--family chain_sum] [--seeds 0 1 2 3 4] [--only analyze alpha …]
+    .venv/bin/python benchmarks/dynamics_interventions.py [--family chain_sum] [--seeds 0 1 2 3 4]
+    [--only analyze alpha …]
 
-`effopd analyze` over all seeds goes to runs/dynamics/FAMILY/analysis. The interventions run seed by seed, because each
-seed's distillation has its own teacher (its own RL model), into runs/dynamics/FAMILY/interventions-SEED: 400 held-out prompts,
-one answer each at temperature 1, the same prompts and sampling noise for every point of a seed. Finished work is not
-repeated.
+`effopd analyze` over all seeds goes to runs/dynamics/FAMILY/analysis. The interventions run seed by
+seed, because each seed's distillation has its own teacher (its own RL model), into
+runs/dynamics/FAMILY/interventions-SEED: 400 held-out prompts, one answer each at temperature 1, the
+same prompts and sampling noise for every point of a seed. Finished work is not repeated.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""docs/dynamics.md: each claim of the paper about update dynamics against the testbed, from the tables on disk.
+"""docs/dynamics.md: each claim of the paper about update dynamics against the testbed, from the
+tables on disk.
 
-    .venv/bin/python benchmarks/dynamics_page.py [--families chain_sum spell_backward] [--redraw] [--out docs]
+    .venv/bin/python benchmarks/dynamics_page.py [--families chain_sum spell_backward] [--redraw]
+    [--out docs]
 
-Reads what `dynamics_runs.py` and `dynamics_interventions.py` left in runs/dynamics, writes docs/dynamics/FAMILY.json (every number of
-the page, with the value of every seed) and the figures, and rewrites the page's tables from the JSON; `--redraw` does only
-that. A value is the mean over seeds with Student's 95 % interval; a comparison is paired by seed. The verdict follows from the interval alone: *shown* if it lies wholly on the
-claimed side, *the other way* if wholly on the opposite one, *undecided* otherwise.
+Reads what `dynamics_runs.py` and `dynamics_interventions.py` left in runs/dynamics, writes
+docs/dynamics/FAMILY.json (every number of the page, with the value of every seed) and the figures,
+and rewrites the page's tables from the JSON; `--redraw` does only that. A value is the mean over
+seeds with Student's 95 % interval; a comparison is paired by seed. The verdict follows from the
+interval alone: *shown* if it lies wholly on the claimed side, *the other way* if wholly on the
+opposite one, *undecided* otherwise.
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ class Row:
 
     Attributes:
         opd, rl: one value per seed.
-        test: the quantity the claim is about, one value per seed, and `side`: +1 if the claim says it is positive, −1 negative,
-            0 zero.
+        test: the quantity the claim is about, one value per seed, and `side`: +1 if the claim says
+            it is positive, −1 negative, 0 zero.
         unit: `number`, or `percent` for shares.
         margin: for side 0, how large a value still counts as nothing.
     """
@@ -59,11 +63,17 @@ class Row:
         """JSON-ready: mean, interval and the values of the seeds; NaN becomes `None`."""
         test = student_t(self.test)
         return {
-            "claim": self.claim, "quantity": self.quantity, "unit": self.unit, "side": self.side, "margin": self.margin,
+            "claim": self.claim,
+            "quantity": self.quantity,
+            "unit": self.unit,
+            "side": self.side,
+            "margin": self.margin,
             "verdict": verdict(test.low, test.high, self.side, self.margin),
-            **{name: asdict(student_t(values)) | {"values": [None if math.isnan(v) else v for v in values]}
-               for name, values in (("opd", self.opd), ("rl", self.rl), ("test", self.test))},
-        }  # fmt: skip
+            **{
+                name: asdict(student_t(values)) | {"values": [None if math.isnan(v) else v for v in values]}
+                for name, values in (("opd", self.opd), ("rl", self.rl), ("test", self.test))
+            },
+        }
 
 
 def verdict(low: float, high: float, side: int, margin: float) -> str:
@@ -133,7 +143,9 @@ def gain_share(table: pd.DataFrame, accuracy: float, run: str) -> float:
 
 
 def norm_at(table: pd.DataFrame, run: str, share: float) -> float:
-    """‖W_t − W0‖ where the smoothed accuracy first reaches base + share × (RL's final gain); NaN if never."""
+    """‖W_t − W0‖ where the smoothed accuracy first reaches base + share × (RL's final gain); NaN if
+    never.
+    """
     rows = table[(table["intervention"] == "trajectory") & (table["run"] == run)].sort_values("step")
     base = accuracy_of(table, "reference", "base")
     target = base + share * (accuracy_of(table, "reference", "rl") - base)
@@ -198,41 +210,112 @@ def rows_of(family: Family) -> list[Row]:
         f.compare(a, "final accuracy", f.measured(lambda t, g: accuracy_of(t, "reference", g)), 0, "percent"),
         f.compare(a, "‖ΔW‖ at the end", f.run(lambda run: run["update_norm"]), -1),
         f.compare(a, "‖ΔW_t‖ when 80 % of RL's gain is reached", f.measured(lambda t, g: norm_at(t, g, 0.8)), -1),
-        f.each(b, "change in accuracy with the base's embeddings (OPD)", f.measured(
-            lambda t, g: float(t[(t["intervention"] == "embedding") & (t["run"] == g)]["change_from_trained"].iloc[0])
-        ), "opd", 0, "percent", margin=0.02),
-        f.each(b, "share of the gain from the embeddings alone (OPD)",
-               f.measured(lambda t, g: swap(t, g, "embedding", "only")), "opd", 0, "percent", margin=0.05),
-        f.each(c, "gain from all MLPs − gain from all attention (OPD)",
-               f.measured(lambda t, g: swap(t, g, "mlp", "only") - swap(t, g, "attention", "only")), "opd", 1, "percent"),
-        f.each(c, "gain from one middle MLP − from one outer MLP (OPD)",
-               f.measured(lambda t, g: window(t, g, "mlp", middle) - window(t, g, "mlp", ends)), "opd", 1, "percent"),
-        f.compare(d, "share of ‖ΔW‖² in the first and last layer",
-                  f.run(lambda run: layer_share(run["layers"], lambda i, count: i in (0, count - 1))), -1, "percent"),
+        f.each(
+            b,
+            "change in accuracy with the base's embeddings (OPD)",
+            f.measured(
+                lambda t, g: float(
+                    t[(t["intervention"] == "embedding") & (t["run"] == g)]["change_from_trained"].iloc[0]
+                )
+            ),
+            "opd",
+            0,
+            "percent",
+            margin=0.02,
+        ),
+        f.each(
+            b,
+            "share of the gain from the embeddings alone (OPD)",
+            f.measured(lambda t, g: swap(t, g, "embedding", "only")),
+            "opd",
+            0,
+            "percent",
+            margin=0.05,
+        ),
+        f.each(
+            c,
+            "gain from all MLPs − gain from all attention (OPD)",
+            f.measured(lambda t, g: swap(t, g, "mlp", "only") - swap(t, g, "attention", "only")),
+            "opd",
+            1,
+            "percent",
+        ),
+        f.each(
+            c,
+            "gain from one middle MLP − from one outer MLP (OPD)",
+            f.measured(lambda t, g: window(t, g, "mlp", middle) - window(t, g, "mlp", ends)),
+            "opd",
+            1,
+            "percent",
+        ),
+        f.compare(
+            d,
+            "share of ‖ΔW‖² in the first and last layer",
+            f.run(lambda run: layer_share(run["layers"], lambda i, count: i in (0, count - 1))),
+            -1,
+            "percent",
+        ),
         *(f.compare(e, label, f.metric(name), side, unit) for name, (label, side, unit) in metrics.items()),
         *(f.compare(h, label, f.metric(name), 1, "percent") for name, label in early.items()),
-        f.each(h, "path of u1: variance in a plane beyond a random walk (OPD)", {
-            g: [x - y for x, y in zip(f.metric("u1_evr")[g], f.metric("u1_evr_null_mean")[g], strict=True)]
-            for g in ("opd", "rl")
-        }, "opd", 1, "percent"),
+        f.each(
+            h,
+            "path of u1: variance in a plane beyond a random walk (OPD)",
+            {
+                g: [x - y for x, y in zip(f.metric("u1_evr")[g], f.metric("u1_evr_null_mean")[g], strict=True)]
+                for g in ("opd", "rl")
+            },
+            "opd",
+            1,
+            "percent",
+        ),
         f.each(n, f"share of the gain at step {EARLY}, β = 0 (as it is)", f.measured(beta(0.0)), "opd", 1, "percent"),
         f.each(n, f"share of the gain at step {EARLY}, β = 1", f.measured(beta(1.0)), "opd", 1, "percent"),
-        f.each(n, "β = 1: share of the gain − 80 % (OPD)",
-               {g: [v - 0.8 for v in values] for g, values in f.measured(beta(1.0)).items()}, "opd", 1, "percent"),
-        f.each(LONGER, f"best β by accuracy − by KL at step {EARLY} (OPD)",
-               f.measured(overshoot), "opd", 1),
-        *(f.each(k, f"share of the gain from the top {p:g} % of the matrices, shared norm, the rest trained (OPD)", f.measured(rank("top", p)), "opd", 1, "percent")
-          for p in (1, 5, 20)),
-        f.each(k, "share of the gain from the bottom 50 % of the matrices, beyond embeddings alone (OPD)",
-               f.measured(lambda t, g: rank("bottom", 50)(t, g) - swap(t, g, "embedding", "only")), "opd", 0, "percent", margin=0.05),
+        f.each(
+            n,
+            "β = 1: share of the gain − 80 % (OPD)",
+            {g: [v - 0.8 for v in values] for g, values in f.measured(beta(1.0)).items()},
+            "opd",
+            1,
+            "percent",
+        ),
+        f.each(LONGER, f"best β by accuracy − by KL at step {EARLY} (OPD)", f.measured(overshoot), "opd", 1),
+        *(
+            f.each(
+                k,
+                f"share of the gain from the top {p:g} % of the matrices, shared norm, the rest trained (OPD)",
+                f.measured(rank("top", p)),
+                "opd",
+                1,
+                "percent",
+            )
+            for p in (1, 5, 20)
+        ),
+        f.each(
+            k,
+            "share of the gain from the bottom 50 % of the matrices, beyond embeddings alone (OPD)",
+            f.measured(lambda t, g: rank("bottom", 50)(t, g) - swap(t, g, "embedding", "only")),
+            "opd",
+            0,
+            "percent",
+            margin=0.05,
+        ),
         f.compare(k, "top 1 %, shared norm: OPD − RL", f.measured(rank("top", 1)), 1, "percent"),
-        f.each(r, "change in accuracy by a random move of the same norm (OPD's)", f.measured(random_change), "opd", 0,
-               "percent", margin=0.02),
-    ]  # fmt: skip
+        f.each(
+            r,
+            "change in accuracy by a random move of the same norm (OPD's)",
+            f.measured(random_change),
+            "opd",
+            0,
+            "percent",
+            margin=0.02,
+        ),
+    ]
 
 
 def page_table(families: Mapping[str, Any]) -> str:
-    """One Markdown table per family; ° marks a value that differs from zero at 5 % but not after Holm's correction."""
+    """One Markdown table per family; ° marks a value that differs from zero at 5 % but not after
+    Holm's correction.
+    """
     text, kept = [], iter(holm([p_value(row["test"]) for family in families.values() for row in family["rows"]]))
     for name, family in families.items():
         text += [
@@ -279,7 +362,9 @@ def tests_table(families: Mapping[str, Any]) -> str:
         "tasks": len(families),
         "seeds per task": "–".join(str(count) for count in sorted(seeds)),
         "held-out prompts, the same for all seeds": PROMPTS,
-        "largest standard error of an accuracy from the choice of prompts": f"{100 * math.sqrt(0.25 / PROMPTS):.1f} points",
+        "largest standard error of an accuracy from the choice of prompts": (
+            f"{100 * math.sqrt(0.25 / PROMPTS):.1f} points"
+        ),
         "value of every seed stored in the JSON": "yes" if all("values" in row["test"] for row in rows) else "no",
     }
     return "\n".join(
@@ -288,7 +373,9 @@ def tests_table(families: Mapping[str, Any]) -> str:
 
 
 def measure(root: Path, out: Path, *, figures: bool) -> None:
-    """docs/dynamics/FAMILY.json from the tables of a family's runs; with `figures`, those of the page too."""
+    """docs/dynamics/FAMILY.json from the tables of a family's runs; with `figures`, those of the
+    page too.
+    """
     family = Family(root)
     content = {"seeds": family.seeds, "rows": [row.to_row() for row in rows_of(family)]}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,11 +1,14 @@
-"""The runs behind docs/dynamics.md: reinforcement learning and on-policy distillation from one base, step by step.
+"""The runs behind docs/dynamics.md: reinforcement learning and on-policy distillation from one
+base, step by step.
 
-    .venv/bin/python benchmarks/dynamics_runs.py [--family chain_sum] [--seeds 0 1 2 3 4] [--steps 128]
+    .venv/bin/python benchmarks/dynamics_runs.py [--family chain_sum] [--seeds 0 1 2 3 4] [--steps
+    128]
 
-For each seed: `effopd rl` (GRPO, the paper's preset) tunes the testbed's student on the family, then that seed's own RL
-model teaches the same student by plain `effopd train`: the paper's set-up, where the teacher is the RL-tuned version of
-the student's base. Both go over the same questions with the same learning rate, optimizer, number of steps and answers a
-step. Weights are kept every 4 steps in runs/dynamics/FAMILY/{rl,opd}-SEED/trajectory/. A finished run is not run again.
+For each seed: `effopd rl` (GRPO, the paper's preset) tunes the testbed's student on the family,
+then that seed's own RL model teaches the same student by plain `effopd train`: the paper's set-up,
+where the teacher is the RL-tuned version of the student's base. Both go over the same questions
+with the same learning rate, optimizer, number of steps and answers a step. Weights are kept every 4
+steps in runs/dynamics/FAMILY/{rl,opd}-SEED/trajectory/. A finished run is not run again.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""How good are the models at the end, on enough answers to tell? Held-out reverse KL and accuracy of finished comparison runs.
+"""How good are the models at the end, on enough answers to tell? Held-out reverse KL and accuracy
+of finished comparison runs.
 
-    .venv/bin/python benchmarks/final_quality.py recipes/compare-testbed.yaml [--size 3000] [--out docs/final_quality.json]
+    .venv/bin/python benchmarks/final_quality.py recipes/compare-testbed.yaml [--size 3000] [--out
+    docs/final_quality.json]
 
-During a run the KL is measured on 256 answers. Near the end most of it comes from a handful of answers (`tail`: the share of the
-largest 1 %), so one more or one less of them decides a comparison. Here every final model answers the same `size` questions of
-the test split, which no run has seen, with the same sampling noise. Printed, medians over seeds [range]: the KL in nats per
-token, its difference from plain OPD at the same learning rate seed by seed, the difference of the accuracies, the tail's share, and
-the KL of the median answer per token. Models that have been measured already are read from `--out`.
+During a run the KL is measured on 256 answers. Near the end most of it comes from a handful of
+answers (`tail`: the share of the largest 1 %), so one more or one less of them decides a
+comparison. Here every final model answers the same `size` questions of the test split, which no run
+has seen, with the same sampling noise. Printed, medians over seeds [range]: the KL in nats per
+token, its difference from plain OPD at the same learning rate seed by seed, the difference of the
+accuracies, the tail's share, and the KL of the median answer per token. Models that have been
+measured already are read from `--out`.
 """
 
 from __future__ import annotations
@@ -80,7 +84,8 @@ def show(rows: list[dict], grid: Grid) -> None:
         return f"{median.median:{form}} [{median.low:{form}}, {median.high:{form}}]" if median.n else "–"
 
     print(
-        "| task | learning rate | strategy | n | KL | minus plain OPD's | accuracy minus plain OPD's | tail | median answer's KL |"
+        "| task | learning rate | strategy | n | KL | minus plain OPD's | accuracy minus "
+        "plain OPD's | tail | median answer's KL |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for task, rate, strategy in sorted({key[:3] for key in values}):

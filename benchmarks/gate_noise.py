@@ -2,17 +2,21 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/gate_noise.py [--out docs/gate_noise.json]
 
-The real search on the testbed, with candidates that are no better than the start, so that everything it accepts is noise:
+The real search on the testbed, with candidates that are no better than the start, so that
+everything it accepts is noise:
 
-1. Fresh sampling noise. Every candidate is the same model and answers anew. Many answers a prompt are sampled once and
-   graded; searches are then replayed from them. A search draws its own D_v, and no answer serves it twice, so its
-   scores are distributed like those of real sampling. First failure ends a search: P(any accepted) = P(first accepted).
-   If scores never tied, the k-th candidate would be accepted with probability 1 / (k + 1)!, whatever the model.
-2. Shared sampling noise, as the package does it. Candidates are the weights plus a random direction whose norm is ε
-   times that of each tensor, at the search's scales (so the last candidate is 10 ε away), scored by the real scorer with
-   one seed a search. Displacements of real searches are about 5e-4 (step 1) to 4e-3 (step 64) times the weights.
+1. Fresh sampling noise. Every candidate is the same model and answers anew. Many answers a prompt
+   are sampled once and graded; searches are then replayed from them. A search draws its own D_v,
+   and no answer serves it twice, so its scores are distributed like those of real sampling. First
+   failure ends a search: P(any accepted) = P(first accepted). If scores never tied, the k-th
+   candidate would be accepted with probability 1 / (k + 1)!, whatever the model.
+2. Shared sampling noise, as the package does it. Candidates are the weights plus a random direction
+   whose norm is ε times that of each tensor, at the search's scales (so the last candidate is 10 ε
+   away), scored by the real scorer with one seed a search. Displacements of real searches are about
+   5e-4 (step 1) to 4e-3 (step 64) times the weights.
 
-Takes about nine minutes of one core, most of it for the second part, which is therefore done for the student only.
+Takes about nine minutes of one core, most of it for the second part, which is therefore done for
+the student only.
 """
 
 from __future__ import annotations
@@ -46,21 +50,22 @@ from effopd.tasks.evaluate import evaluate
 from effopd.tasks.sampling import Sampling
 
 SCALES = tuple(EffOPDConfig().args["scales"])
-#: The paper's and the released code's; `benchmarks/off_policy.py` has the false accepts of line_search's.
+#: The paper's and the released code's; `benchmarks/off_policy.py` has the false accepts of
+#: line_search's.
 GATES = ("not_worse", "better")
 PATHS = {"student": testbed.student_path, "teacher": testbed.teacher_path}
 #: Searches replayed at a time.
 _CHUNK = 2000
 
 
-# -- 1: fresh noise -----------------------------------------------------------------------------------------------
+# -- 1: fresh noise --------------------------------------------------------------------------------
 
 
 def scores_of_searches(correct_PA: np.ndarray, size: int, searches: int, rng: np.random.Generator) -> np.ndarray:
     """Numbers of right answers [searches, 1 + candidates], each search on its own `size` prompts.
 
-    Of one prompt's A answers, every scoring takes another one: the next is right with probability (right ones left) /
-    (answers left), which is drawing without replacement.
+    Of one prompt's A answers, every scoring takes another one: the next is right with probability
+    (right ones left) / (answers left), which is drawing without replacement.
     """
     prompts, answers = correct_PA.shape
     right_P = correct_PA.sum(1)
@@ -79,7 +84,9 @@ def scores_of_searches(correct_PA: np.ndarray, size: int, searches: int, rng: np
 
 
 def accepted_candidates(scores_SK: np.ndarray, gate: str) -> np.ndarray:
-    """How many candidates each search accepts before its first failure: `first_failure_search`, all rows at once."""
+    """How many candidates each search accepts before its first failure: `first_failure_search`, all
+    rows at once.
+    """
     before, after = scores_SK[:, :-1], scores_SK[:, 1:]  # while all are accepted, the best so far is the one before
     passed = after >= before if gate == "not_worse" else after > before
     return np.cumprod(passed, axis=1).sum(1)
@@ -96,7 +103,9 @@ def check_against_the_real_search(scores_SK: np.ndarray, gate: str, sample: int 
 
 
 def describe(accepted_S: np.ndarray) -> dict[str, Any]:
-    """What a set of searches did, from how many candidates each accepted; intervals are Wilson's, 95 %."""
+    """What a set of searches did, from how many candidates each accepted; intervals are Wilson's,
+    95 %.
+    """
     scales = np.array((0.0, *SCALES))[accepted_S]
     first, last = (accuracy_interval([[bool(x)] for x in accepted_S >= k]) for k in (1, len(SCALES)))
     return {
@@ -111,7 +120,9 @@ def describe(accepted_S: np.ndarray) -> dict[str, Any]:
 
 
 def no_ties() -> dict[str, Any]:
-    """The same figures for scores that never tie: the k-th candidate is accepted when k + 1 scores happen to rise."""
+    """The same figures for scores that never tie: the k-th candidate is accepted when k + 1 scores
+    happen to rise.
+    """
     reached = 1 / np.cumprod(np.arange(2.0, len(SCALES) + 2))
     mean = float((np.diff((0.0, *SCALES)) * reached).sum())
     return {
@@ -134,7 +145,7 @@ def fresh_noise(correct_PA: np.ndarray, arguments: argparse.Namespace, seed: int
             )
 
 
-# -- 2: shared noise ----------------------------------------------------------------------------------------------
+# -- 2: shared noise -------------------------------------------------------------------------------
 
 
 def noise_direction(seed: int, step: int, relative: float):
@@ -149,7 +160,9 @@ def noise_direction(seed: int, step: int, relative: float):
 
 @dataclass
 class Repeats:
-    """What repeated searches of one ε found: candidates accepted by gate; the first candidate against the start."""
+    """What repeated searches of one ε found: candidates accepted by gate; the first candidate
+    against the start.
+    """
 
     accepted: dict[str, list[int]] = field(default_factory=lambda: {gate: [] for gate in GATES})
     tied: list[bool] = field(default_factory=list)
@@ -176,7 +189,9 @@ class Repeats:
 
 
 def shared_noise(model, tokenizer, task: Task, arguments: argparse.Namespace, bar: tqdm) -> Iterator[dict[str, Any]]:
-    """A row for every ε and gate. A repeat has its own D_v, direction and sampling seed, the same for every ε."""
+    """A row for every ε and gate. A repeat has its own D_v, direction and sampling seed, the same
+    for every ε.
+    """
     weights, found = LiveWeights(model), {relative: Repeats() for relative in arguments.relative}
     for repeat in range(arguments.repeats):
         validation = task.sample(arguments.validation_size, seed=seed_of(arguments.seed, repeat, "D_v"))
@@ -211,7 +226,7 @@ def remembered(known: dict[float, Score], sample: Callable[[float], Score], scal
     return known[scale]
 
 
-# -- both -----------------------------------------------------------------------------------------------------------
+# -- both ------------------------------------------------------------------------------------------
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """How often does the paper's gate (≥ on 50 answers) accept a move that helps, and one that harms?
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/gate_power.py [--seeds 0 1] [--out docs/gate_power.json]
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/gate_power.py [--seeds 0 1] [--out
+    docs/gate_power.json]
 
-At every search of `effopd` runs on the testbed, W + sΔ is scored for the paper's scales s = 2, 4, …, 10 and, to have moves
-that harm, backwards (s = -2, -6, -10). Δ is the real displacement since the last search. Each point answers `--searches`
-disjoint D_v of 50 training prompts. The gate compares it with W on the same D_v in two ways:
+At every search of `effopd` runs on the testbed, W + sΔ is scored for the paper's scales s = 2, 4,
+…, 10 and, to have moves that harm, backwards (s = -2, -6, -10). Δ is the real displacement since
+the last search. Each point answers `--searches` disjoint D_v of 50 training prompts. The gate
+compares it with W on the same D_v in two ways:
 
 - shared noise: both sampled with the same random numbers, as the package does it;
 - fresh noise: each sampled with its own.
 
-The true change in accuracy is the mean over all D_v (500 answers by default, paired); moves are grouped by it, so a move
-next to the edge of a group may belong to the other one (`change_se`). False accepts are the accepted share of moves that
-harm, power that of moves that help. Takes about 7 minutes of one core. The training run goes on with its own search.
+The true change in accuracy is the mean over all D_v (500 answers by default, paired); moves are
+grouped by it, so a move next to the edge of a group may belong to the other one (`change_se`).
+False accepts are the accepted share of moves that harm, power that of moves that help. Takes about
+7 minutes of one core. The training run goes on with its own search.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ SIZE = 50
 
 
 class Measuring:
-    """The run's own scorer; before the first candidate of every search, `rows` and `searches` get what the gate would do."""
+    """The run's own scorer; before the first candidate of every search, `rows` and `searches` get
+    what the gate would do.
+    """
 
     def __init__(self, scorer, trainer, callback, where: dict[str, Any], count: int):
         self._scorer, self._trainer, self._callback, self._where = scorer, trainer, callback, where
@@ -67,8 +72,8 @@ class Measuring:
         return self._scorer(model)
 
     def _grades(self, model, scale: float, seed: int) -> np.ndarray:
-        """Grades [D_v, prompt] of W + sΔ, all D_v in a few batches with one seed: every answer has its own noise in them,
-        the same at every scale."""
+        """Grades [D_v, prompt] of W + sΔ, all D_v in a few batches with one seed: every answer has
+        its own noise in them, the same at every scale."""
         self._callback.look_ahead.weights.move_to(scale)
         result = evaluate(
             model,
@@ -122,7 +127,9 @@ def measure_run(family: str, seed: int, count: int, steps: int) -> Measuring:
 
 
 def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Accepted shares of moves by their true change: all together with Wilson's interval over searches, and by run."""
+    """Accepted shares of moves by their true change: all together with Wilson's interval over
+    searches, and by run.
+    """
     found = []
     for low, high in zip((-np.inf, *EDGES), (*EDGES, np.inf), strict=True):
         own = [row for row in rows if low <= row["change"] < high]

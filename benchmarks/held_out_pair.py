@@ -1,13 +1,16 @@
-"""A student and a teacher for a task that no rule of `line_search` was chosen on, in a shape of their own.
+"""A student and a teacher for a task that no rule of `line_search` was chosen on, in a shape of
+their own.
 
-    .venv/bin/python benchmarks/held_out_pair.py      # runs/held-out/student, …/teacher, …/card.json
+    .venv/bin/python benchmarks/held_out_pair.py
+        runs/held-out/student, …/teacher, …/card.json
     effopd compare recipes/compare-held-out.yaml
     effopd compare --report runs/compare-held-out --out docs/held_out
 
-reasoning-gym's `number_filtering` with three to five one-digit numbers ("Remove all numbers smaller than 4 in this
-list: ['3', '8', '1']"). The testbed's recipe otherwise: supervised training on worked answers in which each decision, keep a
-number or not, is falsified with probability 0.22, so that the most likely answer is right and a sampled one seldom; then GRPO.
-Three wide layers instead of four, 0.9M parameters.
+reasoning-gym's `number_filtering` with three to five one-digit numbers ("Remove all numbers smaller
+than 4 in this list: ['3', '8', '1']"). The testbed's recipe otherwise: supervised training on
+worked answers in which each decision, keep a number or not, is falsified with probability 0.22, so
+that the most likely answer is right and a sampled one seldom; then GRPO. Three wide layers instead
+of four, 0.9M parameters.
 """
 
 from __future__ import annotations
@@ -63,7 +66,9 @@ ENDING = "\nReturn the new list in the same format."
 
 
 def worked(example: Example, rng: random.Random) -> str:
-    """Every number with y (it stays) or n, then the list they lead to; each decision falsified with probability `CORRUPTION`."""
+    """Every number with y (it stays) or n, then the list they lead to; each decision falsified with
+    probability `CORRUPTION`.
+    """
     entry = example.metadata["entry"]
     numbers, kept = entry["metadata"]["original_numbers"], set(ast.literal_eval(entry["answer"]))
     stays = [(number in kept) != (rng.random() < CORRUPTION) for number in numbers]

@@ -1,9 +1,11 @@
-"""Did each accepted jump help? Held-out KL and accuracy at the evaluation before it and right after it.
+"""Did each accepted jump help? Held-out KL and accuracy at the evaluation before it and right after
+it.
 
     .venv/bin/python benchmarks/jumps.py runs/demo-chain_sum-0/effopd [RUN_DIR ...]
 
-Reads `searches.jsonl` and `evals.jsonl` only. "Before" is the last evaluation at an earlier step, so it lags the jump
-by up to `eval_steps` steps of ordinary training (which lower the KL a little): the listed change flatters the jump.
+Reads `searches.jsonl` and `evals.jsonl` only. "Before" is the last evaluation at an earlier step,
+so it lags the jump by up to `eval_steps` steps of ordinary training (which lower the KL a little):
+the listed change flatters the jump.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Whether `effopd analyze` cuts the tensors of every causal language model in transformers as its forward pass does.
+"""Whether `effopd analyze` cuts the tensors of every causal language model in transformers as its
+forward pass does.
 
-    python benchmarks/layouts.py [MODEL_TYPE …]     all types: rewrites the tables of docs/layouts.md; some: prints their rows
+    python benchmarks/layouts.py              # all types; writes the tables of docs/layouts.md
+    python benchmarks/layouts.py TYPE …       # these types; prints their rows
 
-Each model type is built tiny and random and saved. Then one kind of matrix at a time is changed *in the file*, through
-`Part.put`, and the model is loaded again. What the change does to the output of the attention or the MLP of a layer tells
-what was changed, whatever it is called and however it is stored. With x the input of the last token and d ⟂ x:
+Each model type is built tiny and random and saved. Then one kind of matrix at a time is changed *in
+the file*, through `Part.put`, and the model is loaded again. What the change does to the output of
+the attention or the MLP of a layer tells what was changed, whatever it is called and however it is
+stored. With x the input of the last token and d ⟂ x:
 
     attention   one token, any change       last of four tokens, change along d
     q           nothing                     nothing (q is that of the last token alone)
@@ -17,7 +20,8 @@ what was changed, whatever it is called and however it is stored. With x the inp
     up          nothing                     twice the effect where there is a gate
     down        one row moves one coordinate of the output
 
-Attention with sinks, or without a softmax, does not follow the first table; there only whole rows of it are compared.
+Attention with sinks, or without a softmax, does not follow the first table; there only whole rows
+of it are compared.
 """
 
 from __future__ import annotations
@@ -146,7 +150,9 @@ class Model:
         self.base = self.outputs({})
 
     def outputs(self, edited: dict[str, Tensor]) -> dict[tuple[str, int, int], tuple[Tensor, Tensor]]:
-        """(module, layer, tokens) → input and output of it, float64, with these tensors edited in the file."""
+        """(module, layer, tokens) → input and output of it, float64, with these tensors edited in
+        the file.
+        """
         names = (*self.checkpoint.shapes, *self.checkpoint.tables)
         tensors = {n: self.checkpoint.load(n) if n in self.checkpoint.shapes else self.checkpoint.load_table(n)
                    for n in names} | edited  # fmt: skip
@@ -205,7 +211,9 @@ def edited(model: Model, parts: list[Part], change: Callable[[Part], Tensor]) ->
 
 
 def rank_one(part: Part, along: Tensor | None, size: float = 1.0) -> Tensor:
-    """A change of every row, by another multiple each, along one direction of the inputs (or a random one)."""
+    """A change of every row, by another multiple each, along one direction of the inputs (or a
+    random one).
+    """
     generator = torch.Generator().manual_seed(7)
     rows = torch.randn(part.shape[0], 1, generator=generator, dtype=torch.float64)
     columns = torch.randn(1, part.shape[1], generator=generator, dtype=torch.float64)
@@ -221,7 +229,9 @@ def moved(a: Tensor, b: Tensor) -> bool:
 
 
 def attention_sign(model: Model, parts: list[Part], layer: int) -> tuple[bool, bool] | None:
-    """How an attention matrix shows in the output; `None` where the layer was not found or the input is another."""
+    """How an attention matrix shows in the output; `None` where the layer was not found or the
+    input is another.
+    """
     if ("attention", layer, 4) not in model.base:
         return None
     x, out = model.base["attention", layer, 4]

@@ -1,10 +1,11 @@
-"""The dry run's memory estimate against the peak of real runs: two steps on the CPU, one process each.
+"""The dry run's memory estimate against the peak of real runs: two steps on the CPU, one process
+each.
 
     python benchmarks/memory_estimate.py --sizes 20M 60M 135M --out runs/memory_estimate
 
-For every size, with and without activation checkpointing, a random Llama-shaped pair is written, `effopd train` runs two
-steps in a process of its own, and its peak resident memory (`ru_maxrss`) is printed beside the estimate. One run at a
-time; the largest takes about 12 GB.
+For every size, with and without activation checkpointing, a random Llama-shaped pair is written,
+`effopd train` runs two steps in a process of its own, and its peak resident memory (`ru_maxrss`) is
+printed beside the estimate. One run at a time; the largest takes about 12 GB.
 """
 
 from __future__ import annotations
@@ -45,10 +46,18 @@ def write_pair(folder: Path, size: str) -> None:
     for seed, role in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, num_attention_heads=heads,
-            num_key_value_heads=key_values, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=256, pad_token_id=256,
-        )  # fmt: skip
+            vocab_size=vocab,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            num_key_value_heads=key_values,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=256,
+            pad_token_id=256,
+        )
         LlamaForCausalLM(config).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
     rows = [{"problem": f"{i} + {i + 1} = ?", "answer": str(2 * i + 1)} for i in range(64)]
@@ -58,11 +67,33 @@ def write_pair(folder: Path, size: str) -> None:
 def command(folder: Path, *, checkpointing: bool, rows: int, answer: int) -> list[str]:
     """The flags of a run."""
     return [
-        "--model_name_or_path", str(folder / "student"), "--teacher_model_name_or_path", str(folder / "teacher"),
-        "--task", f"math:{folder / 'math.jsonl'}", "--as_chat", "false", "--prompt_suffix", "", "--per_device_train_batch_size",
-        str(rows), "--max_completion_length", str(answer), "--max_steps", "2", "--save_strategy", "no", "--report_to", "none",
-        "--use_cpu", "true", "--activation_checkpointing", str(checkpointing).lower(), "--output_dir", str(folder / "run"),
-    ]  # fmt: skip
+        "--model_name_or_path",
+        str(folder / "student"),
+        "--teacher_model_name_or_path",
+        str(folder / "teacher"),
+        "--task",
+        f"math:{folder / 'math.jsonl'}",
+        "--as_chat",
+        "false",
+        "--prompt_suffix",
+        "",
+        "--per_device_train_batch_size",
+        str(rows),
+        "--max_completion_length",
+        str(answer),
+        "--max_steps",
+        "2",
+        "--save_strategy",
+        "no",
+        "--report_to",
+        "none",
+        "--use_cpu",
+        "true",
+        "--activation_checkpointing",
+        str(checkpointing).lower(),
+        "--output_dir",
+        str(folder / "run"),
+    ]
 
 
 def estimate(flags: list[str]) -> int:

@@ -1,20 +1,24 @@
-"""Does it matter that candidates are scored on rollouts of W, and how many rollouts does a decision need?
+"""Does it matter that candidates are scored on rollouts of W, and how many rollouts does a decision
+need?
 
-    .venv/bin/python benchmarks/off_policy.py [--family chain_sum] [--seed 0] [--max_steps 24] [--out docs/off_policy.json]
+    .venv/bin/python benchmarks/off_policy.py [--family chain_sum] [--seed 0] [--max_steps 24]
+    [--out docs/off_policy.json]
 
-At every search of a `line_search` run, every scale of a grid is scored in all these ways, and by the truth: the exact
-reverse KL on 256 held-out prompts that the candidate answers itself.
+At every search of a `line_search` run, every scale of a grid is scored in all these ways, and by
+the truth: the exact reverse KL on 256 held-out prompts that the candidate answers itself.
 
 - `plain`: on the rollouts of W as they are, what `teacher_kl` does;
 - `weighted`: the same with self-normalised importance weights of the prefixes, cut off at 10;
-- `trusted`: `plain`, among the candidates with KL(candidate ‖ W) <= --radius nats per token on the same tokens;
-- `confirmed`: `plain`'s two best, rolled out again on 32 training prompts and scored on that (its cost: generation).
+- `trusted`: `plain`, among the candidates with KL(candidate ‖ W) <= --radius nats per token on the
+    same tokens;
+- `confirmed`: `plain`'s two best, rolled out again on 32 training prompts and scored on that (its
+    cost: generation).
 
-Printed: the mean truth of what each picks, relative to the best of the grid and to staying, and the seconds of scoring
-relative to `plain`. The training run itself goes on with its own search.
+Printed: the mean truth of what each picks, relative to the best of the grid and to staying, and the
+seconds of scoring relative to `plain`. The training run itself goes on with its own search.
 
-Also the gate's errors (`gate_errors`), by simulation from the 256 rollouts' real gains, and what a sequential test would
-save (`racing`).
+Also the gate's errors (`gate_errors`), by simulation from the 256 rollouts' real gains, and what a
+sequential test would save (`racing`).
 """
 
 from __future__ import annotations
@@ -45,7 +49,9 @@ CUT = 10.0
 
 
 class Watching(RolloutScorer):
-    """`teacher_kl`, and before the first candidate of a search all ways of scoring the whole grid."""
+    """`teacher_kl`, and before the first candidate of a search all ways of scoring the whole
+    grid.
+    """
 
     rows: list[dict]
 
@@ -104,9 +110,14 @@ class Watching(RolloutScorer):
         trainer = self._trainer
         with isolated_rng(0):
             return evaluate_task(
-                model, trainer.teacher_model, trainer.processing_class, task, trainer.args, vocab_size=trainer.vocab_size,
+                model,
+                trainer.teacher_model,
+                trainer.processing_class,
+                task,
+                trainer.args,
+                vocab_size=trainer.vocab_size,
                 autocast=trainer.accelerator.autocast,
-            )[0]  # fmt: skip
+            )[0]
 
     @torch.no_grad()
     def tokens(self, model, batches):
@@ -136,7 +147,9 @@ class Watching(RolloutScorer):
 
 
 def summary(rows: list[dict], radius: float) -> dict:
-    """What each way of scoring picks, in truth: KL of the pick over the best of the grid (geometric mean) …"""
+    """What each way of scoring picks, in truth: KL of the pick over the best of the grid (geometric
+    mean) …
+    """
     stay = GRID.index(0.0)
     excess: dict[str, list[float]] = {}
     gained: dict[str, list[float]] = {}
@@ -171,10 +184,11 @@ def summary(rows: list[dict], radius: float) -> dict:
 
 
 def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str, dict[str, float]]:
-    """Line searches on `rollouts` of the rollouts (scales of the grid, no refinement), by gate: how often they jump ahead
-    where there is nothing to find (each rollout's gains times a random sign: the same sizes, and a true gain of 0), how often
-    on the gains as they are, and how often to a point that is in truth worse than staying; the same of steps back, which
-    every gate lets pass on any gain."""
+    """Line searches on `rollouts` of the rollouts (scales of the grid, no refinement), by gate: how
+    often they jump ahead where there is nothing to find (each rollout's gains times a random sign:
+    the same sizes, and a true gain of 0), how often on the gains as they are, and how often to a
+    point that is in truth worse than staying; the same of steps back, which every gate lets pass on
+    any gain."""
     rng, stay = np.random.default_rng(0), GRID.index(0.0)
     gates = {"better": ("better", 2.0)} | {f"significant {z:g}": ("significant", z) for z in (1.0, 1.5, 2.0, 3.0)}
     counts = {
@@ -189,11 +203,16 @@ def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str
             for name, (gate, z) in gates.items():
                 real, null = (
                     line_search(
-                        {s: Score(float(g.mean()), per_example=tuple(g)) for s, g in zip(GRID, d, strict=True)}.__getitem__,
-                        gate, z, longest=max(GRID), refinements=0,
+                        {
+                            s: Score(float(g.mean()), per_example=tuple(g)) for s, g in zip(GRID, d, strict=True)
+                        }.__getitem__,
+                        gate,
+                        z,
+                        longest=max(GRID),
+                        refinements=0,
                     ).accepted_scale
                     for d in (drawn, flipped)
-                )  # fmt: skip
+                )
                 worse = truth[real] > truth[0.0]
                 counts[name]["false"] += null > 0
                 counts[name]["jumps"] += real > 0
@@ -206,8 +225,9 @@ def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str
 
 
 def racing(rows: list[dict], rollouts: int = 32, block: int = 8, repeats: int = 200) -> dict[str, float]:
-    """What a sequential test would save: candidates are scored block by block and dropped as soon as they are worse than
-    the start by two standard errors. Share of the scored rollouts saved, and of searches that end elsewhere."""
+    """What a sequential test would save: candidates are scored block by block and dropped as soon
+    as they are worse than the start by two standard errors. Share of the scored rollouts saved, and
+    of searches that end elsewhere."""
     rng, stay = np.random.default_rng(0), GRID.index(0.0)
     scored = saved = changed = searches = 0
     for row in rows:

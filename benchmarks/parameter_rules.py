@@ -1,11 +1,13 @@
-"""What `parameters=attention+mlp` and `released-code` move, in every decoder that transformers knows.
+"""What `parameters=attention+mlp` and `released-code` move, in every decoder that transformers
+knows.
 
-    python benchmarks/parameter_rules.py               # the table, one to two minutes on one CPU core
-    python benchmarks/parameter_rules.py llama mllama  # these types only, with the names that stay
+    python benchmarks/parameter_rules.py               # the table; one to two minutes on one core
+    python benchmarks/parameter_rules.py llama mllama  # these types, with the names that stay
 
-Models are built from the default configuration of their type, on the meta device: no memory, no network, no weights. Every
-part of a block that holds a matrix and does not move is listed; `EXPECTED` says why it stays. The exit status is 1 if a part is
-not in `EXPECTED`, or a type has no attention or no MLP that moves.
+Models are built from the default configuration of their type, on the meta device: no memory, no
+network, no weights. Every part of a block that holds a matrix and does not move is listed;
+`EXPECTED` says why it stays. The exit status is 1 if a part is not in `EXPECTED`, or a type has no
+attention or no MLP that moves.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ SETTINGS: Mapping[str, dict] = {
     "reformer": {"is_decoder": True},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
 }
-#: Parts of a block that stay: they act on the residual stream between attention and MLP, or feed it.
+#: Parts of a block that stay: they act on the residual stream between attention and MLP, or feed
+#: it.
 EXPECTED: Mapping[str, str] = {
     "attn_hc": "hyper-connections",
     "ffn_hc": "hyper-connections",
@@ -90,7 +93,8 @@ def main() -> int:
     logging.disable(logging.WARNING)
     unexpected = built = 0
     print(
-        "| type | parameters | attention+mlp moves | released-code moves | parts of blocks that stay |\n|---|---|---|---|---|"
+        "| type | parameters | attention+mlp moves | released-code moves | parts of blocks "
+        "that stay |\n|---|---|---|---|---|"
     )
     for kind in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:

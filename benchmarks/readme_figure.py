@@ -1,4 +1,6 @@
-"""The README's figure: held-out KL against net seconds, with plain OPD at the reference and at its best learning rate."""
+"""The README's figure: held-out KL against net seconds, with plain OPD at the reference and at its
+best learning rate.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             best = look.best(task)
             arms = {
                 f"plain OPD, {look.reference:.0e}": (look.baseline, look.reference, "#9aa3b2", "-"),
-                f"plain OPD, best of {len(results['swept'][task])} rates ({best:.0e})": (look.baseline, best, "#22262e", "--"),
+                f"plain OPD, best of {len(results['swept'][task])} rates ({best:.0e})": (
+                    look.baseline,
+                    best,
+                    "#22262e",
+                    "--",
+                ),
                 f"EffOPD (the paper), {look.reference:.0e}": ("effopd", look.reference, "#d1495b", "-"),
                 f"line_search (ours), {look.reference:.0e}": ("line_search", look.reference, "#0072b2", "-"),
-            }  # fmt: skip
+            }
             for label, (strategy, rate, color, line) in arms.items():
                 x, median, low, high = band([run["curve"] for run in look.runs(task, (strategy, rate))])
                 axis.plot(x, median, line, color=color, label=label, linewidth=1.8)

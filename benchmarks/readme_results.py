@@ -1,11 +1,13 @@
-"""Tables and figure of README.md, docs/findings.md, docs/batch_size.md and docs/guide.md, from the JSON files in docs/.
+"""Tables and figure of README.md, docs/findings.md, docs/batch_size.md and docs/guide.md, from the
+JSON files in docs/.
 
     effopd compare --report runs/compare --out docs
     effopd compare --report runs/compare-ablation --out docs/ablation
     .venv/bin/python benchmarks/readme_results.py            # rewrite the tables
     .venv/bin/python benchmarks/readme_results.py --figure   # redraw docs/readme.png too
 
-Only the blocks between markers are generated (`pages.py`); the sentences around them are written by hand.
+Only the blocks between markers are generated (`pages.py`); the sentences around them are written by
+hand.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Figures:
         }
 
     def speed(self, task: str, strategy: str, axis: str = "seconds", **kwargs) -> str:
-        """Speed-up with its interval, at the reference learning rate; `kwargs` as of `Lookup.speedup`."""
+        """Speed-up with its interval, at the reference learning rate; `kwargs` as of
+        `Lookup.speedup`.
+        """
         return times(self.look.speedup(task, (strategy, self.reference), axis, **kwargs))
 
     def at(self, rate: float) -> str:
@@ -58,7 +62,9 @@ class Figures:
         return factor(rate, self.reference)
 
     def any_rate(self, task: str, target: str, axis: str) -> tuple[str, str]:
-        """Against plain OPD at its best: range of the medians of `line_search` over its learning rates, and the worst seed."""
+        """Against plain OPD at its best: range of the medians of `line_search` over its learning
+        rates, and the worst seed.
+        """
         rows = [self.look.speedup(task, ("line_search", r), axis, target, rate="best") for r in self.rates]
         medians, lows = ([row[key] for row in rows if row] for key in ("median", "low"))
         return f"{min(medians):.2f}–{max(medians):.2f}×", f"{min(lows):.2f}×"
@@ -69,7 +75,9 @@ class Figures:
         return times(row) + (f", {row['reached']} of {row['n']}" if row["reached"] < row["n"] else "")
 
     def off_again(self, task: str, strategy: str, *rates: float) -> str:
-        """Share of later evaluations above the target again, of runs that arrived; the range over several rates."""
+        """Share of later evaluations above the target again, of runs that arrived; the range over
+        several rates.
+        """
         cells = [self.look.again(task, (strategy, rate)).split(" ")[0] for rate in rates]
         shares = sorted({int(cell.rstrip("%")) for cell in cells if cell != "–"})
         return f"{shares[0]} %" if len(shares) == 1 else f"{shares[0]}–{shares[-1]} %"
@@ -92,7 +100,9 @@ def readme_table(docs: Mapping[str, Any]) -> str:
 
 
 def best_small_batch(docs: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Plain OPD with small batches at its fastest learning rate, in net seconds, over `line_search` with large ones."""
+    """Plain OPD with small batches at its fastest learning rate, in net seconds, over `line_search`
+    with large ones.
+    """
     rows = [
         row
         for row in compared(docs["results"], docs["ablation"])
@@ -102,7 +112,9 @@ def best_small_batch(docs: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def inverse(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The speed-up the other way round: the median of an odd number of ratios is inverted exactly, the ends change places."""
+    """The speed-up the other way round: the median of an odd number of ratios is inverted exactly,
+    the ends change places.
+    """
     flipped = {0: None, None: 0.0}
     ends = {"median": "median", "low": "high", "high": "low"}
     return dict(row) | {end: flipped[row[of]] if row[of] in flipped else 1 / row[of] for end, of in ends.items()}
@@ -146,7 +158,9 @@ def same_rate(f: Figures) -> str:
 
 
 def plain_rates(f: Figures) -> str:
-    """The learning rate at which plain OPD reaches a target soonest, and how much sooner than at the reference rate."""
+    """The learning rate at which plain OPD reaches a target soonest, and how much sooner than at
+    the reference rate.
+    """
     rows = []
     for target, label in (("reference_kl", "final KL of plain OPD at ×1"), ("gap_90", "90 % of the way")):
         cells = []
@@ -191,17 +205,29 @@ def final_quality(f: Figures, rows: list[dict[str, Any]]) -> str:
     for name, task in zip(NAMES, TASKS, strict=True):
         ends: dict[str, dict[float, float]] = {
             strategy: {
-                rate: statistics.median(row["kl"] for row in rows if (row["task"], row["strategy"], row["learning_rate"]) == (task, strategy, rate))
-                for rate in sorted({row["learning_rate"] for row in rows if (row["task"], row["strategy"]) == (task, strategy)})
+                rate: statistics.median(
+                    row["kl"]
+                    for row in rows
+                    if (row["task"], row["strategy"], row["learning_rate"]) == (task, strategy, rate)
+                )
+                for rate in sorted(
+                    {row["learning_rate"] for row in rows if (row["task"], row["strategy"]) == (task, strategy)}
+                )
             }
             for strategy in ("line_search", "plain")
-        }  # fmt: skip
+        }
         plain = ends["plain"]
         lowest = min(plain, key=plain.__getitem__)
         others = [value for rate, value in plain.items() if rate != lowest]
         ours = ends["line_search"].values()
-        lines.append([name, f"{min(ours):.4f}–{max(ours):.4f}", f"{plain[lowest]:.4f} at {f.at(lowest)}",
-                      f"{min(others):.4f}–{max(others):.4f}"])  # fmt: skip
+        lines.append(
+            [
+                name,
+                f"{min(ours):.4f}–{max(ours):.4f}",
+                f"{plain[lowest]:.4f} at {f.at(lowest)}",
+                f"{min(others):.4f}–{max(others):.4f}",
+            ]
+        )
     return table(["task", "`line_search`, every rate", "plain OPD, best rate", "plain OPD, other rates"], lines)
 
 
@@ -231,20 +257,33 @@ def small_batch(docs: Mapping[str, Any]) -> str:
     look, rates = Lookup(results), len(results["swept"][CHAIN])
     line_search = sorted(rate for strategy, rate in look.arms if strategy == "line_search")
     rows = [
-        ["net speed-up over plain OPD at the same rate, ×1",
-         *(times(look.speedup(task, ("line_search", look.reference), "seconds")) for task in TASKS)],
-        *([f"from {factor(rate, look.reference)}, over plain OPD at the best of {rates} rates",
-           *(times(look.speedup(task, ("line_search", rate), "seconds", rate="best")) for task in TASKS)]
-          for rate in line_search),
-        ["share of the time to the target spent in searches, from ×1",
-         *(number(look.quality(task, ("line_search", look.reference), "search_share_to_target"), ".0%") for task in TASKS)],
+        [
+            "net speed-up over plain OPD at the same rate, ×1",
+            *(times(look.speedup(task, ("line_search", look.reference), "seconds")) for task in TASKS),
+        ],
+        *(
+            [
+                f"from {factor(rate, look.reference)}, over plain OPD at the best of {rates} rates",
+                *(times(look.speedup(task, ("line_search", rate), "seconds", rate="best")) for task in TASKS),
+            ]
+            for rate in line_search
+        ),
+        [
+            "share of the time to the target spent in searches, from ×1",
+            *(
+                number(look.quality(task, ("line_search", look.reference), "search_share_to_target"), ".0%")
+                for task in TASKS
+            ),
+        ],
         ["runs made of those planned", *[f"{len(results['runs'])} of {results['settings']['planned_runs']}"] * 2],
-    ]  # fmt: skip
+    ]
     return table(["`line_search`, small batches", *NAMES], rows)
 
 
 def figure_targets(f: Figures) -> str:
-    """Steps at which `line_search` from the reference rate reaches the target; evaluations are every few steps."""
+    """Steps at which `line_search` from the reference rate reaches the target; evaluations are
+    every few steps.
+    """
     steps = [
         [run["targets"]["reference_kl"]["steps"] for run in f.look.runs(task, ("line_search", f.reference))]
         for task in TASKS

@@ -1,11 +1,13 @@
-"""What the look-ahead costs at scale: bytes a rank and seconds a search for 1.7B to 32B students on 1, 8 and 32 GPUs.
+"""What the look-ahead costs at scale: bytes a rank and seconds a search for 1.7B to 32B students on
+1, 8 and 32 GPUs.
 
     .venv/bin/python benchmarks/scale_table.py [--bandwidth 3350] [--link 55] [--write]
 
-Bytes follow from the configurations alone (`effopd.launch.model_states`, which a test checks against a real step). Seconds are
-bytes moved / bandwidth: `--bandwidth` is the memory's, in GB/s, `--link` that between GPU and host for an anchor in pinned
-host memory. The defaults are an H100's data-sheet figures, not measurements. What share of the copy bandwidth `LiveWeights`
-reaches is measured on this machine, in this run, and applied.
+Bytes follow from the configurations alone (`effopd.launch.model_states`, which a test checks
+against a real step). Seconds are bytes moved / bandwidth: `--bandwidth` is the memory's, in GB/s,
+`--link` that between GPU and host for an anchor in pinned host memory. The defaults are an H100's
+data-sheet figures, not measurements. What share of the copy bandwidth `LiveWeights` reaches is
+measured on this machine, in this run, and applied.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from effopd.extrapolate.live_weights import LiveWeights
 from effopd.launch.model_size import ModelSize, size_of
 from effopd.launch.model_states import FP32, model_state_bytes
 
-#: Hidden size, layers, heads, MLP width, tied embeddings of the Qwen3 models (8 key-value heads of 128, vocabulary 151936).
+#: Hidden size, layers, heads, MLP width, tied embeddings of the Qwen3 models (8 key-value heads of
+#: 128, vocabulary 151936).
 SHAPES = {
     "1.7B": (2048, 28, 16, 6144, True),
     "4B": (2560, 36, 32, 9728, True),
@@ -31,19 +34,28 @@ SHAPES = {
     "32B": (5120, 64, 64, 25600, False),
 }
 RANKS = (1, 8, 32)
-#: Passes over the moved parameters: a candidate reads the origin and the anchor and writes the parameter; …
+#: Passes over the moved parameters: a candidate reads the origin and the anchor and writes the
+#: parameter; …
 CANDIDATE, BEGIN, COMMIT, NORM = 3, 2, 2, 2
 
 
 def config(hidden: int, layers: int, heads: int, width: int, tied: bool) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
-        head_dim=128, intermediate_size=width, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=width,
+        tie_word_embeddings=tied,
+    )
 
 
 def efficiency(megabytes: int = 512, repeats: int = 5) -> float:
-    """`move_to` against the same bytes copied: (bytes it must move / its seconds) / (copy's bytes / its seconds)."""
+    """`move_to` against the same bytes copied: (bytes it must move / its seconds) / (copy's bytes /
+    its seconds).
+    """
     model = nn.ParameterList(nn.Parameter(torch.randn(megabytes * 2**20 // 4 // 16)) for _ in range(16))
     weights = LiveWeights(model, "all")
     with torch.no_grad():
@@ -94,7 +106,8 @@ def memory_table(sizes: dict[str, ModelSize]) -> str:
 
 def time_table(sizes: dict[str, ModelSize], bandwidth: float, link: float, share: float) -> str:
     lines = [
-        "| student | GPUs | a candidate | begin + commit + norm | a candidate, anchor on the host | a KL score, forward of 32 × 4096 "
+        "| student | GPUs | a candidate | begin + commit + norm | a candidate, anchor on the "
+        "host | a KL score, forward of 32 × 4096 "
         "tokens at 40 % of 989 TFLOP/s |",
         "|---|---|---|---|---|---|",
     ]
@@ -104,7 +117,8 @@ def time_table(sizes: dict[str, ModelSize], bandwidth: float, link: float, share
             a_pass = each / (bandwidth * 1e9 * share)
             flops = 2 * size.parameters * 32 * 4096 / ranks
             lines.append(
-                f"| {name} | {ranks} | {1e3 * CANDIDATE * a_pass:.1f} ms | {1e3 * (BEGIN + COMMIT + NORM) * a_pass:.1f} ms "
+                f"| {name} | {ranks} | {1e3 * CANDIDATE * a_pass:.1f} ms | "
+                f"{1e3 * (BEGIN + COMMIT + NORM) * a_pass:.1f} ms "
                 f"| {1e3 * (each / (link * 1e9) + 2 * a_pass):.0f} ms | {flops / (0.4 * 989e12):.2f} s |"
             )
     return "\n".join(lines)

@@ -2,11 +2,14 @@
 
     .venv/bin/python benchmarks/search_overhead.py [--steps 33] [--repeats 3]
 
-Trains the testbed twice per repeat, without EffOPD and with an EffOPD whose every search rejects its first candidate
-(two scorings a search, the weights end where they were). Reports, as ratios within one process:
+Trains the testbed twice per repeat, without EffOPD and with an EffOPD whose every search rejects
+its first candidate (two scorings a search, the weights end where they were). Reports, as ratios
+within one process:
 
-- overhead: (search seconds − seconds inside the scorer) / net seconds of the run. Target: below 2 %;
-- the difference of the two runs' net seconds that the scorer does not explain, as a share; noisy, a cross-check.
+- overhead: (search seconds − seconds inside the scorer) / net seconds of the run. Target: below 2
+    %;
+- the difference of the two runs' net seconds that the scorer does not explain, as a share; noisy, a
+    cross-check.
 
 Both runs end with the same weights, which is asserted.
 """

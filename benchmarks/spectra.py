@@ -1,10 +1,13 @@
-"""Spectral metrics and leading directions of one large update against `torch.linalg.svd`, in one run.
+"""Spectral metrics and leading directions of one large update against `torch.linalg.svd`, in one
+run.
 
-    .venv/bin/python benchmarks/spectra.py [--rows 4096] [--columns 12288] [--repeats 3] [--device cpu]
+    .venv/bin/python benchmarks/spectra.py [--rows 4096] [--columns 12288] [--repeats 3] [--device
+    cpu]
 
-The update is that of two bfloat16 checkpoints: 40 directions with s_i ∝ 0.9^i, a full-rank tail, and the rounding of both to
-bfloat16. Times are medians over the repeats, interleaved; the SVD is float32 with `full_matrices=False`, as the paper's
-scripts call it. Accuracy is against a float64 SVD. Run it alone on the machine.
+The update is that of two bfloat16 checkpoints: 40 directions with s_i ∝ 0.9^i, a full-rank tail,
+and the rounding of both to bfloat16. Times are medians over the repeats, interleaved; the SVD is
+float32 with `full_matrices=False`, as the paper's scripts call it. Accuracy is against a float64
+SVD. Run it alone on the machine.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ def main() -> None:
             taken, results[name] = seconds(call, device)
             times[name].append(taken)
     print(
-        f"{shape[0]} × {shape[1]} bfloat16 update on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{shape[0]} × {shape[1]} bfloat16 update on {device}, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}"
     )
     for name, taken in times.items():
         ratios = [svd / own for svd, own in zip(times["svd"], taken, strict=True)]

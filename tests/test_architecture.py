@@ -1,4 +1,6 @@
-"""Imports run downwards through the rooms of docs/architecture.md, and the package is light to import."""
+"""Imports run downwards through the rooms of docs/architecture.md, and the package is light to
+import.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def room(module: str) -> str:
 
 
 def arrows_up(graph: dict[str, set[str]]) -> list[str]:
-    """Imports from a higher room. The package's own `__init__` may name everything and be imported for its version."""
+    """Imports from a higher room. The package's own `__init__` may name everything and be imported
+    for its version.
+    """
     floors = {name: floor for floor, name in enumerate(ROOMS)}
     return sorted(
         f"{source} imports {target}"
@@ -61,7 +65,9 @@ def arrows_up(graph: dict[str, set[str]]) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other in a loop: strongly connected components of more than one module."""
+    """Modules that import each other in a loop: strongly connected components of more than one
+    module.
+    """
 
     @cache
     def reachable(module: str) -> frozenset[str]:
@@ -123,7 +129,8 @@ def test_what_the_rules_see(tmp_path, files, up, loops):
 
 
 def test_import_is_light():
-    code = "import effopd, effopd.commands.main, sys; print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
+    code = "import effopd, effopd.commands.main, sys\n"
+    code += "print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -171,9 +178,14 @@ def test_a_private_name_outside_the_door_is_seen(code, tmp_path):
 
 
 def test_look_ahead_knows_no_trainer():
-    """`extrapolate` imports neither TRL nor the trainer of transformers, not even through what it imports."""
+    """`extrapolate` imports neither TRL nor the trainer of transformers, not even through what it
+    imports.
+    """
     code = "import pkgutil, importlib, sys, effopd.extrapolate as room\n"
-    code += "[importlib.import_module(each.name) for each in pkgutil.walk_packages(room.__path__, 'effopd.extrapolate.')]\n"
-    code += "print(sorted(m for m in ('trl', 'transformers.trainer', 'transformers.trainer_callback') if m in sys.modules))"
+    code += (
+        "for each in pkgutil.walk_packages(room.__path__, 'effopd.extrapolate.'): importlib.import_module(each.name)\n"
+    )
+    code += "hosts = ('trl', 'transformers.trainer', 'transformers.trainer_callback')\n"
+    code += "print(sorted(m for m in hosts if m in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -39,7 +39,8 @@ def test_the_door_and_its_contract_name_the_same_things():
 RL = (GRPOTrainer, RLOOTrainer)
 TRLS = (DistillationTrainer, *RL)
 TURN = ["self", "prompt_ids", "images", "multimodal_fields"]
-#: Methods that we override, replace or call, with the parameters that we rely on: the leading ones if the last is `...`.
+#: Methods that we override, replace or call, with the parameters that we rely on: the leading ones
+#: if the last is `...`.
 METHODS: dict[tuple[Any, str], list[Any]] = {
     (DistillationTrainer, "_compute_loss"): ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
     (RL, "_compute_loss"): ["self", "model", "inputs"],
@@ -84,19 +85,47 @@ SET_BY = {
     (TRLS, "_paper"): "_paper = ",
     (CheckpointManager, "_original_sigterm_handler"): "self._original_sigterm_handler = signal.signal(",
 }
-#: Imported from a private place → parameters, again the leading ones if the last is `...`; `None`: no function.
+#: Imported from a private place → parameters, again the leading ones if the last is `...`; `None`:
+#: no function.
 IMPORTS: dict[str, tuple[str, list[Any] | None]] = {
     "_ForwardRedirection": ("trl.models.utils", []),
-    "_chunked_divergence_loss": ("trl.trainer.distillation_trainer", [
-        "student_hidden_states", "teacher_hidden_states", "student_lm_head_weight", "teacher_lm_head_weight", "completion_mask",
-        "beta", "num_items_in_batch", "student_lm_head_bias", "teacher_lm_head_bias", "student_logit_scale",
-        "teacher_logit_scale", "student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature",
-    ]),
-    "ChunkedDivergenceFunction": ("trl.kernels.chunked_divergence", [
-        "ctx", "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
-        "temperature", "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale",
-        "teacher_final_logit_softcapping",
-    ]),
+    "_chunked_divergence_loss": (
+        "trl.trainer.distillation_trainer",
+        [
+            "student_hidden_states",
+            "teacher_hidden_states",
+            "student_lm_head_weight",
+            "teacher_lm_head_weight",
+            "completion_mask",
+            "beta",
+            "num_items_in_batch",
+            "student_lm_head_bias",
+            "teacher_lm_head_bias",
+            "student_logit_scale",
+            "teacher_logit_scale",
+            "student_final_logit_softcapping",
+            "teacher_final_logit_softcapping",
+            "temperature",
+        ],
+    ),
+    "ChunkedDivergenceFunction": (
+        "trl.kernels.chunked_divergence",
+        [
+            "ctx",
+            "student_hidden",
+            "student_weight",
+            "student_bias",
+            "teacher_hidden",
+            "teacher_weight",
+            "teacher_bias",
+            "beta",
+            "temperature",
+            "student_logit_scale",
+            "student_final_logit_softcapping",
+            "teacher_logit_scale",
+            "teacher_final_logit_softcapping",
+        ],
+    ),
     "ChunkedLogProbFunction": ("trl.kernels.chunked_logprob", ["ctx", ...]),
     "TOKEN_CHUNK_SIZE": ("trl.kernels.chunked_divergence", None),
     "VOCAB_CHUNK_SIZE": ("trl.kernels.chunked_divergence", None),
@@ -105,7 +134,7 @@ IMPORTS: dict[str, tuple[str, list[Any] | None]] = {
     "get_config_model_id": ("trl.trainer.utils", ["config"]),
     "get_comet_experiment_url": ("trl.trainer.utils", []),
     "get_trackio_space_url": ("trl.trainer.utils", []),
-}  # fmt: skip
+}
 #: Names with a test of their own.
 SPECIAL = {"_inner_training_loop", "_shared_state"}
 
@@ -261,7 +290,9 @@ def test_order_of_a_step(tmp_path):
 
 
 def test_cpu_sampling_is_exponential_race():
-    """Common random numbers rest on this: one exponential per entry, argmax of p/noise, independent of p."""
+    """Common random numbers rest on this: one exponential per entry, argmax of p/noise, independent
+    of p.
+    """
     p = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)).softmax(-1)
     torch.manual_seed(3)
     drawn = torch.multinomial(p, 1)[:, 0]
@@ -271,7 +302,9 @@ def test_cpu_sampling_is_exponential_race():
 
 
 def test_accelerate_keeps_its_state_where_we_put_it_back():
-    """`accelerate_undisturbed`: another TrainingArguments must not change what the first one set up."""
+    """`accelerate_undisturbed`: another TrainingArguments must not change what the first one set
+    up.
+    """
     from transformers import TrainingArguments
 
     TrainingArguments(output_dir="x", use_cpu=True)

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: what an earlier build left behind is not in it, and two builds do not meet."""
+    """Built from a copy: what an earlier build left behind is not in it, and two builds do not
+    meet.
+    """
     out, tree = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tree)
@@ -50,7 +52,9 @@ def test_wheel_holds_code_assets_and_licence(wheel):
 
 
 def test_help_works_from_an_environment_with_nothing_else(wheel, tmp_path):
-    """No torch, no transformers: `effopd --help`, `--version` and the light imports need the standard library only."""
+    """No torch, no transformers: `effopd --help`, `--version` and the light imports need the
+    standard library only.
+    """
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     site = next((environment / "lib").glob("python3*")) / "site-packages"

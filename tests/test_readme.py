@@ -1,4 +1,6 @@
-"""README and pages: code blocks run, tables and numbers follow from docs/*.json, links resolve, the tree is that on disk."""
+"""README and pages: code blocks run, tables and numbers follow from docs/*.json, links resolve, the
+tree is that on disk.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_the_lines_for_a_trl_script(tmp_path):
 
 
 def test_the_lines_for_a_plain_loop():
-    """The README's block, put into a script that has a model, an optimizer, batches and a scorer."""
+    """The README's block, put into a script that has a model, an optimizer, batches and a
+    scorer.
+    """
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

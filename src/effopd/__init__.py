@@ -1,4 +1,5 @@
-"""effopd: on-policy distillation with look-ahead along the weight update, and the instrument that shows why it works.
+"""effopd: on-policy distillation with look-ahead along the weight update, and the instrument that
+shows why it works.
 
 `import effopd` is light; each public name is imported when first used.
 """

@@ -1,7 +1,8 @@
 """Typed errors: what was expected, what came, what to do.
 
-Every error a user can cause derives from `EffOPDError` *and* from the standard-library error it specialises, so
-`except ValueError` keeps working in code that does not know this package. Plain `assert` is for our own bugs only.
+Every error a user can cause derives from `EffOPDError` *and* from the standard-library error it
+specialises, so `except ValueError` keeps working in code that does not know this package. Plain
+`assert` is for our own bugs only.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class NonFiniteLossError(EffOPDError, ArithmeticError):
 
 @contextmanager
 def finite_predictions() -> Iterator[None]:
-    """Around sampling: torch's complaint about probabilities that are not finite becomes a `NonFiniteLossError`.
+    """Around sampling: torch's complaint about probabilities that are not finite becomes a
+    `NonFiniteLossError`.
 
     Raises:
         NonFiniteLossError: the model has diverged.
@@ -51,13 +53,16 @@ def finite_predictions() -> Iterator[None]:
         if "probability tensor contains" not in str(error):
             raise
         raise NonFiniteLossError(
-            f"the model's predictions are not finite, so nothing can be sampled from them ({error}). The weights have diverged: "
+            "the model's predictions are not finite, so nothing can be sampled from them "
+            f"({error}). The weights have diverged: "
             "lower the learning rate, and resume from an earlier checkpoint."
         ) from error
 
 
 class ScorerError(EffOPDError, RuntimeError):
-    """A scorer raised or returned something that is not a score; the weights were restored first."""
+    """A scorer raised or returned something that is not a score; the weights were restored
+    first.
+    """
 
 
 class DivergenceError(EffOPDError, RuntimeError):

@@ -1,4 +1,6 @@
-"""`analyze` end to end on tiny checkpoints: nothing left out, values right, resumable, bad input refused untouched."""
+"""`analyze` end to end on tiny checkpoints: nothing left out, values right, resumable, bad input
+refused untouched.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""An analysis can be killed and continued, and refuses what it cannot compare before anything is read or written."""
+"""An analysis can be killed and continued, and refuses what it cannot compare before anything is
+read or written.
+"""
 
 from __future__ import annotations
 

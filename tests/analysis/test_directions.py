@@ -1,4 +1,6 @@
-"""Trajectories of one direction: signs forward in time, planarity against an exact null, pictures that keep still."""
+"""Trajectories of one direction: signs forward in time, planarity against an exact null, pictures
+that keep still.
+"""
 
 from __future__ import annotations
 

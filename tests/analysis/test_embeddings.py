@@ -1,4 +1,6 @@
-"""Embedding shift: rows that stay are exactly 1, padding does not break it, the picture shows a shift."""
+"""Embedding shift: rows that stay are exactly 1, padding does not break it, the picture shows a
+shift.
+"""
 
 from __future__ import annotations
 

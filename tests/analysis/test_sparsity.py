@@ -1,4 +1,6 @@
-"""Entrywise metrics: equal to naive numpy whatever the dtype, layout and block size, with ties counted fairly."""
+"""Entrywise metrics: equal to naive numpy whatever the dtype, layout and block size, with ties
+counted fairly.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Subspace similarities: equal to scipy and to their definitions, blind to signs, right by chance."""
+"""Subspace similarities: equal to scipy and to their definitions, blind to signs, right by
+chance.
+"""
 
 from __future__ import annotations
 

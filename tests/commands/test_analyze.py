@@ -1,4 +1,6 @@
-"""`effopd analyze` as a user runs it: the testbed pair, trajectories with seeds, no matplotlib, mistakes."""
+"""`effopd analyze` as a user runs it: the testbed pair, trajectories with seeds, no matplotlib,
+mistakes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`effopd compare` as a user runs it: a small real grid, then everything that can be done with its folder."""
+"""`effopd compare` as a user runs it: a small real grid, then everything that can be done with its
+folder.
+"""
 
 from __future__ import annotations
 

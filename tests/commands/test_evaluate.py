@@ -1,4 +1,6 @@
-"""`effopd eval` measures a model on the prompts that it was trained with, and says what it found in its answers."""
+"""`effopd eval` measures a model on the prompts that it was trained with, and says what it found in
+its answers.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def models(tmp_path_factory):
 
 
 def a_run(models, root, task, *flags, command="train"):
-    """A finished run's folder without the training; returns its held-out prompts, as token ids, and its settings."""
+    """A finished run's folder without the training; returns its held-out prompts, as token ids, and
+    its settings.
+    """
     argv = [
         "--model_name_or_path",
         str(models / "student"),
@@ -164,8 +168,22 @@ def test_flags_and_files_win_over_the_run(models, tmp_path, measured):
     root, task = tmp_path / "run", f"math:{models / 'math.jsonl'}"
     flags = SETTINGS["all"] + ["--max_completion_length", "9", "--eval_temperature", "0.5"]
     a_run(models, root, task, *flags)
-    default = ["--max_new_tokens", "512", "--temperature", "1.0", "--prompt_suffix", "", "--system_prompt", "c",
-               "--chat_template_kwargs", '{"enable_thinking": true}', "--task_seed", "0", "--eval_size", "5"]  # fmt: skip
+    default = [
+        "--max_new_tokens",
+        "512",
+        "--temperature",
+        "1.0",
+        "--prompt_suffix",
+        "",
+        "--system_prompt",
+        "c",
+        "--chat_template_kwargs",
+        '{"enable_thinking": true}',
+        "--task_seed",
+        "0",
+        "--eval_size",
+        "5",
+    ]
     (tmp_path / "c.yaml").write_text(
         "".join(f"{k.lstrip('-')}: {v!r}\n" for k, v in zip(default[::2], default[1::2], strict=True))
         .replace("'512'", "512").replace("'1.0'", "1.0").replace("'0'", "0").replace("'5'", "5")
@@ -237,7 +255,7 @@ def test_intervene_measures_on_the_runs_prompts_and_asks_where_runs_differ(model
     assert seen[1][0] == ids
 
 
-# -- what was found in the answers ------------------------------------------------------------------------------------
+# -- what was found in the answers -----------------------------------------------------------------
 
 
 def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, capsys):
@@ -253,16 +271,40 @@ def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, caps
 
 
 def test_training_evaluations_count_their_answers(models, tmp_path, capsys):
-    flags = ["--model_name_or_path", str(models / "student"), "--teacher_model_name_or_path", str(models / "teacher"),
-             "--task", f"math:{models / 'math.jsonl'}", "--max_steps", "2", "--per_device_train_batch_size", "4",
-             "--max_completion_length", "4", "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "no",
-             "--report_to", "none", "--use_cpu", "--effopd.strategy", "line_search", "--effopd.score_rollouts", "4"]  # fmt: skip
+    flags = [
+        "--model_name_or_path",
+        str(models / "student"),
+        "--teacher_model_name_or_path",
+        str(models / "teacher"),
+        "--task",
+        f"math:{models / 'math.jsonl'}",
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "4",
+        "--max_completion_length",
+        "4",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--report_to",
+        "none",
+        "--use_cpu",
+        "--effopd.strategy",
+        "line_search",
+        "--effopd.score_rollouts",
+        "4",
+    ]
     rows = {}
     for name, more in (("as it is", []), ("without", ["--eval_on_start", "false"])):
         assert main(["train", *flags, *more, "--output_dir", str(tmp_path / name)]) == 0
         rows[name] = [list(read_rows(tmp_path / name / f"{kind}.jsonl")) for kind in ("evals", "metrics", "searches")]
     evals, metrics, searches = rows["as it is"]
-    # before the first step, too, because of the look-ahead; which changes nothing that training does
+    # before the first step, too, because of the look-ahead; which changes nothing that training
+    # does
     assert [row["step"] for row in evals] == [0, 1, 2]
     assert [row["step"] for row in rows["without"][0]] == [1, 2]
 

@@ -1,5 +1,6 @@
-"""Bad values of every flag of `effopd train` and `effopd rl`, made from the parsers: each ends in a message that names the
-flag, with exit status 2, before anything is loaded. A new flag is covered by being there."""
+"""Bad values of every flag of `effopd train` and `effopd rl`, made from the parsers: each ends in a
+message that names the flag, with exit status 2, before anything is loaded. A new flag is covered by
+being there."""
 
 from __future__ import annotations
 
@@ -17,12 +18,32 @@ from effopd.launch import rl as launch_rl
 
 #: Flags of text that take any text, or whose text is judged by rows and models that are read later.
 ANY_TEXT = {
-    "model_name_or_path", "teacher_model_name_or_path", "reference_model_name_or_path", "model_revision",
-    "teacher_model_revision", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
-    "hub_token", "hub_model_id", "hub_revision", "metric_for_best_model", "label_names", "length_column_name",
-    "include_for_metrics", "system_prompt", "prompt_suffix", "output_dir", "log_completions_hub_repo", "optim_target_modules",
-    "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
-}  # fmt: skip
+    "model_name_or_path",
+    "teacher_model_name_or_path",
+    "reference_model_name_or_path",
+    "model_revision",
+    "teacher_model_revision",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "trackio_bucket_id",
+    "trackio_static_space_id",
+    "hub_token",
+    "hub_model_id",
+    "hub_revision",
+    "metric_for_best_model",
+    "label_names",
+    "length_column_name",
+    "include_for_metrics",
+    "system_prompt",
+    "prompt_suffix",
+    "output_dir",
+    "log_completions_hub_repo",
+    "optim_target_modules",
+    "vllm_structured_outputs_regex",
+    "vllm_server_base_url",
+    "vllm_server_host",
+}
 #: Numbers that a flag takes though most would not; those of `RANGES` are known from it.
 ZERO = {"eval_size", "effopd_seed", "effopd_min_z"}
 

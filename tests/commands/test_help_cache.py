@@ -1,4 +1,6 @@
-"""Help that was rendered once is read from disk; a cache that cannot be used costs time and nothing else."""
+"""Help that was rendered once is read from disk; a cache that cannot be used costs time and nothing
+else.
+"""
 
 from __future__ import annotations
 

@@ -172,11 +172,35 @@ def test_train_lora_by_flags(pair, tmp_path):
 
 def test_rl_lora_by_flags(pair, tmp_path):
     flags = [
-        "--model_name_or_path", str(pair / "student"), "--task", f"math:{pair / 'math.jsonl'}", "--prompt_suffix", "",
-        "--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "6", "--use_cpu",
-        "--gradient_accumulation_steps", "1", "--learning_rate", "1e-2", "--save_strategy", "no", "--eval_strategy", "no",
-        "--report_to", "none", "--gradient_checkpointing", "false", "--output_dir", str(tmp_path / "run"), *LORA,
-    ]  # fmt: skip
+        "--model_name_or_path",
+        str(pair / "student"),
+        "--task",
+        f"math:{pair / 'math.jsonl'}",
+        "--prompt_suffix",
+        "",
+        "--per_device_train_batch_size",
+        "8",
+        "--num_generations",
+        "4",
+        "--max_completion_length",
+        "6",
+        "--use_cpu",
+        "--gradient_accumulation_steps",
+        "1",
+        "--learning_rate",
+        "1e-2",
+        "--save_strategy",
+        "no",
+        "--eval_strategy",
+        "no",
+        "--report_to",
+        "none",
+        "--gradient_checkpointing",
+        "false",
+        "--output_dir",
+        str(tmp_path / "run"),
+        *LORA,
+    ]
     assert main(["rl", *flags]) == 0
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert saved and all("lora_" in name for name in saved)
@@ -196,9 +220,17 @@ def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
 
 
 OTHER_VALUES = {
-    "gate": "significant", "min_z": 3.0, "parameters": "mlp", "anchor_device": "cpu", "schedule": "every_step", "score_rollouts": 16,
-    "reset_moments": True, "adapt_learning_rate": True, "validation_size": 51, "seed": 1,
-}  # fmt: skip
+    "gate": "significant",
+    "min_z": 3.0,
+    "parameters": "mlp",
+    "anchor_device": "cpu",
+    "schedule": "every_step",
+    "score_rollouts": 16,
+    "reset_moments": True,
+    "adapt_learning_rate": True,
+    "validation_size": 51,
+    "seed": 1,
+}
 OTHER_ARGS = {"scales": [3.0, 5.0], "max_completion_length": 7, "every": 1, "until": 32, "target": 0.5, "k": 0.5}
 
 

@@ -1,4 +1,6 @@
-"""What one mistypes or forgets on a command line is answered at once, in the words of the command."""
+"""What one mistypes or forgets on a command line is answered at once, in the words of the
+command.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def said(capsys, *argv: str) -> str:
     return message
 
 
-# -- what a run refuses, its dry run refuses -------------------------------------------------------------------------
+# -- what a run refuses, its dry run refuses -------------------------------------------------------
 
 MISSING = {"vllm", "wandb", "liger_kernel", "bitsandbytes", "kernels"}
 REFUSED = [
@@ -58,10 +60,19 @@ REFUSED = [
     ([*TESTBED, "--model_name_or_path", "./nope"], "--model_name_or_path './nope': no such folder (looked in"),
     ([*TESTBED, "--teacher_model_name_or_path", "/nope"], "--teacher_model_name_or_path '/nope': no such folder"),
     ([*TESTBED, "--output_dir", "used"], "already holds a run"),
-    (["--task", "math:test.jsonl", "--per_device_train_batch_size", "64"], "a step takes 64 prompts but the task has 36"),
+    (
+        ["--task", "math:test.jsonl", "--per_device_train_batch_size", "64"],
+        "a step takes 64 prompts but the task has 36",
+    ),
     (["--task", "math:noans.jsonl", "--effopd.strategy", "effopd"], "because of --effopd.strategy effopd;"),
-    (["--task", "math:noans.jsonl", "--eval_strategy", "steps", "--eval_steps", "2"], "because of --eval_strategy steps;"),
-    (["--task", "math:test.jsonl", "--effopd.strategy", "effopd"], "50 validation prompts are drawn from the training prompts but there are 36"),
+    (
+        ["--task", "math:noans.jsonl", "--eval_strategy", "steps", "--eval_steps", "2"],
+        "because of --eval_strategy steps;",
+    ),
+    (
+        ["--task", "math:test.jsonl", "--effopd.strategy", "effopd"],
+        "50 validation prompts are drawn from the training prompts but there are 36",
+    ),
     ([*TESTBED, "--effopd.strategy", "line_search", "--per_device_train_batch_size", "1"], "at least 2 a step"),
     ([*TESTBED, "--use_vllm"], "pip install 'effopd[vllm]'"),
     ([*TESTBED, "--report_to", "wandb"], "--report_to wandb needs the package 'wandb'"),
@@ -69,16 +80,31 @@ REFUSED = [
     ([*TESTBED, "--verifier", "nomod:f"], "an importable module 'nomod'"),
     ([*TESTBED, "--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
     (["--task", "math:test.jsonl", *PLAIN, "--max_prompt_length", "3"], "at most 3 prompt tokens"),
-    ([*TESTBED, "--teacher_model_init_kwargs", '{"dtype": "bf16"}'], "one of auto, bfloat16, float16, float32; got 'bf16'"),
+    (
+        [*TESTBED, "--teacher_model_init_kwargs", '{"dtype": "bf16"}'],
+        "one of auto, bfloat16, float16, float32; got 'bf16'",
+    ),
     ([*TESTBED, "--teacher_model_init_kwargs", '{"load_in_8bit": true}'], '"quantization_config": {"quant_method"'),
     ([*TESTBED, "--model_init_kwargs", '{"load_in_8bit": true}'], "--load_in_8bit true (with --use_peft true)"),
     ([*TESTBED, "--model_init_kwargs", '{"dtyp": "bfloat16"}'], "--model_init_kwargs: expected loading arguments"),
-    ([*TESTBED, "--teacher_model_init_kwargs", '{"foo": 1}'], "--teacher_model_init_kwargs: expected loading arguments"),
-    ([*TESTBED, "--teacher_model_init_kwargs", "{'dtype': 'bfloat16'}"], "--teacher_model_init_kwargs: expected a JSON object"),
+    (
+        [*TESTBED, "--teacher_model_init_kwargs", '{"foo": 1}'],
+        "--teacher_model_init_kwargs: expected loading arguments",
+    ),
+    (
+        [*TESTBED, "--teacher_model_init_kwargs", "{'dtype': 'bfloat16'}"],
+        "--teacher_model_init_kwargs: expected a JSON object",
+    ),
     ([*TESTBED, "--chat_template_kwargs", "enable_thinking=false"], "--chat_template_kwargs: expected a JSON object"),
-    ([*TESTBED, "--attn_implementation", "flash_attention_2"], "--attn_implementation flash_attention_2 needs the package"),
+    (
+        [*TESTBED, "--attn_implementation", "flash_attention_2"],
+        "--attn_implementation flash_attention_2 needs the package",
+    ),
     ([*TESTBED, "--attn_implementation", "spda"], "--attn_implementation: expected one of eager"),
-    ([*TESTBED, "--teacher_model_init_kwargs", '{"attn_implementation": "spda"}'], "--teacher_model_init_kwargs: expected one of eager"),
+    (
+        [*TESTBED, "--teacher_model_init_kwargs", '{"attn_implementation": "spda"}'],
+        "--teacher_model_init_kwargs: expected one of eager",
+    ),
     ([*TESTBED, "--attn_implementation", "kernels-community/flash-attn"], "needs the package 'kernels'"),
     ([*TESTBED, "--use_liger_kernel", "true"], "--use_liger_kernel needs the package 'liger_kernel'"),
     ([*TESTBED, "--load_in_4bit", "true"], "'bitsandbytes'"),
@@ -89,14 +115,23 @@ REFUSED = [
     ([*TESTBED, "--generation_kwargs", '{"temperature": 0}'], "--generation_kwargs"),
     ([*TESTBED, "--fp16", "true"], "--fp16 true: this run is on the CPU"),
     ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_proj", "lm_head"], "adapts the output head"),
-    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_prj", "v_proj"], "has no module 'q_prj'. Did you mean q_proj"),
+    (
+        [*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_prj", "v_proj"],
+        "has no module 'q_prj'. Did you mean q_proj",
+    ),
     ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_prj"], "has no module 'q_prj'. Did you mean q_proj"),
     ([*TESTBED, "--use_peft", "true", "--lora_target_modules", ".*q_prj"], "--lora_target_modules .*q_prj"),
-    ([*TESTBED, "--use_peft", "true", "--lora_modules_to_save", "embed"], "--lora_modules_to_save: the model has no module"),
+    (
+        [*TESTBED, "--use_peft", "true", "--lora_modules_to_save", "embed"],
+        "--lora_modules_to_save: the model has no module",
+    ),
     ([*TESTBED, "--use_peft", "true", "--lora_target_parameters", "q.weights"], "has no parameter 'q.weights'"),
     ([*TESTBED, "--lora_r", "4"], "--lora_r: without --use_peft true nothing reads this"),
-    ([*TESTBED, "--effopd.strategy", "effopd", "--effopd.parameters", "nothing"], "matches no trained parameter of the student"),
-]  # fmt: skip
+    (
+        [*TESTBED, "--effopd.strategy", "effopd", "--effopd.parameters", "nothing"],
+        "matches no trained parameter of the student",
+    ),
+]
 
 
 @pytest.mark.parametrize("dry", [True, False], ids=["dry run", "run"])
@@ -144,7 +179,7 @@ def test_a_dry_run_goes_to_no_network_and_says_what_it_left_out(folder, capsys, 
     assert "an importable module 'nomod'" in message
 
 
-# -- models ----------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
@@ -165,26 +200,35 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
     check_model_name("--model", "org/model")  # may be on the Hub
 
 
-# -- flags and keys --------------------------------------------------------------------------------------------------
+# -- flags and keys --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--line_search"], "unknown flag --line_search. Did you mean --effopd.strategy line_search? (`effopd train --help`"),
+        (
+            ["--line_search"],
+            "unknown flag --line_search. Did you mean --effopd.strategy line_search? (`effopd train --help`",
+        ),
         (["--warmup_ratio", "0.1"], "unknown flag --warmup_ratio. Did you mean --warmup_steps SHARE? ("),
         (["--torch_dtype", "bfloat16"], "unknown flag --torch_dtype. Did you mean --dtype? ("),
         (["--evaluation_strategy", "steps"], "unknown flag --evaluation_strategy. Did you mean --eval_strategy? ("),
-        (["--learning_rte", "1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate? (`effopd train --help` lists all)"),
+        (
+            ["--learning_rte", "1e-4"],
+            "unknown flag --learning_rte. Did you mean --learning_rate? (`effopd train --help` lists all)",
+        ),
         (["--learning_rte=1e-4"], "unknown flag --learning_rte. Did you mean --learning_rate?"),
         (["--trainsize", "4", "--zzz"], "unknown flag --trainsize. Did you mean --train_size? unknown flag --zzz. ("),
         (["--score_rollouts", "2"], "Did you mean --effopd.score_rollouts?"),
         (["--batch_size", "2"], "--per_device_train_batch_size"),
         (["--effopd", "line_search"], "unknown flag --effopd. Did you mean --effopd.strategy"),
-        (["recipe.yaml"], "'recipe.yaml' belongs to no flag: expected --FLAG VALUE; write --config before a YAML file."),
+        (
+            ["recipe.yaml"],
+            "'recipe.yaml' belongs to no flag: expected --FLAG VALUE; write --config before a YAML file.",
+        ),
         (["--config"], "expected a YAML file after it"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_flag_comes_back_with_what_was_meant(flags, message, capsys):
     assert message in said(capsys, "train", *PAIR, *TESTBED, *flags)
 
@@ -246,7 +290,8 @@ def test_values_in_yaml_are_taken_as_written(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(
         "learning_rate: 1e-4\nmax_steps: 3\nuse_peft: true\nlora_target_modules: q_proj\ntrajectory: 8\n"
-        "chat_template_kwargs: {enable_thinking: false}\neffopd: {strategy: effopd, args: {scales: [2, 4]}}\nmodel_revision: 1\n"
+        "chat_template_kwargs: {enable_thinking: false}\neffopd: {strategy: effopd, args: "
+        "{scales: [2, 4]}}\nmodel_revision: 1\n"
     )
     settings = parse_train([*PAIR, *TESTBED, "--config", str(file)])
     assert (settings.opd.learning_rate, settings.opd.max_steps, settings.opd.trajectory) == (1e-4, 3, "8")
@@ -327,7 +372,7 @@ def test_either_tensorboard_will_do(present, monkeypatch):
         host_settings.require_packages(settings.model, settings.opd)
 
 
-# -- eval ------------------------------------------------------------------------------------------------------------
+# -- eval ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -336,10 +381,14 @@ def test_either_tensorboard_will_do(present, monkeypatch):
         (["--task", "math:test.jsonl"], 4, "4 of 40 rows (held out as in training; --eval_size 40 for all)"),
         (["--task", "math:test.jsonl", "--eval_size", "40"], 40, None),
         (["--eval_task", "math:test.jsonl"], 40, None),
-        (["--eval_task", "math:test.jsonl", "--eval_size", "5"], 5, "5 of 40 rows (--eval_size 5; --eval_size 40 for all)"),
+        (
+            ["--eval_task", "math:test.jsonl", "--eval_size", "5"],
+            5,
+            "5 of 40 rows (--eval_size 5; --eval_size 40 for all)",
+        ),
         (["--task", "testbed:chain_sum", "--eval_size", "6"], 6, None),
     ],
-)  # fmt: skip
+)
 def test_eval_says_when_it_is_a_part(flags, prompts, part, folder, capsys):
     plain = PLAIN if "testbed:chain_sum" not in flags else []
     assert main(["eval", "--model", "testbed:student", *flags, *plain, "--max_new_tokens", "2"]) == 0

@@ -30,7 +30,9 @@ RUNS = {
 
 
 class NoFloat64(TorchDispatchMode):
-    """Every tensor is on a device without float64, unless it is one that `Tensor.cpu` gave, made from one, or a literal."""
+    """Every tensor is on a device without float64, unless it is one that `Tensor.cpu` gave, made
+    from one, or a literal.
+    """
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))

@@ -1,4 +1,6 @@
-"""Targets from outside a grid's reference: the baseline's end at every rate, and another grid's target."""
+"""Targets from outside a grid's reference: the baseline's end at every rate, and another grid's
+target.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_grids_on_other_prompts_are_refused():
 
 
 def test_the_reference_rows_are_those_of_the_grids_own_analysis():
-    """On the published runs: at the reference learning rate both ways of asking give the same speed-ups."""
+    """On the published runs: at the reference learning rate both ways of asking give the same
+    speed-ups.
+    """
     published = json.loads((DOCS / "results.json").read_text())
     theirs = {
         (r["task"], r["strategy"], r["axis"]): r["median"]

@@ -58,7 +58,9 @@ def test_roles_come_from_the_plan_and_are_no_settings_of_a_run(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("compare-*.yaml")), ids=lambda path: path.stem)
 def test_every_variant_of_a_recipe_is_declared(recipe):
-    """A name with another strategy's before a hyphen is one of its variants, of the baseline's, or a control."""
+    """A name with another strategy's before a hyphen is one of its variants, of the baseline's, or
+    a control.
+    """
     grid = load_grid(recipe)
     for name in grid.strategies:
         prefix = name.rpartition("-")[0]

@@ -1,4 +1,6 @@
-"""Grids continued on another machine: which runs are made here, and what becomes of the others' seconds."""
+"""Grids continued on another machine: which runs are made here, and what becomes of the others'
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def test_the_run_made_here_wins_and_then_the_first_source():
 
 
 def test_a_run_made_anew_counts_for_none_of_the_machines_that_made_it_before(tmp_path):
-    """A grid that moves on twice: the second time `twice` is made anew, as after a change of the code."""
+    """A grid that moves on twice: the second time `twice` is made anew, as after a change of the
+    code.
+    """
     whole = {key(r): r for r in grid()}
     baseline = [r for r in whole.values() if r.strategy == "plain" and r.seed == 0]
     the_plan, path = plan(tmp_path), tmp_path / "r.json"
@@ -125,7 +129,9 @@ def test_the_merges_of_several_sources_keep_their_order():
 
 
 def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
-    """Also where machines differ by more for one seed than for another, and where the baseline came from a third one."""
+    """Also where machines differ by more for one seed than for another, and where the baseline came
+    from a third one.
+    """
     whole = {key(r): r for r in grid()}
     uneven = [1.4, 1.1, 1.9]
     third = [r for r in whole.values() if r.strategy == "plain"]

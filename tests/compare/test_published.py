@@ -1,4 +1,6 @@
-"""The published results follow from the runs that they hold, and the published pages from the results."""
+"""The published results follow from the runs that they hold, and the published pages from the
+results.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def test_the_best_learning_rate_is_the_fastest_that_arrives():
     assert found["lowest_learning_rate"] == {"t": 9e-5} and found["swept"] == {"t": [1e-5, LR, 9e-5, 3e-4]}
     assert speedup(found, "x", against="best")["median"] < 1.0 < speedup(found, "x")["median"]
     assert speedup(found, "plain", against="best", rate=9e-5)["median"] == 1.0
-    # the target of the best learning rate is out of reach at the reference's, so everyone there is beaten
+    # the target of the best learning rate is out of reach at the reference's, so everyone there is
+    # beaten
     assert speedup(found, "plain", against="best", target="best_kl")["median"] == 0.0
 
 

@@ -1,4 +1,6 @@
-"""The runner, with a launcher that stands in for training: what is done is never run again, what was cut off is."""
+"""The runner, with a launcher that stands in for training: what is done is never run again, what
+was cut off is.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from effopd.compare.runner import (
 )
 from effopd.errors import CheckpointError
 
-#: Stands in for `python`: reads the settings it is given, notes when it ran, writes a row; fails where told to.
+#: Stands in for `python`: reads the settings it is given, notes when it ran, writes a row; fails
+#: where told to.
 FAKE = """
 import json, os, sys, time, yaml
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The callback on its trainer: nothing before training, nothing after it, whatever happens in between."""
+"""The callback on its trainer: nothing before training, nothing after it, whatever happens in
+between.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ class Probe(TrainerCallback):
 
 
 class Scorer:
-    """Of the five points of every line search (0, 1, 2, 4 and the vertex) it likes s = 2 best: so the rate is adapted upwards."""
+    """Of the five points of every line search (0, 1, 2, 4 and the vertex) it likes s = 2 best: so
+    the rate is adapted upwards.
+    """
 
     def __init__(self, raises_at: int | None = None):
         self.calls, self.raises_at = 0, raises_at
@@ -84,9 +88,14 @@ class Scorer:
 
 def slope(tmp_path, probe=None, **more):
     args = TrainingArguments(
-        output_dir=str(tmp_path), optim="sgd", learning_rate=0.01, lr_scheduler_type="linear", per_device_train_batch_size=1,
-        max_grad_norm=0.0, **FAST | {"max_steps": 6} | more,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        optim="sgd",
+        learning_rate=0.01,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=1,
+        max_grad_norm=0.0,
+        **FAST | {"max_steps": 6} | more,
+    )
     trainer = Trainer(Slope(), args, train_dataset=Dataset.from_dict({"x": [0.0] * 8}))
     trainer.add_callback(probe or Probe())
     return trainer
@@ -115,9 +124,15 @@ def check_rates(trainer, adapted: bool) -> None:
 
 def grpo(tmp_path):
     args = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=2, max_completion_length=4, learning_rate=1e-3,
-        bf16=False, activation_checkpointing=False, **FAST,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=4,
+        learning_rate=1e-3,
+        bf16=False,
+        activation_checkpointing=False,
+        **FAST,
+    )
     return GRPOTrainer(
         make_model(0), lambda completions, **_: [float(len(c[0]["content"])) for c in completions], args,
         train_dataset=make_task(32).to_dataset(), processing_class=make_tokenizer(),
@@ -267,7 +282,9 @@ class RemovesAfterAStep(TrainerCallback):
 
 
 def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
-    """It searches between steps, where the host has no event: so only a patch could still move weights."""
+    """It searches between steps, where the host has no event: so only a patch could still move
+    weights.
+    """
     runs = {}
     for when in ("never", "before", "after one step"):
         trainer = make_trainer(tmp_path / when, **FAST | {"eval_strategy": "no"})
@@ -288,7 +305,9 @@ def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
 
 
 def test_a_removed_callback_moves_nothing_in_a_second_training_on_rollouts(tmp_path):
-    """It has a look-ahead of the first training, whose patch used to hand it the rollouts of the second."""
+    """It has a look-ahead of the first training, whose patch used to hand it the rollouts of the
+    second.
+    """
     trainer = plain_trl(tmp_path, max_steps=3)
     callback = EffOPDCallback(trainer, EffOPDConfig("line_search", score_rollouts=4))
     trainer.add_callback(callback)
@@ -315,7 +334,9 @@ class Steps(TrainerCallback):
 
 
 def test_rollouts_dropped_by_who_waits_for_them_are_sampled_again(tmp_path):
-    """`HostEvents` on its own: one event per step, with all its micro-batches; nothing once it is detached."""
+    """`HostEvents` on its own: one event per step, with all its micro-batches; nothing once it is
+    detached.
+    """
     trainer = make_trainer(
         tmp_path, **FAST | {"max_steps": 3, "eval_strategy": "no", "per_device_train_batch_size": 4},
         gradient_accumulation_steps=2,
@@ -396,7 +417,7 @@ def test_a_callback_is_collected_once_it_is_removed(tmp_path):
     assert gone() is None
 
 
-# -- a plain loop -----------------------------------------------------------------------------------------------------
+# -- a plain loop ----------------------------------------------------------------------------------
 
 
 def test_a_closed_look_ahead_leaves_the_optimizer_alone():
@@ -421,7 +442,7 @@ def test_a_closed_look_ahead_leaves_the_optimizer_alone():
     EffOPD(model, Scorer(), config, optimizer=optimizer).close()
 
 
-# -- what the callback is built from ------------------------------------------------------------------------------------
+# -- what the callback is built from ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -509,9 +530,15 @@ def test_a_resume_that_spells_out_the_defaults_ends_where_the_run_does(tmp_path)
     whole = make_trainer(tmp_path, effopd=EffOPDConfig("line_search"), **settings)
     whole.train()
     spelled = EffOPDConfig(
-        "line_search", schedule="adaptive", score_rollouts=8, reset_moments=True, adapt_learning_rate=True, gate="significant",
-        min_z=2.0, parameters="all",
-    )  # fmt: skip
+        "line_search",
+        schedule="adaptive",
+        score_rollouts=8,
+        reset_moments=True,
+        adapt_learning_rate=True,
+        gate="significant",
+        min_z=2.0,
+        parameters="all",
+    )
     checkpoint = str(tmp_path / "checkpoints" / "step-000002")
     again = make_trainer(tmp_path, effopd=spelled, **settings)
     again.train(resume_from_checkpoint=checkpoint)

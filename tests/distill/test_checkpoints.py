@@ -1,4 +1,6 @@
-"""What a checkpoint must have to be resumed, and what is said where the run cannot equal one that was not interrupted."""
+"""What a checkpoint must have to be resumed, and what is said where the run cannot equal one that
+was not interrupted.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from effopd.commands.main import main
 from effopd.errors import CheckpointError
 
-# -- what a checkpoint must have --------------------------------------------------------------------------------------
+# -- what a checkpoint must have -------------------------------------------------------------------
 
 PAIR = {"eval_strategy": "no", "max_steps": 4, "save_steps": 2}
 LAST = "step-000002"
@@ -131,7 +133,7 @@ def test_adapters_and_whole_models_do_not_mix(root, tmp_path):
     assert resume(tmp_path / "adapter", student=adapted()).state.global_step == 4
 
 
-# -- what makes it unequal is said ------------------------------------------------------------------------------------
+# -- what makes it unequal is said -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

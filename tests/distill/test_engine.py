@@ -1,4 +1,6 @@
-"""A rollout engine with its own copy of the weights: what it serves must be what is trained, whatever the look-ahead does."""
+"""A rollout engine with its own copy of the weights: what it serves must be what is trained,
+whatever the look-ahead does.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from effopd.common.files import read_rows
 
 
 class Engine:
-    """Stands in for TRL's `vllm_generation`: samples from the weights of its last sync, and notes when they are stale."""
+    """Stands in for TRL's `vllm_generation`: samples from the weights of its last sync, and notes
+    when they are stale.
+    """
 
     max_completion_length = 4
 
@@ -43,14 +47,26 @@ class Engine:
 
 def with_engine(tmp_path, strategy, *, ours=True, engine=Engine):
     arguments = {
-        "output_dir": str(tmp_path), "max_steps": 6, "per_device_train_batch_size": 8, "max_completion_length": 4, "use_cpu": True,
-        "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-2, "bf16": False,
-    }  # fmt: skip
+        "output_dir": str(tmp_path),
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 4,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "bf16": False,
+    }
     host, config = (OPDTrainer, OPDConfig) if ours else (DistillationTrainer, DistillationConfig)
     task = make_task(32)
     trainer = host(
-        make_model(0), make_model(1), config(**arguments), train_dataset=task.to_dataset(), processing_class=make_tokenizer()
-    )  # fmt: skip
+        make_model(0),
+        make_model(1),
+        config(**arguments),
+        train_dataset=task.to_dataset(),
+        processing_class=make_tokenizer(),
+    )
     double = engine(trainer)
     look = EffOPDConfig(strategy, **small_scores(strategy))
     trainer.add_callback(EffOPDCallback(trainer, look, task=task))

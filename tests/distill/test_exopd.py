@@ -1,4 +1,6 @@
-"""ExOPD: the mixture target against a dense reference, its ends, and a reference model that is never ignored."""
+"""ExOPD: the mixture target against a dense reference, its ends, and a reference model that is
+never ignored.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
 
 
 def parts(seed=0, widths=(6, 5, 7), vocabulary=11, bias=True):
-    """Student, teacher and reference: hidden states [2, 4, H] and heads, all of different widths."""
+    """Student, teacher and reference: hidden states [2, 4, H] and heads, all of different
+    widths.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = []
     for index, width in enumerate(widths):

@@ -1,4 +1,6 @@
-"""What goes wrong on long runs: each fault ends in an error that says so, and the last whole checkpoint goes on."""
+"""What goes wrong on long runs: each fault ends in an error that says so, and the last whole
+checkpoint goes on.
+"""
 
 from __future__ import annotations
 

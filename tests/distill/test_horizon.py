@@ -1,4 +1,6 @@
-"""Rollout horizons: the schedule, what is generated, what is not touched, and resuming in the middle."""
+"""Rollout horizons: the schedule, what is generated, what is not touched, and resuming in the
+middle.
+"""
 
 from __future__ import annotations
 
@@ -139,8 +141,15 @@ def test_the_kl_of_a_token_does_not_depend_on_what_was_cut_off():
 
 @pytest.mark.parametrize("effopd", [None, EffOPDConfig(validation_size=12, parameters="all", args={"scales": [2.0]})])
 def test_resumed_is_uninterrupted_also_where_the_horizon_changes(tmp_path, effopd):
-    settings = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no", "rollout_horizon": "popd", "horizon_start": 0.5,
-                "horizon_stages": 1, "effopd": effopd}  # fmt: skip
+    settings = {
+        "max_steps": 6,
+        "save_steps": 3,
+        "eval_strategy": "no",
+        "rollout_horizon": "popd",
+        "horizon_start": 0.5,
+        "horizon_stages": 1,
+        "effopd": effopd,
+    }
     whole = make_trainer(tmp_path, **settings)
     whole.train()
     assert [row["horizon"] for row in rows(tmp_path)] == [3, 3, 3, 6, 6, 6]

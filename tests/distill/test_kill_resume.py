@@ -81,7 +81,9 @@ def test_resume_in_a_later_epoch_keeps_the_data_order(tmp_path):
 
 
 def test_data_order_after_a_resume_on_several_processes():
-    """accelerate tells the sampler the epoch, but not through what a resume wraps around the batches of one of several ranks."""
+    """accelerate tells the sampler the epoch, but not through what a resume wraps around the
+    batches of one of several ranks.
+    """
 
     def batches(resumed: bool) -> list[list[int]]:
         sampler = EpochSampler(RepeatSampler(range(16), mini_repeat_count=1, batch_size=2, shuffle=True, seed=0))

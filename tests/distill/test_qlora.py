@@ -1,4 +1,6 @@
-"""A student with 4-bit base weights and LoRA adapters. Skipped where bitsandbytes is missing (pip install bitsandbytes)."""
+"""A student with 4-bit base weights and LoRA adapters. Skipped where bitsandbytes is missing (pip
+install bitsandbytes).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ modules = pytest.importorskip(
 
 @pytest.fixture
 def student(monkeypatch):
-    """On AVX-512 CPUs bitsandbytes 0.50 repacks the weights for evaluation, and saving does not bring them back whole."""
+    """On AVX-512 CPUs bitsandbytes 0.50 repacks the weights for evaluation, and saving does not
+    bring them back whole.
+    """
     initialise = modules.Linear4bit.__init__
 
     def without_repacking(self, *args, **kwargs):
@@ -69,9 +73,18 @@ def test_a_quantised_student_looks_ahead_and_goes_on(student, tmp_path):
     def trainer():
         model = student()
         arguments = OPDConfig(
-            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8, max_completion_length=24, learning_rate=3e-4,
-            save_strategy="steps", save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, activation_checkpointing=False,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=8,
+            max_completion_length=24,
+            learning_rate=3e-4,
+            save_strategy="steps",
+            save_steps=2,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            activation_checkpointing=False,
+        )
         tokenizer = AutoTokenizer.from_pretrained(testbed.student_path(), padding_side="left")
         made = OPDTrainer(
             model, str(testbed.teacher_path()), arguments, train_dataset=task.to_dataset(), processing_class=tokenizer

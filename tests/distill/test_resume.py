@@ -1,4 +1,6 @@
-"""What a resume leaves alone: a finished run, the folder of a refused one, and the disk that the run has taken already."""
+"""What a resume leaves alone: a finished run, the folder of a refused one, and the disk that the
+run has taken already.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ def flags(output_dir, *extra):
 
 RESUME = ("--resume_from_checkpoint", "true")
 
-# -- a finished run ---------------------------------------------------------------------------------------------------
+# -- a finished run --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,12 +108,13 @@ def test_a_finished_run_gets_its_final_model(tmp_path, caplog):
     (tmp_path / "model.safetensors").unlink()  # as if killed between the last checkpoint and the final save
     assert main(flags(tmp_path, *RESUME)) == 0
     assert "is finished (step 2 of 2)" in caplog.text
-    # of the final model: it says that this was a resume; its card: what the last checkpoint had cost
+    # of the final model: it says that this was a resume; its card: what the last checkpoint had
+    # cost
     changed = {"training_args.bin": b"", "README.md": b""}
     assert everything(tmp_path) | changed == before | changed
 
 
-# -- a refused resume -------------------------------------------------------------------------------------------------
+# -- a refused resume ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,9 @@ def test_a_refused_command_changes_nothing(tmp_path, capsys, extra, message):
 
 
 def test_a_damaged_anchor_changes_nothing(tmp_path):
-    """Found only while the anchor is loaded; rows and checkpoints beyond it would have been set aside."""
+    """Found only while the anchor is loaded; rows and checkpoints beyond it would have been set
+    aside.
+    """
     settings = {"effopd": EFFOPD, "max_steps": 4, "eval_strategy": "no"}
     make_trainer(tmp_path, **settings).train()
     anchor = tmp_path / "checkpoints" / "step-000002" / ANCHOR_FILE
@@ -168,11 +173,13 @@ def test_going_back_keeps_the_searches_of_the_run_before(tmp_path):
     assert steps(tmp_path / "searches.jsonl") == [1, 2, 4]
 
 
-# -- the disk ---------------------------------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------------------
 
 
 def test_a_resume_may_use_what_it_has_taken(tmp_path, monkeypatch, capsys):
-    """A disk that a run fits on exactly is large enough for its resume, also after a kill while it saved."""
+    """A disk that a run fits on exactly is large enough for its resume, also after a kill while it
+    saved.
+    """
     each = meta_model("the student", str(testbed.student_path())).num_parameters() * 16
     room = 3 * each + 3 * each // 4  # two checkpoints, one being written; two of the trajectory, the final model
     extra = ("--trajectory", "100", "--max_steps", "4")
@@ -196,7 +203,7 @@ def test_a_resume_may_use_what_it_has_taken(tmp_path, monkeypatch, capsys):
     assert main(flags(tmp_path, *extra, *RESUME)) == 0  # finished: nothing more is written
 
 
-# -- step 0 -----------------------------------------------------------------------------------------------------------
+# -- step 0 ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("on_start", [False, True])

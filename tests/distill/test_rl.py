@@ -21,10 +21,21 @@ from effopd.launch.rl import rl_yaml
 from effopd.tasks.base import Example, Task
 
 SHARED = {
-    "per_device_train_batch_size": 16, "num_generations": 4, "beta": 0.0, "max_completion_length": 5, "learning_rate": 2e-3,
-    "lr_scheduler_type": "constant", "report_to": "none", "activation_checkpointing": False, "disable_tqdm": True,
-    "use_cpu": True, "bf16": False, "logging_steps": 1, "max_steps": 4, "dataloader_pin_memory": False,
-}  # fmt: skip
+    "per_device_train_batch_size": 16,
+    "num_generations": 4,
+    "beta": 0.0,
+    "max_completion_length": 5,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "constant",
+    "report_to": "none",
+    "activation_checkpointing": False,
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "logging_steps": 1,
+    "max_steps": 4,
+    "dataloader_pin_memory": False,
+}
 
 
 def make_trainer(output_dir, kind=TaskGRPOTrainer, config=TaskGRPOConfig, **settings):
@@ -54,9 +65,12 @@ def test_trains_bit_for_bit_like_trl(tmp_path, kind, config, host, host_config):
     ours.train()
     task = make_task(32)
     theirs = host(
-        make_model(0), correct_reward(task), host_config(output_dir=str(tmp_path / "trl"), save_strategy="no", **SHARED),
-        task.to_dataset(), processing_class=make_tokenizer(),
-    )  # fmt: skip
+        make_model(0),
+        correct_reward(task),
+        host_config(output_dir=str(tmp_path / "trl"), save_strategy="no", **SHARED),
+        task.to_dataset(),
+        processing_class=make_tokenizer(),
+    )
     theirs.train()
     assert same(parameters(ours), parameters(theirs))
     assert not same(parameters(ours), dict(make_model(0).named_parameters()))

@@ -1,4 +1,6 @@
-"""Rollouts: the sampler's own log-probabilities, the shared vocabulary, models that padding changes, another engine."""
+"""Rollouts: the sampler's own log-probabilities, the shared vocabulary, models that padding
+changes, another engine.
+"""
 
 from __future__ import annotations
 
@@ -241,7 +243,9 @@ def test_answers_that_count_alike_do_so_across_micro_batches(tmp_path, loss):
 
 
 class Engine:
-    """Stands in for TRL's vLLM: samples from the student at another temperature, and says with what log-probability."""
+    """Stands in for TRL's vLLM: samples from the student at another temperature, and says with what
+    log-probability.
+    """
 
     logprobs = None
     max_completion_length = 6
@@ -260,9 +264,15 @@ class Engine:
         for prompt in prompts:
             ids = torch.tensor([list(prompt)])
             out = self._model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=True, output_scores=True,
-                temperature=self._flatten, top_k=0, return_dict_in_generate=True,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=6,
+                do_sample=True,
+                output_scores=True,
+                temperature=self._flatten,
+                top_k=0,
+                return_dict_in_generate=True,
+            )
             answer = out.sequences[0, len(prompt) :]
             logp = torch.stack(out.scores, dim=1)[0].log_softmax(-1).gather(-1, answer[:, None])
             answers.append(answer.tolist())

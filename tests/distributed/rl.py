@@ -1,4 +1,6 @@
-"""GRPO on the tiny models under DDP, as a script that torchrun starts: rollouts serve two steps, one is resumed in between."""
+"""GRPO on the tiny models under DDP, as a script that torchrun starts: rollouts serve two steps,
+one is resumed in between.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""D_v answered by a model under FSDP2 whose ranks' answers end at different tokens, as a script that torchrun starts."""
+"""D_v answered by a model under FSDP2 whose ranks' answers end at different tokens, as a script
+that torchrun starts.
+"""
 
 from __future__ import annotations
 

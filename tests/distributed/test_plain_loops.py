@@ -1,4 +1,6 @@
-"""Two and three processes on the CPU (gloo): the same decisions and weights as one, shards instead of copies, and faults."""
+"""Two and three processes on the CPU (gloo): the same decisions and weights as one, shards instead
+of copies, and faults.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_as_one_process(alone, mode, processes, tmp_path):
 
 
 def test_replicated_shards_as_one_process(tmp_path):
-    """HSDP: two replicas of two shards. One replica writes the anchor, and one that drifts is noticed."""
+    """HSDP: two replicas of two shards. One replica writes the anchor, and one that drifts is
+    noticed.
+    """
     found, weights = finished(tmp_path / "alone")
     mine, other = finished(tmp_path / "hsdp", "--mode", "hsdp", processes=4)
     assert decisions(mine) == decisions(found) and close(weights, other)
@@ -89,7 +93,9 @@ def test_replicated_shards_as_one_process(tmp_path):
 
 
 def test_lora_adapters_as_one_process(tmp_path):
-    """Shards of the factors move like the whole ones: up to rounding, for whatever number of processes."""
+    """Shards of the factors move like the whole ones: up to rounding, for whatever number of
+    processes.
+    """
     found, weights = finished(tmp_path / "alone", "--lora")
     assert sum(scale != 0 for _, scale in decisions(found)) >= 2 and max(row["lora_lost_share"] for row in found) > 0
     for mode, processes in (("ddp", 2), ("fsdp2", 3)):

@@ -97,7 +97,9 @@ def test_rollouts_that_two_steps_share_survive_on_every_rank(tmp_path):
     ("strategy", "more"), [("effopd", ()), ("line_search", ("--accumulate", 2)), ("line_search", ("--lora",))]
 )
 def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, tmp_path):
-    """Up to fp32 rounding: the gradient's norm, which it is clipped by, is summed shard by shard."""
+    """Up to fp32 rounding: the gradient's norm, which it is clipped by, is summed shard by
+    shard.
+    """
     flags, adapter = ("--strategy", strategy, "--rows", 4, *more), "--lora" in more
     ddp, fsdp2 = run(tmp_path / "ddp", *flags), run(tmp_path / "fsdp2", *flags, "--mode", "fsdp2")
     assert all(torch.allclose(ddp[name], fsdp2[name], rtol=1e-3, atol=1e-4) for name in ddp)
@@ -142,7 +144,9 @@ def test_answers_of_shards_whose_ranks_end_at_different_tokens():
 
 @pytest.mark.parametrize("host", ["trl", "transformers"])
 def test_unmodified_hosts(host, tmp_path):
-    """DDP in one go and FSDP2 with a stop in between: the same jumps, weights equal up to rounding."""
+    """DDP in one go and FSDP2 with a stop in between: the same jumps, weights equal up to
+    rounding.
+    """
     folders = [tmp_path / mode for mode in ("ddp", "fsdp2")]
     for mode, *flags in (["ddp"], ["fsdp2", "--steps", 2], ["fsdp2", "--resume"]):
         flags = ("--host", host, "--mode", mode, *flags)

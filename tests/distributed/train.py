@@ -1,4 +1,6 @@
-"""`OPDTrainer` on the tiny models under DDP or FSDP2, as a script that torchrun starts (for the tests beside it)."""
+"""`OPDTrainer` on the tiny models under DDP or FSDP2, as a script that torchrun starts (for the
+tests beside it).
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,9 @@ def _arm(trainer, step: int) -> None:
 
 
 def fsdp2_on_the_cpu() -> None:
-    """accelerate 1.15 shards on accelerators only: on the CPU it takes `fsdp_config` and trains with DDP. The state that it
-    would set on a GPU is set here, so that everything above it runs as it does there."""
+    """accelerate 1.15 shards on accelerators only: on the CPU it takes `fsdp_config` and trains
+    with DDP. The state that it would set on a GPU is set here, so that everything above it runs as
+    it does there."""
     real = AcceleratorState.__init__
 
     def initialise(self, *args, fsdp_plugin=None, **kwargs):

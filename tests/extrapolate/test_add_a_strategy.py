@@ -1,4 +1,6 @@
-"""A reader adds a strategy by docs/add-a-strategy.md alone: its file is the page's first block, registered as the page says."""
+"""A reader adds a strategy by docs/add-a-strategy.md alone: its file is the page's first block,
+registered as the page says.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,10 @@ def test_the_page_runs_from_the_command_line(tmp_path):
         registration.write(LINE)
     flags = re.search(r"`(--effopd\.strategy .*?)`\.", PAGE, re.DOTALL)[1]
     words = shlex.split(flags) + shlex.split(
-        "--model_name_or_path testbed:student --teacher_model_name_or_path testbed:teacher --task testbed:chain_sum --use_cpu "
-        "--max_steps 2 --per_device_train_batch_size 4 --max_completion_length 8 --train_size 16 --effopd.validation_size 4 "
+        "--model_name_or_path testbed:student --teacher_model_name_or_path testbed:teacher "
+        "--task testbed:chain_sum --use_cpu "
+        "--max_steps 2 --per_device_train_batch_size 4 --max_completion_length 8 "
+        "--train_size 16 --effopd.validation_size 4 "
         "--report_to none --save_strategy no --activation_checkpointing false --output_dir run"
     )
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

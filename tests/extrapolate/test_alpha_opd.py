@@ -1,4 +1,6 @@
-"""AlphaOPD's fit: against scikit-learn, on planted paths and on noise; the leading components it reads."""
+"""AlphaOPD's fit: against scikit-learn, on planted paths and on noise; the leading components it
+reads.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ ACCURACY = np.array([0.31, 0.35, 0.36, 0.44, 0.52, 0.51, 0.60, 0.66])
 
 
 def points_of(x_TM, flips=()):
-    """Leading components whose norm · u is the given path, in fp32 as in training; some with both signs flipped."""
+    """Leading components whose norm · u is the given path, in fp32 as in training; some with both
+    signs flipped.
+    """
     found = []
     for t, row in enumerate(torch.as_tensor(np.asarray(x_TM))):
         sign, norm = (-1.0 if t in flips else 1.0), float(row.norm())

@@ -1,4 +1,6 @@
-"""The line search, its schedule and its learning rate, as pure functions and on a problem with a known optimum."""
+"""The line search, its schedule and its learning rate, as pure functions and on a problem with a
+known optimum.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ def test_the_learning_rate_follows_the_best_scale():
 
 @pytest.mark.parametrize("start", [1e-6, 1e-3, 0.1])
 def test_the_factor_finds_the_rate_from_far_below(start):
-    """A search that always finds the right length, right / rate steps on: within 4 times of it in eight searches."""
+    """A search that always finds the right length, right / rate steps on: within 4 times of it in
+    eight searches.
+    """
     rate, before = start, 0.0
     for _ in range(8):
         scale = 1.0 / rate - 1.0
@@ -156,7 +160,9 @@ def test_what_scores_best_is_known_even_if_nothing_passes_the_gate():
 
 @pytest.mark.parametrize("gate", ["significant", "better", "not_worse"])
 def test_a_step_back_needs_no_margin_but_a_gain(gate):
-    """One example of 32 gains, and none loses: enough to go halfway back, not enough to go ahead (see above)."""
+    """One example of 32 gains, and none loses: enough to go halfway back, not enough to go ahead
+    (see above).
+    """
 
     def score(scale):
         gains = [-0.01 * abs(scale + 0.5), *[0.0] * 31]
@@ -169,7 +175,9 @@ def test_a_step_back_needs_no_margin_but_a_gain(gate):
 
 
 class Softmax(nn.Module):
-    """Linear softmax student p = softmax(x W), teacher softmax(x W*); loss = mean KL(p ‖ teacher)."""
+    """Linear softmax student p = softmax(x W), teacher softmax(x W*); loss = mean KL(p ‖
+    teacher).
+    """
 
     def __init__(self, seed=0):
         super().__init__()

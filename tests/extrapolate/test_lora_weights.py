@@ -1,4 +1,6 @@
-"""LoRA students: the point on the ray of the update, in the adapter's rank, against the dense truth."""
+"""LoRA students: the point on the ray of the update, in the adapter's rank, against the dense
+truth.
+"""
 
 from __future__ import annotations
 

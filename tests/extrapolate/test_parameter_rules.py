@@ -1,4 +1,6 @@
-"""Which parameters move, by name: in every kind of decoder, and whatever the model is wrapped in."""
+"""Which parameters move, by name: in every kind of decoder, and whatever the model is wrapped
+in.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from effopd.extrapolate.live_weights import LiveWeights
 from effopd.extrapolate.lora_weights import LoraWeights
 from effopd.extrapolate.parameter_rules import PARAMETER_RULES, compile_rule, plain_name, select
 
-#: The parts of decoder blocks that move; every other part holds norms or what acts on the residual stream.
+#: The parts of decoder blocks that move; every other part holds norms or what acts on the residual
+#: stream.
 MOVE = {
     "llama": {"self_attn", "mlp"},
     "qwen3_moe": {"self_attn", "mlp"},
@@ -91,9 +94,20 @@ def test_what_is_neither_attention_nor_mlp_stays(name):
 
 
 KEYWORDS = (
-    "attn", "self_attn", "attention", "q_proj", "k_proj", "v_proj", "o_proj", "mlp", "feed_forward", "ffn", "gate_proj", "up_proj",
+    "attn",
+    "self_attn",
+    "attention",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "mlp",
+    "feed_forward",
+    "ffn",
+    "gate_proj",
+    "up_proj",
     "down_proj",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "llama4_text", "jamba", "mllama", "bert", "qwen3_moe", "gpt2"])
@@ -119,7 +133,7 @@ def test_a_rule_that_matches_nothing_is_refused(rule):
         EffOPD(nn.Linear(2, 2), lambda model: 0.0, EffOPDConfig(parameters=rule))
 
 
-# -- wrappers ---------------------------------------------------------------------------------------------------------
+# -- wrappers --------------------------------------------------------------------------------------
 
 
 def layers_compiled(model):

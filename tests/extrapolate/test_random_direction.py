@@ -1,4 +1,6 @@
-"""The control direction: as long as the displacement, otherwise nothing to do with it, and reproducible."""
+"""The control direction: as long as the displacement, otherwise nothing to do with it, and
+reproducible.
+"""
 
 from __future__ import annotations
 

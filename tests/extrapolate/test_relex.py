@@ -58,7 +58,9 @@ def test_a_mirrored_path_is_mirrored():
 
 
 def test_noise_is_filtered():
-    """Linear growth plus noise of every step's own: closer to the truth than going on along the last displacement."""
+    """Linear growth plus noise of every step's own: closer to the truth than going on along the
+    last displacement.
+    """
     direction = randn(40, 30)
     moves = [0.1 * t * direction + 0.8 * randn(40, 30, seed=t) for t in STEPS]
     truth = 0.1 * 96 * direction

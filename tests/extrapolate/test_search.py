@@ -88,7 +88,9 @@ def test_one_lucky_example_never_passes_the_margin():
 
 @pytest.mark.parametrize("search", [first_failure_search, line_search])
 def test_the_margin_says_no_to_noise_and_yes_to_a_gain(search):
-    """400 searches along rays whose examples differ, but whose true gain is nothing: at most a few per cent jump ahead."""
+    """400 searches along rays whose examples differ, but whose true gain is nothing: at most a few
+    per cent jump ahead.
+    """
     arguments = {"scales": PAPER} if search is first_failure_search else {}
     rng = np.random.default_rng(0)
 

@@ -1,4 +1,6 @@
-"""Every setting of the look-ahead is read or refused, has a concrete value, and is the same on a resume."""
+"""Every setting of the look-ahead is read or refused, has a concrete value, and is the same on a
+resume.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,29 @@ from effopd.tasks.sampling import Sampling
 FIELDS = [field.name for field in dataclasses.fields(EffOPDConfig) if field.name not in ("strategy", "args")]
 #: Every argument of every strategy and scorer → a value that is no default.
 OTHER_ARGS = {
-    "k": 3.0, "scales": [1.0], "every": 1, "until": 12, "factor": 3.0, "target": 0.5, "temperature": 0.5, "batch_size": 3,
+    "k": 3.0,
+    "scales": [1.0],
+    "every": 1,
+    "until": 12,
+    "factor": 3.0,
+    "target": 0.5,
+    "temperature": 0.5,
+    "batch_size": 3,
     "max_completion_length": 3,
-}  # fmt: skip
+}
 #: A value that differs from every strategy's.
 OTHER = {
-    "schedule": "every_step", "parameters": "vector", "validation_size": 20, "score_rollouts": 3, "min_z": 50.0, "seed": 7,
-    "anchor_device": "cpu", "gate": {"not_worse": "significant", "better": "significant", "significant": "not_worse", None: "better"},
-    "reset_moments": {True: False, False: True, None: True}, "adapt_learning_rate": {True: False, False: True, None: True},
-}  # fmt: skip
+    "schedule": "every_step",
+    "parameters": "vector",
+    "validation_size": 20,
+    "score_rollouts": 3,
+    "min_z": 50.0,
+    "seed": 7,
+    "anchor_device": "cpu",
+    "gate": {"not_worse": "significant", "better": "significant", "significant": "not_worse", None: "better"},
+    "reset_moments": {True: False, False: True, None: True},
+    "adapt_learning_rate": {True: False, False: True, None: True},
+}
 SETTINGS = [*FIELDS, *(f"args.{name}" for name in OTHER_ARGS)]
 #: Read by the built-in scorers; `test_attach.py` shows how each reaches its scorer.
 OF_BUILT_IN = {*OF_SCORERS, *(f"args.{name}" for name in OF_SCORERS)}
@@ -69,11 +85,14 @@ class Drift(nn.Module):
 
 
 class Recorded:
-    """The reference against which a setting must show: every number that searches and the steps between them leave behind."""
+    """The reference against which a setting must show: every number that searches and the steps
+    between them leave behind.
+    """
 
     def __init__(self, config: EffOPDConfig):
         self.seen: list = []
-        # one where all examples gain from going further, one with an optimum on which they do not agree
+        # one where all examples gain from going further, one with an optimum on which they do not
+        # agree
         for value, share in ((lambda x: min(x, 0.2), 0.9), (lambda x: -((x - 0.05) ** 2), 0.1)):
             self._run(config, value, share)
 
@@ -223,14 +242,32 @@ def test_settings_of_built_in_scorers_are_refused_with_another_one(more):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"seed": -1}, {"seed": 0.5}, {"gate": "significant", "min_z": -1.0}, {"gate": "significant", "min_z": float("nan")},
-        {"validation_size": 0}, {"validation_size": "12"}, {"validation_size": 2.5}, {"validation_size": True},
-        {"gate": "significant", "validation_size": 1}, {"anchor_device": "disk"}, {"anchor_device": "meta"},
-        {"anchor_device": "cuda:x"}, {"anchor_device": 3}, {"adapt_learning_rate": "yes"}, {"reset_moments": 1}, {"parameters": "("},
-        {"gate": "gte"}, {"schedule": "never"}, {"score_rollouts": 0}, {"score_rollouts": 2.5}, {"score_rollouts": float("nan")},
-        {"score_rollouts": float("inf")}, {"strategy": "effodp"}, {"strategy": None},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"gate": "significant", "min_z": -1.0},
+        {"gate": "significant", "min_z": float("nan")},
+        {"validation_size": 0},
+        {"validation_size": "12"},
+        {"validation_size": 2.5},
+        {"validation_size": True},
+        {"gate": "significant", "validation_size": 1},
+        {"anchor_device": "disk"},
+        {"anchor_device": "meta"},
+        {"anchor_device": "cuda:x"},
+        {"anchor_device": 3},
+        {"adapt_learning_rate": "yes"},
+        {"reset_moments": 1},
+        {"parameters": "("},
+        {"gate": "gte"},
+        {"schedule": "never"},
+        {"score_rollouts": 0},
+        {"score_rollouts": 2.5},
+        {"score_rollouts": float("nan")},
+        {"score_rollouts": float("inf")},
+        {"strategy": "effodp"},
+        {"strategy": None},
     ],
-)  # fmt: skip
+)
 def test_bad_values_are_refused_when_the_config_is_built(bad):
     with pytest.raises(ConfigError, match=rf"EffOPDConfig\.{[*bad][-1]}"):
         EffOPDConfig(**bad)
@@ -279,7 +316,7 @@ def test_a_strategy_leaves_with_its_file_and_its_line(tmp_path):
         assert not re.search(rf"\b({'|'.join(leaving)})\b", path.read_text()), path
 
 
-# -- resuming ---------------------------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 HOST = {"max_completion_length": 6, "score_rollouts": 8}
 
@@ -350,7 +387,17 @@ def test_a_state_on_disk_holds_every_value(tmp_path):
     EffOPD(make_model(0), scorer, EffOPDConfig(validation_size=12), host={"max_completion_length": 4}).save(tmp_path)
     settings = json.loads((tmp_path / STATE_FILE).read_text())["fingerprint"]["config"]
     assert settings == {
-        "strategy": "effopd", "schedule": "powers_of_two", "parameters": "attention+mlp", "validation_size": 12, "gate": "not_worse",
-        "min_z": None, "reset_moments": False, "adapt_learning_rate": False, "seed": 0, "args.scales": [2.0, 4.0, 6.0, 8.0, 10.0],
-        "args.temperature": 1.0, "args.batch_size": 64, "args.max_completion_length": 4,
-    }  # fmt: skip
+        "strategy": "effopd",
+        "schedule": "powers_of_two",
+        "parameters": "attention+mlp",
+        "validation_size": 12,
+        "gate": "not_worse",
+        "min_z": None,
+        "reset_moments": False,
+        "adapt_learning_rate": False,
+        "seed": 0,
+        "args.scales": [2.0, 4.0, 6.0, 8.0, 10.0],
+        "args.temperature": 1.0,
+        "args.batch_size": 64,
+        "args.max_completion_length": 4,
+    }

@@ -30,7 +30,9 @@ def config(strategy: str, args=(), **overrides) -> EffOPDConfig:
 
 
 class Drift(nn.Module):
-    """Moves in a straight line, with a little noise from the loop's own random state: W_t = t·D + noise."""
+    """Moves in a straight line, with a little noise from the loop's own random state: W_t = t·D
+    + noise.
+    """
 
     def __init__(self):
         super().__init__()
@@ -236,14 +238,28 @@ def test_arguments_of_other_strategies_are_refused_and_the_known_ones_named(stra
 @pytest.mark.parametrize(
     ("strategy", "args"),
     [
-        ("fixed", {"k": -1.0}), ("fixed", {"k": "two"}), ("fixed", '{"k": '), ("fixed", [2]), ("fixed", "2"),
-        ("relex", {"every": 0}), ("relex", {"every": 1.5}), ("relex", {"until": 15}), ("relex", {"until": 6}),
-        ("relex", {"factor": 1.0}), ("alpha_opd", {"target": 0.0}), ("alpha_opd", {"temperature": -1}),
-        ("effopd", {"scales": []}), ("effopd", {"scales": [2.0, -1.0]}), ("effopd", {"scales": "2"}),
-        ("effopd", {"scales": [float("nan")]}), ("effopd", {"batch_size": 0}), ("effopd", {"temperature": float("nan")}),
-        ("effopd", {"max_completion_length": 0}), ("effopd", {"batch_size": True}),
+        ("fixed", {"k": -1.0}),
+        ("fixed", {"k": "two"}),
+        ("fixed", '{"k": '),
+        ("fixed", [2]),
+        ("fixed", "2"),
+        ("relex", {"every": 0}),
+        ("relex", {"every": 1.5}),
+        ("relex", {"until": 15}),
+        ("relex", {"until": 6}),
+        ("relex", {"factor": 1.0}),
+        ("alpha_opd", {"target": 0.0}),
+        ("alpha_opd", {"temperature": -1}),
+        ("effopd", {"scales": []}),
+        ("effopd", {"scales": [2.0, -1.0]}),
+        ("effopd", {"scales": "2"}),
+        ("effopd", {"scales": [float("nan")]}),
+        ("effopd", {"batch_size": 0}),
+        ("effopd", {"temperature": float("nan")}),
+        ("effopd", {"max_completion_length": 0}),
+        ("effopd", {"batch_size": True}),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_refused_when_the_config_is_built(strategy, args):
     with pytest.raises(ConfigError, match=r"EffOPDConfig\.args"):
         EffOPDConfig(strategy, args=args)
@@ -261,7 +277,9 @@ TINY = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no", "save_total_limi
 
 @pytest.mark.parametrize("strategy", ALL)
 def test_through_the_trainer_resumed_and_charged(strategy, tmp_path):
-    """The whole path, with D_v and the teacher as the target; a resumed run ends with the same weights."""
+    """The whole path, with D_v and the teacher as the target; a resumed run ends with the same
+    weights.
+    """
     effopd = EffOPDConfig(
         strategy,
         parameters="all",

@@ -1,4 +1,5 @@
-"""Decisions of twelve steps on the built-in pair: `python tests/golden/decisions.py` records them anew.
+"""Decisions of twelve steps on the built-in pair: `python tests/golden/decisions.py` records them
+anew.
 
 Record only after a change that is meant to change a decision, and say so in docs/log.md.
 """
@@ -16,7 +17,8 @@ import torch
 
 FILE = Path(__file__).with_name("decisions.json")
 FAMILIES = ("chain_sum", "spell_backward")
-#: Names of the strategies in the file → extra flags. Every strategy searches several times in twelve steps.
+#: Names of the strategies in the file → extra flags. Every strategy searches several times in
+#: twelve steps.
 STRATEGIES: dict[str, dict[str, object]] = {
     "none": {},
     "line_search": {"score_rollouts": 16},
@@ -53,7 +55,9 @@ def rows(path: Path) -> list[dict]:
 
 
 def decisions(family: str, strategy: str, folder: Path) -> dict[str, list]:
-    """Run it; per search its scale and trials, per step the loss and the rate, per evaluation KL and accuracy."""
+    """Run it; per search its scale and trials, per step the loss and the rate, per evaluation KL
+    and accuracy.
+    """
     with mock.patch.object(sys, "argv", command(family, strategy, folder)):
         try:
             runpy.run_module("effopd", run_name="__main__", alter_sys=True)

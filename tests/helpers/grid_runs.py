@@ -14,7 +14,9 @@ LR = 3e-5
 
 
 def evaluation(step: int, kl: float, accuracy: float = 0.5, seconds: float | None = None, **more) -> EvaluationRecord:
-    """An evaluation; a step costs `seconds` / step (default 1 s), 100 sampled and 300 forward tokens."""
+    """An evaluation; a step costs `seconds` / step (default 1 s), 100 sampled and 300 forward
+    tokens.
+    """
     seconds = 1.0 * step if seconds is None else seconds
     costs = Costs(
         net_seconds=seconds,

@@ -21,10 +21,25 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 HOSTS = ("trl", "transformers", "accelerate", "peft", "datasets")
 CLASSES = (
-    DistillationTrainer, GRPOTrainer, RLOOTrainer, Trainer, TrainingArguments, CallbackHandler, CheckpointManager, Accelerator,
-    PartialState, AcceleratorState, GradientState, PreTrainedModel, PreTrainedTokenizerFast, GenerationMixin, PeftModel, Dataset,
-    IterableDataset, VLLMGeneration,
-)  # fmt: skip
+    DistillationTrainer,
+    GRPOTrainer,
+    RLOOTrainer,
+    Trainer,
+    TrainingArguments,
+    CallbackHandler,
+    CheckpointManager,
+    Accelerator,
+    PartialState,
+    AcceleratorState,
+    GradientState,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    GenerationMixin,
+    PeftModel,
+    Dataset,
+    IterableDataset,
+    VLLMGeneration,
+)
 #: Parts of TRL that it documents.
 PUBLIC_TRL = ("trl", "trl.rewards")
 #: Set by torch, though a host reads it.
@@ -45,7 +60,9 @@ def host_names() -> frozenset[str]:
 
 
 def uses(path: Path) -> set[tuple[str, int]]:
-    """(private host name, line) in a file: attributes, methods, class variables, strings that are such a name, and imports."""
+    """(private host name, line) in a file: attributes, methods, class variables, strings that are
+    such a name, and imports.
+    """
     found: set[tuple[str, int]] = set()
     tree = ast.parse(path.read_text())
     pieces = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}

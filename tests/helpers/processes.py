@@ -1,7 +1,9 @@
-"""Scripts in processes of their own, without the seconds that importing torch, transformers and TRL takes each time.
+"""Scripts in processes of their own, without the seconds that importing torch, transformers and TRL
+takes each time.
 
-A fork server imports them once; every process is a fork of it. Nothing that uses threads or autograd has run in the
-server, so the forks are as good as fresh interpreters. `torchrun` starts the same scripts as a user would.
+A fork server imports them once; every process is a fork of it. Nothing that uses threads or
+autograd has run in the server, so the forks are as good as fresh interpreters. `torchrun` starts
+the same scripts as a user would.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ PRELOADED = ["helpers.tiny_run", "peft", "trl", "torch.distributed.fsdp", "effop
 
 
 class Finished(NamedTuple):
-    """Exit status (of the first process that failed, negative for a signal) and what all processes printed."""
+    """Exit status (of the first process that failed, negative for a signal) and what all processes
+    printed.
+    """
 
     status: int
     output: str
@@ -53,7 +57,8 @@ def _free_port() -> int:
 
 
 def run_script(script: str | Path, *arguments: object, processes: int = 0, timeout: float = 240) -> Finished:
-    """Run a script once per process, as torchrun does; for 0 processes, alone and without a process group.
+    """Run a script once per process, as torchrun does; for 0 processes, alone and without a process
+    group.
 
     The first process that fails ends the others, which may still say why they failed too.
     """

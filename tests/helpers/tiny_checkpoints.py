@@ -40,7 +40,9 @@ def save_trained(path: Path, base: Path, seed: int, size: float = 1e-2) -> Path:
 
 
 def save_trajectory(root: Path, base: Path, seed: int, steps: Sequence[int] = STEPS, noise: float = 0.3) -> Path:
-    """A run directory whose weights move along a fixed direction, plus a random walk; step 0 is the base."""
+    """A run directory whose weights move along a fixed direction, plus a random walk; step 0 is the
+    base.
+    """
     generator = torch.Generator().manual_seed(seed)
     start = tensors_of(base)
     direction = {name: 1e-2 * torch.randn(w.shape, generator=generator) for name, w in start.items()}

@@ -1,4 +1,6 @@
-"""Tiny models for property tests: a character tokenizer, a random Qwen3 pair, a task that needs no skill."""
+"""Tiny models for property tests: a character tokenizer, a random Qwen3 pair, a task that needs no
+skill.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def make_model(seed: int, vocab_size: int = 64, hidden: int = 16) -> Qwen3ForCau
 
 
 def contains(completion: str, example: Example) -> float:
-    """Right if the completion holds the answer's character: a random model is right now and then."""
+    """Right if the completion holds the answer's character: a random model is right now and
+    then.
+    """
     return float(example.answer is not None and example.answer in completion)
 
 

@@ -1,4 +1,6 @@
-"""A complete tiny run, also as a script: `python tiny_run.py OUTPUT_DIR [--kill WHERE]` (for the kill tests)."""
+"""A complete tiny run, also as a script: `python tiny_run.py OUTPUT_DIR [--kill WHERE]` (for the
+kill tests).
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def _searches() -> list[str]:
 
 
 def _at_candidate(calls: list[int]) -> bool:
-    """Whether this call is the second of its search (calls of earlier searches are counted from the rows)."""
+    """Whether this call is the second of its search (calls of earlier searches are counted from the
+    rows).
+    """
     import json
 
     earlier = sum(len(json.loads(line)["trials"]) for line in _searches())

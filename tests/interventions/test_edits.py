@@ -115,7 +115,7 @@ def test_random_directions_have_the_norm_and_depend_on_seed_and_name_only():
     assert random_direction((5,), 0.0, 0, "w").norm() == 0
 
 
-# -- points ---------------------------------------------------------------------------------------------------------
+# -- points ----------------------------------------------------------------------------------------
 
 
 def test_ids_are_unique_and_safe_as_paths():

@@ -1,4 +1,6 @@
-"""Interventions on models whose tensors are fused, stored transposed, without prefix, or merged on loading."""
+"""Interventions on models whose tensors are fused, stored transposed, without prefix, or merged on
+loading.
+"""
 
 from __future__ import annotations
 

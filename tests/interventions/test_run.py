@@ -69,7 +69,7 @@ def equal(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# -- edits ----------------------------------------------------------------------------------------------------------
+# -- edits -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("intervention", EVERY_INTERVENTION)
@@ -235,7 +235,7 @@ def test_a_point_that_is_not_finite_is_refused_and_undone(live, sources):
     assert equal(weights(live.model), before)
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_a_model_that_is_not_the_checkpoint_is_refused(folder, sources):
@@ -267,7 +267,7 @@ def test_repeated_labels_are_seeds(folder):
     assert [snapshot.step for snapshot in found.snapshots["rl"]] == [0, 4]
 
 
-# -- running and resuming -------------------------------------------------------------------------------------------
+# -- running and resuming --------------------------------------------------------------------------
 
 
 def make_evaluator(live, teacher=None):
@@ -361,7 +361,7 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(live, sources
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
-# -- paired intervals -----------------------------------------------------------------------------------------------
+# -- paired intervals ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "samples", "lift"), [(40, 1, 0.0), (200, 1, 0.1), (60, 4, 0.15)])

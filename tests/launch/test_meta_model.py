@@ -1,4 +1,6 @@
-"""What a model's folder and configuration tell before weights are loaded: its class, its limits, whether it is one."""
+"""What a model's folder and configuration tell before weights are loaded: its class, its limits,
+whether it is one.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,10 @@ def folders(tmp_path_factory):
     save(small("gpt2", n_positions=32, n_inner=32), root / "gpt2")
     save(small("opt", max_position_embeddings=32, ffn_dim=32, word_embed_proj_dim=16), root / "opt")
     save(small("llama", max_position_embeddings=32, intermediate_size=32), root / "llama")
-    get_peft_model(make_model(0), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], base_model_name_or_path="my/base")).save_pretrained(root / "adapter")  # fmt: skip
+    get_peft_model(
+        make_model(0),
+        LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], base_model_name_or_path="my/base"),
+    ).save_pretrained(root / "adapter")
     settings = json.loads((root / "adapter" / "adapter_config.json").read_text())
     (root / "adapter" / "adapter_config.json").write_text(
         json.dumps(settings | {"base_model_name_or_path": "my/base"})
@@ -174,9 +179,19 @@ def test_a_vision_language_student_is_distilled_on_text(tmp_path, folders):
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-        text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "num_key_value_heads": 1, "max_position_embeddings": 128, "rope_parameters": rope, "pad_token_id": 0,
-                "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+        text = {
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 128,
+            "rope_parameters": rope,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
         tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"patch_size": 4}, **tokens)

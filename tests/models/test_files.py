@@ -1,4 +1,6 @@
-"""Whatever is wrong with a model's files is one typed error that names the flag and the folder, in every command."""
+"""Whatever is wrong with a model's files is one typed error that names the flag and the folder, in
+every command.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,7 @@ def test_other_errors_and_whole_models_pass(models):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make_model(0).parameters(), strict=True))
 
 
-# -- adapters ---------------------------------------------------------------------------------------------------------
+# -- adapters --------------------------------------------------------------------------------------
 
 
 def test_an_adapter_is_evaluated_with_its_base_and_the_bases_tokenizer(models, tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""Logits are what each model's own forward makes of its hidden states; padding changes no row; other models are refused."""
+"""Logits are what each model's own forward makes of its hidden states; padding changes no row;
+other models are refused.
+"""
 
 from __future__ import annotations
 
@@ -247,7 +249,9 @@ def test_head_reads_the_bias():
 
 
 def with_large_logits():
-    """GPT-2 whose logits are all near -200, as softmax allows: in half precision that costs half a nat."""
+    """GPT-2 whose logits are all near -200, as softmax allows: in half precision that costs half a
+    nat.
+    """
     model = gpt2(0)
     model.transformer.wte.weight.data[:, 0] = 1.0
     model.transformer.ln_f.weight.data[0], model.transformer.ln_f.bias.data[0] = 0.0, -200.0
@@ -255,7 +259,9 @@ def with_large_logits():
 
 
 def small(kind):
-    """A type with logits below 1: in half precision, shifted positions move them by less than half a nat."""
+    """A type with logits below 1: in half precision, shifted positions move them by less than half
+    a nat.
+    """
     model = architectures.build(kind, seed=1)
     for parameter in model.parameters():
         if parameter.ndim == 2:

@@ -18,9 +18,19 @@ from effopd.report.dynamics_figures import FIGURES, draw
 from effopd.report.style import group_colors
 
 ALL = {
-    "norms", "layers", "spectrum", "subspaces_left", "subspaces_right", "first_last", "u1_path", "u1_tsne", "agreement",
-    "embeddings", "sparsity", "rotation",
-}  # fmt: skip
+    "norms",
+    "layers",
+    "spectrum",
+    "subspaces_left",
+    "subspaces_right",
+    "first_last",
+    "u1_path",
+    "u1_tsne",
+    "agreement",
+    "embeddings",
+    "sparsity",
+    "rotation",
+}
 TRAJECTORY = {"subspaces_left", "subspaces_right", "first_last", "u1_path", "u1_tsne"}
 
 

@@ -1,4 +1,6 @@
-"""The page of a run says what its rows say, needs nothing else, and survives unfinished and unusual runs."""
+"""The page of a run says what its rows say, needs nothing else, and survives unfinished and unusual
+runs.
+"""
 
 from __future__ import annotations
 

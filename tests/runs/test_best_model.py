@@ -1,4 +1,6 @@
-"""The best model is the best: by the direction of its metric, among the steps that were saved, through a resume, and said so."""
+"""The best model is the best: by the direction of its metric, among the steps that were saved,
+through a resume, and said so.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def is_step(trainer, step: int) -> bool:
     return all(torch.equal(saved[name], tensor) for name, tensor in final(trainer).items() if name in saved)
 
 
-# -- directions -------------------------------------------------------------------------------------------------------
+# -- directions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -59,10 +61,13 @@ def test_every_metric_of_a_distillation_has_an_entry(tmp_path, greedy):
 def test_every_metric_of_the_hosts_evaluation_has_an_entry(tmp_path, several):
     data = make_task(8).to_dataset()
     trainer = OPDTrainer(
-        make_model(0), make_model(1),
+        make_model(0),
+        make_model(1),
         config(output_dir=str(tmp_path), max_completion_length=4, disable_tqdm=True, per_device_train_batch_size=8),
-        train_dataset=data, eval_dataset={"one": data, "two": data} if several else data, processing_class=make_tokenizer(),
-    )  # fmt: skip
+        train_dataset=data,
+        eval_dataset={"one": data, "two": data} if several else data,
+        processing_class=make_tokenizer(),
+    )
     found = {name.removeprefix("eval_") for name in trainer.evaluate()}
     if several:
         assert {name.removeprefix("one_").removeprefix("two_") for name in found - {"epoch"}} <= set(HOST_DIRECTIONS)
@@ -74,9 +79,15 @@ def test_every_metric_of_the_hosts_evaluation_has_an_entry(tmp_path, several):
 def test_every_metric_of_reinforcement_learning_has_an_entry(tmp_path):
     task = make_task(16)
     args = config(
-        TaskRLOOConfig, output_dir=str(tmp_path), max_completion_length=4, num_generations=4, per_device_train_batch_size=8,
-        disable_tqdm=True, load_best_model_at_end=True, beta=0.0,
-    )  # fmt: skip
+        TaskRLOOConfig,
+        output_dir=str(tmp_path),
+        max_completion_length=4,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        disable_tqdm=True,
+        load_best_model_at_end=True,
+        beta=0.0,
+    )
     trainer = TaskRLOOTrainer(make_model(0), args, task, task.sample(4, 0), processing_class=make_tokenizer())
     assert {f"eval_{name}" for name in trainer.eval_metrics()} == set(trainer.evaluate())
     assert (args.metric_for_best_model, args.greater_is_better) == ("accuracy", True)
@@ -124,11 +135,41 @@ def test_other_metrics_are_refused_before_training(tmp_path, metric, message):
 
 def flags(command, output_dir, *extra):
     return [
-        command, "--model_name_or_path", "testbed:student", "--task", "testbed:chain_sum", "--train_size", "64", "--eval_size", "8",
-        "--max_completion_length", "4", "--max_steps", "2", "--per_device_train_batch_size", "16", "--report_to", "none",
-        "--disable_tqdm", "true", "--use_cpu", "true", "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps",
-        "--save_steps", "1", "--load_best_model_at_end", "true", "--output_dir", str(output_dir), *extra,
-    ]  # fmt: skip
+        command,
+        "--model_name_or_path",
+        "testbed:student",
+        "--task",
+        "testbed:chain_sum",
+        "--train_size",
+        "64",
+        "--eval_size",
+        "8",
+        "--max_completion_length",
+        "4",
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "16",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+        "--use_cpu",
+        "true",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--load_best_model_at_end",
+        "true",
+        "--output_dir",
+        str(output_dir),
+        *extra,
+    ]
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -156,7 +197,7 @@ def test_the_command_refuses_them_too(tmp_path, capsys, dry):
     assert not list(tmp_path.iterdir())
 
 
-# -- the kept model ---------------------------------------------------------------------------------------------------
+# -- the kept model --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,7 +255,7 @@ def test_a_metric_that_is_never_finite_is_said(tmp_path, caplog):
     assert "No step was both evaluated and saved with a finite kl" in caplog.text and trainer.kept is None
 
 
-# -- through a resume -------------------------------------------------------------------------------------------------
+# -- through a resume ------------------------------------------------------------------------------
 
 
 def test_the_best_step_is_found_again_where_the_run_was_moved(tmp_path):

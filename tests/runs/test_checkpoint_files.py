@@ -1,4 +1,6 @@
-"""The names of a checkpoint's files are those of transformers, whose constants are too slow to import for reading a run."""
+"""The names of a checkpoint's files are those of transformers, whose constants are too slow to
+import for reading a run.
+"""
 
 from __future__ import annotations
 

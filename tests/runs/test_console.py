@@ -22,10 +22,16 @@ from effopd.runs.lines import closing_lines, duration, eval_line, missing_answer
 from effopd.runs.records import Costs, EvaluationRecord, StepRecord
 
 ROW = {
-    "loss": 0.0123, "learning_rate": 3e-5, "completions/mean_length": 11.4, "completions/clipped_ratio": 0.0,
-    "cost/net_seconds": 14.2, "cost/search_seconds": 1.0, "cost/net_generated_tokens": 12345, "effopd/accepted_scale": 21.7,
+    "loss": 0.0123,
+    "learning_rate": 3e-5,
+    "completions/mean_length": 11.4,
+    "completions/clipped_ratio": 0.0,
+    "cost/net_seconds": 14.2,
+    "cost/search_seconds": 1.0,
+    "cost/net_generated_tokens": 12345,
+    "effopd/accepted_scale": 21.7,
     "health/reverse_kl": 0.0456,
-}  # fmt: skip
+}
 EVAL = {
     "eval_kl": 0.0031, "eval_kl_se": 0.0004, "eval_accuracy": 0.789, "eval_accuracy_low": 0.735,
     "eval_accuracy_high": 0.835, "eval_runtime": 1.0,
@@ -171,7 +177,9 @@ def test_the_bar_is_for_terminals(tmp_path, monkeypatch, terminal):
 
 
 def test_an_error_begins_on_a_line_of_its_own(tmp_path, monkeypatch):
-    """`compare.runner.error_message` and whoever reads the screen look for it at the beginning of a line."""
+    """`compare.runner.error_message` and whoever reads the screen look for it at the beginning of a
+    line.
+    """
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)
@@ -210,7 +218,9 @@ FLAGS = [
     ],
 )
 def test_the_commands_print_lines_alone(tmp_path, capsys, command):
-    """No row, no warning about the names that TRL uses, no bar of transformers; afterwards both are as they were."""
+    """No row, no warning about the names that TRL uses, no bar of transformers; afterwards both are
+    as they were.
+    """
     flags = [*FLAGS, *command[1:], "--eval_strategy", "steps", "--eval_steps", "2", "--disable_tqdm", "true"]
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")

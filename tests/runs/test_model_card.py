@@ -1,4 +1,6 @@
-"""The card in a run directory: valid, true, without holes; for distillation, adapters and reinforcement learning."""
+"""The card in a run directory: valid, true, without holes; for distillation, adapters and
+reinforcement learning.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_of_a_model_after_reinforcement_learning(tmp_path, capsys):
 
 
 def test_of_models_that_have_no_name(tmp_path):
-    """From Python: model objects, no config.yaml; the card of a checkpoint says how far the run has come."""
+    """From Python: model objects, no config.yaml; the card of a checkpoint says how far the run has
+    come.
+    """
     trainer = make_trainer(tmp_path / "opd", max_steps=4, save_steps=2, eval_strategy="no")
     cards = []
     trainer.create_model_card = lambda **names: (type(trainer).create_model_card(trainer, **names), cards.append(
@@ -129,11 +133,40 @@ def test_the_card_says_how_prompts_are_written_and_graded(tmp_path, capsys, monk
     tokenizer.chat_template += "{{ '' if enable_thinking else '-' }}"
     for name in ("student", "teacher"):
         tokenizer.save_pretrained(name)
-    flags = ["--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--task", "math:rows.jsonl",
-             "--task_args", '{"prompt_column": "question", "answer_column": "sum"}', "--verifier", "my_grades:grade",
-             "--system_prompt", "be | brief", "--prompt_suffix", " now", "--chat_template_kwargs", '{"enable_thinking": false}',
-             "--max_steps", "1", "--per_device_train_batch_size", "4", "--max_completion_length", "4", "--use_cpu",
-             "--report_to", "none", "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", "run", *LORA]  # fmt: skip
+    flags = [
+        "--model_name_or_path",
+        "student",
+        "--teacher_model_name_or_path",
+        "teacher",
+        "--task",
+        "math:rows.jsonl",
+        "--task_args",
+        '{"prompt_column": "question", "answer_column": "sum"}',
+        "--verifier",
+        "my_grades:grade",
+        "--system_prompt",
+        "be | brief",
+        "--prompt_suffix",
+        " now",
+        "--chat_template_kwargs",
+        '{"enable_thinking": false}',
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "4",
+        "--max_completion_length",
+        "4",
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+        "--output_dir",
+        "run",
+        *LORA,
+    ]
     assert main(["train", *flags]) == 0
     card = ModelCard.load("run/README.md")
     for row in (

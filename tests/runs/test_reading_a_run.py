@@ -1,4 +1,6 @@
-"""The page that explains a run's files has every field of the records, and only fields that exist."""
+"""The page that explains a run's files has every field of the records, and only fields that
+exist.
+"""
 
 from __future__ import annotations
 

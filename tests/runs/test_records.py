@@ -1,4 +1,6 @@
-"""Rows of a run: what is written reads back as it was, and old or foreign rows read as far as they go."""
+"""Rows of a run: what is written reads back as it was, and old or foreign rows read as far as they
+go.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,20 @@ def test_a_row_reads_back_as_the_record_it_was_written_from(record):
 
 def test_keys_on_disk():
     assert list(SEARCH.to_row()) == [
-        "step", "anchor_step", "delta_norm", "accepted_scale", "best_scale", "seconds", "generated_tokens", "forward_tokens",
-        "trials", "memory_bytes", "learning_rate_factor", "learning_rate_factor_total", "fit",
-    ]  # fmt: skip
+        "step",
+        "anchor_step",
+        "delta_norm",
+        "accepted_scale",
+        "best_scale",
+        "seconds",
+        "generated_tokens",
+        "forward_tokens",
+        "trials",
+        "memory_bytes",
+        "learning_rate_factor",
+        "learning_rate_factor_total",
+        "fit",
+    ]
     scored, infinite, unscored = SEARCH.to_row()["trials"]
     assert list(scored) == [
         "scale",
@@ -68,10 +81,19 @@ def test_keys_on_disk():
         and unscored == {"scale": 2.0, "verdict": "non-finite"}
     )
     assert STEP.to_row() == {
-        "step": 3, "loss": 0.5, "grad_norm": 1.5, "learning_rate": 1e-4, "cost/search_seconds": 1.0, "cost/net_seconds": 14.2,
-        "cost/net_generated_tokens": 12345, "completions/mean_length": 11.0, "frac_reward_zero_std": 0.25,
-        "health/reverse_kl": 0.25, "effopd/accepted_scale": 2.0, "epoch": 0.125,
-    }  # fmt: skip
+        "step": 3,
+        "loss": 0.5,
+        "grad_norm": 1.5,
+        "learning_rate": 1e-4,
+        "cost/search_seconds": 1.0,
+        "cost/net_seconds": 14.2,
+        "cost/net_generated_tokens": 12345,
+        "completions/mean_length": 11.0,
+        "frac_reward_zero_std": 0.25,
+        "health/reverse_kl": 0.25,
+        "effopd/accepted_scale": 2.0,
+        "epoch": 0.125,
+    }
     assert list(EVALUATION.to_row())[:5] == ["step", "eval_kl", "eval_kl_se", "eval_loss", "eval_accuracy"]
 
 
@@ -80,7 +102,9 @@ def test_a_displacement_that_is_not_finite_is_null_and_not_missing():
 
 
 def test_rows_of_earlier_versions_read_as_far_as_they_go():
-    search = SearchRecord.from_row({"step": 1, "accepted_scale": 4.0, "preferred_scale": 4.0, "trials": [{"scale": 0, "verdict": "start"}]})  # fmt: skip
+    search = SearchRecord.from_row(
+        {"step": 1, "accepted_scale": 4.0, "preferred_scale": 4.0, "trials": [{"scale": 0, "verdict": "start"}]}
+    )
     assert (search.accepted_scale, search.best_scale, search.searched) == (4.0, None, False)
     assert EvaluationRecord.from_row({"step": 2, "eval_kl": 0.5}).costs == Costs()
     assert StepRecord.from_row({"step": 2}).health.reverse_kl is None

@@ -1,4 +1,6 @@
-"""What the trainer's events leave in the run directory: records, with everything that the host adds."""
+"""What the trainer's events leave in the run directory: records, with everything that the host
+adds.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def test_every_submodule_keeps_its_mode(student, tokenizer, task):
 
 
 def test_common_random_numbers_couple_nearby_models(student, tokenizer):
-    """Under the same seed a slightly moved model gives mostly the same answers; under another seed it does not."""
+    """Under the same seed a slightly moved model gives mostly the same answers; under another seed
+    it does not.
+    """
     task = make_task(32)
     moved = make_model(0)
     with torch.no_grad():
@@ -124,7 +126,9 @@ def test_interval_of_certainty_is_not_a_point():
     ],
 )
 def test_equal_prompts_get_wilsons_interval_at_their_mean(rows, low, high):
-    """(mean + z²/2n ± z √(mean (1 − mean)/n + z²/4n²)) / (1 + z²/n), without rounding mean · n to a count."""
+    """(mean + z²/2n ± z √(mean (1 − mean)/n + z²/4n²)) / (1 + z²/n), without rounding mean · n to a
+    count.
+    """
     interval = accuracy_interval(rows)
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=6e-4)
     assert interval.mean == pytest.approx(sum(rows[0]) / len(rows[0]))
@@ -153,7 +157,7 @@ def test_bad_requests(student, tokenizer, task):
         evaluate(student, tokenizer, Task("t", (), lambda c, e: 0.0), Sampling(max_new_tokens=4))
 
 
-# -- the model's own sampling defaults ------------------------------------------------------------------------------
+# -- the model's own sampling defaults -------------------------------------------------------------
 
 #: What a `generation_config.json` may bring along.
 OWN = {

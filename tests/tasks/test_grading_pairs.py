@@ -1,4 +1,6 @@
-"""The math verifier against a reader's verdicts, in the styles of MATH, AIME, Minerva, OlympiadBench, GSM8K and the SAT."""
+"""The math verifier against a reader's verdicts, in the styles of MATH, AIME, Minerva,
+OlympiadBench, GSM8K and the SAT.
+"""
 
 from __future__ import annotations
 

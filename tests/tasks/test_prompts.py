@@ -1,4 +1,6 @@
-"""Prompts that no model can be given are refused before anything is loaded, by every command and for every host."""
+"""Prompts that no model can be given are refused before anything is loaded, by every command and
+for every host.
+"""
 
 from __future__ import annotations
 
@@ -176,10 +178,28 @@ def test_a_tokenizer_without_an_end_token_gets_the_models(tmp_path):
     rows = [{"problem": f"{n} + {n}", "answer": str(2 * n)} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = [
-        "--model_name_or_path", str(tmp_path / "s"), "--task", f"math:{tmp_path / 'rows.jsonl'}", "--use_cpu", "--bf16", "false",
-        "--max_completion_length", "4", "--max_steps", "1", "--report_to", "none", "--per_device_train_batch_size", "4",
-        "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "no",
-    ]  # fmt: skip
+        "--model_name_or_path",
+        str(tmp_path / "s"),
+        "--task",
+        f"math:{tmp_path / 'rows.jsonl'}",
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--max_completion_length",
+        "4",
+        "--max_steps",
+        "1",
+        "--report_to",
+        "none",
+        "--per_device_train_batch_size",
+        "4",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--save_strategy",
+        "no",
+    ]
     teacher = ["--teacher_model_name_or_path", str(tmp_path / "t")]
     assert main(["train", *flags, *teacher, "--output_dir", str(tmp_path / "r")]) == 0
     assert (

@@ -40,9 +40,24 @@ NUMBERS = [
     ("nano", "nano"),
 ]
 NO_ANSWERS = [
-    None, float("nan"), float("inf"), -float("inf"), np.float32("nan"), np.float64("inf"), Decimal("NaN"), torch.tensor(float("nan")),
-    "", " \n", "nan", "NaN", "inf", "-inf", "Infinity", "+Infinity", "$nan$",
-]  # fmt: skip
+    None,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    np.float32("nan"),
+    np.float64("inf"),
+    Decimal("NaN"),
+    torch.tensor(float("nan")),
+    "",
+    " \n",
+    "nan",
+    "NaN",
+    "inf",
+    "-inf",
+    "Infinity",
+    "+Infinity",
+    "$nan$",
+]
 UNUSABLE = [True, np.bool_(True), ["2"], {"a": 1}, b"2", 10**5000, "1" * 5000, np.array([1.0, 2.0])]
 
 

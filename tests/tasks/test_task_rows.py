@@ -1,4 +1,6 @@
-"""Rows of math tasks: every kind of bad row is reported with its place, good ones read alike from every format."""
+"""Rows of math tasks: every kind of bad row is reported with its place, good ones read alike from
+every format.
+"""
 
 from __future__ import annotations
 
@@ -78,18 +80,37 @@ def test_answers_all_or_none_when_not_required(tmp_path):
 @pytest.mark.parametrize(
     ("row", "args", "message"),
     [
-        ({"problem": "a", "solution": "2"}, {},
-         """has 'answer' (columns: problem, solution). Name yours: --task_args '{"answer_column": "solution"}'. Because."""),
-        ({"q": "a", "gold_answer": "2", "n": 1}, {"prompt_column": "q", "answer_column": "gold"},
-         """has 'gold' (columns: q, gold_answer, n). Name yours: --task_args '{"prompt_column": "q", "answer_column": "gold_answer"}'."""),
-        ({"problem": "a", "x": "2", "y": 1}, {},
-         """has 'answer' (columns: problem, x, y). Name yours: --task_args '{"answer_column": "…"}'."""),
-        ({"text": "a", "answer": "2"}, {},
-         """has 'prompt' or 'problem' or 'question' (columns: text, answer). Name yours: --task_args '{"prompt_column": "text"}'."""),
-        ({"question": "a", "problem": "b", "answer": "2"}, {},
-         """has just one of 'problem' and 'question' (columns: question, problem, answer). Name yours: --task_args '{"prompt_column": "problem"}'."""),
+        (
+            {"problem": "a", "solution": "2"},
+            {},
+            "has 'answer' (columns: problem, solution)"
+            """. Name yours: --task_args '{"answer_column": "solution"}'. Because.""",
+        ),
+        (
+            {"q": "a", "gold_answer": "2", "n": 1},
+            {"prompt_column": "q", "answer_column": "gold"},
+            "has 'gold' (columns: q, gold_answer, n)"
+            """. Name yours: --task_args '{"prompt_column": "q", "answer_column": "gold_answer"}'.""",
+        ),
+        (
+            {"problem": "a", "x": "2", "y": 1},
+            {},
+            """has 'answer' (columns: problem, x, y). Name yours: --task_args '{"answer_column": "…"}'.""",
+        ),
+        (
+            {"text": "a", "answer": "2"},
+            {},
+            "has 'prompt' or 'problem' or 'question' (columns: text, answer)"
+            """. Name yours: --task_args '{"prompt_column": "text"}'.""",
+        ),
+        (
+            {"question": "a", "problem": "b", "answer": "2"},
+            {},
+            "has just one of 'problem' and 'question' (columns: question, problem, answer)"
+            """. Name yours: --task_args '{"prompt_column": "problem"}'.""",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_of_every_row_is_said_once_with_the_remedy(tmp_path, row, args, message):
     file = write(tmp_path / "rows.jsonl", *[json.dumps(row)] * 40)
     with pytest.raises(TaskError) as error:

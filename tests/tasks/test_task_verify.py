@@ -1,4 +1,6 @@
-"""Verifiers: math equivalence, the hard time limit, equality with reasoning-gym, the user's own, the check."""
+"""Verifiers: math equivalence, the hard time limit, equality with reasoning-gym, the user's own,
+the check.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Updates of full checkpoints and of adapters: exact, and only between models that belong together."""
+"""Updates of full checkpoints and of adapters: exact, and only between models that belong
+together.
+"""
 
 from __future__ import annotations
 
@@ -131,10 +133,19 @@ def test_models_that_do_not_belong_together(tmp_path, base, what, error, message
         Difference(Checkpoint(base), Checkpoint(trained))
 
 
-# -- adapters -------------------------------------------------------------------------------------------------------
+# -- adapters --------------------------------------------------------------------------------------
 
-SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 ADAPTERS = {
     "plain": ("Llama", SMALL, {"target_modules": ["q_proj", "down_proj"]}),
     "all linear, rslora": ("Qwen3", SMALL, {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 7}),

@@ -1,4 +1,6 @@
-"""Fused, transposed and stacked tensors are cut as the model's own code cuts them; one model in two layouts is one model."""
+"""Fused, transposed and stacked tensors are cut as the model's own code cuts them; one model in two
+layouts is one model.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,22 @@ from effopd.weights.parts import parts_of
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
 KINDS = {
     "codegen": {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16, "rotary_dim": 4},
-    "codegen, eight heads": {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 8, "n_positions": 16, "rotary_dim": 2},
+    "codegen, eight heads": {
+        "vocab_size": 40,
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 8,
+        "n_positions": 16,
+        "rotary_dim": 2,
+    },
     "gpt_bigcode": {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16},
     "gpt_bigcode, per head": {
-        "vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16, "multi_query": False,
+        "vocab_size": 40,
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_positions": 16,
+        "multi_query": False,
     },
     "gpt2": {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16},
     "openai-gpt": {"vocab_size": 40, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16},
@@ -32,14 +46,18 @@ KINDS = {
     "falcon, groups": SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2},
     "mpt": {"vocab_size": 40, "d_model": 32, "n_layers": 1, "n_heads": 4},
     "dbrx": {
-        "vocab_size": 40, "d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 16,
+        "vocab_size": 40,
+        "d_model": 32,
+        "n_layers": 1,
+        "n_heads": 4,
+        "max_seq_len": 16,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1e9, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 2, "moe_top_k": 1},
     },
     "persimmon": SIZES | {"intermediate_size": 48},
     "phi3": SIZES | {"intermediate_size": 48, "num_key_value_heads": 2},
     "llama": SIZES | {"intermediate_size": 48, "num_key_value_heads": 2},
-}  # fmt: skip
+}
 
 
 def build(kind: str) -> torch.nn.Module:
@@ -73,7 +91,8 @@ def attention_run(model: torch.nn.Module, tokens: int) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_q_k_and_v_are_those_of_the_forward_pass(kind):
-    """With one token q and k do nothing; a q that is changed along what the last token is orthogonal to does nothing for it.
+    """With one token q and k do nothing; a q that is changed along what the last token is
+    orthogonal to does nothing for it.
 
     The parts cover each tensor exactly once, so norms add up.
     """
@@ -125,7 +144,9 @@ def experts(config: dict, gate_up: tuple[int, int], down: tuple[int, int]) -> di
 @pytest.mark.parametrize("intermediate", [24, 16, 32, 64])
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_moe", "nobody_knows"])
 def test_stacked_experts_are_oriented_by_their_shapes(kind, intermediate):
-    """gate_up [E, 2I, H] with down [E, H, I], or both transposed: told apart together, also where H = 2I."""
+    """gate_up [E, 2I, H] with down [E, H, I], or both transposed: told apart together, also where H
+    = 2I.
+    """
     size = {"hidden_size": 32, "moe_intermediate_size": intermediate}
     config = {"model_type": kind, "text_config": {"model_type": f"{kind}_text", **size}}
     tensors = {"gate_up": torch.randn(4, 2 * intermediate, 32), "down": torch.randn(4, 32, intermediate)}
@@ -150,7 +171,9 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict) -> Path:
 
 
 def test_experts_as_published_and_as_saved_are_one_model(tmp_path):
-    """The files of the Hub hold Qwen3-VL-MoE's experts transposed; an update of one gate is found in that gate."""
+    """The files of the Hub hold Qwen3-VL-MoE's experts transposed; an update of one gate is found
+    in that gate.
+    """
     size = {"hidden_size": 32, "moe_intermediate_size": 24, "num_experts": 4}
     config = {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text", **size}}
     stem = "model.language_model.layers.0.mlp.experts."
@@ -170,7 +193,9 @@ def test_experts_as_published_and_as_saved_are_one_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory) -> Path:
-    """One Mixture-of-Experts model twice: experts one by one, as on the Hub, and stacked, as transformers holds them."""
+    """One Mixture-of-Experts model twice: experts one by one, as on the Hub, and stacked, as
+    transformers holds them.
+    """
     folder = tmp_path_factory.mktemp("layouts")
     config = transformers.Qwen3MoeConfig(
         **SIZES, head_dim=8, num_key_value_heads=2, num_experts=3, moe_intermediate_size=12, num_experts_per_tok=2

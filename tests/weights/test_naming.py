@@ -1,4 +1,6 @@
-"""Every tensor of every supported architecture has its place, and its parts cover it exactly once."""
+"""Every tensor of every supported architecture has its place, and its parts cover it exactly
+once.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,14 @@ from effopd.weights import Checkpoint, Place
 from effopd.weights.naming import is_tied, place_of
 from effopd.weights.parts import parts_of
 
-SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2}  # fmt: skip
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MOE = SMALL | {"head_dim": 8, "num_experts_per_tok": 2}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ATTENTION = {"q", "k", "v", "o"}
@@ -162,7 +170,9 @@ def test_prefixes_do_not_matter(prefix):
      ("decoder.bias", Place(None, "head", "head_bias"))],
 )  # fmt: skip
 def test_norms_embeddings_and_heads_under_other_names(name, place):
-    """DBRX's attention lies in a block that is named after its norms; AXK2's norms have matrices inside."""
+    """DBRX's attention lies in a block that is named after its norms; AXK2's norms have matrices
+    inside.
+    """
     assert place_of(name) == place
 
 

@@ -1,4 +1,6 @@
-"""Output heads that are tied, are not, or are not what the configuration says; adapters of a tied head."""
+"""Output heads that are tied, are not, or are not what the configuration says; adapters of a tied
+head.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def base(tmp_path):
 
 
 def with_head(path: Path, base: Path, move: float, shards: bool = False) -> Path:
-    """A checkpoint with a stored head, `move` of noise away from the embedding, under the tied configuration."""
+    """A checkpoint with a stored head, `move` of noise away from the embedding, under the tied
+    configuration.
+    """
     tensors = tensors_of(base)
     noise = torch.randn(tensors[EMBEDDING].shape, generator=torch.Generator().manual_seed(1))
     tensors[HEAD] = tensors[EMBEDDING] + move * noise

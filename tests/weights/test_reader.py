@@ -1,4 +1,6 @@
-"""Reading is lazy, exact and bounded; every damaged checkpoint gets an error that names the file and the tensor."""
+"""Reading is lazy, exact and bounded; every damaged checkpoint gets an error that names the file
+and the tensor.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_a_tensor_in_use_is_read_once(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's VmHWM")
 def test_memory_does_not_grow_with_what_was_read(tmp_path):
-    """Forty tensors of 8 MiB one after the other: the peak grows by a few of them, not by all; keeping them shows it."""
+    """Forty tensors of 8 MiB one after the other: the peak grows by a few of them, not by all;
+    keeping them shows it.
+    """
     save_file({f"t{i}": torch.ones(2**21) for i in range(40)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     code = """

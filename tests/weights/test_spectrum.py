@@ -1,4 +1,6 @@
-"""Every spectral metric equals numpy's float64 SVD, on the shapes of spectra that break shortcuts."""
+"""Every spectral metric equals numpy's float64 SVD, on the shapes of spectra that break
+shortcuts.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""`analyze`: where a base checkpoint was changed by training, in which directions, and when; as tables on disk.
+"""`analyze`: where a base checkpoint was changed by training, in which directions, and when; as
+tables on disk.
 
     prepare (plan.py)      every name, shape, step and setting is checked; nothing is read or written
     measure (measure.py)   one matrix at a time: all snapshots of all runs against the base, which is read once
     tables (tables.py)     written from the finished parts; figures are drawn from the tables alone (effopd.report)
     summary (summary.py)   means with intervals, from the tables
 
-Memory is a few times the largest stored tensor; of a snapshot only its K leading directions are kept, and only until its
-matrix is done. A killed analysis goes on where it stopped.
+Memory is a few times the largest stored tensor; of a snapshot only its K leading directions are
+kept, and only until its matrix is done. A killed analysis goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ from effopd.common.files import write_atomically
 from effopd.weights import Difference, Part, Update
 
 SUMMARY = "summary.json"
-#: Bytes of kept directions above which the parts of one stacked tensor (experts) are worked on in several batches.
+#: Bytes of kept directions above which the parts of one stacked tensor (experts) are worked on in
+#: several batches.
 _KEPT = 2**30
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A finished analysis: its folder, the tables (name → Parquet file, a CSV beside it) and the summary."""
+    """A finished analysis: its folder, the tables (name → Parquet file, a CSV beside it) and the
+    summary.
+    """
 
     out: Path
     tables: dict[str, Path]
@@ -64,18 +68,22 @@ def analyze(
 ) -> Analysis:
     """Measure what training did to the weights of `base`; write tables and summary.json to `out`.
 
-    Every matrix and vector is in the tables. Means in the summary are over attention and MLP matrices, each counted once
-    whatever its size; fused ones (qkv, gate_up, stacked experts) are split first, so q, k and v count once each.
+    Every matrix and vector is in the tables. Means in the summary are over attention and MLP
+    matrices, each counted once whatever its size; fused ones (qkv, gate_up, stacked experts) are
+    split first, so q, k and v count once each.
 
     Args:
         base: checkpoint folder (safetensors).
-        trained: label → checkpoint, adapter, or run directory with a trajectory; several paths of one label are seeds.
-        out: new or empty folder, or one of an interrupted analysis with the same settings, which is continued.
+        trained: label → checkpoint, adapter, or run directory with a trajectory; several paths of
+            one label are seeds.
+        out: new or empty folder, or one of an interrupted analysis with the same settings, which is
+            continued.
         k: leading directions of each update.
         steps: which snapshots of a trajectory; default all.
         device: default the accelerator when there is one, else the CPU.
         metrics: groups out of `GROUPS`; update norms are always measured.
-        base_spectrum: also compare all singular values of W0 and W_T (about twice the work at the final snapshot).
+        base_spectrum: also compare all singular values of W0 and W_T (about twice the work at the
+            final snapshot).
         seed: of nulls, pictures, bootstrap, and the random start of the directions.
         progress: called as progress(done, total) in units of one matrix of one snapshot.
 
@@ -121,7 +129,9 @@ def execute(plan: AnalysisPlan, progress: Callable[[int, int], object] | None = 
 
 
 def batches(parts: Sequence[Part], plan: AnalysisPlan) -> Iterator[list[Part]]:
-    """Parts of the same stored tensor together (it is read once), as many as their kept directions allow."""
+    """Parts of the same stored tensor together (it is read once), as many as their kept directions
+    allow.
+    """
     batch: list[Part] = []
     stored = 0
     for part in parts:
@@ -136,8 +146,8 @@ def batches(parts: Sequence[Part], plan: AnalysisPlan) -> Iterator[list[Part]]:
 
 
 def pictured_parts(parts: Sequence[Part]) -> set[str]:
-    """Places that get a t-SNE picture: one attention and one MLP matrix (o and down, or the first) of the first, middle
-    and last layer."""
+    """Places that get a t-SNE picture: one attention and one MLP matrix (o and down, or the first)
+    of the first, middle and last layer."""
     chosen: set[str] = set()
     layers = sorted({part.place.layer for part in parts if part.place.layer is not None})
     for layer in {layers[0], layers[len(layers) // 2], layers[-1]} if layers else ():
@@ -148,7 +158,7 @@ def pictured_parts(parts: Sequence[Part]) -> set[str]:
     return chosen
 
 
-# -- measuring ----------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
 class _PartRecord:
@@ -218,8 +228,8 @@ def measure_batch(
 def _take_snapshot(
     records: Sequence[_PartRecord], run: AnalysisRun, index: int, difference: Difference, advance: Callable[[], object]
 ) -> None:
-    """One snapshot. The previous part's update is alive while the next is made, so a shared tensor is read once; on
-    return it is let go, before the next snapshot is read."""
+    """One snapshot. The previous part's update is alive while the next is made, so a shared tensor
+    is read once; on return it is let go, before the next snapshot is read."""
     update = None
     for record in records:
         update = difference.update(record.part, record.options.device)
@@ -231,7 +241,9 @@ def _take_snapshot(
 def subspace_rows(
     directions: dict[str, list[tuple[int | None, Directions | None]]], part: Part, options: Options
 ) -> list[list[Any]]:
-    """[run, step, reference, metric, values for k = 1, 2, …] of one matrix; see `measure.compare`."""
+    """[run, step, reference, metric, values for k = 1, 2, …] of one matrix; see
+    `measure.compare`.
+    """
     size = min(options.k, *part.shape)
     rows: list[list[Any]] = []
     for run, path in directions.items():
@@ -258,7 +270,7 @@ def _padded(leading: Directions | None, size: int) -> list[float]:
     return values + [0.0] * (size - len(values))
 
 
-# -- tables -------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def write_tables(plan: AnalysisPlan) -> dict[str, Path]:

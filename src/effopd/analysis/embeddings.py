@@ -1,4 +1,6 @@
-"""How far token embeddings moved: cosines row by row, and a joint picture. Legend: V rows (tokens), H width."""
+"""How far token embeddings moved: cosines row by row, and a joint picture. Legend: V rows (tokens),
+H width.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _BLOCK = 2**18
 def row_cosines(base_VH: Tensor, trained_VH: Tensor) -> Tensor:
     """cos(row of W0, row of W₊), computed in float64 a block of rows at a time.
 
-    A row that is zero in both (padding) counts as unmoved, 1; zero in one only, 0. Unmoved rows give exactly 1.
+    A row that is zero in both (padding) counts as unmoved, 1; zero in one only, 0. Unmoved rows
+    give exactly 1.
 
     Args:
         base_VH, trained_VH: [V, H], any floating dtype, on one device.
@@ -70,11 +73,12 @@ def embedding_metrics(base_VH: Tensor, trained_VH: Tensor) -> dict[str, float]:
 def embedding_plane(base_VH: Tensor, trained_VH: Tensor, rows: int = 2000, seed: int = 0) -> Tensor:
     """Base and trained embeddings of the same randomly drawn tokens in one plane.
 
-    PCA is fitted on base and trained rows together, so both are in the same coordinates and a shift of the whole cloud
-    shows. Deterministic, signs included.
+    PCA is fitted on base and trained rows together, so both are in the same coordinates and a shift
+    of the whole cloud shows. Deterministic, signs included.
 
     Returns:
-        float64 [2, min(rows, V), 2] on the CPU: base first, then trained; the tokens in ascending order.
+        float64 [2, min(rows, V), 2] on the CPU: base first, then trained; the tokens in ascending
+            order.
 
     Raises:
         WeightsError: not matrices, or of different shapes.

@@ -1,11 +1,13 @@
-"""Everything that is measured on one matrix: of one update, of two updates, and of a path of updates.
+"""Everything that is measured on one matrix: of one update, of two updates, and of a path of
+updates.
 
-Numbers go in, rows come out: nothing here knows files, tables or how many layers there are. Leading directions are kept
-in float32 on the CPU (angles are then good to about 1e-5 degrees); every value is computed in float64.
+Numbers go in, rows come out: nothing here knows files, tables or how many layers there are. Leading
+directions are kept in float32 on the CPU (angles are then good to about 1e-5 degrees); every value
+is computed in float64.
 
-A direction that the update does not determine is arbitrary, so everything that would use it is NaN. Its singular value
-is zero (at step 0, in matrices an adapter does not touch, beyond the rank of an adapter), repeated, or so small against
-s_1 that the error bound of `leading` proves nothing.
+A direction that the update does not determine is arbitrary, so everything that would use it is NaN.
+Its singular value is zero (at step 0, in matrices an adapter does not touch, beyond the rank of an
+adapter), repeated, or so small against s_1 that the error bound of `leading` proves nothing.
 """
 
 from __future__ import annotations
@@ -60,11 +62,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Directions:
-    """The leading directions of an update as they are kept: float32 u [M, K] and v [N, K] on the CPU.
+    """The leading directions of an update as they are kept: float32 u [M, K] and v [N, K] on the
+    CPU.
 
     Attributes:
-        angle_bound_K: for each k, how far the leading-k subspaces may be off, in degrees; 90 where nothing is proven:
-            singular values k and k + 1 are equal, or too small to be told from rounding.
+        angle_bound_K: for each k, how far the leading-k subspaces may be off, in degrees; 90 where
+            nothing is proven: singular values k and k + 1 are equal, or too small to be told from
+            rounding.
         rank: how many singular values are nonzero.
     """
 
@@ -113,9 +117,9 @@ class BaseOfPart:
 def measure_update(update: Update, options: Options) -> tuple[dict[str, float], Directions | None]:
     """The metrics of one update, and its leading directions (matrices that moved, if wanted).
 
-    Always: `parameters` (numbers in the part), `frobenius_norm`, and for matrices `rows` and `columns`. Then, as
-    `options.metrics` says, those of `entry_metrics`, `spectrum_metrics` and, for embeddings and heads,
-    `embedding_metrics` (heads: the share of moved rows only).
+    Always: `parameters` (numbers in the part), `frobenius_norm`, and for matrices `rows` and
+    `columns`. Then, as `options.metrics` says, those of `entry_metrics`, `spectrum_metrics` and,
+    for embeddings and heads, `embedding_metrics` (heads: the share of moved rows only).
     """
     part = update.part
     metrics = {"parameters": float(math.prod(part.shape)), "frobenius_norm": update.norm()}
@@ -150,13 +154,14 @@ def _spectrum(update: Update, moved: bool) -> Tensor:
 def measure_base(update: Update, base: BaseOfPart, options: Options) -> dict[str, float]:
     """What became of W0's own structure in W_T.
 
-    - `base_rotation_left_max_degrees`, `base_rotation_left_mean_degrees`: principal angles between the K leading left
-      subspaces of W0 and of W_T; right likewise. `base_rotation_bound_degrees`: how far these may be off
+    - `base_rotation_left_max_degrees`, `base_rotation_left_mean_degrees`: principal angles between
+      the K leading left subspaces of W0 and of W_T; right likewise. `base_rotation_bound_degrees`:
+      how far these may be off
     - `principal_overlap`: see `entries.principal_overlap`, with the rank-K rebuild of W0
     - `base_spectral_shift` (with `options.base_spectrum`): see `subspaces.spectral_shift`
 
-    NaN where W0 or W_T is zero; the angles also where the bound is 90. With k at least the shorter side, the subspace of
-    that side is everything and its angles are 0.
+    NaN where W0 or W_T is zero; the angles also where the bound is 90. With k at least the shorter
+    side, the subspace of that side is everything and its angles are 0.
 
     Source: arXiv 2606.07082, 2606.13657.
     """
@@ -189,8 +194,9 @@ def compare(one: Directions | None, other: Directions | None, size: int) -> dict
     - `left_angle_max`, `right_angle_max`: their largest principal angle, degrees
     - `angle_bound`: how far those angles may be off, degrees; 90 where nothing is proven
 
-    NaN beyond the rank of either, where one did not move, and (all but `angle_bound`) where the bound is 90. A cosine
-    needs the leading subspaces of both k − 1 and k, whose difference its direction is.
+    NaN beyond the rank of either, where one did not move, and (all but `angle_bound`) where the
+    bound is 90. A cosine needs the leading subspaces of both k − 1 and k, whose difference its
+    direction is.
     """
     names = [f"{side}_{reading}" for reading in ("cosine", "overlap", "angle_max") for side in ("left", "right")]
     values = {name: [math.nan] * size for name in [*names, "angle_bound"]}
@@ -218,7 +224,8 @@ def _where(known: Tensor, values: Tensor) -> list[float]:
 def path_of_u1(
     steps: Sequence[int], u1_by_step: Mapping[int, Tensor], options: Options, picture: bool
 ) -> tuple[dict[str, float], list[tuple[int, dict[str, float]]]]:
-    """The trajectory of u1, signs aligned forward in time: is it planar, and more so than an aimless one?
+    """The trajectory of u1, signs aligned forward in time: is it planar, and more so than an
+    aimless one?
 
     - `u1_evr`: variance explained by the first two components
     - `u1_evr_null_mean`: the same for random walks with the same step lengths
@@ -230,7 +237,8 @@ def path_of_u1(
         picture: t-SNE coordinates too (four points are needed).
 
     Returns:
-        the metrics, and for each step its coordinates pc1, pc2 (tsne1, tsne2). Both empty with fewer than three steps.
+        the metrics, and for each step its coordinates pc1, pc2 (tsne1, tsne2). Both empty with
+        fewer than three steps.
     """
     if len(steps) < 3:
         return {}, []
@@ -250,7 +258,9 @@ def path_of_u1(
 
 
 def embedding_picture(update: Update, seed: int) -> dict[str, list[float]]:
-    """Token embeddings before and after in one plane: columns base_pc1, base_pc2, trained_pc1, trained_pc2."""
+    """Token embeddings before and after in one plane: columns base_pc1, base_pc2, trained_pc1,
+    trained_pc2.
+    """
     base, trained = embedding_plane(update.base, update.trained, seed=seed)
     return {
         f"{name}_pc{axis + 1}": points[:, axis].tolist()

@@ -33,7 +33,9 @@ _RESERVED = ("base", "final", "first")
 
 @dataclass(frozen=True)
 class AnalysisRun:
-    """One trained checkpoint, or one trajectory of them. Runs of one `group` (label) differ in their seed only."""
+    """One trained checkpoint, or one trajectory of them. Runs of one `group` (label) differ in
+    their seed only.
+    """
 
     name: str
     group: str
@@ -71,11 +73,13 @@ def prepare(
     base_spectrum: bool = False,
     seed: int = 0,
 ) -> AnalysisPlan:
-    """Check every setting, file and shape; nothing is written. For the arguments see `analysis.analyze`.
+    """Check every setting, file and shape; nothing is written. For the arguments see
+    `analysis.analyze`.
 
     Raises:
         ConfigError: a setting is out of range, a path comes twice, or `out` holds something else.
-        CheckpointError, WeightsError: a checkpoint is missing, incomplete, or does not fit the base.
+        CheckpointError, WeightsError: a checkpoint is missing, incomplete, or does not fit the
+            base.
     """
     options = Options(k, _check_metrics(metrics), base_spectrum, seed, resolve_device(device))
     if k < 1:
@@ -93,7 +97,9 @@ def prepare(
 
 
 def seed_names(label: str, count: int) -> list[str]:
-    """Names of the runs of one label: the label itself, or label#0, label#1, … for several seeds."""
+    """Names of the runs of one label: the label itself, or label#0, label#1, … for several
+    seeds.
+    """
     return [label] if count == 1 else [f"{label}#{seed}" for seed in range(count)]
 
 
@@ -124,7 +130,8 @@ def _check_label(label: str) -> None:
 
 
 def name_runs(trained: Mapping[str, PathLike | Sequence[PathLike]]) -> list[tuple[str, str, Path]]:
-    """(run, group, path) for each trained path; several of one label are seeds and become label#0, label#1, ….
+    """(run, group, path) for each trained path; several of one label are seeds and become label#0,
+    label#1, ….
 
     Raises:
         ConfigError: no run, a label that cannot be used, or one path twice.

@@ -1,8 +1,9 @@
 """The memory of an analysis that can be interrupted: OUT/progress.jsonl.
 
-The first line is the settings (what was compared, with sizes and times of the files, and the options), every further line the
-finished measurements of one matrix. A killed analysis goes on after the last whole line; one with other settings is
-refused. Numbers round-trip exactly; NaN is null and infinities are strings, so that every line is strict JSON.
+The first line is the settings (what was compared, with sizes and times of the files, and the
+options), every further line the finished measurements of one matrix. A killed analysis goes on
+after the last whole line; one with other settings is refused. Numbers round-trip exactly; NaN is
+null and infinities are strings, so that every line is strict JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapte
 
 
 def file_marks(folder: Path) -> dict[str, list[int]]:
-    """File name → [bytes, modification time in ns], for the files of a checkpoint or adapter that decide its weights."""
+    """File name → [bytes, modification time in ns], for the files of a checkpoint or adapter that
+    decide its weights.
+    """
     paths = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
@@ -36,7 +39,8 @@ class Progress:
         settings: strict JSON; a rerun goes on only with equal ones.
 
     Raises:
-        ConfigError: `out` is a file, holds something else, or an analysis with other settings (the message says which).
+        ConfigError: `out` is a file, holds something else, or an analysis with other settings (the
+            message says which).
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]):
@@ -60,7 +64,9 @@ class Progress:
             )
 
     def start(self) -> set[str]:
-        """Create the folder and the first line if need be, drop a line cut short by a kill; names of finished parts."""
+        """Create the folder and the first line if need be, drop a line cut short by a kill; names
+        of finished parts.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._header() is None:
             self.path.unlink(missing_ok=True)
@@ -92,7 +98,9 @@ class Progress:
                     yield _decode(self._parse(line, number))
 
     def _header(self) -> dict[str, Any] | None:
-        """The settings of the analysis that is there; `None` if there is none (or its first line was cut short)."""
+        """The settings of the analysis that is there; `None` if there is none (or its first line
+        was cut short).
+        """
         if not self.path.exists():
             return None
         with self.path.open(encoding="utf-8") as file:
@@ -110,7 +118,9 @@ class Progress:
 
 
 def _differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """What differs, a sentence each; long lists of files are summed up by the folder they are in."""
+    """What differs, a sentence each; long lists of files are summed up by the folder they are
+    in.
+    """
     if isinstance(then, dict) and isinstance(now, dict):
         if name.endswith("files"):
             return [f"{name.removesuffix('files')}weights changed on disk"] if then != now else []

@@ -1,14 +1,14 @@
 r"""Which entries of a tensor moved, how far, and whether they are its small or its principal ones.
 
-Everything streams in blocks, so the temporaries are a few megabytes (on an accelerator a few hundred) whatever the size
-of the tensor. Nothing is sorted: order statistics come from histograms of the bit patterns of |w|, 16 bits at a time,
-which order like the numbers themselves. They are exact, ties included, with one pass for 16-bit weights and two for
-float32.
+Everything streams in blocks, so the temporaries are a few megabytes (on an accelerator a few
+hundred) whatever the size of the tensor. Nothing is sorted: order statistics come from histograms
+of the bit patterns of |w|, 16 bits at a time, which order like the numbers themselves. They are
+exact, ties included, with one pass for 16-bit weights and two for float32.
 
-M below is the set of *changed* entries: those that differ after both sides are rounded to bfloat16, the precision models are
-served in. Departure from the sources: a bf16 matrix has thousands of entries of exactly the same magnitude, so "the 30 %
-smallest" is ambiguous; ties at the threshold count fractionally, which is the expected overlap when they are broken at
-random.
+M below is the set of *changed* entries: those that differ after both sides are rounded to bfloat16,
+the precision models are served in. Departure from the sources: a bf16 matrix has thousands of
+entries of exactly the same magnitude, so "the 30 % smallest" is ambiguous; ties at the threshold
+count fractionally, which is the expected overlap when they are broken at random.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ _Stream = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 def entry_metrics(base: Tensor, trained: Tensor) -> dict[str, float]:
     r"""Entrywise metrics of Δ = W₊ − W0; differences and sums in float64.
 
-    - `bf16_unchanged_share`: share of entries equal after rounding both sides to bfloat16 (−0 equals 0)
+    - `bf16_unchanged_share`: share of entries equal after rounding both sides to bfloat16 (−0
+        equals 0)
     - `update_density`: share with |w₊ − w| > 10⁻³ · max(|w|, |w₊|)
     - `max_abs_update` max |Δ|, in the unit of the weights, and `relative_norm` ‖Δ‖/‖W0‖
-    - `low_magnitude_overlap`: |M ∩ the ⌊0.3 n⌋ entries of smallest |W0|| / |M|, M the bf16-changed entries; ties at the
-      threshold count fractionally
+    - `low_magnitude_overlap`: |M ∩ the ⌊0.3 n⌋ entries of smallest |W0|| / |M|, M the bf16-changed
+      entries; ties at the threshold count fractionally
     - `low_magnitude_overlap_chance` ⌊0.3 n⌋/n: what an M independent of W0 gives on average
-    - `rounding_noise_to_update`: $\sqrt{\sum (\mathrm{ulp}(w)^2 + \mathrm{ulp}(w_+)^2) / 12} / ‖Δ‖$, the expected norm of
-      the error if both sides were rounded to their stored dtypes, over the norm of the update. Near 1 and above, what the
-      spectrum of Δ shows is rounding
+    - `rounding_noise_to_update`: $\sqrt{\sum (\mathrm{ulp}(w)^2 + \mathrm{ulp}(w_+)^2) / 12} /
+      ‖Δ‖$, the expected norm of the error if both sides were rounded to their stored dtypes, over
+      the norm of the update. Near 1 and above, what the spectrum of Δ shows is rounding
 
     Ratios with a zero denominator (Δ = 0, W0 = 0, M empty, no entries) are not defined and are NaN.
 
     Args:
-        base, trained: tensors of one shape, strided as they like; bf16, fp16, fp32 or fp64, not necessarily the same; on one
-            device, which needs float64.
+        base, trained: tensors of one shape, strided as they like; bf16, fp16, fp32 or fp64, not
+            necessarily the same; on one device, which needs float64.
 
     Raises:
         WeightsError: of different shapes, or another dtype.
@@ -86,8 +87,9 @@ def principal_overlap(
 ) -> float:
     """|M ∩ top-α entries of |W0's rank-K part|| / |M|, M the bf16-changed entries; NaN if none changed.
 
-    The principal weights are the ⌊α M N⌋ largest entries of |U S Vᵀ|, rebuilt in float64 a block at a time and rounded to
-    float32 for ranking; ties at the threshold count fractionally. An M independent of W0 gives α on average.
+    The principal weights are the ⌊α M N⌋ largest entries of |U S Vᵀ|, rebuilt in float64 a block at
+    a time and rounded to float32 for ranking; ties at the threshold count fractionally. An M
+    independent of W0 gives α on average.
 
     Args:
         base, trained: [M, N], as in `entry_metrics`.
@@ -103,7 +105,8 @@ def principal_overlap(
     k = len(s_K)
     if base.ndim != 2 or u_MK.shape != (base.shape[0], k) or v_NK.shape != (base.shape[1], k):
         raise WeightsError(
-            f"W0 of shape {tuple(base.shape)} does not fit singular triplets u {tuple(u_MK.shape)}, s {tuple(s_K.shape)}, "
+            f"W0 of shape {tuple(base.shape)} does not fit singular triplets u "
+            f"{tuple(u_MK.shape)}, s {tuple(s_K.shape)}, "
             f"v {tuple(v_NK.shape)}; expected [M, K], [K], [N, K] of the same matrix."
         )
     if not 0.0 <= alpha <= 1.0:
@@ -159,11 +162,13 @@ class _Sums:
 
 
 def _smallest(first: Tensor, stream: _Stream, m: int, dtype: torch.dtype) -> float:
-    """How many of the changed entries are among the m of smallest magnitude, ties at the threshold fractionally.
+    """How many of the changed entries are among the m of smallest magnitude, ties at the threshold
+    fractionally.
 
     Args:
         first: histograms of the 16 leading bits, of all entries and of the changed ones.
-        stream: read again for each further 16 bits of `dtype`, to split the bin that holds the threshold.
+        stream: read again for each further 16 bits of `dtype`, to split the bin that holds the
+            threshold.
     """
     shift = 8 * dtype.itemsize - 16
     counts, prefix, below, inside = first, 0, 0, 0
@@ -250,11 +255,13 @@ def _divide(a: float, b: float) -> float:
 def _check(base: Tensor, trained: Tensor) -> None:
     if base.shape != trained.shape:
         raise WeightsError(
-            f"expected two tensors of one shape, got {tuple(base.shape)} and {tuple(trained.shape)}; compare checkpoints of "
+            f"expected two tensors of one shape, got {tuple(base.shape)} and "
+            f"{tuple(trained.shape)}; compare checkpoints of "
             "the same architecture."
         )
     for tensor in (base, trained):
         if not tensor.is_floating_point() or tensor.element_size() not in _BITS:
             raise WeightsError(
-                f"expected bfloat16, float16, float32 or float64 weights, got {tensor.dtype}; dequantise the checkpoint."
+                f"expected bfloat16, float16, float32 or float64 weights, got {tensor.dtype}; "
+                "dequantise the checkpoint."
             )

@@ -1,9 +1,10 @@
 r"""How alike two sets of leading singular directions are, and how far a spectrum moved.
 
-Three readings of "the subspace at step t against the final one", because the paper does not say which it plots: direction
-by direction, nested subspaces by their projectors, and principal angles. All are blind to the arbitrary signs of singular
-vectors; only the second and third are blind to rotations inside the subspace, which nearly equal singular values make
-arbitrary too. Legend: M dimension of the vectors, K directions; columns are orthonormal and ordered by singular value.
+Three readings of "the subspace at step t against the final one", because the paper does not say
+which it plots: direction by direction, nested subspaces by their projectors, and principal angles.
+All are blind to the arbitrary signs of singular vectors; only the second and third are blind to
+rotations inside the subspace, which nearly equal singular values make arbitrary too. Legend: M
+dimension of the vectors, K directions; columns are orthonormal and ordered by singular value.
 
 Left out: the singular vectors themselves (`leading`).
 """
@@ -40,10 +41,12 @@ def counterpart_cosines(u_MK: Tensor, w_MK: Tensor) -> Tensor:
 
 
 def projector_overlaps(u_MK: Tensor, w_MK: Tensor) -> Tensor:
-    r"""$‖U_k^⊤ W_k‖_F^2 / k$ for k = 1, 2, …: the mean squared cosine of the principal angles of the nested subspaces.
+    r"""$‖U_k^⊤ W_k‖_F^2 / k$ for k = 1, 2, …: the mean squared cosine of the principal angles of
+    the nested subspaces.
 
-    1 for equal subspaces, 0 for orthogonal ones, k/M on average for independent random ones (`chance_overlap`).
-    With right singular vectors and k = 16 the last entry is the "right-subspace lock" ‖V_tᵀ V_T‖²/16.
+    1 for equal subspaces, 0 for orthogonal ones, k/M on average for independent random ones
+    (`chance_overlap`). With right singular vectors and k = 16 the last entry is the "right-subspace
+    lock" ‖V_tᵀ V_T‖²/16.
 
     Args:
         u_MK, w_MK: orthonormal columns; with different K the shorter set decides.
@@ -64,7 +67,8 @@ def projector_overlaps(u_MK: Tensor, w_MK: Tensor) -> Tensor:
 
 
 def chance_overlap(k: int, m: int) -> float:
-    """Expected `projector_overlaps` of two independent uniformly random k-dimensional subspaces of R^m: k/m.
+    """Expected `projector_overlaps` of two independent uniformly random k-dimensional subspaces of
+    R^m: k/m.
 
     Raises:
         ValueError: not 1 ≤ k ≤ m.
@@ -77,8 +81,8 @@ def chance_overlap(k: int, m: int) -> float:
 def principal_angles(u_MK: Tensor, w_MK: Tensor) -> Tensor:
     r"""Principal angles between two subspaces, in degrees, ascending.
 
-    $\cos θ_i = σ_i(U^⊤ W)$ is used above 45° and $\sin θ_i = σ_i(W − U U^⊤ W)$ below, so that small angles are as
-    accurate as large ones (arccos alone loses everything below about 1e-6 degrees).
+    $\cos θ_i = σ_i(U^⊤ W)$ is used above 45° and $\sin θ_i = σ_i(W − U U^⊤ W)$ below, so that small
+    angles are as accurate as large ones (arccos alone loses everything below about 1e-6 degrees).
 
     Args:
         u_MK, w_MK: orthonormal columns; K may differ.
@@ -89,7 +93,8 @@ def principal_angles(u_MK: Tensor, w_MK: Tensor) -> Tensor:
     Raises:
         WeightsError: not matrices, or of different M.
 
-    Source: Björck and Golub (1973), Knyazev and Argentati (2002); as `scipy.linalg.subspace_angles`, which is in
+    Source: Björck and Golub (1973), Knyazev and Argentati (2002); as
+        `scipy.linalg.subspace_angles`, which is in
     radians and descending.
     """
     u, w = _pair(u_MK, w_MK)
@@ -115,7 +120,8 @@ def spectral_shift(s_R: Tensor, s0_R: Tensor) -> float:
     """
     if s_R.shape != s0_R.shape or s_R.ndim != 1:
         raise WeightsError(
-            f"expected two spectra of the same length, got shapes {tuple(s_R.shape)} and {tuple(s0_R.shape)}; take all "
+            f"expected two spectra of the same length, got shapes {tuple(s_R.shape)} and "
+            f"{tuple(s0_R.shape)}; take all "
             "singular values of both matrices."
         )
     s, s0 = s_R.to(torch.float64), s0_R.to(torch.float64)

@@ -1,6 +1,7 @@
 """Reading the tables: which rows a summary or a figure is about. Data frames in, data frames out.
 
-Layers outside the layers (embedding, head, final norm) are −1 here, so that they can be index values.
+Layers outside the layers (embedding, head, final norm) are −1 here, so that they can be index
+values.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def final(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> pd.Data
 
 
 def averaged(matrices: pd.DataFrame) -> pd.DataFrame:
-    """Rows of attention and MLP matrices; vectors (biases, norms) are left out. A fused matrix is one row a part."""
+    """Rows of attention and MLP matrices; vectors (biases, norms) are left out. A fused matrix is
+    one row a part.
+    """
     rows = matrices[matrices["module"].isin(AVERAGED)]
     places = rows.loc[rows["metric"] == "rows", PLACE].drop_duplicates()
     keys = pd.MultiIndex.from_frame(places.astype({"module": str, "matrix": str}))
@@ -49,7 +52,9 @@ def averaged(matrices: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_matrix(rows: pd.DataFrame) -> pd.DataFrame:
-    """One column a run, one row a matrix, of rows that hold one value each (one metric, one step a run)."""
+    """One column a run, one row a matrix, of rows that hold one value each (one metric, one step a
+    run).
+    """
     flat = rows.astype({"run": str, "module": str, "matrix": str})
     return flat.pivot(index=PLACE, columns="run", values="value")
 
@@ -63,7 +68,9 @@ def groups_of(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def moved_steps(matrices: pd.DataFrame, run: str) -> list[int]:
-    """Steps of a run at which anything had moved, ascending; empty for a checkpoint without a step."""
+    """Steps of a run at which anything had moved, ascending; empty for a checkpoint without a
+    step.
+    """
     rows = matrices[(matrices["run"] == run) & (matrices["metric"] == "frobenius_norm") & (matrices["value"] > 0)]
     return sorted(int(step) for step in rows["step"].dropna().unique())
 

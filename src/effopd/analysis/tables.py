@@ -5,8 +5,9 @@
     directions   run, step, layer, module, matrix, metric, value
     embeddings   run, step, layer, module, matrix, metric, point, value
 
-`step` is missing for a lone checkpoint that does not say its step, `layer` outside the layers; `value` is a float64, missing
-where a quantity is not defined. Tables are written in pieces as rows come, so writing needs no memory for all of them.
+`step` is missing for a lone checkpoint that does not say its step, `layer` outside the layers;
+`value` is a float64, missing where a quantity is not defined. Tables are written in pieces as rows
+come, so writing needs no memory for all of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _PIECE = 200_000
 
 
 class TableWriter:
-    """Writes one table piece by piece to `STEM.parquet` and `STEM.csv`; both appear, whole, when the block ends.
+    """Writes one table piece by piece to `STEM.parquet` and `STEM.csv`; both appear, whole, when
+    the block ends.
 
     An exception inside the block leaves earlier files as they were.
 
@@ -116,7 +118,8 @@ def read_table(stem: Path, filters: Sequence[tuple[str, str, Any]] | None = None
     """A table as a data frame; text columns are categories, so that millions of rows stay small.
 
     Args:
-        filters: only rows that satisfy all of them, as in `pandas.read_parquet`, e.g. `[("reference", "==", "final")]`.
+        filters: only rows that satisfy all of them, as in `pandas.read_parquet`, e.g.
+            `[("reference", "==", "final")]`.
 
     Raises:
         CheckpointError: the file is missing or not a table.
@@ -126,7 +129,8 @@ def read_table(stem: Path, filters: Sequence[tuple[str, str, Any]] | None = None
         table = pq.read_table(path, filters=list(filters) if filters else None, read_dictionary=list(_TEXT))
     except (OSError, pa.ArrowInvalid) as error:
         raise CheckpointError(
-            f"{path} cannot be read: expected a table written by `effopd analyze`, got {error}. Run the analysis again "
+            f"{path} cannot be read: expected a table written by `effopd analyze`, got "
+            f"{error}. Run the analysis again "
             "into the same folder; finished parts are not measured twice."
         ) from error
     return _typed(table.to_pandas(ignore_metadata=True), text="category")

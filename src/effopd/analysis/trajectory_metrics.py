@@ -1,4 +1,6 @@
-"""What the tables say about training as a whole: how early final directions are there, and whether runs agree."""
+"""What the tables say about training as a whole: how early final directions are there, and whether
+runs agree.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,9 @@ def quoted(k: int) -> list[int]:
 
 
 def early_rows(out: Path, moving: Mapping[str, list[int]], k: int) -> pd.DataFrame:
-    """One row a run and matrix: `early_left_overlap_K` (projector overlap of the leading K directions at 10 % of training
-    with the final ones; right likewise) and `first_left_cosine` (u1 of the first snapshot that moved with the final)."""
+    """One row a run and matrix: `early_left_overlap_K` (projector overlap of the leading K
+    directions at 10 % of training with the final ones; right likewise) and `first_left_cosine` (u1
+    of the first snapshot that moved with the final)."""
     rows = _averaged(out, [("metric", "in", [*_OVERLAPS, "left_cosine"])])
     pieces = [
         rows[(rows["reference"] == "first") & (rows["metric"] == "left_cosine")].assign(metric="first_left_cosine")
@@ -60,7 +63,8 @@ def early_rows(out: Path, moving: Mapping[str, list[int]], k: int) -> pd.DataFra
 def trajectories(
     out: Path, last: pd.DataFrame, moving: Mapping[str, list[int]], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Run → steps, which one is early, the lock-in of the right subspace over training, EVR against random walks.
+    """Run → steps, which one is early, the lock-in of the right subspace over training, EVR against
+    random walks.
 
     Args:
         last: averaged rows of the last snapshots.
@@ -102,7 +106,9 @@ def agreement(out: Path, last: pd.DataFrame, runs: Runs, k: int, seed: int) -> l
 
 
 def chance(last: pd.DataFrame, run: str) -> dict[str, float]:
-    """Mean over matrices of 1/M and 1/N: times k, the overlap of independent random k-dimensional subspaces."""
+    """Mean over matrices of 1/M and 1/N: times k, the overlap of independent random k-dimensional
+    subspaces.
+    """
     of_run = last[last["run"] == run]
     sides = {"left": "rows", "right": "columns"}
     return {side: float((1.0 / of_run.loc[of_run["metric"] == size, "value"]).mean()) for side, size in sides.items()}

@@ -1,4 +1,6 @@
-"""`effopd analyze`: what training did to the weights, as a table to read, tables to work with, and figures."""
+"""`effopd analyze`: what training did to the weights, as a table to read, tables to work with, and
+figures.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +180,7 @@ class _Bar:
             self._bar.__exit__()
 
 
-# -- printing -------------------------------------------------------------------------------------------------------
+# -- printing --------------------------------------------------------------------------------------
 
 
 def show(analysis: Analysis, console: Console) -> None:
@@ -247,14 +249,18 @@ def _only_pair(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _mark(difference: Mapping[str, Any] | None) -> str:
-    """The larger group, a dot when none is beyond the interval, nothing when there is no interval."""
+    """The larger group, a dot when none is beyond the interval, nothing when there is no
+    interval.
+    """
     if difference is None or all(difference.get(over) is None for over in ("over_matrices", "over_seeds")):
         return ""
     return escape(difference["larger"] or "·")
 
 
 def _sentences(summary: Mapping[str, Any]) -> list[str]:
-    """How to read the brackets, and with three groups and more, which is larger beyond the interval."""
+    """How to read the brackets, and with three groups and more, which is larger beyond the
+    interval.
+    """
     over = {name: group["interval_over"] for name, group in summary["groups"].items()}
     kinds = sorted(set(over.values()))
     early = {

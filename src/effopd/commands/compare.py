@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `effopd compare`."""
     parser = argparse.ArgumentParser(
         prog="effopd compare",
-        description="Run strategies × learning rates × seeds × tasks through `effopd train`, none twice, and compare them:\n"
+        description="Run strategies × learning rates × seeds × tasks through `effopd train`, none twice, "
+        "and compare them:\n"
         "time to the baseline's final quality in steps, net seconds and tokens, paired by seed, with 95 % intervals.\n"
         "Stop it whenever you like; the same command goes on.",
         epilog="A plan:\n" + textwrap.indent(_PLAN_HELP, "  ") + "\nExamples:\n"
@@ -63,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="RESULTS_JSON",
         help="Count the runs of a results.json as done: those of a grid that was begun, or shared, on another "
-        "machine. The baseline is run here for one seed of each task, to bring their seconds to this machine's. The grid's "
+        "machine. The baseline is run here for one seed of each task, to bring their seconds "
+        "to this machine's. The grid's "
         "folder keeps them. May be given several times.",
     )
     parser.add_argument(
@@ -142,7 +144,9 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
 
 
 def grid_table(grid: Grid, to_make: Sequence[PlannedRun]) -> Table:
-    """What a dry run shows: every strategy with its own settings, its runs, those to be made here, and those that are done."""
+    """What a dry run shows: every strategy with its own settings, its runs, those to be made here,
+    and those that are done.
+    """
     planned = grid.runs()
     table = Table(
         title=f"{len(planned)} runs into {grid.output_dir}: {len(grid.tasks)} task(s), {len(grid.seeds)} seed(s), "
@@ -169,7 +173,9 @@ def grid_table(grid: Grid, to_make: Sequence[PlannedRun]) -> Table:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (a batch system, `kill`) stops the runs as Ctrl-C does, instead of leaving them behind."""
+    """SIGTERM (a batch system, `kill`) stops the runs as Ctrl-C does, instead of leaving them
+    behind.
+    """
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt

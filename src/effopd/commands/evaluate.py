@@ -52,8 +52,10 @@ class EvalTaskConfig(TaskConfig):
     task: str = field(
         default="",
         metadata={
-            "help": "Where prompts come from: 'reasoning-gym:NAME', 'math:SOURCE' (a local .jsonl, .json or .parquet file, "
-            "or a Hub dataset id) or 'testbed:FAMILY'. Of a file or Hub dataset, only the rows that training holds out "
+            "help": "Where prompts come from: 'reasoning-gym:NAME', 'math:SOURCE' (a local .jsonl, "
+            ".json or .parquet file, "
+            "or a Hub dataset id) or 'testbed:FAMILY'. Of a file or Hub dataset, only the "
+            "rows that training holds out "
             "are evaluated (see eval_size); for a whole file write --eval_task instead."
         },
     )
@@ -61,7 +63,8 @@ class EvalTaskConfig(TaskConfig):
     def __post_init__(self) -> None:
         if not self.task and not self.eval_task:
             raise ConfigError(
-                "--task and --eval_task are missing: expected one of them, such as --eval_task math:test.jsonl (the whole "
+                "--task and --eval_task are missing: expected one of them, such as "
+                "--eval_task math:test.jsonl (the whole "
                 "file) or --task math:train.jsonl (the rows that training on it holds out)."
             )
         self.task = self.task or str(self.eval_task)
@@ -74,8 +77,10 @@ def eval_parser() -> MeasuringParser:
         [EvalArguments, Sampling, EvalTaskConfig],
         prog="effopd eval",
         usage="effopd eval --model MODEL (--eval_task TASK | --task TASK) [--FLAG VALUE …]",
-        description="Sample answers, verify them, and say how sure the accuracy is. The model's own sampling defaults are not "
-        "used.\nOf a model in a run directory, prompts are written and answers sampled as config.yaml there says, unless a flag "
+        description="Sample answers, verify them, and say how sure the accuracy is. The model's own "
+        "sampling defaults are not "
+        "used.\nOf a model in a run directory, prompts are written and answers sampled as "
+        "config.yaml there says, unless a flag "
         "says otherwise; without a task, the run's own is used.",
         epilog="Examples: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0\n"
         "          effopd eval --model MODEL --eval_task math:test.jsonl      (every row of a file)\n"
@@ -109,7 +114,9 @@ def run_eval(argv: Sequence[str]) -> int:
 
 
 def _part(task: Task, config: TaskConfig) -> str:
-    """What to know where not all of a source is evaluated; "" where all of it is, or where it is generated."""
+    """What to know where not all of a source is evaluated; "" where all of it is, or where it is
+    generated.
+    """
     if task.available is None or len(task) == task.available:
         return ""
     why = "held out as in training" if config.eval_task is None else f"--eval_size {config.eval_size}"

@@ -1,8 +1,10 @@
-"""Help texts on disk: `effopd train -h` in under a second instead of the seconds that importing its flags takes.
+"""Help texts on disk: `effopd train -h` in under a second instead of the seconds that importing its
+flags takes.
 
-The flags of a training command are the fields of transformers' and TRL's configurations, which import torch. A text is
-rendered once for each state of this package's code, version of the hosts and width of the terminal, and kept in the user's
-cache directory. Where that cannot be read or written, the text is rendered every time.
+The flags of a training command are the fields of transformers' and TRL's configurations, which
+import torch. A text is rendered once for each state of this package's code, version of the hosts
+and width of the terminal, and kept in the user's cache directory. Where that cannot be read or
+written, the text is rendered every time.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _HOSTS = ("torch", "transformers", "trl", "accelerate")
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether a command's arguments ask for help and nothing else can change the text, a YAML file for instance."""
+    """Whether a command's arguments ask for help and nothing else can change the text, a YAML file
+    for instance.
+    """
     *others, last = argv or [""]
     return last in ("-h", "--help") and (not others or (len(others) == 2 and others[0] == "--algorithm"))
 

@@ -1,4 +1,6 @@
-"""`effopd intervene`: models between a base and trained ones, evaluated in memory or written as checkpoints."""
+"""`effopd intervene`: models between a base and trained ones, evaluated in memory or written as
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ _PRINTED_WIDTH = 140
 
 
 def run_intervene(argv: Sequence[str]) -> int:
-    """Parse, check everything that can be checked without a model, then measure or write every point."""
+    """Parse, check everything that can be checked without a model, then measure or write every
+    point.
+    """
     request = parse_intervene(argv)
     models = request.models
     sources = Sources(str(resolve_model(models.base)), models.runs(), models.steps)
@@ -85,7 +89,9 @@ def _task_settings(request: Request) -> dict[str, Any]:
 
 
 def _load_task(sources: Sources, request: Request) -> tuple[Task, Any]:
-    """The evaluation's prompts and the base's tokenizer, checked against each other and the teacher."""
+    """The evaluation's prompts and the base's tokenizer, checked against each other and the
+    teacher.
+    """
     load = {"trust_remote_code": request.models.trust_remote_code}
     tokenizer = load_tokenizer("--base", str(sources.base.path), **load)
     task = load_task(request.task, "eval", why="Answers are needed to tell right from wrong.")
@@ -108,7 +114,9 @@ def _evaluate(
     task: Any,
     tokenizer: Any,
 ) -> None:
-    """Load the base (and the teacher), prove that edits can be undone, and measure what is not measured yet."""
+    """Load the base (and the teacher), prove that edits can be undone, and measure what is not
+    measured yet.
+    """
     if all(point.id in results for point in points):
         print(f"all {len(points)} points are in {results.root} already")
         return
@@ -124,7 +132,9 @@ def _evaluate(
 
 
 def _save(points: Sequence[Point], sources: Sources, request: Request, settings: dict[str, Any]) -> None:
-    """Every point as a checkpoint `save_dir/intervention/run/coordinates`; finished ones are left alone."""
+    """Every point as a checkpoint `save_dir/intervention/run/coordinates`; finished ones are left
+    alone.
+    """
     root, name = Path(str(request.models.save_dir)), request.models.dtype
     merged = merged_settings(root, settings)
     root.mkdir(parents=True, exist_ok=True)

@@ -112,9 +112,11 @@ def intervene_parser() -> MeasuringParser:
     parser = _Parser(
         [InterveneArguments, InterventionOptions, Sampling, InterveneTaskConfig],
         prog="effopd intervene",
-        usage="effopd intervene INTERVENTION --base DIR --trained LABEL=DIR [--trained LABEL=DIR …] --task TASK --out DIR",
+        usage="effopd intervene INTERVENTION --base DIR --trained LABEL=DIR [--trained LABEL=DIR "
+        "…] --task TASK --out DIR",
         description="Test which part of an update carries the gain: models between and beside a base W0 and trained\n"
-        "ones W0 + ΔW, each evaluated on the same prompts with the same sampling noise. Of models in run directories, prompts\n"
+        "ones W0 + ΔW, each evaluated on the same prompts with the same sampling noise. Of "
+        "models in run directories, prompts\n"
         "are written and answers sampled as config.yaml there says, unless a flag says otherwise.\n\ninterventions:\n"
         + "\n".join(lines),
         epilog="Example: effopd intervene alpha --base testbed:student --trained rl=testbed:teacher "

@@ -1,9 +1,10 @@
-"""The command line: `effopd quickstart | train | rl | eval | report | compare | analyze | intervene | testbed`.
+"""The command line: `effopd quickstart | train | rl | eval | report | compare | analyze | intervene
+| testbed`.
 
-Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of them, and flags
-given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or as an `effopd:` block in YAML.
-Heavy libraries are imported by the command that needs them, and the help of a command is kept once it was rendered
-(`help_cache`), so `--help` is quick.
+Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of
+them, and flags given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or
+as an `effopd:` block in YAML. Heavy libraries are imported by the command that needs them, and the
+help of a command is kept once it was rendered (`help_cache`), so `--help` is quick.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _with_flags(message: str) -> str:
     return re.sub(r"EffOPDConfig\.(\w+)", r"EffOPDConfig.\1 (--effopd.\1)", message)
 
 
-# -- train ------------------------------------------------------------------------------------------------------
+# -- train -----------------------------------------------------------------------------------------
 
 
 def train(argv: Sequence[str]) -> int:
@@ -92,7 +93,7 @@ def _finish(trainer: Any) -> int:
     return 0
 
 
-# -- rl ---------------------------------------------------------------------------------------------------------
+# -- rl --------------------------------------------------------------------------------------------
 
 
 def rl(argv: Sequence[str]) -> int:
@@ -107,7 +108,7 @@ def rl(argv: Sequence[str]) -> int:
     return _finish(trainer)
 
 
-# -- eval -------------------------------------------------------------------------------------------------------
+# -- eval ------------------------------------------------------------------------------------------
 
 
 def eval_(argv: Sequence[str]) -> int:
@@ -117,7 +118,7 @@ def eval_(argv: Sequence[str]) -> int:
     return run_eval(argv)
 
 
-# -- report -----------------------------------------------------------------------------------------------------
+# -- report ----------------------------------------------------------------------------------------
 
 
 def report(argv: Sequence[str]) -> int:
@@ -127,7 +128,7 @@ def report(argv: Sequence[str]) -> int:
     return run_report(argv)
 
 
-# -- compare ----------------------------------------------------------------------------------------------------
+# -- compare ---------------------------------------------------------------------------------------
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -137,7 +138,7 @@ def compare(argv: Sequence[str]) -> int:
     return run_compare(argv)
 
 
-# -- analyze and intervene ----------------------------------------------------------------------------------------
+# -- analyze and intervene -------------------------------------------------------------------------
 
 
 def analyze(argv: Sequence[str]) -> int:
@@ -154,7 +155,7 @@ def intervene(argv: Sequence[str]) -> int:
     return run_intervene(argv)
 
 
-# -- quickstart and testbed ---------------------------------------------------------------------------------------
+# -- quickstart and testbed ------------------------------------------------------------------------
 
 
 def quickstart(argv: Sequence[str]) -> int:

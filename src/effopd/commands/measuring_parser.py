@@ -1,4 +1,6 @@
-"""The parser of the commands that measure a model: their defaults are the settings of the run that the model comes from."""
+"""The parser of the commands that measure a model: their defaults are the settings of the run that
+the model comes from.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from effopd.runs.run_prompts import agreed, run_of, spoken, taken_over
 
 
 class MeasuringParser(CommandParser):
-    """A parser of flags whose defaults are those of the run that a model comes from (see `runs.run_prompts`).
+    """A parser of flags whose defaults are those of the run that a model comes from (see
+    `runs.run_prompts`).
 
     Attributes:
         note: what was taken over from which run, in one line; "" if nothing.
@@ -78,7 +81,9 @@ class MeasuringParser(CommandParser):
 
 
 def parsed_as_trained(parser: MeasuringParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """`parsed`; says in one line what was taken over from a run, also where it leads to an error."""
+    """`parsed`; says in one line what was taken over from a run, also where it leads to an
+    error.
+    """
     try:
         arguments = parsed(parser, argv)
     except ConfigError as error:

@@ -1,5 +1,6 @@
-"""Help that teaches: one spelling a flag, what one mostly needs first, every flag of the host libraries after it. And
-mistakes that are explained: unknown flags and YAML keys come back with what was probably meant."""
+"""Help that teaches: one spelling a flag, what one mostly needs first, every flag of the host
+libraries after it. And mistakes that are explained: unknown flags and YAML keys come back with what
+was probably meant."""
 
 from __future__ import annotations
 
@@ -18,12 +19,17 @@ from effopd.errors import ConfigError, EffOPDError
 
 #: What the training commands explain first, besides their own.
 RUN_ESSENTIALS = {
-    "resume_from_checkpoint": "true: go on from the newest complete checkpoint of output_dir (from the start, if there is none yet); "
+    "resume_from_checkpoint": "true: go on from the newest complete checkpoint of output_dir (from the start, if there "
+    ""
+    ""
+    ""
+    "is none yet); "
     "or the folder of a checkpoint. Without a value: true.",
     "max_steps": "Optimizer steps; overrides num_train_epochs.",
     "num_train_epochs": "",
     "learning_rate": "",
-    "per_device_train_batch_size": "Answers per forward pass, on each device. A step trains on this × gradient_accumulation_steps × devices.",
+    "per_device_train_batch_size": "Answers per forward pass, on each device. A step trains on this × "
+    "gradient_accumulation_steps × devices.",
     "gradient_accumulation_steps": "Forward and backward passes per optimizer step.",
     "max_completion_length": "Longest answer, in tokens.",
 }
@@ -45,7 +51,9 @@ _SPELLINGS = re.compile(r"--[\w.-]+(?:/--?[\w.-]+)+")
 
 
 def spelling(action: argparse.Action) -> str:
-    """The spelling of a flag that this package shows (all of them work); of a positional argument its name."""
+    """The spelling of a flag that this package shows (all of them work); of a positional argument
+    its name.
+    """
     long = [option for option in action.option_strings if option.startswith("--")]
     dotted = [option for option in long if "." in option]
     shown = dotted or [option for option in long if "_" in option] or long or list(action.option_strings)
@@ -53,8 +61,8 @@ def spelling(action: argparse.Action) -> str:
 
 
 class OneSpelling(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows `--flag VALUE  what it does (default: …)`: one spelling (all of them work), and no default where there is none
-    or the text says it."""
+    """Shows `--flag VALUE  what it does (default: …)`: one spelling (all of them work), and no
+    default where there is none or the text says it."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or "--help" in action.option_strings:
@@ -82,10 +90,12 @@ class OneSpelling(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptio
 class CommandParser(TrlParser):
     """`TrlParser` that explains mistakes in this package's words.
 
-    YAML keys are the names of the flags; `effopd: {strategy: …}` is the same as `effopd.strategy: …`.
+    YAML keys are the names of the flags; `effopd: {strategy: …}` is the same as `effopd.strategy:
+    …`.
 
     Raises:
-        ConfigError: an unknown flag, an unknown key in the YAML file, or a stray word; the message says what is close.
+        ConfigError: an unknown flag, an unknown key in the YAML file, or a stray word; the message
+            says what is close.
     """
 
     _file = "the YAML file"
@@ -113,7 +123,9 @@ class CommandParser(TrlParser):
         return super().set_defaults_with_config(**values)
 
     def _as_given(self, action: argparse.Action, key: str, value: Any) -> Any:
-        """A value of the YAML file as the command line would have given it: the host takes these without a look."""
+        """A value of the YAML file as the command line would have given it: the host takes these
+        without a look.
+        """
         if value is None or isinstance(value, Mapping):
             return value
         several = action.nargs in ("+", "*")
@@ -140,7 +152,8 @@ class CommandParser(TrlParser):
         return word
 
     def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple[Any, ...]:
-        """As the host's, but what a dataclass itself refuses, or fails on, comes back with the flag that it is about.
+        """As the host's, but what a dataclass itself refuses, or fails on, comes back with the flag
+        that it is about.
 
         Raises:
             ConfigError: a dataclass cannot be made of these values.
@@ -178,7 +191,9 @@ class CommandParser(TrlParser):
         return ConfigError(said)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As the host's; whatever is unknown is said before what is missing, which may be the same thing misspelt."""
+        """As the host's; whatever is unknown is said before what is missing, which may be the same
+        thing misspelt.
+        """
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
@@ -200,7 +215,8 @@ class CommandParser(TrlParser):
     def close(self, word: str) -> list[tuple[str, str]]:
         """What may have been meant by a name: (name, value, if the word is one), likeliest first.
 
-        A word that is a choice of just one flag may mean that flag; else the most similar name, and those that end with it.
+        A word that is a choice of just one flag may mean that flag; else the most similar name, and
+        those that end with it.
         """
         word = word.lstrip("-").replace("-", "_")
         actions = {spelling(action).lstrip("-"): action for action in self._settable()}
@@ -269,12 +285,14 @@ class _Help(argparse.Action):
 
 
 def arrange(parser: argparse.ArgumentParser, dataclasses: Iterable[type], essentials: Mapping[str, str]) -> None:
-    """Sort the flags of a parser made from dataclasses: the essentials, named sections, then by where a flag comes from.
+    """Sort the flags of a parser made from dataclasses: the essentials, named sections, then by
+    where a flag comes from.
 
     Args:
         parser: made with `add_help=False`.
         dataclasses: what it was made from.
-        essentials: fields for the first section, in this order, each with its help ("": the host's).
+        essentials: fields for the first section, in this order, each with its help ("": the
+            host's).
     """
     flags = parser._optionals._group_actions
     named = [group for group in parser._action_groups if group not in (parser._optionals, parser._positionals)]
@@ -303,7 +321,9 @@ def arrange(parser: argparse.ArgumentParser, dataclasses: Iterable[type], essent
 
 
 def _with_a_space(value: str) -> str:
-    """`--config FILE` is read before the flags are parsed; what arrives here was written otherwise."""
+    """`--config FILE` is read before the flags are parsed; what arrives here was written
+    otherwise.
+    """
     raise argparse.ArgumentTypeError(f"write it as two words: --config {value}")
 
 

@@ -1,6 +1,8 @@
-"""`effopd quickstart` (and `make demo`): plain OPD, EffOPD, line_search; same seed and prompts, on the built-in testbed.
+"""`effopd quickstart` (and `make demo`): plain OPD, EffOPD, line_search; same seed and prompts, on
+the built-in testbed.
 
-Everything goes through the code of `effopd train`; this file only sets it up, shows progress and compares the rows.
+Everything goes through the code of `effopd train`; this file only sets it up, shows progress and
+compares the rows.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class QuickstartArguments:
     output_dir: str = field(
         default="runs/demo",
         metadata={
-            "help": "Where rows, figure and summary.json go: a new or empty folder, or an earlier demo's, which is then kept "
+            "help": "Where rows, figure and summary.json go: a new or empty folder, or an earlier "
+            "demo's, which is then kept "
             "under another name."
         },
     )
@@ -93,7 +96,8 @@ def run_quickstart(argv: Sequence[str]) -> int:
     parser = CommandParser(
         [QuickstartArguments],
         prog="effopd quickstart",
-        description="Plain OPD, EffOPD (the paper's) and line_search (ours) on the built-in testbed, same seed and prompts; "
+        description="Plain OPD, EffOPD (the paper's) and line_search (ours) on the built-in testbed, "
+        "same seed and prompts; "
         "prints the net speed-ups.",
         formatter_class=OneSpelling,
     )
@@ -142,7 +146,8 @@ def _move_aside(root: Path, console: Console) -> None:
     """An earlier demo is kept under another name.
 
     Raises:
-        ConfigError: what is there is no folder, or holds something else, or is the folder that the process works in.
+        ConfigError: what is there is no folder, or holds something else, or is the folder that the
+            process works in.
     """
     if root.exists() and not root.is_dir():
         raise ConfigError(f"--output_dir {root} is a file: expected a folder, or a path where there is nothing yet.")
@@ -151,14 +156,17 @@ def _move_aside(root: Path, console: Console) -> None:
     others = sorted(held - _OWN) or sorted(held if "plain" not in held else ())
     if others:
         raise ConfigError(
-            f"--output_dir {root} holds {', '.join(others[:3])}{', …' if len(others) > 3 else ''}, which no demo left there: "
+            f"--output_dir {root} holds "
+            f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}, which no demo left "
+            "there: "
             "expected a new or empty folder, or an earlier demo's, which is then kept under another name. Nothing was "
             f"changed; choose another folder, such as {root / 'demo'}."
         )
     if held:
         if Path.cwd().is_relative_to(root.resolve()):
             raise ConfigError(
-                f"--output_dir {root} holds an earlier demo and is, or contains, the working directory: expected a folder "
+                f"--output_dir {root} holds an earlier demo and is, or contains, the working "
+                "directory: expected a folder "
                 "that can get another name. Choose another one, or run this from elsewhere."
             )
         kept = root.with_name(f"{root.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(root.stat().st_mtime))}")
@@ -229,7 +237,8 @@ class _Bar:
 
 
 class _Lines:
-    """Shows a run where there is no terminal: a line per evaluation, with the time that all runs will still take.
+    """Shows a run where there is no terminal: a line per evaluation, with the time that all runs
+    will still take.
 
     Args:
         before: how many runs of the same length were made before it.
@@ -250,7 +259,8 @@ class _Lines:
         left = time_left(seconds, done, len(ARMS) * self._steps - done)
         rest = f", about {spoken_time(left)} left" if left else ""
         self._console.print(
-            f"{self._label:<{_WIDTH}} step {step:>{len(str(self._steps))}}/{self._steps}  {'  '.join(held_out(evaluation))}  "
+            f"{self._label:<{_WIDTH}} step {step:>{len(str(self._steps))}}/{self._steps}  "
+            f"{'  '.join(held_out(evaluation))}  "
             f"({spoken_time(seconds)}{rest})",
             highlight=False,
             markup=False,
@@ -282,9 +292,9 @@ def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, display
 def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
     """Costs, final values and the net speed-ups, from the records of all arms.
 
-    Speed-up = cost of plain OPD / cost of the arm until the smoothed held-out KL first reaches plain OPD's final one,
-    so that a run like plain OPD itself is 1.00×. Net: search charged, evaluation not. `speedup` and
-    `speedup_by_gap_closed` at the top are the paper's EffOPD's.
+    Speed-up = cost of plain OPD / cost of the arm until the smoothed held-out KL first reaches
+    plain OPD's final one, so that a run like plain OPD itself is 1.00×. Net: search charged,
+    evaluation not. `speedup` and `speedup_by_gap_closed` at the top are the paper's EffOPD's.
     """
     runs = {arm: read_evaluations(root / arm) for arm in ARMS}
     target = final_target(runs["plain"])
@@ -399,5 +409,6 @@ def _figure(root: Path, summary: dict[str, Any]) -> Path:
             figure,
             root / "figure.png",
             f"testbed:{summary['family']}, seed {summary['seed']}",
-            "Points: evaluations, with 95 % intervals. Dotted: plain OPD's final KL, the median of its last three; the teacher's accuracy.",
+            "Points: evaluations, with 95 % intervals. Dotted: plain OPD's final KL, the "
+            "median of its last three; the teacher's accuracy.",
         )

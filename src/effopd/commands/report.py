@@ -15,7 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `effopd report`."""
     parser = argparse.ArgumentParser(
         prog="effopd report",
-        description="Draw run directories of `effopd train` or `effopd rl` as one self-contained HTML page: held-out KL and\n"
+        description="Draw run directories of `effopd train` or `effopd rl` as one self-contained HTML "
+        "page: held-out KL and\n"
         "accuracy against steps and net seconds, every search along its ray, costs by phase, what training logged.\n"
         "Works while a run is going on, and on one that was killed.",
         epilog="Examples:\n"

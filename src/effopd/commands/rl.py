@@ -35,12 +35,21 @@ def rl_parser(algorithm: str) -> CommandParser:
     )
     parser.set_defaults(**PRESETS[algorithm])
     names = (
-        "algorithm", "model_name_or_path", "task", "output_dir", *RUN_ESSENTIALS, "num_generations", "beta", "trajectory",
-    )  # fmt: skip
+        "algorithm",
+        "model_name_or_path",
+        "task",
+        "output_dir",
+        *RUN_ESSENTIALS,
+        "num_generations",
+        "beta",
+        "trajectory",
+    )
     ours = RUN_ESSENTIALS | {
-        "per_device_train_batch_size": "Answers per forward pass, on each device. This × gradient_accumulation_steps × devices must be a "
+        "per_device_train_batch_size": "Answers per forward pass, on each device. This × gradient_accumulation_steps × "
+        "devices must be a "
         "multiple of num_generations; divided by it, it is the number of prompts per step. Presets: 16.",
-        "beta": "Weight of the KL to the model that training starts from; 0 loads no reference model. Presets: grpo 0.001, dapo "
+        "beta": "Weight of the KL to the model that training starts from; 0 loads no reference "
+        "model. Presets: grpo 0.001, dapo "
         "and rloo 0.",
     }
     require(parser, "model_name_or_path")
@@ -60,7 +69,9 @@ def parse_rl(argv: Sequence[str]) -> RLRunSettings:
 
 
 def _algorithm(argv: list[str]) -> str:
-    """`--algorithm` from the command line, else from the YAML file: it decides which flags there are."""
+    """`--algorithm` from the command line, else from the YAML file: it decides which flags there
+    are.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algorithm")
     first.add_argument("--config")

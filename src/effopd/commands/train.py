@@ -1,4 +1,6 @@
-"""Flags and YAML of `effopd train` → `RunSettings`. `effopd compare` reads its runs through here too."""
+"""Flags and YAML of `effopd train` → `RunSettings`. `effopd compare` reads its runs through here
+too.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ from effopd.tasks.builtin_models import resolve_model
 #: What the first section of `--help` shows.
 ESSENTIALS = {
     "model_name_or_path": "The student: a folder or a Hub id; testbed:student is the built-in one.",
-    "teacher_model_name_or_path": "The teacher, with the student's tokenizer: a folder or a Hub id; testbed:teacher is the built-in one.",
+    "teacher_model_name_or_path": "The teacher, with the student's tokenizer: a folder or a Hub id; testbed:teacher is the "
+    ""
+    ""
+    ""
+    "built-in one.",
     "task": "",
     "output_dir": "",
     "dry_run": "",
@@ -37,8 +43,8 @@ ESSENTIALS = {
 
 
 def effopd_arguments() -> type:
-    """A dataclass with the fields of `EffOPDConfig` as flags `--effopd.NAME` (and `--effopd_NAME`); the command's
-    default strategy is 'none'."""
+    """A dataclass with the fields of `EffOPDConfig` as flags `--effopd.NAME` (and `--effopd_NAME`);
+    the command's default strategy is 'none'."""
     types = typing.get_type_hints(EffOPDConfig) | {"args": str | None}  # JSON
     defaults = {"strategy": "none", "args": None}
     fields = []
@@ -67,20 +73,26 @@ def train_parser():
     parser = Parser(
         configs,
         prog="effopd train",
-        usage="effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task TASK [--FLAG VALUE …]",
-        description="Distil a teacher into a student on the student's own answers: the student samples, the teacher grades every "
-        "token.\nWith --effopd.strategy line_search it also tries points further along its own updates and keeps what is closer to the "
+        usage="effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
+        "--task TASK [--FLAG VALUE …]",
+        description="Distil a teacher into a student on the student's own answers: the student samples, "
+        "the teacher grades every "
+        "token.\nWith --effopd.strategy line_search it also tries points further along its "
+        "own updates and keeps what is closer to the "
         "teacher.",
-        epilog="Example:\n  effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task math:train.jsonl \\\n"
+        epilog="Example:\n  effopd train --model_name_or_path STUDENT --teacher_model_name_or_path "
+        "TEACHER --task math:train.jsonl \\\n"
         "      --eval_strategy steps --eval_steps 10 --effopd.strategy line_search --output_dir runs/first\n"
-        "--dry_run with it checks what needs neither weights nor network and shows the memory per rank; the same command with --resume_from_checkpoint true goes on.",
+        "--dry_run with it checks what needs neither weights nor network and shows the "
+        "memory per rank; the same command with --resume_from_checkpoint true goes on.",
         formatter_class=OneSpelling,
         add_help=False,
     )
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="Check all that needs neither weights nor network: flags, rows of a file, folders, packages. Show the plan and its "
+        help="Check all that needs neither weights nor network: flags, rows of a file, folders, "
+        "packages. Show the plan and its "
         "memory; write nothing.",
     )
     require(parser, "model_name_or_path", "teacher_model_name_or_path")
@@ -111,7 +123,8 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
     given = [word.partition("=")[0] for word in argv if word.startswith("--effopd")]
     if look.effopd_strategy == "none" and not any(name.endswith("strategy") for name in given) and given:
         raise ConfigError(
-            f"{', '.join(given)}: without a strategy there is no look-ahead to set. Add --effopd.strategy line_search (or effopd, "
+            f"{', '.join(given)}: without a strategy there is no look-ahead to set. Add "
+            "--effopd.strategy line_search (or effopd, "
             "the paper's), or leave it out."
         )
     values = {field.name: getattr(look, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}

@@ -1,6 +1,7 @@
 """Several processes, one decision. On one process everything here returns at once.
 
-Collectives carry small Python objects over the default process group; parameters never leave their rank.
+Collectives carry small Python objects over the default process group; parameters never leave their
+rank.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ def assert_same_on_ranks(what: str, value: T) -> T:
     apart = [i for i, other in enumerate(values) if repr(other) != repr(values[0])]
     if apart:
         raise DivergenceError(
-            f"the processes have diverged: {what} is {values[0]} on rank 0 but {values[apart[0]]} on rank {apart[0]} (ranks that "
-            f"differ: {', '.join(map(str, apart))}). They should train in lock step; resume from the last checkpoint, and look "
+            f"the processes have diverged: {what} is {values[0]} on rank 0 but "
+            f"{values[apart[0]]} on rank {apart[0]} (ranks that "
+            f"differ: {', '.join(map(str, apart))}). They should train in lock step; resume "
+            "from the last checkpoint, and look "
             "for random numbers, data or code that depend on the rank."
         )
     return value
@@ -68,9 +71,11 @@ def broadcast_from_rank0(value: T) -> T:
 
 
 def all_gather_or_raise(work: Callable[[], T]) -> list[T]:
-    """Everybody's result of `work`, by rank, on every rank; if it raises on one rank, it raises on all.
+    """Everybody's result of `work`, by rank, on every rank; if it raises on one rank, it raises on
+    all.
 
-    Results and failures travel in one collective: a rank that failed meets the others where they wait for its part.
+    Results and failures travel in one collective: a rank that failed meets the others where they
+    wait for its part.
 
     Raises:
         The rank's own exception where it happened, `DivergenceError` on the others.
@@ -97,15 +102,17 @@ def all_gather_or_raise(work: Callable[[], T]) -> list[T]:
 
 
 def raise_on_all_ranks(run: Callable[[], T]) -> T:
-    """This rank's result of `run`; if it raises on one rank, it raises on all (see `all_gather_or_raise`)."""
+    """This rank's result of `run`; if it raises on one rank, it raises on all (see
+    `all_gather_or_raise`).
+    """
     box: list[T] = []
     all_gather_or_raise(lambda: box.append(run()))
     return box[0]
 
 
 def split_between_ranks(items: Sequence[T]) -> list[T]:
-    """This rank's part of `items`: every `world_size()`-th, the first ones again where they do not divide, so that all ranks
-    have as many."""
+    """This rank's part of `items`: every `world_size()`-th, the first ones again where they do not
+    divide, so that all ranks have as many."""
     each = -(-len(items) // world_size())
     return [items[(rank() + i * world_size()) % len(items)] for i in range(each)]
 
@@ -116,10 +123,11 @@ def merge_from_ranks(parts: Sequence[Sequence[T]], count: int) -> list[T]:
 
 
 def exit_gloo() -> None:
-    """End a finished process of several over gloo without taking the group down; nothing on one process or another backend.
+    """End a finished process of several over gloo without taking the group down; nothing on one
+    process or another backend.
 
-    Under DDP that can hang: torch 2.13's ~ProcessGroupGloo joins its thread with the interpreter's lock held, which that
-    thread may need to let go of the last all-reduce.
+    Under DDP that can hang: torch 2.13's ~ProcessGroupGloo joins its thread with the interpreter's
+    lock held, which that thread may need to let go of the last all-reduce.
     """
     if world_size() > 1 and dist.get_backend() == "gloo":
         dist.barrier()
@@ -129,11 +137,13 @@ def exit_gloo() -> None:
         os._exit(0)
 
 
-# -- sharded parameters (FSDP2) ---------------------------------------------------------------------------------------
+# -- sharded parameters (FSDP2) --------------------------------------------------------------------
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds, sharing its memory; all of it if it is not sharded."""
+    """The part of a tensor that this rank holds, sharing its memory; all of it if it is not
+    sharded.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -143,8 +153,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def copy_full_(tensor: Tensor, value: Tensor) -> None:
-    """Write `value`, the whole, into a tensor; of a sharded one every rank writes its part of rank 0's value, so that parts
-    of different values never meet (every rank must call this then)."""
+    """Write `value`, the whole, into a tensor; of a sharded one every rank writes its part of rank
+    0's value, so that parts of different values never meet (every rank must call this then)."""
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.dtype), tensor.device_mesh, tensor.placements)
     local_shard(tensor).copy_(local_shard(value))
@@ -152,8 +162,8 @@ def copy_full_(tensor: Tensor, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a rank holds of a sharded parameter: of `rows` rows the part `part` of `parts`, and where shards are replicated
-    (HSDP) in which `replica`."""
+    """What a rank holds of a sharded parameter: of `rows` rows the part `part` of `parts`, and
+    where shards are replicated (HSDP) in which `replica`."""
 
     rows: int
     part: int
@@ -165,13 +175,15 @@ def shard_spec(tensor: Tensor) -> ShardSpec | None:
     """This rank's share, `None` of a tensor that is whole on every rank.
 
     Raises:
-        ConfigError: it is sharded along another dimension than the first, or over several mesh dimensions.
+        ConfigError: it is sharded along another dimension than the first, or over several mesh
+            dimensions.
     """
     if not isinstance(tensor, DTensor):
         return None
     if tensor.placements.count(Shard(0)) != 1 or tensor.placements.count(Replicate()) != len(tensor.placements) - 1:
         raise ConfigError(
-            "the look-ahead moves parameters that FSDP2 shards along dimension 0 over one mesh dimension, and may replicate over "
+            "the look-ahead moves parameters that FSDP2 shards along dimension 0 over one "
+            "mesh dimension, and may replicate over "
             f"others (HSDP); got {tensor.placements}."
         )
     mesh, over = tensor.device_mesh, tensor.placements.index(Shard(0))
@@ -200,7 +212,9 @@ def shard_specs(parameters: Mapping[str, Tensor]) -> dict[str, ShardSpec]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Forget gathered copies that FSDP2 may have kept after a forward: they would not see an edit of the shards."""
+    """Forget gathered copies that FSDP2 may have kept after a forward: they would not see an edit
+    of the shards.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,6 @@
-"""Plain files that are either whole or absent: atomic replacement, JSON lines that survive a kill."""
+"""Plain files that are either whole or absent: atomic replacement, JSON lines that survive a
+kill.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and move it into place in one step."""
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and move it into place in
+    one step.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     fsync(temporary)
@@ -34,7 +38,9 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete JSON lines of a file; a last line cut short by a kill is left out. A missing file has none."""
+    """The complete JSON lines of a file; a last line cut short by a kill is left out. A missing
+    file has none.
+    """
     if not path.exists():
         return
     for line in path.read_bytes().splitlines(keepends=True):
@@ -43,7 +49,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Drop rows beyond `last_step` (and a torn last line), so that a resumed run does not log a step twice."""
+    """Drop rows beyond `last_step` (and a torn last line), so that a resumed run does not log a
+    step twice.
+    """
     if path.exists():
         text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step)
         if text.encode() != path.read_bytes():

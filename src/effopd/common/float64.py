@@ -15,5 +15,7 @@ def has_float64(device: torch.device | str) -> bool:
 
 
 def for_float64(tensor: Tensor) -> Tensor:
-    """The tensor, for whoever is about to compute in float64: itself, or a copy on the CPU if its device has no float64."""
+    """The tensor, for whoever is about to compute in float64: itself, or a copy on the CPU if its
+    device has no float64.
+    """
     return tensor if has_float64(tensor.device) else tensor.cpu()

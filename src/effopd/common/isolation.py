@@ -1,4 +1,6 @@
-"""State that comes back: evaluations and searches must not disturb training's random numbers or module modes."""
+"""State that comes back: evaluations and searches must not disturb training's random numbers or
+module modes.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ from torch import nn
 
 @contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
-    """Run a block under its own random state and put back Python's, NumPy's and torch's (every device's) after it.
+    """Run a block under its own random state and put back Python's, NumPy's and torch's (every
+    device's) after it.
 
     Args:
         seed: seed all three generators for the block; `None` leaves them where they are on entry.
 
-    The old state is restored even if the block raises. The same seed and the same tensor shapes give the same noise,
-    which is what makes scores of two candidates *paired* (common random numbers).
+    The old state is restored even if the block raises. The same seed and the same tensor shapes
+    give the same noise, which is what makes scores of two candidates *paired* (common random
+    numbers).
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -56,8 +60,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise `TimeoutError` inside the block once it has run for `seconds`.
 
-    By an alarm signal, so only in the main thread of a POSIX process, and as soon as the interpreter is reached: a call that
-    hangs inside native code is not interrupted. `None`, other threads and other systems: no limit.
+    By an alarm signal, so only in the main thread of a POSIX process, and as soon as the
+    interpreter is reached: a call that hangs inside native code is not interrupted. `None`, other
+    threads and other systems: no limit.
     """
     if (
         seconds is None

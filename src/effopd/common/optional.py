@@ -52,7 +52,8 @@ def require(module: str) -> ModuleType:
     """Import and return an optional module.
 
     Raises:
-        MissingDependencyError: the module is not installed; the message gives the `pip install` line.
+        MissingDependencyError: the module is not installed; the message gives the `pip install`
+            line.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,6 @@
-"""How far a long loop is: a bar on a terminal, now and then a line where standard error goes to a file."""
+"""How far a long loop is: a bar on a terminal, now and then a line where standard error goes to a
+file.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ FIRST, EVERY = 5.0, 30.0
 
 
 class Counted:
-    """Counts towards a total and shows it on standard error. A context manager; `update` takes the number of new ones.
+    """Counts towards a total and shows it on standard error. A context manager; `update` takes the
+    number of new ones.
 
     Args:
         total: how many there are.
@@ -63,7 +66,9 @@ class Counted:
 
 
 def time_left(seconds: float, done: int, rest: int) -> float:
-    """Seconds that `rest` more take at the pace of those that are done; 0 if it is not known yet."""
+    """Seconds that `rest` more take at the pace of those that are done; 0 if it is not known
+    yet.
+    """
     return seconds / done * rest if done else 0.0
 
 

@@ -1,4 +1,5 @@
-"""Means with two-sided 95 % intervals, and standard errors. NumPy alone; SciPy where a quantile of Student's t is needed.
+"""Means with two-sided 95 % intervals, and standard errors. NumPy alone; SciPy where a quantile of
+Student's t is needed.
 
     wilson               share of successes               score interval
     student_t            mean over seeds                  mean ± t₀.₉₇₅(n − 1) · sd / √n
@@ -9,11 +10,12 @@
     accuracy_interval    share of right answers           Wilson, or Student's t over prompts
     ratio_with_error     Σ sums / Σ counts                standard error by the delta method
 
-An interval over the matrices of one run describes how far the mean depends on which matrices the model happens to have.
-It is no statement about another training run, which takes seeds. Matrices of one model are not independent either.
+An interval over the matrices of one run describes how far the mean depends on which matrices the
+model happens to have. It is no statement about another training run, which takes seeds. Matrices of
+one model are not independent either.
 
-Medians of speed-ups, in which some runs never arrive, are in `compare.paired`; the gate of a search is in
-`extrapolate.search`.
+Medians of speed-ups, in which some runs never arrive, are in `compare.paired`; the gate of a search
+is in `extrapolate.search`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, its two-sided 95 % interval, and the number of independent values behind it (NaNs not counted).
+    """A mean, its two-sided 95 % interval, and the number of independent values behind it (NaNs not
+    counted).
 
     `low` and `high` are NaN where fewer than two values say nothing about the spread.
     """
@@ -53,11 +56,13 @@ class Interval:
         return format(self)
 
 
-# -- one sample ---------------------------------------------------------------------------------------------------
+# -- one sample ------------------------------------------------------------------------------------
 
 
 def wilson(share: float, n: int) -> Interval:
-    r"""Wilson's score interval, (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n); `share · n` need not be whole."""
+    r"""Wilson's score interval, (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n); `share · n`
+    need not be whole.
+    """
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = math.sqrt(Z**2 * (share * (1 - share) / n + Z**2 / (4 * n * n))) / (1 + Z**2 / n)
     return Interval(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), n)
@@ -76,10 +81,11 @@ def student_t(values: Iterable[float]) -> Interval:
 
 
 def bootstrap_mean(values: Iterable[float], draws: int = 2000, seed: int = 0) -> Interval:
-    """Mean with the percentile bootstrap interval: the 2.5 % and 97.5 % quantiles of means of resampled values.
+    """Mean with the percentile bootstrap interval: the 2.5 % and 97.5 % quantiles of means of
+    resampled values.
 
-    NaNs are left out. With few values the interval is too narrow: it covers the mean of normal values in 91 % of
-    cases with ten of them, 83 % with five, 75 % with three.
+    NaNs are left out. With few values the interval is too narrow: it covers the mean of normal
+    values in 91 % of cases with ten of them, 83 % with five, 75 % with three.
 
     Args:
         values: numbers, an array, or a CPU tensor; flattened.
@@ -115,9 +121,9 @@ def resampled(x: Values, statistic: Callable[[Values], Values], draws: int, seed
 def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
     """Mean of per-prompt accuracies with a 95 % interval over prompts.
 
-    One sample per prompt: Wilson's score interval. Several: Student's t on the per-prompt means (the samples of one
-    prompt are not independent), cut to [0, 1]. Where every per-prompt mean is the same, the spread says nothing: Wilson's
-    over prompts, at that mean.
+    One sample per prompt: Wilson's score interval. Several: Student's t on the per-prompt means
+    (the samples of one prompt are not independent), cut to [0, 1]. Where every per-prompt mean is
+    the same, the spread says nothing: Wilson's over prompts, at that mean.
 
     Args:
         correct: `correct[i][j]` says whether sample j of prompt i is right.
@@ -135,7 +141,9 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
 
 
 def ratio_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Token mean Σ sums / Σ counts, and its standard error over sequences (ratio estimator, delta method)."""
+    """Token mean Σ sums / Σ counts, and its standard error over sequences (ratio estimator, delta
+    method).
+    """
     s, c = np.asarray(sums), np.asarray(counts, dtype=np.float64)
     mean = s.sum() / c.sum()
     residual = s - mean * c
@@ -143,14 +151,14 @@ def ratio_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[floa
     return float(mean), float(error)
 
 
-# -- two samples --------------------------------------------------------------------------------------------------
+# -- two samples -----------------------------------------------------------------------------------
 
 
 def paired_difference(a: Iterable[float], b: Iterable[float], draws: int = 2000, seed: int = 0) -> Interval:
     """Mean of a − b over the same matrices, with the bootstrap interval over pairs.
 
-    What the matrices have in common (size, depth) cancels, so it is much sharper than comparing two intervals. A pair
-    with a NaN on either side is left out.
+    What the matrices have in common (size, depth) cancels, so it is much sharper than comparing two
+    intervals. A pair with a NaN on either side is left out.
 
     Raises:
         ValueError: a and b do not have the same length.
@@ -166,12 +174,13 @@ def paired_difference(a: Iterable[float], b: Iterable[float], draws: int = 2000,
 def bonett_price(new: Sequence[float], old: Sequence[float]) -> Interval:
     r"""Mean of d = new − old over the same prompts, for accuracies in [0, 1].
 
-    Bonett and Price's adjusted interval for paired proportions: one prompt won and one prompt lost are added before
-    the normal interval is formed, $\bar d' ± z \sqrt{(\overline{d^2}' − \bar d'^2)/(n+2)}$, so that it does not shrink to
-    a point when no answer changed. With several answers per prompt, d is the difference of the prompt's means.
+    Bonett and Price's adjusted interval for paired proportions: one prompt won and one prompt lost
+    are added before the normal interval is formed, $\bar d' ± z \sqrt{(\overline{d^2}' − \bar
+    d'^2)/(n+2)}$, so that it does not shrink to a point when no answer changed. With several
+    answers per prompt, d is the difference of the prompt's means.
 
-    Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on
-    paired data", Journal of Educational and Behavioral Statistics 37(4), 2012.
+    Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial
+    proportions based on paired data", Journal of Educational and Behavioral Statistics 37(4), 2012.
     """
     d = np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64)
     n, mean = len(d), float(d.mean())
@@ -181,7 +190,9 @@ def bonett_price(new: Sequence[float], old: Sequence[float]) -> Interval:
 
 
 def welch(a: Iterable[float], b: Iterable[float]) -> Interval | None:
-    """mean(a) − mean(b) with Welch's t interval; `None` with fewer than two finite values on either side."""
+    """mean(a) − mean(b) with Welch's t interval; `None` with fewer than two finite values on either
+    side.
+    """
     from scipy import stats
 
     first, second = (x[np.isfinite(x)] for x in map(_array, (a, b)))
@@ -195,7 +206,7 @@ def welch(a: Iterable[float], b: Iterable[float]) -> Interval | None:
     return Interval(mean, low, high, len(first) + len(second))
 
 
-# -- arrays -------------------------------------------------------------------------------------------------------
+# -- arrays ----------------------------------------------------------------------------------------
 
 
 def _array(values: Iterable[float]) -> Values:

@@ -19,8 +19,8 @@ PLAN = "plan.yaml"
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Results of all finished runs of a grid. A run that ended because its loss was not finite counts as one that never
-    arrives; other failures are named.
+    """Results of all finished runs of a grid. A run that ended because its loss was not finite
+    counts as one that never arrives; other failures are named.
 
     Raises:
         ConfigError: the folder is no grid, or nothing is finished.

@@ -1,12 +1,14 @@
-"""Times to targets that a grid's own analysis does not set: the baseline's end at each learning rate, and another grid's target.
+"""Times to targets that a grid's own analysis does not set: the baseline's end at each learning
+rate, and another grid's target.
 
-`compare.results` asks every run for one target per task and seed, the baseline's end at the reference learning rate. Two other
-questions are answered here, from the runs of results.json:
+`compare.results` asks every run for one target per task and seed, the baseline's end at the
+reference learning rate. Two other questions are answered here, from the runs of results.json:
 
     own_rate     how much sooner than the baseline at the same learning rate a run gets to where that baseline ends
     across       how much sooner a run of one grid gets to the reference target of another than that grid's own run
 
-Speed-ups are paired by seed; costs are those of the first smoothed evaluation at the target, as everywhere.
+Speed-ups are paired by seed; costs are those of the first smoothed evaluation at the target, as
+everywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from effopd.compare.paired import median_with_interval, ratio
 from effopd.compare.time_to_target import Cost, final_target
 from effopd.errors import ConfigError
 
-#: Relative difference of the KL at step 0 up to which two runs count as evaluated on the same prompts.
+#: Relative difference of the KL at step 0 up to which two runs count as evaluated on the same
+#: prompts.
 _SAME_START = 1e-4
 #: Cost of the run compared with, and of the run itself; `None`: never arrives.
 CostPair = tuple[Cost | None, Cost | None]
@@ -31,11 +34,13 @@ def runs_of(results: Mapping[str, Any]) -> list[GridRun]:
 
 
 def own_rate(runs: Sequence[GridRun], baseline: str) -> list[dict[str, Any]]:
-    """Speed-up over the baseline at the arm's own learning rate, to the baseline's final smoothed KL at that rate.
+    """Speed-up over the baseline at the arm's own learning rate, to the baseline's final smoothed
+    KL at that rate.
 
     Returns:
-        one row per task, arm and axis (`AXES`), arms without a baseline at their rate left out: `task`, `strategy`,
-        `learning_rate`, `axis`, `reached` (runs that arrive) and the fields of `paired.SeedMedian`.
+        one row per task, arm and axis (`AXES`), arms without a baseline at their rate left out:
+        `task`, `strategy`, `learning_rate`, `axis`, `reached` (runs that arrive) and the fields of
+        `paired.SeedMedian`.
     """
     baselines = {(run.task, run.seed, run.learning_rate): run for run in runs if run.strategy == baseline}
     rows = []
@@ -56,17 +61,19 @@ def across(
     other: Sequence[GridRun],
     arms: Iterable[Arm] | None = None,
 ) -> list[dict[str, Any]]:
-    """Speed-up of runs of another grid over the arm `opponent` of `home`, to the final smoothed KL of `home`'s arm `reference`.
+    """Speed-up of runs of another grid over the arm `opponent` of `home`, to the final smoothed KL
+    of `home`'s arm `reference`.
 
     Args:
         arms: arms of `other`; all of them by default.
 
     Returns:
-        rows as of `own_rate`, over the seeds that both grids have; `last_steps` is where the shortest of the runs ended.
+        rows as of `own_rate`, over the seeds that both grids have; `last_steps` is where the
+        shortest of the runs ended.
 
     Raises:
-        ConfigError: runs of the same task and seed do not start at the same held-out KL, so that their evaluations (prompts
-            or sampling) differ.
+        ConfigError: runs of the same task and seed do not start at the same held-out KL, so that
+            their evaluations (prompts or sampling) differ.
     """
     at_home = {(run.arm, run.task, run.seed): run for run in home}
     wanted = None if arms is None else list(arms)
@@ -101,7 +108,8 @@ def _check_same_start(first: GridRun, second: GridRun) -> None:
     assert a is not None and b is not None
     if abs(a - b) > _SAME_START * abs(a):
         raise ConfigError(
-            f"{first.task}, seed {first.seed}: the two grids start at a held-out KL of {a:.5f} and {b:.5f}; expected the same: "
+            f"{first.task}, seed {first.seed}: the two grids start at a held-out KL of "
+            f"{a:.5f} and {b:.5f}; expected the same: "
             "compare grids with the same student, teacher, eval_size and seeds."
         )
 

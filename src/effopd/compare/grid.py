@@ -45,7 +45,9 @@ GRID_FIELDS = (FACTORS, VARIANT_OF)
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the grid: where it stands in it, its folder, and its settings as `effopd train --config` takes them."""
+    """One run of the grid: where it stands in it, its folder, and its settings as `effopd train
+    --config` takes them.
+    """
 
     task: str
     strategy: str
@@ -95,14 +97,16 @@ class Grid:
             )
         if not isinstance(self.reference_learning_rate, int | float) or not 0 < self.reference_learning_rate < 1:
             raise ConfigError(
-                f"plan: reference_learning_rate must be a number in (0, 1), got {self.reference_learning_rate!r}. YAML "
+                "plan: reference_learning_rate must be a number in (0, 1), got "
+                f"{self.reference_learning_rate!r}. YAML "
                 "reads 3e-5 as text: write 3.0e-5."
             )
         if self.workers < 1 or (self.threads is not None and self.threads < 1):
             raise ConfigError(f"plan: workers and threads must be at least 1, got {self.workers} and {self.threads}.")
         if self.devices is not None and len(self.devices) < self.workers:
             raise ConfigError(
-                f"plan: {self.workers} workers but {len(self.devices)} devices: name one CUDA_VISIBLE_DEVICES per worker."
+                f"plan: {self.workers} workers but {len(self.devices)} devices: name one "
+                "CUDA_VISIBLE_DEVICES per worker."
             )
         for name, settings in {"base": self.base, **self.strategies}.items():
             self._check_settings(name, settings or {})
@@ -230,5 +234,6 @@ def _check_types(path: Path, values: Mapping[str, Any]) -> None:
         for name in names:
             if values.get(name) is not None and not isinstance(values[name], kind):
                 raise ConfigError(
-                    f"{path}: '{name}' must be a {kind.__name__}, got {type(values[name]).__name__} ({values[name]!r})."
+                    f"{path}: '{name}' must be a {kind.__name__}, got "
+                    f"{type(values[name]).__name__} ({values[name]!r})."
                 )

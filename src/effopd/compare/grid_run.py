@@ -1,4 +1,6 @@
-"""A finished run of a grid: its place, its evaluations, what its searches came to; from its folder and from results.json."""
+"""A finished run of a grid: its place, its evaluations, what its searches came to; from its folder
+and from results.json.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ class GridRun:
 
     Attributes:
         code: which state of the package made it (`versions.code`).
-        merges: the merges that brought its seconds to this machine's, oldest first: indices into `settings.merges`.
+        merges: the merges that brought its seconds to this machine's, oldest first: indices into
+            `settings.merges`.
     """
 
     task: str
@@ -78,7 +81,9 @@ class GridRun:
         return self.task, self.seed
 
     def diverged(self) -> GridRun:
-        """The same run, ended by a loss that was not finite: worse than any number from its last evaluation on."""
+        """The same run, ended by a loss that was not finite: worse than any number from its last
+        evaluation on.
+        """
         end = dataclasses.replace(self.evaluations[-1], kl=math.inf, accuracy=-math.inf)
         return dataclasses.replace(self, evaluations=(*self.evaluations, *[end] * WINDOW))
 
@@ -127,7 +132,9 @@ def _required(evaluation: EvaluationRecord) -> dict[str, Any]:
 
 
 def to_row(run: GridRun) -> dict[str, Any]:
-    """A run as JSON, its curves in 5 significant digits; NaN and ∞ (a run that diverged) become `None`."""
+    """A run as JSON, its curves in 5 significant digits; NaN and ∞ (a run that diverged) become
+    `None`.
+    """
     points = [_curve_point(evaluation) for evaluation in run.evaluations]
     return {
         "task": run.task,
@@ -136,16 +143,21 @@ def to_row(run: GridRun) -> dict[str, Any]:
         "seed": run.seed,
         "code": run.code,
         "merges": list(run.merges),
-        "curve": {name: [_short(value) for value in values] for name, values in zip(CURVE_COLUMNS, zip(*points, strict=True), strict=True)},
+        "curve": {
+            name: [_short(value) for value in values]
+            for name, values in zip(CURVE_COLUMNS, zip(*points, strict=True), strict=True)
+        },
         "accepted": [list(jump) for jump in run.searches.accepted],
         "searches": run.searches.count,
         "memory_bytes": run.searches.memory_bytes,
         "fit": run.searches.fit,
-    }  # fmt: skip
+    }
 
 
 def from_row(row: Mapping[str, Any]) -> GridRun:
-    """The inverse of `to_row`, up to rounding; what was not finite comes back as worse than any number."""
+    """The inverse of `to_row`, up to rounding; what was not finite comes back as worse than any
+    number.
+    """
     columns = [
         [(-math.inf if name == "accuracy" else math.inf) if value is None else value for value in row["curve"][name]]
         for name in CURVE_COLUMNS

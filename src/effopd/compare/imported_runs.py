@@ -1,16 +1,20 @@
 """Runs of a grid that were made on other machines, read from their results.json.
 
-Steps and tokens are the same wherever a run is made; seconds are not. Runs made on both machines give the factor:
+Steps and tokens are the same wherever a run is made; seconds are not. Runs made on both machines
+give the factor:
 
-    factor = median over runs on both of  (seconds per forward token here) / (seconds per forward token there)
+    factor = median over runs on both of  (seconds per forward token here) / (seconds per forward
+    token there)
 
-All seconds made there are multiplied by it: over the runs of the same task and seed where there are any, over all others
-elsewhere. A speed-up divides seconds of one task and seed, so with the baseline made on both machines it is the ratio that
-was measured on one of them. `runs_to_make` makes sure that there are runs on both: the baseline at the reference learning
-rate, for one seed of each task.
+All seconds made there are multiplied by it: over the runs of the same task and seed where there are
+any, over all others elsewhere. A speed-up divides seconds of one task and seed, so with the
+baseline made on both machines it is the ratio that was measured on one of them. `runs_to_make`
+makes sure that there are runs on both: the baseline at the reference learning rate, for one seed of
+each task.
 
-A grid can move on several times. Every run carries the merges that its seconds went through (`GridRun.merges`, indices into
-`settings.merges` of results.json), so that a run which was made anew later is counted for none of them.
+A grid can move on several times. Every run carries the merges that its seconds went through
+(`GridRun.merges`, indices into `settings.merges` of results.json), so that a run which was made
+anew later is counted for none of them.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ IMPORTED = "imported_runs.json"
 
 @dataclass(frozen=True)
 class Source:
-    """The runs of one results.json that belong to a plan, and the merges (`settings.merges`) that it came out of."""
+    """The runs of one results.json that belong to a plan, and the merges (`settings.merges`) that
+    it came out of.
+    """
 
     path: str
     runs: tuple[GridRun, ...]
@@ -115,7 +121,9 @@ def key(run: GridRun | PlannedRun) -> tuple[str, str, float, int]:
 
 
 def runs_to_make(grid: Grid, imported: Sequence[Source]) -> list[PlannedRun]:
-    """The plan's runs that have to be made here; those that compare this machine with the others come first."""
+    """The plan's runs that have to be made here; those that compare this machine with the others
+    come first.
+    """
     runs = grid.runs()
     if not imported:
         return runs
@@ -130,18 +138,21 @@ def runs_to_make(grid: Grid, imported: Sequence[Source]) -> list[PlannedRun]:
 def merge_runs(
     grid: Grid, made_here: Sequence[GridRun], imported: Sequence[Source]
 ) -> tuple[list[GridRun], list[dict[str, Any]]]:
-    """All runs in the plan's order, with the seconds of this machine, and the merges that they came through.
+    """All runs in the plan's order, with the seconds of this machine, and the merges that they came
+    through.
 
-    A run that is in several places counts once: the one made here, or else that of the first source. A source's factor for a
-    task and seed is taken from all runs merged so far, also from sources before it.
+    A run that is in several places counts once: the one made here, or else that of the first
+    source. A source's factor for a task and seed is taken from all runs merged so far, also from
+    sources before it.
 
     Returns:
-        the runs, and a row for every merge, oldest first, a source's own earlier ones before it: `factor` (the median, for
-        a task and seed without a run on both machines), `low`, `high` and `n` of the ratios, and `runs`: how many of the
-        returned runs went through it.
+        the runs, and a row for every merge, oldest first, a source's own earlier ones before it:
+        `factor` (the median, for a task and seed without a run on both machines), `low`, `high` and
+        `n` of the ratios, and `runs`: how many of the returned runs went through it.
 
     Raises:
-        ConfigError: a source has no run in common with this machine, so that its seconds cannot be compared.
+        ConfigError: a source has no run in common with this machine, so that its seconds cannot be
+            compared.
     """
     runs: dict[tuple, GridRun] = {key(run): run for run in made_here}
     measured_here = dict(runs)
@@ -150,8 +161,10 @@ def merge_runs(
         ratios = [ratio for _, ratio in _pace_ratios(measured_here, source)]
         if not ratios:
             raise ConfigError(
-                f"no finished run of {grid.output_dir} was made for {source.path} too, so seconds there and here cannot be "
-                f"compared yet: let `effopd compare PLAN` finish {grid.baseline} at {grid.reference_learning_rate:.3g} for "
+                f"no finished run of {grid.output_dir} was made for {source.path} too, so "
+                "seconds there and here cannot be "
+                f"compared yet: let `effopd compare PLAN` finish {grid.baseline} at "
+                f"{grid.reference_learning_rate:.3g} for "
                 f"one seed, or remove {Path(grid.output_dir) / IMPORTED}."
             )
         by_place: dict[Place, list[float]] = {}

@@ -1,9 +1,10 @@
 """Medians over seeds of paired speed-ups, with intervals that include the runs which never arrive.
 
-A speed-up is baseline cost / cost of the same seed. Where only one of the two arrives, the ratio is still ordered against
-all others: a run that never arrives is slower than any that does (0), a baseline that never arrives makes whoever does
-arrive faster than any number (∞). So they stay in the median and in the resampling, which need no more than the order.
-Where neither arrives there is nothing to compare; those pairs are counted, not used.
+A speed-up is baseline cost / cost of the same seed. Where only one of the two arrives, the ratio is
+still ordered against all others: a run that never arrives is slower than any that does (0), a
+baseline that never arrives makes whoever does arrive faster than any number (∞). So they stay in
+the median and in the resampling, which need no more than the order. Where neither arrives there is
+nothing to compare; those pairs are counted, not used.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class SeedMedian:
     """A median over seeds with its 95 % interval.
 
     Attributes:
-        median, low, high: 0 means "never arrives", ∞ "the baseline never arrives"; NaN without pairs.
+        median, low, high: 0 means "never arrives", ∞ "the baseline never arrives"; NaN without
+            pairs.
         n: pairs used.
         censored: how many of them are 0.
         undefined: pairs in which neither arrives.
@@ -56,16 +58,19 @@ def median_with_interval(
     *,
     zero_is_never: bool = True,
 ) -> SeedMedian:
-    """Median and percentile bootstrap interval (2.5 %, 97.5 %) over seeds, NaNs counted as undefined.
+    """Median and percentile bootstrap interval (2.5 %, 97.5 %) over seeds, NaNs counted as
+    undefined.
 
-    With 2 to 5 values the interval is their range: it covers the true median of whatever n values are drawn from with
-    probability 1 − 2·0.5ⁿ, 93.75 % for five. Of an even number, the two middle values are averaged; 0 with anything gives
-    0, so that a half that never arrives is not averaged away, and otherwise ∞ with anything gives ∞.
+    With 2 to 5 values the interval is their range: it covers the true median of whatever n values
+    are drawn from with probability 1 − 2·0.5ⁿ, 93.75 % for five. Of an even number, the two middle
+    values are averaged; 0 with anything gives 0, so that a half that never arrives is not averaged
+    away, and otherwise ∞ with anything gives ∞.
 
     Args:
         values: one per seed; 0 and ∞ are allowed.
         draws: resamples. The same `seed` and values give the same interval.
-        zero_is_never: whether 0 stands for a run that never arrives; if not, it is a number like any other.
+        zero_is_never: whether 0 stands for a run that never arrives; if not, it is a number like
+            any other.
 
     Example:
         >>> median_with_interval([2.0, 2.5, 3.0, 0.0, 2.2])

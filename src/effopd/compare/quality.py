@@ -1,4 +1,6 @@
-"""How good the runs of a grid were, as tidy rows: final values, paired differences, areas under curves, shares of search."""
+"""How good the runs of a grid were, as tidy rows: final values, paired differences, areas under
+curves, shares of search.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,12 @@ ByArm = Mapping[tuple[Arm, Place], GridRun]
 def quality_rows(
     arms: Sequence[Arm], tasks: Sequence[str], runs: ByArm, roles: Roles, targets: Targets
 ) -> list[dict[str, Any]]:
-    """One row per task, arm and measure: median over seeds with its interval, where there is a value.
+    """One row per task, arm and measure: median over seeds with its interval, where there is a
+    value.
 
-    Measures: final values; their paired differences to the baseline at the reference learning rate (no suffix), at the
-    arm's own (`_same`) and where the baseline ends lowest (`_lowest`), and to what the arm is a variant of (`_parent`);
-    areas over the baseline's budget; search share.
+    Measures: final values; their paired differences to the baseline at the reference learning rate
+    (no suffix), at the arm's own (`_same`) and where the baseline ends lowest (`_lowest`), and to
+    what the arm is a variant of (`_parent`); areas over the baseline's budget; search share.
     """
     rows = []
     for task in tasks:
@@ -53,7 +56,9 @@ def _median(numbers: Sequence[float]) -> dict[str, Any]:
 
 
 def _values(of_arm: Sequence[GridRun], runs: ByArm, reference: Arm, targets: Targets) -> dict[str, list[float]]:
-    """Final values, areas over the budget of the reference run of the same task and seed, and shares of search."""
+    """Final values, areas over the budget of the reference run of the same task and seed, and
+    shares of search.
+    """
     budgets = [(run, Cost.of(runs[reference, run.place].evaluations[-1]))
                for run in of_arm if (reference, run.place) in runs]  # fmt: skip
     reached = [(run, targets.costs[run.arm, run.place].get("reference_kl")) for run in of_arm]
@@ -78,7 +83,8 @@ def _differences(suffix: str, pairs: Sequence[tuple[GridRun, GridRun]]) -> dict[
 
 
 def area(run: GridRun, axis: str, budget: float) -> float:
-    """Mean of smoothed KL / KL at step 0 over [0, budget] of a cost axis (trapezoid; the last value is held).
+    """Mean of smoothed KL / KL at step 0 over [0, budget] of a cost axis (trapezoid; the last value
+    is held).
 
     Args:
         axis: `steps` or `seconds`.

@@ -1,4 +1,6 @@
-"""Finished runs → results.json: time-to-target, paired speed-ups, areas, final quality, shares of cost."""
+"""Finished runs → results.json: time-to-target, paired speed-ups, areas, final quality, shares of
+cost.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from effopd.compare.time_to_target import WINDOW, Cost, final_target, smoothed
 
 
 def analyse(runs: Sequence[GridRun], roles: Roles) -> dict[str, Any]:
-    """Everything results.json holds. Works on unfinished grids too: pairs that exist are used, and counted.
+    """Everything results.json holds. Works on unfinished grids too: pairs that exist are used, and
+    counted.
 
     Curves are rounded first, so that the same comes out of the file that is written.
     """
@@ -47,7 +50,9 @@ def analyse(runs: Sequence[GridRun], roles: Roles) -> dict[str, Any]:
 def _run_row(
     run: GridRun, targets: Mapping[str, float], costs: Mapping[str, Cost | None], budget: Cost | None
 ) -> dict[str, Any]:
-    """A run with what it came to; areas are over the budget of the reference run of its task and seed."""
+    """A run with what it came to; areas are over the budget of the reference run of its task and
+    seed.
+    """
     last = run.evaluations[-1].costs
     row = to_row(run) | {
         "final_kl": finite(final_target(run.evaluations)),
@@ -74,7 +79,9 @@ def _target_row(run: GridRun, target: str, value: float, cost: Cost | None) -> d
 
 
 def _above_again(run: GridRun, target: str, value: float, cost: Cost | None) -> float | None:
-    """Share of the evaluations after the first at the target that are not at it any more (smoothed)."""
+    """Share of the evaluations after the first at the target that are not at it any more
+    (smoothed).
+    """
     if cost is None:
         return None
     metric, higher_is_better = TARGETS[target]

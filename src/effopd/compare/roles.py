@@ -1,4 +1,5 @@
-"""Which strategy of a grid plays which part: what is compared with what, and what the page opens with.
+"""Which strategy of a grid plays which part: what is compared with what, and what the page opens
+with.
 
     baseline: plain                 # sets the targets; every strategy is compared with it
     rivals: [effopd]                # every strategy is compared with these too, at the reference learning rate
@@ -9,7 +10,8 @@
     strategies:
       line_search-no-gate: {variant_of: line_search, effopd: {…}}   # compared with line_search at its own learning rate
 
-These are fields of a plan; results.json keeps them in its settings, so that a page can be drawn from it alone.
+These are fields of a plan; results.json keeps them in its settings, so that a page can be drawn
+from it alone.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ def read_claims(entries: Sequence[Mapping[str, Any]]) -> tuple[Claim, ...]:
             ) from error
         if not isinstance(claim.speedup, int | float) or claim.speedup <= 0 or claim.axis not in AXES:
             raise ConfigError(
-                f"plan: a claim's speedup must be a positive number and its axis one of {', '.join(AXES)}; got {entry!r}."
+                "plan: a claim's speedup must be a positive number and its axis one of "
+                f"{', '.join(AXES)}; got {entry!r}."
             )
         claims.append(claim)
     return tuple(claims)

@@ -1,13 +1,13 @@
 """Running a grid: every run in a process of its own, several at a time, none twice.
 
-A run is `effopd train --config RUN/settings.yaml`, so it can be repeated by hand. The files of its folder show its state:
-`settings.yaml` (its settings), rows (it has begun), `done.json` (it is finished; written last) or `failed.json` (it ended
-with an error; the next attempt removes it). A run that was cut off goes on from its newest checkpoint if it kept any, and
-starts anew otherwise.
+A run is `effopd train --config RUN/settings.yaml`, so it can be repeated by hand. The files of its
+folder show its state: `settings.yaml` (its settings), rows (it has begun), `done.json` (it is
+finished; written last) or `failed.json` (it ended with an error; the next attempt removes it). A
+run that was cut off goes on from its newest checkpoint if it kept any, and starts anew otherwise.
 
-Timing: each process is held to `threads` CPU threads, so runs side by side share no core as long as workers × threads is
-at most the number of cores. `cost_clock: cpu` in the plan's base charges CPU seconds, which other processes do not
-touch.
+Timing: each process is held to `threads` CPU threads, so runs side by side share no core as long as
+workers × threads is at most the number of cores. `cost_clock: cpu` in the plan's base charges CPU
+seconds, which other processes do not touch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def is_done(run: PlannedRun) -> bool:
     """Whether the run is finished, with the settings of the plan.
 
     Raises:
-        CheckpointError: the folder holds a run with other settings; its rows must not be mixed with this plan's.
+        CheckpointError: the folder holds a run with other settings; its rows must not be mixed with
+            this plan's.
     """
     path = run.path / SETTINGS
     if path.is_file():
@@ -85,8 +86,8 @@ class Runner:
 
     Args:
         grid: what to run and with how many workers.
-        report: called as `report(event, run)` with event 'start', 'done' or 'failed', from worker threads, one at a
-            time.
+        report: called as `report(event, run)` with event 'start', 'done' or 'failed', from worker
+            threads, one at a time.
         lock: file descriptor that runs inherit (`only_one`).
     """
 
@@ -152,8 +153,10 @@ class Runner:
             self._children.discard(child)
             if status == 0:
                 record = {
-                    "finished": time.strftime("%Y-%m-%dT%H:%M:%S"), "process_seconds": time.time() - started, "code": code()
-                }  # fmt: skip
+                    "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+                    "process_seconds": time.time() - started,
+                    "code": code(),
+                }
                 write_atomically(run.path / DONE, lambda path: path.write_text(json.dumps(record) + "\n"))
             elif not self._stopped:
                 failure = {"status": status, "error": error_message(run.path / LOG, earlier)}
@@ -164,7 +167,9 @@ class Runner:
 
 
 def prepare(run: PlannedRun) -> bool:
-    """Make the folder ready; whether the run can go on from a checkpoint. Rows without one are of no use: they go."""
+    """Make the folder ready; whether the run can go on from a checkpoint. Rows without one are of
+    no use: they go.
+    """
     run.path.mkdir(parents=True, exist_ok=True)
     (run.path / FAILED).unlink(missing_ok=True)
     write_atomically(run.path / SETTINGS, lambda path: path.write_text(yaml.safe_dump(run.settings, sort_keys=False)))
@@ -187,7 +192,9 @@ _MESSAGE = "effopd train: "
 
 
 def error_message(log: Path, start: int = 0) -> str:
-    """The beginning of a failed run's own error message, or else its last line (of a traceback), from byte `start` on."""
+    """The beginning of a failed run's own error message, or else its last line (of a traceback),
+    from byte `start` on.
+    """
     output = log.read_bytes()[start:].decode(errors="replace")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     messages = [i for i, line in enumerate(lines) if _MESSAGE in line]

@@ -1,8 +1,10 @@
-"""Paired speed-ups of a grid, as tidy rows: task, arm, opponent, target, axis, and a median with its interval.
+"""Paired speed-ups of a grid, as tidy rows: task, arm, opponent, target, axis, and a median with
+its interval.
 
-Every arm is compared with the baseline at the reference learning rate, at the baseline's best learning rate for the target
-and at the arm's own, with the rivals at the reference learning rate, and with what it is a variant of at its own. Over all
-tasks a seed counts once, with the geometric mean of its speed-ups on every task.
+Every arm is compared with the baseline at the reference learning rate, at the baseline's best
+learning rate for the target and at the arm's own, with the rivals at the reference learning rate,
+and with what it is a variant of at its own. Over all tasks a seed counts once, with the geometric
+mean of its speed-ups on every task.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ from effopd.compare.targets import TARGETS, Targets
 from effopd.compare.time_to_target import Cost
 
 ALL = "all"
-#: Stand for the baseline's best learning rate for a target, and for the learning rate of the arm itself.
+#: Stand for the baseline's best learning rate for a target, and for the learning rate of the arm
+#: itself.
 BEST, SAME = "best", "same"
 
 
 @dataclass(frozen=True)
 class Opponent:
-    """Whom an arm is compared with: a strategy at a learning rate, at its `BEST` or at the arm's own (`SAME`)."""
+    """Whom an arm is compared with: a strategy at a learning rate, at its `BEST` or at the arm's
+    own (`SAME`).
+    """
 
     strategy: str
     rate: float | str
@@ -77,7 +82,9 @@ def _on(cost: Cost | None, axis: str) -> float | None:
 
 
 def _by_task(ratios: Mapping[Place, float], tasks: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
-    """(task, values over seeds), then (`ALL`, values) where there are several tasks; without empty ones."""
+    """(task, values over seeds), then (`ALL`, values) where there are several tasks; without empty
+    ones.
+    """
     for task in tasks:
         if values := [value for (where, _), value in ratios.items() if where == task]:
             yield task, values
@@ -86,7 +93,9 @@ def _by_task(ratios: Mapping[Place, float], tasks: Sequence[str]) -> Iterator[tu
 
 
 def _over_tasks(ratios: Mapping[Place, float], tasks: Sequence[str]) -> list[float]:
-    """The geometric mean over tasks of each seed that has a pair on every one; 0 or ∞ on one task is that of all, both NaN."""
+    """The geometric mean over tasks of each seed that has a pair on every one; 0 or ∞ on one task
+    is that of all, both NaN.
+    """
     means = []
     for seed in sorted({seed for _, seed in ratios}):
         values = [value for (_, other), value in ratios.items() if other == seed]

@@ -1,4 +1,5 @@
-"""The targets of a grid, the baseline's best learning rates for them, and what every run had cost when it got there.
+"""The targets of a grid, the baseline's best learning rates for them, and what every run had cost
+when it got there.
 
 Targets, for each task and seed (so that prompts and noise are paired):
 
@@ -7,10 +8,11 @@ Targets, for each task and seed (so that prompts and noise are paired):
     gap_90              a tenth of the held-out reverse KL at step 0: 90 % of the way to the teacher
     reference_accuracy  the baseline's final smoothed accuracy at the reference learning rate
 
-The best learning rate for a target is the one at which the baseline gets there in the smallest median seconds (a run that
-never does counts as ∞; ties go to the lower final KL). Rates are ranked on the seeds that all of them have, the very seeds
-they are judged on, which favours the baseline. Every run's cost is that of its own first evaluation at the target, the
-baseline's too: a run like the baseline is 1×, not faster because the baseline's last steps brought nothing.
+The best learning rate for a target is the one at which the baseline gets there in the smallest
+median seconds (a run that never does counts as ∞; ties go to the lower final KL). Rates are ranked
+on the seeds that all of them have, the very seeds they are judged on, which favours the baseline.
+Every run's cost is that of its own first evaluation at the target, the baseline's too: a run like
+the baseline is 1×, not faster because the baseline's last steps brought nothing.
 """
 
 from __future__ import annotations
@@ -90,7 +92,9 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _best_rate(runs: Sequence[GridRun], task: str, cost: Callable[[GridRun], float]) -> float | None:
-    """The learning rate of the smallest median cost, over the seeds that all rates have; NaN costs are left out."""
+    """The learning rate of the smallest median cost, over the seeds that all rates have; NaN costs
+    are left out.
+    """
     rates: dict[float, list[GridRun]] = {}
     for run in runs:
         if run.task == task:

@@ -1,7 +1,7 @@
 """At which cost does a run first get as far as another one ended?
 
-Costs are net: search charged, evaluation not (see `runs/ledger.py`). Works on the evaluations of a run directory
-(`runs.records.read_evaluations`) alone.
+Costs are net: search charged, evaluation not (see `runs/ledger.py`). Works on the evaluations of a
+run directory (`runs.records.read_evaluations`) alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ GAP_SHARES = (0.5, 0.75, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class Cost:
-    """Optimizer steps, net seconds, net sampled tokens, and net tokens run through a model besides sampling."""
+    """Optimizer steps, net seconds, net sampled tokens, and net tokens run through a model besides
+    sampling.
+    """
 
     steps: int
     seconds: float
@@ -78,11 +80,12 @@ def speedup_by_gap(
 ) -> list[dict[str, Any]]:
     r"""Speed-up as a function of the share of the starting gap that has to be closed.
 
-    For each share g: target = (1 − g) · metric at step 0 (a reverse KL to the teacher is itself the gap); both runs'
-    smoothed curves have to reach it; ratios are baseline cost / other cost.
+    For each share g: target = (1 − g) · metric at step 0 (a reverse KL to the teacher is itself the
+    gap); both runs' smoothed curves have to reach it; ratios are baseline cost / other cost.
 
     Returns:
-        one row per share: `gap_closed`, `target`, and `speedup` by axis, `None` where either run never gets there.
+        one row per share: `gap_closed`, `target`, and `speedup` by axis, `None` where either run
+            never gets there.
     """
     rows = []
     for share in shares:
@@ -96,8 +99,8 @@ def speedup_by_gap(
 def first_reach(
     evaluations: Sequence[EvaluationRecord], target: float, metric: str = "kl", *, higher_is_better: bool = False
 ) -> Cost | None:
-    """Cost at the first evaluation (after step 0) whose smoothed metric is at or below `target` (at or above, if
-    higher is better); `None` if never."""
+    """Cost at the first evaluation (after step 0) whose smoothed metric is at or below `target` (at
+    or above, if higher is better); `None` if never."""
     sign = -1.0 if higher_is_better else 1.0
     for evaluation, value in zip(evaluations, smoothed(evaluations, metric), strict=True):
         if sign * value <= sign * target and evaluation.step > 0:

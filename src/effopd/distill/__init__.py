@@ -1,1 +1,3 @@
-"""Train: OPDConfig, OPDTrainer (on TRL's DistillationTrainer), losses, health metrics, the cost ledger."""
+"""Train: OPDConfig, OPDTrainer (on TRL's DistillationTrainer), losses, health metrics, the cost
+ledger.
+"""

@@ -1,4 +1,6 @@
-"""`load_best_model_at_end` for our trainers: the best checkpoint is among those that were saved, and survives a resume."""
+"""`load_best_model_at_end` for our trainers: the best checkpoint is among those that were saved,
+and survives a resume.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,18 @@ _Host: Any = Trainer if TYPE_CHECKING else object
 
 
 class BestModelMixin(_Host):
-    """The part of `RunMixin` that finds the best checkpoint, remembers it through a resume, and says which one was kept."""
+    """The part of `RunMixin` that finds the best checkpoint, remembers it through a resume, and
+    says which one was kept.
+    """
 
     run_dir: Any
     resumed_from: Path | None
     kept: Kept | None
 
     def _recall_best(self) -> None:
-        """What was best before a resume, among the checkpoints that are there, by the metric of this run."""
+        """What was best before a resume, among the checkpoints that are there, by the metric of
+        this run.
+        """
         args, state = self.args, self.state
         if not (args.load_best_model_at_end or args.save_strategy == "best"):
             return

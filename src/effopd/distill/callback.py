@@ -1,7 +1,8 @@
 """`EffOPDCallback`: the look-ahead on any `transformers.Trainer`.
 
-A callback is handed the model but neither the trainer nor its rollout engine, so this one is built with the trainer.
-It searches right after the optimizer step (`on_step_end`), before that step is logged, evaluated or saved.
+A callback is handed the model but neither the trainer nor its rollout engine, so this one is built
+with the trainer. It searches right after the optimizer step (`on_step_end`), before that step is
+logged, evaluated or saved.
 """
 
 from __future__ import annotations
@@ -38,32 +39,35 @@ def host_refused(host: str) -> ConfigError:
     """The error for a host whose weights cannot be moved from here; `host`: its name and why."""
     return ConfigError(
         "the look-ahead moves weights that are whole (one process, DDP) or sharded row by row (FSDP2); this run uses "
-        f"{host}. Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: 2), or train without a look-ahead."
+        f"{host}. Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: "
+        "2), or train without a look-ahead."
     )
 
 
 class EffOPDCallback(TrainerCallback):
     """Look ahead during training.
 
-    The callback changes nothing on the trainer before training begins, and leaves nothing when it ends, fails, or the callback
-    is removed or replaced. A trainer has one at a time.
+    The callback changes nothing on the trainer before training begins, and leaves nothing when it
+    ends, fails, or the callback is removed or replaced. A trainer has one at a time.
 
     Args:
-        trainer: the trainer the callback is added to: `OPDTrainer`, plain `trl.DistillationTrainer` (every strategy works
-            on both), or any `transformers.Trainer` if `scorer` is given.
+        trainer: the trainer the callback is added to: `OPDTrainer`, plain `trl.DistillationTrainer`
+            (every strategy works on both), or any `transformers.Trainer` if `scorer` is given.
         config: defaults to the paper's settings.
-        task: where D_v is drawn from (examples with answers and their verifier). Default: the trainer's training
-            dataset, columns `prompt` and `answer`.
+        task: where D_v is drawn from (examples with answers and their verifier). Default: the
+            trainer's training dataset, columns `prompt` and `answer`.
         verify: grades an answer of that dataset; default: `math-verify`.
         scorer: a callable `model → number` instead of the accuracy on D_v.
-        score_timeout: stop with an error if scoring one candidate takes longer, in seconds; `None`: no limit.
-        resume_from_checkpoint: where a resumed run finds the look-ahead state; default: in the checkpoint that the trainer
-            loads.
+        score_timeout: stop with an error if scoring one candidate takes longer, in seconds; `None`:
+            no limit.
+        resume_from_checkpoint: where a resumed run finds the look-ahead state; default: in the
+            checkpoint that the trainer loads.
 
     Raises:
-        ConfigError: FSDP1 or DeepSpeed, where live weights cannot be moved from here yet; a strategy that scores by the KL to
-            the teacher, on a trainer that has none; `parameters` that match nothing of the model; a device that is not there; a
-            setting that `scorer` does not read.
+        ConfigError: FSDP1 or DeepSpeed, where live weights cannot be moved from here yet; a
+            strategy that scores by the KL to the teacher, on a trainer that has none; `parameters`
+            that match nothing of the model; a device that is not there; a setting that `scorer`
+            does not read.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -112,23 +116,27 @@ class EffOPDCallback(TrainerCallback):
             raise host_refused("FSDP1, which flattens them" if fsdp1 else DEEPSPEED)
         if world_size() != trainer.accelerator.num_processes:
             raise ConfigError(
-                f"torch.distributed has {world_size()} processes but the trainer counts {trainer.accelerator.num_processes}: each "
+                f"torch.distributed has {world_size()} processes but the trainer counts "
+                f"{trainer.accelerator.num_processes}: each "
                 "would train on its own. Build the TrainingArguments once, in every process, under one launcher."
             )
 
     def check_resume(self, checkpoint: Path) -> None:
-        """Refuse to go on from a checkpoint of other settings; `OPDTrainer` calls this before it loads or writes anything.
+        """Refuse to go on from a checkpoint of other settings; `OPDTrainer` calls this before it
+        loads or writes anything.
 
         Raises:
             CheckpointError: there is no look-ahead state, or it is that of other settings.
         """
         check_same(read_state(self._state_of(checkpoint))["fingerprint"], self.config, self.scorer, self._host)
 
-    # -- on and off the trainer -----------------------------------------------------------------------------------
+    # -- on and off the trainer --------------------------------------------------------------------
 
     @property
     def _registered(self) -> bool:
-        """Whether the trainer still has this callback; the host says nothing when it removes one."""
+        """Whether the trainer still has this callback; the host says nothing when it removes
+        one.
+        """
         return any(callback is self for callback in self.trainer.callback_handler.callbacks)
 
     def _attach(self) -> None:
@@ -151,24 +159,28 @@ class EffOPDCallback(TrainerCallback):
     def _check_trainer(self, state: Any) -> None:
         if state is not self.trainer.state:
             raise ConfigError(
-                "this EffOPDCallback was built with another trainer than the one it is on: its search would move the other "
+                "this EffOPDCallback was built with another trainer than the one it is on: "
+                "its search would move the other "
                 "trainer's weights. Build one for each trainer: trainer.add_callback(EffOPDCallback(trainer, …))."
             )
         others = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EffOPDCallback)]
         if len(others) > 1:
             raise ConfigError(
-                f"the trainer has {len(others)} EffOPDCallbacks ({', '.join(each.config.strategy for each in others)}): expected one, "
-                "since each would take the other's jumps for training. Remove the others with trainer.remove_callback(…)."
+                f"the trainer has {len(others)} EffOPDCallbacks "
+                f"({', '.join(each.config.strategy for each in others)}): expected one, "
+                "since each would take the other's jumps for training. Remove the others "
+                "with trainer.remove_callback(…)."
             )
 
-    # -- events -------------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
         """The anchor is the weights the run starts from, or what the resumed checkpoint saved.
 
         Raises:
             ConfigError: the callback belongs to another trainer, or the trainer has several.
-            CheckpointError: the run is resumed without the look-ahead's state, or with other settings.
+            CheckpointError: the run is resumed without the look-ahead's state, or with other
+                settings.
         """
         self._detach()  # from an earlier `train`, perhaps interrupted
         self._check_trainer(state)
@@ -210,7 +222,8 @@ class EffOPDCallback(TrainerCallback):
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Search on rollouts that nothing has been trained on yet.
 
-        The search counts as part of the step that they belong to, so it comes after the checkpoint of the step before.
+        The search counts as part of the step that they belong to, so it comes after the checkpoint
+        of the step before.
         """
         state, scorer = self.trainer.state, self._rollouts
         assert scorer is not None
@@ -224,7 +237,8 @@ class EffOPDCallback(TrainerCallback):
     def _search(self, args, state, step: int) -> None:
         if self.look_ahead is None:
             raise ConfigError(
-                "this EffOPDCallback was added while training was running, so it never saw the weights that training started from. "
+                "this EffOPDCallback was added while training was running, so it never saw "
+                "the weights that training started from. "
                 "Add it before trainer.train()."
             )
         ledger = getattr(self.trainer, "ledger", None)
@@ -240,13 +254,17 @@ class EffOPDCallback(TrainerCallback):
         self._log(record)
 
     def on_save(self, args, state, control, **kwargs):
-        """Put anchor and history into the checkpoint of trainers that do not ask for them (`save_state`)."""
+        """Put anchor and history into the checkpoint of trainers that do not ask for them
+        (`save_state`).
+        """
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if broadcast_from_rank0(folder.is_dir()):
             self.save_state(folder)
 
     def save_state(self, folder: Path) -> None:
-        """Write the look-ahead state into a checkpoint folder, on every rank; `OPDTrainer` calls this before publishing it."""
+        """Write the look-ahead state into a checkpoint folder, on every rank; `OPDTrainer` calls
+        this before publishing it.
+        """
         if self.look_ahead is not None:
             self.look_ahead.save(folder)
 
@@ -260,7 +278,7 @@ class EffOPDCallback(TrainerCallback):
     def _teacher(self) -> Any:
         return getattr(self.trainer, "teacher_model", None)
 
-    # -- helpers ------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
     def _state_of(self, checkpoint: Path | None) -> Path:
         """Where the look-ahead state of a resumed run is."""
@@ -269,15 +287,17 @@ class EffOPDCallback(TrainerCallback):
             return folder
         raise CheckpointError(
             f"the run is resumed but there is no look-ahead state ({STATE_FILE}) in {folder}. Without the anchor, "
-            "the next jump would be up to 11 times the whole displacement, so this stops here. Pass resume_from_checkpoint to "
+            "the next jump would be up to 11 times the whole displacement, so this stops "
+            "here. Pass resume_from_checkpoint to "
             "EffOPDCallback, or resume from a checkpoint written with it."
         )
 
     def _weights_moved(self) -> None:
         """Invalidate what was made with the old weights.
 
-        Rollouts that a search has used stay unless the sampled loss is trained: the full KL is still a loss on them, the
-        sampled one is an estimate only where the weights that it updates are those that sampled.
+        Rollouts that a search has used stay unless the sampled loss is trained: the full KL is
+        still a loss on them, the sampled one is an estimate only where the weights that it updates
+        are those that sampled.
         """
         mark_engine_stale(self.trainer)
         if not self.waits_for_rollouts or getattr(self.trainer.args, "loss_type", None) == "sampled":
@@ -286,7 +306,8 @@ class EffOPDCallback(TrainerCallback):
     def _log(self, record: SearchRecord) -> None:
         metrics = {name: float(value) for name, value in record.metrics().to_row().items()}
         if not log_metrics(self.trainer, metrics):
-            # a log during on_step_end would swallow the step's own row, so this one waits for the next event
+            # a log during on_step_end would swallow the step's own row, so this one waits for the
+            # next event
             self._pending = metrics
 
     def _flush(self) -> None:

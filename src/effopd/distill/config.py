@@ -1,4 +1,6 @@
-"""`OPDConfig`: every flag of TRL's `DistillationConfig`, with the paper's defaults, plus what TRL lacks."""
+"""`OPDConfig`: every flag of TRL's `DistillationConfig`, with the paper's defaults, plus what TRL
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ _ONLY_FOR = {"horizon_fraction": "topd", "horizon_start": "popd", "horizon_stage
 
 @dataclass
 class RunArguments:
-    """Flags that every trainer of this package adds to its TRL host's, and defaults it changes: a constant learning
-    rate, a row a step, `bf16=False` where there is no accelerator.
+    """Flags that every trainer of this package adds to its TRL host's, and defaults it changes: a
+    constant learning rate, a row a step, `bf16=False` where there is no accelerator.
 
     Raises:
         ConfigError: a value is out of range.
@@ -79,7 +81,8 @@ class RunArguments:
             raise ConfigError(f"cost_clock must be one of {', '.join(CLOCKS)}; got {self.cost_clock!r}.")
         if self.cost_clock == "cpu" and accelerated:
             raise ConfigError(
-                "cost_clock='cpu' does not see the work of the accelerator this machine has. Use 'wall', or use_cpu=True."
+                "cost_clock='cpu' does not see the work of the accelerator this machine has. "
+                "Use 'wall', or use_cpu=True."
             )
         if getattr(self, "deepspeed", None):
             ensure("deepspeed")  # the host looks for it while it is built
@@ -91,14 +94,17 @@ class RunArguments:
         settle_direction(self, greater_is_better)
         if getattr(self, "push_to_hub", False):
             raise ConfigError(
-                "push_to_hub would upload the whole run directory at every save, optimizer states and trajectory included "
+                "push_to_hub would upload the whole run directory at every save, optimizer "
+                "states and trajectory included "
                 "(transformers leaves out folders named checkpoint-N only). Upload the finished model instead: "
                 "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' 'trajectory/*' 'superseded/*'."
             )
         if getattr(self, "auto_find_batch_size", False):
             raise ConfigError(
-                "auto_find_batch_size starts over at step 0 with fewer answers per step after an out-of-memory error, but with the "
-                "weights as they are by then. Lower per_device_train_batch_size and raise gradient_accumulation_steps instead: "
+                "auto_find_batch_size starts over at step 0 with fewer answers per step "
+                "after an out-of-memory error, but with the "
+                "weights as they are by then. Lower per_device_train_batch_size and raise "
+                "gradient_accumulation_steps instead: "
                 "their product is what a step learns from."
             )
         if (order := getattr(self, "train_sampling_strategy", "random")) != "random":
@@ -120,7 +126,8 @@ class RunArguments:
         for name in ("bf16", "bf16_full_eval"):
             if getattr(self, name, False) and not accelerated and not getattr(self, "use_cpu", False):
                 raise ConfigError(
-                    f"--{name} true: {on_cpu} that computes in bfloat16. Add --use_cpu true to compute in bfloat16 on the "
+                    f"--{name} true: {on_cpu} that computes in bfloat16. Add --use_cpu true "
+                    "to compute in bfloat16 on the "
                     f"CPU, or leave --{name} out to compute in float32."
                 )
         if getattr(self, "label_smoothing_factor", 0.0):
@@ -142,7 +149,8 @@ class OPDConfig(RunArguments, DistillationConfig):
     eval_on_start: bool | None = field(  # the host takes None as false
         default=None,
         metadata={
-            "help": "Also evaluate before the first step. Default: with a look-ahead whose run evaluates, because the first "
+            "help": "Also evaluate before the first step. Default: with a look-ahead whose run "
+            "evaluates, because the first "
             "evaluation would come after the first jumps otherwise."
         },
     )
@@ -157,7 +165,8 @@ class OPDConfig(RunArguments, DistillationConfig):
     loss_weighting: str = field(
         default="token",
         metadata={
-            "help": "'token': every token counts alike, as in TRL. 'answer': every answer does (the mean over answers of "
+            "help": "'token': every token counts alike, as in TRL. 'answer': every answer does (the "
+            "mean over answers of "
             "the mean over their tokens), as in the scripts of arXiv 2605.11739.",
             "choices": list(LOSS_WEIGHTINGS),
         },
@@ -165,7 +174,8 @@ class OPDConfig(RunArguments, DistillationConfig):
     lambda_extrapolation: float = field(
         default=1.0,
         metadata={
-            "help": "ExOPD (arXiv 2602.12125): learn softmax(λ·teacher + (1−λ)·reference logits) instead of the teacher. "
+            "help": "ExOPD (arXiv 2602.12125): learn softmax(λ·teacher + (1−λ)·reference logits) "
+            "instead of the teacher. "
             "1 is plain OPD; 1.25 is its authors' value; 1.5 and above are unstable. Needs "
             "--reference_model_name_or_path."
         },
@@ -173,7 +183,8 @@ class OPDConfig(RunArguments, DistillationConfig):
     reference_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "The reference of ExOPD: the student's start, or the teacher's base before RL. Stays frozen, and is "
+            "help": "The reference of ExOPD: the student's start, or the teacher's base before RL. "
+            "Stays frozen, and is "
             "never the look-ahead's anchor."
         },
     )
@@ -251,7 +262,9 @@ class OPDConfig(RunArguments, DistillationConfig):
             )
 
     def _check_sampled(self) -> None:
-        """The sampled loss is a score-function estimate: it is only right if y was drawn from π_θ itself."""
+        """The sampled loss is a score-function estimate: it is only right if y was drawn from π_θ
+        itself.
+        """
         wrong = {
             "beta": self.beta != 1.0,
             "top_p": self.top_p < 1.0,

@@ -23,7 +23,8 @@ def check_dataset(dataset: Any, batch: int) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns:
         raise TaskError(
-            f"train_dataset: expected a column 'prompt' (text, or a list of messages), got {', '.join(columns) or 'none'}."
+            "train_dataset: expected a column 'prompt' (text, or a list of messages), got "
+            f"{', '.join(columns) or 'none'}."
             + (
                 " Rename 'messages', without the answers: dataset.rename_column('messages', 'prompt')."
                 * ("messages" in columns)

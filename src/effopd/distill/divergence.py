@@ -1,8 +1,9 @@
 """Student against teacher, token by token: losses and the exact divergence.
 
-Shapes: B sequences, T completion tokens, N = valid tokens, H hidden width, V shared vocabulary. Hidden states are
-projected tile by tile by TRL's chunked kernels; no [B, T, V] tensor is ever made. Every KL here names its
-distributions: "reverse KL" is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ(v) − log π*(v)), in nats.
+Shapes: B sequences, T completion tokens, N = valid tokens, H hidden width, V shared vocabulary.
+Hidden states are projected tile by tile by TRL's chunked kernels; no [B, T, V] tensor is ever made.
+Every KL here names its distributions: "reverse KL" is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ(v)
+− log π*(v)), in nats.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ MULTIMODAL_KEYS = (
 
 @dataclass(frozen=True)
 class Head:
-    """The output projection of a model, cut to the shared vocabulary, with its logit post-processing.
+    """The output projection of a model, cut to the shared vocabulary, with its logit
+    post-processing.
 
     logits = softcap(scale · (h Wᵀ + b)); `weight` is [V, H].
     """
@@ -69,7 +71,9 @@ class Head:
         return cls(weight, bias, path.scale, path.softcap)
 
     def whole(self) -> Head:
-        """The same head with its tensors gathered, if FSDP2 shards them (every rank must call this then)."""
+        """The same head with its tensors gathered, if FSDP2 shards them (every rank must call this
+        then).
+        """
         bias = None if self.bias is None else whole_tensor(self.bias)
         return replace(self, weight=whole_tensor(self.weight), bias=bias)
 
@@ -85,7 +89,9 @@ class Head:
 
 
 class Predictions(NamedTuple):
-    """What a model predicts at the T answer tokens of a batch, before it becomes [B, T, V] logits."""
+    """What a model predicts at the T answer tokens of a batch, before it becomes [B, T, V]
+    logits.
+    """
 
     hidden_BTH: Tensor
     head: Head
@@ -115,23 +121,26 @@ class Answers(NamedTuple):
 
 
 def gathered(model: Any, work: Callable[[], T]) -> T:
-    """Run `work` with the weights of `model` whole: inside its forward, if FSDP2 shards it (every rank must call this), else
-    right away."""
+    """Run `work` with the weights of `model` whole: inside its forward, if FSDP2 shards it (every
+    rank must call this), else right away."""
     return inside_forward(model, model, work) if isinstance(model, FSDPModule) else work()
 
 
 def mixture_head(teacher: Head, reference: Head, weight: float, dtype: torch.dtype = torch.float32) -> Head:
-    """The head of ExOPD's target for hidden states made by `mixture_hidden`, so that no logits have to be formed.
+    """The head of ExOPD's target for hidden states made by `mixture_hidden`, so that no logits have
+    to be formed.
 
-    The weight is [W* | W_ref], [V, H* + H_ref], the scale λ scale* and the bias b* + b_ref (1−λ) scale_ref / (λ scale*).
-    Given both as the teacher, `full_loss` with β = 1 is KL(π_θ ‖ softmax((λ z* + (1−λ) z_ref) / temperature)), in nats per
-    token. Make the head once; it is a copy of both, of the reference's weight two where `dtype` is not float32.
+    The weight is [W* | W_ref], [V, H* + H_ref], the scale λ scale* and the bias b* + b_ref (1−λ)
+    scale_ref / (λ scale*). Given both as the teacher, `full_loss` with β = 1 is KL(π_θ ‖ softmax((λ
+    z* + (1−λ) z_ref) / temperature)), in nats per token. Make the head once; it is a copy of both,
+    of the reference's weight two where `dtype` is not float32.
 
     Args:
         dtype: what the kernel rounds hidden states to (`kernel_dtype`).
 
     Raises:
-        CompatibilityError: a model caps its logits; capped logits are no linear function of the hidden states.
+        CompatibilityError: a model caps its logits; capped logits are no linear function of the
+            hidden states.
 
     Source: arXiv 2602.12125 (the maximiser of λ E log(π*/π_ref) − KL(π_θ ‖ π_ref)).
     """
@@ -156,10 +165,11 @@ def mixture_hidden(
     weight: float,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[h* | c h_ref] with c = (1−λ) scale_ref / (λ scale*): hidden states [B, T, H* + H_ref] for `mixture_head`.
+    """[h* | c h_ref] with c = (1−λ) scale_ref / (λ scale*): hidden states [B, T, H* + H_ref] for
+    `mixture_head`.
 
-    In half precision c h_ref is two parts, its rounded value and what that leaves out, [B, T, H* + 2 H_ref]: λ adds no
-    rounding to that of the two models.
+    In half precision c h_ref is two parts, its rounded value and what that leaves out, [B, T, H* +
+    2 H_ref]: λ adds no rounding to that of the two models.
     """
     _, first, second = _mixture_factors(teacher, reference, weight)
     scaled = second * h_reference_BTH.float().to(h_teacher_BTH.device)
@@ -171,7 +181,9 @@ def mixture_hidden(
 
 
 def _mixture_factors(teacher: Head, reference: Head, weight: float) -> tuple[float, float, float]:
-    """Scale of the whole, and factors of teacher and reference inside it; the teacher's is 1 (0 for λ = 0)."""
+    """Scale of the whole, and factors of teacher and reference inside it; the teacher's is 1 (0 for
+    λ = 0).
+    """
     scale = weight * teacher.scale or 1.0
     return scale, weight * teacher.scale / scale, (1 - weight) * reference.scale / scale
 
@@ -185,10 +197,11 @@ def kernel_dtype(hidden: Tensor) -> torch.dtype:
 def shared_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer_size: int, role: str = "teacher"
 ) -> int:
-    """The vocabulary both models have; padding rows of the larger one are ignored. `role` names the second one in errors.
+    """The vocabulary both models have; padding rows of the larger one are ignored. `role` names the
+    second one in errors.
 
-    Checkpoints of one family often pad their embedding differently (Qwen2.5: 151936 and 152064 rows for 151665
-    tokens). That is harmless as long as every token of the tokenizer has a row in both.
+    Checkpoints of one family often pad their embedding differently (Qwen2.5: 151936 and 152064 rows
+    for 151665 tokens). That is harmless as long as every token of the tokenizer has a row in both.
 
     Raises:
         CompatibilityError: a model has fewer rows than the tokenizer has tokens.
@@ -217,11 +230,14 @@ def full_loss(
     num_items: Tensor | int | None,
     by_answer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's exact full-vocabulary divergence; β = 1 is the reverse KL. Returns loss, Σ student entropy, N.
+    """TRL's exact full-vocabulary divergence; β = 1 is the reverse KL. Returns loss, Σ student
+    entropy, N.
 
     Args:
-        num_items: what the sum over tokens (by_answer: over answers) is divided by; `None`: their number here.
-        by_answer: every answer counts alike, whatever its length: the mean over answers of the mean over their tokens.
+        num_items: what the sum over tokens (by_answer: over answers) is divided by; `None`: their
+            number here.
+        by_answer: every answer counts alike, whatever its length: the mean over answers of the mean
+            over their tokens.
     """
     if not by_answer:
         return divergence_loss(h_student_BTH, student, h_teacher_BTH, teacher, mask_BT, beta, temperature, num_items)
@@ -251,20 +267,23 @@ def sampled_loss(
     sampler_logps_BT: Tensor | None = None,
     by_answer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log π_θ(y_t)$ detached.
+    r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log
+    π_θ(y_t)$ detached.
 
-    Its expectation over y_t ~ π_θ has the gradient of the reverse KL at every prefix. The ratio of one update a batch
-    is 1, so there is nothing to clip. Divided by `num_items` (default: the valid tokens). With a `reference`
-    (hidden states and head) and `weight` λ it is ExOPD's:
-    $A_t = λ(\log π^*(y_t) − \log π_{ref}(y_t)) − (\log π_θ(y_t) − \log π_{ref}(y_t))$.
+    Its expectation over y_t ~ π_θ has the gradient of the reverse KL at every prefix. The ratio of
+    one update a batch is 1, so there is nothing to clip. Divided by `num_items` (default: the valid
+    tokens). With a `reference` (hidden states and head) and `weight` λ it is ExOPD's: $A_t = λ(\log
+    π^*(y_t) − \log π_{ref}(y_t)) − (\log π_θ(y_t) − \log π_{ref}(y_t))$.
 
     Answers that another engine sampled bring `sampler_logps_BT`: every token is then weighted by
-    $\min(π_θ(y_t) / π_{sampler}(y_t), 5)$, detached. `by_answer` and `num_items` are those of `full_loss`.
+    $\min(π_θ(y_t) / π_{sampler}(y_t), 5)$, detached. `by_answer` and `num_items` are those of
+    `full_loss`.
 
     Returns:
         loss, Σ student entropy, number of valid tokens, like `full_loss`.
 
-    Source: arXiv 2605.11739, section 2, and 2602.12125; PPO ratio and clipping left out because they are inactive. The cap
+    Source: arXiv 2605.11739, section 2, and 2602.12125; PPO ratio and clipping left out because
+        they are inactive. The cap
     of the importance weight is that of 2605.11739's runs.
     """
     valid = mask_BT != 0
@@ -284,7 +303,9 @@ def sampled_loss(
 
 
 def _weighted_mean(value_N: Tensor, valid_BT: Tensor, num_items: Tensor | int | None, by_answer: bool) -> Tensor:
-    """Σ over tokens, or over answers of their token means, divided by `num_items` (default: how many there are)."""
+    """Σ over tokens, or over answers of their token means, divided by `num_items` (default: how
+    many there are).
+    """
     length_B = valid_BT.sum(1)
     if by_answer:
         value_N = value_N / length_B.clamp(min=1)[:, None].expand_as(valid_BT)[valid_BT]
@@ -305,21 +326,24 @@ def reverse_kl_of_completions(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> tuple[list[float], list[int]]:
-    r"""Exact reverse KL of given completions: per sequence $\sum_t KL(π_θ(·|x,y_{<t}) ‖ π^*(·|x,y_{<t}))$.
+    r"""Exact reverse KL of given completions: per sequence $\sum_t KL(π_θ(·|x,y_{<t}) ‖
+    π^*(·|x,y_{<t}))$.
 
     Each sequence gets the KL that it has alone, whatever the others' lengths.
 
     Returns:
-        (KL sums in nats, numbers of tokens), one entry a sequence; Σ sums / Σ tokens is the token mean.
+        (KL sums in nats, numbers of tokens), one entry a sequence; Σ sums / Σ tokens is the token
+        mean.
 
     Raises:
-        CompatibilityError: a token is outside of the shared vocabulary; or the logits of a model have a form whose KL cannot
-            be computed (`effopd.models.logit_path`).
+        CompatibilityError: a token is outside of the shared vocabulary; or the logits of a model
+            have a form whose KL cannot be computed (`effopd.models.logit_path`).
     """
     largest = max((max(row, default=0) for rows in (prompt_ids, completion_ids) for row in rows), default=0)
     if largest >= vocab_size:
         raise CompatibilityError(
-            f"token {largest} is outside of the vocabulary that student and teacher share (ids below {vocab_size}): expected "
+            f"token {largest} is outside of the vocabulary that student and teacher share "
+            f"(ids below {vocab_size}): expected "
             "sequences that both can read. Sample with `vocab_size` (see `effopd.tasks.evaluate.generate`)."
         )
 
@@ -343,7 +367,8 @@ def divergences(
     temperature: float,
     teacher_hidden: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """D(student, teacher) [N] at the N scored positions of each batch, in nats, exact over the vocabulary.
+    """D(student, teacher) [N] at the N scored positions of each batch, in nats, exact over the
+    vocabulary.
 
     D is the reverse KL(π ‖ π*) at β = 1 and the forward KL(π* ‖ π) at β = 0; between them it is
     (1−β) KL(π ‖ m) + β KL(π* ‖ m) with m = (1−β) π + β π*.

@@ -32,16 +32,19 @@ def evaluate_task(
     vocab_size: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[dict[str, float], int]:
-    """Sample one answer per prompt, measure its KL to the teacher (if there is one) and its accuracy; then greedy, if asked.
+    """Sample one answer per prompt, measure its KL to the teacher (if there is one) and its
+    accuracy; then greedy, if asked.
 
-    Always the same prompts and the same sampling noise (`args.eval_seed`), so a curve over training is paired. Several
-    processes answer a share each, with noise of their own; all of them get the whole result.
+    Always the same prompts and the same sampling noise (`args.eval_seed`), so a curve over training
+    is paired. Several processes answer a share each, with noise of their own; all of them get the
+    whole result.
 
     Returns:
-        (`kl` in nats per token with its standard error `kl_se` over prompts, `loss` (= `kl`), `accuracy` with
-        `accuracy_low` and `accuracy_high`, the same for `accuracy_greedy`, `response_length`, `truncated_share`,
-        the counts `answers`, `answers_found` (if the verifier can tell), `answers_cut` and `answers_empty` of the sampled
-        ones, `runtime`; number of tokens generated). Without a teacher there is no `kl` and no `loss`.
+        (`kl` in nats per token with its standard error `kl_se` over prompts, `loss` (= `kl`),
+        `accuracy` with `accuracy_low` and `accuracy_high`, the same for `accuracy_greedy`,
+        `response_length`, `truncated_share`, the counts `answers`, `answers_found` (if the verifier
+        can tell), `answers_cut` and `answers_empty` of the sampled ones, `runtime`; number of
+        tokens generated). Without a teacher there is no `kl` and no `loss`.
     """
     start = time.perf_counter()
     answers = _Answers(student, tokenizer, task, args, vocab_size, autocast)
@@ -92,7 +95,9 @@ class _Answers:
     autocast: Callable[[], AbstractContextManager]
 
     def at(self, temperature: float, teacher: PreTrainedModel | None = None) -> list[_Answer]:
-        """One answer per prompt, in order; each rank samples its share, and all ranks get all answers."""
+        """One answer per prompt, in order; each rank samples its share, and all ranks get all
+        answers.
+        """
         shares = all_gather_or_raise(lambda: self._of_this_rank(temperature, teacher))
         return merge_from_ranks(shares, len(self.task))
 

@@ -1,4 +1,6 @@
-"""What makes a resumed run equal an uninterrupted one: the data order of every epoch, and where SIGTERM stops training."""
+"""What makes a resumed run equal an uninterrupted one: the data order of every epoch, and where
+SIGTERM stops training.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 class EpochSampler(Sampler[int]):
-    """TRL's sampler of prompts, whose permutation becomes a function of (seed, epoch); epoch 0 is TRL's own order."""
+    """TRL's sampler of prompts, whose permutation becomes a function of (seed, epoch); epoch 0 is
+    TRL's own order.
+    """
 
     def __init__(self, sampler: Any):
         self._sampler = sampler
@@ -37,10 +41,12 @@ class EpochSampler(Sampler[int]):
 
 
 class TerminationCallback(TrainerCallback):
-    """`enable_jit_checkpoint`: after a SIGTERM the step is finished, logged and saved, and training stops.
+    """`enable_jit_checkpoint`: after a SIGTERM the step is finished, logged and saved, and training
+    stops.
 
-    The host would save before the look-ahead of that step, or in its middle with the random state of the next, so that the run
-    could not go on as if it had not been stopped. Must run after every callback that changes the weights.
+    The host would save before the look-ahead of that step, or in its middle with the random state
+    of the next, so that the run could not go on as if it had not been stopped. Must run after every
+    callback that changes the weights.
     """
 
     def __init__(self, manager: Any):
@@ -57,8 +63,8 @@ class TerminationCallback(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler which epoch begins. accelerate does, too, but not through what a resume on several processes wraps
-    around it."""
+    """Tells the sampler which epoch begins. accelerate does, too, but not through what a resume on
+    several processes wraps around it."""
 
     def __init__(self) -> None:
         self.sampler: EpochSampler | None = None

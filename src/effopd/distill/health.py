@@ -1,8 +1,9 @@
 """Is this distillation healthy? Token-level measures on a bounded number of tokens per step.
 
-Shapes: N tokens, V vocabulary, K = top-k. p is the student, q the teacher, y the sampled token; all logs natural
-(nats). Definitions follow METHOD of arXiv 2604.13016 where names coincide; the overlap-token advantage renormalises
-both distributions on the intersection (another definition in use does not).
+Shapes: N tokens, V vocabulary, K = top-k. p is the student, q the teacher, y the sampled token; all
+logs natural (nats). Definitions follow METHOD of arXiv 2604.13016 where names coincide; the
+overlap-token advantage renormalises both distributions on the intersection (another definition in
+use does not).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ TOP_K = 16
 
 
 class HealthProbe:
-    """Health of the logged steps: `after_loss` keeps what `after_step` measures, when no forward is running.
+    """Health of the logged steps: `after_loss` keeps what `after_step` measures, when no forward is
+    running.
 
     Args:
         tokens: positions that are measured per logged step; 0 measures none.
@@ -77,9 +79,11 @@ class HealthProbe:
 
     @torch.no_grad()
     def after_step(self, heads: Callable[[], tuple[Head, Head]]) -> dict[str, float]:
-        """The metrics of the step that just ended, by their names in its row; none if it is not logged.
+        """The metrics of the step that just ended, by their names in its row; none if it is not
+        logged.
 
-        `health/sampler_logp_gap` is the mean |log π_sampler(y) − log π_train(y)|, in nats, over the recorded tokens.
+        `health/sampler_logp_gap` is the mean |log π_sampler(y) − log π_train(y)|, in nats, over the
+        recorded tokens.
 
         Args:
             heads: the student's and the teacher's, asked for where they are needed.
@@ -109,11 +113,12 @@ def health_metrics(
 
     Returns:
         - `sampled_reverse_kl` and `_p95`: mean and 95th percentile of log p(y) − log q(y);
-        - `reverse_kl`, `reverse_kl_q1` … `_q4`: exact KL(p ‖ q), overall and by position quarter (NaN: no token there);
-        - `overlap_ratio`: |top-k(p) ∩ top-k(q)| / k; `student_overlap_mass`, `teacher_overlap_mass`: the probability
-          each puts on the intersection;
-        - `overlap_advantage`: Σ p̂ (log q̂ − log p̂) with p̂, q̂ renormalised on the intersection, mean over tokens
-          whose intersection is not empty (NaN: none);
+        - `reverse_kl`, `reverse_kl_q1` … `_q4`: exact KL(p ‖ q), overall and by position quarter
+            (NaN: no token there);
+        - `overlap_ratio`: |top-k(p) ∩ top-k(q)| / k; `student_overlap_mass`,
+          `teacher_overlap_mass`: the probability each puts on the intersection;
+        - `overlap_advantage`: Σ p̂ (log q̂ − log p̂) with p̂, q̂ renormalised on the intersection,
+          mean over tokens whose intersection is not empty (NaN: none);
         - `student_entropy`, `teacher_entropy`, `entropy_gap` = |difference of the two per token|.
     """
     logp, logq = student_logits_NV.log_softmax(-1), teacher_logits_NV.log_softmax(-1)
@@ -153,7 +158,8 @@ def spread_subset(mask_BT: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Deterministic, so that measuring does not draw random numbers.
 
     Returns:
-        (flat indices into B·T [N], relative position of each in its row's valid tokens, in [0, 1) [N])
+        (flat indices into B·T [N], relative position of each in its row's valid tokens, in [0, 1)
+        [N])
     """
     valid = mask_BT.reshape(-1).nonzero()[:, 0]
     chosen = valid[torch.linspace(0, len(valid) - 1, min(count, len(valid)), device=valid.device).round().long()]

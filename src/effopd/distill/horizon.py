@@ -1,9 +1,10 @@
 """How long a rollout may get: TOPD (a fixed share) and POPD (a share that grows), arXiv 2605.31490.
 
-Late positions cost most and teach least, and OPD needs no final answer, so only the first H tokens of an answer are
-generated and learned from. Evaluations, and answers that the look-ahead samples itself, are full length (its scorer
-`teacher_kl` reads training's own, short ones). The horizon is a function of the step, so a resumed run has the right one
-without any state. Where it changes, the look-ahead's anchor is set anew: a displacement must not span two objectives.
+Late positions cost most and teach least, and OPD needs no final answer, so only the first H tokens
+of an answer are generated and learned from. Evaluations, and answers that the look-ahead samples
+itself, are full length (its scorer `teacher_kl` reads training's own, short ones). The horizon is a
+function of the step, so a resumed run has the right one without any state. Where it changes, the
+look-ahead's anchor is set anew: a displacement must not span two objectives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from effopd.distill.trl_host.state import log_metrics
 
 
 def _exact(value: float) -> float:
-    """0.55 · 100 is 55, not 55.00000000000001: a rounding error must not become a token, or a step."""
+    """0.55 · 100 is 55, not 55.00000000000001: a rounding error must not become a token, or a
+    step.
+    """
     return round(value, 9)
 
 
@@ -33,7 +36,8 @@ def topd(max_length: int, fraction: float) -> int:
 
 
 def popd(step: int, total_steps: int, max_length: int, start: float, stages: int, growth: float) -> int:
-    """H_k = H_0 + ⌊k / Δk⌋ · ΔH: `stages` equal increments from start · T_max to T_max over the first `growth` of training.
+    """H_k = H_0 + ⌊k / Δk⌋ · ΔH: `stages` equal increments from start · T_max to T_max over the
+    first `growth` of training.
 
     Args:
         step: optimizer steps done so far.

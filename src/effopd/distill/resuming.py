@@ -1,4 +1,6 @@
-"""What a run that goes on from a checkpoint must find there, and what it says where it cannot equal an uninterrupted run."""
+"""What a run that goes on from a checkpoint must find there, and what it says where it cannot equal
+an uninterrupted run.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,14 @@ logger = logging.getLogger(__name__)
 
 #: Beginnings of settings that leave the trained weights alone.
 _HARMLESS = (
-    "_", "output_dir", "do_", "log_", "logging_", "save_", "eval_", "hub_", "push_", "report_to", "run_name", "project", "trackio",
-    "disable_tqdm", "load_best", "metric_for", "greater_is", "dataloader_num", "dataloader_pin", "dataloader_persistent",
-    "dataloader_prefetch", "resume_", "restore_", "skip_memory", "include_", "trajectory", "cost_clock", "ddp_", "local_rank",
-    "debug", "per_device_eval", "num_completions", "wandb", "health_tokens", "prediction_loss", "batch_eval", "enable_jit",
+    "_", "output_dir", "do_", "log_", "logging_", "save_", "eval_", "hub_", "push_", "report_to", "run_name",
+    "project", "trackio",
+    "disable_tqdm", "load_best", "metric_for", "greater_is", "dataloader_num", "dataloader_pin",
+    "dataloader_persistent",
+    "dataloader_prefetch", "resume_", "restore_", "skip_memory", "include_", "trajectory", "cost_clock", "ddp_",
+    "local_rank",
+    "debug", "per_device_eval", "num_completions", "wandb", "health_tokens", "prediction_loss", "batch_eval",
+    "enable_jit",
     "torch_empty_cache", "use_cpu", "trust_remote", "fp16_full", "bf16_full", "label_names", "remove_unused",
 )  # fmt: skip
 #: Settings whose value in the checkpoint's optimizer wins over the command's.
@@ -35,12 +41,15 @@ _IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "a
 _LENGTH = ("max_steps", "num_train_epochs")
 #: Schedules that do not depend on how long training will be.
 _ENDLESS = (
-    SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.INVERSE_SQRT, SchedulerType.REDUCE_ON_PLATEAU,
+    SchedulerType.CONSTANT,
+    SchedulerType.CONSTANT_WITH_WARMUP,
+    SchedulerType.INVERSE_SQRT,
+    SchedulerType.REDUCE_ON_PLATEAU,
     SchedulerType.GREEDY,
-)  # fmt: skip
+)
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def settings_that_matter(args: Any) -> dict[str, Any]:
@@ -55,7 +64,8 @@ def settings_that_matter(args: Any) -> dict[str, Any]:
 
 
 def compare_settings(checkpoint: Path, args: Any) -> None:
-    """Warn where the settings differ from those that the checkpoint was made with; nothing if it does not say.
+    """Warn where the settings differ from those that the checkpoint was made with; nothing if it
+    does not say.
 
     Raises:
         CheckpointError: the optimizer is another one, whose state the checkpoint does not have.
@@ -68,7 +78,8 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
         changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
     if "optim" in changed:
         raise CheckpointError(
-            f"{checkpoint} has the state of the optimizer {changed['optim'][0]!r}, got --optim {changed['optim'][1]}. Resume with the "
+            f"{checkpoint} has the state of the optimizer {changed['optim'][0]!r}, got "
+            f"--optim {changed['optim'][1]}. Resume with the "
             f"optimizer of the run, or train anew from its weights: --model_name_or_path {checkpoint}."
         )
     if not changed or rank() > 0:
@@ -76,7 +87,8 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
     text = ", ".join(f"{name} {old} → {new}" for name, (old, new) in changed.items())
     stay = [name for name in _IN_OPTIMIZER if name in changed]
     logger.warning(
-        "Resuming with other settings than %s was made with: %s. This run will not equal one that was not interrupted.%s",
+        "Resuming with other settings than %s was made with: %s. This run will not equal one "
+        "that was not interrupted.%s",
         checkpoint,
         text,
         f" Without effect: {', '.join(stay)}; the optimizer goes on with the checkpoint's." if stay else "",
@@ -98,16 +110,23 @@ def compare_processes(checkpoint: Path, world_size: int) -> None:
     states = len(list(checkpoint.glob("rng_state*.pth")))
     if states != world_size:
         logger.warning(
-            "%s was written by %d process(es), and there are %d now: random states cannot be put back, so this run will not equal "
-            "one that was not interrupted.", checkpoint, states, world_size,
-        )  # fmt: skip
+            "%s was written by %d process(es), and there are %d now: random states cannot be "
+            ""
+            "put back, so this run will not equal "
+            "one that was not interrupted.",
+            checkpoint,
+            states,
+            world_size,
+        )
 
 
-# -- the trainer's part -----------------------------------------------------------------------------------------------
+# -- the trainer's part ----------------------------------------------------------------------------
 
 
 class ResumeMixin(HostHooks):
-    """The part of `RunMixin` that reads a checkpoint: what the host would pass over in silence is refused or said."""
+    """The part of `RunMixin` that reads a checkpoint: what the host would pass over in silence is
+    refused or said.
+    """
 
     ledger: CostLedger
     resumed_from: Path | None
@@ -118,7 +137,8 @@ class ResumeMixin(HostHooks):
         """Before anything is loaded or written.
 
         Raises:
-            CheckpointError: the checkpoint is not one of this run's kind, model, optimizer or look-ahead.
+            CheckpointError: the checkpoint is not one of this run's kind, model, optimizer or
+                look-ahead.
         """
         check_kind(checkpoint, adapter=hasattr(self.accelerator.unwrap_model(self.model), "peft_config"))
         for callback in self.callback_handler.callbacks:
@@ -176,7 +196,8 @@ class ResumeMixin(HostHooks):
         wrong = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in groups if names]
         if wrong:
             raise CheckpointError(
-                f"{self.resumed_from or self.state.best_model_checkpoint} is of another model: {' and '.join(wrong)} tensors. "
+                f"{self.resumed_from or self.state.best_model_checkpoint} is of another "
+                f"model: {' and '.join(wrong)} tensors. "
                 "Resume with the model of the run."
             )
 

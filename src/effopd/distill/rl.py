@@ -1,11 +1,12 @@
-"""Reinforcement learning on a task, through TRL: the other side of every analysis, and the maker of teachers.
+"""Reinforcement learning on a task, through TRL: the other side of every analysis, and the maker of
+teachers.
 
     sample n answers a prompt (TRL) → verify → advantage → loss → step → log → evaluate → save
 
-Rows, evaluation, ledger, checkpoints and trajectory are those of `effopd train` (`RunMixin`). The reward is 1 for a
-verified answer and 0 otherwise; partial credit is left out, so that accuracy is what grows. Left out: DAPO's dynamic
-sampling, which TRL does not have: groups whose answers are all right or all wrong stay in the batch with advantage 0
-(`frac_reward_zero_std` counts them).
+Rows, evaluation, ledger, checkpoints and trajectory are those of `effopd train` (`RunMixin`). The
+reward is 1 for a verified answer and 0 otherwise; partial credit is left out, so that accuracy is
+what grows. Left out: DAPO's dynamic sampling, which TRL does not have: groups whose answers are all
+right or all wrong stay in the batch with advantage 0 (`frac_reward_zero_std` counts them).
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from effopd.tasks.reasoning import decode_marked, opened_by_ids
 
 
 def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]]:
-    """TRL's reward function for a task: 1.0 where the verifier's score is 1, else 0.0; rows are found by column `id`.
+    """TRL's reward function for a task: 1.0 where the verifier's score is 1, else 0.0; rows are
+    found by column `id`.
 
     Args:
         task: the rows and their verifier.
-        trainer: the TRL trainer that calls it. Verifiers then get the text that an evaluation gives them, marks of the
-            reasoning included. Without it they get TRL's own text, which lacks the marks that are special tokens and the
-            mark that the prompt ended with.
+        trainer: the TRL trainer that calls it. Verifiers then get the text that an evaluation gives
+            them, marks of the reasoning included. Without it they get TRL's own text, which lacks
+            the marks that are special tokens and the mark that the prompt ended with.
     """
     by_id = {example.id: example for example in task.examples}
 
@@ -65,8 +67,8 @@ class TaskRLMixin(RunMixin, PolicyHooks):
         model: path or model.
         args: a `TaskGRPOConfig` or `TaskRLOOConfig`.
         train_task: prompts with answers.
-        eval_task: held-out prompts with answers; an evaluation reports `eval_accuracy` and `eval_accuracy_greedy` with
-            95 % intervals.
+        eval_task: held-out prompts with answers; an evaluation reports `eval_accuracy` and
+            `eval_accuracy_greedy` with 95 % intervals.
 
     Raises:
         TaskError: examples of the training task cannot be graded.

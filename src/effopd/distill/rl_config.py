@@ -1,4 +1,6 @@
-"""The reinforcement-learning baselines: TRL's GRPO and RLOO configurations with the published settings as presets."""
+"""The reinforcement-learning baselines: TRL's GRPO and RLOO configurations with the published
+settings as presets.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,18 @@ from effopd.errors import ConfigError
 
 #: Defaults of `effopd rl` by `--algorithm`; flags and YAML win over them.
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2402.03300 as the paper (2605.11739) runs it: clip 0.2, KL 0.001 to the start, 16 answers a prompt
+    # arXiv 2402.03300 as the paper (2605.11739) runs it: clip 0.2, KL 0.001 to the start, 16
+    # answers a prompt
     "grpo": {
-        "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2, "epsilon_high": 0.2,
+        "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2,
+        "epsilon_high": 0.2,
         "beta": 0.001, "loss_type": "grpo", "scale_rewards": "group",
     },
-    # arXiv 2503.14476: higher upper clip, no KL, mean over tokens, soft punishment of overlong answers
+    # arXiv 2503.14476: higher upper clip, no KL, mean over tokens, soft punishment of overlong
+    # answers
     "dapo": {
-        "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2, "epsilon_high": 0.28,
+        "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2,
+        "epsilon_high": 0.28,
         "beta": 0.0, "loss_type": "dapo", "scale_rewards": "group", "overlong_cache": 0.2,
     },
     # arXiv 2402.14740
@@ -62,7 +68,9 @@ class RLArguments(RunArguments):
 
 
 def _two_numbers(value: Any) -> tuple[float, float]:
-    """A range as two numbers, from a list or from text; the command line hands text over letter by letter."""
+    """A range as two numbers, from a list or from text; the command line hands text over letter by
+    letter.
+    """
     text = "".join(value) if isinstance(value, tuple) and all(isinstance(part, str) for part in value) else value
     parts = text.strip("[]() ").split(",") if isinstance(text, str) else text
     try:

@@ -1,8 +1,9 @@
 """Rollouts that several optimizer steps learn from, across a resume.
 
-With `num_iterations` > 1, or `steps_per_generation` above the accumulation, TRL samples once every few steps: a cycle. A
-checkpoint inside a cycle needs the cycle's rollouts and the position in it. TRL keeps neither: it would count from 0 and sample
-anew while its data sampler goes on in mid-cycle. Distillation samples for every step, so it has no cycles.
+With `num_iterations` > 1, or `steps_per_generation` above the accumulation, TRL samples once every
+few steps: a cycle. A checkpoint inside a cycle needs the cycle's rollouts and the position in it.
+TRL keeps neither: it would count from 0 and sample anew while its data sampler goes on in
+mid-cycle. Distillation samples for every step, so it has no cycles.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 def rollouts_file(part: int, parts: int) -> str:
-    """Name of the rollouts of process `part` of `parts` in a checkpoint: `effopd_rollouts-00001-of-00008.pt`."""
+    """Name of the rollouts of process `part` of `parts` in a checkpoint:
+    `effopd_rollouts-00001-of-00008.pt`.
+    """
     return f"effopd_rollouts-{part:05d}-of-{parts:05d}.pt"
 
 
 class RolloutCycleCallback(TrainerCallback):
-    """Saves the rollouts in use with a checkpoint inside a cycle, on every process, and goes on with them.
+    """Saves the rollouts in use with a checkpoint inside a cycle, on every process, and goes on
+    with them.
 
     Args:
         trainer: a `RunMixin` on TRL's GRPO or RLOO trainer.
@@ -55,7 +59,9 @@ class RolloutCycleCallback(TrainerCallback):
         return position % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Be where the data sampler is: so many micro-batches into the epoch, which holds whole cycles."""
+        """Be where the data sampler is: so many micro-batches into the epoch, which holds whole
+        cycles.
+        """
         trainer = self._trainer
         steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
         position = state.global_step % steps * args.gradient_accumulation_steps
@@ -68,10 +74,13 @@ class RolloutCycleCallback(TrainerCallback):
             use_rollouts(trainer, position, send_to_device(saved["rollouts"], trainer.accelerator.device))
         elif rank() == 0:
             logger.warning(
-                "Step %d is in the middle of rollouts that several steps share, and %s has none for %d process(es) and these batch "
+                "Step %d is in the middle of rollouts that several steps share, and %s has "
+                "none for %d process(es) and these batch "
                 "sizes: the remaining steps get new ones, so this run will differ from one that was not interrupted.",
-                state.global_step, trainer.resumed_from, world_size(),
-            )  # fmt: skip
+                state.global_step,
+                trainer.resumed_from,
+                world_size(),
+            )
 
     def _saved(self, path: Path) -> dict[str, Any] | None:
         if not path.is_file():
@@ -80,7 +89,9 @@ class RolloutCycleCallback(TrainerCallback):
         return saved if saved["shape"] == self._shape else None
 
     def save_state(self, folder: Path) -> None:
-        """Write this process's rollouts into a checkpoint folder, if the next step learns from them too."""
+        """Write this process's rollouts into a checkpoint folder, if the next step learns from them
+        too.
+        """
         if self._inside:
             saved = {"shape": self._shape, "rollouts": rollouts_in_use(self._trainer)[1]}
             torch.save(saved, folder / rollouts_file(rank(), world_size()))

@@ -1,5 +1,5 @@
-"""The student's rollouts as `OPDTrainer` takes them from its host: from the vocabulary that is trained, exact for prompts of
-unequal length, with the sampler's own log-probabilities.
+"""The student's rollouts as `OPDTrainer` takes them from its host: from the vocabulary that is
+trained, exact for prompts of unequal length, with the sampler's own log-probabilities.
 
     ids below `vocab_size` only  →  as many `generate` calls as exactness takes  →  log π_sampler(y)
 """
@@ -36,8 +36,10 @@ class RolloutMixin(DistillationHooks):
         unknown = tokens_beyond(self.accelerator.unwrap_model(self.model), self.vocab_size)
         if unknown and self.use_vllm:
             raise CompatibilityError(
-                f"the student has {len(unknown)} vocabulary rows (from id {unknown[0]}) that the teacher or reference has not, and "
-                "vLLM would sample them. Roll out without --use_vllm, which suppresses them, or cut the student's embedding "
+                f"the student has {len(unknown)} vocabulary rows (from id {unknown[0]}) that "
+                "the teacher or reference has not, and "
+                "vLLM would sample them. Roll out without --use_vllm, which suppresses them, "
+                "or cut the student's embedding "
                 f"to {self.vocab_size} rows (resize_token_embeddings)."
             )
         if unknown:
@@ -78,7 +80,9 @@ class RolloutMixin(DistillationHooks):
         return [completions[i] for i in range(len(prompt_ids))]
 
     def _records(self) -> bool:
-        """Whether the present step's log-probabilities are wanted: it is logged, and answers are one turn long."""
+        """Whether the present step's log-probabilities are wanted: it is logged, and answers are
+        one turn long.
+        """
         return bool(self.model.training and self.health.due(self.state) and not self.tools)
 
     def around_rollouts(self, sample):

@@ -1,9 +1,10 @@
-"""What every trainer of this package adds to its TRL host: a run directory, costs, task evaluation, safe resume.
+"""What every trainer of this package adds to its TRL host: a run directory, costs, task evaluation,
+safe resume.
 
-`OPDTrainer` and the reinforcement-learning trainers mix this in, so their rows, checkpoints, trajectories, accuracies and
-seconds mean the same. Rollouts and losses stay with the host. Departures from TRL: checkpoints go to
-`checkpoints/step-000008` and appear there whole or not at all; the data order of a later epoch survives a resume (TRL's
-sampler restarts its permutations).
+`OPDTrainer` and the reinforcement-learning trainers mix this in, so their rows, checkpoints,
+trajectories, accuracies and seconds mean the same. Rollouts and losses stay with the host.
+Departures from TRL: checkpoints go to `checkpoints/step-000008` and appear there whole or not at
+all; the data order of a later epoch survives a resume (TRL's sampler restarts its permutations).
 """
 
 from __future__ import annotations
@@ -46,17 +47,21 @@ logger = logging.getLogger(__name__)
 
 
 class RunMixin(BestModelMixin, ResumeMixin):
-    """Mixed into a TRL trainer, before its hooks: `class OPDTrainer(RunMixin, DistillationHooks, DistillationTrainer)`.
+    """Mixed into a TRL trainer, before its hooks: `class OPDTrainer(RunMixin, DistillationHooks,
+    DistillationTrainer)`.
 
-    The trainer calls `_open_run` before and `_attach_run` after its host's `__init__`, and defines `_measure_task`.
+    The trainer calls `_open_run` before and `_attach_run` after its host's `__init__`, and defines
+    `_measure_task`.
 
     Attributes:
         ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
         run_dir: the run directory.
         task_name: what the model card calls the training task.
-        costs: the ledger's totals over all processes, as they were last logged, or at the end of training.
+        costs: the ledger's totals over all processes, as they were last logged, or at the end of
+            training.
         resumed_from: the checkpoint that training goes on from, if any.
-        kept: the step whose weights the model has after training with `load_best_model_at_end`; `None`: the last one's.
+        kept: the step whose weights the model has after training with `load_best_model_at_end`;
+            `None`: the last one's.
         eval_task: what an evaluation answers, or `None` for the host's own evaluation.
     """
 
@@ -90,14 +95,16 @@ class RunMixin(BestModelMixin, ResumeMixin):
         """Refuse now what the host would only meet in its first rollouts.
 
         Raises:
-            CompatibilityError: there is no end token to fill rows with, or plain prompts end with one.
+            CompatibilityError: there is no end token to fill rows with, or plain prompts end with
+                one.
             TaskError: the chat template refuses the first prompt.
         """
         tokenizer = self.text_tokenizer
         if tokenizer.pad_token_id is None or None in self.eos_token_ids:
             ends = [tokenizer.convert_ids_to_tokens(i) for i in self.eos_token_ids if i is not None]
             raise CompatibilityError(
-                f"the tokenizer of '{tokenizer.name_or_path}' has no end token: expected one, to end answers and fill rows "
+                f"the tokenizer of '{tokenizer.name_or_path}' has no end token: expected one, "
+                "to end answers and fill rows "
                 f"with. Set tokenizer.eos_token (the model declares {ends or 'none'})."
             )
         data = self.train_dataset
@@ -125,13 +132,13 @@ class RunMixin(BestModelMixin, ResumeMixin):
             return [f"{part}_{name}" for part in self.eval_dataset for name in HOST_DIRECTIONS]
         return list(HOST_DIRECTIONS)
 
-    # -- data order ---------------------------------------------------------------------------------------------
+    # -- data order --------------------------------------------------------------------------------
 
     def train_sampler(self, sampler):
         self._epochs.sampler = EpochSampler(sampler)
         return self._epochs.sampler
 
-    # -- rollout, logging and evaluation ------------------------------------------------------------------------
+    # -- rollout, logging and evaluation -----------------------------------------------------------
 
     def around_rollouts(self, sample):
         category = "rollout" if self.model.training else "eval"
@@ -172,16 +179,16 @@ class RunMixin(BestModelMixin, ResumeMixin):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return metrics
 
-    # -- saving and resuming ------------------------------------------------------------------------------------
+    # -- saving and resuming -----------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint of the run directory
-        (from the start if the run was killed before its first); a path continues from that one. A run that has reached
-        its limit is loaded, and nothing is trained.
+        """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint of the
+        run directory (from the start if the run was killed before its first); a path continues from
+        that one. A run that has reached its limit is loaded, and nothing is trained.
 
         Raises:
-            CheckpointError: a fresh start into a directory that holds a run, a checkpoint path that is none, or a
-                checkpoint of other settings (nothing has been written then).
+            CheckpointError: a fresh start into a directory that holds a run, a checkpoint path that
+                is none, or a checkpoint of other settings (nothing has been written then).
         """
         checkpoint = self.resumed_from = self.run_dir.to_resume(resume_from_checkpoint)
         if not resume_from_checkpoint:
@@ -198,7 +205,9 @@ class RunMixin(BestModelMixin, ResumeMixin):
         return output
 
     def around_epoch(self, run):
-        """The host's, which looks at the limit only after a step: one that is reached already would be passed."""
+        """The host's, which looks at the limit only after a step: one that is reached already would
+        be passed.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -211,8 +220,9 @@ class RunMixin(BestModelMixin, ResumeMixin):
         return self.run_dir.staging if self._saving else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The host's. With FSDP's SHARDED_STATE_DICT it writes no model at all: checkpoints have their shards beside it, but
-        a trajectory and the final model are whole, gathered for this."""
+        """The host's. With FSDP's SHARDED_STATE_DICT it writes no model at all: checkpoints have
+        their shards beside it, but a trajectory and the final model are whole, gathered for this.
+        """
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         kind = None if plugin is None or self._saving else plugin.state_dict_type
         if kind is not None:
@@ -226,7 +236,9 @@ class RunMixin(BestModelMixin, ResumeMixin):
             self.create_model_card()  # PEFT has written one of its own there
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """`README.md` of the run directory, in the place of TRL's; the arguments are those of the host."""
+        """`README.md` of the run directory, in the place of TRL's; the arguments are those of the
+        host.
+        """
         if self.is_world_process_zero():
             name = model_name or self.run_dir.root.resolve().name
             try:  # a card must not cost the weights that are saved with it

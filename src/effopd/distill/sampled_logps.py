@@ -1,7 +1,8 @@
 """What the sampler itself gave the tokens that it drew: log π_sampler(y), taken while it samples.
 
-Under `generate`: of its final scores, after temperature, top_p and the like, in the precision and on the cached, padded
-forward of the sampling; nothing is recomputed. Under vLLM: what the engine returns, after the same settings.
+Under `generate`: of its final scores, after temperature, top_p and the like, in the precision and
+on the cached, padded forward of the sampling; nothing is recomputed. Under vLLM: what the engine
+returns, after the same settings.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from effopd.models.logit_path import core_of
 
 
 class LogProbRecorder(LogitsProcessor):
-    """The last of a sampler's processors: passes the scores on, and keeps log softmax(scores)(y) of the first `rows` rows.
+    """The last of a sampler's processors: passes the scores on, and keeps log softmax(scores)(y) of
+    the first `rows` rows.
 
     A score's token is known one call later, so one [rows, V] tensor is held.
     """
@@ -41,7 +43,9 @@ class LogProbRecorder(LogitsProcessor):
             self._taken.append(self._pending.gather(1, tokens_B[: self._rows, None])[:, 0])
 
     def rows(self, completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """log π_sampler of every token of the first rows' completions, in nats. To be called once, after the sampling."""
+        """log π_sampler of every token of the first rows' completions, in nats. To be called once,
+        after the sampling.
+        """
         if self._pending is not None:
             self._take(torch.tensor([ids[-1] for ids in completions], device=self._pending.device))
             self._pending = None
@@ -53,7 +57,9 @@ class LogProbRecorder(LogitsProcessor):
 
 @contextmanager
 def recording(model: Any, rows: int) -> Iterator[LogProbRecorder]:
-    """In this block, `generate` on `model` ends its list of processors with the recorder that is handed out."""
+    """In this block, `generate` on `model` ends its list of processors with the recorder that is
+    handed out.
+    """
     recorder = LogProbRecorder(rows)
     with last_logits_processor(core_of(model), recorder):
         yield recorder
@@ -61,7 +67,8 @@ def recording(model: Any, rows: int) -> Iterator[LogProbRecorder]:
 
 @contextmanager
 def engine_logps(engine: Any) -> Iterator[list[Sequence[float | None]]]:
-    """What a vLLM engine gives the tokens that it samples in this block: one row per answer of its last call.
+    """What a vLLM engine gives the tokens that it samples in this block: one row per answer of its
+    last call.
 
     Args:
         engine: TRL's `VLLMGeneration`, with `logprobs` set to 0.
@@ -77,7 +84,8 @@ def engine_logps(engine: Any) -> Iterator[list[Sequence[float | None]]]:
         output = generate(*args, **kwargs)
         if output[2] is None:
             raise CompatibilityError(
-                "vLLM returned no log-probabilities of its samples, which the importance weights of loss_type='sampled' "
+                "vLLM returned no log-probabilities of its samples, which the importance "
+                "weights of loss_type='sampled' "
                 "need. Use a TRL whose engine returns them, or loss_type='full'."
             )
         rows[:] = [[token[0] for token in row] for row in output[2]]
@@ -94,7 +102,9 @@ def engine_logps(engine: Any) -> Iterator[list[Sequence[float | None]]]:
 
 
 def padded(rows: Sequence[Sequence[float | None] | None], like_BT: Tensor) -> Tensor:
-    """[B, T] in float32: each row's log-probabilities from the left, NaN after them and in rows that have none."""
+    """[B, T] in float32: each row's log-probabilities from the left, NaN after them and in rows
+    that have none.
+    """
     out = torch.full(like_BT.shape, math.nan)
     for i, row in enumerate(rows):
         if row is not None:

@@ -1,7 +1,9 @@
-"""Saves that cannot fail late: a rehearsal before the first step, and a last resort for the weights.
+"""Saves that cannot fail late: a rehearsal before the first step, and a last resort for the
+weights.
 
-A run of hours must not find out at its first checkpoint, or at its end, that something in it cannot be written. `rehearse` does all
-that a checkpoint does, into a temporary folder and without the bytes of the tensors.
+A run of hours must not find out at its first checkpoint, or at its end, that something in it cannot
+be written. `rehearse` does all that a checkpoint does, into a temporary folder and without the
+bytes of the tensors.
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ _WRITERS = (
 RESCUED = "rescued"
 
 
-# -- the generation config --------------------------------------------------------------------------------------------
+# -- the generation config -------------------------------------------------------------------------
 
 
 def idle_settings(config: GenerationConfig) -> dict[str, Any]:
-    """Settings without an effect, for which transformers refuses to save a generation config: those of sampling where `do_sample`
-    is not set, of beams where there is one, and outputs that are not returned."""
+    """Settings without an effect, for which transformers refuses to save a generation config: those
+    of sampling where `do_sample` is not set, of beams where there is one, and outputs that are not
+    returned."""
     defaults, found = GenerationConfig(), {}
     groups: tuple[tuple[bool, tuple[str, ...]], ...] = (
         (
@@ -67,7 +70,8 @@ def idle_settings(config: GenerationConfig) -> dict[str, Any]:
 
 
 def savable(config: GenerationConfig) -> dict[str, Any]:
-    """Drop what keeps a generation config from being saved, as far as it has no effect; returns what was dropped.
+    """Drop what keeps a generation config from being saved, as far as it has no effect; returns
+    what was dropped.
 
     Raises:
         CheckpointError: the config is invalid otherwise.
@@ -84,13 +88,15 @@ def savable(config: GenerationConfig) -> dict[str, Any]:
         config.validate(strict=True)
     except ValueError as error:
         raise CheckpointError(
-            f"the student's generation_config cannot be saved: {_text(error)} Correct generation_config.json in the model's folder."
+            f"the student's generation_config cannot be saved: {_text(error)} Correct "
+            "generation_config.json in the model's folder."
         ) from error
     return dropped
 
 
 def check_generation_config(model: str, **load: Any) -> None:
-    """The generation config that a model folder or Hub id comes with can be saved with the trained model; no weights are read.
+    """The generation config that a model folder or Hub id comes with can be saved with the trained
+    model; no weights are read.
 
     Raises:
         CheckpointError: it is invalid, whatever is dropped that has no effect.
@@ -116,19 +122,22 @@ def tidy_generation_config(model: Any) -> None:
     if config is not None and (dropped := savable(config)):
         settings = ", ".join(f"{name}={value}" for name, value in dropped.items())
         logger.warning(
-            "The student's generation_config sets %s without an effect, and transformers does not save such a file: the trained "
+            "The student's generation_config sets %s without an effect, and transformers "
+            "does not save such a file: the trained "
             "model's is without them. Rollouts are sampled with the run's own settings.",
             settings,
         )
 
 
-# -- the rehearsal ----------------------------------------------------------------------------------------------------
+# -- the rehearsal ---------------------------------------------------------------------------------
 
 
 def rehearse(trainer: Any) -> None:
-    """Do what a checkpoint and the final save do, without the bytes of the tensors; leaves nothing behind. On the ranks that save.
+    """Do what a checkpoint and the final save do, without the bytes of the tensors; leaves nothing
+    behind. On the ranks that save.
 
-    Left out where parameters are sharded (FSDP, DeepSpeed): the weights and the optimizer, which all ranks write together.
+    Left out where parameters are sharded (FSDP, DeepSpeed): the weights and the optimizer, which
+    all ranks write together.
 
     Raises:
         CheckpointError: something cannot be saved; it says what and what to do.
@@ -140,7 +149,8 @@ def rehearse(trainer: Any) -> None:
                 save()
             except Exception as error:
                 raise CheckpointError(
-                    f"{what} cannot be saved, and training would be lost at its first checkpoint: {type(error).__name__}: "
+                    f"{what} cannot be saved, and training would be lost at its first "
+                    f"checkpoint: {type(error).__name__}: "
                     f"{_text(error)} {advice} Nothing was trained, nothing was written."
                 ) from error
 
@@ -191,7 +201,8 @@ def _scratch(root: Path) -> Iterator[Path]:
     except OSError as error:
         _remove_empty(missing)
         raise CheckpointError(
-            f"nothing can be written to the run directory {root}: {error}. Choose an --output_dir that is a folder with write "
+            f"nothing can be written to the run directory {root}: {error}. Choose an "
+            "--output_dir that is a folder with write "
             "permission."
         ) from error
     try:
@@ -209,7 +220,9 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextmanager
 def _without_tensors() -> Iterator[None]:
-    """Files get names, types and everything that is pickled, but no tensor's bytes; what safetensors refuses is still refused."""
+    """Files get names, types and everything that is pickled, but no tensor's bytes; what
+    safetensors refuses is still refused.
+    """
     real_save, real_file = torch.save, safetensors.torch.save_file
 
     def save(value: Any, *args: Any, **kwargs: Any) -> None:
@@ -258,12 +271,12 @@ def _refuse_shared(tensors: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"{other} and {name} share memory.")
 
 
-# -- the last resort --------------------------------------------------------------------------------------------------
+# -- the last resort -------------------------------------------------------------------------------
 
 
 def rescue(trainer: Any) -> Path | None:
-    """The student's weights as `rescued/model.safetensors`, by their names in memory; on the rank that saves. Returns the file, or
-    `None` where parameters are sharded, or if this fails too."""
+    """The student's weights as `rescued/model.safetensors`, by their names in memory; on the rank
+    that saves. Returns the file, or `None` where parameters are sharded, or if this fails too."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
     path = trainer.run_dir.root / RESCUED / "model.safetensors"
@@ -293,7 +306,8 @@ def save_failed(trainer: Any, what: str, error: Exception) -> CheckpointError:
     kept = f"The weights are in {there}, by their names in memory: load them with load_state_dict." if there else ""
     kept += f" The last whole checkpoint is {last}: go on from it with --resume_from_checkpoint true." if last else ""
     return CheckpointError(
-        f"{what} could not be saved: {type(error).__name__}: {_text(error)} {kept.strip() or 'There is no checkpoint.'} Free space on "
+        f"{what} could not be saved: {type(error).__name__}: {_text(error)} "
+        f"{kept.strip() or 'There is no checkpoint.'} Free space on "
         f"the disk or correct what the message names, then resume."
     )
 

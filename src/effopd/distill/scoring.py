@@ -1,4 +1,6 @@
-"""The scorers of a look-ahead, built from what a trainer has: its prompts, tokenizer, models, rollouts and divergence."""
+"""The scorers of a look-ahead, built from what a trainer has: its prompts, tokenizer, models,
+rollouts and divergence.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 FEWEST, MOST = 8, 32
 
 
-# -- accuracy ---------------------------------------------------------------------------------------------------------
+# -- accuracy --------------------------------------------------------------------------------------
 
 
 def check_validation_size(size: int, task: Task) -> None:
@@ -57,7 +59,8 @@ def accuracy_scorer(trainer: Any, config: EffOPDConfig, task: Task) -> AccuracyS
     limit = args.max_completion_length or getattr(trainer.args, "max_completion_length", None)
     if limit is None:
         raise ConfigError(
-            f"{type(trainer).__name__} has no max_completion_length: set EffOPDConfig(args={{'max_completion_length': …}}) "
+            f"{type(trainer).__name__} has no max_completion_length: set "
+            f"EffOPDConfig(args={{'max_completion_length': …}}) "
             "for the validation answers, or pass a scorer."
         )
     check_validation_size(size, task)
@@ -79,7 +82,7 @@ def _tokenizer(trainer: Any) -> Any:
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
-# -- teacher_kl -------------------------------------------------------------------------------------------------------
+# -- teacher_kl ------------------------------------------------------------------------------------
 
 
 def rollouts_per_step(args: Any) -> int:
@@ -88,12 +91,14 @@ def rollouts_per_step(args: Any) -> int:
 
 
 def wanted_rollouts(args: Any, rollouts: float) -> int:
-    """How many rollouts a search would like to score, over all processes; a step may have fewer, and then all are scored.
+    """How many rollouts a search would like to score, over all processes; a step may have fewer,
+    and then all are scored.
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: `EffOPDConfig.score_rollouts`; below 1: this share of the step's, at least 8 and at most 32. A quarter, the
-            default, makes a search of some eight scores cost less than the step it belongs to.
+        rollouts: `EffOPDConfig.score_rollouts`; below 1: this share of the step's, at least 8 and
+            at most 32. A quarter, the default, makes a search of some eight scores cost less than
+            the step it belongs to.
     """
     return int(rollouts) if rollouts >= 1 else min(max(int(rollouts_per_step(args) * rollouts), FEWEST), MOST)
 
@@ -117,7 +122,8 @@ def check_rollouts(args: Any, rollouts: float) -> None:
     scored = min(rollouts_per_step(args), wanted_rollouts(args, rollouts))
     if scored < 2:
         raise ConfigError(
-            "the scorer 'teacher_kl' tells a gain from noise by comparing rollouts, so it needs at least 2 a step; this run, on "
+            "the scorer 'teacher_kl' tells a gain from noise by comparing rollouts, so it "
+            "needs at least 2 a step; this run, on "
             f"{args.world_size} process(es), samples {rollouts_per_step(args)} and scores {scored}. Raise "
             "--per_device_train_batch_size, --gradient_accumulation_steps or --effopd.score_rollouts."
         )
@@ -128,18 +134,21 @@ def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
 
     Args:
         trainer: an `OPDTrainer`, or any `trl.DistillationTrainer`.
-        rollouts: how many rollouts are scored, over all processes; below 1: as `wanted_rollouts` says.
+        rollouts: how many rollouts are scored, over all processes; below 1: as `wanted_rollouts`
+            says.
 
     Raises:
-        ConfigError: fewer than two rollouts per step; the trainer does not distil, has no teacher of its own, or learns another
-            target than the teacher (ExOPD).
-        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, or logits whose divergence cannot be
-            computed, here or in the loss of the host.
+        ConfigError: fewer than two rollouts per step; the trainer does not distil, has no teacher
+            of its own, or learns another target than the teacher (ExOPD).
+        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, or
+            logits whose divergence cannot be computed, here or in the loss of the host.
     """
     if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
         raise ConfigError(
-            f"the scorer 'teacher_kl' measures the divergence from the teacher on fresh rollouts: expected an OPDTrainer or a "
-            f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or pass scorer=…."
+            "the scorer 'teacher_kl' measures the divergence from the teacher on fresh "
+            "rollouts: expected an OPDTrainer or a "
+            f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use "
+            "one of them, or pass scorer=…."
         )
     check_rollouts(trainer.args, rollouts)
     _warn_of_few(trainer.args, wanted_rollouts(trainer.args, rollouts))
@@ -151,15 +160,22 @@ def _warn_of_few(args: Any, wanted: int) -> None:
     sampled = rollouts_per_step(args)
     if sampled < wanted and rank() == 0:
         logger.warning(
-            "The look-ahead's scorer 'teacher_kl' would like %d rollouts a step (--effopd.score_rollouts) but a step samples %d "
-            "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d process(es)): it scores all of them, so "
+            "The look-ahead's scorer 'teacher_kl' would like %d rollouts a step "
+            "(--effopd.score_rollouts) but a step samples %d "
+            "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d "
+            "process(es)): it scores all of them, so "
             "its decisions are noisier. Raise one of the two, or lower --effopd.score_rollouts.",
-            wanted, sampled, args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size(),
-        )  # fmt: skip
+            wanted,
+            sampled,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            world_size(),
+        )
 
 
 class TrainedDivergence:
-    """The divergence from its teacher that a `trl.DistillationTrainer` minimises, in the precision that it trains in.
+    """The divergence from its teacher that a `trl.DistillationTrainer` minimises, in the precision
+    that it trains in.
 
     Raises:
         CompatibilityError: as `rollout_scorer`.
@@ -193,7 +209,9 @@ class TrainedDivergence:
 
 
 def _check_loss(trainer: Any, models: Mapping[str, Any]) -> None:
-    """TRL's own loss reads a soft cap under one name only, and the backbone's hidden states whatever follows them."""
+    """TRL's own loss reads a soft cap under one name only, and the backbone's hidden states
+    whatever follows them.
+    """
     if not has_trls_loss(trainer) or not all(map(is_whole, models.values())):
         return
     for role, model in models.items():
@@ -202,13 +220,16 @@ def _check_loss(trainer: Any, models: Mapping[str, Any]) -> None:
         if layers or path.softcap != getattr(config, "final_logit_softcapping", None):
             what = "layers between backbone and output layer" if layers else f"a soft cap of {path.softcap:g}"
             raise CompatibilityError(
-                f"the {role}, {type(core_of(model)).__name__}, has {what}, which the loss of {type(trainer).__name__} leaves out: it "
+                f"the {role}, {type(core_of(model)).__name__}, has {what}, which the loss of "
+                f"{type(trainer).__name__} leaves out: it "
                 "would train towards another distribution than is scored. Use OPDTrainer, which has it."
             )
 
 
 def token_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
-    """A micro-batch of TRL's as scorers and losses read it; what tools wrote is read, but not scored."""
+    """A micro-batch of TRL's as scorers and losses read it; what tools wrote is read, but not
+    scored.
+    """
     scored_BT = rollouts["completion_mask"]
     if "tool_mask" in rollouts:
         scored_BT = scored_BT * rollouts["tool_mask"]

@@ -1,10 +1,12 @@
-"""`OPDTrainer`: TRL's `DistillationTrainer` with the paper's loss, accuracy evaluation, health, costs, safe resume.
+"""`OPDTrainer`: TRL's `DistillationTrainer` with the paper's loss, accuracy evaluation, health,
+costs, safe resume.
 
     sample (TRL) → teacher → loss → optimizer step → look ahead (callback) → log → evaluate → save
 
-Departures from TRL: vocabularies that differ only in padding rows are accepted, and rows that one model lacks are never
-sampled; logits are what each model's own forward makes of its hidden states (`effopd.models.logit_path`), and padding changes no
-row; `bf16=True` holds on one process too; and those of `RunMixin`. Left out: a remote teacher, and what TRL itself refuses.
+Departures from TRL: vocabularies that differ only in padding rows are accepted, and rows that one
+model lacks are never sampled; logits are what each model's own forward makes of its hidden states
+(`effopd.models.logit_path`), and padding changes no row; `bf16=True` holds on one process too; and
+those of `RunMixin`. Left out: a remote teacher, and what TRL itself refuses.
 """
 
 from __future__ import annotations
@@ -54,22 +56,25 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
 
     Args:
         args: an `OPDConfig`.
-        eval_task: examples with answers. When given, an evaluation samples answers to them and reports `eval_kl`
-            (exact reverse KL to the teacher, nats per token, on those very answers; also as `eval_loss`),
-            `eval_accuracy` at `eval_temperature` and `eval_accuracy_greedy`, each with a 95 % interval. Without it,
-            evaluation is TRL's (the loss against the teacher, without a reference).
-        reference_model: ExOPD's reference (with `args.lambda_extrapolation` ≠ 1); default: the one `args` names.
+        eval_task: examples with answers. When given, an evaluation samples answers to them and
+            reports `eval_kl` (exact reverse KL to the teacher, nats per token, on those very
+            answers; also as `eval_loss`), `eval_accuracy` at `eval_temperature` and
+            `eval_accuracy_greedy`, each with a 95 % interval. Without it, evaluation is TRL's (the
+            loss against the teacher, without a reference).
+        reference_model: ExOPD's reference (with `args.lambda_extrapolation` ≠ 1); default: the one
+            `args` names.
 
     Attributes:
         ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
 
     Raises:
-        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens; its logits have a form whose
-            divergence cannot be computed; or it is not causal.
-        ConfigError: no teacher, or the teacher is the student object itself; λ ≠ 1 without a reference, or a reference
-            without λ.
+        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens; its
+            logits have a form whose divergence cannot be computed; or it is not causal.
+        ConfigError: no teacher, or the teacher is the student object itself; λ ≠ 1 without a
+            reference, or a reference without λ.
 
-    Source: arXiv 2605.11739, section 2 (objective); ExOPD 2602.12125; health metrics after 2604.13016.
+    Source: arXiv 2605.11739, section 2 (objective); ExOPD 2602.12125; health metrics after
+        2604.13016.
     """
 
     card_tags: ClassVar = ["trl", "effopd", "on-policy-distillation"]
@@ -124,7 +129,8 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
     def _check_reference(reference, student, args: OPDConfig) -> None:
         if (reference is None) != (args.lambda_extrapolation == 1):
             raise ConfigError(
-                f"ExOPD takes lambda_extrapolation other than 1 and a reference model, got {args.lambda_extrapolation} "
+                "ExOPD takes lambda_extrapolation other than 1 and a reference model, got "
+                f"{args.lambda_extrapolation} "
                 f"and {'none' if reference is None else 'one'}. Set --reference_model_name_or_path (the student's "
                 "start, or the teacher's base before RL), or leave both out."
             )
@@ -138,7 +144,9 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             raise ConfigError("loss_type='sampled' does not support tools; use loss_type='full'.")
 
     def _prepare_frozen(self, teacher: str | PreTrainedModel, role: str) -> PreTrainedModel:
-        """Load (like TRL) and place the teacher, or the reference: frozen, in eval mode, its own dtype."""
+        """Load (like TRL) and place the teacher, or the reference: frozen, in eval mode, its own
+        dtype.
+        """
         if isinstance(teacher, str):
             init = dict(self.args.teacher_model_init_kwargs or {})
             if role == "reference":
@@ -156,12 +164,13 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         teacher.requires_grad_(False)
         return place_frozen(self, teacher)
 
-    # -- sample → teacher → loss --------------------------------------------------------------------------------
+    # -- sample → teacher → loss -------------------------------------------------------------------
 
     def distillation_loss(self, student, inputs, num_items):
-        # On one process TRL's forward redirection replaces the forward that accelerate had wrapped, so `bf16=True`
-        # would silently train in fp32; entering autocast here is harmless where it is on already.
-        # Compiled adapters are unwrapped: TRL asks for the type, and would take them for a model without a backbone.
+        # On one process TRL's forward redirection replaces the forward that accelerate had wrapped,
+        # so `bf16=True` would silently train in fp32; entering autocast here is harmless where it
+        # is on already. Compiled adapters are unwrapped: TRL asks for the type, and would take them
+        # for a model without a backbone.
         student = getattr(student, "_orig_mod", student)
         with self.accelerator.autocast():
             return self._loss_of(student, inputs, num_items)
@@ -206,7 +215,9 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         return Predictions(hidden_BTH, Head.of(unwrapped, self.vocab_size))
 
     def _objective(self, student, teacher, reference, answers: Answers, num_items):
-        """Loss, Σ student entropy and number of positions, by `loss_type`, `loss_weighting` and λ."""
+        """Loss, Σ student entropy and number of positions, by `loss_type`, `loss_weighting` and
+        λ.
+        """
         by_answer = self.args.loss_weighting == "answer"
         if self.args.loss_type == "sampled":
             return sampled_loss(
@@ -221,7 +232,9 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         )  # fmt: skip
 
     def _not_finite(self, h_student, h_teacher) -> NonFiniteLossError:
-        """Whose fault it is, said before anything is updated (the host filters NaN out of its logs and trains on)."""
+        """Whose fault it is, said before anything is updated (the host filters NaN out of its logs
+        and trains on).
+        """
         bad = [
             role
             for role, hidden in (("student", h_student), ("teacher", h_teacher))
@@ -257,7 +270,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         student, teacher = (Head.of(model, self.vocab_size) for model in models)
         return student, teacher
 
-    # -- evaluation ---------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------------
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
         return evaluate_task(

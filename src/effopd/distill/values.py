@@ -1,8 +1,9 @@
-"""Which values the flags of a training run take: ranges of numbers, names, JSON objects. No model is needed to tell.
+"""Which values the flags of a training run take: ranges of numbers, names, JSON objects. No model
+is needed to tell.
 
-The host libraries take many wrong values and fail on them after the models are loaded, or never. Here every number has a
-range, every name a list, and every JSON object its keys; `check_values` compares. A message names the flag, what came,
-and what is expected.
+The host libraries take many wrong values and fail on them after the models are loaded, or never.
+Here every number has a range, every name a list, and every JSON object its keys; `check_values`
+compares. A message names the flag, what came, and what is expected.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ LARGEST = 2**31 - 1
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`, without `low` if `above`, without `high` if `below`; and `also`."""
+    """Numbers from `low` to `high`, without `low` if `above`, without `high` if `below`; and
+    `also`.
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -69,30 +72,41 @@ RANGES: dict[str, Range] = {
     # TRL's ModelConfig
     "lora_r": _FROM_1, "lora_alpha": _FROM_1, "lora_dropout": _BELOW_1,
     # transformers' TrainingArguments
-    "per_device_train_batch_size": _FROM_1, "per_device_eval_batch_size": _FROM_1, "gradient_accumulation_steps": _FROM_1,
+    "per_device_train_batch_size": _FROM_1, "per_device_eval_batch_size": _FROM_1,
+    "gradient_accumulation_steps": _FROM_1,
     "num_train_epochs": _ABOVE_0, "max_steps": Range(1, also=(-1,)), "learning_rate": _FROM_0,
-    "warmup_steps": Range(0, share=True), "weight_decay": _FROM_0, "label_smoothing_factor": _BELOW_1, "adam_beta1": _BELOW_1, "adam_beta2": _BELOW_1,
-    "adam_epsilon": _ABOVE_0, "max_grad_norm": _FROM_0, "neftune_noise_alpha": _FROM_0, "torch_empty_cache_steps": _FROM_1,
-    "logging_steps": _STEPS, "eval_steps": _STEPS, "save_steps": _STEPS, "eval_delay": _FROM_0, "eval_accumulation_steps": _FROM_1,
+    "warmup_steps": Range(0, share=True), "weight_decay": _FROM_0, "label_smoothing_factor": _BELOW_1,
+    "adam_beta1": _BELOW_1, "adam_beta2": _BELOW_1,
+    "adam_epsilon": _ABOVE_0, "max_grad_norm": _FROM_0, "neftune_noise_alpha": _FROM_0,
+    "torch_empty_cache_steps": _FROM_1,
+    "logging_steps": _STEPS, "eval_steps": _STEPS, "save_steps": _STEPS, "eval_delay": _FROM_0,
+    "eval_accumulation_steps": _FROM_1,
     "save_total_limit": _FROM_0, "seed": _SEED, "data_seed": _SEED, "dataloader_num_workers": _FROM_0,
-    "dataloader_prefetch_factor": _FROM_1, "ddp_bucket_cap_mb": _FROM_1, "ddp_timeout": _FROM_1, "local_rank": Range(0, also=(-1,)),
+    "dataloader_prefetch_factor": _FROM_1, "ddp_bucket_cap_mb": _FROM_1, "ddp_timeout": _FROM_1,
+    "local_rank": Range(0, also=(-1,)),
     # TRL's configurations
     "max_completion_length": _FROM_1, "temperature": _ABOVE_0, "top_p": _PART, "top_k": _FROM_0, "min_p": _SHARE,
-    "repetition_penalty": _ABOVE_0, "vllm_server_port": _PORT, "vllm_group_port": _PORT, "vllm_server_timeout": _ABOVE_0,
+    "repetition_penalty": _ABOVE_0, "vllm_server_port": _PORT, "vllm_group_port": _PORT,
+    "vllm_server_timeout": _ABOVE_0,
     "vllm_gpu_memory_utilization": _PART, "vllm_max_model_length": _FROM_1, "vllm_tensor_parallel_size": _FROM_1,
     "max_tool_calling_iterations": _FROM_0, "num_completions_to_print": _FROM_0, "pad_to_multiple_of": _FROM_1,
-    "router_aux_loss_coef": _FROM_0, "num_generations": Range(2), "num_generations_eval": _FROM_1, "generation_batch_size": _FROM_1,
-    "steps_per_generation": _FROM_1, "num_iterations": _FROM_1, "beta": _FROM_0, "epsilon": _FROM_0, "epsilon_high": _FROM_0,
-    "delta": Range(1, above=True), "sapo_temperature_neg": _ABOVE_0, "sapo_temperature_pos": _ABOVE_0, "vespo_k_pos": _FROM_0,
+    "router_aux_loss_coef": _FROM_0, "num_generations": Range(2), "num_generations_eval": _FROM_1,
+    "generation_batch_size": _FROM_1,
+    "steps_per_generation": _FROM_1, "num_iterations": _FROM_1, "beta": _FROM_0, "epsilon": _FROM_0,
+    "epsilon_high": _FROM_0,
+    "delta": Range(1, above=True), "sapo_temperature_neg": _ABOVE_0, "sapo_temperature_pos": _ABOVE_0,
+    "vespo_k_pos": _FROM_0,
     "vespo_lambda_pos": _FROM_0, "vespo_k_neg": _FROM_0, "vespo_lambda_neg": _FROM_0, "ref_model_mixup_alpha": _SHARE,
-    "ref_model_sync_steps": _FROM_1, "top_entropy_quantile": _PART, "entropy_coef": _FROM_0, "entropy_coef_min": _FROM_0,
+    "ref_model_sync_steps": _FROM_1, "top_entropy_quantile": _PART, "entropy_coef": _FROM_0,
+    "entropy_coef_min": _FROM_0,
     "entropy_coef_max": _FROM_0, "entropy_coef_delta": _FROM_0, "entropy_target": _FROM_0,
     "vllm_importance_sampling_clip_max": _ABOVE_0, "vllm_importance_sampling_clip_min": _FROM_0,
     "vllm_importance_sampling_cap": _ABOVE_0, "off_policy_mask_threshold": _FROM_0, "reward_weights": _ANY,
     # this package's
     "task_seed": _SEED, "effopd.seed": _SEED,
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
-    "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART, "health_tokens": _FROM_0,
+    "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
+    "health_tokens": _FROM_0,
 }  # fmt: skip
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -129,7 +143,8 @@ _FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
 def check_values(config: Any, prefix: str = "") -> None:
-    """Every number in its range, every name in its list, every JSON object an object with keys that are known.
+    """Every number in its range, every name in its list, every JSON object an object with keys that
+    are known.
 
     Args:
         config: a dataclass whose fields are flags; JSON text is left as it is.
@@ -260,9 +275,11 @@ _KEYS: dict[str, Callable[[], set[str]]] = {
 }
 #: Loading arguments that `from_pretrained` reads by name, but not in its signature.
 _LOADING = {
-    "dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config", "subfolder",
+    "dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config",
+    "subfolder",
     "variant", "trust_remote_code", "code_revision", "attn_implementation", "experts_implementation", "use_kernels",
-    "kernel_config", "allow_all_kernels", "key_mapping", "tp_plan", "tp_size", "device_mesh", "distributed_config", "proxies",
+    "kernel_config", "allow_all_kernels", "key_mapping", "tp_plan", "tp_size", "device_mesh", "distributed_config",
+    "proxies",
     "local_files_only", "low_cpu_mem_usage",
 }  # fmt: skip
 
@@ -273,8 +290,8 @@ def check_init_kwargs(name: str, found: Mapping[str, Any], settings: Iterable[st
     Args:
         name: the flag.
         found: what came.
-        settings: names of the model's configuration, which may be set too, where it is at hand; else every other key
-            passes until it is.
+        settings: names of the model's configuration, which may be set too, where it is at hand;
+            else every other key passes until it is.
 
     Raises:
         ConfigError: a dtype that the host does not take, a quantization flag, or an unknown key.
@@ -292,7 +309,8 @@ def check_init_kwargs(name: str, found: Mapping[str, Any], settings: Iterable[st
     for key in found:
         if settings and key not in known:
             raise ConfigError(
-                f"--{name}: expected loading arguments of from_pretrained or settings of the model's configuration, got "
+                f"--{name}: expected loading arguments of from_pretrained or settings of the "
+                "model's configuration, got "
                 f"{key!r}."
             )
     attention = found.get("attn_implementation")

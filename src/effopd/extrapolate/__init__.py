@@ -1,1 +1,3 @@
-"""Look ahead: when (schedule), where to (search), how good (scorers), moving live weights, the callback."""
+"""Look ahead: when (schedule), where to (search), how good (scorers), moving live weights, the
+callback.
+"""

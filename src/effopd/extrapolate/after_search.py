@@ -1,4 +1,6 @@
-"""What a search does to the optimizer: clear its moments after a jump forwards, and adapt its learning rate."""
+"""What a search does to the optimizer: clear its moments after a jump forwards, and adapt its
+learning rate.
+"""
 
 from __future__ import annotations
 

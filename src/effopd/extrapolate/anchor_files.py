@@ -1,7 +1,9 @@
-"""The anchor on disk: one file, or a file a shard where parameters are sharded; read back for any number of ranks.
+"""The anchor on disk: one file, or a file a shard where parameters are sharded; read back for any
+number of ranks.
 
-FSDP2 gives shard r of R the rows [r·c, (r+1)·c) of a parameter, c = ⌈rows / R⌉. So the rows that a rank needs are known without
-the other files, and a run may go on with another number of processes; no rank ever holds more than its own rows.
+FSDP2 gives shard r of R the rows [r·c, (r+1)·c) of a parameter, c = ⌈rows / R⌉. So the rows that a
+rank needs are known without the other files, and a run may go on with another number of processes;
+no rank ever holds more than its own rows.
 """
 
 from __future__ import annotations
@@ -20,12 +22,16 @@ ANCHOR_FILE = "effopd_anchor.safetensors"
 
 
 def anchor_file(part: int, parts: int) -> str:
-    """Name of a part: `effopd_anchor.safetensors`, or `effopd_anchor-00001-of-00008.safetensors`."""
+    """Name of a part: `effopd_anchor.safetensors`, or
+    `effopd_anchor-00001-of-00008.safetensors`.
+    """
     return ANCHOR_FILE if parts == 1 else f"effopd_anchor-{part:05d}-of-{parts:05d}.safetensors"
 
 
 def rows_of(rows: int, part: int, parts: int) -> tuple[int, int]:
-    """First and last row (exclusive) of a part, as `torch.chunk` and FSDP2 divide them; empty parts have both at the end."""
+    """First and last row (exclusive) of a part, as `torch.chunk` and FSDP2 divide them; empty parts
+    have both at the end.
+    """
     each = -(-rows // parts)
     return min(part * each, rows), min((part + 1) * each, rows)
 
@@ -54,7 +60,8 @@ def read_anchor(
     """This rank's rows of every tensor, from however many parts were written.
 
     Args:
-        written: names of the tensors that are divided over the parts; the others are whole in the first.
+        written: names of the tensors that are divided over the parts; the others are whole in the
+            first.
         wanted: this rank's share of the tensors that are sharded now; the others are read whole.
     """
     from safetensors import safe_open

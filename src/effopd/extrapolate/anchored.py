@@ -54,7 +54,8 @@ def usable_device(name: str | None) -> torch.device | None:
 
 def _no_device(name: str | None, error: Exception) -> ConfigError:
     return ConfigError(
-        f"EffOPDConfig.anchor_device={name!r} cannot hold the anchor ({str(error).splitlines()[0]}). Use 'cpu', a device of this "
+        f"EffOPDConfig.anchor_device={name!r} cannot hold the anchor "
+        f"({str(error).splitlines()[0]}). Use 'cpu', a device of this "
         "machine such as 'cuda:0', or leave it out: the anchor is then beside the parameters."
     )
 
@@ -62,7 +63,8 @@ def _no_device(name: str | None, error: Exception) -> ConfigError:
 class AnchoredParameters:
     """Parameters, their anchor, and during a search their origin.
 
-    Memory: the anchor (fp32) for the whole run, plus one copy in the parameters' dtype between `begin` and `commit`.
+    Memory: the anchor (fp32) for the whole run, plus one copy in the parameters' dtype between
+    `begin` and `commit`.
 
     Args:
         model: the model that holds them.
@@ -108,7 +110,9 @@ class AnchoredParameters:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, the origin."""
+        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, the
+        origin.
+        """
         return sum(local_shard(t).nbytes for tensors in (self.anchor, self._origin or {}) for t in tensors.values())
 
     @property
@@ -119,10 +123,12 @@ class AnchoredParameters:
 
     @torch.no_grad()
     def checksum(self) -> int:
-        """CRC-32 over the sums of bits of the parameters that every rank should hold alike; of sharded ones over those of all
-        shards of this rank's replica, if there are several, and 0 if all are sharded once (a shard is nobody's copy).
+        """CRC-32 over the sums of bits of the parameters that every rank should hold alike; of
+        sharded ones over those of all shards of this rank's replica, if there are several, and 0 if
+        all are sharded once (a shard is nobody's copy).
 
-        Sums of integers do not depend on the order in which a device adds them up, so equal weights always agree.
+        Sums of integers do not depend on the order in which a device adds them up, so equal weights
+        always agree.
         """
 
         def crc(parameters: Iterable[Tensor]) -> int:
@@ -168,7 +174,9 @@ class AnchoredParameters:
         if not all(all_gather_object(finite)):
             self.restore()
             raise NonFiniteWeightsError(
-                f"{point} is not finite in {'a parameter of another rank' if finite else where}; the candidate is rejected "
+                f"{point} is not finite in "
+                f"{'a parameter of another rank' if finite else where}; the candidate is "
+                "rejected "
                 "and the weights are restored."
             )
         self.edited()

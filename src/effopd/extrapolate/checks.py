@@ -28,15 +28,16 @@ def check_model(model: nn.Module, config: EffOPDConfig, *, target: bool) -> None
         target: whether the accuracy that a fit aims at can be measured.
 
     Raises:
-        ConfigError: strategy 'none'; nothing to aim at; an unusable device; `parameters` that match nothing; LoRA adapters that
-            the strategy cannot move.
+        ConfigError: strategy 'none'; nothing to aim at; an unusable device; `parameters` that match
+            nothing; LoRA adapters that the strategy cannot move.
     """
     rules = config.rules
     if not config.enabled:
         raise ConfigError("strategy 'none' is plain training: leave the look-ahead out, or choose a strategy.")
     if rules.fit and rules.fit.target and rules.fit.target(config.strategy_args) is None and not target:
         raise ConfigError(
-            f"strategy '{config.strategy}' needs the accuracy it aims at: set its target, EffOPDConfig(args={{'target': …}}); there "
+            f"strategy '{config.strategy}' needs the accuracy it aims at: set its target, "
+            f"EffOPDConfig(args={{'target': …}}); there "
             "is no teacher to measure."
         )
     usable_device(config.anchor_device)
@@ -88,7 +89,8 @@ def refuse_unread(config: EffOPDConfig, scorer: Any, reads: Collection[str] | No
 
     Args:
         scorer: what scores.
-        reads: the settings that it was built from; default: those that `scorer.reads` names, if it does.
+        reads: the settings that it was built from; default: those that `scorer.reads` names, if it
+            does.
 
     Raises:
         ConfigError: a setting would be ignored.

@@ -30,16 +30,19 @@ _READS_MIN_Z = "significant"
 class EffOPDConfig:
     r"""Settings of the look-ahead; the defaults are those of EffOPD (arXiv 2605.11739).
 
-    At a trigger of `schedule` the search scores points $W + s\,\Delta$, where $\Delta = W - W_\mathrm{anchor}$ and the anchor is
-    the weights that the previous search left (at first: the start). What passes `gate` is accepted.
+    At a trigger of `schedule` the search scores points $W + s\,\Delta$, where $\Delta = W -
+    W_\mathrm{anchor}$ and the anchor is the weights that the previous search left (at first: the
+    start). What passes `gate` is accepted.
 
-    A strategy names the values of the settings that it reads, and a setting that is not given has the strategy's value: after
-    construction every field that is read is concrete, and `None` marks a field that is not read. A value that would be
-    ignored is refused, unless it is the strategy's own. To change the strategy, build a new config: `dataclasses.replace` would
-    keep the values of the former one.
+    A strategy names the values of the settings that it reads, and a setting that is not given has
+    the strategy's value: after construction every field that is read is concrete, and `None` marks
+    a field that is not read. A value that would be ignored is refused, unless it is the strategy's
+    own. To change the strategy, build a new config: `dataclasses.replace` would keep the values of
+    the former one.
 
     Raises:
-        ConfigError: a value is out of range or would be ignored; the message names the field, the value and the fix.
+        ConfigError: a value is out of range or would be ignored; the message names the field, the
+            value and the fix.
 
     Example:
         >>> EffOPDConfig("line_search").gate, EffOPDConfig("line_search", gate="better").min_z
@@ -65,7 +68,8 @@ class EffOPDConfig:
         metadata={"choices": list(SCHEDULES)}
         | setting_help(
             "schedule",
-            "After which optimizer steps to search. 'powers_of_two': 1, 2, 4, 8, … 'adaptive': after every step while jumps pay; "
+            "After which optimizer steps to search. 'powers_of_two': 1, 2, 4, 8, … "
+            "'adaptive': after every step while jumps pay; "
             "otherwise 2, 4, 8 steps apart, and at most 4 apart after a step back.",
         ),
     )
@@ -73,14 +77,16 @@ class EffOPDConfig:
         default=None,
         metadata=setting_help(
             "parameters",
-            "Which parameters move: 'attention+mlp', 'all', 'released-code', or a regular expression searched in parameter names.",
+            "Which parameters move: 'attention+mlp', 'all', 'released-code', or a regular "
+            "expression searched in parameter names.",
         ),
     )
     validation_size: int | None = field(
         default=None,
         metadata=setting_help(
             "validation_size",
-            "Score candidates by the share of right answers to N training prompts, drawn once (needs answers, generates). Takes the "
+            "Score candidates by the share of right answers to N training prompts, drawn "
+            "once (needs answers, generates). Takes the "
             "place of score_rollouts.",
         ),
     )
@@ -88,8 +94,10 @@ class EffOPDConfig:
         default=None,
         metadata=setting_help(
             "score_rollouts",
-            "Score candidates by the divergence from the teacher that is trained (by default the exact reverse KL), on N of the next "
-            "step's rollouts, before they are trained on (no answers, no generation). Below 1: this share of a step's rollouts, at "
+            "Score candidates by the divergence from the teacher that is trained (by default "
+            "the exact reverse KL), on N of the next "
+            "step's rollouts, before they are trained on (no answers, no generation). Below "
+            "1: this share of a step's rollouts, at "
             "least 8 and at most 32. Takes the place of validation_size.",
         ),
     )
@@ -98,7 +106,8 @@ class EffOPDConfig:
         metadata={"choices": list(GATES)}
         | setting_help(
             "gate",
-            "Accept a candidate with score >= the best so far ('not_worse'), > the best so far ('better'), or better by min_z standard "
+            "Accept a candidate with score >= the best so far ('not_worse'), > the best so "
+            "far ('better'), or better by min_z standard "
             "errors of the paired difference ('significant').",
         ),
     )
@@ -109,15 +118,18 @@ class EffOPDConfig:
         default=None,
         metadata=setting_help(
             "reset_moments",
-            "Clear the optimizer's moments after a jump forwards: they belong to the gradients of the place that was left.",
+            "Clear the optimizer's moments after a jump forwards: they belong to the "
+            "gradients of the place that was left.",
         ),
     )
     adapt_learning_rate: bool | None = field(
         default=None,
         metadata=setting_help(
             "adapt_learning_rate",
-            "Learning-rate multiplier from the best scale s of this search and s′ of the previous one: √min(1+s, 4) if both exceed 1 "
-            "(or ½√min(s, s′) if larger); 1/√2 if s < 0, floored at 1/8 of the schedule; otherwise 1. Two searches must agree before "
+            "Learning-rate multiplier from the best scale s of this search and s′ of the "
+            "previous one: √min(1+s, 4) if both exceed 1 "
+            "(or ½√min(s, s′) if larger); 1/√2 if s < 0, floored at 1/8 of the schedule; "
+            "otherwise 1. Two searches must agree before "
             "the rate rises, because the first jump often reflects the starting point.",
         ),
     )
@@ -150,7 +162,7 @@ class EffOPDConfig:
         if value not in allowed:
             raise ConfigError(f"EffOPDConfig.{name} must be one of {', '.join(allowed)}; got {value!r}.")
 
-    # -- the strategy's values ----------------------------------------------------------------------------------
+    # -- the strategy's values ---------------------------------------------------------------------
 
     @property
     def changed(self) -> set[str]:
@@ -177,7 +189,8 @@ class EffOPDConfig:
         if values["gate"] != _READS_MIN_Z:
             if "min_z" in changed:
                 raise ConfigError(
-                    f"EffOPDConfig.min_z is read by gate '{_READS_MIN_Z}' only, so with gate '{values['gate']}' it would be "
+                    f"EffOPDConfig.min_z is read by gate '{_READS_MIN_Z}' only, so with gate "
+                    f"'{values['gate']}' it would be "
                     "ignored. Leave it out, or choose another gate."
                 )
             values["min_z"] = None
@@ -191,7 +204,8 @@ class EffOPDConfig:
             )
         readers = ", ".join(other for other, rules in STRATEGIES.items() if name in rules.settings)
         return (
-            f"is read by the strategies {readers} only, so with strategy '{self.strategy}' it would be ignored. Leave it out, or "
+            f"is read by the strategies {readers} only, so with strategy '{self.strategy}' it "
+            "would be ignored. Leave it out, or "
             "choose another strategy."
         )
 
@@ -225,7 +239,8 @@ class EffOPDConfig:
             0 < self.score_rollouts < 1 or (self.score_rollouts >= 1 and float(self.score_rollouts).is_integer())
         ):
             raise ConfigError(
-                "EffOPDConfig.score_rollouts must be a whole number of at least 1, or a share of a step's rollouts in (0, 1), got "
+                "EffOPDConfig.score_rollouts must be a whole number of at least 1, or a "
+                "share of a step's rollouts in (0, 1), got "
                 f"{self.score_rollouts}."
             )
         if self.score_rollouts is not None and self.score_rollouts >= 1:
@@ -236,7 +251,8 @@ class EffOPDConfig:
             )
         if self.validation_size == 1 and self.gate == _READS_MIN_Z:
             raise ConfigError(
-                f"EffOPDConfig.validation_size=1 is too few for gate '{_READS_MIN_Z}', which compares example by example: expected "
+                f"EffOPDConfig.validation_size=1 is too few for gate '{_READS_MIN_Z}', which "
+                "compares example by example: expected "
                 "at least 2."
             )
         if self.min_z is not None and not 0 <= self.min_z < math.inf:
@@ -244,7 +260,7 @@ class EffOPDConfig:
         if self.seed < 0:
             raise ConfigError(f"EffOPDConfig.seed must be at least 0, got {self.seed}.")
 
-    # -- reading ------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     @property
     def enabled(self) -> bool:
@@ -280,7 +296,9 @@ class EffOPDConfig:
         return self.scorer == "accuracy"
 
     def triggers(self, step: int, history: Sequence[Any] = ()) -> bool:
-        """Whether the schedule asks for a search after optimizer step `step`, given the searches so far."""
+        """Whether the schedule asks for a search after optimizer step `step`, given the
+        searches so far.
+        """
         return self.schedule is not None and SCHEDULES[self.schedule](step, history)
 
 

@@ -4,10 +4,10 @@
 
 (or, for the strategies that predict: observe the first steps → fit → jump).
 
-Everything a search touches comes back: random state, training/eval mode of every submodule, and, unless a candidate is
-accepted, the weights bit for bit. The anchor and the history are in `state_dict()`, so an interrupted run goes on as
-if nothing had happened (the authors' public code forgets the anchor, and a resume then multiplies the whole
-displacement by up to 11).
+Everything a search touches comes back: random state, training/eval mode of every submodule, and,
+unless a candidate is accepted, the weights bit for bit. The anchor and the history are in
+`state_dict()`, so an interrupted run goes on as if nothing had happened (the authors' public code
+forgets the anchor, and a resume then multiplies the whole displacement by up to 11).
 """
 
 from __future__ import annotations
@@ -39,23 +39,29 @@ class EffOPD:
 
     Args:
         model: the model being trained, unwrapped.
-        scorer: callable `model → Score | float`, larger is better. It is called in eval mode, with the same random
-            seed for every candidate of a search; whatever it does to random state is undone. `None` for strategies
-            that do not score.
+        scorer: callable `model → Score | float`, larger is better. It is called in eval mode, with
+            the same random seed for every candidate of a search; whatever it does to random state
+            is undone. `None` for strategies that do not score.
         config: defaults to the paper's settings.
         target: measures the accuracy that a fit aims at (unless the strategy's arguments give it).
-        optimizer: the loop's optimizer, for strategies that reset its moments after a jump or adapt its learning rate. The
-            factor comes on top of the schedule: see `LearningRateMultiplier`; a logged rate is the schedule's.
-        on_move: called after the search left the model at other weights than before (e.g. re-sync an engine).
-        wanted: asked before every optimizer step whether its rate is still to be adapted; default: until `close`.
+        optimizer: the loop's optimizer, for strategies that reset its moments after a jump or adapt
+            its learning rate. The factor comes on top of the schedule: see
+            `LearningRateMultiplier`; a logged rate is the schedule's.
+        on_move: called after the search left the model at other weights than before (e.g. re-sync
+            an engine).
+        wanted: asked before every optimizer step whether its rate is still to be adapted; default:
+            until `close`.
         host: the values of settings that the host decides, for resumed runs (`fingerprint`).
-        score_timeout: stop with an error if scoring one candidate takes longer, in seconds; `None`: no limit.
+        score_timeout: stop with an error if scoring one candidate takes longer, in seconds; `None`:
+            no limit.
 
-    Use it as a context manager, or call `close`, where the loop goes on without it: then nothing is left on the optimizer.
+    Use it as a context manager, or call `close`, where the loop goes on without it: then nothing is
+    left on the optimizer.
 
     Raises:
-        ConfigError: the scorer is missing or not callable, the strategy is 'none', no parameter is selected, the anchor cannot
-            live on `config.anchor_device`, a setting belongs to another scorer, or another look-ahead adapts this optimizer's rate.
+        ConfigError: the scorer is missing or not callable, the strategy is 'none', no parameter is
+            selected, the anchor cannot live on `config.anchor_device`, a setting belongs to another
+            scorer, or another look-ahead adapts this optimizer's rate.
 
     Example:
         >>> look_ahead = EffOPD(model, scorer=my_score)                                      # doctest: +SKIP
@@ -102,16 +108,18 @@ class EffOPD:
     def scorer(self, scorer: Scorer | None) -> None:
         self._searcher.scorer = scorer
 
-    # -- searching ------------------------------------------------------------------------------------------------
+    # -- searching ---------------------------------------------------------------------------------
 
     def step(self, step: int) -> SearchRecord | None:
-        """Call after optimizer step number `step` (the first is 1); observes and searches when it is time to.
+        """Call after optimizer step number `step` (the first is 1); observes and searches when it
+        is time to.
 
         Returns:
             The search (also appended to `history`), or `None` if there was nothing to do.
 
         Raises:
-            ScorerError: the scorer raised or returned no score; the weights are back where they were.
+            ScorerError: the scorer raised or returned no score; the weights are back where they
+                were.
         """
         self._check_open()
         if self.predictor is None:
@@ -127,7 +135,8 @@ class EffOPD:
         """Search now, whatever the schedule says; see `step`.
 
         Args:
-            observed: an observation made at the same step: its score is the start's, and its cost is added.
+            observed: an observation made at the same step: its score is the start's, and its cost
+                is added.
         """
         self._check_open()
         start, config = time.perf_counter(), self.config
@@ -180,7 +189,7 @@ class EffOPD:
             target=lambda: searcher.measure(target, step),
         )
 
-    # -- the learning rate ----------------------------------------------------------------------------------------
+    # -- the learning rate -------------------------------------------------------------------------
 
     @property
     def learning_rate_factor(self) -> float:
@@ -192,11 +201,12 @@ class EffOPD:
         """The multiplier of the schedule's learning rate in the last optimizer step."""
         return self._optimizer.applied
 
-    # -- life -----------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of the optimizer and search no more; for a loop that goes on without the look-ahead, or with a new one.
-        The history and `state_dict` can still be read. Safe to call twice."""
+        """Let go of the optimizer and search no more; for a loop that goes on without the
+        look-ahead, or with a new one. The history and `state_dict` can still be read. Safe to call
+        twice."""
         self._closed = True
         self._optimizer.close()
 
@@ -209,8 +219,8 @@ class EffOPD:
     def reanchor(self, step: int) -> None:
         """Start the displacement anew from the present weights, without a search.
 
-        For a training loop that changes its objective on the way (another loss, data or rollout length): a
-        displacement must not span two objectives. Observations of a fit start anew too.
+        For a training loop that changes its objective on the way (another loss, data or rollout
+        length): a displacement must not span two objectives. Observations of a fit start anew too.
         """
         self.weights.begin()
         self.weights.commit()
@@ -229,10 +239,12 @@ class EffOPD:
                 (step, self.anchor_step, len(self.history), self.weights.checksum()),
             )
 
-    # -- state ----------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchor (fp32 tensors by name), its step, observations, history, learning-rate factor, and the settings they belong to."""
+        """Anchor (fp32 tensors by name), its step, observations, history, learning-rate factor, and
+        the settings they belong to.
+        """
         return {
             "anchor": self.weights.state_dict(),
             "observations": None if self.predictor is None else self.predictor.observations.state_dict(),
@@ -258,10 +270,11 @@ class EffOPD:
         self._optimizer.factor = float(state["learning_rate_factor"])
 
     def save(self, folder: str | Path) -> None:
-        """Write the state into a checkpoint folder; the JSON file comes last, so its presence means "complete".
+        """Write the state into a checkpoint folder; the JSON file comes last, so its presence means
+        "complete".
 
-        With several processes every rank calls this: sharded parameters are written by the rank that holds them, the rest
-        by rank 0.
+        With several processes every rank calls this: sharded parameters are written by the rank
+        that holds them, the rest by rank 0.
         """
         write_state(Path(folder), self.state_dict(), self.weights.sharded)
 

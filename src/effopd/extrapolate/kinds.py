@@ -1,4 +1,6 @@
-"""Values of settings by the annotation of their dataclass: numbers, texts, truth values, lists of numbers."""
+"""Values of settings by the annotation of their dataclass: numbers, texts, truth values, lists of
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def mapping(label: str, value: Any) -> dict[str, Any]:
 
 
 def build(label: str, cls: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass of settings from some of their values, checked by annotation and by the dataclass.
+    """A dataclass of settings from some of their values, checked by annotation and by the
+    dataclass.
 
     Raises:
         ConfigError: a value is of another kind or out of range.

@@ -1,4 +1,6 @@
-"""Adapting the learning rate to the scales that searches find: the rule, and a factor on top of any schedule."""
+"""Adapting the learning rate to the scales that searches find: the rule, and a factor on top of any
+schedule.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,14 @@ LOWEST_FACTOR = 0.125
 
 
 def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float = 1.0) -> float:
-    """Learning-rate multiplier from the best scale s of this search and s′ of the previous one: √min(1+s, 4) if both exceed 1
-    (or ½√min(s, s′) if larger); 1/√2 if s < 0, floored at 1/8 of the schedule; otherwise 1.
+    """Learning-rate multiplier from the best scale s of this search and s′ of the previous one:
+    √min(1+s, 4) if both exceed 1 (or ½√min(s, s′) if larger); 1/√2 if s < 0, floored at 1/8 of the
+    schedule; otherwise 1.
 
-    Two searches must agree before the rate rises, because the first jump often reflects the starting point. The gate is ignored
-    on purpose: below the noise level nothing passes it, and the rate would decay to zero. Where scores are pure noise, the
-    rate falls to the floor in some 30 searches and stays there: a fall takes one best scale, a rise two in a row.
+    Two searches must agree before the rate rises, because the first jump often reflects the
+    starting point. The gate is ignored on purpose: below the noise level nothing passes it, and the
+    rate would decay to zero. Where scores are pure noise, the rate falls to the floor in some 30
+    searches and stays there: a fall takes one best scale, a rise two in a row.
 
     Args:
         best_scale: s.
@@ -48,11 +52,12 @@ def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float 
 class LearningRateMultiplier:
     """Multiplies the learning rates of an optimizer for the length of each of its steps.
 
-    The rate of every parameter group is multiplied by `factor` right before a step and restored right after it. So no scheduler
-    ever sees the factor, whether it works from the first rates or from the last, and a resumed run needs nothing but the
-    factor.
+    The rate of every parameter group is multiplied by `factor` right before a step and restored
+    right after it. So no scheduler ever sees the factor, whether it works from the first rates or
+    from the last, and a resumed run needs nothing but the factor.
 
-    An optimizer has one `LearningRateMultiplier` at a time. `close`, or the end of the object's life, removes its hooks.
+    An optimizer has one `LearningRateMultiplier` at a time. `close`, or the end of the object's
+    life, removes its hooks.
 
     Args:
         optimizer: a `torch.optim.Optimizer`, as it is or wrapped by accelerate.
@@ -62,7 +67,8 @@ class LearningRateMultiplier:
         factor: starts at 1.
 
     Raises:
-        ConfigError: not an optimizer with step hooks, or another `LearningRateMultiplier` is at work on it.
+        ConfigError: not an optimizer with step hooks, or another `LearningRateMultiplier` is at
+            work on it.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -86,7 +92,8 @@ class LearningRateMultiplier:
         other = _active(inner)
         if other is not None and other._wanted():
             raise ConfigError(
-                "another look-ahead adapts the learning rate of this optimizer, so their factors would multiply. Close it first "
+                "another look-ahead adapts the learning rate of this optimizer, so their "
+                "factors would multiply. Close it first "
                 "(`EffOPD.close()`), or set adapt_learning_rate=False in one of them."
             )
         if other is not None:
@@ -111,7 +118,9 @@ class LearningRateMultiplier:
 
     @property
     def applied(self) -> float:
-        """The factor that the last step was taken with; before the first, the one it would be taken with."""
+        """The factor that the last step was taken with; before the first, the one it would be taken
+        with.
+        """
         return self.factor if self._applied is None else self._applied
 
     def _multiply(self) -> None:

@@ -1,9 +1,10 @@
 """Moving a model that is being trained, and putting it back bit for bit.
 
-One class owns every edit of full parameters. Candidates come from the closed form W + s·Δ, never from the previous
-candidate, so rounding does not accumulate; the origin is kept in the parameters' own dtype, so a rejected search
-leaves no trace. LoRA adapters, whose update B·A is not linear in A and B, are moved by `lora_weights`. Left out on purpose:
-DeepSpeed ZeRO (the masters live in the optimizer), refused with a typed error rather than moved wrongly.
+One class owns every edit of full parameters. Candidates come from the closed form W + s·Δ, never
+from the previous candidate, so rounding does not accumulate; the origin is kept in the parameters'
+own dtype, so a rejected search leaves no trace. LoRA adapters, whose update B·A is not linear in A
+and B, are moved by `lora_weights`. Left out on purpose: DeepSpeed ZeRO (the masters live in the
+optimizer), refused with a typed error rather than moved wrongly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def on_host(values: Iterable[Tensor]) -> list[float]:
-    """Scalars of one or several devices as numbers, with one wait for each device instead of one for each scalar."""
+    """Scalars of one or several devices as numbers, with one wait for each device instead of one
+    for each scalar.
+    """
     values = list(values)
     found: dict[int, float] = {}
     for device in {value.device for value in values}:
@@ -38,11 +41,12 @@ def on_host(values: Iterable[Tensor]) -> list[float]:
 class LiveWeights:
     """The selected trained parameters of a live model: `MovableWeights` for full matrices.
 
-    Memory: that of `AnchoredParameters`, plus, unless everything is fp32 along Δ, fp32 temporaries of the largest tensor.
-    Directions are recomputed for every candidate, never stored.
+    Memory: that of `AnchoredParameters`, plus, unless everything is fp32 along Δ, fp32 temporaries
+    of the largest tensor. Directions are recomputed for every candidate, never stored.
 
     Args:
-        model: any module; parameters have the same names inside DDP, `torch.compile` and other wrappers.
+        model: any module; parameters have the same names inside DDP, `torch.compile` and other
+            wrappers.
         parameters: a rule of `PARAMETER_RULES` or a regular expression.
         anchor_device: device of the anchor; `None` keeps each tensor beside its parameter.
 
@@ -62,8 +66,10 @@ class LiveWeights:
         stay = [name for name in trained if name not in moved]
         logger.info(
             "EffOPD moves %.1f %% of the trained numbers; %d parameters stay%s.",
-            100 * sum(p.numel() for p in moved.values()) / sum(p.numel() for p in trained.values()), len(stay), f", such as {', '.join(stay[:3])}" if stay else "",
-        )  # fmt: skip
+            100 * sum(p.numel() for p in moved.values()) / sum(p.numel() for p in trained.values()),
+            len(stay),
+            f", such as {', '.join(stay[:3])}" if stay else "",
+        )
         for name, parameter in moved.items():
             if not parameter.is_floating_point():
                 raise WeightsError(
@@ -92,7 +98,9 @@ class LiveWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, one copy of the weights."""
+        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, one copy
+        of the weights.
+        """
         return self._anchored.nbytes
 
     def checksum(self) -> int:
@@ -104,11 +112,15 @@ class LiveWeights:
         self._anchored.restore()
 
     def abort(self) -> None:
-        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe to call twice."""
+        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe
+        to call twice.
+        """
         self._anchored.abort()
 
     def commit(self) -> None:
-        """End the search where the model stands now; these weights become the anchor of the next search."""
+        """End the search where the model stands now; these weights become the anchor of the next
+        search.
+        """
         self._anchored.commit()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -126,7 +138,9 @@ class LiveWeights:
 
     @torch.no_grad()
     def displacement_norm(self) -> float:
-        """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64), over all ranks."""
+        """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64), over all
+        ranks.
+        """
         norms = {
             name: torch.linalg.vector_norm(for_float64(delta), dtype=torch.float64)
             for name, delta in self.displacements()
@@ -141,7 +155,9 @@ class LiveWeights:
 
     @torch.no_grad()
     def displacements(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, W − anchor in fp32), one parameter at a time; of sharded parameters this rank's part."""
+        """(name, W − anchor in fp32), one parameter at a time; of sharded parameters this rank's
+        part.
+        """
         for name, parameter in self._anchored.parameters.items():
             here = local_shard(parameter.detach())
             yield name, here.float() - self._anchored.anchor[name].to(here.device, non_blocking=True)
@@ -153,10 +169,12 @@ class LiveWeights:
 
     @torch.no_grad()
     def move_to(self, scale: float) -> None:
-        """Put the model at origin + scale · direction, computed in fp32; scale 0 is the origin, bit for bit.
+        """Put the model at origin + scale · direction, computed in fp32; scale 0 is the origin, bit
+        for bit.
 
         Raises:
-            NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the origin then.
+            NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the
+                origin then.
         """
         anchored, origin = self._anchored, self._anchored.origin
         if scale == 0.0:

@@ -1,17 +1,19 @@
-r"""Moving a student that trains LoRA adapters: the point W + s·ΔW exactly, as far as the adapter's rank reaches.
+r"""Moving a student that trains LoRA adapters: the point W + s·ΔW exactly, as far as the adapter's
+rank reaches.
 
-The update of one matrix is scaling · B A, which is not linear in (B, A). With (B, A) now and (B_a, A_a) at the anchor, the
-point on the ray is
+The update of one matrix is scaling · B A, which is not linear in (B, A). With (B, A) now and (B_a,
+A_a) at the anchor, the point on the ray is
 
 $$ P(s) = (1+s) B A - s B_a A_a = [B, B_a] \begin{bmatrix} (1+s) A \\ -s A_a \end{bmatrix}, $$
 
-of rank at most 2r. Two thin QRs and the SVD of a 2r × 2r core give its best approximation of rank r (Eckart–Young) without
-ever forming an m × n matrix; what is lost is reported as a share of the jump. The base weights, quantised or not, are never
-touched.
+of rank at most 2r. Two thin QRs and the SVD of a 2r × 2r core give its best approximation of rank r
+(Eckart–Young) without ever forming an m × n matrix; what is lost is reported as a share of the
+jump. The base weights, quantised or not, are never touched.
 
-Among all factors of that matrix the ones nearest to the present A are taken, so that the optimizer's moments still mean
-something: with V the new row space and M = A V, A' = M Vᵀ + (I − M M⁺) A and B' = U S M⁺. At s = 0 that is (B, A) again, and
-directions of A that the point does not use stay available to training.
+Among all factors of that matrix the ones nearest to the present A are taken, so that the
+optimizer's moments still mean something: with V the new row space and M = A V, A' = M Vᵀ + (I − M
+M⁺) A and B' = U S M⁺. At s = 0 that is (B, A) again, and directions of A that the point does not
+use stay available to training.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Singular values below this share of the largest are rounding.
 _ROUNDING = 1e-6
-#: If the new row space is nearer to orthogonal to A than this, balanced factors are used instead of the nearest ones.
+#: If the new row space is nearer to orthogonal to A than this, balanced factors are used instead of
+#: the nearest ones.
 _TOO_FAR = 1e-4
 
 
@@ -84,21 +87,25 @@ def move_factors(
 
 
 class LoraWeights:
-    """The LoRA factors of a PEFT model, moved so that the *update* of every matrix goes along the ray: `MovableWeights` for adapters.
+    """The LoRA factors of a PEFT model, moved so that the *update* of every matrix goes along the
+    ray: `MovableWeights` for adapters.
 
-    Factors that FSDP2 shards are gathered one matrix at a time to be moved, and their anchor is whole on every rank: they are
-    small. The base weights stay where they are.
+    Factors that FSDP2 shards are gathered one matrix at a time to be moved, and their anchor is
+    whole on every rank: they are small. The base weights stay where they are.
 
     Args:
         model: a PEFT model with one active LoRA adapter.
-        parameters: a rule for the names of the adapted weights in the base model (e.g. `model.layers.0.mlp.up_proj.weight`).
+        parameters: a rule for the names of the adapted weights in the base model (e.g.
+            `model.layers.0.mlp.up_proj.weight`).
         anchor_device: device of the anchor.
 
     Attributes:
-        lost_share: of the last point, the largest share of a matrix's jump that rank r could not hold.
+        lost_share: of the last point, the largest share of a matrix's jump that rank r could not
+            hold.
 
     Raises:
-        ConfigError: not LoRA, a variant whose update is not scaling · B A, several active adapters, or nothing is selected.
+        ConfigError: not LoRA, a variant whose update is not scaling · B A, several active adapters,
+            or nothing is selected.
     """
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
@@ -131,7 +138,9 @@ class LoraWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, one copy of the weights."""
+        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, one copy
+        of the weights.
+        """
         return self._anchored.nbytes
 
     def checksum(self) -> int:
@@ -143,11 +152,15 @@ class LoraWeights:
         self._anchored.restore()
 
     def abort(self) -> None:
-        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe to call twice."""
+        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe
+        to call twice.
+        """
         self._anchored.abort()
 
     def commit(self) -> None:
-        """End the search where the model stands now; these weights become the anchor of the next search."""
+        """End the search where the model stands now; these weights become the anchor of the next
+        search.
+        """
         self._anchored.commit()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -195,7 +208,9 @@ class LoraWeights:
 
     @torch.no_grad()
     def begin(self, direction: Direction = displacement) -> None:
-        """Remember the present factors as the origin of a search along ΔW; rank r could not hold another direction."""
+        """Remember the present factors as the origin of a search along ΔW; rank r could not hold
+        another direction.
+        """
         assert direction is displacement, "strategies that need full matrices are refused"
         self._anchored.begin()
         self._lengths = {name: self._length(name) for name in self._scaling}
@@ -205,7 +220,8 @@ class LoraWeights:
         """Put every adapted matrix at W + s·ΔW in rank r; scale 0 is the origin, bit for bit.
 
         Raises:
-            NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the origin then.
+            NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the
+                origin then.
         """
         origin, anchor = self._anchored.origin, self._anchored.anchor
         self.lost_share = lost_share = 0.0
@@ -230,7 +246,8 @@ class LoraWeights:
 
 
 def selected_adapters(model: nn.Module, rule: str) -> dict[str, tuple[tuple[nn.Parameter, nn.Parameter], float]]:
-    """(A, B) and scaling of the adapted weights that a rule moves, by name; see `adapted` and `select`.
+    """(A, B) and scaling of the adapted weights that a rule moves, by name; see `adapted` and
+    `select`.
 
     Raises:
         ConfigError: as these two.
@@ -240,10 +257,12 @@ def selected_adapters(model: nn.Module, rule: str) -> dict[str, tuple[tuple[nn.P
 
 
 def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter], float]]:
-    """(name of the adapted weight in the base model, (A, B), scaling) of every matrix with the active LoRA adapter.
+    """(name of the adapted weight in the base model, (A, B), scaling) of every matrix with the
+    active LoRA adapter.
 
     Raises:
-        ConfigError: not LoRA, several active adapters, or a variant whose update is not scaling · B A.
+        ConfigError: not LoRA, several active adapters, or a variant whose update is not scaling · B
+            A.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
@@ -271,7 +290,8 @@ def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]
         )
         if variant or layer.lora_A[adapter].weight.dim() != 2:
             raise ConfigError(
-                f"'{name}' uses a variant of LoRA (DoRA, …) or adapts stacked experts or a convolution, where the update is not "
+                f"'{name}' uses a variant of LoRA (DoRA, …) or adapts stacked experts or a "
+                "convolution, where the update is not "
                 "scaling · B A: use plain LoRA on linear layers."
             )
         factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

@@ -1,4 +1,6 @@
-"""What a search needs of live weights: full matrices (`LiveWeights`) and LoRA factors (`LoraWeights`) offer it alike."""
+"""What a search needs of live weights: full matrices (`LiveWeights`) and LoRA factors
+(`LoraWeights`) offer it alike.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from effopd.common.distributed import ShardSpec
 
-#: (parameter name, origin W, anchor), both fp32 on the parameter's device → direction D of its shape, fp32.
+#: (parameter name, origin W, anchor), both fp32 on the parameter's device → direction D of its
+#: shape, fp32.
 Direction = Callable[[str, Tensor, Tensor], Tensor]
 
 
@@ -21,9 +24,9 @@ def displacement(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
 class MovableWeights(Protocol):
     """Live weights that a search can move and put back bit for bit.
 
-    Life of a search: `begin()` remembers the origin W; `move_to(s)` puts the model at W + s·D, any number of times, with
-    D = W − anchor unless `begin` was given another direction; `restore()` puts W back; `commit()` ends the search where
-    the model stands and makes that the new anchor.
+    Life of a search: `begin()` remembers the origin W; `move_to(s)` puts the model at W + s·D, any
+    number of times, with D = W − anchor unless `begin` was given another direction; `restore()`
+    puts W back; `commit()` ends the search where the model stands and makes that the new anchor.
     """
 
     @property
@@ -44,7 +47,9 @@ class MovableWeights(Protocol):
 
     @property
     def lost_share(self) -> float | None:
-        """Of the last point, the largest share of a matrix's jump that the weights could not hold; `None`: they hold every one."""
+        """Of the last point, the largest share of a matrix's jump that the weights could not hold;
+        `None`: they hold every one.
+        """
 
     def displacement_norm(self) -> float:
         """‖W − anchor‖ over all selected parameters, over all ranks."""
@@ -65,10 +70,14 @@ class MovableWeights(Protocol):
         """Put the origin back, bit for bit."""
 
     def abort(self) -> None:
-        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe to call twice."""
+        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe
+        to call twice.
+        """
 
     def commit(self) -> None:
-        """End the search where the model stands now; these weights become the anchor of the next search."""
+        """End the search where the model stands now; these weights become the anchor of the next
+        search.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """The anchor, fp32, by parameter name."""

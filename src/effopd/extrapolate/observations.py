@@ -1,4 +1,6 @@
-"""What a fitting strategy has seen so far: kept tensors of each parameter, steps and accuracies, saved with checkpoints."""
+"""What a fitting strategy has seen so far: kept tensors of each parameter, steps and accuracies,
+saved with checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Observations:
     def add(
         self, step: int, kept: Mapping[str, Mapping[str, Tensor]], score: float | None, device: str | None
     ) -> None:
-        """Append a step; tensors are moved to `device` if one is given, except for float64 ones that it cannot hold."""
+        """Append a step; tensors are moved to `device` if one is given, except for float64 ones
+        that it cannot hold.
+        """
         self.steps.append(step)
         self.scores.append(score)
         for name, tensors in kept.items():

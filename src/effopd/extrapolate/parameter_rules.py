@@ -2,10 +2,11 @@
 
     names of the trained parameters, without wrappers → rule → what moves
 
-Architectures name their parts differently, so `attention+mlp` is checked against every decoder that transformers knows
-(`benchmarks/parameter_rules.py`). It moves the matrices and biases inside attention blocks, MLPs (experts and routers
-included) and whatever mixes positions in the place of attention: state spaces, linear attention, recurrences, short
-convolutions. Left where they are: embeddings, heads, norms, and what acts on the residual stream between the blocks
+Architectures name their parts differently, so `attention+mlp` is checked against every decoder that
+transformers knows (`benchmarks/parameter_rules.py`). It moves the matrices and biases inside
+attention blocks, MLPs (experts and routers included) and whatever mixes positions in the place of
+attention: state spaces, linear attention, recurrences, short convolutions. Left where they are:
+embeddings, heads, norms, and what acts on the residual stream between the blocks
 (hyper-connections, residual scales and convolutions, AltUp, LAuReL, inputs per layer, adapters).
 """
 
@@ -35,8 +36,8 @@ PARAMETER_RULES = {
     "attention+mlp": rf"(?i){_NO_NORM_IN_THE_BLOCK}(?:.*\.)?"
     rf"(?:{_ATTENTION}|{_MIXER}|{_MLP}|{_BERT_MLP})\.(?!(?:.*\.)?{_NORM})",
     "all": r"",
-    # the authors' public code looks for 13 substrings in lower-cased names; `self_attn` contains `attn`.
-    # So `post_attention_layernorm`, q_norm and k_norm move too
+    # the authors' public code looks for 13 substrings in lower-cased names; `self_attn` contains
+    # `attn`. So `post_attention_layernorm`, q_norm and k_norm move too
     "released-code": r"(?i)attn|attention|[qkvo]_proj|mlp|feed_forward|ffn|(?:gate|up|down)_proj",
 }
 
@@ -57,13 +58,15 @@ def compile_rule(rule: str) -> re.Pattern[str]:
         return re.compile(PARAMETER_RULES.get(rule, rule))
     except re.error as error:
         raise ConfigError(
-            f"EffOPDConfig.parameters={rule!r} is neither one of {', '.join(PARAMETER_RULES)} nor a valid regular expression "
+            f"EffOPDConfig.parameters={rule!r} is neither one of {', '.join(PARAMETER_RULES)} "
+            "nor a valid regular expression "
             f"({error})."
         ) from error
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without `torch.compile`, FSDP1 and activation-checkpoint wrappers.
+    """A parameter's or module's name without `torch.compile`, FSDP1 and activation-checkpoint
+    wrappers.
 
     Example:
         >>> plain_name("_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
@@ -112,14 +115,18 @@ def select(names: Iterable[str], rule: str, model: str, what: str = "trained par
             matrices = [name for name in members if not _SMALL.search(name)]
             if len(matrices) > 1 and not moved.intersection(members):
                 raise ConfigError(
-                    f"EffOPDConfig.parameters='attention+mlp' finds neither attention nor MLP in the blocks {container} of {model}, "
-                    f"which hold {', '.join(matrices[:3])}: they would never move. Use 'all', or a regular expression that matches."
+                    "EffOPDConfig.parameters='attention+mlp' finds neither attention nor MLP "
+                    f"in the blocks {container} of {model}, "
+                    f"which hold {', '.join(matrices[:3])}: they would never move. Use 'all', "
+                    "or a regular expression that matches."
                 )
     return chosen
 
 
 def _blocks(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """(container, names of one block) of every kind of numbered block: blocks of a kind hold the same names."""
+    """(container, names of one block) of every kind of numbered block: blocks of a kind hold the
+    same names.
+    """
     found: dict[str, list[str]] = {}
     for name in names:
         if match := _NUMBERED.match(name):

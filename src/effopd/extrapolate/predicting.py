@@ -1,7 +1,8 @@
-"""Strategies that predict: observe the weights of the first steps, fit, and jump once to where training leads.
+"""Strategies that predict: observe the weights of the first steps, fit, and jump once to where
+training leads.
 
-The predicted displacement $\\hat\\Delta$ is measured from the start $W_0$, so the direction of the jump is
-$D = W_0 + \\hat\\Delta - W$. Parameters without a prediction stay.
+The predicted displacement $\\hat\\Delta$ is measured from the start $W_0$, so the direction of the
+jump is $D = W_0 + \\hat\\Delta - W$. Parameters without a prediction stay.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class FitArgs:
     def __post_init__(self) -> None:
         if self.every < 1 or self.until < FEWEST_OBSERVATIONS * self.every or self.until % self.every:
             raise ValueError(
-                f"until must be a multiple of every and at least {FEWEST_OBSERVATIONS} times as large (a line needs points), "
+                f"until must be a multiple of every and at least {FEWEST_OBSERVATIONS} times "
+                "as large (a line needs points), "
                 f"got every={self.every}, until={self.until}"
             )
 
@@ -44,7 +46,8 @@ class Prediction:
     """Where a fit says training leads.
 
     Attributes:
-        delta: predicted displacement from the start, by parameter name; parameters left out stay where they are.
+        delta: predicted displacement from the start, by parameter name; parameters left out stay
+            where they are.
         quality: figures that say how far to trust it, for the log.
     """
 
@@ -59,7 +62,8 @@ class Fit:
     Attributes:
         keep: what to remember of one parameter's displacement W_t − W_0, as named tensors.
         predict: (observations, args, seed) → prediction.
-        target: args → the accuracy to aim at, `None`: the teacher's, measured once. A fit without `target` needs no accuracies.
+        target: args → the accuracy to aim at, `None`: the teacher's, measured once. A fit without
+            `target` needs no accuracies.
     """
 
     keep: Callable[[Tensor], dict[str, Tensor]]

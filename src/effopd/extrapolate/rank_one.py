@@ -28,7 +28,9 @@ class RankOne:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """A parameter as [M, N]: vectors become columns, stacks of matrices lose their inner structure."""
+    """A parameter as [M, N]: vectors become columns, stacks of matrices lose their inner
+    structure.
+    """
     return tensor.reshape(-1, 1) if tensor.ndim < 2 else tensor.flatten(1)
 
 

@@ -1,4 +1,6 @@
-"""The look-ahead's state in a checkpoint folder: reading it, and whether it belongs to the settings of a run."""
+"""The look-ahead's state in a checkpoint folder: reading it, and whether it belongs to the settings
+of a run.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,14 @@ DECIDES_NOTHING = ("anchor_device",)
 
 
 def fingerprint(config: EffOPDConfig, scorer: Any, host: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What must be the same for a resumed run to take the same decisions, every setting with its value.
+    """What must be the same for a resumed run to take the same decisions, every setting with its
+    value.
 
     Args:
         config: the settings of the run.
         scorer: what it scores with.
-        host: the values of settings that the trainer decides: `score_rollouts`, `max_completion_length`.
+        host: the values of settings that the trainer decides: `score_rollouts`,
+            `max_completion_length`.
     """
     settings = dataclasses.asdict(config)
     settings |= {f"args.{name}": value for name, value in settings.pop("args").items()}
@@ -87,7 +91,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 def write_state(folder: Path, state: dict[str, Any], sharded: Mapping[str, ShardSpec]) -> None:
     """Write `EffOPD.state_dict()`; the JSON file comes last, so its presence means "complete".
 
-    Every rank calls this: sharded parameters are written by the rank that holds them, the rest by rank 0.
+    Every rank calls this: sharded parameters are written by the rank that holds them, the rest by
+    rank 0.
 
     Args:
         sharded: this rank's shares of the anchor.

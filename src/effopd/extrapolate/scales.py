@@ -22,7 +22,8 @@ class ScalesArgs:
     def __post_init__(self) -> None:
         if not self.scales or any(not 0 < scale < math.inf for scale in self.scales):
             raise ValueError(
-                f"scales must be a non-empty list of positive finite numbers, got {list(self.scales)}; the paper's are "
+                "scales must be a non-empty list of positive finite numbers, got "
+                f"{list(self.scales)}; the paper's are "
                 "[2, 4, 6, 8, 10]"
             )
 

@@ -39,11 +39,12 @@ def powers_of_two(step: int) -> bool:
 def adaptive(step: int, history: Sequence[PastSearch]) -> bool:
     """Whether enough steps have passed since the last search.
 
-    The wait is 1 step after a jump of at least the displacement itself (s ≥ 1). Otherwise it doubles, up to 8 steps, and up to
-    4 after a step back (s < 0). A search that tried no candidate, because nothing had moved, leaves the wait as it was.
+    The wait is 1 step after a jump of at least the displacement itself (s ≥ 1). Otherwise it
+    doubles, up to 8 steps, and up to 4 after a step back (s < 0). A search that tried no candidate,
+    because nothing had moved, leaves the wait as it was.
 
-    So searches follow every step while jumps pay, come back soon where training overshoots, and cost little where the
-    steps are right.
+    So searches follow every step while jumps pay, come back soon where training overshoots, and
+    cost little where the steps are right.
 
     Args:
         history: the searches so far.

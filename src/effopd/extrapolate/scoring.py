@@ -58,8 +58,8 @@ OF_SCORERS = frozenset({setting for _, setting in SCORERS.values()}).union(
 
 
 def ask(scorer: Scorer, model: Any, scale: float, seed: int, timeout: float | None) -> Score:
-    """Rank 0's score of the model as it stands, so that every rank decides alike. Scorers that share the work between ranks
-    return the whole score on each.
+    """Rank 0's score of the model as it stands, so that every rank decides alike. Scorers that
+    share the work between ranks return the whole score on each.
 
     Args:
         scale: where the model stands, for the message.
@@ -90,5 +90,6 @@ def _ask(scorer: Scorer, model: Any, scale: float, seed: int, timeout: float | N
         return Score(float(value), seconds=time.perf_counter() - start)
     except (TypeError, ValueError) as error:
         raise ScorerError(
-            f"the scorer returned {type(value).__name__}: expected a number or an effopd Score. The weights were restored."
+            f"the scorer returned {type(value).__name__}: expected a number or an effopd "
+            "Score. The weights were restored."
         ) from error

@@ -1,7 +1,8 @@
 """How far to go: the paper's search, and a line search, as pure functions.
 
-No model and no device in here: the search sees a function `scale → Score` and returns what it decided and why, so its
-logic is tested with plain functions and every later strategy has the same shape.
+No model and no device in here: the search sees a function `scale → Score` and returns what it
+decided and why, so its logic is tested with plain functions and every later strategy has the same
+shape.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Score:
 
     Attributes:
         mean: the number the gate compares.
-        per_example: one value per validation example, in a fixed order, so that two scores can be paired.
+        per_example: one value per validation example, in a fixed order, so that two scores can be
+            paired.
         seconds: wall-clock cost of this score.
         generated_tokens: tokens sampled for it.
         forward_tokens: tokens run through a model besides generation.
@@ -65,7 +67,9 @@ class SearchResult:
 
     @property
     def best_scale(self) -> float:
-        """The scale with the highest score, whether or not the gate let it pass; 0.0 if nothing was scored."""
+        """The scale with the highest score, whether or not the gate let it pass; 0.0 if nothing was
+        scored.
+        """
         scored = {
             trial.scale: trial.score.mean for trial in self.trials if trial.score and math.isfinite(trial.score.mean)
         }
@@ -83,7 +87,8 @@ class SearchResult:
 
 
 def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:
-    """How much better the candidate is, example by example, and its standard error: mean(d), std(d) / √n, d_i = c_i − r_i.
+    """How much better the candidate is, example by example, and its standard error: mean(d), std(d)
+    / √n, d_i = c_i − r_i.
 
     Pairing removes what makes examples differ. Scores without examples count as exact: error 0.
 
@@ -97,7 +102,8 @@ def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:
     n = len(candidate.per_example)
     if n == 1 or n != len(reference.per_example):
         raise ScorerError(
-            "gate 'significant' compares example by example: expected two scores with the same n >= 2 values in per_example "
+            "gate 'significant' compares example by example: expected two scores with the "
+            "same n >= 2 values in per_example "
             f"(or none), got {n} and {len(reference.per_example)}. Score more examples, or set gate='better'."
         )
     gains = [c - r for c, r in zip(candidate.per_example, reference.per_example, strict=True)]
@@ -108,8 +114,8 @@ def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:
 def paired_z(candidate: Score, reference: Score) -> float:
     """How many standard errors the candidate is better: the ratio of `paired_gain`, which see.
 
-    A gain that comes from one example alone is never worth more than z = 1, however large it is. An exact gain is worth
-    infinity, an exact tie 0.
+    A gain that comes from one example alone is never worth more than z = 1, however large it is. An
+    exact gain is worth infinity, an exact tie 0.
 
     Example:
         >>> one = Score(0.25, per_example=(0.0, 0.0, 0.0, 1.0))
@@ -120,8 +126,9 @@ def paired_z(candidate: Score, reference: Score) -> float:
     return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 
-#: (candidate, reference, z) → whether the candidate is accepted: `not_worse` is ≥ (ties accepted, the paper), `better` is >
-#: (the released code), `significant` is better by z standard errors (`paired_z`).
+#: (candidate, reference, z) → whether the candidate is accepted: `not_worse` is ≥ (ties accepted,
+#: the paper), `better` is > (the released code), `significant` is better by z standard errors
+#: (`paired_z`).
 GATES: dict[str, Callable[[Score, Score, float | None], bool]] = {
     "not_worse": lambda candidate, reference, z: candidate.mean >= reference.mean,
     "better": lambda candidate, reference, z: candidate.mean > reference.mean,
@@ -139,11 +146,12 @@ def first_failure_search(
 ) -> SearchResult:
     """Walk outwards until a candidate fails, and keep the last one that passed (arXiv 2605.11739).
 
-    `v ← score(0)`; for each scale in order: accept if `score(scale)` passes the gate against `v`, then `v` is raised
-    to it; the first failure ends the search.
+    `v ← score(0)`; for each scale in order: accept if `score(scale)` passes the gate against `v`,
+    then `v` is raised to it; the first failure ends the search.
 
     Args:
-        score: maps a scale s to the score of W + s·Δ. May raise `NonFiniteWeightsError`: that candidate fails.
+        score: maps a scale s to the score of W + s·Δ. May raise `NonFiniteWeightsError`: that
+            candidate fails.
         scales: candidate scales in the order to try them.
         gate: `not_worse`, `better` or `significant`, see `GATES`.
         z: standard errors that `significant` asks for; `None` for the other gates.
@@ -183,13 +191,15 @@ def line_search(
 ) -> SearchResult:
     """Find the best scale along the ray, forwards or backwards, in few scores.
 
-    Doubles from 1 while the score improves, up to `longest`; if not even 1 improves, tries −½ (halfway back to the
-    anchor: what training gained by noise it loses by averaging). Then refines: the vertex of the parabola through the
-    highest point and its neighbours. A quadratic score is maximised exactly by one refinement. Of all points that pass
-    the gate against the *start*, the highest is kept.
+    Doubles from 1 while the score improves, up to `longest`; if not even 1 improves, tries −½
+    (halfway back to the anchor: what training gained by noise it loses by averaging). Then refines:
+    the vertex of the parabola through the highest point and its neighbours. A quadratic score is
+    maximised exactly by one refinement. Of all points that pass the gate against the *start*, the
+    highest is kept.
 
-    Significance is asked of jumps forwards only. Back towards the anchor (s < 0) any gain will do: these points lie between
-    two that training visited, so a step back taken by mistake loses no more than a part of the last displacement.
+    Significance is asked of jumps forwards only. Back towards the anchor (s < 0) any gain will do:
+    these points lie between two that training visited, so a step back taken by mistake loses no
+    more than a part of the last displacement.
 
     The result never scores below the start: with exact scores a jump never makes things worse.
 
@@ -242,8 +252,9 @@ def line_search(
 
 
 def _vertex(known: Mapping[float, float], best: float, longest: float) -> float | None:
-    """Where the parabola through `best` and its neighbours is highest, at most as far as the nearest scored points (at an
-    end: as the anchor, −1, or `longest`); `None` if it opens upwards or that is no new point."""
+    """Where the parabola through `best` and its neighbours is highest, at most as far as the
+    nearest scored points (at an end: as the anchor, −1, or `longest`); `None` if it opens upwards
+    or that is no new point."""
     below, above = sorted(s for s in known if s < best), sorted(s for s in known if s > best)
     near = [*below[-1:], best, *above[:1]] if below and above else [*below[-2:], best, *above[:2]]
     if len(near) < 3:

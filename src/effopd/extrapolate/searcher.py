@@ -1,4 +1,6 @@
-"""One search on live weights: begin → score candidates → go to the best → commit; after an exception nothing has changed."""
+"""One search on live weights: begin → score candidates → go to the best → commit; after an
+exception nothing has changed.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ class Searcher:
             self.weights.abort()
 
     def measure(self, score: Callable[[], Score | float] | None, step: int) -> Score:
-        """Rank 0's score of something else, such as the teacher, with the random numbers of this step."""
+        """Rank 0's score of something else, such as the teacher, with the random numbers of this
+        step.
+        """
         assert score is not None, "check_model asks for a target"
         with isolated_rng(self.seed_at(step)), torch.no_grad():
             value = broadcast_from_rank0(raise_on_all_ranks(score))
@@ -91,7 +95,9 @@ class Searcher:
         return ask(self.scorer, self.model, scale, seed, self._timeout)
 
     def _move(self, result: SearchResult) -> SearchResult:
-        """Go where the search says; a point that it did not score itself may turn out non-finite: then stay."""
+        """Go where the search says; a point that it did not score itself may turn out non-finite:
+        then stay.
+        """
         try:
             self.weights.move_to(result.accepted_scale)
         except NonFiniteWeightsError:

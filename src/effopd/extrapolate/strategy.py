@@ -2,7 +2,8 @@
 
     schedule → direction (or prediction) → search → move
 
-Every strategy is one entry of `STRATEGIES`, made in a file of its own. Adding one: docs/add-a-strategy.md.
+Every strategy is one entry of `STRATEGIES`, made in a file of its own. Adding one:
+docs/add-a-strategy.md.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from effopd.extrapolate.movable import Direction, displacement
 from effopd.extrapolate.predicting import Fit
 from effopd.extrapolate.search import Score, SearchResult
 
-#: Every setting of `EffOPDConfig` that a strategy may read, with the paper's values. Where `validation_size` has a value,
-#: candidates are scored by answers; where `score_rollouts` has one, by the divergence from the teacher.
+#: Every setting of `EffOPDConfig` that a strategy may read, with the paper's values. Where
+#: `validation_size` has a value, candidates are scored by answers; where `score_rollouts` has one,
+#: by the divergence from the teacher.
 PAPER: dict[str, Any] = {
     "schedule": "powers_of_two",
     "parameters": "attention+mlp",
@@ -46,11 +48,15 @@ class Strategy:
     Attributes:
         help: one line for `--help`.
         search: (score: s → Score of W + s·D, config, args) → decision.
-        settings: the settings that the strategy reads, with its values. A setting that is left out is refused.
-        args: frozen dataclass of the strategy's own settings; raises `ValueError` where a value is out of range.
+        settings: the settings that the strategy reads, with its values. A setting that is left out
+            is refused.
+        args: frozen dataclass of the strategy's own settings; raises `ValueError` where a value is
+            out of range.
         direction: (seed, step) → the direction D of a search; must give the same D every time.
-        needs_full_matrices: D is not Δ tensor by tensor, so neither LoRA factors nor shards of a matrix will do.
-        fit: how to predict D from the first steps; it takes the place of `direction` and of the schedule.
+        needs_full_matrices: D is not Δ tensor by tensor, so neither LoRA factors nor shards of a
+            matrix will do.
+        fit: how to predict D from the first steps; it takes the place of `direction` and of the
+            schedule.
     """
 
     help: str

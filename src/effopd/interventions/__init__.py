@@ -1,6 +1,7 @@
 """Move one model along its update, evaluate it there, put it back.
 
-An *intervention* is one kind of question (`alpha`, `window`, `rank`, …); a *point* is one model that it visits.
+An *intervention* is one kind of question (`alpha`, `window`, `rank`, …); a *point* is one model
+that it visits.
 
 edits.py           the arithmetic on one matrix
 options.py         settings of all interventions

@@ -1,11 +1,13 @@
-"""One base model in memory, put at one point after the other and back bit for bit; or the point written as a checkpoint.
+"""One base model in memory, put at one point after the other and back bit for bit; or the point
+written as a checkpoint.
 
-Undoing re-reads the tensors that were touched from the base's files rather than keeping clones of them: that takes the
-memory of one tensor instead of a second model, and it is exact because loading is checked first: every parameter must
-equal its tensor on disk, cast to the parameter's dtype.
+Undoing re-reads the tensors that were touched from the base's files rather than keeping clones of
+them: that takes the memory of one tensor instead of a second model, and it is exact because loading
+is checked first: every parameter must equal its tensor on disk, cast to the parameter's dtype.
 
-Left out: models whose parameters are not the checkpoint's tensors under another name, such as Mixture-of-Experts models
-whose experts transformers merges on loading. For those, write the points as checkpoints and evaluate each.
+Left out: models whose parameters are not the checkpoint's tensors under another name, such as
+Mixture-of-Experts models whose experts transformers merges on loading. For those, write the points
+as checkpoints and evaluate each.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def apply_point(target: Tensor, parts: Sequence[Part], point: Point, difference:
         ‖new − base‖² after rounding.
 
     Raises:
-        NonFiniteWeightsError: the new tensor has a NaN or an infinity; `target` may be changed in part.
+        NonFiniteWeightsError: the new tensor has a NaN or an infinity; `target` may be changed in
+            part.
     """
     device = target.device if has_float64(target.device) else "cpu"
     square = 0.0
@@ -65,7 +68,8 @@ class EditableModel:
     """A loaded base model that can be put at a point and comes back bit for bit.
 
     Raises:
-        CompatibilityError: the model's parameters are not the checkpoint's tensors, in name, shape or value.
+        CompatibilityError: the model's parameters are not the checkpoint's tensors, in name, shape
+            or value.
     """
 
     def __init__(self, model: PreTrainedModel, sources: Sources):
@@ -128,7 +132,9 @@ def _untie(model: PreTrainedModel, sources: Sources) -> None:
 
 
 def _match(model: PreTrainedModel, sources: Sources) -> dict[str, Tensor]:
-    """Stored name → live parameter or buffer, for every tensor that has parts. All are checked before any is used."""
+    """Stored name → live parameter or buffer, for every tensor that has parts. All are checked
+    before any is used.
+    """
     live: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     prefix = model.base_model_prefix  # checkpoints of a bare backbone leave it out
     matched: dict[str, Tensor] = {}
@@ -138,7 +144,8 @@ def _match(model: PreTrainedModel, sources: Sources) -> dict[str, Tensor]:
         if tensor is None or tuple(tensor.shape) != tuple(shape):
             got = "has no such parameter" if tensor is None else f"has it with shape {tuple(tensor.shape)}"
             raise CompatibilityError(
-                f"the base has a tensor '{name}' of shape {tuple(shape)}, but the loaded {type(model).__name__} {got}: "
+                f"the base has a tensor '{name}' of shape {tuple(shape)}, but the loaded "
+                f"{type(model).__name__} {got}: "
                 f"the library renames or merges tensors on loading (as with merged experts). {_WAY_OUT}"
             )
         matched[name] = tensor
@@ -149,8 +156,8 @@ def save_point(point: Point, sources: Sources, out: Path, dtype: torch.dtype | N
     """Write the model of a point as a checkpoint, one tensor at a time.
 
     Args:
-        dtype: of the floating tensors; `None` keeps the base's. With the dtype of the evaluated model, the checkpoint is
-            the model that was measured, bit for bit.
+        dtype: of the floating tensors; `None` keeps the base's. With the dtype of the evaluated
+            model, the checkpoint is the model that was measured, bit for bit.
     """
     difference = sources.difference(point)
     # a head that is stored although it is tied must stay equal to the embeddings

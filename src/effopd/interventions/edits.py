@@ -3,8 +3,9 @@ r"""Interventions on one matrix or vector: from W0 and an update ΔW to the tens
 Everything is float64, one part at a time, so memory is a few times the largest matrix; the caller
 rounds the result once, to the dtype of the weights. `kinds.py` says which parts get which rule.
 
-Departs from the paper: R = min(M, N) for adapters too, so that p % means the same number of components for full and for
-low-rank training; norms and biases follow the formulas of the matrices wherever those make sense.
+Departs from the paper: R = min(M, N) for adapters too, so that p % means the same number of
+components for full and for low-rank training; norms and biases follow the formulas of the matrices
+wherever those make sense.
 
 Shapes: M rows (out), N columns (in), R = min(M, N), K components kept.
 """
@@ -42,7 +43,8 @@ def rescaled(delta: Tensor, norm: float) -> Tensor:
 
 
 def norm_scaled(delta: Tensor, final_norm: float, beta: float) -> Tensor:
-    r"""$ΔW_t · (1 + β (‖ΔW_T‖ − ‖ΔW_t‖)/‖ΔW_t‖)$: β = 0 is ΔW_t, β = 1 has the final norm; a zero ΔW_t stays zero.
+    r"""$ΔW_t · (1 + β (‖ΔW_T‖ − ‖ΔW_t‖)/‖ΔW_t‖)$: β = 0 is ΔW_t, β = 1 has the final norm; a zero
+    ΔW_t stays zero.
 
     Args:
         delta: ΔW_t, float64.
@@ -60,11 +62,12 @@ def component_count(percent: float, size: int) -> int:
 
 
 def components(update: Update, k: int, end: str) -> Tensor:
-    """ΔW_k = Σ s_i u_i v_iᵀ over the `k` leading (`top`) or trailing (`bottom`) of all R = min(M, N) components.
+    """ΔW_k = Σ s_i u_i v_iᵀ over the `k` leading (`top`) or trailing (`bottom`) of all R = min(M,
+    N) components.
 
     Returns:
-        float64 [M, N]. From a float64 SVD of ΔW, or of the small core R_B R_Aᵀ for an adapter, whose components beyond
-        its rank are zero.
+        float64 [M, N]. From a float64 SVD of ΔW, or of the small core R_B R_Aᵀ for an adapter,
+        whose components beyond its rank are zero.
     """
     size = min(update.part.shape)
     if k >= size:

@@ -1,7 +1,7 @@
 r"""The interventions: which models to look at to learn what part of an update carries the gain.
 
-An intervention is a list of points, each a rule that gives every matrix or vector of one new model from the base's and
-the trained one's.
+An intervention is a list of points, each a rule that gives every matrix or vector of one new model
+from the base's and the trained one's.
 
     alpha         W0 + α ΔW of everything, against ‖α ΔW‖                   (paper, fig. 1a)
     trajectory    every kept W_t, against ‖ΔW_t‖                            (fig. 1b)
@@ -69,7 +69,8 @@ class Intervention:
     """One kind of intervention.
 
     Attributes:
-        points: builds its points; the first line of its docstring is the help of `effopd intervene`.
+        points: builds its points; the first line of its docstring is the help of `effopd
+            intervene`.
         options: the fields of `InterventionOptions` that it reads.
     """
 

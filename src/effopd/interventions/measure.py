@@ -41,7 +41,9 @@ class Evaluator:
                 logit_path(model)  # raises before anything is sampled
 
     def measure(self) -> dict[str, Any]:
-        """Accuracy with its 95 % interval over prompts, per-prompt accuracies, lengths, cost; KL if there is a teacher."""
+        """Accuracy with its 95 % interval over prompts, per-prompt accuracies, lengths, cost; KL if
+        there is a teacher.
+        """
         with Counted(self.sampling.n * len(self.task), "answers", "answer", leave=False) as bar:
             result = evaluate(
                 self.model,
@@ -71,7 +73,8 @@ class Evaluator:
         return measured | {"seconds": result.seconds}
 
     def _kl(self, result: EvalResult, teacher: PreTrainedModel) -> dict[str, float]:
-        """Exact reverse KL(model ‖ teacher), at temperature 1, on the answers just sampled: nats per token.
+        """Exact reverse KL(model ‖ teacher), at temperature 1, on the answers just sampled: nats
+        per token.
 
         The interval is over prompts: ratio of sums, delta method, normal quantile, cut at 0.
         """
@@ -100,7 +103,9 @@ def measure_points(
     evaluator: Evaluator,
     results: InterventionResults,
 ) -> None:
-    """Measure every point that has no result yet. A model met before, under whatever name, is not measured again."""
+    """Measure every point that has no result yet. A model met before, under whatever name, is not
+    measured again.
+    """
     todo = [point for point in points if point.id not in results]
     with Counted(len(points), "points", "point", done=len(points) - len(todo)) as bar:
         for point in todo:

@@ -1,4 +1,6 @@
-"""`InterventionOptions`: the settings of the interventions, for Python, the command line and YAML; checked when built."""
+"""`InterventionOptions`: the settings of the interventions, for Python, the command line and YAML;
+checked when built.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Interventions that mix the base and the trained model: some of the parts are one's, all others the other's."""
+"""Interventions that mix the base and the trained model: some of the parts are one's, all others
+the other's.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _HALF_WIDTH, _LAYERS = 8, 28
 
 
 def embedding_points(inputs: PointInputs) -> list[Point]:
-    """The trained model with the base's token embeddings, or with the base's head where it has its own."""
+    """The trained model with the base's token embeddings, or with the base's head where it has its
+    own.
+    """
     present = [m for m in ("embedding", "head") if any(part.place.module == m for part in inputs.parts)]
     return [
         Point(

@@ -16,7 +16,8 @@ from effopd.interventions.options import InterventionOptions
 from effopd.weights.difference import Update
 from effopd.weights.parts import Part
 
-#: A rule for one part: the new tensor (any floating dtype, the part's shape), or `None` where the base stays.
+#: A rule for one part: the new tensor (any floating dtype, the part's shape), or `None` where the
+#: base stays.
 Edit = Callable[[Update], Tensor | None]
 
 
@@ -26,7 +27,8 @@ class PointInputs:
 
     Attributes:
         parts: every matrix and vector of the base.
-        steps: the kept steps of each run, ascending; the last is the trained model. A single checkpoint has one.
+        steps: the kept steps of each run, ascending; the last is the trained model. A single
+            checkpoint has one.
         norms: ‖ΔW_T‖ of every part at the end of a run.
     """
 
@@ -45,9 +47,10 @@ class Point:
         coordinates: what identifies it within intervention and run.
         edit: the rule for a part that `selects` picks; all others stay the base's.
         selects: whether a part can change at all; decided without reading a tensor.
-        snapshot: position in the run's `PointInputs.steps` of the update that `edit` is given; −1 is the last.
-        model: names the model; points of equal `model` are the same model, whatever the intervention. Empty: no other
-            point's.
+        snapshot: position in the run's `PointInputs.steps` of the update that `edit` is given; −1
+            is the last.
+        model: names the model; points of equal `model` are the same model, whatever the
+            intervention. Empty: no other point's.
         measures: further numbers for the results table.
     """
 
@@ -62,7 +65,9 @@ class Point:
 
     @property
     def id(self) -> str:
-        """`intervention/run/coordinate=value,…`; also a relative path that every file system takes."""
+        """`intervention/run/coordinate=value,…`; also a relative path that every file system
+        takes.
+        """
         values = [f"{k}={v:.12g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.coordinates.items()]
         return "/".join(filter(None, [self.intervention, self.run, ",".join(values)]))
 
@@ -95,6 +100,7 @@ def require_trajectories(inputs: PointInputs, intervention: str) -> None:
     single = [run for run, steps in inputs.steps.items() if len(steps) < 2]
     if single:
         raise ConfigError(
-            f"{intervention} needs a trajectory, but --trained '{single[0]}' is a single checkpoint. Give the run directory, "
+            f"{intervention} needs a trajectory, but --trained '{single[0]}' is a single "
+            "checkpoint. Give the run directory, "
             "with weights of several steps in trajectory/ or checkpoints/ (train with --trajectory powers_of_two)."
         )

@@ -1,11 +1,12 @@
-"""Results of interventions in a folder: one row per finished point, the settings they were made with, and a table.
+"""Results of interventions in a folder: one row per finished point, the settings they were made
+with, and a table.
 
     config.yaml      the settings, with versions as comments; a run with other settings is refused
     results.jsonl    one row per finished point, with the accuracy of every prompt
     results.parquet, results.csv    the table, for reading and plotting
 
-Several interventions may share a folder if all their other settings agree: their models are compared on the same
-prompts, and a model that two interventions have in common is measured once.
+Several interventions may share a folder if all their other settings agree: their models are
+compared on the same prompts, and a model that two interventions have in common is measured once.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class InterventionResults:
     """The finished points of a folder. Nothing is written before `begin`.
 
     Args:
-        settings: everything that decides a result, JSON-ready; `settings["interventions"]` maps each intervention to its
-            own options.
+        settings: everything that decides a result, JSON-ready; `settings["interventions"]` maps
+            each intervention to its own options.
 
     Raises:
-        ConfigError: the folder holds results made with other settings; the message names the first that differs.
+        ConfigError: the folder holds results made with other settings; the message names the first
+            that differs.
     """
 
     def __init__(self, root: str | Path, settings: Mapping[str, Any]):
@@ -62,7 +64,9 @@ class InterventionResults:
         return self._models.get(model)
 
     def add(self, point: Point, step: int | None, norm: float, measured: Mapping[str, Any]) -> None:
-        """A finished point, on disk at once. A norm of 0 makes it the base, whatever the point is called."""
+        """A finished point, on disk at once. A norm of 0 makes it the base, whatever the point is
+        called.
+        """
         model = point.same_model if norm else BASE
         row = {
             "id": point.id,
@@ -85,8 +89,8 @@ class InterventionResults:
         return list(dict.fromkeys(key for row in rows for key in row["coordinates"]))
 
     def table(self) -> pd.DataFrame:
-        """Tidy: one row per point, coordinates in columns, `accuracy_change` against the base and against the run's
-        trained model, paired over prompts."""
+        """Tidy: one row per point, coordinates in columns, `accuracy_change` against the base and
+        against the run's trained model, paired over prompts."""
         base = self.rows.get("reference/base")
         flat = [_flat(row, base, self.rows.get(f"reference/{row['run']}")) for row in self.rows.values()]
         coordinates = list(dict.fromkeys(key for row in self.rows.values() for key in row["coordinates"]))
@@ -128,7 +132,7 @@ def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mappi
     return flat
 
 
-# -- settings -------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +159,8 @@ def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         *_differences("", {key: before[key] for key in shared}, {key: now[key] for key in shared}),
     ):
         raise ConfigError(
-            f"{root} holds results with {name} = {was!r}, this run has {wanted!r}. Expected the same settings, so that all "
+            f"{root} holds results with {name} = {was!r}, this run has {wanted!r}. Expected "
+            "the same settings, so that all "
             "points are comparable: choose another folder, or the old setting (nothing was changed)."
         )
     return {**settings, INTERVENTIONS: {**before, **now}}

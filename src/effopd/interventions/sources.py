@@ -1,4 +1,6 @@
-"""`Sources`: the checkpoints that an intervention starts from, with names, shapes and architecture checked."""
+"""`Sources`: the checkpoints that an intervention starts from, with names, shapes and architecture
+checked.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,13 @@ class Sources:
 
     Args:
         base: checkpoint folder.
-        trained: label → folders; several folders are seeds and become the runs `label#0`, `label#1`, ….
+        trained: label → folders; several folders are seeds and become the runs `label#0`,
+            `label#1`, ….
         steps: use these steps of a trajectory only; the last of them is the trained model.
 
     Raises:
-        EffOPDError: a folder that cannot be used or does not belong to the base; the message names it.
+        EffOPDError: a folder that cannot be used or does not belong to the base; the message names
+            it.
     """
 
     def __init__(

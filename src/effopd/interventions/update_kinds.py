@@ -1,4 +1,6 @@
-"""Interventions that change the update itself: some of its components, another norm, another direction."""
+"""Interventions that change the update itself: some of its components, another norm, another
+direction.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ SPECTRAL = ("attention", "mlp")
 def rank_points(inputs: PointInputs) -> list[Point]:
     r"""Only the leading, or the trailing, p % of the components of every attention and MLP update.
 
-    $W_0 + c · ΔW_k/‖ΔW_k‖$ with c by `rank_norm` for the leading ones, W0 + ΔW_k for the trailing ones.
+    $W_0 + c · ΔW_k/‖ΔW_k‖$ with c by `rank_norm` for the leading ones, W0 + ΔW_k for the trailing
+    ones.
 
-    Source: arXiv 2605.11739, section 5 (top-k % and bottom-k % models), fig. 3, with `rank_norm="shared"`.
+    Source: arXiv 2605.11739, section 5 (top-k % and bottom-k % models), fig. 3, with
+    `rank_norm="shared"`.
     """
     options = inputs.options
     tables = [inputs.norms(run) for run in inputs.steps] if options.rank_norm == "shared" else []
@@ -52,7 +56,8 @@ def rank_points(inputs: PointInputs) -> list[Point]:
 
 
 def norm_scaling_points(inputs: PointInputs) -> list[Point]:
-    """Early updates ΔW_t stretched by β towards the final norm of each matrix (needs a run directory).
+    """Early updates ΔW_t stretched by β towards the final norm of each matrix (needs a run
+    directory).
 
     Raises:
         ConfigError: a run has a single checkpoint, or not the early step asked for.

@@ -1,4 +1,5 @@
-"""From settings to a trainer: checks that take seconds before work that takes hours, a dry run, the memory a run needs.
+"""From settings to a trainer: checks that take seconds before work that takes hours, a dry run, the
+memory a run needs.
 
 opd.py, rl.py       settings → checks → models → trainer
 settings_yaml.py    the settings as `config.yaml`

@@ -1,4 +1,6 @@
-"""LoRA by flags: the adapter's configuration, and whether its names are names of the model, before weights are loaded."""
+"""LoRA by flags: the adapter's configuration, and whether its names are names of the model, before
+weights are loaded.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ _PLAIN = re.compile(r"[\w.-]+")
 def adapter_config(model: ModelConfig) -> Any:
     """PEFT's configuration of the flags, or `None` without `use_peft`.
 
-    One target is a list of one: TRL turns it into text, which PEFT reads as a regular expression for the whole name. A
-    text that is no plain name stays one.
+    One target is a list of one: TRL turns it into text, which PEFT reads as a regular expression
+    for the whole name. A text that is no plain name stays one.
 
     Raises:
         ConfigError: PEFT does not take the settings.
@@ -85,7 +87,8 @@ def _check_by_peft(config: Any, student: PreTrainedModel, modules: list[str]) ->
     head = adapted.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         raise ConfigError(
-            f"--lora_target_modules {_shown(config)} adapts the output head, whose weights the loss reads directly, so the "
+            f"--lora_target_modules {_shown(config)} adapts the output head, whose weights "
+            "the loss reads directly, so the "
             "adapter would not be trained. Leave the head out."
         )
 

@@ -1,5 +1,5 @@
-"""`effopd train --dry_run`: what a run would do and need. Everything that the run itself would refuse is refused here, as
-far as that takes neither weights nor the network; nothing is written."""
+"""`effopd train --dry_run`: what a run would do and need. Everything that the run itself would
+refuse is refused here, as far as that takes neither weights nor the network; nothing is written."""
 
 from __future__ import annotations
 
@@ -77,14 +77,17 @@ def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
     yield (
         "a step",
-        f"{rollouts_per_step(opd):,} prompts = {opd.per_device_train_batch_size} × {opd.gradient_accumulation_steps} accumulated × "
-        f"{opd.world_size} process(es); {f'prompts up to {task.max_prompt_length}, ' if task.max_prompt_length else ''}"
+        f"{rollouts_per_step(opd):,} prompts = {opd.per_device_train_batch_size} × "
+        f"{opd.gradient_accumulation_steps} accumulated × "
+        f"{opd.world_size} process(es); "
+        f"{f'prompts up to {task.max_prompt_length}, ' if task.max_prompt_length else ''}"
         f"answers up to {opd.max_completion_length} tokens",
     )
     length = f"{opd.max_steps:,} steps" if opd.max_steps > 0 else f"{opd.num_train_epochs:g} epoch(s)"
     yield (
         "length",
-        f"{length}, learning rate {opd.learning_rate:g} ({getattr(opd.lr_scheduler_type, 'value', opd.lr_scheduler_type)})",
+        f"{length}, learning rate {opd.learning_rate:g} "
+        f"({getattr(opd.lr_scheduler_type, 'value', opd.lr_scheduler_type)})",
     )
     yield "look-ahead", _look_text(look, opd)
     yield "written to", str(opd.output_dir)

@@ -1,5 +1,5 @@
-"""What the host libraries refuse only while they set up a run, asked of them before anything is loaded: optimizer and
-schedule, generation, attention, and the packages that all of these need."""
+"""What the host libraries refuse only while they set up a run, asked of them before anything is
+loaded: optimizer and schedule, generation, attention, and the packages that all of these need."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from effopd.errors import ConfigError, MissingDependencyError
 #: Start of an `--optim` → the package that it comes from.
 _OPTIMIZERS = {
     "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao", "adamw_torch_xla": "torch_xla",
-    "adamw_torch_npu_fused": "torch_npu", "adamw_anyprecision": "torchdistx", "galore_": "galore_torch", "apollo_": "apollo_torch",
+    "adamw_torch_npu_fused": "torch_npu", "adamw_anyprecision": "torchdistx", "galore_": "galore_torch",
+    "apollo_": "apollo_torch",
     "lomo": "lomo_optim", "adalomo": "lomo_optim", "grokadamw": "grokadamw", "schedule_free_": "schedulefree",
     "stable_adamw": "optimi", "adamw_bnb_": "bitsandbytes", "adamw_8bit": "bitsandbytes", "ademamix": "bitsandbytes",
     "lion_": "bitsandbytes", "paged_": "bitsandbytes", "rmsprop_bnb": "bitsandbytes",
@@ -56,7 +57,8 @@ def check_host_settings(model: ModelConfig, args: Any) -> None:
     for flag, name in (
         ("--attn_implementation", model.attn_implementation),
         ("--model_init_kwargs", (args.model_init_kwargs or {}).get("attn_implementation")),
-        ("--teacher_model_init_kwargs", (getattr(args, "teacher_model_init_kwargs", None) or {}).get("attn_implementation")),
+        ("--teacher_model_init_kwargs", (getattr(args, "teacher_model_init_kwargs",
+        None) or {}).get("attn_implementation")),
     ):  # fmt: skip
         if isinstance(name, str):
             _check_attention(flag, name)
@@ -124,7 +126,8 @@ def _check_quantization(model: ModelConfig) -> None:
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model, name) and not model.use_peft:
             raise ConfigError(
-                f"--{name} true: quantised weights cannot be trained. Add --use_peft true, which trains adapters on them."
+                f"--{name} true: quantised weights cannot be trained. Add --use_peft true, "
+                "which trains adapters on them."
             )
 
 
@@ -143,7 +146,8 @@ def _check_attention(flag: str, name: str) -> None:
     if "/" in bare:
         if not optional.is_available("kernels"):
             raise MissingDependencyError(
-                f"{flag} {name} is a kernel of the Hub, which needs the package 'kernels'. Install it with: pip install "
+                f"{flag} {name} is a kernel of the Hub, which needs the package 'kernels'. "
+                "Install it with: pip install "
                 "'kernels'"
             )
         return
@@ -190,7 +194,8 @@ def _check_generation(args: Any) -> None:
     if args.use_vllm or not extra:
         return
     settings = {
-        "max_new_tokens": args.max_completion_length, "do_sample": True, "temperature": args.temperature, "top_p": args.top_p,
+        "max_new_tokens": args.max_completion_length, "do_sample": True, "temperature": args.temperature,
+        "top_p": args.top_p,
         "top_k": args.top_k, "min_p": args.min_p, "repetition_penalty": args.repetition_penalty,
     } | dict(extra)  # fmt: skip
     try:

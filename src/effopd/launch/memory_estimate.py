@@ -1,4 +1,6 @@
-"""The memory of a run per rank, from its settings: parts by what they are for, and the most that is there at once."""
+"""The memory of a run per rank, from its settings: parts by what they are for, and the most that is
+there at once.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 
 #: Tokens of a prompt where none was measured and no limit is set.
 _ASSUMED_PROMPT = 512
 _DTYPE_BYTES = {"float32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16}
-#: What an allocator holds beyond what is asked for; real runs took up to 9 % more (benchmarks/memory_estimate.py).
+#: What an allocator holds beyond what is asked for; real runs took up to 9 % more
+#: (benchmarks/memory_estimate.py).
 _ALLOCATOR = 1.12
 #: Bytes of a quantised weight, with its scales.
 _QUANTISED = {"load_in_4bit": 0.56, "load_in_8bit": 1.06}
@@ -37,7 +40,8 @@ class MemoryEstimate:
         columns: bytes by what they are for; not all of them are there at once.
         peaks: the most that is there at once.
         prompts: which prompt length was counted with, in words.
-        complete: whether the student's configuration was at hand, without which a step's own memory is not known.
+        complete: whether the student's configuration was at hand, without which a step's own memory
+            is not known.
     """
 
     columns: list[dict[str, int]]
@@ -141,8 +145,8 @@ def _weight_bytes(init: Mapping[str, Any]) -> int:
 
 
 def _adapter(settings: RunSettings, student: ModelSize) -> tuple[Any, int | None]:
-    """PEFT's configuration and how many parameters it trains: a hundredth, where the model is not at hand; (None, None)
-    where all are trained."""
+    """PEFT's configuration and how many parameters it trains: a hundredth, where the model is not
+    at hand; (None, None) where all are trained."""
     config = adapter_config(settings.model)
     if config is None:
         return None, None

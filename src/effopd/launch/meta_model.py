@@ -1,6 +1,8 @@
-"""A model's class, shapes and limits, from its configuration alone: built on the meta device, without weights or memory.
+"""A model's class, shapes and limits, from its configuration alone: built on the meta device,
+without weights or memory.
 
-The class is the one that TRL loads: the first of the configuration's `architectures`, else a causal language model.
+The class is the one that TRL loads: the first of the configuration's `architectures`, else a causal
+language model.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ logger = logging.getLogger(__name__)
 
 #: Where configurations say how many positions there are.
 _LIMITS = (
-    "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "max_seq_length", "seq_length", "n_ctx",
-)  # fmt: skip
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "max_seq_length",
+    "seq_length",
+    "n_ctx",
+)
 #: Tables of absolute positions, by the names that models give them.
 _TABLE = re.compile(r"(?:^|[._])(?:wpe|embed_positions|pos_encoding|positions?_embed\w*|pos_emb\w*)(?:[._]|$)")
 _NOT_OF_TEXT = re.compile(r"vision|visual|image|audio|patch|encoder\.embeddings")
@@ -39,7 +47,8 @@ def read_config(flag: str, name: str, init: Mapping[str, Any] | None = None, **l
 
     Raises:
         CompatibilityError: it cannot be read.
-        ConfigError: a loading argument is neither one of `from_pretrained` nor a setting of the configuration.
+        ConfigError: a loading argument is neither one of `from_pretrained` nor a setting of the
+            configuration.
     """
     with reading(flag, name):
         config = AutoConfig.from_pretrained(name, **load)
@@ -61,7 +70,8 @@ def meta_model(flag: str, name: str, init: Mapping[str, Any] | None = None, **lo
         load: passed to `AutoConfig.from_pretrained`.
 
     Raises:
-        CompatibilityError: its configuration cannot be read, or it generates no text with a head of its own.
+        CompatibilityError: its configuration cannot be read, or it generates no text with a head of
+            its own.
         ConfigError, MissingDependencyError: an attention implementation that it does not have.
     """
     return model_of(flag, name, read_config(flag, name, init, **load), (init or {}).get("attn_implementation"))
@@ -103,7 +113,8 @@ def _class_of(flag: str, name: str, config: Any) -> Any:
         if getattr(config, "auto_map", None):
             return None
         raise CompatibilityError(
-            f"{flag} {name!r} is a {architectures[0]}, which this transformers ({transformers.__version__}) does not have."
+            f"{flag} {name!r} is a {architectures[0]}, which this transformers "
+            f"({transformers.__version__}) does not have."
         )
     if getattr(config, "is_encoder_decoder", False) or not kind.can_generate():
         raise CompatibilityError(
@@ -113,7 +124,9 @@ def _class_of(flag: str, name: str, config: Any) -> Any:
 
 
 def positions(model: PreTrainedModel) -> tuple[int | None, bool]:
-    """(how many positions a model has, whether it cannot go beyond them: a table of absolute positions)."""
+    """(how many positions a model has, whether it cannot go beyond them: a table of absolute
+    positions).
+    """
     text = model.config.get_text_config()
     declared = next((int(value) for name in _LIMITS if isinstance(value := getattr(text, name, None), int)), None)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
@@ -158,14 +171,15 @@ def check_positions(flag: str, name: str, model: PreTrainedModel, prompt: int, a
         setting: the flag that says how long an answer is.
 
     Raises:
-        ConfigError: they do not, and the model has a table of positions. Where positions are computed (RoPE, …) it is a
-            warning.
+        ConfigError: they do not, and the model has a table of positions. Where positions are
+            computed (RoPE, …) it is a warning.
     """
     limit, table = positions(model)
     if limit is None or prompt + answer <= limit:
         return
     text = (
-        f"{flag} {name!r} has {limit} positions, but the longest prompt has {prompt} tokens and an answer up to {answer}, "
+        f"{flag} {name!r} has {limit} positions, but the longest prompt has {prompt} tokens "
+        f"and an answer up to {answer}, "
         f"together {prompt + answer}."
     )
     fix = f"Set {setting} to {limit - prompt} or less" if prompt < limit else "Shorten the prompts"

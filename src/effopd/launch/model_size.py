@@ -1,4 +1,6 @@
-"""How many parameters a model has, from its configuration or its name: nothing is loaded or downloaded."""
+"""How many parameters a model has, from its configuration or its name: nothing is loaded or
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class ModelSize:
     config: Any = field(default=None, repr=False, compare=False)
 
     def selected(self, rule: str) -> int:
-        """How many parameters the look-ahead's `parameters` rule moves; all, if their names are not known.
+        """How many parameters the look-ahead's `parameters` rule moves; all, if their names are not
+        known.
 
         Raises:
             ConfigError: it moves none, or none of one kind of block.
@@ -47,7 +50,8 @@ class ModelSize:
 
 
 def model_size(name: str, **load: Any) -> ModelSize | None:
-    """Size of a model folder or of a Hub id in the local cache, else what its name says (…-1.7B-…), else `None`.
+    """Size of a model folder or of a Hub id in the local cache, else what its name says (…-1.7B-…),
+    else `None`.
 
     Never goes to the network.
     """

@@ -1,12 +1,14 @@
-"""Memory of the model states of a run: weights, gradients, optimizer moments, the look-ahead's anchor, the teacher.
+"""Memory of the model states of a run: weights, gradients, optimizer moments, the look-ahead's
+anchor, the teacher.
 
-Every number is bytes on one rank, from the sizes of the models alone. fp32 masters as TRL loads them; N ranks; P parameters
-of the student, R of them trained, M of them moved by the look-ahead, T of the teacher:
+Every number is bytes on one rank, from the sizes of the models alone. fp32 masters as TRL loads
+them; N ranks; P parameters of the student, R of them trained, M of them moved by the look-ahead, T
+of the teacher:
 
-    weights 4P, gradients 4R, optimizer 8R (AdamW), anchor 4M, candidate 4M (during a search): each / N under FSDP2, whole
-    under DDP
-    teacher (and reference): its dtype × T, whole on every rank, as TRL and accelerate place it
-    gathered: under FSDP2 two layers at a time in the compute dtype, 2 · 2 · P / layers
+    weights 4P, gradients 4R, optimizer 8R (AdamW), anchor 4M, candidate 4M (during a search): each
+    / N under FSDP2, whole under DDP teacher (and reference): its dtype × T, whole on every rank, as
+    TRL and accelerate place it gathered: under FSDP2 two layers at a time in the compute dtype, 2 ·
+    2 · P / layers
 
 `step_memory` has what a step works with beside these, and `memory_estimate` the sum.
 """
@@ -19,13 +21,35 @@ from effopd.launch.model_size import ModelSize
 
 FP32, BF16 = 4, 2
 
-#: Bytes of optimizer state per trained parameter, by the start of `--optim`; the longest start that fits counts.
+#: Bytes of optimizer state per trained parameter, by the start of `--optim`; the longest start that
+#: fits counts.
 _OPTIMIZER_STATES = {
-    "adamw": 8.0, "paged_adamw": 8.0, "ademamix": 12.0, "paged_ademamix": 12.0, "adafactor": 0.1, "sgd": 0.0, "adagrad": 4.0,
-    "rmsprop": 4.0, "lion": 4.0, "paged_lion": 4.0, "lomo": 0.0, "adalomo": 0.1, "adamw_torch_8bit": 2.0, "adamw_torch_4bit": 1.0,
-    "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0, "ademamix_8bit": 3.0, "paged_ademamix_8bit": 3.0, "paged_adamw_8bit": 2.0,
-    "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "rmsprop_bnb_8bit": 1.0, "galore": 2.0, "apollo": 2.0, "schedule_free_sgd": 4.0,
-}  # fmt: skip
+    "adamw": 8.0,
+    "paged_adamw": 8.0,
+    "ademamix": 12.0,
+    "paged_ademamix": 12.0,
+    "adafactor": 0.1,
+    "sgd": 0.0,
+    "adagrad": 4.0,
+    "rmsprop": 4.0,
+    "lion": 4.0,
+    "paged_lion": 4.0,
+    "lomo": 0.0,
+    "adalomo": 0.1,
+    "adamw_torch_8bit": 2.0,
+    "adamw_torch_4bit": 1.0,
+    "adamw_bnb_8bit": 2.0,
+    "adamw_8bit": 2.0,
+    "ademamix_8bit": 3.0,
+    "paged_ademamix_8bit": 3.0,
+    "paged_adamw_8bit": 2.0,
+    "lion_8bit": 1.0,
+    "paged_lion_8bit": 1.0,
+    "rmsprop_bnb_8bit": 1.0,
+    "galore": 2.0,
+    "apollo": 2.0,
+    "schedule_free_sgd": 4.0,
+}
 
 
 def optimizer_state_bytes(optim: str) -> float:

@@ -1,4 +1,6 @@
-"""From settings to a finished run: checks → trainer → train. `effopd train` and `effopd quickstart` both come here."""
+"""From settings to a finished run: checks → trainer → train. `effopd train` and `effopd quickstart`
+both come here.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,12 @@ class RunSettings:
 
 
 def build_trainer(settings: RunSettings) -> OPDTrainer:
-    """Check everything that can be checked cheaply and load the models; `config.yaml` is written when training starts.
+    """Check everything that can be checked cheaply and load the models; `config.yaml` is written
+    when training starts.
 
     Raises:
-        EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
+        EffOPDError: a subclass that says what does not fit; nothing has been written or trained
+            then.
     """
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
@@ -97,12 +101,13 @@ def check_settings(settings: RunSettings) -> None:
 
 
 def check_models_of(settings: RunSettings) -> list[NamedModel]:
-    """Student, teacher and reference on the meta device, the student first; the adapter's names are the student's.
+    """Student, teacher and reference on the meta device, the student first; the adapter's names are
+    the student's.
 
     Raises:
         CompatibilityError: a model that cannot be read or distilled.
-        ConfigError: loading arguments, an attention implementation or adapter names that a model does not have, or look-ahead
-            `parameters` that match nothing of the student.
+        ConfigError: loading arguments, an attention implementation or adapter names that a model
+            does not have, or look-ahead `parameters` that match nothing of the student.
     """
     model, opd = settings.model, settings.opd
     student, other = loading_arguments(model, opd)

@@ -1,4 +1,5 @@
-"""Checks that take seconds, before work that takes hours: do these models, this tokenizer and this task fit?
+"""Checks that take seconds, before work that takes hours: do these models, this tokenizer and this
+task fit?
 
 Reads configurations and tokenizers only; no weights are loaded.
 """
@@ -46,7 +47,8 @@ def check_model_name(flag: str, name: str | None) -> None:
 
 
 def load_tokenizer(student: str, **load: Any) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, set up for training. One without an end token gets the model's: the host fills rows with it.
+    """The student's tokenizer, set up for training. One without an end token gets the model's: the
+    host fills rows with it.
 
     Raises:
         CompatibilityError: it cannot be read.
@@ -66,7 +68,8 @@ def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase,
         load: passed to every `from_pretrained` (e.g. `trust_remote_code`).
 
     Raises:
-        CompatibilityError: the tokenizers differ, no end token is shared, or a model has too few vocabulary rows.
+        CompatibilityError: the tokenizers differ, no end token is shared, or a model has too few
+            vocabulary rows.
     """
     configs = {}
     for role, name in (("student", student), ("teacher", teacher)):
@@ -139,7 +142,8 @@ def _check_end_tokens(student: str, teacher: str, tokenizer: PreTrainedTokenizer
 def check_task(
     task: Task, tokenizer: PreTrainedTokenizerBase | None, max_prompt_length: int | None, **template: Any
 ) -> int | None:
-    """Prompt lengths and, where there are answers, the verifier on known-right and known-wrong answers.
+    """Prompt lengths and, where there are answers, the verifier on known-right and known-wrong
+    answers.
 
     Args:
         tokenizer: the student's; `None` where it is not at hand: lengths are not measured then.
@@ -148,8 +152,8 @@ def check_task(
         The longest prompt, in tokens, if it was measured.
 
     Raises:
-        TaskError: no examples, a prompt that is too long, no chat template for chat prompts, or a verifier that does
-            not tell right from wrong.
+        TaskError: no examples, a prompt that is too long, no chat template for chat prompts, or a
+            verifier that does not tell right from wrong.
     """
     if not task.examples:
         raise TaskError(f"task '{task.name}' has no examples: expected at least one prompt.")
@@ -195,8 +199,10 @@ def check_disk(
     if rest > free:
         present = held.checkpoints + held.models
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.1f} GB free but {checkpoints} checkpoints of {each / 1e9:.1f} GB (one of them being "
+            f"{folder} has {free / 1e9:.1f} GB free but {checkpoints} checkpoints of "
+            f"{each / 1e9:.1f} GB (one of them being "
             f"written) and {models} times the model, {model / 1e9:.1f} GB, take {(rest + present) / 1e9:.1f} GB"
             + (f", of which {present / 1e9:.1f} GB are there" if present else "")
-            + ". Lower --save_total_limit, raise --save_steps, keep less of --trajectory, or choose another --output_dir."
+            + ". Lower --save_total_limit, raise --save_steps, keep less of --trajectory, or "
+            "choose another --output_dir."
         )

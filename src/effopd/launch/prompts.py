@@ -9,7 +9,9 @@ from effopd.tasks import Task, TaskConfig, load_task
 
 
 class Prompts(NamedTuple):
-    """Training and held-out prompts, and the longest of both in tokens, if a tokenizer measured them."""
+    """Training and held-out prompts, and the longest of both in tokens, if a tokenizer measured
+    them.
+    """
 
     train: Task
     held_out: Task | None

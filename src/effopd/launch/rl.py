@@ -1,4 +1,6 @@
-"""From settings to a finished reinforcement-learning run; the counterpart of `opd.py` for `effopd rl`."""
+"""From settings to a finished reinforcement-learning run; the counterpart of `opd.py` for `effopd
+rl`.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,12 @@ class RLRunSettings:
 
 
 def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
-    """Check everything that can be checked cheaply and load the model; `config.yaml` is written when training starts.
+    """Check everything that can be checked cheaply and load the model; `config.yaml` is written
+    when training starts.
 
     Raises:
-        EffOPDError: a subclass that says what does not fit; nothing has been written or trained then.
+        EffOPDError: a subclass that says what does not fit; nothing has been written or trained
+            then.
     """
     model, task, rl = settings.model, settings.task, settings.rl
     name = model.model_name_or_path

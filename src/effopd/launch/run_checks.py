@@ -1,4 +1,6 @@
-"""What distillation and RL runs check alike before anything is loaded: packages, folders, the checkpoint to resume, disk."""
+"""What distillation and RL runs check alike before anything is loaded: packages, folders, the
+checkpoint to resume, disk.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from effopd.runs.run_dir import RunDir, in_trajectory, step_of_checkpoint
 
 
 def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) -> None:
-    """Model names, by the flags they are given with, packages, and the folder or checkpoint that a run starts from."""
+    """Model names, by the flags they are given with, packages, and the folder or checkpoint that a
+    run starts from.
+    """
     for flag, name in names.items():
         check_model_name(flag, name)
         check_whole_model(flag, str(name))
@@ -53,7 +57,8 @@ def resume_argument(opd: Any) -> str | bool | None:
 def check_space(
     model: ModelConfig, args: Any, models: Sequence[NamedModel], prompts: int, batch: int, *, effopd: bool
 ) -> None:
-    """Refuse a run whose checkpoints and trajectory will not fit on the disk. Adapters are small: they are not counted.
+    """Refuse a run whose checkpoints and trajectory will not fit on the disk. Adapters are small:
+    they are not counted.
 
     Raises:
         CheckpointError: less is free than a full set takes, without what the run has there already.

@@ -64,8 +64,8 @@ def tokenizer_of(model: ModelConfig, others: Sequence[str], args: Any) -> Any:
 
 
 def loading_arguments(model: ModelConfig, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Loading arguments of the student and of the frozen models. TRL's command line does the same: model flags become
-    loading arguments, explicit ones win."""
+    """Loading arguments of the student and of the frozen models. TRL's command line does the same:
+    model flags become loading arguments, explicit ones win."""
     common = {"attn_implementation": model.attn_implementation, "trust_remote_code": args.trust_remote_code}
     common |= {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
     student = common | {"revision": model.model_revision} | dict(args.model_init_kwargs or {})

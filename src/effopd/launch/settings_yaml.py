@@ -13,16 +13,16 @@ from effopd.common.versions import versions
 from effopd.distill.trl_host.state import accelerate_undisturbed
 from effopd.tasks import TaskConfig
 
-#: Always written, even at their defaults: the settings that readers look for first, and those whose defaults depend on the
-#: machine.
+#: Always written, even at their defaults: the settings that readers look for first, and those whose
+#: defaults depend on the machine.
 _ALWAYS = ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length", "bf16", "fp16")
 
 
 def settings_yaml(
     model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any], preset: Collection[str] = ()
 ) -> str:
-    """Every setting that is not a default, all of ours, what depends on the machine or on a preset, and the versions of the
-    libraries as comments."""
+    """Every setting that is not a default, all of ours, what depends on the machine or on a preset,
+    and the versions of the libraries as comments."""
     with accelerate_undisturbed():
         default = type(args)(output_dir=args.output_dir)
     values = differing(model, ModelConfig()) | plain(task)
@@ -45,7 +45,9 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def differing(config: Any, default: Any) -> dict[str, Any]:
-    """Fields whose value is not the default's; enums as their value, nested configs as dictionaries."""
+    """Fields whose value is not the default's; enums as their value, nested configs as
+    dictionaries.
+    """
     result = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,13 +1,16 @@
-"""Memory that a step takes beside weights, gradients and moments: sampling, activations, loss, evaluation.
+"""Memory that a step takes beside weights, gradients and moments: sampling, activations, loss,
+evaluation.
 
-Activations are counted rather than guessed: the model is built with fake tensors, which have shapes but no memory, and one
-forward is run with hooks that add up what autograd saves. So attention scores, MLP widths, adapters and autocast are those
-of the model. Where fake tensors cannot be run (data-dependent experts), 6 hidden states, 6 attention widths and 4 MLP
-widths per token and layer are assumed, what a Llama layer saves.
+Activations are counted rather than guessed: the model is built with fake tensors, which have shapes
+but no memory, and one forward is run with hooks that add up what autograd saves. So attention
+scores, MLP widths, adapters and autocast are those of the model. Where fake tensors cannot be run
+(data-dependent experts), 6 hidden states, 6 attention widths and 4 MLP widths per token and layer
+are assumed, what a Llama layer saves.
 
 With B sequences of L tokens, of which T are the answer, N = B·T, V vocabulary, H hidden:
 
-    activations  what one forward saves; with checkpointing a hidden state per layer and one layer's share
+    activations  what one forward saves; with checkpointing a hidden state per layer and one layer's
+    share
     loss         tiles of min(N, 4096) × min(V, 32768) logits in fp32: 11 of them without Triton, 3 with; head's gradient 4VH
     sampling     key and value of every position, and six copies of the [B, V] logits in fp32
     health       eight copies of [tokens, V] logits in fp32
@@ -165,7 +168,9 @@ class StepMemory:
     health: int
 
     def peak(self, gradients: int, accumulates: bool) -> int:
-        """The most that is there at once beside weights, moments and teacher, gradients included."""
+        """The most that is there at once beside weights, moments and teacher, gradients
+        included.
+        """
         update = self.activations + self.loss + gradients * accumulates
         return max(self.sampling, update, self.activations // 8 + gradients + self.health, self.evaluation)
 

@@ -1,4 +1,6 @@
-"""The models of a run are what loss, scores and sampler take them for; measured on a few tokens, before training."""
+"""The models of a run are what loss, scores and sampler take them for; measured on a few tokens,
+before training.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from effopd.models.sampler_check import Batching, batching, check_sampler, remem
 
 
 def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) -> None:
-    """Logits of student and others follow from their hidden states, and `generate` samples from those of the student.
+    """Logits of student and others follow from their hidden states, and `generate` samples from
+    those of the student.
 
-    The first rank measures for all. Models whose weights are sharded or elsewhere by now are measured at their first
-    forward, which all ranks make together (their sampler is not).
+    The first rank measures for all. Models whose weights are sharded or elsewhere by now are
+    measured at their first forward, which all ranks make together (their sampler is not).
 
     Args:
         others: role → model, or `None` where the run has none.

@@ -1,9 +1,10 @@
-"""Models and tokenizers from a folder or the Hub. Whatever is wrong with the files becomes one typed error.
+"""Models and tokenizers from a folder or the Hub. Whatever is wrong with the files becomes one
+typed error.
 
-transformers reports a damaged folder with many types: OSError, ValueError, KeyError, RuntimeError, safetensors' own. Here all
-of them are a `CompatibilityError` that names the flag, the folder and what to do. Two faults that transformers lets pass are
-errors, too: weights that lack tensors (it fills them with random numbers), and a folder without a tokenizer (it makes up an
-empty one).
+transformers reports a damaged folder with many types: OSError, ValueError, KeyError, RuntimeError,
+safetensors' own. Here all of them are a `CompatibilityError` that names the flag, the folder and
+what to do. Two faults that transformers lets pass are errors, too: weights that lack tensors (it
+fills them with random numbers), and a folder without a tokenizer (it makes up an empty one).
 """
 
 from __future__ import annotations
@@ -30,9 +31,16 @@ from effopd.models.folders import MODEL_CONFIG, adapter_base, check_model_folder
 
 #: A folder with a tokenizer has at least one of these.
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
-    "sentencepiece.bpe.model", "vocab.model",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+    "vocab.model",
+)
 
 
 @contextmanager
@@ -75,7 +83,8 @@ def load_tokenizer(flag: str, name: str, **load: Any) -> PreTrainedTokenizerBase
             if not Path(source).is_dir():
                 cached_file(source, MODEL_CONFIG)  # says so where the name itself is nothing
             raise CompatibilityError(
-                f"{flag} {source!r} has no tokenizer: expected tokenizer.json or tokenizer_config.json beside the weights. "
+                f"{flag} {source!r} has no tokenizer: expected tokenizer.json or "
+                "tokenizer_config.json beside the weights. "
                 "Copy the tokenizer's files of the model it was trained from into it: "
                 "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
             )
@@ -83,7 +92,8 @@ def load_tokenizer(flag: str, name: str, **load: Any) -> PreTrainedTokenizerBase
 
 
 def load_model(flag: str, name: str, **load: Any) -> PreTrainedModel:
-    """A causal language model with all of its weights, an adapter's on top of its base's, on the accelerator if there is one.
+    """A causal language model with all of its weights, an adapter's on top of its base's, on the
+    accelerator if there is one.
 
     Args:
         load: keyword arguments of `from_pretrained`.
@@ -98,14 +108,17 @@ def load_model(flag: str, name: str, **load: Any) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         raise CompatibilityError(
             f"{flag} {name!r}: the weights lack {len(missing)} tensors of {type(model).__name__}, e.g. "
-            f"{', '.join(missing[:3])}: expected all of them. The files are those of another architecture, or incomplete."
+            f"{', '.join(missing[:3])}: expected all of them. The files are those of another "
+            "architecture, or incomplete."
         )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return model.eval() if accelerator is None else model.eval().to(accelerator)
 
 
 def _class_of(name: str, load: dict[str, Any]) -> Any:
-    """What loads a model: a causal language model, or a vision-language one that generates text, as training does."""
+    """What loads a model: a causal language model, or a vision-language one that generates text, as
+    training does.
+    """
     if adapter_base("", name) is None:
         config = AutoConfig.from_pretrained(name, **{k: v for k, v in load.items() if k != "dtype"})
         kind = getattr(transformers, (config.architectures or [""])[0], None)
@@ -116,14 +129,16 @@ def _class_of(name: str, load: dict[str, Any]) -> Any:
 
 
 def check_dtype(value: str) -> None:
-    """Raises `ConfigError` unless `value` is `auto` or the name of one of torch's floating-point types."""
+    """Raises `ConfigError` unless `value` is `auto` or the name of one of torch's floating-point
+    types.
+    """
     if value != "auto" and not getattr(getattr(torch, value, None), "is_floating_point", False):
         raise ConfigError(f"--dtype: expected auto, float32, bfloat16 or float16, got {value!r}.")
 
 
 def absolute_base(model: Any) -> None:
-    """Adapters of `model` that were made on a local folder name it by its absolute path from now on, so that their
-    `adapter_config.json` is read right from any working directory."""
+    """Adapters of `model` that were made on a local folder name it by its absolute path from now
+    on, so that their `adapter_config.json` is read right from any working directory."""
     for config in (getattr(model, "peft_config", None) or {}).values():
         base = getattr(config, "base_model_name_or_path", None)
         if base and Path(base).is_dir():

@@ -1,4 +1,6 @@
-"""Folders of models and adapters: what is wrong with one, before anything is loaded. Only JSON and headers are read."""
+"""Folders of models and adapters: what is wrong with one, before anything is loaded. Only JSON and
+headers are read.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,12 @@ _QUOTED = 300
 
 
 def check_model_folder(flag: str, name: str) -> None:
-    """Refuse a name that exists and is no model folder, and an adapter whose base is not there. Only JSON is read.
+    """Refuse a name that exists and is no model folder, and an adapter whose base is not there.
+    Only JSON is read.
 
     Raises:
-        CompatibilityError: a file, a folder without `config.json`, one whose `config.json` is no configuration, or an adapter
-            that names a missing base.
+        CompatibilityError: a file, a folder without `config.json`, one whose `config.json` is no
+            configuration, or an adapter that names a missing base.
         MissingDependencyError: an adapter, and peft is not installed.
     """
     path = Path(name)
@@ -55,12 +58,14 @@ def check_model_folder(flag: str, name: str) -> None:
         )
     if not isinstance(_json(flag, config).get("model_type", None), str) and not _json(flag, config).get("auto_map"):
         raise CompatibilityError(
-            f"{flag} {name!r}: {config} has no model_type: expected a model's configuration, as save_pretrained writes it."
+            f"{flag} {name!r}: {config} has no model_type: expected a model's configuration, "
+            "as save_pretrained writes it."
         )
 
 
 def adapter_base(flag: str, name: str) -> str | None:
-    """The base that an adapter folder names, "" if it names none; `None` if `name` is no adapter folder.
+    """The base that an adapter folder names, "" if it names none; `None` if `name` is no adapter
+    folder.
 
     Raises:
         CompatibilityError: its `adapter_config.json` cannot be read.
@@ -80,18 +85,20 @@ def refuse_adapter(flag: str, name: str | None) -> None:
 
 
 def check_whole_model(flag: str, name: str) -> None:
-    """Refuse a folder that training could not start from, before anything is loaded: configuration, and the headers of its
-    safetensors files. A Hub id passes.
+    """Refuse a folder that training could not start from, before anything is loaded: configuration,
+    and the headers of its safetensors files. A Hub id passes.
 
     Raises:
-        CompatibilityError: no model folder, an adapter, or weights that are missing, cut short or damaged.
+        CompatibilityError: no model folder, an adapter, or weights that are missing, cut short or
+            damaged.
     """
     refuse_adapter(flag, name)
     check_model_folder(flag, name)
     path = Path(name)
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in _WEIGHT_FILES):
         raise CompatibilityError(
-            f"{flag} {name!r} holds no weights: expected *.safetensors (or pytorch_model*.bin) beside its {MODEL_CONFIG}."
+            f"{flag} {name!r} holds no weights: expected *.safetensors (or "
+            f"pytorch_model*.bin) beside its {MODEL_CONFIG}."
             f"{_gguf(path.glob('*.gguf'))}"
         )
     index, whole = path / INDEX, path / WEIGHTS
@@ -104,7 +111,8 @@ def check_whole_model(flag: str, name: str) -> None:
                 pass
     except Exception as error:  # safetensors' own, OSError, KeyError
         raise CompatibilityError(
-            f"{flag} {name!r}: its weights cannot be read: {quoted(error)}. Expected whole safetensors files; copy them again."
+            f"{flag} {name!r}: its weights cannot be read: {quoted(error)}. Expected whole "
+            "safetensors files; copy them again."
         ) from error
 
 
@@ -124,7 +132,8 @@ def hint(name: str, error: Exception) -> str:
         return f" {MODEL_CONFIG} and the weights are of different sizes." * sizes_differ
     if sizes_differ:
         return (
-            f" The adapter was trained on a base of other sizes than {base!r} has now; most often its embeddings had been "
+            f" The adapter was trained on a base of other sizes than {base!r} has now; most "
+            "often its embeddings had been "
             "resized. Resize the base first, save it, and name it in adapter_config.json: "
             "model.resize_token_embeddings(ROWS); model.save_pretrained(NEW_BASE)."
         )
@@ -156,15 +165,19 @@ def _missing_base(name: str, base: str) -> str:
     if not base:
         return f" {where} names no base model: write its absolute path or Hub id there, as base_model_name_or_path."
     return (
-        f" It is an adapter, and {where} names {base!r} as its base (base_model_name_or_path), which is neither a folder "
-        f"(looked in {Path.cwd()}) nor a model that could be loaded from the Hub. Write the base's absolute path or Hub id there."
+        f" It is an adapter, and {where} names {base!r} as its base "
+        "(base_model_name_or_path), which is neither a folder "
+        f"(looked in {Path.cwd()}) nor a model that could be loaded from the Hub. Write the "
+        "base's absolute path or Hub id there."
     )
 
 
 def _merge(base: str) -> str:
     return (
-        f" is an adapter of {base or 'a base that its adapter_config.json does not name'!r}: expected a whole model. Merge the "
-        "two first: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(NEW); copy the tokenizer's files "
+        f" is an adapter of {base or 'a base that its adapter_config.json does not name'!r}: "
+        "expected a whole model. Merge the "
+        "two first: PeftModel.from_pretrained(base, "
+        "ADAPTER).merge_and_unload().save_pretrained(NEW); copy the tokenizer's files "
         "into NEW, and name that folder."
     )
 
@@ -176,7 +189,9 @@ def _gguf(paths: Any) -> str:
 
 
 def _nearby(folder: Path) -> str:
-    """The newest model inside a folder that is none itself, such as a run that was stopped before its end."""
+    """The newest model inside a folder that is none itself, such as a run that was stopped before
+    its end.
+    """
     inside = sorted(file.parent for file in folder.glob(f"checkpoints/*/{MODEL_CONFIG}"))
     inside += sorted(file.parent for file in folder.glob(f"checkpoints/*/{ADAPTER}"))
     inside = inside or sorted(file.parent for file in folder.glob(f"*/{MODEL_CONFIG}"))

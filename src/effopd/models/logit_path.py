@@ -1,14 +1,18 @@
-"""From tokens to logits: what a causal LM's own forward computes, in the two pieces that losses and scores need.
+"""From tokens to logits: what a causal LM's own forward computes, in the two pieces that losses and
+scores need.
 
     h = hidden_states(model, ids, mask)                    [B, L, H], the input of the output layer
-    logits = softcap · tanh(scale · (h Wᵀ + b) / softcap)  [B, L, V]; without a soft cap scale · (h Wᵀ + b)
+    logits = softcap · tanh(scale · (h Wᵀ + b) / softcap)  [B, L, V]; without a soft cap scale · (h
+    Wᵀ + b)
 
-`scale`, `softcap` and where h is taken are measured on the model, once, not read from its configuration: families name
-these fields differently, and some (ModernBERT's decoder) have layers between backbone and output layer. The same
-measurement refuses a model whose logits have another form, or depend on later tokens.
+`scale`, `softcap` and where h is taken are measured on the model, once, not read from its
+configuration: families name these fields differently, and some (ModernBERT's decoder) have layers
+between backbone and output layer. The same measurement refuses a model whose logits have another
+form, or depend on later tokens.
 
-Batches of unequal length are right-padded: a causal model then gives every row what it gives the row alone, whatever its
-positions are (a table, rotary, none) and whether or not it reads the padding mask (recurrent models).
+Batches of unequal length are right-padded: a causal model then gives every row what it gives the
+row alone, whatever its positions are (a table, rotary, none) and whether or not it reads the
+padding mask (recurrent models).
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ class LogitPath:
     Attributes:
         scale: factor on the output layer's result.
         softcap: c of c · tanh(x / c), `None` without one.
-        inner: h is what the output layer is given; the backbone's last hidden states are something else.
+        inner: h is what the output layer is given; the backbone's last hidden states are something
+            else.
         error: largest |Δ log p| between the model's own logits and these, in nats.
     """
 
@@ -59,15 +64,17 @@ _PATHS: WeakKeyDictionary[nn.Module, LogitPath] = WeakKeyDictionary()
 
 
 def core_of(model: Any) -> PreTrainedModel:
-    """The causal LM itself, without the wrappers of torch.compile and PEFT (adapters stay active, they live in layers)."""
+    """The causal LM itself, without the wrappers of torch.compile and PEFT (adapters stay active,
+    they live in layers).
+    """
     model = getattr(model, "_orig_mod", model)
     model = model.base_model.model if is_peft_model(model) else model
     return getattr(model, "_orig_mod", model)
 
 
 def logit_path(model: Any) -> LogitPath:
-    """How the logits of `model` are made; measured at the first call (under FSDP2 every rank must make it, within the
-    model's forward).
+    """How the logits of `model` are made; measured at the first call (under FSDP2 every rank must
+    make it, within the model's forward).
 
     Raises:
         CompatibilityError: the logits have another form, or depend on later tokens.
@@ -92,7 +99,7 @@ def is_whole(model: Any) -> bool:
     )
 
 
-# -- forwards ---------------------------------------------------------------------------------------------------------
+# -- forwards --------------------------------------------------------------------------------------
 
 
 def hidden_states(model: Any, input_ids_BL: Tensor, mask_BL: Tensor, **multimodal: Any) -> Tensor:
@@ -109,10 +116,12 @@ def hidden_states(model: Any, input_ids_BL: Tensor, mask_BL: Tensor, **multimoda
 def completion_hidden_states(
     model: Any, input_ids_BL: Tensor, mask_BL: Tensor, keep: int, *, multiple_of: int | None = None, **multimodal: Any
 ) -> Tensor:
-    """The hidden states [B, keep, H] that predict the last `keep` tokens of each row, wherever rows are padded.
+    """The hidden states [B, keep, H] that predict the last `keep` tokens of each row, wherever rows
+    are padded.
 
-    Rows are shifted to the left for the forward; without padding on the left that is nothing. Where there is padding among
-    the last `keep` tokens, the result is some hidden state of the row, to be masked.
+    Rows are shifted to the left for the forward; without padding on the left that is nothing. Where
+    there is padding among the last `keep` tokens, the result is some hidden state of the row, to be
+    masked.
 
     Args:
         multiple_of: round the width of the forward up to a multiple.
@@ -143,7 +152,9 @@ def _hidden(core: PreTrainedModel, inner: bool, ids_BL: Tensor, mask_BL: Tensor,
 
 
 def _accepted(forward: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
-    """`inputs` without what `forward` has no parameter for (some have no `use_cache`, some read no mask)."""
+    """`inputs` without what `forward` has no parameter for (some have no `use_cache`, some read no
+    mask).
+    """
     parameters = inspect.signature(forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return inputs
@@ -152,7 +163,9 @@ def _accepted(forward: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 class _OutputLayer:
-    """The output layer of a model, and forwards of the model that look into it or stand in for it."""
+    """The output layer of a model, and forwards of the model that look into it or stand in for
+    it.
+    """
 
     def __init__(self, core: PreTrainedModel):
         self._core, self.layer = core, core.get_output_embeddings()
@@ -160,13 +173,15 @@ class _OutputLayer:
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
             kind = "none" if self.layer is None else f"{type(self.layer).__name__}"
             raise CompatibilityError(
-                f"{type(core).__name__}: expected an output layer with a floating-point weight [vocabulary, hidden], got "
+                f"{type(core).__name__}: expected an output layer with a floating-point "
+                "weight [vocabulary, hidden], got "
                 f"{kind}. Its KL cannot be computed; use another model (or do not quantise its output layer)."
             )
         adapted = hasattr(self.layer, "base_layer")  # PEFT's layers of adapters; their `weight` is the frozen one
         if adapted and any(p.requires_grad for p in self.layer.parameters()):
             raise CompatibilityError(
-                f"{type(core).__name__}: expected losses and scores to read all of the output layer, got a trainable adapter on "
+                f"{type(core).__name__}: expected losses and scores to read all of the output "
+                "layer, got a trainable adapter on "
                 "its output layer, which they leave out. Take it out of the adapter's target_modules."
             )
 
@@ -212,7 +227,8 @@ class _OutputLayer:
         if len(seen) != 1:
             raise CompatibilityError(
                 f"{type(self._core).__name__}: expected a forward that calls its output layer once, got {len(seen)} "
-                "calls. Its logits are not output layer · hidden states, so its KL cannot be computed; use another model."
+                "calls. Its logits are not output layer · hidden states, so its KL cannot be "
+                "computed; use another model."
             )
         return *seen[0], logits
 
@@ -224,7 +240,9 @@ class _OutputLayer:
 
 @contextmanager
 def at_rest(core: Any) -> Iterator[None]:
-    """Eval mode, and weights' own precision: without the autocast that accelerate has put around the forward."""
+    """Eval mode, and weights' own precision: without the autocast that accelerate has put around
+    the forward.
+    """
     wrapped, plain = vars(core).get("forward"), forward_without_autocast(core)
     if plain is not None:
         core.forward = plain
@@ -248,19 +266,22 @@ def forward_without_autocast(core: Any) -> Callable | None:
 
 @contextmanager
 def typed(core: Any, what: str) -> Iterator[None]:
-    """Whatever the model raises at `what` becomes a `CompatibilityError` that says so; running out of memory does not."""
+    """Whatever the model raises at `what` becomes a `CompatibilityError` that says so; running out
+    of memory does not.
+    """
     try:
         yield
     except (CompatibilityError, NonFiniteLossError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise CompatibilityError(
-            f"{type(core).__name__}: expected {what} to work, got {type(error).__name__}: {error} Use another model, or one "
+            f"{type(core).__name__}: expected {what} to work, got {type(error).__name__}: "
+            f"{error} Use another model, or one "
             "that transformers runs."
         ) from error
 
 
-# -- measurement ------------------------------------------------------------------------------------------------------
+# -- measurement -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -271,7 +292,8 @@ def _measured(core: PreTrainedModel) -> LogitPath:
         hidden, result, logits = layer.watched(inputs)
         if not bool(torch.isfinite(hidden).all()):
             raise NonFiniteLossError(
-                f"{type(core).__name__}: hidden states of a few tokens are not finite. Check its weights and its dtype (float16 "
+                f"{type(core).__name__}: hidden states of a few tokens are not finite. Check "
+                "its weights and its dtype (float16 "
                 "overflows where bfloat16 does not)."
             )
         scale, softcap = _after_layer(core, layer, inputs, result)
@@ -286,7 +308,8 @@ def _measured(core: PreTrainedModel) -> LogitPath:
     allowed = 1e-4 + 2 * rounding(core) * float(logits.abs().max())
     if not error <= allowed:
         raise CompatibilityError(
-            f"{type(core).__name__}: log-probabilities from output layer and hidden states differ from those of the model's "
+            f"{type(core).__name__}: log-probabilities from output layer and hidden states "
+            "differ from those of the model's "
             f"own forward by {error:.3g} nats (expected at most {allowed:.2g}). Loss and KL would be those of another "
             "model; use another one, or report its model type."
         )
@@ -309,7 +332,9 @@ def usual_tokens(core: PreTrainedModel, length: int) -> Tensor:
 
 
 def _after_layer(core: Any, layer: _OutputLayer, inputs: dict[str, Any], result: Tensor) -> tuple[float, float | None]:
-    """Scale and soft cap of what follows the output layer, from the model's answers to known results."""
+    """Scale and soft cap of what follows the output layer, from the model's answers to known
+    results.
+    """
     dtype = torch.float64 if precision.has_float64(result.device) else torch.float32
     ramp = torch.linspace(-50, 50, result.numel(), dtype=dtype, device=result.device).view(result.shape)
     ramp[..., 0] = 1.0
@@ -324,8 +349,10 @@ def _after_layer(core: Any, layer: _OutputLayer, inputs: dict[str, Any], result:
         if _same(answer, top * torch.tanh(scale * ramp / top)):
             return scale, top
     raise CompatibilityError(
-        f"{type(core).__name__}: what follows its output layer is neither a factor nor a soft cap c·tanh(x/c) (for results "
-        f"from -50 to 50 it gives logits from {float(answer.min()):.3g} to {float(answer.max()):.3g}). Loss and KL would be "
+        f"{type(core).__name__}: what follows its output layer is neither a factor nor a soft "
+        "cap c·tanh(x/c) (for results "
+        f"from -50 to 50 it gives logits from {float(answer.min()):.3g} to "
+        f"{float(answer.max()):.3g}). Loss and KL would be "
         "those of another model; use another one."
     )
 
@@ -335,7 +362,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_causal(core: PreTrainedModel, path: LogitPath, row: Tensor, hidden: Tensor) -> None:
-    """A row that is cut and padded on the right must have the hidden states that the whole row has there."""
+    """A row that is cut and padded on the right must have the hidden states that the whole row has
+    there.
+    """
     both = row.repeat(2, 1)
     mask = torch.ones_like(both)
     mask[0, SHORT:] = 0
@@ -344,8 +373,10 @@ def _check_causal(core: PreTrainedModel, path: LogitPath, row: Tensor, hidden: T
     apart = max(_apart(padded[0, :SHORT], hidden[0, :SHORT]), _apart(padded[1], hidden[0]))
     if not apart <= _noise(core):
         raise CompatibilityError(
-            f"{type(core).__name__}: predictions at a position depend on the tokens after it or on the batch (hidden states "
-            f"move by {apart:.2g} of their size). Expected a causal model, whose answers are sampled and scored with the "
+            f"{type(core).__name__}: predictions at a position depend on the tokens after it "
+            "or on the batch (hidden states "
+            f"move by {apart:.2g} of their size). Expected a causal model, whose answers are "
+            "sampled and scored with the "
             "same predictions; set `is_decoder` in its configuration where it has that, or use another model."
         )
 

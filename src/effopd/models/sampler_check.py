@@ -1,8 +1,8 @@
 """Does `generate` sample from the distributions that losses and scores are computed with?
 
-Two measurements on a few tokens, each made once per model: which prompts `generate` may be given at once, so that none
-changes another's distributions (through padding or otherwise), and whether the sampler's distributions are those of
-`logit_path`.
+Two measurements on a few tokens, each made once per model: which prompts `generate` may be given at
+once, so that none changes another's distributions (through padding or otherwise), and whether the
+sampler's distributions are those of `logit_path`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from effopd.models.logit_path import (
     usual_tokens,
 )
 
-#: What of a model's own `generation_config` stays in force: token ids and how the cache is kept; nothing that picks a token.
+#: What of a model's own `generation_config` stays in force: token ids and how the cache is kept;
+#: nothing that picks a token.
 _KEPT = (
     "bos_token_id",
     "pad_token_id",
@@ -53,11 +54,12 @@ _BATCHING: WeakKeyDictionary[nn.Module, Batching] = WeakKeyDictionary()
 
 @contextmanager
 def ignore_sampling_defaults(model: nn.Module) -> Iterator[None]:
-    """In this block `model.generate` samples by its arguments alone; the model's `generation_config` comes back after it,
-    whatever happens.
+    """In this block `model.generate` samples by its arguments alone; the model's
+    `generation_config` comes back after it, whatever happens.
 
-    Without this, `generate` takes every setting that the caller leaves at None from the model's `generation_config`, even a
-    repetition penalty in greedy decoding, and None is how many of the settings are switched off.
+    Without this, `generate` takes every setting that the caller leaves at None from the model's
+    `generation_config`, even a repetition penalty in greedy decoding, and None is how many of the
+    settings are switched off.
     """
     # an adapter around the model, or a compiled one, may hold it in another module than `model`
     holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
@@ -74,11 +76,12 @@ def ignore_sampling_defaults(model: nn.Module) -> Iterator[None]:
 
 
 def generate_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of the prompts that `generate` may be given as one batch, so that each has the predictions that it has alone.
+    """Indices of the prompts that `generate` may be given as one batch, so that each has the
+    predictions that it has alone.
 
     Raises:
-        CompatibilityError: not all of them, with weights that are sharded (ranks would make unequal numbers of forwards); or
-            `generate` fails.
+        CompatibilityError: not all of them, with weights that are sharded (ranks would make unequal
+            numbers of forwards); or `generate` fails.
     """
     whole, lengths = is_whole(model), sorted({len(ids) for ids in prompt_ids})
     if whole and len(prompt_ids) == 1:
@@ -88,7 +91,8 @@ def generate_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[lis
         return [list(range(len(prompt_ids)))]
     if not whole:
         raise CompatibilityError(
-            f"{type(core_of(model)).__name__}: prompts of unequal length change each other's predictions in a batch; with sharded "
+            f"{type(core_of(model)).__name__}: prompts of unequal length change each other's "
+            "predictions in a batch; with sharded "
             "weights expected a model that reads the padding mask. Use DDP, or another model."
         )
     if how == "single":
@@ -98,10 +102,12 @@ def generate_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[lis
 
 @torch.no_grad()
 def batching(model: Any) -> Batching:
-    """Which prompts `generate` may be given at once: a batch must give each what it gives the prompt alone.
+    """Which prompts `generate` may be given at once: a batch must give each what it gives the
+    prompt alone.
 
-    "length": left padding changes predictions (recurrent models that do not read the mask, tables of positions without
-    position ids). "single": so do other rows (RWKV's cache in transformers 5.23).
+    "length": left padding changes predictions (recurrent models that do not read the mask, tables
+    of positions without position ids). "single": so do other rows (RWKV's cache in transformers
+    5.23).
 
     Raises:
         CompatibilityError: `generate` fails.
@@ -137,8 +143,9 @@ def _measured(core: Any) -> Batching:
 
 
 def _allowed(core: Any, logits: Tensor) -> float:
-    """What log-probabilities may differ by through rounding alone, in nats; in half precision rounding grows with the
-    logits, while shifted positions and the like move them by a large part of their size."""
+    """What log-probabilities may differ by through rounding alone, in nats; in half precision
+    rounding grows with the logits, while shifted positions and the like move them by a large part
+    of their size."""
     if not coarse(core):
         return 1e-3
     top = float(logits.abs().max())
@@ -146,7 +153,9 @@ def _allowed(core: Any, logits: Tensor) -> float:
 
 
 def _gap(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """Largest |Δ log p| of the first rows' distributions, as long as the tokens before are the same."""
+    """Largest |Δ log p| of the first rows' distributions, as long as the tokens before are the
+    same.
+    """
     (tokens, logits_TV), (others, other_logits_TV) = (
         (ids[0, -logits.shape[1] :], logits[0]) for ids, logits in (a, b)
     )
@@ -171,13 +180,15 @@ def _generated(core: Any, prompts_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, 
 
 @torch.no_grad()
 def check_sampler(model: Any) -> float:
-    """Compare the distributions that `generate` samples from with those of `logit_path`, on one prompt.
+    """Compare the distributions that `generate` samples from with those of `logit_path`, on one
+    prompt.
 
     Returns:
         The largest |Δ log p|, in nats.
 
     Raises:
-        CompatibilityError: they differ by more than rounding, or `generate` fails; or as `logit_path`.
+        CompatibilityError: they differ by more than rounding, or `generate` fails; or as
+            `logit_path`.
     """
     core, path = core_of(model), logit_path(model)
     prompt = usual_tokens(core, SHORT)
@@ -189,8 +200,10 @@ def check_sampler(model: Any) -> float:
     allowed = _allowed(core, real)
     if not gap <= allowed:
         raise CompatibilityError(
-            f"{type(core).__name__}: `generate` samples from log-probabilities that differ by {gap:.3g} nats from those of a "
-            f"forward of prompt and answer (expected at most {allowed:.2g}), so answers would not be the student's own. Use "
+            f"{type(core).__name__}: `generate` samples from log-probabilities that differ by "
+            f"{gap:.3g} nats from those of a "
+            f"forward of prompt and answer (expected at most {allowed:.2g}), so answers would "
+            "not be the student's own. Use "
             "another student."
         )
     return gap

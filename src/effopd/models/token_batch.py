@@ -1,6 +1,7 @@
 """Prompts and answers as one padded batch: one forward, the scored positions, sums per answer.
 
-Shapes: B sequences, L prompt and answer tokens, T answer tokens, N = scored positions, H hidden width.
+Shapes: B sequences, L prompt and answer tokens, T answer tokens, N = scored positions, H hidden
+width.
 """
 
 from __future__ import annotations

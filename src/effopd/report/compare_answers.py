@@ -1,4 +1,6 @@
-"""What the page of a comparison opens with: headline strategies, claims, a tuned baseline, controls. Tables, as text cells."""
+"""What the page of a comparison opens with: headline strategies, claims, a tuned baseline,
+controls. Tables, as text cells.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _TARGETS = {"reference_kl": "final KL", "gap_90": "90 %"}
 
 
 def headline(lookup: Lookup) -> Table:
-    """Net speed-ups of the headline strategies over the baseline and over the rivals, at the reference learning rate."""
+    """Net speed-ups of the headline strategies over the baseline and over the rivals, at the
+    reference learning rate.
+    """
     rows = []
     for strategy in _headline_strategies(lookup):
         for opponent in (lookup.baseline, *lookup.roles.rivals):
@@ -46,7 +50,9 @@ def claims(lookup: Lookup) -> Table:
 
 
 def verdict(row: Row, claimed: float) -> str:
-    """`reproduced` or not where the interval lies wholly on one side of the claim; a range of few seeds decides nothing."""
+    """`reproduced` or not where the interval lies wholly on one side of the claim; a range of
+    few seeds decides nothing.
+    """
     low, high = (math.inf if row[end] is None else row[end] for end in ("low", "high"))
     if row["n"] < FEW or low < claimed <= high:
         return "undecided"
@@ -54,7 +60,9 @@ def verdict(row: Row, claimed: float) -> str:
 
 
 def against_tuned_baseline(lookup: Lookup) -> Table:
-    """Net seconds of the headline strategies, at all their rates, against the baseline at its best rate for a target."""
+    """Net seconds of the headline strategies, at all their rates, against the baseline at its
+    best rate for a target.
+    """
     rows = []
     for strategy in _headline_strategies(lookup):
         for target, name in _TARGETS.items():
@@ -77,7 +85,9 @@ def against_tuned_baseline(lookup: Lookup) -> Table:
 
 
 def controls(lookup: Lookup) -> Table:
-    """The controls, and the rivals beside them, over the baseline and over each rival in net seconds."""
+    """The controls, and the rivals beside them, over the baseline and over each rival in net
+    seconds.
+    """
     rows = []
     for task in lookup.tasks:
         for strategy in dict.fromkeys((*lookup.roles.controls, *lookup.roles.rivals)):

@@ -1,4 +1,6 @@
-"""Figures of a comparison: curves, a forest of speed-ups, and what the learning rate does. They read results.json only."""
+"""Figures of a comparison: curves, a forest of speed-ups, and what the learning rate does. They
+read results.json only.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,17 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def strategy_colors(lookup: Lookup, strategies: Sequence[str]) -> dict[str, str]:
-    """Grey for the baseline and red for the first rival, as in the demo's figure; the palette without them for the others."""
+    """Grey for the baseline and red for the first rival, as in the demo's figure; the palette
+    without them for the others.
+    """
     fixed = {lookup.baseline: _GREY, **dict.fromkeys(lookup.roles.rivals[:1], _RED)}
     others = [strategy for strategy in strategies if strategy not in fixed]
     return fixed | group_colors(["opd", *others])  # `opd` takes the palette's red
 
 
 def _curves(plt, lookup: Lookup):
-    """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest. On a logarithmic axis a
-    speed-up is a shift to the left."""
+    """Held-out KL against steps and net seconds: median over seeds, band from lowest to
+    highest. On a logarithmic axis a speed-up is a shift to the left."""
     strategies = curve_strategies(lookup)
     colors = strategy_colors(lookup, strategies)
     figure, axes = plt.subplots(
@@ -76,7 +80,9 @@ def _curves(plt, lookup: Lookup):
 
 
 def curve_strategies(lookup: Lookup) -> list[str]:
-    """The baseline, the headline strategies and the controls, then others but variants, while there is room."""
+    """The baseline, the headline strategies and the controls, then others but variants, while
+    there is room.
+    """
     ran = lookup.at_reference()
     wanted = [lookup.baseline, *lookup.roles.opening(ran), *lookup.roles.controls]
     wanted += [strategy for strategy in ran if strategy not in lookup.roles.variants]
@@ -143,7 +149,9 @@ def _whisker(axis, row, y: float, color: str, floor: float, ceiling: float) -> N
 
 
 def _rates(plt, lookup: Lookup):
-    """Net seconds to the reference target against the learning rate; runs that never arrive sit on the top line."""
+    """Net seconds to the reference target against the learning rate; runs that never arrive sit
+    on the top line.
+    """
     swept = lookup.swept()
     if not swept:
         return None
@@ -188,7 +196,8 @@ _FIGURES = {
     "speedups": (
         _forest,
         "Net speed-up to the final held-out KL of {baseline}",
-        "Reference learning rate; median over seeds, 95 % interval; hollow: fewer than five seeds, their range. An arrow: beyond the axis, at the left also “never”.",
+        "Reference learning rate; median over seeds, 95 % interval; hollow: fewer than five "
+        "seeds, their range. An arrow: beyond the axis, at the left also “never”.",
     ),
     "curves": (
         _curves,

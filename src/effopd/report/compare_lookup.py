@@ -66,8 +66,9 @@ class Lookup:
         against: str | None = None,
         rate: str | None = None,
     ) -> Row | None:
-        """A row of `speedups`, if there is one: against a strategy (default: the baseline) at the reference learning rate, at
-        its best (`BEST`, the baseline only) or at the arm's own (`SAME`)."""
+        """A row of `speedups`, if there is one: against a strategy (default: the baseline) at the
+        reference learning rate, at its best (`BEST`, the baseline only) or at the arm's own
+        (`SAME`)."""
         return self._speedups.get((task, *arm, against or self.baseline, rate, target, axis))
 
     def quality(self, task: str, arm: Arm, measure: str) -> Row | None:
@@ -83,7 +84,9 @@ class Lookup:
         return self.results["best_learning_rate"].get(task, {}).get(target)
 
     def again(self, task: str, arm: Arm, target: str = "reference_kl") -> str:
-        """Share of the later evaluations at which runs that had arrived were off the target again, as text."""
+        """Share of the later evaluations at which runs that had arrived were off the target again,
+        as text.
+        """
         shares = [run["targets"][target]["above_again"] for run in self.runs(task, arm) if target in run["targets"]]
         of_arrived = [share for share in shares if share is not None]
         return f"{statistics.mean(of_arrived):.0%}" if of_arrived else "–"
@@ -95,8 +98,8 @@ class Lookup:
 
 
 def times(row: Row | None) -> str:
-    """A speed-up in words: `1.92× [1.70, 3.43]` with its interval, `1.92× (1.70–3.43, n = 3)` with the range of few seeds,
-    `never`, `> any`."""
+    """A speed-up in words: `1.92× [1.70, 3.43]` with its interval, `1.92× (1.70–3.43, n = 3)` with
+    the range of few seeds, `never`, `> any`."""
     if row is None or not row["n"]:
         return "–"
     median, low, high, n = one(row["median"]), one(row["low"], ""), one(row["high"], ""), row["n"]
@@ -113,7 +116,9 @@ def one(value: float | None, unit: str = "×") -> str:
 
 
 def number(row: Row | None, form: str = ".4f") -> str:
-    """A median with its interval or, of few seeds, its range; `–` where there is none, `diverged` for what is not finite."""
+    """A median with its interval or, of few seeds, its range; `–` where there is none, `diverged`
+    for what is not finite.
+    """
     if row is None or not row["n"]:
         return "–"
     median, low, high = ("diverged" if row[end] is None else f"{row[end]:{form}}" for end in ("median", "low", "high"))

@@ -1,4 +1,6 @@
-"""results.json → results.md. The sentences are in `templates/compare.md.jinja`; every number comes from the results."""
+"""results.json → results.md. The sentences are in `templates/compare.md.jinja`; every number
+comes from the results.
+"""
 
 from __future__ import annotations
 

@@ -91,27 +91,47 @@ def rates(lookup: Lookup) -> Table:
             times(lookup.speedup(task, arm, "seconds", "gap_90", rate=BEST)),
             times(lookup.speedup(task, arm, "forward_tokens", "gap_90", rate=BEST)),
         ])  # fmt: skip
-    header = ["task", "strategy", "learning rate", "reached", "off it again", "steps", "net seconds", "… against the best",
-              "… in forward tokens", "… against the same rate", "90 %: net seconds", "… against the best",
-              "… in forward tokens"]  # fmt: skip
+    header = [
+        "task",
+        "strategy",
+        "learning rate",
+        "reached",
+        "off it again",
+        "steps",
+        "net seconds",
+        "… against the best",
+        "… in forward tokens",
+        "… against the same rate",
+        "90 %: net seconds",
+        "… against the best",
+        "… in forward tokens",
+    ]
     return Table(header, rows)
 
 
 def at_own_rate(lookup: Lookup) -> Table:
-    """Speed-up over the baseline at the arm's own learning rate, to where the baseline ends there."""
+    """Speed-up over the baseline at the arm's own learning rate, to where the baseline ends
+    there.
+    """
     by_arm: dict[tuple[str, Arm], dict[str, Row]] = {}
     for row in own_rate(runs_of(lookup.results), lookup.baseline):
         by_arm.setdefault((row["task"], (row["strategy"], row["learning_rate"])), {})[row["axis"]] = row
     rows = [
-        [*cells, f"{axes['steps']['reached']} of {len(lookup.runs(task, arm))}", *(times(axes[axis]) for axis in AXIS_NAMES)]
+        [
+            *cells,
+            f"{axes['steps']['reached']} of {len(lookup.runs(task, arm))}",
+            *(times(axes[axis]) for axis in AXIS_NAMES),
+        ]
         for task, arm, cells in _swept(lookup)
         if arm[0] != lookup.baseline and (axes := by_arm.get((task, arm)))
-    ]  # fmt: skip
+    ]
     return Table(["task", "strategy", "learning rate", "reached", *AXIS_NAMES.values()], rows)
 
 
 def best_at_an_end(lookup: Lookup) -> list[str]:
-    """Tasks whose best rate is at an end of the sweep, with the rate: beyond it the baseline may be faster still."""
+    """Tasks whose best rate is at an end of the sweep, with the rate: beyond it the baseline
+    may be faster still.
+    """
     ends = {task: (swept[0], swept[-1]) for task, swept in lookup.results["swept"].items() if len(swept) > 1}
     best = {task: lookup.best(task) for task in lookup.tasks}
     return [f"{task}: {rate:.3g}" for task, rate in best.items() if rate is not None and rate in ends.get(task, ())]
@@ -129,7 +149,16 @@ def variants(lookup: Lookup) -> Table:
             to_90 = lookup.speedup(task, arm, "seconds", "gap_90", parent[0], SAME)
             if any(speedups) or to_90:
                 difference = number(lookup.quality(task, arm, "kl_difference_parent"), "+.4f")
-                rows.append([task, f"`{parent[0]}`", f"`{arm[0]}`", f"{arm[1]:.3g}", *map(times, [*speedups, to_90]), difference])  # fmt: skip
+                rows.append(
+                    [
+                        task,
+                        f"`{parent[0]}`",
+                        f"`{arm[0]}`",
+                        f"{arm[1]:.3g}",
+                        *map(times, [*speedups, to_90]),
+                        difference,
+                    ]
+                )
     header = ["task", "strategy", "variant", "learning rate", *AXIS_NAMES.values(), "90 %: net seconds", "final KL"]
     return Table(header, rows)
 
@@ -152,8 +181,16 @@ def final_quality(lookup: Lookup) -> Table:
         [*cells, *(number(lookup.quality(task, arm, measure), form) for measure, form in measures.items())]
         for task, arm, cells in _swept(lookup)
     ]
-    header = ["task", "strategy", "learning rate", "final KL", "KL: same rate", "KL: lowest end", "accuracy: same rate",
-              "accuracy: lowest end"]  # fmt: skip
+    header = [
+        "task",
+        "strategy",
+        "learning rate",
+        "final KL",
+        "KL: same rate",
+        "KL: lowest end",
+        "accuracy: same rate",
+        "accuracy: lowest end",
+    ]
     return Table(header, rows)
 
 

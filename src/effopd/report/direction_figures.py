@@ -1,4 +1,5 @@
-"""Figures about directions: does the final update's direction show early, is its path planar, do runs agree?
+"""Figures about directions: does the final update's direction show early, is its path planar, do
+runs agree?
 
     subspaces_left.png, subspaces_right.png   similarity to the final leading directions, k = 1 … K   (paper: figure 4b)
     first_last.png                            |cos(u1(first), u1(last))| by layer and matrix          (paper: figure 4b)
@@ -33,7 +34,9 @@ from effopd.report.style import INK, MUTED, save
 
 
 def subspaces(data: Data, path: Path, side: str) -> Path | None:
-    """Step t against the final step for k = 1 … K: counterpart cosine, projector overlap, largest principal angle."""
+    """Step t against the final step for k = 1 … K: counterpart cosine, projector overlap, largest
+    principal angle.
+    """
     moving = data.moving
     readings = {
         f"{side}_cosine": "k-th direction with its\ncounterpart: |cos|",
@@ -74,7 +77,8 @@ def subspaces(data: Data, path: Path, side: str) -> Path | None:
     bar.outline.set_visible(False)
     over = "seeds" if any(len(r) > 1 for r in moving.values()) else "matrices"
     note = (
-        f"Means over attention and MLP matrices; shaded for k = 1 and k = {largest}: 95 % over {over}. Dotted: chance for "
+        f"Means over attention and MLP matrices; shaded for k = 1 and k = {largest}: 95 % "
+        f"over {over}. Dotted: chance for "
         f"k = {largest}. At the last step everything agrees with itself."
     )
     return save(
@@ -151,7 +155,9 @@ def first_last(data: Data, path: Path) -> Path | None:
 
 
 def u1_path(data: Data, path: Path) -> Path | None:
-    """PCA plane of the path of u1 for a few matrices, and its explained variance against a random walk for all."""
+    """PCA plane of the path of u1 for a few matrices, and its explained variance against a random
+    walk for all.
+    """
     return _paths(data, path, "pc", "The path of the leading left direction u1", explained=True)
 
 
@@ -181,8 +187,12 @@ def _paths(data: Data, path: Path, kind: str, title: str, explained: bool) -> Pa
         if row == 0:
             axes[row][column].set_title(f"layer {layer}, {matrix}")
         if explained:
-            values = data.matrices[(data.matrices["run"] == run) & (data.matrices["layer"] == layer)
-                                   & (data.matrices["module"] == module) & (data.matrices["matrix"] == matrix)]  # fmt: skip
+            values = data.matrices[
+                (data.matrices["run"] == run)
+                & (data.matrices["layer"] == layer)
+                & (data.matrices["module"] == module)
+                & (data.matrices["matrix"] == matrix)
+            ]
             evr, null = (values.loc[values["metric"] == m, "value"].mean() for m in ("u1_evr", "u1_evr_null_mean"))
             shares = (
                 f"two components: {evr:.0%}  (random walk {null:.0%})" if evr == evr else "fewer than three points"
@@ -199,7 +209,9 @@ def _paths(data: Data, path: Path, kind: str, title: str, explained: bool) -> Pa
 
 
 def _pictured(rows: pd.DataFrame, kind: str) -> list[tuple[int, str, str]]:
-    """First and last layer's attention and MLP matrix, out of those with a t-SNE picture if there are any."""
+    """First and last layer's attention and MLP matrix, out of those with a t-SNE picture if there
+    are any.
+    """
     chosen = rows[rows["metric"] == "tsne1"]
     if chosen.empty and kind == "pc":
         chosen = rows[(rows["metric"] == "pc1") & rows["module"].isin(table_queries.AVERAGED)]
@@ -253,7 +265,9 @@ def _explained(axes, data: Data, groups: dict[str, str]) -> None:
 
 
 def agreement(data: Data, path: Path) -> Path | None:
-    """Final leading subspaces of different runs: overlap for k = 1 … K, within and between groups, with chance."""
+    """Final leading subspaces of different runs: overlap for k = 1 … K, within and between groups,
+    with chance.
+    """
     if len(data.runs) < 2 or "subspaces" not in data.summary["settings"]["metrics"]:
         return None
     wanted = ["left_overlap", "right_overlap"]
@@ -292,7 +306,9 @@ def agreement(data: Data, path: Path) -> Path | None:
 
 
 def _over_pairs(rows: pd.DataFrame):
-    """Mean over matrices for each k, with the bootstrap interval; pairs of runs are averaged first."""
+    """Mean over matrices for each k, with the bootstrap interval; pairs of runs are averaged
+    first.
+    """
     per_matrix = rows.groupby(["k", *table_queries.PLACE], observed=True)["value"].mean()
     estimates = {k: bootstrap_mean(values, 500) for k, values in per_matrix.groupby("k")}
     line = pd.Series({k: estimate.mean for k, estimate in estimates.items()})

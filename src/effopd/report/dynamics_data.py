@@ -1,4 +1,6 @@
-"""What the figures of `effopd analyze` have in common: the tables, one colour a group, intervals, and a quiet style."""
+"""What the figures of `effopd analyze` have in common: the tables, one colour a group, intervals,
+and a quiet style.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ def figure_of(columns: int, rows: int = 1, width: float = 3.4, height: float = 2
 
 
 def empty_figure(width: float, height: float):
-    """A figure without axes, in inches; made without pyplot, so that a notebook's backend and figures are left alone."""
+    """A figure without axes, in inches; made without pyplot, so that a notebook's backend and
+    figures are left alone.
+    """
     return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
@@ -168,7 +172,9 @@ def bare(axis) -> None:
 
 
 def end_labels(axis, labels: Sequence[tuple[float, float, str, str]], gap: float = 0.075) -> None:
-    """Names at the ends of lines, (x, y, text, colour), pushed apart so that they do not overlap."""
+    """Names at the ends of lines, (x, y, text, colour), pushed apart so that they do not
+    overlap.
+    """
     to_axes = axis.transData + axis.transAxes.inverted()
     placed = sorted(((to_axes.transform((x, y))[1], x, y, text, color) for x, y, text, color in labels))
     heights = spread([item[0] for item in placed], gap)
@@ -210,7 +216,8 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def lines_over_steps(axis, data: Data, rows: pd.DataFrame) -> None:
-    """A mean over training for each group with its interval, thin lines for single seeds, names at the ends.
+    """A mean over training for each group with its interval, thin lines for single seeds, names at
+    the ends.
 
     A group without a trajectory is a dashed line at its final value.
 
@@ -252,7 +259,9 @@ def _single_seeds(axis, rows: pd.DataFrame, runs: Sequence[str], color: str) -> 
 
 
 def limit_y(axis, values: Sequence[float]) -> None:
-    """Limits from the lines rather than from their intervals, which over two seeds can be enormous."""
+    """Limits from the lines rather than from their intervals, which over two seeds can be
+    enormous.
+    """
     finite = np.asarray([v for v in values if np.isfinite(v)])
     if len(finite):
         low, high = float(finite.min()), float(finite.max())
@@ -261,12 +270,14 @@ def limit_y(axis, values: Sequence[float]) -> None:
 
 
 def strips(axis, data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, str] | None = None) -> None:
-    """A metric's distribution over matrices, one column a group (values averaged over seeds), mean and interval beside it.
+    """A metric's distribution over matrices, one column a group (values averaged over seeds), mean
+    and interval beside it.
 
     Attention matrices are circles, MLP matrices triangles.
 
     Args:
-        extra: (metric, name) of a reference that gets a grey column of its own, e.g. the noise floor.
+        extra: (metric, name) of a reference that gets a grey column of its own, e.g. the noise
+            floor.
     """
     wide = table_queries.by_matrix(rows[rows["metric"] == metric])
     columns = [

@@ -7,7 +7,8 @@
     sparsity.png         which entries moved                                            (arXiv 2606.07082)
     rotation.png         what became of W0's own leading subspaces                      (arXiv 2606.07082, 2606.13657)
 
-and those of `direction_figures`. A figure whose data do not exist (a single pair has no trajectory) is left out.
+and those of `direction_figures`. A figure whose data do not exist (a single pair has no trajectory)
+is left out.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def _norms_over_steps(figure, data: Data, panels: Sequence[str | None]) -> None:
 
 
 def _shares(axis, data: Data, modules: list[str]) -> None:
-    """Stacked bars: share of the squared update norm by module, with the share of parameters for comparison."""
+    """Stacked bars: share of the squared update norm by module, with the share of parameters for
+    comparison.
+    """
     sizes = data.summary["parts"]["modules"]
     total = sum(sizes[m]["parameters"] for m in modules)
     bars = {"share of parameters": {m: sizes[m]["parameters"] / total for m in modules}}
@@ -122,7 +125,9 @@ def _shares(axis, data: Data, modules: list[str]) -> None:
 
 
 def layers(data: Data, path: Path) -> Path | None:
-    """Norm of the final update by layer for MLP and attention: absolute, and as share of the total squared norm."""
+    """Norm of the final update by layer for MLP and attention: absolute, and as share of the total
+    squared norm.
+    """
     count = len(next(iter(data.runs.values()))["layers"])
     if count < 2:
         return None
@@ -177,7 +182,9 @@ def spectrum(data: Data, path: Path) -> Path | None:
 
 
 def embeddings(data: Data, path: Path) -> Path | None:
-    """1 − mean row cosine over training, and base and trained embeddings of the same tokens in one plane."""
+    """1 − mean row cosine over training, and base and trained embeddings of the same tokens in one
+    plane.
+    """
     cosines = data.matrices[(data.matrices["metric"] == "row_cosine_mean") & (data.matrices["value"].notna())]
     if cosines.empty:
         return None
@@ -225,7 +232,8 @@ def _moves(axis, xy: pd.DataFrame, color: str) -> None:
 
 
 def _measures(data: Data, path: Path, panels: dict[str, tuple[str, str | None]], title: str, note: str) -> Path | None:
-    """A row of panels: a metric over training where there is a trajectory, else (or at the end only) over matrices.
+    """A row of panels: a metric over training where there is a trajectory, else (or at the end
+    only) over matrices.
 
     Args:
         panels: metric → (title, metric of the chance line or `None`).
@@ -254,7 +262,9 @@ def _measures(data: Data, path: Path, panels: dict[str, tuple[str, str | None]],
 
 
 def sparsity(data: Data, path: Path) -> Path | None:
-    """Share of entries unchanged in bfloat16, update density, and whether small weights are the ones that change."""
+    """Share of entries unchanged in bfloat16, update density, and whether small weights are the
+    ones that change.
+    """
     panels: dict[str, tuple[str, str | None]] = {
         "bf16_unchanged_share": ("share of entries unchanged in bf16", None),
         "update_density": ("share changed by more than 0.1 %", None),
@@ -264,7 +274,9 @@ def sparsity(data: Data, path: Path) -> Path | None:
 
 
 def rotation(data: Data, path: Path) -> Path | None:
-    """Principal angles between the leading subspaces of W0 and of W_T; changed entries among W0's principal ones."""
+    """Principal angles between the leading subspaces of W0 and of W_T; changed entries among W0's
+    principal ones.
+    """
     panels: dict[str, tuple[str, str | None]] = {
         "base_rotation_left_mean_degrees": (f"left top-{data.k}: mean angle (°)", None),
         "base_rotation_right_mean_degrees": (f"right top-{data.k}: mean angle (°)", None),

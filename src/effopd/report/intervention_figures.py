@@ -1,7 +1,9 @@
-"""Figures of interventions, drawn from the results table alone (see `effopd.interventions.results`).
+"""Figures of interventions, drawn from the results table alone (see
+`effopd.interventions.results`).
 
-One function per intervention. Runs of one label are seeds: their mean is a line, from the lowest to the highest seed a
-band; with one seed the band is the 95 % interval over prompts. Where a KL to a teacher was measured, a second row shows it.
+One function per intervention. Runs of one label are seeds: their mean is a line, from the lowest to
+the highest seed a band; with one seed the band is the 95 % interval over prompts. Where a KL to a
+teacher was measured, a second row shows it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the figures of interventions are put together from: grids, lines with bands, points with bars, one legend."""
+"""What the figures of interventions are put together from: grids, lines with bands, points with
+bars, one legend.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def draw_reference(axis, table: pd.DataFrame, metric: str, colors: dict[str, str
 
 
 def summarised(rows: pd.DataFrame, key: str, metric: str, x: str | None = None) -> pd.DataFrame:
-    """Columns x, mean, low, high: one row per value of `key`; the band is over seeds, or over prompts for a single one."""
+    """Columns x, mean, low, high: one row per value of `key`; the band is over seeds, or over
+    prompts for a single one.
+    """
     out = []
     for value, seeds in rows.groupby(key, sort=True):
         values = seeds[metric].astype(float)

@@ -39,7 +39,9 @@ def intervention_table(frame: pd.DataFrame, intervention: str, coordinates: Sequ
 
 
 def _change_column(intervention: str) -> tuple[str, str]:
-    """The change that an intervention is about, and its heading: embeddings are taken out of the trained model."""
+    """The change that an intervention is about, and its heading: embeddings are taken out of the
+    trained model.
+    """
     if intervention == "embedding":
         return "change_from_trained", "change from trained"
     return "accuracy_change", "change from base"

@@ -1,4 +1,6 @@
-"""A run in pictures: quality against steps and net seconds, every search along its ray, what training logged."""
+"""A run in pictures: quality against steps and net seconds, every search along its ray, what
+training logged.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,8 @@ def quality_figure(
     colors: Mapping[str, str] | None = None,
     seconds: str = "net seconds",
 ):
-    """Held-out KL and accuracy (rows of panels; those measured) against optimizer steps and net seconds (columns); `None` if
-    neither was measured.
+    """Held-out KL and accuracy (rows of panels; those measured) against optimizer steps and net
+    seconds (columns); `None` if neither was measured.
 
     Args:
         runs: evaluations by label.
@@ -112,7 +114,9 @@ def _curve(
     jumps: Iterable[int],
     look: Mapping[str, Any],
 ) -> None:
-    """A point per evaluation, joined by a thin line, with its interval; a triangle at the first one after each jump."""
+    """A point per evaluation, joined by a thin line, with its interval; a triangle at the first one
+    after each jump.
+    """
     x, y = [x_of(record) for record in evaluations], [getattr(record, key) for record in evaluations]
     axis.plot(x, y, linewidth=1.1, markersize=3.5 if len(evaluations) <= 60 else 2, **look)
     if interval := _interval(evaluations, key):
@@ -127,7 +131,9 @@ def _curve(
 
 
 def _interval(evaluations: Sequence[EvaluationRecord], key: str) -> tuple[list[float], list[float]] | None:
-    """Lower and upper ends: an accuracy's 95 % interval, a KL ± 1.96 standard errors (above 0: its axis is logarithmic)."""
+    """Lower and upper ends: an accuracy's 95 % interval, a KL ± 1.96 standard errors (above 0: its
+    axis is logarithmic).
+    """
     columns = ("accuracy", "accuracy_low", "accuracy_high") if key == "accuracy" else ("kl", "kl_se")
     rows = [attrgetter(*columns)(record) for record in evaluations]
     if not rows or any(value is None for row in rows for value in row):
@@ -138,8 +144,9 @@ def _interval(evaluations: Sequence[EvaluationRecord], key: str) -> tuple[list[f
 
 
 def search_figure(searches: Sequence[SearchRecord], most: int = 24):
-    """A panel per search: what every scale gained over staying, with two standard errors of the paired gain, and where
-    the model went (dashed). The first `most` searches with a candidate; `None` if there is none.
+    """A panel per search: what every scale gained over staying, with two standard errors of the
+    paired gain, and where the model went (dashed). The first `most` searches with a candidate;
+    `None` if there is none.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

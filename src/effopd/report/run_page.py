@@ -1,4 +1,5 @@
-"""Run directories → one self-contained HTML page: settings, quality, every search, costs, what training logged.
+"""Run directories → one self-contained HTML page: settings, quality, every search, costs, what
+training logged.
 
 The text is in `templates/run.html.jinja`.
 """
@@ -41,11 +42,29 @@ TEMPLATE = Path(__file__).with_name("templates") / "run.html.jinja"
 PHASES = ("rollout", "teacher", "update", "search", "eval", "other")
 #: Settings shown at the top, if a run has them.
 _SETTINGS = (
-    "model_name_or_path", "teacher_model_name_or_path", "task", "strategy", "algorithm", "learning_rate", "lr_scheduler_type",
-    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length",
-    "loss_type", "lambda_extrapolation", "rollout_horizon", "task_args", "verifier", "prompt_suffix", "system_prompt",
-    "chat_template_kwargs", "cost_clock", "seed",
-)  # fmt: skip
+    "model_name_or_path",
+    "teacher_model_name_or_path",
+    "task",
+    "strategy",
+    "algorithm",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_completion_length",
+    "loss_type",
+    "lambda_extrapolation",
+    "rollout_horizon",
+    "task_args",
+    "verifier",
+    "prompt_suffix",
+    "system_prompt",
+    "chat_template_kwargs",
+    "cost_clock",
+    "seed",
+)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ _STYLE: dict[str, Any] = {
 
 
 def group_colors(groups: Iterable[str]) -> dict[str, str]:
-    """One colour a group: the usual ones for opd, rl, sft, … (the first that claims it), the palette for the rest. Up to
-    eight groups never share one."""
+    """One colour a group: the usual ones for opd, rl, sft, … (the first that claims it), the
+    palette for the rest. Up to eight groups never share one."""
     names, colors = list(groups), dict[str, str]()
     for name in names:
         known = _KNOWN.get(name.lower())
@@ -65,7 +65,9 @@ def group_colors(groups: Iterable[str]) -> dict[str, str]:
 
 
 def quiet_style():
-    """A context in which figures have no box, a faint grid and small print; the caller's own style is left alone."""
+    """A context in which figures have no box, a faint grid and small print; the caller's own style
+    is left alone.
+    """
     return require("matplotlib").rc_context(_STYLE)
 
 

@@ -1,8 +1,9 @@
 """Which checkpoint is the best: the direction of every metric, checked before training.
 
-transformers takes every metric whose name does not end in `loss` as better when it is greater, so the best model by `eval_kl`
-would be the worst. Here the direction belongs to the metric: `load_best_model_at_end`, `save_strategy best`, early stopping and the
-schedules that follow a metric all read it.
+transformers takes every metric whose name does not end in `loss` as better when it is greater, so
+the best model by `eval_kl` would be the worst. Here the direction belongs to the metric:
+`load_best_model_at_end`, `save_strategy best`, early stopping and the schedules that follow a
+metric all read it.
 """
 
 from __future__ import annotations
@@ -61,9 +62,11 @@ def full_name(metric: str) -> str:
 
 
 def direction(metric: str) -> bool | None:
-    """Whether more of `metric` (with or without `eval_`) is better; `None` if it has no direction, or is unknown.
+    """Whether more of `metric` (with or without `eval_`) is better; `None` if it has no direction,
+    or is unknown.
 
-    The metrics of several evaluation datasets, such as `eval_first_loss`, have the direction of their last part.
+    The metrics of several evaluation datasets, such as `eval_first_loss`, have the direction of
+    their last part.
     """
     name = full_name(metric).removeprefix("eval_")
     table = HOST_DIRECTIONS | DIRECTIONS
@@ -87,7 +90,8 @@ def settle_direction(args: Any, asked: bool | None) -> None:
         asked: `greater_is_better` as it was given; `None` if it was not.
 
     Raises:
-        ConfigError: `asked` or the schedule's mode contradict the metric, or the best model is asked for without evaluations.
+        ConfigError: `asked` or the schedule's mode contradict the metric, or the best model is
+            asked for without evaluations.
     """
     best = {
         "save_strategy='best'": args.save_strategy == "best",
@@ -95,7 +99,8 @@ def settle_direction(args: Any, asked: bool | None) -> None:
     }
     if any(best.values()) and args.eval_strategy == "no":
         raise ConfigError(
-            f"{' and '.join(name for name, given in best.items() if given)}: expected evaluations to tell the best model by, got "
+            f"{' and '.join(name for name, given in best.items() if given)}: expected "
+            "evaluations to tell the best model by, got "
             "eval_strategy='no'. Set --eval_strategy steps --eval_steps N, or leave it out."
         )
     metric = args.metric_for_best_model
@@ -112,7 +117,8 @@ def settle_direction(args: Any, asked: bool | None) -> None:
         settings, mode = dict(args.lr_scheduler_kwargs or {}), "max" if greater else "min"
         if settings.setdefault("mode", mode) != mode:
             raise ConfigError(
-                f"lr_scheduler_kwargs sets mode={settings['mode']!r}, but {'more' if greater else 'less'} of {metric!r} is "
+                f"lr_scheduler_kwargs sets mode={settings['mode']!r}, but "
+                f"{'more' if greater else 'less'} of {metric!r} is "
                 f"better: expected {mode!r}. Leave the mode out."
             )
         if greater or "mode" in (args.lr_scheduler_kwargs or {}):  # "min" is the schedules' own default
@@ -124,7 +130,8 @@ def _follows(args: Any) -> bool:
 
 
 def check_metric(args: Any, names: Collection[str]) -> None:
-    """Refuse a metric that the run's evaluations do not have, or that says nothing about which model is better.
+    """Refuse a metric that the run's evaluations do not have, or that says nothing about which
+    model is better.
 
     Args:
         names: the metrics of an evaluation, without `eval_`.
@@ -147,7 +154,8 @@ def check_metric(args: Any, names: Collection[str]) -> None:
         )
     if args.greater_is_better is not greater:  # the arguments were changed after they were built
         raise ConfigError(
-            f"greater_is_better={args.greater_is_better} contradicts metric_for_best_model={metric!r}. Give both to the config's "
+            f"greater_is_better={args.greater_is_better} contradicts "
+            f"metric_for_best_model={metric!r}. Give both to the config's "
             "constructor, or leave greater_is_better out."
         )
 
@@ -155,7 +163,9 @@ def check_metric(args: Any, names: Collection[str]) -> None:
 def best_row(
     rows: Iterable[Mapping[str, Any]], metric: str, greater: bool, counts: Callable[[int], bool]
 ) -> Kept | None:
-    """The first best evaluation among those whose step `counts`, from a trainer's log history; `None` if there is none."""
+    """The first best evaluation among those whose step `counts`, from a trainer's log history;
+    `None` if there is none.
+    """
     best = None
     for row in rows:
         value = row.get(full_name(metric))

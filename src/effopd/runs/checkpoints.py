@@ -18,14 +18,16 @@ _OPTIMIZER = (*OPTIMIZERS, "optimizer_*")
 
 
 def check_complete(checkpoint: Path, *, finished: bool | None = None) -> None:
-    """A checkpoint has everything that an equal continuation takes; of a finished run, only the weights are needed.
+    """A checkpoint has everything that an equal continuation takes; of a finished run, only the
+    weights are needed.
 
     Args:
-        finished: whether the run is; default: whether it had reached its own limit when the checkpoint was written.
+        finished: whether the run is; default: whether it had reached its own limit when the
+            checkpoint was written.
 
     Raises:
-        CheckpointError: its state cannot be read, or its weights, the optimizer's or the schedule's state, or the random states
-            are not there (`save_only_model` leaves the last three out).
+        CheckpointError: its state cannot be read, or its weights, the optimizer's or the schedule's
+            state, or the random states are not there (`save_only_model` leaves the last three out).
     """
     try:
         state = json.loads((checkpoint / TRAINER_STATE).read_text())
@@ -47,9 +49,13 @@ def check_complete(checkpoint: Path, *, finished: bool | None = None) -> None:
             f"{checkpoint} cannot be resumed: it lacks {', '.join(missing)}. "
             + ("" if "the weights" in missing else "--save_only_model leaves them out. ")
             + "Without them the run would go on as another one. Resume from a complete checkpoint"
-            + ("." if "the weights" in missing else f", or train anew from its weights (step {step}): --model_name_or_path "
-               f"{checkpoint} with another --output_dir, and no --resume_from_checkpoint.")
-        )  # fmt: skip
+            + (
+                "."
+                if "the weights" in missing
+                else f", or train anew from its weights (step {step}): --model_name_or_path "
+                f"{checkpoint} with another --output_dir, and no --resume_from_checkpoint."
+            )
+        )
 
 
 def check_kind(checkpoint: Path, *, adapter: bool) -> None:
@@ -63,7 +69,8 @@ def check_kind(checkpoint: Path, *, adapter: bool) -> None:
     if holds != adapter and not (sharded and not holds):
         kinds = {True: "an adapter (PEFT)", False: "all weights"}
         raise CheckpointError(
-            f"{checkpoint} holds {kinds[holds]}, but this run trains {kinds[adapter]}. Resume with the settings of the run "
+            f"{checkpoint} holds {kinds[holds]}, but this run trains {kinds[adapter]}. Resume "
+            "with the settings of the run "
             f"({'--use_peft true' if holds else 'without --use_peft'}), or start a new one."
         )
 
@@ -71,14 +78,17 @@ def check_kind(checkpoint: Path, *, adapter: bool) -> None:
 def damaged(checkpoint: Path, what: str, error: Exception) -> CheckpointError:
     """The error of a part that is there and cannot be used."""
     return CheckpointError(
-        f"{what} in {checkpoint} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:400]}. It is damaged, or "
+        f"{what} in {checkpoint} cannot be read: {type(error).__name__}: "
+        f"{' '.join(str(error).split())[:400]}. It is damaged, or "
         "belongs to another model or other settings. Resume from an earlier checkpoint, with the settings of the run."
     )
 
 
 @contextmanager
 def reading(checkpoint: str | Path | None, what: str) -> Iterator[None]:
-    """Around the host's loading of a part: its failures become a `CheckpointError` that names the part."""
+    """Around the host's loading of a part: its failures become a `CheckpointError` that names the
+    part.
+    """
     try:
         yield
     except EffOPDError:

@@ -1,10 +1,12 @@
-"""Dataclasses ↔ JSON rows. A field says what it is under which key, so that documentation can be generated from it.
+"""Dataclasses ↔ JSON rows. A field says what it is under which key, so that documentation can be
+generated from it.
 
     class Costs(Record, prefix="cost/"):
-        net_seconds: Annotated[float | None, Column("all seconds but those of evaluation", "s")] = None
+        net_seconds: Annotated[float | None, Column("all seconds but those of evaluation", "s")] =
+        None
 
-`None` means "not measured": the key is left out of the row. Keys that a record does not have are ignored, unless it has a
-field `extra`, which holds them.
+`None` means "not measured": the key is left out of the row. Keys that a record does not have are
+ignored, unless it has a field `extra`, which holds them.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Record:
         cls.prefix = prefix
 
     def to_row(self) -> dict[str, Any]:
-        """JSON-ready, in the order of the fields; groups are spread out, what is `None` is left out, `extra` comes last."""
+        """JSON-ready, in the order of the fields; groups are spread out, what is `None` is left
+        out, `extra` comes last.
+        """
         row: dict[str, Any] = {}
         for name, kind in fields_of(type(self)):
             value = getattr(self, name)

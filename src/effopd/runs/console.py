@@ -1,4 +1,5 @@
-"""The callbacks that print a run's lines, in the place of transformers' own, which print whole rows.
+"""The callbacks that print a run's lines, in the place of transformers' own, which print whole
+rows.
 
 Those rows are in `metrics.jsonl`, `evals.jsonl` and the trackers of `report_to` anyway.
 """
@@ -58,14 +59,18 @@ class LinesWithBar(_Lines, ProgressCallback):
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
 
     def end_bar(self) -> None:
-        """Close the bar of a training that was interrupted: what is printed next starts on a line of its own."""
+        """Close the bar of a training that was interrupted: what is printed next starts on a line
+        of its own.
+        """
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
 
 
 def in_lines(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
-    """The callbacks with ours in the place of transformers' two (a notebook's, or a subclass of yours, stays)."""
+    """The callbacks with ours in the place of transformers' two (a notebook's, or a subclass of
+    yours, stays).
+    """
     ours: dict[type, type] = {PrinterCallback: LinesAlone, ProgressCallback: LinesWithBar}
     return [ours[type(callback)]() if type(callback) in ours else callback for callback in callbacks]
 
@@ -79,8 +84,8 @@ def end_bars(callbacks: Iterable[TrainerCallback]) -> None:
 
 @contextmanager
 def quiet_hosts(*, bars: bool) -> Iterator[None]:
-    """For the length of a command: no warning about names that TRL uses, and no bars of transformers (loading, saving) unless
-    `bars` and there is a terminal to draw them on."""
+    """For the length of a command: no warning about names that TRL uses, and no bars of
+    transformers (loading, saving) unless `bars` and there is a terminal to draw them on."""
     shown = transformers_logging.is_progress_bar_enabled()
     hide = shown and not (bars and sys.stderr.isatty())
     with warnings.catch_warnings():

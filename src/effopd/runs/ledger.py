@@ -1,7 +1,7 @@
 """Where the time and the tokens of a run went.
 
-Every second of training belongs to exactly one category, so the parts add up to the wall clock; `net` is everything
-but evaluation, and is what every speed-up in this project divides.
+Every second of training belongs to exactly one category, so the parts add up to the wall clock;
+`net` is everything but evaluation, and is what every speed-up in this project divides.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ _FORWARDING = ("teacher", "update", "search", "eval")
 
 
 def synchronized_clock() -> float:
-    """`time.perf_counter()` after waiting for the accelerator, so that queued kernels count where they were queued."""
+    """`time.perf_counter()` after waiting for the accelerator, so that queued kernels count where
+    they were queued.
+    """
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
-#: What `cost_clock` may name: seconds on the wall, or CPU seconds of this process (all its threads).
+#: What `cost_clock` may name: seconds on the wall, or CPU seconds of this process (all its
+#: threads).
 CLOCKS: dict[str, Callable[[], float]] = {"wall": synchronized_clock, "cpu": time.process_time}
 
 
 class CostLedger:
-    """Seconds and tokens by category, exclusive: while an inner category is open, the outer one stands still.
+    """Seconds and tokens by category, exclusive: while an inner category is open, the outer one
+    stands still.
 
     Args:
         clock: returns seconds; replaced in tests.
@@ -55,7 +59,9 @@ class CostLedger:
         self.forward_tokens = dict.fromkeys(CATEGORIES, 0)
 
     def start(self) -> None:
-        """Start the clock in category `other` (again after a resume); whatever was open is closed."""
+        """Start the clock in category `other` (again after a resume); whatever was open is
+        closed.
+        """
         self._since = self._clock()
         self._open = ["other"]
 
@@ -99,7 +105,9 @@ class CostLedger:
             self._since = self._clock()
 
     def count(self, category: str, *, generated: int = 0, forward: int = 0) -> None:
-        """Add tokens: `generated` were sampled, `forward` went through a model besides generation."""
+        """Add tokens: `generated` were sampled, `forward` went through a model besides
+        generation.
+        """
         self.generated_tokens[category] += int(generated)
         self.forward_tokens[category] += int(forward)
 
@@ -110,8 +118,9 @@ class CostLedger:
         self._since = now
 
     def snapshot(self) -> dict[str, float]:
-        """Cumulative costs as flat metrics: `cost/{category}_seconds`, `…_generated_tokens`, `…_forward_tokens`, and
-        `cost/net_seconds`, `cost/net_generated_tokens`, `cost/net_forward_tokens` without evaluation."""
+        """Cumulative costs as flat metrics: `cost/{category}_seconds`, `…_generated_tokens`,
+        `…_forward_tokens`, and `cost/net_seconds`, `cost/net_generated_tokens`,
+        `cost/net_forward_tokens` without evaluation."""
         self._charge()
         tables: tuple[tuple[str, Mapping[str, float], tuple[str, ...]], ...] = (
             ("seconds", self.seconds, CATEGORIES),
@@ -139,7 +148,9 @@ class CostLedger:
         self.forward_tokens.update(state["forward_tokens"])
 
     def add(self, state: Mapping[str, Any], *, tokens: bool) -> None:
-        """Go on from the totals of one of several processes: the most seconds of any, and its tokens if `tokens`."""
+        """Go on from the totals of one of several processes: the most seconds of any, and its
+        tokens if `tokens`.
+        """
         for category in CATEGORIES:
             self.seconds[category] = max(self.seconds[category], state["seconds"][category])
             if tokens:
@@ -164,7 +175,9 @@ class LedgerCallback(TrainerCallback):
 
 
 class StartLedgerCallback(TrainerCallback):
-    """Starts the clock when training starts. Set-up before it (loading, checks) is not part of any comparison."""
+    """Starts the clock when training starts. Set-up before it (loading, checks) is not part of any
+    comparison.
+    """
 
     def __init__(self, ledger: CostLedger):
         self._ledger = ledger

@@ -34,8 +34,8 @@ def step_line(
     Args:
         record: of a distillation, or of a reinforcement-learning run (which has a `reward`).
         steps: how many there will be.
-        loss_is_kl: the loss is the reverse KL over all of the step's tokens (nats). Otherwise the line shows it beside the KL
-            that the health metrics measured on some of them.
+        loss_is_kl: the loss is the reverse KL over all of the step's tokens (nats). Otherwise the
+            line shows it beside the KL that the health metrics measured on some of them.
         averaged: the record is a mean over several optimizer steps.
         clock: `cost_clock` of the run.
     """
@@ -56,8 +56,8 @@ def step_line(
 
 
 def eval_line(record: EvaluationRecord) -> str:
-    """An evaluation in one line: KL ± standard error, accuracy with its 95 % interval; the loss alone where the host evaluated
-    without a task. Warns where most answers had nothing to grade."""
+    """An evaluation in one line: KL ± standard error, accuracy with its 95 % interval; the loss
+    alone where the host evaluated without a task. Warns where most answers had nothing to grade."""
     gradable, answers = record.answers_found, record.answers
     return _joined(
         [
@@ -70,20 +70,23 @@ def eval_line(record: EvaluationRecord) -> str:
 
 
 def mostly_missing(found: float | None, answers: float | None) -> bool:
-    """Whether fewer than half of the answers had something that the verifier could grade; not if that is unknown."""
+    """Whether fewer than half of the answers had something that the verifier could grade; not if
+    that is unknown.
+    """
     return found is not None and answers is not None and found < answers / 2
 
 
 def missing_answers(
     task: str, accuracy: float, answers: int, found: int | None, cut: int, empty: int, *, limit: int
 ) -> str:
-    """A sentence for an evaluation whose verifier found nothing to grade in most answers; "" for any other.
+    """A sentence for an evaluation whose verifier found nothing to grade in most answers; "" for
+    any other.
 
     Args:
         task: its name; the kind before the colon says what the verifier looks for.
         accuracy: the share of right answers that was measured.
-        answers: how many there were; `found`, `cut` and `empty` of them had something to grade, were cut at the limit, and
-            had no text.
+        answers: how many there were; `found`, `cut` and `empty` of them had something to grade,
+            were cut at the limit, and had no text.
         limit: tokens at most of an answer.
     """
     if not mostly_missing(found, answers):
@@ -97,13 +100,16 @@ def missing_answers(
     kind = task.partition(":")[0]
     sought = {"math": "\\boxed{}", "reasoning-gym": "<answer> tags"}.get(kind, "answer to grade")
     return (
-        f"{missing} of {answers} answers have no {sought}: accuracy {accuracy:.3f} says little about what the model can do "
+        f"{missing} of {answers} answers have no {sought}: accuracy {accuracy:.3f} says "
+        "little about what the model can do "
         f"here. To do: {'; '.join(ways)}."
     )
 
 
 def held_out(record: EvaluationRecord) -> list[str]:
-    """KL and accuracy of an evaluation; its reward and loss where the host evaluated without a task."""
+    """KL and accuracy of an evaluation; its reward and loss where the host evaluated without a
+    task.
+    """
     parts = []
     if record.kl is not None:
         shown = number(record.kl)
@@ -120,7 +126,9 @@ def held_out(record: EvaluationRecord) -> list[str]:
 
 
 def net_seconds(costs: Costs, clock: str = "wall") -> str:
-    """`net 14 s (search 7 %)`: all seconds but those of evaluation, and the share of search in them, if any."""
+    """`net 14 s (search 7 %)`: all seconds but those of evaluation, and the share of search in
+    them, if any.
+    """
     if costs.net_seconds is None:
         return ""
     net, search = costs.net_seconds, costs.search_seconds
@@ -138,7 +146,9 @@ def searches_text(searches: Sequence[SearchRecord]) -> str:
 
 
 def number(value: float, smallest: float = 1e-3) -> str:
-    """Four decimals, or three digits and an exponent where they would say nothing: below `smallest` and from 1000 on."""
+    """Four decimals, or three digits and an exponent where they would say nothing: below `smallest`
+    and from 1000 on.
+    """
     plain = value == 0 or smallest <= abs(value) < 1e3 or not math.isfinite(value)
     return f"{value:.4f}" if plain else f"{value:.2e}"
 
@@ -184,7 +194,9 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def closing_lines(root: Path, step: int, costs: Costs) -> str:
-    """Where the model is, what the run reached (first → last evaluation), what it cost, and the command to type next."""
+    """Where the model is, what the run reached (first → last evaluation), what it cost, and the
+    command to type next.
+    """
     evaluations, searches = read_evaluations(root), read_searches(root)
     rewards = [record.reward for record in read_steps(root) if record.reward is not None]
     done, kept = f"Done: step {step}.", read_kept(root)
@@ -211,7 +223,9 @@ def kept_text(kept: Kept) -> str:
 
 
 def steps_text(evaluations: Sequence[EvaluationRecord]) -> str:
-    """`step 2 → step 6`: the first evaluation, which may come after the first jumps, and the last."""
+    """`step 2 → step 6`: the first evaluation, which may come after the first jumps, and the
+    last.
+    """
     steps = dict.fromkeys((evaluations[0].step, evaluations[-1].step))
     return " → ".join(f"step {step}" for step in steps)
 

@@ -1,7 +1,9 @@
-"""The card in a run directory (`README.md`): which model this is, how it was made, what it reached and cost, how to load it.
+"""The card in a run directory (`README.md`): which model this is, how it was made, what it reached
+and cost, how to load it.
 
-Everything comes from the trainer and the run's records; the text is in `model_card.md`. Written with every checkpoint and
-with the final model, in the place of TRL's card. Left out: a licence, which follows from the student's and the teacher's.
+Everything comes from the trainer and the run's records; the text is in `model_card.md`. Written
+with every checkpoint and with the final model, in the place of TRL's card. Left out: a licence,
+which follows from the student's and the teacher's.
 """
 
 from __future__ import annotations
@@ -27,14 +29,23 @@ from effopd.tasks.load import instruction
 TEMPLATE = Path(__file__).with_name("model_card.md")
 #: Settings of the task that a reader needs to repeat a number, where they are not defaults.
 _TASK = (
-    "task_args", "eval_task", "eval_task_args", "verifier", "prompt_suffix", "system_prompt", "as_chat", "max_prompt_length",
-)  # fmt: skip
+    "task_args",
+    "eval_task",
+    "eval_task_args",
+    "verifier",
+    "prompt_suffix",
+    "system_prompt",
+    "as_chat",
+    "max_prompt_length",
+)
 _DIVERGENCES = {1.0: "reverse KL(student ‖ teacher)", 0.0: "forward KL(teacher ‖ student)"}
 
 
 @dataclass(frozen=True)
 class LookAhead:
-    """What the card says of a look-ahead: the name of its strategy, what that does, and whether it adapts the learning rate."""
+    """What the card says of a look-ahead: the name of its strategy, what that does, and whether it
+    adapts the learning rate.
+    """
 
     strategy: str
     text: str
@@ -164,7 +175,9 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
 
 
 def _question(trainer: Any, tokenizer: Any) -> list[str]:
-    """Lines that write a question as training did: with its system message, instruction and template arguments."""
+    """Lines that write a question as training did: with its system message, instruction and
+    template arguments.
+    """
     settings, args = _settings(trainer), trainer.args
     suffix = instruction(settings["task"], settings.get("prompt_suffix")) if settings.get("task") else ""
     after = f" + {suffix!r}" if suffix else ""
@@ -272,7 +285,9 @@ def _shown(name: str) -> str:
 
 
 def _chats(dataset: Any, tokenizer: Any) -> bool:
-    """Whether prompts are messages; of a stream, whose rows are not there yet, whether there is a chat template."""
+    """Whether prompts are messages; of a stream, whose rows are not there yet, whether there is a
+    chat template.
+    """
     if hasattr(dataset, "__len__") and len(dataset):
         return isinstance(dataset[0].get("prompt"), list)
     return getattr(tokenizer, "chat_template", None) is not None

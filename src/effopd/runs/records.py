@@ -1,7 +1,8 @@
-"""The files of a run and what their rows hold: a step of training, a search with its trials, an evaluation.
+"""The files of a run and what their rows hold: a step of training, a search with its trials, an
+evaluation.
 
-Standard library only: reading a run needs neither torch nor the trainers. The tables of `docs/reading-a-run.md` are made from
-these classes.
+Standard library only: reading a run needs neither torch nor the trainers. The tables of
+`docs/reading-a-run.md` are made from these classes.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ Count = int | None
 
 @dataclass(frozen=True)
 class Costs(Record, prefix="cost/"):
-    """What a run has cost so far: seconds of the slowest process on the run's `cost_clock`, tokens of all processes.
+    """What a run has cost so far: seconds of the slowest process on the run's `cost_clock`, tokens
+    of all processes.
 
-    *Sampled* tokens are counted where they are generated; *forward* tokens run through a model besides.
+    *Sampled* tokens are counted where they are generated; *forward* tokens run through a model
+    besides.
     """
 
     rollout_seconds: Annotated[Number, Column("sampling the rollouts", "s")] = None
@@ -75,7 +78,9 @@ class Costs(Record, prefix="cost/"):
 
 @dataclass(frozen=True)
 class Health(Record, prefix="health/"):
-    """Token-level measures on some of a step's tokens, before its update. p: student, q: teacher, y: the sampled token."""
+    """Token-level measures on some of a step's tokens, before its update. p: student, q: teacher,
+    y: the sampled token.
+    """
 
     sampler_logp_gap: Annotated[Number, Column("mean |log p(y) at sampling − log p(y) in the loss|", "nats")] = None
     sampled_reverse_kl: Annotated[Number, Column("mean of log p(y) − log q(y)", "nats")] = None
@@ -98,7 +103,9 @@ class Health(Record, prefix="health/"):
 
 @dataclass(frozen=True)
 class SearchMetrics(Record, prefix="effopd/"):
-    """A search as the step's row reports it; means, where a row covers several steps (`--logging_steps`)."""
+    """A search as the step's row reports it; means, where a row covers several steps
+    (`--logging_steps`).
+    """
 
     accepted_scale: Annotated[Number, Column("scale of the jump; 0: stayed, negative: stepped back")] = None
     delta_norm: Annotated[Number, Column("‖Δ‖ over all moved weights")] = None
@@ -111,7 +118,9 @@ class SearchMetrics(Record, prefix="effopd/"):
 
 @dataclass(frozen=True)
 class StepRecord(Record):
-    """A row of `metrics.jsonl`: a logged optimizer step (a mean over several with `--logging_steps`)."""
+    """A row of `metrics.jsonl`: a logged optimizer step (a mean over several with
+    `--logging_steps`).
+    """
 
     step: Annotated[int, Column("optimizer steps done, from 1")]
     loss: Annotated[Number, Column("the training objective", "nats per token, for distillation")] = None
@@ -197,7 +206,9 @@ class TrialRecord(Record):
     forward_tokens: Annotated[Count, Column("tokens run through a model besides sampling", "tokens")] = None
 
     def to_row(self) -> dict[str, Any]:
-        """As for every record; the score of a point that was scored is written, finite or not (null)."""
+        """As for every record; the score of a point that was scored is written, finite or not
+        (null).
+        """
         start = {"scale": self.scale, "verdict": self.verdict}
         if self.seconds is not None:
             start["score"] = self.score

@@ -11,7 +11,8 @@
     report.html       written by `effopd report`
     superseded/       1/ … (what lay beyond the step from which a run was resumed, if anything did)
 
-A checkpoint is filled in `checkpoints/.staging` and renamed into place, so whatever has a final name is complete.
+A checkpoint is filled in `checkpoints/.staging` and renamed into place, so whatever has a final
+name is complete.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def in_trajectory(rule: str, step: int, last: int) -> bool:
     """Whether the weights of `step` are kept for analysis in a run of `last` steps.
 
     Args:
-        rule: `none`; `powers_of_two`: steps 0, 1, 2, 4, …; or a number N: steps 0, N, 2N, …. Both end with `last`.
+        rule: `none`; `powers_of_two`: steps 0, 1, 2, 4, …; or a number N: steps 0, N, 2N, …. Both
+            end with `last`.
 
     Raises:
         ConfigError: the rule is none of these.
@@ -99,7 +101,8 @@ class RunDir:
         return next(reversed(self.checkpoints()), None)
 
     def to_resume(self, argument: str | bool | None) -> Path | None:
-        """The checkpoint that `resume_from_checkpoint` means: the newest (`True`; `None` if there is none yet), or that path.
+        """The checkpoint that `resume_from_checkpoint` means: the newest (`True`; `None` if there
+        is none yet), or that path.
 
         Raises:
             CheckpointError: the path is no checkpoint, or lacks what an equal continuation takes.
@@ -141,7 +144,9 @@ class RunDir:
 
     @staticmethod
     def publish(staged: Path, final: Path) -> None:
-        """Flush every file of `staged` and rename it to `final`; an older folder of that name is replaced."""
+        """Flush every file of `staged` and rename it to `final`; an older folder of that name is
+        replaced.
+        """
         for path in [*staged.rglob("*"), staged]:
             fsync(path)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -161,8 +166,9 @@ class RunDir:
                 shutil.rmtree(path)
 
     def set_aside(self, step: int) -> Path | None:
-        """Move what an earlier run left beyond `step`, from where another goes on now, to `superseded/N`, with a copy of its
-        rows: the two must not mix, and nothing is lost. Returns the folder, if there was anything.
+        """Move what an earlier run left beyond `step`, from where another goes on now, to
+        `superseded/N`, with a copy of its rows: the two must not mix, and nothing is lost. Returns
+        the folder, if there was anything.
         """
         later = [path for kind in ("checkpoints", "trajectory") for path in self._steps(kind) if _step_of(path) > step]
         if not later:

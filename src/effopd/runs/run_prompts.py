@@ -1,5 +1,5 @@
-"""How a run wrote its prompts and sampled its held-out answers, read from its `config.yaml`, for commands that measure the
-model later. A model gets the same tokens then as in training."""
+"""How a run wrote its prompts and sampled its held-out answers, read from its `config.yaml`, for
+commands that measure the model later. A model gets the same tokens then as in training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import yaml
 
 from effopd.runs.records import CONFIG
 
-#: Setting of a run → flag of `effopd eval` and `effopd intervene`, for every task: how prompts are written.
+#: Setting of a run → flag of `effopd eval` and `effopd intervene`, for every task: how prompts are
+#: written.
 PROMPTS = {name: name for name in ("chat_template_kwargs", "system_prompt", "as_chat", "prompt_suffix")}
 #: The same, how answers are sampled. A run evaluates with nothing but these (top_p is 1).
 SAMPLING = {"eval_temperature": "temperature", "max_completion_length": "max_new_tokens"}
-#: Taken over where the run's own task is measured: which rows are held out, and how answers are graded.
+#: Taken over where the run's own task is measured: which rows are held out, and how answers are
+#: graded.
 SOURCE = (
     "task_args", "eval_task", "eval_task_args", "eval_size", "task_seed", "verifier", "verify_timeout",
 )  # fmt: skip
@@ -26,9 +28,11 @@ _DEPTH = 4
 
 
 def run_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """`config.yaml` and settings of the run that a model folder is, or lies in; `None` if it is no run's.
+    """`config.yaml` and settings of the run that a model folder is, or lies in; `None` if it is no
+    run's.
 
-    A checkpoint that `effopd intervene --save_dir` wrote counts as of the run whose update it was made of.
+    A checkpoint that `effopd intervene --save_dir` wrote counts as of the run whose update it was
+    made of.
     """
     path = Path(model)
     if not path.is_dir():
@@ -46,7 +50,8 @@ def run_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
 def taken_over(
     config: Mapping[str, Any], given: Mapping[str, Any], explicit: Iterable[str], *, own_task: bool = True
 ) -> dict[str, Any]:
-    """Flag → value that a run's settings give it, where that is not its default; what the user gave wins.
+    """Flag → value that a run's settings give it, where that is not its default; what the user gave
+    wins.
 
     Args:
         config: settings of the run.
@@ -72,14 +77,17 @@ def taken_over(
 
 
 def agreed(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings on which several runs agree; and flag → message for those of `PROMPTS` and `SAMPLING` on which they do not."""
+    """Settings on which several runs agree; and flag → message for those of `PROMPTS` and
+    `SAMPLING` on which they do not.
+    """
     (first, settings), *others = runs
     conflicts: dict[str, str] = {}
     for name, flag in (PROMPTS | SAMPLING).items():
         for path, other in others:
             if settings.get(name) != other.get(name):
                 conflicts[flag] = (
-                    f"the runs differ in {name}: {settings.get(name)!r} in {first}, {other.get(name)!r} in {path}. All points "
+                    f"the runs differ in {name}: {settings.get(name)!r} in {first}, "
+                    f"{other.get(name)!r} in {path}. All points "
                     f"of an intervention get the same prompts and limits: say which with --{flag}."
                 )
     common = {name: value for name, value in settings.items() if all(other.get(name) == value for _, other in others)}
@@ -90,13 +98,16 @@ def spoken(values: Mapping[str, Any]) -> str:
     """`--flag value` of each, as a user would write them."""
     bare = re.compile(r"[^\s\"',]+")  # needs no quotes
     return ", ".join(
-        f"{name} {value if isinstance(value, str) and bare.fullmatch(value) else json.dumps(value, ensure_ascii=False)}"
+        f"{name} "
+        f"{value if isinstance(value, str) and bare.fullmatch(value) else json.dumps(value, ensure_ascii=False)}"
         for name, value in values.items()
     )
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; empty where there is none. Other programs write files of that name, too."""
+    """A YAML file's mapping; empty where there is none. Other programs write files of that name,
+    too.
+    """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -1,4 +1,6 @@
-"""What a trainer's events write to the run directory: settings, rows, and what becomes of an earlier run's rows."""
+"""What a trainer's events write to the run directory: settings, rows, and what becomes of an
+earlier run's rows.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 class RunDirCallback(TrainerCallback):
-    """Writes `config.yaml`, `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed step.
+    """Writes `config.yaml`, `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed
+    step.
 
     Must run after every other callback: one that refuses to go on leaves the folder as it was.
 
@@ -57,7 +60,9 @@ class RunDirCallback(TrainerCallback):
             append_row(self._run_dir.root / METRICS, step.to_row())
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Write a row per evaluation. One before training is held back until a run starts in this folder."""
+        """Write a row per evaluation. One before training is held back until a run starts in this
+        folder.
+        """
         if not state.is_world_process_zero or not metrics:
             return
         evaluation = EvaluationRecord.from_row({"step": state.global_step, **metrics})

@@ -1,7 +1,7 @@
 """What a task is: prompts, known answers where there are any, and a verifier.
 
-A `Task` is plain data plus one function. Trainers read `Task.to_dataset()` (TRL's `prompt` column), evaluation and
-scorers call `Task.verify(completion, example)`.
+A `Task` is plain data plus one function. Trainers read `Task.to_dataset()` (TRL's `prompt` column),
+evaluation and scorers call `Task.verify(completion, example)`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from effopd.errors import TaskError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: A prompt is plain text, or chat messages (`[{"role": "user", "content": …}]`) that get the chat template.
+#: A prompt is plain text, or chat messages (`[{"role": "user", "content": …}]`) that get the chat
+#: template.
 Prompt = str | list[dict[str, str]]
 
 
@@ -28,7 +29,8 @@ class Example:
     Attributes:
         id: unique within its task.
         prompt: text or chat messages.
-        answer: the reference answer, or `None` when the row has none (training needs none, verification does).
+        answer: the reference answer, or `None` when the row has none (training needs none,
+            verification does).
         metadata: whatever the verifier needs besides the answer (JSON-serialisable).
     """
 
@@ -38,8 +40,9 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: `verify(completion, example)` → score in [0, 1]; the completion is the decoded text without special tokens, reasoning
-#: and its marks included. Where the prompt itself opened the reasoning, the text starts with that mark, such as `<think>`.
+#: `verify(completion, example)` → score in [0, 1]; the completion is the decoded text without
+#: special tokens, reasoning and its marks included. Where the prompt itself opened the reasoning,
+#: the text starts with that mark, such as `<think>`.
 Verifier = Callable[[str, Example], float]
 
 
@@ -50,11 +53,12 @@ class Task:
     Attributes:
         name: what messages call it, e.g. `"math:data/train.jsonl"`.
         examples: the prompts, in order.
-        verify: the verifier. A verifier object may also have `verify_batch(completions, examples)` and
-            `answer_found(completion)`, which says whether there is anything to grade.
-        render_answer: a completion that gives a reference answer in the form the verifier looks for, e.g. in
-            `\\boxed{}`; `None` when the bare answer is that form.
-        needs_answers: whether the verifier needs `Example.answer`; some grade by the metadata alone.
+        verify: the verifier. A verifier object may also have `verify_batch(completions, examples)`
+            and `answer_found(completion)`, which says whether there is anything to grade.
+        render_answer: a completion that gives a reference answer in the form the verifier looks
+            for, e.g. in `\\boxed{}`; `None` when the bare answer is that form.
+        needs_answers: whether the verifier needs `Example.answer`; some grade by the metadata
+            alone.
         available: how many examples there were to take these from; `None` where they are generated.
 
     Example:
@@ -84,7 +88,9 @@ class Task:
         return bool(self.examples) and (self.has_answers or not self.needs_answers)
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """Scores of several completions, each with its example; one exchange where the verifier grades in batches."""
+        """Scores of several completions, each with its example; one exchange where the verifier
+        grades in batches.
+        """
         batch = getattr(self.verify, "verify_batch", None)
         if batch is not None:
             return list(batch(completions, examples))
@@ -100,7 +106,8 @@ class Task:
         return replace(self, examples=tuple(examples))
 
     def sample(self, size: int, seed: int) -> Task:
-        """`size` examples drawn without replacement by a private random generator, in drawing order.
+        """`size` examples drawn without replacement by a private random generator, in drawing
+        order.
 
         Raises:
             TaskError: fewer than `size` examples, or `size < 1`.

@@ -1,7 +1,8 @@
-"""The tiny student and teacher that ship with the package; `effopd.testbed` holds the recipe that makes them.
+"""The tiny student and teacher that ship with the package; `effopd.testbed` holds the recipe that
+makes them.
 
-The pair makes every claim of this package testable on two CPU cores in minutes. Importing this module is light: no
-torch, no transformers.
+The pair makes every claim of this package testable on two CPU cores in minutes. Importing this
+module is light: no torch, no transformers.
 
 Example:
     >>> from effopd.tasks.builtin_models import FAMILIES, student_path
@@ -34,7 +35,8 @@ __all__ = [
 
 ASSETS = Path(__file__).parents[1] / "testbed" / "assets"
 
-#: The reference run of plain on-policy distillation on this pair, as flags of `trl.DistillationConfig`.
+#: The reference run of plain on-policy distillation on this pair, as flags of
+#: `trl.DistillationConfig`.
 _REFERENCE: dict[str, Any] = {
     "learning_rate": 3e-5,
     "lr_scheduler_type": "constant",
@@ -90,12 +92,15 @@ def spoken_name(path: str) -> str:
 
 
 def card() -> dict[str, Any]:
-    """How the shipped pair was made and what it measured: seed, versions, settings, seconds, accuracies, hashes."""
+    """How the shipped pair was made and what it measured: seed, versions, settings, seconds,
+    accuracies, hashes.
+    """
     return json.loads(_asset("card.json").read_text(encoding="utf-8"))
 
 
 def reference_settings(family: str | None = None) -> dict[str, Any]:
-    """Flags for `trl.DistillationConfig` with which plain distillation of the pair is the reference everywhere.
+    """Flags for `trl.DistillationConfig` with which plain distillation of the pair is the reference
+    everywhere.
 
     `beta=1.0` is exact reverse KL. The card's `reference_opd` records what these settings measured.
 

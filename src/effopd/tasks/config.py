@@ -1,6 +1,8 @@
-"""`TaskConfig`: which task to train and evaluate on, as one dataclass for Python, the command line and YAML.
+"""`TaskConfig`: which task to train and evaluate on, as one dataclass for Python, the command line
+and YAML.
 
-Works with transformers' `HfArgumentParser` and TRL's `TrlParser`. Checked when built; nothing is loaded here.
+Works with transformers' `HfArgumentParser` and TRL's `TrlParser`. Checked when built; nothing is
+loaded here.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class TaskConfig:
         default=None,
         metadata={
             "help": "JSON object with parameters of the source. reasoning-gym: the dataset's own parameters, e.g. "
-            "'{\"max_terms\": 3}'. math: 'prompt_column' and 'answer_column' when yours have other names (a field inside of "
+            "'{\"max_terms\": 3}'. math: 'prompt_column' and 'answer_column' when yours have "
+            "other names (a field inside of "
             "a column is written with a dot: 'reward_model.ground_truth'), and for a "
             'Hub dataset anything load_dataset takes, e.g. \'{"name": "main", "split": "train"}\'.'
         },
@@ -52,8 +55,10 @@ class TaskConfig:
         default=None,
         metadata={
             "help": "Your own grading function as 'module:function', called as function(completion, example) and "
-            "returning a score in [0, 1]; the module may lie in the current directory. The completion is the whole decoded "
-            "text, reasoning included; where the prompt itself ends with an opened <think>, the text starts with it. The "
+            "returning a score in [0, 1]; the module may lie in the current directory. The "
+            "completion is the whole decoded "
+            "text, reasoning included; where the prompt itself ends with an opened <think>, "
+            "the text starts with it. The "
             "built-in verifiers grade only what follows the reasoning. It runs in this process, so "
             "verify_timeout does not bound it. Default: the task's own verifier."
         },
@@ -201,7 +206,8 @@ def json_object(field_name: str, value: dict | str | None, example: str = '{"max
             parsed = json.loads(value) if value.strip() else None
         except json.JSONDecodeError as error:
             raise ConfigError(
-                f"{field_name}: expected a JSON object, got {value!r} ({error}). {hint}, in single quotes on the command line."
+                f"{field_name}: expected a JSON object, got {value!r} ({error}). {hint}, in "
+                "single quotes on the command line."
             ) from error
     if parsed is not None and not isinstance(parsed, dict):
         raise ConfigError(f"{field_name}: expected a JSON object, got {type(parsed).__name__} {value!r}. {hint}.")

@@ -1,8 +1,8 @@
 """Generate, verify, and say how sure: pass@1 / avg@n with an interval.
 
-Accuracy is the share of answers whose verifier score is 1. Partial credit (reasoning-gym gives some) is kept in
-`mean_score` and counts as wrong in the accuracy. Trainers, scorers and commands all call `evaluate`, so that an accuracy
-means the same everywhere.
+Accuracy is the share of answers whose verifier score is 1. Partial credit (reasoning-gym gives
+some) is kept in `mean_score` and counts as wrong in the accuracy. Trainers, scorers and commands
+all call `evaluate`, so that an accuracy means the same everywhere.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ CORRECT = 1.0 - 1e-9
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    r"""Unbiased estimate of P(at least one of k samples is right): $1 - \binom{n-c}{k} / \binom{n}{k}$.
+    r"""Unbiased estimate of P(at least one of k samples is right): $1 - \binom{n-c}{k} /
+    \binom{n}{k}$.
 
-    Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), eq. 1.
+    Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), eq.
+    1.
 
     Raises:
         ValueError: k is not between 1 and n.
@@ -48,8 +50,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 class EvalResult:
     """Graded answers: `completions[i][j]` and `scores[i][j]` belong to sample j of example i.
 
-    `answers_found` is the number of answers in which the verifier found something to grade, over all samples; `None` where
-    the verifier cannot tell.
+    `answers_found` is the number of answers in which the verifier found something to grade, over
+    all samples; `None` where the verifier cannot tell.
     """
 
     examples: tuple[Example, ...]
@@ -151,7 +153,8 @@ def evaluate(
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> EvalResult:
-    """Answer every example `sampling.n` times and grade the answers. The model's own sampling defaults are not used.
+    """Answer every example `sampling.n` times and grade the answers. The model's own sampling
+    defaults are not used.
 
     Args:
         vocab_size, progress: as for `generate`.

@@ -20,10 +20,11 @@ from effopd.tasks.sampling import Sampling
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: token ids up to and including the end token, and whether the length limit cut it.
+    """One sampled answer: token ids up to and including the end token, and whether the length limit
+    cut it.
 
-    `text` is decoded without special tokens, except marks of reasoning; `opened` is the mark with which the prompt itself
-    opened the reasoning, such as `<think>`, or "".
+    `text` is decoded without special tokens, except marks of reasoning; `opened` is the mark with
+    which the prompt itself opened the reasoning, such as `<think>`, or "".
     """
 
     prompt_ids: list[int]
@@ -34,15 +35,17 @@ class Completion:
 
     @property
     def marked(self) -> str:
-        """The text that verifiers grade: with the mark that the prompt opened the reasoning with, if it did."""
+        """The text that verifiers grade: with the mark that the prompt opened the reasoning with,
+        if it did.
+        """
         return self.opened + self.text
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt, the way TRL's trainers encode them: messages get the chat template and the generation
-    prompt, plain text the tokenizer's own special tokens.
+    """Token ids of each prompt, the way TRL's trainers encode them: messages get the chat template
+    and the generation prompt, plain text the tokenizer's own special tokens.
 
     Raises:
         TaskError, CompatibilityError: as `effopd.tasks.prompts.prompt_ids`.
@@ -61,7 +64,9 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def tokens_beyond(model: PreTrainedModel, vocab_size: int | None) -> list[int] | None:
-    """Ids from `vocab_size` on that the model has rows for, to be suppressed; `None` if there are none."""
+    """Ids from `vocab_size` on that the model has rows for, to be suppressed; `None` if there are
+    none.
+    """
     rows = model.config.get_text_config().vocab_size
     return list(range(vocab_size, rows)) if vocab_size is not None and vocab_size < rows else None
 
@@ -76,14 +81,16 @@ def generate(
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Completion]:
-    """Sample `sampling.n` answers per prompt with `model.generate`, in the given order and in fixed batches.
+    """Sample `sampling.n` answers per prompt with `model.generate`, in the given order and in fixed
+    batches.
 
-    The sampling defaults that a model brings along in its `generation_config` (repetition penalty, min_p, …) are not
-    used; the end tokens declared there are.
+    The sampling defaults that a model brings along in its `generation_config` (repetition penalty,
+    min_p, …) are not used; the end tokens declared there are.
 
-    The random state is isolated: the caller's is untouched, and the same `sampling.seed` with the same prompts and batch
-    size gives the same noise for any weights (torch draws one exponential per row and vocabulary entry and picks
-    argmax p/noise), so two models' answers are coupled as closely as sampling allows.
+    The random state is isolated: the caller's is untouched, and the same `sampling.seed` with the
+    same prompts and batch size gives the same noise for any weights (torch draws one exponential
+    per row and vocabulary entry and picks argmax p/noise), so two models' answers are coupled as
+    closely as sampling allows.
 
     Args:
         vocab_size: only tokens below it are sampled; `None`: all that the model has a row for.
@@ -91,7 +98,8 @@ def generate(
 
     Raises:
         TaskError, CompatibilityError: as `encode_prompts`.
-        CompatibilityError: left padding changes what the model predicts, and its weights are sharded.
+        CompatibilityError: left padding changes what the model predicts, and its weights are
+            sharded.
     """
     config = _generation_config(model, tokenizer, sampling, vocab_size)
     repeated = [prompt for prompt in prompts for _ in range(sampling.n)]

@@ -1,4 +1,5 @@
-"""The grading process: calls one function for every message it gets, each within limits of time and memory.
+"""The grading process: calls one function for every message it gets, each within limits of time and
+memory.
 
 Runs in a fresh interpreter (see `worker`).
 """
@@ -13,7 +14,8 @@ import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-#: Address space of the process in bytes: a huge power becomes a MemoryError there, not a machine out of memory.
+#: Address space of the process in bytes: a huge power becomes a MemoryError there, not a machine
+#: out of memory.
 _MEMORY_BYTES = 4 << 30
 
 
@@ -31,7 +33,9 @@ class Grade:
 
 
 def serve() -> None:
-    """Main loop of the grading process: `serve FD module:function timeout [module …]`; reads lists of calls, answers each."""
+    """Main loop of the grading process: `serve FD module:function timeout [module …]`; reads lists
+    of calls, answers each.
+    """
     connection = Connection(int(sys.argv[1]))
     module, _, name = sys.argv[2].partition(":")
     limit = 2 * float(sys.argv[3]) + 1.0

@@ -1,11 +1,12 @@
 """Generated tasks of the reasoning-gym library, graded by the library itself.
 
-The completion's answer is what stands in its last `<answer>` tags, and its score is the library's, which knows partial
-credit: 1.0 is a correct answer, anything below is not. Without tags the score is 0.0 (some of the library's scorers
-give a little for no answer at all; that is not passed on).
+The completion's answer is what stands in its last `<answer>` tags, and its score is the library's,
+which knows partial credit: 1.0 is a correct answer, anything below is not. Without tags the score
+is 0.0 (some of the library's scorers give a little for no answer at all; that is not passed on).
 
-Departs from the library in one point: it seeds question i with `seed + i`, so neighbouring seeds give nearly the same
-questions. Here every (task_seed, split) gets a seed of its own, and no question comes twice.
+Departs from the library in one point: it seeds question i with `seed + i`, so neighbouring seeds
+give nearly the same questions. Here every (task_seed, split) gets a seed of its own, and no
+question comes twice.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def render_tagged(answer: str) -> str:
 def gym_examples(
     name: str, params: Mapping[str, Any], *, split: str, size: int, seed: int, excluded: AbstractSet[str] = frozenset()
 ) -> tuple[Example, ...]:
-    """`size` distinct questions that are not in `excluded`; the same arguments give the same questions.
+    """`size` distinct questions that are not in `excluded`; the same arguments give the same
+    questions.
 
     Each example's metadata has the library's whole `entry`, which its scorer needs.
 
     Raises:
         MissingDependencyError: reasoning-gym is not installed.
-        TaskError: an unknown dataset or parameter, a value the library rejects, or too few distinct questions.
+        TaskError: an unknown dataset or parameter, a value the library rejects, or too few distinct
+            questions.
     """
     _check_params(name, params)
     examples: list[Example] = []
@@ -69,7 +72,8 @@ def gym_examples(
 
 
 class ReasoningGymVerifier(WorkerVerifier):
-    """Verifier with reasoning-gym's own `score_answer`, in a process of its own with a hard time limit. Picklable.
+    """Verifier with reasoning-gym's own `score_answer`, in a process of its own with a hard time
+    limit. Picklable.
 
     Args:
         name: reasoning-gym dataset.
@@ -107,7 +111,9 @@ class ReasoningGymVerifier(WorkerVerifier):
         return scores
 
     def answer_found(self, completion: str) -> bool:
-        """Whether there are `<answer>` tags with something between them, outside of the reasoning."""
+        """Whether there are `<answer>` tags with something between them, outside of the
+        reasoning.
+        """
         return bool((extract_tagged(answer_part(completion)) or "").strip())
 
 

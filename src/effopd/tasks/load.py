@@ -1,7 +1,8 @@
 """`load_task`: from a `TaskConfig` to the prompts and verifier of one split.
 
-The evaluation is drawn first and depends only on its own source, its size and the seed; training then takes questions
-that are not in it, so the two are disjoint wherever they come from. Both are deterministic.
+The evaluation is drawn first and depends only on its own source, its size and the seed; training
+then takes questions that are not in it, so the two are disjoint wherever they come from. Both are
+deterministic.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Split = Literal["train", "eval"]
 
 #: Sizes of generated tasks when the config leaves them open.
 DEFAULT_TRAIN_SIZE, DEFAULT_EVAL_SIZE = 1000, 100
-#: Share of a file's rows held out for evaluation when the config leaves it open; at most `DEFAULT_EVAL_SIZE` rows.
+#: Share of a file's rows held out for evaluation when the config leaves it open; at most
+#: `DEFAULT_EVAL_SIZE` rows.
 HELD_OUT_SHARE = 0.1
 
 
@@ -37,7 +39,8 @@ HELD_OUT_SHARE = 0.1
 class _Request:
     """One split of one source.
 
-    `held_out`: the evaluation comes from this source too. `excluded`: questions the split must not contain.
+    `held_out`: the evaluation comes from this source too. `excluded`: questions the split must not
+    contain.
     """
 
     name: str
@@ -65,13 +68,13 @@ def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True
     Args:
         config: what to load.
         split: "train" or "eval".
-        answers_required: whether rows of a file must have reference answers. Distillation itself does not need them,
-            accuracy does; without, rows may lack the answer if all of them do.
+        answers_required: whether rows of a file must have reference answers. Distillation itself
+            does not need them, accuracy does; without, rows may lack the answer if all of them do.
         why: a sentence that says what needs them, for the message.
 
     Raises:
-        TaskError: a source that cannot be read, bad rows, too few examples, an unusable verifier, or "eval" when the
-            config holds nothing out.
+        TaskError: a source that cannot be read, bad rows, too few examples, an unusable verifier,
+            or "eval" when the config holds nothing out.
         MissingDependencyError: the package of the task is not installed.
     """
     if split not in ("train", "eval"):
@@ -155,7 +158,9 @@ def _load_math(request: _Request) -> Task:
 
 
 def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
-    """Say how many rows no split gets; the held-out rows themselves, which training leaves to it, are expected."""
+    """Say how many rows no split gets; the held-out rows themselves, which training leaves to it,
+    are expected.
+    """
     if request.held_out:
         left_out = left_out - len(request.excluded) if request.split == "train" else 0
     if left_out > 0:
@@ -191,7 +196,9 @@ _SUFFIXES = {"reasoning-gym": GYM_SUFFIX, "math": MATH_SUFFIX}
 
 
 def instruction(task: str, prompt_suffix: str | None) -> str:
-    """What follows every question of `task` ("kind:name"): `prompt_suffix`, or the kind's own where that is `None`."""
+    """What follows every question of `task` ("kind:name"): `prompt_suffix`, or the kind's own where
+    that is `None`.
+    """
     kind, _ = split_task_name("task", task)
     if kind not in _SUFFIXES:
         return ""

@@ -1,8 +1,9 @@
 r"""Grading of math answers in `\boxed{}`, under a hard time limit.
 
-Only the last complete `\boxed{…}` after the reasoning counts: text without one (a truncated answer, a guess inside
-`<think>`, a number in passing) scores 0. That is stricter than math-verify's own extraction, which would take the last
-number in the text, and it is what the default prompt asks for. `math_equality` says when two answers are the same.
+Only the last complete `\boxed{…}` after the reasoning counts: text without one (a truncated answer,
+a guess inside `<think>`, a number in passing) scores 0. That is stricter than math-verify's own
+extraction, which would take the last number in the text, and it is what the default prompt asks
+for. `math_equality` says when two answers are the same.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _BRACES = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{|(?P<bare>{_BARE}))|\\.|\{{|\}}
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the last complete `\boxed{…}` (the innermost of nested ones), or `None`; linear in the text.
+    r"""Content of the last complete `\boxed{…}` (the innermost of nested ones), or `None`; linear
+    in the text.
 
     `\boxed 7` without braces counts too, and `\fbox`.
 
@@ -58,7 +60,8 @@ def extract_boxed(text: str) -> str | None:
 def plain_answer(answer: str) -> str:
     """A reference answer reduced to the expression itself.
 
-    Takes what follows the last `####` (GSM8K) or stands in the last `\\boxed{}` (MATH), then drops `$…$`.
+    Takes what follows the last `####` (GSM8K) or stands in the last `\\boxed{}` (MATH), then drops
+    `$…$`.
     """
     answer = answer.rpartition("####")[2] if "####" in answer else (extract_boxed(answer) or answer)
     answer = answer.strip()
@@ -68,15 +71,17 @@ def plain_answer(answer: str) -> str:
 
 
 def render_boxed(answer: str) -> str:
-    r"""A completion that gives `answer` the way math tasks ask for it: `The answer is \boxed{answer}.`"""
+    r"""A completion that gives `answer` the way math tasks ask for it: `The answer is
+    \boxed{answer}.`
+    """
     return f"The answer is \\boxed{{{plain_answer(answer)}}}."
 
 
 class MathVerifier(WorkerVerifier):
     r"""Verifier of math tasks: 1.0 when the last `\boxed{}` equals the example's answer, else 0.0.
 
-    Gradings run in a process of their own (`GradingWorker`); `timeouts` and `errors` count those that scored 0 because
-    grading them did not end in time or failed. Picklable.
+    Gradings run in a process of their own (`GradingWorker`); `timeouts` and `errors` count those
+    that scored 0 because grading them did not end in time or failed. Picklable.
 
     Args:
         timeout: hard limit of one grading, in seconds of wall-clock time.
@@ -90,8 +95,8 @@ class MathVerifier(WorkerVerifier):
 
         Raises:
             TaskError: an example has no reference answer.
-            MissingDependencyError: math-verify is not installed (asked for at the first grading, not before: training
-                without accuracy works without it).
+            MissingDependencyError: math-verify is not installed (asked for at the first grading,
+                not before: training without accuracy works without it).
         """
         scores = [0.0] * len(completions)
         pending: list[tuple[int, tuple[Any, ...], str]] = []

@@ -1,12 +1,14 @@
-r"""When two numbers are the same answer, for math-verify: relative to their size instead of after so many decimals.
+r"""When two numbers are the same answer, for math-verify: relative to their size instead of after
+so many decimals.
 
-math-verify rounds to 6 decimals, and to 15 where both are exact, so that small numbers are all equal: 1.6e-19 and 9.1e-31,
-1/2^{98} and 1/2^{99}. Here, with m = max(|a|, |b|):
+math-verify rounds to 6 decimals, and to 15 where both are exact, so that small numbers are all
+equal: 1.6e-19 and 9.1e-31, 1/2^{98} and 1/2^{99}. Here, with m = max(|a|, |b|):
 
     both exact               |a − b| ≤ 1e-40 m
     one of them a decimal    |a − b| ≤ min(5e-7, 1e-5 m), or ≤ 2e-15 m
 
-So 0.333333 is 1/3 and 0.66667 is not 2/3, as in math-verify; a small number needs five significant digits besides.
+So 0.333333 is 1/3 and 0.66667 is not 2/3, as in math-verify; a small number needs five significant
+digits besides.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ _NEEDED = 5
 
 
 def same_number(a: Any, b: Any) -> bool | None:
-    """Whether two sympy expressions are one number; `None` where one of them is no finite number."""
+    """Whether two sympy expressions are one number; `None` where one of them is no finite
+    number.
+    """
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         whole_a, whole_b = _done(a), _done(b)
         if whole_a.is_Rational and whole_b.is_Rational:
@@ -60,7 +64,9 @@ def same_number(a: Any, b: Any) -> bool | None:
 
 
 def same_plain_number(a: str, b: str) -> bool | None:
-    r"""The same for LaTeX, where both are plain numbers such as 12, -0.5, 3/4, \frac{3}{4}, 4.5 \times 10^{33}; else `None`."""
+    r"""The same for LaTeX, where both are plain numbers such as 12, -0.5, 3/4, \frac{3}{4}, 4.5
+    \times 10^{33}; else `None`.
+    """
     read_a, read_b = plain_number(a), plain_number(b)
     if read_a is None or read_b is None:
         return None
@@ -80,7 +86,8 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def same_where_real(a: Any, b: Any) -> bool | None:
-    r"""Whether two expressions with the same unknowns agree wherever both are real; `None` where too few points tell.
+    r"""Whether two expressions with the same unknowns agree wherever both are real; `None` where
+    too few points tell.
 
     So \sqrt{1/n} is 1/\sqrt{n}, but \sqrt{x^2} is not x.
     """

@@ -1,4 +1,5 @@
-"""What math-verify does otherwise while it grades for us: three of its functions, exchanged for the length of a block.
+"""What math-verify does otherwise while it grades for us: three of its functions, exchanged for the
+length of a block.
 
 numbers     equal relative to their size (`math_numbers`), inside of sets, intervals and matrices too
 unknowns    m and M, V_1 and v_1 are two of them: it writes all names in lower case
@@ -52,5 +53,7 @@ def case_kept() -> Iterator[None]:
 
 
 def _letters(expression: Any) -> str:
-    """Names of the unknowns in a symbol or a product, one after the other; Euler's number is an e."""
+    """Names of the unknowns in a symbol or a product, one after the other; Euler's number is an
+    e.
+    """
     return "".join("e" if part == sympy.E else str(part) for part in expression.args or (expression,))

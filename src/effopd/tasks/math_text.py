@@ -1,8 +1,9 @@
 r"""Math answers as written, brought to one way of writing before they are parsed.
 
-`plain_latex` rewrites what math-verify misreads: exponent notation (4.5e33), grouped thousands (10\,000), mixed numbers
-(3 1/2), signs of their own (√2, ½, 90°), words (pi/2), decimal points without digits (5., .5). `read_answer` then takes off
-what is not the value: the letter of a choice, and the unit.
+`plain_latex` rewrites what math-verify misreads: exponent notation (4.5e33), grouped thousands
+(10\,000), mixed numbers (3 1/2), signs of their own (√2, ½, 90°), words (pi/2), decimal points
+without digits (5., .5). `read_answer` then takes off what is not the value: the letter of a choice,
+and the unit.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from dataclasses import dataclass
 from effopd.tasks.units import Unit, read_unit
 
 _SIGNS = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "±": r"\pm ",
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/",
+    "⁄": "/",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ",
+    "±": r"\pm ",
     "∈": r"\in ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ",
-    "μ": r"\mu ", "φ": r"\phi ", "ω": r"\omega ", "σ": r"\sigma ", "°": r"^\circ ", "º": r"^\circ ", "％": "%", "，": ",",
+    "μ": r"\mu ", "φ": r"\phi ", "ω": r"\omega ", "σ": r"\sigma ", "°": r"^\circ ", "º": r"^\circ ", "％": "%",
+    "，": ",",
     "（": "(", "）": ")", "∼": "~", "‑": "-",
     "\u00a0": " ", "\u2009": r"\,", "\u202f": r"\,", "\u200b": "", "\ufeff": "",
-    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅕": r"\frac{1}{5}",
-    "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}", "⅙": r"\frac{1}{6}", "⅚": r"\frac{5}{6}", "⅛": r"\frac{1}{8}",
+    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+    "⅕": r"\frac{1}{5}",
+    "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}", "⅙": r"\frac{1}{6}", "⅚": r"\frac{5}{6}",
+    "⅛": r"\frac{1}{8}",
     "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}", "⅞": r"\frac{7}{8}",
 }  # fmt: skip
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-", strict=True))
@@ -29,7 +35,8 @@ _WORDS = "pi|sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|theta|alph
 #: Words, without case, that mean others.
 _SAME_WORDS = {
     "no solutions": "no solution", "there is no solution": "no solution", "there are no solutions": "no solution",
-    "\\emptyset": "no solution", "\\varnothing": "no solution", "empty set": "no solution", "the empty set": "no solution",
+    "\\emptyset": "no solution", "\\varnothing": "no solution", "empty set": "no solution",
+    "the empty set": "no solution",
     "dne": "does not exist",
 }  # fmt: skip
 #: Commands whose braces hold words, or math in another type.
@@ -87,7 +94,8 @@ _SET_OF = re.compile(
 _BASE = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?\s*(\w+)\s*\}?")
 _REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\{(\d+)\}")
 _ONE_WORD = re.compile(r"[^\W\d_][^\W\d_' -]*[^\W\d_]")
-#: A word, then words and numbers, one of the words with three letters; none of the words is a function.
+#: A word, then words and numbers, one of the words with three letters; none of the words is a
+#: function.
 _SENTENCE = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_][^\W_]*(?:[ ,.:;'-]+[^\W_]+)+")
 _FUNCTION = re.compile(rf"(?<![^\W\d_])(?:{_WORDS}|exp|max|min|mod|gcd|lcm)(?![^\W\d_])")
 #: One of several named values: x = 3.
@@ -184,7 +192,9 @@ def _repeating(whole: str, once: str, again: str) -> str:
 
 
 def tuple_of_named(text: str) -> str | None:
-    """Values of at least two names as a tuple, by name in the order of the alphabet: "y=2, x=1" is "(1,2)"; else `None`."""
+    """Values of at least two names as a tuple, by name in the order of the alphabet: "y=2, x=1" is
+    "(1,2)"; else `None`.
+    """
     parts = [_NAMED.fullmatch(part) for part in re.split(r",(?![^(\[{]*[)\]}])|;|\\text\{\s*and\s*\}", text)]
     values = {part.group(1): part.group(2) for part in parts if part is not None}
     if len(values) < 2 or len(values) != len(parts):
@@ -201,7 +211,8 @@ def unwrapped(text: str) -> str:
 
 
 def words_of(text: str) -> str | None:
-    """An answer that is words, without case and punctuation; `None` where it has signs, or no word of three letters.
+    """An answer that is words, without case and punctuation; `None` where it has signs, or no word
+    of three letters.
 
     Numbers may stand between the words ("June 20"). Words of two letters count alone ("no").
     """

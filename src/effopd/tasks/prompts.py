@@ -1,4 +1,6 @@
-"""Prompts as token ids, the way TRL's trainers make them, and what keeps a prompt from being one."""
+"""Prompts as token ids, the way TRL's trainers make them, and what keeps a prompt from being
+one.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ def prompt_ids(
     *,
     origin: str = "a prompt",
 ) -> list[int]:
-    """Token ids of one prompt: messages get the chat template and the generation prompt, plain text the tokenizer's own
-    special tokens.
+    """Token ids of one prompt: messages get the chat template and the generation prompt, plain text
+    the tokenizer's own special tokens.
 
     Args:
         tokenizer: the student's.
@@ -47,7 +49,8 @@ def check_prompt_lengths(
     max_prompt_length: int | None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
-    """Length of every prompt in tokens, as the model gets it: chat messages with the template and generation prompt.
+    """Length of every prompt in tokens, as the model gets it: chat messages with the template and
+    generation prompt.
 
     Args:
         task: whose prompts to measure.
@@ -59,8 +62,8 @@ def check_prompt_lengths(
         Example id → number of tokens.
 
     Raises:
-        TaskError: prompts longer than allowed (all of them), chat messages and no chat template, or a template that
-            refuses a prompt.
+        TaskError: prompts longer than allowed (all of them), chat messages and no chat template, or
+            a template that refuses a prompt.
         CompatibilityError: the tokenizer ends plain text with an end token.
     """
     lengths: dict[str, int] = {}
@@ -107,13 +110,17 @@ def _check_end(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], 
     bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if len(bare) < len(ids) and list(bare) != ids[-len(bare) :]:
         raise CompatibilityError(
-            f"the tokenizer of '{tokenizer.name_or_path}' ends every text with {token!r}: a model would be asked to go on "
-            f"after its end ({origin}). Expected a plain prompt to end with its own last token: set add_eos_token to false "
-            "in tokenizer_config.json (or take the token out of the post-processor in tokenizer.json), or use chat prompts."
+            f"the tokenizer of '{tokenizer.name_or_path}' ends every text with {token!r}: a "
+            "model would be asked to go on "
+            f"after its end ({origin}). Expected a plain prompt to end with its own last "
+            "token: set add_eos_token to false "
+            "in tokenizer_config.json (or take the token out of the post-processor in "
+            "tokenizer.json), or use chat prompts."
         )
     if ids[-1] == tokenizer.eos_token_id:
         raise CompatibilityError(
-            f"{origin}: the prompt ends with the end token {token!r}, so that nothing is left to answer. Expected text "
+            f"{origin}: the prompt ends with the end token {token!r}, so that nothing is left "
+            "to answer. Expected text "
             "that goes on: take it out of the prompt or of --prompt_suffix."
         )
 

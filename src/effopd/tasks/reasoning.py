@@ -1,10 +1,12 @@
 """Reasoning and answer apart: only what follows a completion's reasoning is graded.
 
-Models mark their reasoning in the text: `<think>…</think>` and its relatives, `[THINK]…[/THINK]`, the channels of gpt-oss
-and Gemma. A guess inside it is not an answer, and a completion that is cut inside it has none.
+Models mark their reasoning in the text: `<think>…</think>` and its relatives, `[THINK]…[/THINK]`,
+the channels of gpt-oss and Gemma. A guess inside it is not an answer, and a completion that is cut
+inside it has none.
 
-Where the chat template opens the reasoning itself (`…assistant\\n<think>\\n`), the completion has no opening mark.
-`opened_by` finds it at the end of the prompt; evaluation and rewards put it before the text that they hand to a verifier.
+Where the chat template opens the reasoning itself (`…assistant\\n<think>\\n`), the completion has
+no opening mark. `opened_by` finds it at the end of the prompt; evaluation and rewards put it before
+the text that they hand to a verifier.
 
 Left out: reasoning that no mark closes, such as "Here is my thought process:".
 """
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMES = r"(?:seed:|longcat_)?(?:think|thinking|thoughts?|reason|reasoning)"
-#: (opening mark, closing mark) as patterns; a mark closes only reasoning that a mark of its own kind opened.
+#: (opening mark, closing mark) as patterns; a mark closes only reasoning that a mark of its own
+#: kind opened.
 _KINDS = tuple(
     (re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE))
     for opening, closing in (
@@ -38,7 +41,8 @@ _KINDS = tuple(
 _OPENED = re.compile(
     rf"(?:{'|'.join(opening.pattern for opening, _ in _KINDS)})(?:<\|message\|>)?\s*\Z", re.IGNORECASE
 )
-#: Tokens that the marks consist of where a tokenizer has them as special tokens, which decoding would leave out.
+#: Tokens that the marks consist of where a tokenizer has them as special tokens, which decoding
+#: would leave out.
 _TOKENS = re.compile(
     rf"</?{_NAMES}>|\[/?THINK\]|◁/?think▷|<\|(?:begin|end)_of_thought\|>|<\|(?:START|END)_THINKING\|>"
     r"|<\|channel\|?>|<channel\|>|<\|message\|>",
@@ -49,7 +53,8 @@ _TAIL = 80
 
 
 def answer_part(text: str) -> str:
-    """What follows the reasoning: the text after the last closing mark, "" where reasoning is still open at the end.
+    """What follows the reasoning: the text after the last closing mark, "" where reasoning is still
+    open at the end.
 
     Text without marks is all answer; an opening mark in quotation marks or backticks is none.
 
@@ -73,7 +78,8 @@ def _quoted(mark: re.Match[str]) -> bool:
 
 
 def opened_by(prompt: str) -> str:
-    r"""The mark at the end of a prompt that opens the reasoning, with the space after it; "" if there is none.
+    r"""The mark at the end of a prompt that opens the reasoning, with the space after it; "" if
+    there is none.
 
     Args:
         prompt: the prompt as the model gets it, chat template and generation prompt included.
@@ -92,7 +98,9 @@ def opened_by_ids(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int])
 
 
 def decode_marked(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]]) -> list[str]:
-    """Texts of token ids without special tokens, except the marks of reasoning that the tokenizer has as such."""
+    """Texts of token ids without special tokens, except the marks of reasoning that the tokenizer
+    has as such.
+    """
     marks = _mark_tokens(tokenizer)
     texts = []
     for row in rows:

@@ -1,4 +1,6 @@
-"""Reference answers as text, whatever they come as: JSON and Parquet numbers, decimals, NumPy and torch scalars, text."""
+"""Reference answers as text, whatever they come as: JSON and Parquet numbers, decimals, NumPy and
+torch scalars, text.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _TOO_LONG = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 
 
 class UnusableAnswer(ValueError):
-    """A reference answer that is neither text nor a number; the message says what is expected, `fix` what to do."""
+    """A reference answer that is neither text nor a number; the message says what is expected,
+    `fix` what to do.
+    """
 
     def __init__(self, expected: str, fix: str) -> None:
         super().__init__(expected)
@@ -23,7 +27,8 @@ class UnusableAnswer(ValueError):
 
 
 def reference_text(value: Any) -> str | None:
-    """A reference answer as text; numbers are written out, without an exponent. `None` where there is no answer.
+    """A reference answer as text; numbers are written out, without an exponent. `None` where there
+    is no answer.
 
     Nothing, NaN, an infinity, and text that is empty or says one of these, are no answer.
 
@@ -58,14 +63,18 @@ def too_long(text: str) -> bool:
 
 
 def single_precision(value: Any) -> Any:
-    """A number that was stored with 32 bits as the shortest one that means it: 0.1 instead of 0.10000000149011612."""
+    """A number that was stored with 32 bits as the shortest one that means it: 0.1 instead of
+    0.10000000149011612.
+    """
     import numpy
 
     return float(str(numpy.float32(value))) if isinstance(value, float) and math.isfinite(value) else value
 
 
 def _scalar(value: Any) -> Any:
-    """A NumPy or torch scalar as Python's; numbers of less than 64 bits keep their own shortest decimal."""
+    """A NumPy or torch scalar as Python's; numbers of less than 64 bits keep their own shortest
+    decimal.
+    """
     if isinstance(value, str):
         return str(value)
     if type(value).__module__.partition(".")[0] == "torch" and getattr(value, "ndim", 1) == 0:

@@ -1,4 +1,6 @@
-"""The columns of a source of rows: which hold the question and the answer, and what to say where none does."""
+"""The columns of a source of rows: which hold the question and the answer, and what to say where
+none does.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ _LIKELY = {
 
 
 class Columns:
-    """The columns of a source as a whole: a mistake that all rows share is raised once, with the setting that names
-    the right column.
+    """The columns of a source as a whole: a mistake that all rows share is raised once, with the
+    setting that names the right column.
 
     Args:
         source: file or dataset the rows came from.
@@ -91,7 +93,9 @@ def prompt_columns(columns: Mapping[str, str | None]) -> tuple[str, ...]:
 
 
 def field_of(row: Any, name: str) -> Any:
-    """The value in a column, or in a field inside of one (`column.field`, `column.0` of a list); `None` if there is none."""
+    """The value in a column, or in a field inside of one (`column.field`, `column.0` of a list);
+    `None` if there is none.
+    """
     if not isinstance(row, dict) or name in row:
         return row.get(name) if isinstance(row, dict) else None
     value: Any = row

@@ -1,10 +1,12 @@
 """Rows of math problems: read, checked one by one, reported together.
 
-A row has its question in `prompt`, `problem` or `question` (exactly one of them; text or chat messages), its reference
-answer in `answer` (or in the `\\boxed{}` of `solution`) and optionally an `id`. A field inside of a column has a dotted
-name, such as `reward_model.ground_truth` in verl's rows. Every other column goes to the example's metadata.
+A row has its question in `prompt`, `problem` or `question` (exactly one of them; text or chat
+messages), its reference answer in `answer` (or in the `\\boxed{}` of `solution`) and optionally an
+`id`. A field inside of a column has a dotted name, such as `reward_model.ground_truth` in verl's
+rows. Every other column goes to the example's metadata.
 
-A bad row is never dropped: all of them are collected and raised in one `TaskError` that names file and row.
+A bad row is never dropped: all of them are collected and raised in one `TaskError` that names file
+and row.
 """
 
 from __future__ import annotations
@@ -36,11 +38,13 @@ def read_math_rows(
     """Examples of a local file or Hub dataset, in its order, with the bare question as prompt.
 
     Args:
-        source: path ending in .jsonl, .json (an array, or one object per line) or .parquet; a folder or Hub id otherwise.
-        args: `prompt_column` and `answer_column` to use other columns, or fields inside of one by their dotted names; for
-            Hub datasets also whatever `load_dataset` takes (`split` is "train" unless given).
-        answers_required: whether a row without an answer is a fault. If not, rows must still be alike: an answer in
-            all of them or in none.
+        source: path ending in .jsonl, .json (an array, or one object per line) or .parquet; a
+            folder or Hub id otherwise.
+        args: `prompt_column` and `answer_column` to use other columns, or fields inside of one by
+            their dotted names; for Hub datasets also whatever `load_dataset` takes (`split` is
+            "train" unless given).
+        answers_required: whether a row without an answer is a fault. If not, rows must still be
+            alike: an answer in all of them or in none.
         why: a sentence that says what needs the answers, for the message.
         setting: what `args` are called where the user gives them.
 

@@ -1,4 +1,6 @@
-"""`Sampling`: how answers are drawn, as one dataclass for Python, the command line and YAML; checked when built."""
+"""`Sampling`: how answers are drawn, as one dataclass for Python, the command line and YAML;
+checked when built.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ from effopd.tasks.config import json_object
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: every token from softmax(logits / temperature), cut to the nucleus `top_p`.
+    """How answers are drawn: every token from softmax(logits / temperature), cut to the nucleus
+    `top_p`.
 
-    Prompts are written with the tokenizer's chat template and `chat_template_kwargs`. `seed=None` goes on from the
-    caller's random state.
+    Prompts are written with the tokenizer's chat template and `chat_template_kwargs`. `seed=None`
+    goes on from the caller's random state.
 
     Raises:
-        ConfigError: a value is out of range, or several greedy answers per prompt (they would all be the same).
+        ConfigError: a value is out of range, or several greedy answers per prompt (they would all
+            be the same).
     """
 
     n: int = field(default=1, metadata={"help": "Answers per prompt; avg@n and pass@k for k = 1, 2, 4, … ≤ n."})
@@ -36,7 +40,8 @@ class Sampling:
     chat_template_kwargs: dict | str | None = field(
         default=None,
         metadata={
-            "help": "JSON object with arguments of the tokenizer's chat template, such as '{\"enable_thinking\": false}'."
+            "help": "JSON object with arguments of the tokenizer's chat template, such as "
+            "'{\"enable_thinking\": false}'."
         },
     )
 

@@ -1,13 +1,14 @@
-"""The two task families of the testbed: which reasoning-gym datasets, how an answer is worked out, how it is graded.
+"""The two task families of the testbed: which reasoning-gym datasets, how an answer is worked out,
+how it is graded.
 
-Both are small enough for a 0.8M-parameter model and long enough for on-policy learning: a completion writes its
-running intermediate results, then the answer between `<answer>` tags.
+Both are small enough for a 0.8M-parameter model and long enough for on-policy learning: a
+completion writes its running intermediate results, then the answer between `<answer>` tags.
 
     chain_sum       "… problem: 4 - 1 - 7 + 3 ="          →  3 -4 -1 <answer>-1</answer>
     spell_backward  "… (example: sun -> nus): splat"      →  t a l p s <answer>talps</answer>
 
-Questions and scores are reasoning-gym's own. Splits are disjoint for every size and seed, because a question's split
-is a function of its text (a hash), not of the draw that produced it.
+Questions and scores are reasoning-gym's own. Splits are disjoint for every size and seed, because a
+question's split is a function of its text (a hash), not of the draw that produced it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Family:
     Attributes:
         dataset: name of the reasoning-gym dataset.
         params: its parameters.
-        corruption: probability (0–1) that an intermediate result is falsified in the base model's training data.
+        corruption: probability (0–1) that an intermediate result is falsified in the base model's
+            training data.
     """
 
     dataset: str
@@ -51,7 +53,8 @@ FAMILIES: dict[str, Family] = {
 SPLITS = ("train", "validation", "test")
 #: Out of 20 hash buckets: 2 for validation, 2 for test, 16 for training.
 _BUCKETS, _HELD_OUT_BUCKETS = 20, {0: "validation", 1: "validation", 2: "test", 3: "test"}
-#: Draws of questions in a row without a new one for the split, before the family counts as exhausted.
+#: Draws of questions in a row without a new one for the split, before the family counts as
+#: exhausted.
 _MAX_DRY_DRAWS = 5_000
 _CHUNK = 2_000
 
@@ -61,8 +64,8 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
 
     Args:
         name: a key of `FAMILIES`.
-        split: "train", "validation" or "test" ("eval" means validation). No question is in two splits, whatever the
-            sizes and seeds.
+        split: "train", "validation" or "test" ("eval" means validation). No question is in two
+            splits, whatever the sizes and seeds.
         size: number of questions.
         seed: which questions; each (seed, split) has its own random stream.
 
@@ -119,7 +122,9 @@ def split_of(text: str) -> str:
 
 
 class FamilyVerifier:
-    """reasoning-gym's score of what stands in the last `<answer>` tags; 0.0 without tags. 1.0 is correct."""
+    """reasoning-gym's score of what stands in the last `<answer>` tags; 0.0 without tags. 1.0 is
+    correct.
+    """
 
     def __call__(self, completion: str, example: Example) -> float:
         answer = extract_tagged(answer_part(completion))
@@ -137,11 +142,12 @@ verify = FamilyVerifier()
 
 
 def worked_reasoning(example: Example, rng: random.Random | None = None, corruption: float = 0.0) -> str:
-    """The completion a model is trained to write: intermediate results, then the answer they lead to.
+    """The completion a model is trained to write: intermediate results, then the answer they lead
+    to.
 
-    Each intermediate result is falsified with probability `corruption`, and everything after it, the answer included,
-    follows from the false one: the text stays consistent with itself, so a model trained on it samples wrong answers
-    while its most likely answer stays right.
+    Each intermediate result is falsified with probability `corruption`, and everything after it,
+    the answer included, follows from the false one: the text stays consistent with itself, so a
+    model trained on it samples wrong answers while its most likely answer stays right.
 
     Args:
         example: from `family_task`.
@@ -198,7 +204,8 @@ def _entries(name: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
     create_dataset = require("reasoning_gym").create_dataset
     family, chunk = FAMILIES[name], 0
     while True:
-        # the library seeds question i with seed + i, so neighbouring seeds would give nearly the same questions
+        # the library seeds question i with seed + i, so neighbouring seeds would give nearly the
+        # same questions
         digest = hashlib.sha256(f"{name}/{split}/{seed}/{chunk}".encode()).digest()
         dataset_seed = int.from_bytes(digest[:4], "big") >> 1
         dataset = create_dataset(family.dataset, size=_CHUNK, seed=dataset_seed, **family.params)

@@ -1,7 +1,9 @@
-r"""Units at the end of an answer: 5 \text{ cm}, 9.8 m/s^2, 60 \text{ miles per hour}, \$18, 12 \text{ ways}.
+r"""Units at the end of an answer: 5 \text{ cm}, 9.8 m/s^2, 60 \text{ miles per hour}, \$18, 12
+\text{ ways}.
 
-A unit is taken off where it is written as words (in `\text{…}`, or after a number) or where a known symbol follows a number
-and a space: 5 m is five metres, 5m is a product. Symbols of one letter that are likelier unknowns (t, d, h, x) are none.
+A unit is taken off where it is written as words (in `\text{…}`, or after a number) or where a known
+symbol follows a number and a space: 5 m is five metres, 5m is a product. Symbols of one letter that
+are likelier unknowns (t, d, h, x) are none.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from fractions import Fraction
 #: name → (factor, dimensions as a product of m, kg, s, $).
 _KNOWN: dict[str, tuple[Fraction, dict[str, int]]] = {
     **{name: (Fraction(factor), {"m": 1}) for name, factor in
-       (("m", "1"), ("km", "1000"), ("cm", "0.01"), ("mm", "0.001"), ("nm", "1e-9"), ("in", "0.0254"), ("ft", "0.3048"),
+       (("m", "1"), ("km", "1000"), ("cm", "0.01"), ("mm", "0.001"), ("nm", "1e-9"), ("in", "0.0254"), ("ft",
+       "0.3048"),
         ("yd", "0.9144"), ("mi", "1609.344"))},
     **{name: (Fraction(factor), {"s": 1}) for name, factor in
        (("s", "1"), ("ms", "0.001"), ("min", "60"), ("hr", "3600"), ("day", "86400"), ("week", "604800"))},
@@ -50,11 +53,16 @@ _SYMBOLS = {
     "Mpc",
 }
 _SYNONYMS = {
-    "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm",
-    "millimetre": "mm", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "second": "s",
-    "sec": "s", "minute": "min", "hour": "hr", "gram": "g", "kilogram": "kg", "milligram": "mg", "liter": "L", "litre": "L",
-    "milliliter": "mL", "millilitre": "mL", "ml": "mL", "l": "L", "newton": "N", "joule": "J", "watt": "W", "pascal": "Pa",
-    "hertz": "Hz", "pound": "lb", "ounce": "oz", "gallon": "gal", "degree": "deg", "radian": "rad", "volt": "V", "kelvin": "K",
+    "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm", "centimetre": "cm",
+    "millimeter": "mm",
+    "millimetre": "mm", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi",
+    "second": "s",
+    "sec": "s", "minute": "min", "hour": "hr", "gram": "g", "kilogram": "kg", "milligram": "mg", "liter": "L",
+    "litre": "L",
+    "milliliter": "mL", "millilitre": "mL", "ml": "mL", "l": "L", "newton": "N", "joule": "J", "watt": "W",
+    "pascal": "Pa",
+    "hertz": "Hz", "pound": "lb", "ounce": "oz", "gallon": "gal", "degree": "deg", "radian": "rad", "volt": "V",
+    "kelvin": "K",
     "usd": "dollar", "buck": "dollar", "mole": "mol", "h": "hr", "€": "euro", "£": "pound sterling",
 }  # fmt: skip
 _WRITTEN = {"mph": "mi/hr", "kmh": "km/hr", "kph": "km/hr", "kmph": "km/hr", "mps": "m/s"}
@@ -87,7 +95,8 @@ class Unit:
     words: frozenset[str] = frozenset()
 
     def factor_to(self, other: Unit) -> Fraction | None:
-        """What a value in this unit is multiplied with to be one in `other`; `None` where it cannot be converted.
+        """What a value in this unit is multiplied with to be one in `other`; `None` where it cannot
+        be converted.
 
         Words are one unit with some of themselves: ways, and different ways.
         """
@@ -120,7 +129,8 @@ def read_unit(text: str, *, expected: bool = False) -> tuple[str, Unit | None]:
 
     Args:
         text: the answer.
-        expected: whether there ought to be a unit: any known symbol after a number is one then, "3 h" too.
+        expected: whether there ought to be a unit: any known symbol after a number is one then, "3
+            h" too.
 
     Example:
         >>> read_unit(r"9.8 \text{m/s}^{2}")

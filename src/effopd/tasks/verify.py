@@ -18,7 +18,8 @@ from typing import Any
 from effopd.errors import EffOPDError, TaskError
 from effopd.tasks.base import Example, Task, Verifier
 
-#: Answers that no task has; of two, one never contains the right answer (for verifiers that look for it in the text).
+#: Answers that no task has; of two, one never contains the right answer (for verifiers that look
+#: for it in the text).
 _WRONG_ANSWERS = ("-7777777", "-3333333")
 
 
@@ -28,7 +29,8 @@ class VerifierCheck:
 
     Attributes:
         checked: examples whose right answer scored higher than every wrong one.
-        unchecked: examples without a reference answer, where only the type of the wrong answers' scores was checked.
+        unchecked: examples without a reference answer, where only the type of the wrong answers'
+            scores was checked.
     """
 
     checked: int
@@ -39,8 +41,8 @@ def load_verifier(name: str) -> Verifier:
     """The user's function at `"module:function"`; modules in the current directory are found too.
 
     Raises:
-        TaskError: another form, a module that is missing or fails, no such function, or one that does not take
-            `(completion, example)`.
+        TaskError: another form, a module that is missing or fails, no such function, or one that
+            does not take `(completion, example)`.
     """
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
@@ -85,18 +87,20 @@ def check_score(value: Any, example: Example, task_name: str) -> float:
 
 
 def check_verifier(task: Task, examples: int = 4) -> VerifierCheck:
-    """Grade known right and wrong completions of the first examples; right must score higher than each wrong one.
+    """Grade known right and wrong completions of the first examples; right must score higher than
+    each wrong one.
 
-    Right is the example's own answer as the task writes it (`task.render_answer`; for other verifiers than the
-    built-in ones the bare answer will do as well). Wrong are the empty text and a number that no task has.
+    Right is the example's own answer as the task writes it (`task.render_answer`; for other
+    verifiers than the built-in ones the bare answer will do as well). Wrong are the empty text and
+    a number that no task has.
 
     Args:
         task: the task to check.
         examples: how many examples to try, at least 1.
 
     Raises:
-        TaskError: right does not score higher than wrong, a value is not a score, the verifier raises, or the task
-            has no answers though its verifier needs them.
+        TaskError: right does not score higher than wrong, a value is not a score, the verifier
+            raises, or the task has no answers though its verifier needs them.
     """
     if task.needs_answers and not task.has_answers:
         missing = next((example.id for example in task.examples if example.answer is None), None)
@@ -159,6 +163,7 @@ def _score(task: Task, completion: str, example: Example) -> float:
     except Exception as error:  # the user's code may raise anything; the cause is chained
         raise TaskError(
             f"the verifier of task '{task.name}' raised {type(error).__name__} ({error}) on the completion "
-            f"{completion!r:.200} of example '{example.id}': expected a score in [0, 1]. A verifier must grade any text."
+            f"{completion!r:.200} of example '{example.id}': expected a score in [0, 1]. A "
+            "verifier must grade any text."
         ) from error
     return check_score(value, example, task.name)

@@ -1,15 +1,17 @@
 """A grading function in its own process, with a time limit that holds.
 
-Answers come from a model, so grading them can hang: `\\boxed{9^{9^{9^{9}}}}` keeps sympy inside C code, where Python
-signal handlers (what math-verify's own timeout uses, and only on the main thread) never run. Here the grading function
-lives in a separate Python process; past the limit that process is killed and a fresh one takes the next answer.
+Answers come from a model, so grading them can hang: `\\boxed{9^{9^{9^{9}}}}` keeps sympy inside C
+code, where Python signal handlers (what math-verify's own timeout uses, and only on the main
+thread) never run. Here the grading function lives in a separate Python process; past the limit that
+process is killed and a fresh one takes the next answer.
 
-The process is started with `subprocess` and not `multiprocessing`, because the latter re-imports the user's main
-script. It is lazy (nothing starts until the first grading), serves one caller at a time, is never shared across a fork,
-and ends with its owner: at garbage collection, at interpreter exit, and, should the owner be killed, when its
-connection closes. Works on Linux and macOS.
+The process is started with `subprocess` and not `multiprocessing`, because the latter re-imports
+the user's main script. It is lazy (nothing starts until the first grading), serves one caller at a
+time, is never shared across a fork, and ends with its owner: at garbage collection, at interpreter
+exit, and, should the owner be killed, when its connection closes. Works on Linux and macOS.
 
-Left out: parallel grading. One process does hundreds of gradings a second, a model produces far fewer.
+Left out: parallel grading. One process does hundreds of gradings a second, a model produces far
+fewer.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from effopd.tasks.grading_process import Grade
 
 logger = logging.getLogger(__name__)
 
-#: Calls sent in one message; a worker answers call by call, so this only bounds what a restart has to send again.
+#: Calls sent in one message; a worker answers call by call, so this only bounds what a restart has
+#: to send again.
 _CHUNK = 64
 #: What a fresh interpreter runs.
 _SERVE = "from effopd.tasks.grading_process import serve; serve()"
@@ -42,13 +45,15 @@ _STARTUP_SECONDS = 120.0
 class GradingWorker:
     """Calls `module:function` in a process of its own; every call ends within `timeout` seconds.
 
-    A call that times out or raises scores 0.0, is counted (`timeouts`, `errors`) and the first of each is logged as a
-    warning. Picklable: a copy has the same function and limit, its own process, and counts from zero.
+    A call that times out or raises scores 0.0, is counted (`timeouts`, `errors`) and the first of
+    each is logged as a warning. Picklable: a copy has the same function and limit, its own process,
+    and counts from zero.
 
     Args:
         function: `"module:function"`, importable in a fresh interpreter with this one's `sys.path`.
         timeout: wall-clock limit of one call, in seconds.
-        imports: modules that the function imports when it is called; they are imported before the first limit runs.
+        imports: modules that the function imports when it is called; they are imported before the
+            first limit runs.
     """
 
     def __init__(self, function: str, timeout: float, imports: Sequence[str] = ()) -> None:
@@ -110,7 +115,9 @@ class GradingWorker:
         return 0.0
 
     def _grade_chunk(self, chunk: Sequence[tuple[Any, ...]]) -> list[Grade]:
-        """Grades of the first calls of `chunk`; ends early, after at least one, when the process is lost."""
+        """Grades of the first calls of `chunk`; ends early, after at least one, when the process is
+        lost.
+        """
         grades: list[Grade] = []
         try:
             connection = self._start()
@@ -130,7 +137,9 @@ class GradingWorker:
         return grades
 
     def _start(self) -> Connection:
-        """The connection to a running process of this very interpreter (a forked child starts its own)."""
+        """The connection to a running process of this very interpreter (a forked child starts its
+        own).
+        """
         if self._owner != os.getpid():
             self._process = self._connection = self._finalizer = None
         if self._connection is not None and self._process is not None and self._process.poll() is None:
@@ -165,7 +174,8 @@ class GradingWorker:
 
 
 class WorkerVerifier:
-    """A verifier that grades in a `GradingWorker`; subclasses say how, in `verify_batch`. Picklable.
+    """A verifier that grades in a `GradingWorker`; subclasses say how, in `verify_batch`.
+    Picklable.
 
     Args:
         function: see `GradingWorker`.
@@ -194,12 +204,16 @@ class WorkerVerifier:
         raise NotImplementedError
 
     def answer_found(self, completion: str) -> bool:
-        """Whether there is an answer in the form that the verifier looks for, outside of the reasoning."""
+        """Whether there is an answer in the form that the verifier looks for, outside of the
+        reasoning.
+        """
         raise NotImplementedError
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment with its module search path, and one thread for numerical libraries."""
+    """This process's environment with its module search path, and one thread for numerical
+    libraries.
+    """
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return {**os.environ, **threads, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

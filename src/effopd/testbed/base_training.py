@@ -1,6 +1,8 @@
-"""The base student: a random Qwen3 of 0.8M parameters, trained on worked reasoning with falsified steps.
+"""The base student: a random Qwen3 of 0.8M parameters, trained on worked reasoning with falsified
+steps.
 
-A plain PyTorch loop: sample questions → write their (corrupted) reasoning → cross-entropy on the completion → AdamW.
+A plain PyTorch loop: sample questions → write their (corrupted) reasoning → cross-entropy on the
+completion → AdamW.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class BaseSettings:
     """Supervised training of the base.
 
     Attributes:
-        questions: training questions a family; their reasoning is falsified anew each time one is drawn.
+        questions: training questions a family; their reasoning is falsified anew each time one is
+            drawn.
         steps: optimizer steps.
         batch_size: sequences a step, both families mixed.
         learning_rate: peak; linear warm-up over `warmup_steps`, then cosine to a tenth.
@@ -85,7 +88,9 @@ def new_model(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, seed:
 
 
 def falsified(example: Example, rng: random.Random) -> str:
-    """The reasoning of a family's question, with its family's share of false intermediate results."""
+    """The reasoning of a family's question, with its family's share of false intermediate
+    results.
+    """
     return worked_reasoning(example, rng, FAMILIES[example.metadata["family"]].corruption)
 
 
@@ -98,8 +103,8 @@ def train_base(
     log: Callable[[str], None] = print,
     write: Callable[[Example, random.Random], str] = falsified,
 ) -> None:
-    """Train `model` in place on what `write` makes of the examples; the loss (nats a token) averages over completion tokens,
-    the end token included."""
+    """Train `model` in place on what `write` makes of the examples; the loss (nats a token)
+    averages over completion tokens, the end token included."""
     rng = random.Random(seed)
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     optimizer = torch.optim.AdamW(

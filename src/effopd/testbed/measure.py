@@ -1,4 +1,6 @@
-"""What the recipe measures: accuracies of the pair, and how many steps plain distillation takes on it."""
+"""What the recipe measures: accuracies of the pair, and how many steps plain distillation takes on
+it.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ class MeasureSettings:
 def measure_accuracy(
     models: dict[str, Qwen3ForCausalLM], tokenizer: PreTrainedTokenizerBase, size: int, max_new_tokens: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row for each model, family and decoding (sampled at temperature 1, greedy), on the test split.
+    """One row for each model, family and decoding (sampled at temperature 1, greedy), on the test
+    split.
 
     `ci95` is Wilson's interval; `accuracy` counts scores of exactly 1.
     """
@@ -84,11 +87,13 @@ def measure_reference_opd(
     """Plain on-policy distillation with TRL's own trainer; neither model is changed.
 
     Args:
-        reference: flags for `trl.DistillationConfig`, see `effopd.tasks.builtin_models.reference_settings`.
+        reference: flags for `trl.DistillationConfig`, see
+            `effopd.tasks.builtin_models.reference_settings`.
 
     Returns:
-        The held-out exact reverse KL (on fresh student rollouts with one fixed sampling seed) by step, the first
-        measured step at which 90 % of the starting KL is gone (`None`: not within the run), seconds a step.
+        The held-out exact reverse KL (on fresh student rollouts with one fixed sampling seed) by
+        step, the first measured step at which 90 % of the starting KL is gone (`None`: not within
+        the run), seconds a step.
     """
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer

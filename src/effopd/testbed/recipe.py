@@ -1,11 +1,12 @@
-"""The testbed's recipe: from nothing to the student/teacher pair, with one fixed seed and a card of what came out.
+"""The testbed's recipe: from nothing to the student/teacher pair, with one fixed seed and a card of
+what came out.
 
     effopd testbed build --output_dir OUT_DIR [--seed 0]     # OMP_WAIT_POLICY=PASSIVE helps where others use the cores
 
-questions → tokenizer → base (supervised, partly falsified reasoning) → teacher (GRPO) → accuracies → reference run of
-plain distillation. Writes `student/`, `teacher/`, `card.json` and `build.log`. What the package ships is exactly what
-this makes with its defaults. The same machine and versions give the same bytes; other processors may round differently
-and end with slightly different weights.
+questions → tokenizer → base (supervised, partly falsified reasoning) → teacher (GRPO) → accuracies
+→ reference run of plain distillation. Writes `student/`, `teacher/`, `card.json` and `build.log`.
+What the package ships is exactly what this makes with its defaults. The same machine and versions
+give the same bytes; other processors may round differently and end with slightly different weights.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ _PACKAGES = ("torch", "transformers", "trl", "tokenizers", "reasoning-gym")
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """Every hyper-parameter of the recipe. `threads`: CPU threads torch uses (the result may depend on them)."""
+    """Every hyper-parameter of the recipe. `threads`: CPU threads torch uses (the result may depend
+    on them).
+    """
 
     model: ModelSettings = field(default_factory=ModelSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
@@ -60,7 +63,8 @@ def build(out_dir: str | Path, seed: int = 0, settings: RecipeSettings | None = 
     Args:
         out_dir: is created; `student/`, `teacher/`, `card.json` and `build.log` in it are replaced.
         seed: decides questions, initial weights and sampling.
-        settings: hyper-parameters; the defaults make the shipped pair (about ten minutes on two CPU cores).
+        settings: hyper-parameters; the defaults make the shipped pair (about ten minutes on two CPU
+            cores).
     """
     settings, out = settings or RecipeSettings(), Path(out_dir)
     _clean(out)

@@ -1,6 +1,7 @@
 """The teacher: the student's own base, tuned by GRPO (TRL's `GRPOTrainer`) on both families mixed.
 
-Reward 1 for a right answer, 0 otherwise (reasoning-gym's partial credit is left out, so that accuracy is what grows).
+Reward 1 for a right answer, 0 otherwise (reasoning-gym's partial credit is left out, so that
+accuracy is what grows).
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def run_quietly(trainer: Trainer) -> None:
 
 
 def trainer_defaults() -> dict:
-    """Flags every trainer of the recipe shares: fp32 on the CPU, nothing saved, nothing reported."""
+    """Flags every trainer of the recipe shares: fp32 on the CPU, nothing saved, nothing
+    reported.
+    """
     return {
         "use_cpu": True,
         "bf16": False,

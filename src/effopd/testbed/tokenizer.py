@@ -1,8 +1,10 @@
-"""The testbed's tokenizer: bytes, a few pairs, and the constant phrases of the questions as one token each.
+"""The testbed's tokenizer: bytes, a few pairs, and the constant phrases of the questions as one
+token each.
 
-Every byte is a token, so any text round-trips. Merges exist only for a space followed by a letter, digit or sign. What
-all questions of a family begin with is found in the training questions and becomes one token; digits and letters stay
-single tokens, which is what makes arithmetic and spelling learnable for a tiny model.
+Every byte is a token, so any text round-trips. Merges exist only for a space followed by a letter,
+digit or sign. What all questions of a family begin with is found in the training questions and
+becomes one token; digits and letters stay single tokens, which is what makes arithmetic and
+spelling learnable for a tiny model.
 """
 
 from __future__ import annotations

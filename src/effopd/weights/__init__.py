@@ -1,4 +1,6 @@
-"""Checkpoints on disk: where each tensor belongs, reading and comparing one at a time, writing edited copies."""
+"""Checkpoints on disk: where each tensor belongs, reading and comparing one at a time, writing
+edited copies.
+"""
 
 from effopd.weights.adapter import Adapter
 from effopd.weights.difference import Difference, Update, open_differences

@@ -1,8 +1,9 @@
-r"""LoRA adapters: the update is known by its factors, ΔW = scaling · B A, and never has to be formed.
+r"""LoRA adapters: the update is known by its factors, ΔW = scaling · B A, and never has to be
+formed.
 
-Reads what PEFT's `save_pretrained` writes. Scaling is α/r, or α/√r for rank-stabilised LoRA, with PEFT's per-module patterns.
-Refused, each with the way out: DoRA (its update is not B A), other PEFT methods, trained tokens, and adapters on stacked
-expert parameters.
+Reads what PEFT's `save_pretrained` writes. Scaling is α/r, or α/√r for rank-stabilised LoRA, with
+PEFT's per-module patterns. Refused, each with the way out: DoRA (its update is not B A), other PEFT
+methods, trained tokens, and adapters on stacked expert parameters.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Adapter:
         files: stored tensor → file, for error messages.
 
     Raises:
-        CheckpointError: a file is missing or cut short, a factor has no counterpart, or there are pickle files only.
+        CheckpointError: a file is missing or cut short, a factor has no counterpart, or there are
+            pickle files only.
         ConfigError: not LoRA, or a variant whose update is not B A.
     """
 
@@ -64,7 +66,8 @@ class Adapter:
         file = self.path / ADAPTER_WEIGHTS
         if not file.is_file() and (self.path / "adapter_model.bin").is_file():
             raise CheckpointError(
-                f"{self.path} has adapter_model.bin only, a pickle file, which runs code when it is loaded. Load it with PEFT "
+                f"{self.path} has adapter_model.bin only, a pickle file, which runs code when "
+                "it is loaded. Load it with PEFT "
                 "once, if you trust it, and save it again: model.save_pretrained(NEW_FOLDER)."
             )
         self._stored: dict[str, StoredTensor] = read_header(file)
@@ -81,13 +84,16 @@ class Adapter:
         for field in _NOT_B_A:
             if self.config.get(field):
                 raise ConfigError(
-                    f"{self.path}: adapters with {field} are not supported: their update is not just scaling · B A. {_MERGE}"
+                    f"{self.path}: adapters with {field} are not supported: their update is "
+                    f"not just scaling · B A. {_MERGE}"
                 )
         start = str(self.config.get("init_lora_weights", True))
         if start.lower().startswith(_MOVES_BASE):
             raise ConfigError(
-                f"{self.path}: init_lora_weights={start} moved the base weights before training, so the update is not just "
-                "scaling · B A. Merge it into the weights it was trained on and save that, or save it again with PEFT's "
+                f"{self.path}: init_lora_weights={start} moved the base weights before "
+                "training, so the update is not just "
+                "scaling · B A. Merge it into the weights it was trained on and save that, "
+                "or save it again with PEFT's "
                 "path_initial_model_for_weight_conversion."
             )
 
@@ -109,7 +115,8 @@ class Adapter:
         for module, factors in halves.items():
             if factors.keys() != {"A", "B"}:
                 raise CheckpointError(
-                    f"{self.path / ADAPTER_WEIGHTS}: module '{module}' has lora_{''.join(factors)} but not its counterpart. The "
+                    f"{self.path / ADAPTER_WEIGHTS}: module '{module}' has "
+                    f"lora_{''.join(factors)} but not its counterpart. The "
                     "file is incomplete; copy it again."
                 )
             name = f"{module}.weight"
@@ -123,7 +130,8 @@ class Adapter:
         return (*self._pairs, *self._full)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """(b [out, R], a [R, in]) with ΔW = b a, float64, the scaling folded into b; `None` if `name` has no factors.
+        """(b [out, R], a [R, in]) with ΔW = b a, float64, the scaling folded into b; `None` if
+        `name` has no factors.
 
         Raises:
             WeightsError: not finite, or shapes that do not multiply.
@@ -134,7 +142,8 @@ class Adapter:
         a, b = (read_tensor(self._stored[key], key).to(torch.float64) for key in (pair.a, pair.b))
         if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
             raise WeightsError(
-                f"{self.path / ADAPTER_WEIGHTS}: factors of '{name}' have shapes {tuple(b.shape)} and {tuple(a.shape)}: "
+                f"{self.path / ADAPTER_WEIGHTS}: factors of '{name}' have shapes "
+                f"{tuple(b.shape)} and {tuple(a.shape)}: "
                 f"expected [out, r] and [r, in]. {_MERGE}"
             )
         b = b * self._scaling(name.removesuffix(".weight"), rank=a.shape[0])
@@ -151,7 +160,9 @@ class Adapter:
         return None if stored is None else read_tensor(self._stored[stored], stored)
 
     def has_same_factors(self, head: str, embedding: str) -> bool:
-        """Whether a head's update is the update of the token embedding, as with PEFT's `ensure_weight_tying`."""
+        """Whether a head's update is the update of the token embedding, as with PEFT's
+        `ensure_weight_tying`.
+        """
         one, other = self._pairs[head], self._pairs.get(embedding)
         if other is None or one.embedding or not other.embedding:
             return False
@@ -174,7 +185,9 @@ class Adapter:
         return name in self._pairs
 
     def is_copied(self, name: str) -> bool:
-        """Whether a tensor stored in full is one that PEFT adds unasked (`save_embedding_layers`), not a trained one."""
+        """Whether a tensor stored in full is one that PEFT adds unasked (`save_embedding_layers`),
+        not a trained one.
+        """
         module = name.removesuffix(".weight").rpartition(".")[2]
         return name in self._full and module not in (self.config.get("modules_to_save") or ())
 

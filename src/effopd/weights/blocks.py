@@ -1,7 +1,9 @@
-"""An update ΔW = W_t − W0 as float64 blocks of columns, so that no float64 copy of a large matrix is ever made.
+"""An update ΔW = W_t − W0 as float64 blocks of columns, so that no float64 copy of a large matrix
+is ever made.
 
-The difference of two bfloat16, float16 or float32 numbers is exact in float64 unless their exponents differ by more
-than 29 bits; taking it in the storage dtype would round it, and the rounding is what fills the tail of a spectrum.
+The difference of two bfloat16, float16 or float32 numbers is exact in float64 unless their
+exponents differ by more than 29 bits; taking it in the storage dtype would round it, and the
+rounding is what fills the tail of a spectrum.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Numbers in one float64 block of columns (64 MiB): large, because what they are added up in is large.
+#: Numbers in one float64 block of columns (64 MiB): large, because what they are added up in is
+#: large.
 _BLOCK = 2**23
-#: Numbers in one block of a product with a few vectors: what stays in a core's cache, and what keeps an accelerator busy.
+#: Numbers in one block of a product with a few vectors: what stays in a core's cache, and what
+#: keeps an accelerator busy.
 _STRIP, _DEVICE_STRIP = 2**20, 2**24
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """ΔW (or a matrix itself), wide: M ≤ N. `trained_MN` and `base_MN` are views of what is stored, in any dtype."""
+    """ΔW (or a matrix itself), wide: M ≤ N. `trained_MN` and `base_MN` are views of what is stored,
+    in any dtype.
+    """
 
     trained_MN: Tensor
     base_MN: Tensor | None
@@ -28,7 +34,8 @@ class Blocks:
 
     @classmethod
     def of(cls, trained: Tensor, base: Tensor | None = None) -> Blocks:
-        """Wrap two matrices of one shape; tall ones are transposed (`swapped`), which swaps left and right.
+        """Wrap two matrices of one shape; tall ones are transposed (`swapped`), which swaps left
+        and right.
 
         Raises:
             ValueError: not matrices, or of different shapes.
@@ -81,9 +88,11 @@ class Blocks:
         return self._filled(torch.float64, 1.0)
 
     def scaled(self, dtype: torch.dtype) -> Tensor:
-        """The whole matrix [M, N] divided by its largest entry (as it is where that is 0), then rounded to `dtype`.
+        """The whole matrix [M, N] divided by its largest entry (as it is where that is 0), then
+        rounded to `dtype`.
 
-        Products of the scaled matrix neither overflow nor underflow in float32, however small the update is.
+        Products of the scaled matrix neither overflow nor underflow in float32, however small the
+        update is.
         """
         largest = max((float(block.abs().max()) for _, _, block in self.strips()), default=0.0)
         return self._filled(dtype, largest or 1.0)

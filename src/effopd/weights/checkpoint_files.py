@@ -1,4 +1,6 @@
-"""The files of a checkpoint folder: which of them hold the weights, and which tensor lies in which file."""
+"""The files of a checkpoint folder: which of them hold the weights, and which tensor lies in which
+file.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +35,20 @@ def find_weights(path: Path) -> Path:
     """The file that holds a folder's weights, or the index that lists them.
 
     Raises:
-        CheckpointError: no folder, no safetensors, or two layouts at once; the message says how to get there.
+        CheckpointError: no folder, no safetensors, or two layouts at once; the message says how to
+            get there.
     """
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is no folder: expected a checkpoint folder with config.json and safetensors files. A model of the Hub "
+            f"{path} is no folder: expected a checkpoint folder with config.json and "
+            "safetensors files. A model of the Hub "
             "has to be on this disk first: hf download ORGANISATION/MODEL --local-dir FOLDER."
         )
     layouts = [path / name for name in (WEIGHTS, INDEX) if (path / name).is_file()]
     if len(layouts) == 2:
         raise CheckpointError(
-            f"{path} has both {WEIGHTS} and {INDEX}: expected one of them. Remove the one that is left from an older save."
+            f"{path} has both {WEIGHTS} and {INDEX}: expected one of them. Remove the one "
+            "that is left from an older save."
         )
     if not layouts:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
@@ -55,7 +60,8 @@ def find_weights(path: Path) -> Path:
 def _way_out(pickles: list[str], loose: list[str]) -> str:
     if pickles:
         return (
-            f"It has pickle files ({', '.join(pickles[:3])}), which run code when they are loaded. Convert it once, if you "
+            f"It has pickle files ({', '.join(pickles[:3])}), which run code when they are "
+            "loaded. Convert it once, if you "
             "trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
         )
     if loose:
@@ -64,10 +70,12 @@ def _way_out(pickles: list[str], loose: list[str]) -> str:
 
 
 def stored_tensors(weights: Path) -> dict[str, StoredTensor]:
-    """Name → `StoredTensor` of a weights file, or of all the shards that an index lists (see `find_weights`).
+    """Name → `StoredTensor` of a weights file, or of all the shards that an index lists (see
+    `find_weights`).
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the index and its shards do not belong together.
+        CheckpointError: a file is missing or damaged, or the index and its shards do not belong
+            together.
         WeightsError: a tensor is quantised.
     """
     return _of_shards(weights) if weights.name == INDEX else read_header(weights)
@@ -83,19 +91,22 @@ def _of_shards(index: Path) -> dict[str, StoredTensor]:
         if not (path / file).is_file():
             lost = [name for name, where in names.items() if where == file]
             raise CheckpointError(
-                f"{path / file} is missing, which {index.name} names for {len(lost)} tensors ({lost[0]}, …). Copy it again."
+                f"{path / file} is missing, which {index.name} names for {len(lost)} tensors "
+                f"({lost[0]}, …). Copy it again."
             )
         headers[file] = read_header(path / file)
     for name, file in names.items():
         if name not in headers[file]:
             raise CheckpointError(
-                f"{index} says that tensor '{name}' is in {file}, but it is not. The index and the shards are of different "
+                f"{index} says that tensor '{name}' is in {file}, but it is not. The index "
+                "and the shards are of different "
                 "saves; copy both again."
             )
     unlisted = [name for header in headers.values() for name in header if name not in names]
     if unlisted:
         raise CheckpointError(
-            f"{path} has tensors that {index.name} does not list ({', '.join(unlisted[:3])}). The index and the shards are of "
+            f"{path} has tensors that {index.name} does not list ({', '.join(unlisted[:3])}). "
+            "The index and the shards are of "
             "different saves; copy both again."
         )
     return {name: headers[file][name] for name, file in names.items()}

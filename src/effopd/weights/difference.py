@@ -1,6 +1,7 @@
 """A base and a trained checkpoint as a stream of updates, one matrix at a time.
 
-Everything that can be told from headers (architecture, vocabulary, names, shapes) is checked before a tensor is read.
+Everything that can be told from headers (architecture, vocabulary, names, shapes) is checked before
+a tensor is read.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Update:
     Attributes:
         part: where it belongs.
         base: W0, stored dtype. Not to be edited: it may be shared.
-        factors: (b_MR, a_RN), float64, with ΔW = b a exactly, where the update is a LoRA adapter's; else `None`.
+        factors: (b_MR, a_RN), float64, with ΔW = b a exactly, where the update is a LoRA adapter's;
+            else `None`.
     """
 
     def __init__(
@@ -48,8 +50,8 @@ class Update:
 
     @property
     def trained(self) -> Tensor:
-        """W_t in its stored dtype; for an adapter W0 + b a, added in float64 and rounded to float32 (W0 where nothing
-        was trained)."""
+        """W_t in its stored dtype; for an adapter W0 + b a, added in float64 and rounded to float32
+        (W0 where nothing was trained)."""
         if self._trained is None:
             self._trained = self.base
             if self.factors is not None:
@@ -64,8 +66,8 @@ class Update:
         return self.trained.to(torch.float64) - self.base.to(torch.float64)
 
     def norm(self) -> float:
-        """‖ΔW‖ (Frobenius), differences and sums in float64, without a float64 copy of the tensor; of an adapter from the
-        triangular factors of its factors, without forming b a."""
+        """‖ΔW‖ (Frobenius), differences and sums in float64, without a float64 copy of the tensor;
+        of an adapter from the triangular factors of its factors, without forming b a."""
         if self.factors is not None:
             triangle_b, triangle_a = (torch.linalg.qr(x, mode="r").R for x in (self.factors[0], self.factors[1].T))
             return float(torch.linalg.matrix_norm(triangle_b @ triangle_a.T))
@@ -81,15 +83,16 @@ class Difference:
 
     Args:
         base: the checkpoint training started from.
-        trained: a checkpoint of the same model, in the same layout or another one that transformers writes, or an
-            adapter for it.
+        trained: a checkpoint of the same model, in the same layout or another one that transformers
+            writes, or an adapter for it.
 
     Attributes:
         parts: the base's matrices and vectors; an update has the same.
 
     Raises:
         CompatibilityError: another architecture or vocabulary.
-        WeightsError: tensors are missing, extra or mis-shaped; the first few are named with their files.
+        WeightsError: tensors are missing, extra or mis-shaped; the first few are named with their
+            files.
     """
 
     def __init__(self, base: Checkpoint, trained: Checkpoint | Adapter):
@@ -136,7 +139,9 @@ class Difference:
             del update
 
     def _match_adapter(self, adapter: Adapter) -> None:
-        """Pair the adapter's modules with the base's tensors; `_names` becomes tensor of the base → name there."""
+        """Pair the adapter's modules with the base's tensors; `_names` becomes tensor of the base →
+        name there.
+        """
         parts = {part.tensor: part for part in self.parts}
         bare_names = {bare(name): name for name in parts}
         for name in adapter.names:
@@ -146,7 +151,8 @@ class Difference:
                 continue
             if tensor is None:
                 raise WeightsError(
-                    f"{adapter.path} adapts '{name}', which the base {self.base.path} does not have. Expected an adapter "
+                    f"{adapter.path} adapts '{name}', which the base {self.base.path} does "
+                    "not have. Expected an adapter "
                     "trained on this base."
                 )
             expected = self.base.shapes[tensor]
@@ -154,7 +160,8 @@ class Difference:
                 expected = expected[::-1]
             if adapter.shape(name) != expected:
                 raise WeightsError(
-                    f"{adapter.path} adapts '{name}' with shape {adapter.shape(name)}, but the base {self.base.path} has "
+                    f"{adapter.path} adapts '{name}' with shape {adapter.shape(name)}, but "
+                    f"the base {self.base.path} has "
                     f"{expected}. Expected an adapter trained on this base."
                     + vocabulary_hint(name, (adapter.shape(name), expected))
                 )
@@ -163,21 +170,27 @@ class Difference:
         moved = [name for name in self._names if is_token_embedding(name)]
         if moved and self.base.is_untied:
             raise WeightsError(
-                f"{adapter.path} trains the token embedding '{moved[0]}' of the base {self.base.path}, whose head is tied to it, "
+                f"{adapter.path} trains the token embedding '{moved[0]}' of the base "
+                f"{self.base.path}, whose head is tied to it, "
                 "but another checkpoint of this comparison has a head of its own. Compare them separately."
             )
 
     def _check_copy(self, adapter: Adapter, name: str, tensor: str) -> None:
-        """The base weights that PEFT stores beside the factors of an embedding or a head have to be this base's."""
+        """The base weights that PEFT stores beside the factors of an embedding or a head have to be
+        this base's.
+        """
         copy = adapter.copy(name)
         if copy is not None and not _same(copy, self.base.load(tensor)):
             raise WeightsError(
-                f"{adapter.path} was trained on another base: it holds a copy of '{name}' that differs from the tensor of "
+                f"{adapter.path} was trained on another base: it holds a copy of '{name}' "
+                "that differs from the tensor of "
                 f"{self.base.path}. Expected the checkpoint it was trained from."
             )
 
     def _check_tied_head(self, adapter: Adapter, name: str) -> None:
-        """What an adapter stores of a tied head has to be what the embedding is: PEFT stores copies unasked."""
+        """What an adapter stores of a tied head has to be what the embedding is: PEFT stores copies
+        unasked.
+        """
         embedding = next((key for key in adapter.names if is_token_embedding(key)), None)
         tensor = next((key for key in self.base.shapes if is_token_embedding(key)), None)
         if adapter.has_factors(name):
@@ -189,20 +202,24 @@ class Difference:
             same = adapter.is_copied(name) and any(x is not None and _same(full, x) for x in known)
         if not same:
             raise WeightsError(
-                f"{adapter.path} trains a head of its own ('{name}'), but the base {self.base.path} ties its head to the "
+                f"{adapter.path} trains a head of its own ('{name}'), but the base "
+                f"{self.base.path} ties its head to the "
                 "token embedding. Merge it into a base that is saved with tie_word_embeddings=False, and compare that."
             )
 
 
 def open_differences(base: Checkpoint, runs: Sequence[Sequence[Path]]) -> list[tuple[Difference, ...]]:
-    """The differences of a base and of every snapshot of every run; all of them have the same parts.
+    """The differences of a base and of every snapshot of every run; all of them have the same
+    parts.
 
     Args:
-        base: with `untie` where one of the others has a head of its own: then the head is apart everywhere.
+        base: with `untie` where one of the others has a head of its own: then the head is apart
+            everywhere.
         runs: the folders of each run.
 
     Raises:
-        CheckpointError, WeightsError, CompatibilityError: a folder that cannot be used or does not belong to the base.
+        CheckpointError, WeightsError, CompatibilityError: a folder that cannot be used or does not
+        belong to the base.
     """
     opened = [[open_checkpoint(path) for path in paths] for paths in runs]
     untie([base, *(c for run in opened for c in run if isinstance(c, Checkpoint))])

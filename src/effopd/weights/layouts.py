@@ -1,9 +1,10 @@
-"""How fused tensors are cut: which rows of a fused query/key/value or gate/up tensor belong to what.
+"""How fused tensors are cut: which rows of a fused query/key/value or gate/up tensor belong to
+what.
 
-The modelling code of each architecture decides, so the rules are by model type: thirds one after the other (Phi-3,
-GPT-2), q, k and v of each head in turn (GPT-NeoX, BLOOM), in groups (Falcon, CodeGen). A tensor that no rule explains, or
-whose size contradicts the configuration, stays whole under its own name.
-`benchmarks/layouts.py` checks every rule against the model's own forward pass.
+The modelling code of each architecture decides, so the rules are by model type: thirds one after
+the other (Phi-3, GPT-2), q, k and v of each head in turn (GPT-NeoX, BLOOM), in groups (Falcon,
+CodeGen). A tensor that no rule explains, or whose size contradicts the configuration, stays whole
+under its own name. `benchmarks/layouts.py` checks every rule against the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a fused tensor: its output dimension is `blocks` equal blocks, of each of which `rows` are taken.
+    """Rows of a fused tensor: its output dimension is `blocks` equal blocks, of each of which
+    `rows` are taken.
 
     Attributes:
         name: what these rows are, e.g. `q`.
@@ -55,7 +57,9 @@ def model_type(config: Mapping[str, Any]) -> str:
 
 
 def setting(config: Mapping[str, Any], *names: str) -> Any:
-    """The first of these settings that the text configuration has, else its model type's default; `None` if neither."""
+    """The first of these settings that the text configuration has, else its model type's default;
+    `None` if neither.
+    """
     text = text_config(config)
     value = next((text[name] for name in names if text.get(name) is not None), None)
     if value is not None:
@@ -71,13 +75,17 @@ def hidden_size(config: Mapping[str, Any]) -> int | None:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether the installed transformers has this model type, so that its modelling code is known."""
+    """Whether the installed transformers has this model type, so that its modelling code is
+    known.
+    """
     return any(_defaults(str(kind)) is not None for kind in (model_type(config), config.get("model_type")))
 
 
 @cache
 def _defaults(kind: str) -> Any:
-    """A configuration of this model type with every setting at its default; `None` for types transformers lacks."""
+    """A configuration of this model type with every setting at its default; `None` for types
+    transformers lacks.
+    """
     from transformers import AutoConfig
 
     try:
@@ -87,7 +95,9 @@ def _defaults(kind: str) -> Any:
 
 
 def pieces_of(matrix: str, size: int, config: Mapping[str, Any]) -> list[Piece] | None:
-    """The pieces of a tensor along its output dimension of `size`; `None` where it is fused and nothing explains how."""
+    """The pieces of a tensor along its output dimension of `size`; `None` where it is fused and
+    nothing explains how.
+    """
     if matrix in ("qkv", "gqkv", "kv"):
         return _attention(matrix, size, config)
     if matrix.endswith("gate_up"):
@@ -144,7 +154,9 @@ def _falcon(size: int, heads: int, config: Mapping[str, Any]) -> list[Piece] | N
 
 
 def _consecutive(names: str | tuple[str, ...], sizes: list[int], size: int, blocks: int = 1) -> list[Piece] | None:
-    """Pieces of these sizes one after the other, in each of `blocks` blocks; `None` unless they add up to `size`."""
+    """Pieces of these sizes one after the other, in each of `blocks` blocks; `None` unless they add
+    up to `size`.
+    """
     if sum(sizes) * blocks != size or min(sizes) < 1:
         return None
     starts = [sum(sizes[:i]) for i in range(len(sizes))]

@@ -1,10 +1,11 @@
 r"""The K leading singular directions of an update, with a bound on how far they may be off.
 
-Block Lanczos with full reorthogonalisation on ΔW ΔWᵀ of the shorter side: the products with ΔW run in float32 (they are
-nearly all of the cost), everything else in float64, and two float64 steps at the end clean the result. It stops when
-the residuals prove the accuracy, not after a fixed number of steps as randomised SVD does (`torch.svd_lowrank`), whose
-vectors are wrong without notice when the spectrum decays slowly. Where two singular values nearly coincide no method can
-tell their vectors apart; the bound says so.
+Block Lanczos with full reorthogonalisation on ΔW ΔWᵀ of the shorter side: the products with ΔW run
+in float32 (they are nearly all of the cost), everything else in float64, and two float64 steps at
+the end clean the result. It stops when the residuals prove the accuracy, not after a fixed number
+of steps as randomised SVD does (`torch.svd_lowrank`), whose vectors are wrong without notice when
+the spectrum decays slowly. Where two singular values nearly coincide no method can tell their
+vectors apart; the bound says so.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class Leading:
     """ΔW ≈ Σ_k s_k u_k v_kᵀ.
 
     Attributes:
-        u_MK, s_K, v_NK: float64, on the CPU; columns orthonormal, values descending. u_k and v_k have an arbitrary
-            joint sign; directions of zero singular values are arbitrary.
+        u_MK, s_K, v_NK: float64, on the CPU; columns orthonormal, values descending. u_k and v_k
+            have an arbitrary joint sign; directions of zero singular values are arbitrary.
         next_value: s_{K+1}, 0 when there is none.
-        angle_bound_K: for each k, a bound in radians on the largest principal angle between the leading-k subspaces
-            found and the true ones, left and right (Wedin); π/2 where it proves nothing.
+        angle_bound_K: for each k, a bound in radians on the largest principal angle between the
+            leading-k subspaces found and the true ones, left and right (Wedin); π/2 where it proves
+            nothing.
     """
 
     u_MK: Tensor
@@ -48,11 +50,13 @@ class Leading:
 
 
 def leading_directions(trained: Tensor, base: Tensor | None = None, k: int = 20, seed: int = 0) -> Leading:
-    """The K = min(k, M, N) leading singular triplets of `trained − base` (of `trained` alone without a base).
+    """The K = min(k, M, N) leading singular triplets of `trained − base` (of `trained` alone
+    without a base).
 
     Args:
         trained, base: [M, N], any floating dtype, on one device.
-        seed: of the random start; it changes the result within the bound only. The global generator is not touched.
+        seed: of the random start; it changes the result within the bound only. The global generator
+            is not touched.
 
     Raises:
         ValueError: not matrices, of different shapes, or k < 1.
@@ -70,7 +74,8 @@ def leading_directions(trained: Tensor, base: Tensor | None = None, k: int = 20,
 
 
 def leading_of_factors(b_MR: Tensor, a_RN: Tensor, k: int = 20) -> Leading:
-    """The same for B A given by its factors (a LoRA adapter), exact and without forming the product.
+    """The same for B A given by its factors (a LoRA adapter), exact and without forming the
+    product.
 
     With fewer than k nonzero values there are only as many directions as the rank R of the factors.
     """
@@ -85,8 +90,8 @@ def leading_of_factors(b_MR: Tensor, a_RN: Tensor, k: int = 20) -> Leading:
 def _krylov(a_MN: Tensor, k: int, seed: int) -> Tensor:
     """An orthonormal float64 basis [M, k + oversample] of approximate leading left directions.
 
-    It stops early where the Krylov space is exhausted: then the space holds every direction with a nonzero singular
-    value, and the basis is filled up with random directions.
+    It stops early where the Krylov space is exhausted: then the space holds every direction with a
+    nonzero singular value, and the basis is filled up with random directions.
     """
     rows, width = a_MN.shape[0], k + _OVERSAMPLE
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -111,7 +116,8 @@ def _krylov(a_MN: Tensor, k: int, seed: int) -> Tensor:
 
 
 def _orthonormal(image_MW: Tensor, basis_MB: Tensor) -> Tensor:
-    """An orthonormal basis, at most W columns, of what `image` adds to `basis`; none where that is only rounding.
+    """An orthonormal basis, at most W columns, of what `image` adds to `basis`; none where that is
+    only rounding.
 
     A plain QR has no notion of rank: of columns that are zero it makes unit vectors inside `basis`.
     """
@@ -124,7 +130,8 @@ def _orthonormal(image_MW: Tensor, basis_MB: Tensor) -> Tensor:
 
 
 def _converged(basis: Tensor, images: Tensor, theta: Tensor, ritz: Tensor, k: int) -> bool:
-    """Whether residual / gap, both of ΔW ΔWᵀ, is below the target for each of the k leading subspaces.
+    """Whether residual / gap, both of ΔW ΔWᵀ, is below the target for each of the k leading
+    subspaces.
 
     A gap too small for float32 products to resolve is not waited for.
     """
@@ -138,7 +145,9 @@ def _converged(basis: Tensor, images: Tensor, theta: Tensor, ritz: Tensor, k: in
 
 
 def _polish(delta: Blocks, start_MW: Tensor, k: int) -> Leading:
-    """Two float64 steps: Rayleigh–Ritz on [X, ΔW ΔWᵀ X], then the residual that proves the accuracy."""
+    """Two float64 steps: Rayleigh–Ritz on [X, ΔW ΔWᵀ X], then the residual that proves the
+    accuracy.
+    """
     again = delta.times(delta.transposed_times(start_MW))
     scale = again.norm(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     basis = torch.linalg.qr(torch.cat([start_MW, again / scale], dim=1)).Q

@@ -1,8 +1,9 @@
 """Where a tensor belongs: from its name and the model's configuration to (layer, module, matrix).
 
-Covers the names of the causal language models in transformers (docs/layouts.md lists them), with one tensor per expert or
-all experts stacked. Whatever is not recognised becomes module `other` under its own name: listed and analysed, never
-skipped. Left out: vision and audio towers have no naming of their own (`other`).
+Covers the names of the causal language models in transformers (docs/layouts.md lists them), with
+one tensor per expert or all experts stacked. Whatever is not recognised becomes module `other`
+under its own name: listed and analysed, never skipped. Left out: vision and audio towers have no
+naming of their own (`other`).
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Place:
     Attributes:
         layer: number of the transformer layer, `None` outside the layers.
         module: one of `MODULES`.
-        matrix: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, `router`, `experts.3.gate`, `q_bias`, `input_layernorm`, `tokens`, …;
-            for module `other`, the tensor's name.
+        matrix: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, `router`, `experts.3.gate`, `q_bias`,
+            `input_layernorm`, `tokens`, …; for module `other`, the tensor's name.
     """
 
     layer: int | None
@@ -77,7 +78,9 @@ TOKENS, HEAD = Place(None, "embedding", "tokens"), Place(None, "head", "head")
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output head is the token embedding; a configuration that does not say has its model type's default."""
+    """Whether the output head is the token embedding; a configuration that does not say has its
+    model type's default.
+    """
     for part in (config, text_config(config)):
         if part.get("tie_word_embeddings") is not None:
             return bool(part["tie_word_embeddings"])
@@ -95,7 +98,9 @@ def is_token_embedding(name: str) -> bool:
 
 
 def place_of(name: str) -> Place:
-    """Place of a stored tensor by its name alone; fused and stacked ones as a whole (`qkv`, `experts.gate_up`)."""
+    """Place of a stored tensor by its name alone; fused and stacked ones as a whole (`qkv`,
+    `experts.gate_up`).
+    """
     stem, kind = _stem(name)
     inside = _LAYER.search(stem)
     if _TOWER.search(stem):

@@ -1,7 +1,9 @@
-"""Which part of a trained checkpoint is which part of its base; everything is settled from headers, before tensors are read.
+"""Which part of a trained checkpoint is which part of its base; everything is settled from headers,
+before tensors are read.
 
-Parts are paired by place, so that one model in two layouts is one model: with other prefixes, with experts stacked or one
-by one, transposed or not. Only a head that may be tied has to be looked at: see `reader.Checkpoint.own_head`.
+Parts are paired by place, so that one model in two layouts is one model: with other prefixes, with
+experts stacked or one by one, transposed or not. Only a head that may be tied has to be looked at:
+see `reader.Checkpoint.own_head`.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ def bare(name: str) -> str:
 
 
 def untie(checkpoints: Sequence[Checkpoint]) -> None:
-    """Read a tied head as a copy of the token embedding where another of these checkpoints has a head of its own.
+    """Read a tied head as a copy of the token embedding where another of these checkpoints has a
+    head of its own.
 
-    All configurations have to say tied: a file with two different tensors is then an untied model all the same, which
-    is what merging an adapter of the head leaves. Where the configurations disagree, nothing is changed.
+    All configurations have to say tied: a file with two different tensors is then an untied model
+    all the same, which is what merging an adapter of the head leaves. Where the configurations
+    disagree, nothing is changed.
     """
     heads = [next(name for name in c.shapes if is_head(name)) for c in checkpoints if c.own_head]
     if not heads or not all(is_tied(c.config) for c in checkpoints):
@@ -49,13 +53,15 @@ def check_architecture(base: Checkpoint, trained: Checkpoint) -> None:
     kinds = [model_type(c.config) for c in (base, trained)]
     if kinds[0] != kinds[1]:
         raise CompatibilityError(
-            f"base and trained are of different architectures: {base.path} is {kinds[0]}, {trained.path} is {kinds[1]}. "
+            f"base and trained are of different architectures: {base.path} is {kinds[0]}, "
+            f"{trained.path} is {kinds[1]}. "
             "Expected a checkpoint trained from this base."
         )
     rows = [_vocabulary(c) for c in (base, trained)]
     if None not in rows and rows[0] != rows[1]:
         raise CompatibilityError(
-            f"base and trained have different vocabularies: {base.path} has {rows[0]} rows of embeddings, {trained.path} "
+            f"base and trained have different vocabularies: {base.path} has {rows[0]} rows of "
+            f"embeddings, {trained.path} "
             f"{rows[1]}. {RESIZE}"
         )
 
@@ -64,7 +70,8 @@ def pair(base: Checkpoint, trained: Checkpoint, parts: Sequence[Part]) -> dict[P
     """Part of the base → part of the trained checkpoint, of the same place and shape.
 
     Raises:
-        WeightsError: tensors are missing, extra, mis-shaped, or integer tables differ; the first few are named.
+        WeightsError: tensors are missing, extra, mis-shaped, or integer tables differ; the first
+            few are named.
     """
     theirs = trained.parts()
     by_place = {_key(part): part for part in theirs}
@@ -124,14 +131,18 @@ def _check_complete(base: Checkpoint, trained: Checkpoint, missing: list[str], e
 def _hint(base: Checkpoint, trained: Checkpoint, missing: list[str], extra: list[str]) -> str:
     if all(place_of(name).module == "head" for name in [*missing, *extra]):
         return (
-            " Only one of them ties its output head to the token embedding (tie_word_embeddings in config.json): save the "
+            " Only one of them ties its output head to the token embedding "
+            "(tie_word_embeddings in config.json): save the "
             "tied one with a head of its own, and compare again."
         )
     sizes = [sum(math.prod(c.shapes[n]) for n in names) for c, names in ((base, missing), (trained, extra))]
     if sizes[0] == sizes[1]:
         return (
-            " Both sides have the same number of parameters there, so this may be one model saved in two layouts: load and "
-            "save both with transformers (AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)), and "
+            " Both sides have the same number of parameters there, so this may be one model "
+            "saved in two layouts: load and "
+            "save both with transformers "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)), and "
+            ""
             "compare those."
         )
     return ""
@@ -144,14 +155,17 @@ def _check_tables(base: Checkpoint, trained: Checkpoint) -> None:
         same = name in mine and name in theirs and base.table_equals(mine[name], trained, theirs[name])
         if not same:
             raise WeightsError(
-                f"the integer or boolean tensor '{mine.get(name, theirs.get(name))}' is not the same in the base {base.path} and in "
+                f"the integer or boolean tensor '{mine.get(name, theirs.get(name))}' is not "
+                f"the same in the base {base.path} and in "
                 f"{trained.path}. An update is measured of floating-point weights; expected a checkpoint trained from "
                 "this base."
             )
 
 
 def vocabulary_hint(name: str, shapes: Iterable[Sequence[int]]) -> str:
-    """How to go on where a token embedding or a head has another number of rows; empty for other mismatches."""
+    """How to go on where a token embedding or a head has another number of rows; empty for other
+    mismatches.
+    """
     one, other = shapes
     resized = len(one) == len(other) == 2 and one[0] != other[0] and one[1] == other[1]
     return f" {RESIZE}" if resized and (is_head(name) or is_token_embedding(name)) else ""

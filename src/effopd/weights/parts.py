@@ -1,7 +1,7 @@
 """The matrices and vectors inside the stored tensors of a checkpoint, each with its place.
 
-A fused or stacked tensor has several parts, which together cover it exactly once; `layouts` says how it is cut, and one
-whose layout is not known stays whole.
+A fused or stacked tensor has several parts, which together cover it exactly once; `layouts` says
+how it is cut, and one whose layout is not known stays whole.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Part:
         return self.expert is None and self.rows is None
 
     def view(self, tensor: Tensor) -> Tensor:
-        """This part of the stored tensor, oriented out × in: a view, or a copy where its rows are spread over several
-        blocks. Edit with `put`."""
+        """This part of the stored tensor, oriented out × in: a view, or a copy where its rows are
+        spread over several blocks. Edit with `put`."""
         return self._region(tensor).flatten(0, 1) if self.blocks > 1 else self._region(tensor)
 
     def put(self, tensor: Tensor, value: Tensor) -> None:
@@ -60,7 +60,9 @@ class Part:
         region.copy_(value.reshape(region.shape))
 
     def rows_of(self, factor: Tensor) -> Tensor:
-        """The rows of this part out of a matrix [out, …] whose rows are those of the whole oriented tensor."""
+        """The rows of this part out of a matrix [out, …] whose rows are those of the whole oriented
+        tensor.
+        """
         part = Part(self.tensor, self.place, self.shape, rows=self.rows, blocks=self.blocks)
         return part.view(factor)
 
@@ -82,13 +84,14 @@ def parts_of(
 ) -> list[Part]:
     """Every matrix and vector of a checkpoint: embeddings, then the layers in order, then the rest.
 
-    A head that is tied to the embedding is left out, so it counts once. Two parts never share a place.
+    A head that is tied to the embedding is left out, so it counts once. Two parts never share a
+    place.
 
     Args:
         config: the checkpoint's `config.json`.
         shapes: name → shape of the stored tensors.
-        own_head: whether a stored head is one of its own; default: where the configuration says so, or there is no
-            embedding to tie it to.
+        own_head: whether a stored head is one of its own; default: where the configuration says so,
+            or there is no embedding to tie it to.
     """
     if own_head is None:
         own_head = not is_tied(config) or not any(is_token_embedding(name) for name in shapes)
@@ -154,7 +157,8 @@ def _is_transposed(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool | None:
-    """Whether a matrix is stored as [in, out]: GPT-2's Conv1D, and stacked experts multiplied from the right.
+    """Whether a matrix is stored as [in, out]: GPT-2's Conv1D, and stacked experts multiplied from
+    the right.
 
     The shapes decide, the model type where they do not; `None` where neither does.
     """
@@ -177,8 +181,8 @@ def _are_experts_transposed(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool | None:
-    """Of gate_up [experts, 2I, H] and down [experts, H, I], always told from gate_up [experts, H, 2I] and down
-    [experts, I, H] by the two shapes together, also where H = 2I."""
+    """Of gate_up [experts, 2I, H] and down [experts, H, I], always told from gate_up [experts, H,
+    2I] and down [experts, I, H] by the two shapes together, also where H = 2I."""
     for one, other in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):
         names = [name, name.replace(one, other)] if one in name else [name.replace(other, one), name]
         if one in names[0] and names[0] in shapes and len(shapes.get(names[1], ())) == 3:

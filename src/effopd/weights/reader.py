@@ -1,8 +1,9 @@
 """Checkpoints on disk, one tensor at a time.
 
-A folder in the Hugging Face format: `config.json` and safetensors files. Opening reads headers only; `load` reads one tensor's
-bytes into memory of its own, so nothing stays mapped and memory does not grow with the number of tensors read. Left out:
-pickle files (they run code when loaded) and quantised weights.
+A folder in the Hugging Face format: `config.json` and safetensors files. Opening reads headers
+only; `load` reads one tensor's bytes into memory of its own, so nothing stays mapped and memory
+does not grow with the number of tensors read. Left out: pickle files (they run code when loaded)
+and quantised weights.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Checkpoint:
         is_untied: whether `untie` has given a tied model a head.
 
     Raises:
-        CheckpointError: the folder, the configuration, a shard or a tensor of the index is missing; a file is cut short
-            or is no safetensors file; there are only pickle files.
+        CheckpointError: the folder, the configuration, a shard or a tensor of the index is missing;
+            a file is cut short or is no safetensors file; there are only pickle files.
         WeightsError: a tensor is quantised.
     """
 
@@ -63,10 +64,12 @@ class Checkpoint:
 
     @cached_property
     def own_head(self) -> bool:
-        """Whether the output head is a tensor of its own, which the token embedding does not determine.
+        """Whether the output head is a tensor of its own, which the token embedding does not
+        determine.
 
-        A file with both tensors, of different values, is an untied model whatever its configuration says (transformers
-        reads it so too); equal ones are one. Reads both tensors where the configuration says tied and both are stored.
+        A file with both tensors, of different values, is an untied model whatever its configuration
+        says (transformers reads it so too); equal ones are one. Reads both tensors where the
+        configuration says tied and both are stored.
         """
         head = next((name for name in self._stored if is_head(name)), None)
         embeddings = [self._stored[name] for name in self._stored if is_token_embedding(name)]
@@ -75,7 +78,8 @@ class Checkpoint:
         return bool(embeddings) and not any(same_values(self._stored[head], embedding) for embedding in embeddings)
 
     def untie(self, head: str) -> None:
-        """From now on, read the tied head as a tensor of its own named `head`, equal to the token embedding.
+        """From now on, read the tied head as a tensor of its own named `head`, equal to the token
+        embedding.
 
         Raises:
             WeightsError: there is no token embedding, or more than one.
@@ -83,8 +87,10 @@ class Checkpoint:
         embeddings = [name for name in self._stored if is_token_embedding(name)]
         if len(embeddings) != 1:
             raise WeightsError(
-                f"{self.path} ties its head to the token embedding, and another checkpoint of this comparison has a head of "
-                f"its own. Expected one token embedding to compare that head with, got {', '.join(embeddings) or 'none'}. Save "
+                f"{self.path} ties its head to the token embedding, and another checkpoint of "
+                "this comparison has a head of "
+                "its own. Expected one token embedding to compare that head with, got "
+                f"{', '.join(embeddings) or 'none'}. Save "
                 "the tied one with tie_word_embeddings=False, and compare again."
             )
         self._stored[head] = self._stored[embeddings[0]]
@@ -92,8 +98,8 @@ class Checkpoint:
         self._index()
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor in its stored dtype, checked to be finite. Do not edit it in place: while someone holds it, the
-        same object is handed out again.
+        """One tensor in its stored dtype, checked to be finite. Do not edit it in place: while
+        someone holds it, the same object is handed out again.
 
         Raises:
             WeightsError: no such tensor, or it holds NaN or infinity.
@@ -110,7 +116,9 @@ class Checkpoint:
         return tensor
 
     def load_expert(self, part: Part, device: torch.device | str = "cpu") -> Tensor:
-        """The one expert of a stack that a part lies in, without reading the others; else as `load`."""
+        """The one expert of a stack that a part lies in, without reading the others; else as
+        `load`.
+        """
         stored = self._stored[part.tensor]
         assert part.expert is not None
         size = (stored.stop - stored.start) // stored.shape[0]
@@ -127,8 +135,8 @@ class Checkpoint:
         return same_values(self._tables[name], other._tables[other_name])
 
     def parts(self) -> list[Part]:
-        """Every matrix and vector, see `parts_of`. Of a tied pair the head may be the one that is stored: then it is the
-        embedding."""
+        """Every matrix and vector, see `parts_of`. Of a tied pair the head may be the one that is
+        stored: then it is the embedding."""
         alone = is_tied(self.config) and not any(map(is_token_embedding, self._stored))
         parts = parts_of(self.config, self.shapes, self.own_head or alone)
         return [replace(p, place=TOKENS) if alone and is_head(p.tensor) else p for p in parts]

@@ -1,6 +1,7 @@
 """safetensors files: where the bytes of each tensor are, and one tensor at a time.
 
-Headers are checked in full when they are read. A tensor is read into memory of its own, so nothing stays mapped.
+Headers are checked in full when they are read. A tensor is read into memory of its own, so nothing
+stays mapped.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ from torch import Tensor
 from effopd.errors import CheckpointError, WeightsError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-#: Dtypes of tables: which expert a token goes to, masks. Quantised weights come in some of these too, under other names.
+#: Dtypes of tables: which expert a token goes to, masks. Quantised weights come in some of these
+#: too, under other names.
 _TABLE_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-}  # fmt: skip
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _QUANTISED = re.compile(
     r"(?:^|[._])(?:weight|kernel|qweight|qzeros|g_idx|scales?|scb|zero_points?|weight_\w+|packed|blocks|absmax|quant_map|codes?|"
     r"codebooks?|\w*_proj)$",
@@ -48,7 +55,9 @@ class StoredTensor:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a name is that of a mask or table which older versions of transformers stored beside the weights."""
+    """Whether a name is that of a mask or table which older versions of transformers stored beside
+    the weights.
+    """
     return _BUFFERS.search(name) is not None
 
 
@@ -139,7 +148,9 @@ def _read(stored: StoredTensor, name: str) -> Tensor:
 
 
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors have the same shape and values, read block by block up to the first difference."""
+    """Whether two stored tensors have the same shape and values, read block by block up to the
+    first difference.
+    """
     if one.shape != other.shape:
         return False
     numbers, count = math.prod(one.shape), _BLOCK

@@ -1,9 +1,10 @@
 r"""Singular values of an update, all of them, without singular vectors, and what is read off them.
 
-The values are the square roots of the eigenvalues of the float64 Gram matrix ΔW ΔWᵀ of the shorter side, which costs a
-fraction of an SVD and never needs a float64 copy of ΔW. Squaring loses the values below about 1e-8 · s1; where those
-would show in a metric (rank-deficient or steeply graded spectra), the values come from a blocked QR factorisation and an SVD
-of its triangular factor instead: slower, backward stable, and of the same memory.
+The values are the square roots of the eigenvalues of the float64 Gram matrix ΔW ΔWᵀ of the shorter
+side, which costs a fraction of an SVD and never needs a float64 copy of ΔW. Squaring loses the
+values below about 1e-8 · s1; where those would show in a metric (rank-deficient or steeply graded
+spectra), the values come from a blocked QR factorisation and an SVD of its triangular factor
+instead: slower, backward stable, and of the same memory.
 
 The paper's code computes a full SVD in the storage dtype and keeps U, S and V.
 """
@@ -30,7 +31,8 @@ def singular_values(trained: Tensor, base: Tensor | None = None) -> Tensor:
     """Singular values of `trained − base` (of `trained` alone without a base), descending.
 
     Args:
-        trained, base: [M, N], any floating dtype, on one device. Differences and everything after are float64.
+        trained, base: [M, N], any floating dtype, on one device. Differences and everything after
+            are float64.
 
     Returns:
         float64 [min(M, N)] on the same device.
@@ -53,7 +55,9 @@ def singular_values(trained: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def factor_singular_values(b_MR: Tensor, a_RN: Tensor) -> Tensor:
-    """Singular values of B A from its factors, float64 [min(M, N)]; those beyond the rank are exact zeros."""
+    """Singular values of B A from its factors, float64 [min(M, N)]; those beyond the rank are exact
+    zeros.
+    """
     triangle_b = torch.linalg.qr(b_MR.to(torch.float64), mode="r").R
     triangle_a = torch.linalg.qr(a_RN.to(torch.float64).T, mode="r").R
     values = torch.linalg.svdvals(triangle_b @ triangle_a.T)
@@ -64,10 +68,12 @@ def factor_singular_values(b_MR: Tensor, a_RN: Tensor) -> Tensor:
 def spectrum_metrics(s_R: Tensor, shape: tuple[int, int]) -> dict[str, float]:
     r"""What METHOD reads off a spectrum s1 ≥ s2 ≥ … ≥ s_R of ΔW.
 
-    - `frobenius_norm` $\|ΔW\|_F = (\sum s_i^2)^{1/2}$ and `spectral_norm` s1, in the unit of the weights
+    - `frobenius_norm` $\|ΔW\|_F = (\sum s_i^2)^{1/2}$ and `spectral_norm` s1, in the unit of the
+        weights
     - `spectral_to_frobenius` ρ = s1 / ‖ΔW‖_F, and `stable_rank` 1/ρ²
     - `effective_rank` $\exp(-\sum p_i \log p_i)$, $p_i = s_i / \sum s$; between 1 and R
-    - `effective_rank_noise_floor`: the effective rank of pure rounding noise of this shape, see `noise_effective_rank`
+    - `effective_rank_noise_floor`: the effective rank of pure rounding noise of this shape, see
+        `noise_effective_rank`
     - `top1pct_norm_ratio` $(\sum_{i ≤ ⌈R/100⌉} s_i^2 / \sum s_i^2)^{1/2}$
 
     A zero update has norms 0; its ratios and ranks are not defined and are NaN.
@@ -97,11 +103,11 @@ def spectrum_metrics(s_R: Tensor, shape: tuple[int, int]) -> dict[str, float]:
 def noise_effective_rank(rows: int, columns: int) -> float:
     r"""Effective rank of an M × N matrix of independent noise, in the limit of large matrices.
 
-    The noise that rounding to a storage dtype leaves is independent from entry to entry, so its singular values follow
-    the Marchenko–Pastur law, whatever the size of the noise: with y = R/max(M, N), s = x·const and density
-    $f(x) = \sqrt{(b^2 − x^2)(x^2 − a^2)} / (π y x)$ on [a, b] = [1 − √y, 1 + √y],
-    the effective rank is $R · E[x] · \exp(−E[x \log x] / E[x])$. An update whose effective rank is near this number is,
-    by this measure, indistinguishable from rounding.
+    The noise that rounding to a storage dtype leaves is independent from entry to entry, so its
+    singular values follow the Marchenko–Pastur law, whatever the size of the noise: with y =
+    R/max(M, N), s = x·const and density $f(x) = \sqrt{(b^2 − x^2)(x^2 − a^2)} / (π y x)$ on [a, b]
+    = [1 − √y, 1 + √y], the effective rank is $R · E[x] · \exp(−E[x \log x] / E[x])$. An update
+    whose effective rank is near this number is, by this measure, indistinguishable from rounding.
 
     Example:
         >>> round(noise_effective_rank(1000, 1000))
@@ -126,7 +132,9 @@ def noise_effective_rank(rows: int, columns: int) -> float:
 
 
 def _triangle(delta: Blocks) -> Tensor:
-    """A square factor with the singular values of ΔW: R of the QR factorisation of ΔWᵀ, a block of rows at a time."""
+    """A square factor with the singular values of ΔW: R of the QR factorisation of ΔWᵀ, a block of
+    rows at a time.
+    """
     triangle: Tensor | None = None
     for _, block in delta:
         rows = block.T if triangle is None else torch.cat([triangle, block.T])
@@ -138,7 +146,8 @@ def _triangle(delta: Blocks) -> Tensor:
 def _is_safe(s_R: Tensor) -> bool:
     """Whether the rounding of the Gram matrix is invisible in Σs and in the entropy of s/Σs.
 
-    An eigenvalue is wrong by about ε·λ1·√R, so a value is wrong by δ = ε·s1²·√R / 2s, at most (ε·√R)^½·s1.
+    An eigenvalue is wrong by about ε·λ1·√R, so a value is wrong by δ = ε·s1²·√R / 2s, at most
+    (ε·√R)^½·s1.
     """
     s = s_R.cpu().numpy()
     error = np.finfo(np.float64).eps * math.sqrt(len(s)) * s[0] ** 2

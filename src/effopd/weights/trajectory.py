@@ -1,4 +1,6 @@
-"""The checkpoints of a run, in order: this package's run directories, transformers' output folders, or a single one."""
+"""The checkpoints of a run, in order: this package's run directories, transformers' output folders,
+or a single one.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,14 @@ def find_snapshots(path: str | Path, steps: Sequence[int] | None = None) -> list
     """The checkpoints under a path, by step.
 
     Args:
-        path: a checkpoint or adapter folder (one snapshot); a run directory (its `trajectory/`, else its `checkpoints/`);
-            or a folder of `step-8`, `checkpoint-500`, … folders.
+        path: a checkpoint or adapter folder (one snapshot); a run directory (its `trajectory/`,
+            else its `checkpoints/`); or a folder of `step-8`, `checkpoint-500`, … folders.
         steps: take these steps only; then gaps are the caller's wish.
 
     Raises:
-        CheckpointError: no checkpoints; a step folder without weights; a gap: a step that the run's `trajectory` rule, or
-            the regular spacing of the others, asks for is missing; or a step of `steps` is not there.
+        CheckpointError: no checkpoints; a step folder without weights; a gap: a step that the run's
+            `trajectory` rule, or the regular spacing of the others, asks for is missing; or a step
+            of `steps` is not there.
     """
     root = Path(path)
     folders = _step_folders(root)
@@ -52,13 +55,15 @@ def find_snapshots(path: str | Path, steps: Sequence[int] | None = None) -> list
         gaps = sorted(_expected(root, set(folders)) - set(folders))
         if gaps:
             raise CheckpointError(
-                f"the trajectory of {root} has a gap: step {_list(gaps)} missing, between {_list(sorted(folders))}. Copy the "
+                f"the trajectory of {root} has a gap: step {_list(gaps)} missing, between "
+                f"{_list(sorted(folders))}. Copy the "
                 "missing folders, or say which steps to take with --steps."
             )
     lost = [folder for folder in empty if steps is None or Path(folder) in {folders[step] for step in wanted}]
     if lost:
         raise CheckpointError(
-            f"{lost[0]} has no {WEIGHTS}, {INDEX} or {ADAPTER}: its weights are missing. Copy the folder again, or leave the "
+            f"{lost[0]} has no {WEIGHTS}, {INDEX} or {ADAPTER}: its weights are missing. Copy "
+            "the folder again, or leave the "
             "step out with --steps."
         )
     return [Snapshot(step, folders[step]) for step in wanted]
@@ -88,7 +93,8 @@ def _single(root: Path, steps: Sequence[int] | None) -> list[Snapshot]:
     step = int(read_json(state).get("global_step", 0)) if state.is_file() else int(named[1]) if named else None
     if steps is not None and step not in steps:
         raise CheckpointError(
-            f"{root} is a single checkpoint{f' (step {step})' if step is not None else ''}, not a trajectory with steps "
+            f"{root} is a single checkpoint{f' (step {step})' if step is not None else ''}, "
+            "not a trajectory with steps "
             f"{_list(list(steps))}. Give the run directory, or leave --steps out."
         )
     return [Snapshot(step, root)]

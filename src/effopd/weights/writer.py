@@ -33,13 +33,15 @@ def write_checkpoint(
     max_shard_size: int = 2 * 1024**3,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write `edit(name, tensor)` of every tensor of `base` as a checkpoint of its own, with its configuration and tokenizer.
+    """Write `edit(name, tensor)` of every tensor of `base` as a checkpoint of its own, with its
+    configuration and tokenizer.
 
-    Memory: one shard and one tensor. The folder is filled beside `out` and renamed, so it appears whole or not at all.
+    Memory: one shard and one tensor. The folder is filled beside `out` and renamed, so it appears
+    whole or not at all.
 
     Args:
-        edit: is given every floating-point tensor, also the copy of a tied head where there is one; must not change it in
-            place. Integer tables are copied.
+        edit: is given every floating-point tensor, also the copy of a tied head where there is one;
+            must not change it in place. Integer tables are copied.
         max_shard_size: bytes a file at most, unless a single tensor is larger.
         dtype: of what is written; default: what each tensor of `base` is stored in.
 
@@ -98,7 +100,8 @@ def _write_shards(
         new = edited.to("cpu", stored.dtype if dtype is None or table else dtype).contiguous()
         if new.shape != stored.shape or not bool(torch.isfinite(new).all()):
             raise WeightsError(
-                f"the edited tensor '{name}' has shape {tuple(new.shape)} (expected {tuple(stored.shape)}) or is not finite "
+                f"the edited tensor '{name}' has shape {tuple(new.shape)} (expected "
+                f"{tuple(stored.shape)}) or is not finite "
                 f"in {new.dtype}; nothing was written."
             )
         if sum(t.numel() * t.element_size() for t in held.values()) + new.numel() * new.element_size() > limit:

@@ -63,10 +63,12 @@ class Patches:
 
 
 class HostEvents:
-    """Events of a training run that the host does not tell its callbacks, from `attach` to `detach`.
+    """Events of a training run that the host does not tell its callbacks, from `attach` to
+    `detach`.
 
     Args:
-        trainer: any `transformers.Trainer`; `rollouts_ready` needs one of TRL's trainers that sample.
+        trainer: any `transformers.Trainer`; `rollouts_ready` needs one of TRL's trainers that
+            sample.
     """
 
     def __init__(self, trainer: Any):
@@ -86,9 +88,10 @@ class HostEvents:
         Args:
             active: asked before each event; False: no more events.
             stopped: called after an epoch that raised, or in which `active` became False.
-            rate_multiplier: factor on the logged learning rate; the host knows the rate of the schedule only.
-            rollouts_ready: called once per optimizer step with its micro-batches, before any of them is trained on. If it
-                calls `drop_rollouts`, the step samples again.
+            rate_multiplier: factor on the logged learning rate; the host knows the rate of the
+                schedule only.
+            rollouts_ready: called once per optimizer step with its micro-batches, before any of
+                them is trained on. If it calls `drop_rollouts`, the step samples again.
         """
         self._patches = patches = Patches(self._trainer)
         patches.replace("_run_epoch", partial(_guarded_epoch, active, stopped))

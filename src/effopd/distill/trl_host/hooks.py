@@ -21,7 +21,8 @@ _Host: Any = Trainer if TYPE_CHECKING else object
 
 
 class HostHooks(_Host):
-    """Private methods of a TRL trainer as hooks; mixed in right before the trainer, after the classes that implement hooks.
+    """Private methods of a TRL trainer as hooks; mixed in right before the trainer, after the
+    classes that implement hooks.
 
     An `around_…` hook gets the host's own call, makes it and returns its result.
     """
@@ -87,7 +88,9 @@ class HostHooks(_Host):
     def around_turn(
         self, generate: Callable[[list[list[int]]], Any], prompt_ids: list[list[int]], *, multimodal: bool
     ) -> Any:
-        """Hook: one answer per prompt; `generate` takes prompts as token ids and may be called for parts of them."""
+        """Hook: one answer per prompt; `generate` takes prompts as token ids and may be called for
+        parts of them.
+        """
         return generate(prompt_ids)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
@@ -172,7 +175,9 @@ class HostHooks(_Host):
         self.around_load(RANDOM_STATE, checkpoint, partial(super()._load_rng_state, checkpoint))
 
     def check_loaded(self, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-        """Hook, in place of the host's warning: names of tensors that the checkpoint lacks, or has besides."""
+        """Hook, in place of the host's warning: names of tensors that the checkpoint lacks, or has
+        besides.
+        """
 
     def _issue_warnings_after_load(self, load_result):
         self.check_loaded(load_result.missing_keys, load_result.unexpected_keys)
@@ -182,7 +187,9 @@ class DistillationHooks(HostHooks):
     """`HostHooks` of `trl.DistillationTrainer`."""
 
     def distillation_loss(self, student: Any, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Hook: the loss of a micro-batch, Σ student entropy and the number of positions, in the student's forward."""
+        """Hook: the loss of a micro-batch, Σ student entropy and the number of positions, in the
+        student's forward.
+        """
         raise NotImplementedError
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):

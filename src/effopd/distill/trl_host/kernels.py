@@ -1,4 +1,6 @@
-"""TRL's kernels, which project hidden states tile by tile. A head has `weight` [V, H], `bias`, `scale` and `softcap`."""
+"""TRL's kernels, which project hidden states tile by tile. A head has `weight` [V, H], `bias`,
+`scale` and `softcap`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def divergence_loss(
     h_student_BTH: Tensor, student: Any, h_teacher_BTH: Tensor, teacher: Any, mask_BT: Tensor, beta: float,
     temperature: float, num_items: Tensor | int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """TRL's own loss: Σ divergence / `num_items` (default: positions), Σ student entropy, number of positions."""
+    """TRL's own loss: Σ divergence / `num_items` (default: positions), Σ student entropy, number of
+    positions.
+    """
     return _chunked_divergence_loss(
         h_student_BTH,
         h_teacher_BTH,

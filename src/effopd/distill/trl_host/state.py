@@ -16,8 +16,8 @@ from trl import DistillationTrainer
 def resumed_checkpoint(trainer: Any) -> Path | None:
     """The checkpoint that the training loop now running was given.
 
-    Callbacks are not told, and the trainer keeps no record, so this reads the argument of `Trainer._inner_training_loop`
-    off the stack.
+    Callbacks are not told, and the trainer keeps no record, so this reads the argument of
+    `Trainer._inner_training_loop` off the stack.
     """
     frame = sys._getframe()
     while frame is not None:
@@ -35,7 +35,9 @@ def drop_rollouts(trainer: Any) -> None:
 
 
 def rollouts_in_use(trainer: Any) -> tuple[int, Any]:
-    """Micro-batches trained on so far, and the rollouts of TRL's reinforcement-learning trainers."""
+    """Micro-batches trained on so far, and the rollouts of TRL's reinforcement-learning
+    trainers.
+    """
     return trainer._step, trainer._buffered_inputs
 
 
@@ -51,7 +53,9 @@ def mark_engine_stale(trainer: Any) -> None:
 
 
 def log_metrics(trainer: Any, metrics: Mapping[str, float]) -> bool:
-    """Add to the next training row, which TRL averages; False where the trainer has no such buffer."""
+    """Add to the next training row, which TRL averages; False where the trainer has no such
+    buffer.
+    """
     if not hasattr(trainer, "_metrics"):
         return False
     for name, value in metrics.items():
@@ -96,7 +100,9 @@ def save_scaler(trainer: Any, folder: Path) -> None:
 
 @contextmanager
 def accelerate_undisturbed() -> Iterator[None]:
-    """A second `TrainingArguments` resets accelerate's state, perhaps to another device and to one process; put it back."""
+    """A second `TrainingArguments` resets accelerate's state, perhaps to another device and to one
+    process; put it back.
+    """
     states = (PartialState._shared_state, AcceleratorState._shared_state)
     saved = [dict(state) for state in states]
     try:

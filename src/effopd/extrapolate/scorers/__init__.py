@@ -1,1 +1,3 @@
-"""How good a candidate is. A scorer is any callable `model → Score` (or a plain number; larger is better)."""
+"""How good a candidate is. A scorer is any callable `model → Score` (or a plain number; larger is
+better).
+"""

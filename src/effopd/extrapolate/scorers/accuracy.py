@@ -25,8 +25,9 @@ from effopd.tasks.sampling import Sampling
 class AccuracyScorer:
     """Accuracy of sampled answers on D_v, the paper's gate (arXiv 2605.11739).
 
-    The look-ahead seeds every call of one search alike, so all candidates share the sampling noise. Several processes answer
-    a share each; all of them get the whole score. A candidate whose predictions are not finite scores NaN, which no gate lets pass.
+    The look-ahead seeds every call of one search alike, so all candidates share the sampling noise.
+    Several processes answer a share each; all of them get the whole score. A candidate whose
+    predictions are not finite scores NaN, which no gate lets pass.
 
     Args:
         task: D_v: examples with answers and their verifier.
@@ -66,7 +67,9 @@ class AccuracyScorer:
 
     @property
     def validation_ids(self) -> list[str]:
-        """Ids of the D_v examples, in order; saved with checkpoints so that a resume can prove it has the same D_v."""
+        """Ids of the D_v examples, in order; saved with checkpoints so that a resume can prove it
+        has the same D_v.
+        """
         return [example.id for example in self.task.examples]
 
     def __call__(self, model: PreTrainedModel) -> Score:
@@ -120,7 +123,8 @@ def training_task(dataset: Any, verify: Verifier | None) -> Task:
         reason = f"it needs its columns 'prompt' and 'answer'; got {columns or kind}" if missing else ""
     if reason:
         raise TaskError(
-            f"the accuracy gate draws D_v from the training set: {reason}. Train on a dataset with a length and an `answer` column, "
+            f"the accuracy gate draws D_v from the training set: {reason}. Train on a dataset "
+            "with a length and an `answer` column, "
             "or pass task=… or scorer=… to EffOPDCallback."
         )
     if verify is None:

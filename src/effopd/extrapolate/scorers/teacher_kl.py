@@ -1,10 +1,10 @@
 """`teacher_kl`: how good a candidate is, without answers and without generating anything.
 
-Training has just sampled this step's rollouts from W and has not learned from them yet, so they are held out from the
-displacement that is being judged, and exactly on-policy for W. A candidate is scored by the divergence from the teacher
-that is trained, exact over the vocabulary, on them: one student forward of a few rollouts; the teacher's hidden states are
-computed once per search. For a candidate the rollouts are slightly off-policy: its divergence is that at the positions W
-visits.
+Training has just sampled this step's rollouts from W and has not learned from them yet, so they are
+held out from the displacement that is being judged, and exactly on-policy for W. A candidate is
+scored by the divergence from the teacher that is trained, exact over the vocabulary, on them: one
+student forward of a few rollouts; the teacher's hidden states are computed once per search. For a
+candidate the rollouts are slightly off-policy: its divergence is that at the positions W visits.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class RolloutScorer:
     def take(self, batches: Iterable[TokenBatch]) -> None:
         """The rollouts of a new step: its micro-batches, before any of them is trained on.
 
-        They are scored in pieces of that size, so beside a forward of a micro-batch a search holds no more than the
-        teacher's last hidden states.
+        They are scored in pieces of that size, so beside a forward of a micro-batch a search holds
+        no more than the teacher's last hidden states.
         """
         self._batches, self._teacher, missing = [], None, self._rollouts
         for batch in batches:
@@ -81,7 +81,9 @@ class RolloutScorer:
         )
 
     def _part(self, model: Any) -> tuple[list[float], list[int], int]:
-        """Of each rollout of this rank the summed divergence and the number of scored tokens; the tokens of a forward."""
+        """Of each rollout of this rank the summed divergence and the number of scored tokens; the
+        tokens of a forward.
+        """
         if self._teacher is None:
             self._teacher = self._divergence.teacher_hidden(self._batches)
         values = self._divergence(model, self._batches, self._teacher)

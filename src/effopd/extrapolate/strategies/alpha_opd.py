@@ -1,16 +1,19 @@
-"""AlphaOPD, after AlphaRL (arXiv 2510.00553): predict each matrix from its rank-1 path and the accuracies along it.
+"""AlphaOPD, after AlphaRL (arXiv 2510.00553): predict each matrix from its rank-1 path and the
+accuracies along it.
 
-For each matrix, x_t = ‖ΔW_t‖·u1(t) over the first steps (signs aligned forward in time) is regressed on
-y_t = accuracy / target accuracy by partial least squares with one component; the fit is inverted at y* = 1 and gives û.
-The predicted update is û·v1ᵀ, with v1 of the last observed step.
+For each matrix, x_t = ‖ΔW_t‖·u1(t) over the first steps (signs aligned forward in time) is
+regressed on y_t = accuracy / target accuracy by partial least squares with one component; the fit
+is inverted at y* = 1 and gives û. The predicted update is û·v1ᵀ, with v1 of the last observed step.
 
-With fewer steps than rows, such a fit explains nearly anything: on noise that has nothing to do with y its in-sample R² is
-0.97 or more where all x_t are equally long, and still 0.79 where they grow in proportion to t. So the leave-one-out Q² is
-computed, and the same for shuffled accuracies. A Q² no higher than the shuffled one says that the prediction is worthless;
-a higher one says less than it seems to: a random walk that knows nothing of the accuracy has a Q² of 0.93 (8 steps,
+With fewer steps than rows, such a fit explains nearly anything: on noise that has nothing to do
+with y its in-sample R² is 0.97 or more where all x_t are equally long, and still 0.79 where they
+grow in proportion to t. So the leave-one-out Q² is computed, and the same for shuffled accuracies.
+A Q² no higher than the shuffled one says that the prediction is worthless; a higher one says less
+than it seems to: a random walk that knows nothing of the accuracy has a Q² of 0.93 (8 steps,
 shuffled −0.4) where the accuracy rises with time.
 
-Departure from the public code: the update is added to W_0 (there: to the last checkpoint, which holds one already).
+Departure from the public code: the update is added to W_0 (there: to the last checkpoint, which
+holds one already).
 """
 
 from __future__ import annotations
@@ -55,8 +58,8 @@ class AlphaFit:
 
 @dataclass(frozen=True)
 class Pls:
-    """One-component partial least squares of y_T on X_TM, standardised columns, as scikit-learn's `PLSRegression(1)`
-    followed by a straight line from the score to y."""
+    """One-component partial least squares of y_T on X_TM, standardised columns, as scikit-learn's
+    `PLSRegression(1)` followed by a straight line from the score to y."""
 
     mean_M: np.ndarray
     scale_M: np.ndarray
@@ -77,8 +80,8 @@ class Pls:
 def fit_pls(x_TM: np.ndarray, y_T: np.ndarray) -> Pls | None:
     """Fit; `None` if y or X does not vary, or they have nothing in common.
 
-    What varies by no more than rounding counts as constant. A slope fitted to rounding errors of equal accuracies would
-    be inverted to weights of 1e30.
+    What varies by no more than rounding counts as constant. A slope fitted to rounding errors of
+    equal accuracies would be inverted to weights of 1e30.
     """
     if np.ptp(y_T) <= _SAME * np.abs(y_T).max():
         return None
@@ -117,7 +120,8 @@ def predict(
     """Predict the update at which the accuracy, relative to the target, is `goal`.
 
     Args:
-        points: leading components of the displacements from the start, in the order of steps; signs are arbitrary.
+        points: leading components of the displacements from the start, in the order of steps; signs
+            are arbitrary.
         quality: accuracy / target accuracy at the same steps.
         permutations: of the shuffled null.
 
@@ -165,7 +169,8 @@ class AlphaArgs(FitArgs):
     target: float | None = field(
         default=None,
         metadata={
-            "help": "predict the weights whose accuracy on the validation prompts is this; unset: the teacher's accuracy on them, "
+            "help": "predict the weights whose accuracy on the validation prompts is this; unset: "
+            "the teacher's accuracy on them, "
             "measured once and charged"
         },
     )

@@ -1,4 +1,6 @@
-"""Ours: a line search along the last displacement by the KL to the teacher on rollouts that training samples anyway."""
+"""Ours: a line search along the last displacement by the KL to the teacher on rollouts that
+training samples anyway.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from effopd.extrapolate.search import line_search
 from effopd.extrapolate.strategy import PAPER, STRATEGIES, Strategy
 
 STRATEGIES["line_search"] = Strategy(
-    "ours: a line search by the KL to the teacher on rollouts that training samples anyway, as often as jumps pay; every "
+    "ours: a line search by the KL to the teacher on rollouts that training samples anyway, "
+    "as often as jumps pay; every "
     "candidate is compared with the start, and for a step back any gain will do",
     lambda score, config, args: line_search(score, config.gate, config.min_z),
     PAPER

@@ -1,4 +1,6 @@
-"""EffOPD (arXiv 2605.11739): candidates at growing scales along the last displacement, until one fails."""
+"""EffOPD (arXiv 2605.11739): candidates at growing scales along the last displacement, until one
+fails.
+"""
 
 from __future__ import annotations
 

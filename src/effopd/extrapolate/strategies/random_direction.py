@@ -1,4 +1,6 @@
-"""Control: noise as long as the displacement. If this helps as much, the direction is not what helps."""
+"""Control: noise as long as the displacement. If this helps as much, the direction is not what
+helps.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from effopd.extrapolate.strategy import STRATEGIES, Strategy
 def random_like(displacement: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian noise R with ‖R‖ = ‖displacement‖ (Frobenius), same shape, dtype and device.
 
-    Its direction is uniform on the sphere, so in a large tensor it is nearly orthogonal to the displacement.
+    Its direction is uniform on the sphere, so in a large tensor it is nearly orthogonal to the
+    displacement.
     """
     noise = torch.randn(displacement.shape, generator=generator, device=displacement.device, dtype=torch.float32).to(
         displacement.dtype
@@ -32,7 +35,9 @@ def seed_of(seed: int, step: int, name: str) -> int:
 
 
 def random_direction(seed: int, step: int) -> Direction:
-    """Noise with the norm of the displacement, tensor by tensor; the same for every candidate of a search."""
+    """Noise with the norm of the displacement, tensor by tensor; the same for every candidate of a
+    search.
+    """
 
     def direction(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
         delta = origin - anchor

@@ -1,12 +1,14 @@
-"""RELEX (arXiv 2605.21468): a straight line through the rank-1 coefficients of the first steps, extended.
+"""RELEX (arXiv 2605.21468): a straight line through the rank-1 coefficients of the first steps,
+extended.
 
-For each tensor on its own, the displacements ΔW_t of the observed steps are stacked as rows of M [T, D]. The leading
-right singular vector v of M is the one direction that explains most of them; the coefficients c_t = ΔW_t · v are fitted
-by c ≈ a·t + b over the step numbers t, and the prediction for step t* is (a·t* + b)·v. The projection also filters out
-what is not common to the steps. Higher ranks and curved fits are left out: the paper finds they do not help.
+For each tensor on its own, the displacements ΔW_t of the observed steps are stacked as rows of M
+[T, D]. The leading right singular vector v of M is the one direction that explains most of them;
+the coefficients c_t = ΔW_t · v are fitted by c ≈ a·t + b over the step numbers t, and the
+prediction for step t* is (a·t* + b)·v. The projection also filters out what is not common to the
+steps. Higher ranks and curved fits are left out: the paper finds they do not help.
 
-A good line is no proof of a direction: for a random walk of 8 steps in many dimensions, the first component explains 0.82
-of the displacements, with R² = 0.96 and Q² = 0.93 of the line.
+A good line is no proof of a direction: for a random walk of 8 steps in many dimensions, the first
+component explains 0.82 of the displacements, with R² = 0.96 and Q² = 0.93 of the line.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class RelexFit:
     Attributes:
         delta: predicted displacement from the start, fp32, shape of the tensor.
         slope, intercept: of the line c ≈ slope · t + intercept.
-        explained: σ1² / Σσ² of the stacked displacements (0–1); high by construction for any path that leaves the start.
+        explained: σ1² / Σσ² of the stacked displacements (0–1); high by construction for any path
+            that leaves the start.
         r2: of the line, in sample.
         q2: of the line, leave-one-out: 1 − Σ(c_t − ĉ_(−t))² / Σ(c_t − c̄_(−t))².
     """
@@ -51,7 +54,8 @@ class RelexFit:
 def predict(displacements: Sequence[Tensor], steps: Sequence[int], at_step: float) -> RelexFit | None:
     """Predict the displacement at `at_step`; `None` for a tensor that has not moved.
 
-    Only the T × T Gram matrix M Mᵀ is formed; memory is that of the displacements and a few copies of one.
+    Only the T × T Gram matrix M Mᵀ is formed; memory is that of the displacements and a few copies
+    of one.
 
     Raises:
         ConfigError: fewer than 3 steps, or not one displacement a step.
