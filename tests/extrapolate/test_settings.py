@@ -187,6 +187,13 @@ def test_the_page_of_searches_shows_these_values():
         assert texts == cells, setting
 
 
+def test_false_asks_for_nothing_where_a_strategy_never_does_it():
+    for strategy in STRATEGIES:
+        assert not EffOPDConfig(strategy, reset_moments=False, adapt_learning_rate=False).adapt_learning_rate
+    with pytest.raises(ConfigError, match=r"EffOPDConfig\.adapt_learning_rate is read by"):
+        EffOPDConfig("relex", adapt_learning_rate=True)
+
+
 def test_two_ways_of_scoring_exclude_each_other():
     assert EffOPDConfig("effopd", score_rollouts=16).scorer == "teacher_kl"
     assert EffOPDConfig("effopd", score_rollouts=16).validation_size is None

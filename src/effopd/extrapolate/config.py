@@ -174,7 +174,9 @@ class EffOPDConfig:
     def _resolve(self) -> None:
         """Give every setting that is read its value, and refuse the others."""
         preset = self.rules.settings
-        changed = {name for name in PAPER if getattr(self, name) not in (None, preset.get(name))}
+        # where a strategy never does something, false asks for nothing
+        own = {name: preset.get(name, False if PAPER[name] is False else None) for name in PAPER}
+        changed = {name for name in PAPER if getattr(self, name) not in (None, own[name])}
         for name in sorted(changed - set(preset)):
             raise ConfigError(f"EffOPDConfig.{name} {self._why_unread(name)}")
         scorers = [name for _, name in SCORERS.values()]
