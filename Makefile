@@ -1,5 +1,6 @@
 # make demo  plain OPD, EffOPD and line_search on the built-in testbed: runs/demo/
 # make test  the whole test suite, on WORKERS=2 cores
+# make test-fast  the inner loop: without the tests marked slow
 # make lint  ruff and mypy
 # Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).
 
@@ -10,13 +11,16 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-fast lint format clean
 
 demo: $(READY)
 	$(BIN)/effopd quickstart --output_dir runs/demo
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-fast: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -61,6 +61,7 @@ def killed_after(units):
     return progress
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_tables(done, folders, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = (folders / "base", trained(folders), out)

@@ -40,6 +40,7 @@ def folders(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_testbed_pair(tmp_path, capsys):
     out = tmp_path / "analysis"
     flags = ["--base", "testbed:student", "--trained", "rl=testbed:teacher", "--out", str(out)]
@@ -59,6 +60,7 @@ def test_the_testbed_pair(tmp_path, capsys):
     assert (out / "progress.jsonl").read_bytes() == rows
 
 
+@pytest.mark.slow
 def test_two_labels_with_seeds(folders, tmp_path, capsys, undrawn):
     out = tmp_path / "analysis"
     flags = ["--base", str(folders / "base"), "--trained", f"opd={folders / 'opd-1'}", f"opd={folders / 'opd-2'}"]

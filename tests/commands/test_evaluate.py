@@ -270,6 +270,7 @@ def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, caps
     assert f"raise --max_new_tokens ({summary['answers_cut']} answers were cut at 3)" in printed
 
 
+@pytest.mark.slow
 def test_training_evaluations_count_their_answers(models, tmp_path, capsys):
     flags = [
         "--model_name_or_path",

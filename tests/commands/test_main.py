@@ -53,6 +53,7 @@ def train_flags(pair, output_dir, *extra, strategy="effopd"):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_train_evaluates_checkpoints_and_resumes(pair, tmp_path, capsys):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert main(["train", *train_flags(pair, whole)]) == 0
@@ -161,6 +162,7 @@ def test_a_typing_error_in_yaml_is_no_traceback(command, tmp_path, capsys):
 LORA = ["--use_peft", "true", "--lora_r", "2", "--lora_target_modules", "q_proj", "down_proj", "--max_steps", "2"]
 
 
+@pytest.mark.slow
 def test_train_lora_by_flags(pair, tmp_path):
     assert main(["train", *train_flags(pair, tmp_path / "run", *LORA)]) == 0
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
@@ -170,6 +172,7 @@ def test_train_lora_by_flags(pair, tmp_path):
     assert {row["step"] for row in read_rows(tmp_path / "run" / "searches.jsonl")} == {1, 2}
 
 
+@pytest.mark.slow
 def test_rl_lora_by_flags(pair, tmp_path):
     flags = [
         "--model_name_or_path",
@@ -388,6 +391,7 @@ def test_a_launcher_can_start_it_as_a_module():
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
+@pytest.mark.slow
 def test_recipe_testbed_runs_two_steps_through_its_command(tmp_path):
     flags = ["--max_steps", "2", "--eval_strategy", "no", "--eval_on_start", "false", "--save_strategy", "no"]
     flags += ["--per_device_train_batch_size", "16", "--output_dir", str(tmp_path), "--use_cpu"]
@@ -418,6 +422,7 @@ def test_recipes_of_the_paper_say_what_the_paper_says(recipe):
     assert settings.task.max_prompt_length == 2048
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*CLUSTER, RECIPES / "testbed.yaml"], ids=lambda path: path.stem)
 def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -427,6 +432,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path, capsys, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", CLUSTER, ids=lambda path: path.stem)
 def test_cluster_recipes_run_two_steps_with_tiny_models(recipe, pair, tmp_path):
     strategy = parse_train(["--config", str(recipe)]).effopd.strategy

@@ -147,6 +147,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_before_it_loads(flags, message, 
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_rows_of_a_file(folder, capsys):
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, "--dry_run"]) == 0
     assert "training prompts: 36; no evaluation" in capsys.readouterr().out

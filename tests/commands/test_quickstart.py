@@ -14,6 +14,7 @@ from effopd.commands.quickstart import ARMS, QuickstartArguments, summarize
 from effopd.common.files import append_row, read_rows
 
 
+@pytest.mark.slow
 def test_quickstart_end_to_end(tmp_path, capsys):
     root = tmp_path / "demo"
     flags = ["--max_steps", "2", "--eval_steps", "1", "--eval_size", "16", "--output_dir", str(root)]

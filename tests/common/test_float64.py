@@ -89,6 +89,7 @@ def rows(folder, name):
     return [timeless(row) for row in read_rows(folder / name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", RUNS)
 def test_runs_need_no_float64_on_the_device(tmp_path, what):
     config, settings = RUNS[what]

@@ -158,6 +158,7 @@ def test_accuracy_targets_count_upwards():
     assert speedup(found, "twice", target="reference_accuracy")["median"] == pytest.approx(2.0, rel=0.1)
 
 
+@pytest.mark.slow
 def test_tasks_are_pooled_seed_by_seed():
     runs = [run(task=task, seed=seed) for task in "ab" for seed in range(5)]
     runs += [run("x", task=task, seed=seed, speed=2.0) for task in "ab" for seed in range(5)]

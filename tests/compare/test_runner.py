@@ -153,6 +153,7 @@ def test_two_at_once_on_one_grid_are_refused(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_run_left_behind_keeps_the_grid_locked(tmp_path):
     """The lock is inherited: it is free only when the orphan is gone, too."""
     plan = grid(tmp_path, seeds=[0], base={"sleep": 600}, strategies={"plain": {}})
@@ -177,6 +178,7 @@ def test_a_run_left_behind_keeps_the_grid_locked(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_children_and_leaves_nothing_done(tmp_path):
     script = tmp_path / "main.py"
     grid(tmp_path, base={"sleep": 600}, seeds=[0])

@@ -281,6 +281,7 @@ class RemovesAfterAStep(TrainerCallback):
             self._trainer.remove_callback(self._callback)
 
 
+@pytest.mark.slow
 def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
     """It searches between steps, where the host has no event: so only a patch could still move
     weights.
@@ -525,6 +526,7 @@ def test_rows_without_a_dataset_class_will_do(distilling, monkeypatch):
     assert len(scorer.validation_ids) == 12
 
 
+@pytest.mark.slow
 def test_a_resume_that_spells_out_the_defaults_ends_where_the_run_does(tmp_path):
     settings = FAST | {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(tmp_path, effopd=EffOPDConfig("line_search"), **settings)

@@ -40,6 +40,7 @@ def plain_trl(output_dir, dataset=None, **overrides):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_noop_is_bit_identical_to_no_callback(tmp_path):
     without = make_trainer(tmp_path / "without", **FAST)
     without.train()
@@ -56,6 +57,7 @@ def test_noop_is_bit_identical_to_no_callback(tmp_path):
     assert last["cost/search_generated_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_search_costs_are_in_the_ledger_and_the_rows(tmp_path):
     trainer = make_trainer(tmp_path, effopd=EFFOPD, **FAST)
     trainer.train()
@@ -94,6 +96,7 @@ def test_plain_trl_with_its_own_dataset(tmp_path):
     assert [row["step"] for row in logs] == [1, 2, 4] and all("loss" in row for row in logs)
 
 
+@pytest.mark.slow
 def test_plain_trl_resumes_bit_identically(tmp_path):
     def run(name, resume=None, **overrides):
         trainer = plain_trl(tmp_path / name, save_strategy="steps", save_steps=3, max_steps=8, **overrides)
@@ -111,6 +114,7 @@ def test_plain_trl_resumes_bit_identically(tmp_path):
         run("run", resume=str(tmp_path / "run" / "checkpoint-3"))
 
 
+@pytest.mark.slow
 def test_a_resume_takes_the_anchor_of_the_checkpoint_that_is_loaded(tmp_path):
     """Not that of the same step in the output directory, which another run may have left there."""
 
@@ -144,6 +148,7 @@ class Regression(nn.Module):
         return {"loss": (self.layer(x)[:, 0] - labels).square().mean()}
 
 
+@pytest.mark.slow
 def test_any_transformers_trainer_given_a_scorer(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 4, generator=generator)
@@ -171,6 +176,7 @@ def test_any_transformers_trainer_given_a_scorer(tmp_path):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 17))  # no row of the host is lost
 
 
+@pytest.mark.slow
 def test_a_scorer_that_raises_stops_with_the_weights_restored(tmp_path):
     reference = make_trainer(tmp_path / "a", **FAST | {"max_steps": 2})
     reference.train()

@@ -98,6 +98,7 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["full", "sampled"])
 def test_a_reference_that_is_the_teacher_makes_it_plain_opd(tmp_path, loss_type):
     plain = make_trainer(tmp_path / "plain", loss_type=loss_type, **FAST)
@@ -164,6 +165,7 @@ def test_models_that_cannot_be_a_reference(tmp_path):
         make_trainer(tmp_path / "b", lambda_extrapolation=1.25, reference_model=make_model(2, vocab_size=40), **FAST)
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(tmp_path):
     settings = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "lambda_extrapolation": 1.25}
     whole = make_trainer(tmp_path, reference_model=make_model(2), **settings)
@@ -173,6 +175,7 @@ def test_resumed_is_uninterrupted(tmp_path):
     assert same(weights(whole), weights(again))
 
 
+@pytest.mark.slow
 def test_a_reference_by_path(tmp_path):
     make_model(2).save_pretrained(tmp_path / "reference")
     named = make_trainer(

@@ -40,6 +40,7 @@ def last(root):
     return load_file(root / "checkpoints" / "step-000006" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [ANCHOR_FILE, STATE_FILE])
 @pytest.mark.parametrize("how", ["cut short", "overwritten"])
 def test_a_damaged_anchor_is_refused_and_the_checkpoint_before_goes_on(tmp_path, whole, what, how):
@@ -53,6 +54,7 @@ def test_a_damaged_anchor_is_refused_and_the_checkpoint_before_goes_on(tmp_path,
     assert all(torch.equal(tensor, last(whole)[name]) for name, tensor in last(tmp_path).items())
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_the_anchor_is_written(tmp_path, whole, monkeypatch):
     real, written = anchor_files.write_atomically, []
 

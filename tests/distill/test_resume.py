@@ -24,6 +24,8 @@ from effopd.extrapolate.anchor_files import ANCHOR_FILE
 from effopd.launch.meta_model import meta_model
 from effopd.tasks import builtin_models as testbed
 
+pytestmark = pytest.mark.slow
+
 Usage = namedtuple("Usage", "total used free")
 
 

@@ -52,6 +52,7 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "config", "host", "host_config"),
     [
@@ -82,6 +83,7 @@ def test_trains_bit_for_bit_like_trl(tmp_path, kind, config, host, host_config):
     )
 
 
+@pytest.mark.slow
 def test_rows(tmp_path):
     trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2, eval_on_start=True, save_strategy="no")
     trainer.train()
@@ -98,6 +100,7 @@ def test_rows(tmp_path):
     assert "eval_kl" not in evals[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}])
 def test_resume_ends_with_the_same_weights(tmp_path, extra):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6} | extra
@@ -122,6 +125,7 @@ CYCLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [(TaskGRPOTrainer, TaskGRPOConfig), (TaskRLOOTrainer, TaskRLOOConfig)])
 @pytest.mark.parametrize("cycle", CYCLES)
 def test_a_resume_inside_rollouts_that_several_steps_share(tmp_path, kind, cycle):
@@ -137,6 +141,7 @@ def test_a_resume_inside_rollouts_that_several_steps_share(tmp_path, kind, cycle
     assert saved and "step-000006" not in saved  # between two cycles there is nothing to keep
 
 
+@pytest.mark.slow
 def test_a_resume_without_the_shared_rollouts_says_so_and_stays_in_phase(tmp_path, caplog):
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "num_iterations": 2}
     make_trainer(tmp_path, **settings).train()
@@ -149,6 +154,7 @@ def test_a_resume_without_the_shared_rollouts_says_so_and_stays_in_phase(tmp_pat
     assert sampled == [4, 5] and "this run will differ" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3, "num_iterations": 2}
     trainer = make_trainer(tmp_path, **settings)
@@ -239,6 +245,7 @@ def test_the_written_yaml_has_every_setting(tmp_path, extra):
     assert not apart
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     assert (
         main(["rl", *flags(tmp_path / "run", "--max_steps", "2", "--algorithm", "grpo", "--num_generations", "4")])

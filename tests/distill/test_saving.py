@@ -21,6 +21,8 @@ from effopd.distill.rl_config import TaskGRPOConfig
 from effopd.errors import CheckpointError, ConfigError
 from effopd.tasks.base import Example, Task
 
+pytestmark = pytest.mark.slow
+
 RUN = {"eval_strategy": "no", "max_steps": 2, "save_steps": 1}
 
 

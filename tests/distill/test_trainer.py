@@ -18,6 +18,8 @@ from effopd.errors import CompatibilityError, ConfigError
 from effopd.runs.ledger import CATEGORIES
 from effopd.runs.run_dir import in_trajectory
 
+pytestmark = pytest.mark.slow
+
 FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
 
 

@@ -13,6 +13,8 @@ from helpers.processes import run_script
 
 from effopd.extrapolate.anchor_files import rows_of
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("plain_loop.py")
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from effopd.common.files import read_rows
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("train.py")
 
 

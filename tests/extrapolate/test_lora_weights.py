@@ -188,6 +188,7 @@ def test_mistakes_are_explained():
             EffOPD(student(), scorer, EffOPDConfig(strategy), target=target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["effopd", "line_search"])
 def test_a_lora_student_through_the_trainer_resumed(strategy, tmp_path):
     task = make_task(32)

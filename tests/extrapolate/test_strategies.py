@@ -275,6 +275,7 @@ def test_names_of_arguments_are_unambiguous():
 TINY = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no", "save_total_limit": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ALL)
 def test_through_the_trainer_resumed_and_charged(strategy, tmp_path):
     """The whole path, with D_v and the teacher as the target; a resumed run ends with the same

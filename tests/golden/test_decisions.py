@@ -7,6 +7,8 @@ import json
 import pytest
 from golden.decisions import FAMILIES, FILE, STRATEGIES, decisions, machine
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = json.loads(FILE.read_text())
 
 

@@ -142,6 +142,7 @@ def test_positions(name, table, folders):
     assert positions(meta_model("model", str(folders / name))) == (32, table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_prompts_and_answers_beyond_a_table_of_positions_are_refused(name, folders, nothing_is_loaded, capsys):
     long = ["--max_completion_length", "30", "--as_chat", "false"]
@@ -160,6 +161,7 @@ def test_prompts_and_answers_beyond_a_table_of_positions_are_refused(name, folde
     assert "Set --max_new_tokens to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_beyond_computed_positions_is_a_warning(folders, nothing_is_loaded, caplog):
     arguments = flags(folders, teacher_model_name_or_path="llama")
     with caplog.at_level(logging.WARNING):
@@ -175,6 +177,7 @@ def test_one_target_is_a_list_of_one(folders):
         check_adapter(model, meta_model("model", student))
 
 
+@pytest.mark.slow
 def test_a_vision_language_student_is_distilled_on_text(tmp_path, folders):
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)

@@ -95,6 +95,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_folder_is_one_typed_error(models, tmp_path, damage):
     source, spoil, message = DAMAGE[damage]

@@ -63,6 +63,7 @@ def names(paths):
     return {path.stem for path in paths}
 
 
+@pytest.mark.slow
 def test_all_figures_of_trajectories_with_seeds(folders, tmp_path):
     moved = shutil.copytree(folders, tmp_path / "checkpoints")
     runs = {"opd": [moved / "opd-1", moved / "opd-2"], "rl": moved / "rl", "sft": moved / "sft"}
@@ -79,6 +80,7 @@ def test_all_figures_of_trajectories_with_seeds(folders, tmp_path):
     assert list(band.index) == [1, 2, 4, 8] and (band.low <= band["mean"]).all() and (band["mean"] <= band.high).all()
 
 
+@pytest.mark.slow
 def test_one_trajectory(folders, tmp_path, unrendered):
     done = analyze(folders / "base", {"rl": folders / "rl"}, tmp_path / "out", k=3)
     assert names(draw(done.out)) == ALL - {"agreement"}

@@ -200,6 +200,7 @@ def test_the_command_refuses_them_too(tmp_path, capsys, dry):
 # -- the kept model --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "values", "kept"),
     [

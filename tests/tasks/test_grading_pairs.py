@@ -22,6 +22,7 @@ def verifier():
     built.worker.close()
 
 
+@pytest.mark.slow
 def test_no_wrong_answer_is_accepted_and_at_most_two_in_a_hundred_right_ones_are_not(verifier):
     examples = [Example(f"{gold} <- {answer}", "?", gold) for _, gold, answer in PAIRS]
     scores = verifier.verify_batch([f"So \\boxed{{{answer}}}." for *_, answer in PAIRS], examples)
@@ -34,6 +35,7 @@ def test_no_wrong_answer_is_accepted_and_at_most_two_in_a_hundred_right_ones_are
     assert verifier.timeouts == verifier.errors == 0
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_stays_wrong_the_other_way_round(verifier):
     wrong = [(answer, gold) for verdict, gold, answer in PAIRS if verdict == "0" and answer.strip()]
     scores = verifier.verify_batch([f"\\boxed{{{gold}}}" for _, gold in wrong], [Example(a, "?", a) for a, _ in wrong])

@@ -167,6 +167,7 @@ def test_a_trainer_of_ones_own_says_it_before_it_trains(tokenizer, prompt, messa
         OPDTrainer(make_model(0), make_model(1), args, rows, processing_class=tokenizer)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_an_end_token_gets_the_models(tmp_path):
     bare = make_tokenizer()
     bare.eos_token = bare.pad_token = None

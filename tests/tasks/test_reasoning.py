@@ -63,6 +63,7 @@ def test_text_without_marks_is_all_answer():
     assert answer_part("<think>" * 100_000) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "score"),
     [

@@ -90,6 +90,7 @@ def test_only_the_box_counts(verifier):
         verifier(r"\boxed{4}", example(None))
 
 
+@pytest.mark.slow
 def test_a_hanging_grading_is_cut_counted_and_does_not_hurt_the_next(caplog):
     verifier = MathVerifier(timeout=2.0)
     verifier(r"\boxed{\frac12}", example("0.5"))
@@ -141,6 +142,7 @@ def test_picklable(verifier):
         os.kill(pid, 0)
 
 
+@pytest.mark.slow
 def test_no_process_outlives_its_owner():
     script = (
         "from effopd.tasks import Example, MathVerifier\n"
@@ -164,6 +166,7 @@ def test_worker_counts_failures_and_reports_a_failed_start(caplog):
     worker.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["basic_arithmetic", "countdown", "leg_counting", "word_ladder"])
 def test_reasoning_gym_scores_are_the_librarys(name):
     import reasoning_gym

@@ -184,6 +184,7 @@ def micro_settings():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_micro_build_goes_through_every_stage_and_repeats(tmp_path):
     from effopd.testbed.recipe import build

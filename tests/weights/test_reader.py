@@ -76,6 +76,7 @@ def test_a_tensor_in_use_is_read_once(folder):
     assert checkpoint.load(name)[:2].data_ptr() == first_view.data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's VmHWM")
 def test_memory_does_not_grow_with_what_was_read(tmp_path):
     """Forty tensors of 8 MiB one after the other: the peak grows by a few of them, not by all;
