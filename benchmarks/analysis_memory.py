@@ -1,13 +1,12 @@
-"""Peak memory of `effopd analyze` on a synthetic pair with the shapes of an 8B model, for growing
-depth.
+"""Peak memory of `effopd analyze` by depth, on a synthetic pair with the shapes of an 8B model.
 
     .venv/bin/python benchmarks/analysis_memory.py [--layers 1 2 4] [--vocabulary 4096] [--out
     runs/analysis_memory]
 
-Writes a sharded bfloat16 base and trained checkpoint (Qwen3-8B's hidden 4096, MLP 12288, 32 heads,
-8 key/value heads of 128; the vocabulary is an option because the embedding is by far the largest
-matrix), analyses each pair in a process of its own, and reports that process's peak resident
-memory, beside that of a process which only imports the libraries.
+Writes a sharded bfloat16 base and trained checkpoint per depth, with the shapes of Qwen3-8B: hidden
+4096, MLP 12288, 32 heads, 8 key/value heads of 128. The vocabulary is an option because the
+embedding is by far the largest matrix. Each pair is analyzed in its own process. Reports the peak
+resident memory of that process, and of a process that only imports the libraries.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ HIDDEN, MLP, HEADS, KV, HEAD = 4096, 12288, 32, 8, 128
 
 def shapes(layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Tensor shapes of a Qwen3 model."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, HIDDEN)}
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, HIDDEN)}
     for layer in range(layers):
         one = {
             "self_attn.q_proj": (HEADS * HEAD, HIDDEN), "self_attn.k_proj": (KV * HEAD, HIDDEN),
@@ -37,12 +36,12 @@ def shapes(layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
             "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
             "self_attn.q_norm": (HEAD,), "self_attn.k_norm": (HEAD,),
         }  # fmt: skip
-        found |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in one.items()}
-    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocabulary, HIDDEN)}
+        tensors |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in one.items()}
+    return tensors | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocabulary, HIDDEN)}
 
 
 def write_pair(out: Path, layers: int, vocabulary: int) -> None:
-    """Base and trained, a shard for the embeddings and one a layer."""
+    """Write base and trained checkpoint, with one shard per layer and separate embedding shards."""
     config = {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": MLP,
         "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV, "head_dim": HEAD,
@@ -63,7 +62,7 @@ def write_pair(out: Path, layers: int, vocabulary: int) -> None:
 
 
 def tensor(name: str, shape: tuple[int, ...], kind: str) -> torch.Tensor:
-    """Random weights; the trained ones add 16 directions and a faint full-rank tail."""
+    """Random weights; the trained ones add 16 directions and a small full-rank tail."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
     weights = 0.02 * torch.randn(shape, generator=generator)
     if kind == "trained":

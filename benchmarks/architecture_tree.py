@@ -1,4 +1,4 @@
-"""The rooms of the package and its tree, one line per module: the first sentence of its docstring.
+"""Rooms and file tree of the package, with the first docstring sentence of every module.
 
 python benchmarks/architecture_tree.py            # print both
 python benchmarks/architecture_tree.py --write    # rewrite the blocks of docs/architecture.md
@@ -24,13 +24,13 @@ def first_sentence(path: Path) -> str:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Modules and packages of a folder, packages first; `__init__` describes its folder."""
+    """Packages, then modules of a folder, without `__init__.py`."""
     packages = sorted(path for path in folder.iterdir() if (path / "__init__.py").exists())
     return packages + sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
 
 
 def tree(folder: Path = PACKAGE) -> list[tuple[str, str]]:
-    """(branch with the name, sentence) of everything below a folder."""
+    """(branch with the name, sentence) of every package and module below a folder."""
     lines = []
     children = entries(folder)
     for path in children:
@@ -59,7 +59,7 @@ def imports() -> dict[str, set[str]]:
 def floors(arrows: dict[str, set[str]]) -> dict[str, int]:
     """Room → floor: one above the highest room that it imports; the ground floor is 0."""
     levels = dict.fromkeys(arrows, 0)
-    for _ in arrows:  # a circle of rooms never settles, and stops here
+    for _ in arrows:  # bounds the loop: a cycle of rooms never converges
         levels = {room: 1 + max((levels[target] for target in arrows[room]), default=-1) for room in arrows}
     return levels
 

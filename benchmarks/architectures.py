@@ -1,22 +1,21 @@
-"""Which causal-LM model types of the installed transformers can be distilled: exact, refused, or
-not built here.
+"""Exactness of distillation for every causal-LM model type of the installed transformers.
 
     python benchmarks/architectures.py            # all types; docs/architectures.json and its page
     python benchmarks/architectures.py TYPE …     # these types; prints their rows
     python benchmarks/architectures.py --redraw   # the page from the JSON
 
-Every type that `AutoModelForCausalLM` knows is built tiny, with random weights (matrices six times
-their usual size, so that positions and padding matter), in float32. Then, on two prompts of 4 and
-15 tokens with answers of 6:
+Every type of `AutoModelForCausalLM` is built tiny in float32 with random weights. Matrices are six
+times their usual size, so that positions and padding matter. Measured on two prompts of 4 and 15
+tokens with answers of 6 tokens:
 
-- `Δ own`: largest |Δ log p| between the model's own logits, each row alone, and head · hidden
-    states as the loss has them;
-- `Δ KL`: `reverse_kl_of_completions` of the batch against the dense KL of the own logits, row by
-    row, relative;
-- `Δ sampler`: largest |Δ log p| between `generate`'s own distributions and those of the loss;
-- which prompts `generate` may be given at once: any, those of one length, or one.
+- `Δ own`: largest |Δ log p| between the model's own logits, one row at a time, and head · hidden
+    states as computed by the loss;
+- `Δ KL`: relative difference between `reverse_kl_of_completions` of the batch and the dense KL of
+    the model's own logits, per row;
+- `Δ sampler`: largest |Δ log p| between the distributions of `generate` and of the loss;
+- prompts that `generate` accepts in one batch: any, those of equal length, or only one.
 
-A type is exact if all are rounding (below 1e-3). Nothing here says how well a type learns.
+A type is exact if all differences are rounding (below 1e-3). How well a type learns is not tested.
 """
 
 from __future__ import annotations
@@ -77,8 +76,8 @@ SIZES = {
     32: ("moe_intermediate_size", "shared_expert_intermediate_size"),
     128: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
 }
-#: Added to the sizes, in this order, until a model builds, runs and generates; `None` as a value:
-#: the type's own default.
+#: Added to the sizes, in this order, until a model builds, runs and generates. The value `None`
+#: means the type's own default.
 VARIANTS: list[dict[str, Any]] = [
     {}, {"num_key_value_heads": 4}, {"head_dim": None}, {"num_key_value_heads": 4, "head_dim": None},
     {"num_hidden_layers": 4}, {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": None},
@@ -86,7 +85,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]  # fmt: skip
 RESULTS = ("exact", "refused", "not built", "WRONG", "CRASH")
 ROLLOUTS = {"any": "", "length": "by length", "single": "one by one"}
-#: What a type needs besides, and settings of its logits that its defaults leave at 1.
+#: Further settings that a type needs, and logit settings other than the default 1.
 OF_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "codegen": {"rotary_dim": 8},
@@ -130,9 +129,7 @@ def _now(config: Any, name: str) -> Any:
 
 
 def configured(kind: str, variant: dict[str, Any]) -> Any:
-    """A small configuration of a type: sizes that it has by the names in `SIZES`, special tokens
-    inside the vocabulary.
-    """
+    """A small configuration of a type: sizes from `SIZES`, special tokens inside the vocabulary."""
     cls = CONFIG_MAPPING[kind]
     default = cls()
     text = default.get_text_config()
@@ -154,7 +151,7 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model of a type that runs and generates.
 
     Raises:
-        Exception: none could be built; what the first attempt of an acceptable size raised.
+        Exception: no variant could be built; this is the error of the first attempt.
     """
     errors: list[Exception] = []
     ids = torch.arange(4, 12)[None]
@@ -174,7 +171,7 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
                 model(ids)
                 model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
             return model
-        except Exception as error:  # any type may fail in any way: the table says how
+        except Exception as error:  # types fail in many ways; the table lists the error
             errors.append(error)
     raise errors[0]
 
@@ -197,13 +194,13 @@ def measure(kind: str) -> dict[str, Any]:
             student, teacher, prompts, answers, vocab_size=VOCABULARY, pad_token_id=0
         )  # fmt: skip
         own, kl = [], []
-        for prompt, answer, found in zip(prompts, answers, sums, strict=True):
+        for prompt, answer, kl_sum in zip(prompts, answers, sums, strict=True):
             ids = torch.tensor([prompt + answer])
             log_p, log_q = (
                 _own(model, ids)[0, len(prompt) - 1 : -1, :VOCABULARY].log_softmax(-1) for model in (student, teacher)
             )
             dense = float((log_p.exp() * (log_p - log_q)).sum())
-            kl.append(abs(found - dense) / dense)
+            kl.append(abs(kl_sum - dense) / dense)
             made = Head.of(student, VOCABULARY).logits(hidden_states(student, ids, torch.ones_like(ids)))
             own.append(float((made[0, len(prompt) - 1 : -1].log_softmax(-1) - log_p).abs().max()))
         path = logit_path(student)
@@ -227,7 +224,7 @@ def _own(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def row_of(kind: str) -> dict[str, Any]:
-    """`measure`, whatever happens."""
+    """`measure`, with errors and timeouts as rows."""
     signal.signal(signal.SIGALRM, _ring)
     signal.alarm(SECONDS)
     try:
@@ -267,14 +264,14 @@ def blocks(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _logits(row: dict[str, Any]) -> str:
-    """What follows the output layer."""
+    """Scaling, cap and inner model of the logits."""
     parts = [f"× {row['scale']:.4g}"] if row["scale"] != 1 else []
     parts += [f"cap {row['softcap']:g}"] if row["softcap"] else []
     return ", ".join([*parts, *(["inner"] if row["inner"] else [])])
 
 
 def main() -> None:
-    """Measure the named types, or all; with `--redraw` only rewrite the page from the JSON."""
+    """Measure the named types, or all; with `--redraw`, only rewrite the page from the JSON."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(50)
     stored, kinds = DOCS / "architectures.json", sys.argv[1:]

@@ -1,10 +1,9 @@
-"""Small against large batches: the tables of docs/batch_size.md, which `readme_results.py` writes.
-Nothing is run.
+"""Tables of docs/batch_size.md, small against large batches; `readme_results.py` writes them.
 
-docs/results.json trains on 256 prompts per step, docs/ablation/results.json on 32, with the same
-models, tasks, seeds and held-out prompts. Target: the final KL of plain OPD with the large batch at
-the reference learning rate. Compared with: `line_search` with the large batch from the reference
-rate.
+Nothing is run. The runs in docs/results.json train on 256 prompts per step, those in
+docs/ablation/results.json on 32, with the same models, tasks, seeds and held-out prompts. The
+target is the final KL of plain OPD with the large batch at the reference learning rate. Speed-ups
+are over `line_search` with the large batch from the reference rate.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ STRATEGIES = ("plain", "line_search")
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of `cross_targets.across` for plain OPD and `line_search` with the small batch, at all
-    their learning rates.
-    """
+    """Rows of `cross_targets.across` for small batches: plain OPD and `line_search`, all rates."""
     reference = large["settings"]["reference_learning_rate"]
     home, other = runs_of(large), runs_of(small)
     arms = sorted(
@@ -31,7 +28,7 @@ def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any
 
 
 def settings_table(large: dict[str, Any], small: dict[str, Any]) -> str:
-    """What differs between the two grids."""
+    """Settings that differ between the two grids."""
     grids = [grid["settings"]["base"] for grid in (large, small)]
     seeds = [len({run["seed"] for run in grid["runs"]}) for grid in (large, small)]
     rows = {
@@ -44,9 +41,7 @@ def settings_table(large: dict[str, Any], small: dict[str, Any]) -> str:
 
 
 def speed_table(large: dict[str, Any], small: dict[str, Any]) -> str:
-    """Speed-ups over `line_search` with large batches from the reference rate; one row per task,
-    strategy and rate.
-    """
+    """Speed-ups over `line_search` with large batches; one row per task, strategy and rate."""
     rows, reference = compared(large, small), large["settings"]["reference_learning_rate"]
     arms = dict.fromkeys((row["task"], row["strategy"], row["learning_rate"]) for row in rows)
     axes = {axis: name for axis, name in AXIS_NAMES.items() if axis != "steps"}

@@ -1,18 +1,17 @@
-"""What `effopd compare` costs beyond its runs, and whether runs side by side disturb each other's
-timing.
+"""Overhead of `effopd compare` beyond its runs, and effect of parallel runs on measured cost.
 
     .venv/bin/python benchmarks/compare_overhead.py [--steps 16] [--seeds 0 1] [--out DIR]
 
-The same grid (plain OPD and EffOPD on the testbed, a few steps) three times: one run at a time
-charged in wall-clock seconds, one at a time in CPU seconds, two at a time in CPU seconds; one
-thread each. Reported, over runs:
+Runs the same grid three times, with one thread per run: plain OPD and EffOPD on the testbed for a
+few steps. The first pass charges wall-clock seconds, one run at a time. The second charges CPU
+seconds, one run at a time. The third charges CPU seconds, two runs at a time. Reported, over runs:
 
     clock       CPU seconds / wall-clock seconds of the same run, alone
-    neighbour   CPU seconds with a neighbour / alone
-    ratio       cost ratio plain / EffOPD with neighbours, divided by the same ratio alone
-    overhead    share of the elapsed time in which no run's process existed, one run at a time
+    neighbour   CPU seconds beside another run / alone
+    ratio       cost ratio plain / EffOPD beside other runs, divided by the same ratio alone
+    overhead    share of the elapsed time without a run's process, one run at a time
 
-Leave the machine alone meanwhile.
+Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "compare-testbed.yaml"
 
 
 def grid(root: Path, name: str, steps: int, seeds: list[int], workers: int, clock: str) -> tuple[Grid, float]:
-    """Run the small grid afresh; returns its plan and the elapsed seconds."""
+    """Run the small grid from scratch; return its plan and the elapsed seconds."""
     plan = load_grid(RECIPE)
     strategies = {key: {k: v for k, v in plan.strategies[key].items() if k == "effopd"} for key in ("plain", "effopd")}
     plan = dataclasses.replace(

@@ -1,15 +1,15 @@
-"""The demo over several seeds: the figures of docs/demo/.
+"""Summaries and figures in docs/demo/: the demo over several seeds.
 
     .venv/bin/python benchmarks/demo_seeds.py [--family chain_sum] [--seeds 0] [--keep docs/demo]
     .venv/bin/python benchmarks/demo_seeds.py --grid docs/results.json
     .venv/bin/python benchmarks/readme_results.py
 
-Runs `effopd quickstart` once a seed into runs/demo-FAMILY-SEED (a finished seed is not run again,
-only redrawn), copies the summaries and the first seed's figure to `--keep`, and prints the table
-and the medians. With `--grid` nothing is run: `recipes/compare-testbed.yaml` has the same three
-runs a seed, and their rows are taken from its results.json. Seconds are CPU seconds, so that other
-work on the machine does not count. docs/guide.md shows seed 0 of chain_sum; `readme_results.py`
-writes its output there from docs/demo/chain_sum-seed-0.json.
+Runs `effopd quickstart` once per seed into runs/demo-FAMILY-SEED; a finished seed is only redrawn.
+Copies the summaries and the first seed's figure to `--keep`, and prints a table with medians. With
+`--grid`, nothing is run: the same three runs per seed are read from the results.json of
+`recipes/compare-testbed.yaml`. Seconds are CPU seconds, so that other processes do not count.
+docs/guide.md shows seed 0 of chain_sum; `readme_results.py` writes its output from
+docs/demo/chain_sum-seed-0.json.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--keep", type=Path, default=Path("docs/demo"))
     parser.add_argument("--max_steps", type=int, default=96)
-    parser.add_argument("--cost_clock", default="cpu", choices=["wall", "cpu"], help="as of `effopd quickstart`")
+    parser.add_argument("--cost_clock", default="cpu", choices=["wall", "cpu"], help="as in `effopd quickstart`")
     parser.add_argument(
-        "--grid", type=Path, metavar="RESULTS_JSON", help="take the runs from there instead of making them"
+        "--grid", type=Path, metavar="RESULTS_JSON", help="read the runs from this file instead of running them"
     )
     arguments = parser.parse_args()
     arguments.keep.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,7 @@ def main() -> None:
 
 
 def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> None:
-    """The demo's summary and figure from the grid's runs at the reference learning rate with the
-    demo's seed.
-    """
+    """Write the demo's summary and figure from the grid's runs at the reference learning rate."""
     base, settings = results["settings"]["base"], results["settings"]
     shutil.rmtree(root, ignore_errors=True)
     for arm in ARMS:
@@ -85,7 +83,7 @@ def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> N
             append_row(root / arm / SEARCHES, SearchRecord(step, accepted_scale=scale).to_row())
     summary = quickstart.summarize(root, demo) | {"versions": results["versions"], "cost_clock": settings["clock"]}
     summary["runs_of"] = "docs/results.json"
-    for arm in quickstart.AHEAD:  # the grid does not keep what single searches cost
+    for arm in quickstart.AHEAD:  # results.json has no costs of single searches
         for name in ("search_seconds", "search_generated_tokens"):
             del summary[arm][name]
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -93,9 +91,7 @@ def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> N
 
 
 def table(summaries: dict[int, dict]) -> str:
-    """Markdown: a row a seed, then the medians; a seed that never reached the target counts as
-    below every ratio.
-    """
+    """Markdown table: one row per seed, then medians; a seed that misses the target counts as 0."""
     lines = [
         "| seed | speed-up: steps | seconds | sampled tokens | accepted jumps (step: scale) "
         "| final accuracy: plain | EffOPD |",

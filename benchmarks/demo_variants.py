@@ -1,11 +1,11 @@
-"""Why the demo's speed-up is what it is: EffOPD with one decision changed at a time.
+"""Ablation of the demo: speed-up of EffOPD with one setting changed at a time.
 
     .venv/bin/python benchmarks/demo_variants.py [--family chain_sum] [--seed 0] [--variants dv400
     all strict ...]
 
-Needs the rows of `benchmarks/demo_seeds.py` for the same family and seed: plain OPD's there are the
-baseline. Prints steps, net seconds and sampled tokens as speed-ups to plain OPD's final smoothed
-held-out KL, and to shares of the gap.
+Needs the runs of `benchmarks/demo_seeds.py` for the same family and seed, whose plain OPD is the
+baseline. Prints speed-ups to plain OPD's final smoothed held-out KL, in steps, net seconds and
+tokens, and speed-ups in steps to shares of the gap.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from effopd.runs.records import read_evaluations, read_searches
 
 VARIANTS = {
     "paper": {},
-    "dv400": {"validation_size": 400, "args": {"batch_size": 400}},  # the same gate with an eighth of the variance
-    "all": {"parameters": "all"},  # embeddings and norms move too
-    "strict": {"gate": "better"},  # ties are failures
+    "dv400": {"validation_size": 400, "args": {"batch_size": 400}},  # same gate, an eighth of the variance
+    "all": {"parameters": "all"},  # also moves embeddings and norms
+    "strict": {"gate": "better"},  # ties are rejected
     "released": {"strategy": "effopd-released"},
 }
 

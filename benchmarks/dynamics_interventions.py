@@ -1,13 +1,12 @@
-"""Analysis and interventions on the runs of `dynamics_runs.py`, through the commands, for
-docs/dynamics.md.
+"""Analysis and interventions for docs/dynamics.md, on the runs of `dynamics_runs.py`.
 
     .venv/bin/python benchmarks/dynamics_interventions.py [--family chain_sum] [--seeds 0 1 2 3 4]
     [--only analyze alpha …]
 
-`effopd analyze` over all seeds goes to runs/dynamics/FAMILY/analysis. The interventions run seed by
-seed, because each seed's distillation has its own teacher (its own RL model), into
-runs/dynamics/FAMILY/interventions-SEED: 400 held-out prompts, one answer each at temperature 1, the
-same prompts and sampling noise for every point of a seed. Finished work is not repeated.
+`effopd analyze` writes all seeds to runs/dynamics/FAMILY/analysis. `effopd intervene` runs once per
+seed, because each seed has its own teacher, and writes to runs/dynamics/FAMILY/interventions-SEED.
+It samples one answer at temperature 1 for each of 400 held-out prompts; all points of a seed share
+prompts and sampling noise. Finished work is not repeated.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""docs/dynamics.md: each claim of the paper about update dynamics against the testbed, from the
-tables on disk.
+"""Tables of docs/dynamics.md: the paper's claims about update dynamics, tested on the testbed.
 
     .venv/bin/python benchmarks/dynamics_page.py [--families chain_sum spell_backward] [--redraw]
     [--out docs]
 
-Reads what `dynamics_runs.py` and `dynamics_interventions.py` left in runs/dynamics, writes
-docs/dynamics/FAMILY.json (every number of the page, with the value of every seed) and the figures,
-and rewrites the page's tables from the JSON; `--redraw` does only that. A value is the mean over
-seeds with Student's 95 % interval; a comparison is paired by seed. The verdict follows from the
-interval alone: *shown* if it lies wholly on the claimed side, *the other way* if wholly on the
-opposite one, *undecided* otherwise.
+Reads the results of `dynamics_runs.py` and `dynamics_interventions.py` in runs/dynamics. Writes
+docs/dynamics/FAMILY.json, with every number of the page for every seed, and the figures. Then
+rewrites the page's tables from the JSON; `--redraw` does only that.
+
+A value is the mean over seeds with Student's 95 % interval; comparisons are paired by seed. The
+verdict follows from the interval alone: *shown* if it lies wholly on the claimed side, *the other
+way* if it lies wholly on the opposite side, *undecided* otherwise.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Row:
 
     Attributes:
         opd, rl: one value per seed.
-        test: the quantity the claim is about, one value per seed, and `side`: +1 if the claim says
-            it is positive, −1 negative, 0 zero.
+        test: the tested quantity, one value per seed.
+        side: claimed sign of `test`: +1 positive, −1 negative, 0 zero.
         unit: `number`, or `percent` for shares.
-        margin: for side 0, how large a value still counts as nothing.
+        margin: largest absolute value that counts as zero, for side 0.
     """
 
     claim: str
@@ -77,7 +77,7 @@ class Row:
 
 
 def verdict(low: float, high: float, side: int, margin: float) -> str:
-    """What an interval says about a claim: `shown`, `the other way` or `undecided`."""
+    """Verdict of an interval on a claim: `shown`, `the other way` or `undecided`."""
     if math.isnan(low):
         return "undecided"
     if side == 0:
@@ -89,7 +89,7 @@ def verdict(low: float, high: float, side: int, margin: float) -> str:
 
 
 def written(estimate: Mapping[str, Any], unit: str) -> str:
-    """A mean with its interval."""
+    """A mean with its interval, as text."""
     mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
     if unit == "number":
         return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
@@ -143,9 +143,7 @@ def gain_share(table: pd.DataFrame, accuracy: float, run: str) -> float:
 
 
 def norm_at(table: pd.DataFrame, run: str, share: float) -> float:
-    """‖W_t − W0‖ where the smoothed accuracy first reaches base + share × (RL's final gain); NaN if
-    never.
-    """
+    """‖W_t − W0‖ when the smoothed accuracy first reaches base + share × (RL's gain), or NaN."""
     rows = table[(table["intervention"] == "trajectory") & (table["run"] == run)].sort_values("step")
     base = accuracy_of(table, "reference", "base")
     target = base + share * (accuracy_of(table, "reference", "rl") - base)
@@ -172,7 +170,7 @@ def random_change(table: pd.DataFrame, run: str) -> float:
 
 
 def beta(value: float) -> Callable[[pd.DataFrame, str], float]:
-    """Share of the gain of the early model stretched by β."""
+    """Share of the gain of the early model scaled by β."""
     return lambda t, g: gain_share(t, accuracy_of(t, "norm_scaling", g, step=EARLY, beta=value), g)
 
 
@@ -188,7 +186,7 @@ def rank(end: str, p: float) -> Callable[[pd.DataFrame, str], float]:
 
 
 def rows_of(family: Family) -> list[Row]:
-    """Every claim, in the order of the paper."""
+    """Rows of all claims, in the paper's order."""
     f, middle, ends = family, [1, 2], [0, 3]
     a, b, c = "1a same accuracy, smaller update", "1a embeddings contribute nothing", "1a middle MLPs matter most"
     d, e, h = "1a RL moves bottom and top layers more", "1b spectrum more concentrated than RL's", "1b early lock-in"
@@ -313,10 +311,11 @@ def rows_of(family: Family) -> list[Row]:
 
 
 def page_table(families: Mapping[str, Any]) -> str:
-    """One Markdown table per family; ° marks a value that differs from zero at 5 % but not after
-    Holm's correction.
+    """One Markdown table per family.
+
+    ° marks a value that differs from zero at 5 %, but not after Holm's correction.
     """
-    text, kept = [], iter(holm([p_value(row["test"]) for family in families.values() for row in family["rows"]]))
+    text, rejected = [], iter(holm([p_value(row["test"]) for family in families.values() for row in family["rows"]]))
     for name, family in families.items():
         text += [
             f"### {name}",
@@ -326,7 +325,7 @@ def page_table(families: Mapping[str, Any]) -> str:
         ]
         for row in family["rows"]:
             cells = [written(row[which], row["unit"]) for which in ("opd", "rl", "test")]
-            mark = "" if next(kept) or p_value(row["test"]) >= 0.05 else " °"
+            mark = "" if next(rejected) or p_value(row["test"]) >= 0.05 else " °"
             text.append(f"| {row['claim']} | {row['quantity']} | {' | '.join(cells)} | **{row['verdict']}**{mark} |")
         text.append("")
     return "\n".join(text)
@@ -341,7 +340,7 @@ def p_value(estimate: Mapping[str, Any]) -> float:
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which hypotheses Holm's step-down procedure rejects at a family-wise error of `level`."""
+    """Hypotheses rejected by Holm's step-down procedure at a family-wise error of `level`."""
     rejected = [False] * len(p_values)
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[index] > level / (len(p_values) - rank):
@@ -351,7 +350,7 @@ def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def tests_table(families: Mapping[str, Any]) -> str:
-    """How many values are tested, how many differ from zero, and what the intervals rest on."""
+    """Numbers of tested values and of those that differ from zero, tasks, seeds and prompts."""
     rows = [row for family in families.values() for row in family["rows"]]
     p_values = [p_value(row["test"]) for row in rows]
     seeds = {len(family["seeds"]) for family in families.values()}
@@ -373,8 +372,9 @@ def tests_table(families: Mapping[str, Any]) -> str:
 
 
 def measure(root: Path, out: Path, *, figures: bool) -> None:
-    """docs/dynamics/FAMILY.json from the tables of a family's runs; with `figures`, those of the
-    page too.
+    """Write docs/dynamics/FAMILY.json from the tables of a family's runs.
+
+    With `figures`, also copy the figures of the page.
     """
     family = Family(root)
     content = {"seeds": family.seeds, "rows": [row.to_row() for row in rows_of(family)]}

@@ -1,14 +1,13 @@
-"""The runs behind docs/dynamics.md: reinforcement learning and on-policy distillation from one
-base, step by step.
+"""The runs of docs/dynamics.md: reinforcement learning and on-policy distillation from one base.
 
     .venv/bin/python benchmarks/dynamics_runs.py [--family chain_sum] [--seeds 0 1 2 3 4] [--steps
     128]
 
-For each seed: `effopd rl` (GRPO, the paper's preset) tunes the testbed's student on the family,
-then that seed's own RL model teaches the same student by plain `effopd train`: the paper's set-up,
-where the teacher is the RL-tuned version of the student's base. Both go over the same questions
-with the same learning rate, optimizer, number of steps and answers a step. Weights are kept every 4
-steps in runs/dynamics/FAMILY/{rl,opd}-SEED/trajectory/. A finished run is not run again.
+For each seed, `effopd rl` (GRPO, the paper's preset) tunes the testbed's student on the family.
+That RL model then teaches the same student with plain `effopd train`. This is the paper's setup, in
+which the teacher is the RL-tuned version of the student's base. Both use the same questions,
+learning rate, optimizer, number of steps and answers per step. Weights are saved every 4 steps in
+runs/dynamics/FAMILY/{rl,opd}-SEED/trajectory/. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ EVERY, QUESTIONS, ANSWERS = 4, 4096, 256
 
 
 def run(command: str, run_dir: RunDir, flags: dict) -> None:
-    """A run through its command, unless it is there."""
+    """Run one command, unless its run is finished."""
     reference = reference_settings()
     shared = {
         "model_name_or_path": "testbed:student", "train_size": QUESTIONS, "eval_size": ANSWERS, "trajectory": EVERY,

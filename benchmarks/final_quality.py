@@ -1,16 +1,15 @@
-"""How good are the models at the end, on enough answers to tell? Held-out reverse KL and accuracy
-of finished comparison runs.
+"""Held-out reverse KL and accuracy of the final models of a comparison, on many answers.
 
     .venv/bin/python benchmarks/final_quality.py recipes/compare-testbed.yaml [--size 3000] [--out
     docs/final_quality.json]
 
-During a run the KL is measured on 256 answers. Near the end most of it comes from a handful of
-answers (`tail`: the share of the largest 1 %), so one more or one less of them decides a
-comparison. Here every final model answers the same `size` questions of the test split, which no run
-has seen, with the same sampling noise. Printed, medians over seeds [range]: the KL in nats per
-token, its difference from plain OPD at the same learning rate seed by seed, the difference of the
-accuracies, the tail's share, and the KL of the median answer per token. Models that have been
-measured already are read from `--out`.
+During a run, the KL is measured on 256 answers. Near the end most of it comes from a few answers
+(`tail`: the share of the largest 1 %), so a single answer can decide a comparison. Here every final
+model answers the same `size` questions of the unseen test split, with the same sampling noise.
+
+Prints medians over seeds [interval] of the KL in nats per token, its paired difference from plain
+OPD at the same learning rate, the difference in accuracy, the tail's share, and the KL per token of
+the median answer. Models measured before are read from `--out`.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ def measure(run: PlannedRun, size: int) -> dict[str, float | str | int]:
     length = run.settings["max_completion_length"]
     sampling = Sampling(max_new_tokens=length, batch_size=BATCH, seed=0)
     answers = evaluate(student, tokenizer, questions, sampling)
-    said = [answer for (answer,) in answers.completions]
+    completions = [answer for (answer,) in answers.completions]
     sums, tokens = reverse_kl_of_completions(
         student,
         teacher,
-        [answer.prompt_ids for answer in said],
-        [answer.completion_ids for answer in said],
+        [answer.prompt_ids for answer in completions],
+        [answer.completion_ids for answer in completions],
         vocab_size=student.config.vocab_size,
         pad_token_id=tokenizer.pad_token_id,
         batch_size=BATCH,
@@ -76,7 +75,7 @@ def measure(run: PlannedRun, size: int) -> dict[str, float | str | int]:
 
 
 def show(rows: list[dict], grid: Grid) -> None:
-    """The table, in Markdown."""
+    """Print the table as Markdown."""
     values = {(row["task"], row["learning_rate"], row["strategy"], row["seed"]): row for row in rows}
 
     def spread(numbers: list[float], form: str) -> str:
@@ -89,21 +88,22 @@ def show(rows: list[dict], grid: Grid) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for task, rate, strategy in sorted({key[:3] for key in values}):
-        mine = [values[task, rate, strategy, seed] for seed in grid.seeds if (task, rate, strategy, seed) in values]
-        pairs = [(row, values[key]) for row in mine if (key := (task, rate, grid.baseline, row["seed"])) in values]
+        of_arm = [values[task, rate, strategy, seed] for seed in grid.seeds if (task, rate, strategy, seed) in values]
+        pairs = [(row, values[key]) for row in of_arm if (key := (task, rate, grid.baseline, row["seed"])) in values]
         print(
-            f"| {task} | {rate:.3g} | `{strategy}` | {len(mine)} | {spread([row['kl'] for row in mine], '.5f')} "
+            f"| {task} | {rate:.3g} | `{strategy}` | {len(of_arm)} | {spread([row['kl'] for row in of_arm], '.5f')} "
             f"| {spread([a['kl'] - b['kl'] for a, b in pairs], '+.5f')} "
             f"| {spread([a['accuracy'] - b['accuracy'] for a, b in pairs], '+.3f')} "
-            f"| {spread([row['tail'] for row in mine], '.0%')} | {spread([row['median_kl'] for row in mine], '.1e')} |"
+            f"| {spread([row['tail'] for row in of_arm], '.0%')} "
+            f"| {spread([row['median_kl'] for row in of_arm], '.1e')} |"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", help="plan of the comparison")
+    parser.add_argument("plan", help="plan of the comparison (YAML)")
     parser.add_argument("--strategies", nargs="+", default=["plain", "line_search"])
-    parser.add_argument("--size", type=int, default=3000, help="questions each model answers")
+    parser.add_argument("--size", type=int, default=3000, help="questions per model")
     parser.add_argument("--out", type=Path, default=Path("docs/final_quality.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

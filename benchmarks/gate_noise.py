@@ -1,22 +1,22 @@
-"""What does the gate accept when nothing is there?
+"""False accepts of the accuracy gate: searches whose candidates are no better than the start.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/gate_noise.py [--out docs/gate_noise.json]
 
-The real search on the testbed, with candidates that are no better than the start, so that
-everything it accepts is noise:
+The real search runs on the testbed with candidates that are no better than the start, so every
+accepted candidate is noise:
 
-1. Fresh sampling noise. Every candidate is the same model and answers anew. Many answers a prompt
-   are sampled once and graded; searches are then replayed from them. A search draws its own D_v,
-   and no answer serves it twice, so its scores are distributed like those of real sampling. First
-   failure ends a search: P(any accepted) = P(first accepted). If scores never tied, the k-th
-   candidate would be accepted with probability 1 / (k + 1)!, whatever the model.
-2. Shared sampling noise, as the package does it. Candidates are the weights plus a random direction
-   whose norm is ε times that of each tensor, at the search's scales (so the last candidate is 10 ε
-   away), scored by the real scorer with one seed a search. Displacements of real searches are about
-   5e-4 (step 1) to 4e-3 (step 64) times the weights.
+1. Fresh sampling noise. Every candidate is the unchanged model with newly sampled answers. Many
+   answers per prompt are sampled and graded once; searches are replayed from them. Each search
+   draws its own validation prompts and uses no answer twice, so its scores are distributed like
+   those of real sampling. The first failure ends a search: P(any accepted) = P(first accepted).
+   Without ties, the k-th candidate is accepted with probability 1 / (k + 1)!, for any model.
+2. Shared sampling noise, as in the package. Candidates are the weights plus a random direction
+   whose norm is ε times that of each tensor, at the search's scales (up to 10 ε). The real scorer
+   scores them with one seed per search. Updates of real searches are about 5e-4 (step 1) to 4e-3
+   (step 64) times the weights.
 
-Takes about nine minutes of one core, most of it for the second part, which is therefore done for
-the student only.
+Takes about nine minutes on one core, mostly for the second part, which is therefore limited to the
+student.
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ from effopd.tasks.evaluate import evaluate
 from effopd.tasks.sampling import Sampling
 
 SCALES = tuple(EffOPDConfig().args["scales"])
-#: The paper's and the released code's; `benchmarks/off_policy.py` has the false accepts of
-#: line_search's.
+#: Gates of the paper and the released code. `benchmarks/off_policy.py` measures line_search's gate.
 GATES = ("not_worse", "better")
 PATHS = {"student": testbed.student_path, "teacher": testbed.teacher_path}
-#: Searches replayed at a time.
+#: Searches replayed per chunk.
 _CHUNK = 2000
 
 
@@ -62,10 +61,10 @@ _CHUNK = 2000
 
 
 def scores_of_searches(correct_PA: np.ndarray, size: int, searches: int, rng: np.random.Generator) -> np.ndarray:
-    """Numbers of right answers [searches, 1 + candidates], each search on its own `size` prompts.
+    """Numbers of correct answers [searches, 1 + candidates], each search on its own `size` prompts.
 
-    Of one prompt's A answers, every scoring takes another one: the next is right with probability
-    (right ones left) / (answers left), which is drawing without replacement.
+    Every scoring draws one of a prompt's A answers without replacement: the next answer is correct
+    with probability (correct answers left) / (answers left).
     """
     prompts, answers = correct_PA.shape
     right_P = correct_PA.sum(1)
@@ -84,16 +83,14 @@ def scores_of_searches(correct_PA: np.ndarray, size: int, searches: int, rng: np
 
 
 def accepted_candidates(scores_SK: np.ndarray, gate: str) -> np.ndarray:
-    """How many candidates each search accepts before its first failure: `first_failure_search`, all
-    rows at once.
-    """
-    before, after = scores_SK[:, :-1], scores_SK[:, 1:]  # while all are accepted, the best so far is the one before
+    """Candidates accepted per search before the first failure (vectorized search)."""
+    before, after = scores_SK[:, :-1], scores_SK[:, 1:]  # the previous candidate is the best so far
     passed = after >= before if gate == "not_worse" else after > before
     return np.cumprod(passed, axis=1).sum(1)
 
 
 def check_against_the_real_search(scores_SK: np.ndarray, gate: str, sample: int = 500) -> None:
-    """The replay decides like the package, row by row."""
+    """Check that the replay decides like the package, row by row."""
     for row, accepted in zip(scores_SK[:sample], accepted_candidates(scores_SK[:sample], gate), strict=True):
         means = dict(zip((0.0, *SCALES), row.tolist(), strict=True))
         real = first_failure_search(lambda scale, means=means: Score(float(means[scale])), SCALES, gate)
@@ -103,8 +100,9 @@ def check_against_the_real_search(scores_SK: np.ndarray, gate: str, sample: int 
 
 
 def describe(accepted_S: np.ndarray) -> dict[str, Any]:
-    """What a set of searches did, from how many candidates each accepted; intervals are Wilson's,
-    95 %.
+    """Acceptance rates and mean scales from the number of accepted candidates per search.
+
+    Intervals are Wilson's, 95 %.
     """
     scales = np.array((0.0, *SCALES))[accepted_S]
     first, last = (accuracy_interval([[bool(x)] for x in accepted_S >= k]) for k in (1, len(SCALES)))
@@ -120,9 +118,7 @@ def describe(accepted_S: np.ndarray) -> dict[str, Any]:
 
 
 def no_ties() -> dict[str, Any]:
-    """The same figures for scores that never tie: the k-th candidate is accepted when k + 1 scores
-    happen to rise.
-    """
+    """The same values for scores without ties: k accepted candidates need k + 1 rising scores."""
     reached = 1 / np.cumprod(np.arange(2.0, len(SCALES) + 2))
     mean = float((np.diff((0.0, *SCALES)) * reached).sum())
     return {
@@ -134,7 +130,7 @@ def no_ties() -> dict[str, Any]:
 
 
 def fresh_noise(correct_PA: np.ndarray, arguments: argparse.Namespace, seed: int) -> Iterator[dict[str, Any]]:
-    """A row for every size of D_v and gate."""
+    """One row per number of validation prompts and gate."""
     for size in arguments.sizes:
         scores = scores_of_searches(correct_PA, size, arguments.searches, np.random.default_rng([seed, size]))
         tied = float((scores[:, 0] == scores[:, 1]).mean())
@@ -149,7 +145,7 @@ def fresh_noise(correct_PA: np.ndarray, arguments: argparse.Namespace, seed: int
 
 
 def noise_direction(seed: int, step: int, relative: float):
-    """Noise `relative` times as long as each tensor, in place of the displacement."""
+    """Random direction with `relative` times the norm of each tensor, in place of the update."""
 
     def direction(name: str, origin: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(origin.device).manual_seed(seed_of(seed, step, name))
@@ -160,9 +156,7 @@ def noise_direction(seed: int, step: int, relative: float):
 
 @dataclass
 class Repeats:
-    """What repeated searches of one ε found: candidates accepted by gate; the first candidate
-    against the start.
-    """
+    """Results of repeated searches of one ε: accepted candidates by gate, change of the first."""
 
     accepted: dict[str, list[int]] = field(default_factory=lambda: {gate: [] for gate in GATES})
     tied: list[bool] = field(default_factory=list)
@@ -170,7 +164,7 @@ class Repeats:
     change: list[float] = field(default_factory=list)
 
     def add(self, score: Callable[[float], Score]) -> None:
-        """Search with every gate; the candidates of 'better' are a part of those of 'not_worse'."""
+        """Search with every gate; 'better' scores a subset of the candidates of 'not_worse'."""
         for gate in GATES:
             result = first_failure_search(score, SCALES, gate)
             self.accepted[gate].append((0.0, *SCALES).index(result.accepted_scale))
@@ -189,22 +183,23 @@ class Repeats:
 
 
 def shared_noise(model, tokenizer, task: Task, arguments: argparse.Namespace, bar: tqdm) -> Iterator[dict[str, Any]]:
-    """A row for every ε and gate. A repeat has its own D_v, direction and sampling seed, the same
-    for every ε.
+    """One row per ε and gate.
+
+    Each repeat has its own validation prompts, direction and sampling seed, shared by all ε.
     """
-    weights, found = LiveWeights(model), {relative: Repeats() for relative in arguments.relative}
+    weights, by_size = LiveWeights(model), {relative: Repeats() for relative in arguments.relative}
     for repeat in range(arguments.repeats):
         validation = task.sample(arguments.validation_size, seed=seed_of(arguments.seed, repeat, "D_v"))
         scorer = AccuracyScorer(validation, tokenizer, Sampling(max_new_tokens=arguments.max_new_tokens))
         sample = partial(score_at, weights, model, scorer, seed_of(arguments.seed, repeat, "answers") % 2**32)
         start = sample(0.0)  # the same for every ε
-        for relative, repeats in found.items():
+        for relative, repeats in by_size.items():
             weights.begin(noise_direction(arguments.seed, repeat, relative))
             known = {0.0: start}
-            repeats.add(partial(remembered, known, sample))
+            repeats.add(partial(cached, known, sample))
             weights.abort()
             bar.update()
-    for relative, repeats in found.items():
+    for relative, repeats in by_size.items():
         for gate in GATES:
             yield {
                 "relative_size": relative, "gate": gate, "validation_size": arguments.validation_size
@@ -212,15 +207,15 @@ def shared_noise(model, tokenizer, task: Task, arguments: argparse.Namespace, ba
 
 
 def score_at(weights: LiveWeights, model, scorer: AccuracyScorer, seed: int, scale: float) -> Score:
-    """The scorer's verdict at a scale, under the search's one sampling seed."""
+    """Score at a scale with the search's sampling seed."""
     if scale != 0.0:
         weights.move_to(scale)
     with isolated_rng(seed), evaluating(model):
         return scorer(model)
 
 
-def remembered(known: dict[float, Score], sample: Callable[[float], Score], scale: float) -> Score:
-    """The score of a scale, sampled once."""
+def cached(known: dict[float, Score], sample: Callable[[float], Score], scale: float) -> Score:
+    """Score of a scale, sampled once and cached in `known`."""
     if scale not in known:
         known[scale] = sample(scale)
     return known[scale]
@@ -230,7 +225,7 @@ def remembered(known: dict[float, Score], sample: Callable[[float], Score], scal
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything, as a JSON-ready dictionary."""
+    """All measurements as a JSON-ready dictionary."""
     fresh, shared, models = [], [], []
     answers = len(testbed.FAMILIES) * len(PATHS) * arguments.prompts * arguments.answers
     searches = len(testbed.FAMILIES) * len(arguments.perturbed) * arguments.repeats * len(arguments.relative)
@@ -274,26 +269,26 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_score_sd(correct_PA: np.ndarray, size: int) -> float:
-    """Standard deviation of an accuracy on `size` given prompts, from sampling alone."""
+    """Standard deviation of an accuracy on `size` fixed prompts, from sampling noise alone."""
     answers = correct_PA.shape[1]
     p = correct_PA.mean(1)
     return float(np.sqrt((p * (1 - p)).mean() * answers / (answers - 1) / size))
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Both tables."""
+def markdown(results: dict[str, Any]) -> str:
+    """Both tables as Markdown."""
     head = (
         "| family | model | {} | gate | first tied | first accepted | mean scale | … if any accepted | last accepted |"
     )
-    lines = ["Fresh sampling noise: every candidate is the start", "", head.format("D_v"), "|---" * 9 + "|"]
-    limit = found["no_ties"]
+    lines = ["Fresh sampling noise, unchanged model", "", head.format("prompts"), "|---" * 9 + "|"]
+    limit = results["no_ties"]
     lines.append(
         f"| *never a tie* | | | | 0 | {limit['first_accepted']:.3f} | {limit['mean_scale']:.2f} "
         f"| {limit['mean_scale_if_accepted']:.2f} | {limit['last_accepted']:.4f} |"
     )
-    lines += [_line(row, str(row["validation_size"]), False) for row in found["fresh_noise"]]
+    lines += [_line(row, str(row["validation_size"]), False) for row in results["fresh_noise"]]
     lines += ["", "Shared sampling noise: candidates along a random direction", "", head.format("ε"), "|---" * 9 + "|"]
-    lines += [_line(row, f"{row['relative_size']:g}", True) for row in found["shared_noise"]]
+    lines += [_line(row, f"{row['relative_size']:g}", True) for row in results["shared_noise"]]
     return "\n".join(lines)
 
 
@@ -312,26 +307,32 @@ def _line(row: dict[str, Any], setting: str, intervals: bool) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=400, help="training prompts that D_v is drawn from")
-    parser.add_argument("--answers", type=int, default=32, help="answers sampled for each prompt")
-    parser.add_argument("--searches", type=int, default=20000, help="replayed searches a row of the first table")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[50, 200, 400], help="sizes of D_v, first table")
-    parser.add_argument("--repeats", type=int, default=100, help="real searches a row of the second table")
-    parser.add_argument("--validation_size", type=int, default=50, help="size of D_v, second table")
+    parser.add_argument("--prompts", type=int, default=400, help="training prompts to draw validation prompts from")
+    parser.add_argument("--answers", type=int, default=32, help="answers per prompt")
+    parser.add_argument("--searches", type=int, default=20000, help="replayed searches per row, first table")
     parser.add_argument(
-        "--relative", type=float, nargs="+", default=[1e-6, 1e-5, 1e-4, 1e-3], help="lengths ε of the random direction"
+        "--sizes", type=int, nargs="+", default=[50, 200, 400], help="numbers of validation prompts, first table"
+    )
+    parser.add_argument("--repeats", type=int, default=100, help="real searches per row, second table")
+    parser.add_argument("--validation_size", type=int, default=50, help="number of validation prompts, second table")
+    parser.add_argument(
+        "--relative",
+        type=float,
+        nargs="+",
+        default=[1e-6, 1e-5, 1e-4, 1e-3],
+        help="relative norms ε of the random direction",
     )
     parser.add_argument(
         "--perturbed", nargs="*", choices=list(PATHS), default=["student"], help="second table: models"
     )
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length limit of an answer, in tokens")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     if max(*arguments.sizes, arguments.validation_size) > arguments.prompts:
-        parser.error(f"a D_v cannot be larger than --prompts {arguments.prompts}")
+        parser.error(f"--sizes and --validation_size: expected at most --prompts {arguments.prompts}")
     if arguments.answers <= len(SCALES):
-        parser.error(f"--answers must be at least {len(SCALES) + 1}: every scoring of a search takes another one")
+        parser.error(f"--answers must be at least {len(SCALES) + 1}: every scoring of a search uses a new answer")
     return arguments
 
 
@@ -339,11 +340,11 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
     quiet()
-    found = measure(arguments)
+    results = measure(arguments)
     if arguments.out is not None:
-        text = json.dumps(found, indent=1) + "\n"
+        text = json.dumps(results, indent=1) + "\n"
         write_atomically(arguments.out, lambda path: path.write_text(text))
-    print(markdown(found))
+    print(markdown(results))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""How often does the paper's gate (≥ on 50 answers) accept a move that helps, and one that harms?
+"""Power and false accepts of the paper's gate (`not_worse` on 50 answers) on real moves.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/gate_power.py [--seeds 0 1] [--out
     docs/gate_power.json]
 
 At every search of `effopd` runs on the testbed, W + sΔ is scored for the paper's scales s = 2, 4,
-…, 10 and, to have moves that harm, backwards (s = -2, -6, -10). Δ is the real displacement since
-the last search. Each point answers `--searches` disjoint D_v of 50 training prompts. The gate
-compares it with W on the same D_v in two ways:
+…, 10. Backward moves (s = -2, -6, -10) are added to obtain moves that harm. Δ is the real update
+since the last search. Each candidate answers `--searches` disjoint sets of 50 training prompts. The
+gate compares it with W on the same set in two ways:
 
-- shared noise: both sampled with the same random numbers, as the package does it;
-- fresh noise: each sampled with its own.
+- shared noise: both sampled with the same random numbers, as in the package;
+- fresh noise: each sampled with its own random numbers.
 
-The true change in accuracy is the mean over all D_v (500 answers by default, paired); moves are
-grouped by it, so a move next to the edge of a group may belong to the other one (`change_se`).
-False accepts are the accepted share of moves that harm, power that of moves that help. Takes about
-7 minutes of one core. The training run goes on with its own search.
+The true change in accuracy is the mean paired difference over all sets (500 answers by default).
+Moves are grouped by it; near the edge of a group, the group is uncertain (`change_se`). False
+accepts are the accepted share of moves that harm, power is that of moves that help. Training
+continues with its own search. Takes about 7 minutes on one core.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ SIZE = 50
 
 
 class Measuring:
-    """The run's own scorer; before the first candidate of every search, `rows` and `searches` get
-    what the gate would do.
-    """
+    """The run's scorer, which records the gate's decisions before every search."""
 
     def __init__(self, scorer, trainer, callback, where: dict[str, Any], count: int):
         self._scorer, self._trainer, self._callback, self._where = scorer, trainer, callback, where
@@ -72,8 +70,10 @@ class Measuring:
         return self._scorer(model)
 
     def _grades(self, model, scale: float, seed: int) -> np.ndarray:
-        """Grades [D_v, prompt] of W + sΔ, all D_v in a few batches with one seed: every answer has
-        its own noise in them, the same at every scale."""
+        """Grades [set, prompt] of W + sΔ.
+
+        One seed for all sets: every answer has its own noise, the same at every scale.
+        """
         self._callback.look_ahead.weights.move_to(scale)
         result = evaluate(
             model,
@@ -114,7 +114,7 @@ class Measuring:
 
 
 def measure_run(family: str, seed: int, count: int, steps: int) -> Measuring:
-    """One `effopd` run of the testbed, watched."""
+    """Train one `effopd` run on the testbed and measure its searches."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = QuickstartArguments(family=family, seed=seed, max_steps=steps, eval_steps=steps, eval_size=64)
         trainer = build_trainer(settings("effopd", arguments, Path(folder) / "run"))
@@ -127,41 +127,42 @@ def measure_run(family: str, seed: int, count: int, steps: int) -> Measuring:
 
 
 def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Accepted shares of moves by their true change: all together with Wilson's interval over
-    searches, and by run.
+    """Accepted shares of moves by their true change, overall and by run.
+
+    The overall shares have Wilson's 95 % interval over searches.
     """
-    found = []
+    groups = []
     for low, high in zip((-np.inf, *EDGES), (*EDGES, np.inf), strict=True):
-        own = [row for row in rows if low <= row["change"] < high]
-        if not own:
+        moves = [row for row in rows if low <= row["change"] < high]
+        if not moves:
             continue
-        runs = sorted({(row["family"], row["seed"]) for row in own})
+        runs = sorted({(row["family"], row["seed"]) for row in moves})
         row: dict[str, Any] = {
             "from": low if np.isfinite(low) else None,
             "to": high if np.isfinite(high) else None,
-            "moves": len(own),
-            "mean_change": float(np.mean([r["change"] for r in own])),
+            "moves": len(moves),
+            "mean_change": float(np.mean([r["change"] for r in moves])),
         }
         for noise in NOISES:
-            asked, passed = (sum(r[key] for r in own) for key in ("searches", f"accepted_{noise}"))
-            interval = accuracy_interval([[i < passed] for i in range(asked)])
+            searches, passed = (sum(r[key] for r in moves) for key in ("searches", f"accepted_{noise}"))
+            interval = accuracy_interval([[i < passed] for i in range(searches)])
             by_run = [
-                sum(r[f"accepted_{noise}"] for r in own if (r["family"], r["seed"]) == run)
-                / sum(r["searches"] for r in own if (r["family"], r["seed"]) == run)
+                sum(r[f"accepted_{noise}"] for r in moves if (r["family"], r["seed"]) == run)
+                / sum(r["searches"] for r in moves if (r["family"], r["seed"]) == run)
                 for run in runs
             ]
-            row |= {"searches": asked, noise: interval.mean, f"{noise}_ci95": [interval.low, interval.high]}
+            row |= {"searches": searches, noise: interval.mean, f"{noise}_ci95": [interval.low, interval.high]}
             row[f"{noise}_by_run"] = by_run
-        found.append(row)
-    return found
+        groups.append(row)
+    return groups
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(testbed.FAMILIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--searches", type=int, default=10, help="D_v of 50 prompts for every move")
-    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of a run; it searches at 1, 2, 4, 8, …")
+    parser.add_argument("--searches", type=int, default=10, help="sets of 50 prompts per move")
+    parser.add_argument("--steps", type=int, default=32, help="optimizer steps per run; searches at 1, 2, 4, 8, …")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -175,14 +176,14 @@ def main() -> None:
             searches += watch.searches
             print(f"{family}, seed {seed}: {len(watch.rows)} moves", flush=True)
             if arguments.out is not None:  # after every run
-                found = {
+                results = {
                     "settings": {k: v for k, v in vars(arguments).items() if k != "out"} | {"validation_size": SIZE},
                     "versions": versions(("torch", "transformers", "numpy")),
                     "by_true_change": grouped(rows),
                     "moves": rows,
                     "whole_searches": searches,
                 }
-                text = json.dumps(found, indent=1) + "\n"
+                text = json.dumps(results, indent=1) + "\n"
                 write_atomically(arguments.out, lambda path, text=text: path.write_text(text))
     print(table(*gate_table(grouped(rows))))
 

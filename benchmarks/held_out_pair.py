@@ -1,16 +1,15 @@
-"""A student and a teacher for a task that no rule of `line_search` was chosen on, in a shape of
-their own.
+"""Student and teacher for a task that was not used to choose any rule of `line_search`.
 
     .venv/bin/python benchmarks/held_out_pair.py
         runs/held-out/student, …/teacher, …/card.json
     effopd compare recipes/compare-held-out.yaml
     effopd compare --report runs/compare-held-out --out docs/held_out
 
-reasoning-gym's `number_filtering` with three to five one-digit numbers ("Remove all numbers smaller
-than 4 in this list: ['3', '8', '1']"). The testbed's recipe otherwise: supervised training on
-worked answers in which each decision, keep a number or not, is falsified with probability 0.22, so
-that the most likely answer is right and a sampled one seldom; then GRPO. Three wide layers instead
-of four, 0.9M parameters.
+The task is reasoning-gym's `number_filtering` with three to five one-digit numbers ("Remove all
+numbers smaller than 4 in this list: ['3', '8', '1']"). Training follows the testbed's recipe.
+Supervised training uses worked answers in which each decision to keep a number is falsified with
+probability 0.22: the most likely answer is correct, a sampled one rarely. GRPO follows. The model
+has three wide layers instead of four, 0.9M parameters.
 """
 
 from __future__ import annotations
@@ -66,12 +65,13 @@ ENDING = "\nReturn the new list in the same format."
 
 
 def worked(example: Example, rng: random.Random) -> str:
-    """Every number with y (it stays) or n, then the list they lead to; each decision falsified with
-    probability `CORRUPTION`.
+    """Worked answer: every number with y (it stays) or n, then the resulting list.
+
+    Each decision is falsified with probability `CORRUPTION`.
     """
     entry = example.metadata["entry"]
-    numbers, kept = entry["metadata"]["original_numbers"], set(ast.literal_eval(entry["answer"]))
-    stays = [(number in kept) != (rng.random() < CORRUPTION) for number in numbers]
+    numbers, correct = entry["metadata"]["original_numbers"], set(ast.literal_eval(entry["answer"]))
+    stays = [(number in correct) != (rng.random() < CORRUPTION) for number in numbers]
     decisions = " ".join(number + "ny"[stay] for number, stay in zip(numbers, stays, strict=True))
     return f"{decisions} <answer>{[n for n, stay in zip(numbers, stays, strict=True) if stay]}</answer>"
 
@@ -85,9 +85,9 @@ def main() -> None:
     arguments = parser.parse_args()
     out, seed = arguments.output_dir, arguments.seed
     if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--output_dir {out} is not empty; choose another folder (nothing was changed).")
+        raise ConfigError(f"--output_dir {out} is not empty. Choose another folder (nothing was changed).")
     quiet()
-    torch.set_num_threads(1)  # the bytes that come out depend on it
+    torch.set_num_threads(1)  # the resulting weights depend on it
     train, held_out = load_task(TASK, "train"), load_task(TASK, "eval")
     examples = list(train.examples)
     starts = [[question(e) for e in examples if question(e).startswith(start)] for start in OPERATIONS]

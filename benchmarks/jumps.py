@@ -1,11 +1,10 @@
-"""Did each accepted jump help? Held-out KL and accuracy at the evaluation before it and right after
-it.
+"""Held-out KL and accuracy before and after each accepted jump.
 
     .venv/bin/python benchmarks/jumps.py runs/demo-chain_sum-0/effopd [RUN_DIR ...]
 
 Reads `searches.jsonl` and `evals.jsonl` only. "Before" is the last evaluation at an earlier step,
-so it lags the jump by up to `eval_steps` steps of ordinary training (which lower the KL a little):
-the listed change flatters the jump.
+up to `eval_steps` ordinary training steps before the jump. These steps lower the KL too, so the
+listed change overstates the jump's effect.
 """
 
 from __future__ import annotations

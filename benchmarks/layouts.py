@@ -1,13 +1,12 @@
-"""Whether `effopd analyze` cuts the tensors of every causal language model in transformers as its
-forward pass does.
+"""Check of the matrices that `effopd analyze` finds in every model type, by its forward pass.
 
     python benchmarks/layouts.py              # all types; writes the tables of docs/layouts.md
     python benchmarks/layouts.py TYPE …       # these types; prints their rows
 
-Each model type is built tiny and random and saved. Then one kind of matrix at a time is changed *in
-the file*, through `Part.put`, and the model is loaded again. What the change does to the output of
-the attention or the MLP of a layer tells what was changed, whatever it is called and however it is
-stored. With x the input of the last token and d ⟂ x:
+Each causal-LM type of transformers is built tiny with random weights and saved. Then one kind of
+matrix at a time is changed *in the file* through `Part.put`, and the model is loaded again. The
+change in the output of the attention or MLP of a layer identifies the matrix, for any name and
+storage layout. With x the input of the last token and d ⟂ x:
 
     attention   one token, any change       last of four tokens, change along d
     q           nothing                     nothing (q is that of the last token alone)
@@ -20,8 +19,8 @@ stored. With x the input of the last token and d ⟂ x:
     up          nothing                     twice the effect where there is a gate
     down        one row moves one coordinate of the output
 
-Attention with sinks, or without a softmax, does not follow the first table; there only whole rows
-of it are compared.
+Attention with sinks or without a softmax does not follow the first column. Matrices that are stored
+unfused are therefore compared by the second column alone.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ SIZES: dict[str, Any] = {
     "encoder_layers": 1, "decoder_layers": 2, "mamba_n_groups": 1, "vocab_size": 96, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-#: What single model types need besides, or cannot have (`None`).
+#: Further settings of single model types; `None`: the type lacks the setting.
 SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -118,7 +117,7 @@ def _has(config: Any, key: str) -> bool:
 
 @dataclass
 class Finding:
-    """What was found about one model type."""
+    """Results for one model type."""
 
     kind: str
     attention: list[str] = field(default_factory=list)
@@ -130,7 +129,7 @@ class Finding:
 
 
 class Model:
-    """A saved tiny model, and what its layers compute from an edited file."""
+    """A saved tiny model, with the outputs of its layers for an edited file."""
 
     def __init__(self, kind: str, folder: Path):
         self.folder = folder
@@ -150,9 +149,7 @@ class Model:
         self.base = self.outputs({})
 
     def outputs(self, edited: dict[str, Tensor]) -> dict[tuple[str, int, int], tuple[Tensor, Tensor]]:
-        """(module, layer, tokens) → input and output of it, float64, with these tensors edited in
-        the file.
-        """
+        """(module, layer, tokens) → its input and output, float64, with `edited` tensors."""
         names = (*self.checkpoint.shapes, *self.checkpoint.tables)
         tensors = {n: self.checkpoint.load(n) if n in self.checkpoint.shapes else self.checkpoint.load_table(n)
                    for n in names} | edited  # fmt: skip
@@ -176,7 +173,7 @@ class Model:
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[tuple[tuple[str, int], torch.nn.Module]]:
-    """(attention or mlp, layer) → module, of every layer."""
+    """((attention or mlp, layer), module) of every layer."""
     for name, module in model.named_modules():
         place = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(?:\w+\.)?(\w+)$", name)
         if place is not None and "encoder." not in name.replace("decoder.", ""):
@@ -197,12 +194,12 @@ def _recorder(found: dict, key: tuple[str, int, int]) -> Callable:
 
 
 def label(part: Part) -> str:
-    """`attention.q`, or `mlp.experts.gate` of all experts together."""
+    """`attention.q`, or `mlp.experts.gate` for all experts of a layer."""
     return f"{part.place.module}.{re.sub(r'experts[.][0-9]+[.]', 'experts.', part.place.matrix)}"
 
 
 def edited(model: Model, parts: list[Part], change: Callable[[Part], Tensor]) -> dict[str, Tensor]:
-    """The tensors of these parts, with `change(part)` added."""
+    """The tensors of these parts with `change(part)` added."""
     tensors: dict[str, Tensor] = {}
     for part in parts:
         tensor = tensors.setdefault(part.tensor, model.checkpoint.load(part.tensor).double())
@@ -211,9 +208,7 @@ def edited(model: Model, parts: list[Part], change: Callable[[Part], Tensor]) ->
 
 
 def rank_one(part: Part, along: Tensor | None, size: float = 1.0) -> Tensor:
-    """A change of every row, by another multiple each, along one direction of the inputs (or a
-    random one).
-    """
+    """Random rank-one change of a part, with a row space orthogonal to `along`, if given."""
     generator = torch.Generator().manual_seed(7)
     rows = torch.randn(part.shape[0], 1, generator=generator, dtype=torch.float64)
     columns = torch.randn(1, part.shape[1], generator=generator, dtype=torch.float64)
@@ -229,8 +224,9 @@ def moved(a: Tensor, b: Tensor) -> bool:
 
 
 def attention_sign(model: Model, parts: list[Part], layer: int) -> tuple[bool, bool] | None:
-    """How an attention matrix shows in the output; `None` where the layer was not found or the
-    input is another.
+    """(one token, last of four tokens): whether changes of the matrix move the attention's output.
+
+    `None`: the layer was not found, or its input has another width.
     """
     if ("attention", layer, 4) not in model.base:
         return None
@@ -244,7 +240,7 @@ def attention_sign(model: Model, parts: list[Part], layer: int) -> tuple[bool, b
 
 
 def mlp_sign(model: Model, parts: list[Part], layer: int) -> str | None:
-    """`gate`, `up`, `down` or `mixed`, from the output; `None` where the layer was not found."""
+    """`gate`, `up`, `down` or `mixed`, from the MLP's output; `None`: not identified."""
     key = ("mlp", layer, 1)
     if key not in model.base or not parts[0].is_matrix:
         return None
@@ -286,7 +282,7 @@ def examine(kind: str) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         try:
             model = Model(kind, Path(folder))
-        except Exception as error:  # anything: configurations that cannot be made small, missing packages
+        except Exception as error:  # for example configurations that cannot be small, missing packages
             finding.problem = " ".join(f"{type(error).__name__}: {error}".split())[:90]
             return finding
         if not covered(model):
@@ -302,25 +298,25 @@ def examine(kind: str) -> Finding:
             getattr(finding, parts[0].place.module).append(name.partition(".")[2])
             try:
                 compare(finding, model, name, parts)
-            except Exception as error:  # a file that the model does not accept is a finding
+            except Exception as error:  # a file that the model rejects is a result
                 finding.contradicted.append(f"{name}: {type(error).__name__}")
     return finding
 
 
 def compare(finding: Finding, model: Model, name: str, parts: list[Part]) -> None:
-    """Note whether the forward pass confirms a label."""
+    """Record whether the forward pass confirms a label."""
     matrix, layer = name.rpartition(".")[2], parts[0].place.layer or 0
-    here = [part for part in parts if part.place.layer == layer]
+    of_layer = [part for part in parts if part.place.layer == layer]
     if name.startswith("attention.") and matrix in _SIGNS:
-        sign = attention_sign(model, here, layer)
+        sign = attention_sign(model, of_layer, layer)
         if sign is not None:
-            ok = sign == _SIGNS[matrix] or (not _fused(here[0]) and sign[1] == _SIGNS[matrix][1])
+            ok = sign == _SIGNS[matrix] or (not _fused(of_layer[0]) and sign[1] == _SIGNS[matrix][1])
             (finding.confirmed if ok else finding.contradicted).append(name)
     elif name.startswith("mlp.") and matrix in ("gate", "up", "down"):
-        found = mlp_sign(model, here, layer)
-        if found is not None:
+        identified = mlp_sign(model, of_layer, layer)
+        if identified is not None:
             lone = matrix == "up" and name.replace(".up", ".gate") not in {label(p) for p in model.parts}
-            ok = found == matrix or (lone and found == "gate")
+            ok = identified == matrix or (lone and identified == "gate")
             (finding.confirmed if ok else finding.contradicted).append(name)
 
 

@@ -1,11 +1,10 @@
-"""The dry run's memory estimate against the peak of real runs: two steps on the CPU, one process
-each.
+"""Memory estimate of the dry run against the peak memory of real two-step runs on the CPU.
 
     python benchmarks/memory_estimate.py --sizes 20M 60M 135M --out runs/memory_estimate
 
-For every size, with and without activation checkpointing, a random Llama-shaped pair is written,
-`effopd train` runs two steps in a process of its own, and its peak resident memory (`ru_maxrss`) is
-printed beside the estimate. One run at a time; the largest takes about 12 GB.
+For every size, with and without activation checkpointing, a random Llama-shaped pair is written and
+`effopd train` runs two steps in its own process. Prints its peak resident memory (`ru_maxrss`) and
+the estimate. One run at a time; the largest takes about 12 GB.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SIZES = {
 
 
 def write_pair(folder: Path, size: str) -> None:
-    """A student and a teacher of that size, with a byte tokenizer, and 64 problems."""
+    """Write a student and a teacher of that size, a byte tokenizer, and 64 problems."""
     hidden, layers, inner, heads, key_values, vocab = SIZES[size]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inside = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
@@ -65,7 +64,7 @@ def write_pair(folder: Path, size: str) -> None:
 
 
 def command(folder: Path, *, checkpointing: bool, rows: int, answer: int) -> list[str]:
-    """The flags of a run."""
+    """Flags of a run."""
     return [
         "--model_name_or_path",
         str(folder / "student"),
@@ -97,16 +96,16 @@ def command(folder: Path, *, checkpointing: bool, rows: int, answer: int) -> lis
 
 
 def estimate(flags: list[str]) -> int:
-    """The dry run's "most at once" on one device, in bytes."""
+    """The dry run's estimated peak memory on one device, in bytes."""
     settings = parse_train(flags)
     tokenizer = load_tokenizer(str(settings.model.model_name_or_path))
-    found = estimate_memory(settings, load_prompts(settings.task, settings.opd, tokenizer, "").longest)
-    assert found is not None, "the models are on disk"
-    return found.peaks[0]
+    memory = estimate_memory(settings, load_prompts(settings.task, settings.opd, tokenizer, "").longest)
+    assert memory is not None, "the models are on disk"
+    return memory.peaks[0]
 
 
 def peak(flags: list[str]) -> int:
-    """Peak resident bytes of `effopd train` with these flags."""
+    """Peak resident memory of `effopd train` with these flags, in bytes."""
     code = (
         "import resource, sys; from effopd.commands.main import main; status = main(['train', *sys.argv[1:]]);"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(status)"
@@ -122,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rows", type=int, default=32, help="rollouts per step")
-    parser.add_argument("--answer", type=int, default=48, help="tokens of an answer")
+    parser.add_argument("--answer", type=int, default=48, help="tokens per answer")
     parser.add_argument("--out", type=Path, default=Path("runs/memory_estimate"))
     arguments = parser.parse_args()
     for size in arguments.sizes:
@@ -132,10 +131,10 @@ def main() -> None:
             folder.mkdir(parents=True)
             write_pair(folder, size)
             flags = command(folder, checkpointing=checkpointing, rows=arguments.rows, answer=arguments.answer)
-            told, took = estimate(flags), peak(flags)
+            estimated, measured = estimate(flags), peak(flags)
             print(
-                f"{size} {'with' if checkpointing else 'without'} checkpointing: estimated {told / 1e9:.2f} GB, "
-                f"measured {took / 1e9:.2f} GB, {told / took - 1:+.0%}",
+                f"{size} {'with' if checkpointing else 'without'} checkpointing: estimated {estimated / 1e9:.2f} GB, "
+                f"measured {measured / 1e9:.2f} GB, {estimated / measured - 1:+.0%}",
                 flush=True,
             )
             shutil.rmtree(folder)

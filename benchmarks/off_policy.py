@@ -1,24 +1,22 @@
-"""Does it matter that candidates are scored on rollouts of W, and how many rollouts does a decision
-need?
+"""Scoring candidates on rollouts of W: bias, alternatives, and number of rollouts per decision.
 
     .venv/bin/python benchmarks/off_policy.py [--family chain_sum] [--seed 0] [--max_steps 24]
     [--out docs/off_policy.json]
 
-At every search of a `line_search` run, every scale of a grid is scored in all these ways, and by
-the truth: the exact reverse KL on 256 held-out prompts that the candidate answers itself.
+At every search of a `line_search` run, every scale of a grid is scored in the four ways below. The
+truth is the exact reverse KL on the candidate's own answers to 256 held-out prompts.
 
-- `plain`: on the rollouts of W as they are, what `teacher_kl` does;
-- `weighted`: the same with self-normalised importance weights of the prefixes, cut off at 10;
+- `plain`: on the rollouts of W, as `teacher_kl` does;
+- `weighted`: `plain` with self-normalized importance weights of the prefixes, truncated at 10;
 - `trusted`: `plain`, among the candidates with KL(candidate ‖ W) <= --radius nats per token on the
     same tokens;
-- `confirmed`: `plain`'s two best, rolled out again on 32 training prompts and scored on that (its
-    cost: generation).
+- `confirmed`: the two best of `plain`, scored on their own answers to 32 training prompts. Its cost
+    includes generation.
 
-Printed: the mean truth of what each picks, relative to the best of the grid and to staying, and the
-seconds of scoring relative to `plain`. The training run itself goes on with its own search.
-
-Also the gate's errors (`gate_errors`), by simulation from the 256 rollouts' real gains, and what a
-sequential test would save (`racing`).
+Prints the true KL of the picks relative to the best of the grid and to s = 0 (geometric means), and
+the scoring time relative to `plain`. Training continues with its own search. Also simulates the
+gate's errors from the 256 rollouts' real gains (`gate_errors`), and the savings of a sequential
+test (`racing`).
 """
 
 from __future__ import annotations
@@ -49,9 +47,7 @@ CUT = 10.0
 
 
 class Watching(RolloutScorer):
-    """`teacher_kl`, and before the first candidate of a search all ways of scoring the whole
-    grid.
-    """
+    """`teacher_kl` scorer that scores the whole grid in all ways before every search."""
 
     rows: list[dict]
 
@@ -147,8 +143,9 @@ class Watching(RolloutScorer):
 
 
 def summary(rows: list[dict], radius: float) -> dict:
-    """What each way of scoring picks, in truth: KL of the pick over the best of the grid (geometric
-    mean) …
+    """True KL of the picks of each way of scoring, relative to the best scale and to s = 0.
+
+    Means are geometric. `worse_by_5_percent` counts picks whose KL exceeds that of s = 0 by 5 %.
     """
     stay = GRID.index(0.0)
     excess: dict[str, list[float]] = {}
@@ -184,11 +181,16 @@ def summary(rows: list[dict], radius: float) -> dict:
 
 
 def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str, dict[str, float]]:
-    """Line searches on `rollouts` of the rollouts (scales of the grid, no refinement), by gate: how
-    often they jump ahead where there is nothing to find (each rollout's gains times a random sign:
-    the same sizes, and a true gain of 0), how often on the gains as they are, and how often to a
-    point that is in truth worse than staying; the same of steps back, which every gate lets pass on
-    any gain."""
+    """Rates of jumps by gate, from line searches on random subsets of `rollouts` rollouts.
+
+    Searches use the scales of the grid, without refinement.
+
+    - `false`: forward jumps if the true gain is 0 (each rollout's gains times a random sign)
+    - `jumps`: forward jumps on the real gains
+    - `harmful`: forward jumps on the real gains to a truly worse point
+    - `false_back`, `back`, `harmful_back`: the same for backward jumps, which every gate accepts at
+      any gain
+    """
     rng, stay = np.random.default_rng(0), GRID.index(0.0)
     gates = {"better": ("better", 2.0)} | {f"significant {z:g}": ("significant", z) for z in (1.0, 1.5, 2.0, 3.0)}
     counts = {
@@ -221,13 +223,15 @@ def gate_errors(rows: list[dict], rollouts: int, repeats: int = 400) -> dict[str
                 counts[name]["back"] += real < 0
                 counts[name]["harmful_back"] += real < 0 and worse
     total = len(rows) * repeats
-    return {name: {key: value / total for key, value in found.items()} for name, found in counts.items()}
+    return {name: {key: value / total for key, value in of_gate.items()} for name, of_gate in counts.items()}
 
 
 def racing(rows: list[dict], rollouts: int = 32, block: int = 8, repeats: int = 200) -> dict[str, float]:
-    """What a sequential test would save: candidates are scored block by block and dropped as soon
-    as they are worse than the start by two standard errors. Share of the scored rollouts saved, and
-    of searches that end elsewhere."""
+    """Savings of a sequential test: share of scored rollouts saved, and share of changed results.
+
+    Candidates are scored block by block and dropped once they are worse than the start by two
+    standard errors.
+    """
     rng, stay = np.random.default_rng(0), GRID.index(0.0)
     scored = saved = changed = searches = 0
     for row in rows:

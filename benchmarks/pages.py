@@ -1,4 +1,4 @@
-"""Rewrite the generated blocks of a Markdown page; everything outside of them is written by hand.
+"""Rewriting of the generated blocks of a Markdown page; the rest is written by hand.
 
 A block is the text between `<!-- NAME -->` and `<!-- end of NAME -->`, each on a line of its own.
 """

@@ -1,13 +1,12 @@
-"""What `parameters=attention+mlp` and `released-code` move, in every decoder that transformers
-knows.
+"""Parameters moved by `parameters=attention+mlp` and `released-code` in every decoder type.
 
-    python benchmarks/parameter_rules.py               # the table; one to two minutes on one core
-    python benchmarks/parameter_rules.py llama mllama  # these types, with the names that stay
+    python benchmarks/parameter_rules.py               # all types; one to two minutes on one core
+    python benchmarks/parameter_rules.py llama mllama  # these types
 
-Models are built from the default configuration of their type, on the meta device: no memory, no
-network, no weights. Every part of a block that holds a matrix and does not move is listed;
-`EXPECTED` says why it stays. The exit status is 1 if a part is not in `EXPECTED`, or a type has no
-attention or no MLP that moves.
+Models are built from the default configuration of each type of transformers on the meta device,
+which needs no memory, network or weights. The table lists the parts of blocks that do not move,
+without norms and biases. `EXPECTED` gives the reason for each. The exit status is 1 if a part is
+not in `EXPECTED`, or if a type has no attention or no MLP that moves.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from effopd.errors import ConfigError
 from effopd.extrapolate.parameter_rules import select
 
-#: Settings without which a configuration's defaults make no model.
+#: Settings for types whose default configuration builds no model.
 SETTINGS: Mapping[str, dict] = {
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64, "num_experts": 2, "moe_topk": 1},
@@ -36,8 +35,8 @@ SETTINGS: Mapping[str, dict] = {
     "reformer": {"is_decoder": True},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
 }
-#: Parts of a block that stay: they act on the residual stream between attention and MLP, or feed
-#: it.
+#: Parts of a block that are not moved: they act on, or feed, the residual stream between attention
+#: and MLP.
 EXPECTED: Mapping[str, str] = {
     "attn_hc": "hyper-connections",
     "ffn_hc": "hyper-connections",
@@ -74,7 +73,7 @@ def model_of(kind: str) -> torch.nn.Module:
 
 
 def staying(names: list[str], moved: set[str]) -> list[str]:
-    """Parts of the numbered blocks that do not move, norms and biases left out."""
+    """Parts of the numbered blocks that do not move, without norms and biases."""
     parts = set()
     for name in names:
         inside = re.search(r"\.\d+\.(.+)$", name) if name not in moved else None
@@ -85,7 +84,7 @@ def staying(names: list[str], moved: set[str]) -> list[str]:
 
 
 def main() -> int:
-    """Print the table; 1 if a part stays that nobody decided to leave."""
+    """Print the table; return 1 if an unexpected part does not move."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; default: all")
     arguments = parser.parse_args()
@@ -99,7 +98,7 @@ def main() -> int:
     for kind in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             sizes = {name: p.numel() for name, p in model_of(kind).named_parameters()}
-        except Exception as error:  # a default configuration that makes no model is the host's matter
+        except Exception as error:  # some default configurations build no model
             print(f"| {kind} | not built: {type(error).__name__}: {str(error).strip().splitlines()[0][:60]} | | | |")
             continue
         built += 1

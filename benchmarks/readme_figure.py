@@ -1,6 +1,4 @@
-"""The README's figure: held-out KL against net seconds, with plain OPD at the reference and at its
-best learning rate.
-"""
+"""The README's figure: held-out KL against net seconds, with plain OPD at two learning rates."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ NOTE = (
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """One panel per task, four curves."""
+    """Draw one panel per task with four curves."""
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")
     look = Lookup(results)
@@ -59,7 +57,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def band(curves: Sequence[Mapping[str, list[float]]]) -> tuple[np.ndarray, ...]:
-    """Net seconds, and the median, lowest and highest smoothed KL of several runs on them."""
+    """Net seconds, and the median, lowest and highest smoothed KL of several runs."""
     seconds = np.linspace(0, min(curve["seconds"][-1] for curve in curves), 300)
     values = [[math.inf if kl is None else kl for kl in curve["kl"]] for curve in curves]
     kl = np.array([np.interp(seconds, curve["seconds"], smooth(v)) for curve, v in zip(curves, values, strict=True)])

@@ -1,13 +1,12 @@
-"""Tables and figure of README.md, docs/findings.md, docs/batch_size.md and docs/guide.md, from the
-JSON files in docs/.
+"""Generated tables and figure of the README and three docs pages, from the JSON files in docs/.
 
     effopd compare --report runs/compare --out docs
     effopd compare --report runs/compare-ablation --out docs/ablation
     .venv/bin/python benchmarks/readme_results.py            # rewrite the tables
     .venv/bin/python benchmarks/readme_results.py --figure   # redraw docs/readme.png too
 
-Only the blocks between markers are generated (`pages.py`); the sentences around them are written by
-hand.
+The pages are README.md, docs/findings.md, docs/batch_size.md and docs/guide.md. Only the blocks
+between markers are generated (`pages.py`); the rest is written by hand.
 """
 
 from __future__ import annotations
@@ -52,9 +51,7 @@ class Figures:
         }
 
     def speed(self, task: str, strategy: str, axis: str = "seconds", **kwargs) -> str:
-        """Speed-up with its interval, at the reference learning rate; `kwargs` as of
-        `Lookup.speedup`.
-        """
+        """Speed-up with its interval at the reference rate; `kwargs` as in `Lookup.speedup`."""
         return times(self.look.speedup(task, (strategy, self.reference), axis, **kwargs))
 
     def at(self, rate: float) -> str:
@@ -62,22 +59,18 @@ class Figures:
         return factor(rate, self.reference)
 
     def any_rate(self, task: str, target: str, axis: str) -> tuple[str, str]:
-        """Against plain OPD at its best: range of the medians of `line_search` over its learning
-        rates, and the worst seed.
-        """
+        """Over plain OPD at its best: range of medians over line_search's rates, and worst seed."""
         rows = [self.look.speedup(task, ("line_search", r), axis, target, rate="best") for r in self.rates]
         medians, lows = ([row[key] for row in rows if row] for key in ("median", "low"))
         return f"{min(medians):.2f}–{max(medians):.2f}×", f"{min(lows):.2f}×"
 
     def same_rate(self, task: str, strategy: str, rate: float) -> str:
-        """Steps against plain OPD at the same rate, to its own end there."""
+        """Speed-up in steps over plain OPD at the same rate, to its final KL at that rate."""
         row = self.own[task, strategy, rate]
         return times(row) + (f", {row['reached']} of {row['n']}" if row["reached"] < row["n"] else "")
 
     def off_again(self, task: str, strategy: str, *rates: float) -> str:
-        """Share of later evaluations above the target again, of runs that arrived; the range over
-        several rates.
-        """
+        """Share of evaluations after reaching the target that are above it; range over rates."""
         cells = [self.look.again(task, (strategy, rate)).split(" ")[0] for rate in rates]
         shares = sorted({int(cell.rstrip("%")) for cell in cells if cell != "–"})
         return f"{shares[0]} %" if len(shares) == 1 else f"{shares[0]}–{shares[-1]} %"
@@ -100,9 +93,7 @@ def readme_table(docs: Mapping[str, Any]) -> str:
 
 
 def best_small_batch(docs: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Plain OPD with small batches at its fastest learning rate, in net seconds, over `line_search`
-    with large ones.
-    """
+    """Plain OPD with small batches at its fastest rate, over `line_search` with large batches."""
     rows = [
         row
         for row in compared(docs["results"], docs["ablation"])
@@ -112,16 +103,14 @@ def best_small_batch(docs: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def inverse(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The speed-up the other way round: the median of an odd number of ratios is inverted exactly,
-    the ends change places.
-    """
+    """Reciprocal speed-up: ends swap; the median is exact for an odd number of ratios."""
     flipped = {0: None, None: 0.0}
     ends = {"median": "median", "low": "high", "high": "low"}
     return dict(row) | {end: flipped[row[of]] if row[of] in flipped else 1 / row[of] for end, of in ends.items()}
 
 
 def findings(docs: Mapping[str, Any]) -> dict[str, str]:
-    """The blocks of docs/findings.md."""
+    """Generated blocks of docs/findings.md."""
     f = Figures(docs["results"])
     return {
         "speed": speed(f),
@@ -149,7 +138,7 @@ def speed(f: Figures) -> str:
 
 
 def same_rate(f: Figures) -> str:
-    """Steps, both at the same learning rate, to plain OPD's end at that rate."""
+    """Speed-up in steps over plain OPD at the same learning rate, to its final KL at that rate."""
     arms = [(strategy, task) for strategy in ("line_search", "effopd") for task in TASKS]
     rates = [rate for rate in f.rates if all((task, strategy, rate) in f.own for strategy, task in arms)]
     head = [f"`{strategy}`, {NAMES[TASKS.index(task)]}" for strategy, task in arms]
@@ -158,9 +147,7 @@ def same_rate(f: Figures) -> str:
 
 
 def plain_rates(f: Figures) -> str:
-    """The learning rate at which plain OPD reaches a target soonest, and how much sooner than at
-    the reference rate.
-    """
+    """Fastest learning rate of plain OPD for a target, and its speed-up over the reference rate."""
     rows = []
     for target, label in (("reference_kl", "final KL of plain OPD at ×1"), ("gap_90", "90 % of the way")):
         cells = []
@@ -175,7 +162,7 @@ def plain_rates(f: Figures) -> str:
 
 
 def any_rate(f: Figures) -> str:
-    """`line_search` from any of its learning rates against plain OPD at its best."""
+    """`line_search` at each of its learning rates against plain OPD at its best."""
     rows = [
         [label, axis, *(cell for task in TASKS for cell in f.any_rate(task, target, key))]
         for target, label in (("reference_kl", "final KL of plain OPD at ×1"), ("gap_90", "90 % of the way"))
@@ -185,7 +172,7 @@ def any_rate(f: Figures) -> str:
 
 
 def off_again(f: Figures) -> str:
-    """How often runs that have reached the target are above it later."""
+    """Share of evaluations after reaching the target that are above it again."""
     rates = {s: sorted(rate for strategy, rate in f.look.arms if strategy == s) for s in ("effopd", "line_search")}
     ten = next(rate for rate in f.rates if f.at(rate) == "×10")
     arms = {
@@ -281,9 +268,7 @@ def small_batch(docs: Mapping[str, Any]) -> str:
 
 
 def figure_targets(f: Figures) -> str:
-    """Steps at which `line_search` from the reference rate reaches the target; evaluations are
-    every few steps.
-    """
+    """Steps at which `line_search` from the reference rate reaches the target."""
     steps = [
         [run["targets"]["reference_kl"]["steps"] for run in f.look.runs(task, ("line_search", f.reference))]
         for task in TASKS
@@ -298,7 +283,7 @@ def figure_targets(f: Figures) -> str:
 
 
 def demo(summary: dict[str, Any]) -> str:
-    """Output of `effopd quickstart`, without the paths at its end."""
+    """Output of `effopd quickstart`, without the final paths."""
     console = Console(soft_wrap=True, width=80, file=io.StringIO(), force_terminal=False)
     console.print(quickstart._table(summary))
     console.print(quickstart._verdict(summary))
@@ -314,7 +299,7 @@ def _base(docs: Mapping[str, Any], grid: str) -> dict[str, Any]:
 
 
 def published(docs: Path = DOCS) -> dict[str, Any]:
-    """The JSON files that the tables are made from."""
+    """JSON files behind the tables, by name."""
     files = {
         "results": "results.json", "final_quality": "final_quality.json", "ablation": "ablation/results.json",
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",

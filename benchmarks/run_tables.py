@@ -1,8 +1,8 @@
-"""The tables of fields at the end of `docs/reading-a-run.md`, from the records themselves.
+"""Tables of fields at the end of docs/reading-a-run.md, generated from the records.
 
     python benchmarks/run_tables.py
 
-Writes everything after `MARK`; a test asks that it is up to date.
+Rewrites everything after `MARK`; a test checks that it is up to date.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SECTIONS: dict[str, type[Record]] = {
 
 
 def table(record: type[Record]) -> str:
-    """The fields of a record that are columns of their own."""
+    """Table of the fields of a record that are columns."""
     columns = [(name, kind) for name, kind in fields_of(record) if isinstance(kind, Column)]
     rows = [(f"`{column.key or record.prefix + name}`", column.text, column.unit) for name, column in columns]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
@@ -46,7 +46,7 @@ def table(record: type[Record]) -> str:
 
 
 def tables() -> str:
-    """All sections, as Markdown."""
+    """All sections as Markdown."""
     parts = [
         f"### {title}\n\n{' '.join((inspect.getdoc(record) or '').split())}\n\n{table(record)}\n"
         for title, record in SECTIONS.items()
@@ -55,7 +55,7 @@ def tables() -> str:
 
 
 def page(text: str) -> str:
-    """The page with its tables made anew."""
+    """The page with regenerated tables."""
     prose, mark, _ = text.partition(MARK)
     return f"{prose}{mark}\n{tables()}"
 

@@ -1,13 +1,12 @@
-"""What the look-ahead costs at scale: bytes a rank and seconds a search for 1.7B to 32B students on
-1, 8 and 32 GPUs.
+"""Cost of the look-ahead for 1.7B to 32B students on 1, 8 and 32 GPUs: memory and time.
 
     .venv/bin/python benchmarks/scale_table.py [--bandwidth 3350] [--link 55] [--write]
 
-Bytes follow from the configurations alone (`effopd.launch.model_states`, which a test checks
-against a real step). Seconds are bytes moved / bandwidth: `--bandwidth` is the memory's, in GB/s,
-`--link` that between GPU and host for an anchor in pinned host memory. The defaults are an H100's
-data-sheet figures, not measurements. What share of the copy bandwidth `LiveWeights` reaches is
-measured on this machine, in this run, and applied.
+Bytes per rank follow from the configurations (`effopd.launch.model_states`, which a test checks
+against a real step). Seconds are bytes moved / bandwidth. `--bandwidth` is that of GPU memory;
+`--link` is that between GPU and host, for an anchor in pinned host memory. The defaults are H100
+data-sheet values, not measurements. The seconds include the share of the copy bandwidth that
+`LiveWeights` reaches, which is measured on this machine in the same run.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ SHAPES = {
     "32B": (5120, 64, 64, 25600, False),
 }
 RANKS = (1, 8, 32)
-#: Passes over the moved parameters: a candidate reads the origin and the anchor and writes the
-#: parameter; …
+#: Passes over the moved parameters. A candidate takes three: read origin and anchor, write.
 CANDIDATE, BEGIN, COMMIT, NORM = 3, 2, 2, 2
 
 
@@ -53,9 +51,7 @@ def config(hidden: int, layers: int, heads: int, width: int, tied: bool) -> Qwen
 
 
 def efficiency(megabytes: int = 512, repeats: int = 5) -> float:
-    """`move_to` against the same bytes copied: (bytes it must move / its seconds) / (copy's bytes /
-    its seconds).
-    """
+    """Bandwidth of `move_to` (bytes moved / seconds), relative to that of a plain copy."""
     model = nn.ParameterList(nn.Parameter(torch.randn(megabytes * 2**20 // 4 // 16)) for _ in range(16))
     weights = LiveWeights(model, "all")
     with torch.no_grad():
@@ -72,12 +68,12 @@ def efficiency(megabytes: int = 512, repeats: int = 5) -> float:
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    ideal = best(lambda: other.copy_(size)) / 2  # seconds a pass
+    ideal = best(lambda: other.copy_(size)) / 2  # seconds per pass
     return CANDIDATE * ideal / best(lambda: weights.move_to(2.0))
 
 
 def inputs_table(bandwidth: float, link: float, share: float) -> str:
-    """The figures that the seconds rest on."""
+    """Inputs of the time estimates."""
     rows = [
         ("GPU memory bandwidth", f"{bandwidth:g} GB/s", "data sheet (H100)"),
         ("GPU to pinned host memory", f"{link:g} GB/s", "data sheet (H100)"),

@@ -1,17 +1,17 @@
-"""What does looking ahead cost beyond the answers it samples?
+"""Overhead of a search beyond sampling and scoring its answers.
 
     .venv/bin/python benchmarks/search_overhead.py [--steps 33] [--repeats 3]
 
-Trains the testbed twice per repeat, without EffOPD and with an EffOPD whose every search rejects
-its first candidate (two scorings a search, the weights end where they were). Reports, as ratios
+Trains on the testbed twice per repeat: without EffOPD, and with an EffOPD that rejects the first
+candidate of every search. That is two scorings per search, and the weights are restored. Reports,
 within one process:
 
-- overhead: (search seconds − seconds inside the scorer) / net seconds of the run. Target: below 2
-    %;
-- the difference of the two runs' net seconds that the scorer does not explain, as a share; noisy, a
-    cross-check.
+- overhead: (search seconds − seconds inside the scorer) / net seconds of the run. Target: below
+    2 %;
+- unexplained: (difference of the two runs' net seconds − seconds inside the scorer) / net seconds;
+    a noisy cross-check.
 
-Both runs end with the same weights, which is asserted.
+Asserts that both runs end with the same weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from effopd.tasks import builtin_models as testbed
 
 
 class Rejecting(AccuracyScorer):
-    """Samples and grades like the real one, but every score is lower than the one before."""
+    """Scorer that samples and grades, but returns a lower score at every call."""
 
     calls = 0
     seconds = 0.0

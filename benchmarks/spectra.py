@@ -1,13 +1,12 @@
-"""Spectral metrics and leading directions of one large update against `torch.linalg.svd`, in one
-run.
+"""Speed and accuracy of spectral metrics and leading directions against `torch.linalg.svd`.
 
     .venv/bin/python benchmarks/spectra.py [--rows 4096] [--columns 12288] [--repeats 3] [--device
     cpu]
 
 The update is that of two bfloat16 checkpoints: 40 directions with s_i ∝ 0.9^i, a full-rank tail,
-and the rounding of both to bfloat16. Times are medians over the repeats, interleaved; the SVD is
-float32 with `full_matrices=False`, as the paper's scripts call it. Accuracy is against a float64
-SVD. Run it alone on the machine.
+and the rounding of both sides. Times are medians over interleaved repeats. The SVD is float32 with
+`full_matrices=False`, as in the paper's scripts. Accuracy is relative to a float64 SVD. Run it on
+an idle machine.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def make_update(rows: int, columns: int, device: str) -> tuple[torch.Tensor, tor
 
 
 def seconds(call, device: str) -> tuple[float, object]:
-    """Wall-clock seconds of `call()`, and what it returned."""
+    """Wall-clock seconds of `call()`, and its result."""
     start = time.perf_counter()
     result = call()
     if device != "cpu":
@@ -74,15 +73,15 @@ def main() -> None:
         f"threads, torch {torch.__version__}"
     )
     for name, taken in times.items():
-        ratios = [svd / own for svd, own in zip(times["svd"], taken, strict=True)]
+        ratios = [svd / method for svd, method in zip(times["svd"], taken, strict=True)]
         print(
             f"{name:12} {statistics.median(taken):7.2f} s   {statistics.median(ratios):5.1f}× faster than the SVD "
             f"(repeats: {', '.join(f'{ratio:.1f}' for ratio in ratios)})"
         )
     del results["svd"]
     u, s, vt = torch.linalg.svd(trained.double() - base.double(), full_matrices=False)
-    expected, found = spectrum_metrics(s, shape), results["spectrum"]
-    worst = max(abs(found[name] / expected[name] - 1) for name in expected)
+    expected, measured = spectrum_metrics(s, shape), results["spectrum"]
+    worst = max(abs(measured[name] / expected[name] - 1) for name in expected)
     print(f"largest relative error of a spectral metric against float64: {worst:.1e}")
     top = results["top 20"]
     k = len(top.s_K)

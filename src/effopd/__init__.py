@@ -1,7 +1,6 @@
-"""effopd: on-policy distillation with look-ahead along the weight update, and the instrument that
-shows why it works.
+"""On-policy distillation with look-ahead along the weight update, and tools to analyze updates.
 
-`import effopd` is light; each public name is imported when first used.
+`import effopd` is light: each public name is imported on first use.
 """
 
 from __future__ import annotations

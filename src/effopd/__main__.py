@@ -1,4 +1,4 @@
-"""`python -m effopd`, which launchers like torchrun and accelerate start."""
+"""Entry point of `python -m effopd`, for launchers such as torchrun and accelerate."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Typed errors: what was expected, what came, what to do.
+"""Typed errors, each a subclass of `EffOPDError` and of a standard-library error.
 
-Every error a user can cause derives from `EffOPDError` *and* from the standard-library error it
-specialises, so `except ValueError` keeps working in code that does not know this package. Plain
-`assert` is for our own bugs only.
+A message names the field, the value it has, the value expected and the fix. Because `ConfigError`
+is also a `ValueError`, code that does not know this package can still use `except ValueError`.
+`assert` is reserved for bugs in this package.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from contextlib import contextmanager
 
 
 class EffOPDError(Exception):
-    """Base of every error raised by `effopd` on purpose."""
+    """Base class of all errors that `effopd` raises deliberately."""
 
 
 class ConfigError(EffOPDError, ValueError):
-    """A setting is out of range or contradicts another one."""
+    """A setting is out of range or contradicts another setting."""
 
 
 class TaskError(EffOPDError, ValueError):
-    """A task, its rows or its verifier cannot be used."""
+    """A task, its rows or its verifier is unusable."""
 
 
 class CompatibilityError(EffOPDError, ValueError):
-    """Student, teacher and tokenizer do not fit together."""
+    """A model cannot be used, or student, teacher and tokenizer are incompatible."""
 
 
 class WeightsError(EffOPDError, ValueError):
@@ -32,17 +32,16 @@ class WeightsError(EffOPDError, ValueError):
 
 
 class NonFiniteWeightsError(WeightsError):
-    """A candidate point contains NaN or infinity; the candidate is rejected, training goes on."""
+    """A candidate contains NaN or infinity. The search rejects it and training continues."""
 
 
 class NonFiniteLossError(EffOPDError, ArithmeticError):
-    """The loss, or what the model predicts, is NaN or infinite; nothing was updated with it."""
+    """The loss or the model's predictions are NaN or infinite. No update used them."""
 
 
 @contextmanager
 def finite_predictions() -> Iterator[None]:
-    """Around sampling: torch's complaint about probabilities that are not finite becomes a
-    `NonFiniteLossError`.
+    """Turn torch's error about non-finite sampling probabilities into a `NonFiniteLossError`.
 
     Raises:
         NonFiniteLossError: the model has diverged.
@@ -53,25 +52,22 @@ def finite_predictions() -> Iterator[None]:
         if "probability tensor contains" not in str(error):
             raise
         raise NonFiniteLossError(
-            "the model's predictions are not finite, so nothing can be sampled from them "
-            f"({error}). The weights have diverged: "
-            "lower the learning rate, and resume from an earlier checkpoint."
+            f"the model's predictions are not finite, so sampling failed ({error}). The weights "
+            "have diverged: lower the learning rate and resume from an earlier checkpoint."
         ) from error
 
 
 class ScorerError(EffOPDError, RuntimeError):
-    """A scorer raised or returned something that is not a score; the weights were restored
-    first.
-    """
+    """A scorer raised, or did not return a score. The weights were restored first."""
 
 
 class DivergenceError(EffOPDError, RuntimeError):
-    """The processes of a run are not in lock step any more, or another one of them failed."""
+    """The ranks of a run no longer agree, or another rank failed."""
 
 
 class CheckpointError(EffOPDError, OSError):
-    """A checkpoint is missing, incomplete or does not belong to this run."""
+    """A checkpoint is missing, incomplete or from another run."""
 
 
 class MissingDependencyError(EffOPDError, ImportError):
-    """An optional package is needed for this feature; the message names the extra to install."""
+    """A feature needs an optional package. The message gives the `pip install` line."""

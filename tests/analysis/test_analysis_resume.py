@@ -107,7 +107,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(folders, tmp_path):
     refuse("k was 2, now 3", k=3)
     refuse("seed was 0, now 1.*another output folder", seed=1)
     refuse("metrics was", metrics=["norms", "entries"])
-    refuse("runs rl is gone; runs opd was not there", {"opd": run})
+    refuse("runs rl was removed; runs opd was added", {"opd": run})
     save_tensors(tmp_path / "new", {n: w + 1 for n, w in tensors_of(run).items()}, base)
     shutil.copy(tmp_path / "new" / "model.safetensors", run)
     refuse("weights changed on disk")
@@ -116,7 +116,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(folders, tmp_path):
 def test_an_output_folder_with_something_else_is_refused(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match=r"holds something else \(thesis.txt\)"):
+    with pytest.raises(ConfigError, match=r"holds other files \(thesis.txt\)"):
         analyze(folders / "base", {"rl": folders / "rl"}, tmp_path / "out")
     with pytest.raises(ConfigError, match="is a file"):
         analyze(folders / "base", {"rl": folders / "rl"}, tmp_path / "out" / "thesis.txt")
@@ -140,7 +140,7 @@ def test_a_gap_in_a_trajectory_is_refused(folders, tmp_path):
         ({"a": []}, {}, ConfigError, "no path"),
         ({"a": "rl", "b": "rl/../rl"}, {}, ConfigError, "given twice, as a and as b"),
         ({"a": ["rl", "rl"]}, {}, ConfigError, "given twice, as a#0 and as a#1"),
-        ({"a": "nowhere"}, {}, CheckpointError, "no folder"),
+        ({"a": "nowhere"}, {}, CheckpointError, "is not a folder"),
         ({"a": "rl"}, {"k": 0}, ConfigError, "k must be at least 1"),
         ({"a": "rl"}, {"metrics": ["spectra"]}, ConfigError, "spectra"),
         ({"a": "rl"}, {"metrics": []}, ConfigError, "metrics"),

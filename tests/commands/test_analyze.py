@@ -82,7 +82,7 @@ def test_three_labels_get_sentences(folders, tmp_path, capsys, undrawn):
     flags += ["--trained", f"sft={folders / 'sft'}", f"opd={folders / 'opd-1'}", f"same={folders / 'base'}"]
     assert run_analyze(flags) == 0
     printed = capsys.readouterr().out
-    assert "sft beyond same: norm of a matrix's update" in printed
+    assert "sft significantly above same: update norm per matrix" in printed
     assert "same: every tensor equals the base" in printed.replace("\n", " ")
     assert "entries unchanged" not in printed
 
@@ -103,8 +103,8 @@ def test_without_matplotlib_tables_are_written_and_the_way_out_is_named(folders,
         ({"--trained": "sft"}, "expected LABEL=DIR, got 'sft'.*--trained opd=sft"),
         ({"--trained": "=sft"}, "expected LABEL=DIR"),
         ({"--trained": "opd="}, "expected LABEL=DIR"),
-        ({"--trained": "opd=/nowhere"}, "/nowhere is no folder"),
-        ({"--base": "/nowhere"}, "/nowhere is no folder"),
+        ({"--trained": "opd=/nowhere"}, "/nowhere is not a folder"),
+        ({"--base": "/nowhere"}, "/nowhere is not a folder"),
         ({"--steps": "1,x"}, "--steps: expected whole numbers"),
         ({"--k": "0"}, "k must be at least 1"),
         ({"--metrics": "norms,spectra"}, "spectra"),

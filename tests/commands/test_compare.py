@@ -104,7 +104,7 @@ def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, c
     assert "max_prompt_length" in log.read_text()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     page = (grid / "results.md").read_text()
-    assert "Failed and left out: " in page and "broken" in page and "max_prompt_length" in page
+    assert "Failed and excluded: " in page and "broken" in page and "max_prompt_length" in page
     plan_of(root)
     (grid / "plan.yaml").write_text((root / "plan.yaml").read_text())
 
@@ -124,7 +124,7 @@ def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path
     assert main(["compare", "--report", str(grid)]) == 0
     there = ["--runs_from", str(grid / "results.json")]
     assert main(["compare", str(plan), *there, "--dry_run"]) == 0
-    assert "1 to be made here" in capsys.readouterr().out and not (tmp_path / "grid").exists()
+    assert "1 to run here" in capsys.readouterr().out and not (tmp_path / "grid").exists()
     assert main(["compare", str(plan), *there]) == 0
     (done,) = (tmp_path / "grid").rglob(DONE)
     assert "plain" in str(done)
@@ -160,8 +160,8 @@ def test_a_typo_is_found_before_anything_runs(root, changes, message, capsys):
 def test_wrong_calls_are_explained(root, tmp_path, capsys):
     for flags, message in (
         ([], "either a plan"),
-        (["--report", str(tmp_path)], "no grid"),
-        (["--report", str(tmp_path), "--runs_from", "a.json"], "goes with a plan"),
+        (["--report", str(tmp_path)], "is not a grid"),
+        (["--report", str(tmp_path), "--runs_from", "a.json"], "--runs_from needs a plan"),
         ([str(tmp_path / "none.yaml")], "no plan"),
     ):
         assert main(["compare", *flags]) == 2

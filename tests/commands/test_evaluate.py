@@ -266,7 +266,7 @@ def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, caps
     summary = json.loads((tmp_path / "answers.summary.json").read_text())
     assert summary["answers_found"] == 0 and summary["answers_cut"] > 30
     assert f"60, 0 with something to grade, {summary['answers_cut']} cut at the limit" in printed
-    assert "60 of 60 answers have no \\boxed{}: accuracy 0.000 says little" in printed
+    assert "60 of 60 answers have no \\boxed{}: accuracy 0.000 does not measure" in printed
     assert f"raise --max_new_tokens ({summary['answers_cut']} answers were cut at 3)" in printed
 
 
@@ -368,7 +368,7 @@ def test_a_template_that_cannot_write_prompts(models, tmp_path, template, capsys
 def test_a_good_result_has_no_warning(capsys):
     flags = ["--task", "testbed:chain_sum", "--eval_size", "8", "--max_new_tokens", "24"]
     assert main(["eval", "--model", "testbed:teacher", *flags]) == 0
-    assert "says little" not in capsys.readouterr().out
+    assert "does not measure" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_alpha_with_a_teacher_then_again_then_another_intervention(tmp_path, cap
     with monkeypatch.context() as patch:
         forbid_loading(patch)
         assert run_intervene(["alpha", *flags, "--alphas", "0", "0.5"]) == 0
-        assert "all 4 points are in" in capsys.readouterr().out
+        assert "all 4 points are already in" in capsys.readouterr().out
         for changed, name in (
             (["--alphas", "0", "0.7"], r"alphas = \[0.0, 0.5\]"),
             (["--seed", "1"], "sampling.seed = 0"),
@@ -175,7 +175,11 @@ def test_help_teaches_every_intervention(capsys):
             ConfigError,
             "label 'a/b' cannot be used",
         ),
-        (["alpha", "--base", "testbed:student", "--trained", "base=x", *TASK], ConfigError, "none of base"),
+        (
+            ["alpha", "--base", "testbed:student", "--trained", "base=x", *TASK],
+            ConfigError,
+            "base, final, first are reserved",
+        ),
         (["alpha", "--base", "nowhere", "--trained", "rl=testbed:teacher", *TASK], CheckpointError, "nowhere"),
         (["alpha", "--base", "testbed:student", "--trained", "rl=nowhere", *TASK], CheckpointError, "nowhere"),
         (["trajectory", *PAIR, *TASK], ConfigError, "single checkpoint"),
@@ -205,5 +209,5 @@ def test_a_task_without_answers_is_refused(tmp_path, no_model):
         run_intervene(["alpha", *PAIR, *TASK])
     with pytest.raises(ConfigError, match="--out is missing"):
         run_intervene(["alpha", *PAIR, *TASK, "--save_dir", str(tmp_path / "x")])
-    with pytest.raises(ConfigError, match="two folders"):
+    with pytest.raises(ConfigError, match="two different folders"):
         run_intervene(["alpha", *PAIR, *TASK, "--save_dir", str(tmp_path / "x"), "--out", str(tmp_path / "x")])

@@ -57,12 +57,12 @@ MISSING = {"vllm", "wandb", "liger_kernel", "bitsandbytes", "kernels"}
 REFUSED = [
     (["--task", "testbed:foo"], "expected one of chain_sum"),
     (["--task", "math:nofile.jsonl"], "no such file"),
-    ([*TESTBED, "--model_name_or_path", "./nope"], "--model_name_or_path './nope': no such folder (looked in"),
+    ([*TESTBED, "--model_name_or_path", "./nope"], "--model_name_or_path './nope': no such folder in"),
     ([*TESTBED, "--teacher_model_name_or_path", "/nope"], "--teacher_model_name_or_path '/nope': no such folder"),
     ([*TESTBED, "--output_dir", "used"], "already holds a run"),
     (
         ["--task", "math:test.jsonl", "--per_device_train_batch_size", "64"],
-        "a step takes 64 prompts but the task has 36",
+        "a step takes 64 prompts, but the task has only 36",
     ),
     (["--task", "math:noans.jsonl", "--effopd.strategy", "effopd"], "because of --effopd.strategy effopd;"),
     (
@@ -73,7 +73,10 @@ REFUSED = [
         ["--task", "math:test.jsonl", "--effopd.strategy", "effopd"],
         "50 validation prompts are drawn from the training prompts but there are 36",
     ),
-    ([*TESTBED, "--effopd.strategy", "line_search", "--per_device_train_batch_size", "1"], "at least 2 a step"),
+    (
+        [*TESTBED, "--effopd.strategy", "line_search", "--per_device_train_batch_size", "1"],
+        "at least 2 rollouts per step",
+    ),
     ([*TESTBED, "--use_vllm"], "pip install 'effopd[vllm]'"),
     ([*TESTBED, "--report_to", "wandb"], "--report_to wandb needs the package 'wandb'"),
     ([*TESTBED, "--report_to", "wandbb"], "--report_to: wandbb is not supported"),
@@ -114,7 +117,7 @@ REFUSED = [
     ([*TESTBED, "--temperature", "0"], "--temperature: expected a finite number above 0, got 0.0"),
     ([*TESTBED, "--generation_kwargs", '{"temperature": 0}'], "--generation_kwargs"),
     ([*TESTBED, "--fp16", "true"], "--fp16 true: this run is on the CPU"),
-    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_proj", "lm_head"], "adapts the output head"),
+    ([*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_proj", "lm_head"], "includes the output head"),
     (
         [*TESTBED, "--use_peft", "true", "--lora_target_modules", "q_prj", "v_proj"],
         "has no module 'q_prj'. Did you mean q_proj",
@@ -126,7 +129,7 @@ REFUSED = [
         "--lora_modules_to_save: the model has no module",
     ),
     ([*TESTBED, "--use_peft", "true", "--lora_target_parameters", "q.weights"], "has no parameter 'q.weights'"),
-    ([*TESTBED, "--lora_r", "4"], "--lora_r: without --use_peft true nothing reads this"),
+    ([*TESTBED, "--lora_r", "4"], "--lora_r: no effect without --use_peft true"),
     (
         [*TESTBED, "--effopd.strategy", "effopd", "--effopd.parameters", "nothing"],
         "matches no trained parameter of the student",
@@ -159,7 +162,7 @@ def test_a_dry_run_counts_the_rows_of_a_file(folder, capsys):
     flags += ["--effopd.score_rollouts", "32"]
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
     out = capsys.readouterr().out
-    assert "scores 8 rollouts per candidate (a step has no more; it would like 32)" in " ".join(out.split())
+    assert "scores 8 rollouts per candidate (all of a step, instead of 32)" in " ".join(out.split())
 
 
 def test_a_dry_run_goes_to_no_network_and_says_what_it_left_out(folder, capsys, monkeypatch):
@@ -186,7 +189,7 @@ def test_a_dry_run_goes_to_no_network_and_says_what_it_left_out(folder, capsys, 
 def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    where = f"'./nope': no such folder (looked in {tmp_path}), and not a Hub id."
+    where = f"'./nope': no such folder in {tmp_path}, and not a valid Hub id."
     assert where in said(capsys, "rl", "--model_name_or_path", "./nope", *TESTBED, "--use_cpu")
     assert where in said(capsys, "eval", "--model", "./nope", *TESTBED)
     for command in (

@@ -51,7 +51,7 @@ def tree(root):
 @pytest.mark.parametrize(
     ("there", "message"),
     [
-        (["mine/evals.jsonl", "demo/summary.json"], r"holds demo, mine, which no demo left"),
+        (["mine/evals.jsonl", "demo/summary.json"], r"holds demo, mine, which is not from a demo"),
         (["plain/evals.jsonl", "summary.json", "notes.txt"], r"holds notes\.txt, which"),
         ([f"{name}/evals.jsonl" for name in "abcd"], r"holds a, b, c, …, which"),
         (["report.html"], r"holds report\.html, which"),
@@ -149,4 +149,4 @@ def test_the_clock_reaches_the_runs_and_the_summary(tmp_path, clock):
 
 def test_mistakes(capsys):
     assert main(["quickstart", "--family", "poetry"]) == 2
-    assert "--family must be one of" in capsys.readouterr().err
+    assert "--family: expected one of" in capsys.readouterr().err

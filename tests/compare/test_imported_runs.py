@@ -114,7 +114,7 @@ def test_a_run_made_anew_counts_for_none_of_the_machines_that_made_it_before(tmp
     assert sorted({r.merges for r in read}) == [(), (0, 1)]
     assert all(r.merges == () for r in read if r.strategy == "twice" or r.seed == 0)
     page = render(json.loads(path.read_text()), {})
-    assert "4 of the 12 runs were made on other machines" in page and "4 runs went through more than one merge" in page
+    assert "4 of the 12 runs were made on other machines" in page and "4 runs were merged more than once" in page
 
 
 def test_the_merges_of_several_sources_keep_their_order():

@@ -4,6 +4,7 @@ between.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
@@ -464,7 +465,7 @@ def test_settings_reach_the_accuracy_scorer(distilling, name, value, setting):
         EffOPDCallback(distilling, EffOPDConfig(validation_size=12, args=args), task=make_task(32)).scorer
         for args in ({}, {name: value})
     )
-    assert default._settings | {setting: value} == other._settings != default._settings
+    assert dataclasses.replace(default.sampling, **{setting: value}) == other.sampling != default.sampling
     assert len(other.validation_ids) == 12
 
 

@@ -164,8 +164,8 @@ def test_resumed_is_uninterrupted_also_where_the_horizon_changes(tmp_path, effop
     "flags, message",
     [
         ({"rollout_horizon": "half"}, "must be one of"),
-        ({"horizon_fraction": 0.5}, "ignored"),
-        ({"rollout_horizon": "topd", "horizon_start": 0.5}, "ignored"),
+        ({"horizon_fraction": 0.5}, "is read only with"),
+        ({"rollout_horizon": "topd", "horizon_start": 0.5}, "is read only with"),
         ({"rollout_horizon": "topd", "horizon_fraction": 0.0}, r"horizon_fraction.*in \(0, 1\]"),
         ({"rollout_horizon": "popd", "horizon_growth": 1.5}, r"horizon_growth.*in \(0, 1\]"),
         ({"rollout_horizon": "popd", "horizon_stages": 0}, "at least 1"),

@@ -201,7 +201,7 @@ def test_a_resume_may_use_what_it_has_taken(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     room = used() + each // 2
     assert main(flags(tmp_path, *extra, "--max_steps", "6", *RESUME)) == 2
-    assert "are there" in capsys.readouterr().err
+    assert "are already on disk" in capsys.readouterr().err
     assert main(flags(tmp_path, *extra, *RESUME)) == 0  # finished: nothing more is written
 
 

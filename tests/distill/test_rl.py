@@ -265,5 +265,5 @@ def test_mistakes_are_refused_before_training(tmp_path, capsys):
     with pytest.raises(ConfigError, match="overlong_cache"):
         TaskGRPOConfig(overlong_cache=1.5)
     unanswered = Task("open", (Example("0", "hi"),), lambda text, example: 1.0)
-    with pytest.raises(TaskError, match="cannot be a reward"):
+    with pytest.raises(TaskError, match="cannot give a reward"):
         TaskGRPOTrainer(make_model(0), TaskGRPOConfig(output_dir=str(tmp_path), **SHARED), unanswered)

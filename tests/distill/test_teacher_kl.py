@@ -315,7 +315,7 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
         EffOPDCallback(host, LOOK)
     with pytest.raises(ConfigError, match="another target"):
         make_trainer(tmp_path / "x", effopd=LOOK, lambda_extrapolation=1.25, reference_model=make_model(2), **FAST)
-    with pytest.raises(ConfigError, match="at least 2 a step"):
+    with pytest.raises(ConfigError, match="at least 2 rollouts per step"):
         make_trainer(tmp_path / "z", effopd=LOOK, per_device_train_batch_size=1, **FAST)
     make_trainer(tmp_path / "y", effopd=LOOK, **FAST)
     assert "noisier" not in caplog.text
@@ -325,13 +325,13 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
     make_trainer(
         tmp_path / "few", effopd=by_default, per_device_train_batch_size=3, gradient_accumulation_steps=2, **FAST
     )
-    assert "would like 8 rollouts a step (--effopd.score_rollouts) but a step samples 6" in caplog.text
+    assert "set to score 8 rollouts per step (--effopd.score_rollouts) but a step samples 6" in caplog.text
     caplog.clear()
     asked = EffOPDConfig("line_search", score_rollouts=32)
     make_trainer(tmp_path / "asked", effopd=asked, gradient_accumulation_steps=2, **FAST)
-    assert "would like 32 rollouts a step (--effopd.score_rollouts) but a step samples 16" in caplog.text
+    assert "set to score 32 rollouts per step (--effopd.score_rollouts) but a step samples 16" in caplog.text
     assert "--per_device_train_batch_size 8 × --gradient_accumulation_steps 2 × 1 process(es)" in caplog.text
-    with pytest.raises(ConfigError, match="come with pixel_values"):
+    with pytest.raises(ConfigError, match="rollouts have pixel_values"):
         text_batch({"pixel_values": torch.zeros(1), "completion_ids": torch.zeros(2, 3)})
 
 

@@ -157,7 +157,7 @@ def test_a_point_that_is_not_finite_on_one_rank_is_rejected_on_all(mode, tmp_pat
 @pytest.mark.parametrize("strategy", ["random_direction", "relex"])
 def test_strategies_that_need_whole_matrices_refuse_shards(strategy, tmp_path):
     status, said = run_script(SCRIPT, tmp_path, "--mode", "fsdp2", "--strategy", strategy, processes=2)
-    assert status != 0 and "needs whole matrices" in said
+    assert status != 0 and "needs full matrices" in said
 
 
 def test_a_verifier_that_fails_on_one_rank_fails_on_all():

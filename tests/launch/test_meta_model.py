@@ -89,7 +89,7 @@ BAD = {
     "unknown": "cannot be read",
     "headless": "is a Qwen3Model: expected a decoder",
     "unnamed": "has no 'architectures'",
-    "missing": "which this transformers",
+    "missing": "which transformers",
 }
 
 
@@ -166,7 +166,7 @@ def test_beyond_computed_positions_is_a_warning(folders, nothing_is_loaded, capl
     arguments = flags(folders, teacher_model_name_or_path="llama")
     with caplog.at_level(logging.WARNING):
         assert main(["train", *arguments, "--max_completion_length", "30", "--dry_run"]) == 0
-    assert "has 32 positions" in caplog.text and "it was not trained" in caplog.text
+    assert "has 32 positions" in caplog.text and "It was not trained" in caplog.text
 
 
 def test_one_target_is_a_list_of_one(folders):

@@ -185,11 +185,11 @@ def test_the_gates_power_is_a_table_by_true_change(results, tmp_path):
         json.dumps({"by_true_change": [row | {"from": None, "to": -0.075}, row, row | {"to": None}]})
     )
     found = gate_results(tmp_path)
-    section = render(results | found, {}).partition("## What the paper's gate accepts")[2].partition("\n## ")[0]
+    section = render(results | found, {}).partition("## Moves accepted by the paper's gate")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
     assert [line.split(" | ")[0] for line in lines] == ["| below -7.5", "| +2.5 to +7.5", "| +2.5 and more"]
     assert all(line.endswith("| 4 | 80 | 90% (85% to 95%) | 75% (50% to 100%) |") for line in lines)
-    assert "displacements of 2 runs" in section
+    assert "updates of 2 runs" in section
 
 
 def test_tables_are_rectangular(results):
@@ -224,11 +224,11 @@ def test_the_same_json_draws_the_same_page(results):
 
 
 def test_variants_have_a_table_of_their_own(results):
-    assert "What each part is worth" not in render(results, {})
+    assert "Effect of each component" not in render(results, {})
     speeds = {"plain": 1, "look": 4, "brief": 2, "look-alike": 2}
     runs = [run(name, seed, speed=speed) for seed in range(5) for name, speed in speeds.items()]
     page = render(analyse(runs, Roles("plain", LR, variants={"brief": "look"})), {})
-    section = page.partition("## What each part is worth")[2].partition("\n## ")[0]
+    section = page.partition("## Effect of each component")[2].partition("\n## ")[0]
     (row,) = [line for line in section.splitlines() if line.startswith("| sums")]  # names declare nothing
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:4] == ["`look`", "`brief`", "3e-05"]

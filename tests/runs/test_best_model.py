@@ -122,8 +122,8 @@ def test_no_evaluation_no_best_model(setting):
     ("metric", "message"),
     [
         ("eval_acc", "no such metric. Expected one of eval_kl"),
-        ("response_length", "does not say which model is better"),
-        ("eval_runtime", "does not say which model is better"),
+        ("response_length", "neither more nor less of it is better"),
+        ("eval_runtime", "neither more nor less of it is better"),
         ("accuracy_greedy", "no such metric"),
     ],
 )
@@ -228,7 +228,7 @@ def test_the_kept_step_is_the_best_and_everything_names_it(tmp_path, metric, val
         assert f"step {kept}" in text and value in held_out
         assert kept == 3 or f"{values[3]:.4f}" not in held_out
     page = write_run_page([tmp_path], tmp_path / "report.html").read_text()
-    assert f"the model is that of step {kept}, the best by eval_{metric}" in page
+    assert f"saved model: step {kept}, the best by eval_{metric}" in page
 
 
 def test_without_it_the_model_is_the_last(tmp_path):

@@ -84,7 +84,7 @@ def test_of_a_model_after_reinforcement_learning(tmp_path, capsys):
     assert main([*RL, "--save_strategy", "no", "--algorithm", "dapo", "--output_dir", str(root)]) == 0
     card = card_of(root)
     assert "tuned by reinforcement learning (DAPO)" in card.text and "teacher |" not in card.text
-    assert "| objective | DAPO: reward 1 for a verified answer, the last 20 % of the length punished" in card.text
+    assert "| objective | DAPO: reward 1 for a verified answer, the last 20 % of the length penalized" in card.text
     first, last = (row["reward"] for row in read_rows(root / "metrics.jsonl"))
     assert f"Mean training reward: {first:.3f} in step 1, {last:.3f} in step 2." in card.text
     assert "Not evaluated on held-out prompts." in card.text

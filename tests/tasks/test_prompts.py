@@ -67,14 +67,14 @@ def refused(tokenizer, prompt, error, match):
 
 
 def test_a_template_that_refuses_a_role():
-    match = r"refuses this prompt \(roles: system, user\): System role not supported. Remove --system_prompt"
+    match = r"rejects this prompt \(roles: system, user\): System role not supported. Remove --system_prompt"
     refused(with_template(REFUSING), SYSTEM, TaskError, match)
     assert prompt_ids(with_template(REFUSING), USER)
 
 
 @pytest.mark.parametrize("template", BROKEN)
 def test_templates_that_fail_otherwise(template):
-    refused(with_template(template), USER, TaskError, "the chat template of .* refuses this prompt")
+    refused(with_template(template), USER, TaskError, "the chat template of .* rejects this prompt")
 
 
 def test_no_template():

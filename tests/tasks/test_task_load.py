@@ -73,7 +73,7 @@ def test_default_sizes(math_file):
     assert (len(load_task(config, "train")), len(load_task(config, "eval"))) == (45, 5)
     config = TaskConfig(f"math:{math_file}", eval_size=0)
     assert len(load_task(config, "train")) == 50
-    with pytest.raises(TaskError, match="eval_size is 0"):
+    with pytest.raises(TaskError, match="eval_size=0: there is no eval split"):
         load_task(config, "eval")
 
 

@@ -37,8 +37,8 @@ def write(path, *lines):
         ('{"prompt": "a", "answer": true}', "text or a number in 'answer'", "one string"),
         ('{"prompt": "a", "question": "b", "answer": "2"}', "one of the columns", "Keep one"),
         ('{"text": "a", "answer": "2"}', "one of the columns", "Rename"),
-        ('{"prompt": "a", "answer": "2", "id": 1.5}', "'id'", "drop the column"),
-        ('{"prompt": "a", "answer": "2", "id": "rows.jsonl:1"}', "an id of its own", "another id"),
+        ('{"prompt": "a", "answer": "2", "id": 1.5}', "'id'", "remove the column"),
+        ('{"prompt": "a", "answer": "2", "id": "rows.jsonl:1"}', "a unique id", "its own id"),
     ],
 )
 def test_bad_row_is_named_with_file_and_row(tmp_path, line, expected, fix):
@@ -84,30 +84,30 @@ def test_answers_all_or_none_when_not_required(tmp_path):
             {"problem": "a", "solution": "2"},
             {},
             "has 'answer' (columns: problem, solution)"
-            """. Name yours: --task_args '{"answer_column": "solution"}'. Because.""",
+            """. Name your column: --task_args '{"answer_column": "solution"}'. Because.""",
         ),
         (
             {"q": "a", "gold_answer": "2", "n": 1},
             {"prompt_column": "q", "answer_column": "gold"},
             "has 'gold' (columns: q, gold_answer, n)"
-            """. Name yours: --task_args '{"prompt_column": "q", "answer_column": "gold_answer"}'.""",
+            """. Name your column: --task_args '{"prompt_column": "q", "answer_column": "gold_answer"}'.""",
         ),
         (
             {"problem": "a", "x": "2", "y": 1},
             {},
-            """has 'answer' (columns: problem, x, y). Name yours: --task_args '{"answer_column": "…"}'.""",
+            """has 'answer' (columns: problem, x, y). Name your column: --task_args '{"answer_column": "…"}'.""",
         ),
         (
             {"text": "a", "answer": "2"},
             {},
             "has 'prompt' or 'problem' or 'question' (columns: text, answer)"
-            """. Name yours: --task_args '{"prompt_column": "text"}'.""",
+            """. Name your column: --task_args '{"prompt_column": "text"}'.""",
         ),
         (
             {"question": "a", "problem": "b", "answer": "2"},
             {},
             "has just one of 'problem' and 'question' (columns: question, problem, answer)"
-            """. Name yours: --task_args '{"prompt_column": "problem"}'.""",
+            """. Name your column: --task_args '{"prompt_column": "problem"}'.""",
         ),
     ],
 )

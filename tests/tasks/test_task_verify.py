@@ -221,7 +221,7 @@ def test_user_verifier_from_the_current_directory(user_module, tmp_path):
         ("mine_a", None, "importable module 'mine_a'"),
         ("mine_b", "import no_such_package", "no_such_package"),
         ("mine_c", "1/0", "ZeroDivisionError"),
-        ("mine_d", "def score(completion, example): ...", "It has: score"),
+        ("mine_d", "def score(completion, example): ...", "Functions there: score"),
         ("mine_e", "grade = 3", "expected a function, got int"),
         ("mine_f", "def grade(completion): ...", r"grade\(completion\)"),
     ],

@@ -229,8 +229,8 @@ def adapter_files(tmp_path, **config):
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 moved the base weights"),
-        ({"init_lora_weights": "olora"}, "moved the base weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 changed the base weights"),
+        ({"init_lora_weights": "olora"}, "changed the base weights"),
     ],
 )
 def test_adapters_whose_update_is_not_b_a(tmp_path, config, message):

@@ -155,17 +155,17 @@ def damage(folder, what: str) -> None:
     ("what", "message"),
     [
         ("truncated", r"model\.safetensors is cut short: tensor '.+' ends at byte"),
-        ("no header", "is no safetensors file, or cut short"),
-        ("garbage", "is no safetensors file, or cut short"),
+        ("no header", "is not a safetensors file, or is cut short"),
+        ("garbage", "is not a safetensors file, or is cut short"),
         ("header", r"model\.safetensors is damaged: its header does not describe tensor '.+'"),
         ("offsets", r"model\.safetensors is damaged"),
-        ("html", "is no safetensors file, or cut short"),
+        ("html", "is not a safetensors file, or is cut short"),
         ("no config", "config.json is missing"),
         ("bad config", "expected a JSON object, got list"),
         ("empty", "holds no tensors"),
-        ("pickle", r"pytorch_model\.bin.*Convert it once"),
+        ("pickle", r"pytorch_model\.bin.*convert the folder once"),
         ("nothing", r"has no model\.safetensors"),
-        ("loose shards", "no index that says what belongs together"),
+        ("loose shards", "but no index; copy the index too"),
         ("two layouts", "has both model.safetensors and"),
         (
             "lost shard",
@@ -184,7 +184,7 @@ def test_damaged_checkpoints(folder, what, message):
 
 def test_quantised_weights_are_refused(folder):
     damage(folder, "quantised")
-    with pytest.raises(WeightsError, match=r"tensor '.+' of .+ has dtype I8.*dequantise"):
+    with pytest.raises(WeightsError, match=r"tensor '.+' of .+ has dtype I8.*dequantize"):
         Checkpoint(folder)
 
 
@@ -265,7 +265,7 @@ def test_dtypes_may_differ(tmp_path, dtype):
     ],
 )  # fmt: skip
 def test_weights_of_other_dtypes_are_refused(tmp_path, name, dtype):
-    with pytest.raises(WeightsError, match=rf"tensor '{name}' .* has dtype .*dequantise the checkpoint"):
+    with pytest.raises(WeightsError, match=rf"tensor '{name}' .* has dtype .*dequantize the checkpoint"):
         save(tmp_path / "base", {name: torch.ones(4, 4).to(dtype), "model.norm.weight": torch.ones(4)})
 
 

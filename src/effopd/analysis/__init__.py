@@ -1,3 +1,1 @@
-"""What a training run did to the weights: spectra, directions, subspaces and entries of updates, as
-tidy tables.
-"""
+"""Weight updates of training runs as tidy tables: spectra, directions, subspaces and entries."""

@@ -1,13 +1,14 @@
-"""`analyze`: where a base checkpoint was changed by training, in which directions, and when; as
-tables on disk.
+"""`analyze`: measure how training changed the weights of a base checkpoint; write tables to disk.
 
-    prepare (plan.py)      every name, shape, step and setting is checked; nothing is read or written
-    measure (measure.py)   one matrix at a time: all snapshots of all runs against the base, which is read once
-    tables (tables.py)     written from the finished parts; figures are drawn from the tables alone (effopd.report)
+    prepare (plan.py)      check every name, shape, step and setting; read no tensor, write nothing
+    measure (measure.py)   one matrix at a time: all snapshots of all runs against the base
+    tables (tables.py)     written from the finished parts
     summary (summary.py)   means with intervals, from the tables
 
-Memory is a few times the largest stored tensor; of a snapshot only its K leading directions are
-kept, and only until its matrix is done. A killed analysis goes on where it stopped.
+Figures are drawn from the tables alone (`effopd.report`).
+
+Peak memory is a few times the largest stored tensor. Only the K leading directions of a snapshot
+stay in memory, and only until its matrix is done. A killed analysis resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ from effopd.common.files import write_atomically
 from effopd.weights import Difference, Part, Update
 
 SUMMARY = "summary.json"
-#: Bytes of kept directions above which the parts of one stacked tensor (experts) are worked on in
-#: several batches.
+#: Bytes of leading directions per batch; larger stacked tensors (experts) are split into batches.
 _KEPT = 2**30
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A finished analysis: its folder, the tables (name → Parquet file, a CSV beside it) and the
-    summary.
+    """A finished analysis.
+
+    Attributes:
+        out: its folder.
+        tables: table name → Parquet file; a CSV file of the same stem lies beside it.
+        summary: the content of summary.json.
     """
 
     out: Path
@@ -68,33 +72,34 @@ def analyze(
 ) -> Analysis:
     """Measure what training did to the weights of `base`; write tables and summary.json to `out`.
 
-    Every matrix and vector is in the tables. Means in the summary are over attention and MLP
-    matrices, each counted once whatever its size; fused ones (qkv, gate_up, stacked experts) are
-    split first, so q, k and v count once each.
+    The tables cover every matrix and vector. The means in the summary are over attention and MLP
+    matrices, unweighted by size. Fused matrices (qkv, gate_up, stacked experts) are split first, so
+    q, k and v count once each.
 
     Args:
         base: checkpoint folder (safetensors).
-        trained: label → checkpoint, adapter, or run directory with a trajectory; several paths of
+        trained: label → checkpoint, adapter, or run directory with a trajectory. Several paths of
             one label are seeds.
-        out: new or empty folder, or one of an interrupted analysis with the same settings, which is
-            continued.
+        out: new or empty folder, or the folder of an interrupted analysis with the same settings,
+            which is resumed.
         k: leading directions of each update.
-        steps: which snapshots of a trajectory; default all.
-        device: default the accelerator when there is one, else the CPU.
-        metrics: groups out of `GROUPS`; update norms are always measured.
+        steps: snapshots of a trajectory to measure. `None`: all.
+        device: `None`: the accelerator if there is one that supports float64, otherwise the CPU.
+        metrics: names from `GROUPS`; update norms are always measured.
         base_spectrum: also compare all singular values of W0 and W_T (about twice the work at the
             final snapshot).
         seed: of nulls, pictures, bootstrap, and the random start of the directions.
-        progress: called as progress(done, total) in units of one matrix of one snapshot.
+        progress: called as progress(done, total); one unit is one matrix of one snapshot.
 
     Raises:
-        ConfigError: a setting is out of range, a path comes twice, or `out` holds something else.
+        ConfigError: a setting is out of range, a path is given twice, or `out` holds other files.
         CheckpointError, WeightsError: a checkpoint is missing, damaged, or does not fit the base.
 
     Example:
         >>> import tempfile
         >>> from effopd.tasks.builtin_models import student_path, teacher_path
-        >>> done = analyze(student_path(), {"rl": teacher_path()}, tempfile.mkdtemp(), k=2, metrics=["norms"])
+        >>> runs = {"rl": teacher_path()}
+        >>> done = analyze(student_path(), runs, tempfile.mkdtemp(), k=2, metrics=["norms"])
         >>> sorted(done.tables)
         ['directions', 'embeddings', 'matrices', 'subspaces']
     """
@@ -105,7 +110,7 @@ def analyze(
 
 
 def execute(plan: AnalysisPlan, progress: Callable[[int, int], object] | None = None) -> Analysis:
-    """Carry out a plan: measure what is missing, then write tables and summary."""
+    """Measure the unfinished parts of a plan, then write tables and summary."""
     done = plan.progress.start()
     total = len(plan.parts) * plan.snapshots
     finished = sum(str(part.place) in done for part in plan.parts) * plan.snapshots
@@ -129,9 +134,7 @@ def execute(plan: AnalysisPlan, progress: Callable[[int, int], object] | None = 
 
 
 def batches(parts: Sequence[Part], plan: AnalysisPlan) -> Iterator[list[Part]]:
-    """Parts of the same stored tensor together (it is read once), as many as their kept directions
-    allow.
-    """
+    """Batches of parts of one stored tensor, which is read once; about `_KEPT` bytes each."""
     batch: list[Part] = []
     stored = 0
     for part in parts:
@@ -146,8 +149,10 @@ def batches(parts: Sequence[Part], plan: AnalysisPlan) -> Iterator[list[Part]]:
 
 
 def pictured_parts(parts: Sequence[Part]) -> set[str]:
-    """Places that get a t-SNE picture: one attention and one MLP matrix (o and down, or the first)
-    of the first, middle and last layer."""
+    """Places that get a t-SNE picture, in the first, middle and last layer.
+
+    One attention and one MLP matrix per layer: o and down, or the first one.
+    """
     chosen: set[str] = set()
     layers = sorted({part.place.layer for part in parts if part.place.layer is not None})
     for layer in {layers[0], layers[len(layers) // 2], layers[-1]} if layers else ():
@@ -162,7 +167,7 @@ def pictured_parts(parts: Sequence[Part]) -> set[str]:
 
 
 class _PartRecord:
-    """What is gathered about one part until it is finished."""
+    """Measurements of one part, collected over all snapshots of all runs."""
 
     def __init__(self, part: Part, options: Options):
         self.part, self.options = part, options
@@ -186,7 +191,7 @@ class _PartRecord:
         self.matrices.append([run.name, step, metrics])
 
     def finish(self, runs: Sequence[AnalysisRun], picture: bool) -> dict[str, Any]:
-        """Compare the snapshots with each other; the line of progress.jsonl."""
+        """Compare the snapshots with each other; return the record for progress.jsonl."""
         record: dict[str, Any] = {"part": str(self.part.place), "matrices": self.matrices}
         record["subspaces"] = (
             subspace_rows(self.directions, self.part, self.options)
@@ -214,9 +219,9 @@ class _PartRecord:
 def measure_batch(
     plan: AnalysisPlan, batch: Sequence[Part], pictured: set[str], advance: Callable[[], object]
 ) -> Iterator[dict[str, Any]]:
-    """All snapshots of all runs, for parts of one stored tensor."""
+    """Records of the parts of one stored tensor: all snapshots of all runs."""
     records = [_PartRecord(part, plan.options) for part in batch]
-    held = plan.base.load(batch[0].tensor, plan.options.device)  # as long as it is held, it is not read again
+    held = plan.base.load(batch[0].tensor, plan.options.device)  # this reference keeps the tensor cached
     for run in plan.runs:
         for index, difference in enumerate(run.differences):
             _take_snapshot(records, run, index, difference, advance)
@@ -228,8 +233,11 @@ def measure_batch(
 def _take_snapshot(
     records: Sequence[_PartRecord], run: AnalysisRun, index: int, difference: Difference, advance: Callable[[], object]
 ) -> None:
-    """One snapshot. The previous part's update is alive while the next is made, so a shared tensor
-    is read once; on return it is let go, before the next snapshot is read."""
+    """Measure one snapshot of every part.
+
+    The previous part's update stays alive while the next is made, so a shared tensor is read once.
+    It is freed on return, before the next snapshot is read.
+    """
     update = None
     for record in records:
         update = difference.update(record.part, record.options.device)
@@ -241,9 +249,7 @@ def _take_snapshot(
 def subspace_rows(
     directions: dict[str, list[tuple[int | None, Directions | None]]], part: Part, options: Options
 ) -> list[list[Any]]:
-    """[run, step, reference, metric, values for k = 1, 2, …] of one matrix; see
-    `measure.compare`.
-    """
+    """[run, step, reference, metric, values for k = 1, 2, …] of one matrix (`measure.compare`)."""
     size = min(options.k, *part.shape)
     rows: list[list[Any]] = []
     for run, path in directions.items():
@@ -274,7 +280,7 @@ def _padded(leading: Directions | None, size: int) -> list[float]:
 
 
 def write_tables(plan: AnalysisPlan) -> dict[str, Path]:
-    """All tables from the finished parts, in the order of the parts of the base."""
+    """Write all tables from the finished parts; return table name → Parquet file."""
     squares: dict[tuple[str, int | None], float] = {}
     for record in plan.progress.records():
         for run, step, metrics in record["matrices"]:
@@ -325,7 +331,7 @@ _ROWS: dict[str, Callable[..., Iterator[tuple[Any, ...]]]] = {
 
 
 def _about(plan: AnalysisPlan) -> dict[str, Any]:
-    """What the tables do not say: settings, and which runs belong together."""
+    """Settings and runs, which the tables do not contain."""
     return {
         "base": str(plan.base.path),
         "device": plan.options.device,

@@ -1,11 +1,11 @@
-r"""One direction over training: the points u_1, …, u_T of a matrix's leading singular vector.
+r"""Path of a leading singular vector over training: explained variance, random-walk null, pictures.
 
-How planar the path is (explained variance of two components), what an aimless path would give (a
-random-walk null, high by construction: 0.83 for 5 points in many dimensions, falling to (1 + 1/4) ·
-6/π² = 0.76 for many), and two pictures. Legend: T points in time order, M their dimension.
+The points are u_1, …, u_T of one matrix. The explained variance of two components measures how
+planar the path is. A random walk gives a high value too: 0.83 for 5 points in many dimensions,
+falling to (1 + 1/4) · 6/π² = 0.76 for many points. Legend: T points in time order, M dimension.
 
-Departure from the paper, which shows the explained variance alone: the null belongs beside every
-value of it.
+Differs from the paper: the paper shows the explained variance alone; here the random-walk null is
+reported with it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from effopd.errors import WeightsError
 def align_signs(u_TM: Tensor) -> Tensor:
     """Flip signs so that u_t · u_{t−1} ≥ 0, forward in time only: the first point keeps its sign.
 
-    Singular vectors come with arbitrary signs; a later point never changes an earlier one, so a
-    trajectory that is continued stays the same up to there. An inner product of exactly 0 keeps the
-    sign.
+    Signs of singular vectors are arbitrary. A later point never changes an earlier one, so
+    extending a trajectory keeps its first part. An inner product of exactly 0 keeps the sign.
 
     Returns:
         float64 [T, M], a new tensor.
@@ -39,11 +38,9 @@ def align_signs(u_TM: Tensor) -> Tensor:
 
 
 def explained_variance(u_TM: Tensor) -> float:
-    r"""EVR = (λ1 + λ2) / Σλ, λ the variances of the centred points along their principal
-    components.
+    r"""EVR = (λ1 + λ2) / Σλ, with λ the variances along the principal components of the points.
 
-    Between 0 and 1; NaN with fewer than three distinct points, where it would be 1 whatever
-    happened.
+    Between 0 and 1. NaN with fewer than three distinct points, for which it is always 1.
 
     Raises:
         WeightsError: not a matrix.
@@ -55,14 +52,13 @@ def explained_variance(u_TM: Tensor) -> float:
 
 
 def plane(u_TM: Tensor) -> Tensor:
-    """The points in the plane of their first two principal components (scikit-learn's PCA).
+    """Coordinates of the points along their first two principal components (scikit-learn's PCA).
 
-    A component's sign is arbitrary; here the path runs from left to right (last first coordinate ≥
-    first one), and its ends lie low (sum of their second coordinates ≤ 0). The picture is the same
-    for u and −u.
+    The arbitrary signs of the components are fixed: the path runs from left to right (x_T ≥ x_1)
+    and its ends lie low (y_1 + y_T ≤ 0). The picture is the same for u and −u.
 
     Returns:
-        float64 [T, 2]; all zeros where the points do not differ.
+        float64 [T, 2]; all zeros if the points are equal.
 
     Raises:
         WeightsError: not a matrix.
@@ -82,25 +78,23 @@ def plane(u_TM: Tensor) -> Tensor:
 
 
 def random_walk_null(u_TM: Tensor, draws: int = 200, seed: int = 0) -> Tensor:
-    r"""EVR of random walks with the same step lengths, each step in an independent uniformly random
-    direction of R^M.
+    r"""EVR of random walks with the same step lengths and independent uniformly random directions.
 
-    $x_t = \sum_{i ≤ t} ‖u_i − u_{i−1}‖ e_i$. The data differ from the null in one more way than
-    aimlessness: the u_t are unit vectors, so the path cannot leave the sphere, while the null walk
-    is free in R^M. As long as the path is short against 1 that makes no difference; a long one
-    wanders off in the null where the data must turn back, so vectors that are pure noise at every t
-    lie *below* the null.
+    $x_t = \sum_{i ≤ t} ‖u_i − u_{i−1}‖ e_i$. The data also differ from the null in their geometry:
+    the u_t are unit vectors, so the path stays on the sphere, while the null walk is free in R^M.
+    For a path much shorter than 1 this makes no difference. A long null walk leaves the sphere
+    where the data must turn back, so vectors that are pure noise at every t lie *below* the null.
 
-    The draws are exact, in any M, without M-dimensional vectors: EVR depends on the steps only
-    through their inner products, and T − 1 Gaussian vectors in R^M have, up to a common rotation,
-    the coordinates of the Bartlett factor (a lower triangle of N(0, 1) with diagonal $χ_{M−i}$),
-    whose rows are normalised to length 1.
+    The draws are exact for any M without M-dimensional vectors. EVR depends on the steps only
+    through their inner products. Up to a common rotation, T − 1 Gaussian vectors in R^M have the
+    coordinates of the Bartlett factor: a lower triangle of N(0, 1) with diagonal $χ_{M−i}$. Its
+    rows are normalized to length 1.
 
     Args:
         u_TM: [T, M] in time order, signs aligned.
 
     Returns:
-        float64 [draws]; NaN where `explained_variance` is.
+        float64 [draws]; all NaN if `explained_variance` is NaN.
 
     Raises:
         WeightsError: not a matrix.
@@ -121,13 +115,13 @@ def random_walk_null(u_TM: Tensor, draws: int = 200, seed: int = 0) -> Tensor:
 
 
 def tsne(u_TM: Tensor, seed: int = 0) -> Tensor:
-    """A t-SNE picture of the points, perplexity min(30, (T − 1)/3), started from `plane`. Distances
-    mean little.
+    """t-SNE coordinates of the points, perplexity min(30, (T − 1)/3), initialized from `plane`.
 
-    Exact gradients, O(T²) each: for trajectories, not for clouds of thousands of points.
+    Distances in the picture mean little. Each exact gradient costs O(T²), which suits trajectories
+    but not clouds of thousands of points.
 
     Returns:
-        float64 [T, 2]; all zeros where the points do not differ.
+        float64 [T, 2]; all zeros if the points are equal.
 
     Raises:
         WeightsError: not a matrix.
@@ -135,9 +129,7 @@ def tsne(u_TM: Tensor, seed: int = 0) -> Tensor:
     """
     u = _points(u_TM)
     if len(u) < 4:
-        raise ValueError(
-            f"tsne needs at least 4 points, got {len(u)}; keep more checkpoints, or leave the picture out."
-        )
+        raise ValueError(f"tsne needs at least 4 points, got {len(u)}. Keep more checkpoints, or omit the picture.")
     start = plane(u).numpy()
     spread = float(start[:, 0].std())
     if spread == 0.0:
@@ -155,9 +147,7 @@ def _points(u_TM: Tensor) -> Tensor:
 
 
 def _coordinates(u_TM: Tensor) -> np.ndarray:
-    """The points in at most T dimensions, rotated: same distances, and PCA and t-SNE no longer pay
-    for M.
-    """
+    """The points rotated into at most T dimensions: same distances, faster PCA and t-SNE."""
     return (torch.linalg.qr(u_TM.T, mode="r").R.T if len(u_TM) < u_TM.shape[1] else u_TM).cpu().numpy()
 
 
@@ -167,9 +157,9 @@ def _three_distinct(u_TM: Tensor) -> bool:
 
 
 def _gram(u_TM: Tensor) -> Tensor:
-    """Inner products of the centred points; any leading dimensions."""
-    centred = u_TM - u_TM.mean(-2, keepdim=True)
-    return centred @ centred.mT
+    """Inner products of the centered points; any leading dimensions."""
+    centered = u_TM - u_TM.mean(-2, keepdim=True)
+    return centered @ centered.mT
 
 
 def _ratio(gram_DTT: Tensor) -> Tensor:
@@ -178,9 +168,7 @@ def _ratio(gram_DTT: Tensor) -> Tensor:
 
 
 def _eigenvalues(gram_DTT: Tensor) -> Tensor:
-    """On one thread: on a busy machine LAPACK's threads wait on each other at every one of many
-    small matrices.
-    """
+    """Eigenvalues on one thread: LAPACK's threading slows down batches of small matrices."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,5 +1,6 @@
-"""How far token embeddings moved: cosines row by row, and a joint picture. Legend: V rows (tokens),
-H width.
+"""Shift of token embeddings: row-wise cosines and a joint PCA plane.
+
+Legend: V rows (tokens), H width.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from effopd.errors import WeightsError
 
-#: Numbers in one float64 block (2 MiB, to stay in a core's cache).
+#: Elements of one float64 block (2 MiB, fits a core's cache).
 _BLOCK = 2**18
 
 
 def row_cosines(base_VH: Tensor, trained_VH: Tensor) -> Tensor:
-    """cos(row of W0, row of W₊), computed in float64 a block of rows at a time.
+    """cos(row of W0, row of W₊), computed in float64, one block of rows at a time.
 
-    A row that is zero in both (padding) counts as unmoved, 1; zero in one only, 0. Unmoved rows
-    give exactly 1.
+    Unmoved rows give exactly 1. A row that is zero in both matrices (padding) counts as unmoved; a
+    row that is zero in one of them gives 0.
 
     Args:
         base_VH, trained_VH: [V, H], any floating dtype, on one device.
@@ -47,12 +48,12 @@ def row_cosines(base_VH: Tensor, trained_VH: Tensor) -> Tensor:
 
 
 def embedding_metrics(base_VH: Tensor, trained_VH: Tensor) -> dict[str, float]:
-    """The embedding shift in numbers.
+    """Summary of the embedding shift.
 
-    - `row_cosine_mean`, `row_cosine_min`: of `row_cosines`, over all rows
+    - `row_cosine_mean`, `row_cosine_min`: mean and minimum of `row_cosines` over all rows
     - `rows_moved_share`: share of rows with at least one entry that differs (0–1; −0 equals 0)
 
-    NaN for a matrix without rows.
+    All are NaN for a matrix without rows.
 
     Raises:
         WeightsError: not matrices, or of different shapes.
@@ -71,10 +72,10 @@ def embedding_metrics(base_VH: Tensor, trained_VH: Tensor) -> dict[str, float]:
 
 
 def embedding_plane(base_VH: Tensor, trained_VH: Tensor, rows: int = 2000, seed: int = 0) -> Tensor:
-    """Base and trained embeddings of the same randomly drawn tokens in one plane.
+    """PCA coordinates of the base and trained embeddings of the same randomly drawn tokens.
 
-    PCA is fitted on base and trained rows together, so both are in the same coordinates and a shift
-    of the whole cloud shows. Deterministic, signs included.
+    PCA is fitted on base and trained rows together, so both share their coordinates and a shift of
+    the whole cloud is visible. Deterministic, signs included.
 
     Returns:
         float64 [2, min(rows, V), 2] on the CPU: base first, then trained; the tokens in ascending
@@ -102,6 +103,7 @@ def embedding_plane(base_VH: Tensor, trained_VH: Tensor, rows: int = 2000, seed:
 def _check(base_VH: Tensor, trained_VH: Tensor) -> None:
     if base_VH.ndim != 2 or base_VH.shape != trained_VH.shape:
         raise WeightsError(
-            f"expected two embedding matrices of one shape, got {tuple(base_VH.shape)} and {tuple(trained_VH.shape)}; "
-            "compare checkpoints of the same architecture and vocabulary."
+            "expected two embedding matrices of the same shape, got "
+            f"{tuple(base_VH.shape)} and {tuple(trained_VH.shape)}. "
+            "Compare checkpoints of the same architecture and vocabulary."
         )

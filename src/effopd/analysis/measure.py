@@ -1,13 +1,11 @@
-"""Everything that is measured on one matrix: of one update, of two updates, and of a path of
-updates.
+"""Metrics of one matrix: of a single update, of two updates, and of a path of updates.
 
-Numbers go in, rows come out: nothing here knows files, tables or how many layers there are. Leading
-directions are kept in float32 on the CPU (angles are then good to about 1e-5 degrees); every value
-is computed in float64.
+Files, tables and layers are left to other modules. Leading directions are stored in float32 on the
+CPU, which keeps angles accurate to about 1e-5 degrees. Every value is computed in float64.
 
-A direction that the update does not determine is arbitrary, so everything that would use it is NaN.
-Its singular value is zero (at step 0, in matrices an adapter does not touch, beyond the rank of an
-adapter), repeated, or so small against s_1 that the error bound of `leading` proves nothing.
+Metrics of a direction that the update does not determine are NaN. Its singular value is zero (at
+step 0, in matrices that an adapter does not touch, beyond the rank of an adapter), repeated, or so
+small relative to s_1 that the error bound of `weights.leading` reaches 90°.
 """
 
 from __future__ import annotations
@@ -27,25 +25,25 @@ from effopd.weights import Update
 from effopd.weights.leading import Leading, leading_directions, leading_of_factors
 from effopd.weights.spectrum import factor_singular_values, singular_values, spectrum_metrics
 
-#: What `metrics` can name. Update norms are always measured: shares need them.
+#: Names accepted by `metrics`. Update norms are always measured: shares need them.
 GROUPS = ("norms", "entries", "spectrum", "subspaces", "directions", "embeddings", "rotation")
-#: Directions with s_k below this share of s_1 are rounding.
+#: Directions with s_k below this share of s_1 count as rounding.
 _RANK_TOLERANCE = 1e-12
-#: Angle (degrees) that float32 storage of the directions may add, per direction.
+#: Error (degrees) added by float32 storage, per direction.
 _STORAGE = math.degrees(2.0**-23)
 _DRAWS = 200
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure and how.
+    """Settings of the measurements.
 
     Attributes:
-        k: leading directions kept.
+        k: number of leading directions.
         metrics: names from `GROUPS`.
-        base_spectrum: all singular values of W0 and W_T too (`base_spectral_shift`).
+        base_spectrum: also compute all singular values of W0 and W_T (`base_spectral_shift`).
         seed: of the random start of the directions, of nulls and pictures.
-        device: where matrices are worked on, e.g. "cpu" or "cuda".
+        device: device of the computations, e.g. "cpu" or "cuda".
     """
 
     k: int = 20
@@ -56,20 +54,18 @@ class Options:
 
     @property
     def wants_directions(self) -> bool:
-        """Whether leading directions of updates are needed at all."""
+        """Whether any metric needs the leading directions of updates."""
         return bool({"subspaces", "directions"} & set(self.metrics))
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The leading directions of an update as they are kept: float32 u [M, K] and v [N, K] on the
-    CPU.
+    """Leading directions of an update: float32 u [M, K] and v [N, K] on the CPU, float64 s [K].
 
     Attributes:
-        angle_bound_K: for each k, how far the leading-k subspaces may be off, in degrees; 90 where
-            nothing is proven: singular values k and k + 1 are equal, or too small to be told from
-            rounding.
-        rank: how many singular values are nonzero.
+        angle_bound_K: error bound of the leading-k subspaces for each k, in degrees. 90 means that
+            nothing is proven: singular values k and k + 1 are equal, or within rounding.
+        rank: number of singular values above 1e-12 · s_1.
     """
 
     u_MK: Tensor
@@ -80,7 +76,7 @@ class Directions:
 
     @classmethod
     def of(cls, leading: Leading) -> Directions:
-        """Round to float32 and count the directions that mean something."""
+        """Round `leading` to float32 and count its nonzero directions."""
         s = leading.s_K.to(torch.float64)
         rank = int((s > _RANK_TOLERANCE * s[0]).sum()) if len(s) and s[0] > 0 else 0
         sizes = torch.arange(1, len(s) + 1, dtype=torch.float64)
@@ -94,7 +90,7 @@ class Directions:
 
 
 class BaseOfPart:
-    """What is asked of W0 itself, computed once a matrix however many runs there are."""
+    """Decompositions of W0, computed once per matrix and shared by all runs."""
 
     def __init__(self, base_MN: Tensor, options: Options):
         self._base, self._options = base_MN, options
@@ -115,11 +111,15 @@ class BaseOfPart:
 
 
 def measure_update(update: Update, options: Options) -> tuple[dict[str, float], Directions | None]:
-    """The metrics of one update, and its leading directions (matrices that moved, if wanted).
+    """Metrics of one update, and its leading directions.
 
-    Always: `parameters` (numbers in the part), `frobenius_norm`, and for matrices `rows` and
-    `columns`. Then, as `options.metrics` says, those of `entry_metrics`, `spectrum_metrics` and,
-    for embeddings and heads, `embedding_metrics` (heads: the share of moved rows only).
+    Always included: `parameters` (element count), `frobenius_norm`, and for matrices `rows` and
+    `columns`. `options.metrics` adds `entry_metrics`, `spectrum_metrics` and, for embeddings and
+    heads, `embedding_metrics` (heads: the share of moved rows only).
+
+    Returns:
+        the metrics, and the directions. `None` for vectors, for an update of zero, or if no metric
+        needs directions.
     """
     part = update.part
     metrics = {"parameters": float(math.prod(part.shape)), "frobenius_norm": update.norm()}
@@ -137,10 +137,10 @@ def measure_update(update: Update, options: Options) -> tuple[dict[str, float], 
     if not (options.wants_directions and part.is_matrix and moved):
         return metrics, None
     if update.factors is not None:
-        found_directions = leading_of_factors(*update.factors, options.k)
+        leading = leading_of_factors(*update.factors, options.k)
     else:
-        found_directions = leading_directions(update.trained, update.base, options.k, options.seed)
-    return metrics, Directions.of(found_directions)
+        leading = leading_directions(update.trained, update.base, options.k, options.seed)
+    return metrics, Directions.of(leading)
 
 
 def _spectrum(update: Update, moved: bool) -> Tensor:
@@ -152,16 +152,16 @@ def _spectrum(update: Update, moved: bool) -> Tensor:
 
 
 def measure_base(update: Update, base: BaseOfPart, options: Options) -> dict[str, float]:
-    """What became of W0's own structure in W_T.
+    """Change of W0's own leading subspaces, principal entries and spectrum in W_T.
 
     - `base_rotation_left_max_degrees`, `base_rotation_left_mean_degrees`: principal angles between
-      the K leading left subspaces of W0 and of W_T; right likewise. `base_rotation_bound_degrees`:
-      how far these may be off
-    - `principal_overlap`: see `entries.principal_overlap`, with the rank-K rebuild of W0
-    - `base_spectral_shift` (with `options.base_spectrum`): see `subspaces.spectral_shift`
+      the K leading left subspaces of W0 and W_T; right likewise
+    - `base_rotation_bound_degrees`: error bound of these angles
+    - `principal_overlap`: `sparsity.principal_overlap` with the rank-K part of W0
+    - `base_spectral_shift` (with `options.base_spectrum`): `subspaces.spectral_shift`
 
-    NaN where W0 or W_T is zero; the angles also where the bound is 90. With k at least the shorter
-    side, the subspace of that side is everything and its angles are 0.
+    Angles and overlap are NaN if W0 or W_T is zero; angles also if the bound is 90. With k at least
+    the shorter side, the subspace of that side is the whole space and its angles are 0.
 
     Source: arXiv 2606.07082, 2606.13657.
     """
@@ -187,16 +187,16 @@ def measure_base(update: Update, base: BaseOfPart, options: Options) -> dict[str
 
 
 def compare(one: Directions | None, other: Directions | None, size: int) -> dict[str, list[float]]:
-    """Two updates of the same matrix, for k = 1 … `size`.
+    """Similarity of two updates of the same matrix, for k = 1 … `size`.
 
-    - `left_cosine`, `right_cosine`: the k-th direction with its counterpart, sign-free
+    - `left_cosine`, `right_cosine`: |cos| between the k-th directions
     - `left_overlap`, `right_overlap`: ‖U_kᵀW_k‖²/k of the leading-k subspaces
     - `left_angle_max`, `right_angle_max`: their largest principal angle, degrees
-    - `angle_bound`: how far those angles may be off, degrees; 90 where nothing is proven
+    - `angle_bound`: error bound of these angles, degrees; 90 if nothing is proven
 
-    NaN beyond the rank of either, where one did not move, and (all but `angle_bound`) where the
-    bound is 90. A cosine needs the leading subspaces of both k − 1 and k, whose difference its
-    direction is.
+    NaN beyond the rank of either update and if one of them is zero. All but `angle_bound` are also
+    NaN where the bound is 90. A cosine needs a bound below 90 for k − 1 as well, because the k-th
+    direction is the difference of the two subspaces.
     """
     names = [f"{side}_{reading}" for reading in ("cosine", "overlap", "angle_max") for side in ("left", "right")]
     values = {name: [math.nan] * size for name in [*names, "angle_bound"]}
@@ -224,20 +224,19 @@ def _where(known: Tensor, values: Tensor) -> list[float]:
 def path_of_u1(
     steps: Sequence[int], u1_by_step: Mapping[int, Tensor], options: Options, picture: bool
 ) -> tuple[dict[str, float], list[tuple[int, dict[str, float]]]]:
-    """The trajectory of u1, signs aligned forward in time: is it planar, and more so than an
-    aimless one?
+    """Planarity of the path of u1, compared with random walks; signs are aligned forward in time.
 
-    - `u1_evr`: variance explained by the first two components
-    - `u1_evr_null_mean`: the same for random walks with the same step lengths
+    - `u1_evr`: share of variance explained by the first two components
+    - `u1_evr_null_mean`: mean of the same for random walks with the same step lengths
     - `u1_evr_null_p`: (1 + walks with at least the observed value) / (1 + walks)
 
     Args:
-        steps: those at which the matrix had moved, ascending.
-        u1_by_step: u1 [M] at each.
-        picture: t-SNE coordinates too (four points are needed).
+        steps: steps at which the matrix had moved, ascending.
+        u1_by_step: u1 [M] at each of them.
+        picture: also compute t-SNE coordinates (needs at least four steps).
 
     Returns:
-        the metrics, and for each step its coordinates pc1, pc2 (tsne1, tsne2). Both empty with
+        the metrics, and for each step its coordinates pc1, pc2 (tsne1, tsne2). Both are empty with
         fewer than three steps.
     """
     if len(steps) < 3:
@@ -258,9 +257,7 @@ def path_of_u1(
 
 
 def embedding_picture(update: Update, seed: int) -> dict[str, list[float]]:
-    """Token embeddings before and after in one plane: columns base_pc1, base_pc2, trained_pc1,
-    trained_pc2.
-    """
+    """`embedding_plane` as columns base_pc1, base_pc2, trained_pc1, trained_pc2."""
     base, trained = embedding_plane(update.base, update.trained, seed=seed)
     return {
         f"{name}_pc{axis + 1}": points[:, axis].tolist()

@@ -1,4 +1,4 @@
-"""What an analysis will compare, settled and checked before a single tensor is read."""
+"""Plan of an analysis: its runs, parts and settings, checked before any tensor is read."""
 
 from __future__ import annotations
 
@@ -27,15 +27,13 @@ from effopd.weights import (
 )
 
 PathLike = str | Path
-#: Words with a meaning of their own in the `reference` column.
+#: Labels reserved for the `reference` column.
 _RESERVED = ("base", "final", "first")
 
 
 @dataclass(frozen=True)
 class AnalysisRun:
-    """One trained checkpoint, or one trajectory of them. Runs of one `group` (label) differ in
-    their seed only.
-    """
+    """One trained checkpoint or trajectory. Runs of one `group` (label) differ only in the seed."""
 
     name: str
     group: str
@@ -46,7 +44,7 @@ class AnalysisRun:
 
 @dataclass(frozen=True)
 class AnalysisPlan:
-    """Everything an analysis needs, validated; `progress` knows what is done already."""
+    """Validated inputs and settings of an analysis; `progress` lists the finished parts."""
 
     base: Checkpoint
     runs: tuple[AnalysisRun, ...]
@@ -57,7 +55,7 @@ class AnalysisPlan:
 
     @property
     def snapshots(self) -> int:
-        """Snapshots of all runs together."""
+        """Number of snapshots over all runs."""
         return sum(len(run.snapshots) for run in self.runs)
 
 
@@ -73,11 +71,10 @@ def prepare(
     base_spectrum: bool = False,
     seed: int = 0,
 ) -> AnalysisPlan:
-    """Check every setting, file and shape; nothing is written. For the arguments see
-    `analysis.analyze`.
+    """Check every setting, file and shape; write nothing. Arguments as in `analysis.analyze`.
 
     Raises:
-        ConfigError: a setting is out of range, a path comes twice, or `out` holds something else.
+        ConfigError: a setting is out of range, a path is given twice, or `out` holds other files.
         CheckpointError, WeightsError: a checkpoint is missing, incomplete, or does not fit the
             base.
     """
@@ -88,8 +85,8 @@ def prepare(
     opened = open_checkpoint(base)
     if isinstance(opened, Adapter):
         raise ConfigError(
-            f"the base {base} is an adapter: expected the full checkpoint it was trained from. Pass that as the base "
-            "and the adapter as a trained run."
+            f"the base {base} is an adapter: expected the full checkpoint it was trained from. Pass that checkpoint "
+            "as the base, and the adapter as a trained run."
         )
     runs = _open_runs(opened, named, steps)
     progress = Progress(Path(out), _settings(Path(base), runs, options))
@@ -97,17 +94,15 @@ def prepare(
 
 
 def seed_names(label: str, count: int) -> list[str]:
-    """Names of the runs of one label: the label itself, or label#0, label#1, … for several
-    seeds.
-    """
+    """Names of the runs of one label: the label, or label#0, label#1, … for several seeds."""
     return [label] if count == 1 else [f"{label}#{seed}" for seed in range(count)]
 
 
 def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
-    """LABEL=DIR, as given to `--trained`, as label → folders; labels in the order given.
+    """Parse `--trained LABEL=DIR` into label → folders; labels in the order given.
 
     Raises:
-        ConfigError: not LABEL=DIR, or a label that cannot be used.
+        ConfigError: a text is not LABEL=DIR, or a label is invalid.
     """
     paths: dict[str, list[str]] = {}
     for text in texts:
@@ -124,43 +119,42 @@ def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
 def _check_label(label: str) -> None:
     if not re.fullmatch(r"[\w.+-]+", label) or label in _RESERVED:
         raise ConfigError(
-            f"the label {label!r} cannot be used: expected a name such as opd or rl, of letters, digits and . _ + -, "
-            f"and none of {', '.join(_RESERVED)}."
+            f"the label {label!r} cannot be used: expected letters, digits and . _ + -, such as opd or rl. "
+            f"The names {', '.join(_RESERVED)} are reserved."
         )
 
 
 def name_runs(trained: Mapping[str, PathLike | Sequence[PathLike]]) -> list[tuple[str, str, Path]]:
-    """(run, group, path) for each trained path; several of one label are seeds and become label#0,
-    label#1, ….
+    """(run, group, path) for each trained path; several paths of one label are seeds.
 
     Raises:
-        ConfigError: no run, a label that cannot be used, or one path twice.
+        ConfigError: there is no run, a label is invalid, or a path is given twice.
     """
     if not trained:
-        raise ConfigError("there is nothing to compare the base with: pass at least one trained LABEL=PATH.")
+        raise ConfigError("no trained run given: expected at least one. Pass LABEL=PATH.")
     named: list[tuple[str, str, Path]] = []
     for label, value in trained.items():
         _check_label(label)
         paths = [value] if isinstance(value, str | Path) else list(value)
         if not paths:
-            raise ConfigError(f"the label {label!r} has no path. Give each label at least one.")
+            raise ConfigError(f"the label {label!r} has no path: expected at least one per label.")
         named += [(name, label, Path(path)) for name, path in zip(seed_names(label, len(paths)), paths, strict=True)]
     seen: dict[Path, str] = {}
     for name, _, path in named:
         other = seen.setdefault(path.resolve(), name)
         if other != name:
             raise ConfigError(
-                f"{path} is given twice, as {other} and as {name}: expected a path of its own for each run. The same "
-                "weights counted as two seeds would make every interval too narrow."
+                f"{path} is given twice, as {other} and as {name}: expected a different path for each run. Counting "
+                "the same weights as two seeds makes every interval too narrow."
             )
     return named
 
 
 def resolve_device(device: str | None) -> str:
-    """`device`, or the accelerator when there is one that can do float64, else the CPU.
+    """`device`; `None`: the accelerator if it supports float64, otherwise the CPU.
 
     Raises:
-        ConfigError: not a device of this machine, or one without float64 (mps).
+        ConfigError: the device does not exist on this machine, or lacks float64 (mps).
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -168,10 +162,10 @@ def resolve_device(device: str | None) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is not one torch knows: expected e.g. cpu or cuda. ({error})") from error
+        raise ConfigError(f"device {device!r} is unknown to torch: expected e.g. cpu or cuda. ({error})") from error
     if not has_float64(kind):
         raise ConfigError(
-            f"device '{kind}' has no float64, which every measure here needs to tell an update from its rounding. "
+            f"device '{kind}' has no float64, which is needed to distinguish an update from rounding. "
             "Use --device cpu."
         )
     try:
@@ -185,8 +179,8 @@ def _check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     unknown = sorted(set(metrics) - set(GROUPS))
     if unknown or not metrics:
         raise ConfigError(
-            f"metrics must name groups out of {', '.join(GROUPS)}; got {', '.join(unknown) or 'none'}. Leave it out "
-            "to measure everything."
+            f"metrics must name groups out of {', '.join(GROUPS)}; got {', '.join(unknown) or 'none'}. Omit the "
+            "setting to measure everything."
         )
     return tuple(group for group in GROUPS if group in metrics or group == "norms")
 
@@ -203,7 +197,7 @@ def _open_runs(
 
 
 def _settings(base: Path, runs: Sequence[AnalysisRun], options: Options) -> dict[str, Any]:
-    """What has to be equal for an interrupted analysis to be continued."""
+    """Settings that must be equal to resume an interrupted analysis."""
     return {
         "effopd": effopd.__version__,
         "base": {"path": str(base.resolve()), "files": file_marks(base)},

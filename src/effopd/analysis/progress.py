@@ -1,9 +1,9 @@
-"""The memory of an analysis that can be interrupted: OUT/progress.jsonl.
+"""Progress file of an analysis, OUT/progress.jsonl, for resuming it.
 
-The first line is the settings (what was compared, with sizes and times of the files, and the
-options), every further line the finished measurements of one matrix. A killed analysis goes on
-after the last whole line; one with other settings is refused. Numbers round-trip exactly; NaN is
-null and infinities are strings, so that every line is strict JSON.
+The first line holds the settings: the options and the compared files with their sizes and times.
+Every further line holds the finished measurements of one matrix or vector. A killed analysis
+resumes after the last complete line; different settings are refused. Numbers round-trip exactly.
+Every line is strict JSON: NaN is null, an infinity is {"float": "inf"}.
 """
 
 from __future__ import annotations
@@ -19,28 +19,26 @@ from effopd.common.files import append_row
 from effopd.errors import CheckpointError, ConfigError
 
 FILE = "progress.jsonl"
-#: Files of a checkpoint whose size and time say whether it is still the same.
+#: Files of a checkpoint whose size and time identify its weights.
 _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 
 
 def file_marks(folder: Path) -> dict[str, list[int]]:
-    """File name → [bytes, modification time in ns], for the files of a checkpoint or adapter that
-    decide its weights.
-    """
+    """File name → [bytes, modification time in ns] of a checkpoint's weight and config files."""
     paths = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 class Progress:
-    """Finished parts on disk, in the order of work.
+    """Finished parts on disk, in the order of measurement.
 
     Args:
-        out: the output folder; neither it nor anything in it is touched before `start`.
-        settings: strict JSON; a rerun goes on only with equal ones.
+        out: the output folder. Nothing is written before `start`.
+        settings: JSON-ready. An analysis is resumed only with equal settings.
 
     Raises:
-        ConfigError: `out` is a file, holds something else, or an analysis with other settings (the
-            message says which).
+        ConfigError: `out` is a file, holds other files, or holds an analysis with other settings
+            (the message names them).
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]):
@@ -53,19 +51,21 @@ class Progress:
             others = sorted(path.name for path in out.iterdir() if path.name != FILE) if out.is_dir() else []
             if others:
                 raise ConfigError(
-                    f"the output folder {out} holds something else ({', '.join(others[:3])}"
+                    f"the output folder {out} holds other files ({', '.join(others[:3])}"
                     f"{', …' if len(others) > 3 else ''}): expected a new or empty folder, or an earlier analysis. "
-                    "Choose another (nothing was changed)."
+                    "Choose another folder (nothing was changed)."
                 )
         elif header != self._settings:
             raise ConfigError(
                 f"{out} holds an analysis with other settings: {'; '.join(_differences(header, self._settings))}. "
-                "Repeat those settings to continue it, or choose another output folder (nothing was changed)."
+                "Use the earlier settings to resume it, or choose another output folder (nothing was changed)."
             )
 
     def start(self) -> set[str]:
-        """Create the folder and the first line if need be, drop a line cut short by a kill; names
-        of finished parts.
+        """Create the folder and its first line if missing, and drop a line cut short by a kill.
+
+        Returns:
+            names of the finished parts.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._header() is None:
@@ -98,9 +98,7 @@ class Progress:
                     yield _decode(self._parse(line, number))
 
     def _header(self) -> dict[str, Any] | None:
-        """The settings of the analysis that is there; `None` if there is none (or its first line
-        was cut short).
-        """
+        """Settings of the analysis in the folder; `None` if missing or cut short."""
         if not self.path.exists():
             return None
         with self.path.open(encoding="utf-8") as file:
@@ -112,15 +110,13 @@ class Progress:
             return json.loads(line)
         except json.JSONDecodeError as error:
             raise CheckpointError(
-                f"{self.path}, line {number}, is damaged: expected one JSON object ({error}). Delete the folder, or "
-                "choose another, and run the analysis again."
+                f"{self.path}, line {number}, is damaged: expected one JSON object ({error}). Delete the folder or "
+                "choose another one, then run the analysis again."
             ) from error
 
 
 def _differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """What differs, a sentence each; long lists of files are summed up by the folder they are
-    in.
-    """
+    """One clause per differing setting; a difference in files is summarized per checkpoint."""
     if isinstance(then, dict) and isinstance(now, dict):
         if name.endswith("files"):
             return [f"{name.removesuffix('files')}weights changed on disk"] if then != now else []
@@ -129,12 +125,12 @@ def _differences(then: Any, now: Any, name: str = "") -> list[str]:
     if then == now:
         return []
     if now is None:
-        return [f"{name} is gone"]
+        return [f"{name} was removed"]
     if then is None:
-        return [f"{name} was not there"]
+        return [f"{name} was added"]
     if isinstance(then, list) and isinstance(now, list) and then and isinstance(then[0], dict):
         if len(then) != len(now):
-            return [f"{name}: {len(then)} there, {len(now)} now"]
+            return [f"{name}: {len(then)} before, {len(now)} now"]
         pairs = zip(then, now, strict=True)
         return [t for i, (a, b) in enumerate(pairs) for t in _differences(a, b, f"{name}[{i}]")]
     return [f"{name} was {json.dumps(then)}, now {json.dumps(now)}"]

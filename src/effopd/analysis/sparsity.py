@@ -1,14 +1,16 @@
-r"""Which entries of a tensor moved, how far, and whether they are its small or its principal ones.
+r"""Changed entries of a tensor: their share, size, and overlap with small and principal entries.
 
-Everything streams in blocks, so the temporaries are a few megabytes (on an accelerator a few
-hundred) whatever the size of the tensor. Nothing is sorted: order statistics come from histograms
-of the bit patterns of |w|, 16 bits at a time, which order like the numbers themselves. They are
-exact, ties included, with one pass for 16-bit weights and two for float32.
+Tensors stream in blocks: temporaries take a few megabytes (a few hundred on an accelerator) for
+any size of tensor. Nothing is sorted. Order statistics come from histograms of the bit patterns of
+|w|, 16 bits at a time, which order like the numbers. They are exact, ties included, with one pass
+for 16-bit weights and two for float32.
 
 M below is the set of *changed* entries: those that differ after both sides are rounded to bfloat16,
-the precision models are served in. Departure from the sources: a bf16 matrix has thousands of
-entries of exactly the same magnitude, so "the 30 % smallest" is ambiguous; ties at the threshold
-count fractionally, which is the expected overlap when they are broken at random.
+the precision in which models are served.
+
+Differs from the sources: a bf16 matrix has thousands of entries of exactly the same magnitude, so
+"the 30 % smallest" is ambiguous. Ties at the threshold count fractionally, which is the expected
+overlap if they are broken at random.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from torch import Tensor
 
 from effopd.errors import WeightsError
 
-#: Relative size from which a change counts in `update_density`.
+#: Relative change above which an entry counts in `update_density`.
 RELATIVE_CHANGE = 1e-3
 #: Share of entries in the low-magnitude and in the principal mask.
 ALPHA = 0.3
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-#: Numbers in one block: what fits a core's cache, and what keeps an accelerator busy.
+#: Elements per block: one fits a core's cache, the other keeps an accelerator busy.
 _BLOCK, _DEVICE_BLOCK = 2**18, 2**24
 
 #: Yields (magnitudes, changed) in blocks, the same at every call.
@@ -40,22 +42,23 @@ def entry_metrics(base: Tensor, trained: Tensor) -> dict[str, float]:
     - `bf16_unchanged_share`: share of entries equal after rounding both sides to bfloat16 (−0
         equals 0)
     - `update_density`: share with |w₊ − w| > 10⁻³ · max(|w|, |w₊|)
-    - `max_abs_update` max |Δ|, in the unit of the weights, and `relative_norm` ‖Δ‖/‖W0‖
+    - `max_abs_update`: max |Δ|, in the unit of the weights
+    - `relative_norm`: ‖Δ‖/‖W0‖
     - `low_magnitude_overlap`: |M ∩ the ⌊0.3 n⌋ entries of smallest |W0|| / |M|, M the bf16-changed
       entries; ties at the threshold count fractionally
-    - `low_magnitude_overlap_chance` ⌊0.3 n⌋/n: what an M independent of W0 gives on average
+    - `low_magnitude_overlap_chance`: ⌊0.3 n⌋/n, the expected value for an M independent of W0
     - `rounding_noise_to_update`: $\sqrt{\sum (\mathrm{ulp}(w)^2 + \mathrm{ulp}(w_+)^2) / 12} /
-      ‖Δ‖$, the expected norm of the error if both sides were rounded to their stored dtypes, over
-      the norm of the update. Near 1 and above, what the spectrum of Δ shows is rounding
+      ‖Δ‖$, the expected norm of the error of rounding both sides to their stored dtypes, relative
+      to the update. Near 1 and above, the spectrum of Δ is dominated by rounding
 
-    Ratios with a zero denominator (Δ = 0, W0 = 0, M empty, no entries) are not defined and are NaN.
+    Ratios with a zero denominator (Δ = 0, W0 = 0, M empty, no entries) are NaN.
 
     Args:
-        base, trained: tensors of one shape, strided as they like; bf16, fp16, fp32 or fp64, not
-            necessarily the same; on one device, which needs float64.
+        base, trained: tensors of the same shape, with any strides, in bf16, fp16, fp32 or fp64; the
+            dtypes can differ. Both on one device, which needs float64.
 
     Raises:
-        WeightsError: of different shapes, or another dtype.
+        WeightsError: the shapes differ, or a dtype is not supported.
 
     Source: arXiv 2606.07082, 2606.13657; masks and the bf16 comparison after arXiv 2511.08567.
     """
@@ -85,11 +88,11 @@ def entry_metrics(base: Tensor, trained: Tensor) -> dict[str, float]:
 def principal_overlap(
     base: Tensor, trained: Tensor, u_MK: Tensor, s_K: Tensor, v_NK: Tensor, alpha: float = ALPHA
 ) -> float:
-    """|M ∩ top-α entries of |W0's rank-K part|| / |M|, M the bf16-changed entries; NaN if none changed.
+    """|M ∩ top-α entries of |W0's rank-K part|| / |M|, M the bf16-changed entries; NaN if M = ∅.
 
-    The principal weights are the ⌊α M N⌋ largest entries of |U S Vᵀ|, rebuilt in float64 a block at
-    a time and rounded to float32 for ranking; ties at the threshold count fractionally. An M
-    independent of W0 gives α on average.
+    The principal weights are the ⌊α · rows · columns⌋ largest entries of |U S Vᵀ|, rebuilt in
+    float64 block by block and rounded to float32 for ranking. Ties at the threshold count
+    fractionally. An M independent of W0 gives α on average.
 
     Args:
         base, trained: [M, N], as in `entry_metrics`.
@@ -97,7 +100,7 @@ def principal_overlap(
 
     Raises:
         WeightsError: shapes do not fit, or a dtype is not supported.
-        ValueError: alpha outside 0–1.
+        ValueError: alpha is outside 0–1.
 
     Source: arXiv 2606.07082; the mask is that of arXiv 2511.08567.
     """
@@ -105,9 +108,8 @@ def principal_overlap(
     k = len(s_K)
     if base.ndim != 2 or u_MK.shape != (base.shape[0], k) or v_NK.shape != (base.shape[1], k):
         raise WeightsError(
-            f"W0 of shape {tuple(base.shape)} does not fit singular triplets u "
-            f"{tuple(u_MK.shape)}, s {tuple(s_K.shape)}, "
-            f"v {tuple(v_NK.shape)}; expected [M, K], [K], [N, K] of the same matrix."
+            f"W0 of shape {tuple(base.shape)} does not fit singular triplets u {tuple(u_MK.shape)}, "
+            f"s {tuple(s_K.shape)}, v {tuple(v_NK.shape)}: expected [M, K], [K], [N, K] of the same matrix."
         )
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}.")
@@ -157,18 +159,16 @@ class _Sums:
         self.delta_square += delta.dot(delta)
         delta.abs_()
         self.max_abs = torch.maximum(self.max_abs, delta.max())
-        # b and w are the caller's own memory when it is float64: never in place
+        # float64 inputs are not copied by .to(): never modify b and w in place
         self.dense += (delta > torch.maximum(b.abs(), w.abs()).mul_(RELATIVE_CHANGE)).sum()
 
 
 def _smallest(first: Tensor, stream: _Stream, m: int, dtype: torch.dtype) -> float:
-    """How many of the changed entries are among the m of smallest magnitude, ties at the threshold
-    fractionally.
+    """Number of changed entries among the m of smallest magnitude; ties count fractionally.
 
     Args:
         first: histograms of the 16 leading bits, of all entries and of the changed ones.
-        stream: read again for each further 16 bits of `dtype`, to split the bin that holds the
-            threshold.
+        stream: read once more for each further 16 bits of `dtype`, to split the threshold's bin.
     """
     shift = 8 * dtype.itemsize - 16
     counts, prefix, below, inside = first, 0, 0, 0
@@ -209,7 +209,7 @@ def _changed(b: Tensor, w: Tensor) -> Tensor:
 
 
 def _ulp_squares(counts: Tensor, dtype: torch.dtype) -> float:
-    """Σ ulp(w)² from a histogram of the 16 leading bits: the exponents are all it takes."""
+    """Σ ulp(w)² from a histogram of the 16 leading bits, which contain the exponents."""
     info = torch.finfo(dtype)
     mantissa = round(-math.log2(info.eps))
     exponent_bits = 8 * dtype.itemsize - 1 - mantissa
@@ -223,7 +223,7 @@ def _ulp_squares(counts: Tensor, dtype: torch.dtype) -> float:
 
 
 def _blocks(base: Tensor, trained: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Flat blocks of corresponding entries, in the order of memory; each entry once."""
+    """Flat blocks of corresponding entries in memory order; each entry once."""
     if base.numel() <= _block_size(base):
         if base.numel():
             yield base.reshape(-1), trained.reshape(-1)
@@ -255,13 +255,12 @@ def _divide(a: float, b: float) -> float:
 def _check(base: Tensor, trained: Tensor) -> None:
     if base.shape != trained.shape:
         raise WeightsError(
-            f"expected two tensors of one shape, got {tuple(base.shape)} and "
-            f"{tuple(trained.shape)}; compare checkpoints of "
-            "the same architecture."
+            f"expected two tensors of the same shape, got {tuple(base.shape)} and {tuple(trained.shape)}. "
+            "Compare checkpoints of the same architecture."
         )
     for tensor in (base, trained):
         if not tensor.is_floating_point() or tensor.element_size() not in _BITS:
             raise WeightsError(
-                f"expected bfloat16, float16, float32 or float64 weights, got {tensor.dtype}; "
-                "dequantise the checkpoint."
+                f"expected bfloat16, float16, float32 or float64 weights, got {tensor.dtype}. "
+                "Dequantize the checkpoint."
             )

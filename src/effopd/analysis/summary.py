@@ -1,8 +1,8 @@
 """summary.json: means with 95 % intervals, from the tables alone.
 
-Two kinds of interval, never mixed: over the matrices of one run (bootstrap), which describes the
-model, and over seeds (Student's t), which says what another training run would give. A difference
-between groups is called one only if it exceeds all the intervals there are.
+Two kinds of interval are reported separately. The bootstrap over the matrices of one run describes
+that model; Student's t over seeds predicts another training run. `larger` names a group only if
+every available interval of the difference excludes 0.
 """
 
 from __future__ import annotations
@@ -23,26 +23,23 @@ from effopd.common.statistics import Interval, bootstrap_mean, paired_difference
 from effopd.common.versions import ANALYSIS, versions
 
 AVERAGING = (
-    "Metrics are averaged over attention and MLP matrices, each counted once whatever its size; fused matrices (qkv, "
-    "gate_up, stacked experts) are split first, so q, k and v count once each. Vectors, "
-    "embeddings and the head are not in "
-    "the average. Values are those of the last snapshot; early_left_overlap_K is the "
-    "projector overlap of the K leading left "
-    "directions at about 10 % of training with the final ones."
+    "Metrics are means over attention and MLP matrices, unweighted by size. Fused matrices (qkv, gate_up, stacked "
+    "experts) are split first, so q, k and v count once each. Vectors, embeddings and the head are excluded. Values "
+    "are those of the last snapshot. early_left_overlap_K is the projector overlap between the K leading left "
+    "directions at about 10 % of training and the final ones."
 )
 INTERVALS = (
     "95 %. Over matrices: percentile bootstrap, describes this model. Over seeds: Student's t (differences: Welch). "
-    "'larger' names a group only if every interval of the difference that could be computed excludes 0."
+    "'larger' names a group only if every available interval of the difference excludes 0."
 )
 HEAD_APART = (
-    "the base ties its output head to the token embedding, but not every trained checkpoint "
-    "does, so head and embedding are "
-    "measured apart; where they are tied, one update counts in both."
+    "the base ties its output head to the token embedding, but not every trained checkpoint does. Head and "
+    "embedding are therefore measured apart; where they are tied, one update counts in both."
 )
 
 
 def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of summary.json (strict JSON: undefined numbers are `None`).
+    """Content of summary.json (strict JSON: undefined numbers are `None`).
 
     Args:
         out: folder with the tables.
@@ -108,9 +105,7 @@ def _total(last: pd.DataFrame, run: str) -> float:
 
 
 def _norms(last: pd.DataFrame, by: list[str]) -> dict[str, dict[Any, dict[str, float]]]:
-    """run → key → norm of the update there, its share of the total squared norm, and the share of
-    parameters.
-    """
+    """run → key → `norm` of the update, `share` of the total squared norm, `parameters` (count)."""
     wanted = last[last["metric"].isin(("frobenius_norm", "share_of_total", "parameters"))]
     value = wanted["value"].where(wanted["metric"] != "frobenius_norm", wanted["value"] ** 2)
     keys = ["run", *by, "metric"]
@@ -149,7 +144,7 @@ def _embeddings(last: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _parts(last: pd.DataFrame, run: str) -> dict[str, Any]:
-    """How many parts of each module there are, and the names of those that were not recognised."""
+    """Number of parts and parameters per module, and the names of unrecognized parts."""
     sizes = last[(last["run"] == run) & (last["metric"] == "parameters")]
     matrices = last[(last["run"] == run) & (last["metric"] == "rows")]
     by_module = {
@@ -169,9 +164,7 @@ def _parts(last: pd.DataFrame, run: str) -> dict[str, Any]:
 
 
 def _group(names: Sequence[str], totals, means, modules) -> dict[str, Any]:
-    """A label's runs together: means over seeds, or the single run's own means and intervals over
-    matrices.
-    """
+    """Means of a label's runs over seeds; of a single run, its intervals over matrices."""
     one = len(names) == 1
     over_seeds = {
         metric: student_t([means[n][metric].mean for n in names if metric in means[n]]) for metric in means[names[0]]
@@ -191,9 +184,7 @@ def _group(names: Sequence[str], totals, means, modules) -> dict[str, Any]:
 def _differences(
     rows: pd.DataFrame, groups: Mapping[str, list[str]], totals, means, seed: int
 ) -> list[dict[str, Any]]:
-    """For each pair of groups and metric: mean of a − b over the same matrices (each averaged over
-    its seeds).
-    """
+    """For each pair of groups and metric: mean of a − b, paired by matrix, averaged over seeds."""
     names = {metric for of_run in means.values() for metric in of_run}
     wide = {
         str(metric): table_queries.by_matrix(values)
@@ -223,7 +214,7 @@ def _larger(a: str, b: str, estimates: Sequence[Interval | None]) -> str | None:
     return b if known and all(e.high < 0 for e in known) else None
 
 
-# -- what a reader must know -----------------------------------------------------------------------
+# -- notes -----------------------------------------------------------------------------------------
 
 
 def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -231,8 +222,7 @@ def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mappin
     for name, run in runs.items():
         if not _total(last, name) > 0:
             notes.append(
-                f"{name}: every tensor equals the base, so the update is zero; its norms are "
-                "0 and its ratios, ranks and "
+                f"{name}: every tensor equals the base, so the update is zero. Its norms are 0; its ratios, ranks and "
                 "directions are undefined."
             )
             continue
@@ -240,37 +230,34 @@ def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mappin
         start = of_run[(of_run["step"] == 0) & (of_run["metric"] == "frobenius_norm")]["value"]
         if 0 in run["steps"] and float(start.abs().sum()) > 0:
             notes.append(
-                f"{name}: step 0 differs from the base (update norm "
-                f"{math.sqrt(float(start.pow(2).sum())):.3g}), so this "
-                "run did not start from this base; its updates contain that difference."
+                f"{name}: step 0 differs from the base (update norm {math.sqrt(float(start.pow(2).sum())):.3g}), so "
+                "this run did not start from this base. Its updates contain that difference."
             )
         noise = last[(last["run"] == name) & (last["metric"] == "rounding_noise_to_update")]["value"]
         if float((noise > 0.5).mean()) > 0.1:
             notes.append(
-                f"{name}: in {float((noise > 0.5).mean()):.0%} of the parts the rounding of "
-                "the stored weights is more "
-                "than half as large as the update; effective rank and small singular values there are those of the "
-                "rounding. Analyse float32 checkpoints if there are any."
+                f"{name}: in {float((noise > 0.5).mean()):.0%} of the parts, the rounding error of the stored weights "
+                "exceeds half the update. Their effective rank and small singular values mostly reflect rounding. "
+                "Analyze float32 checkpoints if available."
             )
     for group, names in table_queries.groups_of(runs).items():
         ends = {runs[name]["steps"][-1] for name in names}
         if len(ends) > 1:
             notes.append(
-                f"{group}: the seeds end at different steps "
-                f"({', '.join(str(runs[n]['steps'][-1]) for n in names)}); what is "
-                "said about the end compares unlike runs."
+                f"{group}: the seeds end at different steps ({', '.join(str(runs[n]['steps'][-1]) for n in names)}), "
+                "so final values compare runs of different length."
             )
     others = last.loc[last["module"] == "other", "matrix"].astype(str).unique()
     if len(others):
         notes.append(
-            f"{len(others)} parts were not recognised and are analysed as module 'other': {', '.join(others[:5])}"
+            f"{len(others)} parts were not recognized and are analyzed as module 'other': {', '.join(others[:5])}"
             f"{', …' if len(others) > 5 else ''}."
         )
     return notes
 
 
 def _strict(value: Any) -> Any:
-    """Plain JSON values; estimates as objects, numbers that are not finite as `None`."""
+    """Plain JSON values: intervals as objects, non-finite numbers as `None`."""
     if isinstance(value, Interval):
         return _strict(vars(value))
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Reading the tables: which rows a summary or a figure is about. Data frames in, data frames out.
+"""Queries on the tables of an analysis: select the rows that a summary or a figure needs.
 
-Layers outside the layers (embedding, head, final norm) are −1 here, so that they can be index
-values.
+Parts outside the layers (embedding, head, final norm) have `layer` −1, so that `layer` can be an
+index.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Any
 
 import pandas as pd
 
-#: What identifies a matrix.
+#: Columns that identify a matrix.
 PLACE = ["layer", "module", "matrix"]
-#: Modules whose matrices are averaged over.
+#: Modules whose matrices enter the means.
 AVERAGED = ("attention", "mlp")
 #: Sizes rather than measurements.
 SIZES = ("parameters", "rows", "columns")
 
 
 def with_layer(frame: pd.DataFrame) -> pd.DataFrame:
-    """`layer` as plain integers, −1 outside the layers."""
+    """The table with `layer` as plain integers, −1 outside the layers."""
     return frame.assign(layer=frame["layer"].fillna(-1).astype(int))
 
 
 def at_step(frame: pd.DataFrame, run: str, step: int | None) -> pd.DataFrame:
-    """The rows of one snapshot (`None`: a lone checkpoint that does not say its step)."""
+    """Rows of one snapshot. `None`: a single checkpoint without a known step."""
     rows = frame[frame["run"] == run]
     return rows if step is None else rows[rows["step"] == step]
 
 
 def final(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """The rows of each run's last snapshot.
+    """Rows of each run's last snapshot.
 
     Args:
         runs: run → at least `steps`, ascending, as in summary.json.
@@ -41,9 +41,7 @@ def final(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> pd.Data
 
 
 def averaged(matrices: pd.DataFrame) -> pd.DataFrame:
-    """Rows of attention and MLP matrices; vectors (biases, norms) are left out. A fused matrix is
-    one row a part.
-    """
+    """Rows of attention and MLP matrices, without vectors; fused matrices have one row per part."""
     rows = matrices[matrices["module"].isin(AVERAGED)]
     places = rows.loc[rows["metric"] == "rows", PLACE].drop_duplicates()
     keys = pd.MultiIndex.from_frame(places.astype({"module": str, "matrix": str}))
@@ -52,15 +50,17 @@ def averaged(matrices: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_matrix(rows: pd.DataFrame) -> pd.DataFrame:
-    """One column a run, one row a matrix, of rows that hold one value each (one metric, one step a
-    run).
+    """Pivot to one row per matrix and one column per run.
+
+    Args:
+        rows: one metric, one step per run.
     """
     flat = rows.astype({"run": str, "module": str, "matrix": str})
     return flat.pivot(index=PLACE, columns="run", values="value")
 
 
 def groups_of(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Group → its runs, in the order they were given."""
+    """Group → its runs, in the order given."""
     groups: dict[str, list[str]] = {}
     for name, run in runs.items():
         groups.setdefault(run["group"], []).append(name)
@@ -68,13 +68,11 @@ def groups_of(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def moved_steps(matrices: pd.DataFrame, run: str) -> list[int]:
-    """Steps of a run at which anything had moved, ascending; empty for a checkpoint without a
-    step.
-    """
+    """Steps of a run with a nonzero update, ascending; empty for a checkpoint without a step."""
     rows = matrices[(matrices["run"] == run) & (matrices["metric"] == "frobenius_norm") & (matrices["value"] > 0)]
     return sorted(int(step) for step in rows["step"].dropna().unique())
 
 
 def nearest(steps: Sequence[int], wanted: float) -> int:
-    """The step nearest to `wanted`; the earlier one of two."""
+    """The step nearest to `wanted`; the earlier one of a tie."""
     return min(steps, key=lambda step: (abs(step - wanted), step))

@@ -1,13 +1,13 @@
-"""Tidy tables on disk: one value a row, Parquet and CSV side by side.
+"""Tidy tables on disk: one value per row, as Parquet and CSV.
 
     matrices     run, step, layer, module, matrix, metric, value
     subspaces    run, step, layer, module, matrix, reference, metric, k, value
     directions   run, step, layer, module, matrix, metric, value
     embeddings   run, step, layer, module, matrix, metric, point, value
 
-`step` is missing for a lone checkpoint that does not say its step, `layer` outside the layers;
-`value` is a float64, missing where a quantity is not defined. Tables are written in pieces as rows
-come, so writing needs no memory for all of them.
+`step` is missing for a single checkpoint without a known step, `layer` outside the layers. `value`
+is a float64, missing if the quantity is undefined. Rows are written in pieces, so a whole table
+never needs to fit in memory.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 _INTEGERS = ("step", "layer", "k", "point")
 _TEXT = ("run", "module", "matrix", "metric", "reference")
-#: Rows held before they are written.
+#: Rows buffered per write.
 _PIECE = 200_000
 
 
 class TableWriter:
-    """Writes one table piece by piece to `STEM.parquet` and `STEM.csv`; both appear, whole, when
-    the block ends.
+    """Context manager that writes one table in pieces to `STEM.parquet` and `STEM.csv`.
 
-    An exception inside the block leaves earlier files as they were.
+    Both files appear, complete, at the end of the block. An exception inside the block leaves
+    earlier files unchanged.
 
     Example:
         >>> import tempfile
@@ -115,23 +115,22 @@ def write_table(rows: pd.DataFrame | Iterable[Sequence[Any]], stem: Path, column
 
 
 def read_table(stem: Path, filters: Sequence[tuple[str, str, Any]] | None = None) -> pd.DataFrame:
-    """A table as a data frame; text columns are categories, so that millions of rows stay small.
+    """Read a table as a data frame; text columns are categories, to save memory.
 
     Args:
-        filters: only rows that satisfy all of them, as in `pandas.read_parquet`, e.g.
+        filters: conditions that every row must satisfy, as in `pandas.read_parquet`, e.g.
             `[("reference", "==", "final")]`.
 
     Raises:
-        CheckpointError: the file is missing or not a table.
+        CheckpointError: the file is missing or is not a table.
     """
     path = _with_suffix(Path(stem), ".parquet")
     try:
         table = pq.read_table(path, filters=list(filters) if filters else None, read_dictionary=list(_TEXT))
     except (OSError, pa.ArrowInvalid) as error:
         raise CheckpointError(
-            f"{path} cannot be read: expected a table written by `effopd analyze`, got "
-            f"{error}. Run the analysis again "
-            "into the same folder; finished parts are not measured twice."
+            f"{path} cannot be read: expected a table written by `effopd analyze`, got {error}. "
+            "Run the analysis again into the same folder; finished parts are not measured twice."
         ) from error
     return _typed(table.to_pandas(ignore_metadata=True), text="category")
 

@@ -1,6 +1,4 @@
-"""What the tables say about training as a whole: how early final directions are there, and whether
-runs agree.
-"""
+"""Metrics of whole runs: how early the final directions emerge, and whether runs agree."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ from effopd.analysis import table_queries
 from effopd.analysis.tables import read_table
 from effopd.common.statistics import Interval, bootstrap_mean
 
-#: Share of training at which "early" is looked at.
+#: Share of training at which early directions are compared with the final ones.
 EARLY = 0.1
-#: Sizes of the leading subspace that the summary quotes.
+#: Sizes of the leading subspace in the summary.
 _KS = (1, 2, 5, 10, 16, 20)
 _OVERLAPS = ["left_overlap", "right_overlap"]
 
@@ -24,7 +22,7 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 
 def moving_runs(matrices: pd.DataFrame, runs: Runs) -> dict[str, list[int]]:
-    """Runs with at least two snapshots that moved → the steps of those."""
+    """Run → steps of its snapshots that moved, for runs with at least two of them."""
     moved = {name: table_queries.moved_steps(matrices, name) for name in runs}
     return {name: steps for name, steps in moved.items() if len(steps) > 1}
 
@@ -35,7 +33,7 @@ def early_step(steps: list[int]) -> int:
 
 
 def quoted(k: int) -> list[int]:
-    """Sizes of the leading subspace that the summary quotes, when `k` directions were kept.
+    """Sizes of the leading subspace in the summary, given `k` measured directions.
 
     Example:
         >>> quoted(8)
@@ -45,9 +43,12 @@ def quoted(k: int) -> list[int]:
 
 
 def early_rows(out: Path, moving: Mapping[str, list[int]], k: int) -> pd.DataFrame:
-    """One row a run and matrix: `early_left_overlap_K` (projector overlap of the leading K
-    directions at 10 % of training with the final ones; right likewise) and `first_left_cosine` (u1
-    of the first snapshot that moved with the final)."""
+    """Early similarity to the final directions, one row per run, matrix and metric.
+
+    - `early_left_overlap_K`: projector overlap between the leading K directions at 10 % of training
+      and the final ones; right likewise
+    - `first_left_cosine`: |cos| between u1 of the first snapshot that moved and the final u1
+    """
     rows = _averaged(out, [("metric", "in", [*_OVERLAPS, "left_cosine"])])
     pieces = [
         rows[(rows["reference"] == "first") & (rows["metric"] == "left_cosine")].assign(metric="first_left_cosine")
@@ -63,11 +64,10 @@ def early_rows(out: Path, moving: Mapping[str, list[int]], k: int) -> pd.DataFra
 def trajectories(
     out: Path, last: pd.DataFrame, moving: Mapping[str, list[int]], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Run → steps, which one is early, the lock-in of the right subspace over training, EVR against
-    random walks.
+    """Run → steps, early step, right-subspace lock over training, EVR against random walks.
 
     Args:
-        last: averaged rows of the last snapshots.
+        last: rows of attention and MLP matrices at the last snapshots.
     """
     rows = _averaged(out, [("metric", "==", "right_overlap"), ("k", "==", 16), ("reference", "==", "final")])
     summaries = {}
@@ -88,7 +88,7 @@ def trajectories(
 
 
 def agreement(out: Path, last: pd.DataFrame, runs: Runs, k: int, seed: int) -> list[dict[str, Any]]:
-    """For each pair of runs: overlap of their final leading subspaces, with what chance gives."""
+    """For each pair of runs: overlap of their final leading subspaces, with its chance level."""
     rows = _averaged(out, [("reference", "in", list(runs)), ("metric", "in", _OVERLAPS), ("k", "in", quoted(k))])
     result = []
     for (run, reference), pair in rows.groupby(["run", "reference"], observed=True, sort=False):
@@ -106,8 +106,9 @@ def agreement(out: Path, last: pd.DataFrame, runs: Runs, k: int, seed: int) -> l
 
 
 def chance(last: pd.DataFrame, run: str) -> dict[str, float]:
-    """Mean over matrices of 1/M and 1/N: times k, the overlap of independent random k-dimensional
-    subspaces.
+    """Means over matrices of 1/M (left) and 1/N (right).
+
+    k times this is the expected overlap of independent random k-dimensional subspaces.
     """
     of_run = last[last["run"] == run]
     sides = {"left": "rows", "right": "columns"}
@@ -127,6 +128,6 @@ def _evr(last: pd.DataFrame, run: str, seed: int) -> dict[str, Interval | float]
 
 
 def _averaged(out: Path, filters: list[tuple[str, str, Any]]) -> pd.DataFrame:
-    """Rows of the `subspaces` table of attention and MLP matrices (it holds no vectors)."""
+    """Rows of attention and MLP matrices in the `subspaces` table, which holds no vectors."""
     rows = table_queries.with_layer(read_table(out / "subspaces", filters))
     return rows[rows["module"].isin(table_queries.AVERAGED)]

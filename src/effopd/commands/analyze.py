@@ -1,6 +1,4 @@
-"""`effopd analyze`: what training did to the weights, as a table to read, tables to work with, and
-figures.
-"""
+"""`effopd analyze`: measure weight updates, print a summary, write tables and figures."""
 
 from __future__ import annotations
 
@@ -23,33 +21,33 @@ from effopd.report.dynamics_figures import draw
 from effopd.tasks.builtin_models import resolve_model
 from effopd.weights import MODULES
 
-#: Printed metric → (name, format). "%" prints a share as a percentage.
+#: Printed metric → (label, format). "%" prints a share as a percentage.
 _ROWS = {
-    "frobenius_norm": ("norm of a matrix's update", ".3g"),
+    "frobenius_norm": ("update norm per matrix", ".3g"),
     "relative_norm": ("… relative to the matrix", ".2%"),
     "spectral_norm": ("spectral norm s1", ".3g"),
     "spectral_to_frobenius": ("s1 / norm", ".1%"),
     "effective_rank": ("effective rank", ".1f"),
     "effective_rank_noise_floor": ("… of pure rounding noise", ".1f"),
     "top1pct_norm_ratio": ("norm in the top 1 % of directions", ".1%"),
-    "early_left_overlap_1": ("early: u1 shared with the end", ".1%"),
-    "early_left_overlap_{k}": ("early: top-{k} left shared with the end", ".1%"),
-    "early_right_overlap_{k}": ("early: top-{k} right shared with the end", ".1%"),
+    "early_left_overlap_1": ("early: u1, overlap with final", ".1%"),
+    "early_left_overlap_{k}": ("early: top-{k} left, overlap with final", ".1%"),
+    "early_right_overlap_{k}": ("early: top-{k} right, overlap with final", ".1%"),
     "u1_evr": ("path of u1: variance in a plane", ".1%"),
     "u1_evr_null_mean": ("… of a random walk", ".1%"),
     "bf16_unchanged_share": ("entries unchanged in bf16", ".1%"),
     "update_density": ("entries changed by more than 0.1 %", ".1%"),
-    "low_magnitude_overlap": ("changed ones: in W0's smallest 30 %", ".1%"),
-    "principal_overlap": ("changed ones: in W0's principal 30 %", ".1%"),
-    "base_rotation_left_mean_degrees": ("turn of W0's top-{k}, left (°)", ".2f"),
-    "base_rotation_right_mean_degrees": ("turn of W0's top-{k}, right (°)", ".2f"),
+    "low_magnitude_overlap": ("changed entries in W0's smallest 30 %", ".1%"),
+    "principal_overlap": ("changed entries in W0's principal 30 %", ".1%"),
+    "base_rotation_left_mean_degrees": ("rotation of W0's top-{k}, left (°)", ".2f"),
+    "base_rotation_right_mean_degrees": ("rotation of W0's top-{k}, right (°)", ".2f"),
     "base_spectral_shift": ("shift of W0's singular values", ".2%"),
     "rounding_noise_to_update": ("rounding of the files / update", ".2g"),
 }
-#: Metrics that are a yardstick for the line above, not a finding.
+#: Metrics that serve as reference for the line above them.
 _YARDSTICKS = ("effective_rank_noise_floor", "u1_evr_null_mean")
 _EXAMPLE = """\
-what it writes to --out:
+written to --out:
   matrices, subspaces, directions, embeddings   tables, .parquet and .csv
   summary.json                                  means with 95 % intervals, settings, versions
   figures/*.png                                 needs matplotlib: pip install 'effopd[plots]'
@@ -58,8 +56,8 @@ examples:
   effopd analyze --base testbed:student --trained rl=testbed:teacher --out runs/analysis
   effopd analyze --base BASE --trained opd=runs/opd-0 --trained opd=runs/opd-1 --trained rl=runs/rl --out OUT
 
-A trained path is a checkpoint, a LoRA adapter, or a run directory whose trajectory/ is analysed over training.
-The same label again is another seed. An interrupted analysis goes on where it stopped when the command is repeated.
+A trained path is a checkpoint, a LoRA adapter, or a run directory whose trajectory/ is analyzed over training.
+Repeat a label for further seeds. Repeat the command to resume an interrupted analysis.
 """
 
 
@@ -67,32 +65,47 @@ def analyze_parser() -> argparse.ArgumentParser:
     """The parser of `effopd analyze`."""
     parser = argparse.ArgumentParser(
         prog="effopd analyze",
-        description="Measure what training did to the weights: how far they moved, where, and in which directions.",
+        description="Measure weight updates: their size, their location and their directions.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--base", required=True, metavar="DIR", help="checkpoint before training (testbed:student ships)")
+    add("--base", required=True, metavar="DIR", help="checkpoint before training, for example testbed:student")
     add(
         "--trained",
         required=True,
         action="extend",
         nargs="+",
         metavar="LABEL=DIR",
-        help="trained checkpoint, adapter or run directory, with a name such as opd or rl; repeatable",
+        help="trained checkpoint, adapter or run directory, with a label such as opd or rl; repeatable",
     )
-    add("--out", required=True, metavar="DIR", help="new or empty folder, or an interrupted analysis to continue")
-    add("--k", type=int, default=20, help="leading directions of each update (default: 20, as in the paper)")
-    add("--steps", nargs="+", metavar="STEP", help="snapshots of the trajectories, e.g. 1,2,8 (default: all)")
-    add("--device", help="cpu, cuda, … (default: the accelerator when there is one, else cpu)")
-    add("--metrics", nargs="+", metavar="GROUP", help=f"measure these groups only: {','.join(GROUPS)} (default: all)")
+    add("--out", required=True, metavar="DIR", help="new or empty folder, or the folder of an analysis to resume")
+    add(
+        "--k",
+        type=int,
+        default=20,
+        help="number of leading singular directions per update (default: 20, as in the paper)",
+    )
+    add(
+        "--steps",
+        nargs="+",
+        metavar="STEP",
+        help="steps of the trajectory snapshots, for example 1,2,8 (default: all)",
+    )
+    add("--device", help="cpu, cuda, … (default: the accelerator if available, otherwise cpu)")
+    add(
+        "--metrics",
+        nargs="+",
+        metavar="GROUP",
+        help=f"groups of metrics to measure: {','.join(GROUPS)} (default: all)",
+    )
     add("--base_spectrum", action="store_true", help="also compare all singular values of W0 and W_T (slow)")
-    add("--seed", type=int, default=0, help="of random walks, pictures and bootstrap (default: 0)")
+    add("--seed", type=int, default=0, help="seed of random walks, figures and bootstrap (default: 0)")
     return parser
 
 
 def run_analyze(argv: Sequence[str]) -> int:
-    """Parse, check everything before any work, measure, draw, print."""
+    """Run `effopd analyze`: parse, check everything, measure, draw and print."""
     arguments = analyze_parser().parse_args(list(argv))
     plan = plan_of(arguments)
     console = Console(soft_wrap=True)
@@ -102,7 +115,7 @@ def run_analyze(argv: Sequence[str]) -> int:
         _count(n, word)
         for n, word in ((len(plan.parts), "tensor"), (plan.snapshots, "snapshot"), (len(plan.runs), "run"))
     )
-    console.print(f"{parts} (fused ones split), {snapshots} of {runs}, on {plan.options.device}")
+    console.print(f"{parts} (fused tensors split), {snapshots} of {runs}, on {plan.options.device}")
     with _Bar() as bar:
         analysis = execute(plan, bar)
     show(analysis, console)
@@ -112,7 +125,7 @@ def run_analyze(argv: Sequence[str]) -> int:
             f"figures: {escape(str(analysis.out / 'figures'))}  ({', '.join(path.stem for path in figures)})"
         )
     else:
-        missing = "figures: not drawn, matplotlib is missing (pip install 'effopd[plots]', then repeat the command)"
+        missing = "figures: skipped, matplotlib is missing (pip install 'effopd[plots]', then repeat the command)"
         console.print(escape(missing))
     return 0
 
@@ -122,10 +135,11 @@ def _count(n: int, word: str) -> str:
 
 
 def plan_of(arguments: argparse.Namespace) -> AnalysisPlan:
-    """Flags → a checked plan; nothing is written.
+    """Checked plan of the analysis that the flags describe. Nothing is written.
 
     Raises:
-        ConfigError, CheckpointError, WeightsError: what is wrong, and what to do.
+        ConfigError: a flag is invalid.
+        CheckpointError, WeightsError: a checkpoint cannot be analyzed.
     """
     trained = {
         label: [str(resolve_model(path)) for path in paths] for label, paths in labelled(arguments.trained).items()
@@ -159,7 +173,7 @@ def _steps(values: Sequence[str] | None) -> list[int] | None:
 
 
 class _Bar:
-    """A progress bar that starts where an interrupted analysis stopped."""
+    """Progress bar that starts at the matrices an interrupted analysis finished."""
 
     def __init__(self) -> None:
         self._bar: Counted | None = None
@@ -184,7 +198,7 @@ class _Bar:
 
 
 def show(analysis: Analysis, console: Console) -> None:
-    """The summary as two tables, notes, and where the files are."""
+    """Print the summary as two tables, its notes, and the paths of the files."""
     summary = analysis.summary
     console.print(_metrics_table(summary))
     for sentence in _sentences(summary):
@@ -221,7 +235,7 @@ def _metrics_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(metric, name, format) of the printed lines."""
+    """(metric, label, format) of the printed lines."""
     k = summary["settings"]["k"]
     rows = {metric.format(k=k): (name.format(k=k), style) for metric, (name, style) in _ROWS.items()}
     return [(metric, name, style) for metric, (name, style) in rows.items()]
@@ -244,23 +258,19 @@ def _estimate(value: Mapping[str, Any] | None, style: str) -> str:
 
 
 def _only_pair(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The difference of the two groups, if there are two."""
+    """The difference between the groups if there are exactly two; otherwise `None`."""
     return summary["differences"][0] if len(summary["differences"]) == 1 else None
 
 
 def _mark(difference: Mapping[str, Any] | None) -> str:
-    """The larger group, a dot when none is beyond the interval, nothing when there is no
-    interval.
-    """
+    """Name of the larger group; "·" if the difference is not significant, "" without interval."""
     if difference is None or all(difference.get(over) is None for over in ("over_matrices", "over_seeds")):
         return ""
     return escape(difference["larger"] or "·")
 
 
 def _sentences(summary: Mapping[str, Any]) -> list[str]:
-    """How to read the brackets, and with three groups and more, which is larger beyond the
-    interval.
-    """
+    """Legend of the brackets and, for three or more groups, the significant differences."""
     over = {name: group["interval_over"] for name, group in summary["groups"].items()}
     kinds = sorted(set(over.values()))
     early = {
@@ -271,11 +281,11 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
     lines = [f"Brackets: over {kinds[0]}." if len(kinds) == 1 else
              "Brackets: " + ", ".join(f"{name} over {kind}" for name, kind in over.items()) + "."]  # fmt: skip
     if "matrices" in kinds:
-        lines[0] += " Matrices of one run say nothing about another run; give several seeds for that."
+        lines[0] += " They do not cover the variation between runs; pass several seeds for that."
     if early:
         lines.append(f"early: the snapshot nearest to 10 % of training ({', '.join(sorted(early))}).")
     if len(summary["differences"]) == 1:
-        lines.append("larger: beyond the 95 % interval of the paired difference; · means no clear difference.")
+        lines.append("larger: the 95 % interval of the paired difference excludes 0; · means that it does not.")
         return lines
     for pair in summary["differences"]:
         by_side: dict[str | None, list[str]] = {}
@@ -284,14 +294,14 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
                 by_side.setdefault(pair["metrics"][metric]["larger"], []).append(name.strip("… "))
         for larger, smaller in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
             if by_side.get(larger):
-                lines.append(f"{larger} beyond {smaller}: {'; '.join(by_side[larger])}.")
+                lines.append(f"{larger} significantly above {smaller}: {'; '.join(by_side[larger])}.")
     return lines
 
 
 def _modules_table(summary: Mapping[str, Any]) -> Table:
     groups, sizes = summary["groups"], summary["parts"]["modules"]
     total = sum(size["parameters"] for size in sizes.values())
-    table = Table(title="where the update is: share of its squared norm", box=box.SIMPLE, pad_edge=False)
+    table = Table(title="share of the update's squared norm by module", box=box.SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name, group in groups.items():
         table.add_column(escape(_heading(name, group)), justify="right", no_wrap=True)

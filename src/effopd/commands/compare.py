@@ -1,4 +1,4 @@
-"""`effopd compare`: run a grid, then say who was faster, by how much, and how sure that is."""
+"""`effopd compare`: run a grid of runs, then report each strategy's speed-up and its interval."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from effopd.report.compare_gate import gate_results
 from effopd.report.compare_page import render
 from effopd.report.compare_terminal import summary_tables
 
-#: The fields of a plan, from the documentation of `compare.grid`.
+#: The fields of a plan, from the docstring of `compare.grid`.
 _PLAN_HELP = textwrap.dedent((grid_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])
 
 RESULTS, PAGE, FIGURES = "results.json", "results.md", "results"
@@ -44,54 +44,53 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `effopd compare`."""
     parser = argparse.ArgumentParser(
         prog="effopd compare",
-        description="Run strategies × learning rates × seeds × tasks through `effopd train`, none twice, "
-        "and compare them:\n"
-        "time to the baseline's final quality in steps, net seconds and tokens, paired by seed, with 95 % intervals.\n"
-        "Stop it whenever you like; the same command goes on.",
+        description="Run strategies × learning rates × seeds × tasks with `effopd train` and compare them: steps,\n"
+        "net seconds and tokens until the baseline's final held-out KL, paired by seed, with 95 % intervals.\n"
+        "Repeat the command to resume an interrupted grid; finished runs are not repeated.",
         epilog="A plan:\n" + textwrap.indent(_PLAN_HELP, "  ") + "\nExamples:\n"
-        "  effopd compare recipes/compare-testbed.yaml --dry_run     # checks every setting, shows the grid\n"
-        "  effopd compare recipes/compare-testbed.yaml --workers 2   # runs it, or goes on with it\n"
+        "  effopd compare recipes/compare-testbed.yaml --dry_run     # check every setting, show the grid\n"
+        "  effopd compare recipes/compare-testbed.yaml --workers 2   # run or resume the grid\n"
         "  effopd compare recipes/compare-testbed.yaml --runs_from docs/results.json   # … begun on another machine\n"
-        "  effopd compare --report runs/compare --out docs           # redraws without running",
+        "  effopd compare --report runs/compare --out docs           # redraw without running",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("plan", nargs="?", help="YAML file; fields below, an example in recipes/compare-testbed.yaml.")
-    parser.add_argument("--workers", type=int, help="Runs at a time. Default: the plan's.")
+    parser.add_argument(
+        "plan", nargs="?", help="YAML file with the fields below; example: recipes/compare-testbed.yaml."
+    )
+    parser.add_argument("--workers", type=int, help="Number of parallel runs. Default: the plan's.")
     parser.add_argument(
         "--runs_from",
         type=Path,
         action="append",
         default=[],
         metavar="RESULTS_JSON",
-        help="Count the runs of a results.json as done: those of a grid that was begun, or shared, on another "
-        "machine. The baseline is run here for one seed of each task, to bring their seconds "
-        "to this machine's. The grid's "
-        "folder keeps them. May be given several times.",
+        help="Import finished runs from the results.json of another machine; repeatable. The baseline is run "
+        "here for one seed per task to convert their seconds to this machine's.",
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="Check every setting and show the grid; run and write nothing."
+        "--dry_run", action="store_true", help="Check every setting and show the grid, without running or writing."
     )
     parser.add_argument(
         "--report",
         type=Path,
         metavar="PATH",
-        help="Run nothing: redraw from a grid's folder (finished runs only), or from a results.json.",
+        help="Redraw from a grid's folder (finished runs only) or from a results.json, without running.",
     )
     parser.add_argument(
-        "--out", type=Path, help="Where results.json, results.md and results/*.png go. Default: the grid."
+        "--out", type=Path, help="Folder for results.json, results.md and results/*.png. Default: the grid's folder."
     )
     return parser
 
 
 def run_compare(argv: Sequence[str]) -> int:
-    """`effopd compare`."""
+    """Run `effopd compare`."""
     arguments = build_parser().parse_args(list(argv))
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)  # a file would get 80 columns
     if (arguments.plan is None) == (arguments.report is None):
-        raise ConfigError("give either a plan to run, or --report with the folder of a grid or a results.json.")
+        raise ConfigError("expected either a plan to run, or --report with a grid's folder or a results.json.")
     if arguments.report is not None:
         if arguments.runs_from:
-            raise ConfigError("--runs_from goes with a plan; the grid's folder remembers it for --report.")
+            raise ConfigError("--runs_from needs a plan. Leave it out: the grid's folder already holds these runs.")
         return _report(arguments.report, arguments.out, console)
     grid = load_grid(arguments.plan, workers=arguments.workers)
     entries = read_entries(grid, arguments.runs_from) or saved_entries(grid)
@@ -111,16 +110,16 @@ def run_compare(argv: Sequence[str]) -> int:
         failed = _run(grid, [run for run in runs if run.path not in done], len(done), console, lock)
     for run in failed:
         console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(failure_of(run) or 'stopped')}")
-        console.print(f"        all of it: {run.path / LOG}", highlight=False)
+        console.print(f"        full log: {run.path / LOG}", highlight=False)
     _report(Path(grid.output_dir), arguments.out, console)
     return 1 if failed else 0
 
 
 def check_runs(runs: Sequence[PlannedRun]) -> None:
-    """Parse the settings of one run of every kind, so that a typo is found before the first step.
+    """Check the settings of one run per task and strategy before any run starts.
 
     Raises:
-        ConfigError: a setting is unknown, out of range, or the runs do not evaluate.
+        ConfigError: a setting is unknown or out of range, or the runs do not evaluate at the start.
     """
     from effopd.commands.train import parse_train
 
@@ -138,23 +137,21 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
                 raise ConfigError(f"strategy '{run.strategy}', task '{run.task}': {error}") from error
             if settings.opd.eval_strategy == "no" or not settings.opd.eval_on_start:
                 raise ConfigError(
-                    "the plan's base must evaluate (eval_strategy: steps, eval_steps: N, eval_on_start: true): "
-                    "time-to-target is read off the evaluations."
+                    "the plan's base must evaluate, because time-to-target is read off the evaluations. "
+                    "Set eval_strategy: steps, eval_steps: N, eval_on_start: true."
                 )
 
 
 def grid_table(grid: Grid, to_make: Sequence[PlannedRun]) -> Table:
-    """What a dry run shows: every strategy with its own settings, its runs, those to be made here,
-    and those that are done.
-    """
+    """Table of a dry run: per strategy its settings and the numbers of runs planned and done."""
     planned = grid.runs()
     table = Table(
         title=f"{len(planned)} runs into {grid.output_dir}: {len(grid.tasks)} task(s), {len(grid.seeds)} seed(s), "
-        f"{grid.workers} at a time" + (f"; {len(to_make)} to be made here" if len(to_make) != len(planned) else ""),
+        f"{grid.workers} at a time" + (f"; {len(to_make)} to run here" if len(to_make) != len(planned) else ""),
         box=box.SIMPLE,
         pad_edge=False,
     )
-    for name in ("strategy", "learning rates", "runs", "to be made here", "done", "own settings"):
+    for name in ("strategy", "learning rates", "runs", "to run here", "done", "own settings"):
         table.add_column(name)
     for strategy, settings in grid.strategies.items():
         runs = [run for run in planned if run.strategy == strategy]
@@ -173,9 +170,7 @@ def grid_table(grid: Grid, to_make: Sequence[PlannedRun]) -> Table:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (a batch system, `kill`) stops the runs as Ctrl-C does, instead of leaving them
-    behind.
-    """
+    """Handle SIGTERM (batch systems, `kill`) like Ctrl-C, so that no child run is left behind."""
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt
@@ -211,16 +206,16 @@ def _run(grid: Grid, pending: list[PlannedRun], done: int, console: Console, loc
 
 
 def _read_results(path: Path) -> dict[str, Any]:
-    """A published results.json.
+    """Content of a results.json.
 
     Raises:
-        ConfigError: the file is none.
+        ConfigError: the file is not a results.json of `effopd compare`.
     """
     try:
         results = json.loads(path.read_text())
     except ValueError as error:  # no JSON, or no text
         raise ConfigError(
-            f"--report {path}: expected a results.json of `effopd compare`, got no JSON ({error})."
+            f"--report {path}: expected a results.json of `effopd compare`; the file is not JSON ({error})."
         ) from error
     missing = [name for name in ("settings", "runs") if not isinstance(results, dict) or name not in results]
     if missing:

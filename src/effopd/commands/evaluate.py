@@ -1,4 +1,4 @@
-"""`effopd eval`: accuracy of a model on a task, with all answers kept."""
+"""`effopd eval`: accuracy of a model on a task, with all answers on request."""
 
 from __future__ import annotations
 
@@ -26,46 +26,43 @@ from effopd.tasks.sampling import Sampling
 
 @dataclass
 class EvalArguments:
-    """Flags of `effopd eval` besides the sampling's and the task's."""
+    """Flags of `effopd eval`, except those of sampling and task."""
 
-    model: str = field(metadata={"help": "Model folder or Hub id; testbed:student and testbed:teacher ship."})
-    dtype: str = field(default="auto", metadata={"help": "Weights' dtype: auto, float32, bfloat16, …"})
+    model: str = field(metadata={"help": "Model folder or Hub id, or testbed:student, testbed:teacher."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the weights: auto, float32, bfloat16, …"})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
     output: str | None = field(
-        default=None, metadata={"help": "JSONL file for all answers; the summary goes beside it as .summary.json."}
+        default=None, metadata={"help": "JSONL file for all answers; a .summary.json is written beside it."}
     )
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
         if self.output is not None and Path(self.output).exists():
-            raise ConfigError(f"--output {self.output} exists; choose another file (nothing was changed).")
+            raise ConfigError(f"--output {self.output} exists; choose another file. Nothing was changed.")
 
 
 @dataclass
 class EvalTaskConfig(TaskConfig):
-    """`TaskConfig` whose task may be left out where there is an `eval_task`.
+    """`TaskConfig` whose `task` is optional if `eval_task` is given.
 
     Raises:
-        ConfigError: neither is given, or as for `TaskConfig`.
+        ConfigError: neither `task` nor `eval_task` is given, or as for `TaskConfig`.
     """
 
     task: str = field(
         default="",
         metadata={
-            "help": "Where prompts come from: 'reasoning-gym:NAME', 'math:SOURCE' (a local .jsonl, "
-            ".json or .parquet file, "
-            "or a Hub dataset id) or 'testbed:FAMILY'. Of a file or Hub dataset, only the "
-            "rows that training holds out "
-            "are evaluated (see eval_size); for a whole file write --eval_task instead."
+            "help": "Source of the prompts: 'reasoning-gym:NAME', 'math:SOURCE' (a local .jsonl, .json or "
+            ".parquet file, or a Hub dataset id) or 'testbed:FAMILY'. For math:SOURCE only the rows held "
+            "out in training are evaluated; use --eval_task to evaluate all rows."
         },
     )
 
     def __post_init__(self) -> None:
         if not self.task and not self.eval_task:
             raise ConfigError(
-                "--task and --eval_task are missing: expected one of them, such as "
-                "--eval_task math:test.jsonl (the whole "
-                "file) or --task math:train.jsonl (the rows that training on it holds out)."
+                "--task and --eval_task are missing: expected one of them, such as --eval_task math:test.jsonl "
+                "(all rows) or --task math:train.jsonl (the rows held out in training)."
             )
         self.task = self.task or str(self.eval_task)
         super().__post_init__()
@@ -77,20 +74,18 @@ def eval_parser() -> MeasuringParser:
         [EvalArguments, Sampling, EvalTaskConfig],
         prog="effopd eval",
         usage="effopd eval --model MODEL (--eval_task TASK | --task TASK) [--FLAG VALUE …]",
-        description="Sample answers, verify them, and say how sure the accuracy is. The model's own "
-        "sampling defaults are not "
-        "used.\nOf a model in a run directory, prompts are written and answers sampled as "
-        "config.yaml there says, unless a flag "
-        "says otherwise; without a task, the run's own is used.",
+        description="Sample and verify answers; report the accuracy with its 95 % interval. The model's generation\n"
+        "config is not used for sampling. For a model in a run directory, the run's config.yaml gives the\n"
+        "defaults for prompts, sampling and task.",
         epilog="Examples: effopd eval --model MODEL --task reasoning-gym:chain_sum --n 4 --temperature 1.0\n"
-        "          effopd eval --model MODEL --eval_task math:test.jsonl      (every row of a file)\n"
-        "          effopd eval --model runs/first                             (as its own evaluations)",
+        "          effopd eval --model MODEL --eval_task math:test.jsonl      (all rows of a file)\n"
+        "          effopd eval --model runs/first                             (like the run's own evaluations)",
         formatter_class=OneSpelling,
     )
 
 
 def run_eval(argv: Sequence[str]) -> int:
-    """Parse, check, evaluate, print."""
+    """Run `effopd eval`: parse, check, evaluate and print."""
     arguments, sampling, task_config = parsed_as_trained(eval_parser(), argv)
     arguments.model = resolve_model(arguments.model)
     check_model_name("--model", arguments.model)
@@ -114,9 +109,7 @@ def run_eval(argv: Sequence[str]) -> int:
 
 
 def _part(task: Task, config: TaskConfig) -> str:
-    """What to know where not all of a source is evaluated; "" where all of it is, or where it is
-    generated.
-    """
+    """Note that only part of a source is evaluated; "" if all rows are or if they are generated."""
     if task.available is None or len(task) == task.available:
         return ""
     why = "held out as in training" if config.eval_task is None else f"--eval_size {config.eval_size}"
@@ -138,7 +131,7 @@ def _print(result: EvalResult, n: int) -> None:
 
 
 def answers_text(summary: Mapping[str, Any]) -> str:
-    """How many answers there were, could be graded, were cut and were empty."""
+    """Numbers of answers: all, gradable, cut at the limit, empty."""
     count = summary["prompts"] * summary["samples_per_prompt"]
     gradable = summary["answers_found"]
     parts = [f"{count}"] + ([] if gradable is None else [f"{gradable} with something to grade"])
@@ -147,7 +140,7 @@ def answers_text(summary: Mapping[str, Any]) -> str:
 
 
 def missing_text(result: EvalResult, task: str, limit: int) -> str:
-    """`console.missing_answers` of a result."""
+    """`runs.lines.missing_answers` for a result."""
     return missing_answers(
         task,
         result.accuracy.mean,

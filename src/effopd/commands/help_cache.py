@@ -1,10 +1,9 @@
-"""Help texts on disk: `effopd train -h` in under a second instead of the seconds that importing its
-flags takes.
+"""Disk cache of `--help` texts, because importing the flags of a command takes seconds.
 
 The flags of a training command are the fields of transformers' and TRL's configurations, which
-import torch. A text is rendered once for each state of this package's code, version of the hosts
-and width of the terminal, and kept in the user's cache directory. Where that cannot be read or
-written, the text is rendered every time.
+import torch. The cache key contains the hash of this package's source, the host libraries'
+versions and the terminal width. If the user's cache directory is not usable, the text is rendered
+every time.
 """
 
 from __future__ import annotations
@@ -20,29 +19,30 @@ from pathlib import Path
 from effopd.common.files import write_atomically
 from effopd.common.versions import code, versions
 
-#: Texts kept; the oldest go.
+#: Maximum number of cached texts; the oldest are deleted.
 KEPT = 64
-#: Whose versions decide a text.
+#: Libraries whose versions are part of the key.
 _HOSTS = ("torch", "transformers", "trl", "accelerate")
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether a command's arguments ask for help and nothing else can change the text, a YAML file
-    for instance.
+    """Whether the arguments are only `-h` or `--help`, optionally after `--algorithm NAME`.
+
+    Other arguments, for example a YAML file, could change the text.
     """
     *others, last = argv or [""]
     return last in ("-h", "--help") and (not others or (len(others) == 2 and others[0] == "--algorithm"))
 
 
 def help_text(argv: Sequence[str], render: Callable[[], object]) -> str:
-    """The help that `effopd …argv` prints.
+    """Help text of `effopd …argv`, from the cache or rendered.
 
     Args:
         argv: the command and its arguments.
-        render: prints the text and leaves with `SystemExit`, as argparse does.
+        render: prints the text and raises `SystemExit`, as argparse does.
 
     Raises:
-        SystemExit: `render` left with an error instead of a text.
+        SystemExit: `render` exited with an error.
     """
     path = _path(argv)
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -56,7 +56,7 @@ def help_text(argv: Sequence[str], render: Callable[[], object]) -> str:
 
 
 def _path(argv: Sequence[str]) -> Path | None:
-    """Where the text is kept; `None` without a cache directory."""
+    """Path of the cached text; `None` without a cache directory."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         decides = [*argv, shutil.get_terminal_size().columns, code(), *versions(_HOSTS).items()]

@@ -1,6 +1,4 @@
-"""`effopd intervene`: models between a base and trained ones, evaluated in memory or written as
-checkpoints.
-"""
+"""`effopd intervene`: evaluate edited versions of a trained update, or write them to disk."""
 
 from __future__ import annotations
 
@@ -31,14 +29,12 @@ from effopd.runs.lines import missing_answers
 from effopd.tasks import Task, load_task
 from effopd.tasks.builtin_models import resolve_model
 
-#: Columns of the printed table when it does not go to a terminal.
+#: Width of the printed table, in characters, if the output is not a terminal.
 _PRINTED_WIDTH = 140
 
 
 def run_intervene(argv: Sequence[str]) -> int:
-    """Parse, check everything that can be checked without a model, then measure or write every
-    point.
-    """
+    """Run `effopd intervene`: check what needs no weights, then measure or write all points."""
     request = parse_intervene(argv)
     models = request.models
     sources = Sources(str(resolve_model(models.base)), models.runs(), models.steps)
@@ -62,7 +58,7 @@ def run_intervene(argv: Sequence[str]) -> int:
 
 
 def _model_settings(sources: Sources, request: Request) -> dict[str, Any]:
-    """What decides the models of the points."""
+    """Settings that determine the models of the points."""
     trained = {
         run: [{"step": snapshot.step, "path": str(snapshot.path.resolve())} for snapshot in snapshots]
         for run, snapshots in sources.snapshots.items()
@@ -80,7 +76,7 @@ def _model_settings(sources: Sources, request: Request) -> dict[str, Any]:
 
 
 def _task_settings(request: Request) -> dict[str, Any]:
-    """What decides how they are measured."""
+    """Settings that determine the measurement of the points."""
     return {
         "task": dataclasses.asdict(request.task),
         "sampling": dataclasses.asdict(request.sampling),
@@ -89,9 +85,7 @@ def _task_settings(request: Request) -> dict[str, Any]:
 
 
 def _load_task(sources: Sources, request: Request) -> tuple[Task, Any]:
-    """The evaluation's prompts and the base's tokenizer, checked against each other and the
-    teacher.
-    """
+    """Load the prompts and the base's tokenizer; check prompts, tokenizer and models together."""
     load = {"trust_remote_code": request.models.trust_remote_code}
     tokenizer = load_tokenizer("--base", str(sources.base.path), **load)
     task = load_task(request.task, "eval", why="Answers are needed to tell right from wrong.")
@@ -114,11 +108,9 @@ def _evaluate(
     task: Any,
     tokenizer: Any,
 ) -> None:
-    """Load the base (and the teacher), prove that edits can be undone, and measure what is not
-    measured yet.
-    """
+    """Load the base and the teacher, then measure the points that have no results yet."""
     if all(point.id in results for point in points):
-        print(f"all {len(points)} points are in {results.root} already")
+        print(f"all {len(points)} points are already in {results.root}")
         return
     load = {"dtype": request.models.dtype, "trust_remote_code": request.models.trust_remote_code}
     teacher = request.models.teacher
@@ -132,9 +124,7 @@ def _evaluate(
 
 
 def _save(points: Sequence[Point], sources: Sources, request: Request, settings: dict[str, Any]) -> None:
-    """Every point as a checkpoint `save_dir/intervention/run/coordinates`; finished ones are left
-    alone.
-    """
+    """Write every point to `save_dir/intervention/run/coordinates`; existing ones are skipped."""
     root, name = Path(str(request.models.save_dir)), request.models.dtype
     merged = merged_settings(root, settings)
     root.mkdir(parents=True, exist_ok=True)
@@ -148,17 +138,17 @@ def _save(points: Sequence[Point], sources: Sources, request: Request, settings:
 
 
 def _report(results: InterventionResults, intervention: str, sources: Sources) -> None:
-    """The table, where the files are, and the figure."""
+    """Print the table and the paths of the files, and draw the figure."""
     frame = results.write_table()
     coordinates = results.coordinates(intervention)
     console = Console()
     console = console if console.is_terminal else Console(width=_PRINTED_WIDTH)
     console.print(intervention_table(frame, intervention, coordinates))
     if intervention == "embedding" and all(part.place.module != "head" for part in sources.base.parts()):
-        print("The base ties its head to its embeddings: the base's embeddings are also the base's head here.")
+        print("note: the base ties its head to its embeddings, so its embeddings also serve as its head.")
     print(f"table:  {results.root / 'results.csv'} (and .parquet)")
     if not is_available("matplotlib"):
-        print("figure: none, matplotlib is not installed (pip install 'effopd[plots]' and run this again)")
+        print("figure: skipped, matplotlib is missing (pip install 'effopd[plots]', then repeat the command)")
         return
     from effopd.report.intervention_figures import draw
 
@@ -166,7 +156,7 @@ def _report(results: InterventionResults, intervention: str, sources: Sources) -
 
 
 def _missing(results: InterventionResults, request: Request) -> str:
-    """Where most answers of a point had nothing to grade: the worst point, and what to do."""
+    """Warning about the point with the fewest gradable answers; "" if none is needed."""
     worst: tuple[int, str, Mapping[str, Any]] | None = None
     for name, row in results.rows.items():
         gradable = row["measured"].get("answers_found")

@@ -1,4 +1,4 @@
-"""The command line of `effopd intervene`: its flags, and what they ask for."""
+"""Flags and YAML of `effopd intervene`, parsed into a `Request`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from effopd.tasks.sampling import Sampling
 
 
 class _Extend(argparse.Action):
-    """Repeated flags add up, and together replace what a YAML file says."""
+    """Append the values of repeated flags; together they replace the YAML file's values."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         given = getattr(namespace, self.dest, self.default)
@@ -29,13 +29,13 @@ class _Extend(argparse.Action):
 
 @dataclass
 class InterveneArguments:
-    """Flags of `effopd intervene` besides those of the sampling, the intervention and the task."""
+    """Flags of `effopd intervene`, except those of sampling, intervention and task."""
 
-    base: str = field(metadata={"help": "Folder of the base model, W0; testbed:student ships."})
+    base: str = field(metadata={"help": "Folder of the base model W0, for example testbed:student."})
     trained: list[str] = field(
         metadata={
-            "help": "LABEL=DIR, once or more: a checkpoint, a LoRA adapter, or a run directory with a trajectory "
-            "(testbed:teacher ships). The same label again is another seed.",
+            "help": "Trained checkpoint, LoRA adapter, or run directory with a trajectory, for example "
+            "rl=testbed:teacher; repeatable. Repeat a label for further seeds.",
             "action": _Extend,
             "metavar": "LABEL=DIR",
         }
@@ -43,47 +43,47 @@ class InterveneArguments:
     out: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of the results; needed with --task. A rerun goes on where it stopped, and other "
-            "interventions on the same models and task may share it."
+            "help": "Folder for the results; required with --task. Repeat the command to resume; interventions "
+            "on the same models and task can share a folder."
         },
     )
     save_dir: str | None = field(
         default=None,
-        metadata={"help": "Also write the model of every point as a checkpoint in this folder; works without --task."},
+        metadata={"help": "Folder to write every point's model to, as a checkpoint. Does not need --task."},
     )
     steps: list[int] | None = field(
         default=None,
-        metadata={"help": "Use these steps of the trajectories only; the last is the trained model. Default: all."},
+        metadata={"help": "Trajectory steps to use; the last one is the trained model. Default: all."},
     )
     teacher: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id; also measure the exact reverse KL to this model on the answers sampled."},
+        metadata={"help": "Folder or Hub id of a teacher: measure the exact reverse KL to it on the sampled answers."},
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "dtype of the weights evaluated and written; in bfloat16 small updates vanish."},
+        metadata={"help": "Dtype of the evaluated and written weights. bfloat16 rounds small updates away."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
         if self.out is None and self.save_dir is None:
-            raise ConfigError("--out is missing: expected a folder for the results (or --save_dir, to only write).")
+            raise ConfigError("--out is missing: expected a folder for the results. To only write, use --save_dir.")
         if self.save_dir is not None and self.out is not None and Path(self.save_dir) == Path(self.out):
-            raise ConfigError(f"--save_dir and --out: expected two folders, got {self.out} for both.")
+            raise ConfigError(f"--save_dir and --out are both {self.out}: expected two different folders.")
 
     def runs(self) -> dict[str, list[str]]:
-        """Label → folders, in the order given.
+        """Label → folders, in the order of the flags.
 
         Raises:
-            ConfigError: not LABEL=DIR, or a label that cannot be used.
+            ConfigError: a value is not LABEL=DIR, or its label is invalid.
         """
         return {label: [str(resolve_model(path)) for path in paths] for label, paths in labelled(self.trained).items()}
 
 
 @dataclass
 class InterveneTaskConfig(TaskConfig):
-    """`TaskConfig` whose task may be left out, where the command only writes checkpoints."""
+    """`TaskConfig` whose `task` is optional: without it the command only writes checkpoints."""
 
     _argument_group_name = "task"
 
@@ -99,7 +99,7 @@ class _Parser(MeasuringParser):
     own_task = False  # without a task, the command only writes checkpoints
 
     def models(self, arguments: argparse.Namespace) -> list[str]:
-        """The trained models; a mistake among them is reported where they are opened."""
+        """Paths of the trained models; invalid ones are reported when they are opened."""
         return [path for _, _, path in (str(pair).partition("=") for pair in arguments.trained or ()) if path]
 
 
@@ -114,10 +114,9 @@ def intervene_parser() -> MeasuringParser:
         prog="effopd intervene",
         usage="effopd intervene INTERVENTION --base DIR --trained LABEL=DIR [--trained LABEL=DIR "
         "…] --task TASK --out DIR",
-        description="Test which part of an update carries the gain: models between and beside a base W0 and trained\n"
-        "ones W0 + ΔW, each evaluated on the same prompts with the same sampling noise. Of "
-        "models in run directories, prompts\n"
-        "are written and answers sampled as config.yaml there says, unless a flag says otherwise.\n\ninterventions:\n"
+        description="Test which part of an update carries the gain: edit the update ΔW of a trained model W0 + ΔW\n"
+        "and evaluate each edited model on the same prompts with the same sampling noise. For models in\n"
+        "run directories, the run's config.yaml gives the defaults for prompts and sampling.\n\ninterventions:\n"
         + "\n".join(lines),
         epilog="Example: effopd intervene alpha --base testbed:student --trained rl=testbed:teacher "
         "--task testbed:chain_sum\n           --eval_size 200 --max_new_tokens 24 --out runs/alpha",
@@ -131,7 +130,7 @@ def intervene_parser() -> MeasuringParser:
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed command line."""
+    """Parsed command line of `effopd intervene`."""
 
     intervention: str
     models: InterveneArguments
@@ -141,16 +140,16 @@ class Request:
 
 
 def parse_intervene(argv: Sequence[str]) -> Request:
-    """Command line and YAML → `Request`.
+    """Parse command line and YAML into a `Request`.
 
     Raises:
-        ConfigError: an unknown setting in the YAML file, a value out of range, or nothing to do.
+        ConfigError: a YAML setting is unknown, a value is out of range, or there is nothing to do.
     """
     models, options, sampling, task, extra = parsed_as_trained(intervene_parser(), argv)
     if task.task and models.out is None:
         raise ConfigError("--out is missing: expected a folder for the results of --task.")
     if not task.task and models.save_dir is None:
         raise ConfigError(
-            "--task is missing: expected what to evaluate on (or --save_dir, to only write checkpoints)."
+            "--task is missing: expected a task to evaluate on. To only write checkpoints, use --save_dir."
         )
     return Request(extra.intervention, models, options, sampling, task)

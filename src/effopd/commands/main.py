@@ -1,10 +1,9 @@
-"""The command line: `effopd quickstart | train | rl | eval | report | compare | analyze | intervene
-| testbed`.
+"""Entry point of the command line, with all `effopd` commands.
 
 Flags follow TRL: every field of the config dataclasses is a flag, `--config file.yaml` sets any of
-them, and flags given on the command line win. Look-ahead settings are written `--effopd.FIELD`, or
-as an `effopd:` block in YAML. Heavy libraries are imported by the command that needs them, and the
-help of a command is kept once it was rendered (`help_cache`), so `--help` is quick.
+them, and flags on the command line take precedence. Look-ahead settings are written
+`--effopd.FIELD`, or as an `effopd:` block in YAML. Each command imports the heavy libraries it
+needs, and `help_cache` stores rendered help texts, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from effopd.errors import EffOPDError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, or 2 after a message that says what to change."""
+    """Run a command and return its exit status: 2 after an `EffOPDError`, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="effopd",
-        description="On-policy distillation with look-ahead along the weight update, every cost charged.",
-        epilog="`effopd COMMAND --help` explains a command. Start with `effopd quickstart`.",
+        description="On-policy distillation with look-ahead along the weight update.",
+        epilog="Help on a command: `effopd COMMAND --help`. Start with `effopd quickstart`.",
     )
     parser.add_argument("--version", action="version", version=f"effopd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -55,7 +54,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
 
 
 def _with_flags(message: str) -> str:
-    """A message about a field of `EffOPDConfig` names its flag too."""
+    """Add the flag to each field of `EffOPDConfig` in a message."""
     return re.sub(r"EffOPDConfig\.(\w+)", r"EffOPDConfig.\1 (--effopd.\1)", message)
 
 
@@ -63,7 +62,7 @@ def _with_flags(message: str) -> str:
 
 
 def train(argv: Sequence[str]) -> int:
-    """`effopd train`."""
+    """Run `effopd train`."""
     from effopd.commands.train import parse_command
     from effopd.launch.opd import run
     from effopd.runs.console import quiet_hosts
@@ -83,7 +82,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _finish(trainer: Any) -> int:
-    """Say where the results are, once, and end the process as its launcher wants it."""
+    """Print the location of the results on rank 0 and end the process."""
     from effopd.common.distributed import exit_gloo
     from effopd.runs.lines import closing_lines
 
@@ -97,7 +96,7 @@ def _finish(trainer: Any) -> int:
 
 
 def rl(argv: Sequence[str]) -> int:
-    """`effopd rl`."""
+    """Run `effopd rl`."""
     from effopd.commands.rl import parse_rl
     from effopd.launch.rl import run_rl
     from effopd.runs.console import quiet_hosts
@@ -112,7 +111,7 @@ def rl(argv: Sequence[str]) -> int:
 
 
 def eval_(argv: Sequence[str]) -> int:
-    """`effopd eval`."""
+    """Run `effopd eval`."""
     from effopd.commands.evaluate import run_eval
 
     return run_eval(argv)
@@ -122,7 +121,7 @@ def eval_(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """`effopd report`."""
+    """Run `effopd report`."""
     from effopd.commands.report import run_report
 
     return run_report(argv)
@@ -132,7 +131,7 @@ def report(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """`effopd compare`."""
+    """Run `effopd compare`."""
     from effopd.commands.compare import run_compare
 
     return run_compare(argv)
@@ -142,14 +141,14 @@ def compare(argv: Sequence[str]) -> int:
 
 
 def analyze(argv: Sequence[str]) -> int:
-    """`effopd analyze`."""
+    """Run `effopd analyze`."""
     from effopd.commands.analyze import run_analyze
 
     return run_analyze(argv)
 
 
 def intervene(argv: Sequence[str]) -> int:
-    """`effopd intervene`."""
+    """Run `effopd intervene`."""
     from effopd.commands.intervene import run_intervene
 
     return run_intervene(argv)
@@ -159,14 +158,14 @@ def intervene(argv: Sequence[str]) -> int:
 
 
 def quickstart(argv: Sequence[str]) -> int:
-    """`effopd quickstart`."""
+    """Run `effopd quickstart`."""
     from effopd.commands.quickstart import run_quickstart
 
     return run_quickstart(argv)
 
 
 def testbed(argv: Sequence[str]) -> int:
-    """`effopd testbed build`."""
+    """Run `effopd testbed build`."""
     from effopd.commands.testbed import run_testbed
 
     return run_testbed(argv)
@@ -175,19 +174,19 @@ def testbed(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "quickstart": (
         quickstart,
-        "watch plain OPD, EffOPD and line_search on the built-in testbed, with the net speed-up",
+        "run plain OPD, EffOPD and line_search on the built-in testbed; print net speed-ups",
     ),
-    "train": (train, "distil a teacher into a student"),
-    "rl": (rl, "tune a model by reinforcement learning on a task: GRPO, DAPO, RLOO"),
-    "eval": (eval_, "accuracy of a model on a task: avg@n, pass@k, interval, all answers"),
-    "report": (report, "one HTML page about a run, or several: quality, every search, costs"),
-    "compare": (compare, "strategies × learning rates × seeds × tasks: who is faster, net of every cost, how surely"),
-    "analyze": (analyze, "where training moved the weights and in which directions, RL against OPD"),
-    "intervene": (intervene, "which part of an update carries the gain: edit the weights and evaluate"),
-    "testbed": (testbed, "rebuild the built-in student and teacher from nothing"),
+    "train": (train, "distill a teacher into a student"),
+    "rl": (rl, "train a model on a task with reinforcement learning: GRPO, DAPO, RLOO"),
+    "eval": (eval_, "measure a model's accuracy on a task: avg@n, pass@k, confidence interval"),
+    "report": (report, "draw one or more runs as an HTML page: KL, accuracy, searches, costs"),
+    "compare": (compare, "compare strategies × learning rates × seeds × tasks: net speed-ups with intervals"),
+    "analyze": (analyze, "measure weight updates: size, location, directions; RL against OPD"),
+    "intervene": (intervene, "test which part of an update carries the gain: edit the weights, evaluate"),
+    "testbed": (testbed, "rebuild the built-in student and teacher from scratch"),
 }
 
-#: Commands whose flags take seconds to import.
+#: Commands whose flags take seconds to import; their help is cached.
 _SLOW = ("quickstart", "train", "rl", "eval", "analyze", "intervene")
 
 if __name__ == "__main__":

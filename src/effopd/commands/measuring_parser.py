@@ -1,6 +1,4 @@
-"""The parser of the commands that measure a model: their defaults are the settings of the run that
-the model comes from.
-"""
+"""Parser of commands that measure a model, with defaults from the run that produced it."""
 
 from __future__ import annotations
 
@@ -14,14 +12,13 @@ from effopd.runs.run_prompts import agreed, run_of, spoken, taken_over
 
 
 class MeasuringParser(CommandParser):
-    """A parser of flags whose defaults are those of the run that a model comes from (see
-    `runs.run_prompts`).
+    """Parser whose defaults come from the run that produced the model (see `runs.run_prompts`).
 
     Attributes:
-        note: what was taken over from which run, in one line; "" if nothing.
+        note: one line with the settings taken from a run; "" if there are none.
     """
 
-    #: Whether a command without a task measures on the run's own.
+    #: Whether the task defaults to the run's task.
     own_task = True
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -30,11 +27,11 @@ class MeasuringParser(CommandParser):
         super().__init__(*args, **kwargs)
 
     def models(self, namespace: argparse.Namespace) -> list[str]:
-        """The folders or Hub ids that are measured."""
+        """Folders or Hub ids of the models to measure."""
         return [str(namespace.model)] if namespace.model else []
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
-        """As the host's; remembers which settings the file has."""
+        """Like TRL's; also records the settings that the YAML file sets."""
         unset = object()
         before = [(action, action.default) for action in self._actions]
         for action in self._actions:
@@ -49,7 +46,12 @@ class MeasuringParser(CommandParser):
                     self._in_file.add(action.dest)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As the host's, with the run's settings in the place of the defaults."""
+        """Like `CommandParser`'s, with the run's settings as defaults.
+
+        Raises:
+            ConfigError: as for `CommandParser`, or the models' runs disagree on a setting that no
+                flag sets.
+        """
         given, rest = super().parse_known_args(args, namespace)
         runs = [run for run in map(run_of, self.models(given)) if run is not None]
         if not runs:
@@ -66,7 +68,7 @@ class MeasuringParser(CommandParser):
         return super().parse_known_args(args, namespace)
 
     def _explicit(self, args: Any) -> set[str]:
-        """Flags on the command line."""
+        """Destinations of the flags on the command line."""
         before = [(action, action.default, action.required) for action in self._actions]
         defaults: dict[str, Any] = self._defaults  # type: ignore[has-type]
         self._defaults = {}
@@ -81,9 +83,7 @@ class MeasuringParser(CommandParser):
 
 
 def parsed_as_trained(parser: MeasuringParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """`parsed`; says in one line what was taken over from a run, also where it leads to an
-    error.
-    """
+    """Like `parsed`; prints the settings taken from a run, or appends them to the error."""
     try:
         arguments = parsed(parser, argv)
     except ConfigError as error:

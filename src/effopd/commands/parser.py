@@ -1,6 +1,4 @@
-"""Help that teaches: one spelling a flag, what one mostly needs first, every flag of the host
-libraries after it. And mistakes that are explained: unknown flags and YAML keys come back with what
-was probably meant."""
+"""Argument parser with sectioned `--help` and suggestions for misspelled flags and YAML keys."""
 
 from __future__ import annotations
 
@@ -17,25 +15,21 @@ from trl import TrlParser
 
 from effopd.errors import ConfigError, EffOPDError
 
-#: What the training commands explain first, besides their own.
+#: Host flags in the first help section of both training commands → help; "": the host's help.
 RUN_ESSENTIALS = {
-    "resume_from_checkpoint": "true: go on from the newest complete checkpoint of output_dir (from the start, if there "
-    ""
-    ""
-    ""
-    "is none yet); "
-    "or the folder of a checkpoint. Without a value: true.",
-    "max_steps": "Optimizer steps; overrides num_train_epochs.",
+    "resume_from_checkpoint": "true: resume from the newest complete checkpoint in output_dir, or start "
+    "training if there is none. Or the folder of a checkpoint. Without a value: true.",
+    "max_steps": "Number of optimizer steps; overrides num_train_epochs.",
     "num_train_epochs": "",
     "learning_rate": "",
-    "per_device_train_batch_size": "Answers per forward pass, on each device. A step trains on this × "
+    "per_device_train_batch_size": "Rollouts per forward pass and device. A step trains on this × "
     "gradient_accumulation_steps × devices.",
     "gradient_accumulation_steps": "Forward and backward passes per optimizer step.",
-    "max_completion_length": "Longest answer, in tokens.",
+    "max_completion_length": "Maximum length of an answer, in tokens.",
 }
 
 
-#: Names that flags have in earlier versions of the hosts and in other tools → (name, value) here.
+#: Flag name in older host versions or other tools → (name, value) in this package.
 _FORMER = {
     "warmup_ratio": ("warmup_steps", "SHARE"),
     "torch_dtype": ("dtype", ""),
@@ -46,13 +40,14 @@ _FORMER = {
     "dataset_name": ("task", ""),
 }
 _HOSTS = {"trl": "TRL's", "transformers": "transformers'"}
-#: All spellings of a flag, as argparse joins them in its messages.
+#: All spellings of a flag, joined as in argparse's messages.
 _SPELLINGS = re.compile(r"--[\w.-]+(?:/--?[\w.-]+)+")
 
 
 def spelling(action: argparse.Action) -> str:
-    """The spelling of a flag that this package shows (all of them work); of a positional argument
-    its name.
+    """The spelling of a flag shown in help and messages, or the name of a positional argument.
+
+    All other spellings of the flag are accepted too.
     """
     long = [option for option in action.option_strings if option.startswith("--")]
     dotted = [option for option in long if "." in option]
@@ -61,8 +56,10 @@ def spelling(action: argparse.Action) -> str:
 
 
 class OneSpelling(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows `--flag VALUE  what it does (default: …)`: one spelling (all of them work), and no
-    default where there is none or the text says it."""
+    """Help formatter: `--flag VALUE  help (default: …)`, with one spelling per flag.
+
+    The default is left out if it is empty or false, or if the help already states it.
+    """
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or "--help" in action.option_strings:
@@ -88,20 +85,19 @@ class OneSpelling(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptio
 
 
 class CommandParser(TrlParser):
-    """`TrlParser` that explains mistakes in this package's words.
+    """`TrlParser` with typed errors that suggest similar names.
 
-    YAML keys are the names of the flags; `effopd: {strategy: …}` is the same as `effopd.strategy:
-    …`.
+    YAML keys are the names of the flags. `effopd: {strategy: …}` means `effopd.strategy: …`.
 
     Raises:
-        ConfigError: an unknown flag, an unknown key in the YAML file, or a stray word; the message
-            says what is close.
+        ConfigError: a flag or a YAML key is unknown, or a word belongs to no flag. The message
+            suggests similar names.
     """
 
     _file = "the YAML file"
 
     def parse_args_and_config(self, args: Sequence[str], **kwargs: Any) -> tuple[Any, ...]:
-        """As the host's."""
+        """Like TRL's; also checks that a file follows `--config`."""
         words = list(args)
         if words[-1:] == ["--config"]:
             raise ConfigError("--config: expected a YAML file after it, got nothing.")
@@ -110,22 +106,20 @@ class CommandParser(TrlParser):
         return super().parse_args_and_config(words, **kwargs)
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
-        """As the host's, for keys that are all known."""
+        """Like TRL's, after checking that all keys are known and converting their values."""
         names = {action.dest: action.dest for action in self._settable()}
         names |= {spelling(action).lstrip("-"): action.dest for action in self._settable()}
         flat = dict(_flattened(settings, names))
         unknown = [key for key in flat if key not in names]
         if unknown:
-            said = " ".join(f"unknown setting {key}.{_question(self.close(key), '', ': ')}" for key in unknown)
-            raise ConfigError(f"{self._file}: {said} (`{self.prog} --help` lists all)")
+            problems = " ".join(f"unknown setting {key}.{_question(self.close(key), '', ': ')}" for key in unknown)
+            raise ConfigError(f"{self._file}: {problems} (`{self.prog} --help` lists all)")
         actions = {action.dest: action for action in self._settable()}
         values = {names[key]: self._as_given(actions[names[key]], key, value) for key, value in flat.items()}
         return super().set_defaults_with_config(**values)
 
     def _as_given(self, action: argparse.Action, key: str, value: Any) -> Any:
-        """A value of the YAML file as the command line would have given it: the host takes these
-        without a look.
-        """
+        """Convert a YAML value as the command line does, because TRL does not check YAML values."""
         if value is None or isinstance(value, Mapping):
             return value
         several = action.nargs in ("+", "*")
@@ -134,8 +128,8 @@ class CommandParser(TrlParser):
             raise ConfigError(f"{self._file}: {key}: expected one value, got {value!r}.")
         if not several and isinstance(value, list):
             return value
-        found = [self._one(action, key, word) for word in words]
-        return found if several else found[0]
+        converted = [self._one(action, key, word) for word in words]
+        return converted if several else converted[0]
 
     def _one(self, action: argparse.Action, key: str, word: Any) -> Any:
         if action.type is str and isinstance(word, str | int | float) and not isinstance(word, bool):
@@ -152,11 +146,10 @@ class CommandParser(TrlParser):
         return word
 
     def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple[Any, ...]:
-        """As the host's, but what a dataclass itself refuses, or fails on, comes back with the flag
-        that it is about.
+        """Like TRL's; if a dataclass rejects its values, the error names the flag at fault.
 
         Raises:
-            ConfigError: a dataclass cannot be made of these values.
+            ConfigError: a dataclass cannot be built from these values.
         """
         namespace, _ = self.parse_known_args(args)
         made = []
@@ -174,10 +167,10 @@ class CommandParser(TrlParser):
         return (*made, namespace) if vars(namespace) else tuple(made)
 
     def _explained(self, dataclass: type, values: Mapping[str, Any], error: Exception) -> ConfigError:
-        """What the host says, with the flag without which it would not."""
+        """The host's message, with the flag whose default makes the error go away."""
         actions = {action.dest: action for action in self._settable()}
         defaults = {f.name: _default(f) for f in fields(dataclass) if f.init}
-        said = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()) or type(error).__name__
         for name, value in values.items():
             if name not in actions or value == defaults[name] or defaults[name] is MISSING:
                 continue
@@ -187,36 +180,38 @@ class CommandParser(TrlParser):
                 if str(other) == str(error):
                     continue
             flag = spelling(actions[name])
-            return ConfigError(said if flag in said else f"{flag} {value}: {said}")
-        return ConfigError(said)
+            return ConfigError(message if flag in message else f"{flag} {value}: {message}")
+        return ConfigError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As the host's; whatever is unknown is said before what is missing, which may be the same
-        thing misspelt.
+        """Like TRL's, but reports unknown flags before missing ones.
+
+        A missing flag is often present under a misspelled name.
         """
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
-        found, rest = super().parse_known_args(args, namespace)
+        given, rest = super().parse_known_args(args, namespace)
         if rest:
             raise ConfigError(self._unknown(rest))
-        missing = [spelling(action) for action in required if getattr(found, action.dest) is None]
+        missing = [spelling(action) for action in required if getattr(given, action.dest) is None]
         if missing:
             self.error(f"missing: {', '.join(missing)} (`{self.prog} --help` explains them)")
-        return found, rest
+        return given, rest
 
     def error(self, message: str) -> Any:
-        """argparse's, with one spelling a flag."""
+        """Like argparse's, with one spelling per flag and suggestions for ambiguous flags."""
         if message.startswith("ambiguous option: "):
             message = self._unknown([message.removeprefix("ambiguous option: ").partition(" could match ")[0]])
         by_all = {"/".join(action.option_strings): spelling(action) for action in self._actions}
-        super().error(_SPELLINGS.sub(lambda found: by_all.get(found[0], found[0]), message))
+        super().error(_SPELLINGS.sub(lambda match: by_all.get(match[0], match[0]), message))
 
     def close(self, word: str) -> list[tuple[str, str]]:
-        """What may have been meant by a name: (name, value, if the word is one), likeliest first.
+        """Suggestions for an unknown name, as (name, value), likeliest first.
 
-        A word that is a choice of just one flag may mean that flag; else the most similar name, and
-        those that end with it.
+        If the word is a choice of exactly one flag, that flag comes first with the word as its
+        value. Then follow the most similar name and the names that end with the word. All other
+        values are "".
         """
         word = word.lstrip("-").replace("-", "_")
         actions = {spelling(action).lstrip("-"): action for action in self._settable()}
@@ -238,13 +233,13 @@ class CommandParser(TrlParser):
         ]
 
     def _unknown(self, rest: Sequence[str]) -> str:
-        """Of words that no flag takes: the flags among them, else the words."""
+        """Message about unparsed words: the unknown flags among them, otherwise the first word."""
         flags = [word.partition("=")[0] for word in rest if word.startswith("-") and not word[1:2].isdigit()]
-        said = [f"unknown flag {flag}.{_question(self.close(flag), '--', ' ')}" for flag in flags]
+        problems = [f"unknown flag {flag}.{_question(self.close(flag), '--', ' ')}" for flag in flags]
         if not flags:
             hint = "; write --config before a YAML file" if rest[0].endswith((".yaml", ".yml")) else ""
-            said = [f"{rest[0]!r} belongs to no flag: expected --FLAG VALUE{hint}."]
-        return f"{' '.join(said)} (`{self.prog} --help` lists all)"
+            problems = [f"{rest[0]!r} belongs to no flag: expected --FLAG VALUE{hint}."]
+        return f"{' '.join(problems)} (`{self.prog} --help` lists all)"
 
 
 def _default(field: Any) -> Any:
@@ -252,7 +247,7 @@ def _default(field: Any) -> Any:
 
 
 def _flattened(settings: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Settings with every block that stands for dotted flags taken apart."""
+    """Settings, with each block of dotted flags expanded: `effopd: {seed: 0}` → `effopd.seed`."""
     blocks = {name.partition(".")[0] for name in names if "." in name}
     for key, value in settings.items():
         if key in blocks and (value is None or isinstance(value, dict)):
@@ -267,7 +262,7 @@ def _question(close: Sequence[tuple[str, str]], dashes: str, between: str) -> st
 
 
 class _Help(argparse.Action):
-    """`-h` the sections that one mostly needs, `--help` all of them."""
+    """`-h` prints the first sections, `--help` prints all of them."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, short: int = 0, **kwargs: Any):
         super().__init__(
@@ -279,20 +274,19 @@ class _Help(argparse.Action):
         if option_string == "-h":
             later, parser._action_groups = parser._action_groups[self._short :], parser._action_groups[: self._short]
             count = sum(len(group._group_actions) for group in later)
-            parser.epilog = f"{count} more flags, of TRL, transformers and this package: {parser.prog} --help\n\n{parser.epilog or ''}"
+            more = f"{count} more flags of this package, TRL and transformers: {parser.prog} --help"
+            parser.epilog = f"{more}\n\n{parser.epilog or ''}"
         parser.print_help()
         parser.exit()
 
 
 def arrange(parser: argparse.ArgumentParser, dataclasses: Iterable[type], essentials: Mapping[str, str]) -> None:
-    """Sort the flags of a parser made from dataclasses: the essentials, named sections, then by
-    where a flag comes from.
+    """Sort flags into help sections: essentials, named groups, this package, the host libraries.
 
     Args:
-        parser: made with `add_help=False`.
-        dataclasses: what it was made from.
-        essentials: fields for the first section, in this order, each with its help ("": the
-            host's).
+        parser: created with `add_help=False`.
+        dataclasses: the dataclasses it was created from.
+        essentials: field → help of the first section, in order; "": the field's own help.
     """
     flags = parser._optionals._group_actions
     named = [group for group in parser._action_groups if group not in (parser._optionals, parser._positionals)]
@@ -305,7 +299,7 @@ def arrange(parser: argparse.ArgumentParser, dataclasses: Iterable[type], essent
     shown = list(first._group_actions)
     first.add_argument(
         "--config", metavar="FILE", type=_with_a_space, default=argparse.SUPPRESS,
-        help="YAML with any of the settings here, without their dashes; flags on the command line win.",
+        help="YAML file with settings: flag names without dashes. Flags on the command line take precedence.",
     )  # fmt: skip
     first.add_argument("-h", "--help", action=_Help, short=1 + len(named))
     sections: dict[str, Any] = {}
@@ -321,14 +315,12 @@ def arrange(parser: argparse.ArgumentParser, dataclasses: Iterable[type], essent
 
 
 def _with_a_space(value: str) -> str:
-    """`--config FILE` is read before the flags are parsed; what arrives here was written
-    otherwise.
-    """
+    """Reject `--config=FILE`; `--config FILE` is read before the flags are parsed."""
     raise argparse.ArgumentTypeError(f"write it as two words: --config {value}")
 
 
 def _origin(name: str, dataclasses: Iterable[type]) -> str:
-    """The heading of a field: whose flag it is."""
+    """Section heading of a field: the class of the host library, or a section of this package."""
     for dataclass in dataclasses:
         for cls in dataclass.__mro__:
             if name.removeprefix("no_") in vars(cls).get("__annotations__", {}):
@@ -340,7 +332,7 @@ def _origin(name: str, dataclasses: Iterable[type]) -> str:
 
 
 def require(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Flags that their dataclass may leave out and a command cannot do without."""
+    """Mark flags as required that are optional in their dataclass."""
     for action in parser._actions:
         action.required = action.required or action.dest in names
 
@@ -349,7 +341,7 @@ def parsed(parser: CommandParser, argv: Sequence[str]) -> tuple[Any, ...]:
     """`parser.parse_args_and_config(argv)`.
 
     Raises:
-        ConfigError: an unknown setting in the YAML file, a missing file, or a value out of range.
+        ConfigError: a YAML setting is unknown, a file is missing, or a value is out of range.
     """
     try:
         return parser.parse_args_and_config(list(argv))

@@ -1,8 +1,7 @@
-"""`effopd quickstart` (and `make demo`): plain OPD, EffOPD, line_search; same seed and prompts, on
-the built-in testbed.
+"""`effopd quickstart`: plain OPD, EffOPD and line_search compared on the built-in testbed.
 
-Everything goes through the code of `effopd train`; this file only sets it up, shows progress and
-compares the rows.
+All runs share seed and prompts and use the code of `effopd train`. This file defines their
+settings, shows progress and compares the results. `make demo` runs it.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ from effopd.runs.records import EvaluationRecord, read_evaluations, read_searche
 from effopd.tasks import TaskConfig
 from effopd.tasks import builtin_models as testbed
 
-#: Training prompts of the demo; the runs go over them several times.
+#: Number of training prompts; the runs pass over them several times.
 TRAIN_SIZE = 4096
-#: The runs: name → label; all but the first look ahead, with the strategy of that name.
+#: Name → label of each run. All but the first use the strategy of that name.
 ARMS = {"plain": "plain OPD", "effopd": "EffOPD", "line_search": "line_search"}
 AHEAD = tuple(ARMS)[1:]
 _WIDTH = max(map(len, ARMS.values())) + 1
-#: All that a demo, whole or interrupted, leaves in its folder.
+#: Files and folders that a finished or interrupted demo leaves in its folder.
 _OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
 _COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "line_search": "#2e6f9e"}
 
@@ -61,23 +60,22 @@ class QuickstartArguments:
     output_dir: str = field(
         default="runs/demo",
         metadata={
-            "help": "Where rows, figure and summary.json go: a new or empty folder, or an earlier "
-            "demo's, which is then kept "
-            "under another name."
+            "help": "Folder for rows, figure and summary.json: new, empty, or from an earlier demo. An earlier "
+            "demo's folder is renamed first."
         },
     )
-    family: str = field(default="", metadata={"help": "Testbed task family. Default: the first."})
-    seed: int = field(default=0, metadata={"help": "Seed of every run: prompts, sampling, D_v."})
-    max_steps: int = field(default=96, metadata={"help": "Optimizer steps of each run."})
-    eval_steps: int = field(default=2, metadata={"help": "Evaluate every that many steps (not charged)."})
-    eval_size: int = field(default=256, metadata={"help": "Held-out prompts."})
+    family: str = field(default="", metadata={"help": "Task family of the testbed. Default: the first."})
+    seed: int = field(default=0, metadata={"help": "Seed of prompts, sampling and validation prompts in all runs."})
+    max_steps: int = field(default=96, metadata={"help": "Optimizer steps per run."})
+    eval_steps: int = field(default=2, metadata={"help": "Steps between evaluations; their cost is not charged."})
+    eval_size: int = field(default=256, metadata={"help": "Number of held-out prompts."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Default: the testbed's reference learning rate."}
     )
     cost_clock: str = field(
         default="wall",
         metadata={
-            "help": "What the net seconds are: wall, or cpu, which leaves out other work of the machine.",
+            "help": "Clock of the net seconds: wall time, or CPU time, which excludes other processes.",
             "choices": ["wall", "cpu"],
         },
     )
@@ -85,20 +83,19 @@ class QuickstartArguments:
     def __post_init__(self) -> None:
         self.family = self.family or next(iter(testbed.FAMILIES))
         if self.family not in testbed.FAMILIES:
-            raise ConfigError(f"--family must be one of {', '.join(testbed.FAMILIES)}; got {self.family!r}.")
+            raise ConfigError(f"--family: expected one of {', '.join(testbed.FAMILIES)}; got {self.family!r}.")
         for name in ("max_steps", "eval_steps", "eval_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+                raise ConfigError(f"--{name}: expected at least 1, got {getattr(self, name)}.")
 
 
 def run_quickstart(argv: Sequence[str]) -> int:
-    """The runs, the comparison, the table."""
+    """Run `effopd quickstart`: all runs, their comparison, the table."""
     parser = CommandParser(
         [QuickstartArguments],
         prog="effopd quickstart",
-        description="Plain OPD, EffOPD (the paper's) and line_search (ours) on the built-in testbed, "
-        "same seed and prompts; "
-        "prints the net speed-ups.",
+        description="Run plain OPD, the paper's EffOPD and this package's line_search on the built-in testbed with "
+        "the same seed and prompts. Print the net speed-ups.",
         formatter_class=OneSpelling,
     )
     (arguments,) = parsed(parser, argv)
@@ -121,7 +118,7 @@ def run_quickstart(argv: Sequence[str]) -> int:
 
 
 def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> None:
-    """Summary, table and figure from the rows of all arms; no model is touched."""
+    """Write and print summary, table and figure from the records of all runs, without a model."""
     summary = summarize(root, arguments)
     write_atomically(root / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     console.print(_table(summary))
@@ -130,12 +127,12 @@ def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> No
         page = write_run_page([root / arm for arm in ARMS], root / "report.html")
         console.print(f"figure:  {_figure(root, summary)}   page with every search: {page}")
     else:
-        console.print(escape("figure:  not drawn, matplotlib is missing (pip install 'effopd[plots]')"))
+        console.print(escape("figure:  skipped, matplotlib is missing (pip install 'effopd[plots]')"))
     console.print(f"summary: {root / 'summary.json'}   rows: {root}/*/evals.jsonl, searches.jsonl, metrics.jsonl")
 
 
 def quiet() -> None:
-    """The demo has its own progress bar; libraries speak only when something is wrong."""
+    """Silence the libraries' progress bars and messages below errors; the demo shows its own."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -143,35 +140,31 @@ def quiet() -> None:
 
 
 def _move_aside(root: Path, console: Console) -> None:
-    """An earlier demo is kept under another name.
+    """Rename the folder of an earlier demo.
 
     Raises:
-        ConfigError: what is there is no folder, or holds something else, or is the folder that the
-            process works in.
+        ConfigError: the path is not a folder, holds other files, or contains the working directory.
     """
     if root.exists() and not root.is_dir():
-        raise ConfigError(f"--output_dir {root} is a file: expected a folder, or a path where there is nothing yet.")
+        raise ConfigError(f"--output_dir {root} is a file: expected a folder or a new path.")
     held = {path.name for path in root.iterdir()} if root.exists() else set()
-    held.discard(".DS_Store")  # of whoever looked at the folder on a Mac
+    held.discard(".DS_Store")  # written by the macOS Finder
     others = sorted(held - _OWN) or sorted(held if "plain" not in held else ())
     if others:
         raise ConfigError(
-            f"--output_dir {root} holds "
-            f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}, which no demo left "
-            "there: "
-            "expected a new or empty folder, or an earlier demo's, which is then kept under another name. Nothing was "
-            f"changed; choose another folder, such as {root / 'demo'}."
+            f"--output_dir {root} holds {', '.join(others[:3])}{', …' if len(others) > 3 else ''}, which "
+            "is not from a demo: expected a new or empty folder, or one of an earlier demo. Choose another "
+            f"folder, such as {root / 'demo'}. Nothing was changed."
         )
     if held:
         if Path.cwd().is_relative_to(root.resolve()):
             raise ConfigError(
-                f"--output_dir {root} holds an earlier demo and is, or contains, the working "
-                "directory: expected a folder "
-                "that can get another name. Choose another one, or run this from elsewhere."
+                f"--output_dir {root} holds an earlier demo and cannot be renamed because it is, or contains, the "
+                "working directory. Choose another folder, or change the working directory."
             )
-        kept = root.with_name(f"{root.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(root.stat().st_mtime))}")
-        root.rename(kept)
-        console.print(f"an earlier demo was kept as {kept}")
+        renamed = root.with_name(f"{root.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(root.stat().st_mtime))}")
+        root.rename(renamed)
+        console.print(f"an earlier demo was kept as {renamed}")
 
 
 def _progress(console: Console) -> Progress:
@@ -189,7 +182,7 @@ def _progress(console: Console) -> Progress:
 
 
 def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunSettings:
-    """The settings of one arm: the testbed's reference, and the strategy of its name."""
+    """Settings of one run: the testbed's reference settings and the strategy named by `arm`."""
     reference = dict(testbed.reference_settings())
     if arguments.learning_rate is not None:
         reference["learning_rate"] = arguments.learning_rate
@@ -223,26 +216,25 @@ def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunS
 
 
 class _Bar:
-    """Shows a run on a terminal."""
+    """Progress of a run on a terminal."""
 
     def __init__(self, progress: Progress, task: Any):
         self._progress, self._task = progress, task
 
     def stepped(self) -> None:
-        """After a step and its look-ahead."""
+        """Advance the bar by one step."""
         self._progress.advance(self._task)
 
     def evaluated(self, evaluation: EvaluationRecord) -> None:
-        """After an evaluation."""
+        """Ignore evaluations."""
 
 
 class _Lines:
-    """Shows a run where there is no terminal: a line per evaluation, with the time that all runs
-    will still take.
+    """Progress of a run without a terminal: one line per evaluation, with the time left for all.
 
     Args:
-        before: how many runs of the same length were made before it.
-        start: when the first of them began, on the monotonic clock.
+        before: number of runs finished before this one, all of the same length.
+        start: start of the first run, in seconds on the monotonic clock.
     """
 
     def __init__(self, label: str, before: int, steps: int, start: float, console: Console):
@@ -250,10 +242,10 @@ class _Lines:
         self._start, self._console = start, console
 
     def stepped(self) -> None:
-        """After a step and its look-ahead."""
+        """Ignore steps."""
 
     def evaluated(self, evaluation: EvaluationRecord) -> None:
-        """After an evaluation."""
+        """Print one line about the evaluation."""
         step = evaluation.step
         seconds, done = time.monotonic() - self._start, self._before * self._steps + step
         left = time_left(seconds, done, len(ARMS) * self._steps - done)
@@ -268,7 +260,7 @@ class _Lines:
 
 
 class _Watch(TrainerCallback):
-    """Tells the display of a run what happens."""
+    """Pass steps and evaluations of a run to its display."""
 
     def __init__(self, display: _Bar | _Lines):
         self._display = display
@@ -290,11 +282,12 @@ def _run_arm(arm: str, arguments: QuickstartArguments, output_dir: Path, display
 
 
 def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
-    """Costs, final values and the net speed-ups, from the records of all arms.
+    """Costs, final values and net speed-ups, from the records of all runs.
 
-    Speed-up = cost of plain OPD / cost of the arm until the smoothed held-out KL first reaches
-    plain OPD's final one, so that a run like plain OPD itself is 1.00×. Net: search charged,
-    evaluation not. `speedup` and `speedup_by_gap_closed` at the top are the paper's EffOPD's.
+    Speed-up = cost of plain OPD / cost of the run, each until the smoothed held-out KL first
+    reaches plain OPD's final KL. Plain OPD itself has a speed-up of 1.00×. Net costs include
+    searches and exclude evaluations. The top-level `speedup` and `speedup_by_gap_closed` are those
+    of the paper's EffOPD.
     """
     runs = {arm: read_evaluations(root / arm) for arm in ARMS}
     target = final_target(runs["plain"])
@@ -343,7 +336,7 @@ def summarize(root: Path, arguments: QuickstartArguments) -> dict[str, Any]:
 
 def _table(summary: dict[str, Any]) -> Table:
     title = f"testbed:{summary['family']}, seed {summary['seed']}: {summary['max_steps']} steps each"
-    caption = "held-out KL: at the start → the median of the last three evaluations"
+    caption = "held-out KL: at the start → median of the last three evaluations"
     table = Table(title=title, caption=caption, box=box.SIMPLE, pad_edge=False)
     for name in ("", "steps", "net s", "tokens", "held-out KL", "accuracy [95 %]"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -371,7 +364,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _verdict(summary: dict[str, Any]) -> str:
-    lines = ["net speed-up to plain OPD's final KL (one seed; search charged, evaluation not):"]
+    lines = ["net speed-up to plain OPD's final KL (one seed; includes searches, excludes evaluations):"]
     for arm in AHEAD:
         values = summary[arm]
         speedup, label = values["speedup"], f"{ARMS[arm]:<{_WIDTH}}"
@@ -409,6 +402,6 @@ def _figure(root: Path, summary: dict[str, Any]) -> Path:
             figure,
             root / "figure.png",
             f"testbed:{summary['family']}, seed {summary['seed']}",
-            "Points: evaluations, with 95 % intervals. Dotted: plain OPD's final KL, the "
-            "median of its last three; the teacher's accuracy.",
+            "Points: evaluations with 95 % intervals. Dotted: plain OPD's final KL (median of its "
+            "last three) and the teacher's accuracy.",
         )

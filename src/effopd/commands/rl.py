@@ -1,4 +1,4 @@
-"""Flags and YAML of `effopd rl` → `RLRunSettings`."""
+"""Flags and YAML of `effopd rl`, parsed into `RLRunSettings`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rl_parser(algorithm: str) -> CommandParser:
     """The parser of `effopd rl`, with the algorithm's preset as defaults.
 
     Raises:
-        ConfigError: unknown algorithm.
+        ConfigError: the algorithm is unknown.
     """
     configs = [ModelConfig, TaskConfig, config_class(algorithm)]
     parser = CommandParser(
@@ -45,12 +45,10 @@ def rl_parser(algorithm: str) -> CommandParser:
         "trajectory",
     )
     ours = RUN_ESSENTIALS | {
-        "per_device_train_batch_size": "Answers per forward pass, on each device. This × gradient_accumulation_steps × "
-        "devices must be a "
-        "multiple of num_generations; divided by it, it is the number of prompts per step. Presets: 16.",
-        "beta": "Weight of the KL to the model that training starts from; 0 loads no reference "
-        "model. Presets: grpo 0.001, dapo "
-        "and rloo 0.",
+        "per_device_train_batch_size": "Rollouts per forward pass and device. This × gradient_accumulation_steps × "
+        "devices must be a multiple of num_generations; the quotient is the number of prompts per step. Presets: 16.",
+        "beta": "Weight of the KL penalty to the initial model; 0 loads no reference model. Presets: "
+        "grpo 0.001, dapo and rloo 0.",
     }
     require(parser, "model_name_or_path")
     arrange(parser, configs, {name: ours.get(name, "") for name in names})
@@ -58,10 +56,10 @@ def rl_parser(algorithm: str) -> CommandParser:
 
 
 def parse_rl(argv: Sequence[str]) -> RLRunSettings:
-    """Command line and YAML → `RLRunSettings`; the algorithm's preset gives the defaults.
+    """Parse command line and YAML into `RLRunSettings`, with the algorithm's preset as defaults.
 
     Raises:
-        ConfigError: unknown algorithm or setting, or a value out of range.
+        ConfigError: the algorithm or a setting is unknown, or a value is out of range.
     """
     model, task, rl = parsed(rl_parser(_algorithm(list(argv))), argv)
     model.model_name_or_path = resolve_model(model.model_name_or_path)
@@ -69,8 +67,9 @@ def parse_rl(argv: Sequence[str]) -> RLRunSettings:
 
 
 def _algorithm(argv: list[str]) -> str:
-    """`--algorithm` from the command line, else from the YAML file: it decides which flags there
-    are.
+    """`--algorithm` from the command line, otherwise from the YAML file, otherwise grpo.
+
+    It must be known first because the set of flags depends on it.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algorithm")

@@ -1,1 +1,1 @@
-"""Files, processes, numbers and packages: one idea per module, no knowledge of language models."""
+"""Helpers for files, processes, numbers and packages, independent of language models."""

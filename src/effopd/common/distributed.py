@@ -1,7 +1,7 @@
-"""Several processes, one decision. On one process everything here returns at once.
+"""Collectives that make all ranks take the same decision, and helpers for FSDP2 shards.
 
-Collectives carry small Python objects over the default process group; parameters never leave their
-rank.
+Collectives carry small Python objects over the default process group. Parameters leave their rank
+only in `full_tensor` and `copy_full_`. In a single process nothing is communicated.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process; 0 in a single process."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Everybody's value, by rank, on every rank."""
+    """The values of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -43,10 +43,11 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def assert_same_on_ranks(what: str, value: T) -> T:
-    """`value`, which must be the same on every rank.
+    """Return `value` if it is the same on every rank; values are compared by `repr`.
 
     Raises:
-        DivergenceError: it is not; on every rank, naming the ranks that differ from rank 0.
+        DivergenceError: the values differ. It is raised on every rank and names the ranks that
+            differ from rank 0.
     """
     values = all_gather_object(value)
     apart = [i for i, other in enumerate(values) if repr(other) != repr(values[0])]
@@ -54,9 +55,8 @@ def assert_same_on_ranks(what: str, value: T) -> T:
         raise DivergenceError(
             f"the processes have diverged: {what} is {values[0]} on rank 0 but "
             f"{values[apart[0]]} on rank {apart[0]} (ranks that "
-            f"differ: {', '.join(map(str, apart))}). They should train in lock step; resume "
-            "from the last checkpoint, and look "
-            "for random numbers, data or code that depend on the rank."
+            f"differ: {', '.join(map(str, apart))}). All ranks must take the same steps: resume "
+            "from the last checkpoint, and look for random numbers, data or code that depend on the rank."
         )
     return value
 
@@ -71,14 +71,13 @@ def broadcast_from_rank0(value: T) -> T:
 
 
 def all_gather_or_raise(work: Callable[[], T]) -> list[T]:
-    """Everybody's result of `work`, by rank, on every rank; if it raises on one rank, it raises on
-    all.
+    """Results of `work` on all ranks, in rank order; raises on all ranks if `work` raises on one.
 
-    Results and failures travel in one collective: a rank that failed meets the others where they
-    wait for its part.
+    Results and failures share one collective, so a rank that failed does not leave the others
+    waiting.
 
     Raises:
-        The rank's own exception where it happened, `DivergenceError` on the others.
+        The original exception on the rank that failed, `DivergenceError` on the others.
     """
     error: Exception | None = None
     value: Any = None
@@ -102,8 +101,9 @@ def all_gather_or_raise(work: Callable[[], T]) -> list[T]:
 
 
 def raise_on_all_ranks(run: Callable[[], T]) -> T:
-    """This rank's result of `run`; if it raises on one rank, it raises on all (see
-    `all_gather_or_raise`).
+    """This rank's result of `run`; raises on all ranks if `run` raises on one.
+
+    See `all_gather_or_raise`.
     """
     box: list[T] = []
     all_gather_or_raise(lambda: box.append(run()))
@@ -111,27 +111,29 @@ def raise_on_all_ranks(run: Callable[[], T]) -> T:
 
 
 def split_between_ranks(items: Sequence[T]) -> list[T]:
-    """This rank's part of `items`: every `world_size()`-th, the first ones again where they do not
-    divide, so that all ranks have as many."""
+    """This rank's part of `items`: every `world_size()`-th item, starting at `rank()`.
+
+    Items wrap around to the first if they do not divide evenly, so all parts have the same length.
+    """
     each = -(-len(items) // world_size())
     return [items[(rank() + i * world_size()) % len(items)] for i in range(each)]
 
 
 def merge_from_ranks(parts: Sequence[Sequence[T]], count: int) -> list[T]:
-    """The inverse of `split_between_ranks`, from everybody's part."""
+    """Invert `split_between_ranks`: the `count` items, from the parts of all ranks."""
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
 
 def exit_gloo() -> None:
-    """End a finished process of several over gloo without taking the group down; nothing on one
-    process or another backend.
+    """Exit a finished multi-process gloo run without destroying its process group.
 
-    Under DDP that can hang: torch 2.13's ~ProcessGroupGloo joins its thread with the interpreter's
-    lock held, which that thread may need to let go of the last all-reduce.
+    Does nothing in a single process or on another backend. Destroying the group can hang under
+    DDP: torch 2.13's ~ProcessGroupGloo joins its thread while it holds the interpreter's lock,
+    and that thread may need the lock to release the last all-reduce.
     """
     if world_size() > 1 and dist.get_backend() == "gloo":
         dist.barrier()
-        time.sleep(0.3)  # the others are out of the barrier too
+        time.sleep(0.3)  # lets the other ranks leave the barrier
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -141,20 +143,21 @@ def exit_gloo() -> None:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds, sharing its memory; all of it if it is not
-    sharded.
-    """
+    """This rank's shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered if it is sharded (every rank must call this then)."""
+    """The full tensor, gathered if it is sharded. All ranks must call this for a sharded tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_full_(tensor: Tensor, value: Tensor) -> None:
-    """Write `value`, the whole, into a tensor; of a sharded one every rank writes its part of rank
-    0's value, so that parts of different values never meet (every rank must call this then)."""
+    """Copy the full `value` into a tensor in place.
+
+    If the tensor is sharded, all ranks must call this: each rank writes its shard of rank 0's
+    `value`, so the shards cannot come from different values.
+    """
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.dtype), tensor.device_mesh, tensor.placements)
     local_shard(tensor).copy_(local_shard(value))
@@ -162,8 +165,14 @@ def copy_full_(tensor: Tensor, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a rank holds of a sharded parameter: of `rows` rows the part `part` of `parts`, and
-    where shards are replicated (HSDP) in which `replica`."""
+    """The shard of a parameter that a rank holds.
+
+    Attributes:
+        rows: rows of the full parameter.
+        part: index of the shard, from 0.
+        parts: number of shards.
+        replica: index of the replica under HSDP; otherwise 0.
+    """
 
     rows: int
     part: int
@@ -172,19 +181,17 @@ class ShardSpec:
 
 
 def shard_spec(tensor: Tensor) -> ShardSpec | None:
-    """This rank's share, `None` of a tensor that is whole on every rank.
+    """This rank's shard of a tensor; `None` if the tensor is not sharded.
 
     Raises:
-        ConfigError: it is sharded along another dimension than the first, or over several mesh
-            dimensions.
+        ConfigError: the tensor is not sharded along dimension 0 over exactly one mesh dimension.
     """
     if not isinstance(tensor, DTensor):
         return None
     if tensor.placements.count(Shard(0)) != 1 or tensor.placements.count(Replicate()) != len(tensor.placements) - 1:
         raise ConfigError(
-            "the look-ahead moves parameters that FSDP2 shards along dimension 0 over one "
-            "mesh dimension, and may replicate over "
-            f"others (HSDP); got {tensor.placements}."
+            f"placements={tensor.placements}: the look-ahead supports FSDP2 parameters that are sharded along "
+            "dimension 0 over one mesh dimension and replicated over the others (HSDP). Change the mesh."
         )
     mesh, over = tensor.device_mesh, tensor.placements.index(Shard(0))
     place = mesh.get_coordinate()
@@ -196,24 +203,25 @@ def shard_spec(tensor: Tensor) -> ShardSpec | None:
 
 
 def shard_specs(parameters: Mapping[str, Tensor]) -> dict[str, ShardSpec]:
-    """The shares of the sharded ones among `parameters`.
+    """Name → this rank's shard, for the sharded tensors among `parameters`.
 
     Raises:
-        ConfigError: as `shard_spec`; or they are sharded over different numbers of ranks.
+        ConfigError: as `shard_spec`, or the tensors have different numbers of shards.
     """
-    found = {name: share for name, tensor in parameters.items() if (share := shard_spec(tensor)) is not None}
-    if len({share.parts for share in found.values()}) > 1:
+    specs = {name: spec for name, tensor in parameters.items() if (spec := shard_spec(tensor)) is not None}
+    if len({spec.parts for spec in specs.values()}) > 1:
         raise ConfigError(
-            "the look-ahead moves parameters that are all sharded over the same ranks; got "
-            + ", ".join(f"{name} over {share.parts}" for name, share in list(found.items())[:3])
+            "the look-ahead needs all parameters sharded over the same ranks; got "
+            + ", ".join(f"{name} over {spec.parts}" for name, spec in list(specs.items())[:3])
             + ", …"
         )
-    return found
+    return specs
 
 
 def reshard(model: nn.Module) -> None:
-    """Forget gathered copies that FSDP2 may have kept after a forward: they would not see an edit
-    of the shards.
+    """Free the gathered parameters that FSDP2 can keep after a forward pass.
+
+    They do not reflect later edits of the shards.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,6 +1,4 @@
-"""Plain files that are either whole or absent: atomic replacement, JSON lines that survive a
-kill.
-"""
+"""Atomic replacement of files, and JSON-lines files that survive a kill."""
 
 from __future__ import annotations
 
@@ -12,8 +10,10 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and move it into place in
-    one step.
+    """Write a file so that `path` holds either its old or its complete new content.
+
+    Args:
+        write: writes the content to the temporary path it is given, in the folder of `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
@@ -38,8 +38,9 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete JSON lines of a file; a last line cut short by a kill is left out. A missing
-    file has none.
+    """Yield the complete JSON lines of a file, without a last line cut short by a kill.
+
+    A missing file yields nothing.
     """
     if not path.exists():
         return
@@ -49,8 +50,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Drop rows beyond `last_step` (and a torn last line), so that a resumed run does not log a
-    step twice.
+    """Drop rows after `last_step`, and a truncated last line, before a run resumes.
+
+    Otherwise the resumed run would log these steps twice.
     """
     if path.exists():
         text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step)

@@ -1,11 +1,11 @@
-"""float64 where the device has it, else on the CPU."""
+"""float64 computation on the tensor's device, or on the CPU if the device has no float64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Types of devices on which no float64 tensor can be made: Apple's GPUs.
+#: Device types without float64: Apple GPUs.
 _WITHOUT_FLOAT64 = ("mps",)
 
 
@@ -15,7 +15,5 @@ def has_float64(device: torch.device | str) -> bool:
 
 
 def for_float64(tensor: Tensor) -> Tensor:
-    """The tensor, for whoever is about to compute in float64: itself, or a copy on the CPU if its
-    device has no float64.
-    """
+    """The tensor itself, or a CPU copy if its device has no float64. The dtype is unchanged."""
     return tensor if has_float64(tensor.device) else tensor.cpu()

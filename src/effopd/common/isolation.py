@@ -1,5 +1,6 @@
-"""State that comes back: evaluations and searches must not disturb training's random numbers or
-module modes.
+"""Context managers that restore RNG state and module modes, and a time limit.
+
+They keep evaluations and searches from changing the random numbers or modes of training.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ from torch import nn
 
 @contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
-    """Run a block under its own random state and put back Python's, NumPy's and torch's (every
-    device's) after it.
+    """Restore the RNG state of Python, NumPy and torch (all devices) after the block.
+
+    The state is restored even if the block raises. The same seed and tensor shapes give the same
+    noise, so the scores of two candidates are *paired* (common random numbers).
 
     Args:
-        seed: seed all three generators for the block; `None` leaves them where they are on entry.
-
-    The old state is restored even if the block raises. The same seed and the same tensor shapes
-    give the same noise, which is what makes scores of two candidates *paired* (common random
-    numbers).
+        seed: seeds all three generators on entry. `None`: the block starts from the current state.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -45,7 +44,7 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; every submodule gets its own mode back, even if the block raises."""
+    """Eval mode for the block; afterwards every submodule is back in its own previous mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -60,9 +59,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise `TimeoutError` inside the block once it has run for `seconds`.
 
-    By an alarm signal, so only in the main thread of a POSIX process, and as soon as the
-    interpreter is reached: a call that hangs inside native code is not interrupted. `None`, other
-    threads and other systems: no limit.
+    Uses SIGALRM, so a call that hangs in native code is not interrupted. There is no limit if
+    `seconds` is `None`, outside the main thread, or on a system other than POSIX.
     """
     if (
         seconds is None

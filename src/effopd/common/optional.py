@@ -1,4 +1,4 @@
-"""The one place that guards packages which may be missing, and says what to install."""
+"""Checks for optional packages, with the `pip install` line for each missing one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 from effopd.errors import MissingDependencyError
 
-#: importable module -> (what needs it, what brings it)
+#: Importable module → (feature that needs it, package to install).
 _NEEDS = {
     "matplotlib": ("drawing figures", "effopd[plots]"),
     "math_verify": ("verifying math answers", "math-verify"),
@@ -39,12 +39,12 @@ _NEEDS = {
     "trackio": ("--report_to trackio", "trackio"),
     "wandb": ("--report_to wandb", "wandb"),
 }
-#: Where a run may report to whose package is looked for under the same name.
+#: Values of `--report_to` that equal the name of their package.
 TRACKERS = frozenset(name for name, (purpose, _) in _NEEDS.items() if purpose == f"--report_to {name}")
 
 
 def is_available(module: str) -> bool:
-    """Whether `module` can be found, without importing it."""
+    """Whether `module` is installed. It is not imported."""
     return importlib.util.find_spec(module) is not None
 
 
@@ -52,7 +52,7 @@ def require(module: str) -> ModuleType:
     """Import and return an optional module.
 
     Raises:
-        MissingDependencyError: the module is not installed; the message gives the `pip install`
+        MissingDependencyError: the module cannot be imported. The message gives the `pip install`
             line.
     """
     try:
@@ -62,10 +62,10 @@ def require(module: str) -> ModuleType:
 
 
 def ensure(module: str) -> None:
-    """Refuse to go on without `module`; it is not imported.
+    """Check that `module` is installed, without importing it.
 
     Raises:
-        MissingDependencyError: as `require`.
+        MissingDependencyError: the module is not installed.
     """
     if not is_available(module):
         raise _missing(module, "is not installed")

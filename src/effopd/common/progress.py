@@ -1,6 +1,4 @@
-"""How far a long loop is: a bar on a terminal, now and then a line where standard error goes to a
-file.
-"""
+"""Progress of a long loop: a bar on a terminal, otherwise an occasional line on stderr."""
 
 from __future__ import annotations
 
@@ -10,19 +8,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-#: Seconds before the first line, and between two of them.
+#: Seconds before the first line, and between lines.
 FIRST, EVERY = 5.0, 30.0
 
 
 class Counted:
-    """Counts towards a total and shows it on standard error. A context manager; `update` takes the
-    number of new ones.
+    """Progress counter on standard error; a context manager.
 
     Args:
-        total: how many there are.
-        what: what is being done.
-        unit: what is counted, in the singular.
-        done: how many were there before; they say nothing about the time that is left.
+        total: number of units.
+        what: label of the activity.
+        unit: name of a unit, in the singular.
+        done: units finished earlier; excluded from the estimate of the time left.
         leave: whether a finished bar stays on the terminal.
     """
 
@@ -44,13 +41,13 @@ class Counted:
             self._bar.close()
 
     def about(self, what: str) -> None:
-        """Name what is being done from now on."""
+        """Change the label of the activity."""
         self._what = what
         if self._bar is not None:
             self._bar.set_description(what)
 
     def update(self, new: int = 1) -> None:
-        """`new` more are done."""
+        """Count `new` more finished units."""
         self._done += new
         if self._bar is not None:
             self._bar.update(new)
@@ -59,21 +56,19 @@ class Counted:
             print(self.line(now - self._start), file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:
-        """`what: 64/256 answers, 12 s, about 36 s left`, after so many seconds."""
+        """`what: 64/256 answers, 12 s, about 36 s left`, for the elapsed seconds."""
         text = f"{self._what}: {self._done}/{self._total} {self._units}, {spoken_time(seconds)}"
         left = time_left(seconds, self._done - self._before, self._total - self._done)
         return text + (f", about {spoken_time(left)} left" if left else "")
 
 
 def time_left(seconds: float, done: int, rest: int) -> float:
-    """Seconds that `rest` more take at the pace of those that are done; 0 if it is not known
-    yet.
-    """
+    """seconds / done · rest: estimated seconds for the `rest` units; 0 before the first is done."""
     return seconds / done * rest if done else 0.0
 
 
 def spoken_time(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever is short."""
+    """A duration as text: below 100 s in seconds, below 100 min in minutes, otherwise in hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

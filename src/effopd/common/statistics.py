@@ -1,5 +1,6 @@
-"""Means with two-sided 95 % intervals, and standard errors. NumPy alone; SciPy where a quantile of
-Student's t is needed.
+"""Means with two-sided 95 % intervals, and standard errors.
+
+Needs NumPy only, and SciPy for the quantiles of Student's t.
 
     wilson               share of successes               score interval
     student_t            mean over seeds                  mean ± t₀.₉₇₅(n − 1) · sd / √n
@@ -10,12 +11,12 @@ Student's t is needed.
     accuracy_interval    share of right answers           Wilson, or Student's t over prompts
     ratio_with_error     Σ sums / Σ counts                standard error by the delta method
 
-An interval over the matrices of one run describes how far the mean depends on which matrices the
-model happens to have. It is no statement about another training run, which takes seeds. Matrices of
-one model are not independent either.
+An interval over the matrices of one run describes how much the mean depends on the matrices the
+model happens to have. It does not describe another training run; that takes several seeds. The
+matrices of one model are not independent either.
 
-Medians of speed-ups, in which some runs never arrive, are in `compare.paired`; the gate of a search
-is in `extrapolate.search`.
+Medians of speed-ups with runs that never reach the target are in `compare.paired`. The gate of a
+search is in `extrapolate.search`.
 """
 
 from __future__ import annotations
@@ -31,16 +32,15 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 #: 97.5 % quantile of the standard normal distribution.
 Z = 1.959963984540054
-#: Resampled values held at a time.
+#: Resampled values held in memory at a time.
 _CHUNK = 2**22
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, its two-sided 95 % interval, and the number of independent values behind it (NaNs not
-    counted).
+    """A mean, its two-sided 95 % interval, and the number of values behind it (without NaNs).
 
-    `low` and `high` are NaN where fewer than two values say nothing about the spread.
+    `low` and `high` are NaN for fewer than two values.
     """
 
     mean: float
@@ -60,8 +60,9 @@ class Interval:
 
 
 def wilson(share: float, n: int) -> Interval:
-    r"""Wilson's score interval, (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n); `share · n`
-    need not be whole.
+    """Wilson's score interval, (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n).
+
+    `share · n` need not be an integer.
     """
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = math.sqrt(Z**2 * (share * (1 - share) / n + Z**2 / (4 * n * n))) / (1 + Z**2 / n)
@@ -81,15 +82,14 @@ def student_t(values: Iterable[float]) -> Interval:
 
 
 def bootstrap_mean(values: Iterable[float], draws: int = 2000, seed: int = 0) -> Interval:
-    """Mean with the percentile bootstrap interval: the 2.5 % and 97.5 % quantiles of means of
-    resampled values.
+    """Mean with its percentile bootstrap interval: 2.5 % and 97.5 % quantiles of resampled means.
 
-    NaNs are left out. With few values the interval is too narrow: it covers the mean of normal
-    values in 91 % of cases with ten of them, 83 % with five, 75 % with three.
+    NaNs are left out. With few values the interval is too narrow. For normally distributed values
+    it covers the mean in 91 % of cases with ten values, 83 % with five, and 75 % with three.
 
     Args:
         values: numbers, an array, or a CPU tensor; flattened.
-        draws: resamples. The same `seed` and values give the same interval.
+        draws: number of resamples. The same `seed` and values give the same interval.
 
     Raises:
         ValueError: draws < 1.
@@ -121,12 +121,12 @@ def resampled(x: Values, statistic: Callable[[Values], Values], draws: int, seed
 def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
     """Mean of per-prompt accuracies with a 95 % interval over prompts.
 
-    One sample per prompt: Wilson's score interval. Several: Student's t on the per-prompt means
-    (the samples of one prompt are not independent), cut to [0, 1]. Where every per-prompt mean is
-    the same, the spread says nothing: Wilson's over prompts, at that mean.
+    One answer per prompt: Wilson's score interval. Several answers per prompt: Student's t on the
+    per-prompt means, cut to [0, 1], because answers to one prompt are not independent. If all
+    per-prompt means are equal, their spread is 0 and Wilson's interval over prompts is used.
 
     Args:
-        correct: `correct[i][j]` says whether sample j of prompt i is right.
+        correct: `correct[i][j]`: whether answer j to prompt i is right.
 
     Raises:
         ValueError: no prompts.
@@ -141,8 +141,9 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
 
 
 def ratio_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Token mean Σ sums / Σ counts, and its standard error over sequences (ratio estimator, delta
-    method).
+    """Token mean Σ sums / Σ counts, and its standard error over sequences by the delta method.
+
+    The standard error is 0 for a single sequence.
     """
     s, c = np.asarray(sums), np.asarray(counts, dtype=np.float64)
     mean = s.sum() / c.sum()
@@ -155,9 +156,9 @@ def ratio_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[floa
 
 
 def paired_difference(a: Iterable[float], b: Iterable[float], draws: int = 2000, seed: int = 0) -> Interval:
-    """Mean of a − b over the same matrices, with the bootstrap interval over pairs.
+    """Mean of a − b over the same matrices, with the percentile bootstrap interval over pairs.
 
-    What the matrices have in common (size, depth) cancels, so it is much sharper than comparing two
+    Effects of a matrix's size and depth cancel, so this is much sharper than comparing two
     intervals. A pair with a NaN on either side is left out.
 
     Raises:
@@ -166,7 +167,7 @@ def paired_difference(a: Iterable[float], b: Iterable[float], draws: int = 2000,
     first, second = _array(a), _array(b)
     if len(first) != len(second):
         raise ValueError(
-            f"paired_difference needs the same matrices on both sides, got {len(first)} and {len(second)} values."
+            f"paired_difference needs the same matrices on both sides; got {len(first)} and {len(second)} values."
         )
     return bootstrap_mean(first - second, draws, seed)
 
@@ -174,10 +175,10 @@ def paired_difference(a: Iterable[float], b: Iterable[float], draws: int = 2000,
 def bonett_price(new: Sequence[float], old: Sequence[float]) -> Interval:
     r"""Mean of d = new − old over the same prompts, for accuracies in [0, 1].
 
-    Bonett and Price's adjusted interval for paired proportions: one prompt won and one prompt lost
-    are added before the normal interval is formed, $\bar d' ± z \sqrt{(\overline{d^2}' − \bar
-    d'^2)/(n+2)}$, so that it does not shrink to a point when no answer changed. With several
-    answers per prompt, d is the difference of the prompt's means.
+    Bonett and Price's adjusted 95 % interval for paired proportions,
+    $\bar d' ± z \sqrt{(\overline{d^2}' − \bar d'^2)/(n+2)}$, where the primes denote means after
+    adding one prompt won and one prompt lost. The interval therefore does not shrink to a point
+    when no answer changed. With several answers per prompt, d is the difference of the means.
 
     Source: Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial
     proportions based on paired data", Journal of Educational and Behavioral Statistics 37(4), 2012.
@@ -190,8 +191,9 @@ def bonett_price(new: Sequence[float], old: Sequence[float]) -> Interval:
 
 
 def welch(a: Iterable[float], b: Iterable[float]) -> Interval | None:
-    """mean(a) − mean(b) with Welch's t interval; `None` with fewer than two finite values on either
-    side.
+    """mean(a) − mean(b) with Welch's 95 % t interval.
+
+    `None`: a or b has fewer than two finite values.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""Which software made a result."""
+"""Versions of Python and packages, and a hash of this package's source."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-#: Decide a training run or an evaluation.
+#: Packages that affect a training run or an evaluation.
 TRAINING = ("effopd", "torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym", "math-verify")
-#: Decide an analysis of weights.
+#: Packages that affect an analysis of weights.
 ANALYSIS = ("effopd", "torch", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
 
 def versions(packages: Sequence[str] = TRAINING) -> dict[str, str]:
     """Versions of Python and of the packages."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def code() -> str:
-    """A short hash of this package's source: which state of the code made a result."""
-    found = hashlib.sha256()
+    """First 12 hex digits of the SHA-256 of this package's Python source."""
+    digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:12]
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,1 +1,1 @@
-"""Prove: time-to-target with everything charged."""
+"""Comparison of strategies by time to target, with all costs charged."""

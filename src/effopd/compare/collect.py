@@ -1,4 +1,4 @@
-"""A grid's folder → the results of its finished runs."""
+"""Results of the finished runs in a grid's folder."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ PLAN = "plan.yaml"
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Results of all finished runs of a grid. A run that ended because its loss was not finite
-    counts as one that never arrives; other failures are named.
+    """Results of all finished runs of a grid.
+
+    A run that ended with a non-finite loss counts as never reaching its targets. Other failures
+    are listed in `settings.failed`.
 
     Raises:
-        ConfigError: the folder is no grid, or nothing is finished.
+        ConfigError: the folder is not a grid, or no run is finished.
     """
     if not (folder / PLAN).is_file():
-        raise ConfigError(f"{folder} is no grid of `effopd compare`: expected {PLAN} in it.")
+        raise ConfigError(f"{folder} is not a grid of `effopd compare`: expected {PLAN} in it.")
     grid = load_grid(folder / PLAN, output_dir=str(folder))
     finished = [run for run in grid.runs() if is_done(run)]
     failed = {run.name: (run, error) for run in grid.runs() if not is_done(run) and (error := failure_of(run))}
     diverged = {name: run for name, (run, error) in failed.items() if _has_diverged(run, error)}
     if not finished:
-        raise ConfigError(f"no run of {folder} is finished yet: start it with `effopd compare PLAN`.")
+        raise ConfigError(f"no run of {folder} is finished yet. Start the grid with `effopd compare PLAN`.")
     made_here = [_read(run) for run in finished] + [_read(run).diverged() for run in diverged.values()]
     runs, merges = merge_runs(grid, made_here, sources(grid, saved_entries(grid)))
     results = analyse(runs, grid.roles)
@@ -50,7 +52,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def _has_diverged(run: PlannedRun, error: str) -> bool:
-    """Whether a run ended because its loss was not finite, after at least one evaluation."""
+    """Whether a run ended with a non-finite loss after at least one evaluation."""
     return NonFiniteLossError.__name__ in error and any(read_rows(run.path / EVALS))
 
 

@@ -1,14 +1,12 @@
-"""Times to targets that a grid's own analysis does not set: the baseline's end at each learning
-rate, and another grid's target.
+"""Speed-ups to targets outside a grid's analysis: the baseline's own rate, another grid's target.
 
-`compare.results` asks every run for one target per task and seed, the baseline's end at the
-reference learning rate. Two other questions are answered here, from the runs of results.json:
+    own_rate   speed-up over the baseline at the arm's own learning rate;
+               target: the baseline's final KL at that rate
+    across     speed-up of another grid's runs over an arm of this grid;
+               target: the final KL of this grid's reference arm
 
-    own_rate     how much sooner than the baseline at the same learning rate a run gets to where that baseline ends
-    across       how much sooner a run of one grid gets to the reference target of another than that grid's own run
-
-Speed-ups are paired by seed; costs are those of the first smoothed evaluation at the target, as
-everywhere.
+Both use the runs of results.json. Speed-ups are paired by seed. Costs are those at the first
+smoothed evaluation at the target.
 """
 
 from __future__ import annotations
@@ -21,10 +19,9 @@ from effopd.compare.paired import median_with_interval, ratio
 from effopd.compare.time_to_target import Cost, final_target
 from effopd.errors import ConfigError
 
-#: Relative difference of the KL at step 0 up to which two runs count as evaluated on the same
-#: prompts.
+#: Largest relative difference of the KL at step 0 between runs evaluated on the same prompts.
 _SAME_START = 1e-4
-#: Cost of the run compared with, and of the run itself; `None`: never arrives.
+#: Costs of the opponent and of the run; `None`: target never reached.
 CostPair = tuple[Cost | None, Cost | None]
 
 
@@ -34,13 +31,14 @@ def runs_of(results: Mapping[str, Any]) -> list[GridRun]:
 
 
 def own_rate(runs: Sequence[GridRun], baseline: str) -> list[dict[str, Any]]:
-    """Speed-up over the baseline at the arm's own learning rate, to the baseline's final smoothed
-    KL at that rate.
+    """Speed-up over the baseline at the arm's own learning rate.
+
+    The target is the baseline's final smoothed KL at that rate.
 
     Returns:
-        one row per task, arm and axis (`AXES`), arms without a baseline at their rate left out:
-        `task`, `strategy`, `learning_rate`, `axis`, `reached` (runs that arrive) and the fields of
-        `paired.SeedMedian`.
+        One row per task, arm and axis (`AXES`): `task`, `strategy`, `learning_rate`, `axis`,
+        `reached` (number of runs that reach the target) and the fields of `paired.SeedMedian`.
+        Arms without a baseline at their rate are left out.
     """
     baselines = {(run.task, run.seed, run.learning_rate): run for run in runs if run.strategy == baseline}
     rows = []
@@ -61,19 +59,22 @@ def across(
     other: Sequence[GridRun],
     arms: Iterable[Arm] | None = None,
 ) -> list[dict[str, Any]]:
-    """Speed-up of runs of another grid over the arm `opponent` of `home`, to the final smoothed KL
-    of `home`'s arm `reference`.
+    """Speed-up of the runs of grid `other` over an arm of grid `home`.
 
     Args:
-        arms: arms of `other`; all of them by default.
+        home: runs of the grid that sets the target.
+        reference: arm of `home` whose final smoothed KL is the target.
+        opponent: arm of `home` that speed-ups are measured against.
+        other: runs of the other grid.
+        arms: arms of `other`; `None`: all.
 
     Returns:
-        rows as of `own_rate`, over the seeds that both grids have; `last_steps` is where the
-        shortest of the runs ended.
+        Rows as in `own_rate`, over the seeds present in both grids. `last_steps` is the last step
+        of the shortest run.
 
     Raises:
-        ConfigError: runs of the same task and seed do not start at the same held-out KL, so that
-            their evaluations (prompts or sampling) differ.
+        ConfigError: runs of the same task and seed start at different held-out KLs, so their
+            evaluations (prompts or sampling) differ.
     """
     at_home = {(run.arm, run.task, run.seed): run for run in home}
     wanted = None if arms is None else list(arms)
@@ -99,7 +100,7 @@ def _arms(runs: Iterable[GridRun]) -> list[tuple[str, Arm]]:
 
 
 def _costs(against: GridRun, run: GridRun, target: float) -> CostPair:
-    """What both had cost at a KL."""
+    """Costs of both runs at a target KL."""
     return against.cost(target, "kl", False), run.cost(target, "kl", False)
 
 
@@ -109,8 +110,8 @@ def _check_same_start(first: GridRun, second: GridRun) -> None:
     if abs(a - b) > _SAME_START * abs(a):
         raise ConfigError(
             f"{first.task}, seed {first.seed}: the two grids start at a held-out KL of "
-            f"{a:.5f} and {b:.5f}; expected the same: "
-            "compare grids with the same student, teacher, eval_size and seeds."
+            f"{a:.5f} and {b:.5f}; expected the same. "
+            "Compare grids with the same student, teacher, eval_size and seeds."
         )
 
 

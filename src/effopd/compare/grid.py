@@ -1,26 +1,30 @@
-"""What to compare: a grid of runs, strategy × learning rate × seed × task, read from one YAML file.
+"""Plan of a comparison: a grid of strategy × learning rate × seed × task, read from one YAML file.
 
-    output_dir: runs/compare              # a run lands in TASK/STRATEGY/lr-RATE/seed-N below it
+    output_dir: runs/compare         # folder of a run: TASK/STRATEGY/lr-RATE/seed-N below it
     reference_learning_rate: 3.0e-5
-    baseline: plain                       # sets the targets; every strategy is compared with it
+    baseline: plain                  # sets the targets; every strategy is compared with it
     tasks: [testbed:chain_sum]
     seeds: [0, 1, 2, 3, 4]
-    base: {…}                             # settings of `effopd train` that every run shares
-    strategies:                           # what each one changes; `learning_rate_factors` default to [1]
+    base: {…}                        # settings of `effopd train` shared by all runs
+    strategies:                      # settings per strategy; learning_rate_factors default to [1]
       plain: {learning_rate_factors: [0.333, 1, 3, 10]}
       effopd: {effopd: {strategy: effopd}}
-      effopd-all: {variant_of: effopd, effopd: {strategy: effopd, parameters: all}}   # also compared with effopd
-    rivals: [effopd]                      # optional: every strategy is compared with these too
-    headline: [effopd]                    # optional: opens the page; default: all but baseline, controls and variants
-    controls: [noop]                      # optional: strategies that should gain nothing, shown together
-    claims:                               # optional: published speed-ups over the baseline, judged on the page
-      - {strategy: effopd, speedup: 3, axis: steps, text: 3× fewer steps}
-    workers: 2                            # runs at a time
-    threads: 1                            # CPU threads of each; default: all of them, divided by `workers`
-    devices: ["0", "1"]                   # optional: CUDA_VISIBLE_DEVICES of each worker
-    launcher: [accelerate, launch]        # optional: put before `-m effopd.commands.main train …`
+      effopd-all:
+        variant_of: effopd           # also compared with effopd
+        effopd: {strategy: effopd, parameters: all}
+    workers: 2                       # runs at a time
+    threads: 1                       # CPU threads per run; default: all threads / `workers`
+    devices: ["0", "1"]              # optional: CUDA_VISIBLE_DEVICES of each worker
+    launcher: [accelerate, launch]   # optional: put before `-m effopd.commands.main train …`
 
-Seeds come first in the order of runs, so a grid that was stopped half-way holds complete seeds.
+    # optional, see `roles.py`:
+    rivals: [effopd]                 # every strategy is compared with these too
+    headline: [effopd]               # shown first; default: all but baseline, controls, variants
+    controls: [noop]                 # strategies expected to gain nothing, shown together
+    claims:                          # published speed-ups over the baseline, checked on the page
+      - {strategy: effopd, speedup: 3, axis: steps, text: 3× fewer steps}
+
+Runs are ordered by seed first, so a grid stopped half-way holds complete seeds.
 """
 
 from __future__ import annotations
@@ -36,18 +40,16 @@ import yaml
 from effopd.compare.roles import LISTS, VARIANT_OF, Roles, check_names, read_claims
 from effopd.errors import ConfigError
 
-#: What the grid itself sets in every run.
+#: Settings that the grid sets in every run.
 GRID_KEYS = ("task", "learning_rate", "seed", "task_seed", "output_dir", "resume_from_checkpoint")
 FACTORS = "learning_rate_factors"
-#: Fields of a strategy that are no settings of its runs.
+#: Fields of a strategy that are not settings of its runs.
 GRID_FIELDS = (FACTORS, VARIANT_OF)
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the grid: where it stands in it, its folder, and its settings as `effopd train
-    --config` takes them.
-    """
+    """One run of the grid: its place, its folder, and its settings for `effopd train --config`."""
 
     task: str
     strategy: str
@@ -58,16 +60,16 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """A short label for bars and messages."""
+        """Short label for progress bars and messages."""
         return f"{self.task} {self.strategy} lr {self.learning_rate:.3g} seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A checked plan; see the module's header for the fields.
+    """A checked plan; the module docstring describes the fields.
 
     Raises:
-        ConfigError: a field is missing, unknown or out of range; nothing has been run then.
+        ConfigError: a field is missing, unknown or out of range. Raised before any run starts.
     """
 
     output_dir: str
@@ -90,31 +92,30 @@ class Grid:
         for name in ("tasks", "seeds", "strategies"):
             value = getattr(self, name)
             if not value or (isinstance(value, list) and len(set(value)) != len(value)):
-                raise ConfigError(f"plan: '{name}' must not be empty and must not repeat itself, got {value!r}.")
+                raise ConfigError(f"plan: '{name}' must not be empty or contain duplicates, got {value!r}.")
         if self.baseline not in self.strategies:
             raise ConfigError(
-                f"plan: the baseline '{self.baseline}' is none of the strategies ({', '.join(self.strategies)})."
+                f"plan: the baseline '{self.baseline}' is not one of the strategies ({', '.join(self.strategies)})."
             )
         if not isinstance(self.reference_learning_rate, int | float) or not 0 < self.reference_learning_rate < 1:
             raise ConfigError(
                 "plan: reference_learning_rate must be a number in (0, 1), got "
-                f"{self.reference_learning_rate!r}. YAML "
-                "reads 3e-5 as text: write 3.0e-5."
+                f"{self.reference_learning_rate!r}. YAML reads 3e-5 as text: write 3.0e-5."
             )
         if self.workers < 1 or (self.threads is not None and self.threads < 1):
             raise ConfigError(f"plan: workers and threads must be at least 1, got {self.workers} and {self.threads}.")
         if self.devices is not None and len(self.devices) < self.workers:
             raise ConfigError(
-                f"plan: {self.workers} workers but {len(self.devices)} devices: name one "
-                "CUDA_VISIBLE_DEVICES per worker."
+                f"plan: {self.workers} workers but {len(self.devices)} devices. Name one "
+                "CUDA_VISIBLE_DEVICES value per worker."
             )
         for name, settings in {"base": self.base, **self.strategies}.items():
             self._check_settings(name, settings or {})
         check_names(self.roles, self.strategies)
         if 1.0 not in self.factors(self.baseline):
             raise ConfigError(
-                f"plan: the baseline '{self.baseline}' needs factor 1 among its {FACTORS}: its run at the reference "
-                "learning rate sets the target."
+                f"plan: the baseline '{self.baseline}' needs factor 1 in its {FACTORS}: its run at the reference "
+                "learning rate sets the targets. Add 1 to the list."
             )
 
         seen: dict[Path, PlannedRun] = {}
@@ -128,7 +129,7 @@ class Grid:
     def _check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
         taken = [key for key in GRID_KEYS if key in settings]
         if taken:
-            raise ConfigError(f"plan: '{name}' sets {', '.join(taken)}, which the grid sets itself. Leave it out.")
+            raise ConfigError(f"plan: '{name}' sets {', '.join(taken)}, which the grid sets itself. Remove it.")
         factors = settings.get(FACTORS, [1.0])
         if name != "base" and (
             not isinstance(factors, list)
@@ -139,7 +140,7 @@ class Grid:
 
     @property
     def roles(self) -> Roles:
-        """Which strategy plays which part."""
+        """Roles of the strategies in the comparison."""
         variants = {
             name: settings[VARIANT_OF] for name, settings in self.strategies.items() if VARIANT_OF in (settings or {})
         }
@@ -149,11 +150,11 @@ class Grid:
         )  # fmt: skip
 
     def factors(self, strategy: str) -> list[float]:
-        """Learning rates of a strategy, as multiples of the reference."""
+        """Learning rates of a strategy, as multiples of the reference learning rate."""
         return [float(factor) for factor in (self.strategies[strategy] or {}).get(FACTORS, [1.0])]
 
     def runs(self) -> list[PlannedRun]:
-        """The whole grid, seed by seed."""
+        """All runs of the grid, seed by seed."""
         return [
             self._run(task, strategy, factor, seed)
             for seed in self.seeds
@@ -176,12 +177,12 @@ class Grid:
 
 
 def run_settings(strategy: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a strategy of a plan changes in the settings of its runs."""
+    """Run settings in a plan's strategy, without the grid's own fields."""
     return {key: value for key, value in (strategy or {}).items() if key not in GRID_FIELDS}
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, blocks merged key by key."""
+    """`base` overridden by `changes`; nested mappings are merged key by key."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -195,10 +196,10 @@ def folder_name(task: str) -> str:
 
 
 def load_grid(path: str | Path, **overrides: Any) -> Grid:
-    """Read and check a plan; `overrides` that are not `None` win.
+    """Read and check a plan; `overrides` that are not `None` take precedence.
 
     Raises:
-        ConfigError: no such file, no YAML mapping, or a field that does not fit.
+        ConfigError: the file is missing, is not a YAML mapping, or has an invalid field.
     """
     path = Path(path)
     if not path.is_file():
@@ -217,7 +218,7 @@ def load_grid(path: str | Path, **overrides: Any) -> Grid:
         raise ConfigError(
             f"{path}: " + "; ".join(
                 [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
-            ) + f". A plan has {', '.join(known)}."
+            ) + f". Fields of a plan: {', '.join(known)}."
         )  # fmt: skip
     _check_types(path, values)
     return Grid(**values | {name: value for name, value in overrides.items() if value is not None})

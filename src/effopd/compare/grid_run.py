@@ -1,6 +1,4 @@
-"""A finished run of a grid: its place, its evaluations, what its searches came to; from its folder
-and from results.json.
-"""
+"""A finished run of a grid, read from its folder or from results.json."""
 
 from __future__ import annotations
 
@@ -25,13 +23,13 @@ AXES = ("steps", "seconds", "generated_tokens", "forward_tokens")
 
 @dataclass(frozen=True)
 class SearchSummary:
-    """What results.json keeps of a run's searches.
+    """Summary of a run's searches, as stored in results.json.
 
     Attributes:
-        accepted: (step, scale) of every jump, also backwards.
+        accepted: (step, scale) of every jump, backward jumps included.
         count: searches that tried a candidate.
-        memory_bytes: the most that was held beside the model.
-        fit: how well the last prediction fitted, for strategies that predict.
+        memory_bytes: largest amount of memory held beside the model.
+        fit: fit of the last prediction, for strategies that predict.
     """
 
     accepted: tuple[tuple[int, float], ...] = ()
@@ -41,7 +39,7 @@ class SearchSummary:
 
     @classmethod
     def of(cls, searches: Iterable[SearchRecord]) -> SearchSummary:
-        """The summary of a run's searches, in their order."""
+        """Summary of a run's searches."""
         searches = list(searches)
         return cls(
             accepted=tuple((search.step, search.accepted_scale) for search in searches if search.accepted_scale),
@@ -56,8 +54,8 @@ class GridRun:
     """A finished run: its place in the grid, its evaluations (step 0 first) and its searches.
 
     Attributes:
-        code: which state of the package made it (`versions.code`).
-        merges: the merges that brought its seconds to this machine's, oldest first: indices into
+        code: version of the package's code that made the run (`versions.code`).
+        merges: merges that rescaled its seconds to this machine, oldest first, as indices into
             `settings.merges`.
     """
 
@@ -77,13 +75,11 @@ class GridRun:
 
     @property
     def place(self) -> Place:
-        """(task, seed): what is paired."""
+        """(task, seed): runs at the same place are paired."""
         return self.task, self.seed
 
     def diverged(self) -> GridRun:
-        """The same run, ended by a loss that was not finite: worse than any number from its last
-        evaluation on.
-        """
+        """Copy with infinitely bad evaluations appended, for a run ended by a non-finite loss."""
         end = dataclasses.replace(self.evaluations[-1], kl=math.inf, accuracy=-math.inf)
         return dataclasses.replace(self, evaluations=(*self.evaluations, *[end] * WINDOW))
 
@@ -92,7 +88,7 @@ class GridRun:
         return first_reach(self.evaluations, target, metric, higher_is_better=higher_is_better)
 
     def search_share(self, until: Cost | None = None) -> float:
-        """Share of search in net seconds, of the whole run or until a cost was reached."""
+        """Share of net seconds spent on search (0–1), over the whole run or up to a cost."""
         at_cost = (e for e in self.evaluations if until is not None and e.step == until.steps)
         costs = next(at_cost, self.evaluations[-1]).costs
         return (costs.search_seconds or 0.0) / costs.net_seconds if costs.net_seconds else 0.0
@@ -101,16 +97,16 @@ class GridRun:
 def read_run(
     path: Path, *, task: str, strategy: str, learning_rate: float, seed: int, code: str | None = None
 ) -> GridRun:
-    """A run from its folder.
+    """Read a run from its folder.
 
     Raises:
-        CheckpointError: it holds no evaluations, or they lack what the comparison divides.
+        CheckpointError: there are no evaluations, or they lack KL, accuracy or a net cost.
     """
     evaluations = tuple(read_evaluations(path))
     missing = {key for evaluation in evaluations for key, value in _required(evaluation).items() if value is None}
     if not evaluations or missing:
         raise CheckpointError(
-            f"{path / EVALS} should hold evaluations with KL, accuracy and costs, but "
+            f"{path / EVALS}: expected evaluations with KL, accuracy and costs, but the file "
             + (f"lacks {', '.join(sorted(missing))}" if evaluations else "has no row")
             + ". Train with eval_strategy: steps on a task of this package, or leave the run out."
         )
@@ -120,7 +116,7 @@ def read_run(
 
 
 def _required(evaluation: EvaluationRecord) -> dict[str, Any]:
-    """Key in evals.jsonl → value, of what a comparison cannot do without."""
+    """Values that a comparison needs, by their key in evals.jsonl."""
     costs = evaluation.costs
     return {
         "eval_kl": evaluation.kl,
@@ -132,9 +128,7 @@ def _required(evaluation: EvaluationRecord) -> dict[str, Any]:
 
 
 def to_row(run: GridRun) -> dict[str, Any]:
-    """A run as JSON, its curves in 5 significant digits; NaN and ∞ (a run that diverged) become
-    `None`.
-    """
+    """JSON-ready run, with curves in 5 significant digits; NaN and ∞ become `None`."""
     points = [_curve_point(evaluation) for evaluation in run.evaluations]
     return {
         "task": run.task,
@@ -155,9 +149,7 @@ def to_row(run: GridRun) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> GridRun:
-    """The inverse of `to_row`, up to rounding; what was not finite comes back as worse than any
-    number.
-    """
+    """Inverse of `to_row`, up to rounding; `None` becomes the infinitely bad value."""
     columns = [
         [(-math.inf if name == "accuracy" else math.inf) if value is None else value for value in row["curve"][name]]
         for name in CURVE_COLUMNS
@@ -173,7 +165,7 @@ def from_row(row: Mapping[str, Any]) -> GridRun:
 
 
 def _curve_point(evaluation: EvaluationRecord) -> tuple[Any, ...]:
-    """The values of `CURVE_COLUMNS`; a standard error or a search that was not recorded is 0."""
+    """Values of `CURVE_COLUMNS`; a missing standard error or search time is 0."""
     costs = evaluation.costs
     return (
         evaluation.step, evaluation.kl, evaluation.kl_se or 0.0, evaluation.accuracy, costs.net_seconds,
@@ -198,5 +190,5 @@ def _short(value: float) -> float | int | None:
 
 
 def finite(value: float) -> float | None:
-    """The value, or `None` for what strict JSON cannot hold."""
+    """The value, or `None` if it is NaN or infinite, which strict JSON cannot hold."""
     return value if math.isfinite(value) else None

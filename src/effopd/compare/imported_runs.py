@@ -1,20 +1,18 @@
-"""Runs of a grid that were made on other machines, read from their results.json.
+"""Runs of a grid made on other machines, read from their results.json, with seconds rescaled.
 
-Steps and tokens are the same wherever a run is made; seconds are not. Runs made on both machines
-give the factor:
+Steps and tokens do not depend on the machine; seconds do. Imported seconds are multiplied by a
+factor taken from the runs made on both machines:
 
-    factor = median over runs on both of  (seconds per forward token here) / (seconds per forward
-    token there)
+    factor = median of (seconds per forward token here) / (seconds per forward token there)
 
-All seconds made there are multiplied by it: over the runs of the same task and seed where there are
-any, over all others elsewhere. A speed-up divides seconds of one task and seed, so with the
-baseline made on both machines it is the ratio that was measured on one of them. `runs_to_make`
-makes sure that there are runs on both: the baseline at the reference learning rate, for one seed of
-each task.
+The median is over runs of the same task and seed if there are any, otherwise over all runs made on
+both machines. A speed-up divides seconds of one task and seed. With the baseline made on both
+machines, it therefore equals the ratio measured on one machine. `runs_to_make` includes runs for
+this purpose: the baseline at the reference learning rate, for one seed per task.
 
-A grid can move on several times. Every run carries the merges that its seconds went through
-(`GridRun.merges`, indices into `settings.merges` of results.json), so that a run which was made
-anew later is counted for none of them.
+A grid can move several times. Every run lists the merges that rescaled its seconds
+(`GridRun.merges`, indices into `settings.merges` of results.json). A run repeated on this machine
+lists none.
 """
 
 from __future__ import annotations
@@ -32,15 +30,13 @@ from effopd.compare.grid import Grid, PlannedRun, run_settings
 from effopd.compare.grid_run import GridRun, Place, from_row
 from effopd.errors import ConfigError
 
-#: In a grid's folder: what was read from the files of `--runs_from`.
+#: File in a grid's folder with the contents of the `--runs_from` files.
 IMPORTED = "imported_runs.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """The runs of one results.json that belong to a plan, and the merges (`settings.merges`) that
-    it came out of.
-    """
+    """Runs of one results.json that belong to a plan, with that file's `settings.merges`."""
 
     path: str
     runs: tuple[GridRun, ...]
@@ -51,7 +47,7 @@ def read_entries(grid: Grid, paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Path, settings and runs of each results.json.
 
     Raises:
-        ConfigError: a file is no results.json, or its runs had other settings than the plan's.
+        ConfigError: a file is not a results.json, or its settings differ from the plan's.
     """
     entries = []
     for path in paths:
@@ -67,21 +63,21 @@ def read_entries(grid: Grid, paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def save_entries(grid: Grid, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Put entries into the grid's folder, where `saved_entries` finds them."""
+    """Write entries to the grid's folder, for `saved_entries`."""
     write_atomically(Path(grid.output_dir) / IMPORTED, lambda path: path.write_text(json.dumps(entries) + "\n"))
 
 
 def saved_entries(grid: Grid) -> list[dict[str, Any]]:
-    """The entries in the grid's folder, if any."""
+    """Entries saved in the grid's folder; empty if there are none."""
     path = Path(grid.output_dir) / IMPORTED
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 def sources(grid: Grid, entries: Sequence[Mapping[str, Any]]) -> list[Source]:
-    """The runs that belong to the plan; others are left out.
+    """Runs of each entry that belong to the plan.
 
     Raises:
-        ConfigError: the runs had other settings than the plan's.
+        ConfigError: an entry's settings differ from the plan's.
     """
     return [_source(grid, entry) for entry in entries]
 
@@ -89,14 +85,17 @@ def sources(grid: Grid, entries: Sequence[Mapping[str, Any]]) -> list[Source]:
 def _source(grid: Grid, entry: Mapping[str, Any]) -> Source:
     differing = list(_differences(grid, entry["settings"]))
     if differing:
-        raise ConfigError(f"the runs of {entry['path']} had other settings than the plan: {'; '.join(differing)}.")
+        raise ConfigError(
+            f"the runs of {entry['path']} have other settings than the plan: {'; '.join(differing)}. "
+            "Make the plan's settings equal or leave the file out."
+        )
     planned = {key(run) for run in grid.runs()}
     runs = tuple(run for run in map(from_row, entry["runs"]) if key(run) in planned)
     return Source(entry["path"], runs, tuple(entry["settings"].get("merges", ())))
 
 
 def _differences(grid: Grid, settings: Mapping[str, Any]) -> Iterator[str]:
-    """What decides a run and differs, each as `name (value here, value there)`."""
+    """Settings that affect runs and differ, each as `name (value here, value there)`."""
     ours: dict[str, Any] = {
         "baseline": grid.baseline,
         "reference_learning_rate": grid.reference_learning_rate,
@@ -116,14 +115,12 @@ def _differences(grid: Grid, settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def key(run: GridRun | PlannedRun) -> tuple[str, str, float, int]:
-    """Where a run stands in its grid."""
+    """Place of a run in its grid: task, strategy, learning rate and seed."""
     return run.task, run.strategy, run.learning_rate, run.seed
 
 
 def runs_to_make(grid: Grid, imported: Sequence[Source]) -> list[PlannedRun]:
-    """The plan's runs that have to be made here; those that compare this machine with the others
-    come first.
-    """
+    """Runs of the plan to make on this machine; those that set the rescaling factor come first."""
     runs = grid.runs()
     if not imported:
         return runs
@@ -138,21 +135,21 @@ def runs_to_make(grid: Grid, imported: Sequence[Source]) -> list[PlannedRun]:
 def merge_runs(
     grid: Grid, made_here: Sequence[GridRun], imported: Sequence[Source]
 ) -> tuple[list[GridRun], list[dict[str, Any]]]:
-    """All runs in the plan's order, with the seconds of this machine, and the merges that they came
-    through.
+    """All runs in the plan's order, with seconds of this machine, and the merges applied to them.
 
-    A run that is in several places counts once: the one made here, or else that of the first
-    source. A source's factor for a task and seed is taken from all runs merged so far, also from
-    sources before it.
+    A run available more than once counts once: the one made here, otherwise that of the first
+    source. A source's factor for a task and seed uses all runs merged so far, including those of
+    earlier sources.
 
     Returns:
-        the runs, and a row for every merge, oldest first, a source's own earlier ones before it:
-        `factor` (the median, for a task and seed without a run on both machines), `low`, `high` and
-        `n` of the ratios, and `runs`: how many of the returned runs went through it.
+        The runs, and one row per merge, oldest first; a source's own earlier merges precede its
+        row. A row has `factor` (the median, used for a task and seed without a run on both
+        machines), `low`, `high` and `n` of the ratios, and `runs` (number of returned runs that
+        the merge rescaled).
 
     Raises:
-        ConfigError: a source has no run in common with this machine, so that its seconds cannot be
-            compared.
+        ConfigError: a source has no run in common with this machine, so its seconds cannot be
+            rescaled.
     """
     runs: dict[tuple, GridRun] = {key(run): run for run in made_here}
     measured_here = dict(runs)
@@ -161,11 +158,10 @@ def merge_runs(
         ratios = [ratio for _, ratio in _pace_ratios(measured_here, source)]
         if not ratios:
             raise ConfigError(
-                f"no finished run of {grid.output_dir} was made for {source.path} too, so "
-                "seconds there and here cannot be "
-                f"compared yet: let `effopd compare PLAN` finish {grid.baseline} at "
-                f"{grid.reference_learning_rate:.3g} for "
-                f"one seed, or remove {Path(grid.output_dir) / IMPORTED}."
+                f"{grid.output_dir} and {source.path} have no finished run in common, so seconds "
+                "cannot be compared yet. Let `effopd compare PLAN` finish "
+                f"{grid.baseline} at {grid.reference_learning_rate:.3g} for one seed, or remove "
+                f"{Path(grid.output_dir) / IMPORTED}."
             )
         by_place: dict[Place, list[float]] = {}
         for place, ratio in _pace_ratios(runs, source):
@@ -183,14 +179,14 @@ def merge_runs(
 
 
 def _pace_ratios(runs: Mapping[tuple, GridRun], source: Source) -> list[tuple[Place, float]]:
-    """(task, seed) and pace / pace there of every run that is in both."""
+    """(task, seed) and pace here / pace there of every run in both."""
     both = [(runs[key(run)], run) for run in source.runs if key(run) in runs]
     paces = [(ours.place, _pace(ours), _pace(theirs)) for ours, theirs in both]
     return [(place, ours / theirs) for place, ours, theirs in paces if ours > 0 and theirs > 0]
 
 
 def _pace(run: GridRun) -> float:
-    """Net seconds per net forward token, over a whole run."""
+    """Net seconds per net forward token of the whole run."""
     costs = run.evaluations[-1].costs
     return (costs.net_seconds or 0.0) / costs.net_forward_tokens if costs.net_forward_tokens else 0.0
 

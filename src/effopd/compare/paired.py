@@ -1,10 +1,9 @@
-"""Medians over seeds of paired speed-ups, with intervals that include the runs which never arrive.
+"""Medians of paired speed-ups over seeds, with intervals that include runs that miss the target.
 
-A speed-up is baseline cost / cost of the same seed. Where only one of the two arrives, the ratio is
-still ordered against all others: a run that never arrives is slower than any that does (0), a
-baseline that never arrives makes whoever does arrive faster than any number (∞). So they stay in
-the median and in the resampling, which need no more than the order. Where neither arrives there is
-nothing to compare; those pairs are counted, not used.
+A speed-up is baseline cost / run cost at the same seed. If the run never reaches the target, the
+speed-up is 0; if only the baseline never reaches it, the speed-up is ∞. Both stay in the median and
+in the resampling, which only need the order of the values. Pairs in which neither reaches the
+target are counted but not used.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ class SeedMedian:
     """A median over seeds with its 95 % interval.
 
     Attributes:
-        median, low, high: 0 means "never arrives", ∞ "the baseline never arrives"; NaN without
-            pairs.
+        median, low, high: 0: the run never reaches the target; ∞: the baseline never reaches it;
+            NaN: there are no pairs.
         n: pairs used.
-        censored: how many of them are 0.
-        undefined: pairs in which neither arrives.
+        censored: pairs used whose value is 0.
+        undefined: pairs in which neither reaches the target.
     """
 
     median: float
@@ -40,12 +39,12 @@ class SeedMedian:
     undefined: int = 0
 
     def to_row(self) -> dict[str, float | int | None]:
-        """JSON-ready: ∞ and NaN become `None` (`censored` and `n` say which)."""
+        """JSON-ready dictionary; ∞ and NaN become `None` (`n` is 0 without pairs)."""
         return {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in asdict(self).items()}
 
 
 def ratio(baseline: float | None, cost: float | None) -> float:
-    """baseline / cost, where `None` is "never arrives": 0, ∞ or NaN (neither) then."""
+    """baseline / cost; `None`: target not reached. 0 without cost, ∞ without baseline, else NaN."""
     if cost is None:
         return math.nan if baseline is None else 0.0
     return math.inf if baseline is None else baseline / cost
@@ -58,19 +57,18 @@ def median_with_interval(
     *,
     zero_is_never: bool = True,
 ) -> SeedMedian:
-    """Median and percentile bootstrap interval (2.5 %, 97.5 %) over seeds, NaNs counted as
-    undefined.
+    """Median over seeds with its 95 % percentile bootstrap interval; NaNs count as undefined.
 
-    With 2 to 5 values the interval is their range: it covers the true median of whatever n values
-    are drawn from with probability 1 − 2·0.5ⁿ, 93.75 % for five. Of an even number, the two middle
-    values are averaged; 0 with anything gives 0, so that a half that never arrives is not averaged
-    away, and otherwise ∞ with anything gives ∞.
+    With 2 to 5 values the interval is their range. It covers the true median of the distribution
+    with probability 1 − 2·0.5ⁿ, 93.75 % for five values. For an even number of values, the two
+    middle ones are averaged: 0 with any value gives 0, so that runs that miss the target are not
+    averaged away, and ∞ with any other value gives ∞.
 
     Args:
         values: one per seed; 0 and ∞ are allowed.
         draws: resamples. The same `seed` and values give the same interval.
-        zero_is_never: whether 0 stands for a run that never arrives; if not, it is a number like
-            any other.
+        zero_is_never: whether 0 means that the run never reaches the target; otherwise 0 is an
+            ordinary number.
 
     Example:
         >>> median_with_interval([2.0, 2.5, 3.0, 0.0, 2.2])
@@ -87,7 +85,7 @@ def median_with_interval(
 
 
 def _medians(rows: np.ndarray, zero_is_never: bool) -> np.ndarray:
-    """Median of each row; the mean of 0 ("never") and anything is 0, of ∞ and anything else ∞."""
+    """Median of each row; the mean of 0 ("never") and any value is 0, of ∞ and another value ∞."""
     ordered = np.sort(rows, axis=1)
     n = rows.shape[1]
     lower, upper = ordered[:, (n - 1) // 2], ordered[:, n // 2]

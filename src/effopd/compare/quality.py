@@ -1,6 +1,4 @@
-"""How good the runs of a grid were, as tidy rows: final values, paired differences, areas under
-curves, shares of search.
-"""
+"""Quality of a grid's runs: final values, paired differences, areas under curves, search shares."""
 
 from __future__ import annotations
 
@@ -21,12 +19,15 @@ ByArm = Mapping[tuple[Arm, Place], GridRun]
 def quality_rows(
     arms: Sequence[Arm], tasks: Sequence[str], runs: ByArm, roles: Roles, targets: Targets
 ) -> list[dict[str, Any]]:
-    """One row per task, arm and measure: median over seeds with its interval, where there is a
-    value.
+    """One row per task, arm and measure with a value: median over seeds and its interval.
 
-    Measures: final values; their paired differences to the baseline at the reference learning rate
-    (no suffix), at the arm's own (`_same`) and where the baseline ends lowest (`_lowest`), and to
-    what the arm is a variant of (`_parent`); areas over the baseline's budget; search share.
+    Measures are final values, areas over the baseline's budget, search shares, and differences of
+    final values paired by seed. The suffix of a difference names the run it is taken against:
+
+        (none)    baseline at the reference learning rate
+        _same     baseline at the arm's own learning rate
+        _lowest   baseline at the learning rate with its lowest final KL
+        _parent   parent strategy of a variant, at the arm's own learning rate
     """
     rows = []
     for task in tasks:
@@ -56,9 +57,7 @@ def _median(numbers: Sequence[float]) -> dict[str, Any]:
 
 
 def _values(of_arm: Sequence[GridRun], runs: ByArm, reference: Arm, targets: Targets) -> dict[str, list[float]]:
-    """Final values, areas over the budget of the reference run of the same task and seed, and
-    shares of search.
-    """
+    """Final values, areas over the budget of the paired reference run, and search shares."""
     budgets = [(run, Cost.of(runs[reference, run.place].evaluations[-1]))
                for run in of_arm if (reference, run.place) in runs]  # fmt: skip
     reached = [(run, targets.costs[run.arm, run.place].get("reference_kl")) for run in of_arm]
@@ -73,7 +72,7 @@ def _values(of_arm: Sequence[GridRun], runs: ByArm, reference: Arm, targets: Tar
 
 
 def _differences(suffix: str, pairs: Sequence[tuple[GridRun, GridRun]]) -> dict[str, list[float]]:
-    """Final value minus the other run's, by metric."""
+    """Final value minus that of the other run, by metric."""
     return {
         f"{metric}_difference{suffix}": [
             final_target(run.evaluations, metric) - final_target(other.evaluations, metric) for run, other in pairs
@@ -83,14 +82,15 @@ def _differences(suffix: str, pairs: Sequence[tuple[GridRun, GridRun]]) -> dict[
 
 
 def area(run: GridRun, axis: str, budget: float) -> float:
-    """Mean of smoothed KL / KL at step 0 over [0, budget] of a cost axis (trapezoid; the last value
-    is held).
+    """Mean of smoothed KL / KL at step 0 over [0, budget] of a cost axis, by the trapezoid rule.
+
+    The last value is held if the run ends before the budget.
 
     Args:
         axis: `steps` or `seconds`.
     """
     x = np.array([e.step if axis == "steps" else e.costs.net_seconds for e in run.evaluations], dtype=np.float64)
-    with np.errstate(invalid="ignore"):  # a run that diverged at once
+    with np.errstate(invalid="ignore"):  # a run that diverged before its first evaluation
         y = np.array(smoothed(run.evaluations)) / np.float64(run.evaluations[0].kl)
     inside = x < budget
     x_in = np.append(x[inside], budget)

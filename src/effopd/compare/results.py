@@ -1,6 +1,4 @@
-"""Finished runs → results.json: time-to-target, paired speed-ups, areas, final quality, shares of
-cost.
-"""
+"""Contents of results.json: time to target, speed-ups, areas, final values, search shares."""
 
 from __future__ import annotations
 
@@ -18,10 +16,9 @@ from effopd.compare.time_to_target import WINDOW, Cost, final_target, smoothed
 
 
 def analyse(runs: Sequence[GridRun], roles: Roles) -> dict[str, Any]:
-    """Everything results.json holds. Works on unfinished grids too: pairs that exist are used, and
-    counted.
+    """Contents of results.json. For unfinished grids, existing pairs are used and counted.
 
-    Curves are rounded first, so that the same comes out of the file that is written.
+    Curves are rounded first, so that an analysis of the written file gives the same results.
     """
     runs = [from_row(to_row(run)) for run in runs]
     tasks = list(dict.fromkeys(run.task for run in runs))
@@ -50,8 +47,9 @@ def analyse(runs: Sequence[GridRun], roles: Roles) -> dict[str, Any]:
 def _run_row(
     run: GridRun, targets: Mapping[str, float], costs: Mapping[str, Cost | None], budget: Cost | None
 ) -> dict[str, Any]:
-    """A run with what it came to; areas are over the budget of the reference run of its task and
-    seed.
+    """A run with its final values, areas and targets.
+
+    Areas are taken over the budget of the reference run of the same task and seed.
     """
     last = run.evaluations[-1].costs
     row = to_row(run) | {
@@ -79,9 +77,7 @@ def _target_row(run: GridRun, target: str, value: float, cost: Cost | None) -> d
 
 
 def _above_again(run: GridRun, target: str, value: float, cost: Cost | None) -> float | None:
-    """Share of the evaluations after the first at the target that are not at it any more
-    (smoothed).
-    """
+    """Share (0–1) of smoothed evaluations after the first at the target that miss it again."""
     if cost is None:
         return None
     metric, higher_is_better = TARGETS[target]

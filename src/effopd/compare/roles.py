@@ -1,17 +1,17 @@
-"""Which strategy of a grid plays which part: what is compared with what, and what the page opens
-with.
+"""Roles of the strategies in a comparison: baseline, rivals, headline, controls, claims, variants.
 
-    baseline: plain                 # sets the targets; every strategy is compared with it
-    rivals: [effopd]                # every strategy is compared with these too, at the reference learning rate
-    headline: [line_search]         # strategies that the page opens with; default: all but baseline, controls and variants
-    controls: [noop]                # strategies that should gain nothing; shown together
-    claims:                         # published speed-ups over the baseline at the reference learning rate, to be judged
+    baseline: plain           # sets the targets; every strategy is compared with it
+    rivals: [effopd]          # every strategy is compared with these too, at the reference rate
+    headline: [line_search]   # shown first; default: all but baseline, controls and variants
+    controls: [noop]          # strategies expected to gain nothing; shown together
+    claims:                   # published speed-ups over the baseline at the reference rate, checked
       - {strategy: effopd, speedup: 3, axis: steps, text: "≈ 3× fewer steps"}
     strategies:
-      line_search-no-gate: {variant_of: line_search, effopd: {…}}   # compared with line_search at its own learning rate
+      line_search-no-gate:    # compared with line_search at the variant's own learning rate
+        variant_of: line_search
+        effopd: {…}
 
-These are fields of a plan; results.json keeps them in its settings, so that a page can be drawn
-from it alone.
+These are fields of a plan. results.json stores them in its settings, so the page needs no plan.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from effopd.compare.grid_run import AXES, Arm
 from effopd.errors import ConfigError
 
-#: In a strategy's settings: the strategy that it is a variant of.
+#: Field of a strategy that names the strategy it is a variant of.
 VARIANT_OF = "variant_of"
 #: Plan fields that name strategies.
 LISTS = ("rivals", "headline", "controls")
@@ -34,10 +34,10 @@ class Claim:
     """A published speed-up over the baseline at the reference learning rate.
 
     Attributes:
-        strategy: whose speed-up.
-        speedup: the factor; larger is faster.
-        axis: one of `AXES`.
-        text: the claim in a few words, as the page quotes it.
+        strategy: strategy that the claim is about.
+        speedup: factor over the baseline; larger is faster.
+        axis: cost axis, one of `AXES`.
+        text: short wording of the claim, quoted on the page.
     """
 
     strategy: str
@@ -48,7 +48,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Roles:
-    """The parts that strategies play; `variants` maps a variant to what it is a variant of."""
+    """Roles of the strategies; `variants` maps a variant to its parent strategy."""
 
     baseline: str
     reference_learning_rate: float
@@ -60,11 +60,11 @@ class Roles:
 
     @property
     def reference(self) -> Arm:
-        """The arm that sets the targets."""
+        """Arm that sets the targets: the baseline at the reference learning rate."""
         return self.baseline, self.reference_learning_rate
 
     def parent(self, arm: Arm, arms: Iterable[Arm]) -> Arm | None:
-        """The arm that `arm` is a variant of, at its own learning rate, if it is among `arms`.
+        """Parent of a variant at the variant's learning rate; `None` if it is not in `arms`.
 
         Example:
             >>> roles = Roles("plain", 0.1, variants={"effopd-strict": "effopd"})
@@ -75,20 +75,20 @@ class Roles:
         return parent if parent in arms else None
 
     def opening(self, strategies: Iterable[str]) -> list[str]:
-        """The strategies of `strategies` that the page opens with, in the plan's order."""
+        """Members of `strategies` that the page shows first, in the plan's order."""
         others = {self.baseline, *self.controls, *self.variants}
         wanted = self.headline or [strategy for strategy in strategies if strategy not in others]
         return [strategy for strategy in wanted if strategy in strategies]
 
     def to_settings(self) -> dict[str, Any]:
-        """JSON-ready, for the settings of results.json."""
+        """JSON-ready dictionary for the settings of results.json."""
         return asdict(self) | {name: list(getattr(self, name)) for name in LISTS} | {
             "claims": [asdict(claim) for claim in self.claims], "variants": dict(self.variants)
         }  # fmt: skip
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> Roles:
-        """The inverse of `to_settings`; what a results.json of another version lacks is empty."""
+        """Inverse of `to_settings`; fields that another version's results.json lacks are empty."""
         return cls(
             settings["baseline"],
             settings["reference_learning_rate"],
@@ -99,10 +99,10 @@ class Roles:
 
 
 def read_claims(entries: Sequence[Mapping[str, Any]]) -> tuple[Claim, ...]:
-    """The claims of a plan.
+    """Claims of a plan.
 
     Raises:
-        ConfigError: an entry lacks a field, has an unknown one, or one of the wrong type.
+        ConfigError: a field is missing, unknown, of the wrong type or out of range.
     """
     claims = []
     for entry in entries:
@@ -110,23 +110,22 @@ def read_claims(entries: Sequence[Mapping[str, Any]]) -> tuple[Claim, ...]:
             claim = Claim(**entry)
         except TypeError as error:
             raise ConfigError(
-                f"plan: a claim has strategy, speedup, axis and text; got {entry!r}. Write for example "
+                f"plan: a claim has the fields strategy, speedup, axis and text; got {entry!r}. Write for example "
                 '{strategy: effopd, speedup: 3, axis: steps, text: "3× fewer steps"}.'
             ) from error
         if not isinstance(claim.speedup, int | float) or claim.speedup <= 0 or claim.axis not in AXES:
             raise ConfigError(
-                "plan: a claim's speedup must be a positive number and its axis one of "
-                f"{', '.join(AXES)}; got {entry!r}."
+                f"plan: a claim needs a positive speedup and an axis that is one of {', '.join(AXES)}; got {entry!r}."
             )
         claims.append(claim)
     return tuple(claims)
 
 
 def check_names(roles: Roles, strategies: Iterable[str]) -> None:
-    """Every name must be one of the strategies, and no strategy a variant of itself.
+    """Check that all roles name known strategies and no strategy is a variant of itself.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a name is unknown, or a strategy is a variant of itself.
     """
     known = list(strategies)
     named = {name: getattr(roles, name) for name in LISTS}
@@ -135,7 +134,7 @@ def check_names(roles: Roles, strategies: Iterable[str]) -> None:
         for name in names:
             if name not in known:
                 raise ConfigError(
-                    f"plan: {role} names '{name}', which is none of the strategies ({', '.join(known)})."
+                    f"plan: {role} names '{name}', which is not one of the strategies ({', '.join(known)})."
                 )
     for variant, parent in roles.variants.items():
         if variant == parent:

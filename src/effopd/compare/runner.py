@@ -1,13 +1,18 @@
-"""Running a grid: every run in a process of its own, several at a time, none twice.
+"""Execution of a grid: one process per run, several runs in parallel, finished runs skipped.
 
-A run is `effopd train --config RUN/settings.yaml`, so it can be repeated by hand. The files of its
-folder show its state: `settings.yaml` (its settings), rows (it has begun), `done.json` (it is
-finished; written last) or `failed.json` (it ended with an error; the next attempt removes it). A
-run that was cut off goes on from its newest checkpoint if it kept any, and starts anew otherwise.
+A run is `effopd train --config RUN/settings.yaml`, so it can be repeated by hand. The files in its
+folder show its state:
 
-Timing: each process is held to `threads` CPU threads, so runs side by side share no core as long as
+    settings.yaml   the run's settings
+    rows            the run has started
+    done.json       the run is finished; written last
+    failed.json     the run ended with an error; removed by the next attempt
+
+An interrupted run resumes from its newest checkpoint if there is one, and restarts otherwise.
+
+Timing: each process is limited to `threads` CPU threads, so parallel runs share no core if
 workers × threads is at most the number of cores. `cost_clock: cpu` in the plan's base charges CPU
-seconds, which other processes do not touch.
+seconds, which do not include the time of other processes.
 """
 
 from __future__ import annotations
@@ -40,11 +45,11 @@ SETTINGS, DONE, FAILED, LOG = "settings.yaml", "done.json", "failed.json", "log.
 
 
 def is_done(run: PlannedRun) -> bool:
-    """Whether the run is finished, with the settings of the plan.
+    """Whether the run is finished with the settings of the plan.
 
     Raises:
-        CheckpointError: the folder holds a run with other settings; its rows must not be mixed with
-            this plan's.
+        CheckpointError: the folder holds a run with other settings, whose rows must not be mixed
+            with this plan's.
     """
     path = run.path / SETTINGS
     if path.is_file():
@@ -55,16 +60,16 @@ def is_done(run: PlannedRun) -> bool:
         if differing:
             raise CheckpointError(
                 f"{run.path} holds a run with other settings: {', '.join(differing)} differ from the plan. Choose "
-                "another output_dir, or move that folder away (nothing was changed)."
+                "another output_dir, or move that folder away. Nothing was changed."
             )
     return (run.path / DONE).is_file()
 
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[int]:
-    """Hold the grid's lock; yields its file descriptor, which runs inherit.
+    """Lock the grid against a second `effopd compare`; yields the lock's file descriptor.
 
-    So the grid stays locked while a run is alive whose `effopd compare` was killed.
+    Runs inherit the descriptor, so a run that outlives a killed `effopd compare` keeps the lock.
 
     Raises:
         CheckpointError: another process is running this grid.
@@ -75,19 +80,19 @@ def only_one(folder: Path) -> Iterator[int]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CheckpointError(
-                f"another `effopd compare`, or a run that one left behind when it was killed, is at work in {folder}; "
-                "wait for it or stop it."
+                f"another `effopd compare`, or a run left behind by a killed one, is running in {folder}. "
+                "Wait for it or stop it."
             ) from error
         yield handle.fileno()
 
 
 class Runner:
-    """Works through the runs that are not done.
+    """Pool of workers that execute runs of a grid.
 
     Args:
-        grid: what to run and with how many workers.
-        report: called as `report(event, run)` with event 'start', 'done' or 'failed', from worker
-            threads, one at a time.
+        grid: plan with the number of workers, threads, devices and the launcher.
+        report: called as `report(event, run)` with event 'start', 'done' or 'failed'; called from
+            worker threads, one at a time.
         lock: file descriptor that runs inherit (`only_one`).
     """
 
@@ -106,7 +111,7 @@ class Runner:
             self._slots.put(slot)
 
     def run(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-        """Run all of `runs`; returns those that failed (their `log.txt` says why)."""
+        """Run all of `runs`; returns the failed ones (see their `log.txt` for the reason)."""
         failed: list[PlannedRun] = []
         with ThreadPoolExecutor(self._grid.workers) as pool:
             futures = {pool.submit(self._one, run): run for run in runs}
@@ -120,7 +125,7 @@ class Runner:
         return failed
 
     def _stop(self, pool: ThreadPoolExecutor) -> None:
-        """End the children; what they were doing starts again, or resumes, the next time."""
+        """Terminate the children; their runs resume or restart next time."""
         with self._lock:
             self._stopped = True
             for child in self._children:
@@ -167,8 +172,9 @@ class Runner:
 
 
 def prepare(run: PlannedRun) -> bool:
-    """Make the folder ready; whether the run can go on from a checkpoint. Rows without one are of
-    no use: they go.
+    """Prepare the run's folder; returns whether the run can resume from a checkpoint.
+
+    Without a checkpoint, the rows of an earlier attempt are deleted.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     (run.path / FAILED).unlink(missing_ok=True)
@@ -182,18 +188,21 @@ def prepare(run: PlannedRun) -> bool:
 
 
 def failure_of(run: PlannedRun) -> str | None:
-    """What a run ended with, if its last attempt failed."""
+    """Error message of a run whose last attempt failed, otherwise `None`."""
     path = run.path / FAILED
     return json.loads(path.read_text())["error"] if path.is_file() else None
 
 
-#: What an error message of the command begins with; a progress bar may stand before it on its line.
+#: Start of the command's error messages; a progress bar may precede it on the same line.
 _MESSAGE = "effopd train: "
 
 
 def error_message(log: Path, start: int = 0) -> str:
-    """The beginning of a failed run's own error message, or else its last line (of a traceback),
-    from byte `start` on.
+    """First two lines of a failed run's error message, or the last line of its output.
+
+    Args:
+        log: the run's log file.
+        start: byte offset where the output of the last attempt begins.
     """
     output = log.read_bytes()[start:].decode(errors="replace")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
@@ -205,7 +214,7 @@ def error_message(log: Path, start: int = 0) -> str:
 
 
 def command(grid: Grid, run: PlannedRun, resume: bool) -> list[str]:
-    """The command of a run, as one would type it."""
+    """Command line of a run."""
     start = (
         [*grid.launcher, "-m", "effopd.commands.main"]
         if grid.launcher
@@ -216,7 +225,7 @@ def command(grid: Grid, run: PlannedRun, resume: bool) -> list[str]:
 
 
 def environment(grid: Grid, slot: int) -> dict[str, str]:
-    """Threads and devices of worker `slot`."""
+    """Environment of worker `slot`: this process's, with its threads and devices."""
     threads = grid.threads or max(1, (os.cpu_count() or 1) // grid.workers)
     variables: dict[str, Any] = {
         "OMP_NUM_THREADS": threads,

@@ -1,10 +1,12 @@
-"""Paired speed-ups of a grid, as tidy rows: task, arm, opponent, target, axis, and a median with
-its interval.
+"""Paired speed-ups of a grid: median and interval per task, arm, opponent, target and cost axis.
 
-Every arm is compared with the baseline at the reference learning rate, at the baseline's best
-learning rate for the target and at the arm's own, with the rivals at the reference learning rate,
-and with what it is a variant of at its own. Over all tasks a seed counts once, with the geometric
-mean of its speed-ups on every task.
+Opponents of an arm:
+
+    baseline   at the reference rate, at its best rate for the target, and at the arm's own rate
+    rivals     at the reference rate
+    parent     of a variant, at the arm's own rate
+
+Over all tasks, a seed counts once, with the geometric mean of its speed-ups over the tasks.
 """
 
 from __future__ import annotations
@@ -23,23 +25,20 @@ from effopd.compare.targets import TARGETS, Targets
 from effopd.compare.time_to_target import Cost
 
 ALL = "all"
-#: Stand for the baseline's best learning rate for a target, and for the learning rate of the arm
-#: itself.
+#: Placeholders: the baseline's best learning rate for a target, and the arm's own learning rate.
 BEST, SAME = "best", "same"
 
 
 @dataclass(frozen=True)
 class Opponent:
-    """Whom an arm is compared with: a strategy at a learning rate, at its `BEST` or at the arm's
-    own (`SAME`).
-    """
+    """Strategy that an arm is compared with; `rate` is a learning rate, `BEST` or `SAME`."""
 
     strategy: str
     rate: float | str
 
 
 def opponents(arm: Arm, arms: Sequence[Arm], roles: Roles) -> list[Opponent]:
-    """Whom an arm is compared with, each once."""
+    """Opponents of an arm, without duplicates."""
     baseline, reference = roles.reference
     rivals = [Opponent(rival, reference) for rival in roles.rivals if (rival, reference) in arms]
     parent = roles.parent(arm, arms)
@@ -49,7 +48,7 @@ def opponents(arm: Arm, arms: Sequence[Arm], roles: Roles) -> list[Opponent]:
 
 
 def speedup_rows(arms: Sequence[Arm], tasks: Sequence[str], roles: Roles, targets: Targets) -> list[dict[str, Any]]:
-    """One row per arm, opponent, target, axis and task, where there is a pair."""
+    """One row per arm, opponent, target, axis and task with at least one pair."""
     return [
         {
             "task": task, "strategy": arm[0], "learning_rate": arm[1],
@@ -64,7 +63,7 @@ def speedup_rows(arms: Sequence[Arm], tasks: Sequence[str], roles: Roles, target
 
 
 def _ratios(arm: Arm, opponent: Opponent, target: str, axis: str, targets: Targets) -> dict[Place, float]:
-    """Opponent's cost / the arm's own, of every task and seed that both have."""
+    """Opponent's cost / the arm's cost, for every task and seed that both have."""
     ratios = {}
     for (other, place), costs in targets.costs.items():
         if other != arm:
@@ -82,9 +81,7 @@ def _on(cost: Cost | None, axis: str) -> float | None:
 
 
 def _by_task(ratios: Mapping[Place, float], tasks: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
-    """(task, values over seeds), then (`ALL`, values) where there are several tasks; without empty
-    ones.
-    """
+    """(task, values over seeds), then (`ALL`, values) for several tasks; skips empty values."""
     for task in tasks:
         if values := [value for (where, _), value in ratios.items() if where == task]:
             yield task, values
@@ -93,8 +90,9 @@ def _by_task(ratios: Mapping[Place, float], tasks: Sequence[str]) -> Iterator[tu
 
 
 def _over_tasks(ratios: Mapping[Place, float], tasks: Sequence[str]) -> list[float]:
-    """The geometric mean over tasks of each seed that has a pair on every one; 0 or ∞ on one task
-    is that of all, both NaN.
+    """Geometric mean over tasks, for each seed with a pair on every task.
+
+    A 0 or ∞ on one task makes the mean 0 or ∞; both together make it NaN.
     """
     means = []
     for seed in sorted({seed for _, seed in ratios}):

@@ -1,18 +1,20 @@
-"""The targets of a grid, the baseline's best learning rates for them, and what every run had cost
-when it got there.
+"""Targets of a grid, the baseline's best learning rate per target, and every run's cost to target.
 
-Targets, for each task and seed (so that prompts and noise are paired):
+Targets are set per task and seed, so that prompts and noise are paired:
 
-    reference_kl        the baseline's final smoothed held-out reverse KL at the reference learning rate
-    best_kl             the same at the learning rate where the baseline ends lowest (median over seeds)
-    gap_90              a tenth of the held-out reverse KL at step 0: 90 % of the way to the teacher
-    reference_accuracy  the baseline's final smoothed accuracy at the reference learning rate
+    reference_kl        the baseline's final held-out reverse KL at the reference learning rate
+    best_kl             the same at the learning rate with the lowest final KL (median over seeds)
+    gap_90              10 % of the held-out reverse KL at step 0 (90 % of the gap is closed)
+    reference_accuracy  the baseline's final accuracy at the reference learning rate
 
-The best learning rate for a target is the one at which the baseline gets there in the smallest
-median seconds (a run that never does counts as ∞; ties go to the lower final KL). Rates are ranked
-on the seeds that all of them have, the very seeds they are judged on, which favours the baseline.
-Every run's cost is that of its own first evaluation at the target, the baseline's too: a run like
-the baseline is 1×, not faster because the baseline's last steps brought nothing.
+Final values are smoothed. The best learning rate for a target is the rate with which the baseline
+reaches it in the smallest median seconds. A run that never reaches the target counts as ∞; ties go
+to the lower final KL. Rates are ranked on the seeds that all rates have. The comparison uses the
+same seeds, which favors the baseline.
+
+The cost of every run, including the baseline, is the cost at its own first evaluation at the
+target. A run identical to the baseline therefore gets a speed-up of 1×, even if the baseline
+gained nothing in its last steps.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ TARGETS = {
     "gap_90": ("kl", False),
     "reference_accuracy": ("accuracy", True),
 }
-#: Stands for the seconds of a run that never arrives: more than any run takes.
+#: Seconds of a run that never reaches the target: more than any real run takes.
 _SECONDS_IF_NEVER = 1e15
 
 #: (task, seed) → target → value.
@@ -42,13 +44,13 @@ TargetValues = Mapping[Place, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Targets:
-    """What the runs of a grid are asked for.
+    """Targets of a grid and the cost of every run to reach them.
 
     Attributes:
-        values: of every target that a task and seed has.
+        values: (task, seed) → target → value.
         best_rate: task → target → the baseline's best learning rate.
-        lowest_rate: task → the learning rate where the baseline ends lowest.
-        costs: (arm, place) → target → the run's cost there, `None` if it never arrives.
+        lowest_rate: task → the learning rate with the baseline's lowest final KL.
+        costs: (arm, place) → target → cost at the target; `None`: the run never reaches it.
     """
 
     values: TargetValues
@@ -58,7 +60,7 @@ class Targets:
 
 
 def find_targets(runs: Sequence[GridRun], roles: Roles) -> Targets:
-    """The targets of a grid's runs, and every run's costs."""
+    """Targets of a grid's runs, and the cost of every run to reach them."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     baseline = [run for run in runs if run.strategy == roles.baseline]
     lowest = {task: _best_rate(baseline, task, lambda run: final_target(run.evaluations)) for task in tasks}
@@ -77,7 +79,7 @@ def find_targets(runs: Sequence[GridRun], roles: Roles) -> Targets:
 
 
 def _reference_values(run: GridRun) -> dict[str, float]:
-    """The targets that a run of the reference arm sets; one that diverged sets none."""
+    """Targets set by a run of the reference arm; non-finite values set none."""
     start = run.evaluations[0].kl
     assert start is not None
     return _finite({
@@ -92,9 +94,7 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _best_rate(runs: Sequence[GridRun], task: str, cost: Callable[[GridRun], float]) -> float | None:
-    """The learning rate of the smallest median cost, over the seeds that all rates have; NaN costs
-    are left out.
-    """
+    """Learning rate with the smallest median cost over the seeds that all rates have; skips NaN."""
     rates: dict[float, list[GridRun]] = {}
     for run in runs:
         if run.task == task:

@@ -1,7 +1,7 @@
-"""At which cost does a run first get as far as another one ended?
+"""Cost at which a run first reaches a target, such as the final KL of another run.
 
-Costs are net: search charged, evaluation not (see `runs/ledger.py`). Works on the evaluations of a
-run directory (`runs.records.read_evaluations`) alone.
+Costs are net: search is charged, evaluation is not (see `runs/ledger.py`). The only input is a
+run's evaluations (`runs.records.read_evaluations`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from effopd.runs.records import EvaluationRecord
 
 #: Evaluations per smoothing window.
 WINDOW = 3
-#: Shares of the starting gap at which a speed-up is reported.
+#: Shares of the initial gap at which a speed-up is reported.
 GAP_SHARES = (0.5, 0.75, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Optimizer steps, net seconds, net sampled tokens, and net tokens run through a model besides
-    sampling.
-    """
+    """Optimizer steps, net seconds, net sampled tokens, and net forward tokens outside sampling."""
 
     steps: int
     seconds: float
@@ -32,7 +30,7 @@ class Cost:
 
     @classmethod
     def of(cls, evaluation: EvaluationRecord) -> Cost:
-        """What the run had cost at an evaluation."""
+        """Cost of the run up to an evaluation."""
         costs = evaluation.costs
         return cls(
             evaluation.step, _number(costs.net_seconds),
@@ -40,9 +38,9 @@ class Cost:
         )  # fmt: skip
 
     def ratio(self, other: Cost) -> dict[str, float]:
-        """self / other, axis by axis."""
-        mine, theirs = asdict(self), asdict(other)
-        return {axis: mine[axis] / theirs[axis] for axis in mine}
+        """self / other, per axis."""
+        costs, other_costs = asdict(self), asdict(other)
+        return {axis: costs[axis] / other_costs[axis] for axis in costs}
 
 
 def _number(value: float | None) -> float:
@@ -53,7 +51,7 @@ def _number(value: float | None) -> float:
 def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
     """Trailing median of the last `window` values (fewer at the beginning).
 
-    One lucky evaluation cannot reach a target: with a window of 3, two of the last three must.
+    A single outlier cannot reach a target: with a window of 3, two of the last three values must.
 
     Example:
         >>> smooth([3.0, 1.0, 2.0, 2.0])
@@ -63,12 +61,12 @@ def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
 
 
 def smoothed(evaluations: Sequence[EvaluationRecord], metric: str = "kl") -> list[float]:
-    """A metric's smoothed values, `kl` or `accuracy`."""
+    """Smoothed values of a metric, `kl` or `accuracy`."""
     return smooth([getattr(evaluation, metric) for evaluation in evaluations])
 
 
 def final_target(evaluations: Sequence[EvaluationRecord], metric: str = "kl") -> float:
-    """The last smoothed value of a run: the target other runs have to reach."""
+    """Last smoothed value of a run, used as the target for other runs."""
     return smoothed(evaluations, metric)[-1]
 
 
@@ -78,14 +76,14 @@ def speedup_by_gap(
     shares: Sequence[float] = GAP_SHARES,
     metric: str = "kl",
 ) -> list[dict[str, Any]]:
-    r"""Speed-up as a function of the share of the starting gap that has to be closed.
+    r"""Baseline cost / other cost, as a function of the share g of the initial gap to close.
 
-    For each share g: target = (1 − g) · metric at step 0 (a reverse KL to the teacher is itself the
-    gap); both runs' smoothed curves have to reach it; ratios are baseline cost / other cost.
+    The target is (1 − g) · metric at step 0, because a reverse KL to the teacher is itself the gap.
+    Both runs' smoothed curves have to reach the target.
 
     Returns:
-        one row per share: `gap_closed`, `target`, and `speedup` by axis, `None` where either run
-            never gets there.
+        One row per share: `gap_closed`, `target`, and `speedup` by axis (`None`: one of the runs
+        never reaches the target).
     """
     rows = []
     for share in shares:
@@ -99,8 +97,10 @@ def speedup_by_gap(
 def first_reach(
     evaluations: Sequence[EvaluationRecord], target: float, metric: str = "kl", *, higher_is_better: bool = False
 ) -> Cost | None:
-    """Cost at the first evaluation (after step 0) whose smoothed metric is at or below `target` (at
-    or above, if higher is better); `None` if never."""
+    """Cost at the first evaluation after step 0 whose smoothed metric reaches `target`.
+
+    The target is reached at or below it, or at or above it if higher is better. `None`: never.
+    """
     sign = -1.0 if higher_is_better else 1.0
     for evaluation, value in zip(evaluations, smoothed(evaluations, metric), strict=True):
         if sign * value <= sign * target and evaluation.step > 0:

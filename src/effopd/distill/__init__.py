@@ -1,3 +1,1 @@
-"""Train: OPDConfig, OPDTrainer (on TRL's DistillationTrainer), losses, health metrics, the cost
-ledger.
-"""
+"""On-policy distillation and task RL on TRL: trainers, configs, losses, health metrics, resume."""

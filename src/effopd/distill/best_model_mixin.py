@@ -1,6 +1,4 @@
-"""`load_best_model_at_end` for our trainers: the best checkpoint is among those that were saved,
-and survives a resume.
-"""
+"""`load_best_model_at_end` for this package's trainers: best of the saved steps, across resumes."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ _Host: Any = Trainer if TYPE_CHECKING else object
 
 
 class BestModelMixin(_Host):
-    """The part of `RunMixin` that finds the best checkpoint, remembers it through a resume, and
-    says which one was kept.
+    """The part of `RunMixin` that tracks the best checkpoint, restores it on resume, and records
+    which step became the final model.
     """
 
     run_dir: Any
@@ -28,9 +26,7 @@ class BestModelMixin(_Host):
     kept: Kept | None
 
     def _recall_best(self) -> None:
-        """What was best before a resume, among the checkpoints that are there, by the metric of
-        this run.
-        """
+        """Restore the best step so far by this run's metric, among checkpoints that still exist."""
         args, state = self.args, self.state
         if not (args.load_best_model_at_end or args.save_strategy == "best"):
             return
@@ -44,13 +40,13 @@ class BestModelMixin(_Host):
         state.best_model_checkpoint = str(self._checkpoint_of(best.step)) if best else None
 
     def _checkpoint_of(self, step: int) -> Path | None:
-        """The checkpoint of a step: this run's, or that of the run it goes on from."""
-        own = self.run_dir.checkpoint(step)
-        folders = [own.parent, *([self.resumed_from.parent] if self.resumed_from else [])]
-        return next((folder / own.name for folder in folders if (folder / own.name).is_dir()), None)
+        """Checkpoint folder of a step, in this run or in the run it resumes from."""
+        checkpoint = self.run_dir.checkpoint(step)
+        folders = [checkpoint.parent, *([self.resumed_from.parent] if self.resumed_from else [])]
+        return next((folder / checkpoint.name for folder in folders if (folder / checkpoint.name).is_dir()), None)
 
     def around_best_metric(self, judge: Callable[[], bool]) -> bool:
-        """The host's, among the steps that are saved: another one could not be gone back to."""
+        """The host's judgment, limited to saved steps: only those can be restored at the end."""
         saved = self.args.save_strategy == "best" or self.control.should_save
         if self.args.load_best_model_at_end and not saved:
             return False
@@ -66,6 +62,7 @@ class BestModelMixin(_Host):
         self.run_dir.write_kept(self.kept)
         if self.args.load_best_model_at_end and self.kept is None:
             logger.warning(
-                "No step was both evaluated and saved with a finite %s: the model is that of step %d, the last.",
+                "No step was both evaluated and saved with a finite %s. The final model has the weights of step %d, "
+                "the last.",
                 self.args.metric_for_best_model, self.state.global_step,
             )  # fmt: skip

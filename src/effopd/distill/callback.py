@@ -1,8 +1,9 @@
-"""`EffOPDCallback`: the look-ahead on any `transformers.Trainer`.
+"""`EffOPDCallback`: the look-ahead as a callback for any `transformers.Trainer`.
 
-A callback is handed the model but neither the trainer nor its rollout engine, so this one is built
-with the trainer. It searches right after the optimizer step (`on_step_end`), before that step is
-logged, evaluated or saved.
+The host passes callbacks the model but neither the trainer nor its rollout engine, so the
+constructor takes the trainer. A search runs right after the optimizer step (`on_step_end`), before
+that step is logged, evaluated or saved. With the scorer `teacher_kl` it runs on the next step's
+rollouts instead.
 """
 
 from __future__ import annotations
@@ -31,43 +32,43 @@ from effopd.extrapolate.search import Score
 from effopd.runs.records import SEARCHES, SearchRecord
 from effopd.tasks.base import Task, Verifier
 
-#: What `host_refused` says of it.
-DEEPSPEED = "DeepSpeed, whose masters live in the optimizer"
+#: Argument of `host_refused` for DeepSpeed.
+DEEPSPEED = "DeepSpeed, which keeps master weights in the optimizer"
 
 
 def host_refused(host: str) -> ConfigError:
-    """The error for a host whose weights cannot be moved from here; `host`: its name and why."""
+    """The error for a host whose live weights cannot be moved; `host` names it and the reason."""
     return ConfigError(
-        "the look-ahead moves weights that are whole (one process, DDP) or sharded row by row (FSDP2); this run uses "
-        f"{host}. Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: "
-        "2), or train without a look-ahead."
+        f"this run uses {host}: expected whole weights (one process, DDP) or weights sharded by row (FSDP2), the only "
+        "ones that the look-ahead can move. Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 "
+        "(fsdp_version: 2), or train without a look-ahead."
     )
 
 
 class EffOPDCallback(TrainerCallback):
-    """Look ahead during training.
+    """Search along the training update Δ and move the weights to the accepted scale.
 
-    The callback changes nothing on the trainer before training begins, and leaves nothing when it
-    ends, fails, or the callback is removed or replaced. A trainer has one at a time.
+    The trainer is patched only while training runs. The patches are removed when training ends or
+    fails, and when the callback is removed or replaced. A trainer has one such callback at a time.
 
     Args:
-        trainer: the trainer the callback is added to: `OPDTrainer`, plain `trl.DistillationTrainer`
-            (every strategy works on both), or any `transformers.Trainer` if `scorer` is given.
-        config: defaults to the paper's settings.
-        task: where D_v is drawn from (examples with answers and their verifier). Default: the
-            trainer's training dataset, columns `prompt` and `answer`.
-        verify: grades an answer of that dataset; default: `math-verify`.
-        scorer: a callable `model → number` instead of the accuracy on D_v.
-        score_timeout: stop with an error if scoring one candidate takes longer, in seconds; `None`:
-            no limit.
-        resume_from_checkpoint: where a resumed run finds the look-ahead state; default: in the
+        trainer: the trainer to which the callback is added. `OPDTrainer` and plain
+            `trl.DistillationTrainer` support every strategy; any other `transformers.Trainer` needs
+            a `scorer`.
+        config: default: the paper's settings.
+        task: source of the validation prompts (examples with answers and their verifier). Default:
+            the trainer's training dataset, columns `prompt` and `answer`.
+        verify: verifier for answers of that dataset; default: `math-verify`.
+        scorer: a callable `model → number` that replaces the configured scorer.
+        score_timeout: seconds that scoring one candidate may take before training stops with an
+            error; `None`: no limit.
+        resume_from_checkpoint: folder with the look-ahead state for a resumed run; default: the
             checkpoint that the trainer loads.
 
     Raises:
-        ConfigError: FSDP1 or DeepSpeed, where live weights cannot be moved from here yet; a
-            strategy that scores by the KL to the teacher, on a trainer that has none; `parameters`
-            that match nothing of the model; a device that is not there; a setting that `scorer`
-            does not read.
+        ConfigError: the trainer uses FSDP1 or DeepSpeed; the strategy scores by KL and the trainer
+            has no teacher; `parameters` matches no parameter; a device does not exist; or `scorer`
+            does not read a setting that was given.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -113,20 +114,21 @@ class EffOPDCallback(TrainerCallback):
     def _check_host(trainer: Trainer) -> None:
         fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
         if trainer.is_deepspeed_enabled or fsdp1:
-            raise host_refused("FSDP1, which flattens them" if fsdp1 else DEEPSPEED)
+            raise host_refused("FSDP1, which flattens the weights" if fsdp1 else DEEPSPEED)
         if world_size() != trainer.accelerator.num_processes:
             raise ConfigError(
                 f"torch.distributed has {world_size()} processes but the trainer counts "
-                f"{trainer.accelerator.num_processes}: each "
-                "would train on its own. Build the TrainingArguments once, in every process, under one launcher."
+                f"{trainer.accelerator.num_processes}, so each process trains alone. "
+                "Build the TrainingArguments once, in every process, under one launcher."
             )
 
     def check_resume(self, checkpoint: Path) -> None:
-        """Refuse to go on from a checkpoint of other settings; `OPDTrainer` calls this before it
-        loads or writes anything.
+        """Check that the checkpoint was written with the same look-ahead settings.
+
+        `OPDTrainer` calls this before it loads or writes anything.
 
         Raises:
-            CheckpointError: there is no look-ahead state, or it is that of other settings.
+            CheckpointError: the look-ahead state is missing or has other settings.
         """
         check_same(read_state(self._state_of(checkpoint))["fingerprint"], self.config, self.scorer, self._host)
 
@@ -134,9 +136,7 @@ class EffOPDCallback(TrainerCallback):
 
     @property
     def _registered(self) -> bool:
-        """Whether the trainer still has this callback; the host says nothing when it removes
-        one.
-        """
+        """Whether the trainer still has this callback; the host sends no event on removal."""
         return any(callback is self for callback in self.trainer.callback_handler.callbacks)
 
     def _attach(self) -> None:
@@ -148,7 +148,7 @@ class EffOPDCallback(TrainerCallback):
         )
 
     def _detach(self) -> None:
-        """Leave nothing on the trainer, its optimizer or its rollouts."""
+        """Remove every patch from the trainer and close the look-ahead."""
         self._events.detach()
         if self.look_ahead is not None:
             self.look_ahead.close()
@@ -159,28 +159,26 @@ class EffOPDCallback(TrainerCallback):
     def _check_trainer(self, state: Any) -> None:
         if state is not self.trainer.state:
             raise ConfigError(
-                "this EffOPDCallback was built with another trainer than the one it is on: "
-                "its search would move the other "
-                "trainer's weights. Build one for each trainer: trainer.add_callback(EffOPDCallback(trainer, …))."
+                "this EffOPDCallback was built with another trainer than the one it is on, and a search moves the "
+                "weights of the trainer it was built with. Build one callback per trainer: "
+                "trainer.add_callback(EffOPDCallback(trainer, …))."
             )
         others = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EffOPDCallback)]
         if len(others) > 1:
             raise ConfigError(
                 f"the trainer has {len(others)} EffOPDCallbacks "
-                f"({', '.join(each.config.strategy for each in others)}): expected one, "
-                "since each would take the other's jumps for training. Remove the others "
-                "with trainer.remove_callback(…)."
+                f"({', '.join(each.config.strategy for each in others)}): expected one, because each counts the "
+                "other's jumps as training. Remove the others with trainer.remove_callback(…)."
             )
 
     # -- events ------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """The anchor is the weights the run starts from, or what the resumed checkpoint saved.
+        """Set the anchor: the weights at the start of the run, or the resumed checkpoint's anchor.
 
         Raises:
             ConfigError: the callback belongs to another trainer, or the trainer has several.
-            CheckpointError: the run is resumed without the look-ahead's state, or with other
-                settings.
+            CheckpointError: a resumed run lacks the look-ahead state or has other settings.
         """
         self._detach()  # from an earlier `train`, perhaps interrupted
         self._check_trainer(state)
@@ -202,7 +200,7 @@ class EffOPDCallback(TrainerCallback):
         except BaseException:
             self._detach()
             raise
-        if state.is_world_process_zero and not hasattr(self.trainer, "run_dir"):  # which cuts its own rows
+        if state.is_world_process_zero and not hasattr(self.trainer, "run_dir"):  # otherwise `RunDirCallback` does
             keep_rows(Path(args.output_dir) / SEARCHES, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -215,15 +213,14 @@ class EffOPDCallback(TrainerCallback):
         self._detach()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Search if this step is a trigger (and the scorer does not wait for the next rollouts)."""
+        """Search if this step is a trigger, unless the scorer waits for the next rollouts."""
         if not self.waits_for_rollouts:
             self._search(args, state, state.global_step)
 
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
-        """Search on rollouts that nothing has been trained on yet.
+        """Search on the next step's rollouts, before they are trained on.
 
-        The search counts as part of the step that they belong to, so it comes after the checkpoint
-        of the step before.
+        The search belongs to that next step, so it comes after the previous step's checkpoint.
         """
         state, scorer = self.trainer.state, self._rollouts
         assert scorer is not None
@@ -237,8 +234,7 @@ class EffOPDCallback(TrainerCallback):
     def _search(self, args, state, step: int) -> None:
         if self.look_ahead is None:
             raise ConfigError(
-                "this EffOPDCallback was added while training was running, so it never saw "
-                "the weights that training started from. "
+                "this EffOPDCallback was added while training was running, too late to record the initial weights. "
                 "Add it before trainer.train()."
             )
         ledger = getattr(self.trainer, "ledger", None)
@@ -246,7 +242,7 @@ class EffOPDCallback(TrainerCallback):
             record = self.look_ahead.step(step)
         if record is None:
             return
-        if ledger is not None and state.is_world_process_zero:  # the record has everybody's tokens
+        if ledger is not None and state.is_world_process_zero:  # the record sums the tokens of all ranks
             ledger.count("search", generated=record.generated_tokens, forward=record.forward_tokens)
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -254,22 +250,21 @@ class EffOPDCallback(TrainerCallback):
         self._log(record)
 
     def on_save(self, args, state, control, **kwargs):
-        """Put anchor and history into the checkpoint of trainers that do not ask for them
-        (`save_state`).
-        """
+        """Save the look-ahead state for trainers that do not call `save_state` themselves."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if broadcast_from_rank0(folder.is_dir()):
             self.save_state(folder)
 
     def save_state(self, folder: Path) -> None:
-        """Write the look-ahead state into a checkpoint folder, on every rank; `OPDTrainer` calls
-        this before publishing it.
+        """Write the look-ahead state into a checkpoint folder; called on every rank.
+
+        `OPDTrainer` calls this before it publishes the checkpoint.
         """
         if self.look_ahead is not None:
             self.look_ahead.save(folder)
 
     def _target(self) -> Callable[[], Score | float] | None:
-        """The teacher's score, where the trainer has a teacher."""
+        """Function that scores the teacher; `None` without a teacher or a scorer."""
         teacher, scorer = self._teacher(), self.scorer
         if teacher is None or scorer is None:
             return None
@@ -281,23 +276,21 @@ class EffOPDCallback(TrainerCallback):
     # -- helpers -----------------------------------------------------------------------------------
 
     def _state_of(self, checkpoint: Path | None) -> Path:
-        """Where the look-ahead state of a resumed run is."""
+        """Folder that holds the look-ahead state of a resumed run."""
         folder = self._resume_from or checkpoint
         if folder is not None and (folder / STATE_FILE).is_file():
             return folder
         raise CheckpointError(
-            f"the run is resumed but there is no look-ahead state ({STATE_FILE}) in {folder}. Without the anchor, "
-            "the next jump would be up to 11 times the whole displacement, so this stops "
-            "here. Pass resume_from_checkpoint to "
-            "EffOPDCallback, or resume from a checkpoint written with it."
+            f"the run is resumed but there is no look-ahead state ({STATE_FILE}) in {folder}. The next jump needs the "
+            "anchor that is saved there. Pass resume_from_checkpoint to EffOPDCallback, or resume from a checkpoint "
+            "written with a look-ahead."
         )
 
     def _weights_moved(self) -> None:
-        """Invalidate what was made with the old weights.
+        """Mark the engine stale and, if needed, drop rollouts that the old weights sampled.
 
-        Rollouts that a search has used stay unless the sampled loss is trained: the full KL is
-        still a loss on them, the sampled one is an estimate only where the weights that it updates
-        are those that sampled.
+        Rollouts that were scored are kept for the full-vocabulary loss, which stays valid
+        off-policy. The sampled loss does not, so they are dropped.
         """
         mark_engine_stale(self.trainer)
         if not self.waits_for_rollouts or getattr(self.trainer.args, "loss_type", None) == "sampled":
@@ -306,8 +299,7 @@ class EffOPDCallback(TrainerCallback):
     def _log(self, record: SearchRecord) -> None:
         metrics = {name: float(value) for name, value in record.metrics().to_row().items()}
         if not log_metrics(self.trainer, metrics):
-            # a log during on_step_end would swallow the step's own row, so this one waits for the
-            # next event
+            # logging in on_step_end would swallow the step's own row, so wait for the next event
             self._pending = metrics
 
     def _flush(self) -> None:

@@ -1,6 +1,4 @@
-"""`OPDConfig`: every flag of TRL's `DistillationConfig`, with the paper's defaults, plus what TRL
-lacks.
-"""
+"""`OPDConfig`: TRL's `DistillationConfig` with the paper's defaults and this package's flags."""
 
 from __future__ import annotations
 
@@ -24,48 +22,50 @@ logger = logging.getLogger(__name__)
 LOSS_WEIGHTINGS = ("token", "answer")
 LOSSES = ("full", "sampled")
 HORIZONS = ("full", "topd", "popd")
-#: Settings of a rollout horizon that only one of them reads.
+#: Setting → the only rollout horizon that reads it.
 _ONLY_FOR = {"horizon_fraction": "topd", "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd"}
 
 
 @dataclass
 class RunArguments:
-    """Flags that every trainer of this package adds to its TRL host's, and defaults it changes: a
-    constant learning rate, a row a step, `bf16=False` where there is no accelerator.
+    """Flags and changed defaults shared by all trainers of this package.
+
+    Changed defaults: constant learning rate, one row per step, and `bf16=False` without an
+    accelerator.
 
     Raises:
         ConfigError: a value is out of range.
-        MissingDependencyError: `deepspeed` without its package.
+        MissingDependencyError: `deepspeed` is set but its package is not installed.
     """
 
-    #: What the best model is told by where `metric_for_best_model` is not given.
+    #: Default of `metric_for_best_model`.
     best_metric: ClassVar[str] = "loss"
 
     lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Learning-rate schedule; the paper's is constant, without warm-up."}
+        default="constant", metadata={"help": "Learning-rate schedule. Default: constant, no warm-up (the paper's)."}
     )
-    logging_steps: float = field(default=1, metadata={"help": "Log every that many optimizer steps."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two logged rows."})
     eval_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of the sampled answers of accuracy evaluations."}
+        default=1.0, metadata={"help": "Sampling temperature of the answers in accuracy evaluations."}
     )
     eval_greedy: bool = field(
-        default=True, metadata={"help": "Also evaluate greedy decoding (one more generation per evaluation)."}
+        default=True, metadata={"help": "Also evaluate greedy decoding, at one more generation per evaluation."}
     )
-    eval_seed: int = field(default=1234, metadata={"help": "Seed of the evaluation's sampling noise."})
+    eval_seed: int = field(default=1234, metadata={"help": "Seed for sampling evaluation answers."})
     cost_clock: str = field(
         default="wall",
         metadata={
-            "help": "What the cost ledger's seconds are. 'wall': the clock on the wall. 'cpu': CPU seconds of this "
-            "process, all threads together; on a shared machine without accelerator, other jobs do not count. "
-            "The `seconds` of searches.jsonl are on the wall in any case.",
+            "help": "Clock of the cost ledger. 'wall': wall-clock seconds. 'cpu': CPU seconds of this process, summed "
+            "over its threads, for shared machines without an accelerator. `seconds` in searches.jsonl are always "
+            "wall-clock.",
             "choices": list(CLOCKS),
         },
     )
     trajectory: str = field(
         default="none",
         metadata={
-            "help": "Keep weights for analysis in trajectory/: 'none', 'powers_of_two' (steps 0, 1, 2, 4, …), or a "
-            "number N (steps 0, N, 2N, …); the last step is always kept."
+            "help": "Steps whose weights are kept in trajectory/ for analysis: 'none', 'powers_of_two' (0, 1, 2, 4, "
+            "…) or a number N (0, N, 2N, …). The last two also keep the last step."
         },
     )
 
@@ -76,41 +76,37 @@ class RunArguments:
         if getattr(self, "bf16", None) is None and not getattr(self, "fp16", False) and not accelerated:
             self.bf16 = False
         if not accelerated:
-            self.dataloader_pin_memory = False  # nothing to pin for; torch would warn
+            self.dataloader_pin_memory = False  # without an accelerator, torch warns about pinning
         if self.cost_clock not in CLOCKS:
             raise ConfigError(f"cost_clock must be one of {', '.join(CLOCKS)}; got {self.cost_clock!r}.")
         if self.cost_clock == "cpu" and accelerated:
             raise ConfigError(
-                "cost_clock='cpu' does not see the work of the accelerator this machine has. "
-                "Use 'wall', or use_cpu=True."
+                "cost_clock='cpu' does not count the work of this machine's accelerator. Use 'wall', or use_cpu=True."
             )
         if getattr(self, "deepspeed", None):
-            ensure("deepspeed")  # the host looks for it while it is built
+            ensure("deepspeed")  # the host imports it in its constructor
         default_metric(self, self.best_metric)
-        greater_is_better = getattr(self, "greater_is_better", None)  # as it was given; the host goes by the name
-        with warnings.catch_warnings():  # TRL sets the old name by default; the user need not hear of it
+        greater_is_better = getattr(self, "greater_is_better", None)  # as given; the host infers it from the name
+        with warnings.catch_warnings():  # TRL itself sets the deprecated name
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
         settle_direction(self, greater_is_better)
         if getattr(self, "push_to_hub", False):
             raise ConfigError(
-                "push_to_hub would upload the whole run directory at every save, optimizer "
-                "states and trajectory included "
-                "(transformers leaves out folders named checkpoint-N only). Upload the finished model instead: "
+                "push_to_hub=True uploads the whole run directory at every save, with optimizer states and "
+                "trajectory. Upload the finished model instead: "
                 "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' 'trajectory/*' 'superseded/*'."
             )
         if getattr(self, "auto_find_batch_size", False):
             raise ConfigError(
-                "auto_find_batch_size starts over at step 0 with fewer answers per step "
-                "after an out-of-memory error, but with the "
-                "weights as they are by then. Lower per_device_train_batch_size and raise "
-                "gradient_accumulation_steps instead: "
-                "their product is what a step learns from."
+                "auto_find_batch_size=True restarts at step 0 after an out-of-memory error, with fewer answers per "
+                "step and with weights that are already trained. Lower per_device_train_batch_size and raise "
+                "gradient_accumulation_steps instead: their product is the number of answers per step."
             )
         if (order := getattr(self, "train_sampling_strategy", "random")) != "random":
             raise ConfigError(
-                f"train_sampling_strategy={order!r} is not read: TRL samples prompts in its own order. Expected "
-                "'random'; --shuffle_dataset false takes them as they come."
+                f"train_sampling_strategy={order!r} has no effect, because TRL orders the prompts itself: expected "
+                "'random'. Set --shuffle_dataset false to keep the dataset's order."
             )
         self.trajectory = str(self.trajectory)  # YAML reads a bare 8 as a number
         in_trajectory(self.trajectory, 0, 0)
@@ -118,17 +114,18 @@ class RunArguments:
             raise ConfigError("--max_completion_length: expected a whole number of at least 1, got none.")
 
     def _check_precision(self, accelerated: bool) -> None:
-        """The host says it late, or of `bf16` without naming the flag."""
+        """Check precision flags early; the host checks later, or without naming the flag."""
         on_cpu = "this run is on the CPU" if getattr(self, "use_cpu", False) else "this machine has no accelerator"
         for name in ("fp16", "fp16_full_eval"):
             if getattr(self, name, False) and not accelerated:
-                raise ConfigError(f"--{name} true: {on_cpu}, and float16 needs one. Leave it out, or use --bf16 true.")
+                raise ConfigError(
+                    f"--{name} true: {on_cpu}, and float16 needs an accelerator. Leave it out, or use --bf16 true."
+                )
         for name in ("bf16", "bf16_full_eval"):
             if getattr(self, name, False) and not accelerated and not getattr(self, "use_cpu", False):
                 raise ConfigError(
-                    f"--{name} true: {on_cpu} that computes in bfloat16. Add --use_cpu true "
-                    "to compute in bfloat16 on the "
-                    f"CPU, or leave --{name} out to compute in float32."
+                    f"--{name} true: {on_cpu} that computes in bfloat16. Add --use_cpu true to compute in bfloat16 "
+                    f"on the CPU, or leave --{name} out to compute in float32."
                 )
         if getattr(self, "label_smoothing_factor", 0.0):
             raise ConfigError(
@@ -149,51 +146,47 @@ class OPDConfig(RunArguments, DistillationConfig):
     eval_on_start: bool | None = field(  # the host takes None as false
         default=None,
         metadata={
-            "help": "Also evaluate before the first step. Default: with a look-ahead whose run "
-            "evaluates, because the first "
-            "evaluation would come after the first jumps otherwise."
+            "help": "Also evaluate before the first step. Default: true if the run has evaluations and a look-ahead, "
+            "whose first jumps come before the first regular evaluation."
         },
     )
     loss_type: str = field(
         default="full",
         metadata={
-            "help": "'full': exact full-vocabulary divergence at every student-visited token (`beta` selects it). "
-            "'sampled': the paper's policy-gradient form on the sampled token (always the reverse KL).",
+            "help": "Training loss. 'full': exact full-vocabulary divergence at every sampled token, selected by "
+            "`beta`. 'sampled': the paper's policy gradient on the sampled token, always for the reverse KL.",
             "choices": list(LOSSES),
         },
     )
     loss_weighting: str = field(
         default="token",
         metadata={
-            "help": "'token': every token counts alike, as in TRL. 'answer': every answer does (the "
-            "mean over answers of "
-            "the mean over their tokens), as in the scripts of arXiv 2605.11739.",
+            "help": "Weighting of the loss. 'token': mean over all tokens, as in TRL. 'answer': mean over answers of "
+            "their token means, as in the scripts of arXiv 2605.11739.",
             "choices": list(LOSS_WEIGHTINGS),
         },
     )
     lambda_extrapolation: float = field(
         default=1.0,
         metadata={
-            "help": "ExOPD (arXiv 2602.12125): learn softmax(λ·teacher + (1−λ)·reference logits) "
-            "instead of the teacher. "
-            "1 is plain OPD; 1.25 is its authors' value; 1.5 and above are unstable. Needs "
+            "help": "λ of ExOPD (arXiv 2602.12125), whose target is softmax(λ·teacher + (1−λ)·reference logits). "
+            "1: plain OPD. Its authors use 1.25 and report that 1.5 and above are unstable. Other values than 1 need "
             "--reference_model_name_or_path."
         },
     )
     reference_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "The reference of ExOPD: the student's start, or the teacher's base before RL. "
-            "Stays frozen, and is "
-            "never the look-ahead's anchor."
+            "help": "Frozen reference model of ExOPD: the initial student, or the teacher's base before RL. It is "
+            "independent of the look-ahead's anchor."
         },
     )
     rollout_horizon: str = field(
         default="full",
         metadata={
-            "help": "How much of an answer is generated and learned from (arXiv 2605.31490). 'topd': its first "
-            "horizon_fraction of max_completion_length; 'popd': from horizon_start to all of it, in horizon_stages "
-            "equal steps over the first horizon_growth of training. Evaluations are always full length.",
+            "help": "Maximum rollout length as a share of max_completion_length (arXiv 2605.31490). 'full': all of "
+            "it. 'topd': horizon_fraction. 'popd': grows from horizon_start to 1 in horizon_stages equal increments "
+            "over the first horizon_growth of training. Evaluations always use the full length.",
             "choices": list(HORIZONS),
         },
     )
@@ -201,11 +194,11 @@ class OPDConfig(RunArguments, DistillationConfig):
     horizon_start: float = field(default=0.125, metadata={"help": "POPD: share of max_completion_length at step 0."})
     horizon_stages: int = field(default=8, metadata={"help": "POPD: number of increments."})
     horizon_growth: float = field(
-        default=0.5, metadata={"help": "POPD: share of training after which the length is full."}
+        default=0.5, metadata={"help": "POPD: share of training after which rollouts have full length."}
     )
     health_tokens: int = field(
         default=256,
-        metadata={"help": "Health metrics are computed on at most this many tokens per logged step (0: none)."},
+        metadata={"help": "Maximum number of tokens per logged step that the health metrics use. 0: no metrics."},
     )
 
     def __post_init__(self) -> None:
@@ -230,7 +223,7 @@ class OPDConfig(RunArguments, DistillationConfig):
         if exopd == 1 and reference is not None:
             raise ConfigError(
                 f"reference_model_name_or_path={reference!r} has no effect with lambda_extrapolation=1. Set "
-                "--lambda_extrapolation (1.25, say), or leave the reference out."
+                "--lambda_extrapolation (for example 1.25), or leave the reference out."
             )
         if exopd != 1 and self.beta != 1.0:
             raise ConfigError(
@@ -246,8 +239,8 @@ class OPDConfig(RunArguments, DistillationConfig):
         for name, kind in _ONLY_FOR.items():
             if getattr(self, name) != defaults[name] and self.rollout_horizon != kind:
                 raise ConfigError(
-                    f"{name} is read with rollout_horizon={kind!r} only, so here it would be ignored "
-                    f"(rollout_horizon={self.rollout_horizon!r})."
+                    f"{name}={getattr(self, name)!r} is read only with rollout_horizon={kind!r}, got "
+                    f"rollout_horizon={self.rollout_horizon!r}. Leave it out, or set --rollout_horizon {kind}."
                 )
         for name in ("horizon_fraction", "horizon_start", "horizon_growth"):
             if not 0 < getattr(self, name) <= 1:
@@ -257,14 +250,12 @@ class OPDConfig(RunArguments, DistillationConfig):
         limits = {"max_new_tokens", "max_tokens", "max_length"} & set(self.generation_kwargs or {})
         if self.rollout_horizon != "full" and limits:
             raise ConfigError(
-                f"generation_kwargs sets {', '.join(sorted(limits))}, which would override rollout_horizon="
-                f"{self.rollout_horizon!r}. Leave it out; max_completion_length is the full length."
+                f"generation_kwargs sets {', '.join(sorted(limits))}, which overrides rollout_horizon="
+                f"{self.rollout_horizon!r}. Leave it out: max_completion_length sets the full length."
             )
 
     def _check_sampled(self) -> None:
-        """The sampled loss is a score-function estimate: it is only right if y was drawn from π_θ
-        itself.
-        """
+        """Require unfiltered samples: the sampled loss is a score-function estimate for y ~ π_θ."""
         wrong = {
             "beta": self.beta != 1.0,
             "top_p": self.top_p < 1.0,
@@ -275,14 +266,12 @@ class OPDConfig(RunArguments, DistillationConfig):
         }
         if self.use_vllm and self.vllm_mode == "server" and self.temperature != 1:
             raise ConfigError(
-                "loss_type='sampled' weighs vLLM's answers by its log-probabilities, and a vLLM server gives those at "
-                f"temperature 1, got temperature={self.temperature}. Use temperature=1, vllm_mode='colocate', or "
-                "loss_type='full'."
+                f"temperature={self.temperature}: loss_type='sampled' needs vLLM's log-probabilities, and a vLLM "
+                "server returns them at temperature 1. Use temperature=1, vllm_mode='colocate' or loss_type='full'."
             )
         names = [name for name, is_wrong in wrong.items() if is_wrong]
         if names:
             raise ConfigError(
                 f"loss_type='sampled' needs answers drawn from the student itself, unfiltered, but {', '.join(names)} "
-                "change the sampler or the objective. Use "
-                "the defaults of these flags, or loss_type='full'."
+                "change the sampler or the objective. Use the defaults of these flags, or loss_type='full'."
             )

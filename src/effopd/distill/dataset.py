@@ -1,4 +1,4 @@
-"""The dataset that a trainer is given."""
+"""Check of a trainer's training dataset: a `prompt` column and enough rows for one step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from effopd.errors import ConfigError, TaskError
 
 
 def check_dataset(dataset: Any, batch: int) -> None:
-    """There are prompts to train on, and enough for a step.
+    """Check that `dataset` has prompts, and enough of them for one step.
 
     Args:
-        dataset: what a trainer is given.
-        batch: prompts of a step, over all processes.
+        dataset: a trainer's `train_dataset`.
+        batch: prompts per step, over all processes.
 
     Raises:
-        ConfigError: no dataset, or fewer rows than a step takes: the host would train no step.
+        ConfigError: no dataset, or fewer rows than one step takes (the host then trains no step).
         TaskError: no column `prompt`.
     """
     if dataset is None:
@@ -33,6 +33,6 @@ def check_dataset(dataset: Any, batch: int) -> None:
     rows = len(dataset) if hasattr(dataset, "__len__") else batch
     if rows < batch:
         raise ConfigError(
-            f"a step takes {batch} prompts but train_dataset has {rows}: lower per_device_train_batch_size or "
-            "gradient_accumulation_steps, or give more rows."
+            f"a step takes {batch} prompts but train_dataset has {rows}. Lower per_device_train_batch_size or "
+            "gradient_accumulation_steps, or add rows."
         )

@@ -1,9 +1,8 @@
-"""Student against teacher, token by token: losses and the exact divergence.
+"""Token-level distillation losses and the exact student–teacher divergence.
 
 Shapes: B sequences, T completion tokens, N = valid tokens, H hidden width, V shared vocabulary.
-Hidden states are projected tile by tile by TRL's chunked kernels; no [B, T, V] tensor is ever made.
-Every KL here names its distributions: "reverse KL" is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ(v)
-− log π*(v)), in nats.
+TRL's chunked kernels project hidden states tile by tile; no [B, T, V] tensor is ever made.
+Reverse KL is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ(v) − log π*(v)), in nats.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _VOCAB_CHUNK = 8192
 #: Cap of π_θ(y) / π_sampler(y), the importance weight of the sampled loss.
 _LARGEST_RATIO = 5.0
 
-#: What a batch of a multimodal student has besides tokens, handed on to the forward.
+#: Non-token inputs of a multimodal student, passed on to its forward.
 MULTIMODAL_KEYS = (
     "pixel_values",
     "image_grid_thw",
@@ -46,10 +45,9 @@ MULTIMODAL_KEYS = (
 
 @dataclass(frozen=True)
 class Head:
-    """The output projection of a model, cut to the shared vocabulary, with its logit
-    post-processing.
+    """Output projection cut to the shared vocabulary: logits = softcap(scale · (h Wᵀ + b)).
 
-    logits = softcap(scale · (h Wᵀ + b)); `weight` is [V, H].
+    `weight` is [V, H].
     """
 
     weight: Tensor
@@ -59,10 +57,11 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, vocab_size: int) -> Head:
-        """The head of `model`, its first `vocab_size` rows (rows beyond the tokenizer are padding).
+        """The first `vocab_size` rows of the head of `model`; rows past the tokenizer are padding.
 
         Raises:
-            CompatibilityError: the model's logits have another form (`effopd.models.logit_path`).
+            CompatibilityError: the model's logits do not have this form
+                (`effopd.models.logit_path`).
         """
         layer, path = core_of(model).get_output_embeddings(), logit_path(model)
         weight, bias = layer.weight, getattr(layer, "bias", None)
@@ -71,14 +70,12 @@ class Head:
         return cls(weight, bias, path.scale, path.softcap)
 
     def whole(self) -> Head:
-        """The same head with its tensors gathered, if FSDP2 shards them (every rank must call this
-        then).
-        """
+        """The same head with FSDP2 shards gathered; with shards, every rank must call this."""
         bias = None if self.bias is None else whole_tensor(self.bias)
         return replace(self, weight=whole_tensor(self.weight), bias=bias)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Dense fp32 logits [N, V] of a few positions."""
+        """Dense float32 logits [N, V], for a small number of positions."""
         logits = torch.nn.functional.linear(hidden.float(), self.weight.float())
         if self.bias is not None:
             logits = logits + self.bias.float()
@@ -89,15 +86,13 @@ class Head:
 
 
 class Predictions(NamedTuple):
-    """What a model predicts at the T answer tokens of a batch, before it becomes [B, T, V]
-    logits.
-    """
+    """A model's hidden states at the T answer tokens of a batch, and the head for their logits."""
 
     hidden_BTH: Tensor
     head: Head
 
     def to(self, device: torch.device) -> Predictions:
-        """The hidden states moved to `device`."""
+        """Copy with the hidden states, but not the head, on `device`."""
         return Predictions(self.hidden_BTH.to(device), self.head)
 
 
@@ -106,8 +101,8 @@ class Answers(NamedTuple):
 
     Attributes:
         ids_BT: token ids.
-        mask_BT: whether each is trained on.
-        sampler_logps_BT: log π_sampler(y), NaN where it was not recorded; `None`: nowhere.
+        mask_BT: nonzero for tokens that are trained on.
+        sampler_logps_BT: log π_sampler(y) in nats, NaN if not recorded; `None`: none recorded.
     """
 
     ids_BT: Tensor
@@ -115,39 +110,41 @@ class Answers(NamedTuple):
     sampler_logps_BT: Tensor | None = None
 
     def to(self, device: torch.device) -> Answers:
-        """All of it moved to `device`."""
+        """Copy with all tensors on `device`."""
         logps_BT = None if self.sampler_logps_BT is None else self.sampler_logps_BT.to(device)
         return Answers(self.ids_BT.to(device), self.mask_BT.to(device), logps_BT)
 
 
 def gathered(model: Any, work: Callable[[], T]) -> T:
-    """Run `work` with the weights of `model` whole: inside its forward, if FSDP2 shards it (every
-    rank must call this), else right away."""
+    """Run `work` with the weights of `model` gathered.
+
+    A model sharded by FSDP2 runs it inside its forward, so every rank must call this; any other
+    model runs it directly.
+    """
     return inside_forward(model, model, work) if isinstance(model, FSDPModule) else work()
 
 
 def mixture_head(teacher: Head, reference: Head, weight: float, dtype: torch.dtype = torch.float32) -> Head:
-    """The head of ExOPD's target for hidden states made by `mixture_hidden`, so that no logits have
-    to be formed.
+    """Head of ExOPD's target λ z* + (1−λ) z_ref, for the hidden states of `mixture_hidden`.
 
-    The weight is [W* | W_ref], [V, H* + H_ref], the scale λ scale* and the bias b* + b_ref (1−λ)
-    scale_ref / (λ scale*). Given both as the teacher, `full_loss` with β = 1 is KL(π_θ ‖ softmax((λ
-    z* + (1−λ) z_ref) / temperature)), in nats per token. Make the head once; it is a copy of both,
-    of the reference's weight two where `dtype` is not float32.
+    Weight: [W* | W_ref], [V, H* + H_ref]. Scale: λ scale*. Bias: b* + b_ref (1−λ) scale_ref / (λ
+    scale*). With this head and these hidden states as the teacher, `full_loss` with β = 1 is
+    KL(π_θ ‖ softmax((λ z* + (1−λ) z_ref) / temperature)), in nats per token. The head copies both
+    weights, the reference's twice in half precision, so build it once.
 
     Args:
-        dtype: what the kernel rounds hidden states to (`kernel_dtype`).
+        dtype: type to which the kernel rounds hidden states (`kernel_dtype`).
 
     Raises:
-        CompatibilityError: a model caps its logits; capped logits are no linear function of the
-            hidden states.
+        CompatibilityError: a model caps its logits, which are then not linear in the hidden states.
 
-    Source: arXiv 2602.12125 (the maximiser of λ E log(π*/π_ref) − KL(π_θ ‖ π_ref)).
+    Source: arXiv 2602.12125 (the maximizer of λ E log(π*/π_ref) − KL(π_θ ‖ π_ref)).
     """
     if teacher.softcap is not None or reference.softcap is not None:
         raise CompatibilityError(
-            "ExOPD adds the logits of teacher and reference, but a soft cap (final_logit_softcapping) is set in "
-            f"{'the teacher' if teacher.softcap is not None else 'the reference'}. Use lambda_extrapolation=1."
+            "ExOPD adds the logits of teacher and reference, but "
+            f"{'the teacher' if teacher.softcap is not None else 'the reference'} caps its logits "
+            "(final_logit_softcapping). Use lambda_extrapolation=1."
         )
     scale, first, second = _mixture_factors(teacher, reference, weight)
     parts = [(teacher.bias, first), (reference.bias, second)]
@@ -165,11 +162,10 @@ def mixture_hidden(
     weight: float,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[h* | c h_ref] with c = (1−λ) scale_ref / (λ scale*): hidden states [B, T, H* + H_ref] for
-    `mixture_head`.
+    """[h* | c h_ref], c = (1−λ) scale_ref / (λ scale*): hidden states for `mixture_head`.
 
-    In half precision c h_ref is two parts, its rounded value and what that leaves out, [B, T, H* +
-    2 H_ref]: λ adds no rounding to that of the two models.
+    Shape [B, T, H* + H_ref]. In half precision c h_ref is split into its rounded value and the
+    rounding error, [B, T, H* + 2 H_ref], so that λ adds no rounding of its own.
     """
     _, first, second = _mixture_factors(teacher, reference, weight)
     scaled = second * h_reference_BTH.float().to(h_teacher_BTH.device)
@@ -181,15 +177,13 @@ def mixture_hidden(
 
 
 def _mixture_factors(teacher: Head, reference: Head, weight: float) -> tuple[float, float, float]:
-    """Scale of the whole, and factors of teacher and reference inside it; the teacher's is 1 (0 for
-    λ = 0).
-    """
+    """Overall scale, teacher factor (1, or 0 for λ = 0) and reference factor."""
     scale = weight * teacher.scale or 1.0
     return scale, weight * teacher.scale / scale, (1 - weight) * reference.scale / scale
 
 
 def kernel_dtype(hidden: Tensor) -> torch.dtype:
-    """What the kernels round hidden states to: autocast's type, else their own."""
+    """Type to which the kernels round hidden states: autocast's if enabled, otherwise their own."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -197,11 +191,11 @@ def kernel_dtype(hidden: Tensor) -> torch.dtype:
 def shared_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer_size: int, role: str = "teacher"
 ) -> int:
-    """The vocabulary both models have; padding rows of the larger one are ignored. `role` names the
-    second one in errors.
+    """Size of the vocabulary that both models have: the smaller number of rows.
 
-    Checkpoints of one family often pad their embedding differently (Qwen2.5: 151936 and 152064 rows
-    for 151665 tokens). That is harmless as long as every token of the tokenizer has a row in both.
+    Checkpoints of one family often pad their embedding differently. Qwen2.5, for example, has
+    151936 or 152064 rows for 151665 tokens. That is harmless if both have a row for every token.
+    `role` names the second model in errors.
 
     Raises:
         CompatibilityError: a model has fewer rows than the tokenizer has tokens.
@@ -214,7 +208,8 @@ def shared_vocab_size(
         if size < tokenizer_size:
             raise CompatibilityError(
                 f"the {name} has {size} vocabulary rows but the tokenizer has {tokenizer_size} tokens: expected at "
-                f"least one row a token. Student and {role} must share the tokenizer (for others, see TRL's GOLD)."
+                f"least one row per token. Student and {role} must share the tokenizer; for models that do not, use "
+                "TRL's GOLD."
             )
     return min(sizes.values())
 
@@ -230,14 +225,15 @@ def full_loss(
     num_items: Tensor | int | None,
     by_answer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's exact full-vocabulary divergence; β = 1 is the reverse KL. Returns loss, Σ student
-    entropy, N.
+    """TRL's exact full-vocabulary divergence; β = 1 is the reverse KL.
 
     Args:
-        num_items: what the sum over tokens (by_answer: over answers) is divided by; `None`: their
-            number here.
-        by_answer: every answer counts alike, whatever its length: the mean over answers of the mean
-            over their tokens.
+        num_items: divisor of the sum over tokens, or over answers with `by_answer`; `None`: their
+            number in this batch.
+        by_answer: mean over answers of their token means, so that length does not matter.
+
+    Returns:
+        loss in nats, Σ student entropy, number of valid tokens.
     """
     if not by_answer:
         return divergence_loss(h_student_BTH, student, h_teacher_BTH, teacher, mask_BT, beta, temperature, num_items)
@@ -270,21 +266,22 @@ def sampled_loss(
     r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log
     π_θ(y_t)$ detached.
 
-    Its expectation over y_t ~ π_θ has the gradient of the reverse KL at every prefix. The ratio of
-    one update a batch is 1, so there is nothing to clip. Divided by `num_items` (default: the valid
-    tokens). With a `reference` (hidden states and head) and `weight` λ it is ExOPD's: $A_t = λ(\log
-    π^*(y_t) − \log π_{ref}(y_t)) − (\log π_θ(y_t) − \log π_{ref}(y_t))$.
+    Its expectation over y_t ~ π_θ has the gradient of the reverse KL at every prefix. With one
+    update per batch the PPO ratio is 1, so it and its clipping are left out.
 
-    Answers that another engine sampled bring `sampler_logps_BT`: every token is then weighted by
-    $\min(π_θ(y_t) / π_{sampler}(y_t), 5)$, detached. `by_answer` and `num_items` are those of
-    `full_loss`.
+    Args:
+        num_items: as for `full_loss`.
+        reference: hidden states and head of ExOPD's reference, which changes the advantage to $A_t
+            = λ(\log π^*(y_t) − \log π_{ref}(y_t)) − (\log π_θ(y_t) − \log π_{ref}(y_t))$.
+        weight: λ of ExOPD.
+        sampler_logps_BT: log π_sampler(y_t) of answers that another engine sampled. Every token is
+            then weighted by $\min(π_θ(y_t) / π_{sampler}(y_t), 5)$, detached.
+        by_answer: as for `full_loss`.
 
     Returns:
         loss, Σ student entropy, number of valid tokens, like `full_loss`.
 
-    Source: arXiv 2605.11739, section 2, and 2602.12125; PPO ratio and clipping left out because
-        they are inactive. The cap
-    of the importance weight is that of 2605.11739's runs.
+    Source: arXiv 2605.11739, section 2, and the cap 5 of its runs; ExOPD: 2602.12125.
     """
     valid = mask_BT != 0
     targets_N = completion_ids_BT[valid]
@@ -303,9 +300,7 @@ def sampled_loss(
 
 
 def _weighted_mean(value_N: Tensor, valid_BT: Tensor, num_items: Tensor | int | None, by_answer: bool) -> Tensor:
-    """Σ over tokens, or over answers of their token means, divided by `num_items` (default: how
-    many there are).
-    """
+    """Σ over tokens, or Σ over answers of token means, divided by `num_items` (default: count)."""
     length_B = valid_BT.sum(1)
     if by_answer:
         value_N = value_N / length_B.clamp(min=1)[:, None].expand_as(valid_BT)[valid_BT]
@@ -326,25 +321,23 @@ def reverse_kl_of_completions(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> tuple[list[float], list[int]]:
-    r"""Exact reverse KL of given completions: per sequence $\sum_t KL(π_θ(·|x,y_{<t}) ‖
-    π^*(·|x,y_{<t}))$.
+    r"""Exact reverse KL per completion: $\sum_t KL(π_θ(·|x,y_{<t}) ‖ π^*(·|x,y_{<t}))$, in nats.
 
-    Each sequence gets the KL that it has alone, whatever the others' lengths.
+    The value of a sequence does not depend on the other sequences of its batch.
 
     Returns:
-        (KL sums in nats, numbers of tokens), one entry a sequence; Σ sums / Σ tokens is the token
-        mean.
+        (KL sums in nats, numbers of tokens), one entry per sequence. Σ sums / Σ tokens is the mean
+        per token.
 
     Raises:
-        CompatibilityError: a token is outside of the shared vocabulary; or the logits of a model
-            have a form whose KL cannot be computed (`effopd.models.logit_path`).
+        CompatibilityError: a token is outside the shared vocabulary, or a model's logits have a
+            form that is not supported (`effopd.models.logit_path`).
     """
     largest = max((max(row, default=0) for rows in (prompt_ids, completion_ids) for row in rows), default=0)
     if largest >= vocab_size:
         raise CompatibilityError(
-            f"token {largest} is outside of the vocabulary that student and teacher share "
-            f"(ids below {vocab_size}): expected "
-            "sequences that both can read. Sample with `vocab_size` (see `effopd.tasks.evaluate.generate`)."
+            f"token {largest} is outside the vocabulary that student and teacher share: expected ids below "
+            f"{vocab_size}. Sample with `vocab_size` (see `effopd.tasks.evaluate.generate`)."
         )
 
     starts = range(0, len(prompt_ids), batch_size)
@@ -367,14 +360,13 @@ def divergences(
     temperature: float,
     teacher_hidden: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """D(student, teacher) [N] at the N scored positions of each batch, in nats, exact over the
-    vocabulary.
+    """Exact divergence D [N], in nats, at the N scored positions of each batch.
 
-    D is the reverse KL(π ‖ π*) at β = 1 and the forward KL(π* ‖ π) at β = 0; between them it is
+    D is the reverse KL(π ‖ π*) at β = 1 and the forward KL(π* ‖ π) at β = 0. For 0 < β < 1 it is
     (1−β) KL(π ‖ m) + β KL(π* ‖ m) with m = (1−β) π + β π*.
 
     Args:
-        teacher_hidden: `batch.hidden(teacher)` of each batch, if it is known.
+        teacher_hidden: `batch.hidden(teacher)` of each batch; `None`: computed here.
     """
 
     def measure() -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How far the student is: held-out exact reverse KL and accuracy, on the same sampled answers."""
+"""Held-out exact reverse KL and accuracy of a student, on the same sampled answers."""
 
 from __future__ import annotations
 
@@ -32,19 +32,18 @@ def evaluate_task(
     vocab_size: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[dict[str, float], int]:
-    """Sample one answer per prompt, measure its KL to the teacher (if there is one) and its
-    accuracy; then greedy, if asked.
+    """Sample one answer per prompt and measure its KL to the teacher and its accuracy.
 
-    Always the same prompts and the same sampling noise (`args.eval_seed`), so a curve over training
-    is paired. Several processes answer a share each, with noise of their own; all of them get the
-    whole result.
+    Every evaluation uses the same prompts and sampling noise (`args.eval_seed`), so the points of a
+    curve are paired. Each rank answers a share of the prompts with its own noise, and all ranks get
+    the whole result. `args.eval_greedy` adds the accuracy of greedy decoding.
+
+    Args:
+        teacher: `None`: no `kl`, `kl_se` and `loss`.
 
     Returns:
-        (`kl` in nats per token with its standard error `kl_se` over prompts, `loss` (= `kl`),
-        `accuracy` with `accuracy_low` and `accuracy_high`, the same for `accuracy_greedy`,
-        `response_length`, `truncated_share`, the counts `answers`, `answers_found` (if the verifier
-        can tell), `answers_cut` and `answers_empty` of the sampled ones, `runtime`; number of
-        tokens generated). Without a teacher there is no `kl` and no `loss`.
+        Metrics without prefix, as `EvaluationRecord` describes them, and the number of tokens
+        generated over all ranks. `answers_found` is there only if the verifier reports it.
     """
     start = time.perf_counter()
     answers = _Answers(student, tokenizer, task, args, vocab_size, autocast)
@@ -73,8 +72,8 @@ class _Answer(NamedTuple):
     correct: bool
     tokens: int
     truncated: bool
-    kl: float  # summed over its tokens, in nats
-    gradable: bool | None  # something to grade; `None` where the verifier cannot tell
+    kl: float  # sum over its tokens, in nats
+    gradable: bool | None  # has something to grade; `None`: the verifier does not report it
     empty: bool
 
 
@@ -85,7 +84,7 @@ def _accuracy(name: str, answers: Sequence[_Answer]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Answers:
-    """The student's answers to all prompts of a task, with their KL to a teacher."""
+    """Samples the student's answers to all prompts of a task and measures their KL to a teacher."""
 
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -95,9 +94,7 @@ class _Answers:
     autocast: Callable[[], AbstractContextManager]
 
     def at(self, temperature: float, teacher: PreTrainedModel | None = None) -> list[_Answer]:
-        """One answer per prompt, in order; each rank samples its share, and all ranks get all
-        answers.
-        """
+        """One answer per prompt, in order; each rank samples a share, all ranks get all answers."""
         shares = all_gather_or_raise(lambda: self._of_this_rank(temperature, teacher))
         return merge_from_ranks(shares, len(self.task))
 
@@ -115,10 +112,10 @@ class _Answers:
             )
         completions = [row[0] for row in result.completions]
         kl = [0.0] * len(task)
-        if teacher is not None:  # not its truth value: a compiled model asks its module for a length then
+        if teacher is not None:  # `if teacher` would call len() on a compiled module
             kl = self._kl(teacher, completions)
-        told = task.answers_found([completion.marked for completion in completions])
-        gradable: Sequence[bool | None] = [None] * len(task) if told is None else told
+        reported = task.answers_found([completion.marked for completion in completions])
+        gradable: Sequence[bool | None] = [None] * len(task) if reported is None else reported
         return [
             _Answer(correct, len(c.completion_ids), c.truncated, kl_sum, to_grade, not c.text.strip())
             for c, (correct,), kl_sum, to_grade in zip(completions, result.correct, kl, gradable, strict=True)
@@ -146,5 +143,5 @@ def _sampling(args: Any, temperature: float) -> Sampling:
         max_new_tokens=args.max_completion_length,
         batch_size=args.per_device_eval_batch_size,
         chat_template_kwargs=args.chat_template_kwargs,
-        seed=args.eval_seed + rank(),  # the ranks' answers must not share their noise
+        seed=args.eval_seed + rank(),  # ranks must not share sampling noise
     )

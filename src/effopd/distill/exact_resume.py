@@ -1,6 +1,4 @@
-"""What makes a resumed run equal an uninterrupted one: the data order of every epoch, and where
-SIGTERM stops training.
-"""
+"""Bit-exact resume: the data order of every epoch, and a clean stop after SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,14 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 class EpochSampler(Sampler[int]):
-    """TRL's sampler of prompts, whose permutation becomes a function of (seed, epoch); epoch 0 is
-    TRL's own order.
+    """TRL's prompt sampler with a permutation that depends only on (seed, epoch).
+
+    Epoch 0 has TRL's own order.
     """
 
     def __init__(self, sampler: Any):
         self._sampler = sampler
         if sampler.shuffle:
-            self.generator = sampler.generator  # accelerate keeps it the same on all processes
+            self.generator = sampler.generator  # accelerate synchronizes it across processes
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._sampler)
@@ -35,18 +34,17 @@ class EpochSampler(Sampler[int]):
         return len(self._sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch, also the one a resume starts in."""
+        """Seed the permutation of an epoch; accelerate calls this before each, also on resume."""
         if self._sampler.shuffle and self._sampler.seed is not None:
             self._sampler.generator.manual_seed(self._sampler.seed + epoch)
 
 
 class TerminationCallback(TrainerCallback):
-    """`enable_jit_checkpoint`: after a SIGTERM the step is finished, logged and saved, and training
-    stops.
+    """`enable_jit_checkpoint`: after SIGTERM, finish, log and save the step, then stop training.
 
-    The host would save before the look-ahead of that step, or in its middle with the random state
-    of the next, so that the run could not go on as if it had not been stopped. Must run after every
-    callback that changes the weights.
+    The host alone saves before the step's look-ahead, or during it with the random state of the
+    next step; such a checkpoint does not resume exactly. Must run after every callback that changes
+    the weights.
     """
 
     def __init__(self, manager: Any):
@@ -55,7 +53,7 @@ class TerminationCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if any(all_gather_object(self._manager.is_checkpoint_requested)):
             control.should_save = control.should_training_stop = True
-            logger.warning("SIGTERM: training stops with a checkpoint of step %d.", state.global_step)
+            logger.warning("SIGTERM received: saving a checkpoint of step %d and stopping.", state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         if (handler := termination_handler(self._manager)) is not None:
@@ -63,8 +61,10 @@ class TerminationCallback(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler which epoch begins. accelerate does, too, but not through what a resume on
-    several processes wraps around it."""
+    """Calls the sampler's `set_epoch` when an epoch begins.
+
+    accelerate calls it too, but not through the wrapper that a resume on several processes adds.
+    """
 
     def __init__(self) -> None:
         self.sampler: EpochSampler | None = None

@@ -1,9 +1,8 @@
-"""Is this distillation healthy? Token-level measures on a bounded number of tokens per step.
+"""Token-level health metrics of distillation, on a bounded number of tokens per step.
 
 Shapes: N tokens, V vocabulary, K = top-k. p is the student, q the teacher, y the sampled token; all
-logs natural (nats). Definitions follow METHOD of arXiv 2604.13016 where names coincide; the
-overlap-token advantage renormalises both distributions on the intersection (another definition in
-use does not).
+logs are natural (nats). Metrics that arXiv 2604.13016 names follow its METHOD section. The overlap
+advantage renormalizes both distributions on the intersection; another definition in use does not.
 """
 
 from __future__ import annotations
@@ -21,21 +20,23 @@ TOP_K = 16
 
 
 class HealthProbe:
-    """Health of the logged steps: `after_loss` keeps what `after_step` measures, when no forward is
+    """Health metrics of logged steps.
+
+    `after_loss` keeps hidden states during a forward; `after_step` measures them once no forward is
     running.
 
     Args:
-        tokens: positions that are measured per logged step; 0 measures none.
-        temperature: of the distributions that are compared.
+        tokens: maximum number of positions measured per logged step; 0: none.
+        temperature: temperature of both distributions.
     """
 
     def __init__(self, tokens: int, temperature: float):
         self._tokens, self._temperature = tokens, temperature
         self._rows: dict[str, Tensor] | None = None
-        self._gap = [0.0, 0.0]  # Σ |Δ log p| and tokens, of the present step
+        self._gap = [0.0, 0.0]  # Σ |Δ log p| and number of tokens in the current step
 
     def due(self, state: Any) -> bool:
-        """Whether the step under way will be logged.
+        """Whether the current step will be logged and measured.
 
         Args:
             state: a `TrainerState`.
@@ -46,11 +47,12 @@ class HealthProbe:
     def after_loss(
         self, model: Any, student: Predictions, teacher: Predictions, answers: Answers, *, due: bool
     ) -> None:
-        """A micro-batch, in the forward of its loss.
+        """Keep positions of a micro-batch; called inside the forward that computes its loss.
 
         Args:
             model: the student.
-            due: see the method.
+            due: whether the step is measured (`HealthProbe.due`). Recorded sampler
+                log-probabilities are compared in any case.
         """
         if due and self._rows is None and bool(answers.mask_BT.any()):
             index_N, position_N = spread_subset(answers.mask_BT, self._tokens)
@@ -60,7 +62,7 @@ class HealthProbe:
                 "targets": answers.ids_BT.reshape(-1)[index_N],
                 "position": position_N,
             }
-            if isinstance(model, FSDPModule):  # its head is whole only now
+            if isinstance(model, FSDPModule):  # its head is gathered only inside the forward
                 with torch.no_grad(), torch.autocast(index_N.device.type, enabled=False):
                     self._rows["logits"] = student.head.logits(self._rows["student"], self._temperature)
         if answers.sampler_logps_BT is not None:
@@ -79,14 +81,13 @@ class HealthProbe:
 
     @torch.no_grad()
     def after_step(self, heads: Callable[[], tuple[Head, Head]]) -> dict[str, float]:
-        """The metrics of the step that just ended, by their names in its row; none if it is not
-        logged.
+        """Metrics of the step that just ended, keyed as in its row; empty if nothing was kept.
 
         `health/sampler_logp_gap` is the mean |log π_sampler(y) − log π_train(y)|, in nats, over the
         recorded tokens.
 
         Args:
-            heads: the student's and the teacher's, asked for where they are needed.
+            heads: returns the student's and the teacher's head; called only if needed.
         """
         metrics: dict[str, float] = {}
         rows, self._rows = self._rows, None
@@ -108,18 +109,18 @@ def health_metrics(
     """Health of N student-visited positions.
 
     Args:
-        position_N: relative position in its completion, in [0, 1); decides the quarter.
-        top_k: size of the two top-k sets (cut to V).
+        position_N: relative position in the completion, in [0, 1); selects the quarter.
+        top_k: size of the two top-k sets, at most V.
 
     Returns:
         - `sampled_reverse_kl` and `_p95`: mean and 95th percentile of log p(y) − log q(y);
         - `reverse_kl`, `reverse_kl_q1` … `_q4`: exact KL(p ‖ q), overall and by position quarter
-            (NaN: no token there);
+            (NaN: no token in that quarter);
         - `overlap_ratio`: |top-k(p) ∩ top-k(q)| / k; `student_overlap_mass`,
-          `teacher_overlap_mass`: the probability each puts on the intersection;
-        - `overlap_advantage`: Σ p̂ (log q̂ − log p̂) with p̂, q̂ renormalised on the intersection,
-          mean over tokens whose intersection is not empty (NaN: none);
-        - `student_entropy`, `teacher_entropy`, `entropy_gap` = |difference of the two per token|.
+          `teacher_overlap_mass`: probability of the intersection under p and under q;
+        - `overlap_advantage`: Σ p̂ (log q̂ − log p̂) with p̂, q̂ renormalized on the intersection,
+          mean over tokens with a nonempty intersection (NaN: none);
+        - `student_entropy`, `teacher_entropy`, and `entropy_gap`, the mean |difference| per token.
     """
     logp, logq = student_logits_NV.log_softmax(-1), teacher_logits_NV.log_softmax(-1)
     p, q = logp.exp(), logq.exp()
@@ -155,11 +156,11 @@ def health_metrics(
 def spread_subset(mask_BT: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """At most `count` valid positions, evenly spread over the batch, and their relative positions.
 
-    Deterministic, so that measuring does not draw random numbers.
+    Deterministic: measuring draws no random numbers.
 
     Returns:
-        (flat indices into B·T [N], relative position of each in its row's valid tokens, in [0, 1)
-        [N])
+        flat indices into B·T [N], and relative positions among the valid tokens of their rows [N],
+        in [0, 1).
     """
     valid = mask_BT.reshape(-1).nonzero()[:, 0]
     chosen = valid[torch.linspace(0, len(valid) - 1, min(count, len(valid)), device=valid.device).round().long()]

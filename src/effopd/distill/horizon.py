@@ -1,10 +1,10 @@
-"""How long a rollout may get: TOPD (a fixed share) and POPD (a share that grows), arXiv 2605.31490.
+"""Rollout length schedules: TOPD (a fixed share) and POPD (a growing share), arXiv 2605.31490.
 
-Late positions cost most and teach least, and OPD needs no final answer, so only the first H tokens
-of an answer are generated and learned from. Evaluations, and answers that the look-ahead samples
-itself, are full length (its scorer `teacher_kl` reads training's own, short ones). The horizon is a
-function of the step, so a resumed run has the right one without any state. Where it changes, the
-look-ahead's anchor is set anew: a displacement must not span two objectives.
+Late positions cost the most and teach the least, and OPD needs no final answer. Training therefore
+generates and learns only the first H tokens of an answer. Evaluations and validation answers have
+full length; the scorer `teacher_kl` reads the short training rollouts. H depends only on the step,
+so resuming needs no extra state. When H changes, the look-ahead takes a new anchor, because an
+update Δ must not span two objectives.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from effopd.distill.trl_host.state import log_metrics
 
 
 def _exact(value: float) -> float:
-    """0.55 · 100 is 55, not 55.00000000000001: a rounding error must not become a token, or a
-    step.
-    """
+    """Round away float error: 0.55 · 100 is 55.00000000000001, and `ceil` makes that 56."""
     return round(value, 9)
 
 
 def topd(max_length: int, fraction: float) -> int:
-    """H = ρ · T_max, at least 1 token.
+    """H = ⌈ρ · T_max⌉ tokens, at least 1.
 
     Example:
         >>> topd(24, 0.25)
@@ -36,11 +34,14 @@ def topd(max_length: int, fraction: float) -> int:
 
 
 def popd(step: int, total_steps: int, max_length: int, start: float, stages: int, growth: float) -> int:
-    """H_k = H_0 + ⌊k / Δk⌋ · ΔH: `stages` equal increments from start · T_max to T_max over the
-    first `growth` of training.
+    """H_k = H_0 + ⌊k / Δk⌋ · ΔH tokens, rounded up: from start · T_max to T_max.
+
+    The length grows in `stages` equal increments over the first `growth` of training.
 
     Args:
-        step: optimizer steps done so far.
+        step: k, optimizer steps done so far.
+        start: H_0 / T_max, in (0, 1].
+        growth: share of training, in (0, 1].
 
     Example:
         >>> [popd(step, 16, 16, 0.5, 2, 0.5) for step in range(10)]
@@ -54,14 +55,14 @@ class HorizonCallback(TrainerCallback):
     """Sets the rollout length before each step; `OPDTrainer` adds it.
 
     Args:
-        trainer: an `OPDTrainer` whose `args` say which horizon.
+        trainer: an `OPDTrainer` whose `args.rollout_horizon` is `topd` or `popd`.
     """
 
     def __init__(self, trainer: Any):
         self._trainer, self._args = trainer, trainer.args
 
     def length(self, step: int, total_steps: int) -> int:
-        """Tokens an answer may have in the step after `step`."""
+        """Maximum number of tokens per rollout in the step after `step`."""
         args = self._args
         if args.rollout_horizon == "topd":
             return topd(args.max_completion_length, args.horizon_fraction)
@@ -70,7 +71,7 @@ class HorizonCallback(TrainerCallback):
         )
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Before the rollouts of a step."""
+        """Set the length before the rollouts of a step; take a new anchor if it changed."""
         step, last = state.global_step, state.max_steps
         length = self.length(step, last)
         if step > 0 and length != self.length(step - 1, last):
@@ -81,11 +82,11 @@ class HorizonCallback(TrainerCallback):
         log_metrics(self._trainer, {"horizon": float(length)})
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Whatever generates between steps does so at full length."""
+        """Restore the full length for generation between steps."""
         self._set(self._args.max_completion_length)
 
     def _set(self, length: int) -> None:
         self._trainer.generation_config.max_new_tokens = length
-        self._trainer.max_completion_length = length  # the bound over all turns of an answer that calls tools
+        self._trainer.max_completion_length = length  # bound over all turns of an answer with tool calls
         if self._trainer.use_vllm:
             self._trainer.vllm_generation.max_completion_length = length

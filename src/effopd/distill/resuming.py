@@ -1,6 +1,4 @@
-"""What a run that goes on from a checkpoint must find there, and what it says where it cannot equal
-an uninterrupted run.
-"""
+"""Checks on resume: errors for a wrong checkpoint, warnings where the resumed run will differ."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from effopd.runs.ledger import CostLedger
 
 logger = logging.getLogger(__name__)
 
-#: Beginnings of settings that leave the trained weights alone.
+#: Prefixes of settings that do not affect the trained weights.
 _HARMLESS = (
     "_", "output_dir", "do_", "log_", "logging_", "save_", "eval_", "hub_", "push_", "report_to", "run_name",
     "project", "trackio",
@@ -36,10 +34,10 @@ _HARMLESS = (
     "enable_jit",
     "torch_empty_cache", "use_cpu", "trust_remote", "fp16_full", "bf16_full", "label_names", "remove_unused",
 )  # fmt: skip
-#: Settings whose value in the checkpoint's optimizer wins over the command's.
+#: Settings that the checkpoint's optimizer state overrides.
 _IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _LENGTH = ("max_steps", "num_train_epochs")
-#: Schedules that do not depend on how long training will be.
+#: Schedules that do not depend on the length of training.
 _ENDLESS = (
     SchedulerType.CONSTANT,
     SchedulerType.CONSTANT_WITH_WARMUP,
@@ -53,7 +51,7 @@ _ENDLESS = (
 
 
 def settings_that_matter(args: Any) -> dict[str, Any]:
-    """Training arguments that the trained weights depend on, as JSON."""
+    """Training arguments that affect the trained weights, as JSON-ready values."""
     lasting = args.lr_scheduler_type in _ENDLESS and getattr(args, "rollout_horizon", "full") != "popd"
     values = {
         field.name: getattr(args, field.name)
@@ -64,11 +62,10 @@ def settings_that_matter(args: Any) -> dict[str, Any]:
 
 
 def compare_settings(checkpoint: Path, args: Any) -> None:
-    """Warn where the settings differ from those that the checkpoint was made with; nothing if it
-    does not say.
+    """Warn about settings that differ from the checkpoint's; no check if it has no settings file.
 
     Raises:
-        CheckpointError: the optimizer is another one, whose state the checkpoint does not have.
+        CheckpointError: the checkpoint has the state of a different optimizer.
     """
     if not (checkpoint / SETTINGS_FILE).is_file():
         return
@@ -78,42 +75,39 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
         changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
     if "optim" in changed:
         raise CheckpointError(
-            f"{checkpoint} has the state of the optimizer {changed['optim'][0]!r}, got "
-            f"--optim {changed['optim'][1]}. Resume with the "
-            f"optimizer of the run, or train anew from its weights: --model_name_or_path {checkpoint}."
+            f"{checkpoint} has the state of the optimizer {changed['optim'][0]!r}, got --optim {changed['optim'][1]}. "
+            "Resume with the run's optimizer, or start a new run from its weights: "
+            f"--model_name_or_path {checkpoint}."
         )
     if not changed or rank() > 0:
         return
     text = ", ".join(f"{name} {old} → {new}" for name, (old, new) in changed.items())
     stay = [name for name in _IN_OPTIMIZER if name in changed]
     logger.warning(
-        "Resuming with other settings than %s was made with: %s. This run will not equal one "
-        "that was not interrupted.%s",
+        "Settings differ from those of %s: %s. This run will differ from an uninterrupted one.%s",
         checkpoint,
         text,
-        f" Without effect: {', '.join(stay)}; the optimizer goes on with the checkpoint's." if stay else "",
+        f" Without effect: {', '.join(stay)}; the optimizer keeps the checkpoint's values." if stay else "",
     )
 
 
 def _unequal(args: Any, checkpoint: Path, *, looks_ahead: bool) -> Iterator[str]:
-    """Settings whose state no checkpoint has, and state that no setting reads."""
+    """Settings whose state is not in a checkpoint, and state that no setting reads."""
     if (checkpoint / STATE_FILE).is_file() and not looks_ahead:
         yield f"{checkpoint} was written with a look-ahead, and this run has none"
     if args.ignore_data_skip:
-        yield "ignore_data_skip: the epoch's prompts start over"
+        yield "ignore_data_skip restarts the epoch's prompts"
     if getattr(args, "sync_ref_model", False):
-        yield "sync_ref_model: the reference starts over from the model that the run started from"
+        yield "sync_ref_model restarts the reference from the run's initial model"
 
 
 def compare_processes(checkpoint: Path, world_size: int) -> None:
-    """Warn where the random states are those of another number of processes."""
+    """Warn if the checkpoint's random states are for another number of processes."""
     states = len(list(checkpoint.glob("rng_state*.pth")))
     if states != world_size:
         logger.warning(
-            "%s was written by %d process(es), and there are %d now: random states cannot be "
-            ""
-            "put back, so this run will not equal "
-            "one that was not interrupted.",
+            "%s was written by %d process(es), and there are %d now. Random states cannot be restored, so this run "
+            "will differ from an uninterrupted one.",
             checkpoint,
             states,
             world_size,
@@ -124,9 +118,7 @@ def compare_processes(checkpoint: Path, world_size: int) -> None:
 
 
 class ResumeMixin(HostHooks):
-    """The part of `RunMixin` that reads a checkpoint: what the host would pass over in silence is
-    refused or said.
-    """
+    """The part of `RunMixin` that reads checkpoints; raises or warns where the host is silent."""
 
     ledger: CostLedger
     resumed_from: Path | None
@@ -134,11 +126,10 @@ class ResumeMixin(HostHooks):
     _recall_best: Any
 
     def _check_resume(self, checkpoint: Path) -> None:
-        """Before anything is loaded or written.
+        """Check the checkpoint before anything is loaded or written.
 
         Raises:
-            CheckpointError: the checkpoint is not one of this run's kind, model, optimizer or
-                look-ahead.
+            CheckpointError: adapter or full weights, optimizer or look-ahead settings do not match.
         """
         check_kind(checkpoint, adapter=hasattr(self.accelerator.unwrap_model(self.model), "peft_config"))
         for callback in self.callback_handler.callbacks:
@@ -147,20 +138,20 @@ class ResumeMixin(HostHooks):
         compare_settings(checkpoint, self.args)
         looks = any(hasattr(callback, "check_resume") for callback in self.callback_handler.callbacks)
         for why in _unequal(self.args, checkpoint, looks_ahead=looks) if rank() == 0 else ():
-            logger.warning("%s, so this run will not equal one that was not interrupted.", why)
+            logger.warning("%s, so this run will differ from an uninterrupted one.", why)
         self._load_ledger(checkpoint)
 
     def _load_ledger(self, checkpoint: Path) -> None:
         path = checkpoint / LEDGER_FILE
         if not path.is_file() and rank() == 0:
-            logger.warning("%s has no costs (%s): they are counted from this step on.", checkpoint, LEDGER_FILE)
+            logger.warning("%s has no costs (%s). Costs are counted from this step on.", checkpoint, LEDGER_FILE)
         if not path.is_file():
             return
         with reading(checkpoint, LEDGER_FILE):
             saved = json.loads(path.read_text())
             if len(saved) == world_size():
                 self.ledger.load_state_dict(saved[rank()])
-            else:  # another number of processes: the first one carries the tokens
+            else:  # another number of processes: rank 0 takes over all tokens
                 for state in saved:
                     self.ledger.add(state, tokens=rank() == 0)
 
@@ -180,14 +171,14 @@ class ResumeMixin(HostHooks):
         with reading(checkpoint, part):
             scaled = part == SCALER and getattr(self.accelerator, "scaler", None) is not None
             if scaled and checkpoint is not None and not (Path(checkpoint) / SCALER_NAME).is_file():
-                logger.warning("%s has no state of the fp16 gradient scaler: it starts anew.", checkpoint)
+                logger.warning("%s has no state of the fp16 gradient scaler, so the scaler restarts.", checkpoint)
             load()
 
     def check_loaded(self, missing, unexpected) -> None:
-        """Tensors that were left out because another name has them are no fault; others are.
+        """Check the loaded names; a missing name of a tied tensor is not an error.
 
         Raises:
-            CheckpointError: the checkpoint lacks tensors of this model, or has others.
+            CheckpointError: the checkpoint lacks tensors of this model, or has unknown ones.
         """
         tensors = self.model.state_dict(keep_vars=True)
         loaded = {_place(tensor) for name, tensor in tensors.items() if name not in missing}
@@ -196,9 +187,8 @@ class ResumeMixin(HostHooks):
         wrong = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in groups if names]
         if wrong:
             raise CheckpointError(
-                f"{self.resumed_from or self.state.best_model_checkpoint} is of another "
-                f"model: {' and '.join(wrong)} tensors. "
-                "Resume with the model of the run."
+                f"{self.resumed_from or self.state.best_model_checkpoint} belongs to another model: "
+                f"{' and '.join(wrong)} tensors. Resume with the run's model."
             )
 
 

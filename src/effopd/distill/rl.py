@@ -1,12 +1,11 @@
-"""Reinforcement learning on a task, through TRL: the other side of every analysis, and the maker of
-teachers.
+"""Reinforcement learning on a task with TRL's GRPO and RLOO, for comparisons and for teachers.
 
-    sample n answers a prompt (TRL) → verify → advantage → loss → step → log → evaluate → save
+    sample n answers per prompt (TRL) → verify → advantage → loss → step → log → evaluate → save
 
 Rows, evaluation, ledger, checkpoints and trajectory are those of `effopd train` (`RunMixin`). The
-reward is 1 for a verified answer and 0 otherwise; partial credit is left out, so that accuracy is
-what grows. Left out: DAPO's dynamic sampling, which TRL does not have: groups whose answers are all
-right or all wrong stay in the batch with advantage 0 (`frac_reward_zero_std` counts them).
+reward is 1 for a verified answer and 0 otherwise, so it measures accuracy; `overlong_cache` adds a
+penalty. DAPO's dynamic sampling is left out because TRL does not have it: groups whose answers are
+all right or all wrong stay in the batch with advantage 0 (`frac_reward_zero_std`).
 """
 
 from __future__ import annotations
@@ -32,14 +31,13 @@ from effopd.tasks.reasoning import decode_marked, opened_by_ids
 
 
 def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]]:
-    """TRL's reward function for a task: 1.0 where the verifier's score is 1, else 0.0; rows are
-    found by column `id`.
+    """TRL reward function for a task: 1.0 if the verifier's score is 1, otherwise 0.0.
 
     Args:
-        task: the rows and their verifier.
-        trainer: the TRL trainer that calls it. Verifiers then get the text that an evaluation gives
-            them, marks of the reasoning included. Without it they get TRL's own text, which lacks
-            the marks that are special tokens and the mark that the prompt ended with.
+        task: the rows, matched by column `id`, and their verifier.
+        trainer: the TRL trainer that calls the function. Verifiers then get the same text as in an
+            evaluation, reasoning marks included. `None`: they get TRL's text, which lacks marks
+            that are special tokens and a mark at the end of the prompt.
     """
     by_id = {example.id: example for example in task.examples}
 
@@ -61,17 +59,17 @@ def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]
 
 
 class TaskRLMixin(RunMixin, PolicyHooks):
-    """A TRL reinforcement-learning trainer on a `Task`.
+    """A TRL reinforcement-learning trainer for a `Task`.
 
     Args:
         model: path or model.
         args: a `TaskGRPOConfig` or `TaskRLOOConfig`.
         train_task: prompts with answers.
-        eval_task: held-out prompts with answers; an evaluation reports `eval_accuracy` and
+        eval_task: held-out prompts with answers. Evaluations report `eval_accuracy` and
             `eval_accuracy_greedy` with 95 % intervals.
 
     Raises:
-        TaskError: examples of the training task cannot be graded.
+        TaskError: training examples cannot be graded.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class TaskRLMixin(RunMixin, PolicyHooks):
     ):
         if not train_task.verifiable:
             raise TaskError(
-                f"task '{train_task.name}' cannot be a reward: expected examples that all have an answer. Fill in the "
+                f"task '{train_task.name}' cannot give a reward: expected an answer for every example. Fill in the "
                 "`answer` column or use another task."
             )
         check_dataset(train_task.to_dataset(), args.generation_batch_size // args.num_generations)

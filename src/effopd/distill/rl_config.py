@@ -1,6 +1,4 @@
-"""The reinforcement-learning baselines: TRL's GRPO and RLOO configurations with the published
-settings as presets.
-"""
+"""Configs of the RL baselines: TRL's GRPO and RLOO configs, with published settings as presets."""
 
 from __future__ import annotations
 
@@ -13,17 +11,16 @@ from trl import GRPOConfig, RLOOConfig
 from effopd.distill.config import RunArguments
 from effopd.errors import ConfigError
 
-#: Defaults of `effopd rl` by `--algorithm`; flags and YAML win over them.
+#: Defaults of `effopd rl` by `--algorithm`; flags and YAML override them.
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2402.03300 as the paper (2605.11739) runs it: clip 0.2, KL 0.001 to the start, 16
-    # answers a prompt
+    # arXiv 2402.03300 with the settings of 2605.11739: clip 0.2, KL weight 0.001 to the initial
+    # model, 16 answers per prompt
     "grpo": {
         "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2,
         "epsilon_high": 0.2,
         "beta": 0.001, "loss_type": "grpo", "scale_rewards": "group",
     },
-    # arXiv 2503.14476: higher upper clip, no KL, mean over tokens, soft punishment of overlong
-    # answers
+    # arXiv 2503.14476: higher upper clip, no KL, mean over tokens, soft overlong punishment
     "dapo": {
         "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2,
         "epsilon_high": 0.28,
@@ -36,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class RLArguments(RunArguments):
-    """What the reinforcement-learning trainers add."""
+    """Flags of the reinforcement-learning trainers."""
 
     best_metric: ClassVar[str] = "accuracy"  # an evaluation has no loss
 
@@ -44,15 +41,15 @@ class RLArguments(RunArguments):
     algorithm: str = field(
         default="grpo",
         metadata={
-            "help": "grpo, dapo or rloo: the trainer, and a preset of published settings under your own flags.",
+            "help": "Algorithm and its preset of published settings, which flags and YAML override.",
             "choices": list(PRESETS),
         },
     )
     overlong_cache: float = field(
         default=0.0,
         metadata={
-            "help": "Soft overlong punishment (DAPO, eq. 13): from this share of max_completion_length before the "
-            "limit on, the reward falls linearly to −1. 0: none."
+            "help": "Soft overlong punishment (DAPO, eq. 13): share of max_completion_length, counted back from the "
+            "limit, over which a penalty grows linearly from 0 to −1. 0: none."
         },
     )
 
@@ -68,9 +65,7 @@ class RLArguments(RunArguments):
 
 
 def _two_numbers(value: Any) -> tuple[float, float]:
-    """A range as two numbers, from a list or from text; the command line hands text over letter by
-    letter.
-    """
+    """Parse a range from a list or text; the command line passes text as a tuple of characters."""
     text = "".join(value) if isinstance(value, tuple) and all(isinstance(part, str) for part in value) else value
     parts = text.strip("[]() ").split(",") if isinstance(text, str) else text
     try:

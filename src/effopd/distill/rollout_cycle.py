@@ -1,9 +1,9 @@
-"""Rollouts that several optimizer steps learn from, across a resume.
+"""Checkpoint and resume of RL rollouts that several optimizer steps share.
 
-With `num_iterations` > 1, or `steps_per_generation` above the accumulation, TRL samples once every
-few steps: a cycle. A checkpoint inside a cycle needs the cycle's rollouts and the position in it.
-TRL keeps neither: it would count from 0 and sample anew while its data sampler goes on in
-mid-cycle. Distillation samples for every step, so it has no cycles.
+With `num_iterations` > 1, or `steps_per_generation` above the accumulation, TRL samples once per
+several steps: a cycle. A checkpoint inside a cycle needs the cycle's rollouts and the position in
+it. TRL saves neither: on resume it counts from 0 and samples again, while its data sampler
+continues in mid-cycle. Distillation samples for every step, so it has no cycles.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def rollouts_file(part: int, parts: int) -> str:
-    """Name of the rollouts of process `part` of `parts` in a checkpoint:
-    `effopd_rollouts-00001-of-00008.pt`.
-    """
+    """File name of one process's rollouts in a checkpoint: `effopd_rollouts-00001-of-00008.pt`."""
     return f"effopd_rollouts-{part:05d}-of-{parts:05d}.pt"
 
 
 class RolloutCycleCallback(TrainerCallback):
-    """Saves the rollouts in use with a checkpoint inside a cycle, on every process, and goes on
-    with them.
+    """Saves each process's rollouts with a mid-cycle checkpoint and restores them on resume.
 
     Args:
         trainer: a `RunMixin` on TRL's GRPO or RLOO trainer.
@@ -43,7 +40,7 @@ class RolloutCycleCallback(TrainerCallback):
 
     @property
     def _shape(self) -> list[int]:
-        """What the meaning of the saved rollouts depends on."""
+        """Settings that must match for saved rollouts to be usable."""
         args = self._trainer.args
         return [
             args.per_device_train_batch_size,
@@ -59,8 +56,9 @@ class RolloutCycleCallback(TrainerCallback):
         return position % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Be where the data sampler is: so many micro-batches into the epoch, which holds whole
-        cycles.
+        """Set TRL's position to the data sampler's: micro-batches done in this epoch.
+
+        An epoch holds whole cycles.
         """
         trainer = self._trainer
         steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
@@ -74,9 +72,9 @@ class RolloutCycleCallback(TrainerCallback):
             use_rollouts(trainer, position, send_to_device(saved["rollouts"], trainer.accelerator.device))
         elif rank() == 0:
             logger.warning(
-                "Step %d is in the middle of rollouts that several steps share, and %s has "
-                "none for %d process(es) and these batch "
-                "sizes: the remaining steps get new ones, so this run will differ from one that was not interrupted.",
+                "Step %d is inside a group of steps that share rollouts, and %s has no rollouts for %d process(es) "
+                "and these batch sizes. The remaining steps sample new ones, so this run will differ from an "
+                "uninterrupted one.",
                 state.global_step,
                 trainer.resumed_from,
                 world_size(),
@@ -89,9 +87,7 @@ class RolloutCycleCallback(TrainerCallback):
         return saved if saved["shape"] == self._shape else None
 
     def save_state(self, folder: Path) -> None:
-        """Write this process's rollouts into a checkpoint folder, if the next step learns from them
-        too.
-        """
+        """Write this process's rollouts into a checkpoint folder, if the next step needs them."""
         if self._inside:
             saved = {"shape": self._shape, "rollouts": rollouts_in_use(self._trainer)[1]}
             torch.save(saved, folder / rollouts_file(rank(), world_size()))

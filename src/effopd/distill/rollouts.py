@@ -1,7 +1,6 @@
-"""The student's rollouts as `OPDTrainer` takes them from its host: from the vocabulary that is
-trained, exact for prompts of unequal length, with the sampler's own log-probabilities.
+"""Rollouts of `OPDTrainer`: shared vocabulary only, exact under padding, with sampler log-probs.
 
-    ids below `vocab_size` only  →  as many `generate` calls as exactness takes  →  log π_sampler(y)
+ids below `vocab_size` only  →  one `generate` call per exact group  →  log π_sampler(y)
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from effopd.errors import CompatibilityError
 from effopd.models.sampler_check import generate_groups
 from effopd.tasks.generate import tokens_beyond
 
-#: Rollouts of a batch whose sampler's log-probabilities are kept for `health/sampler_logp_gap`.
+#: Rollouts per batch whose sampler log-probabilities are kept for `health/sampler_logp_gap`.
 _RECORDED = 8
 
 
@@ -27,30 +26,29 @@ class RolloutMixin(DistillationHooks):
     health: HealthProbe
 
     def _open_rollouts(self) -> None:
-        """Once, when `vocab_size` is known.
+        """Suppress tokens outside the shared vocabulary; called once `vocab_size` is known.
 
         Raises:
-            CompatibilityError: vLLM would sample tokens that the teacher has no row for.
+            CompatibilityError: vLLM is used and the student has rows that the teacher or reference
+                lacks.
         """
         self._sampler_rows: list[Sequence[float | None] | None] | None = None
         unknown = tokens_beyond(self.accelerator.unwrap_model(self.model), self.vocab_size)
         if unknown and self.use_vllm:
             raise CompatibilityError(
-                f"the student has {len(unknown)} vocabulary rows (from id {unknown[0]}) that "
-                "the teacher or reference has not, and "
-                "vLLM would sample them. Roll out without --use_vllm, which suppresses them, "
-                "or cut the student's embedding "
-                f"to {self.vocab_size} rows (resize_token_embeddings)."
+                f"the student has {len(unknown)} vocabulary rows (from id {unknown[0]}) that the teacher or reference "
+                "lacks, and vLLM samples them. Roll out without --use_vllm, or cut the student's embedding to "
+                f"{self.vocab_size} rows (resize_token_embeddings)."
             )
         if unknown:
             known = self.generation_config.suppress_tokens or []
             self.generation_config.suppress_tokens = sorted({*known, *unknown})
         if self._reads_engine:
-            self.vllm_generation.logprobs = 0  # of the sampled tokens; the host asks for none
+            self.vllm_generation.logprobs = 0  # 0: of the sampled tokens only; the host requests none
 
     @property
     def _reads_engine(self) -> bool:
-        """Whether the loss needs the engine's log-probability of every token that it samples."""
+        """Whether the loss needs the engine's log-probability of every sampled token."""
         return self.use_vllm and self.args.loss_type == "sampled"
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
@@ -80,9 +78,7 @@ class RolloutMixin(DistillationHooks):
         return [completions[i] for i in range(len(prompt_ids))]
 
     def _records(self) -> bool:
-        """Whether the present step's log-probabilities are wanted: it is logged, and answers are
-        one turn long.
-        """
+        """Whether this step's log-probabilities are recorded: logged, and one turn per answer."""
         return bool(self.model.training and self.health.due(self.state) and not self.tools)
 
     def around_rollouts(self, sample):
@@ -91,7 +87,7 @@ class RolloutMixin(DistillationHooks):
         if self._sampler_rows is not None:
             output["sampler_logps"] = padded(self._sampler_rows, output["completion_ids"])
         self._sampler_rows = None
-        if self.args.loss_weighting == "answer":  # what the host divides the summed loss by
+        if self.args.loss_weighting == "answer":  # the host divides the summed loss by this
             answers = (token_batch(output).scored_BT.sum(1) > 0).sum()
             output["num_items_in_batch"] = self.accelerator.gather(answers).sum()
         return output

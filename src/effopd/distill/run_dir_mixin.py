@@ -1,10 +1,10 @@
-"""What every trainer of this package adds to its TRL host: a run directory, costs, task evaluation,
-safe resume.
+"""`RunMixin`: run directory, cost ledger, task evaluation and safe resume for all trainers.
 
-`OPDTrainer` and the reinforcement-learning trainers mix this in, so their rows, checkpoints,
-trajectories, accuracies and seconds mean the same. Rollouts and losses stay with the host.
-Departures from TRL: checkpoints go to `checkpoints/step-000008` and appear there whole or not at
-all; the data order of a later epoch survives a resume (TRL's sampler restarts its permutations).
+`OPDTrainer` and the reinforcement-learning trainers share it, so their rows, checkpoints,
+trajectories, accuracies and seconds are comparable. Rollouts and losses stay with the host.
+
+Differs from TRL: checkpoints go to `checkpoints/step-000008`, written atomically. The data order of
+later epochs survives a resume; TRL's sampler restarts its permutations.
 """
 
 from __future__ import annotations
@@ -47,29 +47,28 @@ logger = logging.getLogger(__name__)
 
 
 class RunMixin(BestModelMixin, ResumeMixin):
-    """Mixed into a TRL trainer, before its hooks: `class OPDTrainer(RunMixin, DistillationHooks,
-    DistillationTrainer)`.
+    """Mixin with the features shared by all trainers.
 
-    The trainer calls `_open_run` before and `_attach_run` after its host's `__init__`, and defines
-    `_measure_task`.
+    It comes before the hooks and the host: `class OPDTrainer(RunMixin, DistillationHooks,
+    DistillationTrainer)`. The trainer calls `_open_run` before and `_attach_run` after its host's
+    `__init__`, and defines `_measure_task`.
 
     Attributes:
-        ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
+        ledger: the run's `CostLedger`; logged with every step as `cost/…`.
         run_dir: the run directory.
-        task_name: what the model card calls the training task.
-        costs: the ledger's totals over all processes, as they were last logged, or at the end of
-            training.
-        resumed_from: the checkpoint that training goes on from, if any.
-        kept: the step whose weights the model has after training with `load_best_model_at_end`;
-            `None`: the last one's.
-        eval_task: what an evaluation answers, or `None` for the host's own evaluation.
+        task_name: name of the training task in the model card.
+        costs: the ledger's totals over all processes when last logged, or at the end of training.
+        resumed_from: the checkpoint that training resumes from, if any.
+        kept: with `load_best_model_at_end`, the step whose weights the trained model has; `None`:
+            the last step.
+        eval_task: task of the evaluations; `None`: the host's own evaluation.
     """
 
     def _open_run(self, args: RunArguments, eval_task: Task | None) -> None:
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
         self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
-        self.run_dir.refuse_unwritable()  # the host would make it
+        self.run_dir.refuse_unwritable()  # before the host creates it
         self.resumed_from: Path | None = None
         self.kept: Kept | None = None
         self._saving = False
@@ -85,27 +84,26 @@ class RunMixin(BestModelMixin, ResumeMixin):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, JITCheckpointCallback) and callback.jit_manager is not None:
                 self.add_callback(TerminationCallback(callback.jit_manager))
-                callback.jit_manager = None  # nothing but the signal's handler is the host's
+                callback.jit_manager = None  # keep only the host's signal handler
         self.add_callback(self._epochs)
         self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir, self._rehearse))
         self.add_callback(StartLedgerCallback(self.ledger))
 
     def _check_prompting(self) -> None:
-        """Refuse now what the host would only meet in its first rollouts.
+        """Check tokenizer and first prompt early; the host fails only at the first rollouts.
 
         Raises:
-            CompatibilityError: there is no end token to fill rows with, or plain prompts end with
-                one.
-            TaskError: the chat template refuses the first prompt.
+            CompatibilityError: the tokenizer has no pad or end token, or plain prompts end with an
+                end token.
+            TaskError: the chat template rejects the first prompt.
         """
         tokenizer = self.text_tokenizer
         if tokenizer.pad_token_id is None or None in self.eos_token_ids:
             ends = [tokenizer.convert_ids_to_tokens(i) for i in self.eos_token_ids if i is not None]
             raise CompatibilityError(
-                f"the tokenizer of '{tokenizer.name_or_path}' has no end token: expected one, "
-                "to end answers and fill rows "
-                f"with. Set tokenizer.eos_token (the model declares {ends or 'none'})."
+                f"the tokenizer of '{tokenizer.name_or_path}' has no end token: expected one, to end answers and pad "
+                f"rows. Set tokenizer.eos_token (the model declares {ends or 'none'})."
             )
         data = self.train_dataset
         plain = not (self.reads_images or getattr(self, "tools", None)) and hasattr(data, "__len__")
@@ -115,17 +113,17 @@ class RunMixin(BestModelMixin, ResumeMixin):
             )
 
     def add_callback(self, callback) -> None:
-        """The host's, but what writes to the run directory stays last."""
+        """Add a callback before those that write to the run directory, which stay last."""
         super().add_callback(callback)
         last = (TerminationCallback, RunDirCallback)
         self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, last))
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
-        """Metrics of an evaluation (without prefix) and the tokens it generated."""
+        """Metrics of an evaluation, without prefix, and number of tokens generated."""
         raise NotImplementedError
 
     def eval_metrics(self) -> list[str]:
-        """What the evaluations of this trainer report, without the prefix `eval_`."""
+        """Names of this trainer's evaluation metrics, without the prefix `eval_`."""
         if self.eval_task is not None:
             return metric_names(teacher=hasattr(self, "teacher_model"), greedy=self.args.eval_greedy)
         if isinstance(self.eval_dataset, dict):
@@ -148,30 +146,30 @@ class RunMixin(BestModelMixin, ResumeMixin):
         return output
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
-        with ignore_sampling_defaults(self.accelerator.unwrap_model(self.model)):  # what the run leaves open is off
+        with ignore_sampling_defaults(self.accelerator.unwrap_model(self.model)):  # unset settings are off
             return super().around_turn(generate, prompt_ids, multimodal=multimodal)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The host's log, with the cost ledger in every training row."""
+        """Log, with the cost ledger added to every training row."""
         if "loss" in logs:
             logs.update(self._costs())
         super().log(logs, start_time)
 
     def _costs(self) -> dict[str, float]:
-        """The ledger's totals: tokens of all processes, seconds of the slowest."""
+        """The ledger's totals: tokens summed over processes, seconds of the slowest."""
         rows = all_gather_object(self.ledger.snapshot())
         totals = {name: (sum if name.endswith("_tokens") else max)(row[name] for row in rows) for name in rows[0]}
         self.costs = Costs.from_row(totals)
         return totals
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluate `eval_task`, or like the host if there is none or another dataset is passed."""
+        """Evaluate `eval_task`; with no task or an explicit dataset, run the host's evaluation."""
         if self.eval_task is None or eval_dataset is not None:
             with self.ledger.track("eval"):
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self.ledger.track("eval"):
             metrics, generated = self._measure_task(self.eval_task)
-        if self.accelerator.is_main_process:  # everybody's tokens
+        if self.accelerator.is_main_process:  # the count covers all ranks
             self.ledger.count("eval", generated=generated)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         row = metrics | self._costs()
@@ -182,20 +180,22 @@ class RunMixin(BestModelMixin, ResumeMixin):
     # -- saving and resuming -----------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint of the
-        run directory (from the start if the run was killed before its first); a path continues from
-        that one. A run that has reached its limit is loaded, and nothing is trained.
+        """Train, or load the model of a run that has already reached its last step.
+
+        Args:
+            resume_from_checkpoint: `True`: the run directory's newest complete checkpoint, or the
+                start of the run if there is none yet; a path: that checkpoint.
 
         Raises:
-            CheckpointError: a fresh start into a directory that holds a run, a checkpoint path that
-                is none, or a checkpoint of other settings (nothing has been written then).
+            CheckpointError: a fresh start into a directory that holds a run, a path that is not a
+                checkpoint, or a checkpoint with other settings. Nothing has been written.
         """
         checkpoint = self.resumed_from = self.run_dir.to_resume(resume_from_checkpoint)
         if not resume_from_checkpoint:
-            raise_on_all_ranks(self.run_dir.refuse_overwrite)  # nobody writes before everybody has looked
+            raise_on_all_ranks(self.run_dir.refuse_overwrite)  # no rank writes before all have checked
         if checkpoint is not None:
             raise_on_all_ranks(partial(self._check_resume, checkpoint))
-            self.args.eval_on_start = False  # the run has started before; its rows are there
+            self.args.eval_on_start = False  # the interrupted run has already evaluated
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
@@ -205,9 +205,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
         return output
 
     def around_epoch(self, run):
-        """The host's, which looks at the limit only after a step: one that is reached already would
-        be passed.
-        """
+        """Run an epoch, unless the step limit is reached; the host checks only after a step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -220,8 +218,10 @@ class RunMixin(BestModelMixin, ResumeMixin):
         return self.run_dir.staging if self._saving else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The host's. With FSDP's SHARDED_STATE_DICT it writes no model at all: checkpoints have
-        their shards beside it, but a trajectory and the final model are whole, gathered for this.
+        """Save the model; with FSDP's SHARDED_STATE_DICT, gather it unless this is a checkpoint.
+
+        The host writes no model then. Checkpoints hold shards instead, but a trajectory and the
+        final model need whole weights.
         """
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         kind = None if plugin is None or self._saving else plugin.state_dict_type
@@ -233,15 +233,13 @@ class RunMixin(BestModelMixin, ResumeMixin):
             if kind is not None:
                 plugin.set_state_dict_type(kind)
         if Path(output_dir or self.args.output_dir) == self.run_dir.root:
-            self.create_model_card()  # PEFT has written one of its own there
+            self.create_model_card()  # replaces PEFT's card
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """`README.md` of the run directory, in the place of TRL's; the arguments are those of the
-        host.
-        """
+        """Write the run directory's `README.md` in place of TRL's card; the host's arguments."""
         if self.is_world_process_zero():
             name = model_name or self.run_dir.root.resolve().name
-            try:  # a card must not cost the weights that are saved with it
+            try:  # a failing card must not lose the weights saved with it
                 words = [tags] if isinstance(tags, str) else tags or []
                 card = model_card(self, name, dataset_name, words, self._look_ahead())
                 self.run_dir.root.mkdir(parents=True, exist_ok=True)
@@ -250,7 +248,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
                 logger.warning("The model card was not written: %s: %s", type(error).__name__, error)
 
     def _look_ahead(self) -> LookAhead | None:
-        """What the card says of the look-ahead, if there is one."""
+        """The look-ahead as the card describes it; `None`: the run has none."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EffOPDCallback):
                 config = callback.config
@@ -259,10 +257,10 @@ class RunMixin(BestModelMixin, ResumeMixin):
         return None
 
     def save_final(self) -> None:
-        """The model, with its card, into the run directory.
+        """Save the model and its card into the run directory.
 
         Raises:
-            CheckpointError: it cannot be saved; says where its weights are.
+            CheckpointError: the model cannot be saved; the message names the rescued weights.
         """
         try:
             raise_on_all_ranks(partial(self.save_model, str(self.run_dir.root)))
@@ -294,7 +292,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
             write()
         finally:
             self._saving = False
-            self.state.best_model_checkpoint = best  # the host looks for it in the staging folder
+            self.state.best_model_checkpoint = best  # the host sets a path in the staging folder
         staged, final = self.run_dir.staging / f"checkpoint-{step}", self.run_dir.checkpoint(step)
         ledgers = all_gather_object(self.ledger.state_dict())
         self.accelerator.wait_for_everyone()

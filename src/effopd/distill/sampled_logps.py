@@ -1,8 +1,7 @@
-"""What the sampler itself gave the tokens that it drew: log π_sampler(y), taken while it samples.
+"""log π_sampler(y) of sampled tokens, recorded during sampling by `generate` or vLLM.
 
-Under `generate`: of its final scores, after temperature, top_p and the like, in the precision and
-on the cached, padded forward of the sampling; nothing is recomputed. Under vLLM: what the engine
-returns, after the same settings.
+`generate`: log-softmax of its final scores, after temperature, top_p and similar settings, from the
+sampling forward itself; nothing is recomputed. vLLM: the engine's values, after the same settings.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from effopd.models.logit_path import core_of
 
 
 class LogProbRecorder(LogitsProcessor):
-    """The last of a sampler's processors: passes the scores on, and keeps log softmax(scores)(y) of
-    the first `rows` rows.
+    """Records log softmax(scores)(y) of the first `rows` rows; leaves the scores unchanged.
 
-    A score's token is known one call later, so one [rows, V] tensor is held.
+    Must be the last logits processor. The token of a score is known one call later, so one [rows,
+    V] tensor is held.
     """
 
     def __init__(self, rows: int):
@@ -43,23 +42,19 @@ class LogProbRecorder(LogitsProcessor):
             self._taken.append(self._pending.gather(1, tokens_B[: self._rows, None])[:, 0])
 
     def rows(self, completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """log π_sampler of every token of the first rows' completions, in nats. To be called once,
-        after the sampling.
-        """
+        """log π_sampler of every recorded completion's tokens, in nats; call once, at the end."""
         if self._pending is not None:
             self._take(torch.tensor([ids[-1] for ids in completions], device=self._pending.device))
             self._pending = None
-        kept = completions[: self._rows]
+        recorded = completions[: self._rows]
         if not self._taken:
-            return [[] for _ in kept]
-        return [row[: len(ids)] for row, ids in zip(torch.stack(self._taken, dim=1).tolist(), kept, strict=True)]
+            return [[] for _ in recorded]
+        return [row[: len(ids)] for row, ids in zip(torch.stack(self._taken, dim=1).tolist(), recorded, strict=True)]
 
 
 @contextmanager
 def recording(model: Any, rows: int) -> Iterator[LogProbRecorder]:
-    """In this block, `generate` on `model` ends its list of processors with the recorder that is
-    handed out.
-    """
+    """In this block, `generate` on `model` records the log-probabilities of its samples."""
     recorder = LogProbRecorder(rows)
     with last_logits_processor(core_of(model), recorder):
         yield recorder
@@ -67,14 +62,13 @@ def recording(model: Any, rows: int) -> Iterator[LogProbRecorder]:
 
 @contextmanager
 def engine_logps(engine: Any) -> Iterator[list[Sequence[float | None]]]:
-    """What a vLLM engine gives the tokens that it samples in this block: one row per answer of its
-    last call.
+    """A vLLM engine's log-probabilities in this block: one row per answer of its last call.
 
     Args:
         engine: TRL's `VLLMGeneration`, with `logprobs` set to 0.
 
     Raises:
-        CompatibilityError: it returns no log-probabilities.
+        CompatibilityError: the engine returns no log-probabilities.
     """
     rows: list[Sequence[float | None]] = []
     generate, instance = engine.generate, vars(engine)
@@ -84,9 +78,8 @@ def engine_logps(engine: Any) -> Iterator[list[Sequence[float | None]]]:
         output = generate(*args, **kwargs)
         if output[2] is None:
             raise CompatibilityError(
-                "vLLM returned no log-probabilities of its samples, which the importance "
-                "weights of loss_type='sampled' "
-                "need. Use a TRL whose engine returns them, or loss_type='full'."
+                "vLLM returned no log-probabilities of its samples, but the importance weights of loss_type='sampled' "
+                "need them. Use a TRL version whose engine returns them, or loss_type='full'."
             )
         rows[:] = [[token[0] for token in row] for row in output[2]]
         return output
@@ -102,9 +95,7 @@ def engine_logps(engine: Any) -> Iterator[list[Sequence[float | None]]]:
 
 
 def padded(rows: Sequence[Sequence[float | None] | None], like_BT: Tensor) -> Tensor:
-    """[B, T] in float32: each row's log-probabilities from the left, NaN after them and in rows
-    that have none.
-    """
+    """Rows as a float32 tensor [B, T], padded on the right with NaN; a `None` row is all NaN."""
     out = torch.full(like_BT.shape, math.nan)
     for i, row in enumerate(rows):
         if row is not None:

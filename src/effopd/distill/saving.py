@@ -1,9 +1,8 @@
-"""Saves that cannot fail late: a rehearsal before the first step, and a last resort for the
-weights.
+"""Rehearsal of a checkpoint before the first step, and rescue of the weights if a save fails.
 
-A run of hours must not find out at its first checkpoint, or at its end, that something in it cannot
-be written. `rehearse` does all that a checkpoint does, into a temporary folder and without the
-bytes of the tensors.
+Without it, a run of hours fails at its first checkpoint, or at its end, because something in it
+cannot be written. `rehearse` does everything that a checkpoint does, in a temporary folder and
+without the bytes of the tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from effopd.extrapolate.saved_state import fingerprint
 
 logger = logging.getLogger(__name__)
 
-#: Modules that write tensors with safetensors, and the name by which they call it.
+#: Modules that write tensors with safetensors, and their name for `save_file`.
 _WRITERS = (
     ("safetensors.torch", "save_file"),
     ("transformers.modeling_utils", "safe_save_file"),
@@ -48,10 +47,12 @@ RESCUED = "rescued"
 
 
 def idle_settings(config: GenerationConfig) -> dict[str, Any]:
-    """Settings without an effect, for which transformers refuses to save a generation config: those
-    of sampling where `do_sample` is not set, of beams where there is one, and outputs that are not
-    returned."""
-    defaults, found = GenerationConfig(), {}
+    """Settings without effect, with which transformers refuses to save a generation config.
+
+    Sampling settings without `do_sample`, beam settings with one beam, outputs that are not
+    returned, and cache settings with `use_cache=False`.
+    """
+    defaults, idle_values = GenerationConfig(), {}
     groups: tuple[tuple[bool, tuple[str, ...]], ...] = (
         (
             config.do_sample is not True,
@@ -65,16 +66,15 @@ def idle_settings(config: GenerationConfig) -> dict[str, Any]:
         for name in names if idle else ():
             value = getattr(config, name, None)
             if value is not None and value != getattr(defaults, name, None):
-                found[name] = value
-    return found
+                idle_values[name] = value
+    return idle_values
 
 
 def savable(config: GenerationConfig) -> dict[str, Any]:
-    """Drop what keeps a generation config from being saved, as far as it has no effect; returns
-    what was dropped.
+    """Drop settings without effect that keep a generation config from being saved; return them.
 
     Raises:
-        CheckpointError: the config is invalid otherwise.
+        CheckpointError: the config is still invalid.
     """
     dropped: dict[str, Any] = {}
     try:
@@ -95,11 +95,10 @@ def savable(config: GenerationConfig) -> dict[str, Any]:
 
 
 def check_generation_config(model: str, **load: Any) -> None:
-    """The generation config that a model folder or Hub id comes with can be saved with the trained
-    model; no weights are read.
+    """Check that the generation config of a model folder or Hub id can be saved; reads no weights.
 
     Raises:
-        CheckpointError: it is invalid, whatever is dropped that has no effect.
+        CheckpointError: it is invalid even without its settings that have no effect.
     """
     try:
         config = GenerationConfig.from_pretrained(model, **load)
@@ -113,7 +112,7 @@ def check_generation_config(model: str, **load: Any) -> None:
 
 
 def tidy_generation_config(model: Any) -> None:
-    """Let the student's generation config be saved with it; says once what was dropped.
+    """Make the student's generation config savable; one warning lists dropped settings.
 
     Raises:
         CheckpointError: as `savable`.
@@ -122,9 +121,8 @@ def tidy_generation_config(model: Any) -> None:
     if config is not None and (dropped := savable(config)):
         settings = ", ".join(f"{name}={value}" for name, value in dropped.items())
         logger.warning(
-            "The student's generation_config sets %s without an effect, and transformers "
-            "does not save such a file: the trained "
-            "model's is without them. Rollouts are sampled with the run's own settings.",
+            "The student's generation_config sets %s, which have no effect and which transformers refuses to save. "
+            "The trained model's generation_config leaves them out. Rollouts use the run's own sampling settings.",
             settings,
         )
 
@@ -133,14 +131,13 @@ def tidy_generation_config(model: Any) -> None:
 
 
 def rehearse(trainer: Any) -> None:
-    """Do what a checkpoint and the final save do, without the bytes of the tensors; leaves nothing
-    behind. On the ranks that save.
+    """Do everything that a checkpoint and the final save do, without tensor bytes; leave no files.
 
-    Left out where parameters are sharded (FSDP, DeepSpeed): the weights and the optimizer, which
-    all ranks write together.
+    Runs on the ranks that save. With sharded parameters (FSDP, DeepSpeed) it leaves out weights and
+    optimizer, which all ranks write together.
 
     Raises:
-        CheckpointError: something cannot be saved; it says what and what to do.
+        CheckpointError: something cannot be saved; the message names it and the fix.
     """
     root: Path = trainer.run_dir.root
     with _scratch(root) as folder, _without_tensors():
@@ -149,14 +146,13 @@ def rehearse(trainer: Any) -> None:
                 save()
             except Exception as error:
                 raise CheckpointError(
-                    f"{what} cannot be saved, and training would be lost at its first "
-                    f"checkpoint: {type(error).__name__}: "
+                    f"{what} cannot be saved, so the first checkpoint will fail: {type(error).__name__}: "
                     f"{_text(error)} {advice} Nothing was trained, nothing was written."
                 ) from error
 
 
 def _parts(trainer: Any, folder: Path) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """(what, what to do if it fails, how it is saved)."""
+    """Yield (name, fix if it fails, function that saves it) per part."""
     model, state = trainer.accelerator.unwrap_model(trainer.model), folder / TRAINER_STATE_NAME
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if hasattr(model, "config"):
@@ -166,19 +162,22 @@ def _parts(trainer: Any, folder: Path) -> Iterator[tuple[str, str, Callable[[], 
         advice = "Correct generation_config.json in the model's folder, or model.generation_config."
         yield "the student's generation_config", advice, lambda: model.generation_config.save_pretrained(folder)
     if trainer.processing_class is not None:
-        advice = "Load it, correct it and save it again with save_pretrained: its settings must be JSON, its chat template text."
+        advice = (
+            "Load it, correct it and save it again with save_pretrained: its settings must be JSON, its chat template "
+            "text."
+        )
         yield "the tokenizer or processor", advice, lambda: trainer.processing_class.save_pretrained(folder)
     yield "the training arguments", "They must be picklable.", lambda: torch.save(trainer.args, folder / "args")
     if not sharded:
         advice = "Weights that share memory must be declared as tied by the model's class, or be cloned."
         yield "the student's weights", advice, lambda: save_weights(trainer, folder)
         if not trainer.args.save_only_model:
-            advice = "What the optimizer and the schedule keep must be picklable."
+            advice = "The states of the optimizer and the schedule must be picklable."
             yield "the optimizer's state", advice, lambda: save_optimizer(trainer, folder)
             yield "the gradient scaler", advice, lambda: save_scaler(trainer, folder)
     yield (
         "the trainer's state",
-        "What stateful callbacks export must be JSON.",
+        "The states of stateful callbacks must be JSON.",
         lambda: trainer.state.save_to_json(str(state)),
     )
     for callback in trainer.callback_handler.callbacks:
@@ -189,10 +188,10 @@ def _parts(trainer: Any, folder: Path) -> Iterator[tuple[str, str, Callable[[], 
 
 @contextmanager
 def _scratch(root: Path) -> Iterator[Path]:
-    """A temporary folder in `root`, which is made if need be and goes again if it was not there.
+    """A temporary folder in `root`; `root` is created, and removed again if it did not exist.
 
     Raises:
-        CheckpointError: nothing can be written there.
+        CheckpointError: `root` is not writable.
     """
     missing = [path for path in (root, *root.parents) if not path.exists()]
     try:
@@ -201,8 +200,7 @@ def _scratch(root: Path) -> Iterator[Path]:
     except OSError as error:
         _remove_empty(missing)
         raise CheckpointError(
-            f"nothing can be written to the run directory {root}: {error}. Choose an "
-            "--output_dir that is a folder with write "
+            f"nothing can be written to the run directory {root}: {error}. Choose an --output_dir with write "
             "permission."
         ) from error
     try:
@@ -220,9 +218,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextmanager
 def _without_tensors() -> Iterator[None]:
-    """Files get names, types and everything that is pickled, but no tensor's bytes; what
-    safetensors refuses is still refused.
-    """
+    """In this block, files are written without tensor bytes; shared tensors are still refused."""
     real_save, real_file = torch.save, safetensors.torch.save_file
 
     def save(value: Any, *args: Any, **kwargs: Any) -> None:
@@ -242,11 +238,11 @@ def _without_tensors() -> Iterator[None]:
         stack.enter_context(_replaced(torch, "save", save))
         for module, name in _WRITERS:
             try:
-                found = importlib.import_module(module)
+                writer = importlib.import_module(module)
             except ImportError:
                 continue
-            if hasattr(found, name):
-                stack.enter_context(_replaced(found, name, save_file))
+            if hasattr(writer, name):
+                stack.enter_context(_replaced(writer, name, save_file))
         yield
 
 
@@ -261,7 +257,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _refuse_shared(tensors: Mapping[str, Tensor]) -> None:
-    """As safetensors does: no two tensors on the same bytes."""
+    """Raise if two tensors share memory, as safetensors does."""
     places: dict[tuple[str, int], str] = {}
     for name, tensor in tensors.items():
         if tensor.device.type == "meta" or not tensor.numel():
@@ -275,8 +271,10 @@ def _refuse_shared(tensors: Mapping[str, Tensor]) -> None:
 
 
 def rescue(trainer: Any) -> Path | None:
-    """The student's weights as `rescued/model.safetensors`, by their names in memory; on the rank
-    that saves. Returns the file, or `None` where parameters are sharded, or if this fails too."""
+    """Save the weights as `rescued/model.safetensors` under their names in memory; return the path.
+
+    Runs on the rank that saves. `None`: parameters are sharded, or this save fails too.
+    """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
     path = trainer.run_dir.root / RESCUED / "model.safetensors"
@@ -286,29 +284,28 @@ def rescue(trainer: Any) -> Path | None:
         seen: dict[int, set[torch.Size]] = {}
         for name, tensor in model.state_dict().items():
             shapes = seen.setdefault(tensor.untyped_storage().data_ptr(), set())
-            if tensor.shape not in shapes:  # tied weights once
+            if tensor.shape not in shapes:  # save tied weights once
                 tensors[name] = tensor.detach().contiguous() if not shapes else tensor.detach().clone()
                 shapes.add(tensor.shape)
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, path, {"format": "pt", "step": str(trainer.state.global_step)})
         fsync(path)
     except Exception as error:
-        logger.error("The weights could not be saved otherwise either: %s", error)
+        logger.error("Rescuing the weights failed too: %s", error)
         shutil.rmtree(path.parent, ignore_errors=True)
         return None
     return path
 
 
 def save_failed(trainer: Any, what: str, error: Exception) -> CheckpointError:
-    """The error of a save that failed during or after training, once the weights are somewhere."""
-    there = rescue(trainer) if trainer.args.should_save else None
+    """Rescue the weights, and return the error of a save that failed during or after training."""
+    rescued = rescue(trainer) if trainer.args.should_save else None
     last = trainer.run_dir.last_checkpoint()
-    kept = f"The weights are in {there}, by their names in memory: load them with load_state_dict." if there else ""
-    kept += f" The last whole checkpoint is {last}: go on from it with --resume_from_checkpoint true." if last else ""
+    hint = f"The weights are in {rescued}: load them with load_state_dict." if rescued else ""
+    hint += f" The last complete checkpoint is {last}: resume with --resume_from_checkpoint true." if last else ""
     return CheckpointError(
         f"{what} could not be saved: {type(error).__name__}: {_text(error)} "
-        f"{kept.strip() or 'There is no checkpoint.'} Free space on "
-        f"the disk or correct what the message names, then resume."
+        f"{hint.strip() or 'There is no checkpoint.'} Free disk space or fix the cause named above, then resume."
     )
 
 

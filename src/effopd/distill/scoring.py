@@ -1,6 +1,4 @@
-"""The scorers of a look-ahead, built from what a trainer has: its prompts, tokenizer, models,
-rollouts and divergence.
-"""
+"""Builds a look-ahead's scorer from a trainer's prompts, tokenizer, models and rollouts."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from effopd.tasks.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
-#: Bounds on the number of scored rollouts if `score_rollouts` is a share of the step's.
+#: Bounds on the number of scored rollouts if `score_rollouts` is a share of the step's rollouts.
 FEWEST, MOST = 8, 32
 
 
@@ -35,14 +33,14 @@ FEWEST, MOST = 8, 32
 
 
 def check_validation_size(size: int, task: Task) -> None:
-    """The validation prompts can be drawn from the training prompts.
+    """Check that `task` has at least `size` prompts.
 
     Raises:
-        TaskError: there are too few.
+        TaskError: it has fewer.
     """
     if size > len(task):
         raise TaskError(
-            f"{size} validation prompts are drawn from the training prompts but there are {len(task)}: lower "
+            f"{size} validation prompts are drawn from the training prompts but there are {len(task)}. Lower "
             "EffOPDConfig.validation_size or add prompts."
         )
 
@@ -59,9 +57,8 @@ def accuracy_scorer(trainer: Any, config: EffOPDConfig, task: Task) -> AccuracyS
     limit = args.max_completion_length or getattr(trainer.args, "max_completion_length", None)
     if limit is None:
         raise ConfigError(
-            f"{type(trainer).__name__} has no max_completion_length: set "
-            f"EffOPDConfig(args={{'max_completion_length': …}}) "
-            "for the validation answers, or pass a scorer."
+            f"{type(trainer).__name__} has no max_completion_length, which limits validation answers. Set "
+            "EffOPDConfig(args={'max_completion_length': …}), or pass a scorer."
         )
     check_validation_size(size, task)
     return AccuracyScorer(
@@ -86,69 +83,67 @@ def _tokenizer(trainer: Any) -> Any:
 
 
 def rollouts_per_step(args: Any) -> int:
-    """Rollouts that all processes together sample for an optimizer step."""
+    """Number of rollouts per optimizer step, over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def wanted_rollouts(args: Any, rollouts: float) -> int:
-    """How many rollouts a search would like to score, over all processes; a step may have fewer,
-    and then all are scored.
+    """Number of rollouts to score per search, over all processes.
+
+    A step with fewer rollouts has all of them scored.
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: `EffOPDConfig.score_rollouts`; below 1: this share of the step's, at least 8 and
-            at most 32. A quarter, the default, makes a search of some eight scores cost less than
-            the step it belongs to.
+        rollouts: `EffOPDConfig.score_rollouts`; below 1: this share of the step's rollouts, clamped
+            to 8–32. At the default, a quarter, a search of about eight scores costs less than its
+            step.
     """
     return int(rollouts) if rollouts >= 1 else min(max(int(rollouts_per_step(args) * rollouts), FEWEST), MOST)
 
 
 def check_rollouts(args: Any, rollouts: float) -> None:
-    """A run's settings let `teacher_kl` score; no model is needed to tell.
+    """Check that the settings allow the scorer `teacher_kl`; needs no model.
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: how many are to be scored, over all processes; below 1: as `wanted_rollouts` says.
+        rollouts: as for `wanted_rollouts`.
 
     Raises:
-        ConfigError: fewer than two rollouts per step, or another target than the teacher (ExOPD).
+        ConfigError: fewer than two rollouts are scored, or the target is not the teacher (ExOPD).
     """
     if getattr(args, "lambda_extrapolation", 1) != 1:
         raise ConfigError(
-            f"the look-ahead's scorer 'teacher_kl' measures the divergence from the teacher, but lambda_extrapolation="
-            f"{args.lambda_extrapolation} trains towards another target. Score by answers, as "
+            f"lambda_extrapolation={args.lambda_extrapolation} trains toward another target than the teacher, but the "
+            "look-ahead's scorer 'teacher_kl' measures the divergence from the teacher. Score by answers, as "
             "strategy 'effopd' does (--effopd.validation_size), or use lambda_extrapolation=1."
         )
     scored = min(rollouts_per_step(args), wanted_rollouts(args, rollouts))
     if scored < 2:
         raise ConfigError(
-            "the scorer 'teacher_kl' tells a gain from noise by comparing rollouts, so it "
-            "needs at least 2 a step; this run, on "
+            "the scorer 'teacher_kl' needs at least 2 rollouts per step to estimate a standard error; this run, on "
             f"{args.world_size} process(es), samples {rollouts_per_step(args)} and scores {scored}. Raise "
             "--per_device_train_batch_size, --gradient_accumulation_steps or --effopd.score_rollouts."
         )
 
 
 def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
-    """The scorer `teacher_kl`, of the divergence that the trainer minimises.
+    """The scorer `teacher_kl`, which measures the divergence that the trainer minimizes.
 
     Args:
         trainer: an `OPDTrainer`, or any `trl.DistillationTrainer`.
-        rollouts: how many rollouts are scored, over all processes; below 1: as `wanted_rollouts`
-            says.
+        rollouts: as for `wanted_rollouts`.
 
     Raises:
-        ConfigError: fewer than two rollouts per step; the trainer does not distil, has no teacher
-            of its own, or learns another target than the teacher (ExOPD).
-        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, or
-            logits whose divergence cannot be computed, here or in the loss of the host.
+        ConfigError: fewer than two rollouts are scored; the trainer does not distill or has no
+            teacher model; or the target is not the teacher (ExOPD).
+        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, or its
+            logits have a form that this package or the host's loss does not support.
     """
     if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
         raise ConfigError(
-            "the scorer 'teacher_kl' measures the divergence from the teacher on fresh "
-            "rollouts: expected an OPDTrainer or a "
-            f"trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use "
-            "one of them, or pass scorer=…."
+            "the scorer 'teacher_kl' measures the divergence from the teacher on new rollouts: expected an OPDTrainer "
+            f"or a trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or "
+            "pass scorer=…."
         )
     check_rollouts(trainer.args, rollouts)
     _warn_of_few(trainer.args, wanted_rollouts(trainer.args, rollouts))
@@ -160,11 +155,9 @@ def _warn_of_few(args: Any, wanted: int) -> None:
     sampled = rollouts_per_step(args)
     if sampled < wanted and rank() == 0:
         logger.warning(
-            "The look-ahead's scorer 'teacher_kl' would like %d rollouts a step "
-            "(--effopd.score_rollouts) but a step samples %d "
-            "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d "
-            "process(es)): it scores all of them, so "
-            "its decisions are noisier. Raise one of the two, or lower --effopd.score_rollouts.",
+            "The look-ahead is set to score %d rollouts per step (--effopd.score_rollouts) but a step samples %d "
+            "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d process(es)). All of them are "
+            "scored, which makes decisions noisier. Raise one of the two, or lower --effopd.score_rollouts.",
             wanted,
             sampled,
             args.per_device_train_batch_size,
@@ -174,8 +167,7 @@ def _warn_of_few(args: Any, wanted: int) -> None:
 
 
 class TrainedDivergence:
-    """The divergence from its teacher that a `trl.DistillationTrainer` minimises, in the precision
-    that it trains in.
+    """The divergence that a `trl.DistillationTrainer` minimizes, in its training precision.
 
     Raises:
         CompatibilityError: as `rollout_scorer`.
@@ -209,8 +201,9 @@ class TrainedDivergence:
 
 
 def _check_loss(trainer: Any, models: Mapping[str, Any]) -> None:
-    """TRL's own loss reads a soft cap under one name only, and the backbone's hidden states
-    whatever follows them.
+    """Raise if TRL's own loss computes other logits than the model.
+
+    It knows a soft cap under one name only, and ignores layers between backbone and output layer.
     """
     if not has_trls_loss(trainer) or not all(map(is_whole, models.values())):
         return
@@ -221,15 +214,13 @@ def _check_loss(trainer: Any, models: Mapping[str, Any]) -> None:
             what = "layers between backbone and output layer" if layers else f"a soft cap of {path.softcap:g}"
             raise CompatibilityError(
                 f"the {role}, {type(core_of(model)).__name__}, has {what}, which the loss of "
-                f"{type(trainer).__name__} leaves out: it "
-                "would train towards another distribution than is scored. Use OPDTrainer, which has it."
+                f"{type(trainer).__name__} leaves out. It trains toward another distribution than the scored one. "
+                "Use OPDTrainer, whose loss supports this model."
             )
 
 
 def token_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
-    """A micro-batch of TRL's as scorers and losses read it; what tools wrote is read, but not
-    scored.
-    """
+    """A TRL micro-batch as a `TokenBatch`; tool output is part of the context but not scored."""
     scored_BT = rollouts["completion_mask"]
     if "tool_mask" in rollouts:
         scored_BT = scored_BT * rollouts["tool_mask"]
@@ -241,15 +232,14 @@ def token_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
 
 
 def text_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
-    """As `token_batch`, of rollouts that are text only.
+    """`token_batch` for text-only rollouts.
 
     Raises:
-        ConfigError: they come with images or the like.
+        ConfigError: the rollouts have images or other non-text inputs.
     """
     if seen := [key for key in MULTIMODAL_KEYS if rollouts.get(key) is not None]:
         raise ConfigError(
-            f"the scorer 'teacher_kl' reads text only, but the rollouts come with {', '.join(seen)}: without them the "
-            "score would be that of other prompts. Score by answers (--effopd.validation_size), as "
-            "strategy 'effopd' does."
+            f"the scorer 'teacher_kl' reads text only, but the rollouts have {', '.join(seen)}. Score by answers "
+            "(--effopd.validation_size), as strategy 'effopd' does."
         )
     return token_batch(rollouts)

@@ -1,12 +1,14 @@
-"""`OPDTrainer`: TRL's `DistillationTrainer` with the paper's loss, accuracy evaluation, health,
-costs, safe resume.
+"""`OPDTrainer`: on-policy distillation on TRL, with health metrics, cost ledger and safe resume.
 
     sample (TRL) → teacher → loss → optimizer step → look ahead (callback) → log → evaluate → save
 
-Departures from TRL: vocabularies that differ only in padding rows are accepted, and rows that one
-model lacks are never sampled; logits are what each model's own forward makes of its hidden states
-(`effopd.models.logit_path`), and padding changes no row; `bf16=True` holds on one process too; and
-those of `RunMixin`. Left out: a remote teacher, and what TRL itself refuses.
+Differs from TRL (see also `RunMixin`):
+- Vocabularies may differ in padding rows; rows that one model lacks are never sampled.
+- Logits equal those of each model's own forward (`effopd.models.logit_path`); padding does not
+  change them.
+- `bf16=True` also works on one process.
+
+Left out: a remote teacher, and features that TRL's trainer itself rejects.
 """
 
 from __future__ import annotations
@@ -52,29 +54,29 @@ from effopd.tasks.base import Task
 class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer):
     """On-policy distillation: the student answers, the teacher grades every token.
 
-    Takes everything `trl.DistillationTrainer` takes, and:
+    Accepts the arguments of `trl.DistillationTrainer`, and:
 
     Args:
         args: an `OPDConfig`.
-        eval_task: examples with answers. When given, an evaluation samples answers to them and
-            reports `eval_kl` (exact reverse KL to the teacher, nats per token, on those very
-            answers; also as `eval_loss`), `eval_accuracy` at `eval_temperature` and
-            `eval_accuracy_greedy`, each with a 95 % interval. Without it, evaluation is TRL's (the
-            loss against the teacher, without a reference).
-        reference_model: ExOPD's reference (with `args.lambda_extrapolation` ≠ 1); default: the one
-            `args` names.
+        eval_task: held-out examples with answers. An evaluation samples answers to them and reports
+            `eval_kl` (= `eval_loss`), the exact reverse KL to the teacher on these answers in nats
+            per token, with its standard error. It also reports `eval_accuracy` at
+            `eval_temperature` and `eval_accuracy_greedy`, each with a 95 % interval. `None`: TRL's
+            evaluation, the loss against the teacher without a reference.
+        reference_model: ExOPD's reference, for `args.lambda_extrapolation` ≠ 1; default: the model
+            that `args` names.
 
     Attributes:
-        ledger: the `CostLedger` of the run; logged with every step as `cost/…`.
+        ledger: the run's `CostLedger`; logged with every step as `cost/…`.
 
     Raises:
-        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens; its
-            logits have a form whose divergence cannot be computed; or it is not causal.
+        CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, is not
+            causal, or has logits of a form that is not supported.
         ConfigError: no teacher, or the teacher is the student object itself; λ ≠ 1 without a
-            reference, or a reference without λ.
+            reference, or a reference with λ = 1.
 
-    Source: arXiv 2605.11739, section 2 (objective); ExOPD 2602.12125; health metrics after
-        2604.13016.
+    Source: arXiv 2605.11739, section 2 (objective); 2602.12125 (ExOPD); 2604.13016 (health
+        metrics).
     """
 
     card_tags: ClassVar = ["trl", "effopd", "on-policy-distillation"]
@@ -95,8 +97,8 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None or (teacher_model is model and isinstance(model, PreTrainedModel)):
             raise ConfigError(
-                "OPDTrainer needs a teacher of its own: expected a path or a model object other than the student, got "
-                f"{'none' if teacher_model is None else 'the student object itself, which would be trained too'}. "
+                "OPDTrainer needs a separate teacher: expected a path or a model object other than the student, got "
+                f"{'none' if teacher_model is None else 'the student object itself, which is trained'}. "
                 "Pass teacher_model, or --teacher_model_name_or_path."
             )
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
@@ -129,12 +131,12 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
     def _check_reference(reference, student, args: OPDConfig) -> None:
         if (reference is None) != (args.lambda_extrapolation == 1):
             raise ConfigError(
-                "ExOPD takes lambda_extrapolation other than 1 and a reference model, got "
-                f"{args.lambda_extrapolation} "
-                f"and {'none' if reference is None else 'one'}. Set --reference_model_name_or_path (the student's "
-                "start, or the teacher's base before RL), or leave both out."
+                f"lambda_extrapolation={args.lambda_extrapolation} "
+                f"{'without' if reference is None else 'with'} a reference model: ExOPD needs a value other than 1 "
+                "and a reference. Set --reference_model_name_or_path (the initial student, or the teacher's base "
+                "before RL), or leave both out."
             )
-        if reference is student and isinstance(student, PreTrainedModel):  # one path twice is two models
+        if reference is student and isinstance(student, PreTrainedModel):  # equal paths load two models
             raise ConfigError(
                 "the reference model is the student object itself, which is trained: expected a frozen copy."
             )
@@ -144,9 +146,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             raise ConfigError("loss_type='sampled' does not support tools; use loss_type='full'.")
 
     def _prepare_frozen(self, teacher: str | PreTrainedModel, role: str) -> PreTrainedModel:
-        """Load (like TRL) and place the teacher, or the reference: frozen, in eval mode, its own
-        dtype.
-        """
+        """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
         if isinstance(teacher, str):
             init = dict(self.args.teacher_model_init_kwargs or {})
             if role == "reference":
@@ -167,10 +167,9 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
     # -- sample → teacher → loss -------------------------------------------------------------------
 
     def distillation_loss(self, student, inputs, num_items):
-        # On one process TRL's forward redirection replaces the forward that accelerate had wrapped,
-        # so `bf16=True` would silently train in fp32; entering autocast here is harmless where it
-        # is on already. Compiled adapters are unwrapped: TRL asks for the type, and would take them
-        # for a model without a backbone.
+        # On one process TRL's forward redirection replaces the forward that accelerate wrapped, so
+        # without this autocast `bf16=True` silently trains in fp32; nesting it is harmless.
+        # Compiled adapters are unwrapped because TRL checks the type and finds no backbone in them.
         student = getattr(student, "_orig_mod", student)
         with self.accelerator.autocast():
             return self._loss_of(student, inputs, num_items)
@@ -184,16 +183,16 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         reference = None
         if self.reference_model is not None and training:  # evaluation is against the teacher
             reference = self._frozen(self.reference_model, batch, multimodal).to(head.weight.device)
-        own, teacher = (each.to(head.weight.device) for each in (Predictions(h_student_BTH, head), teacher))
+        predictions, teacher = (each.to(head.weight.device) for each in (Predictions(h_student_BTH, head), teacher))
         answers = Answers(inputs["completion_ids"], batch.scored_BT, inputs.get("sampler_logps")).to(
             head.weight.device
         )
         if training:
             self.ledger.count("update", forward=batch.tokens)
-            self.health.after_loss(student, own, teacher, answers, due=self.health.due(self.state))
-        loss, entropy, count = self._objective(own, teacher, reference, answers, num_items)
+            self.health.after_loss(student, predictions, teacher, answers, due=self.health.due(self.state))
+        loss, entropy, count = self._objective(predictions, teacher, reference, answers, num_items)
         if training and not bool(torch.isfinite(loss)):
-            raise self._not_finite(own.hidden_BTH, teacher.hidden_BTH)
+            raise self._not_finite(predictions.hidden_BTH, teacher.hidden_BTH)
         return loss, entropy.detach(), count
 
     def _hidden_states(self, model, ids_BL, mask_BL, keep, **multimodal) -> Tensor:
@@ -203,7 +202,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         )
 
     def _frozen(self, model, batch: TokenBatch, multimodal: dict[str, Any]) -> Predictions:
-        """What the teacher or the reference predicts; both are charged as `teacher`."""
+        """Predictions of the teacher or reference; in training both are charged as `teacher`."""
         category = "teacher" if self.model.training else "eval"
         model.eval()
         unwrapped = self.accelerator.unwrap_model(model)
@@ -215,9 +214,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         return Predictions(hidden_BTH, Head.of(unwrapped, self.vocab_size))
 
     def _objective(self, student, teacher, reference, answers: Answers, num_items):
-        """Loss, Σ student entropy and number of positions, by `loss_type`, `loss_weighting` and
-        λ.
-        """
+        """Loss, Σ student entropy, number of positions, for `loss_type`, `loss_weighting` and λ."""
         by_answer = self.args.loss_weighting == "answer"
         if self.args.loss_type == "sampled":
             return sampled_loss(
@@ -232,9 +229,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         )  # fmt: skip
 
     def _not_finite(self, h_student, h_teacher) -> NonFiniteLossError:
-        """Whose fault it is, said before anything is updated (the host filters NaN out of its logs
-        and trains on).
-        """
+        """Error that names the models with non-finite hidden states; the host would train on."""
         bad = [
             role
             for role, hidden in (("student", h_student), ("teacher", h_teacher))
@@ -243,13 +238,13 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         return NonFiniteLossError(
             f"the loss of step {self.state.global_step + 1} is not finite; hidden states that are not finite: "
             f"{' and '.join(bad) or 'none, so the loss itself overflowed'}. Nothing was updated in this step. "
-            "Check the weights and the dtype of the model named here (float16 overflows where bfloat16 does not), or "
-            "lower the learning rate and resume from the last checkpoint."
+            "Check the weights and the dtype of that model (float16 overflows earlier than bfloat16), or lower the "
+            "learning rate and resume from the last checkpoint."
         )
 
     @torch.no_grad()
     def _mixture(self, teacher: Predictions, reference: Predictions) -> Predictions:
-        """ExOPD's target as one frozen model, for the kernel that takes a teacher."""
+        """ExOPD's target as the predictions of one frozen model, in place of the teacher's."""
         weight, dtype = self.args.lambda_extrapolation, kernel_dtype(teacher.hidden_BTH)
         if self._mixture_head is None:
             self._mixture_head = mixture_head(teacher.head, reference.head, weight, dtype)
@@ -285,5 +280,5 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
 
 
 def _columns(batch: TokenBatch) -> tuple[Tensor, Tensor, int]:
-    """Ids, mask and number of answer columns, as a forward takes them."""
+    """Ids, mask and number of answer columns, the arguments of a forward."""
     return batch.ids_BL, batch.mask_BL, batch.scored_BT.shape[1]

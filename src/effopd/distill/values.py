@@ -1,9 +1,8 @@
-"""Which values the flags of a training run take: ranges of numbers, names, JSON objects. No model
-is needed to tell.
+"""Valid values of the training flags: ranges of numbers, lists of names, keys of JSON objects.
 
-The host libraries take many wrong values and fail on them after the models are loaded, or never.
-Here every number has a range, every name a list, and every JSON object its keys; `check_values`
-compares. A message names the flag, what came, and what is expected.
+The host libraries accept many invalid values and fail only after the models are loaded, or never.
+`check_values` checks them without a model. A message names the flag, its value and the expected
+values.
 """
 
 from __future__ import annotations
@@ -25,13 +24,14 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 
 from effopd.errors import ConfigError
 
-#: The largest whole number that a flag takes where its range names none: that of a 32-bit integer.
+#: Largest whole number for flags without an upper limit: the maximum of a signed 32-bit integer.
 LARGEST = 2**31 - 1
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`, without `low` if `above`, without `high` if `below`; and
-    `also`.
+    """The finite numbers from `low` to `high`, and the numbers in `also`.
+
+    `above` excludes `low` itself, `below` excludes `high` itself.
     """
 
     low: float = -math.inf
@@ -39,7 +39,7 @@ class Range(NamedTuple):
     above: bool = False
     below: bool = False
     also: tuple[float, ...] = ()
-    #: Whole numbers only, from 1 on (below 1 it is a share).
+    #: Numbers below 1 are shares; numbers above 1 must be whole.
     share: bool = False
 
     def __contains__(self, value: Any) -> bool:
@@ -59,7 +59,7 @@ class Range(NamedTuple):
         elif self.low > -math.inf:
             kind += f" above {self.low:g}" if self.above else f" of at least {self.low:g}"
         if self.share:
-            kind += " (a share below 1, a whole number from 1 on)"
+            kind += " (below 1: a share; otherwise a whole number)"
         return kind + "".join(f", or {other:g}" for other in self.also)
 
 
@@ -67,7 +67,7 @@ _ANY, _FROM_0, _FROM_1, _ABOVE_0 = Range(), Range(0), Range(1), Range(0, above=T
 _SHARE, _STEPS = Range(0, 1), Range(0, above=True, share=True)
 _BELOW_1, _PART, _PORT, _SEED = Range(0, 1, below=True), Range(0, 1, above=True), Range(1, 65535), Range(0, 2**32 - 1)
 
-#: Field → the numbers that it takes.
+#: Field → its valid numbers.
 RANGES: dict[str, Range] = {
     # TRL's ModelConfig
     "lora_r": _FROM_1, "lora_alpha": _FROM_1, "lora_dropout": _BELOW_1,
@@ -110,7 +110,7 @@ RANGES: dict[str, Range] = {
 }  # fmt: skip
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
-#: Field → the names that it takes. `loss_type` is GRPO's; OPD's has choices of its own.
+#: Field → its valid names. `loss_type` is not included: GRPO and OPD have different choices.
 NAMES: dict[str, tuple[str, ...]] = {
     "dtype": _DTYPES,
     "lora_task_type": ("CAUSAL_LM",),
@@ -127,7 +127,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 GRPO_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
-#: Fields that are a JSON object, with an example; or, where the example is a name, a file with one.
+#: Fields that are JSON objects → an example.
 MAPPINGS = {
     "model_init_kwargs": '{"dtype": "bfloat16"}',
     "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
@@ -139,19 +139,19 @@ MAPPINGS = {
     "liger_kernel_config": '{"rope": true}',
     "transformers_continuous_batching_config": '{"use_cuda_graph": false}',
 }
+#: Fields that are a JSON object or the path of a JSON file.
 _FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
 def check_values(config: Any, prefix: str = "") -> None:
-    """Every number in its range, every name in its list, every JSON object an object with keys that
-    are known.
+    """Check all numbers against their ranges, names against their lists, and JSON objects' keys.
 
     Args:
-        config: a dataclass whose fields are flags; JSON text is left as it is.
-        prefix: of its flags, as in `--effopd.seed`.
+        config: dataclass whose fields are flags. Surrounding whitespace of JSON text is stripped.
+        prefix: prefix of its flags, for example "effopd." for `--effopd.seed`.
 
     Raises:
-        ConfigError: the first field that is not.
+        ConfigError: the first invalid field.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -193,7 +193,7 @@ def _kind_text(kinds: Iterable[Any]) -> str:
 
 def _check_number(name: str, value: Any, whole: bool, text_too: bool) -> None:
     allowed = RANGES.get(name, _ANY)
-    if text_too and isinstance(value, str):  # pad_to_multiple_of: 'auto', 'none' or a number as text
+    if text_too and isinstance(value, str):  # pad_to_multiple_of: 'auto', 'none' or a number in a string
         if value.lower() in ("auto", "none", "null"):
             return
         value = int(value) if value.isdecimal() else value
@@ -207,10 +207,10 @@ def _check_number(name: str, value: Any, whole: bool, text_too: bool) -> None:
 
 
 def check_name(name: str, value: Any, names: Iterable[str]) -> None:
-    """`value` is one of `names`.
+    """Check that `value` is one of `names`.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: `value` is not one of `names`.
     """
     if value not in names:
         raise ConfigError(f"--{name}: expected one of {', '.join(names)}; got {value!r}.")
@@ -218,53 +218,53 @@ def check_name(name: str, value: Any, names: Iterable[str]) -> None:
 
 def _object(name: str, value: Any, example: str) -> Mapping[str, Any]:
     """A JSON object as a mapping."""
-    found = value
+    mapping = value
     if isinstance(value, str):
         try:
-            found = json.loads(value)
+            mapping = json.loads(value)
         except json.JSONDecodeError as error:
             raise ConfigError(
-                f"--{name}: expected a JSON object such as '{example}' (double quotes inside single ones), got "
+                f"--{name}: expected a JSON object such as '{example}' (double quotes inside single quotes), got "
                 f"{value!r} ({error})."
             ) from error
-    if not isinstance(found, Mapping):
+    if not isinstance(mapping, Mapping):
         raise ConfigError(f"--{name}: expected a JSON object such as '{example}', got {value!r}.")
-    return found
+    return mapping
 
 
 def _check_mapping(config: Any, name: str, value: Any) -> None:
-    found = _object(name, value, MAPPINGS[name])
+    mapping = _object(name, value, MAPPINGS[name])
     if isinstance(value, str):
-        setattr(config, name, value.strip())  # the host takes it as JSON by its first character
+        setattr(config, name, value.strip())  # the host recognizes JSON by its first character
     if name.endswith("init_kwargs"):
-        check_init_kwargs(name, found)
+        check_init_kwargs(name, mapping)
     elif known := _KEYS.get(name):
         names = known()
         if name == "generation_kwargs" and getattr(config, "use_vllm", False):
-            return  # they are vLLM's
-        for key in found:
+            return  # the keys are vLLM's
+        for key in mapping:
             if key not in names:
-                raise ConfigError(f"--{name}: expected keys out of {', '.join(sorted(names))}; got {key!r}.")
+                raise ConfigError(f"--{name}: expected keys among {', '.join(sorted(names))}; got {key!r}.")
 
 
 def _check_file(name: str, value: Any) -> None:
     if isinstance(value, str) and not value.lstrip().startswith("{"):
         path = Path(value)
         if not path.is_file():
-            raise ConfigError(f"--{name}: expected a JSON file, or a JSON object, got {value!r}, which is no file.")
+            raise ConfigError(f"--{name}: expected a JSON file or a JSON object, got {value!r}, which is no file.")
         _object(name, path.read_text(), "{}")
     elif isinstance(value, str | Mapping):
         _object(name, value, "{}")
 
 
 def _checkpoint_keys() -> set[str]:
-    """Of torch's `checkpoint`, and those that transformers takes out of it."""
-    own = {
+    """Keyword arguments of torch's `checkpoint`, and those that transformers handles itself."""
+    torch_keys = {
         name
         for name, parameter in inspect.signature(checkpoint).parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name != "function"
     }
-    return own | {"preserve_rng_state", "every_n_layers", "offload"}
+    return torch_keys | {"preserve_rng_state", "every_n_layers", "offload"}
 
 
 _KEYS: dict[str, Callable[[], set[str]]] = {
@@ -273,7 +273,7 @@ _KEYS: dict[str, Callable[[], set[str]]] = {
     "gradient_checkpointing_kwargs": _checkpoint_keys,
     "transformers_continuous_batching_config": lambda: {f.name for f in dataclasses.fields(ContinuousBatchingConfig)},
 }
-#: Loading arguments that `from_pretrained` reads by name, but not in its signature.
+#: Loading arguments that `from_pretrained` accepts without listing them in its signature.
 _LOADING = {
     "dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config",
     "subfolder",
@@ -284,35 +284,35 @@ _LOADING = {
 }  # fmt: skip
 
 
-def check_init_kwargs(name: str, found: Mapping[str, Any], settings: Iterable[str] = ()) -> None:
-    """Loading arguments as `from_pretrained` takes them.
+def check_init_kwargs(name: str, arguments: Mapping[str, Any], settings: Iterable[str] = ()) -> None:
+    """Check the loading arguments for `from_pretrained`.
 
     Args:
         name: the flag.
-        found: what came.
-        settings: names of the model's configuration, which may be set too, where it is at hand;
-            else every other key passes until it is.
+        arguments: the loading arguments.
+        settings: names of the model's settings, which are also accepted. Empty: the model's
+            configuration is not known yet and unknown keys are accepted.
 
     Raises:
-        ConfigError: a dtype that the host does not take, a quantization flag, or an unknown key.
+        ConfigError: a dtype or key is unknown, a quantization flag is used, or
+            `attn_implementation` is not a name.
     """
     for key in ("dtype", "torch_dtype"):
-        if key in found and found[key] not in _DTYPES:
-            raise ConfigError(f'--{name}: expected "{key}" to be one of {", ".join(_DTYPES)}; got {found[key]!r}.')
+        if key in arguments and arguments[key] not in _DTYPES:
+            raise ConfigError(f'--{name}: expected "{key}" to be one of {", ".join(_DTYPES)}; got {arguments[key]!r}.')
     for key in ("load_in_8bit", "load_in_4bit"):
-        if key in found:
+        if key in arguments:
             way = f"--{key} true (with --use_peft true)" if name == "model_init_kwargs" else (
                 f'"quantization_config": {{"quant_method": "bitsandbytes", "{key}": true}}'
             )  # fmt: skip
-            raise ConfigError(f"--{name}: {key!r} is no loading argument of transformers any more; use {way}.")
+            raise ConfigError(f"--{name}: transformers no longer accepts {key!r} as a loading argument. Use {way}.")
     known = _LOADING | set(inspect.signature(PreTrainedModel.from_pretrained).parameters) | set(settings)
-    for key in found:
+    for key in arguments:
         if settings and key not in known:
             raise ConfigError(
-                f"--{name}: expected loading arguments of from_pretrained or settings of the "
-                "model's configuration, got "
-                f"{key!r}."
+                f"--{name}: expected loading arguments of from_pretrained or settings of the model's "
+                f"configuration, got {key!r}."
             )
-    attention = found.get("attn_implementation")
+    attention = arguments.get("attn_implementation")
     if attention is not None and not isinstance(attention, str | Mapping):
         raise ConfigError(f'--{name}: expected "attn_implementation" to be a name, got {attention!r}.')

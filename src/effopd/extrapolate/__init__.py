@@ -1,3 +1,1 @@
-"""Look ahead: when (schedule), where to (search), how good (scorers), moving live weights, the
-callback.
-"""
+"""Search along the last weight update: schedules, searches, scorers, strategies, live weights."""

@@ -1,6 +1,4 @@
-"""What a search does to the optimizer: clear its moments after a jump forwards, and adapt its
-learning rate.
-"""
+"""Optimizer changes after a search: clear the moments, adapt the learning rate."""
 
 from __future__ import annotations
 
@@ -15,18 +13,19 @@ from effopd.extrapolate.search import SearchResult
 
 
 class OptimizerUpdate:
-    """Follows the searches of one run.
+    """Clears the moments and adapts the learning rate of one optimizer, as the settings require.
 
     Args:
-        config: of the look-ahead.
-        optimizer: the one that takes the steps; needed if the settings touch it.
-        wanted: asked before every optimizer step whether its rate is still to be adapted.
+        config: settings of the look-ahead.
+        optimizer: the training loop's optimizer; required if `reset_moments` or
+            `adapt_learning_rate` is set.
+        wanted: called before every optimizer step; the rate is adapted while it returns true.
 
     Attributes:
         rate: the multiplier; `None` if the learning rate is not adapted.
 
     Raises:
-        ConfigError: there is no optimizer, or another look-ahead adapts its learning rate.
+        ConfigError: the optimizer is missing, or another look-ahead adapts its learning rate.
     """
 
     def __init__(self, config: EffOPDConfig, optimizer: torch.optim.Optimizer | None, wanted: Callable[[], bool]):
@@ -40,7 +39,7 @@ class OptimizerUpdate:
 
     @property
     def factor(self) -> float:
-        """The present multiplier of the schedule's learning rate."""
+        """Current multiplier of the schedule's learning rate."""
         return 1.0 if self.rate is None else self.rate.factor
 
     @factor.setter
@@ -50,19 +49,23 @@ class OptimizerUpdate:
 
     @property
     def applied(self) -> float:
-        """The multiplier of the schedule's learning rate in the last optimizer step."""
+        """Multiplier of the schedule's learning rate in the last optimizer step."""
         return 1.0 if self.rate is None else self.rate.applied
 
     def close(self) -> None:
-        """Leave the optimizer alone from now on; safe to call twice."""
+        """Remove all hooks from the optimizer. Safe to call twice."""
         if self.rate is not None:
             self.rate.close()
 
     def after(self, result: SearchResult, previous: float) -> float | None:
-        """Apply a search; returns its factor on the learning rate, `None` if that is not adapted.
+        """Apply the result of a search to the optimizer.
 
         Args:
-            previous: the best scale of the search before; 0 if there was none.
+            result: the search; one without candidates changes nothing.
+            previous: best scale of the previous search; 0 if there was none.
+
+        Returns:
+            The factor by which the learning rate changed; `None` if it is not adapted.
         """
         tried = len(result.trials) > 1
         if self._optimizer is not None and tried and result.accepted_scale > 0:

@@ -1,9 +1,7 @@
-"""The anchor on disk: one file, or a file a shard where parameters are sharded; read back for any
-number of ranks.
+"""The anchor on disk: one file, or one per shard; readable with any number of ranks.
 
-FSDP2 gives shard r of R the rows [r·c, (r+1)·c) of a parameter, c = ⌈rows / R⌉. So the rows that a
-rank needs are known without the other files, and a run may go on with another number of processes;
-no rank ever holds more than its own rows.
+FSDP2 assigns shard r of R the rows [r·c, (r+1)·c) of a parameter, with c = ⌈rows / R⌉. A rank
+therefore reads only its own rows, and a run can resume with another number of processes.
 """
 
 from __future__ import annotations
@@ -22,28 +20,32 @@ ANCHOR_FILE = "effopd_anchor.safetensors"
 
 
 def anchor_file(part: int, parts: int) -> str:
-    """Name of a part: `effopd_anchor.safetensors`, or
-    `effopd_anchor-00001-of-00008.safetensors`.
+    """File name of a part, such as `effopd_anchor-00001-of-00008.safetensors`.
+
+    A single part is `effopd_anchor.safetensors`. Parts are counted from 0.
     """
     return ANCHOR_FILE if parts == 1 else f"effopd_anchor-{part:05d}-of-{parts:05d}.safetensors"
 
 
 def rows_of(rows: int, part: int, parts: int) -> tuple[int, int]:
-    """First and last row (exclusive) of a part, as `torch.chunk` and FSDP2 divide them; empty parts
-    have both at the end.
+    """First and last row (exclusive) of a part, as `torch.chunk` and FSDP2 divide rows.
+
+    An empty part is (rows, rows).
     """
     each = -(-rows // parts)
     return min(part * each, rows), min((part + 1) * each, rows)
 
 
 def write_anchor(folder: Path, anchor: Mapping[str, Tensor], share: ShardSpec | None) -> int:
-    """Write this rank's part, if it is in the first replica.
+    """Write this rank's part of the anchor, if the rank belongs to the first replica.
 
     Args:
-        share: this rank's share of the sharded tensors; `None` if all of them are whole.
+        folder: checkpoint folder.
+        anchor: this rank's tensors, by parameter name.
+        share: this rank's shard; `None` if no tensor is sharded (rank 0 then writes).
 
     Returns:
-        The number of parts that make a whole.
+        Number of parts of the complete anchor.
     """
     from safetensors.torch import save_file
 
@@ -57,31 +59,32 @@ def write_anchor(folder: Path, anchor: Mapping[str, Tensor], share: ShardSpec | 
 def read_anchor(
     folder: Path, parts: int, written: Collection[str], wanted: Mapping[str, ShardSpec]
 ) -> dict[str, Tensor]:
-    """This rank's rows of every tensor, from however many parts were written.
+    """This rank's rows of every anchor tensor.
 
     Args:
-        written: names of the tensors that are divided over the parts; the others are whole in the
-            first.
-        wanted: this rank's share of the tensors that are sharded now; the others are read whole.
+        folder: checkpoint folder.
+        parts: number of parts on disk.
+        written: names of tensors that are divided over the parts; others are whole in part 0.
+        wanted: this rank's shard of every tensor that is sharded now; others are read whole.
     """
     from safetensors import safe_open
 
     files: list[Any] = [safe_open(folder / anchor_file(part, parts), "pt") for part in range(parts)]
-    found = {}
+    anchor = {}
     for name in files[0].keys():  # noqa: SIM118  # not a mapping
         pieces = [file.get_slice(name) for file in (files if name in written else files[:1])]
         if name in wanted:
             share = wanted[name]
-            found[name] = _rows(pieces, *rows_of(share.rows, share.part, share.parts))
+            anchor[name] = _rows(pieces, *rows_of(share.rows, share.part, share.parts))
         elif len(pieces) > 1:
-            found[name] = torch.cat([piece[:] for piece in pieces])
+            anchor[name] = torch.cat([piece[:] for piece in pieces])
         else:
-            found[name] = files[0].get_tensor(name)
-    return found
+            anchor[name] = files[0].get_tensor(name)
+    return anchor
 
 
 def _rows(pieces: Sequence[Any], low: int, high: int) -> Tensor:
-    """Rows low … high of the tensor whose pieces lie one after the other."""
+    """Rows [low, high) of the concatenation of `pieces`."""
     rows, start = [], 0
     for piece in pieces:
         length = piece.get_shape()[0]

@@ -1,4 +1,4 @@
-"""Parameters of a live model with an fp32 anchor, and an origin to come back to bit for bit."""
+"""Parameters of a live model, their fp32 anchor, and an origin that is restored bit for bit."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from effopd.extrapolate.parameter_rules import plain_name
 
 
 def bit_sum(tensor: Tensor) -> int:
-    """The bits of a floating-point tensor, read as integers and added up; NaN and infinity too."""
+    """Sum of a float tensor's bit patterns read as integers; works for NaN and infinity."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(tensor.contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def named_device(name: str | None) -> torch.device | None:
-    """The device that a name says, whether or not this machine has it; `None`: with the parameters.
+    """Parse a device name, without checking that this machine has the device; `None` for `None`.
 
     Raises:
-        ConfigError: no name of a device, or one that holds no numbers (`meta`).
+        ConfigError: the name is not a device, or is `meta`.
     """
     if name is None:
         return None
@@ -38,16 +38,16 @@ def named_device(name: str | None) -> torch.device | None:
 
 
 def usable_device(name: str | None) -> torch.device | None:
-    """As `named_device`, and this machine has it.
+    """Parse a device name and check that this machine can use the device; `None` for `None`.
 
     Raises:
-        ConfigError: as `named_device`; or the device is not there.
+        ConfigError: the name is not a device, or the device cannot be used.
     """
     device = named_device(name)
     if device is not None:
         try:
             torch.empty(1, device=device)
-        except Exception as error:  # each backend raises its own
+        except Exception as error:  # backends raise different types
             raise _no_device(name, error) from error
     return device
 
@@ -55,27 +55,27 @@ def usable_device(name: str | None) -> torch.device | None:
 def _no_device(name: str | None, error: Exception) -> ConfigError:
     return ConfigError(
         f"EffOPDConfig.anchor_device={name!r} cannot hold the anchor "
-        f"({str(error).splitlines()[0]}). Use 'cpu', a device of this "
-        "machine such as 'cuda:0', or leave it out: the anchor is then beside the parameters."
+        f"({str(error).splitlines()[0]}). Use 'cpu' or a device of this machine such as 'cuda:0', or leave it out to "
+        "keep the anchor next to the parameters."
     )
 
 
 class AnchoredParameters:
-    """Parameters, their anchor, and during a search their origin.
+    """Parameters with their anchor and, during a search, their origin.
 
-    Memory: the anchor (fp32) for the whole run, plus one copy in the parameters' dtype between
+    Memory: the fp32 anchor for the whole run, plus one copy in the parameters' dtype between
     `begin` and `commit`.
 
     Args:
-        model: the model that holds them.
-        parameters: by name.
-        device: of the anchor; `None` keeps each tensor beside its parameter.
-        hold: what of a parameter the anchor has on this rank.
+        model: the model that contains the parameters.
+        parameters: parameters by name.
+        device: device of the anchor; `None`: the device of each parameter.
+        hold: parameter → the tensor that this rank keeps in its anchor (a shard or the whole).
 
     Attributes:
-        parameters: by name.
-        anchor: fp32, by name.
-        shares: this rank's share of every sharded parameter.
+        parameters: parameters by name.
+        anchor: fp32 tensors by name.
+        shares: this rank's shard of every sharded parameter.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class AnchoredParameters:
     def _anchored(self, parameter: Tensor) -> Tensor:
         held = self._hold(parameter.detach())
         if held.is_cuda and self._device == torch.device("cpu"):
-            # page-locked, so that it comes back at the link's speed
+            # page-locked memory copies back to the GPU faster
             return torch.empty(held.shape, dtype=torch.float32, pin_memory=True).copy_(held)
         return held.to(device=self._device, dtype=torch.float32, copy=True)
 
@@ -105,30 +105,27 @@ class AnchoredParameters:
 
     @property
     def numel(self) -> int:
-        """How many numbers they have."""
+        """Number of elements."""
         return sum(p.numel() for p in self.parameters.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, the
-        origin.
-        """
+        """Bytes held beside the model on this rank: the anchor and, during a search, the origin."""
         return sum(local_shard(t).nbytes for tensors in (self.anchor, self._origin or {}) for t in tensors.values())
 
     @property
     def origin(self) -> dict[str, Tensor]:
-        """The weights that the search started from."""
+        """Weights at the start of the search."""
         assert self._origin is not None, "begin() must come before move_to/restore/commit"
         return self._origin
 
     @torch.no_grad()
     def checksum(self) -> int:
-        """CRC-32 over the sums of bits of the parameters that every rank should hold alike; of
-        sharded ones over those of all shards of this rank's replica, if there are several, and 0 if
-        all are sharded once (a shard is nobody's copy).
+        """CRC-32 over the bit sums of the parameters; equal on ranks with equal weights.
 
-        Sums of integers do not depend on the order in which a device adds them up, so equal weights
-        always agree.
+        Sharded parameters enter as the shards of this rank's replica. With only one replica they
+        are left out, because no other rank holds a copy to compare with. Integer sums do not
+        depend on the order of summation, so equal weights always agree.
         """
 
         def crc(parameters: Iterable[Tensor]) -> int:
@@ -137,82 +134,80 @@ class AnchoredParameters:
         whole = crc(p.detach() for name, p in self.parameters.items() if name not in self.shares)
         if not self.shares or next(iter(self.shares.values())).parts == world_size():
             return whole
-        mine = next(iter(self.shares.values()))
-        everybody = all_gather_object(
-            (mine.replica, mine.part, crc(local_shard(self.parameters[name].detach()) for name in self.shares))
+        share = next(iter(self.shares.values()))
+        gathered = all_gather_object(
+            (share.replica, share.part, crc(local_shard(self.parameters[name].detach()) for name in self.shares))
         )
-        shards = sorted((part, value) for replica, part, value in everybody if replica == mine.replica)
+        shards = sorted((part, value) for replica, part, value in gathered if replica == share.replica)
         return zlib.crc32(str([whole, *shards]).encode())
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Remember the present weights as the origin."""
+        """Copy the current weights as the origin."""
         self._origin = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the origin back, bit for bit."""
+        """Restore the origin, bit for bit."""
         for name, tensor in self.origin.items():
             local_shard(self.parameters[name]).copy_(local_shard(tensor))
         self.edited()
 
     def edited(self) -> None:
-        """After every edit of the parameters in place."""
+        """Reshard after in-place edits. Call after every edit of the parameters."""
         if self.shares:
             reshard(self._model)
 
     def restore_unless(self, finite: bool, point: str, where: str) -> None:
-        """Keep the edits if they are finite on every rank.
+        """Keep the edits if they are finite on all ranks, otherwise restore the origin.
 
         Args:
-            finite: whether this rank's are.
-            point, where: for the message.
+            finite: whether this rank's edits are finite.
+            point, where: terms for the point and the tensor in the error message.
 
         Raises:
-            NonFiniteWeightsError: they are not on some rank. The origin is back then.
+            NonFiniteWeightsError: the edits of some rank are not finite.
         """
         if not all(all_gather_object(finite)):
             self.restore()
             raise NonFiniteWeightsError(
-                f"{point} is not finite in "
-                f"{'a parameter of another rank' if finite else where}; the candidate is "
-                "rejected "
-                "and the weights are restored."
+                f"{point} is not finite in {'a parameter of another rank' if finite else where}; the candidate is "
+                "rejected and the weights are restored."
             )
         self.edited()
 
     def abort(self) -> None:
-        """Restore the origin, if there is one, and forget it; the anchor stays."""
+        """Restore and drop the origin, if there is one; the anchor is unchanged."""
         if self._origin is not None:
             self.restore()
             self._origin = None
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Forget the origin; the present weights become the anchor."""
+        """Drop the origin and make the current weights the anchor."""
         assert self.origin is not None
         self._origin = None
         for name, parameter in self.parameters.items():
             self.anchor[name].copy_(self._hold(parameter.detach()))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The anchor, fp32, by parameter name; of sharded parameters what `hold` keeps of them."""
+        """This rank's anchor, fp32, by parameter name."""
         return dict(self.anchor)
 
     @torch.no_grad()
     def load_state_dict(self, anchor: Mapping[str, Tensor]) -> None:
-        """Take over a saved anchor. All names and shapes are checked before anything is touched.
+        """Load a saved anchor. All tensors are checked before any is copied.
 
         Raises:
-            WeightsError: a tensor is missing, unexpected, mis-shaped or non-finite.
+            WeightsError: a tensor is missing or unexpected, has the wrong shape, or is not finite.
         """
-        anchor = {plain_name(name): tensor for name, tensor in anchor.items()}  # saved with a wrapper's names
+        anchor = {plain_name(name): tensor for name, tensor in anchor.items()}  # names can include wrappers
         missing, extra = set(self.anchor) - set(anchor), set(anchor) - set(self.anchor)
         if missing or extra:
             raise WeightsError(
                 f"the saved anchor does not fit the selected parameters: missing {sorted(missing)[:3]} "
-                f"({len(missing)} in all), unexpected {sorted(extra)[:3]} ({len(extra)} in all). Resume with the same "
-                "model and the same `parameters` rule."
+                f"({len(missing)} in total), unexpected {sorted(extra)[:3]} ({len(extra)} in total). Resume with "
+                "the same model and the same `parameters` rule."
             )
         for name, tensor in anchor.items():
             if tensor.shape != self.anchor[name].shape:

@@ -1,4 +1,4 @@
-"""What can be refused before training: nothing is copied and nothing is moved."""
+"""Checks of model, scorer and settings before training; nothing is copied or moved."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ from effopd.extrapolate.strategy import STRATEGIES
 
 
 def check_model(model: nn.Module, config: EffOPDConfig, *, target: bool) -> None:
-    """Refuse what the model and the settings rule out.
+    """Check that the strategy can work on the model.
 
     Args:
-        model: the model to be trained, unwrapped.
-        config: of the look-ahead.
-        target: whether the accuracy that a fit aims at can be measured.
+        model: the unwrapped model to be trained.
+        config: settings of the look-ahead.
+        target: whether the target accuracy of a fit can be measured.
 
     Raises:
-        ConfigError: strategy 'none'; nothing to aim at; an unusable device; `parameters` that match
-            nothing; LoRA adapters that the strategy cannot move.
+        ConfigError: the strategy is 'none', the fit has no target accuracy, the anchor's device is
+            unusable, `parameters` matches nothing, or the strategy cannot move LoRA adapters.
     """
     rules = config.rules
     if not config.enabled:
         raise ConfigError("strategy 'none' is plain training: leave the look-ahead out, or choose a strategy.")
     if rules.fit and rules.fit.target and rules.fit.target(config.strategy_args) is None and not target:
         raise ConfigError(
-            f"strategy '{config.strategy}' needs the accuracy it aims at: set its target, "
-            f"EffOPDConfig(args={{'target': …}}); there "
-            "is no teacher to measure."
+            f"strategy '{config.strategy}' needs a target accuracy, and there is no teacher to measure. Set "
+            "EffOPDConfig(args={'target': …})."
         )
     usable_device(config.anchor_device)
     if not has_adapters(model):
@@ -46,17 +45,18 @@ def check_model(model: nn.Module, config: EffOPDConfig, *, target: bool) -> None
         return
     if rules.needs_full_matrices:
         raise ConfigError(
-            f"strategy '{config.strategy}' needs whole matrices, but the student trains LoRA adapters. Use "
+            f"strategy '{config.strategy}' needs full matrices, but the student trains LoRA adapters. Use "
             f"{_strategies_for_parts()}, or train the full weights."
         )
     selected_adapters(model, str(config.parameters))
 
 
 def check_scorer(scorer: Any, config: EffOPDConfig, timeout: float | None) -> None:
-    """Something scores if the strategy scores, and a limit on it is one.
+    """Check the scorer and its time limit.
 
     Raises:
-        ConfigError: it does not, or is not.
+        ConfigError: the scorer is not callable, or missing although the strategy scores; or the
+            timeout is not positive and finite.
     """
     if not callable(scorer) and (scorer is not None or config.scorer is not None):
         raise ConfigError(f"scorer must be a callable model → number (larger is better), got {type(scorer).__name__}.")
@@ -65,16 +65,16 @@ def check_scorer(scorer: Any, config: EffOPDConfig, timeout: float | None) -> No
 
 
 def movable_weights(model: nn.Module, config: EffOPDConfig) -> MovableWeights:
-    """All of the weights, or the LoRA factors, whichever is trained.
+    """LoRA factors if the model is a PEFT model, otherwise the full weights.
 
     Raises:
-        ConfigError: the strategy needs whole matrices, and this process holds shards of them.
+        ConfigError: the strategy needs full matrices, but this process holds shards.
     """
     kind = LoraWeights if has_adapters(model) else LiveWeights
     weights: MovableWeights = kind(model, str(config.parameters), config.anchor_device)
     if weights.sharded and config.rules.needs_full_matrices:
         raise ConfigError(
-            f"strategy '{config.strategy}' needs whole matrices, but this process holds shards of them (FSDP2). Use "
+            f"strategy '{config.strategy}' needs full matrices, but this process holds shards of them (FSDP2). Use "
             f"{_strategies_for_parts()}, or train with DDP."
         )
     return weights
@@ -85,12 +85,11 @@ def _strategies_for_parts() -> str:
 
 
 def refuse_unread(config: EffOPDConfig, scorer: Any, reads: Collection[str] | None = None) -> None:
-    """Settings of the built-in scorers mean nothing to another one.
+    """Refuse settings of the built-in scorers that a custom scorer does not read.
 
     Args:
-        scorer: what scores.
-        reads: the settings that it was built from; default: those that `scorer.reads` names, if it
-            does.
+        scorer: the scorer in use.
+        reads: names of the settings that it was built from; `None`: `scorer.reads`, if it has one.
 
     Raises:
         ConfigError: a setting would be ignored.
@@ -101,6 +100,6 @@ def refuse_unread(config: EffOPDConfig, scorer: Any, reads: Collection[str] | No
     unread = sorted((config.changed & OF_SCORERS) - set(reads))
     if unread:
         raise ConfigError(
-            f"EffOPDConfig.{unread[0]} is read by the built-in scorers only; with a scorer of your own "
-            f"({type(scorer).__name__}) it would be ignored. Leave it out, or leave out scorer=…."
+            f"EffOPDConfig.{unread[0]} is read by the built-in scorers only; a scorer of your own "
+            f"({type(scorer).__name__}) does not read it. Leave out the setting, or scorer=…."
         )

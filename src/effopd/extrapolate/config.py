@@ -1,4 +1,4 @@
-"""The settings of the look-ahead. A strategy names their values; what is given replaces them."""
+"""Settings of the look-ahead: the values of the strategy, replaced by those that the user gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from effopd.extrapolate.search import GATES
 from effopd.extrapolate.setting_help import args_help, setting_help
 from effopd.extrapolate.strategy import PAPER, STRATEGIES, Strategy
 
-#: Plain training: reads nothing.
+#: Plain training; reads no settings.
 NONE = "none"
 _CHOICES: dict[str, Collection[str]] = {"schedule": SCHEDULES, "gate": GATES}
 _GIVEN = object()
@@ -30,19 +30,17 @@ _READS_MIN_Z = "significant"
 class EffOPDConfig:
     r"""Settings of the look-ahead; the defaults are those of EffOPD (arXiv 2605.11739).
 
-    At a trigger of `schedule` the search scores points $W + s\,\Delta$, where $\Delta = W -
-    W_\mathrm{anchor}$ and the anchor is the weights that the previous search left (at first: the
-    start). What passes `gate` is accepted.
+    At each trigger of `schedule`, the search scores candidates $W + s\,\Delta$ with the update
+    $\Delta = W - W_\mathrm{anchor}$. It moves the model to a candidate that passes `gate`, or keeps
+    W. The anchor is the weights after the previous search; at first, the initial weights.
 
-    A strategy names the values of the settings that it reads, and a setting that is not given has
-    the strategy's value: after construction every field that is read is concrete, and `None` marks
-    a field that is not read. A value that would be ignored is refused, unless it is the strategy's
-    own. To change the strategy, build a new config: `dataclasses.replace` would keep the values of
-    the former one.
+    Each strategy defines values for the settings that it reads; a setting left at `None` takes that
+    value. After construction, `None` marks the settings that the strategy does not read. Giving one
+    of those a value is an error; the strategy's own value is always accepted. To change the
+    strategy, build a new config: `dataclasses.replace` keeps the values of the previous strategy.
 
     Raises:
-        ConfigError: a value is out of range or would be ignored; the message names the field, the
-            value and the fix.
+        ConfigError: a value is out of range, or the strategy does not read it.
 
     Example:
         >>> EffOPDConfig("line_search").gate, EffOPDConfig("line_search", gate="better").min_z
@@ -61,23 +59,23 @@ class EffOPDConfig:
     )
     args: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "JSON object of settings that belong to one strategy or scorer. " + args_help()},
+        metadata={"help": "Settings of one strategy or scorer, as a JSON object. " + args_help()},
     )
     schedule: str | None = field(
         default=None,
         metadata={"choices": list(SCHEDULES)}
         | setting_help(
             "schedule",
-            "After which optimizer steps to search. 'powers_of_two': 1, 2, 4, 8, … "
-            "'adaptive': after every step while jumps pay; "
-            "otherwise 2, 4, 8 steps apart, and at most 4 apart after a step back.",
+            "Optimizer steps after which to search. 'powers_of_two': steps 1, 2, 4, 8, … "
+            "'every_step': every step. 'adaptive': one step after a jump of s >= 1; otherwise the "
+            "interval doubles, up to 8 steps (4 after a backward jump).",
         ),
     )
     parameters: str | None = field(
         default=None,
         metadata=setting_help(
             "parameters",
-            "Which parameters move: 'attention+mlp', 'all', 'released-code', or a regular "
+            "Parameters that the search moves: 'attention+mlp', 'all', 'released-code', or a regular "
             "expression searched in parameter names.",
         ),
     )
@@ -85,20 +83,18 @@ class EffOPDConfig:
         default=None,
         metadata=setting_help(
             "validation_size",
-            "Score candidates by the share of right answers to N training prompts, drawn "
-            "once (needs answers, generates). Takes the "
-            "place of score_rollouts.",
+            "Score candidates by accuracy on N training prompts, drawn once per run. Needs reference "
+            "answers and generates completions. Replaces score_rollouts.",
         ),
     )
     score_rollouts: float | None = field(
         default=None,
         metadata=setting_help(
             "score_rollouts",
-            "Score candidates by the divergence from the teacher that is trained (by default "
-            "the exact reverse KL), on N of the next "
-            "step's rollouts, before they are trained on (no answers, no generation). Below "
-            "1: this share of a step's rollouts, at "
-            "least 8 and at most 32. Takes the place of validation_size.",
+            "Score candidates by the training divergence from the teacher (by default the exact "
+            "reverse KL) on N of the next step's rollouts, before they are trained on. Needs neither "
+            "answers nor generation. A value below 1 is a share of the step's rollouts, clamped to "
+            "8–32. Replaces validation_size.",
         ),
     )
     gate: str | None = field(
@@ -106,41 +102,44 @@ class EffOPDConfig:
         metadata={"choices": list(GATES)}
         | setting_help(
             "gate",
-            "Accept a candidate with score >= the best so far ('not_worse'), > the best so "
-            "far ('better'), or better by min_z standard "
-            "errors of the paired difference ('significant').",
+            "Condition for accepting a candidate. 'not_worse': score >= the reference. 'better': score > "
+            "the reference. 'significant': better by at least min_z standard errors of the paired "
+            "difference. The reference is the last accepted point, in line_search the start.",
         ),
     )
     min_z: float | None = field(
-        default=None, metadata=setting_help("min_z", "Standard errors that gate 'significant' asks for.")
+        default=None,
+        metadata=setting_help(
+            "min_z", "Standard errors by which a candidate must be better under gate 'significant'."
+        ),
     )
     reset_moments: bool | None = field(
         default=None,
         metadata=setting_help(
             "reset_moments",
-            "Clear the optimizer's moments after a jump forwards: they belong to the "
-            "gradients of the place that was left.",
+            "Clear the optimizer's moments after a forward jump, because they average gradients at "
+            "the previous weights.",
         ),
     )
     adapt_learning_rate: bool | None = field(
         default=None,
         metadata=setting_help(
             "adapt_learning_rate",
-            "Learning-rate multiplier from the best scale s of this search and s′ of the "
-            "previous one: √min(1+s, 4) if both exceed 1 "
-            "(or ½√min(s, s′) if larger); 1/√2 if s < 0, floored at 1/8 of the schedule; "
-            "otherwise 1. Two searches must agree before "
-            "the rate rises, because the first jump often reflects the starting point.",
+            "After each search, multiply the learning rate by √min(1+s, 4) if the best scales s of this "
+            "and s′ of the previous search exceed 1 (by ½√min(s, s′) if that is larger), and by 1/√2 "
+            "if s < 0. The rate stays at or above 1/8 of its schedule.",
         ),
     )
     seed: int = field(
         default=0,
         metadata={
-            "help": "Draws the validation prompts and the random numbers that all candidates of a search share."
+            "help": "Random seed of the validation prompts and of scoring; all candidates of a search share "
+            "random numbers. Default: 0."
         },
     )
     anchor_device: str | None = field(
-        default=None, metadata={"help": "Where the fp32 anchor lives, e.g. 'cpu'. Default: with the parameters."}
+        default=None,
+        metadata={"help": "Device of the fp32 anchor, e.g. 'cpu'. Default: the device of each parameter."},
     )
 
     def __post_init__(self) -> None:
@@ -166,13 +165,13 @@ class EffOPDConfig:
 
     @property
     def changed(self) -> set[str]:
-        """The settings that have another value than the strategy's, those in `args` too."""
-        own = {name for name in PAPER if getattr(self, name) not in (None, self.rules.settings.get(name))}
+        """Names of settings, including those in `args`, that differ from the strategy's values."""
+        differing = {name for name in PAPER if getattr(self, name) not in (None, self.rules.settings.get(name))}
         defaults = {name: value for cls in self._args_classes for name, value in plain(cls()).items()}
-        return own | {name for name, value in self.args.items() if value != defaults.get(name)}
+        return differing | {name for name, value in self.args.items() if value != defaults.get(name)}
 
     def _resolve(self) -> None:
-        """Give every setting that is read its value, and refuse the others."""
+        """Fill in every setting that the strategy reads; refuse the others."""
         preset = self.rules.settings
         # where a strategy never does something, false asks for nothing
         own = {name: preset.get(name, False if PAPER[name] is False else None) for name in PAPER}
@@ -192,8 +191,7 @@ class EffOPDConfig:
             if "min_z" in changed:
                 raise ConfigError(
                     f"EffOPDConfig.min_z is read by gate '{_READS_MIN_Z}' only, so with gate "
-                    f"'{values['gate']}' it would be "
-                    "ignored. Leave it out, or choose another gate."
+                    f"'{values['gate']}' it would be ignored. Leave it out, or choose that gate."
                 )
             values["min_z"] = None
         for name, value in values.items():
@@ -202,13 +200,13 @@ class EffOPDConfig:
     def _why_unread(self, name: str) -> str:
         if not self.enabled:
             return (
-                f"is set, but strategy '{NONE}' is plain training: there is no look-ahead to set. Choose a strategy."
+                f"is set, but strategy '{NONE}' is plain training and reads no settings. Leave it out, or choose "
+                "another strategy."
             )
         readers = ", ".join(other for other, rules in STRATEGIES.items() if name in rules.settings)
         return (
-            f"is read by the strategies {readers} only, so with strategy '{self.strategy}' it "
-            "would be ignored. Leave it out, or "
-            "choose another strategy."
+            f"is read by the strategies {readers} only, so with strategy '{self.strategy}' it would be ignored. "
+            "Leave it out, or choose another strategy."
         )
 
     @property
@@ -222,9 +220,8 @@ class EffOPDConfig:
         complete: dict[str, Any] = {}
         for cls in self._args_classes:
             complete |= plain(build(label, cls, {name: given[name] for name in hints(cls) if name in given}))
-        others = [
-            plain(cls()) for cls, _ in SCORERS.values()
-        ]  # a default of the scorer that was replaced does no harm
+        # defaults of the scorer that was replaced are accepted
+        others = [plain(cls()) for cls, _ in SCORERS.values()]
         idle = {name for values in others for name, value in values.items() if given.get(name, _GIVEN) == value}
         if unknown := sorted(set(given) - set(complete) - idle):
             scorer = f" and its scorer '{self.scorer}'" if self.scorer else ""
@@ -241,9 +238,8 @@ class EffOPDConfig:
             0 < self.score_rollouts < 1 or (self.score_rollouts >= 1 and float(self.score_rollouts).is_integer())
         ):
             raise ConfigError(
-                "EffOPDConfig.score_rollouts must be a whole number of at least 1, or a "
-                "share of a step's rollouts in (0, 1), got "
-                f"{self.score_rollouts}."
+                "EffOPDConfig.score_rollouts must be a whole number of at least 1, or a share of the step's "
+                f"rollouts in (0, 1), got {self.score_rollouts}."
             )
         if self.score_rollouts is not None and self.score_rollouts >= 1:
             self.score_rollouts = int(self.score_rollouts)
@@ -253,9 +249,8 @@ class EffOPDConfig:
             )
         if self.validation_size == 1 and self.gate == _READS_MIN_Z:
             raise ConfigError(
-                f"EffOPDConfig.validation_size=1 is too few for gate '{_READS_MIN_Z}', which "
-                "compares example by example: expected "
-                "at least 2."
+                f"EffOPDConfig.validation_size=1 is too few for gate '{_READS_MIN_Z}': a standard error needs at "
+                "least 2 examples."
             )
         if self.min_z is not None and not 0 <= self.min_z < math.inf:
             raise ConfigError(f"EffOPDConfig.min_z must be >= 0 and finite, got {self.min_z}.")
@@ -266,7 +261,7 @@ class EffOPDConfig:
 
     @property
     def enabled(self) -> bool:
-        """Whether there is any look-ahead."""
+        """Whether the strategy is not plain training."""
         return self.strategy != NONE
 
     @property
@@ -276,12 +271,12 @@ class EffOPDConfig:
 
     @property
     def strategy_args(self) -> Any:
-        """The strategy's own settings, as its dataclass."""
+        """The strategy's entries of `args`, as its dataclass."""
         return self._built(self.rules.args)
 
     @property
     def scorer_args(self) -> Any:
-        """The scorer's own settings, as its dataclass; `None` if the strategy does not score."""
+        """The scorer's entries of `args`, as its dataclass; `None`: the strategy does not score."""
         return self._built(SCORERS[self.scorer][0]) if self.scorer else None
 
     def _built(self, cls: type) -> Any:
@@ -289,18 +284,16 @@ class EffOPDConfig:
 
     @property
     def scorer(self) -> str | None:
-        """What scores: 'accuracy', 'teacher_kl', or `None` if the strategy does not score."""
+        """Name of the scorer, 'accuracy' or 'teacher_kl'; `None` if the strategy does not score."""
         return next((scorer for scorer, (_, name) in SCORERS.items() if getattr(self, name) is not None), None)
 
     @property
     def scored(self) -> bool:
-        """Whether the run needs validation prompts: training prompts with answers."""
+        """Whether the run needs validation prompts (training prompts with answers)."""
         return self.scorer == "accuracy"
 
     def triggers(self, step: int, history: Sequence[Any] = ()) -> bool:
-        """Whether the schedule asks for a search after optimizer step `step`, given the
-        searches so far.
-        """
+        """Whether to search after optimizer step `step`, given the searches so far."""
         return self.schedule is not None and SCHEDULES[self.schedule](step, history)
 
 

@@ -1,13 +1,14 @@
 """`EffOPD`: the look-ahead for any training loop.
 
-    trigger? → begin → score W, W + 2Δ, W + 4Δ, … → keep the best that passes → commit
+    trigger? → begin → score W, W + 2Δ, W + 4Δ, … → accept or restore → commit
+    strategies that predict: observe the first steps → fit → jump
 
-(or, for the strategies that predict: observe the first steps → fit → jump).
+A search restores the random state and the training/eval mode of every submodule. Unless it accepts
+a candidate, it also restores the weights bit for bit. `state_dict()` contains the anchor and the
+history, so a resumed run makes the same decisions as an uninterrupted one.
 
-Everything a search touches comes back: random state, training/eval mode of every submodule, and,
-unless a candidate is accepted, the weights bit for bit. The anchor and the history are in
-`state_dict()`, so an interrupted run goes on as if nothing had happened (the authors' public code
-forgets the anchor, and a resume then multiplies the whole displacement by up to 11).
+Differs from the authors' public code, which does not save the anchor: after a resume, its first
+search multiplies the whole update since the start by up to 11.
 """
 
 from __future__ import annotations
@@ -35,37 +36,35 @@ from effopd.runs.records import SearchRecord
 
 
 class EffOPD:
-    """Look ahead along the last displacement, keep what the scorer accepts.
+    """Look-ahead: search along the last update W − anchor and move to the point that is accepted.
+
+    Use it as a context manager, or call `close`, if training continues without it: closing removes
+    its hooks from the optimizer.
 
     Args:
-        model: the model being trained, unwrapped.
-        scorer: callable `model → Score | float`, larger is better. It is called in eval mode, with
-            the same random seed for every candidate of a search; whatever it does to random state
-            is undone. `None` for strategies that do not score.
-        config: defaults to the paper's settings.
-        target: measures the accuracy that a fit aims at (unless the strategy's arguments give it).
-        optimizer: the loop's optimizer, for strategies that reset its moments after a jump or adapt
-            its learning rate. The factor comes on top of the schedule: see
-            `LearningRateMultiplier`; a logged rate is the schedule's.
-        on_move: called after the search left the model at other weights than before (e.g. re-sync
-            an engine).
-        wanted: asked before every optimizer step whether its rate is still to be adapted; default:
-            until `close`.
-        host: the values of settings that the host decides, for resumed runs (`fingerprint`).
-        score_timeout: stop with an error if scoring one candidate takes longer, in seconds; `None`:
-            no limit.
-
-    Use it as a context manager, or call `close`, where the loop goes on without it: then nothing is
-    left on the optimizer.
+        model: the unwrapped model being trained.
+        scorer: callable `model → Score | float`, larger is better. It is called in eval mode with
+            the same random seed for every candidate of a search; the random state is restored
+            afterwards. `None` for strategies that do not score.
+        config: settings; `None`: the paper's.
+        target: measures the target accuracy of a fit, unless the strategy's arguments set it.
+        on_move: called after a search has changed the weights, e.g. to re-sync an engine.
+        optimizer: the loop's optimizer, for strategies that reset its moments or adapt its learning
+            rate. Logged learning rates are the schedule's: the factor of `LearningRateMultiplier`
+            applies only during the optimizer step.
+        wanted: called before every optimizer step; the learning rate is adapted while it returns
+            true. Default: until `close`.
+        host: values of settings that the host decides, compared on resume (see `fingerprint`).
+        score_timeout: time limit for scoring one candidate, in seconds; `None`: no limit.
 
     Raises:
         ConfigError: the scorer is missing or not callable, the strategy is 'none', no parameter is
-            selected, the anchor cannot live on `config.anchor_device`, a setting belongs to another
-            scorer, or another look-ahead adapts this optimizer's rate.
+            selected, `config.anchor_device` cannot hold the anchor, a custom scorer does not read a
+            setting, or another look-ahead adapts this optimizer's learning rate.
 
     Example:
-        >>> look_ahead = EffOPD(model, scorer=my_score)                                      # doctest: +SKIP
-        >>> for step, batch in enumerate(loader, start=1):                                  # doctest: +SKIP
+        >>> look_ahead = EffOPD(model, scorer=my_score)  # doctest: +SKIP
+        >>> for step, batch in enumerate(loader, start=1):  # doctest: +SKIP
         ...     loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
         ...     look_ahead.step(step)
     """
@@ -101,7 +100,7 @@ class EffOPD:
 
     @property
     def scorer(self) -> Scorer | None:
-        """What scores the model; may be replaced between searches."""
+        """The scorer; can be replaced between searches."""
         return self._searcher.scorer
 
     @scorer.setter
@@ -111,15 +110,17 @@ class EffOPD:
     # -- searching ---------------------------------------------------------------------------------
 
     def step(self, step: int) -> SearchRecord | None:
-        """Call after optimizer step number `step` (the first is 1); observes and searches when it
-        is time to.
+        """Observe or search if due. Call after every optimizer step.
+
+        Args:
+            step: number of the optimizer step; the first is 1.
 
         Returns:
-            The search (also appended to `history`), or `None` if there was nothing to do.
+            The search or observation, also appended to `history`; `None` if none was due.
 
         Raises:
-            ScorerError: the scorer raised or returned no score; the weights are back where they
-                were.
+            ScorerError: the scorer raised, took too long or returned no score. The weights are
+                restored.
         """
         self._check_open()
         if self.predictor is None:
@@ -132,11 +133,11 @@ class EffOPD:
         return observed
 
     def search(self, step: int, observed: SearchRecord | None = None) -> SearchRecord:
-        """Search now, whatever the schedule says; see `step`.
+        """Search now, regardless of the schedule; see `step`.
 
         Args:
-            observed: an observation made at the same step: its score is the start's, and its cost
-                is added.
+            observed: an observation of the same step. Its score becomes the start's, and its cost
+                is added to the search.
         """
         self._check_open()
         start, config = time.perf_counter(), self.config
@@ -193,20 +194,21 @@ class EffOPD:
 
     @property
     def learning_rate_factor(self) -> float:
-        """The present multiplier of the schedule's learning rate."""
+        """Current multiplier of the schedule's learning rate."""
         return self._optimizer.factor
 
     @property
     def applied_learning_rate_factor(self) -> float:
-        """The multiplier of the schedule's learning rate in the last optimizer step."""
+        """Multiplier of the schedule's learning rate in the last optimizer step."""
         return self._optimizer.applied
 
     # -- life --------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of the optimizer and search no more; for a loop that goes on without the
-        look-ahead, or with a new one. The history and `state_dict` can still be read. Safe to call
-        twice."""
+        """Remove all hooks from the optimizer and refuse further searches.
+
+        The history and `state_dict` remain readable. Safe to call twice.
+        """
         self._closed = True
         self._optimizer.close()
 
@@ -217,10 +219,10 @@ class EffOPD:
         self.close()
 
     def reanchor(self, step: int) -> None:
-        """Start the displacement anew from the present weights, without a search.
+        """Make the current weights the anchor, without a search, and drop a fit's observations.
 
-        For a training loop that changes its objective on the way (another loss, data or rollout
-        length): a displacement must not span two objectives. Observations of a fit start anew too.
+        Call it when the training objective changes (loss, data or rollout length), because an
+        update must not span two objectives.
         """
         self.weights.begin()
         self.weights.commit()
@@ -230,7 +232,7 @@ class EffOPD:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ConfigError("this look-ahead was closed: build a new EffOPD to go on looking ahead.")
+            raise ConfigError("this look-ahead was closed. Build a new EffOPD to search again.")
 
     def _assert_same(self, step: int) -> None:
         if world_size() > 1:
@@ -242,8 +244,8 @@ class EffOPD:
     # -- state -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchor (fp32 tensors by name), its step, observations, history, learning-rate factor, and
-        the settings they belong to.
+        """Anchor (fp32, by parameter name), its step, observations, history, learning-rate factor
+        and the fingerprint of the settings.
         """
         return {
             "anchor": self.weights.state_dict(),
@@ -258,7 +260,7 @@ class EffOPD:
         """Continue from `state_dict()`.
 
         Raises:
-            CheckpointError: the state belongs to other settings or other validation prompts.
+            CheckpointError: the settings or the validation prompts differ from the saved ones.
             WeightsError: the anchor does not fit the model.
         """
         check_same(state["fingerprint"], self.config, self.scorer, self._host)
@@ -270,18 +272,18 @@ class EffOPD:
         self._optimizer.factor = float(state["learning_rate_factor"])
 
     def save(self, folder: str | Path) -> None:
-        """Write the state into a checkpoint folder; the JSON file comes last, so its presence means
-        "complete".
+        """Write the state into a checkpoint folder.
 
-        With several processes every rank calls this: sharded parameters are written by the rank
-        that holds them, the rest by rank 0.
+        The JSON file is written last and marks the state as complete.
+
+        Call it on all ranks: each rank writes its shards, and rank 0 writes the rest.
         """
         write_state(Path(folder), self.state_dict(), self.weights.sharded)
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote.
+        """Load the state that `save` wrote.
 
         Raises:
-            CheckpointError: the folder has no complete look-ahead state, or one of other settings.
+            CheckpointError: the folder has no complete look-ahead state, or the settings differ.
         """
         self.load_state_dict(load_state(Path(folder), self.weights.sharded))

@@ -1,6 +1,4 @@
-"""Values of settings by the annotation of their dataclass: numbers, texts, truth values, lists of
-numbers.
-"""
+"""Type checks of settings against their dataclass annotations, with typed errors."""
 
 from __future__ import annotations
 
@@ -23,19 +21,21 @@ _KINDS: dict[Any, tuple[type, str]] = {
 
 
 def hints(cls: type) -> dict[str, Any]:
-    """The annotations of a dataclass's fields, as types."""
+    """Resolved annotation of every field of a dataclass, by name."""
     known = typing.get_type_hints(cls)
     return {field.name: known[field.name] for field in fields(cls)}
 
 
 def check_kind(label: str, value: Any, hint: Any) -> None:
-    """A value is of the annotated kind; annotations other than the simple ones are not checked.
+    """Check that a value has the annotated type: number, string, boolean or list of numbers.
+
+    Other annotations are not checked.
 
     Args:
-        label: names the setting in the message.
+        label: name of the setting in the error message.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value has another type.
     """
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     optional = type(None) in options
@@ -50,15 +50,15 @@ def check_kind(label: str, value: Any, hint: Any) -> None:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value is of a kind; truth values are no numbers."""
+    """`isinstance`, except that a boolean is not a number."""
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def mapping(label: str, value: Any) -> dict[str, Any]:
-    """A mapping, or JSON text of one, as a dictionary; `None`: empty.
+    """Dictionary from a mapping or a JSON object; empty for `None`.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the value is neither a mapping nor a JSON object.
     """
     if isinstance(value, str):
         try:
@@ -73,11 +73,10 @@ def mapping(label: str, value: Any) -> dict[str, Any]:
 
 
 def build(label: str, cls: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass of settings from some of their values, checked by annotation and by the
-    dataclass.
+    """Instance of a settings dataclass from checked values; missing ones take their defaults.
 
     Raises:
-        ConfigError: a value is of another kind or out of range.
+        ConfigError: a value has the wrong type or is out of range.
     """
     for name, hint in hints(cls).items():
         if name in values:
@@ -89,5 +88,5 @@ def build(label: str, cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """The values of such a dataclass as JSON has them."""
+    """Values of a settings dataclass as JSON types: tuples become lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}

@@ -1,6 +1,4 @@
-"""Adapting the learning rate to the scales that searches find: the rule, and a factor on top of any
-schedule.
-"""
+"""Learning-rate adaptation: the factor from the best scales, and its application in each step."""
 
 from __future__ import annotations
 
@@ -13,13 +11,13 @@ from torch import Tensor
 
 from effopd.errors import ConfigError
 
-#: The `LearningRateMultiplier` active on an optimizer; neither keeps the other alive.
+#: Optimizer → its active `LearningRateMultiplier`; weak references on both sides.
 _ACTIVE: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[LearningRateMultiplier]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-#: The factor never takes the learning rate below this share of its schedule.
+#: Lower bound of the learning rate, as a share of its schedule.
 LOWEST_FACTOR = 0.125
 
 
@@ -29,9 +27,10 @@ def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float 
     schedule; otherwise 1.
 
     Two searches must agree before the rate rises, because the first jump often reflects the
-    starting point. The gate is ignored on purpose: below the noise level nothing passes it, and the
-    rate would decay to zero. Where scores are pure noise, the rate falls to the floor in some 30
-    searches and stays there: a fall takes one best scale, a rise two in a row.
+    starting point. The gate is ignored on purpose: below the noise level, `significant` rejects
+    every forward jump, and the rate could only fall. If scores are pure noise, the rate falls to
+    the floor in about 30 searches and stays there, because a fall takes one best scale and a rise
+    takes two.
 
     Args:
         best_scale: s.
@@ -39,8 +38,10 @@ def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float 
         total: product of the factors so far.
 
     Example:
-        >>> learning_rate_factor(3.0), learning_rate_factor(3.0, previous=2.0), learning_rate_factor(100.0, previous=64.0)
-        (1.0, 2.0, 4.0)
+        >>> learning_rate_factor(3.0), learning_rate_factor(3.0, previous=2.0)
+        (1.0, 2.0)
+        >>> learning_rate_factor(100.0, previous=64.0)
+        4.0
     """
     if best_scale > 1:
         if previous <= 1:
@@ -50,25 +51,23 @@ def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float 
 
 
 class LearningRateMultiplier:
-    """Multiplies the learning rates of an optimizer for the length of each of its steps.
+    """Multiplies an optimizer's learning rates by `factor` during each step, by step hooks.
 
-    The rate of every parameter group is multiplied by `factor` right before a step and restored
-    right after it. So no scheduler ever sees the factor, whether it works from the first rates or
-    from the last, and a resumed run needs nothing but the factor.
+    The rates of all parameter groups are multiplied right before a step and restored right after
+    it. Schedulers therefore never see the factor, and a resumed run needs only the factor.
 
-    An optimizer has one `LearningRateMultiplier` at a time. `close`, or the end of the object's
-    life, removes its hooks.
+    An optimizer has at most one `LearningRateMultiplier`. Closing or deleting it removes its hooks.
 
     Args:
-        optimizer: a `torch.optim.Optimizer`, as it is or wrapped by accelerate.
-        wanted: asked before every step; while it says no, steps are taken with the schedule's rate.
+        optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate.
+        wanted: called before every step; if it returns false, the step uses the schedule's rate.
 
     Attributes:
-        factor: starts at 1.
+        factor: the multiplier; initially 1.
 
     Raises:
-        ConfigError: not an optimizer with step hooks, or another `LearningRateMultiplier` is at
-            work on it.
+        ConfigError: the object is not a `torch.optim.Optimizer`, or another
+            `LearningRateMultiplier` is active on it.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -83,7 +82,7 @@ class LearningRateMultiplier:
     _wanted: Callable[[], bool]
 
     def __init__(self, optimizer: Any, wanted: Callable[[], bool] = lambda: True):
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        inner = getattr(optimizer, "optimizer", optimizer)  # unwrap accelerate's optimizer
         if not isinstance(inner, torch.optim.Optimizer):
             raise ConfigError(
                 f"adapting the learning rate needs a torch.optim.Optimizer, got {type(inner).__name__}. Pass the "
@@ -92,9 +91,8 @@ class LearningRateMultiplier:
         other = _active(inner)
         if other is not None and other._wanted():
             raise ConfigError(
-                "another look-ahead adapts the learning rate of this optimizer, so their "
-                "factors would multiply. Close it first "
-                "(`EffOPD.close()`), or set adapt_learning_rate=False in one of them."
+                "another look-ahead already adapts the learning rate of this optimizer, and their factors would "
+                "multiply. Close it first (`EffOPD.close()`), or set adapt_learning_rate=False in one of them."
             )
         if other is not None:
             other.close()
@@ -102,7 +100,7 @@ class LearningRateMultiplier:
         self._optimizer, self._wanted = inner, wanted
         self._schedule: list[Any] | None = None
         self._applied: float | None = None
-        me = weakref.ref(self)  # an optimizer may outlive the look-ahead
+        me = weakref.ref(self)  # the optimizer can outlive the look-ahead
 
         def before(*_: Any) -> None:
             if (rate := me()) is not None:
@@ -118,13 +116,11 @@ class LearningRateMultiplier:
 
     @property
     def applied(self) -> float:
-        """The factor that the last step was taken with; before the first, the one it would be taken
-        with.
-        """
+        """Factor of the last step; before the first step, the current factor."""
         return self.factor if self._applied is None else self._applied
 
     def _multiply(self) -> None:
-        self.release()  # a step that raised did not get to this
+        self.release()  # after a step that raised
         self._applied = self.factor if self._wanted() else 1.0
         groups = self._optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]
@@ -132,14 +128,14 @@ class LearningRateMultiplier:
             _set(group, group["lr"] * self._applied)
 
     def release(self) -> None:
-        """Put the scheduled rates back, if a step was interrupted."""
+        """Restore the schedule's rates if a step was interrupted."""
         if self._schedule is not None:
             for group, rate in zip(self._optimizer.param_groups, self._schedule, strict=False):
                 _set(group, rate)
         self._schedule = None
 
     def close(self) -> None:
-        """Leave the optimizer alone from now on; safe to call twice."""
+        """Restore the rates and remove the hooks. Safe to call twice."""
         self.release()
         self._remove()
         if _active(self._optimizer) is self:
@@ -152,8 +148,8 @@ def _take_off(hooks: Iterable[Any]) -> None:
 
 
 def _active(optimizer: torch.optim.Optimizer) -> LearningRateMultiplier | None:
-    found = _ACTIVE.get(optimizer)
-    return found() if found is not None else None
+    reference = _ACTIVE.get(optimizer)
+    return reference() if reference is not None else None
 
 
 def _copy(rate: float | Tensor) -> float | Tensor:
@@ -161,7 +157,7 @@ def _copy(rate: float | Tensor) -> float | Tensor:
 
 
 def _set(group: dict[str, Any], rate: float | Tensor) -> None:
-    if isinstance(group["lr"], Tensor):  # captured graphs hold on to the tensor
+    if isinstance(group["lr"], Tensor):  # captured graphs refer to this tensor
         group["lr"].copy_(torch.as_tensor(rate))
     else:
         group["lr"] = rate

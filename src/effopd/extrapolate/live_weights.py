@@ -1,10 +1,11 @@
-"""Moving a model that is being trained, and putting it back bit for bit.
+"""`LiveWeights`: move the full weights of a model in training, and restore them bit for bit.
 
-One class owns every edit of full parameters. Candidates come from the closed form W + s·Δ, never
-from the previous candidate, so rounding does not accumulate; the origin is kept in the parameters'
-own dtype, so a rejected search leaves no trace. LoRA adapters, whose update B·A is not linear in A
-and B, are moved by `lora_weights`. Left out on purpose: DeepSpeed ZeRO (the masters live in the
-optimizer), refused with a typed error rather than moved wrongly.
+Each candidate is computed as W + s·Δ from the origin, never from the previous candidate, so
+rounding errors do not accumulate. The origin keeps the parameters' dtype, so it is restored
+exactly.
+
+LoRA adapters are in `lora_weights`, because B·A is not linear in A and B. DeepSpeed ZeRO is refused
+elsewhere: its master weights belong to the optimizer.
 """
 
 from __future__ import annotations
@@ -27,45 +28,42 @@ logger = logging.getLogger(__name__)
 
 
 def on_host(values: Iterable[Tensor]) -> list[float]:
-    """Scalars of one or several devices as numbers, with one wait for each device instead of one
-    for each scalar.
-    """
+    """Scalar tensors as Python numbers, with one synchronization per device."""
     values = list(values)
-    found: dict[int, float] = {}
+    numbers: dict[int, float] = {}
     for device in {value.device for value in values}:
         places = [i for i, value in enumerate(values) if value.device == device]
-        found |= zip(places, torch.stack([values[i] for i in places]).tolist(), strict=True)
-    return [found[i] for i in range(len(values))]
+        numbers |= zip(places, torch.stack([values[i] for i in places]).tolist(), strict=True)
+    return [numbers[i] for i in range(len(values))]
 
 
 class LiveWeights:
-    """The selected trained parameters of a live model: `MovableWeights` for full matrices.
+    """Selected trained parameters of a live model: `MovableWeights` for full matrices.
 
-    Memory: that of `AnchoredParameters`, plus, unless everything is fp32 along Δ, fp32 temporaries
-    of the largest tensor. Directions are recomputed for every candidate, never stored.
+    Memory: that of `AnchoredParameters`, plus fp32 temporaries of the largest tensor unless an fp32
+    model moves along Δ. Directions are recomputed for every candidate, not stored.
 
     Args:
-        model: any module; parameters have the same names inside DDP, `torch.compile` and other
-            wrappers.
+        model: the model; parameter names do not depend on DDP, `torch.compile` and other wrappers.
         parameters: a rule of `PARAMETER_RULES` or a regular expression.
-        anchor_device: device of the anchor; `None` keeps each tensor beside its parameter.
+        anchor_device: device of the anchor; `None`: the device of each parameter.
 
     Raises:
-        ConfigError: nothing matches the rule, or the anchor cannot live on that device.
+        ConfigError: nothing matches the rule, or the device cannot hold the anchor.
         WeightsError: a selected parameter is not floating point.
     """
 
-    #: Every point can be held.
+    #: Full matrices can represent every point.
     lost_share: float | None = None
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
         device = usable_device(anchor_device)
-        reshard(model)  # after a forward, FSDP2 may still have its gathered copies in the parameters' place
+        reshard(model)  # after a forward pass, FSDP2 can still hold gathered parameters
         trained = trained_parameters(model)
         moved = {name: trained[name] for name in select(trained, parameters, type(inside(model)).__name__)}
         stay = [name for name in trained if name not in moved]
         logger.info(
-            "EffOPD moves %.1f %% of the trained numbers; %d parameters stay%s.",
+            "EffOPD moves %.1f %% of the trained weights; %d parameters stay%s.",
             100 * sum(p.numel() for p in moved.values()) / sum(p.numel() for p in trained.values()),
             len(stay),
             f", such as {', '.join(stay[:3])}" if stay else "",
@@ -73,13 +71,13 @@ class LiveWeights:
         for name, parameter in moved.items():
             if not parameter.is_floating_point():
                 raise WeightsError(
-                    f"parameter '{name}' has dtype {parameter.dtype}: expected floating point. Quantised weights "
-                    "cannot be moved; exclude them with `parameters`."
+                    f"parameter '{name}' has dtype {parameter.dtype}: expected floating point. Quantized weights "
+                    "cannot be moved; exclude them with EffOPDConfig.parameters."
                 )
         low = sorted({str(p.dtype) for p in moved.values() if p.dtype not in (torch.float32, torch.float64)})
         if low:
             logger.warning(
-                "EffOPD moves %s weights: at small learning rates most of an update is lost in their rounding, and "
+                "EffOPD moves %s weights. At small learning rates, rounding loses most of an update, and all "
                 "candidates are nearly the same model. Keep the trained weights in float32 (TRL's default).",
                 ", ".join(low),
             )
@@ -93,54 +91,46 @@ class LiveWeights:
 
     @property
     def numel(self) -> int:
-        """How many numbers move."""
+        """Number of elements that move."""
         return self._anchored.numel
 
     @property
     def nbytes(self) -> int:
-        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, one copy
-        of the weights.
-        """
+        """Bytes held beside the model on this rank: the anchor and, during a search, the origin."""
         return self._anchored.nbytes
 
     def checksum(self) -> int:
-        """As `AnchoredParameters.checksum`."""
+        """See `AnchoredParameters.checksum`."""
         return self._anchored.checksum()
 
     def restore(self) -> None:
-        """Put the origin back, bit for bit."""
+        """Restore the origin, bit for bit."""
         self._anchored.restore()
 
     def abort(self) -> None:
-        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe
-        to call twice.
-        """
+        """End the search and restore the origin; the anchor is unchanged. Safe to call twice."""
         self._anchored.abort()
 
     def commit(self) -> None:
-        """End the search where the model stands now; these weights become the anchor of the next
-        search.
-        """
+        """End the search and make the current weights the anchor."""
         self._anchored.commit()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The anchor, fp32, by parameter name; of sharded parameters this rank's part."""
+        """The anchor, fp32, by parameter name; for sharded parameters, this rank's shard."""
         return self._anchored.state_dict()
 
     def load_state_dict(self, anchor: Mapping[str, Tensor]) -> None:
-        """Take over a saved anchor; see `AnchoredParameters.load_state_dict`."""
+        """Load a saved anchor; see `AnchoredParameters.load_state_dict`."""
         self._anchored.load_state_dict(anchor)
 
     @property
     def sharded(self) -> dict[str, ShardSpec]:
-        """This rank's share of every parameter of whose anchor it holds a part only."""
+        """This rank's shard of every sharded parameter."""
         return self._anchored.shares
 
     @torch.no_grad()
     def displacement_norm(self) -> float:
-        """‖W − anchor‖ over all selected parameters (Frobenius, accumulated in float64), over all
-        ranks.
-        """
+        """‖W − anchor‖ (Frobenius, in float64) over the selected parameters, all ranks together."""
         norms = {
             name: torch.linalg.vector_norm(for_float64(delta), dtype=torch.float64)
             for name, delta in self.displacements()
@@ -155,26 +145,24 @@ class LiveWeights:
 
     @torch.no_grad()
     def displacements(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, W − anchor in fp32), one parameter at a time; of sharded parameters this rank's
-        part.
-        """
+        """(name, W − anchor in fp32), one parameter at a time; this rank's shard if sharded."""
         for name, parameter in self._anchored.parameters.items():
-            here = local_shard(parameter.detach())
-            yield name, here.float() - self._anchored.anchor[name].to(here.device, non_blocking=True)
+            shard = local_shard(parameter.detach())
+            yield name, shard.float() - self._anchored.anchor[name].to(shard.device, non_blocking=True)
 
     def begin(self, direction: Direction = displacement) -> None:
-        """Remember the present weights as the origin of a search along `direction`."""
+        """Copy the current weights as the origin of a search along `direction`."""
         self._direction = direction
         self._anchored.begin()
 
     @torch.no_grad()
     def move_to(self, scale: float) -> None:
-        """Put the model at origin + scale · direction, computed in fp32; scale 0 is the origin, bit
-        for bit.
+        """Set the weights to origin + scale · direction, computed in fp32.
+
+        Scale 0 is the origin, bit for bit.
 
         Raises:
-            NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the
-                origin then.
+            NonFiniteWeightsError: the point contains NaN or infinity; the origin is restored.
         """
         anchored, origin = self._anchored, self._anchored.origin
         if scale == 0.0:
@@ -182,14 +170,14 @@ class LiveWeights:
             return
         spread: dict[str, Tensor] = {}
         for name, parameter in anchored.parameters.items():
-            here, start = local_shard(parameter), local_shard(origin[name])
-            anchor = anchored.anchor[name].to(here.device, non_blocking=True)
-            if self._direction is displacement and here.dtype == torch.float32:
-                torch.lerp(anchor, start, 1.0 + scale, out=here)  # W + s(W − A) in one pass, without a temporary
+            shard, start = local_shard(parameter), local_shard(origin[name])
+            anchor = anchored.anchor[name].to(shard.device, non_blocking=True)
+            if self._direction is displacement and shard.dtype == torch.float32:
+                torch.lerp(anchor, start, 1.0 + scale, out=shard)  # W + s(W − A) in one pass, without a temporary
             else:
-                here.copy_(torch.add(start.float(), self._direction(name, start.float(), anchor), alpha=scale))
-            if here.numel():  # a shard may be empty
-                low, high = torch.aminmax(here)  # both pass NaN on; their difference is finite where all between is
+                shard.copy_(torch.add(start.float(), self._direction(name, start.float(), anchor), alpha=scale))
+            if shard.numel():  # a shard can be empty
+                low, high = torch.aminmax(shard)  # NaN propagates, so a finite difference means finite elements
                 spread[name] = high - low
         bad = next(
             (n for n, value in zip(spread, on_host(spread.values()), strict=True) if not math.isfinite(value)), None

@@ -1,19 +1,18 @@
-r"""Moving a student that trains LoRA adapters: the point W + s·ΔW exactly, as far as the adapter's
-rank reaches.
+r"""`LoraWeights`: move LoRA factors to the best rank-r approximation of W + s·ΔW.
 
-The update of one matrix is scaling · B A, which is not linear in (B, A). With (B, A) now and (B_a,
-A_a) at the anchor, the point on the ray is
+The update of one matrix is scaling · B A, which is not linear in (B, A). With factors (B, A) now
+and (B_a, A_a) at the anchor, the point on the ray is
 
 $$ P(s) = (1+s) B A - s B_a A_a = [B, B_a] \begin{bmatrix} (1+s) A \\ -s A_a \end{bmatrix}, $$
 
-of rank at most 2r. Two thin QRs and the SVD of a 2r × 2r core give its best approximation of rank r
-(Eckart–Young) without ever forming an m × n matrix; what is lost is reported as a share of the
-jump. The base weights, quantised or not, are never touched.
+of rank at most 2r. Two thin QRs and the SVD of a 2r × 2r core give its best rank-r approximation
+(Eckart–Young) without forming an m × n matrix. The part that is lost is reported as a share of the
+jump. The base weights, quantized or not, are never changed.
 
-Among all factors of that matrix the ones nearest to the present A are taken, so that the
-optimizer's moments still mean something: with V the new row space and M = A V, A' = M Vᵀ + (I − M
-M⁺) A and B' = U S M⁺. At s = 0 that is (B, A) again, and directions of A that the point does not
-use stay available to training.
+Among all factorizations of the approximation U S Vᵀ, the one with A' nearest to the current A is
+used, so that the optimizer's moments stay meaningful: A' = M Vᵀ + (I − M M⁺) A and B' = U S M⁺ with
+M = A V. At s = 0 this gives (B, A) again. Directions of A that the point does not use remain
+available to training.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Singular values below this share of the largest are rounding.
 _ROUNDING = 1e-6
-#: If the new row space is nearer to orthogonal to A than this, balanced factors are used instead of
-#: the nearest ones.
+#: Balanced factors replace the nearest ones if σ_min(A V) / ‖A‖₂ is below this: the new row space
+#: is then nearly orthogonal to a direction of A.
 _TOO_FAR = 1e-4
 
 
@@ -47,7 +46,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def _core(b_mk: Tensor, a_kn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition of B A from thin QRs: U [m, k], S [k], V [n, k]."""
+    """SVD of B A from thin QRs: U [m, k], S [k], V [n, k]."""
     q_left, r_left = torch.linalg.qr(b_mk)
     q_right, r_right = torch.linalg.qr(a_kn.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
@@ -58,15 +57,15 @@ def _core(b_mk: Tensor, a_kn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def move_factors(
     a_rn: Tensor, b_mr: Tensor, anchor_a_rn: Tensor, anchor_b_mr: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of (1+s) B A − s B_a A_a in rank r, nearest to the present A (see the module).
+    """Rank-r factors of (1+s) B A − s B_a A_a with A' nearest to A, see the module.
 
     Args:
-        a_rn, b_mr: factors now, fp32.
-        anchor_a_rn, anchor_b_mr: factors at the anchor.
+        a_rn, b_mr: current factors, fp32.
+        anchor_a_rn, anchor_b_mr: factors at the anchor, fp32.
         scale: s.
 
     Returns:
-        (A' [r, n], B' [m, r], Frobenius norm of what rank r cannot hold).
+        A' [r, n], B' [m, r], and the Frobenius norm of the part that rank r cannot represent.
     """
     rank = a_rn.shape[0]
     left = torch.cat([b_mr, anchor_b_mr], dim=1)
@@ -87,25 +86,23 @@ def move_factors(
 
 
 class LoraWeights:
-    """The LoRA factors of a PEFT model, moved so that the *update* of every matrix goes along the
-    ray: `MovableWeights` for adapters.
+    """LoRA factors of a PEFT model, moved along the update of every matrix: `MovableWeights`.
 
-    Factors that FSDP2 shards are gathered one matrix at a time to be moved, and their anchor is
-    whole on every rank: they are small. The base weights stay where they are.
+    Sharded factors (FSDP2) are gathered one matrix at a time. Their anchor is whole on every rank,
+    because factors are small. The base weights do not change.
 
     Args:
         model: a PEFT model with one active LoRA adapter.
-        parameters: a rule for the names of the adapted weights in the base model (e.g.
-            `model.layers.0.mlp.up_proj.weight`).
-        anchor_device: device of the anchor.
+        parameters: a rule for the names of the adapted weights in the base model, such as
+            `model.layers.0.mlp.up_proj.weight`.
+        anchor_device: device of the anchor; `None`: the device of each factor.
 
     Attributes:
-        lost_share: of the last point, the largest share of a matrix's jump that rank r could not
-            hold.
+        lost_share: largest share of a matrix's last jump that rank r cannot represent (0–1).
 
     Raises:
-        ConfigError: not LoRA, a variant whose update is not scaling · B A, several active adapters,
-            or nothing is selected.
+        ConfigError: the adapter is not LoRA or its update is not scaling · B A, several adapters
+            are active, or nothing is selected.
     """
 
     def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
@@ -119,7 +116,7 @@ class LoraWeights:
         others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
         if others:
             logger.warning(
-                "EffOPD moves the LoRA factors only; these are trained, too, and stay: %s%s.",
+                "EffOPD moves only the LoRA factors; these trained parameters stay: %s%s.",
                 ", ".join(others[:3]), ", …" if len(others) > 3 else "",
             )  # fmt: skip
         self.lost_share: float | None = 0.0
@@ -133,34 +130,28 @@ class LoraWeights:
 
     @property
     def numel(self) -> int:
-        """How many numbers move."""
+        """Number of elements that move."""
         return self._anchored.numel
 
     @property
     def nbytes(self) -> int:
-        """Bytes held beside the model on this rank: the fp32 anchor and, during a search, one copy
-        of the weights.
-        """
+        """Bytes held beside the model on this rank: the anchor and, during a search, the origin."""
         return self._anchored.nbytes
 
     def checksum(self) -> int:
-        """As `AnchoredParameters.checksum`."""
+        """See `AnchoredParameters.checksum`."""
         return self._anchored.checksum()
 
     def restore(self) -> None:
-        """Put the origin back, bit for bit."""
+        """Restore the origin, bit for bit."""
         self._anchored.restore()
 
     def abort(self) -> None:
-        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe
-        to call twice.
-        """
+        """End the search and restore the origin; the anchor is unchanged. Safe to call twice."""
         self._anchored.abort()
 
     def commit(self) -> None:
-        """End the search where the model stands now; these weights become the anchor of the next
-        search.
-        """
+        """End the search and make the current weights the anchor."""
         self._anchored.commit()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -168,12 +159,12 @@ class LoraWeights:
         return self._anchored.state_dict()
 
     def load_state_dict(self, anchor: Mapping[str, Tensor]) -> None:
-        """Take over a saved anchor; see `AnchoredParameters.load_state_dict`."""
+        """Load a saved anchor; see `AnchoredParameters.load_state_dict`."""
         self._anchored.load_state_dict(anchor)
 
     @property
     def sharded(self) -> dict[str, ShardSpec]:
-        """Nothing: the anchor of the factors is whole on every rank."""
+        """Empty: the anchor of the factors is whole on every rank."""
         return {}
 
     def _factors(self, source: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
@@ -182,34 +173,38 @@ class LoraWeights:
         return a, b
 
     def _length(self, name: str) -> float:
-        """‖B A − B_a A_a‖ (without scaling), of the factors as they stand."""
+        """‖B A − B_a A_a‖ (Frobenius, without scaling) of the current factors."""
         (a, b), (anchor_a, anchor_b) = (
             self._factors(at, name) for at in (self._anchored.parameters, self._anchored.anchor)
         )
         if torch.equal(a, anchor_a) and torch.equal(b, anchor_b):
-            return 0.0  # and not what rounding makes of it
+            return 0.0  # exactly, without rounding error
         try:
             return float(_core(torch.cat([b, -anchor_b], dim=1), torch.cat([a, anchor_a], dim=0))[1].norm())
-        except torch.linalg.LinAlgError:  # what the decompositions make of NaN and infinity
+        except torch.linalg.LinAlgError:  # raised for NaN and infinity
             return math.nan
 
     @torch.no_grad()
     def displacement_norm(self) -> float:
-        """‖ΔW − ΔW_anchor‖ over all selected matrices, scaling included."""
+        """‖ΔW − ΔW_anchor‖ (Frobenius, with scaling) over the selected matrices."""
         return math.hypot(*(scaling * self._length(name) for name, scaling in self._scaling.items()))
 
     def displacements(self) -> Iterator[tuple[str, Tensor]]:
-        """Refused: an adapter has no full matrices.
+        """Not supported: an adapter has no full matrices.
 
         Raises:
             ConfigError: always.
         """
-        raise ConfigError("strategies that need full matrices do not work with LoRA adapters.")
+        raise ConfigError(
+            "this strategy needs full matrices, but the model trains LoRA adapters. Choose another strategy, or train "
+            "the full weights."
+        )
 
     @torch.no_grad()
     def begin(self, direction: Direction = displacement) -> None:
-        """Remember the present factors as the origin of a search along ΔW; rank r could not hold
-        another direction.
+        """Copy the current factors as the origin of a search along ΔW.
+
+        Other directions are not supported, because rank r cannot represent them.
         """
         assert direction is displacement, "strategies that need full matrices are refused"
         self._anchored.begin()
@@ -217,11 +212,12 @@ class LoraWeights:
 
     @torch.no_grad()
     def move_to(self, scale: float) -> None:
-        """Put every adapted matrix at W + s·ΔW in rank r; scale 0 is the origin, bit for bit.
+        """Set every adapted matrix to the rank-r approximation of W + s·ΔW.
+
+        Scale 0 is the origin, bit for bit.
 
         Raises:
-            NonFiniteWeightsError: the point contains NaN or infinity. The model is back at the
-                origin then.
+            NonFiniteWeightsError: the point contains NaN or infinity; the origin is restored.
         """
         origin, anchor = self._anchored.origin, self._anchored.anchor
         self.lost_share = lost_share = 0.0
@@ -246,23 +242,21 @@ class LoraWeights:
 
 
 def selected_adapters(model: nn.Module, rule: str) -> dict[str, tuple[tuple[nn.Parameter, nn.Parameter], float]]:
-    """(A, B) and scaling of the adapted weights that a rule moves, by name; see `adapted` and
-    `select`.
+    """(A, B) and scaling of the adapted weights that a rule selects, by name.
 
     Raises:
-        ConfigError: as these two.
+        ConfigError: see `adapted` and `select`.
     """
-    found = {name: (factors, scaling) for name, factors, scaling in adapted(model)}
-    return {name: found[name] for name in select(found, rule, type(inside(model)).__name__, "adapted weight")}
+    adapters = {name: (factors, scaling) for name, factors, scaling in adapted(model)}
+    return {name: adapters[name] for name in select(adapters, rule, type(inside(model)).__name__, "adapted weight")}
 
 
 def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter], float]]:
-    """(name of the adapted weight in the base model, (A, B), scaling) of every matrix with the
-    active LoRA adapter.
+    """(name of the adapted weight in the base model, (A, B), scaling) per matrix with an adapter.
 
     Raises:
-        ConfigError: not LoRA, several active adapters, or a variant whose update is not scaling · B
-            A.
+        ConfigError: the adapter is not LoRA or its update is not scaling · B A, or several adapters
+            are active.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
@@ -271,7 +265,8 @@ def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]
     kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in inner.peft_config.values()}
     if kinds != {"LORA"}:
         raise ConfigError(
-            f"the look-ahead moves LoRA adapters, got {', '.join(sorted(kinds))}. Use LoRA, or train fully."
+            f"the look-ahead moves LoRA adapters only, got {', '.join(sorted(kinds))}. Use LoRA, or train the full "
+            "weights."
         )
     for module_name, module in inner.named_modules():
         if not isinstance(module, LoraLayer):
@@ -283,16 +278,16 @@ def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]
         (adapter,) = active
         if adapter not in layer.lora_A:
             raise ConfigError(
-                f"'{name}' adapts an embedding, whose factors are laid out otherwise: leave it out of the LoRA."
+                f"'{name}' adapts an embedding, whose factors have another layout. Remove it from the LoRA "
+                "configuration."
             )
         variant = (
             isinstance(layer, ParamWrapper) or adapter in layer.lora_magnitude_vector or adapter in layer.lora_variant
         )
         if variant or layer.lora_A[adapter].weight.dim() != 2:
             raise ConfigError(
-                f"'{name}' uses a variant of LoRA (DoRA, …) or adapts stacked experts or a "
-                "convolution, where the update is not "
-                "scaling · B A: use plain LoRA on linear layers."
+                f"'{name}' uses a variant of LoRA (DoRA, …) or adapts stacked experts or a convolution, so its update "
+                "is not scaling · B A. Use plain LoRA on linear layers."
             )
         factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         yield f"{name}.weight", factors, float(layer.scaling[adapter])

@@ -1,6 +1,4 @@
-"""What a search needs of live weights: full matrices (`LiveWeights`) and LoRA factors
-(`LoraWeights`) offer it alike.
-"""
+"""`MovableWeights`: protocol of live weights in a search, for full matrices and LoRA factors."""
 
 from __future__ import annotations
 
@@ -11,8 +9,7 @@ from torch import Tensor
 
 from effopd.common.distributed import ShardSpec
 
-#: (parameter name, origin W, anchor), both fp32 on the parameter's device → direction D of its
-#: shape, fp32.
+#: (parameter name, origin W, anchor) → direction D; all fp32, of the parameter's shape and device.
 Direction = Callable[[str, Tensor, Tensor], Tensor]
 
 
@@ -22,11 +19,11 @@ def displacement(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
 
 
 class MovableWeights(Protocol):
-    """Live weights that a search can move and put back bit for bit.
+    """Live weights that a search can move and restore bit for bit.
 
-    Life of a search: `begin()` remembers the origin W; `move_to(s)` puts the model at W + s·D, any
-    number of times, with D = W − anchor unless `begin` was given another direction; `restore()`
-    puts W back; `commit()` ends the search where the model stands and makes that the new anchor.
+    A search calls `begin()` to copy the origin W, and `move_to(s)` any number of times to set the
+    model to W + s·D. The default direction is D = W − anchor. `commit()` ends the search and makes
+    the current weights the anchor; `abort()` ends it and restores W.
     """
 
     @property
@@ -35,11 +32,11 @@ class MovableWeights(Protocol):
 
     @property
     def numel(self) -> int:
-        """How many numbers move."""
+        """Number of elements that move."""
 
     @property
     def sharded(self) -> Mapping[str, ShardSpec]:
-        """This rank's share of every parameter of whose anchor it holds a part only."""
+        """This rank's shard of every parameter whose anchor it holds only in part."""
 
     @property
     def nbytes(self) -> int:
@@ -47,40 +44,37 @@ class MovableWeights(Protocol):
 
     @property
     def lost_share(self) -> float | None:
-        """Of the last point, the largest share of a matrix's jump that the weights could not hold;
-        `None`: they hold every one.
+        """Largest share of a matrix's last jump that its rank cannot represent (0–1).
+
+        `None`: every point can be represented.
         """
 
     def displacement_norm(self) -> float:
-        """‖W − anchor‖ over all selected parameters, over all ranks."""
+        """‖W − anchor‖ (Frobenius) over the selected parameters, all ranks together."""
 
     def displacements(self) -> Iterator[tuple[str, Tensor]]:
         """(name, W − anchor in fp32) of full matrices, one parameter at a time."""
 
     def checksum(self) -> int:
-        """A number that ranks with equal weights share."""
+        """Checksum of the weights; equal on ranks with equal weights."""
 
     def begin(self, direction: Direction = displacement) -> None:
-        """Remember the present weights as the origin of a search along `direction`."""
+        """Copy the current weights as the origin of a search along `direction`."""
 
     def move_to(self, scale: float) -> None:
-        """Put the model at origin + scale · direction; scale 0 is the origin, bit for bit."""
+        """Set the weights to origin + scale · direction; scale 0 is the origin, bit for bit."""
 
     def restore(self) -> None:
-        """Put the origin back, bit for bit."""
+        """Restore the origin, bit for bit."""
 
     def abort(self) -> None:
-        """Leave a search without a trace: restore the origin and forget it; the anchor stays. Safe
-        to call twice.
-        """
+        """End the search and restore the origin; the anchor is unchanged. Safe to call twice."""
 
     def commit(self) -> None:
-        """End the search where the model stands now; these weights become the anchor of the next
-        search.
-        """
+        """End the search and make the current weights the anchor."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The anchor, fp32, by parameter name."""
+        """This rank's anchor, fp32, by parameter name."""
 
     def load_state_dict(self, anchor: Mapping[str, Tensor]) -> None:
-        """Take over a saved anchor."""
+        """Load a saved anchor."""

@@ -1,6 +1,4 @@
-"""What a fitting strategy has seen so far: kept tensors of each parameter, steps and accuracies,
-saved with checkpoints.
-"""
+"""`Observations` of a predicting strategy: steps, accuracies and tensors of each parameter."""
 
 from __future__ import annotations
 
@@ -17,13 +15,13 @@ _SEPARATOR = "|"
 
 
 class Observations:
-    """Displacements from the start, one entry a step, in the form the strategy keeps them.
+    """Updates from the start, one entry per observed step, as the tensors that `Fit.keep` returns.
 
     Attributes:
         steps: optimizer steps observed.
-        by_parameter: for each parameter, one dictionary of tensors a step.
-        scores: the accuracy on D_v at each step, `None` where it was not asked for.
-        target: the accuracy aimed at, if there is one.
+        by_parameter: for each parameter, one dictionary of tensors per step.
+        scores: accuracy on the validation prompts per step; `None`: not measured.
+        target: target accuracy; `None`: the fit needs none.
     """
 
     def __init__(self) -> None:
@@ -34,14 +32,12 @@ class Observations:
         self._uncharged = True
 
     def add(
-        self, step: int, kept: Mapping[str, Mapping[str, Tensor]], score: float | None, device: str | None
+        self, step: int, observed: Mapping[str, Mapping[str, Tensor]], score: float | None, device: str | None
     ) -> None:
-        """Append a step; tensors are moved to `device` if one is given, except for float64 ones
-        that it cannot hold.
-        """
+        """Append a step; move its tensors to `device`, except float64 ones if it lacks float64."""
         self.steps.append(step)
         self.scores.append(score)
-        for name, tensors in kept.items():
+        for name, tensors in observed.items():
             moved = {
                 key: tensor.to(device) if device and (tensor.dtype != torch.float64 or has_float64(device)) else tensor
                 for key, tensor in tensors.items()
@@ -49,24 +45,24 @@ class Observations:
             self.by_parameter.setdefault(name, []).append(moved)
 
     def quality(self) -> Sequence[float]:
-        """Accuracies relative to the target (1 = as good); NaN where none was measured."""
+        """Accuracy / target accuracy per step; NaN if not measured."""
         goal = self.target.mean if self.target and self.target.mean > 0 else 1.0
         return [float("nan") if score is None else score / goal for score in self.scores]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything kept."""
+        """Bytes of all stored tensors."""
         points = (point for path in self.by_parameter.values() for point in path)
         return sum(tensor.nbytes for point in points for tensor in point.values())
 
     def take_target_tokens(self) -> int:
-        """Tokens that measuring the target cost; the first caller is told, later ones get 0."""
+        """Tokens generated to measure the target on the first call; 0 on later calls."""
         tokens = self.target.generated_tokens if self.target and self._uncharged else 0
         self._uncharged = False
         return tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """`tensors` (flat, by position, parameter and key) and plain values."""
+        """`tensors`, flat with keys `position|parameter|key`, and JSON values."""
         return {
             "tensors": {
                 _SEPARATOR.join((str(index), name, key)): tensor

@@ -1,13 +1,16 @@
-"""Which parameters the look-ahead moves: named rules, and what every rule must hold for.
+"""Rules that select the parameters that the look-ahead moves, and their checks.
 
-    names of the trained parameters, without wrappers → rule → what moves
+    names of the trained parameters, without wrappers → rule → names of the parameters that move
 
-Architectures name their parts differently, so `attention+mlp` is checked against every decoder that
-transformers knows (`benchmarks/parameter_rules.py`). It moves the matrices and biases inside
-attention blocks, MLPs (experts and routers included) and whatever mixes positions in the place of
-attention: state spaces, linear attention, recurrences, short convolutions. Left where they are:
-embeddings, heads, norms, and what acts on the residual stream between the blocks
-(hyper-connections, residual scales and convolutions, AltUp, LAuReL, inputs per layer, adapters).
+`attention+mlp` moves the matrices and biases of
+
+- attention blocks, and modules that mix positions in their place: state-space models, linear
+  attention, recurrences, short convolutions;
+- MLPs, including experts and routers.
+
+It leaves embeddings, heads and norms where they are, and modules on the residual stream between
+blocks: hyper-connections, residual scales and convolutions, AltUp, LAuReL, per-layer inputs,
+adapters. `benchmarks/parameter_rules.py` checks it on every decoder of transformers.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from effopd.errors import ConfigError
 
 _ATTENTION = r"\w*(?:attn|attention)(?:s|_layers?|_block)?"
-#: What takes the place of attention in hybrid and recurrent models.
+#: Replacements of attention in hybrid and recurrent models.
 _MIXER = r"mamba|mixer|(?:short_)?conv|mlstm_layer|temporal_block"
 _MLP = r"\w*mlps?(?:_block)?|\w*ffns?|feed_forward(?:_in|_out)?|ff|(?:\w+_)?moe|experts|shared_experts?|fc\d|lin\d"
 #: BERT's MLP has no module of its own.
 _BERT_MLP = r"(?:intermediate|output)\.dense"
-#: A part that is a norm, and DBRX's block, which is none.
+#: A name component that is a norm. DBRX's `norm_attn_norm` is a block and is excluded below.
 _NORM = r"(?:\w*norm\w*|(?:\w+_)?ln(?:_\w+|\d+)?)(?:\.|$)"
 _NO_NORM_IN_THE_BLOCK = rf"^(?!(?:.*\.)?\d+\.(?:.*\.)?(?!norm_attn_norm\.){_NORM})"
 
@@ -36,20 +39,20 @@ PARAMETER_RULES = {
     "attention+mlp": rf"(?i){_NO_NORM_IN_THE_BLOCK}(?:.*\.)?"
     rf"(?:{_ATTENTION}|{_MIXER}|{_MLP}|{_BERT_MLP})\.(?!(?:.*\.)?{_NORM})",
     "all": r"",
-    # the authors' public code looks for 13 substrings in lower-cased names; `self_attn` contains
-    # `attn`. So `post_attention_layernorm`, q_norm and k_norm move too
+    # The authors' public code searches 13 substrings in lower-case names. `attn` and `attention`
+    # also match q_norm and k_norm (inside `self_attn`) and `post_attention_layernorm`.
     "released-code": r"(?i)attn|attention|[qkvo]_proj|mlp|feed_forward|ffn|(?:gate|up|down)_proj",
 }
 
-#: Modules that torch puts around others, as they appear in parameter names.
+#: Wrapper modules of torch, as they appear in parameter names.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-#: Biases and norms alone make no block.
+#: Biases and norms, which do not make a block by themselves.
 _SMALL = re.compile(rf"(?i)bias$|(?:^|\.){_NORM}")
 _NUMBERED = re.compile(r"^(.*?\b)\d+\.(.+)$")
 
 
 def compile_rule(rule: str) -> re.Pattern[str]:
-    """The regular expression of a rule of `PARAMETER_RULES`, or of `rule` read as one itself.
+    """Regular expression of a rule in `PARAMETER_RULES`, or of `rule` itself.
 
     Raises:
         ConfigError: the rule is neither a known name nor a valid regular expression.
@@ -58,15 +61,13 @@ def compile_rule(rule: str) -> re.Pattern[str]:
         return re.compile(PARAMETER_RULES.get(rule, rule))
     except re.error as error:
         raise ConfigError(
-            f"EffOPDConfig.parameters={rule!r} is neither one of {', '.join(PARAMETER_RULES)} "
-            "nor a valid regular expression "
-            f"({error})."
+            f"EffOPDConfig.parameters={rule!r} is neither one of {', '.join(PARAMETER_RULES)} nor a valid regular "
+            f"expression ({error})."
         ) from error
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without `torch.compile`, FSDP1 and activation-checkpoint
-    wrappers.
+    """Name of a parameter or module without `torch.compile`, FSDP1 and checkpoint wrappers.
 
     Example:
         >>> plain_name("_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
@@ -87,17 +88,17 @@ def inside(model: nn.Module) -> nn.Module:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters with `requires_grad` by name; the same names however the model is wrapped."""
+    """Parameters with `requires_grad`, by name; the names do not depend on wrappers."""
     return {plain_name(name): p for name, p in inside(model).named_parameters() if p.requires_grad}
 
 
 def select(names: Iterable[str], rule: str, model: str, what: str = "trained parameter") -> list[str]:
-    """Those of `names` that `rule` moves.
+    """Names that `rule` selects.
 
     Args:
-        names: of the trained parameters.
+        names: names of the trained parameters.
         rule: a rule of `PARAMETER_RULES` or a regular expression.
-        model, what: what the message calls the model, and a thing with a name.
+        model, what: terms for the model and for the named objects in error messages.
 
     Raises:
         ConfigError: nothing matches, or `attention+mlp` matches nothing in one kind of block.
@@ -115,24 +116,21 @@ def select(names: Iterable[str], rule: str, model: str, what: str = "trained par
             matrices = [name for name in members if not _SMALL.search(name)]
             if len(matrices) > 1 and not moved.intersection(members):
                 raise ConfigError(
-                    "EffOPDConfig.parameters='attention+mlp' finds neither attention nor MLP "
-                    f"in the blocks {container} of {model}, "
-                    f"which hold {', '.join(matrices[:3])}: they would never move. Use 'all', "
-                    "or a regular expression that matches."
+                    "EffOPDConfig.parameters='attention+mlp' finds neither attention nor MLP in the blocks "
+                    f"{container} of {model}, which hold {', '.join(matrices[:3])}: these blocks would never move. "
+                    "Use 'all', or a regular expression that matches."
                 )
     return chosen
 
 
 def _blocks(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """(container, names of one block) of every kind of numbered block: blocks of a kind hold the
-    same names.
-    """
-    found: dict[str, list[str]] = {}
+    """(container, names of one block) per kind of numbered block; a kind shares its names."""
+    blocks: dict[str, list[str]] = {}
     for name in names:
         if match := _NUMBERED.match(name):
-            found.setdefault(name[: match.start(2)], []).append(name)
+            blocks.setdefault(name[: match.start(2)], []).append(name)
     kinds: dict[tuple[str, frozenset[str]], list[str]] = {}
-    for block, members in found.items():
+    for block, members in blocks.items():
         container = re.sub(r"\d+\.$", "*", block)
         kinds.setdefault((container, frozenset(re.sub(r"\d+", "*", n[len(block) :]) for n in members)), members)
     for (container, _), members in kinds.items():

@@ -1,8 +1,7 @@
-"""Strategies that predict: observe the weights of the first steps, fit, and jump once to where
-training leads.
+"""Predicting strategies: observe the first steps, fit, and jump once to the predicted weights.
 
-The predicted displacement $\\hat\\Delta$ is measured from the start $W_0$, so the direction of the
-jump is $D = W_0 + \\hat\\Delta - W$. Parameters without a prediction stay.
+The predicted update $\\hat\\Delta$ is measured from the start $W_0$, so the jump's direction is
+$D = W_0 + \\hat\\Delta - W$. Parameters without a prediction stay.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from effopd.extrapolate.observations import Observations
 from effopd.extrapolate.search import Score, Trial
 from effopd.runs.records import SearchRecord
 
-#: A line needs points: fewer observations predict nothing.
+#: Fewest observations that a prediction is made from.
 FEWEST_OBSERVATIONS = 4
 
 
 @dataclass(frozen=True)
 class FitArgs:
-    """When a strategy observes and when it predicts."""
+    """Steps at which a strategy observes and predicts."""
 
     every: int = field(default=2, metadata={"help": "observe the weights every N steps"})
     until: int = field(default=16, metadata={"help": "predict and jump after this step"})
@@ -35,20 +34,18 @@ class FitArgs:
     def __post_init__(self) -> None:
         if self.every < 1 or self.until < FEWEST_OBSERVATIONS * self.every or self.until % self.every:
             raise ValueError(
-                f"until must be a multiple of every and at least {FEWEST_OBSERVATIONS} times "
-                "as large (a line needs points), "
-                f"got every={self.every}, until={self.until}"
+                f"until must be a multiple of every and at least {FEWEST_OBSERVATIONS} times as large, because a fit "
+                f"needs {FEWEST_OBSERVATIONS} observations; got every={self.every}, until={self.until}"
             )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Where a fit says training leads.
+    """Result of a fit.
 
     Attributes:
-        delta: predicted displacement from the start, by parameter name; parameters left out stay
-            where they are.
-        quality: figures that say how far to trust it, for the log.
+        delta: predicted update from the start, by parameter name; other parameters stay.
+        quality: measures of the quality of the fit, by name; written to `searches.jsonl`.
     """
 
     delta: Mapping[str, Tensor]
@@ -57,13 +54,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Fit:
-    """A prediction from the first steps.
+    """Functions that predict an update from the first steps.
 
     Attributes:
-        keep: what to remember of one parameter's displacement W_t − W_0, as named tensors.
+        keep: update W_t − W_0 of one parameter → named tensors to store.
         predict: (observations, args, seed) → prediction.
-        target: args → the accuracy to aim at, `None`: the teacher's, measured once. A fit without
-            `target` needs no accuracies.
+        target: args → target accuracy; if it returns `None`, the teacher's accuracy is measured
+            once. `None`: the fit needs no accuracies.
     """
 
     keep: Callable[[Tensor], dict[str, Tensor]]
@@ -75,13 +72,13 @@ class Predictor:
     """Observes and predicts for one run.
 
     Args:
-        fit: of the strategy.
-        args: of the strategy; a `FitArgs`.
-        seed: of the look-ahead.
-        device: where observed tensors are kept; `None`: where they are made.
+        fit: the strategy's fit.
+        args: the strategy's arguments.
+        seed: seed of the look-ahead.
+        device: device of stored tensors; `None`: the device on which they were computed.
 
     Attributes:
-        observations: what has been observed; saved with checkpoints.
+        observations: observations so far; saved with checkpoints.
     """
 
     def __init__(self, fit: Fit, args: FitArgs, seed: int, device: str | None):
@@ -105,38 +102,39 @@ class Predictor:
         score: Callable[[], Score],
         target: Callable[[], Score],
     ) -> SearchRecord:
-        """Remember the displacement from the start, and its accuracy if the fit needs one.
+        """Store the update from the start, and its accuracy if the fit needs one.
 
         Args:
-            score: measures the present weights.
-            target: measures the accuracy to aim at; asked once, unless the arguments give it.
+            score: measures the current weights.
+            target: measures the target accuracy; called at the first observation, unless the
+                arguments set the target.
         """
-        start, seen = time.perf_counter(), self.observations
-        if self.fit.target is not None and not seen.steps:
+        start, observations = time.perf_counter(), self.observations
+        if self.fit.target is not None and not observations.steps:
             given = self.fit.target(self.args)
-            seen.target = target() if given is None else Score(given)
+            observations.target = target() if given is None else Score(given)
         measured = score() if self.fit.target is not None else None
-        kept = {name: self.fit.keep(delta) for name, delta in weights.displacements()}
-        seen.add(step, kept, measured.mean if measured else None, self._device)
+        tensors = {name: self.fit.keep(delta) for name, delta in weights.displacements()}
+        observations.add(step, tensors, measured.mean if measured else None, self._device)
         return SearchRecord(
             step=step,
             anchor_step=anchor_step,
             delta_norm=finite_or_none(weights.displacement_norm()),
             best_scale=0.0,
             seconds=time.perf_counter() - start,
-            generated_tokens=seen.take_target_tokens() + (measured.generated_tokens if measured else 0),
+            generated_tokens=observations.take_target_tokens() + (measured.generated_tokens if measured else 0),
             forward_tokens=measured.forward_tokens if measured else 0,
             trials=(Trial(0.0, measured, "start").to_record(),),
-            observation=len(seen.steps),
+            observation=len(observations.steps),
         )
 
     def direction(self) -> tuple[Direction, Mapping[str, float]]:
-        """D = W_0 + predicted displacement − W, and how far to trust it."""
-        seen = self.observations
-        if len(seen.steps) < FEWEST_OBSERVATIONS:  # `reanchor` dropped the others
-            prediction = Prediction({}, {"observations": len(seen.steps)})
+        """D = W_0 + predicted update − W, and the quality of the fit."""
+        observations = self.observations
+        if len(observations.steps) < FEWEST_OBSERVATIONS:  # `reanchor` dropped earlier ones
+            prediction = Prediction({}, {"observations": len(observations.steps)})
         else:
-            prediction = self.fit.predict(seen, self.args, self.seed)
+            prediction = self.fit.predict(observations, self.args, self.seed)
 
         def direction(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
             delta = prediction.delta.get(name)
@@ -145,10 +143,10 @@ class Predictor:
         return direction, prediction.quality
 
     def forget(self) -> None:
-        """Start anew from the present weights."""
+        """Drop all observations."""
         self.observations = Observations()
 
 
 def finite_or_none(value: float) -> float | None:
-    """The value as JSON can hold it."""
+    """The value; `None` if it is not finite, because JSON has no NaN or infinity."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Leading components of displacements, with signs that belong together over time."""
+"""Leading rank-1 components of updates, with signs aligned over time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from effopd.weights.leading import leading_directions
 
 @dataclass(frozen=True)
 class RankOne:
-    """The leading component s1·u1·v1ᵀ of one displacement ΔW = W_t − W_0.
+    """Leading component s1·u1·v1ᵀ of one update ΔW = W_t − W_0.
 
     Attributes:
-        u_M, s1, v_N: leading singular triplet, vectors in fp32, on the CPU.
+        u_M, s1, v_N: leading singular triplet; vectors in fp32, on the CPU.
         norm: ‖ΔW‖ (Frobenius).
     """
 
@@ -28,20 +28,18 @@ class RankOne:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """A parameter as [M, N]: vectors become columns, stacks of matrices lose their inner
-    structure.
-    """
+    """A parameter as a matrix [M, N]: vectors become columns, further axes are flattened into N."""
     return tensor.reshape(-1, 1) if tensor.ndim < 2 else tensor.flatten(1)
 
 
 def leading(delta: Tensor) -> RankOne:
-    """The leading component of a displacement; all zeros for a parameter that has not moved."""
+    """Leading component of an update; zeros for a parameter that has not moved."""
     delta_MN = for_float64(as_matrix(delta))
     norm = float(delta_MN.double().norm())
     if norm == 0.0:
         return RankOne(torch.zeros(delta_MN.shape[0]), 0.0, torch.zeros(delta_MN.shape[1]), 0.0)
-    found = leading_directions(delta_MN, k=1)
-    return RankOne(found.u_MK[:, 0].float(), float(found.s_K[0]), found.v_NK[:, 0].float(), norm)
+    directions = leading_directions(delta_MN, k=1)
+    return RankOne(directions.u_MK[:, 0].float(), float(directions.s_K[0]), directions.v_NK[:, 0].float(), norm)
 
 
 def _dot(a_M: Tensor, b_M: Tensor) -> float:
@@ -49,9 +47,9 @@ def _dot(a_M: Tensor, b_M: Tensor) -> float:
 
 
 def align_forward(points: Sequence[RankOne]) -> list[RankOne]:
-    """The same components with u_t · u_{t−1} ≥ 0, walking forward in time; u and v flip together.
+    """Flip signs forward in time so that u_t · u_{t−1} ≥ 0; u and v flip together.
 
-    Aligning to the last point instead would let the future decide the signs of the past.
+    Aligning to the last point instead lets later steps decide the signs of earlier ones.
     """
     aligned: list[RankOne] = []
     for point in points:

@@ -1,6 +1,4 @@
-"""The look-ahead's state in a checkpoint folder: reading it, and whether it belongs to the settings
-of a run.
-"""
+"""The look-ahead's state in a checkpoint folder: write, load, and compare its settings."""
 
 from __future__ import annotations
 
@@ -21,18 +19,17 @@ STATE_FILE = "effopd_state.json"
 OBSERVATIONS_FILE = "effopd_observations.safetensors"
 
 
-#: Settings that decide where but not what: a resumed run may change them.
+#: Settings that do not change decisions: a resumed run can change them.
 DECIDES_NOTHING = ("anchor_device",)
 
 
 def fingerprint(config: EffOPDConfig, scorer: Any, host: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What must be the same for a resumed run to take the same decisions, every setting with its
-    value.
+    """Settings and validation prompts that a resumed run must share to make the same decisions.
 
     Args:
-        config: the settings of the run.
-        scorer: what it scores with.
-        host: the values of settings that the trainer decides: `score_rollouts`,
+        config: settings of the look-ahead.
+        scorer: scorer of the run.
+        host: values of settings that the trainer decides: `score_rollouts` and
             `max_completion_length`.
     """
     settings = dataclasses.asdict(config)
@@ -41,7 +38,7 @@ def fingerprint(config: EffOPDConfig, scorer: Any, host: Mapping[str, Any] | Non
     for name in (*DECIDES_NOTHING, *unread, *(f"args.{name}" for name in unread)):
         settings.pop(name, None)
     host, limit = host or {}, "args.max_completion_length"
-    if (settings.get("score_rollouts") or 1) < 1:  # a share of the step's
+    if (settings.get("score_rollouts") or 1) < 1:  # a share of the step's rollouts
         settings["score_rollouts"] = host.get("score_rollouts", settings["score_rollouts"])
     if limit in settings and settings[limit] is None:
         settings[limit] = host.get("max_completion_length")
@@ -51,10 +48,10 @@ def fingerprint(config: EffOPDConfig, scorer: Any, host: Mapping[str, Any] | Non
 def check_same(
     saved: Mapping[str, Any], config: EffOPDConfig, scorer: Any, host: Mapping[str, Any] | None = None
 ) -> None:
-    """Compare the fingerprint of a saved state with that of a run; see `fingerprint`.
+    """Check that a saved fingerprint equals that of the run; see `fingerprint`.
 
     Raises:
-        CheckpointError: the state belongs to other settings or other validation prompts.
+        CheckpointError: settings or validation prompts differ.
     """
     saved, now = (json.loads(json.dumps(one)) for one in (saved, fingerprint(config, scorer, host)))
     before, after = saved["config"], now["config"]
@@ -71,15 +68,15 @@ def check_same(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The plain part of a saved state; its tensors are in files of their own.
+    """JSON part of a saved state, without tensors.
 
     Raises:
-        CheckpointError: the folder has no complete look-ahead state.
+        CheckpointError: the folder has no complete look-ahead state, or the file is damaged.
     """
     if not (folder / STATE_FILE).is_file():
         raise CheckpointError(
-            f"{folder} has no complete look-ahead state ({STATE_FILE} expected): it was written "
-            "without EffOPD, or the run was killed while saving. Resume from an earlier checkpoint."
+            f"{folder} has no complete look-ahead state ({STATE_FILE} is missing): it was written without EffOPD, or "
+            "the run was killed while saving. Resume from an earlier checkpoint."
         )
     try:
         state = json.loads((folder / STATE_FILE).read_text())
@@ -89,34 +86,35 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def write_state(folder: Path, state: dict[str, Any], sharded: Mapping[str, ShardSpec]) -> None:
-    """Write `EffOPD.state_dict()`; the JSON file comes last, so its presence means "complete".
+    """Write `EffOPD.state_dict()`. The JSON file is written last and marks the state as complete.
 
-    Every rank calls this: sharded parameters are written by the rank that holds them, the rest by
-    rank 0.
+    Call it on all ranks: each rank writes its shards, and rank 0 writes the rest.
 
     Args:
-        sharded: this rank's shares of the anchor.
+        folder: checkpoint folder.
+        state: state to write; its entries are consumed.
+        sharded: this rank's shards of the anchor, by parameter name.
     """
     from safetensors.torch import save_file
 
     observations = state.pop("observations")
     parts = write_anchor(folder, state.pop("anchor"), next(iter(sharded.values()), None))
     if sharded:
-        all_gather_object(None)  # every part is there
+        all_gather_object(None)  # wait until all parts are written
     if rank() != 0:
         return
     state |= {"observations": observations, "anchor_parts": parts, "anchor_sharded": list(sharded)}
     if observations is not None and (tensors := observations.pop("tensors")):
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(folder / OBSERVATIONS_FILE, lambda path: save_file(kept, path))
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(folder / OBSERVATIONS_FILE, lambda path: save_file(on_cpu, path))
     write_atomically(folder / STATE_FILE, lambda path: path.write_text(json.dumps(state, indent=1)))
 
 
 def load_state(folder: Path, sharded: Mapping[str, ShardSpec]) -> dict[str, Any]:
-    """Read what `write_state` wrote, for `EffOPD.load_state_dict`; of the anchor this rank's share.
+    """State for `EffOPD.load_state_dict`, with this rank's part of the anchor.
 
     Raises:
-        CheckpointError: the folder has no complete look-ahead state, or a damaged one.
+        CheckpointError: the folder has no complete look-ahead state, or a file is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -133,8 +131,8 @@ def load_state(folder: Path, sharded: Mapping[str, ShardSpec]) -> dict[str, Any]
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:
-    """The error of a state that is there and cannot be read."""
+    """Error for a state that exists but cannot be read."""
     return CheckpointError(
-        f"the look-ahead state in {folder} is damaged ({error}): {STATE_FILE}, {ANCHOR_FILE} (or its parts) and "
-        f"{OBSERVATIONS_FILE} should be as they were written. Resume from an earlier checkpoint."
+        f"the look-ahead state in {folder} is damaged ({error}). It consists of {STATE_FILE}, {ANCHOR_FILE} (or its "
+        f"parts) and {OBSERVATIONS_FILE}. Resume from an earlier checkpoint."
     )

@@ -1,4 +1,4 @@
-"""When to look ahead: pure functions of the optimizer step and the searches so far."""
+"""Schedules of searches: pure functions of the optimizer step and the past searches."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Protocol
 
 
 class PastSearch(Protocol):
-    """What the schedule reads of an earlier search."""
+    """Fields of a past search that a schedule reads."""
 
     @property
     def step(self) -> int:
-        """The optimizer step after which it searched."""
+        """Optimizer step after which it ran."""
 
     @property
     def accepted_scale(self) -> float:
-        """Where the model went."""
+        """Accepted scale s; 0 if the model stayed."""
 
     @property
     def searched(self) -> bool:
-        """Whether a candidate was tried besides the start."""
+        """Whether it tried a candidate besides the start."""
 
 
-#: The longest wait of the adaptive schedule, in steps.
+#: Longest interval of the adaptive schedule, in steps.
 LONGEST = 8
 
 
@@ -37,17 +37,17 @@ def powers_of_two(step: int) -> bool:
 
 
 def adaptive(step: int, history: Sequence[PastSearch]) -> bool:
-    """Whether enough steps have passed since the last search.
+    """Whether the interval since the last search has passed.
 
-    The wait is 1 step after a jump of at least the displacement itself (s ≥ 1). Otherwise it
-    doubles, up to 8 steps, and up to 4 after a step back (s < 0). A search that tried no candidate,
-    because nothing had moved, leaves the wait as it was.
+    The interval is 1 step after a jump of s ≥ 1. Otherwise it doubles, up to 8 steps, or up to 4
+    after a backward jump (s < 0). A search without candidates (the weights equaled the anchor)
+    leaves it unchanged.
 
-    So searches follow every step while jumps pay, come back soon where training overshoots, and
-    cost little where the steps are right.
+    Searches are therefore frequent while jumps are accepted, and rare while they are not.
 
     Args:
-        history: the searches so far.
+        step: optimizer step.
+        history: searches so far.
     """
     wait, last = 1, 0
     for search in history:

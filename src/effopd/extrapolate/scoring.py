@@ -1,4 +1,4 @@
-"""Asking a scorer: what the built-in ones are set by, and one call that leaves no trace."""
+"""Settings of the built-in scorers, and one isolated, timed call of a scorer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from effopd.common.isolation import isolated_rng, time_limit
 from effopd.errors import EffOPDError, ScorerError
 from effopd.extrapolate.search import Score
 
-#: model → its score, larger is better.
+#: model → score, larger is better.
 Scorer = Callable[[Any], "Score | float"]
 
 
 @dataclass(frozen=True)
 class AccuracyArgs:
-    """How validation prompts are answered."""
+    """Settings for answering the validation prompts."""
 
     temperature: float = field(
-        default=1.0, metadata={"help": "sampling temperature of the validation answers, 0: greedy"}
+        default=1.0, metadata={"help": "sampling temperature of the validation answers; 0: greedy"}
     )
-    batch_size: int = field(default=64, metadata={"help": "validation prompts that are answered at once"})
+    batch_size: int = field(default=64, metadata={"help": "validation prompts per generation batch"})
     max_completion_length: int | None = field(
         default=None,
         metadata={"help": "token limit of a validation answer; unset: the trainer's max_completion_length"},
@@ -43,28 +43,29 @@ class AccuracyArgs:
 
 @dataclass(frozen=True)
 class TeacherKLArgs:
-    """The divergence from the teacher has no arguments of its own."""
+    """Settings of the divergence scorer: none."""
 
 
-#: Built-in scorers → their arguments, and the setting of `EffOPDConfig` that chooses them.
+#: Built-in scorer → (its arguments, the setting of `EffOPDConfig` that selects it).
 SCORERS: dict[str, tuple[type, str]] = {
     "accuracy": (AccuracyArgs, "validation_size"),
     "teacher_kl": (TeacherKLArgs, "score_rollouts"),
 }
-#: Settings that only built-in scorers read: those that choose one, and its arguments.
+#: Settings read only by built-in scorers: those that select one, and its arguments.
 OF_SCORERS = frozenset({setting for _, setting in SCORERS.values()}).union(
     *({f.name for f in fields(cls)} for cls, _ in SCORERS.values())
 )
 
 
 def ask(scorer: Scorer, model: Any, scale: float, seed: int, timeout: float | None) -> Score:
-    """Rank 0's score of the model as it stands, so that every rank decides alike. Scorers that
-    share the work between ranks return the whole score on each.
+    """Score the current model on all ranks; every rank returns rank 0's score and decides alike.
+
+    Scorers that divide the work between ranks return the full score on each rank.
 
     Args:
-        scale: where the model stands, for the message.
-        seed: of the random numbers that the scorer draws.
-        timeout: in seconds; `None`: no limit.
+        scale: current scale, for the error message.
+        seed: seed of the scorer's random numbers.
+        timeout: time limit in seconds; `None`: no limit.
 
     Raises:
         ScorerError: the scorer raised, took too long, or returned no score.
@@ -81,7 +82,7 @@ def _ask(scorer: Scorer, model: Any, scale: float, seed: int, timeout: float | N
         raise
     except Exception as error:
         raise ScorerError(
-            f"the scorer raised {type(error).__name__} at scale {scale}: {error}. The weights were restored; fix "
+            f"the scorer raised {type(error).__name__} at scale {scale}: {error}. The weights were restored. Fix "
             "the scorer and resume from the last checkpoint."
         ) from error
     if isinstance(value, Score):
@@ -90,6 +91,6 @@ def _ask(scorer: Scorer, model: Any, scale: float, seed: int, timeout: float | N
         return Score(float(value), seconds=time.perf_counter() - start)
     except (TypeError, ValueError) as error:
         raise ScorerError(
-            f"the scorer returned {type(value).__name__}: expected a number or an effopd "
-            "Score. The weights were restored."
+            f"the scorer returned {type(value).__name__}: expected a number or an effopd Score. The weights were "
+            "restored."
         ) from error

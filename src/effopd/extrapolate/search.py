@@ -1,8 +1,7 @@
-"""How far to go: the paper's search, and a line search, as pure functions.
+"""Searches for the scale s of W + s·Δ, as pure functions of `scale → Score`.
 
-No model and no device in here: the search sees a function `scale → Score` and returns what it
-decided and why, so its logic is tested with plain functions and every later strategy has the same
-shape.
+They know no model and no device, so tests call them with plain functions. Each returns a
+`SearchResult`: the accepted scale and every trial.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from effopd.runs.records import TrialRecord
 
 @dataclass(frozen=True)
 class Score:
-    """How good a point is; larger is better.
+    """Score of one point, and its cost; larger is better.
 
     Attributes:
-        mean: the number the gate compares.
-        per_example: one value per validation example, in a fixed order, so that two scores can be
-            paired.
-        seconds: wall-clock cost of this score.
-        generated_tokens: tokens sampled for it.
-        forward_tokens: tokens run through a model besides generation.
+        mean: the value that gates compare.
+        per_example: one value per example, in a fixed order, for paired comparisons.
+        seconds: wall-clock time.
+        generated_tokens: tokens sampled.
+        forward_tokens: tokens in forward passes outside generation.
     """
 
     mean: float
@@ -44,7 +42,7 @@ class Trial:
     verdict: str
 
     def to_record(self) -> TrialRecord:
-        """The trial as a row of a run has it."""
+        """The trial as it is recorded in `searches.jsonl`."""
         if self.score is None:
             return TrialRecord(self.scale, self.verdict)
         return TrialRecord(
@@ -60,16 +58,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The accepted scale (0.0 = stay) and the full history, the starting point first."""
+    """The accepted scale (0.0: stay) and all trials, the start first."""
 
     accepted_scale: float
     trials: tuple[Trial, ...] = field(default_factory=tuple)
 
     @property
     def best_scale(self) -> float:
-        """The scale with the highest score, whether or not the gate let it pass; 0.0 if nothing was
-        scored.
-        """
+        """Scale with the highest finite score, accepted or not; 0.0 if nothing was scored."""
         scored = {
             trial.scale: trial.score.mean for trial in self.trials if trial.score and math.isfinite(trial.score.mean)
         }
@@ -77,23 +73,23 @@ class SearchResult:
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens sampled by the whole search."""
+        """Tokens sampled by all trials."""
         return sum(trial.score.generated_tokens for trial in self.trials if trial.score)
 
     @property
     def forward_tokens(self) -> int:
-        """Tokens forwarded by the whole search besides generation."""
+        """Tokens in the forward passes of all trials, outside generation."""
         return sum(trial.score.forward_tokens for trial in self.trials if trial.score)
 
 
 def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:
-    """How much better the candidate is, example by example, and its standard error: mean(d), std(d)
-    / √n, d_i = c_i − r_i.
+    """Paired gain mean(d) and its standard error std(d) / √n, with d_i = c_i − r_i.
 
-    Pairing removes what makes examples differ. Scores without examples count as exact: error 0.
+    Pairing removes the variance between examples. Scores without examples count as exact: their
+    difference has error 0.
 
     Raises:
-        ScorerError: the scores do not hold the same n examples, or only one.
+        ScorerError: the scores have different numbers of examples, or only one.
 
     Example:
         >>> paired_gain(Score(2.0, (1.0, 3.0)), Score(1.0, (0.0, 2.0)))
@@ -102,9 +98,9 @@ def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:
     n = len(candidate.per_example)
     if n == 1 or n != len(reference.per_example):
         raise ScorerError(
-            "gate 'significant' compares example by example: expected two scores with the "
-            "same n >= 2 values in per_example "
-            f"(or none), got {n} and {len(reference.per_example)}. Score more examples, or set gate='better'."
+            "gate 'significant' compares example by example: expected two scores with the same n >= 2 values in "
+            f"per_example (or none), got {n} and {len(reference.per_example)}. Score more examples, or set "
+            "gate='better'."
         )
     gains = [c - r for c, r in zip(candidate.per_example, reference.per_example, strict=True)]
     mean = math.fsum(gains) / n if n else candidate.mean - reference.mean
@@ -112,10 +108,10 @@ def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:
 
 
 def paired_z(candidate: Score, reference: Score) -> float:
-    """How many standard errors the candidate is better: the ratio of `paired_gain`, which see.
+    """Paired gain divided by its standard error, see `paired_gain`.
 
-    A gain that comes from one example alone is never worth more than z = 1, however large it is. An
-    exact gain is worth infinity, an exact tie 0.
+    A gain on one example alone has z = 1, however large it is. An exact gain has z = ∞ and an exact
+    tie z = 0.
 
     Example:
         >>> one = Score(0.25, per_example=(0.0, 0.0, 0.0, 1.0))
@@ -126,9 +122,8 @@ def paired_z(candidate: Score, reference: Score) -> float:
     return mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 
-#: (candidate, reference, z) → whether the candidate is accepted: `not_worse` is ≥ (ties accepted,
-#: the paper), `better` is > (the released code), `significant` is better by z standard errors
-#: (`paired_z`).
+#: (candidate, reference, z) → whether the candidate is accepted. `not_worse` is ≥, so ties are
+#: accepted (the paper). `better` is > (the released code). `significant` is `paired_z` ≥ z.
 GATES: dict[str, Callable[[Score, Score, float | None], bool]] = {
     "not_worse": lambda candidate, reference, z: candidate.mean >= reference.mean,
     "better": lambda candidate, reference, z: candidate.mean > reference.mean,
@@ -137,24 +132,24 @@ GATES: dict[str, Callable[[Score, Score, float | None], bool]] = {
 
 
 def unscored(scale: float) -> SearchResult:
-    """Go to `scale` without scoring it."""
+    """Accept `scale` without scoring it."""
     return SearchResult(scale, (Trial(0.0, None, "start"), Trial(scale, None, "accepted")))
 
 
 def first_failure_search(
     score: Callable[[float], Score], scales: Sequence[float], gate: str = "not_worse", z: float | None = 2.0
 ) -> SearchResult:
-    """Walk outwards until a candidate fails, and keep the last one that passed (arXiv 2605.11739).
+    """Try scales in order until one fails; accept the last one that passed (arXiv 2605.11739).
 
-    `v ← score(0)`; for each scale in order: accept if `score(scale)` passes the gate against `v`,
-    then `v` is raised to it; the first failure ends the search.
+    Start with `v ← score(0)`. A candidate passes if its score passes the gate against `v`; then `v`
+    becomes its score. The first failure ends the search.
 
     Args:
-        score: maps a scale s to the score of W + s·Δ. May raise `NonFiniteWeightsError`: that
-            candidate fails.
-        scales: candidate scales in the order to try them.
+        score: maps a scale s to the score of W + s·Δ. A candidate fails if `score` raises
+            `NonFiniteWeightsError` or returns a non-finite mean.
+        scales: candidate scales in the order tried.
         gate: `not_worse`, `better` or `significant`, see `GATES`.
-        z: standard errors that `significant` asks for; `None` for the other gates.
+        z: threshold of `significant` in standard errors; `None` for the other gates.
 
     Example:
         >>> result = first_failure_search(lambda s: Score(-(s - 4) ** 2), (2, 4, 6))
@@ -189,26 +184,24 @@ def line_search(
     longest: float = 65536.0,
     refinements: int = 1,
 ) -> SearchResult:
-    """Find the best scale along the ray, forwards or backwards, in few scores.
+    """Scale with the highest score that passes the gate against the start, found in few scores.
 
-    Doubles from 1 while the score improves, up to `longest`; if not even 1 improves, tries −½
-    (halfway back to the anchor: what training gained by noise it loses by averaging). Then refines:
-    the vertex of the parabola through the highest point and its neighbours. A quadratic score is
-    maximised exactly by one refinement. Of all points that pass the gate against the *start*, the
-    highest is kept.
+    1. Double the scale from 1 while the score improves, up to `longest`.
+    2. If scale 1 does not improve on the start, try −½, halfway back to the anchor.
+    3. Try the vertex of the parabola through the highest point and its neighbors. One such
+       refinement maximizes a quadratic score exactly.
 
-    Significance is asked of jumps forwards only. Back towards the anchor (s < 0) any gain will do:
-    these points lie between two that training visited, so a step back taken by mistake loses no
-    more than a part of the last displacement.
-
-    The result never scores below the start: with exact scores a jump never makes things worse.
+    Gate `significant` applies to forward jumps only; a backward jump (s < 0) needs just a better
+    score. It lands between the start and the anchor, so a false one loses at most part of the last
+    update.
 
     Args:
-        score: as for `first_failure_search`.
-        gate: `not_worse`, `better` or `significant`, see `GATES`.
-        z: standard errors that `significant` asks for where s > 0; `None` for the other gates.
-        longest: the largest scale tried.
-        refinements: how many parabola steps.
+        score: see `first_failure_search`.
+        gate: `not_worse`, `better` or `significant`, see `GATES`. The accepted point never scores
+            below the start.
+        z: threshold of `significant` in standard errors; `None` for the other gates.
+        longest: largest scale tried.
+        refinements: number of parabola steps.
 
     Example:
         >>> result = line_search(lambda s: Score(-(s - 5.5) ** 2))
@@ -252,9 +245,11 @@ def line_search(
 
 
 def _vertex(known: Mapping[float, float], best: float, longest: float) -> float | None:
-    """Where the parabola through `best` and its neighbours is highest, at most as far as the
-    nearest scored points (at an end: as the anchor, −1, or `longest`); `None` if it opens upwards
-    or that is no new point."""
+    """Vertex of the parabola through `best` and its neighbors; `None` if there is no usable one.
+
+    Usable: the parabola opens downwards, and the vertex is a new point between the scored points
+    next to `best`. At an end, the bound is the anchor (−1) or `longest`.
+    """
     below, above = sorted(s for s in known if s < best), sorted(s for s in known if s > best)
     near = [*below[-1:], best, *above[:1]] if below and above else [*below[-2:], best, *above[:2]]
     if len(near) < 3:

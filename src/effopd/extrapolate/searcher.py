@@ -1,6 +1,4 @@
-"""One search on live weights: begin → score candidates → go to the best → commit; after an
-exception nothing has changed.
-"""
+"""One search on live weights: begin → score → move → commit; an exception restores the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from effopd.extrapolate.movable import Direction, MovableWeights
 from effopd.extrapolate.scoring import Scorer, ask
 from effopd.extrapolate.search import Score, SearchResult, Trial
 
-#: Nothing has moved since the anchor: there is no direction, and the model stays.
+#: Result if the weights equal the anchor: there is no direction, so the model stays.
 NOWHERE = SearchResult(0.0, (Trial(0.0, None, "start"),))
 
 
@@ -26,10 +24,10 @@ class Searcher:
 
     Args:
         model: the model that the weights belong to.
-        weights: what moves.
+        weights: the weights that move.
         scorer: scores the model; `None` for strategies that do not score.
-        seed: of the look-ahead.
-        timeout: of one score, in seconds; `None`: no limit.
+        seed: seed of the look-ahead.
+        timeout: time limit of one score, in seconds; `None`: no limit.
     """
 
     def __init__(self, model: Any, weights: MovableWeights, scorer: Scorer | None, seed: int, timeout: float | None):
@@ -39,16 +37,16 @@ class Searcher:
     def search(
         self, step: int, direction: Direction, decide: Callable[[Callable[[float], Score]], SearchResult]
     ) -> tuple[SearchResult, int]:
-        """Let `decide` score points along `direction`, and go where it says.
+        """Run `decide` on points along `direction` and move the model to the scale it accepts.
 
         Args:
-            decide: (s → score of W + s·D) → decision.
+            decide: (s → score of W + s·D) → search result.
 
         Returns:
-            The decision, and the bytes held beside the model for it.
+            The search result, and the bytes held beside the model during the search.
 
         Raises:
-            ScorerError: the scorer failed; the weights are back where they were.
+            ScorerError: the scorer failed; the weights are restored.
         """
         seed = self.seed_at(step)
         self.weights.begin(direction)
@@ -68,7 +66,7 @@ class Searcher:
         return result, nbytes
 
     def score_present(self, step: int) -> Score:
-        """The score of the weights as they are."""
+        """Score of the current weights."""
         self.weights.begin()
         try:
             with evaluating(self.model):
@@ -77,16 +75,14 @@ class Searcher:
             self.weights.abort()
 
     def measure(self, score: Callable[[], Score | float] | None, step: int) -> Score:
-        """Rank 0's score of something else, such as the teacher, with the random numbers of this
-        step.
-        """
+        """Rank 0's value of `score`, for example of the teacher, with this step's random seed."""
         assert score is not None, "check_model asks for a target"
         with isolated_rng(self.seed_at(step)), torch.no_grad():
             value = broadcast_from_rank0(raise_on_all_ranks(score))
         return value if isinstance(value, Score) else Score(float(value))
 
     def seed_at(self, step: int) -> int:
-        """The seed that all scores at a step share."""
+        """Seed shared by all scores of one step."""
         return int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
 
     def _score(self, scale: float, seed: int) -> Score:
@@ -95,9 +91,7 @@ class Searcher:
         return ask(self.scorer, self.model, scale, seed, self._timeout)
 
     def _move(self, result: SearchResult) -> SearchResult:
-        """Go where the search says; a point that it did not score itself may turn out non-finite:
-        then stay.
-        """
+        """Move to the accepted scale; stay if that point, unscored so far, is not finite."""
         try:
             self.weights.move_to(result.accepted_scale)
         except NonFiniteWeightsError:

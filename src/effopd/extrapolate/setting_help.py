@@ -1,4 +1,4 @@
-"""Help texts of the settings: what one says, and the values of every strategy."""
+"""`--help` texts of the settings, with the default of every strategy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from effopd.extrapolate.strategy import STRATEGIES
 
 
 def setting_help(name: str, text: str) -> dict[str, Any]:
-    """The help of a setting, with the value of every strategy that reads it."""
+    """`text` plus the value of the setting in every strategy that reads it, as field metadata."""
     values = {strategy: rules.settings[name] for strategy, rules in STRATEGIES.items() if name in rules.settings}
     by_value: dict[Any, list[str]] = {}
     for strategy, value in values.items():
@@ -33,7 +33,7 @@ def _default(value: Any) -> str:
 
 
 def args_help() -> str:
-    """The arguments of every strategy and scorer."""
+    """One sentence per strategy or scorer that has arguments: their help texts and defaults."""
     owners = [(name, rules.args) for name, rules in STRATEGIES.items()] + [
         (f"scoring by {s}", SCORERS[s][0]) for s in SCORERS
     ]

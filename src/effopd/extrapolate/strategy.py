@@ -1,8 +1,8 @@
-"""What a strategy is: when and where to look, how far to go, and the settings that it reads.
+"""`Strategy`: schedule, direction, search and settings of a look-ahead, as one registry entry.
 
     schedule → direction (or prediction) → search → move
 
-Every strategy is one entry of `STRATEGIES`, made in a file of its own. Adding one:
+Each strategy is one entry of `STRATEGIES` in a file of its own. To add one, see
 docs/add-a-strategy.md.
 """
 
@@ -16,9 +16,9 @@ from effopd.extrapolate.movable import Direction, displacement
 from effopd.extrapolate.predicting import Fit
 from effopd.extrapolate.search import Score, SearchResult
 
-#: Every setting of `EffOPDConfig` that a strategy may read, with the paper's values. Where
-#: `validation_size` has a value, candidates are scored by answers; where `score_rollouts` has one,
-#: by the divergence from the teacher.
+#: Every setting of `EffOPDConfig` that a strategy can read, with the paper's values. A value of
+#: `validation_size` selects scoring by accuracy, one of `score_rollouts` scoring by the divergence
+#: from the teacher.
 PAPER: dict[str, Any] = {
     "schedule": "powers_of_two",
     "parameters": "attention+mlp",
@@ -33,30 +33,28 @@ PAPER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class NoArgs:
-    """The arguments of a strategy that has none."""
+    """Arguments of a strategy without any."""
 
 
 def last_displacement(seed: int, step: int) -> Direction:
-    """D = Δ = W − anchor, whatever the seed and the step."""
+    """D = Δ = W − anchor, independent of seed and step."""
     return displacement
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """What happens at a trigger.
+    """One strategy: how it searches, along which direction, and which settings it reads.
 
     Attributes:
-        help: one line for `--help`.
-        search: (score: s → Score of W + s·D, config, args) → decision.
-        settings: the settings that the strategy reads, with its values. A setting that is left out
-            is refused.
-        args: frozen dataclass of the strategy's own settings; raises `ValueError` where a value is
+        help: one line for `--help` and the model card.
+        search: (score: s → Score of W + s·D, config, args) → `SearchResult`.
+        settings: the settings that the strategy reads, with its values. Other settings are refused.
+        args: frozen dataclass of the strategy's own arguments; raises `ValueError` if a value is
             out of range.
-        direction: (seed, step) → the direction D of a search; must give the same D every time.
-        needs_full_matrices: D is not Δ tensor by tensor, so neither LoRA factors nor shards of a
-            matrix will do.
-        fit: how to predict D from the first steps; it takes the place of `direction` and of the
-            schedule.
+        direction: (seed, step) → direction D of a search; must return the same D on every call.
+        needs_full_matrices: true if D is not Δ. LoRA adapters and sharded matrices are then
+            refused.
+        fit: predicts D from the first steps; replaces `direction` and the schedule.
     """
 
     help: str
@@ -68,15 +66,15 @@ class Strategy:
     fit: Fit | None = None
 
 
-#: Strategies by name; each file in `strategies/` adds its own.
+#: Strategies by name; each file in `strategies/` adds its entries.
 STRATEGIES: dict[str, Strategy] = {}
 
 
 def without(*names: str) -> dict[str, Any]:
-    """The paper's settings without some.
+    """The paper's settings except `names`.
 
     Example:
-        >>> sorted(without("gate", "min_z", "schedule", "parameters", "validation_size", "score_rollouts"))
-        ['adapt_learning_rate', 'reset_moments']
+        >>> "gate" in without("gate", "min_z"), "schedule" in without("gate", "min_z")
+        (False, True)
     """
     return {name: value for name, value in PAPER.items() if name not in names}

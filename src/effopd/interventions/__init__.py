@@ -1,15 +1,16 @@
-"""Move one model along its update, evaluate it there, put it back.
+"""Interventions: edit a model's update, evaluate the edited model, restore the base.
 
-An *intervention* is one kind of question (`alpha`, `window`, `rank`, …); a *point* is one model
-that it visits.
+An *intervention* is one experiment (`alpha`, `window`, `rank`, …). A *point* is one edited model of
+it.
 
-edits.py           the arithmetic on one matrix
+edits.py           arithmetic on one matrix
 options.py         settings of all interventions
 points.py          Point: one model, as a rule for each matrix
-kinds.py           the interventions and their points; part_kinds.py mixes the parts of two models, update_kinds.py changes
-                   the update
-sources.py         the base and the trained checkpoints
-editable_model.py  one model in memory, put at a point and back
-results.py         rows and table of a folder
-measure.py         evaluate the model at every point
+kinds.py           table of the interventions
+part_kinds.py      interventions that mix the parts of base and trained model
+update_kinds.py    interventions that change the update
+sources.py         base and trained checkpoints
+editable_model.py  a model in memory, moved to a point and restored
+results.py         rows and table in a folder
+measure.py         evaluation of every point
 """

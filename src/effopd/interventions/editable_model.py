@@ -1,13 +1,12 @@
-"""One base model in memory, put at one point after the other and back bit for bit; or the point
-written as a checkpoint.
+"""A base model in memory that moves to a point and is restored bit for bit; points as checkpoints.
 
-Undoing re-reads the tensors that were touched from the base's files rather than keeping clones of
-them: that takes the memory of one tensor instead of a second model, and it is exact because loading
-is checked first: every parameter must equal its tensor on disk, cast to the parameter's dtype.
+Edited tensors are restored from the base's files, not from clones, which takes the memory of one
+tensor instead of a second model. The restore is exact because loading is checked first: every
+parameter must equal its tensor on disk, cast to the parameter's dtype.
 
-Left out: models whose parameters are not the checkpoint's tensors under another name, such as
-Mixture-of-Experts models whose experts transformers merges on loading. For those, write the points
-as checkpoints and evaluate each.
+Not supported: models whose parameters are not the checkpoint's tensors, apart from a name prefix,
+such as Mixture-of-Experts models whose experts transformers merges on loading. For those, write the
+points as checkpoints and evaluate each.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from effopd.weights.writer import write_checkpoint
 
 @torch.no_grad()
 def apply_point(target: Tensor, parts: Sequence[Part], point: Point, difference: Difference) -> float:
-    """Turn a base tensor into the point's, in place; one part at a time, float64, rounded once.
+    """Edit a base tensor in place to its values at `point`; float64, rounded once, part by part.
 
     Args:
         target: the whole stored tensor, holding the base's values.
@@ -41,8 +40,8 @@ def apply_point(target: Tensor, parts: Sequence[Part], point: Point, difference:
         ‖new − base‖² after rounding.
 
     Raises:
-        NonFiniteWeightsError: the new tensor has a NaN or an infinity; `target` may be changed in
-            part.
+        NonFiniteWeightsError: the new tensor contains a NaN or an infinity. `target` may then be
+            partly edited.
     """
     device = target.device if has_float64(target.device) else "cpu"
     square = 0.0
@@ -65,7 +64,7 @@ def apply_point(target: Tensor, parts: Sequence[Part], point: Point, difference:
 
 
 class EditableModel:
-    """A loaded base model that can be put at a point and comes back bit for bit.
+    """A loaded base model that can be moved to a point and is restored bit for bit.
 
     Raises:
         CompatibilityError: the model's parameters are not the checkpoint's tensors, in name, shape
@@ -81,10 +80,10 @@ class EditableModel:
 
     @contextmanager
     def at(self, point: Point) -> Iterator[float]:
-        """The model is at `point` within the block and back at the base after it, whatever happens.
+        """Context in which the model is at `point`; the base is restored on exit, errors included.
 
         Yields:
-            ‖W − W0‖ of the model as it stands, after rounding to its dtype.
+            ‖W − W0‖ of the edited model, after rounding to its dtype.
         """
         touched: list[str] = []
         try:
@@ -116,15 +115,15 @@ class EditableModel:
                 raise CompatibilityError(
                     f"parameter '{name}' of the loaded {type(self.model).__name__} differs from the tensor in "
                     f"{self._sources.base.files[name]}: expected equal values, so that edits can be undone exactly. "
-                    "The library changes this tensor on loading. " + _WAY_OUT
+                    "transformers changes this tensor on loading. " + _WAY_OUT
                 )
 
 
-_WAY_OUT = "Write the points with --save_dir DIR (without --task) and evaluate each of them with `effopd eval`."
+_WAY_OUT = "Write the points with --save_dir DIR (without --task), then evaluate each with `effopd eval`."
 
 
 def _untie(model: PreTrainedModel, sources: Sources) -> None:
-    """Give the loaded model a head of its own where one of the checkpoints has one."""
+    """Give the loaded model an untied head if one of the checkpoints has one."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and sources.base.own_head and head.weight is embedding.weight:
         head.register_parameter("weight", torch.nn.Parameter(embedding.weight.detach().clone()))
@@ -132,11 +131,9 @@ def _untie(model: PreTrainedModel, sources: Sources) -> None:
 
 
 def _match(model: PreTrainedModel, sources: Sources) -> dict[str, Tensor]:
-    """Stored name → live parameter or buffer, for every tensor that has parts. All are checked
-    before any is used.
-    """
+    """Stored name → live parameter or buffer; every shape is checked before any tensor is used."""
     live: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    prefix = model.base_model_prefix  # checkpoints of a bare backbone leave it out
+    prefix = model.base_model_prefix  # absent in checkpoints of a bare backbone
     matched: dict[str, Tensor] = {}
     for name in sources.parts_of:
         tensor = live.get(name, live.get(f"{prefix}.{name}"))
@@ -144,23 +141,22 @@ def _match(model: PreTrainedModel, sources: Sources) -> dict[str, Tensor]:
         if tensor is None or tuple(tensor.shape) != tuple(shape):
             got = "has no such parameter" if tensor is None else f"has it with shape {tuple(tensor.shape)}"
             raise CompatibilityError(
-                f"the base has a tensor '{name}' of shape {tuple(shape)}, but the loaded "
-                f"{type(model).__name__} {got}: "
-                f"the library renames or merges tensors on loading (as with merged experts). {_WAY_OUT}"
+                f"the base has a tensor '{name}' of shape {tuple(shape)}, the loaded {type(model).__name__} {got}: "
+                f"transformers renames or merges tensors on loading, for example experts. {_WAY_OUT}"
             )
         matched[name] = tensor
     return matched
 
 
 def save_point(point: Point, sources: Sources, out: Path, dtype: torch.dtype | None = None) -> Path:
-    """Write the model of a point as a checkpoint, one tensor at a time.
+    """Write the model at `point` as a checkpoint, one tensor at a time.
 
     Args:
-        dtype: of the floating tensors; `None` keeps the base's. With the dtype of the evaluated
-            model, the checkpoint is the model that was measured, bit for bit.
+        dtype: of the floating-point tensors. `None`: the base's. With the dtype of the evaluated
+            model, the checkpoint equals that model bit for bit.
     """
     difference = sources.difference(point)
-    # a head that is stored although it is tied must stay equal to the embeddings
+    # a tied head that is stored anyway must stay equal to the embeddings
     tied = [part for part in sources.base.parts() if str(part.place) == "embedding.tokens"]
 
     def edit(name: str, tensor: Tensor) -> Tensor:

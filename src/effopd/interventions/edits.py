@@ -1,11 +1,11 @@
-r"""Interventions on one matrix or vector: from W0 and an update ΔW to the tensor of another model.
+r"""Formulas of the interventions on one matrix or vector: W0 and an update ΔW to a new tensor.
 
-Everything is float64, one part at a time, so memory is a few times the largest matrix; the caller
-rounds the result once, to the dtype of the weights. `kinds.py` says which parts get which rule.
+Computed in float64, one part at a time, so memory is a few times the largest matrix. The caller
+rounds the result once, to the dtype of the weights. `kinds.py` assigns formulas to parts.
 
-Departs from the paper: R = min(M, N) for adapters too, so that p % means the same number of
-components for full and for low-rank training; norms and biases follow the formulas of the matrices
-wherever those make sense.
+Differs from the paper: R = min(M, N) for adapters too, so that p % is the same number of components
+for full and low-rank training. Norms and biases follow the formulas of the matrices where these are
+defined.
 
 Shapes: M rows (out), N columns (in), R = min(M, N), K components kept.
 """
@@ -25,7 +25,7 @@ from effopd.weights.leading import leading_of_factors
 
 
 def interpolated(update: Update, alpha: float) -> Tensor | None:
-    """W0 + α ΔW; α = 1 is the trained tensor itself and α = 0 the base (`None`), bit for bit."""
+    """W0 + α ΔW; bit for bit the trained tensor for α = 1, and `None` (the base) for α = 0."""
     if alpha in (0.0, 1.0):
         return update.trained if alpha else None
     return on_base(update, update.delta().mul_(alpha))
@@ -43,8 +43,9 @@ def rescaled(delta: Tensor, norm: float) -> Tensor:
 
 
 def norm_scaled(delta: Tensor, final_norm: float, beta: float) -> Tensor:
-    r"""$ΔW_t · (1 + β (‖ΔW_T‖ − ‖ΔW_t‖)/‖ΔW_t‖)$: β = 0 is ΔW_t, β = 1 has the final norm; a zero
-    ΔW_t stays zero.
+    r"""$ΔW_t · (1 + β (‖ΔW_T‖ − ‖ΔW_t‖)/‖ΔW_t‖)$: β = 0 gives ΔW_t, β = 1 the final norm.
+
+    A zero ΔW_t stays zero.
 
     Args:
         delta: ΔW_t, float64.
@@ -57,17 +58,17 @@ def norm_scaled(delta: Tensor, final_norm: float, beta: float) -> Tensor:
 
 
 def component_count(percent: float, size: int) -> int:
-    """k = ⌈p·R/100⌉, exact in the decimal that was typed (0.07 % of 10000 is 7, not 8)."""
+    """k = ⌈p·R/100⌉, exact for the decimal `percent` (0.07 % of 10000 is 7, not 8)."""
     return math.ceil(Fraction(str(percent)) * size / 100)
 
 
 def components(update: Update, k: int, end: str) -> Tensor:
-    """ΔW_k = Σ s_i u_i v_iᵀ over the `k` leading (`top`) or trailing (`bottom`) of all R = min(M,
-    N) components.
+    """ΔW_k = Σ s_i u_i v_iᵀ over the `k` leading (`top`) or trailing (`bottom`) of R components.
+
+    R = min(M, N). An adapter's components beyond its rank are zero.
 
     Returns:
-        float64 [M, N]. From a float64 SVD of ΔW, or of the small core R_B R_Aᵀ for an adapter,
-        whose components beyond its rank are zero.
+        float64 [M, N], from a float64 SVD of ΔW, or of the small core R_B R_Aᵀ of an adapter.
     """
     size = min(update.part.shape)
     if k >= size:
@@ -82,9 +83,9 @@ def components(update: Update, k: int, end: str) -> Tensor:
 
 
 def random_direction(shape: Sequence[int], norm: float, seed: int, name: str) -> Tensor:
-    """A direction drawn uniformly from the sphere, of the given Frobenius norm, float64 on the CPU.
+    """Uniformly random direction of the given Frobenius norm, float64 on the CPU.
 
-    It depends on `seed` and `name` only: all runs are moved along the same random directions.
+    It depends only on shape, `seed` and `name`, so all runs get the same random directions.
     """
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,16 +1,16 @@
-r"""The interventions: which models to look at to learn what part of an update carries the gain.
+r"""The interventions: edited models that show which part of an update carries the gain.
 
-An intervention is a list of points, each a rule that gives every matrix or vector of one new model
-from the base's and the trained one's.
+An intervention is a list of points. Each point is a rule that computes every matrix and vector of
+one new model from those of the base and the trained model.
 
-    alpha         W0 + α ΔW of everything, against ‖α ΔW‖                   (paper, fig. 1a)
-    trajectory    every kept W_t, against ‖ΔW_t‖                            (fig. 1b)
-    embedding     trained, with the base's embeddings or head               (fig. 2a)
-    window        base, with trained MLP or attention in layers l−h … l+h   (fig. 2b)
-    swap          a module or a layer trained alone, or all but it
-    rank          the leading or the trailing p % of the components of ΔW   (fig. 3)
-    norm_scaling  an early ΔW_t stretched towards the final norm            (fig. 4c)
-    random        a random direction of the same norm: the control
+    alpha         W0 + α ΔW of all parameters, against ‖α ΔW‖                 (paper, fig. 1a)
+    trajectory    every saved W_t, against ‖ΔW_t‖                             (fig. 1b)
+    embedding     trained, with the base's embeddings or head                 (fig. 2a)
+    window        base, with trained MLP or attention in layers l−h … l+h     (fig. 2b)
+    swap          only one module or layer trained, or all but that one
+    rank          the leading or trailing p % of the components of ΔW         (fig. 3)
+    norm_scaling  an early ΔW_t scaled toward the final norm                  (fig. 4c)
+    random        a random direction of the same norm, as the control
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from effopd.weights.difference import Update
 
 
 def reference_points(inputs: PointInputs) -> list[Point]:
-    """The base, and each run's trained model: what every point is compared with."""
+    """The base and each run's trained model, the references of all points."""
     base = Point("reference", "base", {}, _stay, lambda part: False, model=BASE)
     return [
         base,
@@ -41,7 +41,7 @@ def _stay(update: Update) -> Tensor | None:
 
 
 def alpha_points(inputs: PointInputs) -> list[Point]:
-    """The line from the base to the trained model: W0 + αΔW of every parameter."""
+    """W0 + αΔW of every parameter: the line from the base to the trained model."""
 
     def point(run: str, alpha: float) -> Point:
         model = {0.0: BASE, 1.0: trained_name(run, inputs)}.get(alpha, "")
@@ -51,7 +51,7 @@ def alpha_points(inputs: PointInputs) -> list[Point]:
 
 
 def trajectory_points(inputs: PointInputs) -> list[Point]:
-    """Along training: the model of every kept step (needs a run directory).
+    """The model at every saved step of training (needs a run directory).
 
     Raises:
         ConfigError: a run has a single checkpoint.
@@ -69,8 +69,7 @@ class Intervention:
     """One kind of intervention.
 
     Attributes:
-        points: builds its points; the first line of its docstring is the help of `effopd
-            intervene`.
+        points: builds its points. `effopd intervene --help` prints the first line of its docstring.
         options: the fields of `InterventionOptions` that it reads.
     """
 

@@ -1,4 +1,4 @@
-"""Measure a model at every point of an intervention, each model once."""
+"""Evaluation of a model at every point of an intervention; equal models are evaluated once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from effopd.tasks.sampling import Sampling
 
 @dataclass
 class Evaluator:
-    """How every point is measured: the same prompts, the same sampling noise."""
+    """Evaluation shared by all points: same prompts, same sampling noise."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -41,8 +41,9 @@ class Evaluator:
                 logit_path(model)  # raises before anything is sampled
 
     def measure(self) -> dict[str, Any]:
-        """Accuracy with its 95 % interval over prompts, per-prompt accuracies, lengths, cost; KL if
-        there is a teacher.
+        """Accuracy with 95 % interval over prompts, per-prompt accuracies, lengths and cost.
+
+        With a teacher, also the reverse KL.
         """
         with Counted(self.sampling.n * len(self.task), "answers", "answer", leave=False) as bar:
             result = evaluate(
@@ -73,10 +74,9 @@ class Evaluator:
         return measured | {"seconds": result.seconds}
 
     def _kl(self, result: EvalResult, teacher: PreTrainedModel) -> dict[str, float]:
-        """Exact reverse KL(model ‖ teacher), at temperature 1, on the answers just sampled: nats
-        per token.
+        """Exact reverse KL(model ‖ teacher), temperature 1, on the sampled answers, nats per token.
 
-        The interval is over prompts: ratio of sums, delta method, normal quantile, cut at 0.
+        95 % interval over prompts: ratio of sums, delta method, normal quantile, floored at 0.
         """
         answers = [answer for row in result.completions for answer in row]
         assert self._vocab_size is not None, "there is a teacher"
@@ -103,9 +103,7 @@ def measure_points(
     evaluator: Evaluator,
     results: InterventionResults,
 ) -> None:
-    """Measure every point that has no result yet. A model met before, under whatever name, is not
-    measured again.
-    """
+    """Measure every point that has no result yet; the result of an equal model is reused."""
     todo = [point for point in points if point.id not in results]
     with Counted(len(points), "points", "point", done=len(points) - len(todo)) as bar:
         for point in todo:

@@ -1,6 +1,4 @@
-"""`InterventionOptions`: the settings of the interventions, for Python, the command line and YAML;
-checked when built.
-"""
+"""`InterventionOptions`: settings of the interventions for Python, command line and YAML."""
 
 from __future__ import annotations
 
@@ -14,59 +12,59 @@ RANK_NORMS, RANK_ENDS, RESTS = ("own", "full", "shared"), ("top", "bottom"), ("t
 
 @dataclass
 class InterventionOptions:
-    """The settings of all interventions; the help of each names the intervention that reads it.
+    """Settings of all interventions. Each help text starts with the intervention that reads it.
 
     Raises:
-        ConfigError: a value out of range; the message names the field.
+        ConfigError: a value is out of range; the message names the field.
     """
 
     _argument_group_name = "intervention"
 
     alphas: list[float] = field(
         default_factory=lambda: [i / 10 for i in range(11)],
-        metadata={"help": "alpha: the scales α of W0 + αΔW."},
+        metadata={"help": "alpha: scales α of W0 + αΔW. Default: 0 to 1 in steps of 0.1."},
     )
     half_width: int | None = field(
         default=None,
         metadata={
-            "help": "window: layers l−h … l+h are trained; the paper's h is 8. Default: 8 for models of 28 layers or "
-            "more (the paper's), in proportion below (4 layers: 1)."
+            "help": "window: half-width h of the trained window l−h … l+h, in layers. Default: the paper's 8 for 28 "
+            "layers or more, in proportion below (4 layers: 1)."
         },
     )
     percents: list[float] = field(
         default_factory=lambda: [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0],
-        metadata={"help": "rank: shares of the components kept, in percent of min(M, N), rounded up."},
+        metadata={"help": "rank: number of components kept, in percent of min(M, N), rounded up."},
     )
     ends: list[str] = field(
         default_factory=lambda: list(RANK_ENDS),
-        metadata={"help": "rank: 'top' keeps the leading components, 'bottom' the trailing ones, norm untouched."},
+        metadata={"help": "rank: 'top' keeps the leading components, 'bottom' the trailing ones at their own norm."},
     )
     rank_norm: str = field(
         default="own",
         metadata={
-            "help": "rank: norm of the leading components. 'own': as they are; 'full': the norm of the run's whole "
-            "update of that matrix; 'shared': the mean of that norm over all runs given (the paper).",
+            "help": "rank: norm of the leading components. 'own': unchanged; 'full': the norm of the run's whole "
+            "update of that matrix; 'shared': the mean of that norm over all given runs (the paper).",
             "choices": list(RANK_NORMS),
         },
     )
     rest: str = field(
         default="trained",
         metadata={
-            "help": "rank: what the parameters other than attention and MLP matrices are; with 'trained', 100 %% of "
-            "the components is the trained model.",
+            "help": "rank: source of the parameters other than attention and MLP matrices. With 'trained', 100 %% of "
+            "the components gives the trained model.",
             "choices": list(RESTS),
         },
     )
     betas: list[float] = field(
         default_factory=lambda: [i / 5 for i in range(9)],
-        metadata={"help": "norm_scaling: 0 leaves ΔW_t as it is, 1 gives it the final norm."},
+        metadata={"help": "norm_scaling: scales β: 0 leaves ΔW_t unchanged, 1 gives it the final norm."},
     )
     early_steps: list[int] | None = field(
         default=None,
-        metadata={"help": "norm_scaling: the early steps t. Default: all between the first and the last."},
+        metadata={"help": "norm_scaling: early steps t. Default: all saved steps after step 0 and before the last."},
     )
     random_seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "random: a random direction for each."}
+        default_factory=lambda: [0, 1, 2], metadata={"help": "random: seeds, one random direction each."}
     )
 
     def __post_init__(self) -> None:
@@ -81,11 +79,11 @@ class InterventionOptions:
                 raise ConfigError(f"--{name}: expected finite numbers, got {bad[0]!r}. Write e.g. --{name} 0.5 1.")
         bad = [p for p in self.percents if not 0 < p <= 100]
         if bad:
-            raise ConfigError(f"--percents: expected shares above 0 and at most 100 (percent), got {bad[0]:g}.")
+            raise ConfigError(f"--percents: expected percentages above 0 and at most 100, got {bad[0]:g}.")
         if self.half_width is not None and self.half_width < 0:
-            raise ConfigError(f"--half_width: expected 0 or more layers on each side, got {self.half_width}.")
+            raise ConfigError(f"--half_width: expected at least 0 layers, got {self.half_width}.")
         if any(seed < 0 for seed in self.random_seeds):
-            raise ConfigError(f"--random_seeds: expected whole numbers of at least 0, got {min(self.random_seeds)}.")
+            raise ConfigError(f"--random_seeds: expected integers of at least 0, got {min(self.random_seeds)}.")
         for name, known in (("ends", RANK_ENDS), ("rank_norm", RANK_NORMS), ("rest", RESTS)):
             value = getattr(self, name)
             for item in value if isinstance(value, list) else [value]:

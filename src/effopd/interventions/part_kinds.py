@@ -1,6 +1,4 @@
-"""Interventions that mix the base and the trained model: some of the parts are one's, all others
-the other's.
-"""
+"""Interventions that mix the base and the trained model: each part comes from one of them."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ _HALF_WIDTH, _LAYERS = 8, 28
 
 
 def embedding_points(inputs: PointInputs) -> list[Point]:
-    """The trained model with the base's token embeddings, or with the base's head where it has its
-    own.
-    """
+    """The trained model with the base's token embeddings, or with the base's head if untied."""
     present = [m for m in ("embedding", "head") if any(part.place.module == m for part in inputs.parts)]
     return [
         Point(
@@ -32,9 +28,10 @@ def embedding_points(inputs: PointInputs) -> list[Point]:
 
 
 def window_points(inputs: PointInputs) -> list[Point]:
-    """The base with the MLP, or the attention, of layers l−h … l+h trained, for every layer l.
+    """The base with trained MLP, or attention, in layers l−h … l+h, for every layer l.
 
-    Windows are cut at the ends. `measures` has `layer_norm`, ‖ΔW‖ of that module in layer l alone.
+    Windows are cut off at the first and last layer. `measures["layer_norm"]` is ‖ΔW‖ of that module
+    in layer l alone.
     """
     layers = _layers(inputs)
     half = inputs.options.half_width
@@ -58,7 +55,7 @@ def window_points(inputs: PointInputs) -> list[Point]:
 
 
 def default_half_width(layers: int) -> int:
-    """The paper's 8 for models of its size (28 layers) or more, in proportion below.
+    """Half-width of the windows: the paper's 8 for 28 layers or more, in proportion below.
 
     Example:
         >>> default_half_width(4), default_half_width(28), default_half_width(64)
@@ -68,7 +65,7 @@ def default_half_width(layers: int) -> int:
 
 
 def swap_points(inputs: PointInputs) -> list[Point]:
-    """Each module and each layer: only it trained, and everything trained without it."""
+    """Only one module or layer trained, and all but that one trained, for each of them."""
     units: dict[str, Callable[[Part], bool]] = {m: _in_module(m) for m in MODULES}
     units |= {f"layer_{layer}": _in_layer(layer) for layer in range(_layers(inputs))}
     present = {name: picks for name, picks in units.items() if any(map(picks, inputs.parts))}
@@ -99,7 +96,7 @@ def _layers(inputs: PointInputs) -> int:
     layers = [part.place.layer for part in inputs.parts if part.place.layer is not None]
     if not layers:
         raise ConfigError(
-            "this intervention works layer by layer, and no parameter of the base has a layer number in its name. "
-            "Use another one."
+            "this intervention needs numbered layers, but no parameter of the base has a layer number in its name. "
+            "Choose another intervention."
         )
     return max(layers) + 1

@@ -1,6 +1,6 @@
-"""`Point`: one model that an intervention visits, as a rule for each matrix or vector.
+"""`Point`: one model of an intervention, as a rule for each matrix or vector.
 
-Only rules here: no weights are read, nothing is generated.
+The module holds rules only. It reads no weights and generates nothing.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from effopd.interventions.options import InterventionOptions
 from effopd.weights.difference import Update
 from effopd.weights.parts import Part
 
-#: A rule for one part: the new tensor (any floating dtype, the part's shape), or `None` where the
-#: base stays.
+#: A rule for one part: the new tensor (any floating dtype, the part's shape); `None`: the base's.
 Edit = Callable[[Update], Tensor | None]
 
 
 @dataclass(frozen=True)
 class PointInputs:
-    """What the points of an intervention are built from.
+    """Inputs for building the points of an intervention.
 
     Attributes:
         parts: every matrix and vector of the base.
-        steps: the kept steps of each run, ascending; the last is the trained model. A single
+        steps: the saved steps of each run, ascending; the last is the trained model. A single
             checkpoint has one.
-        norms: ‖ΔW_T‖ of every part at the end of a run.
+        norms: run → ‖ΔW_T‖ of every part at the end of the run.
+        options: settings of the interventions.
     """
 
     parts: Sequence[Part]
@@ -43,14 +43,14 @@ class Point:
     """One model of an intervention.
 
     Attributes:
-        intervention, run: where it belongs.
-        coordinates: what identifies it within intervention and run.
-        edit: the rule for a part that `selects` picks; all others stay the base's.
-        selects: whether a part can change at all; decided without reading a tensor.
-        snapshot: position in the run's `PointInputs.steps` of the update that `edit` is given; −1
-            is the last.
-        model: names the model; points of equal `model` are the same model, whatever the
-            intervention. Empty: no other point's.
+        intervention, run: names of its intervention and run.
+        coordinates: values that identify it within intervention and run.
+        edit: the rule for the parts that `selects` picks; all other parts stay the base's.
+        selects: whether a part can change; decided without reading a tensor.
+        snapshot: index into the run's `PointInputs.steps` of the update passed to `edit`; −1 is the
+            last.
+        model: name of the model. Points with equal `model`, of any intervention, are the same
+            model. Empty: the model occurs only once.
         measures: further numbers for the results table.
     """
 
@@ -65,15 +65,13 @@ class Point:
 
     @property
     def id(self) -> str:
-        """`intervention/run/coordinate=value,…`; also a relative path that every file system
-        takes.
-        """
+        """`intervention/run/coordinate=value,…`; a valid relative path on every file system."""
         values = [f"{k}={v:.12g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.coordinates.items()]
         return "/".join(filter(None, [self.intervention, self.run, ",".join(values)]))
 
     @property
     def same_model(self) -> str:
-        """The name under which an equal model is recognised."""
+        """Name shared by points that are the same model."""
         return self.model or self.id
 
 
@@ -87,12 +85,12 @@ def trained_name(run: str, inputs: PointInputs, snapshot: int = -1) -> str:
 
 
 def take_trained(update: Update) -> Tensor | None:
-    """The `Edit` of a part that is the trained one."""
+    """The `Edit` that takes the trained tensor."""
     return update.trained
 
 
 def require_trajectories(inputs: PointInputs, intervention: str) -> None:
-    """Every run has several steps.
+    """Check that every run has several steps.
 
     Raises:
         ConfigError: a run is a single checkpoint.
@@ -100,7 +98,7 @@ def require_trajectories(inputs: PointInputs, intervention: str) -> None:
     single = [run for run, steps in inputs.steps.items() if len(steps) < 2]
     if single:
         raise ConfigError(
-            f"{intervention} needs a trajectory, but --trained '{single[0]}' is a single "
-            "checkpoint. Give the run directory, "
-            "with weights of several steps in trajectory/ or checkpoints/ (train with --trajectory powers_of_two)."
+            f"{intervention} needs a trajectory, but --trained '{single[0]}' is a single checkpoint. Pass a run "
+            "directory with weights of several steps in trajectory/ or checkpoints/ (train with --trajectory "
+            "powers_of_two)."
         )

@@ -1,12 +1,11 @@
-"""Results of interventions in a folder: one row per finished point, the settings they were made
-with, and a table.
+"""Results of interventions in a folder: settings, one row per finished point, and a table.
 
-    config.yaml      the settings, with versions as comments; a run with other settings is refused
+    config.yaml      the settings, with versions as comments; other settings are refused
     results.jsonl    one row per finished point, with the accuracy of every prompt
     results.parquet, results.csv    the table, for reading and plotting
 
-Several interventions may share a folder if all their other settings agree: their models are
-compared on the same prompts, and a model that two interventions have in common is measured once.
+Several interventions can share a folder if all other settings agree. Their models are then compared
+on the same prompts, and a model that two interventions share is measured once.
 """
 
 from __future__ import annotations
@@ -34,12 +33,13 @@ class InterventionResults:
     """The finished points of a folder. Nothing is written before `begin`.
 
     Args:
-        settings: everything that decides a result, JSON-ready; `settings["interventions"]` maps
-            each intervention to its own options.
+        settings: all settings that determine a result, JSON-ready; `settings["interventions"]` maps
+            each intervention to its options.
 
     Raises:
-        ConfigError: the folder holds results made with other settings; the message names the first
-            that differs.
+        ConfigError: the folder holds results with other settings; the message names the first
+            difference.
+        CheckpointError: the folder holds results without settings.
     """
 
     def __init__(self, root: str | Path, settings: Mapping[str, Any]):
@@ -49,7 +49,7 @@ class InterventionResults:
         self._models = {row["model"]: row for row in self.rows.values()}
 
     def begin(self, comments: Sequence[str] = ()) -> None:
-        """Make the folder, write the settings, and drop a last row that a kill cut short."""
+        """Create the folder, write the settings, and drop a last row cut short by a kill."""
         self.root.mkdir(parents=True, exist_ok=True)
         write_settings(self.root, self._settings, comments)
         if (self.root / ROWS).exists():
@@ -60,13 +60,11 @@ class InterventionResults:
         return point_id in self.rows
 
     def of_model(self, model: str) -> dict[str, Any] | None:
-        """The row of a point that is this model (see `Point.same_model`), if one is finished."""
+        """Row of a finished point of this model (`Point.same_model`), if there is one."""
         return self._models.get(model)
 
     def add(self, point: Point, step: int | None, norm: float, measured: Mapping[str, Any]) -> None:
-        """A finished point, on disk at once. A norm of 0 makes it the base, whatever the point is
-        called.
-        """
+        """Append a finished point to the file immediately. A norm of 0 makes its model the base."""
         model = point.same_model if norm else BASE
         row = {
             "id": point.id,
@@ -84,13 +82,16 @@ class InterventionResults:
         self._models.setdefault(model, row)
 
     def coordinates(self, intervention: str) -> list[str]:
-        """Names of the coordinates of its points."""
+        """Names of the coordinates of the intervention's points."""
         rows = [row for row in self.rows.values() if row["intervention"] == intervention]
         return list(dict.fromkeys(key for row in rows for key in row["coordinates"]))
 
     def table(self) -> pd.DataFrame:
-        """Tidy: one row per point, coordinates in columns, `accuracy_change` against the base and
-        against the run's trained model, paired over prompts."""
+        """Tidy table: one row per point, one column per coordinate and measurement.
+
+        `accuracy_change` is relative to the base, `change_from_trained` to the run's trained model;
+        both are paired over prompts.
+        """
         base = self.rows.get("reference/base")
         flat = [_flat(row, base, self.rows.get(f"reference/{row['run']}")) for row in self.rows.values()]
         coordinates = list(dict.fromkeys(key for row in self.rows.values() for key in row["coordinates"]))
@@ -101,7 +102,7 @@ class InterventionResults:
         return frame.convert_dtypes(convert_floating=False)
 
     def write_table(self) -> pd.DataFrame:
-        """`table()`, also as Parquet and CSV."""
+        """Write `table()` as Parquet and CSV, and return it."""
         frame = self.table()
         write_atomically(self.root / f"{TABLE}.parquet", lambda path: frame.to_parquet(path, index=False))
         write_atomically(self.root / f"{TABLE}.csv", lambda path: frame.to_csv(path, index=False))
@@ -136,10 +137,10 @@ def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mappi
 
 
 def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings`, with the other interventions that `root` already holds.
+    """`settings`, extended by the other interventions in `root`. Nothing is written.
 
     Raises:
-        ConfigError: a setting differs from the one in `root`; nothing is touched.
+        ConfigError: a setting differs from the one in `root`.
         CheckpointError: `root` holds results without settings.
     """
     path = root / CONFIG
@@ -151,7 +152,9 @@ def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         return dict(settings)
     old = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(old, dict) or not isinstance(old.get(INTERVENTIONS), dict):
-        raise ConfigError(f"{path} is not of `effopd intervene`: expected another folder (nothing was changed).")
+        raise ConfigError(
+            f"{path} was not written by `effopd intervene`. Choose another folder (nothing was changed)."
+        )
     before, now = old[INTERVENTIONS], settings[INTERVENTIONS]
     shared = before.keys() & now.keys()
     for name, was, wanted in (
@@ -159,9 +162,8 @@ def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         *_differences("", {key: before[key] for key in shared}, {key: now[key] for key in shared}),
     ):
         raise ConfigError(
-            f"{root} holds results with {name} = {was!r}, this run has {wanted!r}. Expected "
-            "the same settings, so that all "
-            "points are comparable: choose another folder, or the old setting (nothing was changed)."
+            f"{root} holds results with {name} = {was!r}, this run has {wanted!r}: expected equal settings, so that "
+            "all points are comparable. Choose another folder, or use the old setting (nothing was changed)."
         )
     return {**settings, INTERVENTIONS: {**before, **now}}
 
@@ -171,7 +173,7 @@ def _without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def write_settings(root: Path, settings: Mapping[str, Any], comments: Sequence[str] = ()) -> None:
-    """`config.yaml`, with `comments` (versions) on top."""
+    """Write `config.yaml`, with `comments` (versions) at the top."""
     text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(
         dict(settings), sort_keys=False, allow_unicode=True
     )

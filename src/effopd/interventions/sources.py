@@ -1,6 +1,4 @@
-"""`Sources`: the checkpoints that an intervention starts from, with names, shapes and architecture
-checked.
-"""
+"""`Sources`: the base and trained checkpoints of an intervention, checked on opening."""
 
 from __future__ import annotations
 
@@ -18,19 +16,18 @@ from effopd.weights.trajectory import Snapshot, find_snapshots
 
 
 class Sources:
-    """The base and the kept checkpoints of every run.
+    """The base and the saved checkpoints of every run.
 
-    Names, shapes and architecture of all of them are checked here, before any tensor is read.
+    Names, shapes and architectures are checked before any tensor is read.
 
     Args:
         base: checkpoint folder.
         trained: label → folders; several folders are seeds and become the runs `label#0`,
             `label#1`, ….
-        steps: use these steps of a trajectory only; the last of them is the trained model.
+        steps: steps of a trajectory to use; the last one is the trained model. `None`: all.
 
     Raises:
-        EffOPDError: a folder that cannot be used or does not belong to the base; the message names
-            it.
+        EffOPDError: a folder cannot be used or does not fit the base; the message names it.
     """
 
     def __init__(
@@ -50,15 +47,15 @@ class Sources:
         self._norms: dict[str, dict[Part, float]] = {}
 
     def difference(self, point: Point) -> Difference | None:
-        """The update that `point` is made of; the base has none."""
+        """The update from which `point` is made; `None` for the base."""
         return self._differences[point.run][point.snapshot] if point.run in self._differences else None
 
     def step(self, point: Point) -> int | None:
-        """The training step of that update, where it is known."""
+        """Training step of the point's update, if known."""
         return self.snapshots[point.run][point.snapshot].step if point.run in self.snapshots else None
 
     def norms(self, run: str) -> dict[Part, float]:
-        """‖ΔW_T‖ of every part at the end of `run`; one pass over the files, remembered."""
+        """‖ΔW_T‖ of every part at the end of `run`; one pass over the files, cached."""
         if run not in self._norms:
             final = self._differences[run][-1]
             self._norms[run] = {}
@@ -69,6 +66,6 @@ class Sources:
         return self._norms[run]
 
     def point_inputs(self, options: InterventionOptions) -> PointInputs:
-        """What the points of an intervention are built from."""
+        """Inputs for building the points of an intervention."""
         steps = {run: [snapshot.step for snapshot in snapshots] for run, snapshots in self.snapshots.items()}
         return PointInputs(self.base.parts(), steps, self.norms, options)

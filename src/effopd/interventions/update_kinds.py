@@ -1,6 +1,4 @@
-"""Interventions that change the update itself: some of its components, another norm, another
-direction.
-"""
+"""Interventions that change the update itself: its components, norm or direction."""
 
 from __future__ import annotations
 
@@ -14,15 +12,15 @@ from effopd.interventions.points import Point, PointInputs, require_trajectories
 from effopd.weights.difference import Update
 from effopd.weights.parts import Part
 
-#: The matrices whose update has a spectrum in the paper's sense.
+#: Modules whose matrices the rank intervention edits.
 SPECTRAL = ("attention", "mlp")
 
 
 def rank_points(inputs: PointInputs) -> list[Point]:
-    r"""Only the leading, or the trailing, p % of the components of every attention and MLP update.
+    r"""The leading, or trailing, p % of the components of every attention and MLP update.
 
-    $W_0 + c · ΔW_k/‖ΔW_k‖$ with c by `rank_norm` for the leading ones, W0 + ΔW_k for the trailing
-    ones.
+    $W_0 + c · ΔW_k/‖ΔW_k‖$ for the leading components, with c set by `rank_norm`; W0 + ΔW_k for the
+    trailing ones.
 
     Source: arXiv 2605.11739, section 5 (top-k % and bottom-k % models), fig. 3, with
     `rank_norm="shared"`.
@@ -56,11 +54,10 @@ def rank_points(inputs: PointInputs) -> list[Point]:
 
 
 def norm_scaling_points(inputs: PointInputs) -> list[Point]:
-    """Early updates ΔW_t stretched by β towards the final norm of each matrix (needs a run
-    directory).
+    """Early updates ΔW_t scaled by β toward the final norm of each matrix (needs a run directory).
 
     Raises:
-        ConfigError: a run has a single checkpoint, or not the early step asked for.
+        ConfigError: a run has a single checkpoint, or lacks a requested early step.
     """
     require_trajectories(inputs, "norm_scaling")
     points = []
@@ -73,7 +70,7 @@ def norm_scaling_points(inputs: PointInputs) -> list[Point]:
             known = ", ".join(str(step) for step in steps[:-1] if step)
             raise ConfigError(
                 f"--early_steps: run '{run}' has {f'no step {missing[0]}' if missing else 'no step'} before its last, "
-                f"{steps[-1]}. Expected steps among: {known or 'none; give a trajectory with more steps'}."
+                f"{steps[-1]}. Expected steps among: {known or 'none; pass a trajectory with more steps'}."
             )
         final = inputs.norms(run)
         for step in early:
@@ -99,7 +96,7 @@ def _norm_scaling_point(
 
 
 def random_points(inputs: PointInputs) -> list[Point]:
-    """The control: the base moved by the norm of the update in a random direction."""
+    """The control: the base moved in a random direction by the norm of the update."""
 
     def point(run: str, seed: int) -> Point:
         def edit(update: Update) -> Tensor | None:

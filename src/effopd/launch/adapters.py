@@ -1,6 +1,4 @@
-"""LoRA by flags: the adapter's configuration, and whether its names are names of the model, before
-weights are loaded.
-"""
+"""LoRA flags: the adapter's PEFT configuration, and its checks against a model without weights."""
 
 from __future__ import annotations
 
@@ -20,13 +18,14 @@ _PLAIN = re.compile(r"[\w.-]+")
 
 
 def adapter_config(model: ModelConfig) -> Any:
-    """PEFT's configuration of the flags, or `None` without `use_peft`.
+    """PEFT configuration of the flags; `None` without `use_peft`.
 
-    One target is a list of one: TRL turns it into text, which PEFT reads as a regular expression
-    for the whole name. A text that is no plain name stays one.
+    A single plain target name is passed to PEFT as a set of one. TRL passes it as a string, which
+    PEFT would match as a regular expression against the whole module name. A string that is not a
+    plain name stays a regular expression.
 
     Raises:
-        ConfigError: PEFT does not take the settings.
+        ConfigError: PEFT rejects the settings.
     """
     if not model.use_peft:
         return None
@@ -41,13 +40,13 @@ def adapter_config(model: ModelConfig) -> Any:
 
 
 def check_adapter(model: ModelConfig, student: PreTrainedModel) -> None:
-    """Every name of the LoRA flags is one of the student's, and none of them is the head.
+    """Check that the names in the LoRA flags exist in the student and exclude its head.
 
     Args:
-        student: on the meta device; it is changed.
+        student: a model on the meta device. PEFT modifies it.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the student lacks a name, PEFT cannot adapt a module, or the head is adapted.
     """
     config = adapter_config(model)
     if config is None:
@@ -87,18 +86,17 @@ def _check_by_peft(config: Any, student: PreTrainedModel, modules: list[str]) ->
     head = adapted.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         raise ConfigError(
-            f"--lora_target_modules {_shown(config)} adapts the output head, whose weights "
-            "the loss reads directly, so the "
-            "adapter would not be trained. Leave the head out."
+            f"--lora_target_modules {_shown(config)} includes the output head. The loss reads the head's weights "
+            "directly, so an adapter on it is not trained. Leave the head out."
         )
 
 
 def trained_parameters(config: Any, student: PreTrainedModel) -> int:
-    """How many parameters an adapter trains.
+    """Number of parameters that an adapter trains.
 
     Args:
-        config: PEFT's configuration.
-        student: on the meta device; it is changed.
+        config: PEFT configuration.
+        student: a model on the meta device. PEFT modifies it.
     """
     from peft import get_peft_model
 
@@ -114,7 +112,7 @@ def _shown(config: Any) -> str:
 
 
 def _last_names(modules: Iterable[str]) -> list[str]:
-    """Last parts of the names of a layer's modules, each once."""
+    """Distinct last parts of module names that occur more than once, without numbers."""
     last = [name.rpartition(".")[2] for name in modules]
     return [name for name in dict.fromkeys(last) if last.count(name) > 1 and not name.isdecimal()]
 

@@ -1,5 +1,7 @@
-"""`effopd train --dry_run`: what a run would do and need. Everything that the run itself would
-refuse is refused here, as far as that takes neither weights nor the network; nothing is written."""
+"""`effopd train --dry_run`: the plan of a run and its estimated memory.
+
+It makes all checks of the run itself that need neither weights nor network, and writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,10 @@ from effopd.tasks import load_verifier, needs_network
 
 
 def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
-    """(what would run, estimated memory a rank).
+    """(plan of the run, estimated memory per rank).
 
     Raises:
-        EffOPDError: a subclass that says what does not fit, as for the run itself.
+        EffOPDError: a check of the run fails.
     """
     rows = _checked(settings)
     run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
@@ -41,7 +43,7 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
 
 
 def _checked(settings: RunSettings) -> Prompts | None:
-    """The run's own checks; its training and held-out prompts, if they are at hand."""
+    """Run the checks; return the prompts, or `None` if loading them needs the network."""
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
     on_disk = _models_on_disk(settings)
@@ -65,7 +67,7 @@ def _models_on_disk(settings: RunSettings) -> bool:
 
 
 def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str, str]]:
-    opd, task, look = settings.opd, settings.task, settings.effopd
+    opd, task, effopd = settings.opd, settings.task, settings.effopd
     yield (
         "student",
         f"{settings.model.model_name_or_path}  {_size_text(_size(settings.model.model_name_or_path, opd))}",
@@ -76,7 +78,7 @@ def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str
             yield role, f"{name}  {_size_text(_size(name, opd))}"
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
     yield (
-        "a step",
+        "each step",
         f"{rollouts_per_step(opd):,} prompts = {opd.per_device_train_batch_size} × "
         f"{opd.gradient_accumulation_steps} accumulated × "
         f"{opd.world_size} process(es); "
@@ -89,51 +91,51 @@ def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str
         f"{length}, learning rate {opd.learning_rate:g} "
         f"({getattr(opd.lr_scheduler_type, 'value', opd.lr_scheduler_type)})",
     )
-    yield "look-ahead", _look_text(look, opd)
+    yield "look-ahead", _look_text(effopd, opd)
     yield "written to", str(opd.output_dir)
-    unseen = ["the rows (a Hub dataset, or a folder)"] * (rows is None)
-    unseen += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_on_disk(settings))
-    if unseen:
-        yield "not checked", ", ".join(unseen)
+    unchecked = ["rows of the task (a Hub dataset or a folder)"] * (rows is None)
+    unchecked += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_on_disk(settings))
+    if unchecked:
+        yield "not checked", ", ".join(unchecked)
 
 
 def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:
-    """How many prompts train and evaluate."""
+    """Numbers of training and evaluation prompts."""
     if rows is not None:
         train, held_out = f"{len(rows.train):,}", f"{len(rows.held_out):,}" if rows.held_out else ""
     else:
-        train = f"{task.train_size:,}" if task.train_size else "all that are not held out"
+        train = f"{task.train_size:,}" if task.train_size else "all rows not held out"
         held_out = f"{task.eval_size:,}" if task.eval_size else "all of eval_task" if task.eval_task else _HELD_OUT
     if not evaluates(opd):
         return f"training prompts: {train}; no evaluation (see --eval_strategy)"
     return f"training prompts: {train}, evaluated on: {held_out}"
 
 
-def _look_text(look: Any, opd: Any) -> str:
-    if not look.enabled:
+def _look_text(effopd: Any, opd: Any) -> str:
+    if not effopd.enabled:
         return "none: plain OPD"
-    parts = [look.strategy, f"moves {look.parameters}"]
-    if look.rules.fit is not None:
-        parts.append(f"fits at step {look.strategy_args.until}")
+    parts = [effopd.strategy, f"moves {effopd.parameters}"]
+    if effopd.rules.fit is not None:
+        parts.append(f"fits at step {effopd.strategy_args.until}")
     else:
-        parts.append(f"searches by schedule '{look.schedule}'")
-    if look.scorer == "accuracy":
-        each = look.validation_size * (look.scorer_args.max_completion_length or opd.max_completion_length)
-        parts.append(f"{look.validation_size} validation prompts: up to {each:,} sampled tokens per candidate")
-    elif look.scorer == "teacher_kl":
-        wanted = wanted_rollouts(opd, look.score_rollouts)
+        parts.append(f"searches by schedule '{effopd.schedule}'")
+    if effopd.scorer == "accuracy":
+        each = effopd.validation_size * (effopd.scorer_args.max_completion_length or opd.max_completion_length)
+        parts.append(f"{effopd.validation_size} validation prompts: up to {each:,} sampled tokens per candidate")
+    elif effopd.scorer == "teacher_kl":
+        wanted = wanted_rollouts(opd, effopd.score_rollouts)
         scored = min(wanted, rollouts_per_step(opd))
-        fewer = f" (a step has no more; it would like {wanted})" if scored < wanted else ""
+        fewer = f" (all of a step, instead of {wanted})" if scored < wanted else ""
         parts.append(f"scores {scored} rollouts per candidate{fewer}, samples nothing")
     return ", ".join(parts)
 
 
-#: Of a source that has not been read, without an eval_size.
+#: Number of held-out rows of an unread source without eval_size.
 _HELD_OUT = "100, or a tenth of the rows if that is less"
 
 
 def _memory_table(settings: RunSettings, rows: Prompts | None) -> Table:
-    """Parts by what they are for, and the most that is there at once."""
+    """Estimated memory by purpose, and its peak."""
     estimate = estimate_memory(settings, rows.longest if rows else None)
     headings = [heading for heading, _, _ in SETUPS]
     title = "estimated memory per rank, GB" + (f" ({estimate.prompts})" if estimate else "")
@@ -142,14 +144,14 @@ def _memory_table(settings: RunSettings, rows: Prompts | None) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     if estimate is None:
-        table.add_row("unknown: a model is not on disk, and its name does not say its size", *("–" for _ in headings))
+        table.add_row("unknown: a model is not on disk and its name has no size", *("–" for _ in headings))
         return table
     for name in estimate.columns[-1]:
         table.add_row(name, *(_gb(column.get(name, 0)) for column in estimate.columns))
     most = (
-        "most at once"
+        "peak"
         if estimate.complete
-        else "sum, without a step's own (the student's configuration is not on disk)"
+        else "sum, without activations and loss (the student's configuration is not on disk)"
     )
     table.add_row(f"[bold]{most}[/bold]", *(f"[bold]{_gb(peak)}[/bold]" for peak in estimate.peaks))
     return table
@@ -164,4 +166,4 @@ def _size(name: str, opd: Any) -> ModelSize | None:
 
 
 def _size_text(size: ModelSize | None) -> str:
-    return "(size unknown)" if size is None else f"({size.parameters / 1e9:,.3g} B parameters, by its {size.source})"
+    return "(size unknown)" if size is None else f"({size.parameters / 1e9:,.3g} B parameters, from its {size.source})"

@@ -1,5 +1,8 @@
-"""What the host libraries refuse only while they set up a run, asked of them before anything is
-loaded: optimizer and schedule, generation, attention, and the packages that all of these need."""
+"""Early checks of settings that the host libraries reject only during setup of a run.
+
+They cover optimizer and schedule, generation, attention, and the packages that these need. Nothing
+is loaded.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from effopd.distill.rl_config import TaskGRPOConfig
 from effopd.distill.values import GRPO_LOSSES, check_name, check_values
 from effopd.errors import ConfigError, MissingDependencyError
 
-#: Start of an `--optim` → the package that it comes from.
+#: Prefix of an `--optim` → the package that provides it.
 _OPTIMIZERS = {
     "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao", "adamw_torch_xla": "torch_xla",
     "adamw_torch_npu_fused": "torch_npu", "adamw_anyprecision": "torchdistx", "galore_": "galore_torch",
@@ -31,12 +34,12 @@ _OPTIMIZERS = {
     "stable_adamw": "optimi", "adamw_bnb_": "bitsandbytes", "adamw_8bit": "bitsandbytes", "ademamix": "bitsandbytes",
     "lion_": "bitsandbytes", "paged_": "bitsandbytes", "rmsprop_bnb": "bitsandbytes",
 }  # fmt: skip
-#: Optimizers that take the loaded model, so that nothing is asked of them here but their flags.
+#: Optimizers that need the loaded model, so only their flags are checked.
 _OF_A_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
 
 
 def check_host_settings(model: ModelConfig, args: Any) -> None:
-    """Values, packages, and what the hosts say to the settings.
+    """Check values and packages, and pass the settings to the host libraries' own checks.
 
     Args:
         model: as parsed.
@@ -44,7 +47,7 @@ def check_host_settings(model: ModelConfig, args: Any) -> None:
 
     Raises:
         MissingDependencyError: a package is missing.
-        ConfigError: a value that the host does not take.
+        ConfigError: a value is out of range or rejected by a host library.
     """
     check_values(model)
     _check_unread(model)
@@ -72,11 +75,11 @@ def check_host_settings(model: ModelConfig, args: Any) -> None:
 
 
 def require_packages(model: ModelConfig, args: Any) -> None:
-    """Refuse flags whose package is missing, before anything is loaded.
+    """Check that the packages needed by the flags are installed.
 
     Raises:
-        MissingDependencyError: it is.
-        ConfigError: a tracker that the host does not know.
+        MissingDependencyError: a package is missing.
+        ConfigError: transformers does not know a tracker of `--report_to`.
     """
     quantized = [
         kwargs.get("quantization_config")
@@ -101,12 +104,12 @@ def require_packages(model: ModelConfig, args: Any) -> None:
     except ValueError as error:
         raise ConfigError(f"--report_to: {error}") from error
     for tracker in TRACKERS.intersection(args.report_to):
-        if tracker != "tensorboard" or not optional.is_available("tensorboardX"):  # either will do
+        if tracker != "tensorboard" or not optional.is_available("tensorboardX"):  # either is enough
             ensure(tracker)
 
 
 def _check_unread(model: ModelConfig) -> None:
-    """Settings of adapters and quantization that nothing would read."""
+    """Reject adapter and quantization settings that have no effect."""
     for reader, wanted, start in (
         ("--use_peft true", model.use_peft, ("lora_", "use_rslora", "use_dora")),
         ("--load_in_4bit true", model.load_in_4bit, ("bnb_4bit_", "use_bnb_nested_quant")),
@@ -117,38 +120,33 @@ def _check_unread(model: ModelConfig) -> None:
             if field.name.startswith(start) and getattr(model, field.name) != field.default
         ]
         if given and not wanted:
-            raise ConfigError(
-                f"{', '.join(given)}: without {reader} nothing reads this. Add {reader}, or leave it out."
-            )
+            raise ConfigError(f"{', '.join(given)}: no effect without {reader}. Add {reader}, or leave it out.")
 
 
 def _check_quantization(model: ModelConfig) -> None:
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model, name) and not model.use_peft:
             raise ConfigError(
-                f"--{name} true: quantised weights cannot be trained. Add --use_peft true, "
-                "which trains adapters on them."
+                f"--{name} true: quantized weights cannot be trained. Add --use_peft true to train adapters on them."
             )
 
 
 def _check_attention(flag: str, name: str) -> None:
-    """A name that transformers knows, or a kernel of the Hub, whose package is there."""
+    """Check an attention implementation: known to transformers or a Hub kernel, and installed."""
     bare = name.removeprefix("paged|")
     version = bare.removeprefix("flash_attention_")
     if version.isdecimal() and int(version) in FLASH_ATTENTION_COMPATIBILITY_MATRIX:
         installed = FLASH_ATTENTION_COMPATIBILITY_MATRIX[int(version)]["general_availability_check"]()
         if not installed and not optional.is_available("kernels"):
             raise MissingDependencyError(
-                f"{flag} {name} needs the package 'flash_attn' or 'kernels', which is not installed. Install one of "
-                "them, pip install flash-attn or pip install kernels, or use sdpa."
+                f"{flag} {name} needs the package 'flash_attn' or 'kernels'; neither is installed. Install one with "
+                "pip install flash-attn or pip install kernels, or use sdpa."
             )
         return
     if "/" in bare:
         if not optional.is_available("kernels"):
             raise MissingDependencyError(
-                f"{flag} {name} is a kernel of the Hub, which needs the package 'kernels'. "
-                "Install it with: pip install "
-                "'kernels'"
+                f"{flag} {name} is a Hub kernel and needs the package 'kernels'. Install it with: pip install kernels"
             )
         return
     known = ["eager", *AttentionInterface().valid_keys()]
@@ -157,7 +155,7 @@ def _check_attention(flag: str, name: str) -> None:
 
 
 def _check_optimizer(args: Any) -> None:
-    """Build optimizer and schedule for one number."""
+    """Build the optimizer and schedule for a model of one parameter."""
     optim = getattr(args.optim, "value", args.optim)
     if optim.startswith(_OF_A_MODEL):
         if optim.startswith(("galore_", "apollo_")) and not args.optim_target_modules:
@@ -185,11 +183,11 @@ def _check_optimizer(args: Any) -> None:
         given = f"--lr_scheduler_type {name}" + (
             f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
         )
-        raise ConfigError(f"{given}: {error}. Its settings are given as --lr_scheduler_kwargs '{{…}}'.") from error
+        raise ConfigError(f"{given}: {error}. Pass its settings as --lr_scheduler_kwargs '{{…}}'.") from error
 
 
 def _check_generation(args: Any) -> None:
-    """The sampling settings as the host will put them together."""
+    """Validate the sampling settings in the combination that TRL builds."""
     extra = args.generation_kwargs or {}
     if args.use_vllm or not extra:
         return
@@ -207,23 +205,23 @@ def _check_generation(args: Any) -> None:
 
 
 def _check_rl(model: ModelConfig, args: Any) -> None:
-    """What TRL's GRPO and RLOO trainers say after the model is loaded."""
+    """Checks that TRL's GRPO and RLOO trainers make only after they load the model."""
     weights = getattr(args, "reward_weights", None)
     rewards = 1 + bool(getattr(args, "overlong_cache", 0))
     if weights is not None and len(weights) != rewards:
         raise ConfigError(
-            f"--reward_weights: expected {rewards} number(s), for right answers"
-            + (" and the overlong punishment" if rewards > 1 else "")
+            f"--reward_weights: expected {rewards} number(s), for correct answers"
+            + (" and the overlong penalty" if rewards > 1 else "")
             + f"; got {len(weights)}."
         )
     if getattr(args, "sync_ref_model", False):
         if args.beta == 0:
             raise ConfigError(
-                "--sync_ref_model true: with --beta 0 there is no reference model. Leave one of them out."
+                "--sync_ref_model true: --beta 0 loads no reference model. Leave one of the two flags out."
             )
         if model.use_peft:
             raise ConfigError(
-                "--sync_ref_model true: with --use_peft there is no reference model of its own. Leave it out."
+                "--sync_ref_model true: --use_peft loads no separate reference model. Leave --sync_ref_model out."
             )
     if getattr(args, "loss_type", None) == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
         check_name(

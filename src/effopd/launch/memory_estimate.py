@@ -1,6 +1,4 @@
-"""The memory of a run per rank, from its settings: parts by what they are for, and the most that is
-there at once.
-"""
+"""Estimated memory of a run per rank, from its settings: bytes by purpose, and their peak."""
 
 from __future__ import annotations
 
@@ -20,28 +18,28 @@ from effopd.launch.prompts import evaluates
 from effopd.launch.run_models import loading_arguments
 from effopd.launch.step_memory import PROCESS, StepMemory, StepShape, step_memory
 
-#: (heading, ranks, sharded) of what is estimated.
+#: (heading, ranks, sharded) of the estimated setups.
 SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
-#: Tokens of a prompt where none was measured and no limit is set.
+#: Prompt length, in tokens, if none was measured and no limit is set.
 _ASSUMED_PROMPT = 512
 _DTYPE_BYTES = {"float32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16}
-#: What an allocator holds beyond what is asked for; real runs took up to 9 % more
+#: Allocated / requested memory. Real runs took up to 9 % more than requested
 #: (benchmarks/memory_estimate.py).
 _ALLOCATOR = 1.12
-#: Bytes of a quantised weight, with its scales.
+#: Bytes per quantized weight, including its scales.
 _QUANTISED = {"load_in_4bit": 0.56, "load_in_8bit": 1.06}
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, one entry per setup of `SETUPS`.
+    """Estimated bytes on one rank, with one entry per setup of `SETUPS`.
 
     Attributes:
-        columns: bytes by what they are for; not all of them are there at once.
-        peaks: the most that is there at once.
-        prompts: which prompt length was counted with, in words.
-        complete: whether the student's configuration was at hand, without which a step's own memory
-            is not known.
+        columns: bytes by purpose. They are not all allocated at the same time.
+        peaks: peak memory; the sum of the column if `complete` is false.
+        prompts: the assumed prompt length and its source, in words.
+        complete: whether the student's configuration was available. Without it the memory of
+            activations, loss, sampling and evaluation is unknown.
     """
 
     columns: list[dict[str, int]]
@@ -51,12 +49,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimate | None:
-    """The memory of a run; `None` where a model is not on disk and its name does not say its size.
+    """Memory of a run; `None` if the size of a model is unknown.
 
     Args:
-        longest: tokens of the longest prompt, if it was measured.
+        longest: tokens of the longest prompt. `None`: not measured.
     """
-    opd, look = settings.opd, settings.effopd
+    opd, effopd = settings.opd, settings.effopd
     prompt, prompt_source = _prompt_length(settings, longest)
     student = _size(str(settings.model.model_name_or_path), opd)
     frozen_sizes = [
@@ -73,8 +71,8 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
             sum(size.parameters for size in others) * frozen_bytes,
             ranks=ranks,
             sharded=sharded,
-            moved=student.selected(str(look.parameters)) if look.enabled else None,
-            anchor_here=look.anchor_device is None,
+            moved=student.selected(str(effopd.parameters)) if effopd.enabled else None,
+            anchor_here=effopd.anchor_device is None,
             trained=trained,
             weight_bytes=next(
                 (size for name, size in _QUANTISED.items() if getattr(settings.model, name)), student_bytes
@@ -100,7 +98,7 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
 
 
 def _peak(column: Mapping[str, int], step: StepMemory, *, accumulates: bool) -> int:
-    """The most that is there at once: what is held all the time, and a step or a search."""
+    """Peak bytes: permanent memory plus the larger of a step and a search, × `_ALLOCATOR`."""
     gradients, candidate = column["gradients"], column.get("candidate", 0)
     held = sum(column.values()) - gradients - candidate
     search = candidate + max(step.loss, step.sampling) if candidate else 0
@@ -108,7 +106,7 @@ def _peak(column: Mapping[str, int], step: StepMemory, *, accumulates: bool) -> 
 
 
 def _prompt_length(settings: RunSettings, longest: int | None) -> tuple[int, str]:
-    """Tokens of the longest prompt, and where that is from."""
+    """Tokens of the longest prompt, and the source of this number."""
     limit = settings.task.max_prompt_length
     if longest is not None:
         return longest, f"longest prompt: {longest} tokens"
@@ -118,7 +116,7 @@ def _prompt_length(settings: RunSettings, longest: int | None) -> tuple[int, str
 
 
 def step_shape(settings: RunSettings, prompt: int) -> StepShape:
-    """What a rank works on at once, by the settings.
+    """Shapes of a rank's training and evaluation batches.
 
     Args:
         prompt: tokens of the longest prompt.
@@ -145,8 +143,10 @@ def _weight_bytes(init: Mapping[str, Any]) -> int:
 
 
 def _adapter(settings: RunSettings, student: ModelSize) -> tuple[Any, int | None]:
-    """PEFT's configuration and how many parameters it trains: a hundredth, where the model is not
-    at hand; (None, None) where all are trained."""
+    """(PEFT configuration, number of parameters it trains); (None, None) without adapters.
+
+    1 % of the parameters is assumed if the student's configuration is not available.
+    """
     config = adapter_config(settings.model)
     if config is None:
         return None, None

@@ -1,8 +1,7 @@
-"""A model's class, shapes and limits, from its configuration alone: built on the meta device,
-without weights or memory.
+"""Models built on the meta device from their configuration, without weights or memory.
 
-The class is the one that TRL loads: the first of the configuration's `architectures`, else a causal
-language model.
+The class is the one that TRL loads: the first of the configuration's `architectures`. A class that
+transformers does not have is loaded as a causal language model from the model's own code.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from effopd.models.files import reading
 
 logger = logging.getLogger(__name__)
 
-#: Where configurations say how many positions there are.
+#: Configuration fields for the number of positions.
 _LIMITS = (
     "max_position_embeddings",
     "n_positions",
@@ -35,18 +34,18 @@ _LIMITS = (
     "seq_length",
     "n_ctx",
 )
-#: Tables of absolute positions, by the names that models give them.
+#: Parameter names of absolute position embeddings.
 _TABLE = re.compile(r"(?:^|[._])(?:wpe|embed_positions|pos_encoding|positions?_embed\w*|pos_emb\w*)(?:[._]|$)")
 _NOT_OF_TEXT = re.compile(r"vision|visual|image|audio|patch|encoder\.embeddings")
-#: How many rows a table may have beyond the positions of its configuration (OPT: 2).
+#: Maximum number of rows of a position table beyond the configured positions (OPT has 2).
 _OFFSET = 8
 
 
 def read_config(flag: str, name: str, init: Mapping[str, Any] | None = None, **load: Any) -> Any:
-    """The configuration of a model, with what `init`, its loading arguments, sets of it.
+    """The configuration of a model, updated with the settings among its loading arguments `init`.
 
     Raises:
-        CompatibilityError: it cannot be read.
+        CompatibilityError: the configuration cannot be read.
         ConfigError: a loading argument is neither one of `from_pretrained` nor a setting of the
             configuration.
     """
@@ -65,20 +64,21 @@ def meta_model(flag: str, name: str, init: Mapping[str, Any] | None = None, **lo
     """The model of a folder or Hub id, on the meta device.
 
     Args:
-        flag: what names it in messages.
-        init: its loading arguments.
+        flag: the flag that messages name.
+        init: loading arguments of the model.
         load: passed to `AutoConfig.from_pretrained`.
 
     Raises:
-        CompatibilityError: its configuration cannot be read, or it generates no text with a head of
-            its own.
-        ConfigError, MissingDependencyError: an attention implementation that it does not have.
+        CompatibilityError: the configuration cannot be read, or it is not one of a causal language
+            model with an output head.
+        ConfigError: a loading argument is unknown.
+        MissingDependencyError: the model needs a package that is not installed.
     """
     return model_of(flag, name, read_config(flag, name, init, **load), (init or {}).get("attn_implementation"))
 
 
 def model_of(flag: str, name: str, config: Any, attention: str | None = None, device: str = "meta") -> PreTrainedModel:
-    """As `meta_model`, of a configuration; on another device only where tensors are fake."""
+    """As `meta_model`, from a configuration. Other devices are only for `FakeTensorMode`."""
     kind = _class_of(flag, name, config)
     extra = {"attn_implementation": attention} if attention else {}
     try:
@@ -91,7 +91,7 @@ def model_of(flag: str, name: str, config: Any, attention: str | None = None, de
         raise MissingDependencyError(f"{flag} {name!r}: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise CompatibilityError(
-            f"{flag} {name!r}: no model can be built from its configuration: {' '.join(str(error).split())}"
+            f"{flag} {name!r}: building the model from its configuration failed: {' '.join(str(error).split())}"
         ) from error
     if model.get_output_embeddings() is None:
         raise CompatibilityError(
@@ -101,31 +101,31 @@ def model_of(flag: str, name: str, config: Any, attention: str | None = None, de
 
 
 def _class_of(flag: str, name: str, config: Any) -> Any:
-    """The class that TRL loads; `None`: a causal language model of its own code."""
+    """The class that TRL loads. `None`: a causal language model from the model's own code."""
     architectures = getattr(config, "architectures", None)
     if not architectures:
         raise CompatibilityError(
-            f"{flag} {name!r}: its config.json has no 'architectures', which say what to load. Expected for instance "
-            '"architectures": ["Qwen3ForCausalLM"].'
+            f"{flag} {name!r}: its config.json has no 'architectures', so the class to load is unknown. Expected for "
+            'example "architectures": ["Qwen3ForCausalLM"].'
         )
     kind = getattr(transformers, architectures[0], None)
     if kind is None:
         if getattr(config, "auto_map", None):
             return None
         raise CompatibilityError(
-            f"{flag} {name!r} is a {architectures[0]}, which this transformers "
-            f"({transformers.__version__}) does not have."
+            f"{flag} {name!r} is a {architectures[0]}, which transformers {transformers.__version__} does not support."
         )
     if getattr(config, "is_encoder_decoder", False) or not kind.can_generate():
         raise CompatibilityError(
-            f"{flag} {name!r} is a {architectures[0]}: expected a decoder that continues a text, such as …ForCausalLM."
+            f"{flag} {name!r} is a {architectures[0]}: expected a decoder-only language model such as …ForCausalLM."
         )
     return kind
 
 
 def positions(model: PreTrainedModel) -> tuple[int | None, bool]:
-    """(how many positions a model has, whether it cannot go beyond them: a table of absolute
-    positions).
+    """(number of positions of a model, whether it is a hard limit).
+
+    The limit is hard if the model has a table of absolute positions. `None`: the number is unknown.
     """
     text = model.config.get_text_config()
     declared = next((int(value) for name in _LIMITS if isinstance(value := getattr(text, name, None), int)), None)
@@ -152,7 +152,7 @@ def _tensors(model: PreTrainedModel) -> Iterable[tuple[str, Any]]:
 
 
 def check_positions_of(flag: str, name: str, prompt: int | None, answer: int, setting: str, **load: Any) -> None:
-    """`check_positions` of a model folder or Hub id; adapters are taken at their base.
+    """`check_positions` for a model folder or Hub id. LoRA adapter folders are not checked.
 
     Raises:
         ConfigError: as `check_positions`.
@@ -163,26 +163,26 @@ def check_positions_of(flag: str, name: str, prompt: int | None, answer: int, se
 
 
 def check_positions(flag: str, name: str, model: PreTrainedModel, prompt: int, answer: int, setting: str) -> None:
-    """The longest prompt and an answer fit into the positions of a model.
+    """Check that the longest prompt and answer fit into the positions of a model.
+
+    Too long a sequence is only a warning if the positions are computed (RoPE, …).
 
     Args:
         prompt: tokens of the longest prompt.
         answer: tokens of the longest answer.
-        setting: the flag that says how long an answer is.
+        setting: the flag that limits the length of an answer.
 
     Raises:
-        ConfigError: they do not, and the model has a table of positions. Where positions are
-            computed (RoPE, …) it is a warning.
+        ConfigError: the sequence is too long and the model has a table of absolute positions.
     """
     limit, table = positions(model)
     if limit is None or prompt + answer <= limit:
         return
     text = (
         f"{flag} {name!r} has {limit} positions, but the longest prompt has {prompt} tokens "
-        f"and an answer up to {answer}, "
-        f"together {prompt + answer}."
+        f"and an answer up to {answer}, together {prompt + answer}."
     )
     fix = f"Set {setting} to {limit - prompt} or less" if prompt < limit else "Shorten the prompts"
     if table:
-        raise ConfigError(f"{text} Beyond its positions it has no embeddings. {fix}, or use another model.")
-    logger.warning("%s Beyond them it was not trained. %s, unless you mean it.", text, fix)
+        raise ConfigError(f"{text} It has no embeddings beyond these positions. {fix}, or use another model.")
+    logger.warning("%s It was not trained beyond these positions. %s, unless this is intended.", text, fix)

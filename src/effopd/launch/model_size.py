@@ -1,6 +1,4 @@
-"""How many parameters a model has, from its configuration or its name: nothing is loaded or
-downloaded.
-"""
+"""Parameter counts of models from their configuration or name, without loading or downloading."""
 
 from __future__ import annotations
 
@@ -21,14 +19,14 @@ _IN_A_NAME = re.compile(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([bm])(?![a-z\d])", re.IGN
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the estimate needs to know of a model.
+    """Size of a model.
 
     Attributes:
-        parameters: how many.
-        source: where that is from: 'configuration' or 'name'.
-        layers: of the configuration; 0 if it is not at hand.
-        names: size of every parameter by name, if the configuration is at hand.
-        config: the configuration, if it is at hand.
+        parameters: number of parameters.
+        source: source of this number, 'configuration' or 'name'.
+        layers: number of layers; 0 without a configuration.
+        names: parameter name → number of elements; empty without a configuration.
+        config: the configuration. `None`: not available.
     """
 
     parameters: int
@@ -38,11 +36,12 @@ class ModelSize:
     config: Any = field(default=None, repr=False, compare=False)
 
     def selected(self, rule: str) -> int:
-        """How many parameters the look-ahead's `parameters` rule moves; all, if their names are not
-        known.
+        """Number of parameters moved by the look-ahead's `parameters` rule.
+
+        All parameters are counted if their names are unknown.
 
         Raises:
-            ConfigError: it moves none, or none of one kind of block.
+            ConfigError: the rule selects no parameters, or none of one kind of block.
         """
         if not self.names:
             return self.parameters
@@ -50,10 +49,9 @@ class ModelSize:
 
 
 def model_size(name: str, **load: Any) -> ModelSize | None:
-    """Size of a model folder or of a Hub id in the local cache, else what its name says (…-1.7B-…),
-    else `None`.
+    """Size of a model folder or of a Hub id in the local cache. The network is never used.
 
-    Never goes to the network.
+    Without a readable configuration the size comes from the name (…-1.7B-…). `None`: unknown.
     """
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True, **load)
@@ -67,7 +65,7 @@ def model_size(name: str, **load: Any) -> ModelSize | None:
 
 
 def size_of(config: Any) -> ModelSize:
-    """Size of the model that a configuration describes, built without memory."""
+    """Size of the model that a configuration describes. Sets its `architectures` if it has none."""
     config.architectures = config.architectures or [_causal_class(config)]
     return size_of_model(model_of("model", config.model_type, config))
 
@@ -77,7 +75,7 @@ def _causal_class(config: Any) -> str:
 
 
 def size_of_model(model: PreTrainedModel) -> ModelSize:
-    """Size of a model that is built, on the meta device for instance."""
+    """Size of a model, which can be on the meta device."""
     names = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers = model.config.get_text_config().num_hidden_layers
     return ModelSize(model.num_parameters(), "configuration", layers, names, model.config)

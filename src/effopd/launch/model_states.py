@@ -1,16 +1,18 @@
-"""Memory of the model states of a run: weights, gradients, optimizer moments, the look-ahead's
-anchor, the teacher.
+"""Memory of a run's weights, gradients, optimizer moments, look-ahead anchor and teacher.
 
-Every number is bytes on one rank, from the sizes of the models alone. fp32 masters as TRL loads
-them; N ranks; P parameters of the student, R of them trained, M of them moved by the look-ahead, T
-of the teacher:
+All numbers are bytes on one rank and follow from the sizes of the models. The student has P
+parameters, of which R are trained and M are moved by the look-ahead. The teacher has T parameters.
+Trained weights are fp32, as TRL loads them. N is the number of ranks under FSDP2 and 1 under DDP.
 
-    weights 4P, gradients 4R, optimizer 8R (AdamW), anchor 4M, candidate 4M (during a search): each
-    / N under FSDP2, whole under DDP teacher (and reference): its dtype × T, whole on every rank, as
-    TRL and accelerate place it gathered: under FSDP2 two layers at a time in the compute dtype, 2 ·
-    2 · P / layers
+    weights      4P / N
+    gradients    4R / N
+    optimizer    8R / N with AdamW
+    anchor       4M / N
+    candidate    4M / N, during a search
+    teacher      T × bytes of its dtype, not sharded; the same for a reference model
+    gathered     2 · 2 · P / layers: two layers in bf16, under FSDP2 only
 
-`step_memory` has what a step works with beside these, and `memory_estimate` the sum.
+`step_memory` adds the memory of a step, and `memory_estimate` sums both.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ from effopd.launch.model_size import ModelSize
 
 FP32, BF16 = 4, 2
 
-#: Bytes of optimizer state per trained parameter, by the start of `--optim`; the longest start that
-#: fits counts.
+#: Prefix of `--optim` → bytes of optimizer state per trained parameter; the longest match counts.
 _OPTIMIZER_STATES = {
     "adamw": 8.0,
     "paged_adamw": 8.0,
@@ -53,7 +54,7 @@ _OPTIMIZER_STATES = {
 
 
 def optimizer_state_bytes(optim: str) -> float:
-    """Bytes of optimizer state per trained parameter; AdamW's where the optimizer is not known."""
+    """Bytes of optimizer state per trained parameter; 8, as for AdamW, for unknown optimizers."""
     starts = [start for start in _OPTIMIZER_STATES if optim.startswith(start)]
     return _OPTIMIZER_STATES[max(starts, key=len)] if starts else 8.0
 
@@ -70,17 +71,17 @@ def model_state_bytes(
     weight_bytes: float = FP32,
     optim: str = "adamw",
 ) -> dict[str, int]:
-    """Estimated bytes of the model states on one rank, by what they are for.
+    """Estimated bytes of the model states on one rank, by purpose.
 
     Args:
-        frozen: bytes of the teacher and, if there is one, the reference.
-        ranks: data-parallel processes.
-        sharded: FSDP2 rather than DDP.
-        moved: parameters that the look-ahead moves; `None`: no look-ahead.
-        anchor_here: whether the anchor is beside the parameters rather than on another device.
-        trained: parameters of the adapters; `None`: all of the student's are trained.
-        weight_bytes: of a parameter of the student; adapters are fp32.
-        optim: the optimizer's name.
+        frozen: bytes of the teacher and, if there is one, the reference model.
+        ranks: number of data-parallel processes.
+        sharded: whether parameters are sharded (FSDP2) rather than replicated (DDP).
+        moved: number of parameters moved by the look-ahead. `None`: no look-ahead.
+        anchor_here: whether the anchor is on the device of the parameters.
+        trained: number of adapter parameters. `None`: all parameters of the student are trained.
+        weight_bytes: bytes per parameter of the student; adapters are fp32.
+        optim: name of the optimizer.
     """
     share, p = (ranks if sharded else 1), student.parameters
     updated = p if trained is None else trained

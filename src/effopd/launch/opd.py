@@ -1,5 +1,6 @@
-"""From settings to a finished run: checks → trainer → train. `effopd train` and `effopd quickstart`
-both come here.
+"""Check the settings of a distillation run, build its trainer, and train.
+
+`effopd train` and `effopd quickstart` share this code.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from effopd.tasks import Task, TaskConfig
 
 @dataclass
 class RunSettings:
-    """Everything that defines a run."""
+    """All settings of a distillation run."""
 
     model: ModelConfig
     task: TaskConfig
@@ -43,12 +44,12 @@ class RunSettings:
 
 
 def build_trainer(settings: RunSettings) -> OPDTrainer:
-    """Check everything that can be checked cheaply and load the models; `config.yaml` is written
-    when training starts.
+    """Run the checks that need no weights, then load the models and build the trainer.
+
+    `config.yaml` is written when training starts.
 
     Raises:
-        EffOPDError: a subclass that says what does not fit; nothing has been written or trained
-            then.
+        EffOPDError: a check failed. Nothing was written or trained.
     """
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
@@ -78,10 +79,12 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
 
 
 def check_settings(settings: RunSettings) -> None:
-    """Refuse what its settings alone tell against; no model, no row and no network is needed.
+    """Check the settings that need no model configuration, data or network.
+
+    Also sets `eval_on_start` if it is `None`.
 
     Raises:
-        EffOPDError: a subclass that says what does not fit.
+        EffOPDError: a setting is invalid.
     """
     opd, effopd = settings.opd, settings.effopd
     check_values(settings.task)
@@ -94,20 +97,19 @@ def check_settings(settings: RunSettings) -> None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
     usable_device(effopd.anchor_device)
-    if opd.eval_on_start is None:  # the curve begins before the first jump
+    if opd.eval_on_start is None:  # evaluate before the first jump
         opd.eval_on_start = effopd.enabled and opd.eval_strategy != "no"
     if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
 
 
 def check_models_of(settings: RunSettings) -> list[NamedModel]:
-    """Student, teacher and reference on the meta device, the student first; the adapter's names are
-    the student's.
+    """Student, teacher and reference on the meta device, in this order, after their checks.
 
     Raises:
-        CompatibilityError: a model that cannot be read or distilled.
-        ConfigError: loading arguments, an attention implementation or adapter names that a model
-            does not have, or look-ahead `parameters` that match nothing of the student.
+        CompatibilityError: a model cannot be read or distilled.
+        ConfigError: a model does not support a loading argument, attention implementation or
+            adapter name, or the look-ahead's `parameters` select nothing in the student.
     """
     model, opd = settings.model, settings.opd
     student, other = loading_arguments(model, opd)
@@ -125,28 +127,28 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
 
 
 def check_prompts(settings: RunSettings, train: Task) -> None:
-    """There are prompts for a step, and for D_v.
+    """Check that there are enough prompts for a step and for the validation prompts.
 
     Raises:
-        ConfigError, TaskError: there are too few.
+        ConfigError, TaskError: there are too few prompts.
     """
     batch = rollouts_per_step(settings.opd)
     if len(train) < batch:
         raise ConfigError(
-            f"a step takes {batch} prompts but the task has {len(train)}: lower --per_device_train_batch_size or "
-            "--gradient_accumulation_steps, or raise --train_size."
+            f"a step takes {batch} prompts, but the task has only {len(train)}. Lower --per_device_train_batch_size "
+            "or --gradient_accumulation_steps, or raise --train_size."
         )
     if settings.effopd.validation_size is not None:
         check_validation_size(settings.effopd.validation_size, train)
 
 
 def other_models(opd: OPDConfig) -> list[str]:
-    """The models of a run that read the student's tokens."""
+    """Names of the teacher and, if there is one, the reference model."""
     return [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
 
 
 def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
-    """The settings of a run that need reference answers, as a sentence; "" if it needs none."""
+    """Sentence that names the settings that need reference answers; "" if there are none."""
     causes = []
     if effopd.scored:
         chosen = "validation_size" in effopd.changed
@@ -158,11 +160,14 @@ def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
         causes.append("--eval_on_start" if strategy == "no" else f"--eval_strategy {strategy}")
     if not causes:
         return ""
-    return f"Answers are needed because of {' and '.join(causes)}; --effopd.strategy line_search without evaluation needs none."
+    return (
+        f"Answers are needed because of {' and '.join(causes)}; "
+        "--effopd.strategy line_search without evaluation needs none."
+    )
 
 
 def run(settings: RunSettings) -> OPDTrainer:
-    """Train, and leave the final model beside the rows in the run directory."""
+    """Train and save the final model in the run directory."""
     trainer = build_trainer(settings)
     trainer.train(resume_from_checkpoint=resume_argument(settings.opd))
     trainer.save_final()
@@ -170,5 +175,5 @@ def run(settings: RunSettings) -> OPDTrainer:
 
 
 def to_yaml(settings: RunSettings) -> str:
-    """The run as YAML that `effopd train --config` takes back."""
+    """The settings as YAML for `effopd train --config`."""
     return settings_yaml(settings.model, settings.task, settings.opd, {"effopd": plain(settings.effopd)})

@@ -1,8 +1,4 @@
-"""Checks that take seconds, before work that takes hours: do these models, this tokenizer and this
-task fit?
-
-Reads configurations and tokenizers only; no weights are loaded.
-"""
+"""Checks of model names, tokenizers, tasks and disk space before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -23,16 +19,16 @@ from effopd.tasks import Task, check_prompt_lengths, check_verifier
 
 logger = logging.getLogger(__name__)
 
-#: Bytes a checkpoint takes per parameter: fp32 weights, two Adam moments, the look-ahead's anchor.
+#: Bytes per parameter in a checkpoint: fp32 weights, two Adam moments, the look-ahead's anchor.
 _BYTES_PER_PARAMETER = {"weights": 4, "optimizer": 8, "anchor": 4}
 
 
 def check_model_name(flag: str, name: str | None) -> None:
-    """A name that may be a model's: a folder that is there, or a possible Hub id. Nothing is read.
+    """Check that a model name is an existing path or a valid Hub id. Nothing is read.
 
     Raises:
-        ConfigError: no name.
-        CompatibilityError: a path to nothing.
+        ConfigError: the name is missing.
+        CompatibilityError: the name is neither an existing path nor a valid Hub id.
     """
     if not name:
         raise ConfigError(f"{flag} is missing: expected a model folder or a Hub id.")
@@ -42,16 +38,17 @@ def check_model_name(flag: str, name: str | None) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise CompatibilityError(
-            f"{flag} {name!r}: no such folder (looked in {Path.cwd()}), and not a Hub id."
+            f"{flag} {name!r}: no such folder in {Path.cwd()}, and not a valid Hub id."
         ) from error
 
 
 def load_tokenizer(student: str, **load: Any) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, set up for training. One without an end token gets the model's: the
-    host fills rows with it.
+    """The student's tokenizer, with truncation on the left.
+
+    A tokenizer without an end token gets the model's, because TRL pads rows with it.
 
     Raises:
-        CompatibilityError: it cannot be read.
+        CompatibilityError: the tokenizer cannot be read.
     """
     tokenizer = model_files.load_tokenizer("the student", student, truncation_side="left", **load)
     if tokenizer.eos_token_id is None:
@@ -62,14 +59,15 @@ def load_tokenizer(student: str, **load: Any) -> PreTrainedTokenizerBase:
 
 
 def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase, **load: Any) -> None:
-    """Tokenizer, end tokens and vocabulary of two model folders or Hub ids.
+    """Check that student and teacher agree on tokenizer, end tokens and vocabulary.
 
     Args:
-        load: passed to every `from_pretrained` (e.g. `trust_remote_code`).
+        student, teacher: model folders or Hub ids.
+        load: passed to every `from_pretrained`, for example `trust_remote_code`.
 
     Raises:
-        CompatibilityError: the tokenizers differ, no end token is shared, or a model has too few
-            vocabulary rows.
+        CompatibilityError: the tokenizers differ, no end token is shared, or a model has fewer
+            vocabulary rows than the tokenizer has tokens.
     """
     configs = {}
     for role, name in (("student", student), ("teacher", teacher)):
@@ -80,36 +78,38 @@ def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase,
             rows = configs[role].get_text_config().vocab_size
         if rows < len(tokenizer):
             raise CompatibilityError(
-                f"the {role} {name!r} has {rows} vocabulary rows but the student's tokenizer has {len(tokenizer)} "
-                "tokens. Expected a row for every token: use a student and a teacher of one family."
+                f"the {role} {name!r} has {rows} vocabulary rows, but the student's tokenizer has {len(tokenizer)} "
+                "tokens: expected one row per token. Use a student and a teacher of the same family."
             )
     _check_tokenizers(teacher, tokenizer, load)
     _check_end_tokens(student, teacher, tokenizer, configs)
 
 
 def _check_tokenizers(teacher: str, tokenizer: PreTrainedTokenizerBase, load: dict[str, Any]) -> None:
-    # without these files `AutoTokenizer` makes up an empty tokenizer of the model's type
+    # without these files `AutoTokenizer` returns an empty tokenizer of the model's type
     if all(
         cached_file(teacher, name, _raise_exceptions_for_missing_entries=False) is None
         for name in ("tokenizer_config.json", "tokenizer.json")
     ):
-        logger.warning("The teacher %r has no tokenizer of its own; its agreement was not checked.", teacher)
+        logger.warning(
+            "The teacher %r has no tokenizer, so its agreement with the student's was not checked.", teacher
+        )
         return
     with model_files.reading("the teacher", teacher):
         other = AutoTokenizer.from_pretrained(teacher, **load)
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        different = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
-        examples = ", ".join(f"{t!r} ({mine.get(t)} / {theirs.get(t)})" for t in different[:3])
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        examples = ", ".join(f"{t!r} ({ours.get(t)} / {theirs.get(t)})" for t in different[:3])
         raise CompatibilityError(
-            f"student and teacher {teacher!r} have different tokenizers: {len(different)} tokens have another id, "
-            f"e.g. (student / teacher) {examples}. Token-level distillation compares the same ids: use a teacher of "
-            "the student's family."
+            f"student and teacher {teacher!r} have different tokenizers: {len(different)} tokens have different ids, "
+            f"for example (student / teacher) {examples}. Token-level distillation compares equal ids. Use a teacher "
+            "of the student's family."
         )
     if tokenizer.chat_template and other.chat_template and tokenizer.chat_template != other.chat_template:
         logger.warning(
-            "Student and teacher have different chat templates; prompts are written with the student's. If the "
-            "teacher was tuned on its own template, give the student's tokenizer that one."
+            "Student and teacher have different chat templates; prompts use the student's. If the teacher was "
+            "trained with its own template, copy that one to the student's tokenizer."
         )
 
 
@@ -122,38 +122,37 @@ def _declared_end_tokens(name: str, config: Any, revision: str | None = None) ->
 
 
 def _check_end_tokens(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase, configs: dict) -> None:
-    mine = _declared_end_tokens(student, configs["student"]) | {tokenizer.eos_token_id} - {None}
-    theirs = _declared_end_tokens(teacher, configs["teacher"]) or mine
-    if not mine:
+    ours = _declared_end_tokens(student, configs["student"]) | {tokenizer.eos_token_id} - {None}
+    theirs = _declared_end_tokens(teacher, configs["teacher"]) or ours
+    if not ours:
         raise CompatibilityError(
-            f"the student {student!r} has no end token: expected `eos_token_id` in its generation config or an "
-            "eos_token in its tokenizer. Without one no answer ever ends."
+            f"the student {student!r} has no end token, so its answers never end: expected `eos_token_id` in its "
+            "generation config or an eos_token in its tokenizer."
         )
-    if not mine & theirs:
+    if not ours & theirs:
         raise CompatibilityError(
-            f"student and teacher end their answers with different tokens: {sorted(mine)} and {sorted(theirs)}. The "
-            "student would learn to never stop where it is sampled to stop: set the same `eos_token_id` in both "
-            "generation configs."
+            f"student and teacher end their answers with different tokens: {sorted(ours)} and {sorted(theirs)}. The "
+            "teacher never predicts the student's end token, so the student would unlearn to stop. Set the same "
+            "`eos_token_id` in both generation configs."
         )
-    if mine != theirs:
-        logger.warning("End tokens differ: student %s, teacher %s. Watch the share of cut answers.", mine, theirs)
+    if ours != theirs:
+        logger.warning("End tokens differ: student %s, teacher %s. Watch the share of cut answers.", ours, theirs)
 
 
 def check_task(
     task: Task, tokenizer: PreTrainedTokenizerBase | None, max_prompt_length: int | None, **template: Any
 ) -> int | None:
-    """Prompt lengths and, where there are answers, the verifier on known-right and known-wrong
-    answers.
+    """Check prompt lengths and, if there are answers, the verifier on right and wrong answers.
 
     Args:
-        tokenizer: the student's; `None` where it is not at hand: lengths are not measured then.
+        tokenizer: the student's. `None`: prompt lengths are not measured.
 
     Returns:
-        The longest prompt, in tokens, if it was measured.
+        Length of the longest prompt in tokens. `None`: not measured.
 
     Raises:
-        TaskError: no examples, a prompt that is too long, no chat template for chat prompts, or a
-            verifier that does not tell right from wrong.
+        TaskError: the task has no examples, a prompt is too long, chat prompts have no chat
+            template, or the verifier does not separate right from wrong answers.
     """
     if not task.examples:
         raise TaskError(f"task '{task.name}' has no examples: expected at least one prompt.")
@@ -173,18 +172,18 @@ def check_disk(
     effopd: bool,
     held: Held | None = None,
 ) -> None:
-    """Room for everything a run keeps.
+    """Check that the disk has room for the checkpoints and models of a run.
 
     Args:
-        parameters: of the student.
-        checkpoints: how many are on disk at the same time.
-        models: how many times the weights alone are (the trajectory and the final model).
-        optimizer: whether checkpoints hold its moments.
-        effopd: whether they hold an anchor.
-        held: what the run has there already.
+        parameters: number of parameters of the student.
+        checkpoints: number of checkpoints on disk at the same time.
+        models: number of copies of the weights alone: the trajectory and the final model.
+        optimizer: whether checkpoints contain optimizer moments.
+        effopd: whether checkpoints contain an anchor.
+        held: files that the run already has on disk.
 
     Raises:
-        CheckpointError: less is free than the rest takes.
+        CheckpointError: there is too little free space.
     """
     folder = Path(output_dir).absolute()
     while not folder.exists():
@@ -193,16 +192,15 @@ def check_disk(
     each, model = (parameters * sum(_BYTES_PER_PARAMETER[part] for part in which) for which in (parts, ["weights"]))
     held = held or Held()
     free = shutil.disk_usage(folder).free + held.leftover
-    # on a full set, the next one is written before the oldest goes
+    # a new checkpoint is written before the oldest is deleted
     rest = max(each * checkpoints - held.checkpoints, each * min(checkpoints, 1))
     rest += max(model * models - held.models, 0)
     if rest > free:
         present = held.checkpoints + held.models
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.1f} GB free but {checkpoints} checkpoints of "
-            f"{each / 1e9:.1f} GB (one of them being "
-            f"written) and {models} times the model, {model / 1e9:.1f} GB, take {(rest + present) / 1e9:.1f} GB"
-            + (f", of which {present / 1e9:.1f} GB are there" if present else "")
-            + ". Lower --save_total_limit, raise --save_steps, keep less of --trajectory, or "
+            f"{folder} has {free / 1e9:.1f} GB free, but {checkpoints} checkpoints of {each / 1e9:.1f} GB (one of "
+            f"them being written) and {models} models of {model / 1e9:.1f} GB take {(rest + present) / 1e9:.1f} GB"
+            + (f", of which {present / 1e9:.1f} GB are already on disk" if present else "")
+            + ". Lower --save_total_limit, raise --save_steps, save less of --trajectory, or "
             "choose another --output_dir."
         )

@@ -1,4 +1,4 @@
-"""The training and held-out prompts of a run, checked against each other and the tokenizer."""
+"""Load and check the training and held-out prompts of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from effopd.tasks import Task, TaskConfig, load_task
 
 
 class Prompts(NamedTuple):
-    """Training and held-out prompts, and the longest of both in tokens, if a tokenizer measured
-    them.
+    """Training and held-out prompts, and the length of the longest prompt in tokens.
+
+    `held_out` is `None` without evaluation, `longest` is `None` if it was not measured.
     """
 
     train: Task
@@ -19,11 +20,11 @@ class Prompts(NamedTuple):
 
 
 def load_prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> Prompts:
-    """Training and held-out prompts, checked; held out only if the run evaluates.
+    """Load and check the training prompts and, if the run evaluates, the held-out prompts.
 
     Args:
-        tokenizer: the student's, or `None`: prompts are not measured then.
-        why: what needs reference answers, as a sentence; "" if nothing does.
+        tokenizer: the student's. `None`: prompt lengths are not measured.
+        why: sentence that names the settings that need reference answers; "" if there are none.
     """
     train = load_task(task, "train", answers_required=bool(why), why=why)
     held_out = load_task(task, "eval", why=why) if evaluates(args) else None
@@ -36,5 +37,5 @@ def load_prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> Promp
 
 
 def evaluates(args: Any) -> bool:
-    """Whether a run measures itself on held-out prompts."""
+    """Whether a run evaluates on held-out prompts."""
     return args.eval_strategy != "no" or bool(args.eval_on_start)

@@ -1,6 +1,4 @@
-"""From settings to a finished reinforcement-learning run; the counterpart of `opd.py` for `effopd
-rl`.
-"""
+"""Check the settings of a reinforcement-learning run, build its trainer, and train."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from effopd.tasks import TaskConfig
 
 @dataclass
 class RLRunSettings:
-    """Everything that defines a reinforcement-learning run."""
+    """All settings of a reinforcement-learning run."""
 
     model: ModelConfig
     task: TaskConfig
@@ -30,12 +28,12 @@ class RLRunSettings:
 
 
 def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
-    """Check everything that can be checked cheaply and load the model; `config.yaml` is written
-    when training starts.
+    """Run the checks that need no weights, then load the model and build the trainer.
+
+    `config.yaml` is written when training starts.
 
     Raises:
-        EffOPDError: a subclass that says what does not fit; nothing has been written or trained
-            then.
+        EffOPDError: a check failed. Nothing was written or trained.
     """
     model, task, rl = settings.model, settings.task, settings.rl
     name = model.model_name_or_path
@@ -47,13 +45,13 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     check_student_adapter(model, models[0], init, rl)
     tokenizer = tokenizer_of(model, [str(name)], rl)
     train, held_out, longest = load_prompts(
-        task, rl, tokenizer, "Answers are needed because the reward is for right ones."
+        task, rl, tokenizer, "Answers are needed because the reward compares with them."
     )
     batch = rl.generation_batch_size // rl.num_generations
     if len(train) < batch:
         raise ConfigError(
-            f"a generation batch takes {batch} prompts ({rl.generation_batch_size} answers, {rl.num_generations} a "
-            f"prompt) but the task has {len(train)}: lower --per_device_train_batch_size or raise --train_size."
+            f"a generation batch takes {batch} prompts ({rl.generation_batch_size} answers, {rl.num_generations} per "
+            f"prompt), but the task has only {len(train)}. Lower --per_device_train_batch_size or raise --train_size."
         )
     check_lengths(models, longest, rl.max_completion_length)
     check_space(model, rl, models, len(train), batch, effopd=False)
@@ -73,7 +71,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
 
 
 def run_rl(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
-    """Train, and leave the final model beside the rows in the run directory."""
+    """Train and save the final model in the run directory."""
     trainer = build_rl_trainer(settings)
     trainer.train(resume_from_checkpoint=resume_argument(settings.rl))
     trainer.save_final()
@@ -81,7 +79,7 @@ def run_rl(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
 
 
 def rl_yaml(settings: RLRunSettings) -> str:
-    """The run as YAML that `effopd rl --config` takes back."""
+    """The settings as YAML for `effopd rl --config`."""
     algorithm = settings.rl.algorithm
     return settings_yaml(
         settings.model, settings.task, settings.rl, {"algorithm": algorithm}, preset=PRESETS[algorithm]

@@ -1,6 +1,4 @@
-"""What distillation and RL runs check alike before anything is loaded: packages, folders, the
-checkpoint to resume, disk.
-"""
+"""Checks shared by distillation and RL runs: packages, folders, resumed checkpoint, disk space."""
 
 from __future__ import annotations
 
@@ -23,8 +21,13 @@ from effopd.runs.run_dir import RunDir, in_trajectory, step_of_checkpoint
 
 
 def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) -> None:
-    """Model names, by the flags they are given with, packages, and the folder or checkpoint that a
-    run starts from.
+    """Check model names, host settings, packages, and the run directory or resumed checkpoint.
+
+    Args:
+        names: flag → model folder or Hub id.
+
+    Raises:
+        EffOPDError: a check failed.
     """
     for flag, name in names.items():
         check_model_name(flag, name)
@@ -43,10 +46,10 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
 
 
 def resume_argument(opd: Any) -> str | bool | None:
-    """`resume_from_checkpoint` with the words of a command line understood.
+    """Value of `resume_from_checkpoint`: "true" → `True`, "false" → `None`, otherwise unchanged.
 
     Raises:
-        ConfigError: an empty text.
+        ConfigError: the value is an empty string.
     """
     value = opd.resume_from_checkpoint
     if isinstance(value, str) and not value.strip():
@@ -57,11 +60,18 @@ def resume_argument(opd: Any) -> str | bool | None:
 def check_space(
     model: ModelConfig, args: Any, models: Sequence[NamedModel], prompts: int, batch: int, *, effopd: bool
 ) -> None:
-    """Refuse a run whose checkpoints and trajectory will not fit on the disk. Adapters are small:
-    they are not counted.
+    """Check that the checkpoints and trajectory of a run fit on the disk.
+
+    Runs with adapters are not checked, because adapters are small.
+
+    Args:
+        models: the student first.
+        prompts: number of training prompts.
+        batch: prompts per step.
+        effopd: whether checkpoints contain an anchor.
 
     Raises:
-        CheckpointError: less is free than a full set takes, without what the run has there already.
+        CheckpointError: there is too little free space for the files not yet on disk.
     """
     if model.use_peft:
         return
@@ -73,7 +83,7 @@ def check_space(
     if done < steps and args.save_strategy != SaveStrategy.NO:
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
         checkpoints = max(1, math.ceil(steps / every)) if args.save_strategy == SaveStrategy.STEPS else 1
-        checkpoints = 1 + min(checkpoints, args.save_total_limit or checkpoints)  # one more while it is being written
+        checkpoints = 1 + min(checkpoints, args.save_total_limit or checkpoints)  # + 1 that is being written
     check_disk(
         args.output_dir,
         models[0].meta.num_parameters(),

@@ -1,4 +1,4 @@
-"""The models of a run and their tokenizer, before weights are loaded."""
+"""Models of a run on the meta device, their loading arguments and their tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from effopd.launch.preflight import check_models, load_tokenizer
 
 
 class NamedModel(NamedTuple):
-    """A model of a run: its flag, its name, and the model on the meta device."""
+    """A model of a run: its flag, its folder or Hub id, and the model on the meta device."""
 
     flag: str
     name: str
@@ -26,7 +26,7 @@ def on_meta(flag: str, name: str, init: Mapping[str, Any], args: Any) -> NamedMo
     """A model of a run on the meta device.
 
     Args:
-        init: its loading arguments.
+        init: loading arguments of the model.
 
     Raises:
         CompatibilityError, ConfigError: as `meta_model`.
@@ -38,23 +38,23 @@ def on_meta(flag: str, name: str, init: Mapping[str, Any], args: Any) -> NamedMo
 
 
 def check_student_adapter(model: ModelConfig, student: NamedModel, init: Mapping[str, Any], args: Any) -> None:
-    """The adapter's names are names of the student; it is built anew, since PEFT changes it."""
+    """Check the adapter's names on another copy of the student, because PEFT modifies the model."""
     if model.use_peft:
         check_adapter(model, on_meta(student.flag, student.name, init, args).meta)
 
 
 def check_lengths(models: Sequence[NamedModel], longest: int | None, answer: int | None) -> None:
-    """The longest prompt and an answer fit into the positions of every model.
+    """Check that the longest prompt and answer fit into the positions of every model.
 
     Raises:
-        ConfigError: they do not fit into a table of positions.
+        ConfigError: as `check_positions`.
     """
     for model in models:
         check_positions(model.flag, model.name, model.meta, longest or 0, answer or 0, "--max_completion_length")
 
 
 def tokenizer_of(model: ModelConfig, others: Sequence[str], args: Any) -> Any:
-    """The student's tokenizer, once it is known that `others` read its tokens."""
+    """The student's tokenizer, after checking that the models `others` are compatible with it."""
     name, load = model.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(name, revision=model.model_revision, **load)
     check_generation_config(name, revision=model.model_revision)
@@ -64,8 +64,11 @@ def tokenizer_of(model: ModelConfig, others: Sequence[str], args: Any) -> Any:
 
 
 def loading_arguments(model: ModelConfig, args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Loading arguments of the student and of the frozen models. TRL's command line does the same:
-    model flags become loading arguments, explicit ones win."""
+    """(loading arguments of the student, loading arguments of the frozen models).
+
+    As on TRL's command line, model flags become loading arguments, and explicit `*_init_kwargs`
+    take precedence.
+    """
     common = {"attn_implementation": model.attn_implementation, "trust_remote_code": args.trust_remote_code}
     common |= {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
     student = common | {"revision": model.model_revision} | dict(args.model_init_kwargs or {})

@@ -1,4 +1,4 @@
-"""Settings of a run as YAML, the way that `--config` takes them back."""
+"""Settings of a run as YAML for `--config`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _ALWAYS = ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max
 def settings_yaml(
     model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any], preset: Collection[str] = ()
 ) -> str:
-    """Every setting that is not a default, all of ours, what depends on the machine or on a preset,
-    and the versions of the libraries as comments."""
+    """Settings as YAML, with the versions of the libraries as comments.
+
+    Contains all settings that differ from their defaults, all task settings that are set, and the
+    settings in `_ALWAYS`, `preset` and `extra`.
+    """
     with accelerate_undisturbed():
         default = type(args)(output_dir=args.output_dir)
     values = differing(model, ModelConfig()) | plain(task)
@@ -30,7 +33,7 @@ def settings_yaml(
         name: getattr(args, name) for name in (*_ALWAYS, *preset) if hasattr(args, name)
     }
     values.pop("resume_from_checkpoint", None)
-    values.pop("generation_batch_size", None)  # TRL derives one from the other and takes only one back
+    values.pop("generation_batch_size", None)  # TRL derives one from the other and accepts only one
     values.pop("steps_per_generation", None)
     if getattr(args, "steps_per_generation", None) not in (None, args.gradient_accumulation_steps):  # TRL's default
         values["steps_per_generation"] = args.steps_per_generation
@@ -40,13 +43,14 @@ def settings_yaml(
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Fields that are set, as a dictionary."""
+    """Field → value, for the fields that are not `None`."""
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
 
 
 def differing(config: Any, default: Any) -> dict[str, Any]:
-    """Fields whose value is not the default's; enums as their value, nested configs as
-    dictionaries.
+    """Field → value, for the fields that differ from `default`.
+
+    Enums become their values, nested configs become dictionaries. Other types are left out.
     """
     result = {}
     for field in dataclasses.fields(config):

@@ -1,19 +1,19 @@
-"""Memory that a step takes beside weights, gradients and moments: sampling, activations, loss,
-evaluation.
+"""Memory of a training step: sampling, activations, loss, evaluation and health metrics.
 
-Activations are counted rather than guessed: the model is built with fake tensors, which have shapes
-but no memory, and one forward is run with hooks that add up what autograd saves. So attention
-scores, MLP widths, adapters and autocast are those of the model. Where fake tensors cannot be run
-(data-dependent experts), 6 hidden states, 6 attention widths and 4 MLP widths per token and layer
-are assumed, what a Llama layer saves.
+Activations are counted. The model is built with fake tensors, which have shapes but no memory, and
+one forward pass runs with hooks that add up the tensors saved by autograd. The count therefore
+reflects the model's attention, MLP widths, adapters and autocast. Models that fake tensors cannot
+run (data-dependent experts) are assumed to save as much as a Llama layer: 6 hidden states, 6
+attention widths and 4 MLP widths per token and layer.
 
-With B sequences of L tokens, of which T are the answer, N = B·T, V vocabulary, H hidden:
+B sequences of L tokens, of which T are the answer; N = B·T; V vocabulary size; H hidden size:
 
-    activations  what one forward saves; with checkpointing a hidden state per layer and one layer's
-    share
-    loss         tiles of min(N, 4096) × min(V, 32768) logits in fp32: 11 of them without Triton, 3 with; head's gradient 4VH
-    sampling     key and value of every position, and six copies of the [B, V] logits in fp32
-    health       eight copies of [tokens, V] logits in fp32
+    activations  tensors saved by one forward pass; with checkpointing, one hidden state per
+                 layer and the saved tensors of one layer
+    loss         fp32 tiles of min(N, 4096) × min(V, 32768) logits, 3 with Triton and 11
+                 without; plus the head's gradient, 4VH
+    sampling     keys and values of all positions, and six fp32 copies of the [B, V] logits
+    health       eight fp32 copies of [tokens, V] logits
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from effopd.launch.model_states import BF16, FP32
 
 logger = logging.getLogger(__name__)
 
-#: fp32 tiles of logits that the chunked divergence holds at once: in torch, and with Triton.
+#: fp32 tiles of logits that the chunked divergence holds at the same time: in torch, in Triton.
 _TILES, _TILES_TRITON = 11, 3
-#: … without a gradient.
+#: The same in torch without a gradient.
 _TILES_FORWARD = 8
 _LOGIT_COPIES, _HEALTH_COPIES = 6, 8
-#: A Python process with torch, transformers and TRL; on a GPU, about a context with its libraries.
+#: Bytes of a Python process with torch, transformers and TRL; a CUDA context takes about as much.
 PROCESS = 900_000_000
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a rank works on at once.
+    """Shapes of a rank's training and evaluation batches.
 
     Attributes:
-        rows: sequences of a micro-batch.
-        prompt, answer: longest, in tokens.
-        eval_rows: sequences of an evaluation's batch; 0: there is none.
-        health_tokens: tokens whose dense logits the health metrics take.
+        rows: sequences per micro-batch.
+        prompt, answer: maximum lengths in tokens.
+        eval_rows: sequences per evaluation batch; 0 without evaluation.
+        health_tokens: number of tokens with dense logits for the health metrics.
         checkpointing: whether activations are checkpointed.
-        bf16: whether forwards run under autocast to bfloat16.
-        triton: whether the loss runs in Triton's kernels.
+        bf16: whether forward passes use 16-bit autocast.
+        triton: whether the loss uses Triton kernels.
     """
 
     rows: int = 1
@@ -70,16 +70,16 @@ class StepShape:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence."""
+        """Maximum length of a sequence in tokens."""
         return self.prompt + self.answer
 
 
-#: Layers that are run; what they save stands for the rest.
+#: Number of layers that are run; the saved bytes are scaled up to all layers.
 _RUN_LAYERS = 4
 
 
 def _shallow(config: Any) -> tuple[Any, float]:
-    """The configuration with few layers, and how many times as many there are."""
+    """(the configuration with at most `_RUN_LAYERS` layers, layers / layers run)."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     layers = text.num_hidden_layers
@@ -93,16 +93,16 @@ def _shallow(config: Any) -> tuple[Any, float]:
 
 
 def saved_bytes(config: Any, shape: StepShape, *, attention: str | None = None, adapter: Any = None) -> int:
-    """Bytes that autograd saves in one forward of the backbone, without parameters and buffers.
+    """Bytes saved by autograd in one forward pass of the backbone, except parameters and buffers.
 
     Args:
-        adapter: PEFT's configuration, if adapters are trained.
+        adapter: PEFT configuration. `None`: all weights are trained.
     """
     try:
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
             shallow, times = _shallow(config)
             return math.ceil(times * _saved_by_fakes(shallow, shape, attention, adapter))
-    except Exception as error:  # a model that fake tensors cannot run; an estimate is all that is asked for
+    except Exception as error:  # fake tensors cannot run this model; an estimate is sufficient
         logger.debug("activations of %s are assumed, not counted: %s", type(config).__name__, error)
         return _saved_by_formula(config.get_text_config(), shape)
 
@@ -115,7 +115,7 @@ def _saved_by_fakes(config: Any, shape: StepShape, attention: str | None, adapte
         model = get_peft_model(model, adapter).base_model.model
     persistent = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
-    alive = []  # or storages that are let go would be counted under one address
+    alive = []  # keeps storages alive, because a freed address could be reused and counted only once
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -159,7 +159,7 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a step on one rank, by what they are for; they are not all there at once."""
+    """Bytes of a step on one rank, by purpose. They are not all allocated at the same time."""
 
     sampling: int
     activations: int
@@ -168,8 +168,11 @@ class StepMemory:
     health: int
 
     def peak(self, gradients: int, accumulates: bool) -> int:
-        """The most that is there at once beside weights, moments and teacher, gradients
-        included.
+        """Peak bytes of a step, including gradients but not weights, moments and teacher.
+
+        Args:
+            gradients: bytes of the gradients.
+            accumulates: whether gradients are accumulated, and so exist during forward passes.
         """
         update = self.activations + self.loss + gradients * accumulates
         return max(self.sampling, update, self.activations // 8 + gradients + self.health, self.evaluation)
@@ -181,7 +184,8 @@ def step_memory(
     """Bytes of a step on one rank.
 
     Args:
-        config, teacher: configurations of the student and of the teacher, if that is at hand.
+        config: configuration of the student.
+        teacher: configuration of the teacher. `None`: not available.
     """
     text = config.get_text_config()
     layers, vocab = text.num_hidden_layers, text.vocab_size

@@ -1,1 +1,1 @@
-"""A causal language model as a distribution: its files, its logits, its sampler."""
+"""Causal language models: files, logits from hidden states, and checks of the sampler."""

@@ -1,6 +1,4 @@
-"""The models of a run are what loss, scores and sampler take them for; measured on a few tokens,
-before training.
-"""
+"""Checks before training, on a few tokens: logits from hidden states, and the sampler."""
 
 from __future__ import annotations
 
@@ -15,18 +13,20 @@ from effopd.models.sampler_check import Batching, batching, check_sampler, remem
 
 
 def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) -> None:
-    """Logits of student and others follow from their hidden states, and `generate` samples from
-    those of the student.
+    """Check that every model's logits follow from its hidden states, and check the sampler.
 
-    The first rank measures for all. Models whose weights are sharded or elsewhere by now are
-    measured at their first forward, which all ranks make together (their sampler is not).
+    `generate` must sample from the student's logits. Rank 0 measures for all ranks. A model whose
+    weights are sharded or not materialized is measured at its first forward pass instead, and its
+    sampler is not checked.
 
     Args:
-        others: role → model, or `None` where the run has none.
+        student: the model to be trained.
+        others: role → model; `None`: the run has no such model.
         generates: whether `generate` samples the rollouts.
 
     Raises:
-        CompatibilityError, NonFiniteLossError: a model is none of this; the message names its role.
+        CompatibilityError: a model's logits or sampler do not match; the message names its role.
+        NonFiniteLossError: a model's hidden states are not finite.
     """
     for role, model in {"student": student, **others}.items():
         if model is not None:

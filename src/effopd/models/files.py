@@ -1,10 +1,9 @@
-"""Models and tokenizers from a folder or the Hub. Whatever is wrong with the files becomes one
-typed error.
+"""Load models and tokenizers from a folder or the Hub, with one typed error for all failures.
 
-transformers reports a damaged folder with many types: OSError, ValueError, KeyError, RuntimeError,
-safetensors' own. Here all of them are a `CompatibilityError` that names the flag, the folder and
-what to do. Two faults that transformers lets pass are errors, too: weights that lack tensors (it
-fills them with random numbers), and a folder without a tokenizer (it makes up an empty one).
+For damaged files, transformers raises many types: OSError, ValueError, KeyError, RuntimeError and
+safetensors' own. Here all become a `CompatibilityError` that names the flag, the folder and the
+fix. Two faults that transformers accepts are also errors: missing tensors, which it initializes at
+random, and a missing tokenizer, which it replaces with an empty one.
 """
 
 from __future__ import annotations
@@ -45,19 +44,20 @@ _TOKENIZER_FILES = (
 
 @contextmanager
 def reading(flag: str, name: str) -> Iterator[None]:
-    """Around one or more `from_pretrained(name)`: every failure becomes a `CompatibilityError`.
+    """Turn every failure of `from_pretrained(name)` in the block into a `CompatibilityError`.
 
     Args:
-        flag: where the name comes from, as the user wrote it (`--model`).
+        flag: the flag that gave the name, for the message (`--model`).
+        name: model folder or Hub id.
 
     Raises:
-        CompatibilityError: anything but our own errors and a lack of memory.
+        CompatibilityError: any exception except `EffOPDError` and `OutOfMemoryError`.
     """
     try:
         yield
     except (EffOPDError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the hosts raise whatever their parsers raise
+    except Exception as error:  # parsers in transformers raise many types
         raise CompatibilityError(
             f"{flag} {name!r} cannot be read: expected a model folder or a Hub id, got {quoted(error)}"
             f"{hint(name, error)}"
@@ -65,14 +65,16 @@ def reading(flag: str, name: str) -> Iterator[None]:
 
 
 def load_tokenizer(flag: str, name: str, **load: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left; of an adapter without one, its base's.
+    """Tokenizer of a model, with left padding; for an adapter without one, that of its base.
 
     Args:
+        flag: the flag that gave the name, for error messages.
+        name: model folder or Hub id.
         load: keyword arguments of `from_pretrained`.
 
     Raises:
-        CompatibilityError: there is none, or it cannot be read.
-        MissingDependencyError: as for `check_model_folder`.
+        CompatibilityError: the tokenizer is missing or cannot be read.
+        MissingDependencyError: see `check_model_folder`.
     """
     check_model_folder(flag, name)
     source = name
@@ -81,26 +83,28 @@ def load_tokenizer(flag: str, name: str, **load: Any) -> PreTrainedTokenizerBase
     with reading(flag, name):
         if not _has_tokenizer(source):
             if not Path(source).is_dir():
-                cached_file(source, MODEL_CONFIG)  # says so where the name itself is nothing
+                cached_file(source, MODEL_CONFIG)  # raises if the repository does not exist
             raise CompatibilityError(
-                f"{flag} {source!r} has no tokenizer: expected tokenizer.json or "
-                "tokenizer_config.json beside the weights. "
-                "Copy the tokenizer's files of the model it was trained from into it: "
+                f"{flag} {source!r} has no tokenizer: expected tokenizer.json or tokenizer_config.json beside the "
+                "weights. Copy the tokenizer of the original model into the folder: "
                 "AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
             )
         return AutoTokenizer.from_pretrained(source, **({"padding_side": "left"} | load))
 
 
 def load_model(flag: str, name: str, **load: Any) -> PreTrainedModel:
-    """A causal language model with all of its weights, an adapter's on top of its base's, on the
-    accelerator if there is one.
+    """Causal language model in eval mode, on the accelerator if there is one.
+
+    An adapter folder loads the base model with the adapter.
 
     Args:
+        flag: the flag that gave the name, for error messages.
+        name: model folder, adapter folder or Hub id.
         load: keyword arguments of `from_pretrained`.
 
     Raises:
-        CompatibilityError: it cannot be loaded, or its weights lack tensors.
-        MissingDependencyError: as for `check_model_folder`.
+        CompatibilityError: the model cannot be loaded, or tensors are missing.
+        MissingDependencyError: see `check_model_folder`.
     """
     check_model_folder(flag, name)
     with reading(flag, name):
@@ -108,17 +112,14 @@ def load_model(flag: str, name: str, **load: Any) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         raise CompatibilityError(
             f"{flag} {name!r}: the weights lack {len(missing)} tensors of {type(model).__name__}, e.g. "
-            f"{', '.join(missing[:3])}: expected all of them. The files are those of another "
-            "architecture, or incomplete."
+            f"{', '.join(missing[:3])}. The files are incomplete or belong to another architecture. Copy them again."
         )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return model.eval() if accelerator is None else model.eval().to(accelerator)
 
 
 def _class_of(name: str, load: dict[str, Any]) -> Any:
-    """What loads a model: a causal language model, or a vision-language one that generates text, as
-    training does.
-    """
+    """Auto class for causal LMs, or the class of a vision-language model that generates text."""
     if adapter_base("", name) is None:
         config = AutoConfig.from_pretrained(name, **{k: v for k, v in load.items() if k != "dtype"})
         kind = getattr(transformers, (config.architectures or [""])[0], None)
@@ -129,16 +130,20 @@ def _class_of(name: str, load: dict[str, Any]) -> Any:
 
 
 def check_dtype(value: str) -> None:
-    """Raises `ConfigError` unless `value` is `auto` or the name of one of torch's floating-point
-    types.
+    """Check that `value` is `auto` or the name of a floating-point dtype of torch.
+
+    Raises:
+        ConfigError: it is neither.
     """
     if value != "auto" and not getattr(getattr(torch, value, None), "is_floating_point", False):
         raise ConfigError(f"--dtype: expected auto, float32, bfloat16 or float16, got {value!r}.")
 
 
 def absolute_base(model: Any) -> None:
-    """Adapters of `model` that were made on a local folder name it by its absolute path from now
-    on, so that their `adapter_config.json` is read right from any working directory."""
+    """Make local base paths in the adapters' configurations absolute.
+
+    A saved `adapter_config.json` then works from any working directory.
+    """
     for config in (getattr(model, "peft_config", None) or {}).values():
         base = getattr(config, "base_model_name_or_path", None)
         if base and Path(base).is_dir():

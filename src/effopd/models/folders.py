@@ -1,6 +1,4 @@
-"""Folders of models and adapters: what is wrong with one, before anything is loaded. Only JSON and
-headers are read.
-"""
+"""Checks of model and adapter folders from JSON files and headers, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -19,25 +17,26 @@ from effopd.weights.checkpoint_files import ADAPTER, INDEX, WEIGHTS, read_json
 MODEL_CONFIG = "config.json"
 #: A model folder has at least one of these.
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-#: What can follow a name as a Hub id; longer paths are files.
+#: A Hub id; names with more components are paths.
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-#: Longest quotation of another library's message.
+#: Maximum length of a quoted message from another library, in characters.
 _QUOTED = 300
 
 
 def check_model_folder(flag: str, name: str) -> None:
-    """Refuse a name that exists and is no model folder, and an adapter whose base is not there.
-    Only JSON is read.
+    """Check that a name is a model folder, an adapter folder with its base, or not a local path.
+
+    Only JSON files are read.
 
     Raises:
-        CompatibilityError: a file, a folder without `config.json`, one whose `config.json` is no
-            configuration, or an adapter that names a missing base.
-        MissingDependencyError: an adapter, and peft is not installed.
+        CompatibilityError: the name is a file, a folder without a valid `config.json`, or an
+            adapter whose base is missing.
+        MissingDependencyError: the folder is an adapter and peft is not installed.
     """
     path = Path(name)
     if path.is_file():
         raise CompatibilityError(
-            f"{flag} {name!r} is a file: expected a model folder or a Hub id.{_gguf([path])} Give the folder with "
+            f"{flag} {name!r} is a file: expected a model folder or a Hub id.{_gguf([path])} Pass the folder with "
             f"{MODEL_CONFIG} and the weights."
         )
     if not path.is_dir():
@@ -64,42 +63,39 @@ def check_model_folder(flag: str, name: str) -> None:
 
 
 def adapter_base(flag: str, name: str) -> str | None:
-    """The base that an adapter folder names, "" if it names none; `None` if `name` is no adapter
-    folder.
+    """Base model of an adapter folder, "" if unnamed; `None` if `name` is not an adapter folder.
 
     Raises:
-        CompatibilityError: its `adapter_config.json` cannot be read.
+        CompatibilityError: `adapter_config.json` cannot be read.
     """
     file = Path(name) / ADAPTER
     return str(_json(flag, file).get("base_model_name_or_path") or "") if file.is_file() else None
 
 
 def refuse_adapter(flag: str, name: str | None) -> None:
-    """Training starts from whole models: refuse a folder that holds an adapter only.
+    """Refuse a folder that contains only an adapter, because training needs a full model.
 
     Raises:
-        CompatibilityError: it does; the message names its base and how to merge the two.
+        CompatibilityError: the folder is an adapter; the message explains how to merge it.
     """
     if name and (base := adapter_base(flag, name)) is not None and not (Path(name) / MODEL_CONFIG).is_file():
         raise CompatibilityError(f"{flag} {name!r}{_merge(base)}")
 
 
 def check_whole_model(flag: str, name: str) -> None:
-    """Refuse a folder that training could not start from, before anything is loaded: configuration,
-    and the headers of its safetensors files. A Hub id passes.
+    """Check a folder's configuration and safetensors headers before training; a Hub id passes.
 
     Raises:
-        CompatibilityError: no model folder, an adapter, or weights that are missing, cut short or
-            damaged.
+        CompatibilityError: the name is not a model folder, is an adapter, or its weights are
+            missing, truncated or damaged.
     """
     refuse_adapter(flag, name)
     check_model_folder(flag, name)
     path = Path(name)
     if path.is_dir() and not any(next(path.glob(pattern), None) for pattern in _WEIGHT_FILES):
         raise CompatibilityError(
-            f"{flag} {name!r} holds no weights: expected *.safetensors (or "
-            f"pytorch_model*.bin) beside its {MODEL_CONFIG}."
-            f"{_gguf(path.glob('*.gguf'))}"
+            f"{flag} {name!r} holds no weights: expected *.safetensors or pytorch_model*.bin beside "
+            f"{MODEL_CONFIG}.{_gguf(path.glob('*.gguf'))}"
         )
     index, whole = path / INDEX, path / WEIGHTS
     try:
@@ -111,37 +107,39 @@ def check_whole_model(flag: str, name: str) -> None:
                 pass
     except Exception as error:  # safetensors' own, OSError, KeyError
         raise CompatibilityError(
-            f"{flag} {name!r}: its weights cannot be read: {quoted(error)}. Expected whole "
-            "safetensors files; copy them again."
+            f"{flag} {name!r}: its weights cannot be read: {quoted(error)}. Expected complete safetensors files; "
+            "copy them again."
         ) from error
 
 
 def quoted(error: Exception) -> str:
-    """Another library's message in one line, with its type."""
+    """Type and message of another library's error, in one line."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _QUOTED else text[:_QUOTED] + " …"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def hint(name: str, error: Exception) -> str:
-    """What the user can do about an error of `from_pretrained(name)`; "" where nothing is known."""
+    """Fix for an error of `from_pretrained(name)`; "" if none is known."""
     base, sizes_differ = adapter_base("", name), "size mismatch" in str(error) or "mismatched_sizes" in str(error)
     if base is None and not Path(name).exists() and is_on_hub(name, ADAPTER):
-        return " The repository holds an adapter, whose base must be reachable, too; training starts from whole models: merge it."
+        return (
+            " The repository holds an adapter, so its base must be reachable too. Training needs a full model: merge "
+            "the adapter first."
+        )
     if base is None:
         return f" {MODEL_CONFIG} and the weights are of different sizes." * sizes_differ
     if sizes_differ:
         return (
-            f" The adapter was trained on a base of other sizes than {base!r} has now; most "
-            "often its embeddings had been "
-            "resized. Resize the base first, save it, and name it in adapter_config.json: "
+            f" The adapter was trained on a base whose sizes differ from {base!r}; usually its embeddings had been "
+            "resized. Resize the base, save it, and name it in adapter_config.json: "
             "model.resize_token_embeddings(ROWS); model.save_pretrained(NEW_BASE)."
         )
     return "" if Path(base).is_dir() else _missing_base(name, base)
 
 
 def is_on_hub(name: str, file: str) -> bool:
-    """Whether a Hub repository has a file, by the cache or the network."""
+    """Whether a Hub repository has a file, according to the cache or the network."""
     try:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
     except (OSError, ValueError):
@@ -165,20 +163,17 @@ def _missing_base(name: str, base: str) -> str:
     if not base:
         return f" {where} names no base model: write its absolute path or Hub id there, as base_model_name_or_path."
     return (
-        f" It is an adapter, and {where} names {base!r} as its base "
-        "(base_model_name_or_path), which is neither a folder "
-        f"(looked in {Path.cwd()}) nor a model that could be loaded from the Hub. Write the "
-        "base's absolute path or Hub id there."
+        f" It is an adapter, and {where} names {base!r} as its base (base_model_name_or_path), which is neither a "
+        f"folder (looked in {Path.cwd()}) nor a model that could be loaded from the Hub. Write the base's absolute "
+        "path or Hub id there."
     )
 
 
 def _merge(base: str) -> str:
     return (
-        f" is an adapter of {base or 'a base that its adapter_config.json does not name'!r}: "
-        "expected a whole model. Merge the "
-        "two first: PeftModel.from_pretrained(base, "
-        "ADAPTER).merge_and_unload().save_pretrained(NEW); copy the tokenizer's files "
-        "into NEW, and name that folder."
+        f" is an adapter of {base or 'a base that its adapter_config.json does not name'!r}: expected a whole model. "
+        "Merge the two first: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(NEW). Then "
+        "copy the tokenizer's files into NEW, and pass that folder."
     )
 
 
@@ -189,9 +184,7 @@ def _gguf(paths: Any) -> str:
 
 
 def _nearby(folder: Path) -> str:
-    """The newest model inside a folder that is none itself, such as a run that was stopped before
-    its end.
-    """
+    """Hint at the newest model in a subfolder, for example of an interrupted run."""
     inside = sorted(file.parent for file in folder.glob(f"checkpoints/*/{MODEL_CONFIG}"))
     inside += sorted(file.parent for file in folder.glob(f"checkpoints/*/{ADAPTER}"))
     inside = inside or sorted(file.parent for file in folder.glob(f"*/{MODEL_CONFIG}"))

@@ -1,18 +1,16 @@
-"""From tokens to logits: what a causal LM's own forward computes, in the two pieces that losses and
-scores need.
+"""A causal LM's forward pass in two pieces, hidden states and logits, for losses and scores.
 
     h = hidden_states(model, ids, mask)                    [B, L, H], the input of the output layer
-    logits = softcap · tanh(scale · (h Wᵀ + b) / softcap)  [B, L, V]; without a soft cap scale · (h
-    Wᵀ + b)
+    logits = softcap · tanh(scale · (h Wᵀ + b) / softcap)  [B, L, V]
+    logits = scale · (h Wᵀ + b)                            without a soft cap
 
-`scale`, `softcap` and where h is taken are measured on the model, once, not read from its
-configuration: families name these fields differently, and some (ModernBERT's decoder) have layers
-between backbone and output layer. The same measurement refuses a model whose logits have another
-form, or depend on later tokens.
+`scale`, `softcap` and the source of h are measured once per model, not read from its configuration:
+families name these fields differently, and some (ModernBERT's decoder) have layers between backbone
+and output layer. Models whose logits have another form or depend on later tokens are refused.
 
-Batches of unequal length are right-padded: a causal model then gives every row what it gives the
-row alone, whatever its positions are (a table, rotary, none) and whether or not it reads the
-padding mask (recurrent models).
+Batches of unequal length are right-padded. A causal model then computes the same for each row as
+for the row alone, for any kind of positions and even if it ignores the padding mask (recurrent
+models).
 """
 
 from __future__ import annotations
@@ -35,23 +33,23 @@ from effopd.common import float64 as precision
 from effopd.common.isolation import evaluating
 from effopd.errors import CompatibilityError, NonFiniteLossError
 
-#: Tokens of the measurement: a row, and the part of it that a shorter row has.
+#: Length of the row that is measured, and of its shorter prefix, in tokens.
 LENGTH, SHORT = 12, 5
 
-#: Inputs per token that a multimodal forward may have besides `input_ids`.
+#: Per-token inputs of multimodal models besides `input_ids`.
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
 class LogitPath:
-    """How a model's logits follow from its hidden states.
+    """Parameters of the map from a model's hidden states to its logits.
 
     Attributes:
         scale: factor on the output layer's result.
-        softcap: c of c · tanh(x / c), `None` without one.
-        inner: h is what the output layer is given; the backbone's last hidden states are something
-            else.
-        error: largest |Δ log p| between the model's own logits and these, in nats.
+        softcap: c of c · tanh(x / c); `None`: no soft cap.
+        inner: whether h must be captured at the output layer, because it differs from the
+            backbone's last hidden states.
+        error: largest |Δ log p| from the model's own logits, in nats.
     """
 
     scale: float = 1.0
@@ -64,21 +62,20 @@ _PATHS: WeakKeyDictionary[nn.Module, LogitPath] = WeakKeyDictionary()
 
 
 def core_of(model: Any) -> PreTrainedModel:
-    """The causal LM itself, without the wrappers of torch.compile and PEFT (adapters stay active,
-    they live in layers).
-    """
+    """The causal LM without the wrappers of torch.compile and PEFT; adapters stay active."""
     model = getattr(model, "_orig_mod", model)
     model = model.base_model.model if is_peft_model(model) else model
     return getattr(model, "_orig_mod", model)
 
 
 def logit_path(model: Any) -> LogitPath:
-    """How the logits of `model` are made; measured at the first call (under FSDP2 every rank must
-    make it, within the model's forward).
+    """`LogitPath` of a model, measured at the first call.
+
+    Under FSDP2 all ranks must make that call, within the model's forward pass.
 
     Raises:
         CompatibilityError: the logits have another form, or depend on later tokens.
-        NonFiniteLossError: the model predicts NaN or infinity.
+        NonFiniteLossError: hidden states are not finite.
     """
     core = core_of(model)
     if core not in _PATHS:
@@ -87,12 +84,12 @@ def logit_path(model: Any) -> LogitPath:
 
 
 def remember(model: Any, path: LogitPath) -> None:
-    """Take `path` for that of `model`: another rank has measured it."""
+    """Set the `LogitPath` of `model` to the result of another rank."""
     _PATHS[core_of(model)] = path
 
 
 def is_whole(model: Any) -> bool:
-    """Whether this process holds all weights, so that it can run the model on its own."""
+    """Whether this process holds all weights and can run the model alone."""
     return not any(
         p.is_meta or hasattr(p, "ds_id") or isinstance(p, torch.distributed.tensor.DTensor)
         for p in core_of(model).parameters()
@@ -103,11 +100,13 @@ def is_whole(model: Any) -> bool:
 
 
 def hidden_states(model: Any, input_ids_BL: Tensor, mask_BL: Tensor, **multimodal: Any) -> Tensor:
-    """The input of the output layer [B, L, H], for rows that are padded on the right (if at all).
+    """Input of the output layer [B, L, H]; rows must be right-padded or unpadded.
 
     Args:
+        model: causal LM, possibly wrapped.
+        input_ids_BL: token ids.
         mask_BL: 1 at tokens, 0 at padding.
-        multimodal: what the forward is given besides.
+        multimodal: further inputs of the forward pass.
     """
     core = core_of(model)
     return _hidden(core, logit_path(core).inner, input_ids_BL, mask_BL, multimodal)
@@ -116,15 +115,18 @@ def hidden_states(model: Any, input_ids_BL: Tensor, mask_BL: Tensor, **multimoda
 def completion_hidden_states(
     model: Any, input_ids_BL: Tensor, mask_BL: Tensor, keep: int, *, multiple_of: int | None = None, **multimodal: Any
 ) -> Tensor:
-    """The hidden states [B, keep, H] that predict the last `keep` tokens of each row, wherever rows
-    are padded.
+    """Hidden states [B, keep, H] that predict the last `keep` columns of each row.
 
-    Rows are shifted to the left for the forward; without padding on the left that is nothing. Where
-    there is padding among the last `keep` tokens, the result is some hidden state of the row, to be
-    masked.
+    Rows can be padded on either side: left padding is removed before the forward pass. At padding
+    among the last `keep` columns, the result is an arbitrary hidden state of the row; mask it.
 
     Args:
-        multiple_of: round the width of the forward up to a multiple.
+        model: causal LM, possibly wrapped.
+        input_ids_BL: token ids.
+        mask_BL: 1 at tokens, 0 at padding.
+        keep: number of columns.
+        multiple_of: round the width of the forward pass up to a multiple of this number.
+        multimodal: further inputs of the forward pass.
     """
     if bool(mask_BL[:, 0].all()):
         return hidden_states(model, input_ids_BL, mask_BL, **multimodal)[:, :-1][:, -keep:]
@@ -138,7 +140,7 @@ def completion_hidden_states(
         for name, value in multimodal.items()
     }
     hidden = hidden_states(model, input_ids_BL.gather(1, order_BL), mask_BL.gather(1, order_BL), **moved)
-    # a token in column c of the padded row stands at `place`, and is predicted one before it
+    # `place`: position before the token in the shifted row, whose hidden state predicts it
     place_BK = (mask_BL.cumsum(1)[:, -keep:] - 2).clamp(min=0).to(hidden.device)
     return hidden.gather(1, place_BK[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -152,9 +154,7 @@ def _hidden(core: PreTrainedModel, inner: bool, ids_BL: Tensor, mask_BL: Tensor,
 
 
 def _accepted(forward: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
-    """`inputs` without what `forward` has no parameter for (some have no `use_cache`, some read no
-    mask).
-    """
+    """The entries of `inputs` that `forward` has a parameter for."""
     parameters = inspect.signature(forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return inputs
@@ -163,9 +163,7 @@ def _accepted(forward: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 class _OutputLayer:
-    """The output layer of a model, and forwards of the model that look into it or stand in for
-    it.
-    """
+    """The output layer of a model, and forward passes that observe or replace its result."""
 
     def __init__(self, core: PreTrainedModel):
         self._core, self.layer = core, core.get_output_embeddings()
@@ -173,16 +171,14 @@ class _OutputLayer:
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
             kind = "none" if self.layer is None else f"{type(self.layer).__name__}"
             raise CompatibilityError(
-                f"{type(core).__name__}: expected an output layer with a floating-point "
-                "weight [vocabulary, hidden], got "
-                f"{kind}. Its KL cannot be computed; use another model (or do not quantise its output layer)."
+                f"{type(core).__name__}: expected an output layer with a floating-point weight [vocabulary, hidden], "
+                f"got {kind}. Its KL cannot be computed. Use another model, or do not quantize its output layer."
             )
-        adapted = hasattr(self.layer, "base_layer")  # PEFT's layers of adapters; their `weight` is the frozen one
+        adapted = hasattr(self.layer, "base_layer")  # a PEFT layer; its `weight` is the frozen one
         if adapted and any(p.requires_grad for p in self.layer.parameters()):
             raise CompatibilityError(
-                f"{type(core).__name__}: expected losses and scores to read all of the output "
-                "layer, got a trainable adapter on "
-                "its output layer, which they leave out. Take it out of the adapter's target_modules."
+                f"{type(core).__name__}: got a trainable adapter on its output layer, which losses and scores do not "
+                "include. Remove the output layer from the adapter's target_modules."
             )
 
     @contextmanager
@@ -201,7 +197,7 @@ class _OutputLayer:
         return self._core.forward(**_accepted(self._core.forward, inputs))
 
     def input(self, inputs: dict[str, Any]) -> Tensor:
-        """What the layer is given; no logits are formed."""
+        """The layer's input; no logits are formed."""
         seen: list[Tensor] = []
 
         def catch(hidden, *args, **kwargs):
@@ -226,23 +222,21 @@ class _OutputLayer:
             logits = self._run(inputs).logits
         if len(seen) != 1:
             raise CompatibilityError(
-                f"{type(self._core).__name__}: expected a forward that calls its output layer once, got {len(seen)} "
-                "calls. Its logits are not output layer · hidden states, so its KL cannot be "
-                "computed; use another model."
+                f"{type(self._core).__name__}: expected a forward pass that calls its output layer once, got "
+                f"{len(seen)} calls. Its logits are not output layer · hidden states, so its KL cannot be computed. "
+                "Use another model."
             )
         return *seen[0], logits
 
     def answer_to(self, inputs: dict[str, Any], result: Tensor) -> Tensor:
-        """The model's logits if the layer's result were `result`."""
+        """The model's logits with the layer's result replaced by `result`."""
         with self._replaced(lambda *args, **kwargs: result):
             return self._run(inputs).logits
 
 
 @contextmanager
 def at_rest(core: Any) -> Iterator[None]:
-    """Eval mode, and weights' own precision: without the autocast that accelerate has put around
-    the forward.
-    """
+    """Eval mode in the weights' own precision, without accelerate's autocast."""
     wrapped, plain = vars(core).get("forward"), forward_without_autocast(core)
     if plain is not None:
         core.forward = plain
@@ -255,7 +249,7 @@ def at_rest(core: Any) -> Iterator[None]:
 
 
 def forward_without_autocast(core: Any) -> Callable | None:
-    """The forward that accelerate has put its autocast around; `None` if it has not."""
+    """The forward method inside accelerate's autocast wrapper; `None`: not wrapped."""
     forward = vars(core).get("forward")
     to_float32 = getattr(forward, "__wrapped__", None)
     if not isinstance(to_float32, ConvertOutputsToFp32):
@@ -266,18 +260,15 @@ def forward_without_autocast(core: Any) -> Callable | None:
 
 @contextmanager
 def typed(core: Any, what: str) -> Iterator[None]:
-    """Whatever the model raises at `what` becomes a `CompatibilityError` that says so; running out
-    of memory does not.
-    """
+    """Turn the model's exceptions during `what`, except out of memory, into typed errors."""
     try:
         yield
     except (CompatibilityError, NonFiniteLossError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise CompatibilityError(
-            f"{type(core).__name__}: expected {what} to work, got {type(error).__name__}: "
-            f"{error} Use another model, or one "
-            "that transformers runs."
+            f"{type(core).__name__}: expected {what} to work, got {type(error).__name__}: {error} Use a model that "
+            "transformers can run."
         ) from error
 
 
@@ -286,15 +277,14 @@ def typed(core: Any, what: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _measured(core: PreTrainedModel) -> LogitPath:
-    with at_rest(core), typed(core, "a forward of a few tokens"):
+    with at_rest(core), typed(core, "a forward pass of a few tokens"):
         layer, row = _OutputLayer(core), usual_tokens(core, LENGTH)
         inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "use_cache": False}
         hidden, result, logits = layer.watched(inputs)
         if not bool(torch.isfinite(hidden).all()):
             raise NonFiniteLossError(
-                f"{type(core).__name__}: hidden states of a few tokens are not finite. Check "
-                "its weights and its dtype (float16 "
-                "overflows where bfloat16 does not)."
+                f"{type(core).__name__}: hidden states of a few tokens are not finite. Check its weights and its "
+                "dtype (float16 overflows at values that bfloat16 can hold)."
             )
         scale, softcap = _after_layer(core, layer, inputs, result)
         backbone: Any = core.base_model
@@ -308,16 +298,15 @@ def _measured(core: PreTrainedModel) -> LogitPath:
     allowed = 1e-4 + 2 * rounding(core) * float(logits.abs().max())
     if not error <= allowed:
         raise CompatibilityError(
-            f"{type(core).__name__}: log-probabilities from output layer and hidden states "
-            "differ from those of the model's "
-            f"own forward by {error:.3g} nats (expected at most {allowed:.2g}). Loss and KL would be those of another "
-            "model; use another one, or report its model type."
+            f"{type(core).__name__}: log-probabilities from output layer and hidden states differ from those of the "
+            f"model's own forward by {error:.3g} nats (expected at most {allowed:.2g}), so loss and KL would be "
+            "wrong. Use another model, or report its model type."
         )
     return replace(path, error=error)
 
 
 def usual_tokens(core: PreTrainedModel, length: int) -> Tensor:
-    """A row [1, length] of different tokens, none of them special."""
+    """A row [1, length] of distinct, non-special tokens."""
     config = core.config.get_text_config()
     special = {
         value
@@ -332,9 +321,7 @@ def usual_tokens(core: PreTrainedModel, length: int) -> Tensor:
 
 
 def _after_layer(core: Any, layer: _OutputLayer, inputs: dict[str, Any], result: Tensor) -> tuple[float, float | None]:
-    """Scale and soft cap of what follows the output layer, from the model's answers to known
-    results.
-    """
+    """Scale and soft cap after the output layer, from the model's logits for known results."""
     dtype = torch.float64 if precision.has_float64(result.device) else torch.float32
     ramp = torch.linspace(-50, 50, result.numel(), dtype=dtype, device=result.device).view(result.shape)
     ramp[..., 0] = 1.0
@@ -349,11 +336,9 @@ def _after_layer(core: Any, layer: _OutputLayer, inputs: dict[str, Any], result:
         if _same(answer, top * torch.tanh(scale * ramp / top)):
             return scale, top
     raise CompatibilityError(
-        f"{type(core).__name__}: what follows its output layer is neither a factor nor a soft "
-        "cap c·tanh(x/c) (for results "
-        f"from -50 to 50 it gives logits from {float(answer.min()):.3g} to "
-        f"{float(answer.max()):.3g}). Loss and KL would be "
-        "those of another model; use another one."
+        f"{type(core).__name__}: its output layer is followed by neither a factor nor a soft cap c·tanh(x/c): results "
+        f"from -50 to 50 become logits from {float(answer.min()):.3g} to {float(answer.max()):.3g}. Loss and KL would "
+        "be wrong. Use another model."
     )
 
 
@@ -362,9 +347,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_causal(core: PreTrainedModel, path: LogitPath, row: Tensor, hidden: Tensor) -> None:
-    """A row that is cut and padded on the right must have the hidden states that the whole row has
-    there.
-    """
+    """Check that a truncated, right-padded row has the same hidden states as the whole row."""
     both = row.repeat(2, 1)
     mask = torch.ones_like(both)
     mask[0, SHORT:] = 0
@@ -373,11 +356,9 @@ def _check_causal(core: PreTrainedModel, path: LogitPath, row: Tensor, hidden: T
     apart = max(_apart(padded[0, :SHORT], hidden[0, :SHORT]), _apart(padded[1], hidden[0]))
     if not apart <= _noise(core):
         raise CompatibilityError(
-            f"{type(core).__name__}: predictions at a position depend on the tokens after it "
-            "or on the batch (hidden states "
-            f"move by {apart:.2g} of their size). Expected a causal model, whose answers are "
-            "sampled and scored with the "
-            "same predictions; set `is_decoder` in its configuration where it has that, or use another model."
+            f"{type(core).__name__}: predictions at a position depend on the tokens after it or on the batch (hidden "
+            f"states change by {apart:.2g} of their size). Expected a causal model. Set `is_decoder` in its "
+            "configuration if it has that field, or use another model."
         )
 
 
@@ -387,7 +368,7 @@ def _error(layer: Any, path: LogitPath, hidden: Tensor, logits: Tensor) -> float
 
 
 def float_logits(layer: Any, path: LogitPath, hidden: Tensor) -> Tensor:
-    """Logits in float32, the way losses and scores make them."""
+    """Logits in float32, as losses and scores compute them."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     bias = None if bias is None else whole_tensor(bias).float()
     made = (
@@ -397,7 +378,7 @@ def float_logits(layer: Any, path: LogitPath, hidden: Tensor) -> Tensor:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered if FSDP2 shards it (every rank must call this then)."""
+    """The full tensor; if FSDP2 shards it, it is gathered and all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
 
@@ -406,7 +387,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 def rounding(core: PreTrainedModel) -> float:
-    """Unit of the coarsest floating-point type that the forward computes in."""
+    """Machine epsilon of the coarsest type that the forward pass computes in."""
     types = {p.dtype for p in core.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
     if not types <= {torch.float32, torch.float64} or getattr(core, "is_quantized", False):
         return torch.finfo(torch.bfloat16).eps
@@ -415,10 +396,10 @@ def rounding(core: PreTrainedModel) -> float:
 
 
 def coarse(core: PreTrainedModel) -> bool:
-    """Whether the forward computes in less than single precision somewhere."""
+    """Whether the forward pass computes in less than single precision anywhere."""
     return rounding(core) > 1e-6
 
 
 def _noise(core: PreTrainedModel) -> float:
-    """What two computations of the same hidden states may differ by, relative to the largest."""
+    """Allowed difference of two computations of hidden states, relative to the largest."""
     return min(0.1, 1e3 * rounding(core))

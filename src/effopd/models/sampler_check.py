@@ -1,8 +1,8 @@
-"""Does `generate` sample from the distributions that losses and scores are computed with?
+"""Checks that `generate` samples from the distributions that losses and scores use.
 
-Two measurements on a few tokens, each made once per model: which prompts `generate` may be given at
-once, so that none changes another's distributions (through padding or otherwise), and whether the
-sampler's distributions are those of `logit_path`.
+Two measurements on a few tokens, once per model: which prompts can share a batch of `generate`
+without changing each other's distributions, and whether the sampler's distributions equal those of
+`logit_path`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from effopd.models.logit_path import (
     usual_tokens,
 )
 
-#: What of a model's own `generation_config` stays in force: token ids and how the cache is kept;
-#: nothing that picks a token.
+#: Fields of a model's `generation_config` that stay in force: token ids and cache settings, but
+#: nothing that affects the choice of tokens.
 _KEPT = (
     "bos_token_id",
     "pad_token_id",
@@ -43,10 +43,10 @@ _KEPT = (
     "disable_compile",
     "prefill_chunk_size",
 )
-#: Tokens that the sampler adds in a measurement.
+#: Tokens generated per measurement.
 _NEW = 3
 
-#: What `generate` may be given at once: any prompts, prompts of one length, or one prompt.
+#: Prompts that can share a batch of `generate`: any, those of one length, or a single one.
 Batching = Literal["any", "length", "single"]
 
 _BATCHING: WeakKeyDictionary[nn.Module, Batching] = WeakKeyDictionary()
@@ -54,18 +54,17 @@ _BATCHING: WeakKeyDictionary[nn.Module, Batching] = WeakKeyDictionary()
 
 @contextmanager
 def ignore_sampling_defaults(model: nn.Module) -> Iterator[None]:
-    """In this block `model.generate` samples by its arguments alone; the model's
-    `generation_config` comes back after it, whatever happens.
+    """Make `model.generate` in the block ignore the model's `generation_config`.
 
-    Without this, `generate` takes every setting that the caller leaves at None from the model's
-    `generation_config`, even a repetition penalty in greedy decoding, and None is how many of the
-    settings are switched off.
+    `generate` fills every setting that is None from the model's `generation_config`, even a
+    repetition penalty in greedy decoding, and None is how many settings are turned off. The
+    `generation_config` is restored afterwards, also after an exception.
     """
-    # an adapter around the model, or a compiled one, may hold it in another module than `model`
+    # in PEFT or compiled models, another module than `model` can hold it
     holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
     configs = [module.generation_config for module in holders]
-    mine = getattr(model, "generation_config", None)
-    plain = GenerationConfig(**{name: getattr(mine, name, None) for name in _KEPT})
+    defaults = getattr(model, "generation_config", None)
+    plain = GenerationConfig(**{name: getattr(defaults, name, None) for name in _KEPT})
     try:
         for module in holders:
             module.generation_config = plain
@@ -76,12 +75,11 @@ def ignore_sampling_defaults(model: nn.Module) -> Iterator[None]:
 
 
 def generate_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of the prompts that `generate` may be given as one batch, so that each has the
-    predictions that it has alone.
+    """Groups of prompt indices that can share a batch of `generate` without changing predictions.
 
     Raises:
-        CompatibilityError: not all of them, with weights that are sharded (ranks would make unequal
-            numbers of forwards); or `generate` fails.
+        CompatibilityError: more than one group is needed but the weights are sharded, so ranks
+            could run unequal numbers of forward passes; or `generate` fails.
     """
     whole, lengths = is_whole(model), sorted({len(ids) for ids in prompt_ids})
     if whole and len(prompt_ids) == 1:
@@ -91,9 +89,8 @@ def generate_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[lis
         return [list(range(len(prompt_ids)))]
     if not whole:
         raise CompatibilityError(
-            f"{type(core_of(model)).__name__}: prompts of unequal length change each other's "
-            "predictions in a batch; with sharded "
-            "weights expected a model that reads the padding mask. Use DDP, or another model."
+            f"{type(core_of(model)).__name__}: prompts of unequal length change each other's predictions in a batch. "
+            "With sharded weights, expected a model that reads the padding mask. Use DDP, or another model."
         )
     if how == "single":
         return [[i] for i in range(len(prompt_ids))]
@@ -102,12 +99,13 @@ def generate_groups(model: Any, prompt_ids: Sequence[Sequence[int]]) -> list[lis
 
 @torch.no_grad()
 def batching(model: Any) -> Batching:
-    """Which prompts `generate` may be given at once: a batch must give each what it gives the
-    prompt alone.
+    """Which prompts can share a batch of `generate` and keep the predictions they have alone.
 
-    "length": left padding changes predictions (recurrent models that do not read the mask, tables
-    of positions without position ids). "single": so do other rows (RWKV's cache in transformers
-    5.23).
+    - "any": all prompts.
+    - "length": prompts of one length, because left padding changes predictions (recurrent models
+      that ignore the mask, position tables without position ids).
+    - "single": one prompt, because other rows change predictions (RWKV's cache in transformers
+      5.23).
 
     Raises:
         CompatibilityError: `generate` fails.
@@ -120,7 +118,7 @@ def batching(model: Any) -> Batching:
 
 
 def remember_batching(model: Any, how: Batching) -> None:
-    """Take `how` for what `batching` says of `model`: another rank has measured it."""
+    """Set the result of `batching` for `model` to that of another rank."""
     _BATCHING[core_of(model)] = how
 
 
@@ -131,11 +129,11 @@ def _measured(core: Any) -> Batching:
     mask[0, :left] = 0
     first, second = (
         _generated(core, torch.cat([torch.cat([row[:, i, None].expand(1, left), short], dim=1), row]), mask)
-        for i in (0, -1)  # the same, padded with other tokens
+        for i in (0, -1)  # the same prompts, padded with other tokens
     )
     alone = _generated(core, short, ones)
     loose = _allowed(core, alone[1])
-    # what stands in the padding must not matter at all; where a row begins may cost rounding
+    # the padding's tokens must have no effect; the offset of a row can cause rounding errors
     if _gap(first, second) <= loose / (10 if coarse(core) else 100) and _gap(first, alone) <= loose:
         return "any"
     pair = _generated(core, torch.cat([short, short.flip(1)]), ones.repeat(2, 1))
@@ -143,9 +141,11 @@ def _measured(core: Any) -> Batching:
 
 
 def _allowed(core: Any, logits: Tensor) -> float:
-    """What log-probabilities may differ by through rounding alone, in nats; in half precision
-    rounding grows with the logits, while shifted positions and the like move them by a large part
-    of their size."""
+    """Allowed difference of log-probabilities through rounding, in nats.
+
+    In half precision it grows with the logits. Real faults, such as shifted positions, change them
+    by a large part of their size.
+    """
     if not coarse(core):
         return 1e-3
     top = float(logits.abs().max())
@@ -153,9 +153,7 @@ def _allowed(core: Any, logits: Tensor) -> float:
 
 
 def _gap(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """Largest |Δ log p| of the first rows' distributions, as long as the tokens before are the
-    same.
-    """
+    """Largest |Δ log p| of the first rows, up to the first token that differs."""
     (tokens, logits_TV), (others, other_logits_TV) = (
         (ids[0, -logits.shape[1] :], logits[0]) for ids, logits in (a, b)
     )
@@ -180,15 +178,11 @@ def _generated(core: Any, prompts_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, 
 
 @torch.no_grad()
 def check_sampler(model: Any) -> float:
-    """Compare the distributions that `generate` samples from with those of `logit_path`, on one
-    prompt.
-
-    Returns:
-        The largest |Δ log p|, in nats.
+    """Largest |Δ log p| between the sampler and `logit_path` on one prompt, in nats.
 
     Raises:
-        CompatibilityError: they differ by more than rounding, or `generate` fails; or as
-            `logit_path`.
+        CompatibilityError: the distributions differ by more than rounding, or `generate` fails; see
+            also `logit_path`.
     """
     core, path = core_of(model), logit_path(model)
     prompt = usual_tokens(core, SHORT)
@@ -200,10 +194,8 @@ def check_sampler(model: Any) -> float:
     allowed = _allowed(core, real)
     if not gap <= allowed:
         raise CompatibilityError(
-            f"{type(core).__name__}: `generate` samples from log-probabilities that differ by "
-            f"{gap:.3g} nats from those of a "
-            f"forward of prompt and answer (expected at most {allowed:.2g}), so answers would "
-            "not be the student's own. Use "
+            f"{type(core).__name__}: `generate` samples from log-probabilities that differ by {gap:.3g} nats from "
+            f"those of a forward pass (expected at most {allowed:.2g}), so answers would not be on-policy. Use "
             "another student."
         )
     return gap

@@ -1,7 +1,6 @@
-"""Prompts and answers as one padded batch: one forward, the scored positions, sums per answer.
+"""`TokenBatch`: prompts and answers as one padded batch, with the answer tokens that are scored.
 
-Shapes: B sequences, L prompt and answer tokens, T answer tokens, N = scored positions, H hidden
-width.
+Shapes: B sequences, L prompt and answer tokens, T answer tokens, N scored positions, H width.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class TokenBatch:
 
     @classmethod
     def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_token_id: int) -> TokenBatch:
-        """Prompts padded on the left, answers on the right; every answer token is scored."""
+        """Left-padded prompts with right-padded answers; every answer token is scored."""
         width, length = max(map(len, prompts)), max(map(len, answers))
         ids_BL = torch.full((len(prompts), width + length), pad_token_id)
         mask_BL = torch.zeros_like(ids_BL)
@@ -43,12 +42,12 @@ class TokenBatch:
         return cls(ids_BL, mask_BL, mask_BL[:, width:].bool())
 
     def first(self, sequences: int) -> TokenBatch:
-        """The first `sequences` of them, or all if there are fewer."""
+        """The first `sequences` rows, or all if there are fewer."""
         return TokenBatch(self.ids_BL[:sequences], self.mask_BL[:sequences], self.scored_BT[:sequences])
 
     @property
     def tokens(self) -> int:
-        """Tokens of a forward, padding not counted."""
+        """Tokens of a forward pass, without padding."""
         return int(self.mask_BL.sum())
 
     @property
@@ -57,7 +56,7 @@ class TokenBatch:
         return self.scored_BT.sum(1).tolist()
 
     def hidden(self, model: Any) -> Tensor:
-        """The hidden states [N, H] that predict the scored tokens, sequence by sequence."""
+        """Hidden states [N, H] that predict the scored tokens, sequence by sequence."""
         ids_BL, mask_BL = self.ids_BL.to(model.device), self.mask_BL.to(model.device)
         hidden_BTH = completion_hidden_states(model, ids_BL, mask_BL, self.scored_BT.shape[1])
         return hidden_BTH[self.scored_BT.to(hidden_BTH.device)]

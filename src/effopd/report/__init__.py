@@ -1,1 +1,1 @@
-"""Tables to figures. Figures read rows only, never models."""
+"""Figures and pages, drawn from recorded rows and tables; no model is loaded."""

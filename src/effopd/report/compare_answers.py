@@ -1,6 +1,4 @@
-"""What the page of a comparison opens with: headline strategies, claims, a tuned baseline,
-controls. Tables, as text cells.
-"""
+"""First tables of a comparison page: headline speed-ups, claims, tuned baseline, controls."""
 
 from __future__ import annotations
 
@@ -10,14 +8,12 @@ from effopd.compare.speedups import BEST
 from effopd.report.compare_lookup import AXIS_NAMES, FEW, Lookup, Row, Table, times
 from effopd.report.compare_tables import jumped
 
-#: Target → what the page calls it.
+#: Target → its name on the page.
 _TARGETS = {"reference_kl": "final KL", "gap_90": "90 %"}
 
 
 def headline(lookup: Lookup) -> Table:
-    """Net speed-ups of the headline strategies over the baseline and over the rivals, at the
-    reference learning rate.
-    """
+    """Net speed-ups of the headline strategies over baseline and rivals, at the reference rate."""
     rows = []
     for strategy in _headline_strategies(lookup):
         for opponent in (lookup.baseline, *lookup.roles.rivals):
@@ -36,7 +32,7 @@ def _headline_strategies(lookup: Lookup) -> list[str]:
 
 
 def claims(lookup: Lookup) -> Table:
-    """The claims of the plan, judged on every task."""
+    """Verdict on each claim of the plan, per task."""
     rows = []
     for claim in lookup.roles.claims:
         arm = (claim.strategy, lookup.reference)
@@ -46,12 +42,13 @@ def claims(lookup: Lookup) -> Table:
                 text = claim.text or f"{claim.speedup:g}× in {AXIS_NAMES[claim.axis]}"
                 rows.append([text, f"`{claim.strategy}`", task, verdict(row, claim.speedup), times(row),
                              lookup.reached(task, arm), lookup.again(task, arm)])  # fmt: skip
-    return Table(["claim", "strategy", "task", "verdict", "speed-up", "reached", "off it again"], rows)
+    return Table(["claim", "strategy", "task", "verdict", "speed-up", "reached", "off target later"], rows)
 
 
 def verdict(row: Row, claimed: float) -> str:
-    """`reproduced` or not where the interval lies wholly on one side of the claim; a range of
-    few seeds decides nothing.
+    """`reproduced` if the interval is at or above the claim, `not reproduced` if it is below.
+
+    Otherwise, and with fewer than five seeds, `undecided`.
     """
     low, high = (math.inf if row[end] is None else row[end] for end in ("low", "high"))
     if row["n"] < FEW or low < claimed <= high:
@@ -60,8 +57,9 @@ def verdict(row: Row, claimed: float) -> str:
 
 
 def against_tuned_baseline(lookup: Lookup) -> Table:
-    """Net seconds of the headline strategies, at all their rates, against the baseline at its
-    best rate for a target.
+    """Speed-ups in net seconds of the headline strategies over the baseline at its best rate.
+
+    The strategies are listed at all their rates; the baseline's best rate depends on the target.
     """
     rows = []
     for strategy in _headline_strategies(lookup):
@@ -85,9 +83,7 @@ def against_tuned_baseline(lookup: Lookup) -> Table:
 
 
 def controls(lookup: Lookup) -> Table:
-    """The controls, and the rivals beside them, over the baseline and over each rival in net
-    seconds.
-    """
+    """Speed-ups in net seconds of controls and rivals over the baseline and each rival."""
     rows = []
     for task in lookup.tasks:
         for strategy in dict.fromkeys((*lookup.roles.controls, *lookup.roles.rivals)):

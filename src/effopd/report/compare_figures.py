@@ -1,6 +1,4 @@
-"""Figures of a comparison: curves, a forest of speed-ups, and what the learning rate does. They
-read results.json only.
-"""
+"""Figures of a comparison, drawn from results.json: speed-ups, curves, learning rates."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ _MAX_CURVES = 8
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """All figures there is data for; returns their paths by name.
+    """Draw all figures that have data; return their paths by name.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -43,17 +41,17 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def strategy_colors(lookup: Lookup, strategies: Sequence[str]) -> dict[str, str]:
-    """Grey for the baseline and red for the first rival, as in the demo's figure; the palette
-    without them for the others.
-    """
+    """Gray for the baseline, red for the first rival, other palette colors for the rest."""
     fixed = {lookup.baseline: _GREY, **dict.fromkeys(lookup.roles.rivals[:1], _RED)}
     others = [strategy for strategy in strategies if strategy not in fixed]
     return fixed | group_colors(["opd", *others])  # `opd` takes the palette's red
 
 
 def _curves(plt, lookup: Lookup):
-    """Held-out KL against steps and net seconds: median over seeds, band from lowest to
-    highest. On a logarithmic axis a speed-up is a shift to the left."""
+    """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest.
+
+    The axes are logarithmic, so a speed-up is a shift to the left.
+    """
     strategies = curve_strategies(lookup)
     colors = strategy_colors(lookup, strategies)
     figure, axes = plt.subplots(
@@ -67,7 +65,8 @@ def _curves(plt, lookup: Lookup):
                 if not curves:
                     continue
                 x, median, low, high = _band(curves, key)
-                base = {"linestyle": "--", "zorder": 5} if strategy == lookup.baseline else {}  # no-op lies on it
+                # dashed and on top, because a no-op strategy coincides with it
+                base = {"linestyle": "--", "zorder": 5} if strategy == lookup.baseline else {}
                 axis.plot(x, median, color=colors[strategy], label=strategy, linewidth=1.6, **base)
                 axis.fill_between(x, low, high, color=colors[strategy], alpha=0.12, linewidth=0)
             axis.set_yscale("log")
@@ -80,9 +79,7 @@ def _curves(plt, lookup: Lookup):
 
 
 def curve_strategies(lookup: Lookup) -> list[str]:
-    """The baseline, the headline strategies and the controls, then others but variants, while
-    there is room.
-    """
+    """Up to eight strategies: baseline, headline strategies, controls, then non-variants."""
     ran = lookup.at_reference()
     wanted = [lookup.baseline, *lookup.roles.opening(ran), *lookup.roles.controls]
     wanted += [strategy for strategy in ran if strategy not in lookup.roles.variants]
@@ -91,7 +88,7 @@ def curve_strategies(lookup: Lookup) -> list[str]:
 
 
 def _band(curves: Sequence[Mapping[str, list[float]]], key: str):
-    """Smoothed KL of several runs on one axis: common grid, median, lowest, highest."""
+    """Smoothed KL of several runs on a common grid: x, median, lowest, highest."""
     start = max(curve[key][1] for curve in curves)  # the first evaluation after the start
     x = np.geomspace(start, min(curve[key][-1] for curve in curves), 200)
     kl = [[math.inf if value is None else value for value in curve["kl"]] for curve in curves]
@@ -149,9 +146,7 @@ def _whisker(axis, row, y: float, color: str, floor: float, ceiling: float) -> N
 
 
 def _rates(plt, lookup: Lookup):
-    """Net seconds to the reference target against the learning rate; runs that never arrive sit
-    on the top line.
-    """
+    """Net seconds to the reference target by learning rate; runs that miss it are at the top."""
     swept = lookup.swept()
     if not swept:
         return None
@@ -196,17 +191,17 @@ _FIGURES = {
     "speedups": (
         _forest,
         "Net speed-up to the final held-out KL of {baseline}",
-        "Reference learning rate; median over seeds, 95 % interval; hollow: fewer than five "
-        "seeds, their range. An arrow: beyond the axis, at the left also “never”.",
+        "Reference learning rate. Median over seeds with 95 % interval; hollow: fewer than five seeds, with their "
+        "range. Arrows: beyond the axis; at the left also “never”.",
     ),
     "curves": (
         _curves,
         "Held-out KL, reference learning rate",
-        "Smoothed; line: median over seeds, shaded: lowest to highest, up to where the shortest run ends.",
+        "Smoothed. Line: median over seeds; shaded: lowest to highest. Curves end with the shortest run.",
     ),
     "learning_rates": (
         _rates,
-        "What the learning rate does",
-        "Points: single seeds, a cross: never arrives; line: median over seeds.",
+        "Time to target by learning rate",
+        "Points: single seeds; crosses: never arrives; line: median over seeds.",
     ),
 }

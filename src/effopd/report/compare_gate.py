@@ -1,6 +1,4 @@
-"""What is known of the paper's gate (not worse, on the smallest validation set), from the
-benchmarks that measured it.
-"""
+"""Measured acceptance rates of the paper's gate (`not_worse`, smallest validation set)."""
 
 from __future__ import annotations
 
@@ -11,19 +9,18 @@ from typing import Any
 
 from effopd.report.compare_lookup import Row, Table
 
-#: What `benchmarks/gate_noise.py` and `gate_power.py` write; the page quotes them if they lie
-#: beside it.
+#: Files of `benchmarks/gate_noise.py` and `gate_power.py`; the page uses those in its folder.
 GATE_NOISE, GATE_POWER = "gate_noise.json", "gate_power.json"
 
 
 def gate_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the files that are in `folder`.
+    """Rows of the gate files in `folder`, by name; missing files are skipped.
 
     Returns:
-        `gate_noise`: accepted shares where nothing changes, with fresh sampling noise;
-            `gate_shared_noise`: the same along
-        random directions, with the shared noise that the package samples with; `gate_power`:
-        accepted shares of real moves by their true change in accuracy.
+        - `gate_noise`: accepted shares of unchanged models, with fresh sampling noise
+        - `gate_shared_noise`: accepted shares along random directions, with the package's shared
+          sampling noise
+        - `gate_power`: accepted shares of real moves by their true change in accuracy
     """
     results: dict[str, list[dict[str, Any]]] = {}
     if (folder / GATE_NOISE).is_file():
@@ -37,9 +34,7 @@ def gate_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def noise_table(rows: Sequence[Row]) -> Table:
-    """Searches that pass the gate although no candidate differs from the start, with their 95 %
-    intervals.
-    """
+    """Share of searches that accept a candidate equal to the start, with its 95 % interval."""
     cells = []
     for row in rows:
         low, high = row["first_accepted_ci95"]
@@ -48,9 +43,7 @@ def noise_table(rows: Sequence[Row]) -> Table:
 
 
 def gate_table(groups: Sequence[Row]) -> Table:
-    """Accepted shares of real moves by their true change in accuracy; parentheses: the lowest and
-    the highest run.
-    """
+    """Accepted shares of real moves by their true change in accuracy, with the range over runs."""
     rows = []
     for row in groups:
         low, high = (f"{100 * row[end]:+.1f}" if row[end] is not None else "" for end in ("from", "to"))

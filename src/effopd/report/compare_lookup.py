@@ -1,4 +1,4 @@
-"""Rows of results.json by what they are about, and how a number with its interval is written."""
+"""Lookup of rows in results.json, and formatting of numbers with intervals."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ AXIS_NAMES = {
     "generated_tokens": "sampled tokens",
     "forward_tokens": "forward tokens",
 }
-#: Fewer seeds than this have a range instead of an interval.
+#: With fewer seeds than this, the range replaces the interval.
 FEW = 5
 
 
 class Lookup:
-    """Rows of results.json by what they are about."""
+    """Rows of results.json by task, arm, cost axis and target."""
 
     def __init__(self, results: Results):
         self.results = results
@@ -66,13 +66,17 @@ class Lookup:
         against: str | None = None,
         rate: str | None = None,
     ) -> Row | None:
-        """A row of `speedups`, if there is one: against a strategy (default: the baseline) at the
-        reference learning rate, at its best (`BEST`, the baseline only) or at the arm's own
-        (`SAME`)."""
+        """Row of `speedups`, or `None`.
+
+        Args:
+            against: the opponent. `None`: the baseline.
+            rate: learning rate of the opponent. `None`: the reference rate; `BEST`: its best rate
+                (baseline only); `SAME`: the arm's own.
+        """
         return self._speedups.get((task, *arm, against or self.baseline, rate, target, axis))
 
     def quality(self, task: str, arm: Arm, measure: str) -> Row | None:
-        """A row of `quality`, if there is one."""
+        """Row of `quality`, or `None`."""
         return self._quality.get((task, *arm, measure))
 
     def runs(self, task: str, arm: Arm) -> list[Row]:
@@ -84,22 +88,23 @@ class Lookup:
         return self.results["best_learning_rate"].get(task, {}).get(target)
 
     def again(self, task: str, arm: Arm, target: str = "reference_kl") -> str:
-        """Share of the later evaluations at which runs that had arrived were off the target again,
-        as text.
-        """
+        """Share of evaluations after reaching the target that miss it again, as text."""
         shares = [run["targets"][target]["above_again"] for run in self.runs(task, arm) if target in run["targets"]]
         of_arrived = [share for share in shares if share is not None]
         return f"{statistics.mean(of_arrived):.0%}" if of_arrived else "–"
 
     def reached(self, task: str, arm: Arm, target: str = "reference_kl") -> str:
-        """`3 of 5`: how many runs arrived."""
+        """Number of runs that reached the target, as `3 of 5`."""
         runs = [run["targets"][target] for run in self.runs(task, arm) if target in run["targets"]]
         return f"{sum(run['reached'] for run in runs)} of {len(runs)}"
 
 
 def times(row: Row | None) -> str:
-    """A speed-up in words: `1.92× [1.70, 3.43]` with its interval, `1.92× (1.70–3.43, n = 3)` with
-    the range of few seeds, `never`, `> any`."""
+    """A speed-up as text: `1.92× [1.70, 3.43]` with its 95 % interval.
+
+    With fewer than five seeds, `1.92× (1.70–3.43, n = 3)` with their range. `never`: the target is
+    not reached; `> any`: the opponent does not reach it.
+    """
     if row is None or not row["n"]:
         return "–"
     median, low, high, n = one(row["median"]), one(row["low"], ""), one(row["high"], ""), row["n"]
@@ -109,16 +114,14 @@ def times(row: Row | None) -> str:
 
 
 def one(value: float | None, unit: str = "×") -> str:
-    """One end of a speed-up: `never` for 0, `> any` for `None`."""
+    """One value of a speed-up as text: `never` for 0, `> any` for `None`."""
     if value is None:
         return "> any"
     return "never" if value == 0 else f"{value:.2f}{unit}"
 
 
 def number(row: Row | None, form: str = ".4f") -> str:
-    """A median with its interval or, of few seeds, its range; `–` where there is none, `diverged`
-    for what is not finite.
-    """
+    """A median with its interval (few seeds: range) as text; `–`: no data; `diverged`: infinite."""
     if row is None or not row["n"]:
         return "–"
     median, low, high = ("diverged" if row[end] is None else f"{row[end]:{form}}" for end in ("median", "low", "high"))

@@ -1,4 +1,4 @@
-"""How a comparison was measured: values for the last section of its page."""
+"""Values of the method section of a comparison page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from effopd.report.compare_lookup import Lookup
 
 
 def method(lookup: Lookup) -> dict[str, Any]:
-    """Seeds, merges of machines, states of the code and failures."""
+    """Seeds, merges of runs from other machines, code states and failures."""
     chains = [run.get("merges", []) for run in lookup.results["runs"]]
     codes = Counter(run.get("code") or "not recorded" for run in lookup.results["runs"])
     return {

@@ -1,6 +1,4 @@
-"""results.json → results.md. The sentences are in `templates/compare.md.jinja`; every number
-comes from the results.
-"""
+"""Renders results.json as results.md with `templates/compare.md.jinja`."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from effopd.report.pages import markdown_template
 
 
 def render(results: Results, figures: Mapping[str, str]) -> str:
-    """The page.
+    """The page as Markdown.
 
     Args:
         figures: path of each figure, relative to the page, by name.

@@ -1,4 +1,4 @@
-"""The tables of a comparison's page, as text cells."""
+"""Tables of a comparison page, as text cells."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _JUMPS = 8
 def strategies(lookup: Lookup, task: str) -> Table:
     """Every strategy at the reference learning rate."""
     header = [
-        "strategy", *AXIS_NAMES.values(), "reached", "off it again", "final KL", "final accuracy", "KL area (steps)",
-        "KL area (net seconds)", "search share", "… until the target", "searches that jumped", "extra memory, MB",
+        "strategy", *AXIS_NAMES.values(), "reached", "off target later", "final KL", "final accuracy",
+        "KL area (steps)", "KL area (net seconds)", "search share", "… to the target", "searches that jumped",
+        "extra memory, MB",
     ]  # fmt: skip
     measures = {"final_kl": ".4f", "final_accuracy": ".3f", "auc_steps": ".3f", "auc_seconds": ".3f",
                 "search_share": ".1%", "search_share_to_target": ".1%"}  # fmt: skip
@@ -42,7 +43,7 @@ def _reference_arms(lookup: Lookup, task: str) -> list[Arm]:
 
 
 def jumped(lookup: Lookup, task: str, arm: Arm) -> str:
-    """`29 of 35`: how many searches of an arm's runs jumped; "" if none searched."""
+    """Number of an arm's searches that jumped, as `29 of 35`; "" without searches."""
     runs = lookup.runs(task, arm)
     searches = sum(run["searches"] for run in runs)
     return f"{sum(len(run['accepted']) for run in runs)} of {searches}" if searches else ""
@@ -64,7 +65,7 @@ def over_tasks(lookup: Lookup) -> Table:
 
 
 def _swept(lookup: Lookup) -> Iterator[tuple[str, Arm, list[str]]]:
-    """(task, arm, first cells of its row) for strategies that ran at several learning rates."""
+    """(task, arm, first cells of its row) of strategies with several learning rates."""
     for task in lookup.tasks:
         for strategy in lookup.swept():
             for rate in sorted(rate for other, rate in lookup.arms if other == strategy):
@@ -73,7 +74,7 @@ def _swept(lookup: Lookup) -> Iterator[tuple[str, Arm, list[str]]]:
 
 
 def rates(lookup: Lookup) -> Table:
-    """Every learning rate against the baseline at the reference's, at its best and at the same."""
+    """Every learning rate against the baseline at the reference, its best and the same rate."""
     rows = []
     for task, arm, (*cells, rate) in _swept(lookup):
         marks = [
@@ -96,7 +97,7 @@ def rates(lookup: Lookup) -> Table:
         "strategy",
         "learning rate",
         "reached",
-        "off it again",
+        "off target later",
         "steps",
         "net seconds",
         "… against the best",
@@ -110,9 +111,7 @@ def rates(lookup: Lookup) -> Table:
 
 
 def at_own_rate(lookup: Lookup) -> Table:
-    """Speed-up over the baseline at the arm's own learning rate, to where the baseline ends
-    there.
-    """
+    """Speed-up over the baseline at the arm's own learning rate, to its final KL at that rate."""
     by_arm: dict[tuple[str, Arm], dict[str, Row]] = {}
     for row in own_rate(runs_of(lookup.results), lookup.baseline):
         by_arm.setdefault((row["task"], (row["strategy"], row["learning_rate"])), {})[row["axis"]] = row
@@ -129,8 +128,9 @@ def at_own_rate(lookup: Lookup) -> Table:
 
 
 def best_at_an_end(lookup: Lookup) -> list[str]:
-    """Tasks whose best rate is at an end of the sweep, with the rate: beyond it the baseline
-    may be faster still.
+    """Tasks whose best baseline rate is at an end of the sweep, with that rate.
+
+    The baseline can be faster still beyond that rate.
     """
     ends = {task: (swept[0], swept[-1]) for task, swept in lookup.results["swept"].items() if len(swept) > 1}
     best = {task: lookup.best(task) for task in lookup.tasks}
@@ -138,7 +138,7 @@ def best_at_an_end(lookup: Lookup) -> list[str]:
 
 
 def variants(lookup: Lookup) -> Table:
-    """Each variant against the strategy that it is a variant of, at the same learning rate."""
+    """Each variant against its parent strategy, at the same learning rate."""
     rows = []
     for task in lookup.scopes:
         for arm in lookup.arms:
@@ -164,7 +164,7 @@ def variants(lookup: Lookup) -> Table:
 
 
 def to_lowest(lookup: Lookup) -> Table:
-    """Time to the baseline's lowest end."""
+    """Speed-ups to the baseline's lowest final KL."""
     rows = [
         [*cells, lookup.reached(task, arm, "best_kl"),
          *(times(lookup.speedup(task, arm, axis, "best_kl", rate=BEST)) for axis in AXIS_NAMES)]
@@ -174,7 +174,7 @@ def to_lowest(lookup: Lookup) -> Table:
 
 
 def final_quality(lookup: Lookup) -> Table:
-    """Final KL, and differences of KL and accuracy to the baseline's ends."""
+    """Final KL, and differences of KL and accuracy from the baseline's final values."""
     measures = {"final_kl": ".4f", "kl_difference_same": "+.4f", "kl_difference_lowest": "+.4f",
                 "accuracy_difference_same": "+.3f", "accuracy_difference_lowest": "+.3f"}  # fmt: skip
     rows = [
@@ -187,9 +187,9 @@ def final_quality(lookup: Lookup) -> Table:
         "learning rate",
         "final KL",
         "KL: same rate",
-        "KL: lowest end",
+        "KL: lowest",
         "accuracy: same rate",
-        "accuracy: lowest end",
+        "accuracy: lowest KL",
     ]
     return Table(header, rows)
 
@@ -208,7 +208,7 @@ def other_target(lookup: Lookup, target: str) -> Table:
 
 
 def jumps(lookup: Lookup) -> Table:
-    """What every run at the reference learning rate accepted."""
+    """Accepted jumps of every run at the reference learning rate."""
     rows = []
     for run in lookup.results["runs"]:
         if run["accepted"] and run["learning_rate"] == lookup.reference:
@@ -221,7 +221,7 @@ def jumps(lookup: Lookup) -> Table:
 
 
 def fits(lookup: Lookup) -> Table:
-    """How well the fits of predicting strategies hold: medians over runs."""
+    """Fit quality of predicting strategies: medians over runs."""
     rows = []
     for task in lookup.tasks:
         for arm in lookup.arms:

@@ -1,4 +1,4 @@
-"""The results of a comparison for the terminal."""
+"""Terminal tables of a comparison."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def _summary_table(lookup: Lookup, task: str) -> Table:
 
 
 def _two_lines(row: Row | None) -> str:
-    """The median above its interval, without brackets: a console takes `[never, 1.02]` for
-    markup.
-    """
+    """The median above its interval, without brackets, which rich parses as markup."""
     if row is None or row["n"] < 2 or (row["median"], row["low"], row["high"]) == (0, 0, 0):
         return times(row).partition(" (")[0]
     return f"{one(row['median'])}\n{one(row['low'], '')}–{one(row['high'], '')}"

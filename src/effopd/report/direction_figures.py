@@ -1,10 +1,10 @@
-"""Figures about directions: does the final update's direction show early, is its path planar, do
-runs agree?
+"""Figures of update directions: similarity to the final ones, path of u1, agreement of runs.
 
-    subspaces_left.png, subspaces_right.png   similarity to the final leading directions, k = 1 … K   (paper: figure 4b)
-    first_last.png                            |cos(u1(first), u1(last))| by layer and matrix          (paper: figure 4b)
-    u1_path.png, u1_tsne.png                  the path of u1 in a plane                               (paper: figure 4a)
-    agreement.png                             final directions of different runs
+    subspaces_left.png, subspaces_right.png
+                                similarity to the final leading directions   (paper: figure 4b)
+    first_last.png              |cos(u1(first), u1(last))| by layer, matrix  (paper: figure 4b)
+    u1_path.png, u1_tsne.png    the path of u1 in a plane                    (paper: figure 4a)
+    agreement.png               final directions of different runs
 
 Drawn by `dynamics_figures.draw`.
 """
@@ -34,9 +34,7 @@ from effopd.report.style import INK, MUTED, save
 
 
 def subspaces(data: Data, path: Path, side: str) -> Path | None:
-    """Step t against the final step for k = 1 … K: counterpart cosine, projector overlap, largest
-    principal angle.
-    """
+    """Similarity of step t and the final step for k = 1 … K: cosine, projector overlap, angle."""
     moving = data.moving
     readings = {
         f"{side}_cosine": "k-th direction with its\ncounterpart: |cos|",
@@ -77,23 +75,20 @@ def subspaces(data: Data, path: Path, side: str) -> Path | None:
     bar.outline.set_visible(False)
     over = "seeds" if any(len(r) > 1 for r in moving.values()) else "matrices"
     note = (
-        f"Means over attention and MLP matrices; shaded for k = 1 and k = {largest}: 95 % "
-        f"over {over}. Dotted: chance for "
-        f"k = {largest}. At the last step everything agrees with itself."
+        f"Means over attention and MLP matrices. Shaded, for k = 1 and k = {largest}: 95 % interval over {over}. "
+        f"Dotted: chance for k = {largest}. The last step is compared with itself."
     )
-    return save(
-        figure, path, f"{side.capitalize()} singular directions of the update: when is the final one there?", note
-    )
+    return save(figure, path, f"{side.capitalize()} singular directions of the update: similarity to the final", note)
 
 
 def _dark_to_light():
-    """k = 1 dark, k = K light but still legible on white."""
+    """Colormap from dark (k = 1) to light but legible on white (k = K)."""
     colors = require("matplotlib").colormaps["viridis"](np.linspace(0.0, 0.9, 256))
     return require("matplotlib.colors").ListedColormap(colors)
 
 
 def _fan(axis, data: Data, group: str, rows: pd.DataFrame, largest: int, colormap) -> None:
-    """One line a k; the first and the last bold, shaded and named."""
+    """One line per k; the first and the last bold, with their intervals shaded."""
     lines = complete_steps(rows).groupby(["k", "step"])["value"].mean().unstack("k")
     for k in lines.columns:
         shade = colormap((int(k) - 1) / max(1, largest - 1))
@@ -150,19 +145,17 @@ def first_last(data: Data, path: Path) -> Path | None:
     bar = figure.colorbar(image, ax=axes, fraction=0.025, pad=0.02)
     bar.outline.set_visible(False)
     first = sorted({run["trajectory"]["steps"][0] for run in data.runs.values() if run["trajectory"]})
-    note = f"First snapshot that moved: step {', '.join(map(str, first))}. Means over seeds where there are several."
-    return save(figure, path, "|cos(u1(first), u1(last))|: is the leading direction there from the start?", note)
+    note = f"First snapshot that moved: step {', '.join(map(str, first))}. Means over seeds if there are several."
+    return save(figure, path, "|cos(u1(first), u1(last))|: similarity of the first and last leading direction", note)
 
 
 def u1_path(data: Data, path: Path) -> Path | None:
-    """PCA plane of the path of u1 for a few matrices, and its explained variance against a random
-    walk for all.
-    """
+    """Path of u1 in its PCA plane for a few matrices; explained variance of all matrices."""
     return _paths(data, path, "pc", "The path of the leading left direction u1", explained=True)
 
 
 def u1_tsne(data: Data, path: Path) -> Path | None:
-    """The same as t-SNE pictures; distances in them mean little."""
+    """Path of u1 as t-SNE pictures; distances in them mean little."""
     return _paths(data, path, "tsne", "The path of u1 as a t-SNE picture (distances mean little)", explained=False)
 
 
@@ -204,14 +197,12 @@ def _paths(data: Data, path: Path, kind: str, title: str, explained: bool) -> Pa
         _explained(axes, data, groups)
     note = "Open circle: first snapshot, filled: last."
     if explained:
-        note += " Right, grey: random walks with the same step lengths, which are rather planar too."
+        note += " Right, gray: random walks with the same step lengths, which are nearly planar too."
     return save(figure, path, title, note)
 
 
 def _pictured(rows: pd.DataFrame, kind: str) -> list[tuple[int, str, str]]:
-    """First and last layer's attention and MLP matrix, out of those with a t-SNE picture if there
-    are any.
-    """
+    """One attention and one MLP matrix of the first and last layer, with t-SNE pictures if any."""
     chosen = rows[rows["metric"] == "tsne1"]
     if chosen.empty and kind == "pc":
         chosen = rows[(rows["metric"] == "pc1") & rows["module"].isin(table_queries.AVERAGED)]
@@ -242,7 +233,7 @@ def _path(axis, xy: pd.DataFrame, color: str) -> None:
 
 
 def _explained(axes, data: Data, groups: dict[str, str]) -> None:
-    """Explained variance of every matrix beside that of random walks."""
+    """Explained variance of every matrix, compared with random walks."""
     shown = data.last.loc[data.last["metric"].isin(("u1_evr", "u1_evr_null_mean")), "value"].dropna()
     for row, group in enumerate(groups):
         axis = axes[row][-1]
@@ -265,9 +256,7 @@ def _explained(axes, data: Data, groups: dict[str, str]) -> None:
 
 
 def agreement(data: Data, path: Path) -> Path | None:
-    """Final leading subspaces of different runs: overlap for k = 1 … K, within and between groups,
-    with chance.
-    """
+    """Overlap of the final leading subspaces of different runs, k = 1 … K, with chance level."""
     if len(data.runs) < 2 or "subspaces" not in data.summary["settings"]["metrics"]:
         return None
     wanted = ["left_overlap", "right_overlap"]
@@ -301,14 +290,15 @@ def agreement(data: Data, path: Path) -> Path | None:
         axis.set_title(f"{metric.split('_')[0]} singular directions")
         end_labels(axis, labels)
     axes[0][0].set_ylabel("overlap of the leading-k subspaces")
-    note = "Last snapshot of each run. Means over attention and MLP matrices; 95 % over matrices, pairs of seeds averaged."
-    return save(figure, path, "Do different runs move the weights in the same directions?", note)
+    note = (
+        "Last snapshot of each run. Means over attention and MLP matrices with 95 % intervals over matrices; pairs of "
+        "seeds are averaged first."
+    )
+    return save(figure, path, "Agreement of different runs: overlap of their final leading subspaces", note)
 
 
 def _over_pairs(rows: pd.DataFrame):
-    """Mean over matrices for each k, with the bootstrap interval; pairs of runs are averaged
-    first.
-    """
+    """Mean over matrices for each k, with bootstrap intervals; pairs of runs are averaged first."""
     per_matrix = rows.groupby(["k", *table_queries.PLACE], observed=True)["value"].mean()
     estimates = {k: bootstrap_mean(values, 500) for k, values in per_matrix.groupby("k")}
     line = pd.Series({k: estimate.mean for k, estimate in estimates.items()})

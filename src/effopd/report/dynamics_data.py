@@ -1,6 +1,4 @@
-"""What the figures of `effopd analyze` have in common: the tables, one colour a group, intervals,
-and a quiet style.
-"""
+"""Data and drawing helpers shared by the figures of `effopd analyze`."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ MODULE_COLORS = {
     "other": "#d5d8dd",
 }
 MODULE_NAMES = {"mlp": "MLP", "norm": "norms"}
-#: Matrices of a layer in the order of the computation.
+#: Matrices of a layer in order of computation.
 MATRIX_ORDER = ("q", "k", "v", "o", "router", "gate", "up", "down")
 _DRAWS = 500
 
@@ -49,7 +47,7 @@ class Data:
         except (OSError, json.JSONDecodeError) as error:
             raise CheckpointError(
                 f"{self.out} holds no finished analysis: expected summary.json and tables written by `effopd analyze` "
-                f"({error}). Run the analysis, or continue it, first."
+                f"({error}). Run or resume the analysis first."
             ) from error
         self.runs: dict[str, dict[str, Any]] = self.summary["runs"]
         self.groups = table_queries.groups_of(self.runs)
@@ -63,32 +61,32 @@ class Data:
 
     @cached_property
     def averaged(self) -> pd.DataFrame:
-        """Its rows of attention and MLP matrices."""
+        """Rows of attention and MLP matrices in the `matrices` table."""
         return table_queries.averaged(self.matrices)
 
     @cached_property
     def at_rest(self) -> pd.Series:
-        """Rows of `averaged` of snapshots at which a run with a trajectory had not moved yet."""
+        """Mask of the rows of `averaged` at which a run with a trajectory had not moved yet."""
         moved = {(run, step) for runs in self.moving.values() for run in runs for step in self.steps(run)}
         keys = zip(self.averaged["run"].astype(str), self.averaged["step"], strict=True)
         tracked = {run for runs in self.moving.values() for run in runs}
         return pd.Series([run in tracked and (run, step) not in moved for run, step in keys], self.averaged.index)
 
     def steps(self, run: str) -> list[int]:
-        """Steps of a trajectory at which anything had moved."""
+        """Steps of a trajectory with a nonzero update."""
         return self.runs[run]["trajectory"]["steps"]
 
     @cached_property
     def last(self) -> pd.DataFrame:
-        """The averaged rows of each run's last snapshot."""
+        """Rows of `averaged` at each run's last snapshot."""
         return table_queries.final(self.averaged, self.runs)
 
     def table(self, name: str, filters: Sequence[tuple[str, str, Any]] | None = None) -> pd.DataFrame:
-        """Another table, layers as integers."""
+        """A table by name, with layers as integers."""
         return table_queries.with_layer(read_table(self.out / name, filters))
 
     def has(self, metric: str) -> bool:
-        """Whether a metric was measured and is defined somewhere."""
+        """Whether a metric was measured and is defined in some row."""
         rows = self.matrices[self.matrices["metric"] == metric]
         return bool(rows["value"].notna().any())
 
@@ -99,17 +97,17 @@ class Data:
         return {group: runs for group, runs in moving.items() if runs}
 
     def label(self, group: str) -> str:
-        """The group's name, with the number of seeds where there are several."""
+        """The group's name, with the number of seeds if there are several."""
         size = len(self.groups[group])
         return group if size == 1 else f"{group} ({size} seeds)"
 
     def band(self, group: str, rows: pd.DataFrame) -> pd.DataFrame:
-        """Mean and interval at each step: over seeds where there are several, else over matrices.
+        """Mean and 95 % interval at each step, over seeds if there are several, otherwise matrices.
 
-        Steps that not all seeds reach are left out: the mean would jump where a seed ends.
+        Only `complete_steps` are used, because the mean jumps at a step where a seed ends.
 
         Args:
-            rows: one value a run, step and matrix (columns run, step, value).
+            rows: one value per run, step and matrix (columns run, step, value).
 
         Returns:
             columns mean, low, high; index step.
@@ -126,26 +124,26 @@ class Data:
         return table.T.astype(float).dropna(subset=["mean"])
 
     def interval(self, group: str, metric: str) -> Interval:
-        """The group's mean of a metric at the end, as in the summary."""
+        """The group's final mean of a metric with its interval, from the summary."""
         values = self.summary["groups"][group]["metrics"].get(metric) or {}
         mean, low, high = (np.nan if values.get(key) is None else values[key] for key in ("mean", "low", "high"))
         return Interval(mean, low, high, values.get("n", 0))
 
 
 def complete_steps(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the steps at which most runs, usually all, have values."""
+    """Rows at the steps with the largest number of runs, which is usually all of them."""
     runs = rows.groupby("step")["run"].transform("nunique")
     return rows[runs == runs.max()]
 
 
 def matrix_rank(matrix: str) -> tuple[int, str]:
-    """Sorts matrices in the order of the computation, unknown ones last."""
+    """Sort key: matrices in order of computation, unknown ones last."""
     last = matrix.rpartition(".")[2]
     return (MATRIX_ORDER.index(last) if last in MATRIX_ORDER else len(MATRIX_ORDER), matrix)
 
 
 def short_matrix(matrix: str) -> str:
-    """Experts of one layer share a name: `experts.3.gate` → `experts.gate`."""
+    """Name without the expert's index: `experts.3.gate` → `experts.gate`."""
     return re.sub(r"\.\d+(?=\.)", "", matrix)
 
 
@@ -157,14 +155,12 @@ def figure_of(columns: int, rows: int = 1, width: float = 3.4, height: float = 2
 
 
 def empty_figure(width: float, height: float):
-    """A figure without axes, in inches; made without pyplot, so that a notebook's backend and
-    figures are left alone.
-    """
+    """A figure without axes, size in inches; made without pyplot to keep a notebook's backend."""
     return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
 def bare(axis) -> None:
-    """No ticks, grid or spines: a picture rather than a plot."""
+    """Remove ticks, grid and spines."""
     axis.set_xticks([])
     axis.set_yticks([])
     axis.grid(visible=False)
@@ -172,9 +168,7 @@ def bare(axis) -> None:
 
 
 def end_labels(axis, labels: Sequence[tuple[float, float, str, str]], gap: float = 0.075) -> None:
-    """Names at the ends of lines, (x, y, text, colour), pushed apart so that they do not
-    overlap.
-    """
+    """Write labels (x, y, text, color) at the ends of lines, moved apart to avoid overlap."""
     to_axes = axis.transData + axis.transAxes.inverted()
     placed = sorted(((to_axes.transform((x, y))[1], x, y, text, color) for x, y, text, color in labels))
     heights = spread([item[0] for item in placed], gap)
@@ -193,7 +187,7 @@ def end_labels(axis, labels: Sequence[tuple[float, float, str, str]], gap: float
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending positions moved apart to at least `gap`, as a whole kept where they were.
+    """Ascending positions moved apart to at least `gap`; the mean of each cluster is kept.
 
     Example:
         >>> spread([0.5, 0.5], 0.25)
@@ -216,13 +210,12 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def lines_over_steps(axis, data: Data, rows: pd.DataFrame) -> None:
-    """A mean over training for each group with its interval, thin lines for single seeds, names at
-    the ends.
+    """Draw each group's mean over training with its interval, and thin lines for single seeds.
 
     A group without a trajectory is a dashed line at its final value.
 
     Args:
-        rows: one value a run, step and matrix (columns run, step, value).
+        rows: one value per run, step and matrix (columns run, step, value).
     """
     labels, extent = [], []
     right = max(steps[-1] for runs in data.moving.values() for steps in map(data.steps, runs))
@@ -249,7 +242,7 @@ def lines_over_steps(axis, data: Data, rows: pd.DataFrame) -> None:
 
 
 def _single_seeds(axis, rows: pd.DataFrame, runs: Sequence[str], color: str) -> list[float]:
-    """A thin line a seed, where there are several; the values drawn."""
+    """Draw one thin line per seed if there are several; return the drawn values."""
     drawn: list[float] = []
     for run in runs if len(runs) > 1 else ():
         line = rows[rows["run"] == run].groupby("step")["value"].mean()
@@ -259,9 +252,7 @@ def _single_seeds(axis, rows: pd.DataFrame, runs: Sequence[str], color: str) -> 
 
 
 def limit_y(axis, values: Sequence[float]) -> None:
-    """Limits from the lines rather than from their intervals, which over two seeds can be
-    enormous.
-    """
+    """Set the y limits from the lines, not their intervals, which can be huge for two seeds."""
     finite = np.asarray([v for v in values if np.isfinite(v)])
     if len(finite):
         low, high = float(finite.min()), float(finite.max())
@@ -270,14 +261,12 @@ def limit_y(axis, values: Sequence[float]) -> None:
 
 
 def strips(axis, data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, str] | None = None) -> None:
-    """A metric's distribution over matrices, one column a group (values averaged over seeds), mean
-    and interval beside it.
+    """Draw a metric's distribution over matrices, one column per group, with mean and interval.
 
-    Attention matrices are circles, MLP matrices triangles.
+    Values are averaged over seeds. Attention matrices are circles, MLP matrices triangles.
 
     Args:
-        extra: (metric, name) of a reference that gets a grey column of its own, e.g. the noise
-            floor.
+        extra: (metric, name) of a reference in a gray column, such as the noise floor.
     """
     wide = table_queries.by_matrix(rows[rows["metric"] == metric])
     columns = [

@@ -1,14 +1,14 @@
-"""The figures of `effopd analyze`, drawn from its tables alone: how much moved, and where.
+"""Figures of `effopd analyze`, drawn from its tables alone: size and location of the updates.
 
-    norms.png            update norm over training, by module; shares of the total      (paper: figure 1b)
-    layers.png           update norm by layer, MLP and attention                        (paper: figure 2b, right)
-    spectrum.png         four spectral measures as distributions over matrices          (paper: table 1)
-    embeddings.png       how far token embeddings turned                                (paper: embedding analysis)
-    sparsity.png         which entries moved                                            (arXiv 2606.07082)
-    rotation.png         what became of W0's own leading subspaces                      (arXiv 2606.07082, 2606.13657)
+    norms.png        update norm over training by module; shares   (paper: figure 1b)
+    layers.png       update norm by layer, MLP and attention       (paper: figure 2b, right)
+    spectrum.png     four spectral metrics over matrices           (paper: table 1)
+    embeddings.png   rotation of token embeddings                  (paper: embedding analysis)
+    sparsity.png     changed entries                               (arXiv 2606.07082)
+    rotation.png     rotation of W0's own leading subspaces        (arXiv 2606.07082, 2606.13657)
 
-and those of `direction_figures`. A figure whose data do not exist (a single pair has no trajectory)
-is left out.
+`draw` adds the figures of `direction_figures`. Figures without data are skipped: a single pair, for
+example, has no trajectory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from effopd.report.style import INK, MUTED, quiet_style, save
 
 
 def draw(out_dir: str | Path) -> list[Path]:
-    """Draw every figure the tables in `out_dir` have data for, into `out_dir/figures`.
+    """Draw every figure that has data in the tables of `out_dir` into `out_dir/figures`.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -50,15 +50,15 @@ def draw(out_dir: str | Path) -> list[Path]:
 
 
 def averaged_note(data: Data, text: str = "") -> str:
-    """What a mean and an interval are over."""
+    """`text` and a sentence on what means and intervals are taken over."""
     parts = data.summary["parts"]["averaged"]
     several = [group for group, runs in data.groups.items() if len(runs) > 1]
-    over = "over seeds where there are several, else over matrices" if several else "over matrices"
+    over = "over seeds if there are several, otherwise over matrices" if several else "over matrices"
     return f"{text}{' ' if text else ''}Means over {parts} attention and MLP matrices; 95 % intervals {over}."
 
 
 def norms(data: Data, path: Path) -> Path | None:
-    """Update norm over training, in all and by module; shares of the squared norm at the end."""
+    """Update norm over training, in total and by module; final shares of the squared norm."""
     moving, modules = data.moving, [m for m in MODULE_COLORS if m in data.summary["parts"]["modules"]]
     bars = 0.45 * (len(data.groups) + 1) + 0.9
     if moving:
@@ -71,12 +71,12 @@ def norms(data: Data, path: Path) -> Path | None:
     _shares(bottom.subplots(), data, modules)
     seeds = "Shaded: 95 % over seeds. " if any(len(runs) > 1 for runs in moving.values()) else ""
     return save(
-        figure, path, "How far the weights moved, and where", f"{seeds}Shares are of the squared norm at the end."
+        figure, path, "Update norm over training and by module", f"{seeds}Shares are of the final squared norm."
     )
 
 
 def _norms_over_steps(figure, data: Data, panels: Sequence[str | None]) -> None:
-    """One panel a module (`None`: all parameters)."""
+    """One panel per module (`None`: all parameters)."""
     rows = data.matrices[data.matrices["metric"] == "frobenius_norm"]
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, module in zip(axes, panels, strict=True):
@@ -94,9 +94,7 @@ def _norms_over_steps(figure, data: Data, panels: Sequence[str | None]) -> None:
 
 
 def _shares(axis, data: Data, modules: list[str]) -> None:
-    """Stacked bars: share of the squared update norm by module, with the share of parameters for
-    comparison.
-    """
+    """Stacked bars by module: share of the squared update norm, and share of parameters."""
     sizes = data.summary["parts"]["modules"]
     total = sum(sizes[m]["parameters"] for m in modules)
     bars = {"share of parameters": {m: sizes[m]["parameters"] / total for m in modules}}
@@ -125,9 +123,7 @@ def _shares(axis, data: Data, modules: list[str]) -> None:
 
 
 def layers(data: Data, path: Path) -> Path | None:
-    """Norm of the final update by layer for MLP and attention: absolute, and as share of the total
-    squared norm.
-    """
+    """Final update norm by layer for MLP and attention, and its share of the total squared norm."""
     count = len(next(iter(data.runs.values()))["layers"])
     if count < 2:
         return None
@@ -178,13 +174,11 @@ def spectrum(data: Data, path: Path) -> Path | None:
         if axis.get_yscale() == "linear":
             axis.set_ylim(bottom=0)
     note = averaged_note(data, "Circles: attention, triangles: MLP; diamond: mean.")
-    return save(figure, path, "How concentrated the final updates are", note)
+    return save(figure, path, "Concentration of the final updates' spectra", note)
 
 
 def embeddings(data: Data, path: Path) -> Path | None:
-    """1 − mean row cosine over training, and base and trained embeddings of the same tokens in one
-    plane.
-    """
+    """1 − mean row cosine over training; base and trained embeddings of tokens in a plane."""
     cosines = data.matrices[(data.matrices["metric"] == "row_cosine_mean") & (data.matrices["value"].notna())]
     if cosines.empty:
         return None
@@ -203,8 +197,8 @@ def embeddings(data: Data, path: Path) -> Path | None:
         _moves(axis, xy, data.colors[group])
         turned = table_queries.at_step(shift, run, data.runs[run]["steps"][-1])["value"].iloc[0]
         axis.set_title(f"{run}: 1 − mean cosine = {turned:.2g}", color=data.colors[group])
-    note = "Principal-component plane fitted on base and trained rows; grey: base, colour: trained, joined by a line."
-    return save(figure, path, f"How far the embeddings ({matrix}) turned", note)
+    note = "Principal-component plane fitted on base and trained rows. Gray: base; color: trained, joined by a line."
+    return save(figure, path, f"Rotation of the embeddings ({matrix})", note)
 
 
 def _shift(axis, data: Data, shift: pd.DataFrame) -> None:
@@ -232,8 +226,7 @@ def _moves(axis, xy: pd.DataFrame, color: str) -> None:
 
 
 def _measures(data: Data, path: Path, panels: dict[str, tuple[str, str | None]], title: str, note: str) -> Path | None:
-    """A row of panels: a metric over training where there is a trajectory, else (or at the end
-    only) over matrices.
+    """One panel per metric: over training, or over matrices if there is only a final value.
 
     Args:
         panels: metric → (title, metric of the chance line or `None`).
@@ -262,28 +255,24 @@ def _measures(data: Data, path: Path, panels: dict[str, tuple[str, str | None]],
 
 
 def sparsity(data: Data, path: Path) -> Path | None:
-    """Share of entries unchanged in bfloat16, update density, and whether small weights are the
-    ones that change.
-    """
+    """Share of entries unchanged in bfloat16, update density, overlap with small weights."""
     panels: dict[str, tuple[str, str | None]] = {
         "bf16_unchanged_share": ("share of entries unchanged in bf16", None),
         "update_density": ("share changed by more than 0.1 %", None),
         "low_magnitude_overlap": ("changed entries among the\n30 % smallest of W0", "low_magnitude_overlap_chance"),
     }
-    return _measures(data, path, panels, "Which entries moved", "")
+    return _measures(data, path, panels, "Changed entries", "")
 
 
 def rotation(data: Data, path: Path) -> Path | None:
-    """Principal angles between the leading subspaces of W0 and of W_T; changed entries among W0's
-    principal ones.
-    """
+    """Principal angles between leading subspaces of W0 and W_T; overlap with principal weights."""
     panels: dict[str, tuple[str, str | None]] = {
         "base_rotation_left_mean_degrees": (f"left top-{data.k}: mean angle (°)", None),
         "base_rotation_right_mean_degrees": (f"right top-{data.k}: mean angle (°)", None),
         "principal_overlap": ("changed entries among the\n30 % principal ones of W0", "alpha"),
         "base_spectral_shift": ("shift of the singular values\nof W0, relative", None),
     }
-    return _measures(data, path, panels, "What became of W0's own leading directions", "")
+    return _measures(data, path, panels, "Rotation of W0's own leading directions", "")
 
 
 FIGURES: dict[str, Callable[[Data, Path], Path | None]] = {

@@ -1,9 +1,8 @@
-"""Figures of interventions, drawn from the results table alone (see
-`effopd.interventions.results`).
+"""Figures of interventions, drawn from the table of `effopd.interventions.results` alone.
 
-One function per intervention. Runs of one label are seeds: their mean is a line, from the lowest to
-the highest seed a band; with one seed the band is the 95 % interval over prompts. Where a KL to a
-teacher was measured, a second row shows it.
+One function per intervention. Runs of one label are seeds: a line is their mean, a band reaches
+from the lowest to the highest seed. With one seed, the band is the 95 % interval over prompts. The
+KL to a teacher, if measured, has its own panels.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def draw(table: pd.DataFrame, intervention: str, path: Path) -> Path:
 def _curves(
     plt, table: pd.DataFrame, metrics: list[str], intervention: str, key: str, xs: dict[str | None, str], title: str
 ):
-    """Metrics (rows) against several abscissas (columns), one line per group."""
+    """One line per group: metrics (rows of panels) against several x axes (columns)."""
     rows = table[table["intervention"] == intervention]
     colors = group_colors(groups_of(rows))
     figure, axes = grid(plt, len(metrics), len(xs), sharey="row", sharex="col")
@@ -67,13 +66,13 @@ def _curves(
 
 
 def alpha_figure(plt, table: pd.DataFrame, metrics: list[str]):
-    """Paper, fig. 1a: along the straight line from the base to the trained model."""
+    """Paper, fig. 1a: the straight line from the base to the trained model."""
     xs = {"update_norm": "‖αΔW‖", None: "α"}
     return _curves(plt, table, metrics, "alpha", "alpha", xs, "Along the update: W0 + αΔW")
 
 
 def trajectory_figure(plt, table: pd.DataFrame, metrics: list[str]):
-    """Paper, fig. 1b: along training."""
+    """Paper, fig. 1b: saved steps of training."""
     xs = {"update_norm": "‖ΔW_t‖", None: "optimizer step t"}
     return _curves(plt, table, metrics, "trajectory", "step", xs, "Along training: W_t")
 
@@ -100,7 +99,7 @@ def embedding_figure(plt, table: pd.DataFrame, metrics: list[str]):
 
 
 def window_figure(plt, table: pd.DataFrame, metrics: list[str]):
-    """Paper, fig. 2b: windows of trained layers on the base, with the layer-wise norms below."""
+    """Paper, fig. 2b: windows of trained layers in the base, with norms per layer below."""
     rows = table[table["intervention"] == "window"]
     colors, modules = group_colors(groups_of(rows)), [m for m in ("mlp", "attention") if (rows["module"] == m).any()]
     figure, axes = grid(plt, len(metrics) + 1, len(modules), sharex=True, sharey="row")
@@ -119,19 +118,19 @@ def window_figure(plt, table: pd.DataFrame, metrics: list[str]):
         half = int(rows["half_width"].iloc[0])
         where = f" of layers l−{half} … l+{half}" if half else " of layer l"
         axes[0][j].set_title({"mlp": "MLP", "attention": "attention"}[module] + where)
-        axes[-1][j].set_xlabel("centre layer l")
+        axes[-1][j].set_xlabel("center layer l")
         axes[-1][j].xaxis.get_major_locator().set_params(integer=True)
     axes[-1][0].set_ylabel("‖ΔW‖ of layer l")
-    return finished(figure, axes, table, "Trained layers on the base, a window at a time")
+    return finished(figure, axes, table, "Windows of trained layers in the base")
 
 
 def swap_figure(plt, table: pd.DataFrame, metrics: list[str]):
-    """Each module and layer, alone or left out."""
+    """Each module and layer: only it trained, and all but it trained."""
     rows = table[table["intervention"] == "swap"]
     colors, units = group_colors(groups_of(rows)), list(dict.fromkeys(rows["unit"]))
     figure, axes = grid(plt, len(metrics), 2, sharey=True, sharex="row")
     figure.set_figheight(max(3.3, 0.32 * len(units) + 1.4) * len(metrics))
-    titles = {"only": "the base, with this trained", "without": "the trained model, with this of the base"}
+    titles = {"only": "only this part trained", "without": "all but this part trained"}
     for j, (side, title) in enumerate(titles.items()):
         axes[0][j].set_title(title)
         for i, metric in enumerate(metrics):
@@ -150,7 +149,7 @@ def swap_figure(plt, table: pd.DataFrame, metrics: list[str]):
 
 
 def rank_figure(plt, table: pd.DataFrame, metrics: list[str]):
-    """Paper, fig. 3: the leading and the trailing components of the update."""
+    """Paper, fig. 3: leading and trailing components of the update."""
     rows = table[table["intervention"] == "rank"]
     colors, ends = group_colors(groups_of(rows)), [end for end in ("top", "bottom") if (rows["end"] == end).any()]
     figure, axes = grid(plt, len(metrics), len(ends), sharey="row", sharex=True)
@@ -161,7 +160,7 @@ def rank_figure(plt, table: pd.DataFrame, metrics: list[str]):
                 draw_line(axes[i][j], summarised(selected, "percent", metric), color, group)
             draw_reference(axes[i][j], table, metric, colors)
             axes[i][0].set_ylabel(LABELS[metric])
-        axes[0][j].set_title({"top": "leading components", "bottom": "trailing components, norm untouched"}[end])
+        axes[0][j].set_title({"top": "leading components", "bottom": "trailing components, own norm"}[end])
         axes[-1][j].set_xlabel("components kept (%)")
         axes[-1][j].set_xscale("log")
         ticks = sorted(rows["percent"].unique())
@@ -175,7 +174,7 @@ def rank_figure(plt, table: pd.DataFrame, metrics: list[str]):
 
 
 def norm_scaling_figure(plt, table: pd.DataFrame, metrics: list[str]):
-    """Paper, fig. 4c: early updates stretched towards the final norm, one panel per run."""
+    """Paper, fig. 4c: early updates scaled toward the final norm, one panel per group."""
     rows = table[table["intervention"] == "norm_scaling"]
     colors = group_colors(groups_of(rows))
     steps = sorted(rows["step"].unique())
@@ -190,12 +189,12 @@ def norm_scaling_figure(plt, table: pd.DataFrame, metrics: list[str]):
                     draw_line(axes[i][j], summarised(selected, "beta", metric), shades[step], f"step {step}")
             draw_reference(axes[i][j], table, metric, {group: color})
             axes[i][0].set_ylabel(LABELS[metric])
-        axes[-1][j].set_xlabel("β (0: ΔW_t as it is, 1: norm of the final update)")
-    return finished(figure, axes, table, "Early updates at larger norms")
+        axes[-1][j].set_xlabel("β (0: ΔW_t unchanged, 1: norm of the final update)")
+    return finished(figure, axes, table, "Early updates scaled toward the final norm")
 
 
 def random_figure(plt, table: pd.DataFrame, metrics: list[str]):
-    """The update against random directions of its norm."""
+    """The update against random directions of the same norm."""
     rows = table[table["intervention"] == "random"]
     groups = groups_of(rows)
     figure, axes = grid(plt, 1, len(metrics))
@@ -216,7 +215,7 @@ def random_figure(plt, table: pd.DataFrame, metrics: list[str]):
     return finished(figure, axes, table, "Random directions of equal norm")
 
 
-#: Intervention → its figure.
+#: Intervention → drawing function.
 FIGURES: dict[str, Callable[..., Any]] = {
     "alpha": alpha_figure,
     "trajectory": trajectory_figure,

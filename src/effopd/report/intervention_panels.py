@@ -1,6 +1,4 @@
-"""What the figures of interventions are put together from: grids, lines with bands, points with
-bars, one legend.
-"""
+"""Building blocks of the intervention figures: grids, lines with bands, error bars, legend."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ LABELS = {
 
 
 def grid(plt, rows: int, columns: int, width: float = 4.6, **share: Any):
-    """Figure and axes of rows × columns quiet panels."""
+    """Figure and axes of rows × columns panels with a light grid and no box."""
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -34,12 +32,12 @@ def grid(plt, rows: int, columns: int, width: float = 4.6, **share: Any):
 
 
 def groups_of(rows: pd.DataFrame) -> list[str]:
-    """The groups of a table, in its order."""
+    """The groups of a table, in table order."""
     return list(dict.fromkeys(rows["group"]))
 
 
 def draw_reference(axis, table: pd.DataFrame, metric: str, colors: dict[str, str], vertical: bool = False) -> None:
-    """Lines across: the base, and each group's trained model (mean over its seeds)."""
+    """Draw reference lines: the base, and each group's trained model (mean over its seeds)."""
     across = axis.axvline if vertical else axis.axhline
     rows = table[table["intervention"] == "reference"]
     for group, seeds in rows.groupby("group", sort=False):
@@ -50,8 +48,9 @@ def draw_reference(axis, table: pd.DataFrame, metric: str, colors: dict[str, str
 
 
 def summarised(rows: pd.DataFrame, key: str, metric: str, x: str | None = None) -> pd.DataFrame:
-    """Columns x, mean, low, high: one row per value of `key`; the band is over seeds, or over
-    prompts for a single one.
+    """Columns x, mean, low, high; one row per value of `key`.
+
+    low and high are the range over seeds, or the interval over prompts of a single seed.
     """
     out = []
     for value, seeds in rows.groupby(key, sort=True):
@@ -65,13 +64,13 @@ def summarised(rows: pd.DataFrame, key: str, metric: str, x: str | None = None) 
 
 
 def draw_line(axis, summary: pd.DataFrame, color: str, label: str, **style: Any) -> None:
-    """A line with its band."""
+    """Draw a line with its band."""
     axis.plot(summary.x, summary["mean"], color=color, label=label, **({"marker": "o", "markersize": 4} | style))
     axis.fill_between(summary.x, summary.low, summary.high, color=color, alpha=0.13, linewidth=0)
 
 
 def draw_points(axis, positions, summary: pd.DataFrame, color: str, label: str, horizontal: bool = False) -> None:
-    """Points with their bars."""
+    """Draw points with error bars."""
     error = np.clip([summary["mean"] - summary.low, summary.high - summary["mean"]], 0, None)
     style = {"fmt": "o", "color": color, "label": label, "capsize": 3, "markersize": 5}
     if horizontal:
@@ -81,7 +80,7 @@ def draw_points(axis, positions, summary: pd.DataFrame, color: str, label: str, 
 
 
 def finished(figure, axes, table: pd.DataFrame, title: str) -> Any:
-    """One legend for all panels, below them; a title that says what bands and bars are."""
+    """Add one legend below all panels, and a title that explains bands and error bars."""
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -92,7 +91,7 @@ def finished(figure, axes, table: pd.DataFrame, title: str) -> Any:
     )
     seeds = table["run"].nunique() > table["group"].nunique()
     bands = "95 % interval over prompts"
-    bands = f"mean of seeds, from the lowest to the highest; one seed: {bands}" if seeds else bands
+    bands = f"mean over seeds with their range; one seed: {bands}" if seeds else bands
     figure.suptitle(f"{title}\n", fontsize=12)
     figure.text(0.5, 0.995, f"\n\n{int(table['n'].max())} prompts; {bands}", ha="center", va="top", fontsize=8.5)
     return figure

@@ -1,4 +1,4 @@
-"""The results of one intervention as a table for the terminal."""
+"""Terminal table of the results of one intervention."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.table import Table
 
 
 def intervention_table(frame: pd.DataFrame, intervention: str, coordinates: Sequence[str]) -> Table:
-    """One row per point, after those of the base and the trained models.
+    """One row per point, after the rows of the base and the trained models.
 
-    Coordinates that have one value in all points go to the title.
+    Coordinates with the same value in all points move to the title.
 
     Args:
         frame: the results of a folder (see `effopd.interventions.results`).
-        coordinates: columns that tell the points of this intervention apart.
+        coordinates: columns that identify the points of this intervention.
     """
     points = frame[frame["intervention"] == intervention]
     rows = frame[frame["intervention"].isin(["reference", intervention])]
@@ -39,9 +39,7 @@ def intervention_table(frame: pd.DataFrame, intervention: str, coordinates: Sequ
 
 
 def _change_column(intervention: str) -> tuple[str, str]:
-    """The change that an intervention is about, and its heading: embeddings are taken out of the
-    trained model.
-    """
+    """Column of the reported change and its heading; `embedding` edits the trained model."""
     if intervention == "embedding":
         return "change_from_trained", "change from trained"
     return "accuracy_change", "change from base"

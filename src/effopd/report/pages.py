@@ -1,4 +1,4 @@
-"""The package's page templates, in `report/templates/`."""
+"""Loader of the page templates in `report/templates/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from effopd.report.compare_lookup import table
 
 @cache
 def markdown_template(name: str) -> Template:
-    """A Markdown template. Filter `table`: a `compare_lookup.Table` as a Markdown table."""
+    """A Markdown template. Its filter `table` renders a `compare_lookup.Table`."""
     environment = Environment(
         loader=PackageLoader("effopd", "report/templates"),
         undefined=StrictUndefined,

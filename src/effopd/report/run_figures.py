@@ -1,6 +1,4 @@
-"""A run in pictures: quality against steps and net seconds, every search along its ray, what
-training logged.
-"""
+"""Figures of a run: held-out KL and accuracy, gain by scale of every search, logged values."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ _QUALITY = {
 
 
 def pyplot():
-    """matplotlib's pyplot, drawing to files.
+    """matplotlib's pyplot with the file backend Agg.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -51,16 +49,17 @@ def quality_figure(
     colors: Mapping[str, str] | None = None,
     seconds: str = "net seconds",
 ):
-    """Held-out KL and accuracy (rows of panels; those measured) against optimizer steps and net
-    seconds (columns); `None` if neither was measured.
+    """Held-out KL and accuracy (rows of panels) against optimizer steps and net seconds (columns).
+
+    `None` if neither was measured.
 
     Args:
         runs: evaluations by label.
-        searches: searches by label; accepted jumps forwards are marked on the curves.
-        target: a KL to draw as a line.
-        teacher_accuracy: an accuracy to draw as a line.
-        colors: by label; others get one of the palette.
-        seconds: what the runs' clock counts.
+        searches: searches by label; accepted forward jumps are marked on the curves.
+        target: KL of a horizontal line. `None`: no line.
+        teacher_accuracy: accuracy of a horizontal line. `None`: no line.
+        colors: color by label; other labels get a palette color.
+        seconds: name of the runs' clock, for the axis label.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -89,8 +88,8 @@ def quality_figure(
             for i, (label, evaluations) in enumerate(runs.items()):
                 measured = [record for record in evaluations if getattr(record, key) is not None]
                 jumps = [search.step for search in searches.get(label, ()) if search.accepted_scale > 0]
-                look = {"color": colors[label], "marker": MARKERS[i % len(MARKERS)], "label": label}
-                _curve(axis, measured, key, x_of, jumps, look)
+                style = {"color": colors[label], "marker": MARKERS[i % len(MARKERS)], "label": label}
+                _curve(axis, measured, key, x_of, jumps, style)
         panels[0].set_ylabel(_QUALITY[key])
         line, name = (target, "target") if key == "kl" else (teacher_accuracy, "teacher")
         for axis in panels:
@@ -112,28 +111,24 @@ def _curve(
     key: str,
     x_of: Callable[[EvaluationRecord], float],
     jumps: Iterable[int],
-    look: Mapping[str, Any],
+    style: Mapping[str, Any],
 ) -> None:
-    """A point per evaluation, joined by a thin line, with its interval; a triangle at the first one
-    after each jump.
-    """
+    """One point per evaluation with its interval; a triangle at the first one after each jump."""
     x, y = [x_of(record) for record in evaluations], [getattr(record, key) for record in evaluations]
-    axis.plot(x, y, linewidth=1.1, markersize=3.5 if len(evaluations) <= 60 else 2, **look)
+    axis.plot(x, y, linewidth=1.1, markersize=3.5 if len(evaluations) <= 60 else 2, **style)
     if interval := _interval(evaluations, key):
-        axis.fill_between(x, *interval, color=look["color"], alpha=0.12, linewidth=0)
+        axis.fill_between(x, *interval, color=style["color"], alpha=0.12, linewidth=0)
     steps = [record.step for record in evaluations]
     first_after = {next((i for i, other in enumerate(steps) if other >= step), None) for step in jumps} - {None}
     marked = sorted(i for i in first_after if i is not None)
     axis.plot(
-        [x[i] for i in marked], [y[i] for i in marked], "^", color=look["color"], markersize=8,
+        [x[i] for i in marked], [y[i] for i in marked], "^", color=style["color"], markersize=8,
         markeredgecolor=INK, markeredgewidth=0.8, zorder=5,
     )  # fmt: skip
 
 
 def _interval(evaluations: Sequence[EvaluationRecord], key: str) -> tuple[list[float], list[float]] | None:
-    """Lower and upper ends: an accuracy's 95 % interval, a KL ± 1.96 standard errors (above 0: its
-    axis is logarithmic).
-    """
+    """Ends of the 95 % interval of accuracy or KL (± 1.96 standard errors, at least KL/10)."""
     columns = ("accuracy", "accuracy_low", "accuracy_high") if key == "accuracy" else ("kl", "kl_se")
     rows = [attrgetter(*columns)(record) for record in evaluations]
     if not rows or any(value is None for row in rows for value in row):
@@ -144,9 +139,10 @@ def _interval(evaluations: Sequence[EvaluationRecord], key: str) -> tuple[list[f
 
 
 def search_figure(searches: Sequence[SearchRecord], most: int = 24):
-    """A panel per search: what every scale gained over staying, with two standard errors of the
-    paired gain, and where the model went (dashed). The first `most` searches with a candidate;
-    `None` if there is none.
+    """One panel per search: paired gain of every scale over s = 0, ± 2 standard errors.
+
+    The accepted scale is dashed. Shows the first `most` searches with a scored candidate; `None` if
+    there is none.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -197,7 +193,7 @@ def _score(trial: TrialRecord) -> Score:
 
 
 def training_figure(runs: Mapping[str, Sequence[StepRecord]]):
-    """What every step logged, a panel per value; `None` if nothing was.
+    """Logged values over steps, one panel per value; `None` if nothing was logged.
 
     Args:
         runs: logged steps by label.

@@ -1,7 +1,6 @@
-"""Run directories → one self-contained HTML page: settings, quality, every search, costs, what
-training logged.
+"""HTML page of one or several run directories: settings, results, searches, costs, logged values.
 
-The text is in `templates/run.html.jinja`.
+The page is self-contained. Its text is in `templates/run.html.jinja`.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from effopd.runs.records import (
 
 TEMPLATE = Path(__file__).with_name("templates") / "run.html.jinja"
 PHASES = ("rollout", "teacher", "update", "search", "eval", "other")
-#: Settings shown at the top, if a run has them.
+#: Settings shown at the top of the page if a run has them.
 _SETTINGS = (
     "model_name_or_path",
     "teacher_model_name_or_path",
@@ -69,7 +68,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run directory holds: its settings and records."""
+    """Settings and records of a run directory."""
 
     label: str
     root: Path
@@ -81,28 +80,28 @@ class RunRecords:
 
     @property
     def last(self) -> StepRecord | EvaluationRecord:
-        """The record of the latest step; its costs are those of the whole run so far."""
+        """Record of the latest step; its costs are cumulative."""
         latest: list[StepRecord | EvaluationRecord] = [*self.steps[-1:], *self.evaluations[-1:]]
         return max(latest, key=lambda record: record.step)
 
 
 def read_runs(roots: Sequence[Path]) -> list[RunRecords]:
-    """The runs, labelled by the shortest part of their paths that tells them apart.
+    """The runs, labeled by their paths relative to the common parent folder.
 
     Raises:
         ConfigError: a folder holds no rows of a run, or is given twice.
     """
     paths = [root.absolute() for root in roots]
     if len(set(paths)) < len(paths):
-        raise ConfigError("each run once: " + ", ".join(map(str, roots)))
+        raise ConfigError(f"a run directory is given twice: expected each run once, got {', '.join(map(str, roots))}.")
     above = paths[0].parent if len(paths) == 1 else Path(os.path.commonpath(paths))
     runs = []
     for root, path in zip(roots, paths, strict=True):
         steps, evaluations = read_steps(root), read_evaluations(root)
         if not steps and not evaluations:
             raise ConfigError(
-                f"{root} is not a run directory: expected rows in {METRICS} or {EVALS}, which `effopd train` and "
-                "`effopd rl` write."
+                f"{root} is not a run directory: expected rows in {METRICS} or {EVALS}. Pass the output directory of "
+                "`effopd train` or `effopd rl`."
             )
         text = (root / CONFIG).read_text() if (root / CONFIG).is_file() else ""
         versions = tuple(line[2:] for line in text.splitlines() if line.startswith("# "))
@@ -113,7 +112,7 @@ def read_runs(roots: Sequence[Path]) -> list[RunRecords]:
 
 
 def write_run_page(roots: Sequence[Path], out: Path) -> Path:
-    """Write the page of one run, or of several over each other, to `out`.
+    """Write the page of one run, or of several runs compared, to `out`.
 
     Raises:
         ConfigError: as `read_runs`.
@@ -153,12 +152,12 @@ def write_run_page(roots: Sequence[Path], out: Path) -> Path:
 
 
 def _clock(run: RunRecords) -> str:
-    """What the seconds of a run's ledger are."""
+    """Name of the unit of a run's cost ledger."""
     return "CPU seconds" if run.config.get("cost_clock") == "cpu" else "seconds"
 
 
 def _seconds(runs: Sequence[RunRecords]) -> str:
-    """The same for an axis that several runs share."""
+    """Label of a seconds axis shared by several runs."""
     clocks = {run.label: _clock(run) for run in runs}
     if len(set(clocks.values())) == 1:
         return f"net {next(iter(clocks.values()))}"
@@ -167,7 +166,7 @@ def _seconds(runs: Sequence[RunRecords]) -> str:
 
 
 def _svg(draw, *arguments, **options) -> Markup | None:
-    """A figure as an `<svg>` element, with text as text."""
+    """A figure as an `<svg>` element that keeps text as text."""
     with quiet_style(), require("matplotlib").rc_context({"svg.fonttype": "none"}):
         figure = draw(*arguments, **options)
         if figure is None:
@@ -180,7 +179,7 @@ def _svg(draw, *arguments, **options) -> Markup | None:
 
 
 def _settings(runs: Sequence[RunRecords]) -> Iterator[tuple[str, list[str]]]:
-    """Rows of the settings table: a setting and its value in every run."""
+    """Rows of the settings table: name, and value in every run."""
     for name in _SETTINGS:
         values = [run.config.get(name, (run.config.get("effopd") or {}).get(name)) for run in runs]
         if any(value is not None for value in values):
@@ -189,12 +188,12 @@ def _settings(runs: Sequence[RunRecords]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _last(run: RunRecords) -> dict[str, str]:
-    """How far a run got and how good it was then."""
-    kept = read_kept(run.root)
-    evaluations = [record for record in run.evaluations if kept is None or record.step <= kept.step]
+    """Final step, held-out KL and accuracy of a run; of its best model if that one was kept."""
+    best = read_kept(run.root)
+    evaluations = [record for record in run.evaluations if best is None or record.step <= best.step]
     shown = {"label": run.label, "steps": f"{run.last.step}"}
-    if kept is not None:
-        shown["steps"] += f" (the model is that of step {kept.step}, the best by {full_name(kept.metric)})"
+    if best is not None:
+        shown["steps"] += f" (saved model: step {best.step}, the best by {full_name(best.metric)})"
     if measured := [record for record in evaluations if record.kl is not None]:
         error = math.nan if measured[-1].kl_se is None else measured[-1].kl_se
         shown["KL"] = f"{measured[-1].kl:.5f} ± {error:.5f}"
@@ -207,7 +206,7 @@ def _last(run: RunRecords) -> dict[str, str]:
 
 
 def _costs(run: RunRecords) -> dict[str, Any]:
-    """Net cost of the whole run, and the share of every phase in all of its seconds."""
+    """Net costs of the whole run; seconds of every phase and its share of their sum."""
     costs = run.last.costs
     seconds = [float(getattr(costs, f"{phase}_seconds") or 0.0) for phase in PHASES]
     total = sum(seconds) or 1.0
@@ -222,7 +221,7 @@ def _costs(run: RunRecords) -> dict[str, Any]:
 
 
 def _search(search: SearchRecord) -> dict[str, Any]:
-    """A row of the table of searches; the candidate that the model went to is marked."""
+    """A row of the table of searches; the accepted candidate is marked."""
     return {
         "step": search.step,
         "delta": "–" if search.delta_norm is None else f"{search.delta_norm:.3g}",
@@ -236,7 +235,7 @@ def _search(search: SearchRecord) -> dict[str, Any]:
 
 
 def _outcome(trial: TrialRecord) -> str:
-    """A candidate's score, or why it has none."""
+    """A candidate's score, or the reason for having none."""
     if trial.score is not None:
         return f"{trial.score:.4g}"
     return "not finite" if trial.verdict == "non-finite" else "not scored"

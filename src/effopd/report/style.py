@@ -1,4 +1,4 @@
-"""How every figure looks: quiet axes, one colour a group, a title and a note."""
+"""Figure style: axes, colors of groups, title and note."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from effopd.common.optional import require
 
 INK, MUTED, FAINT = "#22262e", "#6b7280", "#c9ced6"
-#: Okabe and Ito's colours, told apart with every common colour blindness; the last two are ours.
+#: The first six: Okabe and Ito's colors, distinguishable with common forms of color blindness.
 _PALETTE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#22262e", "#7f6a1f")
 _KNOWN = {
     "opd": "#d55e00",
@@ -20,7 +20,7 @@ _KNOWN = {
     "dapo": "#56b4e9",
     "sft": "#cc79a7",
 }
-#: One a group, beside its colour.
+#: One marker per group.
 MARKERS = ("o", "s", "D", "v", "P", "X", "<", ">")
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -51,8 +51,10 @@ _STYLE: dict[str, Any] = {
 
 
 def group_colors(groups: Iterable[str]) -> dict[str, str]:
-    """One colour a group: the usual ones for opd, rl, sft, … (the first that claims it), the
-    palette for the rest. Up to eight groups never share one."""
+    """One color per group: fixed colors for opd, rl, sft, …, palette colors for the rest.
+
+    Up to eight groups have distinct colors.
+    """
     names, colors = list(groups), dict[str, str]()
     for name in names:
         known = _KNOWN.get(name.lower())
@@ -65,14 +67,12 @@ def group_colors(groups: Iterable[str]) -> dict[str, str]:
 
 
 def quiet_style():
-    """A context in which figures have no box, a faint grid and small print; the caller's own style
-    is left alone.
-    """
+    """Context with the package's figure style: no box, faint grid, small print."""
     return require("matplotlib").rc_context(_STYLE)
 
 
 def save(figure, path: Path, title: str, note: str = "") -> Path:
-    """Title at the top left, a note on what is shown below, and the file."""
+    """Add a title (top left) and a note (bottom) to the figure, and save it to `path`."""
     width = int(figure.get_figwidth() * 72 / (7.5 * 0.56))
     figure.suptitle("\n".join(textwrap.wrap(title, int(width * 0.6))), x=0.01, ha="left")
     if note:

@@ -1,1 +1,1 @@
-"""What a run writes: records, run directory, cost ledger, console, model card."""
+"""Output of a run: records, run directory, cost ledger, console lines, model card."""

@@ -1,9 +1,8 @@
-"""Which checkpoint is the best: the direction of every metric, checked before training.
+"""Selection of the best checkpoint: the direction of every metric, checked before training.
 
-transformers takes every metric whose name does not end in `loss` as better when it is greater, so
-the best model by `eval_kl` would be the worst. Here the direction belongs to the metric:
-`load_best_model_at_end`, `save_strategy best`, early stopping and the schedules that follow a
-metric all read it.
+transformers maximizes every metric whose name does not end in `loss`, so it selects the worst model
+by `eval_kl`. Here every metric has a fixed direction, which `load_best_model_at_end`,
+`save_strategy best`, early stopping and the schedules that follow a metric use.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 from effopd.errors import ConfigError
 from effopd.runs.records import BEST, DIRECTIONS
 
-#: The same for TRL's own evaluation, on a dataset instead of a task.
+#: `DIRECTIONS` for TRL's own evaluation, on a dataset instead of a task.
 HOST_DIRECTIONS: dict[str, bool | None] = {
     "loss": False,
     "completions/clipped_ratio": False,
@@ -38,12 +37,12 @@ HOST_DIRECTIONS: dict[str, bool | None] = {
     "model_preparation_time": None,
     "epoch": None,
 }
-#: Schedules that follow a metric; their `mode` says in which direction.
+#: Schedules that follow a metric, in the direction of their `mode`.
 _FOLLOWING = ("reduce_lr_on_plateau", "greedy")
 
 
 class Kept(NamedTuple):
-    """The step whose weights are the final model, and what it was chosen by."""
+    """The step whose weights are the final model, and the metric value that selected it."""
 
     step: int
     metric: str
@@ -51,22 +50,21 @@ class Kept(NamedTuple):
 
 
 def read_kept(root: Path) -> Kept | None:
-    """The step that the final model of a run is of, where it is not the last one."""
+    """The step of a run's final model; `None`: the last step."""
     path = root / BEST
     return Kept(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def full_name(metric: str) -> str:
-    """A metric as an evaluation reports it: `eval_kl` for `kl`."""
+    """A metric's name in an evaluation: `eval_kl` for `kl`."""
     return metric if metric.startswith("eval_") else f"eval_{metric}"
 
 
 def direction(metric: str) -> bool | None:
-    """Whether more of `metric` (with or without `eval_`) is better; `None` if it has no direction,
-    or is unknown.
+    """Whether more of `metric` is better; `None`: it has no direction or is unknown.
 
-    The metrics of several evaluation datasets, such as `eval_first_loss`, have the direction of
-    their last part.
+    The prefix `eval_` is optional. A metric of one of several evaluation datasets, for example
+    `eval_first_loss`, has the direction of its last part.
     """
     name = full_name(metric).removeprefix("eval_")
     table = HOST_DIRECTIONS | DIRECTIONS
@@ -76,7 +74,7 @@ def direction(metric: str) -> bool | None:
 
 
 def default_metric(args: Any, default: str) -> None:
-    """Set `metric_for_best_model` where something reads it and it is not given."""
+    """Set `metric_for_best_model` if a setting reads it and it is not given."""
     reads = args.load_best_model_at_end or args.save_strategy == "best" or _follows(args)
     if reads and args.metric_for_best_model is None:
         args.metric_for_best_model = default
@@ -87,11 +85,11 @@ def settle_direction(args: Any, asked: bool | None) -> None:
 
     Args:
         args: training arguments, after the host's own checks.
-        asked: `greater_is_better` as it was given; `None` if it was not.
+        asked: `greater_is_better` as given; `None`: not given.
 
     Raises:
-        ConfigError: `asked` or the schedule's mode contradict the metric, or the best model is
-            asked for without evaluations.
+        ConfigError: `asked` or the schedule's mode contradicts the metric, or a best model is
+            requested without evaluations.
     """
     best = {
         "save_strategy='best'": args.save_strategy == "best",
@@ -99,27 +97,25 @@ def settle_direction(args: Any, asked: bool | None) -> None:
     }
     if any(best.values()) and args.eval_strategy == "no":
         raise ConfigError(
-            f"{' and '.join(name for name, given in best.items() if given)}: expected "
-            "evaluations to tell the best model by, got "
-            "eval_strategy='no'. Set --eval_strategy steps --eval_steps N, or leave it out."
+            f"{' and '.join(name for name, given in best.items() if given)}: expected evaluations to select the best "
+            "model, got eval_strategy='no'. Set --eval_strategy steps --eval_steps N, or leave it out."
         )
     metric = args.metric_for_best_model
     greater = None if metric is None else direction(metric)
-    if metric is None or greater is None:  # whether it exists is for `check_metric` to say
+    if metric is None or greater is None:  # `check_metric` checks that it exists
         return
     if asked is not None and asked is not greater:
         raise ConfigError(
-            f"greater_is_better={asked} contradicts metric_for_best_model={metric!r}, of which "
-            f"{'more' if greater else 'less'} is better. Leave --greater_is_better out."
+            f"greater_is_better={asked} contradicts metric_for_best_model={metric!r}: "
+            f"{'more' if greater else 'less'} of it is better. Leave --greater_is_better out."
         )
     args.greater_is_better = greater
     if _follows(args):
         settings, mode = dict(args.lr_scheduler_kwargs or {}), "max" if greater else "min"
         if settings.setdefault("mode", mode) != mode:
             raise ConfigError(
-                f"lr_scheduler_kwargs sets mode={settings['mode']!r}, but "
-                f"{'more' if greater else 'less'} of {metric!r} is "
-                f"better: expected {mode!r}. Leave the mode out."
+                f"lr_scheduler_kwargs sets mode={settings['mode']!r}: expected {mode!r}, because "
+                f"{'more' if greater else 'less'} of {metric!r} is better. Leave the mode out."
             )
         if greater or "mode" in (args.lr_scheduler_kwargs or {}):  # "min" is the schedules' own default
             args.lr_scheduler_kwargs = settings
@@ -130,14 +126,14 @@ def _follows(args: Any) -> bool:
 
 
 def check_metric(args: Any, names: Collection[str]) -> None:
-    """Refuse a metric that the run's evaluations do not have, or that says nothing about which
-    model is better.
+    """Check that `metric_for_best_model` exists in the run's evaluations and has a direction.
 
     Args:
         names: the metrics of an evaluation, without `eval_`.
 
     Raises:
-        ConfigError: it is none of them, it has no direction, or `greater_is_better` contradicts it.
+        ConfigError: the metric does not exist or has no direction, or `greater_is_better`
+            contradicts it.
     """
     metric = args.metric_for_best_model
     if metric is None or args.eval_strategy == "no":
@@ -150,21 +146,22 @@ def check_metric(args: Any, names: Collection[str]) -> None:
         )
     if greater is None:
         raise ConfigError(
-            f"metric_for_best_model={metric!r} does not say which model is better. Expected one of {usable}."
+            f"metric_for_best_model={metric!r}: neither more nor less of it is better. Expected one of {usable}."
         )
     if args.greater_is_better is not greater:  # the arguments were changed after they were built
         raise ConfigError(
-            f"greater_is_better={args.greater_is_better} contradicts "
-            f"metric_for_best_model={metric!r}. Give both to the config's "
-            "constructor, or leave greater_is_better out."
+            f"greater_is_better={args.greater_is_better} contradicts metric_for_best_model={metric!r}. Pass both to "
+            "the config's constructor, or leave greater_is_better out."
         )
 
 
 def best_row(
     rows: Iterable[Mapping[str, Any]], metric: str, greater: bool, counts: Callable[[int], bool]
 ) -> Kept | None:
-    """The first best evaluation among those whose step `counts`, from a trainer's log history;
-    `None` if there is none.
+    """The best evaluation in a trainer's log history, the first of equals; `None`: there is none.
+
+    Args:
+        counts: whether a step is eligible. Step 0 never is.
     """
     best = None
     for row in rows:

@@ -1,12 +1,11 @@
-"""Dataclasses ↔ JSON rows. A field says what it is under which key, so that documentation can be
-generated from it.
+"""Conversion between dataclasses and JSON rows, with the documentation of every field.
 
     class Costs(Record, prefix="cost/"):
-        net_seconds: Annotated[float | None, Column("all seconds but those of evaluation", "s")] =
-        None
+        net_seconds: Annotated[float | None, Column("all seconds except evaluation", "s")] = None
 
-`None` means "not measured": the key is left out of the row. Keys that a record does not have are
-ignored, unless it has a field `extra`, which holds them.
+The tables of the documentation are generated from the columns. A value of `None` means "not
+measured", and its key is left out of the row. Unknown keys are ignored, unless the record has a
+field `extra`, which collects them.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from typing import Any, ClassVar, Self, get_type_hints
 
 @dataclass(frozen=True)
 class Column:
-    """What a field of a record is.
+    """Description of a record's field.
 
     Attributes:
-        text: its meaning.
-        unit: of the number, if it has one.
-        key: in the row; default: the record's prefix and the field's name.
-        null: `None` is written as null instead of being left out.
+        text: meaning of the field.
+        unit: unit of the number, if any.
+        key: key in the row; default: the record's prefix followed by the field's name.
+        null: write `None` as null instead of leaving it out.
     """
 
     text: str
@@ -35,16 +34,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Group:
-    """A field that is a record itself, whose keys stand in the same row."""
+    """A field that is itself a record, with its keys in the same row."""
 
     record: type[Record]
 
 
 class Record:
-    """Base of the frozen dataclasses that are rows of a file, or groups of columns in one.
+    """Base class of frozen dataclasses that describe a row of a file or a group of its columns.
 
     Args:
-        prefix: before the name of every field, in its key.
+        prefix: prefix of all keys.
     """
 
     prefix: ClassVar[str] = ""
@@ -54,9 +53,7 @@ class Record:
         cls.prefix = prefix
 
     def to_row(self) -> dict[str, Any]:
-        """JSON-ready, in the order of the fields; groups are spread out, what is `None` is left
-        out, `extra` comes last.
-        """
+        """JSON-ready row in field order: groups flattened, `None` left out, `extra` last."""
         row: dict[str, Any] = {}
         for name, kind in fields_of(type(self)):
             value = getattr(self, name)
@@ -68,7 +65,7 @@ class Record:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
-        """The inverse of `to_row`; a key that is missing leaves the field's default."""
+        """Inverse of `to_row`; a missing key leaves the field's default."""
         values: dict[str, Any] = {}
         for name, kind in fields_of(cls):
             if isinstance(kind, Group):
@@ -85,7 +82,7 @@ _FIELDS: dict[type[Record], tuple[tuple[str, Column | Group], ...]] = {}
 
 
 def fields_of(record: type[Record]) -> tuple[tuple[str, Column | Group], ...]:
-    """The fields that are columns or groups of them, by name."""
+    """Names and descriptions of the fields that are columns or groups."""
     if record not in _FIELDS:
         hints = get_type_hints(record, include_extras=True)
         kinds = ((name, kind) for name, hint in hints.items() for kind in getattr(hint, "__metadata__", ()))
@@ -94,7 +91,7 @@ def fields_of(record: type[Record]) -> tuple[tuple[str, Column | Group], ...]:
 
 
 def columns_of(record: type[Record]) -> Iterator[tuple[str, Column]]:
-    """Every column with its key in the row, groups spread out."""
+    """Every column with its key in the row, groups flattened."""
     for name, kind in fields_of(record):
         if isinstance(kind, Group):
             yield from columns_of(kind.record)

@@ -1,7 +1,7 @@
-"""The callbacks that print a run's lines, in the place of transformers' own, which print whole
-rows.
+"""Callbacks that print one line per step and evaluation, replacing those of transformers.
 
-Those rows are in `metrics.jsonl`, `evals.jsonl` and the trackers of `report_to` anyway.
+The callbacks of transformers print whole rows, which are in `metrics.jsonl`, `evals.jsonl` and the
+trackers of `report_to` anyway.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from transformers.utils import logging as transformers_logging
 from effopd.runs.lines import eval_line, step_line
 from effopd.runs.records import EvaluationRecord, StepRecord
 
-#: Old names that TRL 1.16 and PEFT still use on every rollout; nothing that a user could change.
+#: Deprecated names that TRL 1.16 and PEFT use on every rollout; users cannot change them.
 _RENAMED = ("is_gradient_checkpointing", "gradient_checkpointing_disable", "gradient_checkpointing_enable")
 
 
 class _Lines(TrainerCallback):
-    """Prints the lines, on the first process; other logs are left to the host."""
+    """Prints the lines on rank 0; the host handles other logs."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -36,7 +36,7 @@ class _Lines(TrainerCallback):
             _print(step_line(step, state.max_steps, loss_is_kl=exact, averaged=averaged, clock=clock))
         elif not any(
             key.endswith("_runtime") for key in logs
-        ):  # an evaluation is printed below, the end by the command
+        ):  # `on_evaluate` prints evaluations, the command prints the end
             super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -50,7 +50,7 @@ class LinesAlone(_Lines, PrinterCallback):
 
 
 class LinesWithBar(_Lines, ProgressCallback):
-    """With the host's progress bar, where standard error is a terminal."""
+    """With the host's progress bar, if standard error is a terminal."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = 0
@@ -59,18 +59,14 @@ class LinesWithBar(_Lines, ProgressCallback):
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
 
     def end_bar(self) -> None:
-        """Close the bar of a training that was interrupted: what is printed next starts on a line
-        of its own.
-        """
+        """Close the bar of an interrupted training, so that later output starts on a new line."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
 
 
 def in_lines(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
-    """The callbacks with ours in the place of transformers' two (a notebook's, or a subclass of
-    yours, stays).
-    """
+    """`callbacks` with transformers' two printers replaced; subclasses of them stay."""
     ours: dict[type, type] = {PrinterCallback: LinesAlone, ProgressCallback: LinesWithBar}
     return [ours[type(callback)]() if type(callback) in ours else callback for callback in callbacks]
 
@@ -84,8 +80,11 @@ def end_bars(callbacks: Iterable[TrainerCallback]) -> None:
 
 @contextmanager
 def quiet_hosts(*, bars: bool) -> Iterator[None]:
-    """For the length of a command: no warning about names that TRL uses, and no bars of
-    transformers (loading, saving) unless `bars` and there is a terminal to draw them on."""
+    """In this block, hide warnings about names that TRL uses, and transformers' progress bars.
+
+    Args:
+        bars: keep the bars of loading and saving if standard error is a terminal.
+    """
     shown = transformers_logging.is_progress_bar_enabled()
     hide = shown and not (bars and sys.stderr.isatty())
     with warnings.catch_warnings():

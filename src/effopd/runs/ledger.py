@@ -1,7 +1,7 @@
-"""Where the time and the tokens of a run went.
+"""Cost ledger: seconds and tokens of a run by category.
 
-Every second of training belongs to exactly one category, so the parts add up to the wall clock;
-`net` is everything but evaluation, and is what every speed-up in this project divides.
+Every second of training belongs to exactly one category, so the categories add up to the whole.
+`net` is everything except evaluation; all published speed-ups are ratios of net costs.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ _FORWARDING = ("teacher", "update", "search", "eval")
 
 
 def synchronized_clock() -> float:
-    """`time.perf_counter()` after waiting for the accelerator, so that queued kernels count where
-    they were queued.
+    """`time.perf_counter()` after a device synchronization.
+
+    Kernels are then charged to the category that queued them.
     """
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
-#: What `cost_clock` may name: seconds on the wall, or CPU seconds of this process (all its
-#: threads).
+#: `cost_clock` → clock: wall-clock seconds, or CPU seconds of this process (all threads).
 CLOCKS: dict[str, Callable[[], float]] = {"wall": synchronized_clock, "cpu": time.process_time}
 
 
 class CostLedger:
-    """Seconds and tokens by category, exclusive: while an inner category is open, the outer one
-    stands still.
+    """Seconds and tokens by category; opening an inner category pauses the outer one.
 
     Args:
         clock: returns seconds; replaced in tests.
@@ -59,9 +58,7 @@ class CostLedger:
         self.forward_tokens = dict.fromkeys(CATEGORIES, 0)
 
     def start(self) -> None:
-        """Start the clock in category `other` (again after a resume); whatever was open is
-        closed.
-        """
+        """Start or restart the clock in category `other`; closes all open categories."""
         self._since = self._clock()
         self._open = ["other"]
 
@@ -71,7 +68,7 @@ class CostLedger:
         self._open = []
 
     def push(self, category: str) -> None:
-        """Open a category; what was open before pauses. Without `start()` this does nothing."""
+        """Open a category and pause the current one; without `start()` this does nothing."""
         if category not in CATEGORIES:
             raise KeyError(f"unknown cost category {category!r}; known: {', '.join(CATEGORIES)}")
         if self._open:
@@ -79,7 +76,7 @@ class CostLedger:
             self._open.append(category)
 
     def pop(self) -> None:
-        """Close the category opened last."""
+        """Close the category that was opened last."""
         if len(self._open) > 1:
             self._charge()
             self._open.pop()
@@ -97,7 +94,7 @@ class CostLedger:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Charge nobody for the length of a block."""
+        """In this block, charge no category."""
         self._charge()
         try:
             yield
@@ -105,9 +102,7 @@ class CostLedger:
             self._since = self._clock()
 
     def count(self, category: str, *, generated: int = 0, forward: int = 0) -> None:
-        """Add tokens: `generated` were sampled, `forward` went through a model besides
-        generation.
-        """
+        """Add sampled tokens (`generated`) and tokens of other forward passes (`forward`)."""
         self.generated_tokens[category] += int(generated)
         self.forward_tokens[category] += int(forward)
 
@@ -118,9 +113,11 @@ class CostLedger:
         self._since = now
 
     def snapshot(self) -> dict[str, float]:
-        """Cumulative costs as flat metrics: `cost/{category}_seconds`, `…_generated_tokens`,
-        `…_forward_tokens`, and `cost/net_seconds`, `cost/net_generated_tokens`,
-        `cost/net_forward_tokens` without evaluation."""
+        """Cumulative costs as flat metrics, described in `records.Costs`.
+
+        Keys: `cost/{category}_{unit}` and `cost/net_{unit}`, with unit `seconds`,
+        `generated_tokens` or `forward_tokens`. `net` leaves out evaluation.
+        """
         self._charge()
         tables: tuple[tuple[str, Mapping[str, float], tuple[str, ...]], ...] = (
             ("seconds", self.seconds, CATEGORIES),
@@ -142,14 +139,16 @@ class CostLedger:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved totals."""
+        """Continue from saved totals."""
         self.seconds.update(state["seconds"])
         self.generated_tokens.update(state["generated_tokens"])
         self.forward_tokens.update(state["forward_tokens"])
 
     def add(self, state: Mapping[str, Any], *, tokens: bool) -> None:
-        """Go on from the totals of one of several processes: the most seconds of any, and its
-        tokens if `tokens`.
+        """Merge the saved totals of another process: maximum of seconds, sum of tokens.
+
+        Args:
+            tokens: whether to add the tokens.
         """
         for category in CATEGORIES:
             self.seconds[category] = max(self.seconds[category], state["seconds"][category])
@@ -159,7 +158,7 @@ class CostLedger:
 
 
 class LedgerCallback(TrainerCallback):
-    """Opens `update` for the length of an optimizer step. Must run before every other callback."""
+    """Opens `update` during an optimizer step. Must run before every other callback."""
 
     def __init__(self, ledger: CostLedger):
         self._ledger = ledger
@@ -175,9 +174,7 @@ class LedgerCallback(TrainerCallback):
 
 
 class StartLedgerCallback(TrainerCallback):
-    """Starts the clock when training starts. Set-up before it (loading, checks) is not part of any
-    comparison.
-    """
+    """Starts the clock when training starts, so that set-up (loading, checks) is not counted."""
 
     def __init__(self, ledger: CostLedger):
         self._ledger = ledger

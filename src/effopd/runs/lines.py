@@ -1,4 +1,4 @@
-"""A run in lines: one per logged step, one per evaluation, and a summary at the end.
+"""Console lines of a run: one per logged step, one per evaluation, and a closing summary.
 
     step 12/96  KL 0.0123  lr 3.0e-05  length 11  net 14 s (search 7 %)  tokens 12,345  jump 21.7Δ
     eval @12  KL 0.0031 ± 0.0004  accuracy 0.789 [0.735, 0.835]  greedy 0.969  length 11
@@ -29,15 +29,15 @@ from effopd.runs.records import (
 def step_line(
     record: StepRecord, steps: int, *, loss_is_kl: bool = True, averaged: bool = False, clock: str = "wall"
 ) -> str:
-    """A logged step in one line; what was not logged is left out.
+    """One line for a logged step; values that were not logged are left out.
 
     Args:
-        record: of a distillation, or of a reinforcement-learning run (which has a `reward`).
-        steps: how many there will be.
-        loss_is_kl: the loss is the reverse KL over all of the step's tokens (nats). Otherwise the
-            line shows it beside the KL that the health metrics measured on some of them.
-        averaged: the record is a mean over several optimizer steps.
-        clock: `cost_clock` of the run.
+        record: a step of distillation, or of reinforcement learning (with a `reward`).
+        steps: total number of steps of the run.
+        loss_is_kl: whether the loss is the reverse KL over all tokens of the step, in nats. If not,
+            the line shows both the loss and the KL of the health metrics, measured on some tokens.
+        averaged: whether the record is a mean over several optimizer steps.
+        clock: the run's `cost_clock`.
     """
     costs = record.costs
     parts = [f"step {record.step:>{len(str(steps))}}/{steps}"]
@@ -56,8 +56,11 @@ def step_line(
 
 
 def eval_line(record: EvaluationRecord) -> str:
-    """An evaluation in one line: KL ± standard error, accuracy with its 95 % interval; the loss
-    alone where the host evaluated without a task. Warns where most answers had nothing to grade."""
+    """One line for an evaluation: KL ± standard error, accuracy with its 95 % interval.
+
+    An evaluation without a task has its reward and loss instead. The line ends with a warning if
+    fewer than half of the answers had something to grade.
+    """
     gradable, answers = record.answers_found, record.answers
     return _joined(
         [
@@ -70,24 +73,23 @@ def eval_line(record: EvaluationRecord) -> str:
 
 
 def mostly_missing(found: float | None, answers: float | None) -> bool:
-    """Whether fewer than half of the answers had something that the verifier could grade; not if
-    that is unknown.
-    """
+    """Whether fewer than half of the answers had something to grade; False if unknown."""
     return found is not None and answers is not None and found < answers / 2
 
 
 def missing_answers(
     task: str, accuracy: float, answers: int, found: int | None, cut: int, empty: int, *, limit: int
 ) -> str:
-    """A sentence for an evaluation whose verifier found nothing to grade in most answers; "" for
-    any other.
+    """Advice for an evaluation in which most answers have nothing to grade; "" for any other.
 
     Args:
-        task: its name; the kind before the colon says what the verifier looks for.
-        accuracy: the share of right answers that was measured.
-        answers: how many there were; `found`, `cut` and `empty` of them had something to grade,
-            were cut at the limit, and had no text.
-        limit: tokens at most of an answer.
+        task: name of the task; the kind before the colon determines what the verifier looks for.
+        accuracy: measured share of right answers, 0–1.
+        answers: number of answers.
+        found: number of answers with something to grade; `None`: unknown.
+        cut: number of answers that reached the length limit.
+        empty: number of answers without text.
+        limit: maximum number of tokens per answer.
     """
     if not mostly_missing(found, answers):
         return ""
@@ -100,16 +102,13 @@ def missing_answers(
     kind = task.partition(":")[0]
     sought = {"math": "\\boxed{}", "reasoning-gym": "<answer> tags"}.get(kind, "answer to grade")
     return (
-        f"{missing} of {answers} answers have no {sought}: accuracy {accuracy:.3f} says "
-        "little about what the model can do "
-        f"here. To do: {'; '.join(ways)}."
+        f"{missing} of {answers} answers have no {sought}: accuracy {accuracy:.3f} does not measure the model's "
+        f"ability. To fix this, {'; '.join(ways)}."
     )
 
 
 def held_out(record: EvaluationRecord) -> list[str]:
-    """KL and accuracy of an evaluation; its reward and loss where the host evaluated without a
-    task.
-    """
+    """KL and accuracy of an evaluation; reward and loss if it has neither."""
     parts = []
     if record.kl is not None:
         shown = number(record.kl)
@@ -126,9 +125,7 @@ def held_out(record: EvaluationRecord) -> list[str]:
 
 
 def net_seconds(costs: Costs, clock: str = "wall") -> str:
-    """`net 14 s (search 7 %)`: all seconds but those of evaluation, and the share of search in
-    them, if any.
-    """
+    """`net 14 s (search 7 %)`: all seconds except evaluation, and the share of search, if any."""
     if costs.net_seconds is None:
         return ""
     net, search = costs.net_seconds, costs.search_seconds
@@ -137,7 +134,7 @@ def net_seconds(costs: Costs, clock: str = "wall") -> str:
 
 
 def searches_text(searches: Sequence[SearchRecord]) -> str:
-    """How many searches ended in a jump, and how many of those went back."""
+    """Number of searches, accepted jumps and backward jumps (s < 0), as text."""
     scales = [search.accepted_scale for search in searches]
     back = sum(scale < 0 for scale in scales)
     return f"jumps accepted in {sum(map(bool, scales))} of {len(scales)} searches" + (
@@ -146,20 +143,18 @@ def searches_text(searches: Sequence[SearchRecord]) -> str:
 
 
 def number(value: float, smallest: float = 1e-3) -> str:
-    """Four decimals, or three digits and an exponent where they would say nothing: below `smallest`
-    and from 1000 on.
-    """
+    """Four decimals; three digits and an exponent below `smallest` and from 1000 on."""
     plain = value == 0 or smallest <= abs(value) < 1e3 or not math.isfinite(value)
     return f"{value:.4f}" if plain else f"{value:.2e}"
 
 
 def percent(share: float) -> str:
-    """A share of 1 in percent."""
+    """A share (0–1) as a whole percentage."""
     return f"{100 * share:.0f} %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever is short."""
+    """Seconds below 100 s, minutes below 100 min, otherwise hours."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -174,7 +169,7 @@ def _part(label: str, value: float | None, written: Callable[[float], str]) -> s
 
 
 def _share(share: float | None, text: str) -> str:
-    """Empty where the share is 0."""
+    """The text with the share as a percentage; empty if the share is 0 or `None`."""
     return text.format(percent(share)) if share else ""
 
 
@@ -194,13 +189,11 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def closing_lines(root: Path, step: int, costs: Costs) -> str:
-    """Where the model is, what the run reached (first → last evaluation), what it cost, and the
-    command to type next.
-    """
+    """Closing summary: folder of the model, first → last evaluation, cost, and the next command."""
     evaluations, searches = read_evaluations(root), read_searches(root)
     rewards = [record.reward for record in read_steps(root) if record.reward is not None]
     done, kept = f"Done: step {step}.", read_kept(root)
-    if kept is not None:  # later evaluations are of another model
+    if kept is not None:  # leave out evaluations of later models
         done += f" The model is that of {kept_text(kept)}."
         evaluations = [record for record in evaluations if record.step <= kept.step]
     lines = [f"{done} The model, its card and all rows are in {root}"]
@@ -218,20 +211,18 @@ def closing_lines(root: Path, step: int, costs: Costs) -> str:
 
 
 def kept_text(kept: Kept) -> str:
-    """The step that `load_best_model_at_end` went back to, and why."""
+    """The step that `load_best_model_at_end` restored, with its metric."""
     return f"step {kept.step}, the best by {full_name(kept.metric)} ({number(kept.value)})"
 
 
 def steps_text(evaluations: Sequence[EvaluationRecord]) -> str:
-    """`step 2 → step 6`: the first evaluation, which may come after the first jumps, and the
-    last.
-    """
+    """`step 2 → step 6`: first and last evaluation; the first can come after the first jumps."""
     steps = dict.fromkeys((evaluations[0].step, evaluations[-1].step))
     return " → ".join(f"step {step}" for step in steps)
 
 
 def first_to_last(evaluations: Sequence[EvaluationRecord]) -> list[str]:
-    """`held_out` of the last evaluation, each value with the first evaluation's before it."""
+    """`held_out` of the last evaluation, each value preceded by the first evaluation's: `a → b`."""
     last = held_out(evaluations[-1])
     if len(evaluations) == 1:
         return last

@@ -1,9 +1,8 @@
-"""The card in a run directory (`README.md`): which model this is, how it was made, what it reached
-and cost, how to load it.
+"""The model card of a run (`README.md`): origin, training settings, results, cost, how to load it.
 
-Everything comes from the trainer and the run's records; the text is in `model_card.md`. Written
-with every checkpoint and with the final model, in the place of TRL's card. Left out: a licence,
-which follows from the student's and the teacher's.
+All facts come from the trainer and the run's records; the template is `model_card.md`. The card is
+written with every checkpoint and with the final model, and replaces TRL's card. Left out: a
+license, which depends on those of the student and the teacher.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from effopd.tasks.builtin_models import spoken_name
 from effopd.tasks.load import instruction
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-#: Settings of the task that a reader needs to repeat a number, where they are not defaults.
+#: Task settings that are needed to reproduce a result; listed if they are not defaults.
 _TASK = (
     "task_args",
     "eval_task",
@@ -43,9 +42,7 @@ _DIVERGENCES = {1.0: "reverse KL(student ‖ teacher)", 0.0: "forward KL(teacher
 
 @dataclass(frozen=True)
 class LookAhead:
-    """What the card says of a look-ahead: the name of its strategy, what that does, and whether it
-    adapts the learning rate.
-    """
+    """Look-ahead facts for the card: strategy, its description, learning-rate adaptation."""
 
     strategy: str
     text: str
@@ -59,10 +56,14 @@ def model_card(
     tags: Iterable[str] = (),
     look_ahead: LookAhead | None = None,
 ) -> ModelCard:
-    """The card of a run of one of our trainers, as far as the run has come.
+    """The card of a run in its current state.
 
     Args:
-        look_ahead: of the run; `None`: it trains without one.
+        trainer: a `RunMixin` trainer.
+        name: model name, the card's title.
+        datasets: name of the dataset in the metadata.
+        tags: extra tags in the metadata.
+        look_ahead: the run's look-ahead; `None`: it has none.
     """
     teacher = getattr(trainer, "teacher_model", None)
     student, adapter = trainer.model_id(trainer.model), getattr(_bare(trainer), "peft_config", None)
@@ -111,7 +112,7 @@ def model_card(
 
 
 def _task_facts(trainer: Any) -> list[tuple[str, str]]:
-    """Where prompts come from, how they are written and graded: what is not a default."""
+    """Settings of prompts and grading that are not defaults."""
     values = {name: value for name, value in _settings(trainer).items() if name in _TASK and value not in (None, {})}
     if trainer.args.chat_template_kwargs:
         values["chat_template_kwargs"] = trainer.args.chat_template_kwargs
@@ -121,19 +122,23 @@ def _task_facts(trainer: Any) -> list[tuple[str, str]]:
 
 
 def _settings(trainer: Any) -> dict[str, Any]:
-    """`config.yaml` of a run that a command started; a trainer of yours has none."""
+    """`config.yaml` of a run started by a command; empty for a trainer used from Python."""
     return yaml.safe_load(trainer.run_dir.settings or "") or {}
 
 
 def objective(args: Any, method: str) -> str:
-    """What the run minimises or maximises, in one line."""
+    """The training objective in one line."""
     if not hasattr(args, "lambda_extrapolation"):
-        overlong = f", the last {percent(args.overlong_cache)} of the length punished" if args.overlong_cache else ""
-        return f"{_method(args, method)}: reward 1 for a verified answer{overlong}; KL to the start weighted {args.beta:g}"
+        overlong = f", the last {percent(args.overlong_cache)} of the length penalized" if args.overlong_cache else ""
+        return (
+            f"{_method(args, method)}: reward 1 for a verified answer{overlong}; KL to the initial model weighted "
+            f"{args.beta:g}"
+        )
     if args.loss_type == "sampled":
         text = "reverse KL(student ‖ teacher), policy gradient on the sampled token"
     else:
-        text = f"{_DIVERGENCES.get(args.beta, f'Jensen–Shannon divergence, β = {args.beta:g}')}, exact over the vocabulary"
+        divergence = _DIVERGENCES.get(args.beta, f"Jensen–Shannon divergence, β = {args.beta:g}")
+        text = f"{divergence}, exact over the vocabulary"
     if args.lambda_extrapolation != 1:
         text += f"; to λ·teacher + (1−λ)·reference, λ = {args.lambda_extrapolation:g}"
         text += f", reference {_shown(args.reference_model_name_or_path or '')}"
@@ -141,7 +146,7 @@ def objective(args: Any, method: str) -> str:
 
 
 def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
-    """Python that loads the model and lets it answer as it was trained to."""
+    """Python code that loads the model and samples an answer with the prompt format of training."""
     args, tokenizer = trainer.args, trainer.processing_class
     extra = ", trust_remote_code=True" if getattr(args, "trust_remote_code", False) else ""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
@@ -157,7 +162,7 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
     if adapter and student:
         lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}{extra})")
     elif adapter:
-        lines.append("base = ...  # the model object that was given to the trainer")
+        lines.append("base = ...  # the model object passed to the trainer")
     lines += [
         "model = PeftModel.from_pretrained(base, path)"
         if adapter
@@ -175,9 +180,7 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
 
 
 def _question(trainer: Any, tokenizer: Any) -> list[str]:
-    """Lines that write a question as training did: with its system message, instruction and
-    template arguments.
-    """
+    """Lines that write a question with training's system message, instruction and template."""
     settings, args = _settings(trainer), trainer.args
     suffix = instruction(settings["task"], settings.get("prompt_suffix")) if settings.get("task") else ""
     after = f" + {suffix!r}" if suffix else ""
@@ -209,17 +212,15 @@ def _results(trainer: Any) -> list[str]:
     evaluations, searches = read_evaluations(root), read_searches(root)
     rewards = [(record.step, record.reward) for record in read_steps(root) if record.reward is not None]
     lines = []
-    if trainer.kept is not None:  # what came later is of another model
-        lines.append(
-            f"{trainer.state.global_step} steps were trained; this is the model of {kept_text(trainer.kept)}."
-        )
+    if trainer.kept is not None:  # leave out evaluations of later models
+        lines.append(f"Trained for {trainer.state.global_step} steps; this is the model of {kept_text(trainer.kept)}.")
         evaluations = [record for record in evaluations if record.step <= trainer.kept.step]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         prompts = f" ({len(trainer.eval_task)} prompts)" if trainer.eval_task is not None else ""
         when = f"from step {first.step} to" if len(evaluations) > 1 else "at"
         lines.append(f"Held out{prompts}, {when} step {last.step}: {'; '.join(first_to_last(evaluations))}.")
-        lines.append("KL: exact reverse KL to the teacher, nats a token, ± standard error." * (last.kl is not None))
+        lines.append("KL: exact reverse KL to the teacher, nats per token, ± standard error." * (last.kl is not None))
         lines.append(
             f"Accuracy: sampled at temperature {trainer.args.eval_temperature:g}, 95 % interval."
             * (last.accuracy is not None)
@@ -232,7 +233,7 @@ def _results(trainer: Any) -> list[str]:
         )
     costs = trainer.costs
     if costs.net_seconds is not None:
-        clock = "on the wall" if trainer.args.cost_clock == "wall" else "of CPU time"
+        clock = "of wall-clock time" if trainer.args.cost_clock == "wall" else "of CPU time"
         tokens = f"{costs.net_generated_tokens:,} sampled tokens"
         lines.append(f"Cost without evaluation: {net_seconds(costs)} {clock}, {tokens}.")
     if searches:
@@ -285,15 +286,13 @@ def _shown(name: str) -> str:
 
 
 def _chats(dataset: Any, tokenizer: Any) -> bool:
-    """Whether prompts are messages; of a stream, whose rows are not there yet, whether there is a
-    chat template.
-    """
+    """Whether prompts are messages; for a stream, whether the tokenizer has a chat template."""
     if hasattr(dataset, "__len__") and len(dataset):
         return isinstance(dataset[0].get("prompt"), list)
     return getattr(tokenizer, "chat_template", None) is not None
 
 
 def _trackers(trainer: Any) -> tuple[str | None, str | None, str | None]:
-    """Addresses of the run at Trackio, Comet and Weights & Biases, as far as it is there."""
+    """URLs of the run at Trackio, Comet and Weights & Biases; `None`: not tracked."""
     run = getattr(sys.modules.get("wandb"), "run", None)
     return *trainer.tracker_urls(), getattr(run, "url", None)

@@ -1,8 +1,7 @@
-"""The files of a run and what their rows hold: a step of training, a search with its trials, an
-evaluation.
+"""Typed rows of a run's files: training steps, searches with their trials, evaluations.
 
 Standard library only: reading a run needs neither torch nor the trainers. The tables of
-`docs/reading-a-run.md` are made from these classes.
+`docs/reading-a-run.md` are generated from these classes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ METRICS, EVALS, SEARCHES = "metrics.jsonl", "evals.jsonl", "searches.jsonl"
 CONFIG = "config.yaml"
 BEST = "best.json"
 
-#: What `evaluate_task` can return → whether more of it is better; `None`: neither more nor less is.
+#: Metric of `evaluate_task` → whether more is better; `None`: neither more nor less is.
 DIRECTIONS: dict[str, bool | None] = {
     "kl": False,
     "kl_se": False,
@@ -40,7 +39,7 @@ DIRECTIONS: dict[str, bool | None] = {
 
 
 def metric_names(*, teacher: bool, greedy: bool) -> list[str]:
-    """The metrics that `evaluate_task` returns, known before there is a model."""
+    """Names of the metrics that `evaluate_task` returns."""
     without = [] if teacher else ["kl", "kl_se", "loss"]
     return [name for name in DIRECTIONS if name not in without and (greedy or "greedy" not in name)]
 
@@ -51,11 +50,10 @@ Count = int | None
 
 @dataclass(frozen=True)
 class Costs(Record, prefix="cost/"):
-    """What a run has cost so far: seconds of the slowest process on the run's `cost_clock`, tokens
-    of all processes.
+    """Cumulative costs of a run: seconds on its `cost_clock`, and tokens of all processes.
 
-    *Sampled* tokens are counted where they are generated; *forward* tokens run through a model
-    besides.
+    Seconds are those of the slowest process, per column. *Sampled* tokens are counted when they are
+    generated, *forward* tokens in all other forward passes.
     """
 
     rollout_seconds: Annotated[Number, Column("sampling the rollouts", "s")] = None
@@ -63,7 +61,7 @@ class Costs(Record, prefix="cost/"):
     update_seconds: Annotated[Number, Column("loss, backward pass and optimizer", "s")] = None
     search_seconds: Annotated[Number, Column("the look-ahead", "s")] = None
     eval_seconds: Annotated[Number, Column("evaluation", "s")] = None
-    other_seconds: Annotated[Number, Column("the rest: data, logging, saving", "s")] = None
+    other_seconds: Annotated[Number, Column("everything else: data, logging, saving", "s")] = None
     rollout_generated_tokens: Annotated[Count, Column("sampled for rollouts", "tokens")] = None
     search_generated_tokens: Annotated[Count, Column("sampled by searches", "tokens")] = None
     eval_generated_tokens: Annotated[Count, Column("sampled by evaluations", "tokens")] = None
@@ -71,15 +69,16 @@ class Costs(Record, prefix="cost/"):
     update_forward_tokens: Annotated[Count, Column("forward tokens of the student's loss", "tokens")] = None
     search_forward_tokens: Annotated[Count, Column("forward tokens of searches", "tokens")] = None
     eval_forward_tokens: Annotated[Count, Column("forward tokens of evaluations", "tokens")] = None
-    net_seconds: Annotated[Number, Column("all seconds but those of evaluation; search included", "s")] = None
-    net_generated_tokens: Annotated[Count, Column("all sampled tokens but those of evaluation", "tokens")] = None
-    net_forward_tokens: Annotated[Count, Column("all forward tokens but those of evaluation", "tokens")] = None
+    net_seconds: Annotated[Number, Column("all seconds except evaluation; search included", "s")] = None
+    net_generated_tokens: Annotated[Count, Column("all sampled tokens except evaluation", "tokens")] = None
+    net_forward_tokens: Annotated[Count, Column("all forward tokens except evaluation", "tokens")] = None
 
 
 @dataclass(frozen=True)
 class Health(Record, prefix="health/"):
-    """Token-level measures on some of a step's tokens, before its update. p: student, q: teacher,
-    y: the sampled token.
+    """Token-level metrics on some of a step's tokens, before its update.
+
+    p: student, q: teacher, y: the sampled token.
     """
 
     sampler_logp_gap: Annotated[Number, Column("mean |log p(y) at sampling − log p(y) in the loss|", "nats")] = None
@@ -90,11 +89,11 @@ class Health(Record, prefix="health/"):
     reverse_kl_q2: Annotated[Number, Column("the same, over the second quarter", "nats")] = None
     reverse_kl_q3: Annotated[Number, Column("the same, over the third quarter", "nats")] = None
     reverse_kl_q4: Annotated[Number, Column("the same, over the last quarter", "nats")] = None
-    overlap_ratio: Annotated[Number, Column("share of the 16 likeliest tokens that p and q share")] = None
-    student_overlap_mass: Annotated[Number, Column("probability that p gives the shared tokens")] = None
-    teacher_overlap_mass: Annotated[Number, Column("probability that q gives the shared tokens")] = None
+    overlap_ratio: Annotated[Number, Column("share of the 16 most likely tokens that p and q have in common")] = None
+    student_overlap_mass: Annotated[Number, Column("probability of the shared tokens under p")] = None
+    teacher_overlap_mass: Annotated[Number, Column("probability of the shared tokens under q")] = None
     overlap_advantage: Annotated[
-        Number, Column("Σ p̂ (log q̂ − log p̂), both renormalised on the shared tokens", "nats")
+        Number, Column("Σ p̂ (log q̂ − log p̂), both renormalized on the shared tokens", "nats")
     ] = None
     student_entropy: Annotated[Number, Column("entropy of p", "nats")] = None
     teacher_entropy: Annotated[Number, Column("entropy of q", "nats")] = None
@@ -103,24 +102,20 @@ class Health(Record, prefix="health/"):
 
 @dataclass(frozen=True)
 class SearchMetrics(Record, prefix="effopd/"):
-    """A search as the step's row reports it; means, where a row covers several steps
-    (`--logging_steps`).
-    """
+    """A search in the row of its step; means if a row covers several steps (`--logging_steps`)."""
 
-    accepted_scale: Annotated[Number, Column("scale of the jump; 0: stayed, negative: stepped back")] = None
+    accepted_scale: Annotated[Number, Column("scale s of the jump; 0: no jump, negative: backward jump")] = None
     delta_norm: Annotated[Number, Column("‖Δ‖ over all moved weights")] = None
-    candidates: Annotated[Number, Column("points tried besides the start")] = None
+    candidates: Annotated[Number, Column("number of candidates, without the start")] = None
     search_seconds: Annotated[Number, Column("wall-clock time of the search", "s")] = None
     search_generated_tokens: Annotated[Number, Column("tokens sampled by the search", "tokens")] = None
     start_score: Annotated[Number, Column("score at s = 0")] = None
-    memory_bytes: Annotated[Number, Column("memory held besides the model, on this rank", "bytes")] = None
+    memory_bytes: Annotated[Number, Column("memory of the look-ahead beyond the model, on this rank", "bytes")] = None
 
 
 @dataclass(frozen=True)
 class StepRecord(Record):
-    """A row of `metrics.jsonl`: a logged optimizer step (a mean over several with
-    `--logging_steps`).
-    """
+    """A row of `metrics.jsonl`: an optimizer step, or a mean over several (`--logging_steps`)."""
 
     step: Annotated[int, Column("optimizer steps done, from 1")]
     loss: Annotated[Number, Column("the training objective", "nats per token, for distillation")] = None
@@ -137,14 +132,14 @@ class StepRecord(Record):
     tied_groups_share: Annotated[
         Number,
         Column(
-            "reinforcement learning: share of groups with equal rewards, which teach nothing",
+            "reinforcement learning: share of groups with equal rewards, which have no gradient",
             "",
             "frac_reward_zero_std",
         ),
     ] = None
     health: Annotated[Health, Group(Health)] = field(default_factory=Health)
     search: Annotated[SearchMetrics, Group(SearchMetrics)] = field(default_factory=SearchMetrics)
-    #: What else the host logged, by its key.
+    #: Other values that the host logged, by key.
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -155,27 +150,27 @@ class EvaluationRecord(Record, prefix="eval_"):
     step: Annotated[int, Column("optimizer steps done; 0: before training", "", "step")]
     kl: Annotated[Number, Column("exact reverse KL to the teacher, mean over tokens", "nats per token")] = None
     kl_se: Annotated[Number, Column("standard error of `eval_kl` over prompts", "nats per token")] = None
-    loss: Annotated[Number, Column("equal to `eval_kl`; without a task, the host's own loss", "nats per token")] = None
+    loss: Annotated[Number, Column("equal to `eval_kl`; without a task, the host's loss", "nats per token")] = None
     accuracy: Annotated[Number, Column("share of right answers, one sampled per prompt")] = None
     accuracy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
-    accuracy_greedy: Annotated[Number, Column("share of right answers decoded greedily (`--eval_greedy`)")] = None
+    accuracy_greedy: Annotated[Number, Column("share of right answers with greedy decoding (`--eval_greedy`)")] = None
     accuracy_greedy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_greedy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
     reward: Annotated[Number, Column("without a task: mean reward")] = None
     response_length: Annotated[Number, Column("mean length of the sampled answers", "tokens")] = None
     truncated_share: Annotated[Number, Column("share of sampled answers cut at the limit")] = None
     answers: Annotated[Count, Column("number of sampled answers")] = None
-    answers_found: Annotated[
-        Count, Column("how many of them have something to grade, where the verifier can tell")
-    ] = None
-    answers_cut: Annotated[Count, Column("how many of them were cut at the limit")] = None
-    answers_empty: Annotated[Count, Column("how many of them have no text")] = None
+    answers_found: Annotated[Count, Column("sampled answers with something to grade, if the verifier reports it")] = (
+        None
+    )
+    answers_cut: Annotated[Count, Column("sampled answers cut at the limit")] = None
+    answers_empty: Annotated[Count, Column("sampled answers without text")] = None
     runtime: Annotated[Number, Column("wall-clock time of the evaluation", "s")] = None
     costs: Annotated[Costs, Group(Costs)] = field(default_factory=Costs)
-    #: What else the host reported, by its key with `eval_` before it.
+    #: Other values that the host reported, by key (with the prefix `eval_`).
     extra: Mapping[str, Any] = field(default_factory=dict)
-    #: What stands before the keys instead of `eval`: with several datasets `eval_first` and so on.
+    #: Prefix of the keys in the row: `eval`, or with several datasets `eval_first` and so on.
     name: str = "eval"
 
     def to_row(self) -> dict[str, Any]:
@@ -193,22 +188,18 @@ def _renamed(row: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrialRecord(Record):
-    """A candidate W + sΔ of a search. One that was not scored has neither a score nor costs."""
+    """A candidate W + sΔ of a search; without score and costs if it was not scored."""
 
     scale: Annotated[float, Column("s")]
     verdict: Annotated[str, Column("`start`, `accepted`, `rejected` or `non-finite`")]
     score: Annotated[Number, Column("larger is better; null: not finite")] = None
-    per_example: Annotated[
-        tuple[float, ...] | None, Column("the score of each validation example, in a fixed order")
-    ] = None
+    per_example: Annotated[tuple[float, ...] | None, Column("score per validation example, in a fixed order")] = None
     seconds: Annotated[Number, Column("wall-clock time of scoring it", "s")] = None
     generated_tokens: Annotated[Count, Column("tokens sampled for the score", "tokens")] = None
-    forward_tokens: Annotated[Count, Column("tokens run through a model besides sampling", "tokens")] = None
+    forward_tokens: Annotated[Count, Column("tokens of forward passes other than sampling", "tokens")] = None
 
     def to_row(self) -> dict[str, Any]:
-        """As for every record; the score of a point that was scored is written, finite or not
-        (null).
-        """
+        """As for every record, but a scored candidate always has a score: null if not finite."""
         start = {"scale": self.scale, "verdict": self.verdict}
         if self.seconds is not None:
             start["score"] = self.score
@@ -225,36 +216,34 @@ class TrialRecord(Record):
 class SearchRecord(Record):
     """A row of `searches.jsonl`: a search, or an observation of a strategy that predicts."""
 
-    step: Annotated[int, Column("the search followed this optimizer step")]
+    step: Annotated[int, Column("optimizer step after which the search ran")]
     anchor_step: Annotated[Count, Column("Δ = weights now − weights after this step")] = None
     delta_norm: Annotated[Number, Column("‖Δ‖ over all moved weights; null: not finite", null=True)] = None
-    accepted_scale: Annotated[float, Column("where the model went; 0: stayed, negative: stepped back")] = 0.0
+    accepted_scale: Annotated[float, Column("scale s of the jump; 0: no jump, negative: backward jump")] = 0.0
     best_scale: Annotated[Number, Column("the highest-scoring scale, accepted or not; decides the learning rate")] = (
         None
     )
     seconds: Annotated[float, Column("wall-clock time of the search", "s")] = 0.0
     generated_tokens: Annotated[int, Column("tokens sampled by the search", "tokens")] = 0
-    forward_tokens: Annotated[int, Column("tokens run through a model besides sampling", "tokens")] = 0
-    trials: Annotated[tuple[TrialRecord, ...], Column("the candidates, in the order tried; the start first")] = ()
-    memory_bytes: Annotated[Count, Column("memory held besides the model, on this rank", "bytes")] = None
-    learning_rate_factor: Annotated[
-        Number, Column("what this search multiplied the schedule's learning rate with")
-    ] = None
+    forward_tokens: Annotated[int, Column("tokens of forward passes other than sampling", "tokens")] = 0
+    trials: Annotated[tuple[TrialRecord, ...], Column("the start and the candidates, in order of scoring")] = ()
+    memory_bytes: Annotated[Count, Column("memory of the look-ahead beyond the model, on this rank", "bytes")] = None
+    learning_rate_factor: Annotated[Number, Column("factor of this search on the schedule's learning rate")] = None
     learning_rate_factor_total: Annotated[Number, Column("product of the factors of all searches so far")] = None
-    lora_lost_share: Annotated[
-        Number, Column("LoRA: largest share of a matrix's jump that the adapter's rank cannot hold")
-    ] = None
-    fit: Annotated[Mapping[str, Number] | None, Column("strategies that predict: quality of the fit, by name")] = None
+    lora_lost_share: Annotated[Number, Column("LoRA: largest share of a matrix's jump lost to the adapter's rank")] = (
+        None
+    )
+    fit: Annotated[Mapping[str, Number] | None, Column("strategies that predict: measures of the fit, by name")] = None
     observation: Annotated[Count, Column("strategies that predict: number of the observation, from 1")] = None
 
     @property
     def searched(self) -> bool:
-        """Whether a candidate was tried besides the start."""
+        """Whether the search scored or proposed a candidate besides the start."""
         return len(self.trials) > 1
 
     @property
     def candidates(self) -> int:
-        """How many points were tried besides the start."""
+        """Number of candidates, without the start."""
         return max(len(self.trials) - 1, 0)
 
     @property
@@ -263,7 +252,7 @@ class SearchRecord(Record):
         return self.trials[0].score if self.trials else None
 
     def metrics(self) -> SearchMetrics:
-        """What the row of the step reports of it."""
+        """The part of the search that the row of its step contains."""
         return SearchMetrics(
             accepted_scale=self.accepted_scale,
             delta_norm=self.delta_norm,
@@ -283,15 +272,15 @@ class SearchRecord(Record):
 
 
 def read_steps(run: Path) -> list[StepRecord]:
-    """The logged steps of a run directory; none if it has no such file."""
+    """The logged steps of a run directory; empty without `metrics.jsonl`."""
     return [StepRecord.from_row(row) for row in read_rows(run / METRICS)]
 
 
 def read_searches(run: Path) -> list[SearchRecord]:
-    """The searches of a run directory; none if it has no such file."""
+    """The searches of a run directory; empty without `searches.jsonl`."""
     return [SearchRecord.from_row(row) for row in read_rows(run / SEARCHES)]
 
 
 def read_evaluations(run: Path) -> list[EvaluationRecord]:
-    """The evaluations of a run directory; none if it has no such file."""
+    """The evaluations of a run directory; empty without `evals.jsonl`."""
     return [EvaluationRecord.from_row(row) for row in read_rows(run / EVALS)]

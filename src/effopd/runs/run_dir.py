@@ -1,17 +1,17 @@
-"""The run directory: plain files, readable without this package, whole after a kill.
+"""The run directory: plain files, readable without this package and complete after a kill.
 
     config.yaml       the resolved settings; `effopd train --config` re-runs it
-    metrics.jsonl     one row per logged step: losses, health, cumulative cost (`records.StepRecord`)
-    searches.jsonl    one row per search: candidates with score, cost, verdict (`records.SearchRecord`)
+    metrics.jsonl     one row per logged step: losses, health, costs (`records.StepRecord`)
+    searches.jsonl    one row per search: candidates, scores, verdicts (`records.SearchRecord`)
     evals.jsonl       one row per evaluation (`records.EvaluationRecord`)
     checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
     trajectory/       step-000008/ … (weights only, for analysis)
     README.md         the model card, beside the final model
-    best.json         with load_best_model_at_end: the step whose weights the final model has, and what it was chosen by
+    best.json         with load_best_model_at_end: step and metric of the final model
     report.html       written by `effopd report`
-    superseded/       1/ … (what lay beyond the step from which a run was resumed, if anything did)
+    superseded/       1/ … (files from beyond the step at which a run was resumed)
 
-A checkpoint is filled in `checkpoints/.staging` and renamed into place, so whatever has a final
+A checkpoint is written in `checkpoints/.staging` and renamed into place, so a folder with a final
 name is complete.
 """
 
@@ -56,12 +56,12 @@ def in_trajectory(rule: str, step: int, last: int) -> bool:
 
 
 class Held(NamedTuple):
-    """Bytes that a run has on the disk already, if it is resumed."""
+    """Bytes that a resumed run already has on disk."""
 
     checkpoints: int = 0
-    #: Weights alone: the trajectory and the final model.
+    #: Weights only: the trajectory and the final model.
     models: int = 0
-    #: Of a save that was killed; the next save deletes it.
+    #: Left by a killed save; the next save deletes it.
     leftover: int = 0
 
 
@@ -69,7 +69,7 @@ class RunDir:
     """Paths and atomic moves of one run directory.
 
     Attributes:
-        settings: what `config.yaml` will hold once training starts; `None` leaves it as it is.
+        settings: text of `config.yaml`, written when training starts; `None`: not written.
     """
 
     def __init__(self, root: str | Path):
@@ -78,7 +78,7 @@ class RunDir:
 
     @property
     def staging(self) -> Path:
-        """Where a checkpoint is filled before it gets its name."""
+        """Folder in which a checkpoint is written before it is renamed."""
         return self.root / "checkpoints" / ".staging"
 
     def checkpoint(self, step: int) -> Path:
@@ -101,23 +101,23 @@ class RunDir:
         return next(reversed(self.checkpoints()), None)
 
     def to_resume(self, argument: str | bool | None) -> Path | None:
-        """The checkpoint that `resume_from_checkpoint` means: the newest (`True`; `None` if there
-        is none yet), or that path.
+        """The checkpoint of `resume_from_checkpoint`: for `True` the newest, if any; or that path.
 
         Raises:
-            CheckpointError: the path is no checkpoint, or lacks what an equal continuation takes.
+            CheckpointError: the path is not a checkpoint, or lacks parts for an exact resume.
         """
         checkpoint = self.last_checkpoint() if argument is True else Path(argument) if argument else None
         if checkpoint is not None and not (checkpoint / TRAINER_STATE).is_file():
             raise CheckpointError(
-                f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE}, such as {self.checkpoint(8)}."
+                f"{checkpoint} is no checkpoint: expected a folder with {TRAINER_STATE}, for example "
+                f"{self.checkpoint(8)}."
             )
         if checkpoint is not None:
             check_complete(checkpoint)
         return checkpoint
 
     def held(self, step: int) -> Held:
-        """What a run that goes on from `step` keeps of the files that are there."""
+        """Bytes of the existing files that a run resumed from `step` keeps."""
         checkpoints, trajectory = (
             sum(_bytes(path.rglob("*")) for path in self._steps(kind) if _step_of(path) <= step)
             for kind in ("checkpoints", "trajectory")
@@ -126,17 +126,17 @@ class RunDir:
         return Held(checkpoints, trajectory + final, _bytes(self.staging.rglob("*")))
 
     def fresh_staging(self) -> Path:
-        """An empty staging folder; leftovers of a killed save go."""
+        """An empty staging folder; deletes leftovers of a killed save."""
         self.clear_staging()
         self.staging.mkdir(parents=True)
         return self.staging
 
     def clear_staging(self) -> None:
-        """Free what a save that failed has taken."""
+        """Delete the leftovers of a failed save."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def write_kept(self, kept: Kept | None) -> None:
-        """Say which step the final model is of; `None`: the last one."""
+        """Record the step of the final model in `best.json`; `None`: the last step, no file."""
         if kept is None:
             (self.root / BEST).unlink(missing_ok=True)
         else:
@@ -144,9 +144,7 @@ class RunDir:
 
     @staticmethod
     def publish(staged: Path, final: Path) -> None:
-        """Flush every file of `staged` and rename it to `final`; an older folder of that name is
-        replaced.
-        """
+        """Flush every file of `staged` and rename it to `final`, replacing an existing folder."""
         for path in [*staged.rglob("*"), staged]:
             fsync(path)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -159,16 +157,19 @@ class RunDir:
         shutil.rmtree(retired, ignore_errors=True)
 
     def rotate(self, limit: int | None, keep: Path | None) -> None:
-        """Delete the oldest checkpoints beyond `limit` (but never `keep`, the best one)."""
+        """Delete the oldest checkpoints beyond `limit`, but never `keep`, the best one."""
         if limit:
             victims = [path for path in self.checkpoints()[:-limit] if keep is None or path != keep]
             for path in victims:
                 shutil.rmtree(path)
 
     def set_aside(self, step: int) -> Path | None:
-        """Move what an earlier run left beyond `step`, from where another goes on now, to
-        `superseded/N`, with a copy of its rows: the two must not mix, and nothing is lost. Returns
-        the folder, if there was anything.
+        """Move an earlier run's folders beyond `step` to `superseded/N`, with copies of its rows.
+
+        Called when a run resumes from `step`. The two runs do not mix, and nothing is lost.
+
+        Returns:
+            the folder; `None`: there was nothing to move.
         """
         later = [path for kind in ("checkpoints", "trajectory") for path in self._steps(kind) if _step_of(path) > step]
         if not later:
@@ -186,31 +187,33 @@ class RunDir:
         return aside
 
     def refuse_unwritable(self) -> None:
-        """The folder can be made or written to; nothing is tried.
+        """Check that the folder is writable or can be created, without writing anything.
 
         Raises:
-            CheckpointError: it, or what it would be made in, is a file or is write-protected.
+            CheckpointError: the folder, or its nearest existing parent, is a file or is
+                write-protected.
         """
-        there = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            why = "is write-protected" if there.is_dir() else "is not a folder"
+        existing = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            why = "is write-protected" if existing.is_dir() else "is not a folder"
             raise CheckpointError(
-                f"nothing can be written to the run directory {self.root}: {there} {why}. Choose another --output_dir."
+                f"nothing can be written to the run directory {self.root}: {existing} {why}. Choose another "
+                "--output_dir."
             )
 
     def refuse_overwrite(self) -> None:
-        """A fresh run must not mix its rows with an older run's.
+        """Check that the directory is unused, so that two runs cannot mix their rows.
 
         Raises:
-            CheckpointError: the directory already holds rows or checkpoints of a run.
+            CheckpointError: it already has rows, checkpoints or a trajectory.
         """
         used = [n for n in (METRICS, EVALS) if (self.root / n).exists() and (self.root / n).stat().st_size]
         used += [path.name for path in self.checkpoints()[-1:]]
         used += ["trajectory"] if (self.root / "trajectory").exists() else []
         if used:
             raise CheckpointError(
-                f"{self.root} already holds a run ({', '.join(used)}). Continue it with --resume_from_checkpoint "
-                "true, or choose another --output_dir (nothing was changed)."
+                f"{self.root} already holds a run ({', '.join(used)}). Resume it with --resume_from_checkpoint true, "
+                "or choose another --output_dir (nothing was changed)."
             )
 
 

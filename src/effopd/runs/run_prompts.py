@@ -1,5 +1,7 @@
-"""How a run wrote its prompts and sampled its held-out answers, read from its `config.yaml`, for
-commands that measure the model later. A model gets the same tokens then as in training."""
+"""Prompt and sampling settings of a run, read from `config.yaml` by commands that measure it later.
+
+With these settings a model gets the same prompt tokens as in training.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,11 @@ import yaml
 
 from effopd.runs.records import CONFIG
 
-#: Setting of a run → flag of `effopd eval` and `effopd intervene`, for every task: how prompts are
-#: written.
+#: Setting of a run → flag of `effopd eval` and `effopd intervene`, for the format of prompts.
 PROMPTS = {name: name for name in ("chat_template_kwargs", "system_prompt", "as_chat", "prompt_suffix")}
-#: The same, how answers are sampled. A run evaluates with nothing but these (top_p is 1).
+#: The same for sampling. A run's evaluations use no other sampling settings (top_p is 1).
 SAMPLING = {"eval_temperature": "temperature", "max_completion_length": "max_new_tokens"}
-#: Taken over where the run's own task is measured: which rows are held out, and how answers are
-#: graded.
+#: Inherited if the run's own task is measured: held-out rows and grading.
 SOURCE = (
     "task_args", "eval_task", "eval_task_args", "eval_size", "task_seed", "verifier", "verify_timeout",
 )  # fmt: skip
@@ -28,11 +28,9 @@ _DEPTH = 4
 
 
 def run_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """`config.yaml` and settings of the run that a model folder is, or lies in; `None` if it is no
-    run's.
+    """`config.yaml` and settings of the run to which a model folder belongs; `None`: no run.
 
-    A checkpoint that `effopd intervene --save_dir` wrote counts as of the run whose update it was
-    made of.
+    A checkpoint of `effopd intervene --save_dir` belongs to the run whose update it was made from.
     """
     path = Path(model)
     if not path.is_dir():
@@ -50,14 +48,13 @@ def run_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
 def taken_over(
     config: Mapping[str, Any], given: Mapping[str, Any], explicit: Iterable[str], *, own_task: bool = True
 ) -> dict[str, Any]:
-    """Flag → value that a run's settings give it, where that is not its default; what the user gave
-    wins.
+    """Flag → value inherited from a run's settings; only changed values, never explicit flags.
 
     Args:
         config: settings of the run.
-        given: every flag's value, with the command's own defaults.
+        given: value of every flag, including the command's defaults.
         explicit: the flags that the user gave.
-        own_task: whether the run's own task is meant where no task is given.
+        own_task: whether the run's own task is the default if no task is given.
     """
     explicit, task, eval_task = set(explicit), given.get("task"), given.get("eval_task")
     values = {flag: config[name] for name, flag in (PROMPTS | SAMPLING).items() if config.get(name) is not None}
@@ -77,8 +74,9 @@ def taken_over(
 
 
 def agreed(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings on which several runs agree; and flag → message for those of `PROMPTS` and
-    `SAMPLING` on which they do not.
+    """Settings that several runs share, and flag → error message for those that differ.
+
+    Only settings in `PROMPTS` and `SAMPLING` have messages.
     """
     (first, settings), *others = runs
     conflicts: dict[str, str] = {}
@@ -87,15 +85,15 @@ def agreed(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> tuple[dict[str, An
             if settings.get(name) != other.get(name):
                 conflicts[flag] = (
                     f"the runs differ in {name}: {settings.get(name)!r} in {first}, "
-                    f"{other.get(name)!r} in {path}. All points "
-                    f"of an intervention get the same prompts and limits: say which with --{flag}."
+                    f"{other.get(name)!r} in {path}. All points of an intervention need the same prompts and limits: "
+                    f"set --{flag}."
                 )
     common = {name: value for name, value in settings.items() if all(other.get(name) == value for _, other in others)}
     return common, conflicts
 
 
 def spoken(values: Mapping[str, Any]) -> str:
-    """`--flag value` of each, as a user would write them."""
+    """`flag value` pairs as on a command line, separated by commas."""
     bare = re.compile(r"[^\s\"',]+")  # needs no quotes
     return ", ".join(
         f"{name} "
@@ -105,18 +103,16 @@ def spoken(values: Mapping[str, Any]) -> str:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; empty where there is none. Other programs write files of that name,
-    too.
-    """
+    """A YAML file's mapping; empty if it has none (other programs use the same file name)."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return loaded if isinstance(loaded, dict) else {}
 
 
 def _same_source(one: Any, other: Any) -> bool:
-    """Whether two task names mean the same rows: equal, or the same local file."""
+    """Whether two task names refer to the same rows: equal names, or the same local file."""
     if one is None or other is None:
         return False
     (kind, _, name), (other_kind, _, other_name) = str(one).partition(":"), str(other).partition(":")
@@ -124,7 +120,7 @@ def _same_source(one: Any, other: Any) -> bool:
 
 
 def _spoken(given: Path, absolute: Path, folder: Path) -> Path:
-    """`folder` as the user would write it, relative where `given` is."""
+    """`folder` in the user's spelling: relative if `given` is."""
     levels = len(absolute.relative_to(folder).parts)
     if levels == 0:
         return given
@@ -132,7 +128,7 @@ def _spoken(given: Path, absolute: Path, folder: Path) -> Path:
 
 
 def _made_of(trained: Mapping[str, Any], below: Sequence[str]) -> tuple[Path, dict[str, Any]] | None:
-    """The run of a point: its folder has the run's label in its path, INTERVENTION/LABEL/…."""
+    """The run of an intervention's point, whose path has its label: INTERVENTION/LABEL/…."""
     for label, snapshots in trained.items():
         if label in below and snapshots:
             return run_of(snapshots[-1]["path"])

@@ -1,6 +1,4 @@
-"""What a trainer's events write to the run directory: settings, rows, and what becomes of an
-earlier run's rows.
-"""
+"""Callback that writes a run's settings and rows, and cuts rows from beyond the resumed step."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ class RunDirCallback(TrainerCallback):
     """Writes `config.yaml`, `metrics.jsonl` and `evals.jsonl`, and drops rows beyond the resumed
     step.
 
-    Must run after every other callback: one that refuses to go on leaves the folder as it was.
+    Must run after every other callback: if another one raises, the folder is unchanged.
 
     Args:
-        check: called on every rank before anything is written; raises what forbids to start.
+        check: called on every rank before anything is written; raises if the run must not start.
     """
 
     def __init__(self, run_dir: RunDir, check: Callable[[], None] = lambda: None):
@@ -33,8 +31,8 @@ class RunDirCallback(TrainerCallback):
         self._before: EvaluationRecord | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Start, or cut the rows back to the checkpoint that is being resumed."""
-        all_gather_object(None)  # nobody writes before everybody has got here
+        """Start a run, or cut the rows back to the resumed checkpoint."""
+        all_gather_object(None)  # no rank writes before all ranks are here
         self._check()
         self._started, before, self._before = True, self._before, None
         if not state.is_world_process_zero:
@@ -42,9 +40,9 @@ class RunDirCallback(TrainerCallback):
         root, step = self._run_dir.root, state.global_step
         root.mkdir(parents=True, exist_ok=True)
         if aside := self._run_dir.set_aside(step):
-            logger.warning("Going on from step %d; what was there beyond it is in %s.", step, aside)
+            logger.warning("Resuming from step %d; files from beyond it are now in %s.", step, aside)
         for name in (METRICS, SEARCHES, EVALS):
-            keep_rows(root / name, step if step > 0 else -1)  # a run that starts has no rows, not even of step 0
+            keep_rows(root / name, step if step > 0 else -1)  # a new run has no rows, not even for step 0
         if step >= state.max_steps:
             logger.warning("%s is finished (step %d of %d); nothing was trained.", root, step, state.max_steps)
             return
@@ -54,15 +52,13 @@ class RunDirCallback(TrainerCallback):
             append_row(root / EVALS, before.to_row())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Write a row per training log; evaluations and the final summary have no loss."""
+        """Write one row per training log; evaluations and the final summary have no `loss`."""
         if state.is_world_process_zero and logs and "loss" in logs:
             step = StepRecord.from_row({"step": state.global_step, **logs})
             append_row(self._run_dir.root / METRICS, step.to_row())
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Write a row per evaluation. One before training is held back until a run starts in this
-        folder.
-        """
+        """Write one row per evaluation; a row from before training waits until training starts."""
         if not state.is_world_process_zero or not metrics:
             return
         evaluation = EvaluationRecord.from_row({"step": state.global_step, **metrics})

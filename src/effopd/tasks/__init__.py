@@ -1,28 +1,30 @@
 """Tasks: prompts, reference answers and verifiers.
 
-base.py          Example, Task and the verifier contract
-config.py        TaskConfig, for Python, the command line and YAML
-load.py          load_task: config → train or eval split
-rows.py          math rows as examples
-row_files.py     rows from JSON, Parquet or the Hub
-row_columns.py   which of their columns are question and answer
-row_faults.py    what is wrong with rows
-prompts.py       prompts as token ids; their lengths
-gym_tasks.py     reasoning-gym questions and their verifier
-reference.py     reference answers as text
-math_grading.py  the math verifier
-math_equality.py when two math answers are the same
-math_text.py     one way of writing, before answers are parsed
-math_numbers.py  when two numbers are the same answer
-math_rules.py    what math-verify does otherwise when it grades here
-units.py         units of answers
-reasoning.py     reasoning and answer apart
-worker.py        grading in a process that can be killed
-grading_process.py  … what runs there
-sampling.py      Sampling: how answers are drawn
-generate.py      sample answers
-evaluate.py      grade them: accuracy, pass@k, intervals
-verify.py        the user's own verifier; does a verifier tell right from wrong
+base.py             Example, Task and the verifier contract
+config.py           TaskConfig, for Python, the command line and YAML
+load.py             load_task: config → train or eval split
+rows.py             math rows as examples
+row_files.py        rows from JSON, Parquet or the Hub
+row_columns.py      question and answer columns
+row_faults.py       faults in rows, reported together
+prompts.py          prompts as token ids; prompt lengths
+gym_tasks.py        reasoning-gym questions and their verifier
+testbed_families.py the testbed's two task families
+builtin_models.py   the testbed's student and teacher
+reference.py        reference answers as text
+math_grading.py     the math verifier
+math_equality.py    equality of two math answers
+math_text.py        math answers in one notation, before parsing
+math_numbers.py     equality of two numbers
+math_rules.py       changes to math-verify during grading
+units.py            units of answers
+reasoning.py        separation of reasoning and answer
+worker.py           grading in a process that can be killed
+grading_process.py  main loop of that process
+sampling.py         Sampling: settings for sampling answers
+generate.py         sample answers
+evaluate.py         grade answers: accuracy, pass@k, intervals
+verify.py           user-defined verifiers; check that a verifier can tell right from wrong
 """
 
 from __future__ import annotations

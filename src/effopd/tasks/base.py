@@ -1,6 +1,6 @@
-"""What a task is: prompts, known answers where there are any, and a verifier.
+"""`Task`: prompts, optional reference answers, and a verifier.
 
-A `Task` is plain data plus one function. Trainers read `Task.to_dataset()` (TRL's `prompt` column),
+A `Task` is plain data plus one function. Trainers read `Task.to_dataset()` (TRL's `prompt` column);
 evaluation and scorers call `Task.verify(completion, example)`.
 """
 
@@ -17,21 +17,20 @@ from effopd.errors import TaskError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: A prompt is plain text, or chat messages (`[{"role": "user", "content": …}]`) that get the chat
-#: template.
+#: Plain text, or chat messages (`[{"role": "user", "content": …}]`) for the chat template.
 Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt.
+    """One prompt with its reference answer.
 
     Attributes:
         id: unique within its task.
         prompt: text or chat messages.
-        answer: the reference answer, or `None` when the row has none (training needs none,
-            verification does).
-        metadata: whatever the verifier needs besides the answer (JSON-serialisable).
+        answer: reference answer; `None`: the row has none. Training does not need it, verification
+            usually does.
+        metadata: other data for the verifier (JSON-serializable).
     """
 
     id: str
@@ -40,9 +39,9 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: `verify(completion, example)` → score in [0, 1]; the completion is the decoded text without
-#: special tokens, reasoning and its marks included. Where the prompt itself opened the reasoning,
-#: the text starts with that mark, such as `<think>`.
+#: `verify(completion, example)` → score in [0, 1]. The completion is the decoded text without
+#: special tokens, but with the reasoning and its tags. If the prompt opens the reasoning, the text
+#: starts with the opening tag, such as `<think>`.
 Verifier = Callable[[str, Example], float]
 
 
@@ -51,19 +50,19 @@ class Task:
     """Named examples with the function that grades a completion.
 
     Attributes:
-        name: what messages call it, e.g. `"math:data/train.jsonl"`.
+        name: name in messages, e.g. `"math:data/train.jsonl"`.
         examples: the prompts, in order.
-        verify: the verifier. A verifier object may also have `verify_batch(completions, examples)`
-            and `answer_found(completion)`, which says whether there is anything to grade.
-        render_answer: a completion that gives a reference answer in the form the verifier looks
-            for, e.g. in `\\boxed{}`; `None` when the bare answer is that form.
-        needs_answers: whether the verifier needs `Example.answer`; some grade by the metadata
-            alone.
-        available: how many examples there were to take these from; `None` where they are generated.
+        verify: the verifier. A verifier object can also have `verify_batch(completions, examples)`
+            and `answer_found(completion)`, which returns whether there is an answer to grade.
+        render_answer: writes a reference answer as a completion in the verifier's format, e.g. in
+            `\\boxed{}`; `None`: the bare answer is already in that format.
+        needs_answers: whether the verifier needs `Example.answer`; some use only the metadata.
+        available: number of examples this split could have; `None`: examples are generated.
 
     Example:
-        >>> task = Task("echo", (Example("0", "Say hi", "hi"),), lambda text, example: float(text == example.answer))
-        >>> task.verify("hi", task.examples[0])
+        >>> example = Example("0", "Say hi", "hi")
+        >>> task = Task("echo", (example,), lambda text, example: float(text == example.answer))
+        >>> task.verify("hi", example)
         1.0
     """
 
@@ -88,34 +87,31 @@ class Task:
         return bool(self.examples) and (self.has_answers or not self.needs_answers)
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """Scores of several completions, each with its example; one exchange where the verifier
-        grades in batches.
-        """
+        """Scores of several completions, one per example; one call if the verifier has batches."""
         batch = getattr(self.verify, "verify_batch", None)
         if batch is not None:
             return list(batch(completions, examples))
         return [self.verify(text, example) for text, example in zip(completions, examples, strict=True)]
 
     def answers_found(self, completions: Sequence[str]) -> list[bool] | None:
-        """Whether the verifier finds an answer in each completion; `None` where it cannot tell."""
+        """Whether each completion has an answer; `None`: the verifier cannot detect answers."""
         answer_found = getattr(self.verify, "answer_found", None)
         return None if answer_found is None else [bool(answer_found(text)) for text in completions]
 
     def subset(self, examples: Sequence[Example]) -> Task:
-        """The same task over other examples."""
+        """The same task with other examples."""
         return replace(self, examples=tuple(examples))
 
     def sample(self, size: int, seed: int) -> Task:
-        """`size` examples drawn without replacement by a private random generator, in drawing
-        order.
+        """`size` examples sampled without replacement, in sampling order.
 
         Raises:
-            TaskError: fewer than `size` examples, or `size < 1`.
+            TaskError: the task has fewer than `size` examples, or `size < 1`.
         """
         if not 1 <= size <= len(self):
             raise TaskError(
-                f"cannot draw {size} examples from task '{self.name}': expected a size between 1 and {len(self)} "
-                "(the number of examples it has). Lower the size or give the task more rows."
+                f"cannot sample {size} examples from task '{self.name}': expected a size from 1 to {len(self)}, "
+                "the number of examples. Lower the size or add rows to the task."
             )
         return self.subset(random.Random(seed).sample(self.examples, size))
 

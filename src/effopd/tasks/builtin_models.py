@@ -1,8 +1,7 @@
-"""The tiny student and teacher that ship with the package; `effopd.testbed` holds the recipe that
-makes them.
+"""The built-in student and teacher (0.8M parameters): paths, card and reference settings.
 
-The pair makes every claim of this package testable on two CPU cores in minutes. Importing this
-module is light: no torch, no transformers.
+With this pair, every claim of the package can be tested on two CPU cores in minutes. The recipe is
+in `effopd.testbed`. Importing this module imports neither torch nor transformers.
 
 Example:
     >>> from effopd.tasks.builtin_models import FAMILIES, student_path
@@ -35,8 +34,7 @@ __all__ = [
 
 ASSETS = Path(__file__).parents[1] / "testbed" / "assets"
 
-#: The reference run of plain on-policy distillation on this pair, as flags of
-#: `trl.DistillationConfig`.
+#: Reference settings of plain on-policy distillation on this pair (`trl.DistillationConfig`).
 _REFERENCE: dict[str, Any] = {
     "learning_rate": 3e-5,
     "lr_scheduler_type": "constant",
@@ -57,7 +55,7 @@ _REFERENCE: dict[str, Any] = {
 
 
 def student_path() -> Path:
-    """Folder of the shipped base student (Hugging Face format, fp32, with its tokenizer).
+    """Folder of the built-in base student (Hugging Face format, fp32, with its tokenizer).
 
     Raises:
         CheckpointError: the package was installed without its assets.
@@ -66,7 +64,7 @@ def student_path() -> Path:
 
 
 def teacher_path() -> Path:
-    """Folder of the shipped teacher: GRPO-tuned from the student, for both families.
+    """Folder of the built-in teacher, GRPO-tuned from the student on both families.
 
     Raises:
         CheckpointError: the package was installed without its assets.
@@ -75,40 +73,38 @@ def teacher_path() -> Path:
 
 
 def resolve_model(name: str | None) -> str | None:
-    """`testbed:student` and `testbed:teacher` as folders; every other name as it is.
+    """Folder of `testbed:student` or `testbed:teacher`; other names are returned unchanged.
 
     Raises:
-        ConfigError: another name that begins with `testbed:`.
+        ConfigError: another name starts with `testbed:`.
+        CheckpointError: the package was installed without its assets.
     """
     shipped = {"testbed:student": student_path, "testbed:teacher": teacher_path}
     if name is not None and name.startswith("testbed:") and name not in shipped:
-        raise ConfigError(f"expected {' or '.join(shipped)}, got {name!r}.")
+        raise ConfigError(f"expected {' or '.join(shipped)}, got {name!r}. Use one of these names.")
     return str(shipped[name]()) if name in shipped else name
 
 
 def spoken_name(path: str) -> str:
-    """The inverse of `resolve_model`: what a user calls the model in this folder."""
+    """Inverse of `resolve_model`: the user's name of the model in this folder."""
     return {str(ASSETS / name): f"testbed:{name}" for name in ("student", "teacher")}.get(path, path)
 
 
 def card() -> dict[str, Any]:
-    """How the shipped pair was made and what it measured: seed, versions, settings, seconds,
-    accuracies, hashes.
-    """
+    """Card of the built-in pair: seed, versions, settings, seconds, accuracies, hashes."""
     return json.loads(_asset("card.json").read_text(encoding="utf-8"))
 
 
 def reference_settings(family: str | None = None) -> dict[str, Any]:
-    """Flags for `trl.DistillationConfig` with which plain distillation of the pair is the reference
-    everywhere.
+    """Arguments of `trl.DistillationConfig` for the reference run of plain distillation.
 
-    `beta=1.0` is exact reverse KL. The card's `reference_opd` records what these settings measured.
+    `beta=1.0` is the exact reverse KL. Results are in the card's `reference_opd`.
 
     Args:
-        family: a key of `FAMILIES`, or `None` for both mixed; the settings are the same for all.
+        family: key of `FAMILIES`; `None`: both mixed. The settings are the same for all.
 
     Raises:
-        TaskError: an unknown family.
+        TaskError: the family is unknown.
     """
     if family is not None and family not in FAMILIES:
         raise TaskError(f"testbed family: expected one of {', '.join(FAMILIES)}, got {family!r}. Use one of these.")

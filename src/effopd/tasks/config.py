@@ -1,8 +1,7 @@
-"""`TaskConfig`: which task to train and evaluate on, as one dataclass for Python, the command line
-and YAML.
+"""`TaskConfig`: settings of the training and evaluation task, for Python, command line and YAML.
 
-Works with transformers' `HfArgumentParser` and TRL's `TrlParser`. Checked when built; nothing is
-loaded here.
+Works with transformers' `HfArgumentParser` and TRL's `TrlParser`. Values are checked on
+construction; nothing is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from effopd.errors import ConfigError
 
-#: What may stand before the colon of `task`.
+#: Kinds of source: the part of `task` before the colon.
 TASK_KINDS = ("reasoning-gym", "math", "testbed")
 
 _VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -23,11 +22,10 @@ _VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 @dataclass
 class TaskConfig:
-    """Source of prompts and verification, and how prompts are written.
+    """Sources of prompts, their verifier, and the format of prompts.
 
     Example:
-        >>> config = TaskConfig(task="reasoning-gym:basic_arithmetic", task_args='{"max_terms": 3}', train_size=500)
-        >>> config.task_args
+        >>> TaskConfig(task="reasoning-gym:chain_sum", task_args='{"max_terms": 3}').task_args
         {'max_terms': 3}
 
     Raises:
@@ -36,7 +34,7 @@ class TaskConfig:
 
     task: str = field(
         metadata={
-            "help": "Where prompts come from. 'reasoning-gym:NAME' generates them (e.g. reasoning-gym:countdown); "
+            "help": "Source of the prompts. 'reasoning-gym:NAME' generates them (e.g. reasoning-gym:countdown); "
             "'math:SOURCE' reads rows with a prompt and an answer from a local .jsonl, .json or .parquet file or from "
             "a Hub dataset id; 'testbed:FAMILY' is a built-in toy family for tests on a laptop."
         }
@@ -45,85 +43,82 @@ class TaskConfig:
         default=None,
         metadata={
             "help": "JSON object with parameters of the source. reasoning-gym: the dataset's own parameters, e.g. "
-            "'{\"max_terms\": 3}'. math: 'prompt_column' and 'answer_column' when yours have "
-            "other names (a field inside of "
-            "a column is written with a dot: 'reward_model.ground_truth'), and for a "
-            'Hub dataset anything load_dataset takes, e.g. \'{"name": "main", "split": "train"}\'.'
+            "'{\"max_terms\": 3}'. math: 'prompt_column' and 'answer_column' for columns with other names or nested "
+            "fields ('reward_model.ground_truth'); for a Hub dataset also arguments of load_dataset, e.g. "
+            '\'{"name": "main", "split": "train"}\'.'
         },
     )
     verifier: str | None = field(
         default=None,
         metadata={
             "help": "Your own grading function as 'module:function', called as function(completion, example) and "
-            "returning a score in [0, 1]; the module may lie in the current directory. The "
-            "completion is the whole decoded "
-            "text, reasoning included; where the prompt itself ends with an opened <think>, "
-            "the text starts with it. The "
-            "built-in verifiers grade only what follows the reasoning. It runs in this process, so "
-            "verify_timeout does not bound it. Default: the task's own verifier."
+            "returning a score in [0, 1]; the module can be in the current directory. The completion is the whole "
+            "decoded text including the reasoning; if the prompt ends with <think>, the text starts with <think>. "
+            "The built-in verifiers grade only the text after the reasoning. The function runs in this process "
+            "without the verify_timeout limit. Default: the task's own verifier."
         },
     )
     prompt_suffix: str | None = field(
         default=None,
         metadata={
             "help": "Text appended to every question. Default: the task's own instruction (math: reason step by step "
-            "and put the answer within \\boxed{}; reasoning-gym: answer between <answer> tags; testbed: nothing). "
-            "Give '' for no instruction; the built-in verifiers then still look for \\boxed{} or the tags."
+            "and put the answer within \\boxed{}; reasoning-gym: answer between <answer> tags; testbed: none). "
+            "'' appends nothing; the built-in verifiers still look for \\boxed{} or the tags."
         },
     )
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": "System message put before every question. Needs as_chat. Default: none."},
+        metadata={"help": "System message placed before every question. Requires as_chat. Default: none."},
     )
     as_chat: bool = field(
         default=True,
         metadata={
-            "help": "Give prompts as chat messages, so that the tokenizer's chat template is applied. Turn it off for "
-            "base models: prompts are then plain text. Testbed prompts are always used as they come."
+            "help": "Write prompts as chat messages, formatted with the tokenizer's chat template. Turn it off for "
+            "base models: prompts are then plain text. Testbed prompts are not changed."
         },
     )
     train_size: int | None = field(
         default=None,
         metadata={
-            "help": "Number of training examples. Default: every row of a file or Hub dataset that is not held out, "
+            "help": "Number of training examples. Default: all rows of a file or Hub dataset that are not held out; "
             "1000 for generated tasks."
         },
     )
     eval_size: int | None = field(
         default=None,
         metadata={
-            "help": "Number of evaluation examples, held out from the same source unless eval_task names another. "
-            "0 holds nothing out. Default: all rows of an eval_task file; 100 for generated tasks; a tenth of the "
-            "rows, at most 100, when held out from a file."
+            "help": "Number of evaluation examples, held out from task unless eval_task is set. 0: nothing is held "
+            "out. Default: all rows of an eval_task file; 100 for generated tasks; a tenth of the rows, at most 100, "
+            "if held out from a file."
         },
     )
     task_seed: int = field(
         default=0,
-        metadata={"help": "Seed of the generated questions and of which rows are held out; 0 or more."},
+        metadata={"help": "Seed of the generated questions and of the choice of held-out rows (≥ 0)."},
     )
     eval_task: str | None = field(
         default=None,
         metadata={
-            "help": "Evaluate on this other source, written like task. Training never contains a question of the "
-            "evaluation, wherever it comes from. Default: questions held out from task."
+            "help": "Separate source for evaluation, written like task. Evaluation questions are excluded from "
+            "training. Default: questions held out from task."
         },
     )
     eval_task_args: dict | str | None = field(
         default=None,
-        metadata={"help": "JSON object with parameters of eval_task, like task_args; task_args is not inherited."},
+        metadata={"help": "JSON object with parameters of eval_task, like task_args. task_args is not inherited."},
     )
     max_prompt_length: int | None = field(
         default=None,
         metadata={
-            "help": "Longest prompt allowed, in tokens after the chat template. Longer prompts are reported by row "
-            "and stop the run; none is cut or dropped. Default: no limit."
+            "help": "Longest prompt allowed, in tokens including the chat template. Longer prompts stop the run with "
+            "a list of their rows; no prompt is cut or dropped. Default: no limit."
         },
     )
     verify_timeout: float = field(
         default=5.0,
         metadata={
-            "help": "Hard limit for grading one completion with a built-in verifier, in seconds. A grading that "
-            "reaches it scores 0 and is counted."
+            "help": "Hard time limit for grading one completion with a built-in verifier, in seconds. Gradings that "
+            "reach it score 0 and are counted."
         },
     )
 
@@ -161,7 +156,7 @@ class TaskConfig:
         if self.system_prompt is not None and not self.as_chat:
             raise ConfigError(
                 f"system_prompt: expected none when as_chat is off, got {self.system_prompt!r}. Plain text has no "
-                "system message: turn as_chat on or write the text into your prompts."
+                "system message. Turn as_chat on or write the text into your prompts."
             )
         if self.eval_task is None and self.eval_task_args:
             raise ConfigError(
@@ -174,15 +169,15 @@ class TaskConfig:
             if "testbed" in kinds and getattr(self, name) is not None:
                 raise ConfigError(
                     f"{name}: expected none for a testbed task, got {getattr(self, name)!r}. Testbed models only know "
-                    f"their family's own prompts: remove {name}."
+                    f"their family's own prompts. Remove {name}."
                 )
 
 
 def split_task_name(field_name: str, value: Any) -> tuple[str, str]:
-    """`"kind:name"` as its two parts.
+    """Split `"kind:name"` into its two parts.
 
     Raises:
-        ConfigError: another form or an unknown kind.
+        ConfigError: the form is different or the kind is unknown.
     """
     kind, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
     if kind not in TASK_KINDS or not colon or not name.strip():
@@ -194,10 +189,10 @@ def split_task_name(field_name: str, value: Any) -> tuple[str, str]:
 
 
 def json_object(field_name: str, value: dict | str | None, example: str = '{"max_terms": 3}') -> dict | None:
-    """JSON text as a dict; a dict or `None` as it is.
+    """Parse JSON text to a dict; a dict or `None` is returned unchanged.
 
     Raises:
-        ConfigError: anything else; the message shows the example.
+        ConfigError: the value is anything else; the message shows `example`.
     """
     parsed: Any = value
     hint = f"Write for example '{example}'"

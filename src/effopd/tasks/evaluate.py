@@ -1,8 +1,8 @@
-"""Generate, verify, and say how sure: pass@1 / avg@n with an interval.
+"""Evaluation of a model on a task: sampled answers, verifier scores, accuracy with an interval.
 
-Accuracy is the share of answers whose verifier score is 1. Partial credit (reasoning-gym gives
-some) is kept in `mean_score` and counts as wrong in the accuracy. Trainers, scorers and commands
-all call `evaluate`, so that an accuracy means the same everywhere.
+Accuracy (avg@n, pass@1) is the share of answers with verifier score 1. Partial credit, as in
+reasoning-gym, enters only `mean_score`. Trainers, scorers and commands all call `evaluate`, so
+accuracy has the same meaning everywhere.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ CORRECT = 1.0 - 1e-9
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    r"""Unbiased estimate of P(at least one of k samples is right): $1 - \binom{n-c}{k} /
-    \binom{n}{k}$.
+    r"""$1 - \binom{n-c}{k} / \binom{n}{k}$: unbiased estimate of P(at least one of k is right).
 
-    Source: Chen et al., "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), eq.
-    1.
+    Args:
+        n: number of samples.
+        correct: number of right samples, c.
+        k: number of samples in pass@k.
 
     Raises:
         ValueError: k is not between 1 and n.
+
+    Source: Chen et al., "Evaluating Large Language Models Trained on Code", arXiv 2107.03374, eq. 1
 
     Example:
         >>> pass_at_k(4, 2, 1), pass_at_k(4, 2, 3)
@@ -50,8 +53,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 class EvalResult:
     """Graded answers: `completions[i][j]` and `scores[i][j]` belong to sample j of example i.
 
-    `answers_found` is the number of answers in which the verifier found something to grade, over
-    all samples; `None` where the verifier cannot tell.
+    `answers_found` is the number of completions, over all samples, with an answer to grade; `None`:
+    the verifier cannot detect answers. `seconds` covers generation and grading.
     """
 
     examples: tuple[Example, ...]
@@ -67,27 +70,27 @@ class EvalResult:
 
     @property
     def accuracy(self) -> Interval:
-        """avg@n (pass@1) with its 95 % interval over prompts."""
+        """Mean accuracy over all samples (avg@n) with its 95 % interval over prompts."""
         return accuracy_interval(self.correct)
 
     @property
     def mean_score(self) -> float:
-        """Mean verifier score, partial credit included."""
+        """Mean verifier score (0–1), including partial credit."""
         return float(np.mean([np.mean(row) for row in self.scores]))
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each answer, end token included."""
+        """Length of each answer in tokens, including the end token."""
         return [len(c.completion_ids) for row in self.completions for c in row]
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens sampled in all."""
+        """Total number of sampled tokens."""
         return sum(self.lengths)
 
     @property
     def truncated_share(self) -> float:
-        """Share of answers cut at the length limit (0–1)."""
+        """Share (0–1) of answers cut at the length limit."""
         return self.answers_cut / len(self.lengths)
 
     @property
@@ -97,7 +100,7 @@ class EvalResult:
 
     @property
     def answers_empty(self) -> int:
-        """Number of answers without any text."""
+        """Number of empty answers."""
         return sum(not c.text.strip() for row in self.completions for c in row)
 
     def pass_at(self, k: int) -> float:
@@ -128,7 +131,7 @@ class EvalResult:
         }
 
     def rows(self):
-        """One JSON-ready dictionary an answer."""
+        """One JSON-ready dictionary per answer."""
         for example, completions, scores in zip(self.examples, self.completions, self.scores, strict=True):
             for sample, (completion, score) in enumerate(zip(completions, scores, strict=True)):
                 yield {
@@ -153,24 +156,27 @@ def evaluate(
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> EvalResult:
-    """Answer every example `sampling.n` times and grade the answers. The model's own sampling
-    defaults are not used.
+    """Sample `sampling.n` answers per example and grade them.
+
+    The sampling defaults in the model's `generation_config` are not used.
 
     Args:
-        vocab_size, progress: as for `generate`.
+        vocab_size, progress: see `generate`.
 
     Raises:
-        TaskError: the task is empty or an example has no answer to verify against.
+        TaskError: the task is empty, an example lacks the reference answer that the verifier needs,
+            or a score is not a number in [0, 1].
 
     Example:
-        >>> evaluate(model, tokenizer, task, Sampling(n=4, max_new_tokens=64)).accuracy  # doctest: +SKIP
+        >>> sampling = Sampling(n=4, max_new_tokens=64)
+        >>> evaluate(model, tokenizer, task, sampling).accuracy  # doctest: +SKIP
     """
     if not task.verifiable:
         missing = next((example.id for example in task.examples if example.answer is None), None)
         raise TaskError(
             f"task '{task.name}' cannot be evaluated: "
             + (f"example '{missing}' has no answer." if missing is not None else "it has no examples.")
-            + " Expected examples that all have an answer; use another task or fill in the `answer` column."
+            + " Expected an answer in every example. Use another task or fill in the `answer` column."
         )
     start, n = time.perf_counter(), sampling.n
     prompts = [example.prompt for example in task.examples]

@@ -1,4 +1,4 @@
-"""Sample answers: the one place that does so outside of training's rollouts."""
+"""Sampling of answers for evaluation and scoring; training rollouts are sampled elsewhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from effopd.tasks.sampling import Sampling
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer: token ids up to and including the end token, and whether the length limit
-    cut it.
+    """One sampled answer.
 
-    `text` is decoded without special tokens, except marks of reasoning; `opened` is the mark with
-    which the prompt itself opened the reasoning, such as `<think>`, or "".
+    Attributes:
+        prompt_ids: token ids of the prompt.
+        completion_ids: token ids up to and including the end token.
+        text: decoded text without special tokens, but with reasoning tags.
+        truncated: whether the length limit cut the answer.
+        opened: tag with which the prompt opens the reasoning, such as `<think>`; "": none.
     """
 
     prompt_ids: list[int]
@@ -35,20 +38,20 @@ class Completion:
 
     @property
     def marked(self) -> str:
-        """The text that verifiers grade: with the mark that the prompt opened the reasoning with,
-        if it did.
-        """
+        """Text for verifiers, including the reasoning tag that the prompt opened, if any."""
         return self.opened + self.text
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any] | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt, the way TRL's trainers encode them: messages get the chat template
-    and the generation prompt, plain text the tokenizer's own special tokens.
+    """Token ids of each prompt, encoded as TRL's trainers do.
+
+    Chat messages get the chat template and the generation prompt; plain text gets the tokenizer's
+    special tokens.
 
     Raises:
-        TaskError, CompatibilityError: as `effopd.tasks.prompts.prompt_ids`.
+        TaskError, CompatibilityError: see `effopd.tasks.prompts.prompt_ids`.
     """
     return [
         prompt_ids(tokenizer, prompt, chat_template_kwargs, origin=f"prompt {number}")
@@ -57,16 +60,14 @@ def encode_prompts(
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the model's declared ones and the tokenizer's, sorted."""
+    """End tokens of an answer, sorted: the model's declared ones and the tokenizer's."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = declared if isinstance(declared, list) else [declared]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 def tokens_beyond(model: PreTrainedModel, vocab_size: int | None) -> list[int] | None:
-    """Ids from `vocab_size` on that the model has rows for, to be suppressed; `None` if there are
-    none.
-    """
+    """Token ids to suppress: those from `vocab_size` to the model's own size; `None`: none."""
     rows = model.config.get_text_config().vocab_size
     return list(range(vocab_size, rows)) if vocab_size is not None and vocab_size < rows else None
 
@@ -81,24 +82,22 @@ def generate(
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Completion]:
-    """Sample `sampling.n` answers per prompt with `model.generate`, in the given order and in fixed
-    batches.
+    """Sample `sampling.n` answers per prompt with `model.generate`, in order and in fixed batches.
 
-    The sampling defaults that a model brings along in its `generation_config` (repetition penalty,
-    min_p, …) are not used; the end tokens declared there are.
+    Of the model's `generation_config`, only the end tokens are used, not the sampling defaults
+    (repetition penalty, min_p, …).
 
-    The random state is isolated: the caller's is untouched, and the same `sampling.seed` with the
-    same prompts and batch size gives the same noise for any weights (torch draws one exponential
-    per row and vocabulary entry and picks argmax p/noise), so two models' answers are coupled as
-    closely as sampling allows.
+    The caller's random state is not changed. The same `sampling.seed`, prompts and batch size give
+    the same noise for any weights, because torch draws one exponential per row and vocabulary entry
+    and picks argmax p/noise. The answers of two models are thus coupled as closely as possible.
 
     Args:
-        vocab_size: only tokens below it are sampled; `None`: all that the model has a row for.
-        progress: called with the number of answers finished after each batch.
+        vocab_size: only tokens below it are sampled; `None`: the model's whole vocabulary.
+        progress: called after each batch with its number of answers.
 
     Raises:
-        TaskError, CompatibilityError: as `encode_prompts`.
-        CompatibilityError: left padding changes what the model predicts, and its weights are
+        TaskError, CompatibilityError: see `encode_prompts`.
+        CompatibilityError: left padding changes the model's predictions, and the weights are
             sharded.
     """
     config = _generation_config(model, tokenizer, sampling, vocab_size)

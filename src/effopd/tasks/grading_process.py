@@ -1,7 +1,6 @@
-"""The grading process: calls one function for every message it gets, each within limits of time and
-memory.
+"""Main loop of the grading process: call one function per request, with time and memory limits.
 
-Runs in a fresh interpreter (see `worker`).
+Runs in a new interpreter (see `worker`).
 """
 
 from __future__ import annotations
@@ -14,18 +13,17 @@ import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-#: Address space of the process in bytes: a huge power becomes a MemoryError there, not a machine
-#: out of memory.
+#: Address-space limit in bytes: a huge power raises MemoryError instead of exhausting the machine.
 _MEMORY_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What came of one call.
+    """Outcome of one call.
 
     Attributes:
-        score: the function's value; `None` when there is none.
-        problem: empty, `"timeout"`, or what went wrong.
+        score: value of the function; `None`: the call failed.
+        problem: empty, `"timeout"`, or the error.
     """
 
     score: float | None
@@ -33,8 +31,9 @@ class Grade:
 
 
 def serve() -> None:
-    """Main loop of the grading process: `serve FD module:function timeout [module …]`; reads lists
-    of calls, answers each.
+    """Read lists of calls from the connection and send one `Grade` per call.
+
+    Command-line arguments: FD module:function timeout [module …].
     """
     connection = Connection(int(sys.argv[1]))
     module, _, name = sys.argv[2].partition(":")
@@ -43,13 +42,13 @@ def serve() -> None:
         for other in sys.argv[4:]:
             importlib.import_module(other)
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # reported to the owner, which raises it
+    except Exception as error:  # the owner raises it
         connection.send(f"{type(error).__name__}: {error}")
         return
     logging.disable(logging.CRITICAL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # parsers print their complaints about model output
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # parsers print warnings about model output
     _limit_memory()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends a hung process from the kernel if the owner is gone
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends a hung process if the owner is gone
     connection.send("")
     while True:
         try:
@@ -60,7 +59,7 @@ def serve() -> None:
             signal.setitimer(signal.ITIMER_REAL, limit)
             try:
                 grade = Grade(float(function(*call)))
-            except Exception as error:  # becomes a counted zero at the owner
+            except Exception as error:  # the owner counts it and scores 0
                 grade = Grade(None, f"{type(error).__name__}: {str(error)[:200]}")
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             connection.send(grade)
@@ -74,4 +73,4 @@ def _limit_memory() -> None:
         soft = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     except (ImportError, OSError, ValueError):
-        pass  # not every system has this limit (macOS); the time limit still holds
+        pass  # some systems lack this limit (macOS); the time limit still applies

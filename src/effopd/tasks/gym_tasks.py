@@ -1,12 +1,11 @@
-"""Generated tasks of the reasoning-gym library, graded by the library itself.
+"""Generated tasks of the reasoning-gym library, graded by the library's own scorers.
 
-The completion's answer is what stands in its last `<answer>` tags, and its score is the library's,
-which knows partial credit: 1.0 is a correct answer, anything below is not. Without tags the score
-is 0.0 (some of the library's scorers give a little for no answer at all; that is not passed on).
+The answer is the text in the completion's last `<answer>` tags after the reasoning. The score is
+the library's, with partial credit: only 1.0 is correct. Without tags the score is 0.0, although
+some of the library's scorers give a little credit for a missing answer.
 
-Departs from the library in one point: it seeds question i with `seed + i`, so neighbouring seeds
-give nearly the same questions. Here every (task_seed, split) gets a seed of its own, and no
-question comes twice.
+Differs from the library: it seeds question i with `seed + i`, so neighboring seeds give nearly the
+same questions. Here every (task_seed, split) has its own seed, and no question occurs twice.
 """
 
 from __future__ import annotations
@@ -26,31 +25,30 @@ from effopd.tasks.base import Example
 from effopd.tasks.reasoning import answer_part
 from effopd.tasks.worker import WorkerVerifier
 
-#: What the default reasoning-gym prompt ends with.
+#: End of the default reasoning-gym prompt.
 GYM_SUFFIX = "\nThink step by step, then give only the final answer between <answer> and </answer>."
 
-#: Questions drawn at most for each one wanted, before the source counts as exhausted.
+#: Draws per requested question before the source counts as exhausted.
 _DRAWS_PER_QUESTION = 10
 _CLOSE_TAG = "</answer>"
 
 
 def render_tagged(answer: str) -> str:
-    """A completion that gives `answer` the way reasoning-gym tasks ask for it."""
+    """Completion with an answer in the format of reasoning-gym tasks: `<answer>…</answer>`."""
     return f"<answer>{answer}</answer>"
 
 
 def gym_examples(
     name: str, params: Mapping[str, Any], *, split: str, size: int, seed: int, excluded: AbstractSet[str] = frozenset()
 ) -> tuple[Example, ...]:
-    """`size` distinct questions that are not in `excluded`; the same arguments give the same
-    questions.
+    """`size` distinct questions outside `excluded`; the same arguments give the same questions.
 
-    Each example's metadata has the library's whole `entry`, which its scorer needs.
+    Each example's metadata holds the library's complete `entry`, which its scorer needs.
 
     Raises:
         MissingDependencyError: reasoning-gym is not installed.
-        TaskError: an unknown dataset or parameter, a value the library rejects, or too few distinct
-            questions.
+        TaskError: the dataset or a parameter is unknown, the library rejects a value, or there are
+            too few distinct questions.
     """
     _check_params(name, params)
     examples: list[Example] = []
@@ -72,13 +70,12 @@ def gym_examples(
 
 
 class ReasoningGymVerifier(WorkerVerifier):
-    """Verifier with reasoning-gym's own `score_answer`, in a process of its own with a hard time
-    limit. Picklable.
+    """reasoning-gym's `score_answer` in a separate process with a hard time limit. Picklable.
 
     Args:
         name: reasoning-gym dataset.
-        params: its parameters.
-        timeout: hard limit of one grading, in seconds of wall-clock time.
+        params: parameters of the dataset.
+        timeout: hard wall-clock limit of one grading, in seconds.
     """
 
     def __init__(self, name: str, params: Mapping[str, Any] | None = None, timeout: float = 5.0) -> None:
@@ -88,10 +85,10 @@ class ReasoningGymVerifier(WorkerVerifier):
         super().__init__(f"{__name__}:grade_gym", timeout, imports=("reasoning_gym",))
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """Scores of several completions, each with its example.
+        """Scores of several completions, one per example.
 
         Raises:
-            TaskError: an example that does not come from reasoning-gym.
+            TaskError: an example is not from reasoning-gym.
         """
         answers = [extract_tagged(answer_part(completion)) for completion in completions]
         scores = [0.0] * len(answers)
@@ -111,19 +108,18 @@ class ReasoningGymVerifier(WorkerVerifier):
         return scores
 
     def answer_found(self, completion: str) -> bool:
-        """Whether there are `<answer>` tags with something between them, outside of the
-        reasoning.
-        """
+        """Whether there are non-empty `<answer>` tags outside the reasoning."""
         return bool((extract_tagged(answer_part(completion)) or "").strip())
 
 
 def extract_tagged(completion: str) -> str | None:
-    """The library's `extract_answer`: what stands in the last `<answer>` tags, or `None`."""
+    """Text in the last `<answer>` tags, or `None`, by the library's `extract_answer`."""
     end = completion.rfind(_CLOSE_TAG)
     if end < 0:
         return None
     extract_answer = require("reasoning_gym.utils").extract_answer
-    return extract_answer(completion[: end + len(_CLOSE_TAG)])  # cut, or unclosed tags make the search quadratic
+    # cut after the last closing tag, because unclosed tags make the library's search quadratic
+    return extract_answer(completion[: end + len(_CLOSE_TAG)])
 
 
 @lru_cache(maxsize=8)
@@ -132,18 +128,18 @@ def _scorer(name: str, params: str) -> Any:
 
 
 def grade_gym(name: str, params: str, answer: str, entry: dict[str, Any]) -> float:
-    """The library's score of `answer`. No time limit of its own: for the worker process."""
+    """The library's score of an answer. The worker process sets the time limit."""
     return float(_scorer(name, params).score_answer(answer, entry))
 
 
 def _entries(name: str, params: Mapping[str, Any], split: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
-    """A bounded stream of the library's entries, in chunks of `size` with seeds of their own."""
+    """Bounded stream of the library's entries, in chunks with their own seeds."""
     create_dataset = require("reasoning_gym").create_dataset
     chunk_size = max(size, 10)
     for chunk in range(_DRAWS_PER_QUESTION):
         try:
             digest = hashlib.sha256(f"{seed}/{split}/{chunk}".encode()).digest()
-            # 31 bits: some of the library's datasets take no seed above 2**32
+            # 31 bits: some of the library's datasets reject seeds above 2**32
             dataset = create_dataset(name, size=chunk_size, seed=int.from_bytes(digest[:4], "big") >> 1, **params)
             entries = iter(dataset)
         except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -158,7 +154,7 @@ def _entries(name: str, params: Mapping[str, Any], split: str, size: int, seed: 
 
 def _rejected(name: str, params: Mapping[str, Any], error: Exception) -> TaskError:
     return TaskError(
-        f"reasoning-gym dataset '{name}': expected parameters it can work with, got {dict(params)}; the library says: "
+        f"reasoning-gym dataset '{name}': expected valid parameters, got {dict(params)}. The library raised "
         f"{type(error).__name__}: {error}. Correct task_args."
     )
 

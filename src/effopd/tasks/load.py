@@ -1,7 +1,7 @@
-"""`load_task`: from a `TaskConfig` to the prompts and verifier of one split.
+"""`load_task`: prompts and verifier of one split, from a `TaskConfig`.
 
-The evaluation is drawn first and depends only on its own source, its size and the seed; training
-then takes questions that are not in it, so the two are disjoint wherever they come from. Both are
+The evaluation split is chosen first and depends only on its source, its size and the seed. The
+training split takes questions outside it, so the two are disjoint for any pair of sources. Both are
 deterministic.
 """
 
@@ -28,10 +28,9 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
-#: Sizes of generated tasks when the config leaves them open.
+#: Default sizes of generated tasks.
 DEFAULT_TRAIN_SIZE, DEFAULT_EVAL_SIZE = 1000, 100
-#: Share of a file's rows held out for evaluation when the config leaves it open; at most
-#: `DEFAULT_EVAL_SIZE` rows.
+#: Default share of a file's rows held out for evaluation, at most `DEFAULT_EVAL_SIZE` rows.
 HELD_OUT_SHARE = 0.1
 
 
@@ -39,8 +38,7 @@ HELD_OUT_SHARE = 0.1
 class _Request:
     """One split of one source.
 
-    `held_out`: the evaluation comes from this source too. `excluded`: questions the split must not
-    contain.
+    `held_out`: the evaluation is held out from this source. `excluded`: questions to leave out.
     """
 
     name: str
@@ -57,37 +55,37 @@ class _Request:
 
 
 def needs_network(config: TaskConfig) -> bool:
-    """Whether a source of the task is a Hub dataset, or a folder that is loaded like one."""
+    """Whether a source of the task is a Hub dataset or a folder loaded like one."""
     sources = [split_task_name("task", source) for source in (config.task, config.eval_task) if source is not None]
     return any(kind == "math" and on_hub(name) for kind, name in sources)
 
 
 def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True, why: str = "") -> Task:
-    """The examples and verifier of one split.
+    """Examples and verifier of one split.
 
     Args:
-        config: what to load.
+        config: the task's settings.
         split: "train" or "eval".
-        answers_required: whether rows of a file must have reference answers. Distillation itself
-            does not need them, accuracy does; without, rows may lack the answer if all of them do.
-        why: a sentence that says what needs them, for the message.
+        answers_required: whether rows of a file must have reference answers. Accuracy needs them,
+            distillation does not. If `False`, either all rows have an answer or none does.
+        why: sentence for the error message about the feature that needs the answers.
 
     Raises:
-        TaskError: a source that cannot be read, bad rows, too few examples, an unusable verifier,
-            or "eval" when the config holds nothing out.
+        TaskError: the source cannot be read, rows are bad, there are too few examples, the verifier
+            is unusable, or split is "eval" and `eval_size` is 0.
         MissingDependencyError: the package of the task is not installed.
     """
     if split not in ("train", "eval"):
         raise TaskError(f"split: expected 'train' or 'eval', got {split!r}.")
     if split == "eval" and config.eval_size == 0:
-        raise TaskError("the eval split was asked for, but eval_size is 0. Set eval_size to 1 or more, or eval_task.")
+        raise TaskError("eval_size=0: there is no eval split. Set eval_size to 1 or more, or leave it out.")
     source = config.task if split == "train" or config.eval_task is None else config.eval_task
     kind, _ = split_task_name("task", source)
     return _finish(_load_bare(config, split, answers_required, why), config, kind)
 
 
 def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: str) -> Task:
-    """The split with bare questions as prompts."""
+    """One split with bare questions as prompts."""
     other = config.eval_task if split == "eval" else None
     kind, name = split_task_name("task", other or config.task)
     excluded: frozenset[str] = frozenset()
@@ -140,10 +138,10 @@ def _load_math(request: _Request) -> Task:
         for row in rows:
             first.setdefault(question_key(row.prompt), row)
         chosen = list(first.values())
-        why = "ask a question that another row asks"
+        why = "repeat the question of another row"
     else:
         chosen = [row for row in rows if question_key(row.prompt) not in request.excluded]
-        why = "ask a question of the evaluation"
+        why = "repeat a question of the evaluation"
     _warn_left_out(request, len(rows) - len(chosen), why)
     size = request.size
     if size is None and request.split == "eval" and request.held_out:
@@ -158,9 +156,7 @@ def _load_math(request: _Request) -> Task:
 
 
 def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
-    """Say how many rows no split gets; the held-out rows themselves, which training leaves to it,
-    are expected.
-    """
+    """Warn about rows in neither split; rows held out for evaluation are not counted."""
     if request.held_out:
         left_out = left_out - len(request.excluded) if request.split == "train" else 0
     if left_out > 0:
@@ -172,7 +168,7 @@ def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
 def _load_testbed(request: _Request) -> Task:
     if request.args:
         raise TaskError(
-            f"task_args: expected none for testbed family '{request.name}', got {request.args}. Remove it."
+            f"task_args: expected none for testbed family '{request.name}', got {request.args}. Remove task_args."
         )
     task: Task = family_task(request.name, request.split, request.size or _default_size(request.split), request.seed)
     if request.excluded:
@@ -180,7 +176,7 @@ def _load_testbed(request: _Request) -> Task:
         if len(unseen) < len(task):
             raise TaskError(
                 f"testbed family '{request.name}': expected training questions that are not in the evaluation, got "
-                f"{len(task) - len(unseen)} that are. Use the family's own eval split: remove eval_task."
+                f"{len(task) - len(unseen)} that are. Remove eval_task to use the family's own eval split."
             )
     return task
 
@@ -191,13 +187,16 @@ _LOADERS: dict[str, Callable[[_Request], Task]] = {
     "math": _load_math,
     "testbed": _load_testbed,
 }
-#: Kind of source → instruction after every question.
+#: Kind of source → instruction appended to every question.
 _SUFFIXES = {"reasoning-gym": GYM_SUFFIX, "math": MATH_SUFFIX}
 
 
 def instruction(task: str, prompt_suffix: str | None) -> str:
-    """What follows every question of `task` ("kind:name"): `prompt_suffix`, or the kind's own where
-    that is `None`.
+    """Text appended to every question of `task` ("kind:name").
+
+    Args:
+        task: "kind:name"; testbed tasks have no instruction.
+        prompt_suffix: the user's text; `None`: the instruction of the kind.
     """
     kind, _ = split_task_name("task", task)
     if kind not in _SUFFIXES:
@@ -210,7 +209,7 @@ def _default_size(split: Split) -> int:
 
 
 def _finish(task: Task, config: TaskConfig, kind: str) -> Task:
-    """The task with prompts as the model gets them and the user's verifier, if there is one."""
+    """The task with complete prompts and the user's verifier, if there is one."""
     if config.verifier is not None:
         task = replace(task, verify=load_verifier(config.verifier), needs_answers=False)
     if kind not in _SUFFIXES:

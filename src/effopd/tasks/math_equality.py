@@ -1,15 +1,15 @@
-r"""When two math answers are the same. For the grading process: it imports math-verify at once, and
-has no time limit.
+r"""Equality of two math answers; imported only in the grading process, which sets the time limit.
 
-    letters     both name the same choice, or one of them names none and the values are equal
-    units       both have one, and it is the same or converts (5 m, 500 cm); or one of them has none
-    values      math-verify takes them as equal, numbers compared relative to their size (`math_numbers`)
-                or, with unknowns, they agree wherever both are real (\sqrt{1/n} and 1/\sqrt{n})
+Two answers are equal if their letters, units and values agree:
 
-Departures from math-verify: answers are first brought to one way of writing (`math_text`), units
-are told from unknowns (`units`; 2t is not 2), m and M are two unknowns, i is the imaginary unit
-where it is the only letter, a pair is not a set of two, and nothing but the whole of the box is
-read.
+    letters   both are the same choice, or one has no letter and the values are equal
+    units     equal or convertible (5 m and 500 cm), or one answer has none
+    values    equal for math-verify, with numbers compared relative to their size (`math_numbers`);
+              or, with unknowns, equal wherever both are real (\sqrt{1/n} and 1/\sqrt{n})
+
+Differs from math-verify: answers are first normalized (`math_text`), units are distinguished from
+unknowns (`units`; 2t is not 2), m and M are two unknowns, i is the imaginary unit if it is the only
+letter, a pair is not a set of two, and only the whole content of the box counts.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from effopd.tasks.math_text import Answer, read_answer, tuple_of_named, words_of
 from effopd.tasks.reference import too_long
 from effopd.tasks.units import PERCENT
 
-#: What the parser misreads: digits in another base, whose base it leaves out, and numbers side by
-#: side, which it adds up.
+#: Text the parser misreads: numbers with a base, which it drops, and adjacent numbers, which it
+#: adds.
 _MISREAD = re.compile(r"\d\s*_|(?<![_^\d])\d+ +\d")
 _SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
 #: A set in braces and a tuple in parentheses, neither with pairs inside.
@@ -39,7 +39,7 @@ _OR = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z])or(?![A-Za-z])|\\(?:lor|ve
 
 
 def grade_boxed(boxed: str, gold: str) -> float:
-    """1.0 when the two are the same answer. No time limit of its own: for the worker process."""
+    """1.0 if the two answers are equal, otherwise 0.0. The worker process sets the time limit."""
     if too_long(boxed) or too_long(gold):
         return 0.0
     expected = read_answer(gold)
@@ -69,9 +69,7 @@ def _same(answer: Answer, gold: Answer, boxed: str, written: str) -> bool:
 
 
 def _same_share(percent: str, number: str) -> bool:
-    """Whether a percentage is a number: the share itself, or above 1 the percentage without its
-    sign.
-    """
+    """Whether a percentage equals a number: as percent/100, or as percent unless |number| ≤ 1."""
     if _same_value(rf"\frac{{{percent}}}{{100}}", number):
         return True
     return not _within_one(number) and _same_value(percent, number)
@@ -83,9 +81,7 @@ def _within_one(number: str) -> bool:
 
 
 def _choice_in(answer: Answer, letters: str) -> frozenset[str] | None:
-    """The choice that an answer is, with or without a text of its own; else the letter, where it is
-    one of `letters`.
-    """
+    """Choice of an answer, with or without text; otherwise its letter, if it matches `letters`."""
     return answer.choice or (frozenset(answer.value.upper()) if re.fullmatch(letters, answer.value) else None)
 
 
@@ -113,9 +109,7 @@ def _same_value(value: str, gold: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _parse(latex: str) -> Any:
-    r"""What math-verify reads: expressions, and the text itself. `\pm` stands for both signs, "or"
-    for a union.
-    """
+    r"""math-verify's reading: expressions and the text. `\pm` becomes both signs, "or" a union."""
     if latex.count(r"\pm") == 1 and r"\mp" not in latex:
         latex = ", ".join(latex.replace(r"\pm", sign) for sign in "+-")
     alternatives = _OR.split(latex)
@@ -127,9 +121,7 @@ def _parse(latex: str) -> Any:
 
 
 def _union(relations: Sequence[str]) -> Any:
-    """The set of numbers for which one of several relations holds; `None` where they cannot be
-    solved.
-    """
+    """Set of numbers that satisfy one of several relations; `None`: they cannot be solved."""
     try:
         return sympy.Union(*(_read(relation)[0].as_set() for relation in relations))
     except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
@@ -137,8 +129,8 @@ def _union(relations: Sequence[str]) -> Any:
 
 
 def _read(latex: str) -> Any:
-    # units are taken off before, where they are told from unknowns; nothing but the whole text is
-    # the answer
+    # units are already removed, where they are distinguished from unknowns; the answer is the whole
+    # text
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
     with case_kept():
         read = parse(f"\\boxed{{{latex}}}", [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=None)
@@ -146,7 +138,7 @@ def _read(latex: str) -> Any:
 
 
 def _complex(expression: Any) -> Any:
-    """The expression with i as the imaginary unit, if it has no other unknown."""
+    """Expression with i as the imaginary unit, if i is its only unknown."""
     unknowns = expression.free_symbols
     return (
         expression.xreplace(dict.fromkeys(unknowns, sympy.I))

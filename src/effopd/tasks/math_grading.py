@@ -1,9 +1,8 @@
-r"""Grading of math answers in `\boxed{}`, under a hard time limit.
+r"""Grading of math answers in `\boxed{}`, with a hard time limit.
 
-Only the last complete `\boxed{…}` after the reasoning counts: text without one (a truncated answer,
-a guess inside `<think>`, a number in passing) scores 0. That is stricter than math-verify's own
-extraction, which would take the last number in the text, and it is what the default prompt asks
-for. `math_equality` says when two answers are the same.
+Only the last complete `\boxed{…}` after the reasoning counts. Text without one scores 0: a
+truncated answer, a guess inside `<think>`, a number in passing. math-verify's own extraction is
+looser and takes the last number in the text. `math_equality` defines when two answers are equal.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from effopd.tasks.base import Example
 from effopd.tasks.reasoning import answer_part
 from effopd.tasks.worker import WorkerVerifier
 
-#: What the default math prompt ends with.
+#: End of the default math prompt.
 MATH_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
-#: What `\boxed` takes without braces: a number, a fraction, a root, a word, a letter.
+#: Content of `\boxed` without braces: a number, a fraction, a root, a word or a letter.
 _BARE = (
     r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?(?:\\%|%)?"
     r"|-?\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)|-?\\(?:sqrt|text|mathrm|textbf)\s*\{[^{}]*\}"
@@ -31,10 +30,9 @@ _BRACES = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{|(?P<bare>{_BARE}))|\\.|\{{|\}}
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the last complete `\boxed{…}` (the innermost of nested ones), or `None`; linear
-    in the text.
+    r"""Content of the last complete `\boxed{…}`, or `None`; of nested boxes, the innermost.
 
-    `\boxed 7` without braces counts too, and `\fbox`.
+    `\boxed 7` without braces and `\fbox` also count. Linear time in the length of the text.
 
     Example:
         >>> extract_boxed(r"so \boxed{1}, or rather \boxed{\frac{1}{2}}")
@@ -58,9 +56,9 @@ def extract_boxed(text: str) -> str | None:
 
 
 def plain_answer(answer: str) -> str:
-    """A reference answer reduced to the expression itself.
+    """Final expression of a reference answer.
 
-    Takes what follows the last `####` (GSM8K) or stands in the last `\\boxed{}` (MATH), then drops
+    Takes the text after the last `####` (GSM8K) or in the last `\\boxed{}` (MATH), and removes
     `$…$`.
     """
     answer = answer.rpartition("####")[2] if "####" in answer else (extract_boxed(answer) or answer)
@@ -71,32 +69,30 @@ def plain_answer(answer: str) -> str:
 
 
 def render_boxed(answer: str) -> str:
-    r"""A completion that gives `answer` the way math tasks ask for it: `The answer is
-    \boxed{answer}.`
-    """
+    r"""Completion with an answer in the format of math tasks: `The answer is \boxed{answer}.`"""
     return f"The answer is \\boxed{{{plain_answer(answer)}}}."
 
 
 class MathVerifier(WorkerVerifier):
-    r"""Verifier of math tasks: 1.0 when the last `\boxed{}` equals the example's answer, else 0.0.
+    r"""Math verifier: 1.0 if the last `\boxed{}` equals the example's answer, otherwise 0.0.
 
-    Gradings run in a process of their own (`GradingWorker`); `timeouts` and `errors` count those
-    that scored 0 because grading them did not end in time or failed. Picklable.
+    Grading runs in a separate process (`GradingWorker`). `timeouts` and `errors` count answers that
+    scored 0 because grading exceeded the limit or failed. Picklable.
 
     Args:
-        timeout: hard limit of one grading, in seconds of wall-clock time.
+        timeout: hard wall-clock limit of one grading, in seconds.
     """
 
     def __init__(self, timeout: float = 5.0) -> None:
         super().__init__("effopd.tasks.math_equality:grade_boxed", timeout)
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """Scores of several completions, each with its example.
+        """Scores of several completions, one per example.
 
         Raises:
             TaskError: an example has no reference answer.
-            MissingDependencyError: math-verify is not installed (asked for at the first grading,
-                not before: training without accuracy works without it).
+            MissingDependencyError: math-verify is not installed. Checked only when an answer needs
+                it, because training without accuracy works without it.
         """
         scores = [0.0] * len(completions)
         pending: list[tuple[int, tuple[Any, ...], str]] = []
@@ -119,5 +115,5 @@ class MathVerifier(WorkerVerifier):
         return scores
 
     def answer_found(self, completion: str) -> bool:
-        r"""Whether there is a `\boxed{}` that is not empty, outside of the reasoning."""
+        r"""Whether there is a non-empty `\boxed{}` outside the reasoning."""
         return bool(extract_boxed(answer_part(completion)))

@@ -1,14 +1,13 @@
-r"""When two numbers are the same answer, for math-verify: relative to their size instead of after
-so many decimals.
+r"""Equality of two numbers relative to their size, as a replacement for math-verify's rounding.
 
-math-verify rounds to 6 decimals, and to 15 where both are exact, so that small numbers are all
-equal: 1.6e-19 and 9.1e-31, 1/2^{98} and 1/2^{99}. Here, with m = max(|a|, |b|):
+With m = max(|a|, |b|), a equals b if:
 
-    both exact               |a − b| ≤ 1e-40 m
-    one of them a decimal    |a − b| ≤ min(5e-7, 1e-5 m), or ≤ 2e-15 m
+    both are exact       |a − b| ≤ 1e-40 m
+    one is a decimal     |a − b| ≤ min(5e-7, 1e-5 m), or ≤ 2e-15 m
 
-So 0.333333 is 1/3 and 0.66667 is not 2/3, as in math-verify; a small number needs five significant
-digits besides.
+math-verify rounds to 6 decimals, or to 15 if both are exact, so all small numbers are equal there:
+1.6e-19 and 9.1e-31, 1/2^{98} and 1/2^{99}. As in math-verify, 0.333333 equals 1/3 and 0.66667 does
+not equal 2/3. Small numbers must also agree in five significant digits.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from typing import Any
 
 import sympy
 
-#: Digits of every evaluation.
+#: Digits of numerical evaluation.
 _DIGITS = 60
-#: Two exact numbers are equal within this share of the larger.
+#: Relative tolerance between two exact numbers.
 _EXACT = Fraction("1e-40")
-#: A decimal agrees with what rounds to it at 6 decimals, if at least 5 significant digits agree.
+#: Tolerances with a decimal, absolute and relative: 6 decimals, and at least 5 significant digits.
 _DECIMALS, _SIGNIFICANT = Fraction("5.000001e-7"), Fraction("1e-5")
-#: What binary rounding makes of large decimals.
+#: Relative rounding error of large decimals in binary.
 _ROUNDING = Fraction("2e-15")
-#: A number that needs no parser: decimal, fraction, power of ten.
+#: Number readable without a parser: decimal, fraction, power of ten.
 _PLAIN = re.compile(
     r"([+-]?)\s*(?:10\^\{([+-]?\d{1,3})\}|(?:(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?|\\frac\s*\{([+-]?\d+)\}\s*\{(\d+)\})"
     r"(?:\s*\\(?:times|cdot)\s*10\^\{([+-]?\d{1,3})\})?)"
 )
-#: Where expressions with unknowns are compared: values of the first unknown, the second, …
+#: Points at which expressions are compared: values of the first unknown, the second, …
 _POINTS = (
     ("1.37", "2.11", "0.73", "3.19"),
     ("0.41", "0.17", "1.91", "2.3"),
@@ -50,9 +49,7 @@ _NEEDED = 5
 
 
 def same_number(a: Any, b: Any) -> bool | None:
-    """Whether two sympy expressions are one number; `None` where one of them is no finite
-    number.
-    """
+    """Whether two sympy expressions are the same number; `None`: one is not a finite number."""
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         whole_a, whole_b = _done(a), _done(b)
         if whole_a.is_Rational and whole_b.is_Rational:
@@ -64,8 +61,9 @@ def same_number(a: Any, b: Any) -> bool | None:
 
 
 def same_plain_number(a: str, b: str) -> bool | None:
-    r"""The same for LaTeX, where both are plain numbers such as 12, -0.5, 3/4, \frac{3}{4}, 4.5
-    \times 10^{33}; else `None`.
+    r"""Whether two LaTeX texts are the same number; `None`: one is not a plain number.
+
+    Plain numbers are for example 12, -0.5, 3/4, \frac{3}{4} and 4.5 \times 10^{33}.
     """
     read_a, read_b = plain_number(a), plain_number(b)
     if read_a is None or read_b is None:
@@ -74,7 +72,7 @@ def same_plain_number(a: str, b: str) -> bool | None:
 
 
 def plain_number(text: str) -> Fraction | None:
-    """The number that LaTeX is, where it needs no parser; else `None`."""
+    """Number written in LaTeX, if it can be read without a parser; otherwise `None`."""
     match = _PLAIN.fullmatch(text)
     if match is None:
         return None
@@ -86,17 +84,17 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def same_where_real(a: Any, b: Any) -> bool | None:
-    r"""Whether two expressions with the same unknowns agree wherever both are real; `None` where
-    too few points tell.
+    r"""Whether two expressions with the same unknowns agree at sample points where both are real.
 
-    So \sqrt{1/n} is 1/\sqrt{n}, but \sqrt{x^2} is not x.
+    \sqrt{1/n} equals 1/\sqrt{n}, but \sqrt{x^2} does not equal x. `None`: the unknowns differ, are
+    more than four or absent, or both are real at too few points.
     """
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return None
     unknowns = sorted(a.free_symbols | b.free_symbols, key=str)
     if a.free_symbols != b.free_symbols or not 0 < len(unknowns) <= len(_POINTS[0]):
         return None
-    # math-verify's symbols are real, and sympy would simplify with that
+    # math-verify's symbols are real, which sympy uses in simplifications
     generic = {symbol: sympy.Symbol(f"u{number}") for number, symbol in enumerate(unknowns)}
     a, b = a.xreplace(generic), b.xreplace(generic)
     decimal, seen = _has_decimal(a) or _has_decimal(b), 0
@@ -127,7 +125,7 @@ def _value(expression: Any) -> Any:
 
 
 def _done(expression: Any) -> Any:
-    """The expression with everything in it worked out that math-verify leaves as it is written."""
+    """Expression with the parts evaluated that math-verify leaves unevaluated."""
     try:
         return expression.doit()
     except (ArithmeticError, AttributeError, TypeError, ValueError):

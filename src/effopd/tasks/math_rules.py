@@ -1,8 +1,7 @@
-"""What math-verify does otherwise while it grades for us: three of its functions, exchanged for the
-length of a block.
+"""Temporary replacements of three math-verify functions during grading.
 
-numbers     equal relative to their size (`math_numbers`), inside of sets, intervals and matrices too
-unknowns    m and M, V_1 and v_1 are two of them: it writes all names in lower case
+numbers     equal relative to their size (`math_numbers`), also in sets, intervals and matrices
+unknowns    keep their case: m and M, V_1 and v_1 differ; math-verify lowercases all names
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from effopd.tasks.math_numbers import same_number, same_where_real
 
 @contextmanager
 def own_comparison() -> Iterator[None]:
-    """In this block math-verify compares numbers and unknowns as written above."""
+    """Context in which math-verify compares numbers and unknowns as described above."""
     numeric, symbols = grader.sympy_numeric_eq, grader.sympy_compare_symbols
 
     def numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
         same = same_number(a, b)
         if same is not None:
             return same
-        # it drops small coefficients of unknowns, so its yes is checked
+        # math-verify drops small coefficients of unknowns, so a match is checked again
         return numeric(a, b, float_rounding, numeric_precision) and same_where_real(a, b) is not False
 
     def compare_symbols(a: Any, b: Any) -> bool:
@@ -43,7 +42,7 @@ def own_comparison() -> Iterator[None]:
 
 @contextmanager
 def case_kept() -> Iterator[None]:
-    """In this block math-verify reads names of unknowns with the case that they have."""
+    """Context in which math-verify keeps the case of unknowns."""
     original = parser.latex2sympy
     parser.latex2sympy = partial(original, conversion_config=latex2sympy2.ConversionConfig(lowercase_symbols=False))
     try:
@@ -53,7 +52,5 @@ def case_kept() -> Iterator[None]:
 
 
 def _letters(expression: Any) -> str:
-    """Names of the unknowns in a symbol or a product, one after the other; Euler's number is an
-    e.
-    """
+    """Concatenated names of the unknowns in a symbol or product; Euler's number is "e"."""
     return "".join("e" if part == sympy.E else str(part) for part in expression.args or (expression,))

@@ -1,9 +1,9 @@
-r"""Math answers as written, brought to one way of writing before they are parsed.
+r"""Normalization of math answers to one notation before parsing.
 
-`plain_latex` rewrites what math-verify misreads: exponent notation (4.5e33), grouped thousands
-(10\,000), mixed numbers (3 1/2), signs of their own (√2, ½, 90°), words (pi/2), decimal points
-without digits (5., .5). `read_answer` then takes off what is not the value: the letter of a choice,
-and the unit.
+`plain_latex` rewrites notation that math-verify misreads: exponents (4.5e33), grouped thousands
+(10\,000), mixed numbers (3 1/2), Unicode signs (√2, ½, 90°), words (pi/2), and decimal points
+without digits (5., .5). `read_answer` then separates the letter of a choice and the unit from the
+value.
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ _SIGNS = {
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _WORDS = "pi|sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|theta|alpha|beta|gamma|infty"
-#: Words, without case, that mean others.
+#: Casefolded words → their canonical form.
 _SAME_WORDS = {
     "no solutions": "no solution", "there is no solution": "no solution", "there are no solutions": "no solution",
     "\\emptyset": "no solution", "\\varnothing": "no solution", "empty set": "no solution",
     "the empty set": "no solution",
     "dne": "does not exist",
 }  # fmt: skip
-#: Commands whose braces hold words, or math in another type.
-TEXT = r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|rm|bf)\*?"
+#: Commands whose braces hold words, or math in another typeface.
+TEXT = (
+    r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox"
+    r"|operatorname|rm|bf)\*?"
+)
 _TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
 _POWERS_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
-#: (pattern, replacement), in this order.
+#: (pattern, replacement), applied in this order.
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -94,8 +97,7 @@ _SET_OF = re.compile(
 _BASE = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?\s*(\w+)\s*\}?")
 _REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\{(\d+)\}")
 _ONE_WORD = re.compile(r"[^\W\d_][^\W\d_' -]*[^\W\d_]")
-#: A word, then words and numbers, one of the words with three letters; none of the words is a
-#: function.
+#: Words and numbers starting with a word, at least one word with three letters.
 _SENTENCE = re.compile(r"(?=.*[^\W\d_]{3})[^\W\d_][^\W_]*(?:[ ,.:;'-]+[^\W_]+)+")
 _FUNCTION = re.compile(rf"(?<![^\W\d_])(?:{_WORDS}|exp|max|min|mod|gcd|lcm)(?![^\W\d_])")
 #: One of several named values: x = 3.
@@ -110,13 +112,13 @@ _CHOICES = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """What an answer says.
+    """Parts of an answer.
 
     Attributes:
-        value: LaTeX of the value, in one way of writing; "" where there is only a letter.
-        unit: what the value is counted in, if that is written.
+        value: normalized LaTeX of the value; "": there is only a letter.
+        unit: unit of the value, if given.
         choice: letters of a multiple-choice answer, such as {"B"}.
-        base: base of a number with digits in another base than ten, such as "2" in 101_2.
+        base: base of a number, if given, such as "2" in 101_2.
     """
 
     value: str
@@ -126,7 +128,7 @@ class Answer:
 
 
 def plain_latex(text: str) -> str:
-    r"""LaTeX that means the same in every notation; spaces are single, and none is at the ends.
+    r"""Normalized LaTeX, with single spaces and none at the ends.
 
     Example:
         >>> plain_latex("1.6e-19"), plain_latex("√2"), plain_latex("pi/2"), plain_latex(r"10\,000.")
@@ -148,7 +150,12 @@ def plain_latex(text: str) -> str:
 
 
 def read_answer(text: str, *, unit_expected: bool = False) -> Answer:
-    """Value, unit and letters of an answer."""
+    """Value, unit, letters and base of an answer.
+
+    Args:
+        text: the answer.
+        unit_expected: see `units.read_unit`.
+    """
     text = plain_latex(text)
     words = " ".join(unwrapped(text).split())
     if _CHOICES.fullmatch(words):
@@ -173,7 +180,7 @@ def read_answer(text: str, *, unit_expected: bool = False) -> Answer:
 
 
 def _one_number(text: str) -> str:
-    """Grouped thousands joined, a mixed number as a sum, no plus sign."""
+    """Join grouped thousands, write a mixed number as a sum, and remove a plus sign."""
     if grouped := _GROUPED.fullmatch(text):
         text = re.sub("[ ,]", "", grouped.group(1)) + (grouped.group(2) or "")
     if mixed := _MIXED.fullmatch(text):
@@ -192,8 +199,9 @@ def _repeating(whole: str, once: str, again: str) -> str:
 
 
 def tuple_of_named(text: str) -> str | None:
-    """Values of at least two names as a tuple, by name in the order of the alphabet: "y=2, x=1" is
-    "(1,2)"; else `None`.
+    """Values of two or more names as a tuple in alphabetical order: "y=2, x=1" → "(1,2)".
+
+    `None`: the text has another form.
     """
     parts = [_NAMED.fullmatch(part) for part in re.split(r",(?![^(\[{]*[)\]}])|;|\\text\{\s*and\s*\}", text)]
     values = {part.group(1): part.group(2) for part in parts if part is not None}
@@ -203,7 +211,7 @@ def tuple_of_named(text: str) -> str | None:
 
 
 def unwrapped(text: str) -> str:
-    r"""The text with `\text{…}` and its relatives replaced by what they hold."""
+    r"""Text with `\text{…}` and similar commands replaced by their contents."""
     previous = None
     while previous != text:
         previous, text = text, re.sub(TEXT + r"\s*\{([^{}]*)\}", r"\1", text)
@@ -211,10 +219,10 @@ def unwrapped(text: str) -> str:
 
 
 def words_of(text: str) -> str | None:
-    """An answer that is words, without case and punctuation; `None` where it has signs, or no word
-    of three letters.
+    """Casefolded words of a verbal answer, without punctuation at the ends; `None`: not verbal.
 
-    Numbers may stand between the words ("June 20"). Words of two letters count alone ("no").
+    An answer is verbal if it has only words and numbers, starts with a word, has a word of at least
+    three letters and names no function ("June 20"). A single word can have two letters ("no").
     """
     words = " ".join(unwrapped(text).split()).strip(" $.,;:!").casefold()
     if words in _SAME_WORDS:
@@ -225,7 +233,7 @@ def words_of(text: str) -> str | None:
 
 
 def _stripped(text: str) -> str:
-    """Without spaces, dollar signs of math mode, markdown's emphasis and full stops at the ends."""
+    """Text without spaces, math-mode marks, Markdown emphasis and punctuation at the ends."""
     previous = None
     while previous != text:
         previous = text

@@ -1,6 +1,4 @@
-"""Prompts as token ids, the way TRL's trainers make them, and what keeps a prompt from being
-one.
-"""
+"""Token ids of prompts, encoded as TRL's trainers do, and checks of unusable prompts."""
 
 from __future__ import annotations
 
@@ -22,18 +20,20 @@ def prompt_ids(
     *,
     origin: str = "a prompt",
 ) -> list[int]:
-    """Token ids of one prompt: messages get the chat template and the generation prompt, plain text
-    the tokenizer's own special tokens.
+    """Token ids of one prompt.
+
+    Chat messages get the chat template and the generation prompt; plain text gets the tokenizer's
+    special tokens.
 
     Args:
         tokenizer: the student's.
         prompt: text or chat messages.
         chat_template_kwargs: passed to `apply_chat_template`.
-        origin: where the prompt comes from, for messages.
+        origin: source of the prompt, for messages.
 
     Raises:
-        TaskError: the tokenizer has no chat template, or the template refuses the messages.
-        CompatibilityError: plain text ends with an end token, so that nothing is left to answer.
+        TaskError: the tokenizer has no chat template, or the template rejects the messages.
+        CompatibilityError: a special token ends the plain text, so the model cannot continue it.
     """
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
@@ -49,22 +49,21 @@ def check_prompt_lengths(
     max_prompt_length: int | None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
-    """Length of every prompt in tokens, as the model gets it: chat messages with the template and
-    generation prompt.
+    """Length of every prompt in tokens, including the chat template and generation prompt.
 
     Args:
-        task: whose prompts to measure.
+        task: task whose prompts are measured.
         tokenizer: the student's.
-        max_prompt_length: longest allowed, in tokens; `None` only measures.
+        max_prompt_length: longest prompt allowed, in tokens; `None`: no limit.
         chat_template_kwargs: passed to `apply_chat_template`.
 
     Returns:
         Example id → number of tokens.
 
     Raises:
-        TaskError: prompts longer than allowed (all of them), chat messages and no chat template, or
-            a template that refuses a prompt.
-        CompatibilityError: the tokenizer ends plain text with an end token.
+        TaskError: prompts are too long (the message lists them), or the chat template is missing or
+            rejects a prompt.
+        CompatibilityError: a special token ends a plain-text prompt.
     """
     lengths: dict[str, int] = {}
     faults = RowFaults(task.name)
@@ -83,45 +82,41 @@ def _rendered(
 ) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise TaskError(
-            f"{origin}: prompts are chat messages: expected a tokenizer with a chat template, got none in "
+            f"{origin}: expected a tokenizer with a chat template for chat messages, got none in "
             f"'{tokenizer.name_or_path}'. Set as_chat to false for a base model, or add a template."
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs))
-    except Exception as error:  # a template may raise anything; the cause is chained
+    except Exception as error:  # a template can raise anything; the cause is chained
         system = messages[0].get("role") == "system"
         fix = (
             "Remove --system_prompt (or the row's system message), or put its text into the prompts."
             if system
-            else "Write the messages as the template takes them, or set as_chat to false."
+            else "Write messages that the template accepts, or set as_chat to false."
         )
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise TaskError(
-            f"{origin}: the chat template of '{tokenizer.name_or_path}' refuses this prompt (roles: {roles}): "
+            f"{origin}: the chat template of '{tokenizer.name_or_path}' rejects this prompt (roles: {roles}): "
             f"{str(error) or type(error).__name__}. {fix}"
         ) from error
 
 
 def _check_end(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], origin: str) -> None:
-    """Refuse an end token after plain text, put there by the tokenizer or written in the prompt."""
+    """Reject plain text that ends with an end token, whether added by the tokenizer or typed."""
     if len(ids) < 2 or ids[-1] not in _special_ids(tokenizer):
         return
     token = tokenizer.convert_ids_to_tokens(ids[-1])
     bare = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if len(bare) < len(ids) and list(bare) != ids[-len(bare) :]:
         raise CompatibilityError(
-            f"the tokenizer of '{tokenizer.name_or_path}' ends every text with {token!r}: a "
-            "model would be asked to go on "
-            f"after its end ({origin}). Expected a plain prompt to end with its own last "
-            "token: set add_eos_token to false "
-            "in tokenizer_config.json (or take the token out of the post-processor in "
-            "tokenizer.json), or use chat prompts."
+            f"{origin}: the tokenizer of '{tokenizer.name_or_path}' ends every text with {token!r}, so the model "
+            "cannot continue the prompt. Set add_eos_token to false in tokenizer_config.json, remove the token from "
+            "the post-processor in tokenizer.json, or use chat prompts."
         )
     if ids[-1] == tokenizer.eos_token_id:
         raise CompatibilityError(
-            f"{origin}: the prompt ends with the end token {token!r}, so that nothing is left "
-            "to answer. Expected text "
-            "that goes on: take it out of the prompt or of --prompt_suffix."
+            f"{origin}: the prompt ends with the end token {token!r}, so the model cannot continue it. Remove the "
+            "token from the prompt or from --prompt_suffix."
         )
 
 

@@ -1,14 +1,14 @@
-"""Reasoning and answer apart: only what follows a completion's reasoning is graded.
+"""Separation of reasoning and answer: only the text after a completion's reasoning is graded.
 
-Models mark their reasoning in the text: `<think>…</think>` and its relatives, `[THINK]…[/THINK]`,
-the channels of gpt-oss and Gemma. A guess inside it is not an answer, and a completion that is cut
-inside it has none.
+Models mark their reasoning with tags: `<think>…</think>` and similar, `[THINK]…[/THINK]`, the
+channels of gpt-oss and Gemma. A guess inside the reasoning is not an answer, and a completion that
+is cut inside the reasoning has no answer.
 
-Where the chat template opens the reasoning itself (`…assistant\\n<think>\\n`), the completion has
-no opening mark. `opened_by` finds it at the end of the prompt; evaluation and rewards put it before
-the text that they hand to a verifier.
+If the chat template opens the reasoning (`…assistant\\n<think>\\n`), the completion has no opening
+tag. `opened_by` finds the tag at the end of the prompt; evaluation and rewards prepend it to the
+text passed to a verifier.
 
-Left out: reasoning that no mark closes, such as "Here is my thought process:".
+Left out: reasoning without tags, such as "Here is my thought process:".
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMES = r"(?:seed:|longcat_)?(?:think|thinking|thoughts?|reason|reasoning)"
-#: (opening mark, closing mark) as patterns; a mark closes only reasoning that a mark of its own
-#: kind opened.
+#: (opening tag, closing tag) as patterns; a closing tag only ends reasoning of its own kind.
 _KINDS = tuple(
     (re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE))
     for opening, closing in (
@@ -41,26 +40,27 @@ _KINDS = tuple(
 _OPENED = re.compile(
     rf"(?:{'|'.join(opening.pattern for opening, _ in _KINDS)})(?:<\|message\|>)?\s*\Z", re.IGNORECASE
 )
-#: Tokens that the marks consist of where a tokenizer has them as special tokens, which decoding
-#: would leave out.
+#: Tokens of the tags. In some tokenizers they are special tokens, which decoding skips.
 _TOKENS = re.compile(
     rf"</?{_NAMES}>|\[/?THINK\]|◁/?think▷|<\|(?:begin|end)_of_thought\|>|<\|(?:START|END)_THINKING\|>"
     r"|<\|channel\|?>|<channel\|>|<\|message\|>",
     re.IGNORECASE,
 )
-#: Characters at the end of a prompt in which an opening mark is looked for.
+#: Characters (or tokens) at the end of a prompt searched for an opening tag.
 _TAIL = 80
 
 
 def answer_part(text: str) -> str:
-    """What follows the reasoning: the text after the last closing mark, "" where reasoning is still
-    open at the end.
+    """Text after the last closing tag; "" if reasoning is still open at the end.
 
-    Text without marks is all answer; an opening mark in quotation marks or backticks is none.
+    Without tags the whole text is the answer. Opening tags in quotation marks or backticks are
+    ignored.
 
     Example:
-        >>> answer_part("<think>perhaps 7</think> It is 8."), answer_part("<think>perhaps 7"), answer_part("It is 8.")
-        (' It is 8.', '', 'It is 8.')
+        >>> answer_part("<think>perhaps 7</think> It is 8."), answer_part("<think>perhaps 7")
+        (' It is 8.', '')
+        >>> answer_part("It is 8.")
+        'It is 8.'
     """
     start = 0
     for opening, closing in _KINDS:
@@ -72,17 +72,16 @@ def answer_part(text: str) -> str:
 
 
 def _quoted(mark: re.Match[str]) -> bool:
-    """Whether a mark stands in quotation marks or backticks: an answer speaks of it."""
+    """Whether a tag is in quotation marks or backticks, as in a text about tags."""
     before, after = mark.string[: mark.start()][-1:], mark.string[mark.end() :][:1]
     return (before, after) in (("'", "'"), ('"', '"'), ("`", "`"), ("“", "”"), ("‘", "’"))
 
 
 def opened_by(prompt: str) -> str:
-    r"""The mark at the end of a prompt that opens the reasoning, with the space after it; "" if
-    there is none.
+    r"""Opening tag at the end of a prompt, with the whitespace after it; "" if there is none.
 
     Args:
-        prompt: the prompt as the model gets it, chat template and generation prompt included.
+        prompt: full prompt, including chat template and generation prompt.
 
     Example:
         >>> opened_by("<|im_start|>assistant\n<think>\n"), opened_by("<|im_start|>assistant\n")
@@ -93,14 +92,12 @@ def opened_by(prompt: str) -> str:
 
 
 def opened_by_ids(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
-    """`opened_by` of a prompt's token ids."""
+    """`opened_by` for a prompt's token ids."""
     return opened_by(tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False))
 
 
 def decode_marked(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]]) -> list[str]:
-    """Texts of token ids without special tokens, except the marks of reasoning that the tokenizer
-    has as such.
-    """
+    """Decoded texts without special tokens, but with reasoning tags that are special tokens."""
     marks = _mark_tokens(tokenizer)
     texts = []
     for row in rows:
@@ -118,7 +115,7 @@ def decode_marked(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[in
 
 
 def _mark_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Id → text of the special tokens that are marks."""
+    """Id → text of the special tokens that are reasoning tags."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = set(getattr(tokenizer, "all_special_tokens", ()))
     return _marks_among(

@@ -1,6 +1,4 @@
-"""Reference answers as text, whatever they come as: JSON and Parquet numbers, decimals, NumPy and
-torch scalars, text.
-"""
+"""Reference answers as text, from JSON and Parquet numbers, decimals, NumPy and torch scalars."""
 
 from __future__ import annotations
 
@@ -10,16 +8,14 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-#: Python reads no whole number with more digits than this.
+#: Largest number of digits in a whole number that Python reads.
 MAX_DIGITS = 4300
 _NOT_A_NUMBER = re.compile(r"\$?[+-]?(?:nan|inf|infinity)\$?", re.IGNORECASE)
 _TOO_LONG = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 
 
 class UnusableAnswer(ValueError):
-    """A reference answer that is neither text nor a number; the message says what is expected,
-    `fix` what to do.
-    """
+    """Reference answer that cannot be used; the message is the expected value, `fix` the remedy."""
 
     def __init__(self, expected: str, fix: str) -> None:
         super().__init__(expected)
@@ -27,17 +23,16 @@ class UnusableAnswer(ValueError):
 
 
 def reference_text(value: Any) -> str | None:
-    """A reference answer as text; numbers are written out, without an exponent. `None` where there
-    is no answer.
+    """Reference answer as text, with numbers written without an exponent; `None`: no answer.
 
-    Nothing, NaN, an infinity, and text that is empty or says one of these, are no answer.
+    `None`, NaN, infinities, empty text and the texts "nan", "inf" and "infinity" are no answer.
 
     Raises:
-        UnusableAnswer: another kind of value (a list, a truth value, …), or more than 4300 digits.
+        UnusableAnswer: a value of another type (a list, a bool, …), or more than 4300 digits.
 
     Example:
-        >>> reference_text(0.00005), reference_text(1e20), reference_text(8), reference_text(float("nan"))
-        ('0.00005', '100000000000000000000', '8', None)
+        >>> [reference_text(value) for value in (0.00005, 1e20, 8, float("nan"))]
+        ['0.00005', '100000000000000000000', '8', None]
     """
     value = _scalar(value)
     if value is None:
@@ -58,23 +53,19 @@ def reference_text(value: Any) -> str | None:
 
 
 def too_long(text: str) -> bool:
-    """Whether there is a number in a text that Python does not read."""
+    """Whether a text contains a number with more digits than Python reads."""
     return _TOO_LONG.search(text) is not None
 
 
 def single_precision(value: Any) -> Any:
-    """A number that was stored with 32 bits as the shortest one that means it: 0.1 instead of
-    0.10000000149011612.
-    """
+    """Shortest decimal of a 32-bit number: 0.1 instead of 0.10000000149011612."""
     import numpy
 
     return float(str(numpy.float32(value))) if isinstance(value, float) and math.isfinite(value) else value
 
 
 def _scalar(value: Any) -> Any:
-    """A NumPy or torch scalar as Python's; numbers of less than 64 bits keep their own shortest
-    decimal.
-    """
+    """NumPy or torch scalar as a Python value; a short float becomes its shortest decimal."""
     if isinstance(value, str):
         return str(value)
     if type(value).__module__.partition(".")[0] == "torch" and getattr(value, "ndim", 1) == 0:
@@ -90,5 +81,5 @@ def _scalar(value: Any) -> Any:
 def _digits(value: int | Fraction) -> str:
     try:
         return str(value)
-    except ValueError:  # Python's limit, before any work on it
+    except ValueError:  # more digits than Python converts: return a text that is too long
         return "9" * (MAX_DIGITS + 1)

@@ -1,6 +1,4 @@
-"""The columns of a source of rows: which hold the question and the answer, and what to say where
-none does.
-"""
+"""Columns with the question and the answer of a row, and errors for sources that lack them."""
 
 from __future__ import annotations
 
@@ -12,11 +10,11 @@ from effopd.errors import TaskError
 from effopd.tasks.base import Example
 from effopd.tasks.row_faults import BadRow, NoPrompt
 
-#: Columns that may hold the question.
+#: Columns that can hold the question.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-#: Settings that name other columns.
+#: Settings for other column names.
 COLUMN_ARGS = ("prompt_column", "answer_column")
-#: What the name of such a column often has in it.
+#: Common parts of such columns' names.
 _LIKELY = {
     "prompt_column": ("prompt", "problem", "question", "query", "instruction", "input"),
     "answer_column": ("answer", "solution", "target", "label", "result", "output", "truth", "gold"),
@@ -24,13 +22,12 @@ _LIKELY = {
 
 
 class Columns:
-    """The columns of a source as a whole: a mistake that all rows share is raised once, with the
-    setting that names the right column.
+    """Columns of a whole source, to report a fault shared by all rows once.
 
     Args:
-        source: file or dataset the rows came from.
-        columns: the `prompt_column` and `answer_column` that were given.
-        setting: what they are given in.
+        source: file or dataset of the rows.
+        columns: the user's `prompt_column` and `answer_column`.
+        setting: name of the setting that holds them, for messages.
     """
 
     def __init__(self, source: str, columns: Mapping[str, str | None], setting: str) -> None:
@@ -39,16 +36,17 @@ class Columns:
         self._rows = self._without_prompt = 0
 
     def add(self, row: Any, example: Example | BadRow) -> None:
-        """Note a row, as read and as understood."""
+        """Record a row, as read and as converted."""
         self._rows += 1
         self._without_prompt += isinstance(example, NoPrompt)
         if isinstance(row, dict):
             self._seen |= dict.fromkeys(_names(row))
 
     def check_prompts(self) -> None:
-        """
+        """Check that at least one row has exactly one prompt column.
+
         Raises:
-            TaskError: no row has one prompt column, and they agree on how.
+            TaskError: no row has; the message suggests a column.
         """
         names = prompt_columns(self._columns)
         present = [name for name in names if name in self._seen]
@@ -64,10 +62,10 @@ class Columns:
         )
 
     def check_answers(self, why: str) -> None:
-        """For a source none of whose rows has an answer.
+        """Check that the answer column exists, for a source without any answer.
 
         Raises:
-            TaskError: because there is no such column.
+            TaskError: there is no such column; the message suggests one.
         """
         column = self._columns["answer_column"] or "answer"
         if not any(name == column or name.startswith(f"{column}.") for name in self._seen):
@@ -82,20 +80,18 @@ class Columns:
         guess = guess or next(iter(likely or (others if len(others) == 1 else ())), "…")
         given = {name: value for name, value in self._columns.items() if value} | {which: guess}
         raise TaskError(
-            f"{what} (columns: {', '.join(self._seen) or 'none'}). Name yours: --{self._setting} "
+            f"{what} (columns: {', '.join(self._seen) or 'none'}). Name your column: --{self._setting} "
             f"'{json.dumps(given, ensure_ascii=False)}'." + (f" {why}" if why else "")
         )
 
 
 def prompt_columns(columns: Mapping[str, str | None]) -> tuple[str, ...]:
-    """The columns that may hold the question."""
+    """Columns that can hold the question."""
     return (columns["prompt_column"],) if columns["prompt_column"] else PROMPT_COLUMNS
 
 
 def field_of(row: Any, name: str) -> Any:
-    """The value in a column, or in a field inside of one (`column.field`, `column.0` of a list);
-    `None` if there is none.
-    """
+    """Value of a column or nested field (`column.field`, `column.0` of a list), or `None`."""
     if not isinstance(row, dict) or name in row:
         return row.get(name) if isinstance(row, dict) else None
     value: Any = row
@@ -110,7 +106,7 @@ def field_of(row: Any, name: str) -> Any:
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:
-    """The columns of a row that hold something; of one that holds fields, their dotted names."""
+    """Names of a row's columns that are not empty; dotted names for nested fields."""
     names: list[str] = []
     for name, value in row.items():
         if isinstance(value, dict) and value:

@@ -1,4 +1,4 @@
-"""What is wrong with rows: noted one by one, raised together."""
+"""Faults in rows, collected one by one and raised together."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 from effopd.errors import TaskError
 
-#: Metadata key with where an example came from, e.g. "data/train.jsonl row 12".
+#: Metadata key of an example's origin, e.g. "data/train.jsonl row 12".
 ORIGIN = "_origin"
-#: What is wrong with a row: expected, got, how to fix it.
+#: Fault in a row: expected, got, fix.
 Fault = tuple[str, str, str]
-#: Faults that a message lists.
+#: Maximum number of faults listed in a message.
 _SHOWN = 20
 
 
 class RowFaults:
-    """Collects what is wrong with rows and raises it all at once.
+    """Faults in the rows of a source, raised in one error.
 
     Args:
-        source: file or dataset the rows came from.
+        source: file or dataset of the rows.
     """
 
     def __init__(self, source: str) -> None:
@@ -26,14 +26,14 @@ class RowFaults:
         self.lines: list[str] = []
 
     def add(self, origin: str, expected: str, got: str, fix: str) -> None:
-        """Note one fault of the row at `origin`."""
+        """Record one fault of the row at `origin`."""
         self.lines.append(f"{origin}: expected {expected}, got {got}. {fix}")
 
     def raise_if_any(self) -> None:
-        """Raise every fault noted so far (the first 20 in words).
+        """Raise all recorded faults; the message lists the first 20.
 
         Raises:
-            TaskError: at least one was noted.
+            TaskError: at least one fault was recorded.
         """
         if not self.lines:
             return
@@ -44,16 +44,16 @@ class RowFaults:
 
 
 class BadRow:
-    """Stands where a row should be."""
+    """Placeholder for a row that cannot be used, with its fault."""
 
     def __init__(self, expected: str, got: str, fix: str) -> None:
         self.fault: Fault = (expected, got, fix)
 
 
 class NoPrompt(BadRow):
-    """A row without one column that is the prompt."""
+    """Row without exactly one prompt column."""
 
 
 def kind_of(value: Any) -> str:
-    """A value in a message: its type, and how it begins."""
+    """Type and first 60 characters of a value, for messages."""
     return f"{type(value).__name__} {str(value)[:60]!r}"

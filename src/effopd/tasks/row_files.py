@@ -1,4 +1,4 @@
-"""Rows of a local file, one by one, or of a Hub dataset through `datasets.load_dataset`."""
+"""Rows of a local JSON or Parquet file, or of a Hub dataset through `datasets.load_dataset`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from effopd.tasks.row_columns import COLUMN_ARGS
 from effopd.tasks.row_faults import BadRow
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
-#: Types of columns whose numbers have fewer digits than Python shows.
+#: Column types with fewer digits than Python prints.
 _SHORT_FLOATS = ("float", "float32", "halffloat", "float16")
 
 
 def on_hub(source: str) -> bool:
-    """Whether a source is read with `datasets.load_dataset` rather than as a local file."""
+    """Whether a source is read with `datasets.load_dataset` instead of as a local file."""
     path = Path(source).expanduser()
     return path.suffix.lower() not in FILE_TYPES and not path.is_file()
 
@@ -59,11 +59,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, BadRow("UTF-8 text", f"other bytes ({error.reason})", "Save the file as UTF-8.")
             except (json.JSONDecodeError, RecursionError) as error:
                 shown = text.strip()[:60]
-                yield number, BadRow("one JSON object a line", f"{shown!r} ({error})", "Correct the line.")
+                yield number, BadRow("one JSON object per line", f"{shown!r} ({error})", "Correct the line.")
 
 
 def _whole_number(digits: str) -> int | str:
-    """A whole number of JSON; as text where Python would not read it."""
+    """Whole number in JSON; stays text if it has more digits than Python reads."""
     return int(digits) if len(digits) <= MAX_DIGITS else digits
 
 
@@ -76,7 +76,9 @@ def _json_file(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_whole_number)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TaskError(f"'{path}': expected a JSON array of objects, got invalid JSON ({error}).") from error
+        raise TaskError(
+            f"'{path}': expected a JSON array of objects, got invalid JSON ({error}). Correct the file."
+        ) from error
     yield from enumerate(rows, start=1)
 
 
@@ -93,7 +95,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, row | {name: single_precision(row[name]) for name in short}
     except (pyarrow.ArrowException, OSError) as error:
-        raise TaskError(f"'{path}': expected a Parquet file, got one that cannot be read ({error}).") from error
+        raise TaskError(
+            f"'{path}': expected a Parquet file, got a file that cannot be read ({error}). Write it again."
+        ) from error
 
 
 def _hub_rows(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
@@ -102,11 +106,11 @@ def _hub_rows(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
     args = {"split": "train", **args}
     try:
         dataset = load_dataset(source, **args)
-    except Exception as error:  # whatever the Hub client and dataset builders raise, with what to check
+    except Exception as error:  # the Hub client and dataset builders can raise anything
         raise TaskError(
             f"could not load the dataset '{source}' with {args}: {type(error).__name__}: {error}. Expected a Hub "
-            f"dataset id or a local {', '.join(FILE_TYPES)} file; check the name, task_args (e.g. 'name', 'split'), "
-            "network access and that you may read it."
+            f"dataset id or a local {', '.join(FILE_TYPES)} file. Check the name, task_args (e.g. 'name', 'split'), "
+            "the network and your access to the dataset."
         ) from error
     features = getattr(dataset, "features", None) or {}
     short = [name for name, feature in features.items() if getattr(feature, "dtype", "") in _SHORT_FLOATS]

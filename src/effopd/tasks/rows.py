@@ -1,12 +1,14 @@
-"""Rows of math problems: read, checked one by one, reported together.
+"""Rows of math problems as examples; all bad rows are reported in one error.
 
-A row has its question in `prompt`, `problem` or `question` (exactly one of them; text or chat
-messages), its reference answer in `answer` (or in the `\\boxed{}` of `solution`) and optionally an
-`id`. A field inside of a column has a dotted name, such as `reward_model.ground_truth` in verl's
-rows. Every other column goes to the example's metadata.
+Columns of a row:
 
-A bad row is never dropped: all of them are collected and raised in one `TaskError` that names file
-and row.
+    prompt, problem or question   the question, as text or chat messages; exactly one of the three
+    answer                        reference answer; or the `\\boxed{}` in `solution`
+    id                            optional
+    others                        stored in the example's metadata
+
+A field inside a column has a dotted name, such as `reward_model.ground_truth` in verl's rows.
+Bad rows are never dropped: one `TaskError` lists their file and row numbers.
 """
 
 from __future__ import annotations
@@ -35,21 +37,21 @@ def read_math_rows(
     why: str = "",
     setting: str = "task_args",
 ) -> tuple[Example, ...]:
-    """Examples of a local file or Hub dataset, in its order, with the bare question as prompt.
+    """Examples of a local file or Hub dataset, in order, with the bare question as prompt.
 
     Args:
-        source: path ending in .jsonl, .json (an array, or one object per line) or .parquet; a
-            folder or Hub id otherwise.
-        args: `prompt_column` and `answer_column` to use other columns, or fields inside of one by
-            their dotted names; for Hub datasets also whatever `load_dataset` takes (`split` is
-            "train" unless given).
-        answers_required: whether a row without an answer is a fault. If not, rows must still be
-            alike: an answer in all of them or in none.
-        why: a sentence that says what needs the answers, for the message.
-        setting: what `args` are called where the user gives them.
+        source: path ending in .jsonl, .json (an array, or one object per line) or .parquet;
+            otherwise a folder or Hub id.
+        args: `prompt_column` and `answer_column` for other columns or dotted fields; for Hub
+            datasets also arguments of `load_dataset` (`split` defaults to "train").
+        answers_required: whether every row must have an answer. If `False`, either all rows have
+            an answer or none does.
+        why: sentence for the error message about the feature that needs the answers.
+        setting: name of the setting that holds `args`, for messages.
 
     Raises:
-        TaskError: bad rows (all of them), no rows, or a source that cannot be read.
+        TaskError: rows are bad (the message lists them), there are no rows, or the source cannot be
+            read.
     """
     args = dict(args or {})
     columns = {name: args.pop(name, None) for name in COLUMN_ARGS}
@@ -65,8 +67,8 @@ def read_math_rows(
             faults.add(origin, *example.fault)
             continue
         if example.id in first_row_of:
-            what = f"{example.id!r}, which row {first_row_of[example.id]} has too"
-            faults.add(origin, "an id of its own", what, "Give each row another id, or drop the column.")
+            what = f"{example.id!r}, the id of row {first_row_of[example.id]}"
+            faults.add(origin, "a unique id", what, "Give each row its own id, or remove the column.")
             continue
         first_row_of[example.id] = number
         examples.append(example)
@@ -79,7 +81,7 @@ def read_math_rows(
     faults.raise_if_any()
     if not examples:
         raise TaskError(
-            f"'{source}' has no rows: expected at least one with a prompt. Check that it is the right one."
+            f"'{source}' has no rows: expected at least one with a prompt. Check that it is the right source."
         )
     return tuple(examples)
 
@@ -92,7 +94,7 @@ def _to_example(row: Any, source: str, number: int, columns: Mapping[str, str | 
     present = [name for name in names if field_of(row, name) is not None]
     if len(present) != 1:
         got = f"both {' and '.join(map(repr, present))}" if present else f"columns {sorted(row)}"
-        fix = "Keep one of them" if present else "Rename the column that has the question"
+        fix = "Keep one of them" if present else "Rename the column with the question"
         expected = f"the prompt in one of the columns {', '.join(names)}"
         return NoPrompt(expected, got, f"{fix}, or name it with task_args '{{\"prompt_column\": …}}'.")
     prompt = field_of(row, present[0])
@@ -112,7 +114,7 @@ def _to_example(row: Any, source: str, number: int, columns: Mapping[str, str | 
         return BadRow(f"{error} in '{answer_column}'", kind_of(answer), error.fix)
     identity = row.pop("id", f"{Path(source).name}:{number}")
     if isinstance(identity, bool) or not isinstance(identity, str | int):
-        return BadRow("text or a whole number in 'id'", kind_of(identity), "Change it, or drop the column.")
+        return BadRow("text or a whole number in 'id'", kind_of(identity), "Change it, or remove the column.")
     return Example(str(identity), prompt, text, {**row, ORIGIN: f"{source} row {number}"})
 
 
@@ -127,7 +129,7 @@ def _prompt_fault(prompt: Any) -> Fault | None:
         if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
             return expected, f"the message {str(message)[:60]}", fix
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
-        return expected, "no user message with text at its end", fix
+        return expected, "a list that does not end with a user message with text", fix
     return None
 
 
@@ -140,12 +142,12 @@ def _check_answers(
     for example in examples:
         if example.answer is None:
             why = "" if answers_required or having is None else f", as {having.metadata[ORIGIN]} has"
-            fix = "Add the answer; without accuracy, rows may lack it, but then all of them."
+            fix = "Add the answer. Without accuracy, answers can be left out of all rows."
             value = unusable.get(example.id)
             got = "none" if value is None else f"no answer: {kind_of(value)}"
             faults.add(str(example.metadata[ORIGIN]), f"a reference answer in '{column}'{why}", got, fix)
 
 
 def question_key(prompt: Prompt) -> str:
-    """A prompt as text that is equal for equal questions (space at the ends aside)."""
+    """Key of a prompt, equal for equal questions; ignores leading and trailing spaces of text."""
     return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)

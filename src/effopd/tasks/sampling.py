@@ -1,6 +1,4 @@
-"""`Sampling`: how answers are drawn, as one dataclass for Python, the command line and YAML;
-checked when built.
-"""
+"""`Sampling`: settings for sampling answers, for Python, the command line and YAML."""
 
 from __future__ import annotations
 
@@ -14,34 +12,34 @@ from effopd.tasks.config import json_object
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: every token from softmax(logits / temperature), cut to the nucleus
-    `top_p`.
+    """Token distribution softmax(logits / temperature), truncated to the nucleus `top_p`.
 
-    Prompts are written with the tokenizer's chat template and `chat_template_kwargs`. `seed=None`
-    goes on from the caller's random state.
+    Chat messages are formatted with the tokenizer's chat template and `chat_template_kwargs`.
+    `seed=None` continues from the caller's random state.
 
     Raises:
-        ConfigError: a value is out of range, or several greedy answers per prompt (they would all
-            be the same).
+        ConfigError: a value is out of range, or `n` > 1 with greedy decoding, which gives identical
+            answers.
     """
 
-    n: int = field(default=1, metadata={"help": "Answers per prompt; avg@n and pass@k for k = 1, 2, 4, … ≤ n."})
+    n: int = field(
+        default=1, metadata={"help": "Number of answers per prompt, for avg@n and pass@k with k = 1, 2, 4, … ≤ n."}
+    )
     temperature: float = field(
         default=1.0,
         metadata={
-            "help": "Sampling temperature; 0 = greedy. Only --top_p shapes the distribution besides it: the sampling "
-            "defaults in the model's own generation_config (repetition penalty, top_k, …) are not used."
+            "help": "Sampling temperature (≥ 0); 0: greedy. Sampling defaults in the model's generation_config "
+            "(repetition penalty, top_k, …) are not used."
         },
     )
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 = off."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Token limit of an answer."})
-    batch_size: int = field(default=64, metadata={"help": "Answers generated at once."})
+    top_p: float = field(default=1.0, metadata={"help": "Probability mass of nucleus sampling, in (0, 1]; 1: off."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Length limit per answer, in tokens."})
+    batch_size: int = field(default=64, metadata={"help": "Number of answers per generation batch."})
     seed: int | None = field(default=0, metadata={"help": "Seed of the sampling noise."})
     chat_template_kwargs: dict | str | None = field(
         default=None,
         metadata={
-            "help": "JSON object with arguments of the tokenizer's chat template, such as "
-            "'{\"enable_thinking\": false}'."
+            "help": "JSON object with arguments of the tokenizer's chat template, e.g. '{\"enable_thinking\": false}'."
         },
     )
 
@@ -58,7 +56,7 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")
         if self.temperature == 0 and self.n > 1:
-            raise ConfigError("--n above 1 needs --temperature above 0: greedy answers are all the same.")
+            raise ConfigError("--n above 1 needs --temperature above 0, because greedy answers are identical.")
 
     @property
     def template(self) -> dict[str, Any]:

@@ -1,14 +1,13 @@
-"""The two task families of the testbed: which reasoning-gym datasets, how an answer is worked out,
-how it is graded.
+"""The testbed's two task families: questions, worked reasoning and verifier.
 
-Both are small enough for a 0.8M-parameter model and long enough for on-policy learning: a
-completion writes its running intermediate results, then the answer between `<answer>` tags.
+Both are small enough for a 0.8M-parameter model and long enough for on-policy learning. A
+completion lists its intermediate results, then the answer between `<answer>` tags.
 
     chain_sum       "… problem: 4 - 1 - 7 + 3 ="          →  3 -4 -1 <answer>-1</answer>
     spell_backward  "… (example: sun -> nus): splat"      →  t a l p s <answer>talps</answer>
 
-Questions and scores are reasoning-gym's own. Splits are disjoint for every size and seed, because a
-question's split is a function of its text (a hash), not of the draw that produced it.
+Questions and scores are reasoning-gym's. Splits are disjoint for every size and seed, because a
+hash of the question's text determines its split.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Family:
 
     Attributes:
         dataset: name of the reasoning-gym dataset.
-        params: its parameters.
+        params: parameters of the dataset.
         corruption: probability (0–1) that an intermediate result is falsified in the base model's
             training data.
     """
@@ -53,8 +52,7 @@ FAMILIES: dict[str, Family] = {
 SPLITS = ("train", "validation", "test")
 #: Out of 20 hash buckets: 2 for validation, 2 for test, 16 for training.
 _BUCKETS, _HELD_OUT_BUCKETS = 20, {0: "validation", 1: "validation", 2: "test", 3: "test"}
-#: Draws of questions in a row without a new one for the split, before the family counts as
-#: exhausted.
+#: Consecutive draws without a new question of the split before the family counts as exhausted.
 _MAX_DRY_DRAWS = 5_000
 _CHUNK = 2_000
 
@@ -65,12 +63,13 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
     Args:
         name: a key of `FAMILIES`.
         split: "train", "validation" or "test" ("eval" means validation). No question is in two
-            splits, whatever the sizes and seeds.
+            splits, for any sizes and seeds.
         size: number of questions.
-        seed: which questions; each (seed, split) has its own random stream.
+        seed: seed of the questions; each (seed, split) has its own random stream.
 
     Raises:
-        TaskError: unknown family or split, size below 1, or more questions than the split has.
+        TaskError: the family or split is unknown, the size is below 1, or the split has fewer
+            questions.
         MissingDependencyError: reasoning-gym is not installed.
     """
     split = "validation" if split == "eval" else split
@@ -83,7 +82,7 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
             f"split: expected one of {', '.join(SPLITS)} (or eval), got {split!r}. Use one of these names."
         )
     if size < 1:
-        raise TaskError(f"size: expected at least 1 question, got {size}. Ask for 1 or more.")
+        raise TaskError(f"size: expected at least 1 question, got {size}. Raise the size.")
     examples: list[Example] = []
     seen: set[str] = set()
     dry = 0
@@ -94,7 +93,7 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
             if dry > _MAX_DRY_DRAWS:
                 raise TaskError(
                     f"testbed family '{name}': expected {size} distinct questions in the {split} split, found "
-                    f"{len(examples)}. Ask for fewer."
+                    f"{len(examples)}. Lower the size."
                 )
             continue
         dry = 0
@@ -106,25 +105,23 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
 
 
 def mixed_examples(split: str, size: int, seed: int) -> list[Example]:
-    """`size` questions of each family, one family after the other."""
+    """`size` questions of each family, one family after another."""
     return [example for family in FAMILIES for example in family_task(family, split, size, seed).examples]
 
 
 def question(example: Example) -> str:
-    """The question's text, without the chat message around it."""
+    """Text of an example's question, without the chat message."""
     return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
 
 
 def split_of(text: str) -> str:
-    """The split a question belongs to, from a hash of its text."""
+    """Split of a question, from a hash of its text."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % _BUCKETS
     return _HELD_OUT_BUCKETS.get(bucket, "train")
 
 
 class FamilyVerifier:
-    """reasoning-gym's score of what stands in the last `<answer>` tags; 0.0 without tags. 1.0 is
-    correct.
-    """
+    """reasoning-gym's score of the text in the last `<answer>` tags (1.0: correct); 0.0 without."""
 
     def __call__(self, completion: str, example: Example) -> float:
         answer = extract_tagged(answer_part(completion))
@@ -133,7 +130,7 @@ class FamilyVerifier:
         return float(_scorer(example.metadata["family"]).score_answer(answer, {"answer": example.answer}))
 
     def answer_found(self, completion: str) -> bool:
-        """Whether there are `<answer>` tags with something between them."""
+        """Whether there are non-empty `<answer>` tags outside the reasoning."""
         return bool((extract_tagged(answer_part(completion)) or "").strip())
 
 
@@ -142,24 +139,23 @@ verify = FamilyVerifier()
 
 
 def worked_reasoning(example: Example, rng: random.Random | None = None, corruption: float = 0.0) -> str:
-    """The completion a model is trained to write: intermediate results, then the answer they lead
-    to.
+    """Target completion for training: intermediate results, then the answer they lead to.
 
-    Each intermediate result is falsified with probability `corruption`, and everything after it,
-    the answer included, follows from the false one: the text stays consistent with itself, so a
-    model trained on it samples wrong answers while its most likely answer stays right.
+    Each intermediate result is falsified with probability `corruption`. Everything after it,
+    including the answer, follows from the false result. A model trained on such consistent text
+    samples wrong answers, but its most likely answer stays right.
 
     Args:
-        example: from `family_task`.
-        rng: needed when `corruption` is above 0.
-        corruption: probability (0–1) an intermediate result.
+        example: an example of `family_task`.
+        rng: random generator; required if `corruption` is above 0.
+        corruption: probability (0–1) per intermediate result.
 
     Example:
         >>> worked_reasoning(family_task("spell_backward", size=1).examples[0]).count("<answer>")
         1
     """
     if corruption > 0 and rng is None:
-        raise TaskError(f"corruption={corruption} needs a random generator, got none. Pass rng=random.Random(seed).")
+        raise TaskError(f"corruption={corruption} requires a random generator. Pass rng=random.Random(seed).")
     rng = rng or random.Random(0)
     steps, answer = _WORK[example.metadata["family"]](example.metadata["subject"], rng, corruption)
     return f"{' '.join(steps)} {render_tagged(answer)}"
@@ -186,7 +182,7 @@ def _work_spell_backward(word: str, rng: random.Random, corruption: float) -> tu
 
 
 _WORK = {"chain_sum": _work_chain_sum, "spell_backward": _work_spell_backward}
-#: What the worked reasoning starts from: the entry of reasoning-gym's metadata that holds it.
+#: Key in reasoning-gym's metadata of the input to the worked reasoning.
 _SUBJECT = {"chain_sum": "expression", "spell_backward": "word"}
 
 
@@ -200,12 +196,12 @@ def _example(example_id: str, name: str, entry: Mapping[str, Any]) -> Example:
 
 
 def _entries(name: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """An endless stream of reasoning-gym entries with a random stream of its own."""
+    """Endless stream of reasoning-gym entries, with its own seeds."""
     create_dataset = require("reasoning_gym").create_dataset
     family, chunk = FAMILIES[name], 0
     while True:
-        # the library seeds question i with seed + i, so neighbouring seeds would give nearly the
-        # same questions
+        # the library seeds question i with seed + i, so neighboring seeds give nearly the same
+        # questions
         digest = hashlib.sha256(f"{name}/{split}/{seed}/{chunk}".encode()).digest()
         dataset_seed = int.from_bytes(digest[:4], "big") >> 1
         dataset = create_dataset(family.dataset, size=_CHUNK, seed=dataset_seed, **family.params)

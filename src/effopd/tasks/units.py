@@ -1,9 +1,8 @@
-r"""Units at the end of an answer: 5 \text{ cm}, 9.8 m/s^2, 60 \text{ miles per hour}, \$18, 12
-\text{ ways}.
+r"""Units at the end of an answer, such as 9.8 m/s^2, \$18 and 12 \text{ ways}.
 
-A unit is taken off where it is written as words (in `\text{…}`, or after a number) or where a known
-symbol follows a number and a space: 5 m is five metres, 5m is a product. Symbols of one letter that
-are likelier unknowns (t, d, h, x) are none.
+A unit is recognized if it is written in words (in `\text{…}` or after a number), or if a known
+symbol follows a number and a space: 5 m is five meters, 5m is a product. One-letter symbols that
+are more likely unknowns (t, d, h, x) are not units.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _KNOWN: dict[str, tuple[Fraction, dict[str, int]]] = {
     "dollar": (Fraction(1), {"$": 1}),
     "cent": (Fraction("0.01"), {"$": 1}),
 }  # fmt: skip
-#: Symbols whose size in the units above is not given.
+#: Symbols without a conversion to the units above.
 _SYMBOLS = {
     "V",
     "K",
@@ -66,7 +65,7 @@ _SYNONYMS = {
     "usd": "dollar", "buck": "dollar", "mole": "mol", "h": "hr", "€": "euro", "£": "pound sterling",
 }  # fmt: skip
 _WRITTEN = {"mph": "mi/hr", "kmh": "km/hr", "kph": "km/hr", "kmph": "km/hr", "mps": "m/s"}
-#: Words after a number that belong to the value, or to no unit.
+#: Words after a number that are part of the value or not a unit.
 _NO_UNIT = {
     "and", "or", "to", "times", "over", "plus", "minus", "mod", "root", "less", "more", "than", "if", "for",
     "where", "when", "is", "are", "not", "but", "dozen", "i", "j",
@@ -75,7 +74,10 @@ _NO_UNIT = {
 _TEXT = r"\\(?:text|textrm|textnormal|textit|textbf|mathrm|mathit|mbox|hbox|operatorname|rm)\*?\s*\{[^{}]*\}"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 _WORDED = re.compile(rf"(?s)(.*[\w}})\]!.%])\s*((?:{_TEXT}{_POWER}\s*(?:/|\\cdot|per\b)?\s*)+)")
-_VALUE = r"[+-]?\s*(?:\d+(?:\.\d+)?|\d+/\d+|\\frac\{\d+\}\{\d+\}|\([\d+\\frac{}]+\))(?:\s*(?:\\pi|\\sqrt\{\d+\}|\\times 10\^\{[+-]?\d+\}))*"
+_VALUE = (
+    r"[+-]?\s*(?:\d+(?:\.\d+)?|\d+/\d+|\\frac\{\d+\}\{\d+\}|\([\d+\\frac{}]+\))"
+    r"(?:\s*(?:\\pi|\\sqrt\{\d+\}|\\times 10\^\{[+-]?\d+\}))*"
+)
 _BARE = re.compile(rf"({_VALUE})(\s*)([A-Za-z][A-Za-z /^{{}}\d\\.-]*)")
 _FRACTION = re.compile(
     rf"({_VALUE})\s*\\frac\s*\{{([^{{}}\d]+)\}}\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*[A-Za-z](?:[^{{}}]|\{{[^{{}}]*\}})*)\}}"
@@ -89,24 +91,23 @@ _MONEY = re.compile(r"([+-]?)\s*(\\\$|[$€£])\s*(.+)")
 
 @dataclass(frozen=True)
 class Unit:
-    """A product of powers, such as {m: 1, s: -2}, and the words that are no known unit."""
+    """Product of powers of units, such as {m: 1, s: -2}, and words that are not known units."""
 
     powers: tuple[tuple[str, int], ...]
     words: frozenset[str] = frozenset()
 
     def factor_to(self, other: Unit) -> Fraction | None:
-        """What a value in this unit is multiplied with to be one in `other`; `None` where it cannot
-        be converted.
+        """Factor that converts a value in this unit to `other`; `None`: not convertible.
 
-        Words are one unit with some of themselves: ways, and different ways.
+        Words match if one set contains the other: "ways" and "different ways".
         """
         if self.words or other.words:
             same = self.powers == other.powers and (self.words <= other.words or other.words <= self.words)
             return Fraction(1) if same else None
         if self.powers == other.powers:
             return Fraction(1)
-        mine, theirs = self._in_base(), other._in_base()
-        return mine[0] / theirs[0] if mine and theirs and mine[1] == theirs[1] else None
+        base, other_base = self._in_base(), other._in_base()
+        return base[0] / other_base[0] if base and other_base and base[1] == other_base[1] else None
 
     def _in_base(self) -> tuple[Fraction, dict[str, int]] | None:
         factor, dimensions = Fraction(1), Counter[str]()
@@ -120,17 +121,17 @@ class Unit:
         return factor, {dimension: exponent for dimension, exponent in dimensions.items() if exponent}
 
 
-#: Of a number of hundredths; the number alone is the same answer, and so is the hundredth of it.
+#: Percent; the number alone and the number / 100 are the same answer (`math_equality`).
 PERCENT = Unit((("percent", 1),))
 
 
 def read_unit(text: str, *, expected: bool = False) -> tuple[str, Unit | None]:
-    r"""Value and unit of LaTeX with single spaces; `(text, None)` where there is no unit.
+    r"""Value and unit of LaTeX with single spaces; `(text, None)`: there is no unit.
 
     Args:
         text: the answer.
-        expected: whether there ought to be a unit: any known symbol after a number is one then, "3
-            h" too.
+        expected: whether a unit is expected. If so, any known symbol after a number is a unit, even
+            the h in "3 h".
 
     Example:
         >>> read_unit(r"9.8 \text{m/s}^{2}")
@@ -164,7 +165,7 @@ def _plain(text: str) -> str:
 
 
 def _unit(written: str, *, known: bool, bare: bool = False) -> Unit | None:
-    """The unit that `written` names, if it names one."""
+    """Unit named by `written`, if any."""
     written = written.replace("\\", " ").strip(" .")
     for word, meaning in _WRITTEN.items():
         written = re.sub(rf"(?<![A-Za-z]){word}(?![A-Za-z])", meaning, written)
@@ -205,10 +206,10 @@ def _sorted(powers: Counter[str]) -> tuple[tuple[str, int], ...]:
 
 
 def _name(word: str) -> str | None:
-    """The symbol of a known unit."""
+    """Symbol of a known unit; `None` for other words."""
     if word in _KNOWN or word in _SYMBOLS:
         return word
-    if re.fullmatch("M[a-zA-Z]", word):  # M is a million, m a thousandth
+    if re.fullmatch("M[a-zA-Z]", word):  # M means a million, m a thousandth
         return None
     for spelled in (word.lower(), _singular(word.lower())):
         if spelled in _SYNONYMS:

@@ -1,6 +1,6 @@
-"""Verifiers: load the user's own, check that one tells right from wrong, check every score.
+"""User-defined verifiers: load them, check that they tell right from wrong, check their scores.
 
-The built-in verifiers are `MathVerifier` and `ReasoningGymVerifier`, beside the tasks they grade.
+The built-in verifiers are in `math_grading`, `gym_tasks` and `testbed_families`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 from effopd.errors import EffOPDError, TaskError
 from effopd.tasks.base import Example, Task, Verifier
 
-#: Answers that no task has; of two, one never contains the right answer (for verifiers that look
-#: for it in the text).
+#: Answers of no task. At least one does not contain the right answer, for verifiers that search
+#: the text for it.
 _WRONG_ANSWERS = ("-7777777", "-3333333")
 
 
 @dataclass(frozen=True)
 class VerifierCheck:
-    """What `check_verifier` found.
+    """Result of `check_verifier`.
 
     Attributes:
-        checked: examples whose right answer scored higher than every wrong one.
-        unchecked: examples without a reference answer, where only the type of the wrong answers'
-            scores was checked.
+        checked: number of examples whose right answer scored higher than every wrong one.
+        unchecked: number of examples without a reference answer. For these, only the validity of
+            the scores of wrong answers was checked.
     """
 
     checked: int
@@ -38,11 +38,11 @@ class VerifierCheck:
 
 
 def load_verifier(name: str) -> Verifier:
-    """The user's function at `"module:function"`; modules in the current directory are found too.
+    """Load the user's function `"module:function"`; the module can be in the current directory.
 
     Raises:
-        TaskError: another form, a module that is missing or fails, no such function, or one that
-            does not take `(completion, example)`.
+        TaskError: the form is wrong, the module is missing or fails to import, the function is
+            missing, or it does not take `(completion, example)`.
     """
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
@@ -54,8 +54,8 @@ def load_verifier(name: str) -> Verifier:
     if function is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise TaskError(
-            f"verifier '{name}': expected a function '{function_name}' in {module.__file__}, got none. It has: "
-            f"{', '.join(sorted(public)) or 'no functions'}."
+            f"verifier '{name}': expected a function '{function_name}' in {module.__file__}, got none. Functions "
+            f"there: {', '.join(sorted(public)) or 'none'}."
         )
     if not callable(function):
         raise TaskError(f"verifier '{name}': expected a function, got {type(function).__name__} {function!r}.")
@@ -72,41 +72,40 @@ def load_verifier(name: str) -> Verifier:
 
 
 def check_score(value: Any, example: Example, task_name: str) -> float:
-    """`value` as a float when it is a score.
+    """Check a score and return it as a float.
 
     Raises:
-        TaskError: not a number, NaN, or outside [0, 1]; the message names the example.
+        TaskError: the score is not a number in [0, 1]; the message names the example.
     """
     if not isinstance(value, Real) or math.isnan(value) or not 0.0 <= float(value) <= 1.0:
         got = repr(value) if value is None or isinstance(value, Real) else f"{type(value).__name__} {value!r:.80}"
         raise TaskError(
             f"the verifier of task '{task_name}' graded a completion of example '{example.id}': expected a number in "
-            f"[0, 1], got {got}. Return 1.0 for right, 0.0 for wrong, anything between for partial credit."
+            f"[0, 1], got {got}. Return 1.0 for right, 0.0 for wrong, or a value between for partial credit."
         )
     return float(value)
 
 
 def check_verifier(task: Task, examples: int = 4) -> VerifierCheck:
-    """Grade known right and wrong completions of the first examples; right must score higher than
-    each wrong one.
+    """Check on the first examples that the right answer scores higher than wrong ones.
 
-    Right is the example's own answer as the task writes it (`task.render_answer`; for other
-    verifiers than the built-in ones the bare answer will do as well). Wrong are the empty text and
-    a number that no task has.
+    The right completion is the reference answer in the task's format (`task.render_answer`). If the
+    verifier does not need `Example.answer`, the better of this and the bare answer counts. The
+    wrong completions are the empty text and a number that is no task's answer.
 
     Args:
-        task: the task to check.
-        examples: how many examples to try, at least 1.
+        task: task to check.
+        examples: number of examples to check, at least 1.
 
     Raises:
-        TaskError: right does not score higher than wrong, a value is not a score, the verifier
-            raises, or the task has no answers though its verifier needs them.
+        TaskError: a wrong completion scores at least as high as the right one, a score is invalid,
+            the verifier raises, or the task lacks answers that its verifier needs.
     """
     if task.needs_answers and not task.has_answers:
         missing = next((example.id for example in task.examples if example.answer is None), None)
         raise TaskError(
             f"task '{task.name}' cannot be verified: expected a reference answer in every example, got none in "
-            f"{'any: it has no examples' if missing is None else repr(missing)}. Add answers or turn accuracy off."
+            f"{'any: there are no examples' if missing is None else repr(missing)}. Add answers or turn accuracy off."
         )
     checked = unchecked = 0
     for example in task.examples[:examples]:
@@ -122,7 +121,7 @@ def check_verifier(task: Task, examples: int = 4) -> VerifierCheck:
             raise TaskError(
                 f"the verifier of task '{task.name}' does not tell right from wrong on example '{example.id}': "
                 f"expected the right completion {best!r:.200} to score higher than the wrong one {worst!r}, got "
-                f"{right[best]:g} and {wrong[worst]:g}. Check that the verifier reads answers in this form and that "
+                f"{right[best]:g} and {wrong[worst]:g}. Check that the verifier reads answers in this format and that "
                 "the example's answer is right."
             )
         checked += 1
@@ -130,7 +129,7 @@ def check_verifier(task: Task, examples: int = 4) -> VerifierCheck:
 
 
 def _import(module_name: str, name: str) -> Any:
-    """The module; for the time of the import the current directory is on the path, last."""
+    """Import a module, with the current directory last on the path during the import."""
     folder = str(Path.cwd())
     sys.path.append(folder)
     try:
@@ -138,14 +137,14 @@ def _import(module_name: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise TaskError(
-                f"verifier '{name}': expected an importable module '{module_name}', got none. Looked in the current "
-                f"directory '{folder}' and the installed packages; check the spelling or change directory."
+                f"verifier '{name}': expected an importable module '{module_name}', got none in the current "
+                f"directory '{folder}' or the installed packages. Check the spelling or change directory."
             ) from error
         raise TaskError(f"verifier '{name}': the module '{module_name}' failed to import: {error}.") from error
-    except Exception as error:  # the user's code may raise anything; the cause is chained
+    except Exception as error:  # the user's code can raise anything; the cause is chained
         raise TaskError(
             f"verifier '{name}': the module '{module_name}' failed to import: {type(error).__name__}: {error}. "
-            f'Correct it; try: python -c "import {module_name}"'
+            f'To reproduce the error: python -c "import {module_name}"'
         ) from error
     finally:
         sys.path.remove(folder)
@@ -160,7 +159,7 @@ def _score(task: Task, completion: str, example: Example) -> float:
         value = task.verify(completion, example)
     except EffOPDError:
         raise
-    except Exception as error:  # the user's code may raise anything; the cause is chained
+    except Exception as error:  # the user's code can raise anything; the cause is chained
         raise TaskError(
             f"the verifier of task '{task.name}' raised {type(error).__name__} ({error}) on the completion "
             f"{completion!r:.200} of example '{example.id}': expected a score in [0, 1]. A "

@@ -1,17 +1,16 @@
-"""A grading function in its own process, with a time limit that holds.
+"""Grading function in a separate process, with a hard time limit.
 
-Answers come from a model, so grading them can hang: `\\boxed{9^{9^{9^{9}}}}` keeps sympy inside C
-code, where Python signal handlers (what math-verify's own timeout uses, and only on the main
-thread) never run. Here the grading function lives in a separate Python process; past the limit that
-process is killed and a fresh one takes the next answer.
+Grading a model's answer can hang: `\\boxed{9^{9^{9^{9}}}}` keeps sympy inside C code, where Python
+signal handlers never run. math-verify's own timeout relies on such handlers, and only works on the
+main thread. Here a process that exceeds the limit is killed, and a new one grades the next answer.
 
-The process is started with `subprocess` and not `multiprocessing`, because the latter re-imports
-the user's main script. It is lazy (nothing starts until the first grading), serves one caller at a
-time, is never shared across a fork, and ends with its owner: at garbage collection, at interpreter
-exit, and, should the owner be killed, when its connection closes. Works on Linux and macOS.
+The process is started with `subprocess`, because `multiprocessing` re-imports the user's main
+script. It starts at the first grading, serves one caller at a time and is never shared across a
+fork. It ends at the owner's garbage collection or exit, or when the connection closes because the
+owner was killed. Works on Linux and macOS.
 
-Left out: parallel grading. One process does hundreds of gradings a second, a model produces far
-fewer.
+Left out: parallel grading. One process grades hundreds of answers per second, far more than a model
+generates.
 """
 
 from __future__ import annotations
@@ -33,27 +32,26 @@ from effopd.tasks.grading_process import Grade
 
 logger = logging.getLogger(__name__)
 
-#: Calls sent in one message; a worker answers call by call, so this only bounds what a restart has
-#: to send again.
+#: Calls per message. Answers come call by call, so this only bounds the calls resent at a restart.
 _CHUNK = 64
-#: What a fresh interpreter runs.
+#: Code run by a new interpreter.
 _SERVE = "from effopd.tasks.grading_process import serve; serve()"
-#: Seconds a fresh process may take to import its libraries; not part of any grading's limit.
+#: Seconds for a new process to import its libraries; not part of the grading limit.
 _STARTUP_SECONDS = 120.0
 
 
 class GradingWorker:
-    """Calls `module:function` in a process of its own; every call ends within `timeout` seconds.
+    """Caller of `module:function` in a separate process; every call ends within `timeout` seconds.
 
-    A call that times out or raises scores 0.0, is counted (`timeouts`, `errors`) and the first of
-    each is logged as a warning. Picklable: a copy has the same function and limit, its own process,
-    and counts from zero.
+    A call that times out or raises scores 0.0 and is counted in `timeouts` or `errors`. The first
+    of each kind is logged as a warning. Picklable: a copy has the same function and limit, its own
+    process, and counts from zero.
 
     Args:
-        function: `"module:function"`, importable in a fresh interpreter with this one's `sys.path`.
+        function: `"module:function"`, importable in a new interpreter with this one's `sys.path`.
         timeout: wall-clock limit of one call, in seconds.
-        imports: modules that the function imports when it is called; they are imported before the
-            first limit runs.
+        imports: modules that the function imports when called; imported in advance, outside the
+            time limit.
     """
 
     def __init__(self, function: str, timeout: float, imports: Sequence[str] = ()) -> None:
@@ -72,14 +70,14 @@ class GradingWorker:
         return GradingWorker, (self.function, self.timeout, self.imports)
 
     def score_many(self, calls: Sequence[tuple[Any, ...]], labels: Sequence[str]) -> list[float]:
-        """Score of each call in order; `labels` name the calls in warnings."""
+        """Score of each call, in order; `labels` name the calls in warnings."""
         return [self._settle(grade, label) for grade, label in zip(self.grade_many(calls), labels, strict=True)]
 
     def grade_many(self, calls: Sequence[tuple[Any, ...]]) -> list[Grade]:
         """Outcome of `function(*call)` for each call, in order.
 
         Raises:
-            TaskError: the process does not start (the message has the reason).
+            TaskError: the process does not start.
         """
         grades: list[Grade] = []
         with self._lock:
@@ -105,8 +103,8 @@ class GradingWorker:
             first, counter = self.errors == 1, "errors"
         if first:
             logger.warning(
-                "grading an answer to example %s scored 0: %s (limit %g s). Further ones are counted in `%s` without "
-                "a message; raise verify_timeout if they are many.",
+                "an answer to example %s scored 0 because grading failed: %s (limit %g s). Later failures are counted "
+                "in `%s` without a message. If there are many timeouts, raise verify_timeout.",
                 label,
                 grade.problem,
                 self.timeout,
@@ -115,9 +113,7 @@ class GradingWorker:
         return 0.0
 
     def _grade_chunk(self, chunk: Sequence[tuple[Any, ...]]) -> list[Grade]:
-        """Grades of the first calls of `chunk`; ends early, after at least one, when the process is
-        lost.
-        """
+        """Grades of the first calls of `chunk`: at least one, not all if the process is lost."""
         grades: list[Grade] = []
         try:
             connection = self._start()
@@ -131,15 +127,13 @@ class GradingWorker:
             code = self._process.wait() if self._process is not None else None
             self.close()
             return [*grades, Grade(None, f"the grading process died (exit status {code})")]
-        except BaseException:  # Ctrl-C included: half an exchange must not be read as the next one's answer
+        except BaseException:  # including Ctrl-C: leftover replies must not be read as the next call's
             self.close()
             raise
         return grades
 
     def _start(self) -> Connection:
-        """The connection to a running process of this very interpreter (a forked child starts its
-        own).
-        """
+        """Connection to this interpreter's grading process, started if needed or after a fork."""
         if self._owner != os.getpid():
             self._process = self._connection = self._finalizer = None
         if self._connection is not None and self._process is not None and self._process.poll() is None:
@@ -163,23 +157,24 @@ class GradingWorker:
 
     def _await_ready(self, connection: Connection) -> None:
         try:
-            problem = connection.recv() if connection.poll(_STARTUP_SECONDS) else f"no sign in {_STARTUP_SECONDS:g} s"
+            problem = connection.recv() if connection.poll(_STARTUP_SECONDS) else f"no reply in {_STARTUP_SECONDS:g} s"
         except (EOFError, ConnectionError):
-            problem = "it died at once; its last words are on stderr"
+            problem = "it died immediately; see its error on stderr"
         if problem:
             raise TaskError(
-                f"the grading process for '{self.function}' did not start: {problem}. Expected a fresh "
-                f"'{sys.executable}' to import it; check that the package it needs is installed there."
+                f"the grading process for '{self.function}' did not start: {problem}. A new '{sys.executable}' must "
+                "be able to import this function. Check that the packages it needs are installed there."
             )
 
 
 class WorkerVerifier:
-    """A verifier that grades in a `GradingWorker`; subclasses say how, in `verify_batch`.
-    Picklable.
+    """Base class of verifiers that grade in a `GradingWorker`. Picklable.
+
+    Subclasses implement `verify_batch` and `answer_found`.
 
     Args:
         function: see `GradingWorker`.
-        timeout: hard limit of one grading, in seconds of wall-clock time.
+        timeout: hard wall-clock limit of one grading, in seconds.
         imports: see `GradingWorker`.
     """
 
@@ -188,32 +183,28 @@ class WorkerVerifier:
 
     @property
     def timeouts(self) -> int:
-        """Gradings cut at the limit so far."""
+        """Number of gradings stopped at the time limit so far."""
         return self.worker.timeouts
 
     @property
     def errors(self) -> int:
-        """Gradings that failed otherwise so far."""
+        """Number of gradings that failed for another reason so far."""
         return self.worker.errors
 
     def __call__(self, completion: str, example: Example) -> float:
         return self.verify_batch([completion], [example])[0]
 
     def verify_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """Scores of several completions, each with its example."""
+        """Scores of several completions, one per example."""
         raise NotImplementedError
 
     def answer_found(self, completion: str) -> bool:
-        """Whether there is an answer in the form that the verifier looks for, outside of the
-        reasoning.
-        """
+        """Whether there is an answer in the verifier's format outside the reasoning."""
         raise NotImplementedError
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment with its module search path, and one thread for numerical
-    libraries.
-    """
+    """This process's environment with its module search path and one thread per library."""
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return {**os.environ, **threads, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

@@ -1,8 +1,7 @@
-"""The base student: a random Qwen3 of 0.8M parameters, trained on worked reasoning with falsified
-steps.
+"""Base student: a random Qwen3 with 0.8M parameters, trained on partly falsified reasoning.
 
-A plain PyTorch loop: sample questions → write their (corrupted) reasoning → cross-entropy on the
-completion → AdamW.
+The training loop samples questions, writes their (partly falsified) reasoning, and takes an AdamW
+step on the cross-entropy of the completions.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Shape of the model; vocabulary and special tokens come from the tokenizer."""
+    """Model dimensions; vocabulary and special tokens come from the tokenizer."""
 
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -38,14 +37,13 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """Supervised training of the base.
+    """Settings of the supervised training.
 
     Attributes:
-        questions: training questions a family; their reasoning is falsified anew each time one is
-            drawn.
+        questions: training questions per family; falsified independently at every draw.
         steps: optimizer steps.
-        batch_size: sequences a step, both families mixed.
-        learning_rate: peak; linear warm-up over `warmup_steps`, then cosine to a tenth.
+        batch_size: sequences per step, both families mixed.
+        learning_rate: peak rate, after linear warm-up over `warmup_steps`; cosine decay to a tenth.
     """
 
     questions: int = 12_000
@@ -63,7 +61,7 @@ class BaseSettings:
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, seed: int) -> Qwen3ForCausalLM:
-    """A randomly initialised fp32 model that ends at the tokenizer's end token."""
+    """Randomly initialized fp32 model whose end token is the tokenizer's."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -88,9 +86,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, seed:
 
 
 def falsified(example: Example, rng: random.Random) -> str:
-    """The reasoning of a family's question, with its family's share of false intermediate
-    results.
-    """
+    """Reasoning for a question, with intermediate results falsified at its family's rate."""
     return worked_reasoning(example, rng, FAMILIES[example.metadata["family"]].corruption)
 
 
@@ -103,8 +99,11 @@ def train_base(
     log: Callable[[str], None] = print,
     write: Callable[[Example, random.Random], str] = falsified,
 ) -> None:
-    """Train `model` in place on what `write` makes of the examples; the loss (nats a token)
-    averages over completion tokens, the end token included."""
+    """Train `model` in place on the completions that `write` returns for the examples.
+
+    The loss is the cross-entropy in nats per token, averaged over completion tokens including the
+    end token.
+    """
     rng = random.Random(seed)
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
     optimizer = torch.optim.AdamW(
@@ -132,7 +131,7 @@ def _loss(model, tokenizer, prompts: list[list[int]], texts: list[str]) -> torch
         rows.append(prompt + completion)
         labels.append([_IGNORED] * len(prompt) + completion)
     width = max(map(len, rows))
-    # padding is on the right and is never a label, so causal attention needs no mask
+    # padding is on the right and never a label, so causal attention needs no mask
     ids_BT = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
     labels_BT = torch.tensor([row + [_IGNORED] * (width - len(row)) for row in labels])
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]

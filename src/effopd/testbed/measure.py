@@ -1,6 +1,4 @@
-"""What the recipe measures: accuracies of the pair, and how many steps plain distillation takes on
-it.
-"""
+"""Measurements of the recipe: accuracies of the pair, and a reference run of plain distillation."""
 
 from __future__ import annotations
 
@@ -26,14 +24,14 @@ from effopd.testbed.rl import run_quietly, trainer_defaults
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """What is measured.
+    """Sizes of the measurements.
 
     Attributes:
-        questions: test questions a family for the accuracies.
-        opd_steps: steps of the reference distillation run; 0 leaves it out.
-        opd_train_questions: its training questions a family.
-        opd_held_out: validation prompts (both families together) for the held-out KL.
-        opd_every: steps between two measurements of the held-out KL.
+        questions: test questions per family for the accuracies.
+        opd_steps: steps of the reference distillation run; 0: no reference run.
+        opd_train_questions: training questions per family in the reference run.
+        opd_held_out: validation prompts, both families together, for the held-out KL.
+        opd_every: steps between measurements of the held-out KL.
     """
 
     questions: int = 1000
@@ -51,10 +49,9 @@ class MeasureSettings:
 def measure_accuracy(
     models: dict[str, Qwen3ForCausalLM], tokenizer: PreTrainedTokenizerBase, size: int, max_new_tokens: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row for each model, family and decoding (sampled at temperature 1, greedy), on the test
-    split.
+    """Test accuracy: one row per model, family and decoding (temperature 1, greedy).
 
-    `ci95` is Wilson's interval; `accuracy` counts scores of exactly 1.
+    `accuracy` is the share of answers with score 1; `ci95` is its 95 % Wilson interval.
     """
     rows = []
     for role, model in models.items():
@@ -84,16 +81,20 @@ def measure_reference_opd(
     seed: int,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Plain on-policy distillation with TRL's own trainer; neither model is changed.
+    """Plain on-policy distillation with TRL's `DistillationTrainer`; neither model is changed.
 
     Args:
-        reference: flags for `trl.DistillationConfig`, see
+        reference: arguments of `trl.DistillationConfig`, see
             `effopd.tasks.builtin_models.reference_settings`.
 
     Returns:
-        The held-out exact reverse KL (on fresh student rollouts with one fixed sampling seed) by
-        step, the first measured step at which 90 % of the starting KL is gone (`None`: not within
-        the run), seconds a step.
+        A dictionary with, among others:
+
+        - `held_out_kl`: [step, exact reverse KL in nats per token] on fresh student rollouts with
+          one fixed sampling seed.
+        - `steps_to_90_percent`: first measured step with at most 10 % of the KL at step 0; `None`:
+          not reached.
+        - `median_seconds_per_step`: without the time of the measurements.
     """
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
@@ -147,7 +148,7 @@ def measure_reference_opd(
 
 
 class _WatchKL(TrainerCallback):
-    """Held-out KL every few steps; the time it takes is not part of a step's seconds."""
+    """Measure the held-out KL every few steps, outside the timed seconds of a step."""
 
     def __init__(self, measure: Callable[[], float], every: int, log: Callable[[str], None]) -> None:
         self.measure, self.every, self.log = measure, every, log

@@ -1,12 +1,13 @@
-"""The testbed's recipe: from nothing to the student/teacher pair, with one fixed seed and a card of
-what came out.
+"""Recipe for the testbed's student and teacher, from one seed to checkpoints and a measured card.
 
-    effopd testbed build --output_dir OUT_DIR [--seed 0]     # OMP_WAIT_POLICY=PASSIVE helps where others use the cores
+    effopd testbed build --output_dir OUT_DIR [--seed 0]
 
-questions → tokenizer → base (supervised, partly falsified reasoning) → teacher (GRPO) → accuracies
-→ reference run of plain distillation. Writes `student/`, `teacher/`, `card.json` and `build.log`.
-What the package ships is exactly what this makes with its defaults. The same machine and versions
-give the same bytes; other processors may round differently and end with slightly different weights.
+Stages: questions → tokenizer → base student (supervised, partly falsified reasoning) → teacher
+(GRPO) → accuracies → reference run of plain distillation. Writes `student/`, `teacher/`,
+`card.json` and `build.log`. Set `OMP_WAIT_POLICY=PASSIVE` if other programs use the same cores.
+
+The package ships the output for the default settings. The same machine and versions give the same
+bytes; other processors may round differently and give slightly different weights.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ from effopd.testbed.measure import MeasureSettings, measure_accuracy, measure_re
 from effopd.testbed.rl import RLSettings, train_teacher
 from effopd.testbed.tokenizer import build_tokenizer
 
-#: Packages whose versions decide the bytes that come out.
+#: Packages whose versions affect the resulting bytes.
 _PACKAGES = ("torch", "transformers", "trl", "tokenizers", "reasoning-gym")
 
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """Every hyper-parameter of the recipe. `threads`: CPU threads torch uses (the result may depend
-    on them).
+    """All hyperparameters of the recipe.
+
+    Attributes:
+        threads: CPU threads of torch; results can depend on them.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -58,13 +61,14 @@ class RecipeSettings:
 
 
 def build(out_dir: str | Path, seed: int = 0, settings: RecipeSettings | None = None) -> dict[str, Any]:
-    """Make the pair in `out_dir` and return its card.
+    """Build the pair in `out_dir` and return its card.
 
     Args:
-        out_dir: is created; `student/`, `teacher/`, `card.json` and `build.log` in it are replaced.
-        seed: decides questions, initial weights and sampling.
-        settings: hyper-parameters; the defaults make the shipped pair (about ten minutes on two CPU
-            cores).
+        out_dir: created if needed; its `student/`, `teacher/`, `card.json` and `build.log` are
+            replaced.
+        seed: seed of the questions, initial weights and sampling.
+        settings: hyperparameters; `None`: those of the shipped pair, about ten minutes on two CPU
+            cores.
     """
     settings, out = settings or RecipeSettings(), Path(out_dir)
     _clean(out)
@@ -123,7 +127,7 @@ def _build(out: Path, seed: int, settings: RecipeSettings, log: _Log) -> dict[st
 
 
 class _Log:
-    """Prints a line, appends it to a file, and times stages."""
+    """Log to the console and a file, with the seconds of each stage."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.start = path, time.perf_counter()
@@ -152,14 +156,14 @@ def _clean(out: Path) -> None:
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Model and tokenizer as a checkpoint that others may read."""
+    """Save model and tokenizer as a checkpoint that all users can read."""
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)
     model.config.use_cache = True  # trainers switch it off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors files are born private, which breaks installs shared by several users
+        path.chmod(0o644)  # safetensors files are created private, which breaks installs shared by several users
 
 
 def _sampled(rows: list[dict[str, Any]], role: str) -> dict[str, float]:

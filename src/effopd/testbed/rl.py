@@ -1,7 +1,7 @@
-"""The teacher: the student's own base, tuned by GRPO (TRL's `GRPOTrainer`) on both families mixed.
+"""Teacher of the testbed: the base student tuned by GRPO (TRL's `GRPOTrainer`) on both families.
 
-Reward 1 for a right answer, 0 otherwise (reasoning-gym's partial credit is left out, so that
-accuracy is what grows).
+The reward is 1 for a correct answer and 0 otherwise. reasoning-gym's partial credit is not used, so
+that the reward is the accuracy.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class RLSettings:
     """GRPO settings.
 
     Attributes:
-        questions: training questions a family.
+        questions: training questions per family.
         steps: optimizer steps.
-        prompts_per_step: distinct prompts a step, each with `num_generations` samples.
-        learning_rate: constant.
-        max_completion_length: tokens, the end token included.
+        prompts_per_step: distinct prompts per step, each with `num_generations` samples.
+        learning_rate: constant learning rate.
+        max_completion_length: limit in tokens, including the end token.
     """
 
     questions: int = 4_000
@@ -61,7 +61,7 @@ def train_teacher(
     log: Callable[[str], None] = print,
     verify: Verifier = verify,
 ) -> None:
-    """Tune `model` in place; `verify` grades a completion, 1.0 is correct."""
+    """Tune `model` in place with GRPO; `verify` grades a completion (1.0: correct)."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -104,15 +104,13 @@ def train_teacher(
 
 
 def run_quietly(trainer: Trainer) -> None:
-    """Train without the line that transformers prints for every logged step."""
+    """Train without the console line that transformers prints per logged step."""
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
 def trainer_defaults() -> dict:
-    """Flags every trainer of the recipe shares: fp32 on the CPU, nothing saved, nothing
-    reported.
-    """
+    """Settings shared by the recipe's trainers: fp32 on the CPU, no checkpoints, no reports."""
     return {
         "use_cpu": True,
         "bf16": False,
@@ -126,7 +124,7 @@ def trainer_defaults() -> dict:
 
 
 class _LogReward(TrainerCallback):
-    """Mean reward and length, averaged over a twentieth of the run."""
+    """Log every twentieth of the run: mean reward since the last line, mean length of the step."""
 
     def __init__(self, log: Callable[[str], None], steps: int) -> None:
         self.log, self.every = log, max(1, steps // 20)

@@ -1,10 +1,8 @@
-"""The testbed's tokenizer: bytes, a few pairs, and the constant phrases of the questions as one
-token each.
+"""Tokenizer of the testbed: bytes, a few pairs, and one token per constant question phrase.
 
 Every byte is a token, so any text round-trips. Merges exist only for a space followed by a letter,
-digit or sign. What all questions of a family begin with is found in the training questions and
-becomes one token; digits and letters stay single tokens, which is what makes arithmetic and
-spelling learnable for a tiny model.
+digit or sign. The common beginning of a family's training questions becomes one token. Digits and
+letters stay single tokens, which makes arithmetic and spelling learnable for a tiny model.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(questions: Sequence[Sequence[str]]) -> PreTrainedTokenizerFast:
-    """Tokenizer for the given training questions, one list a family.
+    """Tokenizer for the given training questions, one list per family.
 
-    `<|im_end|>` is the end token, `<|endoftext|>` the padding token, padding is on the left.
+    `<|im_end|>` is the end token and `<|endoftext|>` the padding token; padding is on the left.
     """
     space = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(" ")[0][0]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -57,7 +55,7 @@ def build_tokenizer(questions: Sequence[Sequence[str]]) -> PreTrainedTokenizerFa
 
 
 def constant_phrase(questions: Sequence[str]) -> str:
-    """What all questions begin with, cut after its last space; empty if they share nothing."""
-    first, last = min(questions), max(questions)  # what these two share, everything between them shares
+    """Common prefix of all questions, cut after its last space; empty if there is none."""
+    first, last = min(questions), max(questions)  # their common prefix is that of all questions
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[: first.rfind(" ", 0, length) + 1]

@@ -1,6 +1,4 @@
-"""Checkpoints on disk: where each tensor belongs, reading and comparing one at a time, writing
-edited copies.
-"""
+"""Checkpoints on disk: place, read and compare tensors one at a time, and write edited copies."""
 
 from effopd.weights.adapter import Adapter
 from effopd.weights.difference import Difference, Update, open_differences

@@ -1,9 +1,8 @@
-"""An update ΔW = W_t − W0 as float64 blocks of columns, so that no float64 copy of a large matrix
-is ever made.
+"""`Blocks`: an update ΔW = W_t − W_0 in float64, block by block, without a full float64 copy.
 
-The difference of two bfloat16, float16 or float32 numbers is exact in float64 unless their
-exponents differ by more than 29 bits; taking it in the storage dtype would round it, and the
-rounding is what fills the tail of a spectrum.
+In float64, the difference of two bfloat16, float16 or float32 numbers is exact unless their
+exponents differ by more than 29. In the storage dtype it would be rounded, and that rounding error
+would dominate the tail of the spectrum.
 """
 
 from __future__ import annotations
@@ -14,18 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Numbers in one float64 block of columns (64 MiB): large, because what they are added up in is
-#: large.
+#: Elements of one float64 block of columns (64 MiB): large, because each block updates a large sum.
 _BLOCK = 2**23
-#: Numbers in one block of a product with a few vectors: what stays in a core's cache, and what
-#: keeps an accelerator busy.
+#: Elements of one block in products with a few vectors: fits a core's cache; fills an accelerator.
 _STRIP, _DEVICE_STRIP = 2**20, 2**24
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """ΔW (or a matrix itself), wide: M ≤ N. `trained_MN` and `base_MN` are views of what is stored,
-    in any dtype.
+    """ΔW, or one matrix, oriented so that M ≤ N.
+
+    `trained_MN` and `base_MN` are views of the stored tensors, in any dtype.
     """
 
     trained_MN: Tensor
@@ -34,11 +32,10 @@ class Blocks:
 
     @classmethod
     def of(cls, trained: Tensor, base: Tensor | None = None) -> Blocks:
-        """Wrap two matrices of one shape; tall ones are transposed (`swapped`), which swaps left
-        and right.
+        """Wrap one matrix, or two of the same shape; tall ones are transposed (`swapped`).
 
         Raises:
-            ValueError: not matrices, or of different shapes.
+            ValueError: not matrices, or different shapes.
         """
         if trained.ndim != 2 or (base is not None and base.shape != trained.shape):
             got = f"{tuple(trained.shape)}" + ("" if base is None else f" and {tuple(base.shape)}")
@@ -76,7 +73,7 @@ class Blocks:
     def _difference(self, rows: slice, columns: slice) -> Tensor:
         if self.base_MN is None:
             return self.trained_MN[rows, columns].to(torch.float64)
-        # a copy even of float64 weights: they are the caller's
+        # copy even float64 weights, because the caller owns them
         return (
             self.trained_MN[rows, columns]
             .to(torch.float64, copy=True)
@@ -84,15 +81,14 @@ class Blocks:
         )
 
     def dense(self) -> Tensor:
-        """The whole matrix [M, N], float64."""
+        """The full matrix [M, N], float64."""
         return self._filled(torch.float64, 1.0)
 
     def scaled(self, dtype: torch.dtype) -> Tensor:
-        """The whole matrix [M, N] divided by its largest entry (as it is where that is 0), then
-        rounded to `dtype`.
+        """The full matrix [M, N] divided by its largest absolute entry, rounded to `dtype`.
 
-        Products of the scaled matrix neither overflow nor underflow in float32, however small the
-        update is.
+        A zero matrix is not scaled. Products of the scaled matrix neither overflow nor underflow in
+        float32, however small the update is.
         """
         largest = max((float(block.abs().max()) for _, _, block in self.strips()), default=0.0)
         return self._filled(dtype, largest or 1.0)

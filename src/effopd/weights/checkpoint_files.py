@@ -1,6 +1,4 @@
-"""The files of a checkpoint folder: which of them hold the weights, and which tensor lies in which
-file.
-"""
+"""The files of a checkpoint folder: find its weights, and map tensors to files."""
 
 from __future__ import annotations
 
@@ -15,10 +13,10 @@ WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        CheckpointError: missing, or no JSON object.
+        CheckpointError: the file is missing, unreadable or not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -32,23 +30,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_weights(path: Path) -> Path:
-    """The file that holds a folder's weights, or the index that lists them.
+    """The file that holds a folder's weights, or the index of its shards.
 
     Raises:
-        CheckpointError: no folder, no safetensors, or two layouts at once; the message says how to
-            get there.
+        CheckpointError: the folder does not exist, has no safetensors files, or has both a single
+            file and an index.
     """
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is no folder: expected a checkpoint folder with config.json and "
-            "safetensors files. A model of the Hub "
-            "has to be on this disk first: hf download ORGANISATION/MODEL --local-dir FOLDER."
+            f"{path} is not a folder: expected a checkpoint folder with config.json and safetensors files. Download a "
+            "model of the Hub first: hf download ORGANIZATION/MODEL --local-dir FOLDER."
         )
     layouts = [path / name for name in (WEIGHTS, INDEX) if (path / name).is_file()]
     if len(layouts) == 2:
         raise CheckpointError(
-            f"{path} has both {WEIGHTS} and {INDEX}: expected one of them. Remove the one "
-            "that is left from an older save."
+            f"{path} has both {WEIGHTS} and {INDEX}: expected one of them. Remove the one from an older save."
         )
     if not layouts:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
@@ -60,23 +56,23 @@ def find_weights(path: Path) -> Path:
 def _way_out(pickles: list[str], loose: list[str]) -> str:
     if pickles:
         return (
-            f"It has pickle files ({', '.join(pickles[:3])}), which run code when they are "
-            "loaded. Convert it once, if you "
-            "trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+            f"It has pickle files ({', '.join(pickles[:3])}), which can run code when they are loaded. If you trust "
+            "them, convert the folder once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
         )
     if loose:
-        return f"It has {', '.join(loose[:3])} but no index that says what belongs together; copy the index too."
+        return f"It has {', '.join(loose[:3])} but no index; copy the index too."
     return "Expected a folder that `save_pretrained` wrote, or a run directory with a trajectory."
 
 
 def stored_tensors(weights: Path) -> dict[str, StoredTensor]:
-    """Name → `StoredTensor` of a weights file, or of all the shards that an index lists (see
-    `find_weights`).
+    """Name → `StoredTensor` of a weights file or of all shards of an index.
+
+    Args:
+        weights: a path from `find_weights`.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the index and its shards do not belong
-            together.
-        WeightsError: a tensor is quantised.
+        CheckpointError: a file is missing or damaged, or the index and its shards do not match.
+        WeightsError: a tensor is quantized.
     """
     return _of_shards(weights) if weights.name == INDEX else read_header(weights)
 
@@ -91,22 +87,20 @@ def _of_shards(index: Path) -> dict[str, StoredTensor]:
         if not (path / file).is_file():
             lost = [name for name, where in names.items() if where == file]
             raise CheckpointError(
-                f"{path / file} is missing, which {index.name} names for {len(lost)} tensors "
-                f"({lost[0]}, …). Copy it again."
+                f"{path / file} is missing, which {index.name} names for {len(lost)} tensors ({lost[0]}, …). Copy it "
+                "again."
             )
         headers[file] = read_header(path / file)
     for name, file in names.items():
         if name not in headers[file]:
             raise CheckpointError(
-                f"{index} says that tensor '{name}' is in {file}, but it is not. The index "
-                "and the shards are of different "
-                "saves; copy both again."
+                f"{index} says that tensor '{name}' is in {file}, but it is not. The index and the shards are from "
+                "different saves; copy both again."
             )
     unlisted = [name for header in headers.values() for name in header if name not in names]
     if unlisted:
         raise CheckpointError(
-            f"{path} has tensors that {index.name} does not list ({', '.join(unlisted[:3])}). "
-            "The index and the shards are of "
-            "different saves; copy both again."
+            f"{path} has tensors that {index.name} does not list ({', '.join(unlisted[:3])}). The index and the "
+            "shards are from different saves; copy both again."
         )
     return {name: headers[file][name] for name, file in names.items()}

@@ -1,7 +1,6 @@
-"""A base and a trained checkpoint as a stream of updates, one matrix at a time.
+"""Updates between a base and a trained checkpoint, streamed one matrix at a time.
 
-Everything that can be told from headers (architecture, vocabulary, names, shapes) is checked before
-a tensor is read.
+Architecture, vocabulary, names and shapes are checked from headers before a tensor is read.
 """
 
 from __future__ import annotations
@@ -22,18 +21,17 @@ from effopd.weights.pairing import bare, check_architecture, pair, untie, vocabu
 from effopd.weights.parts import Part
 from effopd.weights.reader import Checkpoint, open_checkpoint
 
-#: Numbers in one float64 block (64 MiB).
+#: Elements of one float64 block (64 MiB).
 _BLOCK = 2**23
 
 
 class Update:
-    """One matrix or vector of the base and of the trained model, oriented out × in.
+    """Update of one matrix or vector, oriented out × in.
 
     Attributes:
-        part: where it belongs.
-        base: W0, stored dtype. Not to be edited: it may be shared.
-        factors: (b_MR, a_RN), float64, with ΔW = b a exactly, where the update is a LoRA adapter's;
-            else `None`.
+        part: the part of the checkpoint.
+        base: W_0 in its stored dtype. Do not edit it: it can be shared.
+        factors: (b_MR, a_RN), float64, with ΔW = b a, for an adapted weight; otherwise `None`.
     """
 
     def __init__(
@@ -46,12 +44,14 @@ class Update:
     ):
         self.part, self.base, self.factors = part, base, factors
         self._trained = trained
-        self._sources = sources  # the stored tensors: kept alive, so that the next part of them is not read again
+        self._sources = sources  # kept alive so that the next part of the same tensors is not read again
 
     @property
     def trained(self) -> Tensor:
-        """W_t in its stored dtype; for an adapter W0 + b a, added in float64 and rounded to float32
-        (W0 where nothing was trained)."""
+        """W_t in its stored dtype; for factors W_0 + b a, added in float64 and rounded to float32.
+
+        W_0 if the adapter does not change this part.
+        """
         if self._trained is None:
             self._trained = self.base
             if self.factors is not None:
@@ -60,14 +60,16 @@ class Update:
         return self._trained
 
     def delta(self) -> Tensor:
-        """ΔW = W_t − W0, dense float64; from the factors where there are any."""
+        """ΔW = W_t − W_0, dense, float64; the product of the factors if there are any."""
         if self.factors is not None:
             return self.factors[0] @ self.factors[1]
         return self.trained.to(torch.float64) - self.base.to(torch.float64)
 
     def norm(self) -> float:
-        """‖ΔW‖ (Frobenius), differences and sums in float64, without a float64 copy of the tensor;
-        of an adapter from the triangular factors of its factors, without forming b a."""
+        """‖ΔW‖ (Frobenius), in float64, without a float64 copy of the tensor.
+
+        For factors, computed from their QR decompositions without forming b a.
+        """
         if self.factors is not None:
             triangle_b, triangle_a = (torch.linalg.qr(x, mode="r").R for x in (self.factors[0], self.factors[1].T))
             return float(torch.linalg.matrix_norm(triangle_b @ triangle_a.T))
@@ -79,20 +81,19 @@ class Update:
 
 
 class Difference:
-    """Base against trained.
+    """All updates between a base and a trained checkpoint or adapter.
 
     Args:
-        base: the checkpoint training started from.
-        trained: a checkpoint of the same model, in the same layout or another one that transformers
-            writes, or an adapter for it.
+        base: the checkpoint from which training started.
+        trained: a checkpoint of the same model, in any layout that transformers writes, or an
+            adapter of it.
 
     Attributes:
-        parts: the base's matrices and vectors; an update has the same.
+        parts: matrices and vectors of the base, one per update.
 
     Raises:
-        CompatibilityError: another architecture or vocabulary.
-        WeightsError: tensors are missing, extra or mis-shaped; the first few are named with their
-            files.
+        CompatibilityError: architecture or vocabulary differ.
+        WeightsError: tensors are missing, extra or have another shape.
     """
 
     def __init__(self, base: Checkpoint, trained: Checkpoint | Adapter):
@@ -109,12 +110,12 @@ class Difference:
         self._pairs = pair(base, trained, self.parts)
 
     def update(self, part: Part, device: torch.device | str = "cpu") -> Update:
-        """The update of one part; reads the tensors it lies in."""
+        """Update of one part; reads the tensors that contain it."""
         stored = self.base.load(part.tensor, device)
         base = part.view(stored)
         if isinstance(self.trained, Checkpoint):
             other = self._pairs[part]
-            if other.expert is not None and part.expert is None:  # stacked there, not here: read this expert alone
+            if other.expert is not None and part.expert is None:  # stacked in `trained` only: read a single expert
                 return Update(part, base, replace(other, expert=None).view(self.trained.load_expert(other, device)))
             theirs = self.trained.load(other.tensor, device)
             return Update(part, base, other.view(theirs), sources=(stored, theirs))
@@ -130,18 +131,16 @@ class Difference:
         return Update(part, base, factors=(part.rows_of(b_MR), a_RN), sources=(stored,))
 
     def updates(self, device: torch.device | str = "cpu") -> Iterator[Update]:
-        """All updates in the order of `parts`, each stored tensor read once."""
+        """All updates in the order of `parts`; each stored tensor is read once."""
         for _, parts in groupby(self.parts, key=lambda part: part.tensor):
-            update = None  # as long as it is held, its tensors are not read again for their other parts
+            update = None  # holding it avoids reading its tensors again for their other parts
             for part in parts:
                 update = self.update(part, device)
                 yield update
             del update
 
     def _match_adapter(self, adapter: Adapter) -> None:
-        """Pair the adapter's modules with the base's tensors; `_names` becomes tensor of the base →
-        name there.
-        """
+        """Fill `_names`: tensor of the base → name in the adapter."""
         parts = {part.tensor: part for part in self.parts}
         bare_names = {bare(name): name for name in parts}
         for name in adapter.names:
@@ -151,18 +150,16 @@ class Difference:
                 continue
             if tensor is None:
                 raise WeightsError(
-                    f"{adapter.path} adapts '{name}', which the base {self.base.path} does "
-                    "not have. Expected an adapter "
-                    "trained on this base."
+                    f"{adapter.path} adapts '{name}', which the base {self.base.path} does not have. Expected an "
+                    "adapter trained on this base."
                 )
             expected = self.base.shapes[tensor]
             if adapter.has_factors(name) and parts[tensor].transposed:
                 expected = expected[::-1]
             if adapter.shape(name) != expected:
                 raise WeightsError(
-                    f"{adapter.path} adapts '{name}' with shape {adapter.shape(name)}, but "
-                    f"the base {self.base.path} has "
-                    f"{expected}. Expected an adapter trained on this base."
+                    f"{adapter.path} adapts '{name}' with shape {adapter.shape(name)}, but the base {self.base.path} "
+                    f"has {expected}. Expected an adapter trained on this base."
                     + vocabulary_hint(name, (adapter.shape(name), expected))
                 )
             self._check_copy(adapter, name, tensor)
@@ -170,27 +167,21 @@ class Difference:
         moved = [name for name in self._names if is_token_embedding(name)]
         if moved and self.base.is_untied:
             raise WeightsError(
-                f"{adapter.path} trains the token embedding '{moved[0]}' of the base "
-                f"{self.base.path}, whose head is tied to it, "
-                "but another checkpoint of this comparison has a head of its own. Compare them separately."
+                f"{adapter.path} trains the token embedding '{moved[0]}' of the base {self.base.path}, whose head is "
+                "tied to it, but another checkpoint of this comparison has a separate head. Compare them separately."
             )
 
     def _check_copy(self, adapter: Adapter, name: str, tensor: str) -> None:
-        """The base weights that PEFT stores beside the factors of an embedding or a head have to be
-        this base's.
-        """
+        """Check that PEFT's copy of the base weights of an embedding or head equals this base."""
         copy = adapter.copy(name)
         if copy is not None and not _same(copy, self.base.load(tensor)):
             raise WeightsError(
-                f"{adapter.path} was trained on another base: it holds a copy of '{name}' "
-                "that differs from the tensor of "
-                f"{self.base.path}. Expected the checkpoint it was trained from."
+                f"{adapter.path} was trained on another base: its copy of '{name}' differs from the tensor of "
+                f"{self.base.path}. Pass the checkpoint from which it was trained."
             )
 
     def _check_tied_head(self, adapter: Adapter, name: str) -> None:
-        """What an adapter stores of a tied head has to be what the embedding is: PEFT stores copies
-        unasked.
-        """
+        """Check that an adapter's entry for a tied head equals the embedding."""
         embedding = next((key for key in adapter.names if is_token_embedding(key)), None)
         tensor = next((key for key in self.base.shapes if is_token_embedding(key)), None)
         if adapter.has_factors(name):
@@ -202,24 +193,24 @@ class Difference:
             same = adapter.is_copied(name) and any(x is not None and _same(full, x) for x in known)
         if not same:
             raise WeightsError(
-                f"{adapter.path} trains a head of its own ('{name}'), but the base "
-                f"{self.base.path} ties its head to the "
-                "token embedding. Merge it into a base that is saved with tie_word_embeddings=False, and compare that."
+                f"{adapter.path} trains a head of its own ('{name}'), but the base {self.base.path} ties its head to "
+                "the token embedding. Merge it into a base that is saved with tie_word_embeddings=False, and compare "
+                "the result."
             )
 
 
 def open_differences(base: Checkpoint, runs: Sequence[Sequence[Path]]) -> list[tuple[Difference, ...]]:
-    """The differences of a base and of every snapshot of every run; all of them have the same
-    parts.
+    """Differences between a base and every snapshot of every run, all with the same parts.
+
+    If one checkpoint has a separate head, the tied heads of all others are untied, see `untie`.
 
     Args:
-        base: with `untie` where one of the others has a head of its own: then the head is apart
-            everywhere.
-        runs: the folders of each run.
+        base: the checkpoint from which training started; untying modifies it.
+        runs: for each run, the folders of its snapshots.
 
     Raises:
-        CheckpointError, WeightsError, CompatibilityError: a folder that cannot be used or does not
-        belong to the base.
+        CheckpointError, WeightsError, CompatibilityError: a folder cannot be read, or does not
+            belong to the base.
     """
     opened = [[open_checkpoint(path) for path in paths] for paths in runs]
     untie([base, *(c for run in opened for c in run if isinstance(c, Checkpoint))])

@@ -1,10 +1,9 @@
-"""How fused tensors are cut: which rows of a fused query/key/value or gate/up tensor belong to
-what.
+"""Row layouts of fused query/key/value and gate/up tensors, by model type.
 
-The modelling code of each architecture decides, so the rules are by model type: thirds one after
-the other (Phi-3, GPT-2), q, k and v of each head in turn (GPT-NeoX, BLOOM), in groups (Falcon,
-CodeGen). A tensor that no rule explains, or whose size contradicts the configuration, stays whole
-under its own name. `benchmarks/layouts.py` checks every rule against the model's own forward pass.
+The modeling code of each architecture defines its layout: q, k and v one after the other (Phi-3,
+GPT-2), per head (GPT-NeoX, BLOOM), or in groups (Falcon, CodeGen). A tensor without a rule, or
+whose size contradicts the configuration, stays whole under its own name. `benchmarks/layouts.py`
+checks every rule against the model's forward pass.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import Any
 _IN_TURN = ("phi3", "phi4_multimodal", "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "mpt", "dbrx")
 #: q, k, v of the first head, then of the second, and so on.
 _BY_HEAD = ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon", "minimax")
-#: Blocks in which CodeGen stores q, v and k, whatever the number of heads.
+#: Number of blocks in which CodeGen stores q, v and k, for any number of heads.
 _CODEGEN_BLOCKS = 4
-#: Weights stored as [in, out] (Conv1D), where the shape does not say so.
+#: Model types with weights stored as [in, out] (Conv1D), used if the shape is ambiguous.
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-#: Stacked experts stored as [experts, in, out], where the shapes do not say so.
+#: Model types with experts stored as [experts, in, out], used if the shapes are ambiguous.
 EXPERTS_IN_BY_OUT = ("gpt_oss", "llama4_text", "llama4")
 _SETTINGS = {
     "heads": ("num_attention_heads", "n_head", "n_heads"),
@@ -33,12 +32,12 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a fused tensor: its output dimension is `blocks` equal blocks, of each of which
-    `rows` are taken.
+    """Some rows of a fused tensor.
 
     Attributes:
-        name: what these rows are, e.g. `q`.
-        rows: start, stop, step inside a block; `None` is everything.
+        name: name of the matrix in these rows, such as `q`.
+        rows: start, stop, step inside each block; `None`: all rows.
+        blocks: number of equal blocks along the output dimension.
     """
 
     name: str
@@ -57,8 +56,9 @@ def model_type(config: Mapping[str, Any]) -> str:
 
 
 def setting(config: Mapping[str, Any], *names: str) -> Any:
-    """The first of these settings that the text configuration has, else its model type's default;
-    `None` if neither.
+    """First of these settings in the text configuration, otherwise the model type's default.
+
+    `None`: neither exists.
     """
     text = text_config(config)
     value = next((text[name] for name in names if text.get(name) is not None), None)
@@ -69,23 +69,19 @@ def setting(config: Mapping[str, Any], *names: str) -> Any:
 
 
 def hidden_size(config: Mapping[str, Any]) -> int | None:
-    """Width of the residual stream, where the file says it."""
+    """Width of the residual stream; `None`: not in the configuration."""
     text = text_config(config)
     return next((int(text[name]) for name in _SETTINGS["hidden"] if text.get(name)), None)
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether the installed transformers has this model type, so that its modelling code is
-    known.
-    """
+    """Whether the installed transformers supports this model type."""
     return any(_defaults(str(kind)) is not None for kind in (model_type(config), config.get("model_type")))
 
 
 @cache
 def _defaults(kind: str) -> Any:
-    """A configuration of this model type with every setting at its default; `None` for types
-    transformers lacks.
-    """
+    """Default configuration of a model type; `None`: transformers does not have it."""
     from transformers import AutoConfig
 
     try:
@@ -95,9 +91,7 @@ def _defaults(kind: str) -> Any:
 
 
 def pieces_of(matrix: str, size: int, config: Mapping[str, Any]) -> list[Piece] | None:
-    """The pieces of a tensor along its output dimension of `size`; `None` where it is fused and
-    nothing explains how.
-    """
+    """Pieces of a tensor along its output dimension of `size`; `None`: fused, layout unknown."""
     if matrix in ("qkv", "gqkv", "kv"):
         return _attention(matrix, size, config)
     if matrix.endswith("gate_up"):
@@ -154,9 +148,7 @@ def _falcon(size: int, heads: int, config: Mapping[str, Any]) -> list[Piece] | N
 
 
 def _consecutive(names: str | tuple[str, ...], sizes: list[int], size: int, blocks: int = 1) -> list[Piece] | None:
-    """Pieces of these sizes one after the other, in each of `blocks` blocks; `None` unless they add
-    up to `size`.
-    """
+    """Consecutive pieces of these sizes in each block; `None` unless they add up to `size`."""
     if sum(sizes) * blocks != size or min(sizes) < 1:
         return None
     starts = [sum(sizes[:i]) for i in range(len(sizes))]

@@ -1,11 +1,12 @@
-r"""The K leading singular directions of an update, with a bound on how far they may be off.
+r"""The K leading singular directions of an update, with an error bound on their angles.
 
-Block Lanczos with full reorthogonalisation on ΔW ΔWᵀ of the shorter side: the products with ΔW run
-in float32 (they are nearly all of the cost), everything else in float64, and two float64 steps at
-the end clean the result. It stops when the residuals prove the accuracy, not after a fixed number
-of steps as randomised SVD does (`torch.svd_lowrank`), whose vectors are wrong without notice when
-the spectrum decays slowly. Where two singular values nearly coincide no method can tell their
-vectors apart; the bound says so.
+Block Lanczos with full reorthogonalization on ΔW ΔWᵀ of the shorter side. The products with ΔW,
+nearly all of the cost, run in float32, the rest in float64. Two float64 steps at the end refine the
+result.
+
+It stops when the residuals prove the accuracy. Randomized SVD (`torch.svd_lowrank`) takes a fixed
+number of steps instead, and its vectors are wrong without notice if the spectrum decays slowly. If
+two singular values nearly coincide, no method can separate their vectors, and the bound is large.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch import Tensor
 from effopd.weights.blocks import Blocks
 from effopd.weights.spectrum import DIRECT
 
-#: Angle (radians) every leading subspace should be good to before the float64 steps.
+#: Target angle of every leading subspace before the float64 steps, in radians.
 _TARGET = 2e-5
-#: Largest Krylov basis, in vectors per direction asked for.
+#: Maximum size of the Krylov basis, in vectors per requested direction.
 _LIMIT = 40
-#: Vectors in a block beyond K.
+#: Vectors per block in addition to K.
 _OVERSAMPLE = 6
-#: Share of a block's norm below which what it adds to the basis is float64 rounding.
+#: A block's new directions below this share of its norm are float64 rounding errors.
 _EXHAUSTED = 1e-10
 
 
@@ -36,10 +37,9 @@ class Leading:
     Attributes:
         u_MK, s_K, v_NK: float64, on the CPU; columns orthonormal, values descending. u_k and v_k
             have an arbitrary joint sign; directions of zero singular values are arbitrary.
-        next_value: s_{K+1}, 0 when there is none.
-        angle_bound_K: for each k, a bound in radians on the largest principal angle between the
-            leading-k subspaces found and the true ones, left and right (Wedin); π/2 where it proves
-            nothing.
+        next_value: s_{K+1}; 0 if there is none.
+        angle_bound_K: for each k, Wedin's bound in radians on the largest principal angle between
+            computed and true leading-k subspaces, left and right; π/2: no bound.
     """
 
     u_MK: Tensor
@@ -50,16 +50,16 @@ class Leading:
 
 
 def leading_directions(trained: Tensor, base: Tensor | None = None, k: int = 20, seed: int = 0) -> Leading:
-    """The K = min(k, M, N) leading singular triplets of `trained − base` (of `trained` alone
-    without a base).
+    """The K = min(k, M, N) leading singular triplets of `trained − base`.
 
     Args:
-        trained, base: [M, N], any floating dtype, on one device.
-        seed: of the random start; it changes the result within the bound only. The global generator
-            is not touched.
+        trained, base: [M, N], any floating dtype, on one device. `base=None`: of `trained` alone.
+        k: number of triplets.
+        seed: seed of the random start; it changes the result only within the bound. The global
+            generator is not used.
 
     Raises:
-        ValueError: not matrices, of different shapes, or k < 1.
+        ValueError: not matrices, different shapes, or k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
@@ -74,10 +74,9 @@ def leading_directions(trained: Tensor, base: Tensor | None = None, k: int = 20,
 
 
 def leading_of_factors(b_MR: Tensor, a_RN: Tensor, k: int = 20) -> Leading:
-    """The same for B A given by its factors (a LoRA adapter), exact and without forming the
-    product.
+    """Leading singular triplets of B A from its factors, without forming the product.
 
-    With fewer than k nonzero values there are only as many directions as the rank R of the factors.
+    There are at most R triplets. The angle bound contains only rounding errors.
     """
     q_b, triangle_b = torch.linalg.qr(b_MR.to(torch.float64))
     q_a, triangle_a = torch.linalg.qr(a_RN.to(torch.float64).T)
@@ -88,10 +87,10 @@ def leading_of_factors(b_MR: Tensor, a_RN: Tensor, k: int = 20) -> Leading:
 
 
 def _krylov(a_MN: Tensor, k: int, seed: int) -> Tensor:
-    """An orthonormal float64 basis [M, k + oversample] of approximate leading left directions.
+    """Orthonormal float64 basis [M, k + oversample] of approximate leading left directions.
 
-    It stops early where the Krylov space is exhausted: then the space holds every direction with a
-    nonzero singular value, and the basis is filled up with random directions.
+    If the Krylov space is exhausted early, it contains every direction with a nonzero singular
+    value, and random directions fill up the basis.
     """
     rows, width = a_MN.shape[0], k + _OVERSAMPLE
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -116,10 +115,9 @@ def _krylov(a_MN: Tensor, k: int, seed: int) -> Tensor:
 
 
 def _orthonormal(image_MW: Tensor, basis_MB: Tensor) -> Tensor:
-    """An orthonormal basis, at most W columns, of what `image` adds to `basis`; none where that is
-    only rounding.
+    """Orthonormal basis (≤ W columns) of the part of `image` outside `basis`, without rounding.
 
-    A plain QR has no notion of rank: of columns that are zero it makes unit vectors inside `basis`.
+    A plain QR does not detect rank: it turns zero columns into unit vectors inside `basis`.
     """
     rest = image_MW
     for _ in range(2):
@@ -130,10 +128,9 @@ def _orthonormal(image_MW: Tensor, basis_MB: Tensor) -> Tensor:
 
 
 def _converged(basis: Tensor, images: Tensor, theta: Tensor, ritz: Tensor, k: int) -> bool:
-    """Whether residual / gap, both of ΔW ΔWᵀ, is below the target for each of the k leading
-    subspaces.
+    """Whether residual / gap of ΔW ΔWᵀ is below the target for each of the k leading subspaces.
 
-    A gap too small for float32 products to resolve is not waited for.
+    Subspaces whose residual has reached float32 precision also count as converged.
     """
     if basis.shape[1] < 3 * ritz.shape[1]:
         return False
@@ -145,9 +142,7 @@ def _converged(basis: Tensor, images: Tensor, theta: Tensor, ritz: Tensor, k: in
 
 
 def _polish(delta: Blocks, start_MW: Tensor, k: int) -> Leading:
-    """Two float64 steps: Rayleigh–Ritz on [X, ΔW ΔWᵀ X], then the residual that proves the
-    accuracy.
-    """
+    """Two float64 steps: Rayleigh–Ritz on [X, ΔW ΔWᵀ X], then the residuals for the bound."""
     again = delta.times(delta.transposed_times(start_MW))
     scale = again.norm(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     basis = torch.linalg.qr(torch.cat([start_MW, again / scale], dim=1)).Q
@@ -158,7 +153,7 @@ def _polish(delta: Blocks, start_MW: Tensor, k: int) -> Leading:
 
 
 def _leading(u: Tensor, s: Tensor, v: Tensor, following: float, residual_K: Tensor) -> Leading:
-    """On the CPU, with the bound sin θ_k ≤ (‖residuals 1…k‖ + rounding) / (s_k − s_{k+1})."""
+    """`Leading` with the bound sin θ_k ≤ (‖residuals 1…k‖ + rounding) / (s_k − s_{k+1})."""
     s = s.cpu()
     gaps = s - torch.cat([s[1:], s.new_tensor([following])])
     rounding = 8 * torch.finfo(torch.float64).eps * (s[0] if len(s) else 0.0)

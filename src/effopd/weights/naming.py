@@ -1,9 +1,8 @@
-"""Where a tensor belongs: from its name and the model's configuration to (layer, module, matrix).
+"""The place of a tensor, (layer, module, matrix), from its name.
 
-Covers the names of the causal language models in transformers (docs/layouts.md lists them), with
-one tensor per expert or all experts stacked. Whatever is not recognised becomes module `other`
-under its own name: listed and analysed, never skipped. Left out: vision and audio towers have no
-naming of their own (`other`).
+Covers the causal language models of transformers listed in docs/layouts.md, with one tensor per
+expert or stacked experts. Unknown names get module `other` and keep their name: they are analyzed,
+never skipped. Vision and audio towers are also `other`.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
 _TOWER = re.compile(r"(?:^|[._])(?:vision|visual|image|audio|speech|multi_modal|mm_projector)")
 _ATTENTION = re.compile(r"(?:^|\.)(?:self_attn|self_attention|attention|attn)\.(.+)$")
 _MLP = re.compile(r"(?:^|\.)(?:mlp|feed_forward|ffn|block_sparse_moe)\.(.+)$")
-#: MLPs without a module of their own (OPT), and shared experts beside the routed ones (Granite).
+#: MLPs outside an MLP module (OPT), and shared experts next to routed ones (Granite).
 _BARE_MLP = re.compile(r"(?:shared_mlp\.)?(fc1|fc2|input_linear|output_linear)$")
-#: A norm and what is inside it; `norm_attn_norm` is DBRX's attention block.
+#: A norm and its parameters; `norm_attn_norm` is DBRX's attention block.
 _NORM = re.compile(r"(?:^|\.)(?!norm_attn_norm)(?:\w*norm\d?|(?:\w+_)?ln_\w+)(?:$|[._])")
 _FINAL_NORM = re.compile(r"(?:^|\.)(?:\w*norm\d?|(?:\w+_)?ln_\w+)(?:_\w+)?$")
 _EMBEDDING = re.compile(
@@ -55,10 +54,10 @@ _MLP_ONLY = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix or vector sits.
+    """Place of a matrix or vector in a model.
 
     Attributes:
-        layer: number of the transformer layer, `None` outside the layers.
+        layer: index of the transformer layer; `None`: outside the layers.
         module: one of `MODULES`.
         matrix: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, `router`, `experts.3.gate`, `q_bias`,
             `input_layernorm`, `tokens`, …; for module `other`, the tensor's name.
@@ -73,14 +72,12 @@ class Place:
         return f"{inside}{self.module}.{self.matrix}"
 
 
-#: The token embedding, and the output head that may be tied to it.
+#: The token embedding, and the output head that can be tied to it.
 TOKENS, HEAD = Place(None, "embedding", "tokens"), Place(None, "head", "head")
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output head is the token embedding; a configuration that does not say has its
-    model type's default.
-    """
+    """Whether the configuration, or its model type's default, ties the head to the embedding."""
     for part in (config, text_config(config)):
         if part.get("tie_word_embeddings") is not None:
             return bool(part["tie_word_embeddings"])
@@ -88,7 +85,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Whether this is the weight of the output head (a bias is never tied)."""
+    """Whether this is the weight, not the bias, of the output head."""
     return place_of(name) == HEAD
 
 
@@ -98,9 +95,7 @@ def is_token_embedding(name: str) -> bool:
 
 
 def place_of(name: str) -> Place:
-    """Place of a stored tensor by its name alone; fused and stacked ones as a whole (`qkv`,
-    `experts.gate_up`).
-    """
+    """Place of a stored tensor by its name; fused and stacked ones as `qkv`, `experts.gate_up`."""
     stem, kind = _stem(name)
     inside = _LAYER.search(stem)
     if _TOWER.search(stem):
@@ -123,7 +118,7 @@ def place_of(name: str) -> Place:
 
 
 def _stem(name: str) -> tuple[str, str]:
-    """The name without its last component, and `_bias` where that is what it was."""
+    """The name without its weight or bias suffix, and `_bias` for a bias."""
     for suffix, kind in ((".weight", ""), (".bias", "_bias"), ("_bias", "_bias")):
         if name.endswith(suffix):
             return name.removesuffix(suffix), kind

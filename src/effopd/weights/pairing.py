@@ -1,9 +1,8 @@
-"""Which part of a trained checkpoint is which part of its base; everything is settled from headers,
-before tensors are read.
+"""Pair the parts of a base and a trained checkpoint by place, from headers.
 
-Parts are paired by place, so that one model in two layouts is one model: with other prefixes, with
-experts stacked or one by one, transposed or not. Only a head that may be tied has to be looked at:
-see `reader.Checkpoint.own_head`.
+Pairing by place accepts different layouts of one model: other prefixes, stacked or separate
+experts, transposed matrices. Tensors are read only to compare a head that can be tied (see
+`reader.Checkpoint.own_head`) and integer tables.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from effopd.weights.parts import Part
 from effopd.weights.reader import Checkpoint
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|transformer|model|language_model)\.)+")
-RESIZE = "Resize the base the same way (model.resize_token_embeddings) and save it, then compare."
+RESIZE = "Resize the base the same way (model.resize_token_embeddings), save it, and compare again."
 
 
 def bare(name: str) -> str:
@@ -29,12 +28,11 @@ def bare(name: str) -> str:
 
 
 def untie(checkpoints: Sequence[Checkpoint]) -> None:
-    """Read a tied head as a copy of the token embedding where another of these checkpoints has a
-    head of its own.
+    """Give tied checkpoints a head, a copy of the embedding, if another one has a separate head.
 
-    All configurations have to say tied: a file with two different tensors is then an untied model
-    all the same, which is what merging an adapter of the head leaves. Where the configurations
-    disagree, nothing is changed.
+    This happens only if all configurations are tied. A file with two different tensors is then an
+    untied model nevertheless, as merging an adapter of the head leaves it. If the configurations
+    disagree, nothing changes.
     """
     heads = [next(name for name in c.shapes if is_head(name)) for c in checkpoints if c.own_head]
     if not heads or not all(is_tied(c.config) for c in checkpoints):
@@ -45,24 +43,22 @@ def untie(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def check_architecture(base: Checkpoint, trained: Checkpoint) -> None:
-    """Refuse another architecture or vocabulary.
+    """Check that two checkpoints have the same architecture and vocabulary.
 
     Raises:
-        CompatibilityError: with both values.
+        CompatibilityError: they differ.
     """
     kinds = [model_type(c.config) for c in (base, trained)]
     if kinds[0] != kinds[1]:
         raise CompatibilityError(
-            f"base and trained are of different architectures: {base.path} is {kinds[0]}, "
-            f"{trained.path} is {kinds[1]}. "
+            f"base and trained have different architectures: {base.path} is {kinds[0]}, {trained.path} is {kinds[1]}. "
             "Expected a checkpoint trained from this base."
         )
     rows = [_vocabulary(c) for c in (base, trained)]
     if None not in rows and rows[0] != rows[1]:
         raise CompatibilityError(
-            f"base and trained have different vocabularies: {base.path} has {rows[0]} rows of "
-            f"embeddings, {trained.path} "
-            f"{rows[1]}. {RESIZE}"
+            f"base and trained have different vocabularies: {base.path} has {rows[0]} rows of embeddings, "
+            f"{trained.path} {rows[1]}. {RESIZE}"
         )
 
 
@@ -70,8 +66,7 @@ def pair(base: Checkpoint, trained: Checkpoint, parts: Sequence[Part]) -> dict[P
     """Part of the base → part of the trained checkpoint, of the same place and shape.
 
     Raises:
-        WeightsError: tensors are missing, extra, mis-shaped, or integer tables differ; the first
-            few are named.
+        WeightsError: tensors are missing, extra or have another shape, or integer tables differ.
     """
     theirs = trained.parts()
     by_place = {_key(part): part for part in theirs}
@@ -80,7 +75,9 @@ def pair(base: Checkpoint, trained: Checkpoint, parts: Sequence[Part]) -> dict[P
     as_base: set[str] = set()
     for part in parts:
         other = by_place.get(_key(part))
-        if other is None or other.shape != part.shape:  # cut otherwise, as where a configuration says less
+        if (
+            other is None or other.shape != part.shape
+        ):  # split differently, for example because of a sparser configuration
             name = by_name.get(bare(part.tensor))
             if name is not None and trained.shapes[name] == base.shapes[part.tensor]:
                 other = replace(part, tensor=name)
@@ -131,41 +128,35 @@ def _check_complete(base: Checkpoint, trained: Checkpoint, missing: list[str], e
 def _hint(base: Checkpoint, trained: Checkpoint, missing: list[str], extra: list[str]) -> str:
     if all(place_of(name).module == "head" for name in [*missing, *extra]):
         return (
-            " Only one of them ties its output head to the token embedding "
-            "(tie_word_embeddings in config.json): save the "
-            "tied one with a head of its own, and compare again."
+            " Only one of them ties its output head to the token embedding (tie_word_embeddings in config.json). Save "
+            "the tied one with a separate head, and compare again."
         )
     sizes = [sum(math.prod(c.shapes[n]) for n in names) for c, names in ((base, missing), (trained, extra))]
     if sizes[0] == sizes[1]:
         return (
-            " Both sides have the same number of parameters there, so this may be one model "
-            "saved in two layouts: load and "
-            "save both with transformers "
-            "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)), and "
-            ""
-            "compare those."
+            " Both have the same number of parameters in these tensors, so this may be one model saved in two "
+            "layouts: load and save both with transformers "
+            "(AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)), and compare the results."
         )
     return ""
 
 
 def _check_tables(base: Checkpoint, trained: Checkpoint) -> None:
-    """Integer tensors are no weights: they have to be the same on both sides."""
-    mine, theirs = ({bare(name): name for name in c.tables} for c in (base, trained))
-    for name in sorted(mine.keys() | theirs.keys()):
-        same = name in mine and name in theirs and base.table_equals(mine[name], trained, theirs[name])
+    """Check that integer tensors, which are not weights, are equal on both sides."""
+    in_base, in_trained = ({bare(name): name for name in c.tables} for c in (base, trained))
+    for name in sorted(in_base.keys() | in_trained.keys()):
+        both = name in in_base and name in in_trained
+        same = both and base.table_equals(in_base[name], trained, in_trained[name])
         if not same:
             raise WeightsError(
-                f"the integer or boolean tensor '{mine.get(name, theirs.get(name))}' is not "
-                f"the same in the base {base.path} and in "
-                f"{trained.path}. An update is measured of floating-point weights; expected a checkpoint trained from "
-                "this base."
+                f"the integer or boolean tensor '{in_base.get(name, in_trained.get(name))}' is not the same in the "
+                f"base {base.path} and in {trained.path}. Only floating-point weights can differ. Expected a "
+                "checkpoint trained from this base."
             )
 
 
 def vocabulary_hint(name: str, shapes: Iterable[Sequence[int]]) -> str:
-    """How to go on where a token embedding or a head has another number of rows; empty for other
-    mismatches.
-    """
+    """Fix for a token embedding or head with another number of rows; "" for other mismatches."""
     one, other = shapes
     resized = len(one) == len(other) == 2 and one[0] != other[0] and one[1] == other[1]
     return f" {RESIZE}" if resized and (is_head(name) or is_token_embedding(name)) else ""

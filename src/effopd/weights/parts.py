@@ -1,7 +1,7 @@
 """The matrices and vectors inside the stored tensors of a checkpoint, each with its place.
 
-A fused or stacked tensor has several parts, which together cover it exactly once; `layouts` says
-how it is cut, and one whose layout is not known stays whole.
+The parts of a fused or stacked tensor cover it exactly once, as `layouts` defines. A tensor of
+unknown layout is a single part.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Part:
 
     Attributes:
         tensor: name of the stored tensor.
-        place: where it belongs.
-        shape: of the view: (M, N) = (out, in) for matrices.
-        expert: index into a stack of experts, if the tensor is one.
-        transposed: stored as [in, out].
-        rows: start, stop, step along the output dimension, for fused tensors.
-        blocks: how many equal blocks the output dimension consists of; `rows` are taken of each.
+        place: its place in the model.
+        shape: shape of the view; (M, N) = (out, in) for matrices.
+        expert: index into a stack of experts; `None`: not a stack.
+        transposed: whether it is stored as [in, out].
+        rows: start, stop, step inside each block of the output dimension; `None`: all rows.
+        blocks: number of equal blocks along the output dimension.
     """
 
     tensor: str
@@ -41,17 +41,19 @@ class Part:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has two dimensions, and numbers in it."""
+        """Whether it has two dimensions and is not empty."""
         return len(self.shape) == 2 and 0 not in self.shape
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of its tensor."""
+        """Whether it covers its whole tensor."""
         return self.expert is None and self.rows is None
 
     def view(self, tensor: Tensor) -> Tensor:
-        """This part of the stored tensor, oriented out × in: a view, or a copy where its rows are
-        spread over several blocks. Edit with `put`."""
+        """This part of the stored tensor, oriented out × in.
+
+        A view, or a copy if its rows are spread over several blocks. Edit with `put`.
+        """
         return self._region(tensor).flatten(0, 1) if self.blocks > 1 else self._region(tensor)
 
     def put(self, tensor: Tensor, value: Tensor) -> None:
@@ -60,9 +62,7 @@ class Part:
         region.copy_(value.reshape(region.shape))
 
     def rows_of(self, factor: Tensor) -> Tensor:
-        """The rows of this part out of a matrix [out, …] whose rows are those of the whole oriented
-        tensor.
-        """
+        """This part's rows of a matrix [out, …] with the rows of the whole oriented tensor."""
         part = Part(self.tensor, self.place, self.shape, rows=self.rows, blocks=self.blocks)
         return part.view(factor)
 
@@ -82,16 +82,15 @@ class Part:
 def parts_of(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], own_head: bool | None = None
 ) -> list[Part]:
-    """Every matrix and vector of a checkpoint: embeddings, then the layers in order, then the rest.
+    """All matrices and vectors of a checkpoint: embeddings, layers in order, then the rest.
 
-    A head that is tied to the embedding is left out, so it counts once. Two parts never share a
-    place.
+    A tied head is left out, because it is the embedding. Two parts never share a place.
 
     Args:
         config: the checkpoint's `config.json`.
         shapes: name → shape of the stored tensors.
-        own_head: whether a stored head is one of its own; default: where the configuration says so,
-            or there is no embedding to tie it to.
+        own_head: whether a stored head is a separate tensor; `None`: if the configuration does not
+            tie it, or there is no embedding to tie it to.
     """
     if own_head is None:
         own_head = not is_tied(config) or not any(is_token_embedding(name) for name in shapes)
@@ -157,10 +156,9 @@ def _is_transposed(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool | None:
-    """Whether a matrix is stored as [in, out]: GPT-2's Conv1D, and stacked experts multiplied from
-    the right.
+    """Whether a matrix is stored as [in, out]: GPT-2's Conv1D, and some stacked experts.
 
-    The shapes decide, the model type where they do not; `None` where neither does.
+    Decided by the shapes, or by the model type if they are ambiguous; `None`: undecided.
     """
     hidden = hidden_size(config)
     if len(shape) == 3:
@@ -181,8 +179,11 @@ def _are_experts_transposed(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool | None:
-    """Of gate_up [experts, 2I, H] and down [experts, H, I], always told from gate_up [experts, H,
-    2I] and down [experts, I, H] by the two shapes together, also where H = 2I."""
+    """Whether stacked experts are stored as [experts, in, out].
+
+    The shapes of gate_up and down together distinguish [experts, 2I, H] and [experts, H, I] from
+    [experts, H, 2I] and [experts, I, H], even if H = 2I.
+    """
     for one, other in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):
         names = [name, name.replace(one, other)] if one in name else [name.replace(other, one), name]
         if one in names[0] and names[0] in shapes and len(shapes.get(names[1], ())) == 3:

@@ -1,9 +1,8 @@
-"""Checkpoints on disk, one tensor at a time.
+"""`Checkpoint`: a checkpoint folder on disk, read one tensor at a time.
 
-A folder in the Hugging Face format: `config.json` and safetensors files. Opening reads headers
-only; `load` reads one tensor's bytes into memory of its own, so nothing stays mapped and memory
-does not grow with the number of tensors read. Left out: pickle files (they run code when loaded)
-and quantised weights.
+The folder has the Hugging Face format: `config.json` and safetensors files. Opening reads only
+headers. `load` reads one tensor into its own memory, so no file stays mapped. Pickle files, which
+can run code when loaded, and quantized weights are not supported.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from effopd.weights.safetensors_files import StoredTensor, is_buffer, read_tenso
 
 
 class Checkpoint:
-    """A checkpoint folder, lazily.
+    """A checkpoint folder; tensors are read on demand.
 
     Args:
         path: a folder with `config.json` and `model.safetensors`, or shards with their index.
 
     Attributes:
-        config: `config.json`.
-        shapes, dtypes, files: by tensor name, of the floating-point tensors.
-        tables: names of the integer and boolean tensors, which are no weights.
-        is_untied: whether `untie` has given a tied model a head.
+        config: contents of `config.json`.
+        shapes, dtypes, files: by name, of the floating-point tensors.
+        tables: names of the integer and boolean tensors, which are not weights.
+        is_untied: whether `untie` has given the checkpoint a head.
 
     Raises:
         CheckpointError: the folder, the configuration, a shard or a tensor of the index is missing;
-            a file is cut short or is no safetensors file; there are only pickle files.
-        WeightsError: a tensor is quantised.
+            a file is truncated or not a safetensors file; or there are only pickle files.
+        WeightsError: a tensor is quantized.
     """
 
     def __init__(self, path: str | Path):
@@ -64,12 +63,10 @@ class Checkpoint:
 
     @cached_property
     def own_head(self) -> bool:
-        """Whether the output head is a tensor of its own, which the token embedding does not
-        determine.
+        """Whether the output head is separate from the token embedding.
 
-        A file with both tensors, of different values, is an untied model whatever its configuration
-        says (transformers reads it so too); equal ones are one. Reads both tensors where the
-        configuration says tied and both are stored.
+        If both are stored and the configuration ties them, both are read and compared: different
+        values mean an untied model, as in transformers.
         """
         head = next((name for name in self._stored if is_head(name)), None)
         embeddings = [self._stored[name] for name in self._stored if is_token_embedding(name)]
@@ -78,8 +75,7 @@ class Checkpoint:
         return bool(embeddings) and not any(same_values(self._stored[head], embedding) for embedding in embeddings)
 
     def untie(self, head: str) -> None:
-        """From now on, read the tied head as a tensor of its own named `head`, equal to the token
-        embedding.
+        """Add a tensor named `head` that equals the token embedding.
 
         Raises:
             WeightsError: there is no token embedding, or more than one.
@@ -87,23 +83,23 @@ class Checkpoint:
         embeddings = [name for name in self._stored if is_token_embedding(name)]
         if len(embeddings) != 1:
             raise WeightsError(
-                f"{self.path} ties its head to the token embedding, and another checkpoint of "
-                "this comparison has a head of "
-                "its own. Expected one token embedding to compare that head with, got "
-                f"{', '.join(embeddings) or 'none'}. Save "
-                "the tied one with tie_word_embeddings=False, and compare again."
+                f"{self.path} ties its head to the token embedding, and another checkpoint of this comparison has a "
+                "separate head. Expected one token embedding to compare that head with, got "
+                f"{', '.join(embeddings) or 'none'}. Save the tied one with tie_word_embeddings=False, and compare "
+                "again."
             )
         self._stored[head] = self._stored[embeddings[0]]
         self.is_untied = self.own_head = True
         self._index()
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor in its stored dtype, checked to be finite. Do not edit it in place: while
-        someone holds it, the same object is handed out again.
+        """One tensor in its stored dtype, checked to be finite.
+
+        Do not edit it in place: while a reference exists, `load` returns the same object.
 
         Raises:
-            WeightsError: no such tensor, or it holds NaN or infinity.
-            CheckpointError: the file has changed or cannot be read.
+            WeightsError: the tensor does not exist, or contains NaN or infinity.
+            CheckpointError: the file has changed or is truncated.
         """
         key = (name, str(device))
         held = self._alive.get(key)
@@ -116,9 +112,7 @@ class Checkpoint:
         return tensor
 
     def load_expert(self, part: Part, device: torch.device | str = "cpu") -> Tensor:
-        """The one expert of a stack that a part lies in, without reading the others; else as
-        `load`.
-        """
+        """The expert of a stack that contains a part, read alone; checks as in `load`."""
         stored = self._stored[part.tensor]
         assert part.expert is not None
         size = (stored.stop - stored.start) // stored.shape[0]
@@ -127,16 +121,18 @@ class Checkpoint:
         return read_tensor(one, part.tensor).to(device)
 
     def load_table(self, name: str) -> Tensor:
-        """An integer or boolean tensor."""
+        """One integer or boolean tensor."""
         return read_tensor(self._tables[name], name)
 
     def table_equals(self, name: str, other: Checkpoint, other_name: str) -> bool:
-        """Whether a table is the same in another checkpoint."""
+        """Whether a table equals one of another checkpoint."""
         return same_values(self._tables[name], other._tables[other_name])
 
     def parts(self) -> list[Part]:
-        """Every matrix and vector, see `parts_of`. Of a tied pair the head may be the one that is
-        stored: then it is the embedding."""
+        """All matrices and vectors, see `parts_of`.
+
+        If a tied checkpoint stores only the head, the head becomes the token embedding.
+        """
         alone = is_tied(self.config) and not any(map(is_token_embedding, self._stored))
         parts = parts_of(self.config, self.shapes, self.own_head or alone)
         return [replace(p, place=TOKENS) if alone and is_head(p.tensor) else p for p in parts]

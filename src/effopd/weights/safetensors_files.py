@@ -1,7 +1,6 @@
-"""safetensors files: where the bytes of each tensor are, and one tensor at a time.
+"""safetensors files: checked headers, and tensors read one at a time.
 
-Headers are checked in full when they are read. A tensor is read into memory of its own, so nothing
-stays mapped.
+A tensor is read into its own memory, so no file stays mapped.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from torch import Tensor
 from effopd.errors import CheckpointError, WeightsError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-#: Dtypes of tables: which expert a token goes to, masks. Quantised weights come in some of these
-#: too, under other names.
+#: Dtypes of tables, such as routing tables and masks. Quantized weights use some of these dtypes
+#: too; their names distinguish them.
 _TABLE_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -37,7 +36,7 @@ _QUANTISED = re.compile(
     re.IGNORECASE,
 )
 _BLOCK = 2**20
-#: Stored by older versions of transformers; masks and tables, not weights.
+#: Masks and tables, not weights, that older versions of transformers store.
 _BUFFERS = re.compile(
     r"(?:^|\.)(?:attn\.(?:masked_)?bias|position_ids|rotary_emb\.inv_freq|rotary_emb\.(?:cos|sin)_cached)$"
 )
@@ -45,7 +44,7 @@ _BUFFERS = re.compile(
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file: where its bytes are."""
+    """Location of one tensor: bytes `start` to `stop` of a safetensors file."""
 
     file: Path
     dtype: torch.dtype
@@ -55,9 +54,7 @@ class StoredTensor:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a name is that of a mask or table which older versions of transformers stored beside
-    the weights.
-    """
+    """Whether a name belongs to a mask or table that older versions of transformers store."""
     return _BUFFERS.search(name) is not None
 
 
@@ -65,8 +62,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """Name → `StoredTensor` of one safetensors file.
 
     Raises:
-        CheckpointError: missing, cut short, damaged, or no safetensors file.
-        WeightsError: a dtype that is not a floating-point one of 16 to 64 bits.
+        CheckpointError: the file is missing, truncated, damaged or not a safetensors file.
+        WeightsError: a tensor is quantized or has an unsupported dtype.
     """
     try:
         size = file.stat().st_size
@@ -76,9 +73,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing. Copy the checkpoint again.") from None
     except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{file} is no safetensors file, or cut short ({error}). Copy it again.") from error
+        raise CheckpointError(
+            f"{file} is not a safetensors file, or is cut short ({error}). Copy it again."
+        ) from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file} is no safetensors file, or cut short: {size} bytes. Copy it again.")
+        raise CheckpointError(f"{file} is not a safetensors file, or is cut short: {size} bytes. Copy it again.")
     tensors, begin = {}, 8 + length
     for name, entry in header.items():
         if name == "__metadata__":
@@ -87,8 +86,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         table = kind in _TABLE_DTYPES and not _QUANTISED.search(name)
         if kind not in _DTYPES and not table and not is_buffer(name):
             raise WeightsError(
-                f"tensor '{name}' of {file} has dtype {kind}: expected one of {', '.join(_DTYPES)}. Quantised "
-                "weights cannot be compared; dequantise the checkpoint first."
+                f"tensor '{name}' of {file} has dtype {kind}: expected one of {', '.join(_DTYPES)}. Quantized "
+                "weights cannot be compared; dequantize the checkpoint first."
             )
         if begin + stop > size:
             raise CheckpointError(
@@ -98,7 +97,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             file, (_DTYPES | _TABLE_DTYPES).get(kind, torch.uint8), shape, begin + start, begin + stop
         )
     try:
-        with safe_open(file, framework="pt"):  # the library's own check: tensors neither overlap nor leave gaps
+        with safe_open(file, framework="pt"):  # checks that tensors neither overlap nor leave gaps
             return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged ({error}). Copy it again.") from error
@@ -116,26 +115,26 @@ def _entry(entry: Any, file: Path, name: str) -> tuple[str, tuple[int, int], tup
 
 
 def read_tensor(stored: StoredTensor, name: str) -> Tensor:
-    """The tensor on the CPU, read into memory of its own.
+    """Read a tensor to the CPU, into its own memory.
 
     Raises:
-        CheckpointError: the file is shorter than its header says.
-        WeightsError: NaN or infinity.
+        CheckpointError: the file has changed or is truncated.
+        WeightsError: the tensor contains NaN or infinity.
     """
     tensor = _read(stored, name)
     flat = tensor.view(-1)
-    # block by block: the temporaries of one check of all would be larger than the tensor
+    # block by block, because the temporaries of a single check are larger than the tensor
     bad = sum(block.numel() - int(torch.isfinite(block).sum()) for block in flat.split(_BLOCK))
     if bad:
         raise WeightsError(
-            f"tensor '{name}' of {stored.file} is not finite ({bad} of {tensor.numel()} numbers are NaN or infinite). "
-            "The run that wrote it has diverged, or the file is damaged; use an earlier checkpoint."
+            f"tensor '{name}' of {stored.file} is not finite ({bad} of {tensor.numel()} values are NaN or infinite). "
+            "The run that wrote it diverged, or the file is damaged. Use an earlier checkpoint."
         )
     return tensor
 
 
 def _read(stored: StoredTensor, name: str) -> Tensor:
-    """The tensor as it is stored."""
+    """Read a tensor without checking its values."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     flat = tensor.view(-1)
     with stored.file.open("rb") as handle:
@@ -148,9 +147,7 @@ def _read(stored: StoredTensor, name: str) -> Tensor:
 
 
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors have the same shape and values, read block by block up to the
-    first difference.
-    """
+    """Whether two stored tensors have equal shapes and values; stops at the first difference."""
     if one.shape != other.shape:
         return False
     numbers, count = math.prod(one.shape), _BLOCK
@@ -160,7 +157,7 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _stretch(stored: StoredTensor, start: int, stop: int) -> Tensor:
-    """Numbers `start` to `stop` of the flat tensor, floating-point ones as float64."""
+    """Elements `start` to `stop` of the flat tensor; floating-point values as float64."""
     size = stored.dtype.itemsize
     part = StoredTensor(
         stored.file, stored.dtype, (stop - start,), stored.start + start * size, stored.start + stop * size

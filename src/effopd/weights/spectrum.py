@@ -1,12 +1,12 @@
-r"""Singular values of an update, all of them, without singular vectors, and what is read off them.
+r"""All singular values of an update, without singular vectors, and metrics of the spectrum.
 
 The values are the square roots of the eigenvalues of the float64 Gram matrix ΔW ΔWᵀ of the shorter
-side, which costs a fraction of an SVD and never needs a float64 copy of ΔW. Squaring loses the
-values below about 1e-8 · s1; where those would show in a metric (rank-deficient or steeply graded
-spectra), the values come from a blocked QR factorisation and an SVD of its triangular factor
-instead: slower, backward stable, and of the same memory.
+side. This costs a fraction of an SVD and needs no float64 copy of ΔW. Squaring loses values below
+about 1e-8 · s1. If they would affect a metric (rank-deficient or steeply graded spectra), a blocked
+QR factorization and an SVD of its triangular factor are used instead: slower, backward stable, with
+the same memory.
 
-The paper's code computes a full SVD in the storage dtype and keeps U, S and V.
+Differs from the paper's code, which computes a full SVD in the storage dtype and keeps U, S and V.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 
 from effopd.weights.blocks import Blocks
 
-#: Matrices whose shorter side is at most this get LAPACK's SVD at once.
+#: Matrices whose shorter side is at most this long go directly to LAPACK's SVD.
 DIRECT = 384
-#: Relative error that squaring may cause in the sums below before the QR path takes over.
+#: Largest relative error of the metrics' sums through squaring; above it, QR is used.
 _TOLERANCE = 5e-7
 
 
 def singular_values(trained: Tensor, base: Tensor | None = None) -> Tensor:
-    """Singular values of `trained − base` (of `trained` alone without a base), descending.
+    """Singular values of `trained − base`, descending.
 
     Args:
-        trained, base: [M, N], any floating dtype, on one device. Differences and everything after
-            are float64.
+        trained, base: [M, N], any floating dtype, on one device. Computation is in float64.
+            `base=None`: of `trained` alone.
 
     Returns:
         float64 [min(M, N)] on the same device.
 
     Raises:
-        ValueError: not matrices, or of different shapes.
+        ValueError: not matrices, or different shapes.
     """
     delta = Blocks.of(trained, base)
     if delta.shape[0] <= DIRECT:
@@ -55,9 +55,7 @@ def singular_values(trained: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def factor_singular_values(b_MR: Tensor, a_RN: Tensor) -> Tensor:
-    """Singular values of B A from its factors, float64 [min(M, N)]; those beyond the rank are exact
-    zeros.
-    """
+    """Singular values of B A from its factors, float64 [min(M, N)]; exact zeros beyond R."""
     triangle_b = torch.linalg.qr(b_MR.to(torch.float64), mode="r").R
     triangle_a = torch.linalg.qr(a_RN.to(torch.float64).T, mode="r").R
     values = torch.linalg.svdvals(triangle_b @ triangle_a.T)
@@ -66,7 +64,7 @@ def factor_singular_values(b_MR: Tensor, a_RN: Tensor) -> Tensor:
 
 
 def spectrum_metrics(s_R: Tensor, shape: tuple[int, int]) -> dict[str, float]:
-    r"""What METHOD reads off a spectrum s1 ≥ s2 ≥ … ≥ s_R of ΔW.
+    r"""Metrics of a spectrum s1 ≥ s2 ≥ … ≥ s_R of ΔW.
 
     - `frobenius_norm` $\|ΔW\|_F = (\sum s_i^2)^{1/2}$ and `spectral_norm` s1, in the unit of the
         weights
@@ -76,7 +74,7 @@ def spectrum_metrics(s_R: Tensor, shape: tuple[int, int]) -> dict[str, float]:
         `noise_effective_rank`
     - `top1pct_norm_ratio` $(\sum_{i ≤ ⌈R/100⌉} s_i^2 / \sum s_i^2)^{1/2}$
 
-    A zero update has norms 0; its ratios and ranks are not defined and are NaN.
+    For a zero update, the norms are 0; the ratios and ranks are undefined and NaN.
 
     Source: arXiv 2605.11739, table 1; effective rank: Roy and Vetterli (2007).
     """
@@ -101,13 +99,13 @@ def spectrum_metrics(s_R: Tensor, shape: tuple[int, int]) -> dict[str, float]:
 
 @lru_cache(maxsize=256)
 def noise_effective_rank(rows: int, columns: int) -> float:
-    r"""Effective rank of an M × N matrix of independent noise, in the limit of large matrices.
+    r"""Effective rank of an M × N matrix of independent noise, for large matrices.
 
-    The noise that rounding to a storage dtype leaves is independent from entry to entry, so its
-    singular values follow the Marchenko–Pastur law, whatever the size of the noise: with y =
-    R/max(M, N), s = x·const and density $f(x) = \sqrt{(b^2 − x^2)(x^2 − a^2)} / (π y x)$ on [a, b]
-    = [1 − √y, 1 + √y], the effective rank is $R · E[x] · \exp(−E[x \log x] / E[x])$. An update
-    whose effective rank is near this number is, by this measure, indistinguishable from rounding.
+    It is $R · E[x] · \exp(−E[x \log x] / E[x])$ with R = min(M, N). Errors of rounding to a storage
+    dtype are independent between entries, so their singular values s ∝ x follow the
+    Marchenko–Pastur law, with density $f(x) = \sqrt{(b^2 − x^2)(x^2 − a^2)} / (π y x)$ on [a, b] =
+    [1 − √y, 1 + √y] and y = R / max(M, N). By this measure, an update whose effective rank is near
+    this value is indistinguishable from rounding errors.
 
     Example:
         >>> round(noise_effective_rank(1000, 1000))
@@ -117,7 +115,7 @@ def noise_effective_rank(rows: int, columns: int) -> float:
     low, high = 1 - math.sqrt(ratio), 1 + math.sqrt(ratio)
 
     def expectation(weight) -> float:
-        # x = middle − half·cos(t) removes the square-root ends
+        # x = middle − half·cos(t) removes the square-root singularities at both ends
         middle, half = (low + high) / 2, (high - low) / 2
 
         def integrand(t: float) -> float:
@@ -132,9 +130,7 @@ def noise_effective_rank(rows: int, columns: int) -> float:
 
 
 def _triangle(delta: Blocks) -> Tensor:
-    """A square factor with the singular values of ΔW: R of the QR factorisation of ΔWᵀ, a block of
-    rows at a time.
-    """
+    """R of the QR factorization of ΔWᵀ, block by block; it has the singular values of ΔW."""
     triangle: Tensor | None = None
     for _, block in delta:
         rows = block.T if triangle is None else torch.cat([triangle, block.T])
@@ -144,10 +140,10 @@ def _triangle(delta: Blocks) -> Tensor:
 
 
 def _is_safe(s_R: Tensor) -> bool:
-    """Whether the rounding of the Gram matrix is invisible in Σs and in the entropy of s/Σs.
+    """Whether rounding in the Gram matrix is negligible in Σs and in the entropy of s/Σs.
 
-    An eigenvalue is wrong by about ε·λ1·√R, so a value is wrong by δ = ε·s1²·√R / 2s, at most
-    (ε·√R)^½·s1.
+    The error of an eigenvalue is about ε·λ1·√R. The error of a singular value is therefore δ =
+    ε·s1²·√R / 2s, at most (ε·√R)^½·s1.
     """
     s = s_R.cpu().numpy()
     error = np.finfo(np.float64).eps * math.sqrt(len(s)) * s[0] ** 2

@@ -1,6 +1,4 @@
-"""The checkpoints of a run, in order: this package's run directories, transformers' output folders,
-or a single one.
-"""
+"""The checkpoints of a run directory, a transformers output folder or a single folder, by step."""
 
 from __future__ import annotations
 
@@ -21,24 +19,24 @@ _STEP = re.compile(r"(?:step|checkpoint|global_step)[-_]?(\d+)$")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint folder and the optimizer step it was written at (`None` where nothing says)."""
+    """A checkpoint folder and the optimizer step of its weights (`None`: unknown)."""
 
     step: int | None
     path: Path
 
 
 def find_snapshots(path: str | Path, steps: Sequence[int] | None = None) -> list[Snapshot]:
-    """The checkpoints under a path, by step.
+    """Checkpoints under a path, by step.
 
     Args:
         path: a checkpoint or adapter folder (one snapshot); a run directory (its `trajectory/`,
-            else its `checkpoints/`); or a folder of `step-8`, `checkpoint-500`, … folders.
-        steps: take these steps only; then gaps are the caller's wish.
+            otherwise its `checkpoints/`); or a folder of `step-8`, `checkpoint-500`, … folders.
+        steps: return only these steps, without checking for gaps; `None`: all.
 
     Raises:
-        CheckpointError: no checkpoints; a step folder without weights; a gap: a step that the run's
-            `trajectory` rule, or the regular spacing of the others, asks for is missing; or a step
-            of `steps` is not there.
+        CheckpointError: there are no checkpoints, a folder has no weights, a step of `steps` does
+            not exist, or there is a gap: a step is missing according to the run's `trajectory`
+            rule or the regular spacing of the others.
     """
     root = Path(path)
     folders = _step_folders(root)
@@ -55,22 +53,20 @@ def find_snapshots(path: str | Path, steps: Sequence[int] | None = None) -> list
         gaps = sorted(_expected(root, set(folders)) - set(folders))
         if gaps:
             raise CheckpointError(
-                f"the trajectory of {root} has a gap: step {_list(gaps)} missing, between "
-                f"{_list(sorted(folders))}. Copy the "
-                "missing folders, or say which steps to take with --steps."
+                f"the trajectory of {root} has a gap: step {_list(gaps)} missing, between {_list(sorted(folders))}. "
+                "Copy the missing folders, or choose the steps to use with --steps."
             )
     lost = [folder for folder in empty if steps is None or Path(folder) in {folders[step] for step in wanted}]
     if lost:
         raise CheckpointError(
-            f"{lost[0]} has no {WEIGHTS}, {INDEX} or {ADAPTER}: its weights are missing. Copy "
-            "the folder again, or leave the "
-            "step out with --steps."
+            f"{lost[0]} has no {WEIGHTS}, {INDEX} or {ADAPTER}: its weights are missing. Copy the folder again, or "
+            "leave out the step with --steps."
         )
     return [Snapshot(step, folders[step]) for step in wanted]
 
 
 def _step_folders(root: Path) -> dict[int, Path]:
-    """Step → folder, of the first place that has any."""
+    """Step → folder, from the first place that has step folders."""
     for place in (root / "trajectory", root / "checkpoints", root):
         folders = {int(m[1]): p for p in sorted(_folders(place)) if (m := _STEP.match(p.name))}
         if folders and (place != root or not _has_weights(root)):
@@ -93,15 +89,14 @@ def _single(root: Path, steps: Sequence[int] | None) -> list[Snapshot]:
     step = int(read_json(state).get("global_step", 0)) if state.is_file() else int(named[1]) if named else None
     if steps is not None and step not in steps:
         raise CheckpointError(
-            f"{root} is a single checkpoint{f' (step {step})' if step is not None else ''}, "
-            "not a trajectory with steps "
-            f"{_list(list(steps))}. Give the run directory, or leave --steps out."
+            f"{root} is a single checkpoint{f' (step {step})' if step is not None else ''}, not a trajectory with "
+            f"steps {_list(list(steps))}. Pass the run directory, or leave out --steps."
         )
     return [Snapshot(step, root)]
 
 
 def _expected(root: Path, have: set[int]) -> set[int]:
-    """The steps up to the last one that should be there."""
+    """Steps that are expected up to the last existing one."""
     last = max(have)
     rule = _rule(root) if (root / "trajectory").is_dir() else None
     doubling = {0, last} | {2**i for i in range(last.bit_length()) if 2**i <= last}
@@ -109,7 +104,7 @@ def _expected(root: Path, have: set[int]) -> set[int]:
         return doubling
     if rule is not None and rule.isdecimal() and int(rule):
         return {*range(0, last + 1, int(rule)), last}
-    if len(have - {0}) > 2 and have <= doubling:  # without a rule, from the first step on
+    if len(have - {0}) > 2 and have <= doubling:  # without a rule: expected from the first existing step on
         return {step for step in doubling if step >= min(have - {0})}
     ordered = sorted(have)
     spacings = [after - before for before, after in pairwise(ordered)]

@@ -1,4 +1,4 @@
-"""Writing an edited copy of a checkpoint, one tensor at a time."""
+"""Write an edited copy of a checkpoint, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ def write_checkpoint(
     max_shard_size: int = 2 * 1024**3,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write `edit(name, tensor)` of every tensor of `base` as a checkpoint of its own, with its
-    configuration and tokenizer.
+    """Write `edit(name, tensor)` of every tensor of `base` as a checkpoint with its tokenizer.
 
-    Memory: one shard and one tensor. The folder is filled beside `out` and renamed, so it appears
-    whole or not at all.
+    Memory: one shard and one tensor. A temporary folder next to `out` is filled and then renamed,
+    so `out` is either complete or absent.
 
     Args:
-        edit: is given every floating-point tensor, also the copy of a tied head where there is one;
-            must not change it in place. Integer tables are copied.
-        max_shard_size: bytes a file at most, unless a single tensor is larger.
-        dtype: of what is written; default: what each tensor of `base` is stored in.
+        base: the checkpoint to copy.
+        edit: called with every floating-point tensor, including a stored copy of a tied head; must
+            not change it in place. Integer tables are copied.
+        out: the new folder.
+        max_shard_size: maximum bytes per file; a larger single tensor gets its own file.
+        dtype: dtype of the written tensors; `None`: the stored dtype of each tensor.
 
     Raises:
         CheckpointError: `out` exists and is not empty.
@@ -68,7 +69,7 @@ def write_checkpoint(
 
 
 def _fill(base: Checkpoint, edit: _Edit, staged: Path, limit: int, dtype: torch.dtype | None) -> None:
-    """Everything of the new checkpoint, flushed to disk."""
+    """Write all files of the new checkpoint and flush them to disk."""
     shards = _write_shards(base, edit, staged, limit, dtype)
     if len(shards) == 1:
         (staged / shards[0][0]).rename(staged / WEIGHTS)
@@ -82,7 +83,7 @@ def _fill(base: Checkpoint, edit: _Edit, staged: Path, limit: int, dtype: torch.
 def _write_shards(
     base: Checkpoint, edit: _Edit, staged: Path, limit: int, dtype: torch.dtype | None
 ) -> list[tuple[str, dict[str, int]]]:
-    """Files in order, each with the bytes of its tensors by name."""
+    """(file, tensor name → bytes) per shard, in order."""
     shards: list[tuple[str, dict[str, int]]] = []
     held: dict[str, Tensor] = {}
 
@@ -100,9 +101,8 @@ def _write_shards(
         new = edited.to("cpu", stored.dtype if dtype is None or table else dtype).contiguous()
         if new.shape != stored.shape or not bool(torch.isfinite(new).all()):
             raise WeightsError(
-                f"the edited tensor '{name}' has shape {tuple(new.shape)} (expected "
-                f"{tuple(stored.shape)}) or is not finite "
-                f"in {new.dtype}; nothing was written."
+                f"the edited tensor '{name}' has shape {tuple(new.shape)} (expected {tuple(stored.shape)}) or is not "
+                f"finite in {new.dtype}; nothing was written."
             )
         if sum(t.numel() * t.element_size() for t in held.values()) + new.numel() * new.element_size() > limit:
             flush()
@@ -133,7 +133,7 @@ def _copy_rest(base: Checkpoint, staged: Path, dtype: torch.dtype | None) -> Non
     if dtype is not None:
         for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
             changed[key] = str(dtype).removeprefix("torch.")
-    if base.own_head and is_tied(config):  # the file has a head of its own: no reader may tie it
+    if base.own_head and is_tied(config):  # the file has a separate head, which readers must not tie
         changed["tie_word_embeddings"] = False
         if isinstance(text := changed.get("text_config"), dict) and "tie_word_embeddings" in text:
             changed["text_config"] = text | {"tie_word_embeddings": False}

@@ -1,4 +1,4 @@
-"""Events of a training run that the host does not tell its callbacks."""
+"""Events of a training run for which the host has no callback."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 Call = Callable[..., Any]
 
-#: The patches in place on a trainer; neither keeps the other alive.
+#: Trainer → its current patches; both references are weak.
 _IN_PLACE: weakref.WeakKeyDictionary[Any, weakref.ref[Patches]] = weakref.WeakKeyDictionary()
 
 
 class Patches:
-    """Methods of one trainer object, replaced until `undo`; its class is never touched.
+    """Replaces methods of one trainer object until `undo`; its class is never changed.
 
-    A trainer has one `Patches` at a time: a new one undoes what an earlier one left.
+    A trainer has one `Patches` at a time: a new one first undoes an earlier one.
 
     Args:
         trainer: any object with methods.
@@ -34,8 +34,8 @@ class Patches:
         """Replace a method.
 
         Args:
-            name: of the method.
-            around: method → what is called in its place.
+            name: name of the method.
+            around: maps the method to its replacement.
         """
         attributes, method = vars(self._trainer), getattr(self._trainer, name)
         before = attributes.get(name)
@@ -45,7 +45,7 @@ class Patches:
             return call[0](*args, **kwargs)
 
         def undo() -> None:
-            call[0] = method  # a later patch on top may still call this one
+            call[0] = method  # a later patch may still call this one
             if attributes.get(name) is not patched:
                 return
             if before is None:
@@ -57,18 +57,16 @@ class Patches:
         self._undo.append(undo)
 
     def undo(self) -> None:
-        """Put the methods back; safe to call twice."""
+        """Restore the methods; safe to call twice."""
         while self._undo:
             self._undo.pop()()
 
 
 class HostEvents:
-    """Events of a training run that the host does not tell its callbacks, from `attach` to
-    `detach`.
+    """Events of a training run for which the host has no callback, from `attach` to `detach`.
 
     Args:
-        trainer: any `transformers.Trainer`; `rollouts_ready` needs one of TRL's trainers that
-            sample.
+        trainer: any `transformers.Trainer`; `rollouts_ready` needs a TRL trainer that samples.
     """
 
     def __init__(self, trainer: Any):
@@ -83,15 +81,15 @@ class HostEvents:
         rate_multiplier: Callable[[], float] | None = None,
         rollouts_ready: Callable[[Sequence[Mapping[str, Any]]], object] | None = None,
     ) -> None:
-        """Patch the trainer object; events of an earlier `attach` to it end.
+        """Patch the trainer object; ends the events of an earlier `attach` to it.
 
         Args:
-            active: asked before each event; False: no more events.
-            stopped: called after an epoch that raised, or in which `active` became False.
-            rate_multiplier: factor on the logged learning rate; the host knows the rate of the
-                schedule only.
-            rollouts_ready: called once per optimizer step with its micro-batches, before any of
-                them is trained on. If it calls `drop_rollouts`, the step samples again.
+            active: called before `rollouts_ready` and after each epoch; False: no more events.
+            stopped: called after an epoch that raised, or after which `active` is False.
+            rate_multiplier: factor on the logged learning rate; the host logs only the schedule's
+                rate.
+            rollouts_ready: called once per optimizer step with its micro-batches, before training
+                on any of them. If it calls `drop_rollouts`, the step samples again.
         """
         self._patches = patches = Patches(self._trainer)
         patches.replace("_run_epoch", partial(_guarded_epoch, active, stopped))
@@ -101,7 +99,7 @@ class HostEvents:
             patches.replace("_get_learning_rate", lambda scheduled: lambda: scheduled() * rate_multiplier())
 
     def detach(self) -> None:
-        """Leave nothing on the trainer; safe to call twice."""
+        """Remove all patches from the trainer; safe to call twice."""
         if self._patches is not None:
             self._patches.undo()
             self._patches = None

@@ -1,4 +1,4 @@
-"""Private methods of TRL's trainers as hooks of ours."""
+"""Private methods of TRL's trainers as named hooks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _Host: Any = Trainer if TYPE_CHECKING else object
 
 
 class HostHooks(_Host):
-    """Private methods of a TRL trainer as hooks; mixed in right before the trainer, after the
-    classes that implement hooks.
+    """Private methods of a TRL trainer as hooks.
 
-    An `around_…` hook gets the host's own call, makes it and returns its result.
+    Mix it in right before the trainer, after the classes that implement hooks. An `around_…` hook
+    receives the host's call, makes it and returns its result.
     """
 
-    #: Tags of the model card.
+    #: Model-card tags.
     card_tags: ClassVar[Sequence[str]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -35,11 +35,11 @@ class HostHooks(_Host):
         if "card_tags" in vars(cls):
             cls._tag_names = list(cls.card_tags)
 
-    # What the model card says of the host.
+    # Facts for the model card.
 
     @property
     def method_name(self) -> str:
-        """TRL's name of its method, such as GRPO."""
+        """TRL's name for its method, for example GRPO."""
         return self._name
 
     @property
@@ -49,37 +49,37 @@ class HostHooks(_Host):
 
     @staticmethod
     def model_id(model: PreTrainedModel) -> str:
-        """The Hub id or folder that a model was loaded from; empty if it was not."""
+        """Hub id or folder that the model was loaded from; empty if it was not loaded."""
         return get_config_model_id(model.config) or ""
 
     @staticmethod
     def tracker_urls() -> tuple[str | None, str | None]:
-        """Addresses of the run at Trackio and Comet."""
+        """URLs of the run at Trackio and Comet."""
         return get_trackio_space_url(), get_comet_experiment_url()
 
-    # What the host keeps to itself.
+    # Private attributes.
 
     @property
     def text_tokenizer(self) -> Any:
-        """The tokenizer, also where the host was given a processor."""
+        """The tokenizer, also if the host was given a processor."""
         return self._tokenizer
 
     @property
     def reads_images(self) -> bool:
-        """Whether the host takes its model for one of images and text."""
+        """Whether the host treats its model as a vision-language model."""
         return getattr(self, "_is_vlm", False)
 
     # Sampling.
 
     def train_sampler(self, sampler: Any) -> Any:
-        """Hook: the sampler of prompts; gets the host's."""
+        """Hook: the prompt sampler, made from the host's."""
         return sampler
 
     def _get_train_sampler(self, dataset=None):
         return self.train_sampler(super()._get_train_sampler(dataset))
 
     def around_rollouts(self, sample: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Hook: a batch of rollouts, with masks and everything that the loss reads."""
+        """Hook: a batch of rollouts with masks and all other inputs of the loss."""
         return sample()
 
     def _generate_and_score_completions(self, inputs):
@@ -88,8 +88,8 @@ class HostHooks(_Host):
     def around_turn(
         self, generate: Callable[[list[list[int]]], Any], prompt_ids: list[list[int]], *, multimodal: bool
     ) -> Any:
-        """Hook: one answer per prompt; `generate` takes prompts as token ids and may be called for
-        parts of them.
+        """Hook: one answer per prompt; `generate` may be called several times, on parts of the
+        prompts (token ids).
         """
         return generate(prompt_ids)
 
@@ -104,7 +104,7 @@ class HostHooks(_Host):
     # The loop.
 
     def around_state(self, initialise: Callable[[], T], checkpoint: str | None, max_steps: int) -> T:
-        """Hook: the state of the trainer at the start, from `checkpoint` if the run is resumed."""
+        """Hook: the trainer's initial state, loaded from `checkpoint` if the run is resumed."""
         return initialise()
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
@@ -120,7 +120,7 @@ class HostHooks(_Host):
         self.around_epoch(partial(super()._run_epoch, *args, **kwargs))
 
     def around_step_end(self, report: Callable[[], None]) -> None:
-        """Hook: logging, evaluating and saving after a step, as far as they are due."""
+        """Hook: logging, evaluating and saving after a step, each if due."""
         report()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -129,7 +129,7 @@ class HostHooks(_Host):
     # Checkpoints.
 
     def checkpoint_root(self) -> Path | None:
-        """Hook: the folder that checkpoints are written into; `None`: the host's."""
+        """Hook: the folder into which checkpoints are written; `None`: the host's."""
         return None
 
     def _get_output_dir(self, trial):
@@ -151,7 +151,7 @@ class HostHooks(_Host):
         return self.around_best_metric(partial(super()._determine_best_metric, metrics, trial))
 
     def around_best_model(self, load: Callable[[], None]) -> None:
-        """Hook: going back to the best model at the end."""
+        """Hook: restoring the best model at the end of training."""
         load()
 
     def _load_best_model(self):
@@ -175,9 +175,7 @@ class HostHooks(_Host):
         self.around_load(RANDOM_STATE, checkpoint, partial(super()._load_rng_state, checkpoint))
 
     def check_loaded(self, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-        """Hook, in place of the host's warning: names of tensors that the checkpoint lacks, or has
-        besides.
-        """
+        """Hook, replacing the host's warning: names of missing and unknown tensors."""
 
     def _issue_warnings_after_load(self, load_result):
         self.check_loaded(load_result.missing_keys, load_result.unexpected_keys)
@@ -187,8 +185,9 @@ class DistillationHooks(HostHooks):
     """`HostHooks` of `trl.DistillationTrainer`."""
 
     def distillation_loss(self, student: Any, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Hook: the loss of a micro-batch, Σ student entropy and the number of positions, in the
-        student's forward.
+        """Hook: loss of a micro-batch, Σ student entropy and number of positions.
+
+        Called inside the student's forward.
         """
         raise NotImplementedError
 

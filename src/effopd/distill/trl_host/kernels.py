@@ -1,5 +1,6 @@
-"""TRL's kernels, which project hidden states tile by tile. A head has `weight` [V, H], `bias`,
-`scale` and `softcap`.
+"""TRL's chunked divergence and log-probability kernels, which project hidden states in tiles.
+
+A head has `weight` [V, H], `bias`, `scale` and `softcap`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE, C
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-#: Positions and vocabulary rows of one tile of logits in `divergence_kernel`.
+#: Positions and vocabulary rows per tile of logits in `divergence_kernel`.
 KERNEL_TILE = (TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE)
 
 
@@ -29,9 +30,7 @@ def divergence_loss(
     h_student_BTH: Tensor, student: Any, h_teacher_BTH: Tensor, teacher: Any, mask_BT: Tensor, beta: float,
     temperature: float, num_items: Tensor | int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """TRL's own loss: Σ divergence / `num_items` (default: positions), Σ student entropy, number of
-    positions.
-    """
+    """TRL's loss: Σ divergence / `num_items` (default: positions), Σ student entropy, positions."""
     return _chunked_divergence_loss(
         h_student_BTH,
         h_teacher_BTH,

@@ -1,4 +1,4 @@
-"""Loading, placing and entering models as the hosts do."""
+"""Loading, placing and entering models in the same way as the hosts."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def load_causal_lm(name: str, **load: Any) -> PreTrainedModel:
 
 
 def build_model(kind: type[PreTrainedModel], config: Any, **load: Any) -> PreTrainedModel:
-    """A model of class `kind` without weights of its own."""
+    """A model of class `kind` built from its config, without loading weights."""
     return kind._from_config(config, **load)
 
 
 def place_frozen(trainer: Any, model: PreTrainedModel) -> Any:
-    """Put a model that is not trained where TRL puts its teacher, wrapped alike."""
+    """Place and wrap a frozen model as TRL does its teacher."""
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
 def inside_forward(wrapper: Any, model: Any, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Run `work` in the forward of `wrapper`, where the weights of `model` are whole."""
+    """Run `work` inside the forward of `wrapper`, where the weights of `model` are gathered."""
     return _ForwardRedirection()(wrapper, model, work, *args, **kwargs)
 
 
 @contextmanager
 def last_logits_processor(model: Any, processor: LogitsProcessor) -> Iterator[None]:
-    """In this block, `generate` on `model` ends its list of logits processors with this one."""
+    """In this block, `generate` on `model` applies `processor` after all other processors."""
     processors = model._get_logits_processor
 
     def with_processor(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Private attributes of a trainer, and of accelerate."""
+"""Private attributes of trainers and of accelerate: rollouts, metrics, saving, global state."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from trl import DistillationTrainer
 
 
 def resumed_checkpoint(trainer: Any) -> Path | None:
-    """The checkpoint that the training loop now running was given.
+    """The checkpoint that the running training loop resumes from; `None`: none.
 
-    Callbacks are not told, and the trainer keeps no record, so this reads the argument of
-    `Trainer._inner_training_loop` off the stack.
+    The host neither passes it to callbacks nor stores it, so this reads the argument of
+    `Trainer._inner_training_loop` from the call stack.
     """
     frame = sys._getframe()
     while frame is not None:
@@ -29,32 +29,32 @@ def resumed_checkpoint(trainer: Any) -> Path | None:
 
 
 def drop_rollouts(trainer: Any) -> None:
-    """Sample before the next micro-batch; nothing where the trainer has no rollouts."""
+    """Discard buffered rollouts, so that the next micro-batch samples new ones."""
     if getattr(trainer, "_buffered_inputs", None) is not None:
         trainer._buffered_inputs = None
 
 
 def rollouts_in_use(trainer: Any) -> tuple[int, Any]:
-    """Micro-batches trained on so far, and the rollouts of TRL's reinforcement-learning
-    trainers.
-    """
+    """Position in micro-batches and buffered rollouts of a TRL reinforcement-learning trainer."""
     return trainer._step, trainer._buffered_inputs
 
 
 def use_rollouts(trainer: Any, position: int, rollouts: Any) -> None:
-    """Go on at a micro-batch with these rollouts, or with new ones if `None`."""
+    """Set position and buffered rollouts; `rollouts=None`: sample new ones."""
     trainer._step, trainer._buffered_inputs = position, rollouts
 
 
 def mark_engine_stale(trainer: Any) -> None:
-    """Have a vLLM engine take the weights before it samples again."""
+    """Make a vLLM engine reload the weights before it samples again."""
     if getattr(trainer, "use_vllm", False):
         trainer._last_loaded_step = -1
 
 
 def log_metrics(trainer: Any, metrics: Mapping[str, float]) -> bool:
-    """Add to the next training row, which TRL averages; False where the trainer has no such
-    buffer.
+    """Add metrics to TRL's buffer, which it averages into the next training row.
+
+    Returns:
+        False: the trainer has no such buffer.
     """
     if not hasattr(trainer, "_metrics"):
         return False
@@ -64,13 +64,13 @@ def log_metrics(trainer: Any, metrics: Mapping[str, float]) -> bool:
 
 
 def log_evaluation(trainer: Any, metrics: Mapping[str, float]) -> None:
-    """Log the row of an evaluation. TRL's own `log` would add the training metrics so far to it."""
+    """Log an evaluation row, bypassing TRL's `log`, which adds buffered metrics to it."""
     trainer._metrics["eval"].clear()
     Trainer.log(trainer, dict(metrics))
 
 
 def has_trls_loss(trainer: Any) -> bool:
-    """Whether a distillation trainer trains on TRL's own loss, of TRL's own hidden states."""
+    """Whether a distillation trainer uses TRL's own loss and hidden states."""
     kind = type(trainer)
     return (
         kind._compute_loss is DistillationTrainer._compute_loss
@@ -79,29 +79,30 @@ def has_trls_loss(trainer: Any) -> bool:
 
 
 def termination_handler(manager: Any) -> Any:
-    """The handler of SIGTERM that a `CheckpointManager` has replaced, or `None`."""
+    """The SIGTERM handler that a `CheckpointManager` replaced, or `None`."""
     return manager._original_sigterm_handler
 
 
 def save_weights(trainer: Any, folder: Path) -> None:
-    """Write the model as a checkpoint has it."""
+    """Write the model in checkpoint format."""
     trainer._save(str(folder))
 
 
 def save_optimizer(trainer: Any, folder: Path) -> None:
-    """Write the states of optimizer and schedule as a checkpoint has them."""
+    """Write the states of optimizer and schedule in checkpoint format."""
     trainer._save_optimizer_and_scheduler(str(folder))
 
 
 def save_scaler(trainer: Any, folder: Path) -> None:
-    """Write the state of the gradient scaler, if there is one."""
+    """Write the state of the gradient scaler, if any."""
     trainer._save_scaler(str(folder))
 
 
 @contextmanager
 def accelerate_undisturbed() -> Iterator[None]:
-    """A second `TrainingArguments` resets accelerate's state, perhaps to another device and to one
-    process; put it back.
+    """Restore accelerate's global state after this block.
+
+    Building a second `TrainingArguments` resets it, possibly to another device and one process.
     """
     states = (PartialState._shared_state, AcceleratorState._shared_state)
     saved = [dict(state) for state in states]

@@ -1,3 +1,1 @@
-"""How good a candidate is. A scorer is any callable `model → Score` (or a plain number; larger is
-better).
-"""
+"""Built-in scorers. A scorer is a callable `model → Score | float`; larger is better."""

@@ -1,4 +1,4 @@
-"""`accuracy`: the share of validation prompts that a candidate answers correctly."""
+"""`accuracy` scorer: share of correct sampled answers to the validation prompts."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from effopd.tasks.sampling import Sampling
 
 
 class AccuracyScorer:
-    """Accuracy of sampled answers on D_v, the paper's gate (arXiv 2605.11739).
+    """Accuracy of sampled answers to the validation prompts, 0–1 (arXiv 2605.11739).
 
-    The look-ahead seeds every call of one search alike, so all candidates share the sampling noise.
-    Several processes answer a share each; all of them get the whole score. A candidate whose
-    predictions are not finite scores NaN, which no gate lets pass.
+    All candidates of a search share the sampling noise, because the search seeds every call alike.
+    With several processes, each answers a share of the prompts and all return the full score. A
+    candidate with non-finite logits scores NaN and is never accepted.
 
     Args:
-        task: D_v: examples with answers and their verifier.
+        task: the validation prompts, with reference answers and their verifier.
         tokenizer: encodes prompts and decodes answers.
-        sampling: how answers are drawn. Its `seed` is not used: the search seeds every call.
-        progress: show a bar for each candidate.
-        vocab_size: only tokens below it are sampled; `None`: all.
+        sampling: sampling settings; `seed` is ignored, because the search seeds every call.
+        progress: show a progress bar per candidate.
+        vocab_size: sample only tokens below this id; `None`: all.
 
     Raises:
-        TaskError: D_v is empty, an example has no answer, or the chat template refuses a prompt.
+        TaskError: there are no prompts, an example has no answer, or the chat template refuses a
+            prompt.
         CompatibilityError: plain prompts end with an end token.
     """
 
@@ -55,36 +56,33 @@ class AccuracyScorer:
     ):
         if not task.verifiable:
             raise TaskError(
-                f"the accuracy gate needs validation prompts with answers, but task '{task.name}' has "
+                f"the accuracy scorer needs validation prompts with answers, but task '{task.name}' has "
                 + ("none at all." if not task.examples else "prompts without an answer.")
                 + " Give every row an `answer`, or pass a scorer of your own (a callable model → number)."
             )
-        encode_prompts(
-            tokenizer, [example.prompt for example in task.examples], sampling.template
-        )  # refused now, if at all
+        # refuse unusable prompts before training
+        encode_prompts(tokenizer, [example.prompt for example in task.examples], sampling.template)
         self.task, self.sampling, self.vocab_size = task, sampling, vocab_size
         self.tokenizer, self._progress = tokenizer, progress
 
     @property
     def validation_ids(self) -> list[str]:
-        """Ids of the D_v examples, in order; saved with checkpoints so that a resume can prove it
-        has the same D_v.
-        """
+        """Ids of the validation prompts, in order; compared with the checkpoint's on resume."""
         return [example.id for example in self.task.examples]
 
     def __call__(self, model: PreTrainedModel) -> Score:
         start, examples = time.perf_counter(), self.task.examples
-        mine = self.task if world_size() == 1 else self.task.subset(split_between_ranks(examples))
-        # The search has seeded, every rank alike: the ranks' answers must not share their noise.
+        share = self.task if world_size() == 1 else self.task.subset(split_between_ranks(examples))
+        # The search seeds all ranks alike, but their answers must not share noise.
         seed = None if world_size() == 1 else (torch.initial_seed() + rank()) % 2**63
         sampling = replace(self.sampling, seed=seed)
         silent = not self._progress or rank() > 0
 
         def answer() -> tuple[list[float] | None, int]:
             try:
-                with tqdm(total=len(mine), desc="look ahead", leave=False, disable=silent or None) as bar:
+                with tqdm(total=len(share), desc="look ahead", leave=False, disable=silent or None) as bar:
                     result = evaluate(
-                        model, self.tokenizer, mine, sampling, vocab_size=self.vocab_size, progress=bar.update
+                        model, self.tokenizer, share, sampling, vocab_size=self.vocab_size, progress=bar.update
                     )
             except NonFiniteLossError:
                 return None, 0
@@ -102,14 +100,15 @@ class AccuracyScorer:
 
 
 def training_task(dataset: Any, verify: Verifier | None) -> Task:
-    """A task made of a trainer's own training rows.
+    """`Task` from a trainer's training dataset.
 
     Args:
-        dataset: rows with `prompt` and `answer`, and `id` and `metadata` if they have them.
-        verify: grades an answer; default: `math-verify`.
+        dataset: rows with `prompt` and `answer`, optionally `id` and `metadata`.
+        verify: grades an answer; `None`: `MathVerifier`.
 
     Raises:
-        TaskError: there is no dataset, it has no length (a stream), or it lacks a column.
+        TaskError: the dataset is missing, has no length (a stream), lacks a column, or has an
+            unusable answer.
     """
     kind, columns = type(dataset).__name__, list(getattr(dataset, "column_names", None) or [])
     if dataset is None:
@@ -123,9 +122,8 @@ def training_task(dataset: Any, verify: Verifier | None) -> Task:
         reason = f"it needs its columns 'prompt' and 'answer'; got {columns or kind}" if missing else ""
     if reason:
         raise TaskError(
-            f"the accuracy gate draws D_v from the training set: {reason}. Train on a dataset "
-            "with a length and an `answer` column, "
-            "or pass task=… or scorer=… to EffOPDCallback."
+            f"the accuracy scorer draws its validation prompts from the training set: {reason}. Train on a dataset "
+            "with a length and an `answer` column, or pass task=… or scorer=… to EffOPDCallback."
         )
     if verify is None:
         from effopd.tasks import MathVerifier

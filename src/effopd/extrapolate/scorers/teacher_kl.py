@@ -1,10 +1,12 @@
-"""`teacher_kl`: how good a candidate is, without answers and without generating anything.
+"""`teacher_kl` scorer: negative divergence from the teacher on rollouts not yet trained on.
 
-Training has just sampled this step's rollouts from W and has not learned from them yet, so they are
-held out from the displacement that is being judged, and exactly on-policy for W. A candidate is
-scored by the divergence from the teacher that is trained, exact over the vocabulary, on them: one
-student forward of a few rollouts; the teacher's hidden states are computed once per search. For a
-candidate the rollouts are slightly off-policy: its divergence is that at the positions W visits.
+The rollouts of the next step were sampled from W and not yet trained on. They are on-policy for W,
+and the update Δ was not fitted to them. The divergence is the one that is trained, exact over the
+vocabulary. Cost: one student forward pass per candidate on a few rollouts, and one teacher forward
+pass per search. No answers and no generation are needed.
+
+For a candidate the rollouts are slightly off-policy: its divergence is measured at the positions
+that W visits.
 """
 
 from __future__ import annotations
@@ -21,23 +23,23 @@ from effopd.models.token_batch import TokenBatch
 
 
 class TeacherDivergence(Protocol):
-    """The divergence from one teacher that a run trains."""
+    """The divergence from the teacher that a run trains on."""
 
     def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """The teacher's hidden states [N, H] at the N scored positions of each batch."""
+        """Teacher's hidden states [N, H] at the N scored positions of each batch."""
 
     def __call__(self, model: Any, batches: Sequence[TokenBatch], teacher_hidden: Sequence[Tensor]) -> list[Tensor]:
         """D(model, teacher) [N], in nats, at the scored positions of each batch."""
 
 
 class RolloutScorer:
-    """−D(π_W+sD, π*), nats per token, on the first rollouts of the present step.
+    """−D(student, teacher) on the first rollouts of a step, mean over scored tokens, in nats.
 
-    Several processes score a share each of their own rollouts; all of them get the whole score.
+    With several processes, each scores rollouts of its own and all return the full score.
 
     Args:
-        divergence: D, with the teacher it is measured against.
-        rollouts: how many rollouts this process scores; all of them if a step has fewer.
+        divergence: D, bound to its teacher.
+        rollouts: number of rollouts scored by this process; all if a step has fewer.
     """
 
     #: Settings of `EffOPDConfig` that this scorer is built from.
@@ -49,10 +51,10 @@ class RolloutScorer:
         self._teacher: list[Tensor] | None = None
 
     def take(self, batches: Iterable[TokenBatch]) -> None:
-        """The rollouts of a new step: its micro-batches, before any of them is trained on.
+        """Set the rollouts to score: the micro-batches of a new step, not yet trained on.
 
-        They are scored in pieces of that size, so beside a forward of a micro-batch a search holds
-        no more than the teacher's last hidden states.
+        Micro-batches are scored one at a time. The search therefore needs the memory of one
+        micro-batch's forward pass, plus the teacher's last hidden states.
         """
         self._batches, self._teacher, missing = [], None, self._rollouts
         for batch in batches:
@@ -62,7 +64,7 @@ class RolloutScorer:
                 break
 
     def drop(self) -> None:
-        """Let go of the rollouts."""
+        """Release the rollouts."""
         self._batches, self._teacher = [], None
 
     def __call__(self, model: Any) -> Score:
@@ -74,16 +76,14 @@ class RolloutScorer:
         mean_length = max(1, sum(lengths)) / len(lengths)
         return Score(
             mean=-sum(sums) / max(1, sum(lengths)),
-            # their mean is `mean`, so that paired tests are about it
+            # scaled so that their mean equals `mean`
             per_example=tuple(-value / mean_length for value in sums),
             seconds=time.perf_counter() - start,
             forward_tokens=forwards * tokens,
         )
 
     def _part(self, model: Any) -> tuple[list[float], list[int], int]:
-        """Of each rollout of this rank the summed divergence and the number of scored tokens; the
-        tokens of a forward.
-        """
+        """Summed divergence and scored tokens per rollout of this rank; tokens per forward pass."""
         if self._teacher is None:
             self._teacher = self._divergence.teacher_hidden(self._batches)
         values = self._divergence(model, self._batches, self._teacher)

@@ -1,4 +1,4 @@
-"""Every strategy of the package, a line each; the order of the lines is that of `--help`."""
+"""All strategies of the package, one import per line, in the order of `--help`."""
 
 # isort: off
 from effopd.extrapolate.strategies import line_search as line_search

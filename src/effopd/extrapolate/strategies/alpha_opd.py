@@ -1,19 +1,17 @@
-"""AlphaOPD, after AlphaRL (arXiv 2510.00553): predict each matrix from its rank-1 path and the
-accuracies along it.
+"""`alpha_opd`, after AlphaRL (arXiv 2510.00553): predict each update from its rank-1 path.
 
-For each matrix, x_t = ‖ΔW_t‖·u1(t) over the first steps (signs aligned forward in time) is
-regressed on y_t = accuracy / target accuracy by partial least squares with one component; the fit
-is inverted at y* = 1 and gives û. The predicted update is û·v1ᵀ, with v1 of the last observed step.
+The predicted update of a matrix is û·v1ᵀ, with v1 of the last observed step. For û, partial least
+squares with one component relates x_t = ‖ΔW_t‖·u1(t) to y_t = accuracy / target accuracy over the
+first steps, with the signs of u1 aligned forward in time. The fit is inverted at y = 1.
 
-With fewer steps than rows, such a fit explains nearly anything: on noise that has nothing to do
-with y its in-sample R² is 0.97 or more where all x_t are equally long, and still 0.79 where they
-grow in proportion to t. So the leave-one-out Q² is computed, and the same for shuffled accuracies.
-A Q² no higher than the shuffled one says that the prediction is worthless; a higher one says less
-than it seems to: a random walk that knows nothing of the accuracy has a Q² of 0.93 (8 steps,
-shuffled −0.4) where the accuracy rises with time.
+With fewer steps than rows, the in-sample R² is useless: on noise unrelated to y it is at least 0.97
+if all x_t have the same norm, and 0.79 if the norm grows in proportion to t. The leave-one-out Q²
+is therefore reported, with the same Q² for shuffled accuracies. A Q² that does not exceed the
+shuffled one marks a worthless prediction. A higher Q² is weak evidence: a random walk unrelated to
+the accuracy reaches 0.93 (8 steps; −0.4 shuffled) if the accuracy rises with time.
 
-Departure from the public code: the update is added to W_0 (there: to the last checkpoint, which
-holds one already).
+Differs from the public code: the update is added to W_0, not to the last checkpoint, which already
+contains an update.
 """
 
 from __future__ import annotations
@@ -34,17 +32,17 @@ from effopd.extrapolate.rank_one import RankOne, align_forward, leading
 from effopd.extrapolate.search import unscored
 from effopd.extrapolate.strategy import STRATEGIES, Strategy, without
 
-#: Differences below this share of a value are rounding: such values are equal.
+#: Values whose relative difference is below this count as equal.
 _SAME = 1e-12
 
 
 @dataclass(frozen=True)
 class AlphaFit:
-    """A prediction for one matrix: ΔW ≈ u_M v_Nᵀ.
+    """Predicted update of one matrix: ΔW ≈ u_M v_Nᵀ.
 
     Attributes:
-        u_M, v_N: fp32; u_M carries the length.
-        r2: in sample; meaningless alone.
+        u_M, v_N: fp32; v_N has norm 1.
+        r2: in-sample R²; uninformative alone.
         q2: leave-one-out, 1 − Σ(y_t − ŷ_(−t))² / Σ(y_t − ȳ_(−t))².
         q2_null: mean Q² over random permutations of y.
     """
@@ -58,8 +56,10 @@ class AlphaFit:
 
 @dataclass(frozen=True)
 class Pls:
-    """One-component partial least squares of y_T on X_TM, standardised columns, as scikit-learn's
-    `PLSRegression(1)` followed by a straight line from the score to y."""
+    """Partial least squares of y_T on standardized X_TM with one component.
+
+    Equals scikit-learn's `PLSRegression(1)`, followed by a straight line from the score to y.
+    """
 
     mean_M: np.ndarray
     scale_M: np.ndarray
@@ -69,7 +69,7 @@ class Pls:
     intercept: float
 
     def predict(self, x_M: np.ndarray) -> float:
-        """ŷ of a new row."""
+        """ŷ for a new row."""
         return float(((x_M - self.mean_M) / self.scale_M) @ self.weight_M * self.slope + self.intercept)
 
     def invert(self, y: float) -> np.ndarray:
@@ -78,10 +78,10 @@ class Pls:
 
 
 def fit_pls(x_TM: np.ndarray, y_T: np.ndarray) -> Pls | None:
-    """Fit; `None` if y or X does not vary, or they have nothing in common.
+    """Fit y_T on x_TM; `None` if either is constant or they are uncorrelated.
 
-    What varies by no more than rounding counts as constant. A slope fitted to rounding errors of
-    equal accuracies would be inverted to weights of 1e30.
+    Variation within rounding error counts as constant: inverting a slope that was fitted to
+    rounding errors would give weights of 1e30.
     """
     if np.ptp(y_T) <= _SAME * np.abs(y_T).max():
         return None
@@ -103,7 +103,7 @@ def fit_pls(x_TM: np.ndarray, y_T: np.ndarray) -> Pls | None:
 
 
 def leave_one_out(x_TM: np.ndarray, y_T: np.ndarray) -> float:
-    """Q² = 1 − Σ(y_t − ŷ_(−t))² / Σ(y_t − ȳ_(−t))²; a fit that fails predicts the mean."""
+    """Q² = 1 − Σ(y_t − ŷ_(−t))² / Σ(y_t − ȳ_(−t))²; a failed fit predicts the mean."""
     steps = len(y_T)
     errors, baseline = 0.0, 0.0
     for left in range(steps):
@@ -117,19 +117,21 @@ def leave_one_out(x_TM: np.ndarray, y_T: np.ndarray) -> float:
 def predict(
     points: Sequence[RankOne], quality: Sequence[float], goal: float = 1.0, permutations: int = 20, seed: int = 0
 ) -> AlphaFit | None:
-    """Predict the update at which the accuracy, relative to the target, is `goal`.
+    """Predict the update at which accuracy / target accuracy equals `goal`.
 
     Args:
-        points: leading components of the displacements from the start, in the order of steps; signs
+        points: leading components of the updates from the start, in the order of steps; their signs
             are arbitrary.
         quality: accuracy / target accuracy at the same steps.
-        permutations: of the shuffled null.
+        goal: value of accuracy / target accuracy to predict for.
+        permutations: number of shuffles for `q2_null`.
+        seed: seed of the shuffles.
 
     Returns:
-        The prediction, or `None` where there is nothing to fit (no movement, constant accuracy).
+        The prediction; `None` if there is nothing to fit (no movement, or constant accuracy).
 
     Raises:
-        ConfigError: fewer than 4 points, or not one accuracy a point.
+        ConfigError: fewer than 4 points, or not one accuracy per point.
     """
     if len(points) < 4 or len(points) != len(quality):
         raise ConfigError(
@@ -154,42 +156,41 @@ def predict(
 
 
 def summary(fits: Mapping[str, AlphaFit | None]) -> dict[str, float]:
-    """Medians over matrices, and the share of matrices fitted."""
-    found = [fit for fit in fits.values() if fit is not None]
-    figures = {"fitted_share": len(found) / max(1, len(fits))}
+    """Medians over fitted matrices, and the share of matrices fitted (0–1)."""
+    fitted = [fit for fit in fits.values() if fit is not None]
+    figures = {"fitted_share": len(fitted) / max(1, len(fits))}
     for name in ("r2", "q2", "q2_null"):
-        figures[name] = statistics.median([getattr(fit, name) for fit in found]) if found else math.nan
+        figures[name] = statistics.median([getattr(fit, name) for fit in fitted]) if fitted else math.nan
     return figures
 
 
 @dataclass(frozen=True)
 class AlphaArgs(FitArgs):
-    """When to observe and predict, and the accuracy to aim at."""
+    """Steps at which to observe and predict, and the target accuracy."""
 
     target: float | None = field(
         default=None,
         metadata={
-            "help": "predict the weights whose accuracy on the validation prompts is this; unset: "
-            "the teacher's accuracy on them, "
-            "measured once and charged"
+            "help": "target accuracy on the validation prompts, in (0, 1]; unset: the teacher's, measured once "
+            "and included in the cost"
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target is not None and not 0 < self.target <= 1:
-            raise ValueError(f"target is an accuracy in (0, 1], got {self.target}")
+            raise ValueError(f"target must be an accuracy in (0, 1], got {self.target}")
 
 
 def keep_leading(delta: Tensor) -> dict[str, Tensor]:
-    """The leading component of a displacement, its norm and its shape."""
+    """Leading component, norm and shape of an update, as named tensors."""
     point = leading(delta)
     scalars = torch.tensor([point.s1, point.norm], dtype=torch.float64)
     return {"u": point.u_M, "v": point.v_N, "s1_norm": scalars, "shape": torch.tensor(delta.shape)}
 
 
 def predict_all(observations: Observations, args: AlphaArgs, seed: int) -> Prediction:
-    """The prediction for every matrix that has one."""
+    """Predictions for all matrices that can be fitted."""
     fits, delta, quality = {}, {}, observations.quality()
     for name, points in observations.by_parameter.items():
         path = [RankOne(p["u"], float(p["s1_norm"][0]), p["v"], float(p["s1_norm"][1])) for p in points]
@@ -200,7 +201,7 @@ def predict_all(observations: Observations, args: AlphaArgs, seed: int) -> Predi
 
 
 STRATEGIES["alpha_opd"] = Strategy(
-    "AlphaOPD: predicts each matrix from its rank-1 path and the accuracies so far, once, without scoring",
+    "AlphaOPD: one unscored jump to the update predicted from each matrix's rank-1 path and the accuracies along it",
     lambda score, config, args: unscored(1.0),
     without("schedule", "score_rollouts", "gate", "min_z", "adapt_learning_rate"),
     AlphaArgs,

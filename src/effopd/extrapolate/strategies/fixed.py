@@ -1,4 +1,4 @@
-"""Control: always jumps equally far, without scoring."""
+"""`fixed`, a control: always jumps to W + 2kΔ, without scoring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from effopd.extrapolate.strategy import STRATEGIES, Strategy, without
 
 @dataclass(frozen=True)
 class FixedArgs:
-    """How far to jump."""
+    """Length of the jump."""
 
     k: float = field(default=1.0, metadata={"help": "jump to W + 2kΔ"})
 

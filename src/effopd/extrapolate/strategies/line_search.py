@@ -1,6 +1,4 @@
-"""Ours: a line search along the last displacement by the KL to the teacher on rollouts that
-training samples anyway.
-"""
+"""`line_search`, this package's strategy: a line search along Δ, scored on training rollouts."""
 
 from __future__ import annotations
 
@@ -8,9 +6,8 @@ from effopd.extrapolate.search import line_search
 from effopd.extrapolate.strategy import PAPER, STRATEGIES, Strategy
 
 STRATEGIES["line_search"] = Strategy(
-    "ours: a line search by the KL to the teacher on rollouts that training samples anyway, "
-    "as often as jumps pay; every "
-    "candidate is compared with the start, and for a step back any gain will do",
+    "ours: line search along the last update Δ, scored by the divergence from the teacher on rollouts that training "
+    "samples anyway; a forward jump must beat the start significantly, a backward jump only in the mean",
     lambda score, config, args: line_search(score, config.gate, config.min_z),
     PAPER
     | {

@@ -1,5 +1,6 @@
-"""Control: noise as long as the displacement. If this helps as much, the direction is not what
-helps.
+"""`random_direction`, a control: the paper's search along random noise with the norm of Δ.
+
+If it helps as much as `effopd`, the gain does not come from the direction of Δ.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from effopd.extrapolate.strategy import STRATEGIES, Strategy
 def random_like(displacement: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian noise R with ‖R‖ = ‖displacement‖ (Frobenius), same shape, dtype and device.
 
-    Its direction is uniform on the sphere, so in a large tensor it is nearly orthogonal to the
+    Its direction is uniform on the sphere, so for a large tensor R is nearly orthogonal to the
     displacement.
     """
     noise = torch.randn(displacement.shape, generator=generator, device=displacement.device, dtype=torch.float32).to(
@@ -29,15 +30,13 @@ def random_like(displacement: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def seed_of(seed: int, step: int, name: str) -> int:
-    """A seed for each (run, step, parameter), the same in every process and Python version."""
+    """Seed per run, step and parameter, identical in all processes and Python versions."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def random_direction(seed: int, step: int) -> Direction:
-    """Noise with the norm of the displacement, tensor by tensor; the same for every candidate of a
-    search.
-    """
+    """Noise with the norm of Δ, per tensor; identical for all candidates of a search."""
 
     def direction(name: str, origin: Tensor, anchor: Tensor) -> Tensor:
         delta = origin - anchor
@@ -48,7 +47,7 @@ def random_direction(seed: int, step: int) -> Direction:
 
 
 STRATEGIES["random_direction"] = Strategy(
-    "control: the paper's search along noise as long as Δ",
+    "control: the paper's search along random noise with the norm of Δ",
     until_one_fails,
     args=ScalesArgs,
     direction=random_direction,

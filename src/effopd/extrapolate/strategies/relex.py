@@ -1,14 +1,13 @@
-"""RELEX (arXiv 2605.21468): a straight line through the rank-1 coefficients of the first steps,
-extended.
+"""`relex` (arXiv 2605.21468): extend a line through the rank-1 coefficients of the first steps.
 
-For each tensor on its own, the displacements ΔW_t of the observed steps are stacked as rows of M
-[T, D]. The leading right singular vector v of M is the one direction that explains most of them;
-the coefficients c_t = ΔW_t · v are fitted by c ≈ a·t + b over the step numbers t, and the
-prediction for step t* is (a·t* + b)·v. The projection also filters out what is not common to the
-steps. Higher ranks and curved fits are left out: the paper finds they do not help.
+The predicted update of a tensor at step t* is (a·t* + b)·v. Here v is the leading right singular
+vector of M [T, D], whose rows are the updates ΔW_t of the observed steps. The line c_t ≈ a·t + b is
+fitted to the coefficients c_t = ΔW_t · v. The projection on v also filters out components that the
+steps do not share. Higher ranks and curved fits are left out: the paper finds that they do not
+help.
 
-A good line is no proof of a direction: for a random walk of 8 steps in many dimensions, the first
-component explains 0.82 of the displacements, with R² = 0.96 and Q² = 0.93 of the line.
+A good fit does not prove a direction. For a random walk of 8 steps in many dimensions, the first
+component explains 0.82 of the updates, and the line has R² = 0.96 and Q² = 0.93.
 """
 
 from __future__ import annotations
@@ -32,15 +31,14 @@ from effopd.extrapolate.strategy import STRATEGIES, Strategy, without
 
 @dataclass(frozen=True)
 class RelexFit:
-    """A prediction for one tensor.
+    """Prediction for one tensor.
 
     Attributes:
-        delta: predicted displacement from the start, fp32, shape of the tensor.
-        slope, intercept: of the line c ≈ slope · t + intercept.
-        explained: σ1² / Σσ² of the stacked displacements (0–1); high by construction for any path
-            that leaves the start.
-        r2: of the line, in sample.
-        q2: of the line, leave-one-out: 1 − Σ(c_t − ĉ_(−t))² / Σ(c_t − c̄_(−t))².
+        delta: predicted update from the start, fp32, shape of the tensor.
+        slope, intercept: coefficients of the line c ≈ slope · t + intercept.
+        explained: σ1² / Σσ² of the stacked updates (0–1); high for any path that leaves the start.
+        r2: in-sample R² of the line.
+        q2: leave-one-out Q² of the line: 1 − Σ(c_t − ĉ_(−t))² / Σ(c_t − c̄_(−t))².
     """
 
     delta: Tensor
@@ -52,17 +50,16 @@ class RelexFit:
 
 
 def predict(displacements: Sequence[Tensor], steps: Sequence[int], at_step: float) -> RelexFit | None:
-    """Predict the displacement at `at_step`; `None` for a tensor that has not moved.
+    """Predict the update at step `at_step`; `None` for a tensor that has not moved.
 
-    Only the T × T Gram matrix M Mᵀ is formed; memory is that of the displacements and a few copies
-    of one.
+    Memory: the displacements and a few copies of one; only the T × T Gram matrix M Mᵀ is formed.
 
     Raises:
-        ConfigError: fewer than 3 steps, or not one displacement a step.
+        ConfigError: fewer than 3 steps, or not one displacement per step.
     """
     if len(steps) < 3 or len(displacements) != len(steps):
         raise ConfigError(
-            f"RELEX fits a line: expected one displacement a step and at least 3, got {len(displacements)} "
+            f"RELEX fits a line: expected one displacement per step and at least 3, got {len(displacements)} "
             f"displacements for {len(steps)} steps."
         )
     flat = [for_float64(delta).flatten() for delta in displacements]
@@ -91,12 +88,12 @@ def predict(displacements: Sequence[Tensor], steps: Sequence[int], at_step: floa
 
 
 def _dot(a: Tensor, b: Tensor, chunk: int = 2**22) -> float:
-    """a · b in float64, a strip at a time."""
+    """a · b in float64, chunk by chunk."""
     return sum(float(torch.dot(x.double(), y.double())) for x, y in zip(a.split(chunk), b.split(chunk), strict=True))
 
 
 def _line_quality(t: np.ndarray, c: np.ndarray) -> tuple[float, float]:
-    """R² and leave-one-out Q² of a straight line; NaN where c varies by no more than rounding."""
+    """R² and leave-one-out Q² of a straight line; NaN if c is constant up to rounding."""
     if np.ptp(c) <= 1e-12 * np.abs(c).max():
         return math.nan, math.nan
     residual = c - np.polyval(np.polyfit(t, c, 1), t)
@@ -108,22 +105,22 @@ def _line_quality(t: np.ndarray, c: np.ndarray) -> tuple[float, float]:
 
 
 def summary(fits: Mapping[str, RelexFit | None]) -> dict[str, float]:
-    """Medians over tensors (NaNs left out), and the share of tensors fitted."""
-    found = [fit for fit in fits.values() if fit is not None]
-    figures = {"fitted_share": len(found) / max(1, len(fits))}
+    """Medians over fitted tensors (NaN excluded), and the share of tensors fitted (0–1)."""
+    fitted = [fit for fit in fits.values() if fit is not None]
+    figures = {"fitted_share": len(fitted) / max(1, len(fits))}
     for name in ("explained", "r2", "q2"):
-        values = [getattr(fit, name) for fit in found if not math.isnan(getattr(fit, name))]
+        values = [getattr(fit, name) for fit in fitted if not math.isnan(getattr(fit, name))]
         figures[name] = statistics.median(values) if values else math.nan
     return figures
 
 
 @dataclass(frozen=True)
 class RelexArgs(FitArgs):
-    """When to observe and predict, and for which step."""
+    """Steps at which to observe and predict, and the step to predict."""
 
     factor: float = field(
         default=6.0,
-        metadata={"help": "predict the weights of step factor × until; the paper: 6 to 20 times"},
+        metadata={"help": "predict the weights of step factor × until; the paper uses 6 to 20"},
     )
 
     def __post_init__(self) -> None:
@@ -133,10 +130,10 @@ class RelexArgs(FitArgs):
 
 
 def predict_all(observations: Observations, args: RelexArgs, seed: int) -> Prediction:
-    """The prediction for every tensor that has one."""
+    """Predictions for all tensors that have moved."""
     steps = observations.steps
     fits = {
-        # a resume reads the earlier points into main memory
+        # after a resume, earlier points are in CPU memory
         name: predict([p["delta"].to(points[-1]["delta"].device) for p in points], steps, args.factor * steps[-1])
         for name, points in observations.by_parameter.items()
     }
@@ -144,7 +141,7 @@ def predict_all(observations: Observations, args: RelexArgs, seed: int) -> Predi
 
 
 STRATEGIES["relex"] = Strategy(
-    "RELEX: extends a straight line through the rank-1 coefficients of the first steps, once, without scoring",
+    "RELEX: one unscored jump along a straight line through the rank-1 coefficients of the first steps",
     lambda score, config, args: unscored(1.0),
     without("schedule", "validation_size", "score_rollouts", "gate", "min_z", "adapt_learning_rate"),
     RelexArgs,
