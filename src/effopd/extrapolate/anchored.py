@@ -219,3 +219,48 @@ class AnchoredParameters:
                 raise WeightsError(f"saved anchor of '{name}' is not finite; the checkpoint is damaged.")
         for name, tensor in anchor.items():
             self.anchor[name].copy_(tensor)
+
+
+class HoldsAnchored:
+    """The part of `MovableWeights` that `AnchoredParameters` answers."""
+
+    _anchored: AnchoredParameters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that move."""
+        return self._anchored.names
+
+    @property
+    def numel(self) -> int:
+        """Number of elements that move."""
+        return self._anchored.numel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the model on this rank: the anchor and, during a search, the origin."""
+        return self._anchored.nbytes
+
+    def checksum(self) -> int:
+        """See `AnchoredParameters.checksum`."""
+        return self._anchored.checksum()
+
+    def restore(self) -> None:
+        """Restore the origin, bit for bit."""
+        self._anchored.restore()
+
+    def abort(self) -> None:
+        """End the search and restore the origin; the anchor is unchanged. Safe to call twice."""
+        self._anchored.abort()
+
+    def commit(self) -> None:
+        """End the search and make the current weights the anchor."""
+        self._anchored.commit()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The anchor, fp32, by parameter name; see `AnchoredParameters.state_dict`."""
+        return self._anchored.state_dict()
+
+    def load_state_dict(self, anchor: Mapping[str, Tensor]) -> None:
+        """Load a saved anchor; see `AnchoredParameters.load_state_dict`."""
+        self._anchored.load_state_dict(anchor)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from effopd.common.distributed import ShardSpec, all_gather_object, local_shard, reshard, world_size
 from effopd.common.float64 import for_float64
 from effopd.errors import WeightsError
-from effopd.extrapolate.anchored import AnchoredParameters, usable_device
+from effopd.extrapolate.anchored import AnchoredParameters, HoldsAnchored, usable_device
 from effopd.extrapolate.movable import Direction, displacement
 from effopd.extrapolate.parameter_rules import inside, select, trained_parameters
 
@@ -37,7 +37,7 @@ def on_host(values: Iterable[Tensor]) -> list[float]:
     return [numbers[i] for i in range(len(values))]
 
 
-class LiveWeights:
+class LiveWeights(HoldsAnchored):
     """Selected trained parameters of a live model: `MovableWeights` for full matrices.
 
     Memory: that of `AnchoredParameters`, plus fp32 temporaries of the largest tensor unless an fp32
@@ -83,45 +83,6 @@ class LiveWeights:
             )
         self._anchored = AnchoredParameters(model, moved, device, local_shard)
         self._direction: Direction = displacement
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the parameters that move."""
-        return self._anchored.names
-
-    @property
-    def numel(self) -> int:
-        """Number of elements that move."""
-        return self._anchored.numel
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beside the model on this rank: the anchor and, during a search, the origin."""
-        return self._anchored.nbytes
-
-    def checksum(self) -> int:
-        """See `AnchoredParameters.checksum`."""
-        return self._anchored.checksum()
-
-    def restore(self) -> None:
-        """Restore the origin, bit for bit."""
-        self._anchored.restore()
-
-    def abort(self) -> None:
-        """End the search and restore the origin; the anchor is unchanged. Safe to call twice."""
-        self._anchored.abort()
-
-    def commit(self) -> None:
-        """End the search and make the current weights the anchor."""
-        self._anchored.commit()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The anchor, fp32, by parameter name; for sharded parameters, this rank's shard."""
-        return self._anchored.state_dict()
-
-    def load_state_dict(self, anchor: Mapping[str, Tensor]) -> None:
-        """Load a saved anchor; see `AnchoredParameters.load_state_dict`."""
-        self._anchored.load_state_dict(anchor)
 
     @property
     def sharded(self) -> dict[str, ShardSpec]:

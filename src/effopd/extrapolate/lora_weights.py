@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from effopd.common.distributed import ShardSpec, copy_full_, full_tensor, reshard
 from effopd.errors import ConfigError
-from effopd.extrapolate.anchored import AnchoredParameters, usable_device
+from effopd.extrapolate.anchored import AnchoredParameters, HoldsAnchored, usable_device
 from effopd.extrapolate.movable import Direction, displacement
 from effopd.extrapolate.parameter_rules import inside, plain_name, select
 
@@ -85,7 +85,7 @@ def move_factors(
     return a, us @ inverse, lost
 
 
-class LoraWeights:
+class LoraWeights(HoldsAnchored):
     """LoRA factors of a PEFT model, moved along the update of every matrix: `MovableWeights`.
 
     Sharded factors (FSDP2) are gathered one matrix at a time. Their anchor is whole on every rank,
@@ -122,45 +122,6 @@ class LoraWeights:
         self.lost_share: float | None = 0.0
         self._lengths: dict[str, float] = {}
         self._anchored = AnchoredParameters(model, factors_by_name, device, full_tensor)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the parameters that move."""
-        return self._anchored.names
-
-    @property
-    def numel(self) -> int:
-        """Number of elements that move."""
-        return self._anchored.numel
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held beside the model on this rank: the anchor and, during a search, the origin."""
-        return self._anchored.nbytes
-
-    def checksum(self) -> int:
-        """See `AnchoredParameters.checksum`."""
-        return self._anchored.checksum()
-
-    def restore(self) -> None:
-        """Restore the origin, bit for bit."""
-        self._anchored.restore()
-
-    def abort(self) -> None:
-        """End the search and restore the origin; the anchor is unchanged. Safe to call twice."""
-        self._anchored.abort()
-
-    def commit(self) -> None:
-        """End the search and make the current weights the anchor."""
-        self._anchored.commit()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The anchor, fp32, by parameter name; whole on every rank."""
-        return self._anchored.state_dict()
-
-    def load_state_dict(self, anchor: Mapping[str, Tensor]) -> None:
-        """Load a saved anchor; see `AnchoredParameters.load_state_dict`."""
-        self._anchored.load_state_dict(anchor)
 
     @property
     def sharded(self) -> dict[str, ShardSpec]:
