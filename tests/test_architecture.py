@@ -144,6 +144,7 @@ def test_public_names_resolve(name):
 OURS_TOO = {("interventions/results.py", "_models"): "results by the model they are of"}
 
 
+@pytest.mark.slow
 def test_private_names_of_hosts_stay_behind_the_door():
     from helpers.host_names import uses  # loads the hosts
 
@@ -177,6 +178,7 @@ def test_a_private_name_outside_the_door_is_seen(code, tmp_path):
     assert not uses(tmp_path / "ours.py")
 
 
+@pytest.mark.slow
 def test_look_ahead_knows_no_trainer():
     """`extrapolate` imports neither TRL nor the trainer of transformers, not even through what it
     imports.

@@ -154,6 +154,7 @@ def test_methods_take_what_we_give_and_expect(hosts, name):
         assert agrees(getattr(host, name), METHODS[hosts, name]), parameters(getattr(host, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hosts", "name"), SET_BY)
 def test_attributes_are_set_where_we_read_them(hosts, name):
     for host in each(hosts):
@@ -254,6 +255,7 @@ def test_generate_ends_its_processors_where_the_recorder_is_added():
     assert inspect.getsource(GenerationMixin._get_logits_processor).rstrip().endswith("return processors")
 
 
+@pytest.mark.slow
 def test_order_of_a_step(tmp_path):
     """optimizer.step → global_step += 1 → on_step_end → log → evaluate → save."""
     events = []

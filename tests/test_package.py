@@ -35,6 +35,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_wheel_holds_code_assets_and_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
@@ -72,6 +73,7 @@ def test_help_works_from_an_environment_with_nothing_else(wheel, tmp_path):
         assert expected in result.stdout
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings_are_true():
     ran = 0
     for module in pkgutil.walk_packages(effopd.__path__, "effopd."):

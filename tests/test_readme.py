@@ -49,6 +49,7 @@ def test_the_front_page_is_read_in_a_minute():
     assert len(README.encode()) <= 9 * 1024
 
 
+@pytest.mark.slow
 def test_the_lines_for_a_trl_script(tmp_path):
     """The README's block, put into a script that has a `trl.DistillationTrainer`."""
     task = testbed.family_task("chain_sum", "train", size=256)
@@ -92,6 +93,7 @@ def test_the_lines_for_a_plain_loop():
     assert searched_steps(names["search"])[:2] == [1, 2] and loss(model).item() < before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["trl", "pytorch", "all"])
 def test_the_scripts_of_the_guide_run_as_they_stand(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -102,12 +104,14 @@ def test_the_scripts_of_the_guide_run_as_they_stand(index, tmp_path, monkeypatch
         assert names["answers"].accuracy.mean > 0 and names["update"].summary["runs"]
 
 
+@pytest.mark.slow
 def test_generated_blocks_are_those_of_the_json_files():
     for page, content in readme_results.blocks(readme_results.published()).items():
         text = page.read_text()
         assert pages.with_blocks(text, content) == text, f"{page.name}: run benchmarks/readme_results.py"
 
 
+@pytest.mark.slow
 def test_every_speed_up_in_a_sentence_is_one_of_the_tables():
     content = readme_results.blocks(readme_results.published())
     computed = {number for blocks in content.values() for table in blocks.values() for number in FACTOR.findall(table)}
@@ -115,6 +119,7 @@ def test_every_speed_up_in_a_sentence_is_one_of_the_tables():
         assert set(FACTOR.findall(page.read_text())) <= computed, page.name
 
 
+@pytest.mark.slow
 def test_the_tables_follow_the_results():
     """One seed less in the JSON changes the tables that hold it."""
     docs = readme_results.published()
@@ -142,6 +147,7 @@ def test_a_block_must_be_there_once():
             pages.with_blocks(wrong, {"a": "new"})
 
 
+@pytest.mark.slow
 def test_the_tree_of_the_architecture_page_is_the_tree_on_disk():
     text = architecture_tree.PAGE.read_text()
     assert pages.with_blocks(text, architecture_tree.blocks()) == text, "run benchmarks/architecture_tree.py --write"

@@ -30,6 +30,8 @@ from effopd.errors import EffOPDError
 from effopd.report.dynamics_figures import draw
 from effopd.weights import reader
 
+pytestmark = pytest.mark.slow
+
 K = 4
 ALWAYS = {"parameters", "frobenius_norm", "share_of_total"}
 ENTRIES = {
@@ -70,7 +72,6 @@ def table(done, name):
     return pd.read_parquet(done.tables[name])
 
 
-@pytest.mark.slow
 def test_columns_are_exact_and_csv_says_the_same(done):
     for name, columns in TABLES.items():
         frame = table(done, name)
@@ -315,7 +316,6 @@ def test_directions_without_a_proof_are_undefined():
         assert [math.isnan(v) for v in values[f"{side}_cosine"]] == [True, True, False]
 
 
-@pytest.mark.slow
 def test_updates_of_single_entries_and_repeated_values_are_analysed(tmp_path):
     """Tables, summary and figures with undefined directions."""
     base = save_base(tmp_path / "base")

@@ -27,6 +27,8 @@ from effopd.analysis.plan import resolve_device
 from effopd.analysis.tables import TABLES, TableWriter, read_table, write_table
 from effopd.errors import CheckpointError, ConfigError, EffOPDError, WeightsError
 
+pytestmark = pytest.mark.slow
+
 K = 4
 
 
@@ -61,7 +63,6 @@ def killed_after(units):
     return progress
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_tables(done, folders, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = (folders / "base", trained(folders), out)

@@ -97,6 +97,7 @@ def test_null_has_the_distribution_of_simulated_walks(t, m):
     assert drawn.mean() == pytest.approx(simulated.mean(), abs=0.01)
 
 
+@pytest.mark.slow
 def test_null_is_high_by_construction_and_deterministic():
     steps = torch.ones(100, 1).double() * 0.01
     path = torch.cat([steps.cumsum(0), torch.zeros(100, 4000)], dim=1)  # only step lengths and M matter

@@ -17,6 +17,8 @@ from effopd.compare.grid import load_grid
 from effopd.compare.runner import DONE, LOG
 from effopd.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -70,7 +72,6 @@ def test_a_dry_run_checks_and_shows_and_writes_nothing(root, capsys):
     assert not (root / "dry").exists()
 
 
-@pytest.mark.slow
 def test_results_hold_every_run_and_the_page_says_so(grid, capsys):
     results = json.loads((grid / "results.json").read_text())
     found = {(row["strategy"], row["learning_rate"], row["seed"]) for row in results["runs"]}
@@ -93,7 +94,6 @@ def test_nothing_is_run_twice(grid, root):
     assert stamps == {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
 
 
-@pytest.mark.slow
 def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, capsys):
     before = {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
     strategies = {"plain": {"learning_rate_factors": [1, 3]}, "broken": {"max_prompt_length": 1}}
@@ -109,7 +109,6 @@ def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, c
     (grid / "plan.yaml").write_text((root / "plan.yaml").read_text())
 
 
-@pytest.mark.slow
 def test_report_redraws_the_same_from_the_folder_and_from_the_json(grid, tmp_path, capsys):
     assert main(["compare", "--report", str(grid), "--out", str(tmp_path / "a")]) == 0
     assert main(["compare", "--report", str(tmp_path / "a" / "results.json"), "--out", str(tmp_path / "b")]) == 0
@@ -118,7 +117,6 @@ def test_report_redraws_the_same_from_the_folder_and_from_the_json(grid, tmp_pat
     assert "effopd" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path, capsys):
     plan = plan_of(root, output_dir=str(tmp_path / "grid"))
     assert main(["compare", "--report", str(grid)]) == 0
@@ -171,7 +169,6 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
     assert "finished yet" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("compare-*.yaml")))
 def test_the_shipped_plans_pass_a_dry_run(recipe, capsys):
     assert main(["compare", str(RECIPES / recipe), "--dry_run"]) == 0

@@ -258,6 +258,7 @@ def test_intervene_measures_on_the_runs_prompts_and_asks_where_runs_differ(model
 # -- what was found in the answers -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     flags = ["--eval_task", f"math:{models / 'math.jsonl'}", "--max_new_tokens", "3", "--n", "2"]
@@ -332,6 +333,7 @@ def test_training_evaluations_count_their_answers(models, tmp_path, capsys):
     assert capsys.readouterr().out.count("(only 0 of 3 answers could be graded)") == 5
 
 
+@pytest.mark.slow
 def test_an_intervention_says_where_answers_could_not_be_graded(models, tmp_path, capsys):
     out = tmp_path / "out"
     flags = [

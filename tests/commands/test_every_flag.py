@@ -103,6 +103,7 @@ def nothing_is_loaded(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), TRIED, ids=[f"{command}-{name}" for command, name in TRIED])
 def test_a_bad_value_is_refused_by_its_flag(command, name, nothing_is_loaded, capsys):
     action = actions(command)[name]

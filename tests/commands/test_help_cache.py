@@ -80,6 +80,7 @@ def test_a_command_that_fails_is_not_kept(cache):
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_old_texts_go(cache):
     for i in range(help_cache.KEPT + 3):
         help_text(("train", "-h", str(i)), Command())

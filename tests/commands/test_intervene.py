@@ -47,6 +47,7 @@ def forbid_loading(monkeypatch):
     monkeypatch.setattr(model_files.AutoModelForCausalLM, "from_pretrained", refuse)
 
 
+@pytest.mark.slow
 def test_alpha_with_a_teacher_then_again_then_another_intervention(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     flags = [*PAIR, *TASK, "--teacher", "testbed:teacher", "--out", str(out)]
@@ -85,6 +86,7 @@ def test_alpha_with_a_teacher_then_again_then_another_intervention(tmp_path, cap
     assert set(yaml.safe_load((out / "config.yaml").read_text())["interventions"]) == {"alpha", "embedding"}
 
 
+@pytest.mark.slow
 def test_every_intervention_has_a_table_and_a_figure(tmp_path, tiny, monkeypatch):
     run = tiny / "run"
     runs = ["--base", str(tiny / "base"), "--trained", f"opd={run}", f"opd={run}", "--trained", f"rl={run}"]

@@ -105,6 +105,7 @@ def test_bad_rows_are_reported_with_file_and_row(pair, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [

@@ -137,6 +137,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry", [True, False], ids=["dry run", "run"])
 @pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_a_dry_run_refuses_what_the_run_refuses_before_it_loads(flags, message, dry, folder, capsys, monkeypatch):
@@ -379,6 +380,7 @@ def test_either_tensorboard_will_do(present, monkeypatch):
 # -- eval ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "prompts", "part"),
     [

@@ -20,6 +20,8 @@ from effopd.runs.records import (
     TrialRecord,
 )
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[2] / "docs" / "ablation" / "results.json"
 HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "pandas", "scipy")
 CODE = f"""

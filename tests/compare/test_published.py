@@ -33,6 +33,7 @@ def published(request):
     )
 
 
+@pytest.mark.slow
 def test_the_runs_are_analysed_to_the_published_numbers(published):
     _, results, _ = published
     again = json.loads(json.dumps(analyse(runs_of(results), Roles.of_settings(results["settings"])), allow_nan=False))

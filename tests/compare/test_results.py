@@ -190,6 +190,7 @@ def test_area_is_the_mean_of_the_relative_kl():
     assert area(flat, "steps", 55) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_planted_speedups_over_many_grids():
     """Curves with a floor, noise at every evaluation; ratios of five seeds each."""
 

@@ -100,6 +100,7 @@ def test_what_a_run_failed_with_is_its_own_last_attempts_message(tmp_path):
     assert failure_of(run) == "Killed: out of memory"
 
 
+@pytest.mark.slow
 def test_no_more_at_a_time_than_workers(tmp_path):
     plan = grid(tmp_path, seeds=[0, 1], base={"sleep": 0.3}, workers=2)
     Runner(plan).run(plan.runs())
@@ -153,7 +154,6 @@ def test_two_at_once_on_one_grid_are_refused(tmp_path):
         pass
 
 
-@pytest.mark.slow
 def test_a_run_left_behind_keeps_the_grid_locked(tmp_path):
     """The lock is inherited: it is free only when the orphan is gone, too."""
     plan = grid(tmp_path, seeds=[0], base={"sleep": 600}, strategies={"plain": {}})
@@ -178,7 +178,6 @@ def test_a_run_left_behind_keeps_the_grid_locked(tmp_path):
         pass
 
 
-@pytest.mark.slow
 def test_an_interrupt_stops_the_children_and_leaves_nothing_done(tmp_path):
     script = tmp_path / "main.py"
     grid(tmp_path, base={"sleep": 600}, seeds=[0])

@@ -150,6 +150,7 @@ HOSTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_nothing_is_on_the_host_before_and_after_training(host, tmp_path):
     build, config = HOSTS[host]
@@ -181,6 +182,7 @@ def test_the_logged_rate_is_the_one_used(tmp_path):
     assert left_behind(trainer) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["remove_callback", "pop_callback"])
 def test_a_removed_callback_does_nothing_in_the_next_training(how, tmp_path):
     trainer, scorer = slope(tmp_path), Scorer()
@@ -200,6 +202,7 @@ def test_a_removed_callback_does_nothing_in_the_next_training(how, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_replaced_callback_leaves_the_rate_to_the_new_one(tmp_path):
     trainer, scorers = slope(tmp_path), (Scorer(), Scorer())
     old = add(trainer, scorer=scorers[0])
@@ -214,6 +217,7 @@ def test_a_replaced_callback_leaves_the_rate_to_the_new_one(tmp_path):
     assert left_behind(trainer) == []
 
 
+@pytest.mark.slow
 def test_the_same_callback_trains_twice(tmp_path):
     trainer = slope(tmp_path)
     callback = add(trainer)
@@ -234,6 +238,7 @@ def fail():
     raise Planted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["callback", "scorer"])
 @pytest.mark.parametrize("then", ["again", "without", "another"])
 def test_after_an_exception_nothing_is_left_and_training_starts_anew(where, then, tmp_path):
@@ -306,6 +311,7 @@ def test_a_callback_that_waits_for_rollouts_is_gone_when_removed(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(runs["never"], runs[when], strict=True))
 
 
+@pytest.mark.slow
 def test_a_removed_callback_moves_nothing_in_a_second_training_on_rollouts(tmp_path):
     """It has a look-ahead of the first training, whose patch used to hand it the rollouts of the
     second.
@@ -335,6 +341,7 @@ class Steps(TrainerCallback):
         self._steps.append(state.global_step)
 
 
+@pytest.mark.slow
 def test_rollouts_dropped_by_who_waits_for_them_are_sampled_again(tmp_path):
     """`HostEvents` on its own: one event per step, with all its micro-batches; nothing once it is
     detached.
@@ -361,6 +368,7 @@ def test_rollouts_dropped_by_who_waits_for_them_are_sampled_again(tmp_path):
     assert left_behind(trainer) == []
 
 
+@pytest.mark.slow
 def test_a_trainer_has_one_callback(tmp_path):
     trainer = slope(tmp_path)
     first, second = add(trainer), add(trainer)
@@ -406,6 +414,7 @@ def test_a_patch_of_somebody_else_survives(tmp_path):
     check_rates(trainer, adapted=True)
 
 
+@pytest.mark.slow
 def test_a_callback_is_collected_once_it_is_removed(tmp_path):
     import weakref
 

@@ -86,6 +86,7 @@ def test_dv_is_drawn_from_the_training_prompts_by_seed(tmp_path):
     assert len(set(ids[0])) == 20 and set(ids[0]) <= {e.id for e in task.examples}
 
 
+@pytest.mark.slow
 def test_plain_trl_with_its_own_dataset(tmp_path):
     trainer = plain_trl(tmp_path, logging_steps=1)
     config = EffOPDConfig(validation_size=12, args={"scales": [2.0]})

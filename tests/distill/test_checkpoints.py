@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from effopd.commands.main import main
 from effopd.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 # -- what a checkpoint must have -------------------------------------------------------------------
 
 PAIR = {"eval_strategy": "no", "max_steps": 4, "save_steps": 2}
@@ -80,7 +82,6 @@ def test_a_damaged_file_is_named(root, file, message):
         resume(root)
 
 
-@pytest.mark.slow
 def test_checkpoints_of_the_weights_alone_are_not_resumed(tmp_path, caplog):
     settings = {"save_only_model": True, "save_steps": 1}
     interrupted(tmp_path, 3, **PAIR | settings)
@@ -92,7 +93,6 @@ def test_checkpoints_of_the_weights_alone_are_not_resumed(tmp_path, caplog):
     make_trainer(tmp_path / "on", student=start, **PAIR | {"max_steps": 1}).train()
 
 
-@pytest.mark.slow
 def test_a_finished_run_needs_its_weights_alone(tmp_path, caplog):
     settings = PAIR | {"save_only_model": True}
     make_trainer(tmp_path, **settings).train()
@@ -104,7 +104,6 @@ def test_a_finished_run_needs_its_weights_alone(tmp_path, caplog):
     assert everything(tmp_path) == before
 
 
-@pytest.mark.slow
 def test_the_command_and_its_dry_run_refuse_it(tmp_path, capsys):
     assert main(flags(tmp_path, "--save_only_model", "true", "--max_steps", "4")) == 0
     shutil.rmtree(tmp_path / "checkpoints" / "step-000004")
@@ -124,7 +123,6 @@ def test_weights_of_another_model_are_refused(root):
         resume(root, student=deeper)
 
 
-@pytest.mark.slow
 def test_adapters_and_whole_models_do_not_mix(root, tmp_path):
     def adapted():
         return get_peft_model(make_model(0), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))

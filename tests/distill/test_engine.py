@@ -14,6 +14,8 @@ from trl import DistillationConfig, DistillationTrainer
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.common.files import read_rows
 
+pytestmark = pytest.mark.slow
+
 
 class Engine:
     """Stands in for TRL's `vllm_generation`: samples from the weights of its last sync, and notes
@@ -84,7 +86,6 @@ def test_after_every_jump_the_engine_serves_the_new_weights(strategy, ours, tmp_
     assert all(not torch.equal(a, b) for a, b in zip(engine.served, engine.served[1:], strict=False))
 
 
-@pytest.mark.slow
 def test_the_double_notices_an_engine_that_is_never_synced_again(tmp_path):
     class Forgetful(Engine):
         def sync_weights(self):

@@ -118,6 +118,7 @@ def test_a_reference_that_is_the_teacher_makes_it_plain_opd(tmp_path, loss_type)
     assert any((weights(ahead)[n] - weights(plain)[n]).abs().max() > 0.2 * moved for n in start)
 
 
+@pytest.mark.slow
 def test_the_reference_stays_frozen_and_its_forward_is_charged(tmp_path):
     reference = make_model(2)
     before = copy.deepcopy(reference.state_dict())

@@ -74,6 +74,7 @@ def test_a_full_disk_while_the_anchor_is_written(tmp_path, whole, monkeypatch):
     assert all(torch.equal(tensor, last(whole)[name]) for name, tensor in last(tmp_path).items())
 
 
+@pytest.mark.slow
 def test_resuming_with_another_setting_names_it(tmp_path):
     make_trainer(tmp_path, effopd=EFFOPD, **RUN | {"max_steps": 4}).train()
     other = dataclasses.replace(EFFOPD, args={"scales": [1.0, 2.0]})
@@ -108,6 +109,7 @@ def test_weights_that_diverge_are_named_before_anything_is_sampled_from_them(tmp
     assert last_step(tmp_path) < 6
 
 
+@pytest.mark.slow
 def test_a_candidate_that_predicts_nothing_finite_is_rejected_and_training_goes_on(tmp_path):
     far = dataclasses.replace(EFFOPD, args={"scales": [1e25]})
     make_trainer(tmp_path, effopd=far, **RUN).train()

@@ -64,6 +64,7 @@ def test_every_limit_of_the_host_is_set_and_restored():
     assert trainer._metrics["train"]["horizon"] == [4.0]
 
 
+@pytest.mark.slow
 def test_topd_rollouts_are_short_and_evaluations_are_not(tmp_path):
     trainer = make_trainer(
         tmp_path, rollout_horizon="topd", horizon_fraction=1 / 3, max_steps=3, save_strategy="no", eval_steps=1,
@@ -78,6 +79,7 @@ def test_topd_rollouts_are_short_and_evaluations_are_not(tmp_path):
     assert trainer.generation_config.max_new_tokens == 6
 
 
+@pytest.mark.slow
 def test_evaluations_of_trl_are_full_length_too(tmp_path):
     flags = FAST | {"rollout_horizon": "topd", "horizon_fraction": 1 / 3, "max_steps": 2}
     trainer = make_trainer(tmp_path, **flags | {"eval_strategy": "steps", "eval_steps": 1})
@@ -90,6 +92,7 @@ def test_evaluations_of_trl_are_full_length_too(tmp_path):
     assert max(row["completions/max_length"] for row in rows(tmp_path)) <= 2
 
 
+@pytest.mark.slow
 def test_popd_rollouts_follow_the_schedule(tmp_path):
     settings = {"rollout_horizon": "popd", "horizon_start": 1 / 3, "horizon_stages": 2, "horizon_growth": 0.7}
     make_trainer(tmp_path, **settings, **FAST).train()
@@ -99,6 +102,7 @@ def test_popd_rollouts_follow_the_schedule(tmp_path):
     assert len(set(wanted)) == 3
 
 
+@pytest.mark.slow
 def test_popd_from_the_full_length_is_plain_opd(tmp_path):
     plain = make_trainer(tmp_path / "plain", **FAST)
     plain.train()
@@ -107,6 +111,7 @@ def test_popd_from_the_full_length_is_plain_opd(tmp_path):
     assert same(weights(plain), weights(full))
 
 
+@pytest.mark.slow
 def test_the_first_tokens_of_a_cut_answer_are_those_of_the_whole(tmp_path):
     """Same seed, same start: the same tokens up to the horizon."""
     arms = {"whole": {}, "cut": {"rollout_horizon": "topd", "horizon_fraction": 0.5}}
@@ -139,6 +144,7 @@ def test_the_kl_of_a_token_does_not_depend_on_what_was_cut_off():
     torch.testing.assert_close(torch.tensor(kl), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effopd", [None, EffOPDConfig(validation_size=12, parameters="all", args={"scales": [2.0]})])
 def test_resumed_is_uninterrupted_also_where_the_horizon_changes(tmp_path, effopd):
     settings = {

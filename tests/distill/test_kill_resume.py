@@ -21,6 +21,8 @@ from effopd.common.files import read_rows
 from effopd.distill.exact_resume import EpochCallback, EpochSampler, TerminationCallback
 from effopd.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "helpers" / "tiny_run.py"
 
 
@@ -47,7 +49,6 @@ def whole(tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["search", "save", "publish", "anchor"])
 def test_sigkill_then_resume_is_bit_identical(tmp_path, whole, where):
     root = tmp_path / "run"
@@ -65,7 +66,6 @@ def test_sigkill_then_resume_is_bit_identical(tmp_path, whole, where):
         assert comparable(root, name) == comparable(whole, name)
 
 
-@pytest.mark.slow
 def test_resume_in_a_later_epoch_keeps_the_data_order(tmp_path):
     """TRL's sampler restarts its permutations on a resume; ours does not."""
     from helpers.tiny_models import make_task
@@ -104,7 +104,6 @@ def test_data_order_after_a_resume_on_several_processes():
     assert batches(resumed=True) == batches(resumed=False)[2:] and len(batches(resumed=True)) == 2
 
 
-@pytest.mark.slow
 def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones_apart(tmp_path, caplog):
     settings = {"eval_strategy": "no", "save_steps": 2, "save_total_limit": 2, "trajectory": "2"}
     make_trainer(tmp_path, max_steps=6, **settings).train()
@@ -149,7 +148,6 @@ def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-@pytest.mark.slow
 def test_a_termination_signal_ends_with_a_checkpoint_that_resumes_bit_for_bit(tmp_path, whole):
     """`enable_jit_checkpoint`, with a signal during step 5."""
     trainer = make_trainer(tmp_path, effopd=EFFOPD, eval_on_start=True, enable_jit_checkpoint=True)

@@ -26,6 +26,7 @@ from effopd.tasks import builtin_models as testbed
 
 pytestmark = pytest.mark.slow
 
+
 Usage = namedtuple("Usage", "total used free")
 
 

@@ -20,6 +20,8 @@ from effopd.models.logit_path import completion_hidden_states
 from effopd.tasks.base import Example, Task
 from effopd.tasks.evaluate import evaluate
 
+pytestmark = pytest.mark.slow
+
 FAST = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
 
 
@@ -102,7 +104,6 @@ def test_the_gap_is_that_of_generates_own_scores(tmp_path, monkeypatch, bf16, sa
         assert (1e-4 < expected < 0.1) if bf16 else expected < 1e-5
 
 
-@pytest.mark.slow
 def test_the_gap_is_rounding_where_prompts_differ_in_length(tmp_path):
     assert gap_of(tmp_path / "table", student=gpt2(0), teacher=gpt2(1)) < 1e-5
     assert gap_of(tmp_path / "recurrent", student=rwkv(0), teacher=rwkv(1)) < 1e-4
@@ -123,7 +124,6 @@ def test_the_gap_sees_a_sampler_that_padding_changes(tmp_path, monkeypatch):
     assert gap_of(tmp_path, student=rwkv(0), teacher=rwkv(1)) > 0.05
 
 
-@pytest.mark.slow
 def test_the_gap_is_kept_with_gradient_accumulation_and_costs_no_random_numbers(tmp_path):
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "bf16": True}
     assert gap_of(tmp_path / "a", **settings) > 1e-4
@@ -140,7 +140,6 @@ def test_nothing_is_left_on_the_model(student):
     assert "_get_logits_processor" not in vars(student)
 
 
-@pytest.mark.slow
 def test_the_sampling_that_a_student_brings_along_is_not_used(tmp_path, monkeypatch):
     """As of published models: min_p, penalties and lengths of their `generation_config`."""
     losses, notices = [], []
@@ -175,7 +174,6 @@ def wider(likely=50.0):
     return student
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["full", "sampled"])
 def test_rows_that_the_teacher_lacks_are_never_sampled(tmp_path, loss):
     trainer = make_trainer(
@@ -217,7 +215,6 @@ def test_the_scorer_samples_what_training_samples(tmp_path):
     assert max(max(row[0].completion_ids) for row in result.completions) < 64
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [gpt2, rwkv])
 def test_evaluation_does_not_depend_on_the_batch(tmp_path, kind):
     kls = []
@@ -230,7 +227,6 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path, kind):
     assert kls[0] == pytest.approx(kls[1], rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["full", "sampled"])
 def test_answers_that_count_alike_do_so_across_micro_batches(tmp_path, loss):
     rows = {}
@@ -304,7 +300,6 @@ def with_engine(path, flatten, **settings):
     return trainer, engine, ratios, spy
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("flatten", "accumulation"), [(1.0, 1), (3.0, 1), (3.0, 4)])
 def test_another_engines_answers_are_weighted_by_the_ratio(tmp_path, monkeypatch, flatten, accumulation):
     trainer, engine, ratios, spy = with_engine(

@@ -23,6 +23,7 @@ from effopd.tasks.base import Example, Task
 
 pytestmark = pytest.mark.slow
 
+
 RUN = {"eval_strategy": "no", "max_steps": 2, "save_steps": 1}
 
 

@@ -23,6 +23,7 @@ from effopd.models.token_batch import TokenBatch
 
 pytestmark = pytest.mark.slow
 
+
 FAST = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
 LOOK = EffOPDConfig("line_search", score_rollouts=5)
 

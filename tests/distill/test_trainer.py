@@ -20,6 +20,7 @@ from effopd.runs.run_dir import in_trajectory
 
 pytestmark = pytest.mark.slow
 
+
 FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
 
 

@@ -15,6 +15,7 @@ from effopd.extrapolate.anchor_files import rows_of
 
 pytestmark = pytest.mark.slow
 
+
 SCRIPT = Path(__file__).with_name("plain_loop.py")
 
 

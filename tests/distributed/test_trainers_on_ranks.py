@@ -14,6 +14,7 @@ from effopd.common.files import read_rows
 
 pytestmark = pytest.mark.slow
 
+
 SCRIPT = Path(__file__).with_name("train.py")
 
 

@@ -158,6 +158,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [*PARAMETER_RULES, r"^model\.layers\.1\."])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers_change_nothing(wrapper, rule):

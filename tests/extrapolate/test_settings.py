@@ -306,6 +306,7 @@ assert not [name for name in {names} if name in help.replace("effopd-released", 
 """
 
 
+@pytest.mark.slow
 def test_a_strategy_leaves_with_its_file_and_its_line(tmp_path):
     copy, leaving = tmp_path / "effopd", {"relex", "alpha_opd", "random_direction", "noop"}
     shutil.copytree(Path(effopd.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "assets"))

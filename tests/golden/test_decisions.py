@@ -9,6 +9,7 @@ from golden.decisions import FAMILIES, FILE, STRATEGIES, decisions, machine
 
 pytestmark = pytest.mark.slow
 
+
 GOLDEN = json.loads(FILE.read_text())
 
 

@@ -91,6 +91,7 @@ def test_a_single_pair_has_no_figures_of_training(folders, tmp_path, unrendered)
     assert names(draw(done.out)) == ALL - TRAJECTORY - {"agreement"}
 
 
+@pytest.mark.slow
 def test_two_pairs_and_metrics_left_out(folders, tmp_path, unrendered):
     runs = {"a": folders / "sft", "b": folders / "rl" / "trajectory" / "step-000008"}
     done = analyze(folders / "base", runs, tmp_path / "out", k=3)
@@ -99,6 +100,7 @@ def test_two_pairs_and_metrics_left_out(folders, tmp_path, unrendered):
     assert names(draw(lean.out)) == {"norms", "layers"}
 
 
+@pytest.mark.slow
 def test_a_zero_update_can_be_drawn(folders, tmp_path, unrendered):
     done = analyze(folders / "base", {"same": folders / "base", "sft": folders / "sft"}, tmp_path / "out", k=3)
     assert {"norms", "layers", "spectrum"} <= names(draw(done.out))

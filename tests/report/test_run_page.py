@@ -105,6 +105,7 @@ SEARCHES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_rows_say_and_needs_nothing_else(make_run):
     root = make_run("first", EVALS, METRICS, SEARCHES)
     assert main(["report", str(root)]) == 0
@@ -137,6 +138,7 @@ def test_panels_show_the_paired_gain_and_where_the_model_went():
     assert search_figure([SearchRecord.from_row(start_alone)]) is None
 
 
+@pytest.mark.slow
 def test_curves_have_a_point_an_evaluation_and_jumps_are_marked_after_they_happened():
     searches = [SearchRecord.from_row(SEARCHES[0] | {"step": 3})]
     figure = quality_figure({"a": EVALUATIONS}, {"a": searches}, target=0.05)
@@ -173,6 +175,7 @@ def test_runs_have_hues_of_their_own_and_markers(names):
     assert len({line.get_marker() for line in lines if line.get_label() in names}) == len(names)
 
 
+@pytest.mark.slow
 def test_seconds_of_a_cpu_clock_are_called_so(make_run):
     cpu = make_run("cpu", EVALS, METRICS, config="cost_clock: cpu\n")
     wall = make_run("wall", EVALS, METRICS)
@@ -184,6 +187,7 @@ def test_seconds_of_a_cpu_clock_are_called_so(make_run):
     assert "net seconds; of CPU time in cpu" in both and "12.0 CPU seconds" in both and "12.0 seconds" in both
 
 
+@pytest.mark.slow
 def test_several_runs_share_axes_and_are_told_apart(make_run):
     roots = [make_run(f"{name}/lr-1/seed-0", EVALS, METRICS) for name in ("plain", "line_search")]
     assert [run.label for run in read_runs(roots)] == ["plain/lr-1/seed-0", "line_search/lr-1/seed-0"]
@@ -199,6 +203,7 @@ def test_settings_are_text_whatever_they_hold(make_run):
     assert "script" not in page.tags and "<script>alert(1)</script>" in page.text and "effopd 0.1.0" in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [

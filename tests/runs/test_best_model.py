@@ -231,6 +231,7 @@ def test_the_kept_step_is_the_best_and_everything_names_it(tmp_path, metric, val
     assert f"saved model: step {kept}, the best by eval_{metric}" in page
 
 
+@pytest.mark.slow
 def test_without_it_the_model_is_the_last(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, **EVERY_STEP)
     trainer.train()
@@ -238,6 +239,7 @@ def test_without_it_the_model_is_the_last(tmp_path):
     assert "The model is that of" not in closing_lines(tmp_path, 2, trainer.costs)
 
 
+@pytest.mark.slow
 def test_save_strategy_best_saves_each_new_best(tmp_path):
     settings = {"max_steps": 4, "metric_for_best_model": "eval_kl"} | EVERY_STEP | {"save_strategy": "best"}
     values = {1: 0.5, 2: 0.4, 3: 0.6, 4: 0.3}
@@ -246,6 +248,7 @@ def test_save_strategy_best_saves_each_new_best(tmp_path):
     assert [path.name for path in trainer.run_dir.checkpoints()] == ["step-000001", "step-000002", "step-000004"]
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_never_finite_is_said(tmp_path, caplog):
     trainer = scripted(
         make_trainer(tmp_path, max_steps=1, load_best_model_at_end=True, metric_for_best_model="kl", **EVERY_STEP),
@@ -259,6 +262,7 @@ def test_a_metric_that_is_never_finite_is_said(tmp_path, caplog):
 # -- through a resume ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_step_is_found_again_where_the_run_was_moved(tmp_path):
     values = {1: 0.5, 2: 0.1, 3: 0.2, 4: 0.3}
     settings = {"load_best_model_at_end": True, "metric_for_best_model": "kl", "save_total_limit": 1} | EVERY_STEP
@@ -270,6 +274,7 @@ def test_the_best_step_is_found_again_where_the_run_was_moved(tmp_path):
         assert again.kept == (2, "kl", 0.1) and is_step(again, 2)
 
 
+@pytest.mark.slow
 def test_another_metric_after_a_resume_is_looked_up_anew(tmp_path):
     values = {1: 0.5, 2: 0.9, 3: 0.7}
     trainer = make_trainer(
@@ -285,6 +290,7 @@ def test_another_metric_after_a_resume_is_looked_up_anew(tmp_path):
     assert again.kept == (2, "accuracy", 0.9) and is_step(again, 2)
 
 
+@pytest.mark.slow
 def test_a_best_step_that_is_gone_does_not_hide_the_others(tmp_path):
     values = {1: 0.1, 2: 0.6, 3: 0.5}
     settings = {"load_best_model_at_end": True, "metric_for_best_model": "kl"} | EVERY_STEP

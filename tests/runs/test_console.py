@@ -150,6 +150,7 @@ def test_what_to_do_when_most_answers_cannot_be_graded(counts, parts, absent):
         assert missing_answers("math:x.jsonl", 0.5, 100, enough, cut, empty, limit=8) == ""
 
 
+@pytest.mark.slow
 def test_a_run_says_lines_and_nothing_else(tmp_path, capsys):
     look_ahead = EffOPDConfig(strategy="line_search")
     trainer = make_trainer(tmp_path, effopd=look_ahead, max_steps=3, eval_steps=2, save_strategy="no")
@@ -164,6 +165,7 @@ def test_a_run_says_lines_and_nothing_else(tmp_path, capsys):
     assert not any(isinstance(callback, LinesAlone) for callback in trainer.callback_handler.callbacks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_bar_is_for_terminals(tmp_path, monkeypatch, terminal):
     screen = Terminal() if terminal else io.StringIO()
@@ -176,6 +178,7 @@ def test_the_bar_is_for_terminals(tmp_path, monkeypatch, terminal):
     assert "{" not in screen.getvalue()
 
 
+@pytest.mark.slow
 def test_an_error_begins_on_a_line_of_its_own(tmp_path, monkeypatch):
     """`compare.runner.error_message` and whoever reads the screen look for it at the beginning of a
     line.

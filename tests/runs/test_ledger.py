@@ -95,6 +95,7 @@ def test_unknown_category():
         CostLedger().push("coffee")
 
 
+@pytest.mark.slow
 def test_cpu_seconds_leave_waiting_out():
     spent = {}
     for name in ("wall", "cpu"):

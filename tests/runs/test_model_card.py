@@ -20,6 +20,7 @@ from effopd.runs.model_card import is_hub_id
 
 pytestmark = pytest.mark.slow
 
+
 FLAGS = [
     "--model_name_or_path", "testbed:student", "--task", "testbed:chain_sum", "--train_size", "64", "--eval_size", "8",
     "--max_steps", "2", "--max_completion_length", "12", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true",

@@ -82,6 +82,7 @@ def write(path, *rows):
     return str(path)
 
 
+@pytest.mark.slow
 def test_rows_with_numbers_are_graded_as_numbers(tmp_path):
     file = write(
         tmp_path / "rows.jsonl",

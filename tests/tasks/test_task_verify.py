@@ -106,6 +106,7 @@ def test_a_hanging_grading_is_cut_counted_and_does_not_hurt_the_next(caplog):
     verifier.worker.close()
 
 
+@pytest.mark.slow
 def test_limit_holds_outside_the_main_thread():
     verifier, scores = MathVerifier(timeout=0.5), []
     thread = threading.Thread(target=lambda: scores.extend(verifier.verify_batch([HANG], [example("1")])))
@@ -188,6 +189,7 @@ def test_reasoning_gym_needs_its_entry():
         ReasoningGymVerifier("countdown")("<answer>1</answer>", example("1"))
 
 
+@pytest.mark.slow
 def test_reasoning_gym_without_reference_answers():
     task = load_task(TaskConfig("reasoning-gym:graph_color", eval_size=2), "eval")
     assert task.verifiable and not task.has_answers
@@ -265,6 +267,7 @@ def test_scores_that_count():
     assert [check_score(v, example("1"), "t") for v in (1, True, 0.5, numpy.float32(0.5))] == [1.0, 1.0, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_importing_is_not_part_of_a_gradings_limit(tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(1.5)\n")
     monkeypatch.syspath_prepend(str(tmp_path))

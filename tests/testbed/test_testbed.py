@@ -85,6 +85,7 @@ def test_falsified_reasoning_is_right_as_often_as_planned(family):
     assert sum(score == 1.0 for score in always) / len(task) < 0.3
 
 
+@pytest.mark.slow
 def test_bad_requests_name_the_value_and_the_choices(monkeypatch):
     monkeypatch.setattr("effopd.tasks.testbed_families._MAX_DRY_DRAWS", 200)
     with pytest.raises(TaskError, match="'sorting'"):
