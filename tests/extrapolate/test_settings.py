@@ -22,7 +22,7 @@ from effopd import EffOPD, EffOPDConfig, Score
 from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, fingerprint
 from effopd.extrapolate.scorers.accuracy import AccuracyScorer
-from effopd.extrapolate.scoring import OF_SCORERS, SCORERS
+from effopd.extrapolate.scorers.base import OF_SCORERS, SCORERS
 from effopd.extrapolate.strategy import PAPER, STRATEGIES
 from effopd.tasks.sampling import Sampling
 

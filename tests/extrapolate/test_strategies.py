@@ -13,7 +13,7 @@ from torch import nn
 from effopd import EffOPD, EffOPDConfig, Score
 from effopd.common.files import read_rows
 from effopd.errors import ConfigError, NonFiniteWeightsError
-from effopd.extrapolate.scoring import SCORERS
+from effopd.extrapolate.scorers.base import SCORERS
 from effopd.extrapolate.strategy import STRATEGIES
 
 ALL = list(STRATEGIES)

@@ -26,8 +26,8 @@ from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.effopd import EffOPD
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
 from effopd.extrapolate.scorers.accuracy import training_task
+from effopd.extrapolate.scorers.base import Scorer
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
-from effopd.extrapolate.scoring import Scorer
 from effopd.extrapolate.search import Score
 from effopd.runs.records import SEARCHES, SearchRecord
 from effopd.tasks.base import Task, Verifier

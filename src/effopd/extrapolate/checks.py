@@ -15,7 +15,7 @@ from effopd.extrapolate.live_weights import LiveWeights
 from effopd.extrapolate.lora_weights import LoraWeights, has_adapters, selected_adapters
 from effopd.extrapolate.movable import MovableWeights
 from effopd.extrapolate.parameter_rules import inside, select, trained_parameters
-from effopd.extrapolate.scoring import OF_SCORERS
+from effopd.extrapolate.scorers.base import OF_SCORERS
 from effopd.extrapolate.strategy import STRATEGIES
 
 

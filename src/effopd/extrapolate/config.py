@@ -13,7 +13,7 @@ from effopd.extrapolate.anchored import named_device
 from effopd.extrapolate.kinds import build, check_kind, hints, mapping, plain
 from effopd.extrapolate.parameter_rules import compile_rule
 from effopd.extrapolate.schedule import SCHEDULES
-from effopd.extrapolate.scoring import SCORERS
+from effopd.extrapolate.scorers.base import SCORERS
 from effopd.extrapolate.search import GATES
 from effopd.extrapolate.setting_help import args_help, setting_help
 from effopd.extrapolate.strategy import PAPER, STRATEGIES, Strategy

@@ -29,7 +29,7 @@ from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.movable import Direction
 from effopd.extrapolate.predicting import Predictor, finite_or_none
 from effopd.extrapolate.saved_state import check_same, fingerprint, load_state, write_state
-from effopd.extrapolate.scoring import Scorer
+from effopd.extrapolate.scorers.base import Scorer
 from effopd.extrapolate.search import Score
 from effopd.extrapolate.searcher import NOWHERE, Searcher
 from effopd.runs.records import SearchRecord

@@ -13,7 +13,7 @@ from effopd.common.files import write_atomically
 from effopd.errors import CheckpointError
 from effopd.extrapolate.anchor_files import ANCHOR_FILE, read_anchor, write_anchor
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.scoring import OF_SCORERS
+from effopd.extrapolate.scorers.base import OF_SCORERS
 
 STATE_FILE = "effopd_state.json"
 OBSERVATIONS_FILE = "effopd_observations.safetensors"

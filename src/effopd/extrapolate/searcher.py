@@ -12,7 +12,7 @@ from effopd.common.distributed import assert_same_on_ranks, broadcast_from_rank0
 from effopd.common.isolation import evaluating, isolated_rng
 from effopd.errors import NonFiniteWeightsError
 from effopd.extrapolate.movable import Direction, MovableWeights
-from effopd.extrapolate.scoring import Scorer, ask
+from effopd.extrapolate.scorers.base import Scorer, ask
 from effopd.extrapolate.search import Score, SearchResult, Trial
 
 #: Result if the weights equal the anchor: there is no direction, so the model stays.

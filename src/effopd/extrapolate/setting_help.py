@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from effopd.extrapolate.kinds import plain
-from effopd.extrapolate.scoring import SCORERS
+from effopd.extrapolate.scorers.base import SCORERS
 from effopd.extrapolate.strategy import STRATEGIES
 
 
