@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from effopd.common.distributed import full_tensor
 from effopd.distill.trl_host.kernels import divergence_kernel, divergence_loss, logprob_kernel
 from effopd.distill.trl_host.models import inside_forward
 from effopd.errors import CompatibilityError
-from effopd.models.logit_path import core_of, logit_path, whole_tensor
+from effopd.models.logit_path import core_of, logit_path
 from effopd.models.token_batch import TokenBatch
 
 T = TypeVar("T")
@@ -71,8 +72,8 @@ class Head:
 
     def whole(self) -> Head:
         """The same head with FSDP2 shards gathered; with shards, every rank must call this."""
-        bias = None if self.bias is None else whole_tensor(self.bias)
-        return replace(self, weight=whole_tensor(self.weight), bias=bias)
+        bias = None if self.bias is None else full_tensor(self.bias)
+        return replace(self, weight=full_tensor(self.weight), bias=bias)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Dense float32 logits [N, V], for a small number of positions."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from effopd.common import float64 as precision
+from effopd.common.distributed import full_tensor
 from effopd.common.isolation import evaluating
 from effopd.errors import CompatibilityError, NonFiniteLossError
 
@@ -370,16 +371,9 @@ def _error(layer: Any, path: LogitPath, hidden: Tensor, logits: Tensor) -> float
 def float_logits(layer: Any, path: LogitPath, hidden: Tensor) -> Tensor:
     """Logits in float32, as losses and scores compute them."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
-    bias = None if bias is None else whole_tensor(bias).float()
-    made = (
-        torch.nn.functional.linear(hidden.to(weight.device).float(), whole_tensor(weight).float(), bias) * path.scale
-    )
+    bias = None if bias is None else full_tensor(bias).float()
+    made = torch.nn.functional.linear(hidden.to(weight.device).float(), full_tensor(weight).float(), bias) * path.scale
     return made if path.softcap is None else path.softcap * torch.tanh(made / path.softcap)
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor; if FSDP2 shards it, it is gathered and all ranks must call this."""
-    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
