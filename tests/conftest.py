@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for each other, and spin
 
 import pytest
+import torch
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 
 
@@ -31,3 +32,12 @@ def teacher():
 @pytest.fixture(scope="session")
 def task():
     return make_task()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for torch, even if OMP_NUM_THREADS allows more: reductions in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers.tiny_checkpoints import (
     STEPS,
+    K,
     save_base,
-    save_runs,
     save_tensors,
     save_trained,
     save_trajectory,
@@ -30,9 +30,8 @@ from effopd.errors import EffOPDError
 from effopd.report.dynamics_figures import draw
 from effopd.weights import reader
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-K = 4
 ALWAYS = {"parameters", "frobenius_norm", "share_of_total"}
 ENTRIES = {
     "bf16_unchanged_share", "update_density", "max_abs_update", "relative_norm", "low_magnitude_overlap",
@@ -47,25 +46,6 @@ BASE = {f"base_rotation_{side}_{kind}_degrees" for side in ("left", "right") for
 BASE |= {"base_rotation_bound_degrees", "principal_overlap", "base_spectral_shift"}
 PATH = {"u1_evr", "u1_evr_null_mean", "u1_evr_null_p"}
 READINGS = {f"{side}_{name}" for side in ("left", "right") for name in ("cosine", "overlap", "angle_max")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return save_runs(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def done(folders, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out") / "analysis"
-    return analyze(folders / "base", trained(folders), out, k=K, base_spectrum=True)
 
 
 def table(done, name):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.tiny_checkpoints import (
     STEPS,
-    save_runs,
+    K,
     save_tensors,
     save_trajectory,
     tensors_of,
@@ -27,28 +27,7 @@ from effopd.analysis.plan import resolve_device
 from effopd.analysis.tables import TABLES, TableWriter, read_table, write_table
 from effopd.errors import CheckpointError, ConfigError, EffOPDError, WeightsError
 
-pytestmark = pytest.mark.slow
-
-K = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return save_runs(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def done(folders, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out") / "analysis"
-    return analyze(folders / "base", trained(folders), out, k=K, base_spectrum=True)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 class Killed(Exception):

@@ -9,20 +9,13 @@ import re
 
 import pandas as pd
 import pytest
-import torch
 from helpers.tiny_checkpoints import save_base, save_trained, save_trajectory
 
 from effopd.commands import analyze as analyze_command
 from effopd.commands.analyze import run_analyze
 from effopd.errors import ConfigError, EffOPDError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

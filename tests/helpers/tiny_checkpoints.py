@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny_models import make_model
 
 STEPS = (0, 1, 2, 4, 8)
+#: Leading directions that the analyses of these checkpoints keep.
+K = 4
 
 
 def save_base(path: Path, seed: int = 0) -> Path:

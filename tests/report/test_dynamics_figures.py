@@ -7,7 +7,6 @@ import shutil
 
 import matplotlib
 import pytest
-import torch
 from helpers.tiny_checkpoints import save_base, save_trained, save_trajectory
 from matplotlib.figure import Figure
 
@@ -16,6 +15,8 @@ from effopd.errors import CheckpointError
 from effopd.report.dynamics_data import Data, short_matrix, spread
 from effopd.report.dynamics_figures import FIGURES, draw
 from effopd.report.style import group_colors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALL = {
     "norms",
@@ -32,14 +33,6 @@ ALL = {
     "rotation",
 }
 TRAJECTORY = {"subspaces_left", "subspaces_right", "first_last", "u1_path", "u1_tsne"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
