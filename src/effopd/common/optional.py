@@ -13,6 +13,7 @@ _NEEDS = {
     "matplotlib": ("drawing figures", "effopd[plots]"),
     "math_verify": ("verifying math answers", "math-verify"),
     "reasoning_gym": ("reasoning-gym tasks", "reasoning-gym"),
+    "gguf": ("reading GGUF files", "effopd[gguf]"),
     "peft": ("--use_peft", "effopd[peft]"),
     "bitsandbytes": ("--load_in_4bit, --load_in_8bit or this --optim", "effopd[quantization]"),
     "vllm": ("--use_vllm", "effopd[vllm]"),

@@ -1,7 +1,8 @@
-"""The built-in student and teacher (0.8M parameters): paths, card and reference settings.
+"""Models with a name of their own: the built-in pair (0.8M parameters) and SmolLM2-135M.
 
-With this pair, every claim of the package can be tested on two CPU cores in minutes. The recipe is
-in `effopd.testbed`. Importing this module imports neither torch nor transformers.
+With the pair, every claim of the package can be tested on two CPU cores in minutes. The recipe is
+in `effopd.testbed`. SmolLM2-135M-Instruct is a real pre-trained model; `effopd testbed fetch
+smollm2` puts it into the cache. Importing this module imports neither torch nor transformers.
 
 Example:
     >>> from effopd.tasks.builtin_models import FAMILIES, student_path
@@ -14,6 +15,7 @@ Example:
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ __all__ = [
     "family_task",
     "reference_settings",
     "resolve_model",
+    "smollm2_path",
     "spoken_name",
     "student_path",
     "teacher_path",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 ASSETS = Path(__file__).parents[1] / "testbed" / "assets"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 #: Reference settings of plain on-policy distillation on this pair (`trl.DistillationConfig`).
 _REFERENCE: dict[str, Any] = {
@@ -72,22 +76,39 @@ def teacher_path() -> Path:
     return _asset("teacher")
 
 
+def smollm2_path() -> Path:
+    """Folder of SmolLM2-135M-Instruct after `effopd testbed fetch smollm2`; it need not exist.
+
+    `$EFFOPD_CACHE/smollm2-135m-instruct`; `EFFOPD_CACHE` is `~/.cache/effopd` by default.
+    """
+    return Path(os.environ.get("EFFOPD_CACHE") or Path.home() / ".cache" / "effopd") / "smollm2-135m-instruct"
+
+
 def resolve_model(name: str | None) -> str | None:
-    """Folder of `testbed:student` or `testbed:teacher`; other names are returned unchanged.
+    """Folder of a `testbed:` model; other names are returned unchanged.
+
+    `testbed:smollm2` is its folder in the cache.
 
     Raises:
-        ConfigError: another name starts with `testbed:`.
+        ConfigError: another name starts with `testbed:`, or SmolLM2 has not been fetched.
         CheckpointError: the package was installed without its assets.
     """
-    shipped = {"testbed:student": student_path, "testbed:teacher": teacher_path}
-    if name is not None and name.startswith("testbed:") and name not in shipped:
-        raise ConfigError(f"expected {' or '.join(shipped)}, got {name!r}. Use one of these names.")
-    return str(shipped[name]()) if name in shipped else name
+    if name is None or not name.startswith("testbed:"):
+        return name
+    if name not in _PATHS:
+        raise ConfigError(f"expected one of {', '.join(_PATHS)}, got {name!r}. Use one of these names.")
+    path = _PATHS[name]()
+    if name == "testbed:smollm2" and not (path / "source.json").exists():
+        raise ConfigError(
+            f"{name}: expected the model in {path}, which does not exist. Get it with: effopd testbed fetch smollm2 "
+            f"(or use {SMOLLM2_HUB_ID} from the Hub)."
+        )
+    return str(path)
 
 
 def spoken_name(path: str) -> str:
     """Inverse of `resolve_model`: the user's name of the model in this folder."""
-    return {str(ASSETS / name): f"testbed:{name}" for name in ("student", "teacher")}.get(path, path)
+    return next((name for name, place in _PATHS.items() if path == str(place())), path)
 
 
 def card() -> dict[str, Any]:
@@ -119,3 +140,6 @@ def _asset(name: str) -> Path:
             f"effopd testbed build --output_dir {ASSETS}"
         )
     return path
+
+
+_PATHS = {"testbed:student": student_path, "testbed:teacher": teacher_path, "testbed:smollm2": smollm2_path}
