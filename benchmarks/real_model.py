@@ -118,11 +118,11 @@ class Page:
                 len(self.tasks), 2, figsize=(11, 4 * len(self.tasks)), squeeze=False, constrained_layout=True
             )
             for panels, task in zip(axes, self.tasks, strict=True):
-                for axis, (key, label) in zip(panels, (("step", "optimizer steps"), ("s", "net seconds")), strict=True):
+                for axis, key in zip(panels, ("optimizer steps", "net seconds"), strict=True):
                     for arm in self.arms:
                         if self.of(task, arm):
                             self._line(axis, task, arm, key)
-                    axis.set(yscale="log", xlabel=label)
+                    axis.set(yscale="log", xlabel=key)
                     axis.set_title(task, loc="left")
                 panels[0].set_ylabel("held-out reverse KL, share of its start")
             axes[0][0].legend(ncols=2)
@@ -131,7 +131,7 @@ class Page:
 
     def _line(self, axis: Any, task: str, arm: Arm, key: str) -> None:
         runs = self.of(task, arm)
-        x = [[e.step if key == "step" else e.costs.net_seconds for e in run.evaluations] for run in runs]
+        x = [[e.step if key == "optimizer steps" else e.costs.net_seconds for e in run.evaluations] for run in runs]
         kl = [smooth([e.kl / run.evaluations[0].kl for e in run.evaluations]) for run in runs]
         length = min(map(len, kl))
         rates = [rate for strategy, rate in self.arms if strategy == arm[0]]

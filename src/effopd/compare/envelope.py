@@ -76,7 +76,7 @@ class Envelope:
         return min(arms, key=rank)
 
     def speedup(self, arm: Arm, share: float) -> SeedMedian:
-        """Paired speed-up of an arm over the opponent at one target: median and interval over seeds."""
+        """Paired speed-up of an arm over the opponent at one target, median over seeds."""
         ratios = [
             ratio(self.cost(self.opponent(seed, share), seed, share), self.cost(arm, seed, share))
             for seed in self.seeds

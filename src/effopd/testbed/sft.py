@@ -3,8 +3,8 @@
 A model that never answers right gets no reward, so GRPO alone cannot start. Some hundred worked
 answers teach it the form of an answer; `effopd rl` goes on from there.
 
-    chain_sum     "State the final answer to …: 12 + 5 - 3 ="   →  12 + 5 = 17↵17 - 3 = 14
-    leg_counting  "… if you have 1 butterfly, 8 crabs?"          →  1 * 6 = 6↵8 * 10 = 80↵6 + 80 = 86
+    chain_sum     "State the final …: 12 + 5 - 3 ="      →  12 + 5 = 17↵17 - 3 = 14
+    leg_counting  "… if you have 1 butterfly, 8 crabs?"  →  1 * 6 = 6↵8 * 10 = 80↵6 + 80 = 86
 
 The result is graded by its last number (`effopd.tasks.verify:last_number`).
 """
@@ -105,8 +105,9 @@ class SFTSettings:
 
 
 def start(
-    name: str, model: str, out: Path, seed: int = 0, settings: SFTSettings | None = None, log: Callable[[str], None] = print
-) -> dict[str, Any]:
+    name: str, model: str, out: Path, seed: int = 0, settings: SFTSettings | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
     """Train a copy of `model` on worked answers of a task; write model, tokenizer and `card.json`.
 
     Args:
