@@ -29,7 +29,7 @@ from effopd.compare import grid as grid_module
 from effopd.compare.collect import PLAN, collect
 from effopd.compare.grid import Grid, PlannedRun, load_grid, run_settings
 from effopd.compare.imported_runs import read_entries, runs_to_make, save_entries, saved_entries, sources
-from effopd.compare.runner import LOG, Runner, failure_of, is_done, only_one
+from effopd.compare.runner import LOG, Runner, failure_of, is_done, only_one, progress_of
 from effopd.errors import ConfigError, EffOPDError
 from effopd.report.compare_gate import gate_results
 from effopd.report.compare_page import render
@@ -224,13 +224,14 @@ def _run(grid: Grid, pending: list[PlannedRun], done: int, console: Console, loc
 
         def report(event: str, run: PlannedRun) -> None:
             nonlocal ended
-            if event == "start":
-                progress.console.print(f"start  {escape(run.name)}", highlight=False)
+            if event in ("start", "running"):
+                how_far = f": {progress_of(run)}" if event == "running" else ""
+                progress.console.print(f"{event:<7} {escape(run.name)}{how_far}", highlight=False)
                 return
             ended += 1
             left = time_left(time.monotonic() - start, ended - done, total - ended)
             how_far = "" if console.is_terminal else f"  ({ended}/{total}, about {spoken_time(left)} left)"
-            progress.console.print(f"{event:<6} {escape(run.name)}{how_far}", highlight=False)
+            progress.console.print(f"{event:<7} {escape(run.name)}{how_far}", highlight=False)
             progress.advance(bar)
 
         return Runner(grid, report, lock).run(pending)
