@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.errors import ConfigError
+from effopd.models.end_tokens import train_end_tokens
 from effopd.tasks.base import Example
 from effopd.tasks.generate import encode_prompts
 from effopd.tasks.testbed_families import FAMILIES, worked_reasoning
@@ -109,6 +110,7 @@ def train_base(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
+    train_end_tokens(model, [tokenizer.eos_token_id])
     model.train()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
