@@ -8,6 +8,8 @@ import pytest
 from helpers.tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from effopd.commands import testbed
+from effopd.commands.main import main
 from effopd.errors import ConfigError
 from effopd.tasks.load import load_task
 from effopd.tasks.verify import last_number
@@ -48,3 +50,22 @@ def test_the_start_writes_model_tokenizer_and_card(tmp_path):
 def test_an_unknown_task_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="chain_sum, leg_counting"):
         start("sudoku", "nowhere", tmp_path)
+
+
+def test_the_command_trains_with_its_flags_and_refuses_what_it_cannot_use(tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr("effopd.testbed.sft.start", lambda *a, **k: calls.append(a))
+    assert tuple(TASKS) == testbed.WORKED_TASKS
+    student = tmp_path / "student"
+    make_model(0).save_pretrained(student)
+    make_tokenizer().save_pretrained(student)
+    flags = ["testbed", "sft", "chain_sum", "--model_name_or_path", str(student), "--output_dir"]
+    assert main([*flags, str(tmp_path / "out"), "--steps", "20", "--learning_rate", "1e-3", "--seed", "3"]) == 0
+    name, model, out, seed, settings = calls.pop()
+    assert (name, model, out, seed) == ("chain_sum", str(student), tmp_path / "out", 3)
+    assert (settings.questions, settings.training.steps, settings.training.learning_rate) == (160, 20, 1e-3)
+    assert main([*flags, str(student)]) == 2 and "is not empty" in capsys.readouterr().err
+    assert main([*flags, str(tmp_path / "x"), "--steps", "0"]) == 2 and "at least 1" in capsys.readouterr().err
+    flags[4] = str(tmp_path / "nowhere")
+    assert main([*flags, str(tmp_path / "x")]) == 2 and "nowhere" in capsys.readouterr().err
+    assert not calls

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effopd.common.files import write_atomically
 from effopd.common.optional import require
 from effopd.common.versions import versions
 from effopd.errors import ConfigError
+from effopd.models.files import load_model, load_tokenizer
 from effopd.tasks.base import Example
 from effopd.tasks.config import TaskConfig
 from effopd.tasks.evaluate import evaluate
@@ -97,11 +97,20 @@ class SFTSettings:
 
     questions: int = 800
     test_questions: int = 200
-    training: BaseSettings = field(
-        default_factory=lambda: BaseSettings(
-            questions=800, steps=100, batch_size=8, learning_rate=1e-4, warmup_steps=10, weight_decay=0.0
-        )
-    )
+    training: BaseSettings = field(default_factory=lambda: _training(100, 1e-4))
+
+    @classmethod
+    def of(cls, steps: int, learning_rate: float) -> SFTSettings:
+        """Settings with other steps and another peak rate; every question is used about once."""
+        return cls(questions=max(1, 8 * steps), training=_training(steps, learning_rate))
+
+
+def _training(steps: int, learning_rate: float) -> BaseSettings:
+    """8 worked answers per step, a tenth of the steps as warm-up."""
+    return BaseSettings(
+        questions=8 * steps, steps=steps, batch_size=8, learning_rate=learning_rate, warmup_steps=max(1, steps // 10),
+        weight_decay=0.0,
+    )  # fmt: skip
 
 
 def start(
@@ -129,8 +138,8 @@ def start(
     config = task.config(name, train_size=settings.questions, eval_size=settings.test_questions, task_seed=seed)
     examples, test = load_task(config, "train").examples, load_task(config, "eval")
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = load_tokenizer("--model_name_or_path", model)
+    student = load_model("--model_name_or_path", model, dtype=torch.float32)
     sampling = Sampling(max_new_tokens=task.max_new_tokens, batch_size=50, seed=seed)
 
     def accuracy(when: str) -> dict[str, float]:
