@@ -24,8 +24,7 @@ def test_every_worked_answer_is_right_line_by_line(name):
         text = TASKS[name].write(example.metadata["entry"])
         assert last_number(text, example) == 1.0, (example.prompt, text)
         for line in text.splitlines():
-            left, right = line.split(" = ")
-            assert eval(left) == int(right)
+            assert len({eval(part) for part in line.split(" = ")}) == 1, line
 
 
 def test_the_start_writes_model_tokenizer_and_card(tmp_path):
@@ -48,7 +47,7 @@ def test_the_start_writes_model_tokenizer_and_card(tmp_path):
 
 
 def test_an_unknown_task_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="chain_sum, leg_counting"):
+    with pytest.raises(ConfigError, match="chain_sum, products"):
         start("sudoku", "nowhere", tmp_path)
 
 

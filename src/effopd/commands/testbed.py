@@ -25,7 +25,7 @@ sources differ by the quantization, so their results are not comparable; source.
 
 
 #: Tasks of `sft`, as `effopd.testbed.sft.TASKS`, whose import takes seconds.
-WORKED_TASKS = ("chain_sum", "leg_counting")
+WORKED_TASKS = ("chain_sum", "products", "leg_counting")
 
 _SFT = """\
 Train a copy of a model on worked answers of a reasoning-gym task, and measure its accuracy before and after.
@@ -33,6 +33,7 @@ GRPO needs some right answers to start from; SmolLM2-135M has none on most tasks
 answers take about 8 minutes on one core.
 
   chain_sum     2 or 3 terms of 1 or 2 digits, one line per sum
+  products      2 numbers of 1 or 2 digits, by the tens and the ones of one of them
   leg_counting  1 or 2 kinds of animals, one line per kind, then their sum"""
 
 

@@ -4,6 +4,7 @@ A model that never answers right gets no reward, so GRPO alone cannot start. Som
 answers teach it the form of an answer; `effopd rl` goes on from there.
 
     chain_sum     "State the final …: 12 + 5 - 3 ="      →  12 + 5 = 17↵17 - 3 = 14
+    products      "Solve the following …: 34 * 27. …"    →  34 * 27 = 680 + 238 = 918
     leg_counting  "… if you have 1 butterfly, 8 crabs?"  →  1 * 6 = 6↵8 * 10 = 80↵6 + 80 = 86
 
 The result is graded by its last number (`effopd.tasks.verify:last_number`).
@@ -69,6 +70,15 @@ def chain_sum(entry: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def products(entry: Mapping[str, Any]) -> str:
+    """Product by the tens and the ones of the last number that has both."""
+    a, b = map(int, entry["metadata"]["expression"].split(" * "))
+    split, other = (b, a) if b >= 10 or a < 10 else (a, b)
+    parts = [part * other for part in (split // 10 * 10, split % 10) if part]
+    sums = [" + ".join(map(str, parts))] if len(parts) > 1 else []
+    return " = ".join([f"{a} * {b}", *sums, str(a * b)])
+
+
 def leg_counting(entry: Mapping[str, Any]) -> str:
     """One line per animal, then one per sum."""
     legs = require("reasoning_gym.arithmetic.leg_counting").ANIMALS
@@ -81,8 +91,9 @@ def leg_counting(entry: Mapping[str, Any]) -> str:
 
 
 TASKS: dict[str, WorkedTask] = {
-    "chain_sum": WorkedTask({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, 24, chain_sum),
-    "leg_counting": WorkedTask({"min_animals": 1, "max_animals": 2, "max_instances": 9}, 32, leg_counting),
+    "chain_sum": WorkedTask({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, 26, chain_sum),
+    "products": WorkedTask({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, 24, products),
+    "leg_counting": WorkedTask({"min_animals": 1, "max_animals": 2, "max_instances": 9}, 34, leg_counting),
 }
 
 
