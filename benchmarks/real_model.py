@@ -1,6 +1,10 @@
 """Tables and figure of docs/real_model.md, from the JSON files in docs/real_model/.
 
     effopd compare --report runs/compare-smollm2 --out docs/real_model
+    cp runs/smollm2/chain_sum/sft/card.json docs/real_model/chain_sum-sft.json     # products, too
+    .venv/bin/effopd eval --model runs/smollm2/chain_sum/teacher --eval_size 200 --batch_size 50 \\
+        --output runs/smollm2/chain_sum/eval.jsonl
+    cp runs/smollm2/chain_sum/eval.jsonl.summary.json docs/real_model/chain_sum-teacher.json
     .venv/bin/python benchmarks/real_model.py            # rewrite the tables
     .venv/bin/python benchmarks/real_model.py --figure   # redraw docs/real_model/curves.png too
 
@@ -104,7 +108,7 @@ class Page:
         return table(["task", "strategy", "learning rate", "seed", "searches", "step: accepted scale"], rows)
 
     def blocks(self) -> dict[str, str]:
-        """All blocks by name."""
+        """All blocks of the comparison by name."""
         speed = {f"speed-up in {AXIS_NAMES[axis]}": self.speed_table(axis) for axis in AXES}
         return {
             "KL during training": self.kl_table(), **speed, "tuned rates": self.opponents(),
@@ -144,6 +148,27 @@ class Page:
         )  # fmt: skip
 
 
+def pairs_table(cards: Mapping[str, Mapping[str, Any]], teachers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sampled accuracies of the student, the supervised start and the GRPO teacher.
+
+    Args:
+        cards: `card.json` of `effopd testbed sft`, by task.
+        teachers: summary of `effopd eval` of the teachers made by GRPO, by task.
+    """
+    rows = []
+    for task, card in cards.items():
+        before, after = (_accuracy(card["accuracy"][when]) for when in ("before", "after"))
+        teacher = teachers.get(task)
+        interval = None if teacher is None else [teacher[key] for key in ("avg@1", "ci95_low", "ci95_high")]
+        last = "–" if interval is None else _accuracy(dict(zip(("mean", "low", "high"), interval, strict=True)))
+        rows.append([task, before, after, last, str(card["accuracy"]["before"]["n"])])
+    return table(["task", "student", "supervised start", "after GRPO", "questions"], rows)
+
+
+def _accuracy(interval: Mapping[str, float]) -> str:
+    return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
 def _names(arm: Arm) -> tuple[str, str]:
     return f"`{arm[0]}`", f"{arm[1]:.0e}"
 
@@ -159,12 +184,19 @@ def _spread(values: Sequence[float], form: str) -> str:
     return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]}–{texts[2]})"
 
 
+def _json(name: str) -> dict[str, Any]:
+    return json.loads((PLACE / name).read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", action="store_true", help="redraw docs/real_model/curves.png")
     arguments = parser.parse_args()
-    page = Page(json.loads((PLACE / "results.json").read_text()))
-    rewrite(DOCS / "real_model.md", page.blocks())
+    page = Page(_json("results.json"))
+    tasks = ("chain_sum", "products")
+    cards = {task: _json(f"{task}-sft.json") for task in tasks}
+    teachers = {task: _json(f"{task}-teacher.json") for task in tasks if (PLACE / f"{task}-teacher.json").exists()}
+    rewrite(DOCS / "real_model.md", {"pairs": pairs_table(cards, teachers), **page.blocks()})
     if arguments.figure:
         page.draw()
 
