@@ -4,7 +4,7 @@
     cp runs/smollm2/chain_sum/sft/card.json docs/real_model/chain_sum-sft.json     # products, too
     .venv/bin/effopd eval --model runs/smollm2/chain_sum/teacher --eval_size 200 --batch_size 50 \\
         --output runs/smollm2/chain_sum/eval.jsonl
-    cp runs/smollm2/chain_sum/eval.jsonl.summary.json docs/real_model/chain_sum-teacher.json
+    cp runs/smollm2/chain_sum/eval.summary.json docs/real_model/chain_sum-teacher.json
     .venv/bin/python benchmarks/real_model.py            # rewrite the tables
     .venv/bin/python benchmarks/real_model.py --figure   # redraw docs/real_model/curves.png too
 
