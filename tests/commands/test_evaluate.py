@@ -276,7 +276,7 @@ def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, caps
 
 @pytest.mark.slow
 def test_eval_says_early_that_nothing_can_be_graded(models, capsys, caplog, monkeypatch):
-    """After 16 answers and once, however many follow; few answers with a form are told at the end."""
+    """After 16 answers and once, however many follow; of fewer answers, at the end."""
     lines: list[str] = []
     flags = ["eval", "--model", str(models / "student"), "--eval_task", f"math:{models / 'math.jsonl'}",
              "--max_new_tokens", "3", "--batch_size", "5"]  # fmt: skip

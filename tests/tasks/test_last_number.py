@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-import time
 from decimal import Decimal
 
 import pytest
@@ -100,8 +99,9 @@ def test_it_is_a_verifier_like_any_other():
     )
 
 
-def test_long_texts_take_no_time():
-    start = time.perf_counter()
-    for text in ("1," * 20_000 + "a", "1" * 50_000 + "a", "1,111" * 20_000 + "x", "-$" * 30_000, "1." * 30_000):
-        numbers(text)
-    assert time.perf_counter() - start < 2
+def test_long_texts():
+    """No alternative is tried twice at a position: a square in the length would take hours."""
+    for text, found in (
+        ("1," * 20_000 + "a", 20_000), ("1" * 50_000 + "a", 0), ("1,111" * 20_000 + "x", 20_000), ("-$" * 30_000, 0),
+    ):  # fmt: skip
+        assert len(numbers(text)) == found
