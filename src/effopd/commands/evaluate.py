@@ -29,7 +29,9 @@ from effopd.tasks.sampling import Sampling
 class EvalArguments:
     """Flags of `effopd eval`, except those of sampling and task."""
 
-    model: str = field(metadata={"help": "Model folder or Hub id, or testbed:student, testbed:teacher."})
+    model: str = field(
+        metadata={"help": "Model folder or Hub id, or testbed:student, testbed:teacher, testbed:smollm2."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Dtype of the weights: auto, float32, bfloat16, …"})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
     output: str | None = field(
