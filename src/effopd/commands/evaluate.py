@@ -30,7 +30,7 @@ class EvalArguments:
     """Flags of `effopd eval`, except those of sampling and task."""
 
     model: str = field(
-        metadata={"help": "Model folder or Hub id, or testbed:student, testbed:teacher, testbed:smollm2."}
+        metadata={"help": "Model folder or Hub id, or testbed:student, testbed:teacher or testbed:smollm2."}
     )
     dtype: str = field(default="auto", metadata={"help": "Dtype of the weights: auto, float32, bfloat16, …"})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
