@@ -26,6 +26,7 @@ from effopd.runs import run_prompts
 from effopd.runs.run_prompts import run_of
 from effopd.tasks import TaskConfig
 from effopd.tasks.generate import encode_prompts
+from effopd.tasks.math_grading import MathVerifier
 
 THINKING = (
     "{{ '<s>' }}" + TEMPLATE + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
@@ -94,7 +95,7 @@ def measured(monkeypatch):
     class Stop(Exception):
         pass
 
-    def evaluate(model, tokenizer, task, sampling, progress=None):
+    def evaluate(model, tokenizer, task, sampling, **_):
         seen.ids = encode_prompts(tokenizer, [e.prompt for e in task.examples], sampling.template)
         seen.task, seen.sampling = task, sampling
         raise Stop
@@ -259,7 +260,7 @@ def test_intervene_measures_on_the_runs_prompts_and_asks_where_runs_differ(model
 
 
 @pytest.mark.slow
-def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, capsys):
+def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, capsys, caplog):
     output = tmp_path / "answers.jsonl"
     flags = ["--eval_task", f"math:{models / 'math.jsonl'}", "--max_new_tokens", "3", "--n", "2"]
     assert main(["eval", "--model", str(models / "student"), *flags, "--output", str(output)]) == 0
@@ -267,8 +268,29 @@ def test_the_result_says_how_many_answers_could_be_graded(models, tmp_path, caps
     summary = json.loads((tmp_path / "answers.summary.json").read_text())
     assert summary["answers_found"] == 0 and summary["answers_cut"] > 30
     assert f"60, 0 with something to grade, {summary['answers_cut']} cut at the limit" in printed
-    assert "60 of 60 answers have no \\boxed{}: accuracy 0.000 does not measure" in printed
-    assert f"raise --max_new_tokens ({summary['answers_cut']} answers were cut at 3)" in printed
+    (said,) = caplog.messages
+    assert "60 of 60 answers have no \\boxed{} (100 %): accuracy does not measure" in said
+    assert f"raise --max_new_tokens ({summary['answers_cut']} answers were cut at 3 tokens)" in said
+    assert "An example: " in said and "supervised" not in said and "answers have no" not in printed
+
+
+@pytest.mark.slow
+def test_eval_says_early_that_nothing_can_be_graded(models, capsys, caplog, monkeypatch):
+    """After 16 answers and once, however many follow; of fewer answers, at the end."""
+    lines: list[str] = []
+    flags = ["eval", "--model", str(models / "student"), "--eval_task", f"math:{models / 'math.jsonl'}",
+             "--max_new_tokens", "3", "--batch_size", "5"]  # fmt: skip
+    monkeypatch.setattr(
+        evaluate_command.Counted, "update", lambda self, n: lines.append(f"{n} {len(caplog.messages)}")
+    )
+    assert main(flags) == 0
+    assert lines == ["5 0"] * 3 + ["5 1"] * 3 and "20 of 20 answers" in caplog.messages[0]
+    assert "answers have no" not in capsys.readouterr().out
+    caplog.clear()
+    known: dict[str, bool] = {}
+    monkeypatch.setattr(MathVerifier, "answer_found", lambda self, text: known.setdefault(text, not known))
+    assert main([*flags, "--eval_size", "6"]) == 0  # too few to tell early
+    assert "5 of 6 answers have no \\boxed{} (83 %)" in capsys.readouterr().out and not caplog.messages
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """A model whose padding is its end token learns as one with a padding token of its own.
 
-SmolLM2, Llama and GPT-2 are like this. Both models have the same weights and prompts, so rollouts,
-losses, metrics and gradients are the same bit for bit.
+SmolLM2 is like this, and any model that a trainer saved after padding with its end token. Both
+models have the same weights and prompts, so rollouts, losses, metrics and gradients are the same
+bit for bit.
 """
 
 from __future__ import annotations

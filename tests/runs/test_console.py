@@ -18,7 +18,7 @@ from effopd import EffOPDConfig
 from effopd.commands.main import main
 from effopd.common.files import append_row
 from effopd.runs.console import LinesAlone, LinesWithBar
-from effopd.runs.lines import closing_lines, duration, eval_line, missing_answers, number, step_line
+from effopd.runs.lines import closing_lines, duration, eval_line, number, step_line
 from effopd.runs.records import Costs, EvaluationRecord, StepRecord
 
 ROW = {
@@ -129,25 +129,6 @@ def test_an_evaluation_whose_answers_cannot_be_graded_says_so():
         line = evaluation_line(EVAL | {"eval_answers": 100, "eval_answers_found": found}, 12)
         assert line.endswith(f"(only {found} of 100 answers could be graded)") == said
     assert "graded" not in evaluation_line(EVAL | {"eval_answers": 100}, 12)
-
-
-@pytest.mark.parametrize(
-    ("counts", "parts", "absent"),
-    [
-        ((0, 60, 0), ["100 of 100 answers have no \\boxed{}", "raise --max_new_tokens (60 answers were cut at 8)",
-                      "--prompt_suffix"], "empty"),
-        ((0, 0, 100), ["--as_chat and the chat template (100 answers are empty)"], "--prompt_suffix"),
-        ((10, 0, 0), ["90 of 100 answers", "change --prompt_suffix"], "--max_new_tokens"),
-    ],
-)  # fmt: skip
-def test_what_to_do_when_most_answers_cannot_be_graded(counts, parts, absent):
-    found, cut, empty = counts
-    text = missing_answers("math:x.jsonl", 0.0, 100, found, cut, empty, limit=8)
-    assert all(part in text for part in parts) and absent not in text
-    assert "<answer> tags" in missing_answers("reasoning-gym:x", 0.0, 100, found, cut, empty, limit=8)
-    assert "answer to grade" in missing_answers("testbed:x", 0.0, 100, found, cut, empty, limit=8)
-    for enough in (50, 100, None):  # half of them, all, or unknown
-        assert missing_answers("math:x.jsonl", 0.5, 100, enough, cut, empty, limit=8) == ""
 
 
 @pytest.mark.slow

@@ -17,10 +17,11 @@ from effopd.launch.meta_model import check_positions_of
 from effopd.launch.preflight import check_model_name, check_task
 from effopd.models.files import check_dtype, load_model, load_tokenizer
 from effopd.runs.console import quiet_hosts
-from effopd.runs.lines import missing_answers
+from effopd.runs.missing_answers import ENOUGH, AnswerWatch, Counts, missing_answers, mostly_missing
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks.builtin_models import resolve_model
 from effopd.tasks.evaluate import EvalResult, evaluate
+from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
 
 
@@ -28,7 +29,9 @@ from effopd.tasks.sampling import Sampling
 class EvalArguments:
     """Flags of `effopd eval`, except those of sampling and task."""
 
-    model: str = field(metadata={"help": "Model folder or Hub id, or testbed:student, testbed:teacher."})
+    model: str = field(
+        metadata={"help": "Model folder or Hub id, or testbed:student, testbed:teacher or testbed:smollm2."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Dtype of the weights: auto, float32, bfloat16, …"})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
     output: str | None = field(
@@ -99,9 +102,10 @@ def run_eval(argv: Sequence[str]) -> int:
     if text := _part(task, task_config):
         print(text, flush=True)
     with Counted(len(task) * sampling.n, task.name, "answer") as bar:
-        result = evaluate(model, tokenizer, task, sampling, progress=bar.update)
+        look = _FirstLook(task, sampling.max_new_tokens)
+        result = evaluate(model, tokenizer, task, sampling, progress=bar.update, seen=look)
     _print(result, sampling.n)
-    if text := missing_text(result, task.name, sampling.max_new_tokens):
+    if not look.watch.said and (text := missing_text(result, task, sampling.max_new_tokens)):
         print(text)
     if arguments.output is not None:
         _write(result, arguments, task.name, sampling.temperature)
@@ -139,17 +143,38 @@ def answers_text(summary: Mapping[str, Any]) -> str:
     return ", ".join([*parts, cut, f"{summary['answers_empty']} empty"])
 
 
-def missing_text(result: EvalResult, task: str, limit: int) -> str:
-    """`runs.lines.missing_answers` for a result."""
-    return missing_answers(
-        task,
-        result.accuracy.mean,
-        len(result.lengths),
-        result.answers_found,
-        result.answers_cut,
-        result.answers_empty,
-        limit=limit,
-    )
+_EFFECT = "accuracy does not measure the model's ability"
+
+
+class _FirstLook:
+    """Warns during sampling, after the first answers, if nearly none of them can be graded."""
+
+    def __init__(self, task: Task, limit: int):
+        self.watch = AnswerWatch(limit=limit, flag="--max_new_tokens", train=False)
+        self._task = task
+        self._answers: list[Completion] = []
+        self._done = task.answers_found([]) is None
+
+    def __call__(self, answers: Sequence[Completion]) -> None:
+        if not self._done:
+            self._answers += answers
+            self._done = len(self._answers) >= 2 * ENOUGH
+            if self._done:
+                self.watch.see(self._task, counts_of(self._task, self._answers), _EFFECT)
+
+
+def counts_of(task: Task, answers: Sequence[Completion], scores: Sequence[float] | None = None) -> Counts:
+    """Counts of answers for a warning; without scores they count as 0."""
+    return Counts.of(task, [a.marked for a in answers], [a.truncated for a in answers], scores or [0.0] * len(answers))
+
+
+def missing_text(result: EvalResult, task: Task, limit: int) -> str:
+    """`missing_answers` for a result; "" if most answers could be graded."""
+    answers = [answer for row in result.completions for answer in row]
+    counts = counts_of(task, answers, [score for row in result.scores for score in row])
+    if not counts.nearly_none and not mostly_missing(counts.found, counts.answers):
+        return ""
+    return missing_answers(task, counts, limit=limit, flag="--max_new_tokens", effect=_EFFECT)
 
 
 def _write(result: EvalResult, arguments: EvalArguments, task: str, temperature: float) -> None:

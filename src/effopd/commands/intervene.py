@@ -25,7 +25,7 @@ from effopd.launch.preflight import check_models, check_task
 from effopd.models.files import load_model, load_tokenizer
 from effopd.report.intervention_table import intervention_table
 from effopd.runs.console import quiet_hosts
-from effopd.runs.lines import missing_answers
+from effopd.runs.missing_answers import Counts, missing_answers, mostly_missing
 from effopd.tasks import Task, load_task
 from effopd.tasks.builtin_models import resolve_model
 
@@ -41,7 +41,9 @@ def run_intervene(argv: Sequence[str]) -> int:
     decided = _model_settings(sources, request)
     if models.save_dir is not None:
         merged_settings(Path(models.save_dir), decided)
-    results = task = tokenizer = None
+    results: Any = None
+    task: Any = None
+    tokenizer: Any = None
     if request.task.task:
         results = InterventionResults(str(models.out), decided | _task_settings(request))
         task, tokenizer = _load_task(sources, request)
@@ -50,7 +52,7 @@ def run_intervene(argv: Sequence[str]) -> int:
     if results is not None:
         _evaluate([*reference_points(inputs), *points], sources, request, results, task, tokenizer)
         _report(results, request.intervention, sources)
-        if text := _missing(results, request):
+        if text := _missing(results, request, task):
             print(text)
     if models.save_dir is not None:
         _save(points, sources, request, decided)
@@ -155,7 +157,7 @@ def _report(results: InterventionResults, intervention: str, sources: Sources) -
     print(f"figure: {draw(frame, intervention, results.root / 'figures' / f'{intervention}.png')}")
 
 
-def _missing(results: InterventionResults, request: Request) -> str:
+def _missing(results: InterventionResults, request: Request, task: Task) -> str:
     """Warning about the point with the fewest gradable answers; "" if none is needed."""
     worst: tuple[int, str, Mapping[str, Any]] | None = None
     for name, row in results.rows.items():
@@ -167,13 +169,10 @@ def _missing(results: InterventionResults, request: Request) -> str:
     if worst is None:
         return ""
     gradable, name, measured = worst
-    text = missing_answers(
-        request.task.eval_task or request.task.task,
-        measured["accuracy"],
-        measured["n"] * request.sampling.n,
-        gradable,
-        measured["answers_cut"],
-        measured["answers_empty"],
-        limit=request.sampling.max_new_tokens,
-    )
-    return f"{name}: {text}" if text else ""
+    answers = measured["n"] * request.sampling.n
+    if not mostly_missing(gradable, answers):
+        return ""
+    right = round(measured["accuracy"] * answers)
+    counts = Counts(answers, gradable, measured["answers_cut"], measured["answers_empty"], right)
+    limit, effect = request.sampling.max_new_tokens, "accuracy does not measure the model's ability"
+    return f"{name}: {missing_answers(task, counts, limit=limit, flag='--max_new_tokens', effect=effect)}"

@@ -16,6 +16,7 @@ from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, ran
 from effopd.common.isolation import evaluating
 from effopd.common.statistics import accuracy_interval, ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.runs.missing_answers import AnswerWatch, Counts
 from effopd.tasks.base import Task
 from effopd.tasks.evaluate import evaluate
 from effopd.tasks.generate import Completion
@@ -31,6 +32,7 @@ def evaluate_task(
     *,
     vocab_size: int,
     autocast: Callable[[], AbstractContextManager],
+    watch: AnswerWatch | None = None,
 ) -> tuple[dict[str, float], int]:
     """Sample one answer per prompt and measure its KL to the teacher and its accuracy.
 
@@ -40,6 +42,7 @@ def evaluate_task(
 
     Args:
         teacher: `None`: no `kl`, `kl_se` and `loss`.
+        watch: warns on rank 0 if nearly no answer can be graded.
 
     Returns:
         Metrics without prefix, as `EvaluationRecord` describes them, and the number of tokens
@@ -48,6 +51,8 @@ def evaluate_task(
     start = time.perf_counter()
     answers = _Answers(student, tokenizer, task, args, vocab_size, autocast)
     sampled = answers.at(args.eval_temperature, teacher)
+    if watch is not None and rank() == 0:
+        watch.see(task, _counts(sampled), f"the accuracy on {task.name} does not measure the student's ability")
     metrics: dict[str, float] = {}
     if teacher is not None:
         kl, error = ratio_with_error([answer.kl for answer in sampled], [answer.tokens for answer in sampled])
@@ -75,6 +80,19 @@ class _Answer(NamedTuple):
     kl: float  # sum over its tokens, in nats
     gradable: bool | None  # has something to grade; `None`: the verifier does not report it
     empty: bool
+    scored: bool  # has a verifier score above 0
+    example: str  # of one answer of each rank that has nothing to grade, the text
+
+
+def _counts(answers: Sequence[_Answer]) -> Counts:
+    return Counts(
+        answers=len(answers),
+        found=None if answers[0].gradable is None else sum(bool(answer.gradable) for answer in answers),
+        cut=sum(answer.truncated for answer in answers),
+        empty=sum(answer.empty for answer in answers),
+        right=sum(answer.scored for answer in answers),
+        example=next((answer.example for answer in answers if answer.example), ""),
+    )
 
 
 def _accuracy(name: str, answers: Sequence[_Answer]) -> dict[str, float]:
@@ -116,10 +134,17 @@ class _Answers:
             kl = self._kl(teacher, completions)
         reported = task.answers_found([completion.marked for completion in completions])
         gradable: Sequence[bool | None] = [None] * len(task) if reported is None else reported
-        return [
-            _Answer(correct, len(c.completion_ids), c.truncated, kl_sum, to_grade, not c.text.strip())
-            for c, (correct,), kl_sum, to_grade in zip(completions, result.correct, kl, gradable, strict=True)
+        answers = [
+            _Answer(correct, len(c.completion_ids), c.truncated, kl_sum, to_grade, not c.text.strip(), score > 0, "")
+            for c, (correct,), (score,), kl_sum, to_grade in zip(
+                completions, result.correct, result.scores, kl, gradable, strict=True
+            )
         ]
+        for i, answer in enumerate(answers):
+            if not (answer.scored if answer.gradable is None else answer.gradable) and not answer.empty:
+                answers[i] = answer._replace(example=completions[i].marked)
+                break
+        return answers
 
     def _kl(self, teacher: PreTrainedModel, completions: Sequence[Completion]) -> list[float]:
         """KL(student ‖ teacher) of each answer, in nats, summed over its tokens."""

@@ -10,7 +10,8 @@ all right or all wrong stay in the batch with advantage 0 (`frac_reward_zero_std
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -24,10 +25,48 @@ from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.trl_host.hooks import PolicyHooks
 from effopd.errors import TaskError
+from effopd.runs.missing_answers import Counts
 from effopd.tasks.base import Task
 from effopd.tasks.evaluate import CORRECT
 from effopd.tasks.generate import encode_prompts
 from effopd.tasks.reasoning import decode_marked, opened_by_ids
+
+logger = logging.getLogger(__name__)
+
+#: Batches of rewards without a gradient after which `RewardWatch` warns.
+WATCHED_BATCHES = 3
+
+
+class RewardWatch:
+    """Logs once that the rewards of the first batches were equal for all answers to a prompt."""
+
+    def __init__(self) -> None:
+        self._tied: list[float] | None = []  # all rewards so far; `None`: no more to say
+        self._batches = 0
+
+    def see(self, prompts: Sequence[str], rewards: Sequence[float], *, quiet: bool = False) -> None:
+        """Take the rewards of a batch, one per answer.
+
+        Args:
+            prompts: id of the prompt of each answer.
+            quiet: say nothing from now on.
+        """
+        different = len(set(zip(prompts, rewards, strict=True))) > len(set(prompts))
+        if self._tied is None or quiet or different:
+            self._tied = None
+            return
+        self._tied += rewards
+        self._batches += 1
+        if self._batches == WATCHED_BATCHES:
+            right, total = int(sum(self._tied)), len(self._tied)
+            harder = "harder" if right > total / 2 else "easier"
+            logger.warning(
+                "No gradient from the reward in the first %d batches: the answers to each prompt are all right or all "
+                "wrong (%d of %d are right). What can help: %s questions (--task_args), more answers per prompt "
+                "(--num_generations), or a model that gets 5 to 60 %% right to start from.",
+                WATCHED_BATCHES, right, total, harder,
+            )  # fmt: skip
+            self._tied = None
 
 
 def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]]:
@@ -46,6 +85,8 @@ def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]
         prompts = encode_prompts(trainer.text_tokenizer, [by_id[id].prompt], trainer.chat_template_kwargs)
         return opened_by_ids(trainer.text_tokenizer, prompts[0])
 
+    rewards = RewardWatch()
+
     def correct(completions, id, completion_ids=None, **_) -> list[float]:
         if trainer is None:
             texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
@@ -53,7 +94,13 @@ def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]
             decoded = decode_marked(trainer.text_tokenizer, completion_ids)
             texts = [opened(i) + text for text, i in zip(decoded, id, strict=True)]
         scores = task.verify_batch(texts, [by_id[i] for i in id])
-        return [float(score >= CORRECT) for score in scores]
+        right = [float(score >= CORRECT) for score in scores]
+        if trainer is not None and trainer.model.training and trainer.is_world_process_zero():
+            cut = [ids[-1] not in trainer.eos_token_ids for ids in completion_ids]
+            watch = trainer.answer_watch
+            watch.see(task, Counts.of(task, texts, cut, scores), "equal rewards, so they give no gradient")
+            rewards.see(id, right, quiet=watch.said)
+        return right
 
     return correct
 
@@ -117,6 +164,7 @@ class TaskRLMixin(RunMixin, PolicyHooks):
             self.args,
             vocab_size=0,
             autocast=self.accelerator.autocast,
+            watch=self.answer_watch,
         )
 
 

@@ -38,6 +38,7 @@ from effopd.runs.best_model import HOST_DIRECTIONS, Kept, check_metric
 from effopd.runs.checkpoints import LEDGER_FILE, SETTINGS_FILE
 from effopd.runs.console import end_bars, in_lines
 from effopd.runs.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
+from effopd.runs.missing_answers import AnswerWatch
 from effopd.runs.model_card import LookAhead, model_card
 from effopd.runs.records import Costs, metric_names
 from effopd.runs.run_dir import RunDir, in_trajectory
@@ -71,6 +72,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
         self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
         self.run_dir.refuse_unwritable()  # before the host creates it
+        self.answer_watch = AnswerWatch(limit=args.max_completion_length)  # type: ignore[attr-defined]
         self.resumed_from: Path | None = None
         self.kept: Kept | None = None
         self._saving = False

@@ -276,6 +276,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             self.args,
             vocab_size=self.vocab_size,
             autocast=self.accelerator.autocast,
+            watch=self.answer_watch,
         )
 
 

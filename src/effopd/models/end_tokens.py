@@ -1,4 +1,4 @@
-"""End tokens that are also the padding, as in SmolLM2, Llama and GPT-2."""
+"""End tokens that are also the padding, as in SmolLM2."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ def train_end_tokens(model: nn.Module, end_token_ids: Iterable[int]) -> None:
     """Let the embeddings of end tokens receive their gradient, also if one of them is the padding.
 
     torch drops the gradient of an embedding's `padding_idx`, which transformers sets to the
-    configured padding. An end token in a prompt or an answer is an input like any other. Real
-    padding needs no such rule: masks keep it out of the loss.
+    configured padding. That is the end token in SmolLM2, and in every model that a trainer saved
+    after padding with its end token. An end token in a prompt or an answer is an input like any
+    other. Real padding needs no such rule: masks keep it out of the loss.
     """
     ends = set(end_token_ids)
     for module in model.modules():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from effopd.runs.best_model import Kept, full_name, read_kept
+from effopd.runs.missing_answers import mostly_missing
 from effopd.runs.records import (
     CONFIG,
     Costs,
@@ -69,41 +70,6 @@ def eval_line(record: EvaluationRecord) -> str:
             _length(record.response_length, record.truncated_share),
             f"(only {gradable} of {answers} answers could be graded)" if mostly_missing(gradable, answers) else "",
         ]
-    )
-
-
-def mostly_missing(found: float | None, answers: float | None) -> bool:
-    """Whether fewer than half of the answers had something to grade; False if unknown."""
-    return found is not None and answers is not None and found < answers / 2
-
-
-def missing_answers(
-    task: str, accuracy: float, answers: int, found: int | None, cut: int, empty: int, *, limit: int
-) -> str:
-    """Advice for an evaluation in which most answers have nothing to grade; "" for any other.
-
-    Args:
-        task: name of the task; the kind before the colon determines what the verifier looks for.
-        accuracy: measured share of right answers, 0–1.
-        answers: number of answers.
-        found: number of answers with something to grade; `None`: unknown.
-        cut: number of answers that reached the length limit.
-        empty: number of answers without text.
-        limit: maximum number of tokens per answer.
-    """
-    if not mostly_missing(found, answers):
-        return ""
-    missing, ways = answers - (found or 0), []
-    if cut > answers / 4:
-        ways.append(f"raise --max_new_tokens ({cut} answers were cut at {limit})")
-    if empty > answers / 4:
-        ways.append(f"check --as_chat and the chat template ({empty} answers are empty)")
-    ways += ["change --prompt_suffix, which asks for the form of the answer"] * (empty < missing)
-    kind = task.partition(":")[0]
-    sought = {"math": "\\boxed{}", "reasoning-gym": "<answer> tags"}.get(kind, "answer to grade")
-    return (
-        f"{missing} of {answers} answers have no {sought}: accuracy {accuracy:.3f} does not measure the model's "
-        f"ability. To fix this, {'; '.join(ways)}."
     )
 
 

@@ -53,7 +53,8 @@ class Task:
         name: name in messages, e.g. `"math:data/train.jsonl"`.
         examples: the prompts, in order.
         verify: the verifier. A verifier object can also have `verify_batch(completions, examples)`
-            and `answer_found(completion)`, which returns whether there is an answer to grade.
+            and `answer_found(completion)`, which returns whether there is an answer to grade, and
+            `sought`, which names what it looks for.
         render_answer: writes a reference answer as a completion in the verifier's format, e.g. in
             `\\boxed{}`; `None`: the bare answer is already in that format.
         needs_answers: whether the verifier needs `Example.answer`; some use only the metadata.
@@ -97,6 +98,11 @@ class Task:
         """Whether each completion has an answer; `None`: the verifier cannot detect answers."""
         answer_found = getattr(self.verify, "answer_found", None)
         return None if answer_found is None else [bool(answer_found(text)) for text in completions]
+
+    @property
+    def sought(self) -> str:
+        """What the verifier looks for in a completion, for messages."""
+        return getattr(self.verify, "sought", "answer to grade")
 
     def subset(self, examples: Sequence[Example]) -> Task:
         """The same task with other examples."""

@@ -55,7 +55,8 @@ class TaskConfig:
             "returning a score in [0, 1]; the module can be in the current directory. The completion is the whole "
             "decoded text including the reasoning; if the prompt ends with <think>, the text starts with <think>. "
             "The built-in verifiers grade only the text after the reasoning. The function runs in this process "
-            "without the verify_timeout limit. Default: the task's own verifier."
+            "without the verify_timeout limit. Built in: effopd.tasks.verify:last_number reads the last number. "
+            "Default: the task's own verifier."
         },
     )
     prompt_suffix: str | None = field(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,13 +155,14 @@ def evaluate(
     *,
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
+    seen: Callable[[Sequence[Completion]], object] | None = None,
 ) -> EvalResult:
     """Sample `sampling.n` answers per example and grade them.
 
     The sampling defaults in the model's `generation_config` are not used.
 
     Args:
-        vocab_size, progress: see `generate`.
+        vocab_size, progress, seen: see `generate`.
 
     Raises:
         TaskError: the task is empty, an example lacks the reference answer that the verifier needs,
@@ -180,7 +181,7 @@ def evaluate(
         )
     start, n = time.perf_counter(), sampling.n
     prompts = [example.prompt for example in task.examples]
-    flat = generate(model, tokenizer, prompts, sampling, vocab_size=vocab_size, progress=progress)
+    flat = generate(model, tokenizer, prompts, sampling, vocab_size=vocab_size, progress=progress, seen=seen)
     repeated = [example for example in task.examples for _ in range(n)]
     texts = [completion.marked for completion in flat]
     values = task.verify_batch(texts, repeated)

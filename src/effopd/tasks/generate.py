@@ -81,6 +81,7 @@ def generate(
     *,
     vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
+    seen: Callable[[Sequence[Completion]], object] | None = None,
 ) -> list[Completion]:
     """Sample `sampling.n` answers per prompt with `model.generate`, in order and in fixed batches.
 
@@ -94,6 +95,7 @@ def generate(
     Args:
         vocab_size: only tokens below it are sampled; `None`: the model's whole vocabulary.
         progress: called after each batch with its number of answers.
+        seen: called after each batch with its answers.
 
     Raises:
         TaskError, CompatibilityError: see `encode_prompts`.
@@ -112,6 +114,8 @@ def generate(
                 rows = _generate_batch(model, tokenizer, [batch[i] for i in group], config)
                 answers |= dict(zip(group, rows, strict=True))
             completions += [answers[i] for i in range(len(batch))]
+            if seen is not None:
+                seen(completions[start:])
             if progress is not None:
                 progress(len(batch))
     return completions

@@ -78,6 +78,9 @@ class ReasoningGymVerifier(WorkerVerifier):
         timeout: hard wall-clock limit of one grading, in seconds.
     """
 
+    #: What a completion must contain, for messages.
+    sought = "<answer> tags"
+
     def __init__(self, name: str, params: Mapping[str, Any] | None = None, timeout: float = 5.0) -> None:
         require("reasoning_gym")
         self.name = name

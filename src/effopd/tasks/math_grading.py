@@ -83,6 +83,9 @@ class MathVerifier(WorkerVerifier):
         timeout: hard wall-clock limit of one grading, in seconds.
     """
 
+    #: What a completion must contain, for messages.
+    sought = "\\boxed{}"
+
     def __init__(self, timeout: float = 5.0) -> None:
         super().__init__("effopd.tasks.math_equality:grade_boxed", timeout)
 

@@ -123,6 +123,9 @@ def split_of(text: str) -> str:
 class FamilyVerifier:
     """reasoning-gym's score of the text in the last `<answer>` tags (1.0: correct); 0.0 without."""
 
+    #: What a completion must contain, for messages.
+    sought = "<answer> tags"
+
     def __call__(self, completion: str, example: Example) -> float:
         answer = extract_tagged(answer_part(completion))
         if answer is None:

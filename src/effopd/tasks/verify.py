@@ -1,6 +1,7 @@
 """User-defined verifiers: load them, check that they tell right from wrong, check their scores.
 
-The built-in verifiers are in `math_grading`, `gym_tasks` and `testbed_families`.
+The tasks' own verifiers are in `math_grading`, `gym_tasks` and `testbed_families`; `last_number` is
+an alternative to them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from effopd.errors import EffOPDError, TaskError
 from effopd.tasks.base import Example, Task, Verifier
+from effopd.tasks.last_number import last_number as last_number  # --verifier effopd.tasks.verify:last_number
 
 #: Answers of no task. At least one does not contain the right answer, for verifiers that search
 #: the text for it.

