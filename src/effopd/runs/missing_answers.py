@@ -112,7 +112,9 @@ def _ways(task: Task, counts: Counts, missing: int, limit: int, flag: str, train
         if None not in references and not isinstance(task.verify, LastNumberVerifier):
             ways.append("grade the last number with --verifier effopd.tasks.verify:last_number")
         if train:
-            ways.append("teach the form first, by supervised training on a few hundred answers")
+            ways.append(
+                "teach the form first, by supervised training on a few hundred answers (as effopd testbed sft does)"
+            )
     return ways or ["look at more completions: effopd eval --output FILE"]
 
 
