@@ -231,18 +231,17 @@ class RayKL:
                 nodes: _weighted([hidden[node] for node in nodes], leading_weights(nodes))
                 for nodes in dict.fromkeys(point.nodes for point in points)
             }
-            teacher: Moments | None = None
+            log_z = torch.full(h_teacher.shape[:1], -math.inf, dtype=dtype, device=device)
             sums: list[Moments | None] = [None] * len(points)
             for tile in self._tiles(dtype, device):
                 (target,) = self._logits([tile.teacher(h_teacher)], self._teacher)
-                teacher = merged(teacher, tile_moments(target, torch.zeros_like(target)))
+                log_z = torch.logaddexp(log_z, target.logsumexp(-1))
                 a = {node: tile.student(h, node) for node, h in hidden.items()}
                 c = {nodes: tile.leading(h, only=len(nodes) == 1) for nodes, h in leading.items()}
                 for i, point in enumerate(points):
                     z, *rest = self._logits(_combined(point, a, c[point.nodes], order), self._student.start)
                     sums[i] = merged(sums[i], tile_moments(z, z - target, *rest))
-            assert teacher is not None, "a vocabulary has at least one row"
-            yield teacher.log_z, [each for each in sums if each is not None]
+            yield log_z, [each for each in sums if each is not None]
 
     def _tiles(self, dtype: torch.dtype, device: torch.device) -> Iterator[_Tile]:
         moving, start, teacher = self._student, self._student.start, self._teacher
@@ -256,14 +255,15 @@ class RayKL:
 
     def _logits(self, parts: Sequence[Tensor], head: Head) -> list[Tensor]:
         """z from a, or z, z' and z'' from a, a' and a''."""
+        if head.softcap is None:
+            factor = head.scale / self._temperature
+            return [part if factor == 1 else part * factor for part in parts]
         a, *rest = (part * head.scale for part in parts)
-        if head.softcap is not None:
-            bent = torch.tanh(a / head.softcap)
-            a, damped = head.softcap * bent, 1 - bent.square()
-            if rest:
-                first, second = rest
-                rest = [first * damped, damped * (second - 2 / head.softcap * bent * first.square())]
-        return [part / self._temperature for part in (a, *rest)]
+        bent = torch.tanh(a / head.softcap)
+        if rest:
+            (first, second), damped = rest, 1 - bent.square()
+            rest = [first * damped, damped * (second - 2 / head.softcap * bent * first.square())]
+        return [part / self._temperature for part in (head.softcap * bent, *rest)]
 
 
 class _Tile(NamedTuple):
