@@ -9,6 +9,8 @@ from effopd.errors import ConfigError
 
 RANK_NORMS, RANK_ENDS, RESTS = ("own", "full", "shared"), ("top", "bottom"), ("trained", "base")
 ANCHORS = ("previous", "base")
+#: Largest scale of a line.
+_LARGEST = 1e6
 
 
 @dataclass
@@ -102,6 +104,9 @@ class InterventionOptions:
             raise ConfigError(f"--half_width: expected at least 0 layers, got {self.half_width}.")
         if any(seed < 0 for seed in self.random_seeds):
             raise ConfigError(f"--random_seeds: expected integers of at least 0, got {min(self.random_seeds)}.")
+        for name in ("scales", "known_scales"):
+            if bad := [value for value in getattr(self, name) if abs(value) > _LARGEST]:
+                raise ConfigError(f"--{name}: expected numbers from -1e6 to 1e6, got {bad[0]:g}.")
         if len(self.known_scales) < 2:
             raise ConfigError(
                 f"--known_scales: expected at least two different scales, got {self.known_scales[0]:g}. A line has "

@@ -313,15 +313,17 @@ def _combined(point: _Point, a: dict[float, Tensor], c: Tensor | None, order: in
     """a(s), or a, a' and a'' for order 2."""
     tensors, parts = [a[node] for node in point.nodes], []
     for k in range(order + 1):
-        part = _weighted(tensors, [weight[k] for weight in point.weights])
-        parts.append(part if c is None or point.leading[k] == 0 else part.add_(c, alpha=point.leading[k]))
+        weights = [weight[k] for weight in point.weights]
+        more = [] if c is None else [(c, point.leading[k])]
+        parts.append(_weighted([*tensors, *(x for x, _ in more)], [*weights, *(w for _, w in more)]))
     return parts
 
 
 def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ weight · tensor; tensors with weight 0 are not read, so they can be infinite."""
     total = torch.zeros_like(tensors[0])
+    largest = torch.finfo(total.dtype).max
     for tensor, weight in zip(tensors, weights, strict=True):
         if weight != 0:
-            total.add_(tensor, alpha=weight)
+            total.add_(tensor, alpha=min(max(weight, -largest), largest))
     return total
