@@ -27,7 +27,9 @@ def linearity_figure(plt, table: pd.DataFrame, metrics: list[str]):
         for j, group in enumerate(groups):
             _draw_curves(plt, axes[i][j], here[here["group"] == group])
             axes[i][j].set_title(f"{group}: {_TITLES[anchor]}", fontsize=10)
+            axes[i][j].set_yscale("log")
             axes[i][j].set_ylim(*_limits(here))
+            _plain_ticks(axes[i][j], *_limits(here))
         axes[i][0].set_ylabel("reverse KL to the teacher\non rollouts of W_t (nats per token)")
         error, best = axes[i][-2:]
         scale = min(here[here["known"] == 0]["scale"], key=lambda s: abs(s - _SCALE), default=None)
@@ -39,9 +41,10 @@ def linearity_figure(plt, table: pd.DataFrame, metrics: list[str]):
             _draw_best(best, of_group, color, group)
         error.axhline(1, color="0.3", linewidth=0.8)
         error.set_yscale("log")
-        _plain_ticks(error)
+        _plain_ticks(error, *error.get_ylim())
         error.set_title("" if scale is None else f"predicted / true KL at s = {scale:g}", fontsize=10)
-        best.set_yscale("symlog", linthresh=1)
+        best.set_yscale("symlog", linthresh=0.5)
+        _plain_ticks(best, *best.get_ylim())
         best.set_title("best scale: true (line), predicted (×)", fontsize=10)
         for axis in (error, best):
             axis.set_xlabel("optimizer step t")
@@ -66,8 +69,6 @@ def _draw_curves(plt, axis, rows: pd.DataFrame) -> None:
     scales = sorted(scale for scale in rows["scale"].unique() if scale == 0 or abs(scale) >= 0.5)
     axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
     axis.minorticks_off()
-    axis.set_yscale("log")
-    _plain_ticks(axis)
     axis.set_xlabel("scale s")
 
 
@@ -88,5 +89,14 @@ def _limits(rows: pd.DataFrame) -> tuple[float, float]:
     return (float(values.min()) / 1.5, float(values.max()) * 1.5) if len(values) else (1e-3, 1.0)
 
 
-def _plain_ticks(axis) -> None:
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+def _plain_ticks(axis, low: float, high: float) -> None:
+    """Ticks 1, 2, 5, 10, … between two positive or negative limits; only powers of ten if many."""
+    decades = [10.0**k for k in range(-6, 7)]
+    many = low > 0 and high / low > 100
+    steps = [m * d for d in decades for m in ((1.0,) if many else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))]
+    if low > 0 and high / low < 1.6:
+        steps = [k / 20 for k in range(10, 41)]
+    ticks = [t for t in sorted({0.0, *steps, *(-s for s in steps)}) if low <= t <= high]
+    inner = [t for t in ticks if t == 0 or abs(t) >= 0.5] if low <= 0 else ticks
+    axis.set_yticks(inner, [f"{t:g}" for t in inner])
+    axis.minorticks_off()
