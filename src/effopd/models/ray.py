@@ -34,10 +34,10 @@ from torch import Tensor
 
 from effopd.models.head import Head
 from effopd.models.polynomials import Jet, lagrange_weights, leading_weights, root_product
-from effopd.models.softmax_moments import Moments, merged, tile_moments
+from effopd.models.softmax_moments import Moments, joined, merged, tile_moments
 
-#: Positions and vocabulary rows per tile.
-TILE = (1024, 2048)
+#: Positions and vocabulary rows per tile; one tile in float32 has 1 MiB, so it stays in the cache.
+TILE = (128, 2048)
 
 #: Limit of Newton steps in `RayKL.best`.
 _MOST_STEPS = 60
@@ -167,16 +167,13 @@ class RayKL:
             nodes: known scales whose hidden states are interpolated, or a function of the scale
                 (such as `around`). `None`: all.
         """
-        chunks = self._chunks([self._point(scale, nodes) for scale in scales], order=0)
-        return torch.cat([torch.stack([m.gap - m.log_z + log_z_n for m in sums]) for log_z_n, sums in chunks], dim=1)
+        log_z_N, sums = self._sweep([self._point(scale, nodes) for scale in scales], order=0)
+        return torch.stack([m.gap - m.log_z + log_z_N for m in sums])
 
     def derivatives(self, scale: float = 0.0, nodes: Nodes = None) -> Derivatives:
         """KL, slope and curvature at one scale; arguments as for `kl`."""
-        parts = [
-            (m.gap - m.log_z + log_z_n, m.slope, m.variance + m.skew + m.bend, m.variance)
-            for log_z_n, (m,) in self._chunks([self._point(scale, nodes)], order=2)
-        ]
-        return Derivatives(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        log_z_N, (m,) = self._sweep([self._point(scale, nodes)], order=2)
+        return Derivatives(m.gap - m.log_z + log_z_N, m.slope, m.variance + m.skew + m.bend, m.variance)
 
     def best(self, grid: Sequence[float], nodes: Nodes = None, tolerance: float = 1e-2) -> float:
         """The scale of the lowest mean KL within the range of `grid`.
@@ -213,8 +210,8 @@ class RayKL:
         return _Point(chosen, lagrange_weights(float(scale), chosen), root_product(float(scale), chosen))
 
     @torch.no_grad()
-    def _chunks(self, points: Sequence[_Point], order: int) -> Iterator[tuple[Tensor, list[Moments]]]:
-        """(teacher's log normalizer [n], moments of each point), one chunk of positions at a time.
+    def _sweep(self, points: Sequence[_Point], order: int) -> tuple[Tensor, list[Moments]]:
+        """The teacher's log normalizer [N], and the moments of each point.
 
         Args:
             order: highest derivative of z that is needed, 0 or 2.
@@ -223,35 +220,42 @@ class RayKL:
         dtypes = {self._hidden[node].dtype for node in used}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         device = self._hidden[used[0]].device
-        for first in range(0, len(self._h_teacher), self._tile[0]):
-            rows = slice(first, first + self._tile[0])
-            hidden = {node: self._hidden[node][rows].to(device, dtype) for node in used}
-            h_teacher = self._h_teacher[rows].to(device, dtype)
-            leading = {
-                nodes: _weighted([hidden[node] for node in nodes], leading_weights(nodes))
-                for nodes in dict.fromkeys(point.nodes for point in points)
-            }
-            log_z = torch.full(h_teacher.shape[:1], -math.inf, dtype=dtype, device=device)
-            sums: list[Moments | None] = [None] * len(points)
-            for tile in self._tiles(dtype, device):
-                (target,) = self._logits([tile.teacher(h_teacher)], self._teacher)
-                log_z = torch.logaddexp(log_z, target.logsumexp(-1))
-                a = {node: tile.student(h, node) for node, h in hidden.items()}
-                c = {nodes: tile.leading(h, only=len(nodes) == 1) for nodes, h in leading.items()}
-                for i, point in enumerate(points):
+        hidden = {node: self._hidden[node].to(device, dtype) for node in used}
+        h_teacher = self._h_teacher.to(device, dtype)
+        leading = {
+            nodes: _weighted([hidden[node] for node in nodes], leading_weights(nodes))
+            for nodes in dict.fromkeys(point.nodes for point in points)
+        }
+        height = self._tile[0]
+        chunks = [slice(first, first + height) for first in range(0, max(1, len(h_teacher)), height)]
+        log_z = torch.full(h_teacher.shape[:1], -math.inf, dtype=dtype, device=device)
+        sums: list[list[Moments | None]] = [[None] * len(chunks) for _ in points]
+        for tile in self._tiles(used, dtype, device):  # outside, because every tile adds s D to its weights
+            for index, rows in enumerate(chunks):
+                (target,) = self._logits([tile.teacher(h_teacher[rows])], self._teacher)
+                log_z[rows] = torch.logaddexp(log_z[rows], target.logsumexp(-1))
+                a = {node: tile.student(h[rows], node) for node, h in hidden.items()}
+                c = {nodes: tile.leading(h[rows], only=len(nodes) == 1) for nodes, h in leading.items()}
+                for point, parts in zip(points, sums, strict=True):
                     z, *rest = self._logits(_combined(point, a, c[point.nodes], order), self._student.start)
-                    sums[i] = merged(sums[i], tile_moments(z, z - target, *rest))
-            yield log_z, [each for each in sums if each is not None]
+                    parts[index] = merged(parts[index], tile_moments(z, target, *rest))
+        return log_z, [joined([part for part in parts if part is not None]) for parts in sums]
 
-    def _tiles(self, dtype: torch.dtype, device: torch.device) -> Iterator[_Tile]:
+    def _tiles(self, nodes: Sequence[float], dtype: torch.dtype, device: torch.device) -> Iterator[_Tile]:
         moving, start, teacher = self._student, self._student.start, self._teacher
+
+        def cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
+            return None if tensor is None else tensor.detach()[rows].to(device, dtype)
+
+        def at(scale: float, part: Tensor | None, delta: Tensor | None) -> Tensor | None:
+            return part if part is None or delta is None or scale == 0 else torch.add(part, delta, alpha=scale)
+
         for first in range(0, len(start.weight), self._tile[1]):
             rows = slice(first, first + self._tile[1])
-            yield _Tile(
-                _cut(start.weight, start.bias, rows, dtype, device),
-                _cut(teacher.weight, teacher.bias, rows, dtype, device),
-                _cut(moving.weight_delta, moving.bias_delta, rows, dtype, device),
-            )
+            weight, bias = cut(start.weight, rows), cut(start.bias, rows)
+            delta = cut(moving.weight_delta, rows), cut(moving.bias_delta, rows)
+            student = {node: (at(node, weight, delta[0]), at(node, bias, delta[1])) for node in nodes}
+            yield _Tile(student, (cut(teacher.weight, rows), cut(teacher.bias, rows)), delta)
 
     def _logits(self, parts: Sequence[Tensor], head: Head) -> list[Tensor]:
         """z from a, or z, z' and z'' from a, a' and a''."""
@@ -267,19 +271,15 @@ class RayKL:
 
 
 class _Tile(NamedTuple):
-    """Rows of an output layer: (weight, bias) of the student at W, of the teacher, and of Δ."""
+    """Rows (weight, bias) of the output layers: the student at the nodes, the teacher, and Δ."""
 
-    start: tuple[Tensor | None, Tensor | None]
+    nodes: dict[float, tuple[Tensor | None, Tensor | None]]
     target: tuple[Tensor | None, Tensor | None]
     delta: tuple[Tensor | None, Tensor | None]
 
     def student(self, h: Tensor, scale: float) -> Tensor:
-        """a(s), from the hidden states at that scale."""
-        weight, bias = (
-            part if part is None or delta is None else part + scale * delta
-            for part, delta in zip(self.start, self.delta, strict=True)
-        )
-        return _product(h, weight, bias)
+        """a(s) at a node, from its hidden states."""
+        return _product(h, *self.nodes[scale])
 
     def leading(self, h: Tensor, only: bool) -> Tensor | None:
         """Coefficient of s^q in a(s), from the divided difference; `None`: 0.
@@ -295,13 +295,6 @@ class _Tile(NamedTuple):
     def teacher(self, h: Tensor) -> Tensor:
         """The result of the teacher's output layer."""
         return _product(h, *self.target)
-
-
-def _cut(
-    weight: Tensor | None, bias: Tensor | None, rows: slice, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    first, second = (None if t is None else t.detach()[rows].to(device, dtype) for t in (weight, bias))
-    return first, second
 
 
 def _product(h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -321,9 +314,10 @@ def _combined(point: _Point, a: dict[float, Tensor], c: Tensor | None, order: in
 
 def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ weight · tensor; tensors with weight 0 are not read, so they can be infinite."""
-    total = torch.zeros_like(tensors[0])
-    largest = torch.finfo(total.dtype).max
+    largest = torch.finfo(tensors[0].dtype).max
+    total: Tensor | None = None
     for tensor, weight in zip(tensors, weights, strict=True):
+        weight = min(max(weight, -largest), largest)
         if weight != 0:
-            total.add_(tensor, alpha=min(max(weight, -largest), largest))
-    return total
+            total = tensor * weight if total is None else total.add_(tensor, alpha=weight)
+    return torch.zeros_like(tensors[0]) if total is None else total

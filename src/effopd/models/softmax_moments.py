@@ -7,6 +7,7 @@ Shapes: n positions, v vocabulary rows of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,22 +45,35 @@ class Moments(NamedTuple):
         return self.peak + self.mass.log()
 
 
-def tile_moments(z: Tensor, gap: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Moments:
-    """Moments of one tile [n, v]; without the derivatives z' and z'', their moments are 0."""
+def tile_moments(z: Tensor, target: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Moments:
+    """Moments of one tile [n, v] of logits z and the target's logits z*.
+
+    Without the derivatives z' and z'', their moments are 0.
+    """
     peak = z.amax(-1)
-    p = torch.exp(z - peak[:, None])
-    mass = p.sum(-1)
-    p /= mass[:, None]
-    mean_gap, zero = (p * gap).sum(-1), torch.zeros_like(mass)
+    p = torch.sub(z, peak[:, None]).exp_()
+    mass, gap = p.sum(-1), z - target
+    mean_gap = _dot(p, gap) / mass
     if first is None or second is None:
-        return Moments(peak, mass, mean_gap, *[zero] * 6)
-    mean, r = (p * first).sum(-1), gap - mean_gap[:, None]
-    d = first - mean[:, None]
-    pd, pr = p * d, p * r
+        return Moments(peak, mass, mean_gap, *[torch.zeros_like(mass)] * 6)
+    p /= mass[:, None]
+    mean, r = _dot(p, first), gap.sub_(mean_gap[:, None])
+    d, pr = first - mean[:, None], p * r
+    pd = p * d
     return Moments(
-        peak, mass, mean_gap, mean, (p * second).sum(-1),
-        slope=(pd * r).sum(-1), variance=(pd * d).sum(-1), skew=(pd * d * r).sum(-1), bend=(pr * second).sum(-1),
+        peak, mass, mean_gap, mean, _dot(p, second),
+        slope=_dot(pd, r), variance=_dot(pd, d), skew=_dot(pd * d, r), bend=_dot(pr, second),
     )  # fmt: skip
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Row-wise dot products [n] of two [n, v] tensors, without a third."""
+    return torch.bmm(x[:, None], y[:, :, None])[:, 0, 0]
+
+
+def joined(chunks: Sequence[Moments]) -> Moments:
+    """Moments of several chunks of positions, one after the other."""
+    return Moments(*(torch.cat(each) for each in zip(*chunks, strict=True)))
 
 
 def merged(a: Moments | None, b: Moments) -> Moments:
