@@ -36,8 +36,8 @@ from effopd.models.head import Head
 from effopd.models.polynomials import Jet, lagrange_weights, leading_weights, root_product
 from effopd.models.softmax_moments import Moments, joined, merged, tile_moments
 
-#: Positions and vocabulary rows per tile; one tile in float32 has 1 MiB, so it stays in the cache.
-TILE = (128, 2048)
+#: Positions and vocabulary rows per tile, 4 MiB in float32. Of six sizes on a CPU, the fastest.
+TILE = (256, 4096)
 
 #: Limit of Newton steps in `RayKL.best`.
 _MOST_STEPS = 60
@@ -173,7 +173,8 @@ class RayKL:
     def derivatives(self, scale: float = 0.0, nodes: Nodes = None) -> Derivatives:
         """KL, slope and curvature at one scale; arguments as for `kl`."""
         log_z_N, (m,) = self._sweep([self._point(scale, nodes)], order=2)
-        return Derivatives(m.gap - m.log_z + log_z_N, m.slope, m.variance + m.skew + m.bend, m.variance)
+        slope, variance, skew, bend = m.central()
+        return Derivatives(m.gap - m.log_z + log_z_N, slope, variance + skew + bend, variance)
 
     def best(self, grid: Sequence[float], nodes: Nodes = None, tolerance: float = 1e-2) -> float:
         """The scale of the lowest mean KL within the range of `grid`.

@@ -22,58 +22,48 @@ class Moments(NamedTuple):
     Attributes:
         peak, mass: Σ e^z = mass · e^peak.
         gap: mean of r.
-        first, second: means of δ and z''.
-        slope: cov(δ, r).
-        variance: var(δ).
-        skew: cov(δ̃², r).
-        bend: cov(z'', r).
+        derivatives: [6, n], means of δ and z'', then cov(δ, r), var(δ), cov(δ̃², r) and cov(z'', r);
+            `None`: not measured.
     """
 
     peak: Tensor
     mass: Tensor
     gap: Tensor
-    first: Tensor
-    second: Tensor
-    slope: Tensor
-    variance: Tensor
-    skew: Tensor
-    bend: Tensor
+    derivatives: Tensor | None = None
 
     @property
     def log_z(self) -> Tensor:
         """log Σ e^z."""
         return self.peak + self.mass.log()
 
+    def central(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """cov(δ, r), var(δ), cov(δ̃², r), cov(z'', r), [n] each."""
+        assert self.derivatives is not None, "measured without derivatives"
+        slope, variance, skew, bend = self.derivatives[2:]
+        return slope, variance, skew, bend
+
 
 def tile_moments(z: Tensor, target: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Moments:
-    """Moments of one tile [n, v] of logits z and the target's logits z*.
-
-    Without the derivatives z' and z'', their moments are 0.
-    """
+    """Moments of one tile [n, v] of logits z and the target's logits z*, and of z' and z''."""
     peak = z.amax(-1)
     p = torch.sub(z, peak[:, None]).exp_()
     mass, gap = p.sum(-1), z - target
-    mean_gap = _dot(p, gap) / mass
     if first is None or second is None:
-        return Moments(peak, mass, mean_gap, *[torch.zeros_like(mass)] * 6)
+        return Moments(peak, mass, p.mul_(gap).sum(-1) / mass)
     p /= mass[:, None]
-    mean, r = _dot(p, first), gap.sub_(mean_gap[:, None])
-    d, pr = first - mean[:, None], p * r
-    pd = p * d
-    return Moments(
-        peak, mass, mean_gap, mean, _dot(p, second),
-        slope=_dot(pd, r), variance=_dot(pd, d), skew=_dot(pd * d, r), bend=_dot(pr, second),
-    )  # fmt: skip
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Row-wise dot products [n] of two [n, v] tensors, without a third."""
-    return torch.bmm(x[:, None], y[:, :, None])[:, 0, 0]
+    mean_gap, mean = (p * gap).sum(-1), (p * first).sum(-1)
+    r, d = gap.sub_(mean_gap[:, None]), first - mean[:, None]
+    pd, pe = p * d, p.mul_(second)
+    pdd = pd * d
+    parts = [mean, pe.sum(-1), (pd * r).sum(-1), pdd.sum(-1), pdd.mul_(r).sum(-1), pe.mul_(r).sum(-1)]
+    return Moments(peak, mass, mean_gap, torch.stack(parts))
 
 
 def joined(chunks: Sequence[Moments]) -> Moments:
     """Moments of several chunks of positions, one after the other."""
-    return Moments(*(torch.cat(each) for each in zip(*chunks, strict=True)))
+    peak, mass, gap = (torch.cat([chunk[i] for chunk in chunks]) for i in range(3))
+    derivatives = [chunk.derivatives for chunk in chunks if chunk.derivatives is not None]
+    return Moments(peak, mass, gap, torch.cat(derivatives, dim=1) if derivatives else None)
 
 
 def merged(a: Moments | None, b: Moments) -> Moments:
@@ -81,23 +71,23 @@ def merged(a: Moments | None, b: Moments) -> Moments:
     if a is None:
         return b
     peak = torch.maximum(a.peak, b.peak)
-    masses = [part.mass * torch.exp(part.peak - peak) for part in (a, b)]
-    mass = masses[0] + masses[1]
-    shares = [each / mass for each in masses]
+    mass_a, mass_b = (part.mass * torch.exp(part.peak - peak) for part in (a, b))
+    mass = mass_a + mass_b
+    share = mass_b / mass
+    gap = torch.lerp(a.gap, b.gap, share)
+    if a.derivatives is None or b.derivatives is None:
+        return Moments(peak, mass, gap)
+    means = torch.lerp(a.derivatives[:2], b.derivatives[:2], share)
+    parts = [_about(part.gap - gap, part.derivatives, means) for part in (a, b) if part.derivatives is not None]
+    return Moments(peak, mass, gap, torch.cat([means, torch.lerp(parts[0], parts[1], share)]))
 
-    def mean(x: Tensor, y: Tensor) -> Tensor:
-        return shares[0] * x + shares[1] * y
 
-    gap, first, second = mean(a.gap, b.gap), mean(a.first, b.first), mean(a.second, b.second)
-
-    def about_the_common_mean(part: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d, r, e = part.first - first, part.gap - gap, part.second - second
-        return (
-            part.slope + d * r,
-            part.variance + d * d,
-            part.skew + 2 * d * part.slope + r * part.variance + d * d * r,
-            part.bend + e * r,
-        )
-
-    central = [mean(x, y) for x, y in zip(about_the_common_mean(a), about_the_common_mean(b), strict=True)]
-    return Moments(peak, mass, gap, first, second, *central)
+def _about(r: Tensor, derivatives: Tensor, means: Tensor) -> Tensor:
+    """The four central moments about other means; `r` is the shift of the mean gap."""
+    (d, e), (slope, variance, skew, bend) = derivatives[:2] - means, derivatives[2:]
+    return torch.stack([
+        slope + d * r,
+        variance + d * d,
+        skew + 2 * d * slope + r * variance + d * d * r,
+        bend + e * r,
+    ])  # fmt: skip
