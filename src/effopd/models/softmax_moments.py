@@ -78,7 +78,7 @@ def merged(a: Moments | None, b: Moments) -> Moments:
     if a.derivatives is None or b.derivatives is None:
         return Moments(peak, mass, gap)
     means = torch.lerp(a.derivatives[:2], b.derivatives[:2], share)
-    parts = [_about(part.gap - gap, part.derivatives, means) for part in (a, b) if part.derivatives is not None]
+    parts = _about(a.gap - gap, a.derivatives, means), _about(b.gap - gap, b.derivatives, means)
     return Moments(peak, mass, gap, torch.cat([means, torch.lerp(parts[0], parts[1], share)]))
 
 
