@@ -62,8 +62,8 @@ def tile_moments(z: Tensor, target: Tensor, first: Tensor | None = None, second:
 def joined(chunks: Sequence[Moments]) -> Moments:
     """Moments of several chunks of positions, one after the other."""
     peak, mass, gap = (torch.cat([chunk[i] for chunk in chunks]) for i in range(3))
-    derivatives = [chunk.derivatives for chunk in chunks if chunk.derivatives is not None]
-    return Moments(peak, mass, gap, torch.cat(derivatives, dim=1) if derivatives else None)
+    parts = [part for part in (chunk.derivatives for chunk in chunks) if part is not None]
+    return Moments(peak, mass, gap, torch.cat(parts, dim=1) if parts else None)
 
 
 def merged(a: Moments | None, b: Moments) -> Moments:
