@@ -61,9 +61,9 @@ def tile_moments(z: Tensor, target: Tensor, first: Tensor | None = None, second:
 
 def joined(chunks: Sequence[Moments]) -> Moments:
     """Moments of several chunks of positions, one after the other."""
-    peak, mass, gap = (torch.cat([chunk[i] for chunk in chunks]) for i in range(3))
-    parts = [part for part in (chunk.derivatives for chunk in chunks) if part is not None]
-    return Moments(peak, mass, gap, torch.cat(parts, dim=1) if parts else None)
+    peak, mass, gap = (torch.cat(parts) for parts in zip(*((c.peak, c.mass, c.gap) for c in chunks), strict=True))
+    derivatives = [part for part in (chunk.derivatives for chunk in chunks) if part is not None]
+    return Moments(peak, mass, gap, torch.cat(derivatives, dim=1) if derivatives else None)
 
 
 def merged(a: Moments | None, b: Moments) -> Moments:
