@@ -132,8 +132,9 @@ def _loss(model, tokenizer, prompts: list[list[int]], texts: list[str]) -> torch
         labels.append([_IGNORED] * len(prompt) + completion)
     width = max(map(len, rows))
     # padding is on the right and never a label, so causal attention needs no mask
-    ids_BT = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    labels_BT = torch.tensor([row + [_IGNORED] * (width - len(row)) for row in labels])
+    device = model.device
+    ids_BT = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=device)
+    labels_BT = torch.tensor([row + [_IGNORED] * (width - len(row)) for row in labels], device=device)
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED)
 
