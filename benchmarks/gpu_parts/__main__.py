@@ -55,9 +55,10 @@ def run(asked: Sequence[str], out: Path, state: Path, seconds: float) -> list[st
 def _part(part: str, limit: float, out: Path, state: Path) -> str:
     """Run a part; at its time limit, end all of its processes."""
     _log(out)(f"== {part}, at most {limit:.0f} s")
-    command = [sys.executable, "-m", "gpu_parts.part", part, str(state), f"{limit - 5:.0f}"]
     with (out / LOG).open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command(part, state, limit - 5), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             process.wait(limit)
             status = f"ended with {process.returncode}"
@@ -67,6 +68,11 @@ def _part(part: str, limit: float, out: Path, state: Path) -> str:
             _end(process)
     _log(out)(f"== {part}: {status}")
     return status
+
+
+def command(part: str, state: Path, seconds: float) -> list[str]:
+    """The process of a part."""
+    return [sys.executable, "-m", "gpu_parts.part", part, str(state), f"{seconds:.0f}"]
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -59,10 +59,14 @@ def _in_process(command: list[str], folder: Path) -> dict[str, Any]:
 
 
 def pool(results: Results, commands: dict[str, list[str]], folders: dict[str, Path], workers: int) -> None:
-    """Run effopd's commands, at most `workers` at a time, until the deadline; store their curves."""
+    """Run effopd's commands, at most `workers` at a time, until the deadline; store the curves."""
     waiting, running = list(commands), {}
     try:
-        while waiting or running:
+        while results.deadline.remaining > _KEPT:
+            for arm, (process, folder, start) in list(running.items()):
+                if process.poll() is not None:
+                    del running[arm]
+                    _store(results, arm, folder, time.perf_counter() - start, process.returncode)
             while waiting and len(running) < workers and results.deadline.remaining > _LEAST:
                 arm = waiting.pop(0)
                 with folders[arm].with_suffix(".log").open("w") as log:
@@ -70,11 +74,7 @@ def pool(results: Results, commands: dict[str, list[str]], folders: dict[str, Pa
                         [sys.executable, "-m", "effopd", *commands[arm]], stdout=log, stderr=subprocess.STDOUT
                     )
                 running[arm] = process, folders[arm], time.perf_counter()
-            for arm, (process, folder, start) in list(running.items()):
-                if process.poll() is not None:
-                    del running[arm]
-                    _store(results, arm, folder, time.perf_counter() - start, process.returncode)
-            if not running or results.deadline.remaining < _KEPT:
+            if not running:
                 break
             time.sleep(0.2)
     finally:

@@ -28,7 +28,7 @@ class Part:
     model: bool = False
 
 
-#: Runs of the comparison, in order of worth: name → learning rate and strategy. A rehearsal takes two.
+#: Runs of the comparison, in order of worth: name → learning rate and strategy.
 _ARMS: dict[str, tuple[float, str]] = {
     "plain 3e-5": (3e-5, "none"),
     "line_search 3e-6": (3e-6, "line_search"),
@@ -37,6 +37,7 @@ _ARMS: dict[str, tuple[float, str]] = {
     "line_search 1e-4": (1e-4, "line_search"),
     "plain 1e-4": (1e-4, "none"),
 }
+#: A rehearsal takes the first two.
 ARMS = dict(list(_ARMS.items())[:2]) if REHEARSAL else _ARMS
 
 PARTS: dict[str, Part] = {
@@ -45,7 +46,12 @@ PARTS: dict[str, Part] = {
         ("moves", "plain bf16", "line_search bf16", "line_search bf16, anchor in host memory"), least=60, most=150
     ),
     "steps_smollm2": Part(
-        ("plain bf16", "line_search bf16", "plain fp32", "line_search fp32"), least=60, most=150, model=True
+        ("plain fp32", "line_search bf16")
+        if REHEARSAL
+        else ("plain bf16", "line_search bf16", "plain fp32", "line_search fp32"),
+        least=60,
+        most=150,
+        model=True,
     ),
     "comparison": Part(("teacher", *ARMS), least=120, most=520, model=True),
     "spectra": Part(("2048 × 6144", "4096 × 12288"), least=40, most=90),

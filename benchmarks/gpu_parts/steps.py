@@ -24,7 +24,7 @@ from effopd.extrapolate.live_weights import LiveWeights
 from effopd.runs.ledger import CATEGORIES, synchronized_clock
 from effopd.runs.records import StepRecord, read_searches, read_steps
 from effopd.tasks.builtin_models import smollm2_path, student_path
-from gpu_parts.plan import REHEARSAL
+from gpu_parts.plan import PARTS, REHEARSAL
 from gpu_parts.results import Results, device
 
 #: Share of noise by which a teacher differs from its student.
@@ -38,13 +38,15 @@ class Sizes:
     """Sizes of the measured steps.
 
     Attributes:
-        steps: optimizer steps of a run; the first two are left out of the medians.
+        steps: optimizer steps of a run.
+        skipped: first steps, which are left out of the medians.
         rollouts: rollouts per step.
         tokens: longest answer.
         shape: `Qwen3Config` of the random student.
     """
 
     steps: int
+    skipped: int
     rollouts: int
     tokens: int
     shape: dict[str, Any]
@@ -58,8 +60,8 @@ TINY = {
     "vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,
 }  # fmt: skip
-RANDOM = Sizes(3, 4, 6, TINY) if REHEARSAL else Sizes(6, 32, 128, QWEN3_1_7B)
-SMOLLM2 = Sizes(3, 4, 6, TINY) if REHEARSAL else Sizes(6, 64, 128, {})
+RANDOM = Sizes(2, 1, 4, 6, TINY) if REHEARSAL else Sizes(6, 2, 32, 128, QWEN3_1_7B)
+SMOLLM2 = RANDOM if REHEARSAL else Sizes(6, 2, 64, 128, {})
 
 Pair = tuple[Any, Any, Any]
 
@@ -68,23 +70,23 @@ def measure(results: Results, state: Path) -> None:
     """Measure the units of the part that have no result yet."""
     random = results.part == "steps_random"
     sizes, build = (RANDOM, random_pair) if random else (SMOLLM2, smollm2_pair)
-    if random:
-        results.run("moves", moves, least=15)
-    for precision in ("bf16",) if random else ("bf16", "fp32"):
-        for strategy in ("none", "line_search"):
-            unit = f"{'plain' if strategy == 'none' else strategy} {precision}"
-            look_ahead = EffOPDConfig(strategy) if strategy != "none" else None
-            _unit(results, state, unit, build, sizes, precision == "bf16", look_ahead)
-    if random:
-        unit = "line_search bf16, anchor in host memory"
-        _unit(results, state, unit, build, sizes, True, EffOPDConfig("line_search", anchor_device="cpu"))
-
-
-def _unit(results: Results, state: Path, unit: str, build: Callable[[], Pair], sizes: Sizes, bf16: bool, look) -> None:
     folder = state / "steps" / results.part
-    shutil.rmtree(folder, ignore_errors=True)
-    results.run(unit, lambda: step_costs(build(), folder, sizes, bf16, look), least=20)
-    _free()
+    for unit in PARTS[results.part].units:
+        shutil.rmtree(folder, ignore_errors=True)
+        if unit == "moves":
+            results.run(unit, moves, least=15)
+        else:
+            bf16, look = settings_of(unit)
+            results.run(unit, lambda bf16=bf16, look=look: step_costs(build(), folder, sizes, bf16, look), least=20)
+        _free()
+
+
+def settings_of(unit: str) -> tuple[bool, EffOPDConfig | None]:
+    """(bf16 autocast, look-ahead) of a unit such as `line_search bf16, anchor in host memory`."""
+    run, _, anchor = unit.partition(", ")
+    strategy, precision = run.split()
+    look = EffOPDConfig(strategy, anchor_device="cpu" if anchor else None) if strategy != "plain" else None
+    return precision == "bf16", look
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def step_costs(pair: Pair, folder: Path, sizes: Sizes, bf16: bool, look_ahead: E
     return {
         "parameters": sum(p.numel() for p in student.parameters()),
         "rollouts": sizes.rollouts,
-        "seconds": median_seconds(read_steps(folder)),
+        "seconds": median_seconds(read_steps(folder), sizes.skipped),
         "mean_length": statistics.mean(step.mean_length for step in read_steps(folder)),
         "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "searches": [
@@ -154,7 +156,7 @@ def step_costs(pair: Pair, folder: Path, sizes: Sizes, bf16: bool, look_ahead: E
     }  # fmt: skip
 
 
-def median_seconds(steps: list[StepRecord], skipped: int = 2) -> dict[str, float]:
+def median_seconds(steps: list[StepRecord], skipped: int) -> dict[str, float]:
     """Median seconds per step by category, after the first steps; `net`: without evaluation."""
     names = [name for name in (*CATEGORIES, "net") if name != "eval"]
     totals = {name: [getattr(step.costs, f"{name}_seconds") or 0.0 for step in steps] for name in names}
