@@ -57,6 +57,8 @@ PRESENT = frozenset({
     "scikit-learn", "scipy", "setuptools", "shellingham", "six", "sympy", "threadpoolctl", "torch", "tqdm", "typer",
     "typing-extensions",
 })  # fmt: skip
+#: Pure Python packages that are published as source only.
+FROM_SOURCE = ("cellpylib", "zss")
 #: Packages without a wheel for Python 3.12: an empty module whose use raises an error. Only
 #: reasoning-gym's logic puzzles call pycosat.
 STAND_INS = ("pycosat",)
@@ -93,11 +95,15 @@ def make_site(out: Path, python: str = PYTHON) -> None:
     machine += [word for platform in PLATFORMS for word in ("--platform", platform)]
     with tempfile.TemporaryDirectory() as scratch:
         wheels, site = Path(scratch) / "wheels", Path(scratch) / "site"
-        for requirement in requirements():
-            arguments = ["--quiet", "--no-deps", requirement]
-            done = _run([*pip, "download", "--dest", str(wheels), *machine, *arguments])
-            if done and _run([*pip, "wheel", "--wheel-dir", str(wheels), *arguments]):
-                raise SystemExit(f"{requirement}: neither a wheel for Python {python} nor a source archive.\n{done}")
+        pins = requirements()
+        from_source = [pin for pin in pins if pin.partition("==")[0] in FROM_SOURCE]
+        quiet = ["--quiet", "--no-deps"]
+        for command in (
+            [*pip, "download", "--dest", str(wheels), *machine, *quiet, *(p for p in pins if p not in from_source)],
+            [*pip, "wheel", "--wheel-dir", str(wheels), *quiet, *from_source],
+        ):
+            if failed := _run(command):
+                raise SystemExit(f"{' '.join(command[3:])} failed:\n{failed}")
         if wrong := [wheel.name for wheel in wheels.glob("*.whl") if not _fits(wheel.name, python)]:
             raise SystemExit(f"built for this machine, not for Python {python}: {', '.join(wrong)}")
         for wheel in wheels.glob("*.whl"):

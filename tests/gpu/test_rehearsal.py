@@ -28,7 +28,7 @@ SECONDS = {"rollout", "teacher", "update", "search", "other", "net"}
 def rehearsed(tmp_path_factory):
     """Results of all parts."""
     state = tmp_path_factory.mktemp("state")
-    status, said = run_script(Path(__file__).with_name("rehearse.py"), state)
+    status, said = run_script(Path(__file__).with_name("rehearse.py"), state, timeout=900)
     assert status == 0, said[-5000:]
     return state / "results", said
 
