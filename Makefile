@@ -1,4 +1,5 @@
 # make demo  plain OPD, EffOPD and line_search on the built-in testbed: runs/demo/
+# make real-model  SmolLM2-135M: a teacher, plain OPD and line_search on 2 cores: runs/compare-smollm2/
 # make test  the whole test suite, on WORKERS=2 cores
 # make test-fast  the inner loop: without the tests marked slow
 # make lint  ruff and mypy
@@ -11,10 +12,22 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo real-model test test-fast lint format clean
 
 demo: $(READY)
 	$(BIN)/effopd quickstart --output_dir runs/demo
+
+TEACHER := runs/smollm2/chain_sum/teacher/model.safetensors
+
+real-model: $(READY) $(TEACHER)
+	$(BIN)/effopd compare recipes/compare-smollm2.yaml --only '*chain_sum/plain/lr-3e-05/seed-0' \
+		--only '*chain_sum/line_search/lr-3e-06/seed-0'
+
+$(TEACHER): | $(READY)
+	$(BIN)/effopd testbed fetch smollm2
+	test -e runs/smollm2/chain_sum/sft/card.json || \
+		$(BIN)/effopd testbed sft chain_sum --output_dir runs/smollm2/chain_sum/sft
+	$(BIN)/effopd rl --config recipes/smollm2-rl-chain_sum.yaml
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

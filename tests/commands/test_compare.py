@@ -11,11 +11,13 @@ import pytest
 import yaml
 from helpers.tiny_models import make_model, make_tokenizer
 
+from effopd.commands.compare import matching
 from effopd.commands.main import main
 from effopd.commands.train import parse_train
 from effopd.compare.grid import load_grid
 from effopd.compare.runner import DONE, LOG
 from effopd.errors import ConfigError
+from effopd.tasks.builtin_models import smollm2_path
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +72,16 @@ def test_a_dry_run_checks_and_shows_and_writes_nothing(root, capsys):
     assert main(["compare", str(plan), "--dry_run"]) == 0
     assert "3 runs" in capsys.readouterr().out
     assert not (root / "dry").exists()
+
+
+def test_only_chooses_runs_by_their_folder_in_the_order_of_the_patterns(root):
+    grid = load_grid(plan_of(root, output_dir=str(root / "dry"), seeds=[0, 1]))
+    runs = grid.runs()
+    assert matching(grid, runs, []) == runs
+    chosen = matching(grid, runs, ["*/seed-1", "*/plain/lr-0.001/*", "*/plain/*"])
+    assert [(run.seed, run.strategy, run.learning_rate) for run in chosen] == [
+        (1, "effopd", 1e-3), (1, "plain", 1e-3), (1, "plain", 3e-3), (0, "plain", 1e-3), (0, "plain", 3e-3),
+    ]  # fmt: skip
 
 
 def test_results_hold_every_run_and_the_page_says_so(grid, capsys):
@@ -160,6 +172,8 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
         ([], "either a plan"),
         (["--report", str(tmp_path)], "is not a grid"),
         (["--report", str(tmp_path), "--runs_from", "a.json"], "--runs_from needs a plan"),
+        (["--report", str(tmp_path), "--only", "*"], "--only needs a plan"),
+        ([str(plan_of(tmp_path)), "--only", "plain"], "--only plain: expected a pattern of the plan's runs"),
         ([str(tmp_path / "none.yaml")], "no plan"),
     ):
         assert main(["compare", *flags]) == 2
@@ -170,7 +184,10 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("compare-*.yaml")))
-def test_the_shipped_plans_pass_a_dry_run(recipe, capsys):
+def test_the_shipped_plans_pass_a_dry_run(recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))
+    smollm2_path().mkdir()
+    (smollm2_path() / "source.json").write_text("{}")  # as if fetched; a dry run reads no weights
     assert main(["compare", str(RECIPES / recipe), "--dry_run"]) == 0
     assert "plain" in capsys.readouterr().out
 

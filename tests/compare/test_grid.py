@@ -45,6 +45,16 @@ def test_the_grid_is_complete_without_repeats_and_seeds_come_first(tmp_path):
     assert own.settings["effopd"] == {"validation_size": 8, "strategy": "effopd", "seed": own.seed}
 
 
+def test_settings_of_a_task_go_between_the_base_and_the_strategy(tmp_path):
+    tasks = {"testbed:chain_sum": {"max_steps": 8, "effopd": {"gate": "better"}}, "testbed:spell_backward": None}
+    runs = load(tmp_path, tasks=tasks, strategies={"plain": {}, "effopd": {"effopd": {"gate": "not_worse"}}}).runs()
+    assert [run.task for run in runs[:2]] == ["testbed:chain_sum"] * 2 and len(runs) == 2 * 2 * 2
+    chain = {run.strategy: run.settings for run in runs if run.task == "testbed:chain_sum"}
+    assert chain["plain"]["max_steps"] == 8 and chain["plain"]["effopd"]["validation_size"] == 8
+    assert (chain["plain"]["effopd"]["gate"], chain["effopd"]["effopd"]["gate"]) == ("better", "not_worse")
+    assert {run.settings["max_steps"] for run in runs if run.task == "testbed:spell_backward"} == {4}
+
+
 def test_roles_come_from_the_plan_and_are_no_settings_of_a_run(tmp_path):
     strategies = PLAN["strategies"] | {"effopd-strict": {"variant_of": "effopd", "effopd": {"gate": "strict"}}}
     claims = [{"strategy": "effopd", "speedup": 3}]

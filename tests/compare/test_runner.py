@@ -28,6 +28,7 @@ from effopd.compare.runner import (
     is_done,
     only_one,
     prepare,
+    progress_of,
 )
 from effopd.errors import CheckpointError
 
@@ -98,6 +99,20 @@ def test_what_a_run_failed_with_is_its_own_last_attempts_message(tmp_path):
     (run.path / "say").write_text("Killed: out of memory")
     Runner(plan).run([run])
     assert failure_of(run) == "Killed: out of memory"
+
+
+def test_a_long_run_reports_how_far_it_is(tmp_path):
+    plan = grid(tmp_path, seeds=[0], strategies={"plain": {}}, base={"sleep": 0.3, "max_steps": 4})
+    (run,) = plan.runs()
+    events = []
+    Runner(plan, lambda event, run: events.append(event), every=0.1).run([run])
+    assert events[0] == "start" and events[-1] == "done" and set(events[1:-1]) == {"running"}
+    (run.path / "evals.jsonl").unlink()
+    assert progress_of(run) == "loading"
+    (run.path / "evals.jsonl").write_text('{"step": 0, "eval_kl": 0.5}\n{"step": 2, "eval_kl": 0.25}\n')
+    assert progress_of(run) == "step 2 of 4, held-out KL 0.25"
+    (run.path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4')  # the last line is not complete yet
+    assert progress_of(run) == "step 3 of 4, held-out KL 0.25"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from effopd.compare import grid as grid_module
 from effopd.compare.collect import PLAN, collect
 from effopd.compare.grid import Grid, PlannedRun, load_grid, run_settings
 from effopd.compare.imported_runs import read_entries, runs_to_make, save_entries, saved_entries, sources
-from effopd.compare.runner import LOG, Runner, failure_of, is_done, only_one
+from effopd.compare.runner import LOG, Runner, failure_of, is_done, only_one, progress_of
 from effopd.errors import ConfigError, EffOPDError
 from effopd.report.compare_gate import gate_results
 from effopd.report.compare_page import render
@@ -68,6 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
         "here for one seed per task to convert their seconds to this machine's.",
     )
     parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="Run only the runs whose folder TASK/STRATEGY/lr-RATE/seed-N matches, e.g. '*/plain/*' or '*/seed-0'; "
+        "repeatable, in this order. Repeat the command without it for the rest of the plan.",
+    )
+    parser.add_argument(
         "--dry_run", action="store_true", help="Check every setting and show the grid, without running or writing."
     )
     parser.add_argument(
@@ -89,12 +98,14 @@ def run_compare(argv: Sequence[str]) -> int:
     if (arguments.plan is None) == (arguments.report is None):
         raise ConfigError("expected either a plan to run, or --report with a grid's folder or a results.json.")
     if arguments.report is not None:
+        if arguments.only:
+            raise ConfigError("--only needs a plan. Leave it out: a report shows all finished runs.")
         if arguments.runs_from:
             raise ConfigError("--runs_from needs a plan. Leave it out: the grid's folder already holds these runs.")
         return _report(arguments.report, arguments.out, console)
     grid = load_grid(arguments.plan, workers=arguments.workers)
     entries = read_entries(grid, arguments.runs_from) or saved_entries(grid)
-    runs = runs_to_make(grid, sources(grid, entries))
+    runs = matching(grid, runs_to_make(grid, sources(grid, entries)), arguments.only)
     check_runs(grid.runs())
     if arguments.dry_run:
         console.print(grid_table(grid, runs))
@@ -113,6 +124,26 @@ def run_compare(argv: Sequence[str]) -> int:
         console.print(f"        full log: {run.path / LOG}", highlight=False)
     _report(Path(grid.output_dir), arguments.out, console)
     return 1 if failed else 0
+
+
+def matching(grid: Grid, runs: Sequence[PlannedRun], patterns: Sequence[str]) -> list[PlannedRun]:
+    """Runs whose folder below the grid's matches a pattern, in the order of the patterns.
+
+    Without patterns, all runs.
+
+    Raises:
+        ConfigError: a pattern matches no run of the plan.
+    """
+    folders = {run.path: run.path.relative_to(grid.output_dir).as_posix() for run in grid.runs()}
+    chosen: dict[Path, PlannedRun] = {}
+    for pattern in patterns:
+        if not any(fnmatch(folder, pattern) for folder in folders.values()):
+            raise ConfigError(
+                f"--only {pattern}: expected a pattern of the plan's runs, such as {next(iter(folders.values()))}; "
+                "none matches. Put it in quotes."
+            )
+        chosen |= {run.path: run for run in runs if fnmatch(folders[run.path], pattern) and run.path not in chosen}
+    return list(chosen.values()) if patterns else list(runs)
 
 
 def check_runs(runs: Sequence[PlannedRun]) -> None:
@@ -193,13 +224,14 @@ def _run(grid: Grid, pending: list[PlannedRun], done: int, console: Console, loc
 
         def report(event: str, run: PlannedRun) -> None:
             nonlocal ended
-            if event == "start":
-                progress.console.print(f"start  {escape(run.name)}", highlight=False)
+            if event in ("start", "running"):
+                how_far = f": {progress_of(run)}" if event == "running" else ""
+                progress.console.print(f"{event:<7} {escape(run.name)}{how_far}", highlight=False)
                 return
             ended += 1
             left = time_left(time.monotonic() - start, ended - done, total - ended)
             how_far = "" if console.is_terminal else f"  ({ended}/{total}, about {spoken_time(left)} left)"
-            progress.console.print(f"{event:<6} {escape(run.name)}{how_far}", highlight=False)
+            progress.console.print(f"{event:<7} {escape(run.name)}{how_far}", highlight=False)
             progress.advance(bar)
 
         return Runner(grid, report, lock).run(pending)

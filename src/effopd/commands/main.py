@@ -165,7 +165,7 @@ def quickstart(argv: Sequence[str]) -> int:
 
 
 def testbed(argv: Sequence[str]) -> int:
-    """Run `effopd testbed build`."""
+    """Run `effopd testbed`."""
     from effopd.commands.testbed import run_testbed
 
     return run_testbed(argv)
@@ -183,7 +183,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "compare": (compare, "compare strategies × learning rates × seeds × tasks: net speed-ups with intervals"),
     "analyze": (analyze, "measure weight updates: size, location, directions; RL against OPD"),
     "intervene": (intervene, "test which part of an update carries the gain: edit the weights, evaluate"),
-    "testbed": (testbed, "rebuild the built-in student and teacher from scratch"),
+    "testbed": (testbed, "fetch SmolLM2-135M, a pre-trained model; rebuild the built-in student and teacher"),
 }
 
 #: Commands whose flags take seconds to import; their help is cached.

@@ -109,9 +109,9 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
         ConfigError: a setting is unknown, out of range, or contradicts another setting.
     """
     model, task, opd, effopd, command = parsed(train_parser(), argv)
-    model.model_name_or_path = resolve_model(model.model_name_or_path)
-    opd.teacher_model_name_or_path = resolve_model(opd.teacher_model_name_or_path)
-    opd.reference_model_name_or_path = resolve_model(opd.reference_model_name_or_path)
+    for settings, role in ((model, ""), (opd, "teacher_"), (opd, "reference_")):
+        name = f"{role}model_name_or_path"
+        setattr(settings, name, resolve_model(getattr(settings, name), network=not command.dry_run))
     if opd.lambda_extrapolation != 1 and opd.reference_model_name_or_path is None:
         raise ConfigError(
             f"--lambda_extrapolation {opd.lambda_extrapolation} needs --reference_model_name_or_path: the initial "

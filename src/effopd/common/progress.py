@@ -26,6 +26,8 @@ class Counted:
     def __init__(self, total: int, what: str, unit: str, *, done: int = 0, leave: bool = True):
         self._total, self._what, self._unit = total, what, unit
         self._units = f"{unit[:-1]}ces" if unit.endswith("x") else f"{unit}s"  # matrices
+        if unit.isupper():  # MB
+            self._units = unit
         self._before = self._done = done
         self._start = time.monotonic()
         self._next = self._start + FIRST

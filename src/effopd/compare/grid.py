@@ -3,7 +3,7 @@
     output_dir: runs/compare         # folder of a run: TASK/STRATEGY/lr-RATE/seed-N below it
     reference_learning_rate: 3.0e-5
     baseline: plain                  # sets the targets; every strategy is compared with it
-    tasks: [testbed:chain_sum]
+    tasks: [testbed:chain_sum]       # or {TASK: {…}}, with settings that differ by task
     seeds: [0, 1, 2, 3, 4]
     base: {…}                        # settings of `effopd train` shared by all runs
     strategies:                      # settings per strategy; learning_rate_factors default to [1]
@@ -74,7 +74,7 @@ class Grid:
 
     output_dir: str
     reference_learning_rate: float
-    tasks: list[str]
+    tasks: list[str] | dict[str, dict[str, Any]]
     seeds: list[int]
     base: dict[str, Any]
     strategies: dict[str, dict[str, Any]]
@@ -109,8 +109,11 @@ class Grid:
                 f"plan: {self.workers} workers but {len(self.devices)} devices. Name one "
                 "CUDA_VISIBLE_DEVICES value per worker."
             )
-        for name, settings in {"base": self.base, **self.strategies}.items():
-            self._check_settings(name, settings or {})
+        by_task = self.tasks if isinstance(self.tasks, dict) else {}
+        for name, settings in [("base", self.base), *by_task.items(), *self.strategies.items()]:
+            if not isinstance(settings or {}, Mapping):
+                raise ConfigError(f"plan: the settings of '{name}' must be a mapping, got {settings!r}.")
+            self._check_settings(name, settings or {}, factors=name in self.strategies)
         check_names(self.roles, self.strategies)
         if 1.0 not in self.factors(self.baseline):
             raise ConfigError(
@@ -126,17 +129,15 @@ class Grid:
                     f"plan: two runs would share the folder {run.path}. Make tasks and {FACTORS} differ more."
                 )
 
-    def _check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
+    def _check_settings(self, name: str, settings: Mapping[str, Any], *, factors: bool) -> None:
         taken = [key for key in GRID_KEYS if key in settings]
         if taken:
             raise ConfigError(f"plan: '{name}' sets {', '.join(taken)}, which the grid sets itself. Remove it.")
-        factors = settings.get(FACTORS, [1.0])
-        if name != "base" and (
-            not isinstance(factors, list)
-            or not factors
-            or not all(isinstance(f, int | float) and f > 0 for f in factors)
+        given = settings.get(FACTORS, [1.0])
+        if factors and not (
+            isinstance(given, list) and given and all(isinstance(f, int | float) and f > 0 for f in given)
         ):
-            raise ConfigError(f"plan: '{name}.{FACTORS}' must be a list of positive numbers, got {factors!r}.")
+            raise ConfigError(f"plan: '{name}.{FACTORS}' must be a list of positive numbers, got {given!r}.")
 
     @property
     def roles(self) -> Roles:
@@ -166,7 +167,8 @@ class Grid:
     def _run(self, task: str, strategy: str, factor: float, seed: int) -> PlannedRun:
         rate = self.reference_learning_rate * factor
         rate = self.reference_learning_rate if factor == 1 else float(f"{rate:.4g}")
-        settings = merge(self.base, run_settings(self.strategies[strategy]))
+        by_task = self.tasks[task] if isinstance(self.tasks, dict) else {}
+        settings = merge(merge(self.base, by_task or {}), run_settings(self.strategies[strategy]))
         path = Path(self.output_dir) / folder_name(task) / strategy / f"lr-{rate:.3g}" / f"seed-{seed}"
         settings |= {
             "task": task, "learning_rate": rate, "seed": seed, "task_seed": seed, "output_dir": str(path)
@@ -225,8 +227,11 @@ def load_grid(path: str | Path, **overrides: Any) -> Grid:
 
 
 def _check_types(path: Path, values: Mapping[str, Any]) -> None:
+    tasks = values.get("tasks")
+    if not isinstance(tasks, list | dict):
+        raise ConfigError(f"{path}: 'tasks' must be a list or a mapping, got {type(tasks).__name__} ({tasks!r}).")
     wanted: Sequence[tuple[type, Sequence[str]]] = (
-        (list, ("tasks", "seeds", "devices", "launcher", "claims", *LISTS)),
+        (list, ("seeds", "devices", "launcher", "claims", *LISTS)),
         (dict, ("base", "strategies")),
         (str, ("output_dir", "baseline")),
         (int, ("workers", "threads")),

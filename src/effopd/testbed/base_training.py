@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.errors import ConfigError
+from effopd.models.end_tokens import train_end_tokens
 from effopd.tasks.base import Example
 from effopd.tasks.generate import encode_prompts
 from effopd.tasks.testbed_families import FAMILIES, worked_reasoning
@@ -109,6 +110,7 @@ def train_base(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
+    train_end_tokens(model, [tokenizer.eos_token_id])
     model.train()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
@@ -132,9 +134,8 @@ def _loss(model, tokenizer, prompts: list[list[int]], texts: list[str]) -> torch
         labels.append([_IGNORED] * len(prompt) + completion)
     width = max(map(len, rows))
     # padding is on the right and never a label, so causal attention needs no mask
-    device = model.device
-    ids_BT = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=device)
-    labels_BT = torch.tensor([row + [_IGNORED] * (width - len(row)) for row in labels], device=device)
+    ids_BT = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=model.device)
+    labels_BT = torch.tensor([row + [_IGNORED] * (width - len(row)) for row in labels], device=model.device)
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED)
 
