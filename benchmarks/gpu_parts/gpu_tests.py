@@ -52,6 +52,7 @@ def measure(results: Results, state: Path, select: str = "") -> None:
         device()
         # kernels of cuBLAS in one order, for the tests that compare two runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the machine's other plugins
         recorder = Recorder(results)
         arguments = [str(ROOT / "tests" / "gpu"), "-m", "gpu", "-q", "-c", str(ROOT / "pyproject.toml")]
         arguments += ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-p", "no:xdist", "--override-ini=addopts="]
