@@ -33,7 +33,7 @@ def run(asked: Sequence[str], out: Path, state: Path, seconds: float) -> list[st
     for folder in (out, stored):
         folder.mkdir(parents=True, exist_ok=True)
     has_model = REHEARSAL or receive(Path(".gpu"), state, _log(out))
-    lines = []
+    lines = ["the model is there" if has_model else "the model is not complete"] if "receive" in asked else []
     pending = [part for part in PARTS if (part in asked or not asked) and (has_model or not PARTS[part].model)]
     pending = [part for part in pending if results.unfinished(stored, part)]
     for i, part in enumerate(pending):

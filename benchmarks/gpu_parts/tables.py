@@ -157,13 +157,14 @@ def spectra(units: Units) -> str:
 
 
 def errors(parts: Mapping[str, Units]) -> str:
-    """Last line of every unit's error."""
-    return "\n".join(
+    """Last line of every unit's error; "None." if there are results without errors."""
+    lines = [
         f"- {part}, {unit}: `{entry['error'].strip().splitlines()[-1][:200]}`"
         for part, units in parts.items()
         for unit, entry in units.items()
         if "error" in entry
-    )
+    ]
+    return "\n".join(lines) or ("None." if any(parts.values()) else "")
 
 
 def _result(units: Units, unit: str) -> Any:
