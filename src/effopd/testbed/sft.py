@@ -126,7 +126,7 @@ def _training(steps: int, learning_rate: float) -> BaseSettings:
 
 def start(
     name: str, model: str, out: Path, seed: int = 0, settings: SFTSettings | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = print, device: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a copy of `model` on worked answers of a task; write model, tokenizer and `card.json`.
 
@@ -135,6 +135,7 @@ def start(
         model: folder or Hub id of the model.
         out: new or empty folder.
         seed: seed of the questions and of their order.
+        device: device of the training; `None`: the CPU.
 
     Returns:
         The card: seed, settings, versions, accuracies before and after.
@@ -150,7 +151,7 @@ def start(
     examples, test = load_task(config, "train").examples, load_task(config, "eval")
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("--model_name_or_path", model)
-    student = load_model("--model_name_or_path", model, dtype=torch.float32)
+    student = load_model("--model_name_or_path", model, dtype=torch.float32).to(device or "cpu")
     sampling = Sampling(max_new_tokens=task.max_new_tokens, batch_size=50, seed=seed)
 
     def accuracy(when: str) -> dict[str, float]:
