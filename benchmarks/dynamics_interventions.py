@@ -25,6 +25,7 @@ INTERVENTIONS: dict[str, list[str]] = {
     "rank": ["--rank_norm", "shared"],
     "norm_scaling": ["--early_steps", "4", "12", "32"],
     "random": [],
+    "linearity": ["--scales", "2", "4", "8", "16"],
 }
 STEPS = 128
 

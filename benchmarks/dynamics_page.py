@@ -185,6 +185,29 @@ def rank(end: str, p: float) -> Callable[[pd.DataFrame, str], float]:
     return lambda t, g: gain_share(t, accuracy_of(t, "rank", g, end=end, percent=p), g)
 
 
+def mean_error(scale: float) -> Callable[[pd.DataFrame, str], float]:
+    """Mean over steps of |log(predicted / true KL)| along Δ from the previous saved step."""
+    return lambda t, g: float(along(t, g, scale)["kl_ratio"].map(math.log).abs().mean())
+
+
+def along(table: pd.DataFrame, run: str, scale: float) -> pd.DataFrame:
+    rows = table[(table["intervention"] == "linearity") & (table["run"] == run) & (table["anchor"] == "previous")]
+    return rows[rows["scale"] == scale]
+
+
+def linearity_rows(f: Family) -> list[Row]:
+    """Rows of `intervene linearity`; none if it has not been run for every seed."""
+    if not all((table["intervention"] == "linearity").any() for table in f.interventions):
+        return []
+    claim = "ours: the KL along an update follows from two forward passes"
+    share = f.measured(lambda t, g: float(along(t, g, 0.0)["gain_share"].mean()))
+    return [
+        *(f.compare(claim, f"mean \\|log(predicted / true KL)\\| at s = {s:g}", f.measured(mean_error(s)), -1)
+          for s in (2.0, 8.0)),
+        f.each(claim, "share of the gain at the predicted best scale (OPD)", share, "opd", 1, "percent"),
+    ]  # fmt: skip
+
+
 def rows_of(family: Family) -> list[Row]:
     """Rows of all claims, in the paper's order."""
     f, middle, ends = family, [1, 2], [0, 3]
@@ -307,6 +330,7 @@ def rows_of(family: Family) -> list[Row]:
             "percent",
             margin=0.02,
         ),
+        *linearity_rows(f),
     ]
 
 

@@ -21,7 +21,9 @@ from effopd.interventions.results import InterventionResults
 from effopd.interventions.sources import Sources
 from effopd.tasks.sampling import Sampling
 
-OPTIONS = InterventionOptions(alphas=[0, 0.3, 1], percents=[10, 100], betas=[0, 1, 1.6], random_seeds=[0])
+OPTIONS = InterventionOptions(
+    alphas=[0, 0.3, 1], percents=[10, 100], betas=[0, 1, 1.6], random_seeds=[0], scales=[2.0]
+)
 EVERY_INTERVENTION = sorted(INTERVENTIONS)
 
 

@@ -83,6 +83,22 @@ def interventions(seed: int) -> list[dict]:
     return rows
 
 
+def test_linearity_has_rows_once_it_was_measured():
+    import pandas as pd
+
+    rows = [
+        {"intervention": "linearity", "run": run, "anchor": anchor, "step": step, "scale": s, "gain_share": 0.9,
+         "kl_ratio": math.exp(size * s * (-1) ** step)}
+        for run, size in (("opd", 0.01), ("rl", 0.02)) for anchor in ("previous", "base")
+        for step in (4, 5) for s in (0.0, 2.0, 8.0)
+    ]  # fmt: skip
+    family = module.Family.__new__(module.Family)
+    family.interventions = [pd.DataFrame(rows)] * 3
+    two, eight, share = module.linearity_rows(family)
+    assert two.opd == pytest.approx([0.02] * 3) and eight.rl == pytest.approx([0.16] * 3)
+    assert eight.test == pytest.approx([-0.08] * 3) and share.test == pytest.approx([0.9] * 3)
+
+
 def test_measuring_writes_the_value_of_every_seed(tmp_path):
     """The whole path from tables of runs to the JSON, on made-up tables."""
     import pandas as pd

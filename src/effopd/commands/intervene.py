@@ -16,7 +16,7 @@ from effopd.common.progress import Counted
 from effopd.common.versions import versions
 from effopd.interventions.editable_model import EditableModel, save_point
 from effopd.interventions.kinds import INTERVENTIONS, reference_points
-from effopd.interventions.measure import Evaluator, measure_points
+from effopd.interventions.measure import Evaluator
 from effopd.interventions.points import Point
 from effopd.interventions.results import InterventionResults, merged_settings, write_settings
 from effopd.interventions.sources import Sources
@@ -24,6 +24,7 @@ from effopd.launch.meta_model import check_positions_of
 from effopd.launch.preflight import check_models, check_task
 from effopd.models.files import load_model, load_tokenizer
 from effopd.report.intervention_table import intervention_table
+from effopd.report.linearity_table import linearity_table
 from effopd.runs.console import quiet_hosts
 from effopd.runs.lines import missing_answers
 from effopd.tasks import Task, load_task
@@ -46,9 +47,11 @@ def run_intervene(argv: Sequence[str]) -> int:
         results = InterventionResults(str(models.out), decided | _task_settings(request))
         task, tokenizer = _load_task(sources, request)
     inputs = sources.point_inputs(request.options)
-    points = INTERVENTIONS[request.intervention].points(inputs)
+    kind = INTERVENTIONS[request.intervention]
+    points = kind.points(inputs)
     if results is not None:
-        _evaluate([*reference_points(inputs), *points], sources, request, results, task, tokenizer)
+        references = reference_points(inputs) if kind.graded else []
+        _evaluate([*references, *points], sources, request, results, task, tokenizer)
         _report(results, request.intervention, sources)
         if text := _missing(results, request):
             print(text)
@@ -88,7 +91,9 @@ def _load_task(sources: Sources, request: Request) -> tuple[Task, Any]:
     """Load the prompts and the base's tokenizer; check prompts, tokenizer and models together."""
     load = {"trust_remote_code": request.models.trust_remote_code}
     tokenizer = load_tokenizer("--base", str(sources.base.path), **load)
-    task = load_task(request.task, "eval", why="Answers are needed to tell right from wrong.")
+    graded = INTERVENTIONS[request.intervention].graded
+    why = "Answers are needed to tell right from wrong."
+    task = load_task(request.task, "eval", answers_required=graded, why=why)
     longest = check_task(task, tokenizer, request.task.max_prompt_length, **request.sampling.template)
     answer = request.sampling.max_new_tokens
     check_positions_of("--base", str(sources.base.path), longest, answer, "--max_new_tokens", **load)
@@ -120,7 +125,7 @@ def _evaluate(
         loaded = None if teacher is None else load_model("--teacher", str(resolve_model(teacher)), **load)
     evaluator = Evaluator(model, tokenizer, task, request.sampling, loaded)
     results.begin([f"{name} {version}" for name, version in versions().items()])
-    measure_points(points, editable, sources, evaluator, results)
+    INTERVENTIONS[request.intervention].measure(points, editable, sources, evaluator, results)
 
 
 def _save(points: Sequence[Point], sources: Sources, request: Request, settings: dict[str, Any]) -> None:
@@ -143,7 +148,8 @@ def _report(results: InterventionResults, intervention: str, sources: Sources) -
     coordinates = results.coordinates(intervention)
     console = Console()
     console = console if console.is_terminal else Console(width=_PRINTED_WIDTH)
-    console.print(intervention_table(frame, intervention, coordinates))
+    linear = intervention == "linearity"
+    console.print(linearity_table(frame) if linear else intervention_table(frame, intervention, coordinates))
     if intervention == "embedding" and all(part.place.module != "head" for part in sources.base.parts()):
         print("note: the base ties its head to its embeddings, so its embeddings also serve as its head.")
     print(f"table:  {results.root / 'results.csv'} (and .parquet)")

@@ -152,4 +152,15 @@ def parse_intervene(argv: Sequence[str]) -> Request:
         raise ConfigError(
             "--task is missing: expected a task to evaluate on. To only write checkpoints, use --save_dir."
         )
+    if not INTERVENTIONS[extra.intervention].graded:
+        _check_ungraded(extra.intervention, models)
     return Request(extra.intervention, models, options, sampling, task)
+
+
+def _check_ungraded(intervention: str, models: InterveneArguments) -> None:
+    if models.save_dir is not None:
+        raise ConfigError(
+            f"--save_dir: {intervention} measures models, and writes none. Leave it out. To write W0 + αΔW, use alpha."
+        )
+    if models.teacher is None:
+        raise ConfigError(f"--teacher is missing: {intervention} measures the KL to a teacher.")

@@ -140,8 +140,8 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> Interval:
     return Interval(over_prompts.mean, max(0.0, over_prompts.low), min(1.0, over_prompts.high), over_prompts.n)
 
 
-def ratio_with_error(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Token mean Σ sums / Σ counts, and its standard error over sequences by the delta method.
+def ratio_with_error(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
+    """Ratio Σ sums / Σ counts, such as a token mean, and its standard error by the delta method.
 
     The standard error is 0 for a single sequence.
     """

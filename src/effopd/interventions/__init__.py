@@ -13,4 +13,5 @@ sources.py         base and trained checkpoints
 editable_model.py  a model in memory, moved to a point and restored
 results.py         rows and table in a folder
 measure.py         evaluation of every point
+linearity.py       KL along an update, predicted from two forwards
 """

@@ -11,18 +11,24 @@ one new model from those of the base and the trained model.
     rank          the leading or trailing p % of the components of ΔW         (fig. 3)
     norm_scaling  an early ΔW_t scaled toward the final norm                  (fig. 4c)
     random        a random direction of the same norm, as the control
+    linearity     the KL along W_t + sΔ predicted from two forwards, against the true KL
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from effopd.interventions.editable_model import EditableModel
 from effopd.interventions.edits import interpolated
+from effopd.interventions.linearity import linearity_points, measure_linearity
+from effopd.interventions.measure import Evaluator, measure_points
 from effopd.interventions.part_kinds import embedding_points, swap_points, window_points
 from effopd.interventions.points import BASE, Point, PointInputs, require_trajectories, take_trained, trained_name
+from effopd.interventions.results import InterventionResults
+from effopd.interventions.sources import Sources
 from effopd.interventions.update_kinds import norm_scaling_points, random_points, rank_points
 from effopd.weights.difference import Update
 
@@ -71,10 +77,15 @@ class Intervention:
     Attributes:
         points: builds its points. `effopd intervene --help` prints the first line of its docstring.
         options: the fields of `InterventionOptions` that it reads.
+        measure: measures the points that have no result yet.
+        graded: whether answers are graded, next to those of the base and the trained models.
+            Otherwise it needs a teacher, and writes no checkpoints.
     """
 
     points: Callable[[PointInputs], list[Point]]
     options: tuple[str, ...] = ()
+    measure: Callable[[Sequence[Point], EditableModel, Sources, Evaluator, InterventionResults], None] = measure_points
+    graded: bool = True
 
 
 INTERVENTIONS = {
@@ -86,4 +97,7 @@ INTERVENTIONS = {
     "rank": Intervention(rank_points, ("percents", "ends", "rank_norm", "rest")),
     "norm_scaling": Intervention(norm_scaling_points, ("betas", "early_steps")),
     "random": Intervention(random_points, ("random_seeds",)),
+    "linearity": Intervention(
+        linearity_points, ("scales", "known_scales", "anchors"), measure_linearity, graded=False
+    ),
 }

@@ -40,6 +40,11 @@ class Evaluator:
             for model in (self.model, self.teacher):
                 logit_path(model)  # raises before anything is sampled
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Size of the vocabulary shared with the teacher; `None`: no teacher."""
+        return self._vocab_size
+
     def measure(self) -> dict[str, Any]:
         """Accuracy with 95 % interval over prompts, per-prompt accuracies, lengths and cost.
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from effopd.errors import ConfigError
 
 RANK_NORMS, RANK_ENDS, RESTS = ("own", "full", "shared"), ("top", "bottom"), ("trained", "base")
+ANCHORS = ("previous", "base")
+#: Largest scale of a line.
+_LARGEST = 1e6
 
 
 @dataclass
@@ -67,13 +70,30 @@ class InterventionOptions:
         default_factory=lambda: [0, 1, 2], metadata={"help": "random: seeds, one random direction each."}
     )
 
+    scales: list[float] = field(
+        default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        metadata={"help": "linearity: scales s of W_t + sΔ; 0 and the known scales are added."},
+    )
+    known_scales: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "linearity: scales whose hidden states are known; at least two."},
+    )
+    anchors: list[str] = field(
+        default_factory=lambda: list(ANCHORS),
+        metadata={
+            "help": "linearity: start of Δ = W_t − anchor. 'previous': the saved step before t, or the base if there "
+            "is none; 'base': W0."
+        },
+    )
+
     def __post_init__(self) -> None:
-        for name in ("alphas", "percents", "betas", "ends", "random_seeds"):
+        lists = ("alphas", "percents", "betas", "scales", "known_scales")
+        for name in (*lists, "ends", "random_seeds", "anchors"):
             values = getattr(self, name)
             if not values:
                 raise ConfigError(f"--{name}: expected at least one value, got none.")
             setattr(self, name, list(dict.fromkeys(values)))
-        for name in ("alphas", "percents", "betas"):
+        for name in lists:
             bad = [v for v in getattr(self, name) if not isinstance(v, int | float) or not math.isfinite(v)]
             if bad:
                 raise ConfigError(f"--{name}: expected finite numbers, got {bad[0]!r}. Write e.g. --{name} 0.5 1.")
@@ -84,7 +104,20 @@ class InterventionOptions:
             raise ConfigError(f"--half_width: expected at least 0 layers, got {self.half_width}.")
         if any(seed < 0 for seed in self.random_seeds):
             raise ConfigError(f"--random_seeds: expected integers of at least 0, got {min(self.random_seeds)}.")
-        for name, known in (("ends", RANK_ENDS), ("rank_norm", RANK_NORMS), ("rest", RESTS)):
+        for name in ("scales", "known_scales"):
+            if bad := [value for value in getattr(self, name) if abs(value) > _LARGEST]:
+                raise ConfigError(f"--{name}: expected numbers from -1e6 to 1e6, got {bad[0]:g}.")
+        if len(self.known_scales) < 2:
+            raise ConfigError(
+                f"--known_scales: expected at least two different scales, got {self.known_scales[0]:g}. A line has "
+                "two known points, for example --known_scales 0 1."
+            )
+        for name, known in (
+            ("ends", RANK_ENDS),
+            ("rank_norm", RANK_NORMS),
+            ("rest", RESTS),
+            ("anchors", ANCHORS),
+        ):
             value = getattr(self, name)
             for item in value if isinstance(value, list) else [value]:
                 if item not in known:

@@ -46,7 +46,7 @@ class InterventionResults:
         self.root = Path(root)
         self._settings = merged_settings(self.root, settings)
         self.rows: dict[str, dict[str, Any]] = {row["id"]: row for row in read_rows(self.root / ROWS)}
-        self._models = {row["model"]: row for row in self.rows.values()}
+        self._models = {row["model"]: row for row in self.rows.values() if _is_graded(row)}
 
     def begin(self, comments: Sequence[str] = ()) -> None:
         """Create the folder, write the settings, and drop a last row cut short by a kill."""
@@ -60,7 +60,7 @@ class InterventionResults:
         return point_id in self.rows
 
     def of_model(self, model: str) -> dict[str, Any] | None:
-        """Row of a finished point of this model (`Point.same_model`), if there is one."""
+        """Row of a graded point of this model (`Point.same_model`), if there is one."""
         return self._models.get(model)
 
     def add(self, point: Point, step: int | None, norm: float, measured: Mapping[str, Any]) -> None:
@@ -79,7 +79,8 @@ class InterventionResults:
         }
         append_row(self.root / ROWS, row)
         self.rows[point.id] = row
-        self._models.setdefault(model, row)
+        if _is_graded(row):
+            self._models.setdefault(model, row)
 
     def coordinates(self, intervention: str) -> list[str]:
         """Names of the coordinates of the intervention's points."""
@@ -109,6 +110,10 @@ class InterventionResults:
         return frame
 
 
+def _is_graded(row: Mapping[str, Any]) -> bool:
+    return "accuracies" in row["measured"]
+
+
 def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mapping[str, Any] | None) -> dict[str, Any]:
     measured = {key: value for key, value in row["measured"].items() if key != "accuracies"}
     flat = {
@@ -123,7 +128,7 @@ def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mappi
         **row["measures"],
     }
     for name, reference in (("accuracy_change", base), ("change_from_trained", trained)):
-        if reference is None:
+        if not _is_graded(row) or reference is None:
             change = Interval(math.nan, math.nan, math.nan, 0)
         elif reference["model"] == row["model"]:
             change = Interval(0.0, 0.0, 0.0, 0)

@@ -26,6 +26,7 @@ from effopd.report.intervention_panels import (
     groups_of,
     summarised,
 )
+from effopd.report.linearity_figure import linearity_figure
 from effopd.report.style import group_colors
 
 
@@ -225,4 +226,5 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "rank": rank_figure,
     "norm_scaling": norm_scaling_figure,
     "random": random_figure,
+    "linearity": linearity_figure,
 }
