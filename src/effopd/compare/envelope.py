@@ -67,11 +67,11 @@ class Envelope:
 
         def rank(arm: Arm) -> tuple[float, float]:
             made = [other for other in others if (arm, other) in self._by_place]
-            costs = [self.cost(arm, other, share) for other in made]
+            costs = [math.inf if (c := self.cost(arm, other, share)) is None else c for other in made]
             finals = [self._by_place[arm, other].evaluations[-1].kl for other in made]
             if not made:
                 return math.inf, math.inf
-            return statistics.median(math.inf if c is None else c for c in costs), statistics.median(finals)
+            return statistics.median(costs), statistics.median(finals)
 
         return min(arms, key=rank)
 

@@ -17,9 +17,9 @@ from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab
 from effopd.distill.trl_host.state import has_trls_loss
 from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.extrapolate.movable import MovableWeights
 from effopd.extrapolate.moving_head import moving_head
+from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.models.checks import check_models
 from effopd.models.head import Head

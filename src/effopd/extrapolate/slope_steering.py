@@ -1,6 +1,7 @@
 r"""Learning rate steered by the slope of the loss after each step, at no cost in forward passes.
 
-    c_t = cos(∇L_{t+1}(W_{t+1}), Δ_t),   Δ_t = W_{t+1} − W_t ∝ −m_t / (√v_t + ε)   (Adam, bias-corrected)
+    c_t = cos(∇L_{t+1}(W_{t+1}), Δ_t)
+    Δ_t = W_{t+1} − W_t ∝ −m_t / (√v_t + ε)      Adam's step, with bias-corrected moments
     η ← η · min(max(exp(−2.3 c_t), ½), 2)
 
 The gradient of step t+1 comes from rollouts that step t did not train on. Its product with Δ_t is

@@ -29,7 +29,11 @@ class TeacherDivergence(Protocol):
         """Teacher's hidden states [N, H] at the N scored positions of each batch."""
 
     def __call__(
-        self, model: Any, batches: Sequence[TokenBatch], teacher_hidden: Sequence[Tensor], keep: list[Tensor] | None
+        self,
+        model: Any,
+        batches: Sequence[TokenBatch],
+        teacher_hidden: Sequence[Tensor],
+        keep: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """D(model, teacher) [N], in nats, at the scored positions of each batch.
 
@@ -85,7 +89,8 @@ class RolloutScorer:
 
     def begin(self, model: Any, weights: Any) -> None:
         """Begin a line from the current weights W, for `slope`. Ends with `end`."""
-        self._head, self._hidden = self._divergence.moving_head(model, weights), {}
+        moving_head = getattr(self._divergence, "moving_head", None)
+        self._head, self._hidden = moving_head and moving_head(model, weights), {}
 
     def end(self) -> None:
         """Release what `begin` holds."""
@@ -128,7 +133,8 @@ class RolloutScorer:
         """Summed divergence and scored tokens per rollout of this rank; tokens per forward pass."""
         if self._teacher is None:
             self._teacher = self._divergence.teacher_hidden(self._batches)
-        values = self._divergence(model, self._batches, self._teacher, keep)
+        more = {} if keep is None else {"keep": keep}
+        values = self._divergence(model, self._batches, self._teacher, **more)
         sums = [each for batch, value_N in zip(self._batches, values, strict=True) for each in batch.sums(value_N)]
         lengths = [length for batch in self._batches for length in batch.lengths]
         return sums, lengths, sum(batch.tokens for batch in self._batches)
