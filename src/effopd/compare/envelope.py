@@ -54,7 +54,7 @@ class Envelope:
         run = self._by_place.get((arm, seed))
         if run is None:
             return None
-        reached: Cost | None = run.cost(share * run.evaluations[0].kl, "kl", False)
+        reached: Cost | None = run.cost(share * _kl(run, 0), "kl", False)
         return None if reached is None else float(getattr(reached, self.axis))
 
     def opponent(self, seed: int, share: float) -> Arm:
@@ -67,11 +67,11 @@ class Envelope:
 
         def rank(arm: Arm) -> tuple[float, float]:
             made = [other for other in others if (arm, other) in self._by_place]
-            costs = [self.cost(arm, other, share) for other in made]
-            finals = [self._by_place[arm, other].evaluations[-1].kl for other in made]
+            costs = [math.inf if (c := self.cost(arm, other, share)) is None else c for other in made]
+            finals = [_kl(self._by_place[arm, other], -1) for other in made]
             if not made:
                 return math.inf, math.inf
-            return statistics.median(math.inf if c is None else c for c in costs), statistics.median(finals)
+            return statistics.median(costs), statistics.median(finals)
 
         return min(arms, key=rank)
 
@@ -83,3 +83,9 @@ class Envelope:
             if (arm, seed) in self._by_place and (self.opponent(seed, share), seed) in self._by_place
         ]
         return median_with_interval(ratios)
+
+
+def _kl(run: GridRun, index: int) -> float:
+    kl = run.evaluations[index].kl
+    assert kl is not None, "`read_run` refuses runs without it"
+    return kl

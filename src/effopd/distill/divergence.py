@@ -316,6 +316,7 @@ def divergences(
     beta: float,
     temperature: float,
     teacher_hidden: Sequence[Tensor] | None = None,
+    keep: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Exact divergence D [N], in nats, at the N scored positions of each batch.
 
@@ -324,12 +325,15 @@ def divergences(
 
     Args:
         teacher_hidden: `batch.hidden(teacher)` of each batch; `None`: computed here.
+        keep: the student's hidden states of each batch are appended to it, if it is a list.
     """
 
     def measure() -> list[Tensor]:
         values = []
         for index, batch in enumerate(batches):
             h_student_NH = batch.hidden(student)
+            if keep is not None:
+                keep.append(h_student_NH)
             h_teacher_NH = batch.hidden(teacher) if teacher_hidden is None else teacher_hidden[index]
             # after the forward: before it, the head of a sharded student is not whole yet
             heads = [Head.of(model, vocab_size) for model in (student, teacher)]

@@ -8,17 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from trl import DistillationTrainer
 
 from effopd.common.distributed import rank, world_size
+from effopd.common.float64 import for_float64
 from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab_size
 from effopd.distill.trl_host.state import has_trls_loss
 from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.movable import MovableWeights
+from effopd.extrapolate.moving_head import moving_head
 from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.models.checks import check_models
+from effopd.models.head import Head
 from effopd.models.logit_path import core_of, is_whole, logit_path
+from effopd.models.ray import MovingHead, RayKL
 from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 from effopd.tasks.sampling import Sampling
@@ -190,14 +196,39 @@ class TrainedDivergence:
         with self.trainer.accelerator.autocast():
             return [batch.hidden(self._teacher) for batch in batches]
 
-    def __call__(self, model: Any, batches: Sequence[TokenBatch], teacher_hidden: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self,
+        model: Any,
+        batches: Sequence[TokenBatch],
+        teacher_hidden: Sequence[Tensor],
+        keep: list[Tensor] | None = None,
+    ) -> list[Tensor]:
         """D(model, teacher) [N], in nats, at the scored positions of each batch."""
         trainer = self.trainer
         with trainer.accelerator.autocast():
             return divergences(
                 model, self._teacher, batches, vocab_size=self._vocab_size, beta=trainer.beta,
-                temperature=trainer.temperature, teacher_hidden=teacher_hidden,
+                temperature=trainer.temperature, teacher_hidden=teacher_hidden, keep=keep,
             )  # fmt: skip
+
+    def moving_head(self, model: Any, weights: MovableWeights) -> MovingHead | None:
+        """The output layer along W + s·Δ; `None` unless D is the reverse KL of unsharded models."""
+        if self.trainer.beta != 1 or weights.sharded or isinstance(self._teacher, FSDPModule):
+            return None
+        return moving_head(model, weights, self._vocab_size)
+
+    def slope(
+        self, head: MovingHead, teacher_hidden: Sequence[Tensor], hidden: Mapping[float, Sequence[Tensor]]
+    ) -> tuple[float, float]:
+        """Σ over positions of D′(0) and of E var_π(δz), with z interpolated between 0 and 1."""
+        ray = RayKL(
+            head, Head.of(self._teacher, self._vocab_size), torch.cat(list(teacher_hidden)),
+            temperature=self.trainer.temperature,
+        )  # fmt: skip
+        for scale, parts in hidden.items():
+            ray.add(scale, torch.cat(list(parts)))
+        at = ray.derivatives(0.0)
+        return float(for_float64(at.slope).double().sum()), float(for_float64(at.gauss_newton).double().sum())
 
 
 def _check_loss(trainer: Any, models: Mapping[str, Any]) -> None:

@@ -35,7 +35,11 @@ class OptimizerUpdate:
                 "optimizer=…, or set reset_moments=False and adapt_learning_rate=False."
             )
         self._optimizer = optimizer if config.reset_moments else None
-        self.rate = LearningRateMultiplier(optimizer, wanted) if config.adapt_learning_rate else None
+        self.rate = (
+            LearningRateMultiplier(optimizer, wanted, by_slope=config.rules.steers_by_slope)
+            if config.adapt_learning_rate
+            else None
+        )
 
     @property
     def factor(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from effopd.errors import ConfigError
+from effopd.extrapolate.slope_steering import slope_cosine, steering_factor
 
 #: Optimizer → its active `LearningRateMultiplier`; weak references on both sides.
 _ACTIVE: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[LearningRateMultiplier]] = (
@@ -61,9 +62,11 @@ class LearningRateMultiplier:
     Args:
         optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate.
         wanted: called before every step; if it returns false, the step uses the schedule's rate.
+        by_slope: multiply `factor` by `steering_factor(slope_cosine(optimizer))` before every step.
 
     Attributes:
         factor: the multiplier; initially 1.
+        cosine: `slope_cosine` before the last step; `None`: not known, or `by_slope` is off.
 
     Raises:
         ConfigError: the object is not a `torch.optim.Optimizer`, or another
@@ -81,7 +84,7 @@ class LearningRateMultiplier:
 
     _wanted: Callable[[], bool]
 
-    def __init__(self, optimizer: Any, wanted: Callable[[], bool] = lambda: True):
+    def __init__(self, optimizer: Any, wanted: Callable[[], bool] = lambda: True, *, by_slope: bool = False):
         inner = getattr(optimizer, "optimizer", optimizer)  # unwrap accelerate's optimizer
         if not isinstance(inner, torch.optim.Optimizer):
             raise ConfigError(
@@ -97,6 +100,8 @@ class LearningRateMultiplier:
         if other is not None:
             other.close()
         self.factor = 1.0
+        self.cosine: float | None = None
+        self._by_slope = by_slope
         self._optimizer, self._wanted = inner, wanted
         self._schedule: list[Any] | None = None
         self._applied: float | None = None
@@ -121,6 +126,9 @@ class LearningRateMultiplier:
 
     def _multiply(self) -> None:
         self.release()  # after a step that raised
+        if self._by_slope and self._wanted():
+            self.cosine = slope_cosine(self._optimizer)
+            self.factor *= 1.0 if self.cosine is None else steering_factor(self.cosine)
         self._applied = self.factor if self._wanted() else 1.0
         groups = self._optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]

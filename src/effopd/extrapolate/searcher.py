@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,42 @@ from effopd.common.distributed import assert_same_on_ranks, broadcast_from_rank0
 from effopd.common.isolation import evaluating, isolated_rng
 from effopd.errors import NonFiniteWeightsError
 from effopd.extrapolate.movable import Direction, MovableWeights
-from effopd.extrapolate.scorers.base import Scorer, ask
+from effopd.extrapolate.scorers.base import Scorer, SlopeScorer, ask
 from effopd.extrapolate.search import Score, SearchResult, Trial
+
+
+class Along:
+    """s → Score of W + s·D, for one search; the model is moved to the point.
+
+    Args:
+        searcher: moves and scores the model.
+        seed: seed of all scores.
+    """
+
+    def __init__(self, searcher: Searcher, seed: int):
+        self._searcher, self._seed = searcher, seed
+
+    def __call__(self, scale: float) -> Score:
+        return self._searcher.score_at(scale, self._seed)
+
+    @contextmanager
+    def with_slope(self) -> Iterator[Callable[[], tuple[float, float] | None]]:
+        """In this block, the scorer keeps what it needs for the slope. Enter it at W, unscored.
+
+        Yields a function, to be called after scales 0 and 1 have been scored. It returns the slope
+        of the scored divergence at scale 0 and its Gauss–Newton curvature, or `None` if the scorer
+        does not know them.
+        """
+        scorer = self._searcher.scorer
+        if not isinstance(scorer, SlopeScorer):
+            yield lambda: None
+            return
+        scorer.begin(self._searcher.model, self._searcher.weights)
+        try:
+            yield scorer.slope
+        finally:
+            scorer.end()
+
 
 #: Result if the weights equal the anchor: there is no direction, so the model stays.
 NOWHERE = SearchResult(0.0, (Trial(0.0, None, "start"),))
@@ -35,12 +70,12 @@ class Searcher:
         self._seed, self._timeout = seed, timeout
 
     def search(
-        self, step: int, direction: Direction, decide: Callable[[Callable[[float], Score]], SearchResult]
+        self, step: int, direction: Direction, decide: Callable[[Along], SearchResult]
     ) -> tuple[SearchResult, int]:
         """Run `decide` on points along `direction` and move the model to the scale it accepts.
 
         Args:
-            decide: (s → score of W + s·D) → search result.
+            decide: (scores of W + s·D) → search result.
 
         Returns:
             The search result, and the bytes held beside the model during the search.
@@ -53,7 +88,7 @@ class Searcher:
         nbytes = self.weights.nbytes
         try:
             with evaluating(self.model):
-                result = decide(lambda scale: self._score(scale, seed))
+                result = decide(Along(self, seed))
             result = self._move(result)
             if world_size() > 1:
                 assert_same_on_ranks(
@@ -70,7 +105,7 @@ class Searcher:
         self.weights.begin()
         try:
             with evaluating(self.model):
-                return self._score(0.0, self.seed_at(step))
+                return self.score_at(0.0, self.seed_at(step))
         finally:
             self.weights.abort()
 
@@ -85,10 +120,14 @@ class Searcher:
         """Seed shared by all scores of one step."""
         return int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
 
-    def _score(self, scale: float, seed: int) -> Score:
-        assert self.scorer is not None
+    def score_at(self, scale: float, seed: int) -> Score:
+        """Move to a scale and score it."""
+        scorer = self.scorer
+        assert scorer is not None
         self.weights.move_to(scale)
-        return ask(self.scorer, self.model, scale, seed, self._timeout)
+        if isinstance(scorer, SlopeScorer):
+            return ask(lambda model: scorer(model, scale), self.model, scale, seed, self._timeout)
+        return ask(scorer, self.model, scale, seed, self._timeout)
 
     def _move(self, result: SearchResult) -> SearchResult:
         """Move to the accepted scale; stay if that point, unscored so far, is not finite."""

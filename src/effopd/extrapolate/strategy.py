@@ -55,6 +55,8 @@ class Strategy:
         needs_full_matrices: true if D is not Δ. LoRA adapters and sharded matrices are then
             refused.
         fit: predicts D from the first steps; replaces `direction` and the schedule.
+        steers_by_slope: with `adapt_learning_rate`, the slope of the loss after each step changes
+            the learning rate too (`slope_steering`).
     """
 
     help: str
@@ -64,6 +66,7 @@ class Strategy:
     direction: Callable[[int, int], Direction] = last_displacement
     needs_full_matrices: bool = False
     fit: Fit | None = None
+    steers_by_slope: bool = False
 
 
 #: Strategies by name; each file in `strategies/` adds its entries.

@@ -47,11 +47,11 @@ class WorkedTask:
     max_new_tokens: int
     write: Callable[[Mapping[str, Any]], str]
 
-    def config(self, name: str, **sizes: int) -> TaskConfig:
+    def config(self, name: str, train_size: int, eval_size: int, task_seed: int = 0) -> TaskConfig:
         """The task's settings, as the recipes have them."""
         return TaskConfig(
             task=f"reasoning-gym:{name}", task_args=dict(self.args), prompt_suffix="", system_prompt=SYSTEM_PROMPT,
-            verifier=VERIFIER, **sizes,
+            verifier=VERIFIER, train_size=train_size, eval_size=eval_size, task_seed=task_seed,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -17,6 +17,23 @@ from effopd.extrapolate.search import Score
 
 #: model → score, larger is better.
 Scorer = Callable[[Any], "Score | float"]
+
+
+@runtime_checkable
+class SlopeScorer(Protocol):
+    """A scorer that also knows the slope of its divergence along a line, from two scores."""
+
+    def begin(self, model: Any, weights: Any) -> None:
+        """Begin a line from the current weights."""
+
+    def __call__(self, model: Any, scale: float | None = None) -> Score:
+        """Score of the model, which is at `scale` of the line."""
+
+    def slope(self) -> tuple[float, float] | None:
+        """Slope and Gauss–Newton curvature at scale 0, after scores of 0 and 1; `None`: unknown."""
+
+    def end(self) -> None:
+        """Release what `begin` holds."""
 
 
 @dataclass(frozen=True)

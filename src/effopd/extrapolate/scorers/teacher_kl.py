@@ -12,7 +12,7 @@ that W visits.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -28,8 +28,26 @@ class TeacherDivergence(Protocol):
     def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Teacher's hidden states [N, H] at the N scored positions of each batch."""
 
-    def __call__(self, model: Any, batches: Sequence[TokenBatch], teacher_hidden: Sequence[Tensor]) -> list[Tensor]:
-        """D(model, teacher) [N], in nats, at the scored positions of each batch."""
+    def __call__(
+        self,
+        model: Any,
+        batches: Sequence[TokenBatch],
+        teacher_hidden: Sequence[Tensor],
+        keep: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """D(model, teacher) [N], in nats, at the scored positions of each batch.
+
+        Args:
+            keep: the student's hidden states of each batch are appended to it, if it is a list.
+        """
+
+    def moving_head(self, model: Any, weights: Any) -> Any | None:
+        """The output layer of `model` along W + s·Δ; `None`: the slope of D is not implemented."""
+
+    def slope(
+        self, head: Any, teacher_hidden: Sequence[Tensor], hidden: Mapping[float, Sequence[Tensor]]
+    ) -> tuple[float, float]:
+        """Σ over positions of D′(0) and of its Gauss–Newton D″(0), from hidden states by scale."""
 
 
 class RolloutScorer:
@@ -49,6 +67,8 @@ class RolloutScorer:
         self._divergence, self._rollouts = divergence, rollouts
         self._batches: list[TokenBatch] = []
         self._teacher: list[Tensor] | None = None
+        self._head: Any | None = None
+        self._hidden: dict[float, list[Tensor]] = {}
 
     def take(self, batches: Iterable[TokenBatch]) -> None:
         """Set the rollouts to score: the micro-batches of a new step, not yet trained on.
@@ -67,10 +87,37 @@ class RolloutScorer:
         """Release the rollouts."""
         self._batches, self._teacher = [], None
 
-    def __call__(self, model: Any) -> Score:
+    def begin(self, model: Any, weights: Any) -> None:
+        """Begin a line from the current weights W, for `slope`. Ends with `end`."""
+        moving_head = getattr(self._divergence, "moving_head", None)
+        self._head, self._hidden = moving_head and moving_head(model, weights), {}
+
+    def end(self) -> None:
+        """Release what `begin` holds."""
+        self._head, self._hidden = None, {}
+
+    def slope(self) -> tuple[float, float] | None:
+        """D′(0) and its Gauss–Newton D″(0) on the scored tokens, in nats, from scores 0 and 1.
+
+        `None`: not implemented for this divergence or model.
+        """
+        if self._head is None or not {0.0, 1.0} <= self._hidden.keys():
+            return None
+        head, teacher, hidden = self._head, self._teacher, self._hidden
+        assert teacher is not None, "scores come first"
+        parts = all_gather_or_raise(
+            lambda: (*self._divergence.slope(head, teacher, hidden), sum(len(h) for h in hidden[0.0]))
+        )
+        first, second, positions = (sum(column) for column in zip(*parts, strict=True))
+        return first / positions, second / positions
+
+    def __call__(self, model: Any, scale: float | None = None) -> Score:
         assert self._batches, "the trainer hands out rollouts before it searches"
         start, forwards = time.perf_counter(), 2 if self._teacher is None else 1
-        parts = all_gather_or_raise(lambda: self._part(model))
+        keep: list[Tensor] | None = [] if self._head is not None and scale in (0.0, 1.0) else None
+        parts = all_gather_or_raise(lambda: self._part(model, keep))
+        if keep is not None and scale is not None:
+            self._hidden[scale] = keep
         sums, lengths = [value for part in parts for value in part[0]], [n for part in parts for n in part[1]]
         tokens = sum(part[2] for part in parts)
         mean_length = max(1, sum(lengths)) / len(lengths)
@@ -82,11 +129,12 @@ class RolloutScorer:
             forward_tokens=forwards * tokens,
         )
 
-    def _part(self, model: Any) -> tuple[list[float], list[int], int]:
+    def _part(self, model: Any, keep: list[Tensor] | None) -> tuple[list[float], list[int], int]:
         """Summed divergence and scored tokens per rollout of this rank; tokens per forward pass."""
         if self._teacher is None:
             self._teacher = self._divergence.teacher_hidden(self._batches)
-        values = self._divergence(model, self._batches, self._teacher)
+        more = {} if keep is None else {"keep": keep}
+        values = self._divergence(model, self._batches, self._teacher, **more)
         sums = [each for batch, value_N in zip(self._batches, values, strict=True) for each in batch.sums(value_N)]
         lengths = [length for batch in self._batches for length in batch.lengths]
         return sums, lengths, sum(batch.tokens for batch in self._batches)

@@ -2,6 +2,7 @@
 
 # isort: off
 from effopd.extrapolate.strategies import line_search as line_search
+from effopd.extrapolate.strategies import newton_search as newton_search
 from effopd.extrapolate.strategies import paper as paper
 from effopd.extrapolate.strategies import noop as noop
 from effopd.extrapolate.strategies import fixed as fixed

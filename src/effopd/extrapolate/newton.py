@@ -1,0 +1,127 @@
+r"""`newton_search`: scale s of W + s·Δ from slope and curvature at W, then checked and corrected.
+
+    s₁ = −D′(0) / D″(0)                              Newton's step on the scored divergence D
+    D(s) ≈ D(0) + D′(0) s + (D(s₁) − D(0) − D′(0) s₁) (s / s₁)²,   s₂ = its minimum
+
+D″(0) is the Gauss–Newton curvature E var_π(δz), which is positive. Doubling the scale until the
+score falls takes log₂ s + 3 scores; this search takes three to five, however far the minimum is.
+Only scored points are accepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from effopd.errors import NonFiniteWeightsError
+from effopd.extrapolate.search import GATES, Score, SearchResult, Trial, line_search
+
+#: A candidate closer than this to a scored point, as a share of its scale, is not scored.
+CLOSE = 0.15
+#: A correction moves the scale by at most this factor.
+_FACTOR = 4.0
+#: Corrections after Newton's step.
+_CORRECTIONS = 2
+
+
+def newton_search(
+    score: Callable[[float], Score],
+    slope: Callable[[], tuple[float, float] | None],
+    gate: str = "significant",
+    z: float | None = 2.0,
+    longest: float = 65536.0,
+) -> SearchResult:
+    """Score 0, 1, Newton's step and up to two corrections; accept the best that passes the gate.
+
+    Gate `significant` applies to forward jumps only, as in `line_search`.
+
+    Args:
+        score: s → score of W + s·Δ, larger is better; −D.
+        slope: called after scales 0 and 1 have been scored. Returns (D′(0), Gauss–Newton D″(0)) on
+            the scored examples; `None` if they are not known: then `line_search` decides.
+        gate: `not_worse`, `better` or `significant`, see `GATES`; against the start.
+        z: threshold of `significant` in standard errors; `None` for the other gates.
+        longest: largest scale tried.
+
+    Example:
+        >>> loss = lambda s: (s - 40.0) ** 2
+        >>> result = newton_search(lambda s: Score(-loss(s)), lambda: (-80.0, 2.0), "better", None)
+        >>> result.accepted_scale, [trial.scale for trial in result.trials]
+        (40.0, [0.0, 1.0, 40.0])
+    """
+    line = _Line(score, gate, z)
+    start = line.attempt(0.0)
+    if start is None:
+        return SearchResult(0.0, (Trial(0.0, line.trials[0].score, "non-finite"),))
+    line.attempt(1.0)
+    known = slope()
+    if known is None:
+        return line_search(line.again, gate, z, longest)
+    first, second = known
+    if not (second > 0 and math.isfinite(first)):
+        return line.result()
+    scale = min(max(-first / second, -1.0), longest)
+    for _ in range(1 + _CORRECTIONS):
+        if line.is_known(scale):
+            break
+        value = line.attempt(scale)
+        if scale < 0:
+            break  # backward jumps are a fallback, not worth a correction
+        bend = math.inf if value is None else (start - value - first * scale) / scale**2
+        # above 0: the parabola has a minimum; otherwise D falls faster than its slope says
+        vertex = -first / (2 * bend) if bend > 0 else math.copysign(math.inf, scale)
+        low, high = sorted((scale / _FACTOR, scale * _FACTOR))
+        scale = min(max(vertex, low, -1.0), high, longest)
+    return line.result()
+
+
+class _Line:
+    """Scored points of one search."""
+
+    def __init__(self, score: Callable[[float], Score], gate: str, z: float | None):
+        self._score, self._gate, self._z = score, gate, z
+        self._scores: dict[float, Score | None] = {}
+        self._accepted = 0.0
+        self.trials: list[Trial] = []
+
+    def again(self, scale: float) -> Score:
+        """The score of a scale, from the first time if it has been scored.
+
+        Raises:
+            NonFiniteWeightsError: the weights are not finite there.
+        """
+        if scale not in self._scores:
+            return self._score(scale)
+        known = self._scores[scale]
+        if known is None:
+            raise NonFiniteWeightsError(f"the weights at scale {scale} are not finite")
+        return known
+
+    def is_known(self, scale: float) -> bool:
+        """Whether a scored point is as good as this one."""
+        return any(abs(scale - other) <= CLOSE * max(abs(scale), abs(other)) for other in self._scores)
+
+    def attempt(self, scale: float) -> float | None:
+        """Score one scale and accept it if it wins; its mean, or `None` if that is not finite."""
+        try:
+            candidate: Score | None = self._score(scale)
+        except NonFiniteWeightsError:
+            candidate = None
+        self._scores[scale] = candidate
+        if candidate is None or not math.isfinite(candidate.mean):
+            self.trials.append(Trial(scale, candidate, "non-finite"))
+            return None
+        if not self.trials:
+            self.trials.append(Trial(scale, candidate, "start"))
+            return candidate.mean
+        start, best = self._scores[0.0], self._scores[self._accepted]
+        assert start is not None and best is not None
+        asked = "better" if self._gate == "significant" and scale < 0 else self._gate
+        wins = candidate.mean >= best.mean and GATES[asked](candidate, start, self._z)
+        self.trials.append(Trial(scale, candidate, "accepted" if wins else "rejected"))
+        self._accepted = scale if wins else self._accepted
+        return candidate.mean
+
+    def result(self) -> SearchResult:
+        """The accepted scale and all trials."""
+        return SearchResult(self._accepted, tuple(self.trials))

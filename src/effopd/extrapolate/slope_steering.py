@@ -1,0 +1,68 @@
+r"""Learning rate steered by the slope of the loss after each step, at no cost in forward passes.
+
+    c_t = cos(∇L_{t+1}(W_{t+1}), Δ_t)
+    Δ_t = W_{t+1} − W_t ∝ −m_t / (√v_t + ε)      Adam's step, with bias-corrected moments
+    η ← η · min(max(exp(−2.3 c_t), ½), 2)
+
+The gradient of step t+1 comes from rollouts that step t did not train on. Its product with Δ_t is
+therefore an unbiased estimate of the slope of the loss along Δ_t, behind the step. Negative: the
+step was too short. Positive: it was too long. Gradient clipping does not change the cosine. The
+moments still hold Δ_t right before step t+1, so nothing has to be stored.
+
+Source: hypergradient descent (arXiv 1703.04782) with the cosine in the place of the product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effopd.common.distributed import all_gather_object, local_shard
+
+#: −c · GAIN is the change of the logarithm of the learning rate; c = −0.3 doubles it.
+GAIN = 2.3
+#: Largest change per step, as a factor.
+LARGEST = 2.0
+
+
+def steering_factor(cosine: float) -> float:
+    """Learning-rate multiplier from the cosine of the new gradient and the last step.
+
+    Example:
+        >>> steering_factor(0.0), steering_factor(-1.0), steering_factor(1.0)
+        (1.0, 2.0, 0.5)
+    """
+    return min(max(math.exp(-GAIN * cosine), 1 / LARGEST), LARGEST)
+
+
+@torch.no_grad()
+def slope_cosine(optimizer: torch.optim.Optimizer) -> float | None:
+    """cos(gradient, last Adam step) over all parameters and ranks; call it right before a step.
+
+    Returns:
+        `None`: no Adam moments yet (first step, cleared, another optimizer), or not finite.
+    """
+    parts: dict[torch.device, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if parameter.grad is None or "exp_avg" not in state or "betas" not in group:
+                continue
+            parts.setdefault(parameter.device, []).append(_products(parameter.grad, state, group))
+    local = sum((torch.stack(each).cpu().double().sum(0) for each in parts.values()), torch.zeros(3).double())
+    # replicas multiply all three sums alike, so shards and replicas need no distinction
+    product, gradient, step = torch.tensor(all_gather_object(local.tolist())).double().sum(0).tolist()
+    squared = gradient * step
+    return product / math.sqrt(squared) if 0 < squared < math.inf and math.isfinite(product) else None
+
+
+def _products(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """(⟨g, Δ⟩, ‖g‖², ‖Δ‖²) of one parameter up to the rate, [3]."""
+    grad, first, second = (local_shard(t).float() for t in (grad, state["exp_avg"], state["exp_avg_sq"]))
+    variance = second / (1 - group["betas"][1] ** float(state["step"]))
+    move = first / variance.sqrt_().add_(group["eps"])
+    return torch.stack([-(grad * move).sum(), grad.square().sum(), move.square().sum()])

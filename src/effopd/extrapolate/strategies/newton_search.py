@@ -1,0 +1,27 @@
+"""`newton_search`: `line_search` with Newton's step and a learning rate steered by the slope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from effopd.extrapolate.newton import newton_search
+from effopd.extrapolate.search import SearchResult
+from effopd.extrapolate.searcher import Along
+from effopd.extrapolate.strategy import STRATEGIES, NoArgs, Strategy
+
+
+def _search(score: Any, config: Any, args: NoArgs) -> SearchResult:
+    if not isinstance(score, Along):  # a plain function s → score
+        return newton_search(score, lambda: None, config.gate, config.min_z)
+    with score.with_slope() as slope:
+        return newton_search(score, slope, config.gate, config.min_z)
+
+
+STRATEGIES["newton_search"] = Strategy(
+    "line_search with fewer scores and a learning rate that follows the slope: the first scale is Newton's step, from "
+    "slope and curvature of the divergence at W, which two forward passes give, then up to two corrections; before "
+    "each step, the cosine of the new gradient and the last update changes the rate",
+    _search,
+    {name: value for name, value in STRATEGIES["line_search"].settings.items() if name != "validation_size"},
+    steers_by_slope=True,
+)

@@ -1,0 +1,103 @@
+"""Newton's step along Δ: exact where theory says so, few scores, never worse than the start."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from effopd.errors import NonFiniteWeightsError
+from effopd.extrapolate.newton import newton_search
+from effopd.extrapolate.search import Score, line_search
+
+
+def softmax_line(best: float, noise: float = 0.0, positions: int = 64, vocabulary: int = 50):
+    """KL(s) of logits z + s·δ to a teacher at s = `best` plus noise; its slope and Gauss–Newton."""
+    g = torch.Generator().manual_seed(0)
+    z, delta, other = (torch.randn(positions, vocabulary, generator=g, dtype=torch.float64) for _ in range(3))
+    delta = delta * 2 / abs(best)
+    target = (z + best * delta + noise * other).log_softmax(-1)
+
+    def kl(s: float) -> torch.Tensor:
+        logp = (z + s * delta).log_softmax(-1)
+        return (logp.exp() * (logp - target)).sum(-1)
+
+    p, r = z.softmax(-1), z.log_softmax(-1) - target
+    centred = delta - (p * delta).sum(-1, keepdim=True)
+    slope, curvature = (p * centred * r).sum(-1).mean(), (p * centred.square()).sum(-1).mean()
+    return kl, (float(slope), float(curvature))
+
+
+def scored(kl):
+    return lambda s: Score(-float(kl(s).mean()), tuple((-kl(s)).tolist()))
+
+
+@pytest.mark.parametrize("best", [0.4, 3.0, 40.0, 5000.0])
+def test_a_teacher_on_the_line_is_reached_to_1e6_in_three_scores(best):
+    kl, slope = softmax_line(best)
+    result = newton_search(scored(kl), lambda: slope)
+    assert result.accepted_scale == pytest.approx(best, rel=1e-6) and len(result.trials) == 3
+
+
+@pytest.mark.parametrize("best, noise", [(3.0, 0.5), (40.0, 1.0), (500.0, 1.0), (40.0, 3.0)])
+def test_off_the_line_it_ends_as_low_as_doubling_in_fewer_scores(best, noise):
+    kl, slope = softmax_line(best, noise)
+    ours, doubling = newton_search(scored(kl), lambda: slope), line_search(scored(kl), "significant")
+    fall = [float((kl(0.0) - kl(result.accepted_scale)).mean()) for result in (ours, doubling)]
+    assert fall[0] >= 0.97 * fall[1]
+    assert len(ours.trials) <= 5 and len(ours.trials) < len(doubling.trials)
+
+
+def test_a_wrong_curvature_is_corrected_by_scores():
+    kl, (first, second) = softmax_line(40.0, 1.0)
+    fine = newton_search(scored(kl), lambda: (first, second)).accepted_scale
+    for factor in (0.2, 5.0):
+        off = newton_search(scored(kl), lambda factor=factor: (first, factor * second))
+        falls = [float((kl(0.0) - kl(s)).mean()) for s in (off.accepted_scale, fine)]
+        assert falls[0] >= 0.9 * falls[1] and len(off.trials) <= 5
+
+
+def test_an_update_that_went_too_far_is_taken_back_partly():
+    kl, slope = softmax_line(-0.4)
+    result = newton_search(scored(kl), lambda: slope)
+    assert result.accepted_scale == pytest.approx(-0.4) and len(result.trials) == 3
+
+
+def test_a_rise_in_every_direction_leaves_the_weights_alone():
+    result = newton_search(lambda s: Score(-abs(s), (-abs(s), -abs(s))), lambda: (1.0, 1.0))
+    assert result.accepted_scale == 0.0
+
+
+def test_without_a_slope_it_is_line_search_and_scores_no_point_twice():
+    calls = []
+
+    def score(s):
+        calls.append(s)
+        return Score(-((s - 5.5) ** 2))
+
+    result = newton_search(score, lambda: None, "better", None)
+    assert result == line_search(lambda s: Score(-((s - 5.5) ** 2)), "better", None)
+    assert len(calls) == len(set(calls))
+
+
+def test_points_that_are_not_finite_are_passed_over():
+    kl, slope = softmax_line(40.0)
+
+    def score(s):
+        if s > 30:
+            raise NonFiniteWeightsError("too far")
+        return scored(kl)(s)
+
+    result = newton_search(score, lambda: slope)
+    assert 0 < result.accepted_scale <= 30 and "non-finite" in [trial.verdict for trial in result.trials]
+    bad = newton_search(lambda s: Score(math.nan), lambda: slope)
+    assert bad.accepted_scale == 0.0 and len(bad.trials) == 1
+
+
+def test_the_gate_asks_forward_jumps_for_significance():
+    gains = {0.0: (0.0, 0.0), 1.0: (1.0, -0.9), 2.0: (1.0, -0.9)}
+    loud = newton_search(lambda s: Score(sum(gains[s]) / 2, gains[s]), lambda: (-2.0, 1.0), "significant", 2.0)
+    assert loud.accepted_scale == 0.0
+    any_gain = newton_search(lambda s: Score(sum(gains[s]) / 2, gains[s]), lambda: (-2.0, 1.0), "better", None)
+    assert any_gain.accepted_scale in (1.0, 2.0)

@@ -1,0 +1,86 @@
+"""The slope behind the last step, from the gradient and Adam's moments, and the rate it steers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from effopd.extrapolate.learning_rate import LearningRateMultiplier
+from effopd.extrapolate.slope_steering import LARGEST, slope_cosine, steering_factor
+
+
+def quadratic(dimension: int = 20, seed: int = 0):
+    """A parameter, and the loss ½ Σ λ x² with λ in [0.5, 2]."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.nn.Parameter(torch.randn(dimension, generator=g))
+    curvature = 0.5 + 1.5 * torch.rand(dimension, generator=g)
+    return x, lambda: 0.5 * (curvature * x.square()).sum()
+
+
+def gradient(optimizer, loss):
+    optimizer.zero_grad()
+    loss().backward()
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_the_cosine_is_that_of_the_new_gradient_and_the_actual_step(make):
+    x, loss = quadratic()
+    optimizer = make([x], lr=0.01, weight_decay=0.0)
+    assert slope_cosine(optimizer) is None
+    for _ in range(4):
+        gradient(optimizer, loss)
+        before = x.detach().clone()
+        optimizer.step()
+        moved = x.detach() - before
+        gradient(optimizer, loss)
+        expected = torch.nn.functional.cosine_similarity(x.grad, moved, dim=0)
+        assert slope_cosine(optimizer) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_clipping_does_not_change_it_and_cleared_or_foreign_states_give_none():
+    x, loss = quadratic()
+    optimizer = torch.optim.AdamW([x], lr=0.01)
+    gradient(optimizer, loss)
+    optimizer.step()
+    gradient(optimizer, loss)
+    whole = slope_cosine(optimizer)
+    torch.nn.utils.clip_grad_norm_([x], 1e-3)
+    assert slope_cosine(optimizer) == pytest.approx(whole, abs=1e-6)
+    x.grad.fill_(math.nan)
+    assert slope_cosine(optimizer) is None
+    optimizer.state.clear()
+    assert slope_cosine(optimizer) is None
+    plain = torch.optim.SGD([x], lr=0.1, momentum=0.9)
+    gradient(plain, loss)
+    plain.step()
+    assert slope_cosine(plain) is None
+
+
+def test_the_factor_is_bounded_falls_with_the_cosine_and_is_one_at_zero():
+    values = [steering_factor(c / 10) for c in range(-10, 11)]
+    assert values == sorted(values, reverse=True) and max(values) == LARGEST and min(values) == 1 / LARGEST
+    assert steering_factor(0.0) == 1.0
+    assert steering_factor(-0.2) * steering_factor(0.2) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("start, low, high", [(1e-4, 100.0, math.inf), (30.0, 0.0, 0.25)])
+def test_a_rate_far_off_moves_towards_the_loss_s_own_within_a_few_steps(start, low, high):
+    x, loss = quadratic()
+    optimizer = torch.optim.AdamW([x], lr=start, betas=(0.5, 0.9), weight_decay=0.0)
+    multiplier = LearningRateMultiplier(optimizer, by_slope=True)
+    for _ in range(20):
+        gradient(optimizer, loss)
+        optimizer.step()
+    assert low <= multiplier.factor <= high
+
+
+def test_while_it_is_not_wanted_the_rate_is_left_alone():
+    x, loss = quadratic()
+    optimizer = torch.optim.AdamW([x], lr=1e-4)
+    multiplier = LearningRateMultiplier(optimizer, lambda: False, by_slope=True)
+    for _ in range(3):
+        gradient(optimizer, loss)
+        optimizer.step()
+    assert multiplier.factor == 1.0 and multiplier.cosine is None
