@@ -67,7 +67,7 @@ class RolloutScorer:
         self._divergence, self._rollouts = divergence, rollouts
         self._batches: list[TokenBatch] = []
         self._teacher: list[Tensor] | None = None
-        self._head: Any | None = None
+        self._line_head: Any | None = None
         self._hidden: dict[float, list[Tensor]] = {}
 
     def take(self, batches: Iterable[TokenBatch]) -> None:
@@ -90,20 +90,20 @@ class RolloutScorer:
     def begin(self, model: Any, weights: Any) -> None:
         """Begin a line from the current weights W, for `slope`. Ends with `end`."""
         moving_head = getattr(self._divergence, "moving_head", None)
-        self._head, self._hidden = moving_head and moving_head(model, weights), {}
+        self._line_head, self._hidden = moving_head and moving_head(model, weights), {}
 
     def end(self) -> None:
         """Release what `begin` holds."""
-        self._head, self._hidden = None, {}
+        self._line_head, self._hidden = None, {}
 
     def slope(self) -> tuple[float, float] | None:
         """D′(0) and its Gauss–Newton D″(0) on the scored tokens, in nats, from scores 0 and 1.
 
         `None`: not implemented for this divergence or model.
         """
-        if self._head is None or not {0.0, 1.0} <= self._hidden.keys():
+        if self._line_head is None or not {0.0, 1.0} <= self._hidden.keys():
             return None
-        head, teacher, hidden = self._head, self._teacher, self._hidden
+        head, teacher, hidden = self._line_head, self._teacher, self._hidden
         assert teacher is not None, "scores come first"
         parts = all_gather_or_raise(
             lambda: (*self._divergence.slope(head, teacher, hidden), sum(len(h) for h in hidden[0.0]))
@@ -114,7 +114,7 @@ class RolloutScorer:
     def __call__(self, model: Any, scale: float | None = None) -> Score:
         assert self._batches, "the trainer hands out rollouts before it searches"
         start, forwards = time.perf_counter(), 2 if self._teacher is None else 1
-        keep: list[Tensor] | None = [] if self._head is not None and scale in (0.0, 1.0) else None
+        keep: list[Tensor] | None = [] if self._line_head is not None and scale in (0.0, 1.0) else None
         parts = all_gather_or_raise(lambda: self._part(model, keep))
         if keep is not None and scale is not None:
             self._hidden[scale] = keep
