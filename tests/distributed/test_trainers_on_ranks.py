@@ -24,7 +24,7 @@ def run(out, *flags, processes=2):
     return torch.load(out / "weights.pt")
 
 
-@pytest.mark.parametrize("strategy", ["effopd", "line_search"])
+@pytest.mark.parametrize("strategy", ["effopd", "line_search", "newton_search"])
 def test_two_processes_search_together_pay_together_and_resume(strategy, tmp_path):
     flags = ("--strategy", strategy, "--rows", 4)
     whole = run(tmp_path / "whole", *flags)
@@ -121,6 +121,19 @@ def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, tmp_path):
     if adapter:
         one, other = (load_file(tmp_path / mode / "adapter_model.safetensors") for mode in ("ddp", "fsdp2"))
         assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)
+
+
+def test_newton_search_on_shards_doubles_the_scale_and_steers_alike_on_all_ranks(tmp_path):
+    """The slope needs the whole output layer; the cosine is summed over shards."""
+    flags = ("--mode", "fsdp2", "--rows", 4)
+    for strategy in ("line_search", "newton_search"):
+        run(tmp_path / strategy, "--strategy", strategy, *flags)
+    doubling, newton = (
+        list(read_rows(tmp_path / strategy / "searches.jsonl")) for strategy in ("line_search", "newton_search")
+    )
+    assert [trial["scale"] for trial in newton[0]["trials"]] == [trial["scale"] for trial in doubling[0]["trials"]]
+    rates = [row["learning_rate"] for row in read_rows(tmp_path / "newton_search" / "metrics.jsonl")]
+    assert len(set(rates)) > 1
 
 
 @pytest.mark.parametrize("files", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])

@@ -76,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = (
         EffOPDConfig(
-            arguments.strategy, **small_scores(arguments.strategy, 8 if arguments.strategy == "line_search" else 10)
+            arguments.strategy, **small_scores(arguments.strategy, 10 if arguments.strategy == "effopd" else 8)
         )
         if arguments.strategy != "none"
         else None
