@@ -5,7 +5,8 @@ r"""`newton_search`: scale s of W + s·Δ from slope and curvature at W, then ch
 
 D″(0) is the Gauss–Newton curvature E var_π(δz), which is positive. Doubling the scale until the
 score falls takes log₂ s + 3 scores; this search takes three to five, however far the minimum is.
-Only scored points are accepted.
+If scale 1 is not better than the start, the step was too long, perhaps by so much that a slope
+between the two means nothing: then `line_search` decides. Only scored points are accepted.
 """
 
 from __future__ import annotations
@@ -53,25 +54,20 @@ def newton_search(
     start = line.attempt(0.0)
     if start is None:
         return SearchResult(0.0, (Trial(0.0, line.trials[0].score, "non-finite"),))
-    line.attempt(1.0)
-    known = slope()
-    if known is None:
+    one = line.attempt(1.0)
+    known = slope() if one is not None and one > start else None
+    if known is None or not (known[1] > 0 > known[0]):
         return line_search(line.again, gate, z, longest)
     first, second = known
-    if not (second > 0 and math.isfinite(first)):
-        return line.result()
-    scale = min(max(-first / second, -1.0), longest)
+    scale = min(-first / second, longest)
     for _ in range(1 + _CORRECTIONS):
         if line.is_known(scale):
             break
         value = line.attempt(scale)
-        if scale < 0:
-            break  # backward jumps are a fallback, not worth a correction
         bend = math.inf if value is None else (start - value - first * scale) / scale**2
         # above 0: the parabola has a minimum; otherwise D falls faster than its slope says
-        vertex = -first / (2 * bend) if bend > 0 else math.copysign(math.inf, scale)
-        low, high = sorted((scale / _FACTOR, scale * _FACTOR))
-        scale = min(max(vertex, low, -1.0), high, longest)
+        vertex = -first / (2 * bend) if bend > 0 else math.inf
+        scale = min(max(vertex, scale / _FACTOR), _FACTOR * scale, longest)
     return line.result()
 
 
