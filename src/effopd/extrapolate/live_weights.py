@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +105,11 @@ class LiveWeights(HoldsAnchored):
         return (squares[True] + squares[False]) ** 0.5
 
     @torch.no_grad()
-    def displacements(self) -> Iterator[tuple[str, Tensor]]:
+    def displacements(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, W − anchor in fp32), one parameter at a time; this rank's shard if sharded."""
         for name, parameter in self._anchored.parameters.items():
+            if only is not None and name not in only:
+                continue
             shard = local_shard(parameter.detach())
             yield name, shard.float() - self._anchored.anchor[name].to(shard.device, non_blocking=True)
 

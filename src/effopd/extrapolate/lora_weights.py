@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -150,7 +150,7 @@ class LoraWeights(HoldsAnchored):
         """‖ΔW − ΔW_anchor‖ (Frobenius, with scaling) over the selected matrices."""
         return math.hypot(*(scaling * self._length(name) for name, scaling in self._scaling.items()))
 
-    def displacements(self) -> Iterator[tuple[str, Tensor]]:
+    def displacements(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Not supported: an adapter has no full matrices.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -52,8 +52,12 @@ class MovableWeights(Protocol):
     def displacement_norm(self) -> float:
         """‖W − anchor‖ (Frobenius) over the selected parameters, all ranks together."""
 
-    def displacements(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, W − anchor in fp32) of full matrices, one parameter at a time."""
+    def displacements(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, W − anchor in fp32) of full matrices, one parameter at a time.
+
+        Args:
+            only: names of the parameters; `None`: all.
+        """
 
     def checksum(self) -> int:
         """Checksum of the weights; equal on ranks with equal weights."""

@@ -35,6 +35,6 @@ def moving_head(model: Any, weights: MovableWeights, vocab_size: int) -> MovingH
     wanted = {part: names.get(id(getattr(layer, part, None))) for part in ("weight", "bias")}
     deltas: dict[str, Tensor] = {}
     if any(wanted.values()):
-        start = start.copied()
-        deltas = {name: delta[:vocab_size] for name, delta in weights.displacements() if name in wanted.values()}
+        start, chosen = start.copied(), {name for name in wanted.values() if name}
+        deltas = {name: delta[:vocab_size] for name, delta in weights.displacements(chosen)}
     return MovingHead(start, *(deltas.get(name or "") for name in wanted.values()))
