@@ -26,6 +26,7 @@ from effopd.common.versions import versions
 from effopd.errors import ConfigError
 from effopd.models.files import load_model, load_tokenizer
 from effopd.tasks.base import Example
+from effopd.tasks.builtin_models import spoken_name
 from effopd.tasks.config import TaskConfig
 from effopd.tasks.evaluate import evaluate
 from effopd.tasks.load import load_task
@@ -166,7 +167,7 @@ def start(
 
     train_base(student, tokenizer, examples, settings.training, seed, log, write)
     card = {
-        "task": name, "model": model, "seed": seed, "settings": asdict(settings),
+        "task": name, "model": spoken_name(model), "seed": seed, "settings": asdict(settings),
         "versions": versions(("torch", "transformers", "reasoning-gym")),
         "accuracy": {"before": before, "after": accuracy("after")},
     }  # fmt: skip
