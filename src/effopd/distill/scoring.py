@@ -221,6 +221,8 @@ class TrainedDivergence:
         self, head: MovingHead, teacher_hidden: Sequence[Tensor], hidden: Mapping[float, Sequence[Tensor]]
     ) -> tuple[float, float]:
         """Σ over positions of D′(0) and of E var_π(δz), with z interpolated between 0 and 1."""
+        if not sum(map(len, teacher_hidden)):
+            return 0.0, 0.0
         ray = RayKL(
             head, Head.of(self._teacher, self._vocab_size), torch.cat(list(teacher_hidden)),
             temperature=self.trainer.temperature,

@@ -109,7 +109,7 @@ class RolloutScorer:
             lambda: (*self._divergence.slope(head, teacher, hidden), sum(len(h) for h in hidden[0.0]))
         )
         first, second, positions = (sum(column) for column in zip(*parts, strict=True))
-        return first / positions, second / positions
+        return (first / positions, second / positions) if positions else None
 
     def __call__(self, model: Any, scale: float | None = None) -> Score:
         assert self._batches, "the trainer hands out rollouts before it searches"
