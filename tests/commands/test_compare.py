@@ -168,12 +168,13 @@ def test_a_typo_is_found_before_anything_runs(root, changes, message, capsys):
 
 
 def test_wrong_calls_are_explained(root, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
     for flags, message in (
         ([], "either a plan"),
         (["--report", str(tmp_path)], "is not a grid"),
         (["--report", str(tmp_path), "--runs_from", "a.json"], "--runs_from needs a plan"),
         (["--report", str(tmp_path), "--only", "*"], "--only needs a plan"),
-        ([str(plan_of(tmp_path)), "--only", "plain"], "--only plain: expected a pattern of the plan's runs"),
+        ([str(plan_of(tmp_path / "other")), "--only", "plain"], "--only plain: expected a pattern of the plan's runs"),
         ([str(tmp_path / "none.yaml")], "no plan"),
     ):
         assert main(["compare", *flags]) == 2
