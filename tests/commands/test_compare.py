@@ -17,7 +17,7 @@ from effopd.commands.train import parse_train
 from effopd.compare.grid import load_grid
 from effopd.compare.runner import DONE, LOG
 from effopd.errors import ConfigError
-from effopd.tasks.builtin_models import smollm2_path
+from effopd.tasks.builtin_models import WEIGHTS, smollm2_path
 
 pytestmark = pytest.mark.slow
 
@@ -188,7 +188,8 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
 def test_the_shipped_plans_pass_a_dry_run(recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))
     smollm2_path().mkdir()
-    (smollm2_path() / "source.json").write_text("{}")  # as if fetched; a dry run reads no weights
+    for name in ("source.json", "config.json", WEIGHTS):  # as if fetched; a dry run reads none of them
+        (smollm2_path() / name).write_text("{}")
     assert main(["compare", str(RECIPES / recipe), "--dry_run"]) == 0
     assert "plain" in capsys.readouterr().out
 
