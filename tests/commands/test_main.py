@@ -365,7 +365,7 @@ def test_short_help_has_the_essentials_and_long_help_every_flag_once(command, ca
         said[flag] = capsys.readouterr().out
     assert (
         said["-h"].index("--model_name_or_path") < said["-h"].index("--learning_rate")
-        and len(said["-h"].splitlines()) < 170
+        and len(said["-h"].splitlines()) <= 170
     )
     assert "--adam_beta1" not in said["-h"] and "more flags" in said["-h"] and "true: resume" in said["-h"]
     shown = re.findall(r"^  (?:-h, )?(--[\w.]+)", said["--help"], flags=re.MULTILINE)

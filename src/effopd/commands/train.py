@@ -23,7 +23,7 @@ from effopd.tasks.builtin_models import resolve_model
 
 #: Fields of the first section of `--help` → help; "": the field's own help.
 ESSENTIALS = {
-    "model_name_or_path": "The student: a folder or a Hub id, or testbed:student or testbed:smollm2.",
+    "model_name_or_path": "The student: folder, Hub id, testbed:student or testbed:smollm2.",
     "teacher_model_name_or_path": "The teacher, with the same tokenizer as the student: a folder or a Hub id, or "
     "testbed:teacher.",
     "task": "",

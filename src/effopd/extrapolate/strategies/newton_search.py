@@ -18,9 +18,7 @@ def _search(score: Any, config: Any, args: NoArgs) -> SearchResult:
 
 
 STRATEGIES["newton_search"] = Strategy(
-    "line_search with fewer scores and a learning rate that follows the slope: the first scale is Newton's step, from "
-    "slope and curvature of the divergence at W, which two forward passes give, then up to two corrections; before "
-    "each step, the cosine of the new gradient and the last update changes the rate",
+    "line_search with Newton's step first and a rate steered by slopes",
     _search,
     {name: value for name, value in STRATEGIES["line_search"].settings.items() if name != "validation_size"},
     steers_by_slope=True,
