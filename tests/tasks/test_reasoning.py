@@ -118,7 +118,7 @@ def test_verifiers_learn_that_the_prompt_opened_the_reasoning():
     assert seen == ["[THINK]" + answer.text] and answer.opened == "[THINK]"
     assert result.answers_found is None
 
-    trainer = SimpleNamespace(text_tokenizer=tokenizer, chat_template_kwargs={})
+    trainer = SimpleNamespace(text_tokenizer=tokenizer, chat_template_kwargs={}, model=make_model(0).eval())
     assert correct_reward(task, trainer)(completions=[], id=["a"], completion_ids=[answer.completion_ids]) == [0.0]
     assert seen[1] == seen[0]
 
