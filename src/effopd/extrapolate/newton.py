@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from effopd.errors import NonFiniteWeightsError
-from effopd.extrapolate.search import GATES, Score, SearchResult, Trial, line_search
+from effopd.extrapolate.search import Line, Score, SearchResult, doubled
 
 #: A candidate closer than this to a scored point, as a share of its scale, is not scored.
 CLOSE = 0.15
@@ -50,74 +49,23 @@ def newton_search(
         >>> result.accepted_scale, [trial.scale for trial in result.trials]
         (40.0, [0.0, 1.0, 40.0])
     """
-    line = _Line(score, gate, z)
-    start = line.attempt(0.0)
-    if start is None:
-        return SearchResult(0.0, (Trial(0.0, line.trials[0].score, "non-finite"),))
-    one = line.attempt(1.0)
-    known = slope() if one is not None and one > start else None
+    line = Line(score, gate, z)
+    if not line.known:
+        return line.result()
+    start = line.known[0.0]
+    line.attempt(1.0)
+    known = slope() if line.known.get(1.0, -math.inf) > start else None
     if known is None or not (known[1] > 0 > known[0]):
-        return line_search(line.again, gate, z, longest)
+        return doubled(line, longest)
     first, second = known
     scale = min(-first / second, longest)
     for _ in range(1 + _CORRECTIONS):
-        if line.is_known(scale):
+        if any(abs(scale - other) <= CLOSE * max(abs(scale), abs(other)) for other in line.scores):
             break
-        value = line.attempt(scale)
+        line.attempt(scale)
+        value = line.known.get(scale)
         bend = math.inf if value is None else (start - value - first * scale) / scale**2
         # above 0: the parabola has a minimum; otherwise D falls faster than its slope says
         vertex = -first / (2 * bend) if bend > 0 else math.inf
         scale = min(max(vertex, scale / _FACTOR), _FACTOR * scale, longest)
     return line.result()
-
-
-class _Line:
-    """Scored points of one search."""
-
-    def __init__(self, score: Callable[[float], Score], gate: str, z: float | None):
-        self._score, self._gate, self._z = score, gate, z
-        self._scores: dict[float, Score | None] = {}
-        self._accepted = 0.0
-        self.trials: list[Trial] = []
-
-    def again(self, scale: float) -> Score:
-        """The score of a scale, from the first time if it has been scored.
-
-        Raises:
-            NonFiniteWeightsError: the weights are not finite there.
-        """
-        if scale not in self._scores:
-            return self._score(scale)
-        known = self._scores[scale]
-        if known is None:
-            raise NonFiniteWeightsError(f"the weights at scale {scale} are not finite")
-        return known
-
-    def is_known(self, scale: float) -> bool:
-        """Whether a scored point is as good as this one."""
-        return any(abs(scale - other) <= CLOSE * max(abs(scale), abs(other)) for other in self._scores)
-
-    def attempt(self, scale: float) -> float | None:
-        """Score one scale and accept it if it wins; its mean, or `None` if that is not finite."""
-        try:
-            candidate: Score | None = self._score(scale)
-        except NonFiniteWeightsError:
-            candidate = None
-        self._scores[scale] = candidate
-        if candidate is None or not math.isfinite(candidate.mean):
-            self.trials.append(Trial(scale, candidate, "non-finite"))
-            return None
-        if not self.trials:
-            self.trials.append(Trial(scale, candidate, "start"))
-            return candidate.mean
-        start, best = self._scores[0.0], self._scores[self._accepted]
-        assert start is not None and best is not None
-        asked = "better" if self._gate == "significant" and scale < 0 else self._gate
-        wins = candidate.mean >= best.mean and GATES[asked](candidate, start, self._z)
-        self.trials.append(Trial(scale, candidate, "accepted" if wins else "rejected"))
-        self._accepted = scale if wins else self._accepted
-        return candidate.mean
-
-    def result(self) -> SearchResult:
-        """The accepted scale and all trials."""
-        return SearchResult(self._accepted, tuple(self.trials))

@@ -208,40 +208,67 @@ def line_search(
         >>> result.accepted_scale, [trial.scale for trial in result.trials]
         (5.5, [0.0, 1.0, 2.0, 4.0, 8.0, 5.5])
     """
-    start = score(0.0)
-    if not math.isfinite(start.mean):
-        return SearchResult(0.0, (Trial(0.0, start, "non-finite"),))
-    trials, known, accepted = [Trial(0.0, start, "start")], {0.0: start.mean}, 0.0
+    line = Line(score, gate, z)
+    return doubled(line, longest, refinements) if line.known else line.result()
 
-    def attempt(scale: float) -> None:
-        nonlocal accepted
+
+class Line:
+    """Scored points of one search; the start is scored on construction.
+
+    Gate `significant` applies to forward jumps only; a backward jump needs a better score.
+
+    Attributes:
+        known: scale → mean of every finite score; empty if the start is not finite.
+        scores: scale → score of every point tried; `None`: the weights are not finite there.
+    """
+
+    def __init__(self, score: Callable[[float], Score], gate: str, z: float | None):
+        self._score, self._gate, self._z = score, gate, z
+        self._start, self._accepted = score(0.0), 0.0
+        finite = math.isfinite(self._start.mean)
+        self.scores: dict[float, Score | None] = {0.0: self._start}
+        self.known = {0.0: self._start.mean} if finite else {}
+        self._trials = [Trial(0.0, self._start, "start" if finite else "non-finite")]
+
+    def attempt(self, scale: float) -> None:
+        """Score a scale and accept it if it wins; nothing if it has been scored."""
+        if scale in self.scores:
+            return
         try:
-            candidate: Score | None = score(scale)
+            candidate: Score | None = self._score(scale)
         except NonFiniteWeightsError:
             candidate = None
+        self.scores[scale] = candidate
         if candidate is None or not math.isfinite(candidate.mean):
-            trials.append(Trial(scale, candidate, "non-finite"))
+            self._trials.append(Trial(scale, candidate, "non-finite"))
             return
-        known[scale] = candidate.mean
-        asked = "better" if gate == "significant" and scale < 0 else gate
-        wins = candidate.mean >= known[accepted] and GATES[asked](candidate, start, z)
-        trials.append(Trial(scale, candidate, "accepted" if wins else "rejected"))
-        accepted = scale if wins else accepted
+        self.known[scale] = candidate.mean
+        asked = "better" if self._gate == "significant" and scale < 0 else self._gate
+        wins = candidate.mean >= self.known[self._accepted] and GATES[asked](candidate, self._start, self._z)
+        self._trials.append(Trial(scale, candidate, "accepted" if wins else "rejected"))
+        self._accepted = scale if wins else self._accepted
 
-    scale, peak = 1.0, 0.0
+    def result(self) -> SearchResult:
+        """The accepted scale and all trials."""
+        return SearchResult(self._accepted, tuple(self._trials))
+
+
+def doubled(line: Line, longest: float, refinements: int = 1) -> SearchResult:
+    """The search of `line_search` on a line whose first points may have been scored."""
+    known, scale, peak = line.known, 1.0, 0.0
     while scale <= longest:
-        attempt(scale)
+        line.attempt(scale)
         if not known.get(scale, -math.inf) > known[peak]:
             break
         peak, scale = scale, 2 * scale
     if peak == 0.0:
-        attempt(-0.5)
+        line.attempt(-0.5)
     for _ in range(refinements):
         vertex = _vertex(known, max(known, key=known.__getitem__), longest)
         if vertex is None:
             break
-        attempt(vertex)
-    return SearchResult(accepted, tuple(trials))
+        line.attempt(vertex)
+    return line.result()
 
 
 def _vertex(known: Mapping[float, float], best: float, longest: float) -> float | None:
