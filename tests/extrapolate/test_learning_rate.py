@@ -10,7 +10,9 @@ from torch.optim import lr_scheduler as schedulers
 
 from effopd import EffOPD, EffOPDConfig
 from effopd.errors import ConfigError
-from effopd.extrapolate.learning_rate import LearningRateMultiplier
+from effopd.extrapolate.after_search import OptimizerUpdate
+from effopd.extrapolate.learning_rate import LearningRateMultiplier, took_first_step
+from effopd.extrapolate.search import Score, SearchResult, Trial
 
 SCHEDULES = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
@@ -115,3 +117,46 @@ def test_a_resume_without_the_optimizers_state_keeps_the_rate():
     before = second.model.weight.detach().clone()
     optimizer.step()
     torch.testing.assert_close(before - second.model.weight, torch.full_like(before, 0.1 * 0.5**0.5))
+
+
+def one_search(rate: float, steps: int = 1) -> tuple[float, float, float]:
+    """(factor of a search along the first steps, learning rate after it, best length)."""
+    torch.manual_seed(0)
+    x, curvature = torch.nn.Parameter(torch.randn(20, dtype=torch.float64)), torch.linspace(0.5, 2, 20)
+    optimizer = torch.optim.AdamW([x], lr=rate, weight_decay=0.0)
+    update = OptimizerUpdate(EffOPDConfig(strategy="newton_search"), optimizer, lambda: True)
+    start = x.detach().clone()
+    for _ in range(steps):
+        x.grad = (curvature * x).detach()
+        optimizer.step()
+    moved = x.detach() - start
+    scale = float(-(curvature * moved * x.detach()).sum() / (curvature * moved**2).sum())  # of the quadratic loss
+    trials = (Trial(0.0, Score(0.0), "start"), Trial(scale, Score(1.0), "accepted"))
+    factor = update.after(SearchResult(scale, trials), 0.0)
+    assert factor is not None
+    return factor, rate * update.factor, (1 + scale) * rate
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e-2, 0.1, 3.0])
+def test_the_search_along_the_first_step_sets_the_rate_wherever_it_started(rate):
+    _, after, best_length = one_search(rate)
+    assert after == pytest.approx(one_search(0.01)[1], rel=1e-3)
+    assert after == pytest.approx(best_length / 4, rel=1e-6)
+
+
+def test_later_steps_and_optimizers_without_a_count_do_not_set_the_rate():
+    assert one_search(1e-3, steps=2)[0] == 1.0
+    assert not took_first_step(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+
+
+def test_cleared_moments_make_the_next_step_a_first_one():
+    x = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([x], lr=0.1)
+    seen = []
+    for step in range(4):
+        x.grad = torch.ones(3)
+        optimizer.step()
+        seen.append(took_first_step(optimizer))
+        if step == 1:
+            optimizer.state.clear()
+    assert seen == [True, False, True, False]

@@ -58,12 +58,27 @@ def test_a_wrong_curvature_is_corrected_by_scores():
         assert falls[0] >= 0.9 * falls[1] and len(off.trials) <= 5
 
 
-@pytest.mark.parametrize("best", [-0.8, -0.4])
-def test_an_update_that_went_too_far_is_searched_as_line_search_does(best):
+@pytest.mark.parametrize("best", [-0.4, -0.7, -0.9, -0.97])
+def test_an_update_that_went_too_far_is_shortened_however_far_it_went(best):
     kl, slope = softmax_line(best)
     result = newton_search(scored(kl), lambda: slope)
-    assert result == line_search(scored(kl), "significant")
-    assert result.accepted_scale == pytest.approx(best, abs=0.35)
+    assert 1 + result.accepted_scale == pytest.approx(1 + best, rel=0.35)
+    tried = [trial.scale for trial in result.trials]
+    assert tried[:3] == [0.0, 1.0, -0.5] and len(tried) <= 9
+
+
+def test_a_correction_that_does_not_improve_is_the_last_one():
+    kl, (first, second) = softmax_line(40.0, 3.0)
+    scores = {}
+
+    def score(s):
+        scores[s] = scored(kl)(s)
+        return scores[s]
+
+    newton_search(score, lambda: (first, second))
+    means = [value.mean for value in scores.values()]
+    improving = [later > max(means[: 2 + n]) for n, later in enumerate(means[2:])]
+    assert False not in improving[:-1]
 
 
 def test_a_rise_in_every_direction_leaves_the_weights_alone():

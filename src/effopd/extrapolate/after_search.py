@@ -8,7 +8,12 @@ import torch
 
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.learning_rate import LearningRateMultiplier, learning_rate_factor
+from effopd.extrapolate.learning_rate import (
+    LearningRateMultiplier,
+    calibrated_factor,
+    learning_rate_factor,
+    took_first_step,
+)
 from effopd.extrapolate.search import SearchResult
 
 
@@ -35,6 +40,7 @@ class OptimizerUpdate:
                 "optimizer=…, or set reset_moments=False and adapt_learning_rate=False."
             )
         self._optimizer = optimizer if config.reset_moments else None
+        self._calibrates = config.rules.calibrates_rate
         self.rate = (
             LearningRateMultiplier(optimizer, wanted, by_slope=config.rules.steers_by_slope)
             if config.adapt_learning_rate
@@ -72,10 +78,17 @@ class OptimizerUpdate:
             The factor by which the learning rate changed; `None` if it is not adapted.
         """
         tried = len(result.trials) > 1
+        factor = self._factor(result.best_scale, previous) if tried else 1.0
         if self._optimizer is not None and tried and result.accepted_scale > 0:
             self._optimizer.state.clear()
         if self.rate is None:
             return None
-        factor = learning_rate_factor(result.best_scale, previous, self.rate.factor) if tried else 1.0
         self.rate.factor *= factor
         return factor
+
+    def _factor(self, best_scale: float, previous: float) -> float:
+        if self.rate is None:
+            return 1.0
+        if self._calibrates and took_first_step(self.rate.optimizer):
+            return calibrated_factor(best_scale) * self.rate.applied / self.rate.factor
+        return learning_rate_factor(best_scale, previous, self.rate.factor)

@@ -51,6 +51,32 @@ def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float 
     return 1.0 if best_scale >= 0 else max(0.5**0.5, min(1.0, LOWEST_FACTOR / total))
 
 
+#: Learning rate as a share of the best length of the first step.
+SHARE_OF_FIRST_STEP = 0.25
+#: Bounds of one `calibrated_factor`.
+_LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
+
+
+def calibrated_factor(best_scale: float) -> float:
+    """(1 + s) / 4, the learning-rate multiplier from the best scale s along a first step.
+
+    Adam's first step after its moments are cleared is −η·sign(gradient). Its best length (1 + s)·η
+    therefore does not depend on the rate η, and one search measures it. The next steps take a
+    quarter of it each, because their gradients are noisy and their number is large.
+
+    Example:
+        >>> calibrated_factor(39.0), calibrated_factor(3.0), calibrated_factor(-0.75)
+        (10.0, 1.0, 0.0625)
+    """
+    return min(max(SHARE_OF_FIRST_STEP * (1 + best_scale), _LOWEST_CALIBRATION), _HIGHEST_CALIBRATION)
+
+
+def took_first_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer counts its steps, as Adam does, and has taken exactly one."""
+    steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return bool(steps) and max(steps) == 1.0
+
+
 class LearningRateMultiplier:
     """Multiplies an optimizer's learning rates by `factor` during each step, by step hooks.
 
@@ -66,6 +92,7 @@ class LearningRateMultiplier:
 
     Attributes:
         factor: the multiplier; initially 1.
+        optimizer: the optimizer whose rates are multiplied, without accelerate's wrapper.
         cosine: `slope_cosine` before the last step; `None`: not known, or `by_slope` is off.
 
     Raises:
@@ -102,7 +129,7 @@ class LearningRateMultiplier:
         self.factor = 1.0
         self.cosine: float | None = None
         self._by_slope = by_slope
-        self._optimizer, self._wanted = inner, wanted
+        self.optimizer, self._wanted = inner, wanted
         self._schedule: list[Any] | None = None
         self._applied: float | None = None
         me = weakref.ref(self)  # the optimizer can outlive the look-ahead
@@ -127,10 +154,10 @@ class LearningRateMultiplier:
     def _multiply(self) -> None:
         self.release()  # after a step that raised
         if self._by_slope and self._wanted():
-            self.cosine = slope_cosine(self._optimizer)
+            self.cosine = slope_cosine(self.optimizer)
             self.factor *= 1.0 if self.cosine is None else steering_factor(self.cosine)
         self._applied = self.factor if self._wanted() else 1.0
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]
         for group in groups:
             _set(group, group["lr"] * self._applied)
@@ -138,7 +165,7 @@ class LearningRateMultiplier:
     def release(self) -> None:
         """Restore the schedule's rates if a step was interrupted."""
         if self._schedule is not None:
-            for group, rate in zip(self._optimizer.param_groups, self._schedule, strict=False):
+            for group, rate in zip(self.optimizer.param_groups, self._schedule, strict=False):
                 _set(group, rate)
         self._schedule = None
 
@@ -146,8 +173,8 @@ class LearningRateMultiplier:
         """Restore the rates and remove the hooks. Safe to call twice."""
         self.release()
         self._remove()
-        if _active(self._optimizer) is self:
-            del _ACTIVE[self._optimizer]
+        if _active(self.optimizer) is self:
+            del _ACTIVE[self.optimizer]
 
 
 def _take_off(hooks: Iterable[Any]) -> None:

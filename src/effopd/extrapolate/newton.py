@@ -5,8 +5,12 @@ r"""`newton_search`: scale s of W + s·Δ from slope and curvature at W, then ch
 
 D″(0) is the Gauss–Newton curvature E var_π(δz), which is positive. Doubling the scale until the
 score falls takes log₂ s + 3 scores; this search takes three to five, however far the minimum is.
+A correction that does not improve on the best score is the last one.
+
 If scale 1 is not better than the start, the step was too long, perhaps by so much that a slope
-between the two means nothing: then `line_search` decides. Only scored points are accepted.
+between the two means nothing. Then scales −½, −¾, −⅞, … towards the anchor are tried while the
+score improves, then the vertex of the parabola through the best one. Only scored points are
+accepted.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ CLOSE = 0.15
 _FACTOR = 4.0
 #: Corrections after Newton's step.
 _CORRECTIONS = 2
+#: Scales tried towards the anchor; the last one keeps 1/128 of Δ.
+_HALVINGS = 7
 
 
 def newton_search(
@@ -56,14 +62,17 @@ def newton_search(
     line.attempt(1.0)
     known = slope() if line.known.get(1.0, -math.inf) > start else None
     if known is None or not (known[1] > 0 > known[0]):
-        return doubled(line, longest)
+        return doubled(line, longest, halvings=_HALVINGS)
     first, second = known
     scale = min(-first / second, longest)
     for _ in range(1 + _CORRECTIONS):
         if any(abs(scale - other) <= CLOSE * max(abs(scale), abs(other)) for other in line.scores):
             break
+        best = max(line.known.values())
         line.attempt(scale)
         value = line.known.get(scale)
+        if value is not None and value <= best and best > line.known[1.0]:
+            break
         bend = math.inf if value is None else (start - value - first * scale) / scale**2
         # above 0: the parabola has a minimum; otherwise D falls faster than its slope says
         vertex = -first / (2 * bend) if bend > 0 else math.inf

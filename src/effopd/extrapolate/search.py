@@ -253,16 +253,28 @@ class Line:
         return SearchResult(self._accepted, tuple(self._trials))
 
 
-def doubled(line: Line, longest: float, refinements: int = 1) -> SearchResult:
-    """The search of `line_search` on a line whose first points may have been scored."""
+def doubled(line: Line, longest: float, refinements: int = 1, halvings: int = 1) -> SearchResult:
+    """The search of `line_search` on a line whose first points may have been scored.
+
+    Args:
+        line: the line, its start finite.
+        longest: largest scale tried.
+        refinements: number of parabola steps.
+        halvings: number of backward scales −½, −¾, −⅞, … tried at most. The first one that does not
+            improve on the one before is the last.
+    """
     known, scale, peak = line.known, 1.0, 0.0
     while scale <= longest:
         line.attempt(scale)
         if not known.get(scale, -math.inf) > known[peak]:
             break
         peak, scale = scale, 2 * scale
-    if peak == 0.0:
-        line.attempt(-0.5)
+    for halving in range(1, 1 + halvings) if peak == 0.0 else ():
+        scale = 0.5**halving - 1
+        line.attempt(scale)
+        if not known.get(scale, -math.inf) > known[peak]:
+            break
+        peak = scale
     for _ in range(refinements):
         vertex = _vertex(known, max(known, key=known.__getitem__), longest)
         if vertex is None:

@@ -55,6 +55,8 @@ class Strategy:
         needs_full_matrices: true if D is not Δ. LoRA adapters and sharded matrices are then
             refused.
         fit: predicts D from the first steps; replaces `direction` and the schedule.
+        calibrates_rate: with `adapt_learning_rate`, a search along the first step after moments
+            were cleared sets the learning rate (`calibrated_factor`).
         steers_by_slope: with `adapt_learning_rate`, the slope of the loss after each step changes
             the learning rate too (`slope_steering`).
     """
@@ -66,6 +68,7 @@ class Strategy:
     direction: Callable[[int, int], Direction] = last_displacement
     needs_full_matrices: bool = False
     fit: Fit | None = None
+    calibrates_rate: bool = False
     steers_by_slope: bool = False
 
 

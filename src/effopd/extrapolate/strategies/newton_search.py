@@ -21,5 +21,6 @@ STRATEGIES["newton_search"] = Strategy(
     "line_search with Newton's step first and a rate steered by slopes",
     _search,
     {name: value for name, value in STRATEGIES["line_search"].settings.items() if name != "validation_size"},
+    calibrates_rate=True,
     steers_by_slope=True,
 )
