@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch.optim import lr_scheduler as schedulers
 from effopd import EffOPD, EffOPDConfig
 from effopd.errors import ConfigError
 from effopd.extrapolate.after_search import OptimizerUpdate
-from effopd.extrapolate.learning_rate import LearningRateMultiplier, took_first_step
+from effopd.extrapolate.learning_rate import LearningRateMultiplier
 from effopd.extrapolate.search import Score, SearchResult, Trial
+from effopd.runs.records import SearchRecord, TrialRecord
 
 SCHEDULES = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
@@ -119,44 +121,36 @@ def test_a_resume_without_the_optimizers_state_keeps_the_rate():
     torch.testing.assert_close(before - second.model.weight, torch.full_like(before, 0.1 * 0.5**0.5))
 
 
-def one_search(rate: float, steps: int = 1) -> tuple[float, float, float]:
-    """(factor of a search along the first steps, learning rate after it, best length)."""
+def one_search(rate: float, history=(), warmup: int = 0) -> tuple[float, float, float]:
+    """(factor of a search along the first step, learning rate after warm-up, best length)."""
     torch.manual_seed(0)
     x, curvature = torch.nn.Parameter(torch.randn(20, dtype=torch.float64)), torch.linspace(0.5, 2, 20)
     optimizer = torch.optim.AdamW([x], lr=rate, weight_decay=0.0)
+    if warmup:
+        schedulers.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
     update = OptimizerUpdate(EffOPDConfig(strategy="newton_search"), optimizer, lambda: True)
     start = x.detach().clone()
-    for _ in range(steps):
-        x.grad = (curvature * x).detach()
-        optimizer.step()
+    x.grad = (curvature * x).detach()
+    optimizer.step()
     moved = x.detach() - start
     scale = float(-(curvature * moved * x.detach()).sum() / (curvature * moved**2).sum())  # of the quadratic loss
     trials = (Trial(0.0, Score(0.0), "start"), Trial(scale, Score(1.0), "accepted"))
-    factor = update.after(SearchResult(scale, trials), 0.0)
+    factor = update.after(SearchResult(scale, trials), history)
     assert factor is not None
-    return factor, rate * update.factor, (1 + scale) * rate
+    return factor, rate * update.factor, (1 + scale) * rate / (warmup or 1)
 
 
 @pytest.mark.parametrize("rate", [1e-4, 1e-2, 0.1, 3.0])
-def test_the_search_along_the_first_step_sets_the_rate_wherever_it_started(rate):
-    _, after, best_length = one_search(rate)
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_first_search_sets_the_rate_wherever_it_started(rate, warmup):
+    _, after, best_length = one_search(rate, warmup=warmup)
     assert after == pytest.approx(one_search(0.01)[1], rel=1e-3)
     assert after == pytest.approx(best_length / 4, rel=1e-6)
 
 
-def test_later_steps_and_optimizers_without_a_count_do_not_set_the_rate():
-    assert one_search(1e-3, steps=2)[0] == 1.0
-    assert not took_first_step(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
-
-
-def test_cleared_moments_make_the_next_step_a_first_one():
-    x = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([x], lr=0.1)
-    seen = []
-    for step in range(4):
-        x.grad = torch.ones(3)
-        optimizer.step()
-        seen.append(took_first_step(optimizer))
-        if step == 1:
-            optimizer.state.clear()
-    assert seen == [True, False, True, False]
+def test_later_searches_do_not_set_the_rate():
+    trials = (TrialRecord(0.0, "start", 0.0), TrialRecord(1.0, "rejected", -1.0))
+    earlier = SearchRecord(step=1, anchor_step=0, delta_norm=1.0, accepted_scale=0.0, best_scale=0.0, trials=trials)
+    assert one_search(1e-3, [earlier])[0] == 1.0
+    without_candidates = dataclasses.replace(earlier, trials=trials[:1])
+    assert one_search(1e-3, [without_candidates])[0] > 4.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,9 +12,9 @@ from effopd.extrapolate.learning_rate import (
     LearningRateMultiplier,
     calibrated_factor,
     learning_rate_factor,
-    took_first_step,
 )
 from effopd.extrapolate.search import SearchResult
+from effopd.runs.records import SearchRecord
 
 
 class OptimizerUpdate:
@@ -58,6 +58,16 @@ class OptimizerUpdate:
             self.rate.factor = factor
 
     @property
+    def share(self) -> float:
+        """Rate of the last step as a share of the schedule's peak."""
+        return 1.0 if self.rate is None else self.rate.share
+
+    @share.setter
+    def share(self, share: float) -> None:
+        if self.rate is not None:
+            self.rate.share = share
+
+    @property
     def applied(self) -> float:
         """Multiplier of the schedule's learning rate in the last optimizer step."""
         return 1.0 if self.rate is None else self.rate.applied
@@ -67,28 +77,27 @@ class OptimizerUpdate:
         if self.rate is not None:
             self.rate.close()
 
-    def after(self, result: SearchResult, previous: float) -> float | None:
+    def after(self, result: SearchResult, history: Sequence[SearchRecord]) -> float | None:
         """Apply the result of a search to the optimizer.
 
         Args:
             result: the search; one without candidates changes nothing.
-            previous: best scale of the previous search; 0 if there was none.
+            history: the searches before it.
 
         Returns:
             The factor by which the learning rate changed; `None` if it is not adapted.
         """
         tried = len(result.trials) > 1
-        factor = self._factor(result.best_scale, previous) if tried else 1.0
         if self._optimizer is not None and tried and result.accepted_scale > 0:
             self._optimizer.state.clear()
         if self.rate is None:
             return None
+        factor = self._factor(self.rate, result.best_scale, history) if tried else 1.0
         self.rate.factor *= factor
         return factor
 
-    def _factor(self, best_scale: float, previous: float) -> float:
-        if self.rate is None:
-            return 1.0
-        if self._calibrates and took_first_step(self.rate.optimizer):
-            return calibrated_factor(best_scale) * self.rate.applied / self.rate.factor
-        return learning_rate_factor(best_scale, previous, self.rate.factor)
+    def _factor(self, rate: LearningRateMultiplier, best_scale: float, history: Sequence[SearchRecord]) -> float:
+        if self._calibrates and not any(search.searched for search in history):
+            return calibrated_factor(best_scale, rate.share) * rate.applied / rate.factor
+        previous = history[-1].best_scale if history else None
+        return learning_rate_factor(best_scale, previous or 0.0, rate.factor)

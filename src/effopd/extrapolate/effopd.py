@@ -152,8 +152,7 @@ class EffOPD:
         )
         if result.accepted_scale != 0.0 and self._on_move is not None:
             self._on_move()
-        previous = self.history[-1].best_scale if self.history else None
-        factor = self._optimizer.after(result, previous or 0.0)
+        factor = self._optimizer.after(result, self.history)
         trials = [trial.to_record() for trial in result.trials]
         record = SearchRecord(
             step=step,
@@ -253,6 +252,7 @@ class EffOPD:
             "anchor_step": self.anchor_step,
             "history": [record.to_row() for record in self.history],
             "learning_rate_factor": self.learning_rate_factor,
+            "schedule_share": self._optimizer.share,
             "fingerprint": fingerprint(self.config, self.scorer, self._host),
         }
 
@@ -270,6 +270,7 @@ class EffOPD:
         self.anchor_step = int(state["anchor_step"])
         self.history = [SearchRecord.from_row(row) for row in state["history"]]
         self._optimizer.factor = float(state["learning_rate_factor"])
+        self._optimizer.share = float(state.get("schedule_share", 1.0))
 
     def save(self, folder: str | Path) -> None:
         """Write the state into a checkpoint folder.

@@ -57,24 +57,24 @@ SHARE_OF_FIRST_STEP = 0.25
 _LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
 
 
-def calibrated_factor(best_scale: float) -> float:
-    """(1 + s) / 4, the learning-rate multiplier from the best scale s along a first step.
+def calibrated_factor(best_scale: float, share: float = 1.0) -> float:
+    """(1 + s)·share / 4, the learning-rate multiplier from the best scale s along the first step.
 
-    Adam's first step after its moments are cleared is −η·sign(gradient). Its best length (1 + s)·η
-    therefore does not depend on the rate η, and one search measures it. The next steps take a
-    quarter of it each, because their gradients are noisy and their number is large.
+    Adam's first step is −η·sign(gradient). Its best length (1 + s)·η therefore does not depend on
+    the rate η, and one search measures it. The next steps take a quarter of it each, because their
+    gradients are noisy and their number is large.
+
+    Args:
+        best_scale: s.
+        share: rate of the first step as a share of the schedule's peak, for example 0.1 in the
+            first of ten warm-up steps. The quarter is that of the peak.
 
     Example:
         >>> calibrated_factor(39.0), calibrated_factor(3.0), calibrated_factor(-0.75)
         (10.0, 1.0, 0.0625)
     """
-    return min(max(SHARE_OF_FIRST_STEP * (1 + best_scale), _LOWEST_CALIBRATION), _HIGHEST_CALIBRATION)
-
-
-def took_first_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer counts its steps, as Adam does, and has taken exactly one."""
-    steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
-    return bool(steps) and max(steps) == 1.0
+    factor = SHARE_OF_FIRST_STEP * (1 + best_scale) * share
+    return min(max(factor, _LOWEST_CALIBRATION), _HIGHEST_CALIBRATION)
 
 
 class LearningRateMultiplier:
@@ -92,7 +92,8 @@ class LearningRateMultiplier:
 
     Attributes:
         factor: the multiplier; initially 1.
-        optimizer: the optimizer whose rates are multiplied, without accelerate's wrapper.
+        share: the schedule's rate in the last step, divided by its peak `initial_lr`; 1 without a
+            scheduler.
         cosine: `slope_cosine` before the last step; `None`: not known, or `by_slope` is off.
 
     Raises:
@@ -126,10 +127,10 @@ class LearningRateMultiplier:
             )
         if other is not None:
             other.close()
-        self.factor = 1.0
+        self.factor = self.share = 1.0
         self.cosine: float | None = None
         self._by_slope = by_slope
-        self.optimizer, self._wanted = inner, wanted
+        self._optimizer, self._wanted = inner, wanted
         self._schedule: list[Any] | None = None
         self._applied: float | None = None
         me = weakref.ref(self)  # the optimizer can outlive the look-ahead
@@ -154,18 +155,20 @@ class LearningRateMultiplier:
     def _multiply(self) -> None:
         self.release()  # after a step that raised
         if self._by_slope and self._wanted():
-            self.cosine = slope_cosine(self.optimizer)
+            self.cosine = slope_cosine(self._optimizer)
             self.factor *= 1.0 if self.cosine is None else steering_factor(self.cosine)
         self._applied = self.factor if self._wanted() else 1.0
-        groups = self.optimizer.param_groups
+        groups = self._optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]
+        if groups and (peak := float(groups[0].get("initial_lr", 0.0))) > 0:
+            self.share = float(groups[0]["lr"]) / peak
         for group in groups:
             _set(group, group["lr"] * self._applied)
 
     def release(self) -> None:
         """Restore the schedule's rates if a step was interrupted."""
         if self._schedule is not None:
-            for group, rate in zip(self.optimizer.param_groups, self._schedule, strict=False):
+            for group, rate in zip(self._optimizer.param_groups, self._schedule, strict=False):
                 _set(group, rate)
         self._schedule = None
 
@@ -173,8 +176,8 @@ class LearningRateMultiplier:
         """Restore the rates and remove the hooks. Safe to call twice."""
         self.release()
         self._remove()
-        if _active(self.optimizer) is self:
-            del _ACTIVE[self.optimizer]
+        if _active(self._optimizer) is self:
+            del _ACTIVE[self._optimizer]
 
 
 def _take_off(hooks: Iterable[Any]) -> None:

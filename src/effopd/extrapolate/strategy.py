@@ -55,8 +55,8 @@ class Strategy:
         needs_full_matrices: true if D is not Δ. LoRA adapters and sharded matrices are then
             refused.
         fit: predicts D from the first steps; replaces `direction` and the schedule.
-        calibrates_rate: with `adapt_learning_rate`, a search along the first step after moments
-            were cleared sets the learning rate (`calibrated_factor`).
+        calibrates_rate: with `adapt_learning_rate`, the first search sets the learning rate
+            (`calibrated_factor`).
         steers_by_slope: with `adapt_learning_rate`, the slope of the loss after each step changes
             the learning rate too (`slope_steering`).
     """
