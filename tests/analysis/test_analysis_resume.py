@@ -35,7 +35,7 @@ class Killed(Exception):
 
 
 def killed_after(units):
-    def progress(done, total):
+    def progress(done, total, share):
         if done >= units:
             raise Killed
 
@@ -59,7 +59,9 @@ def test_killed_and_resumed_gives_the_same_tables(done, folders, tmp_path, monke
     resumed = analyze(*arguments, k=K, base_spectrum=True, progress=lambda *a: seen.append(a))
     snapshots = 2 * len(STEPS) + 1
     parts = done.summary["parts"]["parts"]
-    assert seen[0] == (finished * snapshots, parts * snapshots) and seen[-1] == (parts * snapshots,) * 2
+    assert seen[0][:2] == (finished * snapshots, parts * snapshots) and seen[-1][:2] == (parts * snapshots,) * 2
+    shares = [share for _, _, share in seen]
+    assert shares[0] > 0 and shares == sorted(shares) and shares[-1] == pytest.approx(1.0)
     assert len(calls) == (parts - finished) * snapshots
     for name in TABLES:
         for kind in ("parquet", "csv"):

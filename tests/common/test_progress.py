@@ -53,6 +53,13 @@ def test_what_was_done_before_says_nothing_about_the_pace(clock, monkeypatch):
     assert Counted(4, "analyze", "matrix", done=4).line(7.0) == "analyze: 4/4 matrices, 7 s"
 
 
+def test_units_of_different_work_are_weighted(clock, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Stream(terminal=False))
+    bar = Counted(10, "analyze", "matrix", done=1, share=0.5)
+    bar.update(1, share=0.9)
+    assert bar.line(20.0) == "analyze: 2/10 matrices, 20 s, about 5 s left"
+
+
 def test_on_a_terminal_there_is_a_bar(monkeypatch):
     stream = Stream(terminal=True)
     monkeypatch.setattr("sys.stderr", stream)

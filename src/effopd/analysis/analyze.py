@@ -68,7 +68,7 @@ def analyze(
     metrics: Sequence[str] = GROUPS,
     base_spectrum: bool = False,
     seed: int = 0,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int, float], object] | None = None,
 ) -> Analysis:
     """Measure what training did to the weights of `base`; write tables and summary.json to `out`.
 
@@ -89,7 +89,8 @@ def analyze(
         base_spectrum: also compare all singular values of W0 and W_T (about twice the work at the
             final snapshot).
         seed: of nulls, pictures, bootstrap, and the random start of the directions.
-        progress: called as progress(done, total); one unit is one matrix of one snapshot.
+        progress: called as progress(done, total, share). One unit is one matrix of one snapshot;
+            `share` is the finished share of the work in 0–1, which grows with the matrices' size.
 
     Raises:
         ConfigError: a setting is out of range, a path is given twice, or `out` holds other files.
@@ -109,18 +110,20 @@ def analyze(
     return execute(plan, progress)
 
 
-def execute(plan: AnalysisPlan, progress: Callable[[int, int], object] | None = None) -> Analysis:
+def execute(plan: AnalysisPlan, progress: Callable[[int, int, float], object] | None = None) -> Analysis:
     """Measure the unfinished parts of a plan, then write tables and summary."""
     done = plan.progress.start()
     total = len(plan.parts) * plan.snapshots
-    finished = sum(str(part.place) in done for part in plan.parts) * plan.snapshots
-    report = progress or (lambda done, total: None)
-    report(finished, total)
+    all_work = sum(map(_work, plan.parts)) * plan.snapshots
+    earlier = [part for part in plan.parts if str(part.place) in done]
+    finished, work = len(earlier) * plan.snapshots, sum(map(_work, earlier)) * plan.snapshots
+    report = progress or (lambda done, total, share: None)
+    report(finished, total, work / all_work)
 
-    def advance() -> None:
-        nonlocal finished
-        finished += 1
-        report(finished, total)
+    def advance(part: Part) -> None:
+        nonlocal finished, work
+        finished, work = finished + 1, work + _work(part)
+        report(finished, total, work / all_work)
 
     pictured = pictured_parts(plan.parts)
     for batch in batches([part for part in plan.parts if str(part.place) not in done], plan):
@@ -131,6 +134,11 @@ def execute(plan: AnalysisPlan, progress: Callable[[int, int], object] | None = 
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(plan.out / SUMMARY, lambda path: path.write_text(text, encoding="utf-8"))
     return Analysis(plan.out, tables, summary)
+
+
+def _work(part: Part) -> float:
+    """Estimated work of one part, in units of floating-point operations: M·N·min(M, N)."""
+    return float(math.prod(part.shape) * min(part.shape)) + 1.0 if part.shape else 1.0
 
 
 def batches(parts: Sequence[Part], plan: AnalysisPlan) -> Iterator[list[Part]]:
@@ -217,7 +225,7 @@ class _PartRecord:
 
 
 def measure_batch(
-    plan: AnalysisPlan, batch: Sequence[Part], pictured: set[str], advance: Callable[[], object]
+    plan: AnalysisPlan, batch: Sequence[Part], pictured: set[str], advance: Callable[[Part], object]
 ) -> Iterator[dict[str, Any]]:
     """Records of the parts of one stored tensor: all snapshots of all runs."""
     records = [_PartRecord(part, plan.options) for part in batch]
@@ -231,7 +239,11 @@ def measure_batch(
 
 
 def _take_snapshot(
-    records: Sequence[_PartRecord], run: AnalysisRun, index: int, difference: Difference, advance: Callable[[], object]
+    records: Sequence[_PartRecord],
+    run: AnalysisRun,
+    index: int,
+    difference: Difference,
+    advance: Callable[[Part], object],
 ) -> None:
     """Measure one snapshot of every part.
 
@@ -242,7 +254,7 @@ def _take_snapshot(
     for record in records:
         update = difference.update(record.part, record.options.device)
         record.take(run, index, update)
-        advance()
+        advance(record.part)
     del update
 
 

@@ -182,11 +182,11 @@ class _Bar:
     def __enter__(self) -> _Bar:
         return self
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, share: float) -> None:
         if self._bar is None:
-            self._bar = Counted(total, "analyze", "matrix", done=done)
+            self._bar = Counted(total, "analyze", "matrix", done=done, share=share)
         else:
-            self._bar.update(done - self._done)
+            self._bar.update(done - self._done, share)
         self._done = done
 
     def __exit__(self, *exception: object) -> None:
