@@ -16,9 +16,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from effopd.errors import SandboxError
 from effopd.tasks.code.limits import Limits
@@ -66,7 +69,7 @@ class Sandbox:
         kept = [theirs.fileno()] + ([] if filter_fd is None else [filter_fd])
         with theirs, tempfile.TemporaryFile() as errors:
             try:
-                self.process = subprocess.Popen(
+                self.process = _start(
                     command(limits, packages, theirs.fileno(), filter_fd),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -120,6 +123,20 @@ class Sandbox:
     def close(self) -> None:
         """End every process of the sandbox."""
         self._finalizer()
+
+
+#: One thread per process that starts all sandboxes: the kernel ends them with the thread that did.
+_starters: dict[int, ThreadPoolExecutor] = {}
+_starters_lock = threading.Lock()
+
+
+def _start(arguments: Sequence[str], **settings: Any) -> subprocess.Popen[bytes]:
+    with _starters_lock:
+        if os.getpid() not in _starters:
+            _starters.clear()
+            _starters[os.getpid()] = ThreadPoolExecutor(1, "sandboxes")
+        starter = _starters[os.getpid()]
+    return starter.submit(subprocess.Popen, arguments, **settings).result()
 
 
 def _end(process: subprocess.Popen[bytes], control: socket.socket, owner: int) -> None:

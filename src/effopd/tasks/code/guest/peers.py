@@ -194,6 +194,12 @@ class Proxy:
     def __bool__(self) -> bool:
         return True
 
+    def __len__(self) -> int:
+        try:
+            return _method(self, "__len__")
+        except AttributeError as error:  # `list` asks for the length and expects this type
+            raise TypeError(f"{error}") from None
+
     def __iter__(self) -> Any:
         return _Iterator(_method(self, "__iter__"))
 
@@ -233,7 +239,7 @@ def _forward(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("__len__", "__getitem__", "__setitem__", "__enter__", "__exit__"):
+for _name in ("__getitem__", "__setitem__", "__enter__", "__exit__"):
     setattr(Proxy, _name, _forward(_name))
 
 

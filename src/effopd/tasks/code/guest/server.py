@@ -78,9 +78,10 @@ def _serve(control: socket.socket) -> Callable[[], int] | None:
         for descriptor in descriptors:
             os.close(descriptor)
         outcome = _wait(run, control)
+        if outcome is not None:
+            control.send(json.dumps(outcome).encode())
         if outcome is None or _limits() != limits_at_start or not _clean():
             return None  # the end of the first process ends all others; the grader starts a new sandbox
-        control.send(json.dumps(outcome).encode())
 
 
 def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -213,6 +214,7 @@ def _reap(which: int, statuses: dict[int, tuple[int, float]]) -> None:
 def _clean() -> bool:
     """Empty the writable folder; whether it is empty."""
     try:
+        Path(_WRITABLE).chmod(0o700)
         for entry in Path(_WRITABLE).iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, onerror=_permit)
