@@ -60,6 +60,8 @@ OTHERS = [
      {"tests": "assert f() == {(1, 2): {3}, None: b'4', 5j: range(2)}"}, "passed"),
     ("names of the library", "from collections import Counter\ndef f(a): return Counter(a)",
      {"tests": "assert f('aa') == Counter('aa') and math.isclose(f('aa')['a'], 2)"}, "passed"),
+    ("numpy", "import numpy\ndef f(a): return numpy.array(a) + numpy.float32(1)",
+     {"tests": "import numpy as np\nassert np.allclose(f([1, 2]), [2, 3]) and f([1]) == [2]"}, "passed"),
     ("keyword arguments", "def f(a, *, b=1): return a - b", {"tests": "assert f(3, b=2) == 1"}, "passed"),
 ]  # fmt: skip
 
