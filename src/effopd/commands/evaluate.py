@@ -55,9 +55,9 @@ class EvalTaskConfig(TaskConfig):
     task: str = field(
         default="",
         metadata={
-            "help": "Source of the prompts: 'reasoning-gym:NAME', 'math:SOURCE' (a local .jsonl, .json or "
-            ".parquet file, or a Hub dataset id) or 'testbed:FAMILY'. For math:SOURCE only the rows held "
-            "out in training are evaluated; use --eval_task to evaluate all rows."
+            "help": "Source of the prompts: 'reasoning-gym:NAME', 'math:SOURCE' or 'code:SOURCE' (a local .jsonl, "
+            ".json or .parquet file, or a Hub dataset id), or 'testbed:FAMILY'. Of a SOURCE only the rows held out "
+            "in training are evaluated; use --eval_task to evaluate all rows."
         },
     )
 

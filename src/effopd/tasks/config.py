@@ -35,9 +35,8 @@ class TaskConfig:
     task: str = field(
         metadata={
             "help": "Source of the prompts. 'reasoning-gym:NAME' generates them (e.g. reasoning-gym:countdown); "
-            "'math:SOURCE' reads rows with a prompt and an answer from a local .jsonl, .json or .parquet file or from "
-            "a Hub dataset id; 'code:SOURCE' reads rows with tests; 'testbed:FAMILY' is a built-in toy family "
-            "for tests on a laptop."
+            "'math:SOURCE' reads rows with a prompt and an answer from a .jsonl, .json or .parquet file or a Hub "
+            "dataset id; 'code:SOURCE' reads rows with tests; 'testbed:FAMILY' is a built-in toy family."
         }
     )
     task_args: dict | str | None = field(
@@ -64,7 +63,8 @@ class TaskConfig:
         default=None,
         metadata={
             "help": "Text appended to every question. Default: the task's own instruction (math: reason step by step "
-            "and put the answer within \\boxed{}; reasoning-gym: answer between <answer> tags; testbed: none). "
+            "and put the answer within \\boxed{}; reasoning-gym: answer between <answer> tags; code: the source's "
+            "template; testbed: none). "
             "'' appends nothing; the built-in verifiers still look for \\boxed{} or the tags."
         },
     )
@@ -119,8 +119,8 @@ class TaskConfig:
     verify_timeout: float = field(
         default=5.0,
         metadata={
-            "help": "Hard time limit for grading one completion with a built-in verifier, in seconds. Gradings that "
-            "reach it score 0 and are counted."
+            "help": "Hard time limit for grading one completion with a built-in verifier, in seconds; for code, one "
+            "case. Gradings that reach it score 0 and are counted."
         },
     )
 
