@@ -202,7 +202,8 @@ def verdict_of_filter(program: bytes, number: int, argument: int = 0, arch: int 
         if code == 0x20:
             value = struct.unpack_from("<I", data, k)[0]
         else:
-            at += true if (value == k if code == 0x15 else value >= k) else false
+            holds = {0x15: value == k, 0x35: value >= k, 0x45: bool(value & k)}[code]
+            at += true if holds else false
         at += 1
 
 
@@ -212,6 +213,8 @@ def test_the_system_call_filter():
     assert verdict_of_filter(program, 101) == verdict_of_filter(program, 41) == refused  # ptrace, socket
     assert verdict_of_filter(program, 0) == verdict_of_filter(program, 56) == allowed  # read, clone
     assert verdict_of_filter(program, 302) == allowed and verdict_of_filter(program, 302, 1) == refused  # prlimit64
+    assert verdict_of_filter(program, 56, 0x11) == allowed and verdict_of_filter(program, 435) == 0x00050026  # clone3
+    assert {verdict_of_filter(program, 56, 0x11 | 1 << bit) for bit in (17, *range(25, 31))} == {refused}
     assert verdict_of_filter(program, 0x40000000 + 101) == refused
     assert verdict_of_filter(program, 0, arch=0x40000003) == 0x80000000
     assert seccomp_filter("aarch64") and seccomp_filter("riscv64") is None

@@ -193,8 +193,8 @@ def command(limits: Limits, packages: Sequence[str], control: int, filter_fd: in
     binds = [part for source, target in mounts.items() for part in ("--ro-bind", source, target)]
     return [
         *outer, bwrap,
-        "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000",
-        "--hostname", "sandbox",
+        "--unshare-all", "--unshare-user", *_no_more_namespaces(filter_fd is not None), "--uid", "1000",
+        "--gid", "1000", "--hostname", "sandbox",
         "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--as-pid-1",
         "--clearenv", *(part for pair in _ENVIRONMENT.items() for part in ("--setenv", *pair)),
         "--ro-bind", "/usr", "/usr", *_system_links(), "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
@@ -204,6 +204,14 @@ def command(limits: Limits, packages: Sequence[str], control: int, filter_fd: in
         *(() if filter_fd is None else ("--seccomp", str(filter_fd))),
         "--", python, "-I", "-S", "-c", _SERVE.format(fd=control),
     ]  # fmt: skip
+
+
+def _no_more_namespaces(filtered: bool) -> list[str]:
+    """Flag that forbids user namespaces inside. Containers make the kernel's setting read-only;
+    the system call filter forbids them as well.
+    """
+    read_only = bool(os.statvfs("/proc/sys").f_flag & os.ST_RDONLY) if Path("/proc/sys").is_dir() else True
+    return [] if filtered and read_only else ["--disable-userns"]
 
 
 _ENVIRONMENT = {

@@ -31,8 +31,11 @@ _REFUSED = {
 }  # fmt: skip
 #: Number of prlimit64, refused for other processes than the caller's.
 _PRLIMIT = (302, 261)
-_EPERM = 1
-_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
+#: Numbers of clone, refused with a flag of `_NAMESPACES`, and clone3, whose flags are hidden.
+_CLONE, _CLONE3 = (56, 220), 435
+_NAMESPACES = 0x7E020000
+_EPERM, _ENOSYS = 1, 38
+_LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 #: Numbers from here on are of the x32 ABI, which would pass by the numbers above.
 _X32, _AT_LEAST = 0x40000000, 0x35
@@ -60,6 +63,13 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
     for number in numbers:
         program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | _EPERM)]
     program += [
+        (_EQUAL, 0, 1, _CLONE3),
+        (_RETURN, 0, 0, _ERRNO | _ENOSYS),
+        (_EQUAL, 0, 4, _CLONE[column]),
+        (_LOAD, 0, 0, 16),  # low half of the first argument, the flags
+        (_ANY_BIT, 0, 1, _NAMESPACES),
+        (_RETURN, 0, 0, _ERRNO | _EPERM),
+        (_RETURN, 0, 0, _ALLOW),
         (_EQUAL, 0, 3, _PRLIMIT[column]),
         (_LOAD, 0, 0, 16),  # low half of the first argument, the process
         (_EQUAL, 1, 0, 0),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
-import gc
 import io
 import json
 import os
@@ -117,7 +116,6 @@ def _namespace(program: str, arguments: list[str], *, name: str = "__main__", be
     module = types.ModuleType(name)
     sys.modules[name] = module
     sys.argv = ["solution.py", *arguments]
-    gc.enable()
     sources = [("<prompt>", before), ("<program>", program)]
     codes = [compile(source, file, "exec", dont_inherit=True) for file, source in sources if source]
     for code in codes:

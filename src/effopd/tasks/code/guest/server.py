@@ -71,6 +71,8 @@ def _serve(control: socket.socket) -> Callable[[], int] | None:
         message, descriptors = _receive(control)
         if not message:
             return None
+        if message == b"stop":  # of a case that had just ended by itself
+            continue
         request = json.loads(message)
         run = _start(request, descriptors, control)
         if callable(run):
@@ -135,6 +137,7 @@ def _in_child(descriptors: list[int], run: Callable[[list[int]], int], limits: d
     for name, kind in _RESOURCES.items():
         resource.setrlimit(kind, (limits[name], limits[name]))
     programs.new_streams()
+    gc.enable()
     return lambda: run(given)
 
 
