@@ -103,15 +103,16 @@ def graded(verifier: CodeVerifier, programs: list[str], problems: list[dict[str,
     return [str(g.verdict) for g in verifier.grade_batch([render_program(text) for text in programs], examples)]
 
 
-def processes() -> int:
-    """Number of processes of this machine whose command is the sandbox's or its interpreter's."""
-    count = 0
+def processes() -> set[str]:
+    """Ids of this machine's processes whose command is the sandbox's or its interpreter's."""
+    found = set()
     for folder in Path("/proc").iterdir():
         try:
-            count += folder.name.isdecimal() and b"effopd.tasks.code.guest" in (folder / "cmdline").read_bytes()
+            if folder.name.isdecimal() and b"effopd.tasks.code.guest" in (folder / "cmdline").read_bytes():
+                found.add(folder.name)
         except OSError:
             continue
-    return count
+    return found
 
 
 def human_eval(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def fuzz(rows: list[dict[str, Any]], seed: int, count: int = 200) -> dict[str, A
     verifier.pool.close()
     time.sleep(0.5)
     return {"programs": Counter(verdicts), "right programs after them": Counter(after), "restarts": restarts,
-            "processes left": processes() - before}  # fmt: skip
+            "processes left": len(processes() - before)}  # fmt: skip
 
 
 def throughput(_rows: list[dict[str, Any]], _seed: int) -> dict[str, Any]:
