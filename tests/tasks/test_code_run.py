@@ -27,21 +27,12 @@ def root(tmp_path_factory):
         make_model(seed).save_pretrained(root / name)
         make_tokenizer().save_pretrained(root / name)
     rows = []
+    columns = ("prompt", "problem", "question", "question_content", "description", "text")
     for copy in range(3):
         for name, (row, _, _) in ROWS.items():
-            prompt = next(
-                key
-                for key in ("prompt", "problem", "question", "question_content", "description", "text")
-                if key in row
-            )
-            text = row[prompt] if isinstance(row[prompt], str) else row[prompt][0]["content"]
-            rows.append(
-                {
-                    **row,
-                    "id": f"{name} {copy}",
-                    prompt: f"{copy} {text}" if name != "HumanEval" else f"# {copy}\n{text}",
-                }
-            )
+            column = next(column for column in columns if column in row)
+            text = row[column] if isinstance(row[column], str) else row[column][0]["content"]
+            rows.append({**row, "id": f"{name} {copy}", column: f"# {copy} {name}\n{text}"})
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -72,7 +63,8 @@ def trained(root, output: str, *more: str) -> int:
 
 def test_the_recipe_dry_runs_with_rows_of_each_shape(root, capsys, sandboxed):
     assert trained(root, "dry", "--dry_run") == 0
-    assert "rows.jsonl" in capsys.readouterr().out and not (root / "dry").exists()
+    out = capsys.readouterr().out
+    assert "rows.jsonl" in out and all(name in " ".join(out.split()) for name in ROWS) and not (root / "dry").exists()
 
 
 def test_without_a_sandbox_the_dry_run_refuses(root, capsys, monkeypatch):
@@ -82,6 +74,16 @@ def test_without_a_sandbox_the_dry_run_refuses(root, capsys, monkeypatch):
     monkeypatch.setattr(sandbox, "find_bubblewrap", missing)
     assert trained(root, "refused", "--dry_run") != 0
     assert "Install bubblewrap" in capsys.readouterr().err and not (root / "refused").exists()
+
+
+def test_rows_on_the_hub_need_a_sandbox_in_a_dry_run(root, capsys, monkeypatch):
+    def missing():
+        raise SandboxError("grading programs needs bubblewrap. Install bubblewrap.")
+
+    monkeypatch.setattr(sandbox, "find_bubblewrap", missing)
+    assert trained(root, "hub", "--task", "code:some/where", "--dry_run") != 0
+    assert "Install bubblewrap" in capsys.readouterr().err
+    assert trained(root, "hub", "--task", "code:some/where", "--eval_strategy", "no", "--dry_run") == 0
 
 
 def test_two_steps_of_the_recipe_and_an_evaluation(root, capsys, sandboxed):
@@ -99,6 +101,7 @@ def test_two_steps_of_the_recipe_and_an_evaluation(root, capsys, sandboxed):
     assert json.loads(answers.with_suffix(".summary.json").read_text())["verdicts"].keys() == set(VERDICTS)
 
 
+@pytest.mark.slow
 def test_the_gate_and_rewards_grade_programs(root, sandboxed):
     assert trained(root, "gate", "--effopd.strategy", "effopd", "--effopd.validation_size", "4") == 0
     assert list(read_rows(root / "gate" / "searches.jsonl"))

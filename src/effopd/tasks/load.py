@@ -86,6 +86,23 @@ def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True
     return _finish(_load_bare(config, split, answers_required, why), config, kind)
 
 
+def check_grading(config: TaskConfig) -> None:
+    """Check what grading needs besides the rows, for sources that cannot be read now.
+
+    Raises:
+        TaskError: the user's verifier or a setting of a code task is unusable.
+        SandboxError: programs of a code task cannot be isolated here.
+    """
+    if config.verifier is not None:
+        load_verifier(config.verifier)
+    for source, args in ((config.task, config.task_args), (config.eval_task, config.eval_task_args)):
+        if source is not None and split_task_name("task", source)[0] == "code":
+            verifier = _code_verifier(args if isinstance(args, dict) else {}, config.verify_timeout)
+            if config.verifier is None:
+                verifier.check()
+            verifier.pool.close()
+
+
 def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: str) -> Task:
     """One split with bare questions as prompts."""
     other = config.eval_task if split == "eval" else None
@@ -138,15 +155,18 @@ def _load_math(request: _Request) -> Task:
 
 def _load_code(request: _Request) -> Task:
     """Rows with tests. If nothing is graded, examples have no answers: no sandbox is needed."""
-    settings = {name: request.args[name] for name in SETTINGS if name in request.args}
-    verifier = CodeVerifier(settings, request.timeout)
-    rows = read_code_rows(request.name, {name: request.args[name] for name in request.args if name not in settings})
+    verifier = _code_verifier(request.args, request.timeout)
+    rows = read_code_rows(request.name, {name: value for name, value in request.args.items() if name not in SETTINGS})
     chosen, available = _chosen(request, rows)
     if not request.answers_required:
         chosen = tuple(replace(example, answer=None) for example in chosen)
     return Task(
         request.name, chosen, verifier, render_program, needs_answers=not request.answers_required, available=available
     )
+
+
+def _code_verifier(args: dict[str, Any], timeout: float) -> CodeVerifier:
+    return CodeVerifier({name: args[name] for name in SETTINGS if name in args}, timeout)
 
 
 def _chosen(request: _Request, examples: Sequence[Example]) -> tuple[tuple[Example, ...], int]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from effopd.tasks.row_columns import field_of
 from effopd.tasks.row_faults import ORIGIN, BadRow, RowFaults, kind_of
 from effopd.tasks.row_files import read_rows
 from effopd.tasks.rows import prompt_fault
-
-logger = logging.getLogger(__name__)
 
 #: Columns that can hold the question, in order of preference.
 PROMPT_COLUMNS = ("prompt", "problem", "question", "question_content", "description", "text")
@@ -72,7 +69,6 @@ def read_code_rows(source: str, args: Mapping[str, Any] | None = None) -> tuple[
     faults = RowFaults(source)
     examples: list[Example] = []
     seen: dict[str, int] = {}
-    shapes: Counter[str] = Counter()
     for number, row in read_rows(source, args):
         origin = f"{source} row {number}"
         example = row if isinstance(row, BadRow) else _to_example(row, source, number, column)
@@ -83,13 +79,17 @@ def read_code_rows(source: str, args: Mapping[str, Any] | None = None) -> tuple[
             faults.add(origin, "a unique id", what, "Give each row its own id, or remove the column.")
         else:
             seen[example.id] = number
-            shapes[example.metadata[PROBLEM]["shape"]] += 1
             examples.append(example)
     faults.raise_if_any()
     if not examples:
         raise TaskError(f"'{source}' has no rows: expected at least one with a prompt and tests. Check the source.")
-    logger.info("%s: %s", source, ", ".join(f"{count} × {shape}" for shape, count in shapes.most_common()))
     return tuple(examples)
+
+
+def shapes_text(examples: Iterable[Example]) -> str:
+    """Numbers of code rows by shape, most frequent first; "" if there are none."""
+    shapes = Counter(example.metadata[PROBLEM]["shape"] for example in examples if PROBLEM in example.metadata)
+    return ", ".join(f"{count} × {shape}" for shape, count in shapes.most_common())
 
 
 def _to_example(row: Any, source: str, number: int, column: str | None) -> Example | BadRow:

@@ -106,6 +106,15 @@ class CodeVerifier:
             self.verdicts.update(str(grading.verdict) for grading in gradings)
         return gradings
 
+    def check(self) -> None:
+        """Check that programs can be run, unless a remote runner runs them.
+
+        Raises:
+            SandboxError: programs cannot be isolated here.
+        """
+        if self._runner is None:
+            self.pool.check()
+
     def _grade(self, run: Callable[..., Outcome], item: tuple[str | None, Mapping[str, Any]]) -> Grading:
         program, problem = item
         return grade(program, problem, run if self._runner is None else self._remote, self.limits, self.rules)
