@@ -23,6 +23,10 @@ class TaskError(EffOPDError, ValueError):
     """A task, its rows or its verifier is unusable."""
 
 
+class SandboxError(EffOPDError, RuntimeError):
+    """Programs cannot be run in isolation on this machine. Nothing was run."""
+
+
 class CompatibilityError(EffOPDError, ValueError):
     """A model cannot be used, or student, teacher and tokenizer are incompatible."""
 

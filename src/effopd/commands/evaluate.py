@@ -55,9 +55,9 @@ class EvalTaskConfig(TaskConfig):
     task: str = field(
         default="",
         metadata={
-            "help": "Source of the prompts: 'reasoning-gym:NAME', 'math:SOURCE' (a local .jsonl, .json or "
-            ".parquet file, or a Hub dataset id) or 'testbed:FAMILY'. For math:SOURCE only the rows held "
-            "out in training are evaluated; use --eval_task to evaluate all rows."
+            "help": "Source of the prompts: 'reasoning-gym:NAME', 'math:SOURCE' or 'code:SOURCE' (a local .jsonl, "
+            ".json or .parquet file, or a Hub dataset id), or 'testbed:FAMILY'. Of a SOURCE only the rows held out "
+            "in training are evaluated; use --eval_task to evaluate all rows."
         },
     )
 
@@ -128,6 +128,7 @@ def _print(result: EvalResult, n: int) -> None:
         "mean score": f"{summary['mean_score']:.3f}",
         "answer length": f"{summary['mean_length']:.1f} tokens on average, {summary['max_length']} at most",
         "answers": answers_text(summary),
+        **({"verdicts": verdicts_text(summary["verdicts"])} if "verdicts" in summary else {}),
         "time": f"{summary['seconds']:.1f} s, {summary['generated_tokens']} tokens",
     }
     width = max(map(len, rows))
@@ -141,6 +142,11 @@ def answers_text(summary: Mapping[str, Any]) -> str:
     parts = [f"{count}"] + ([] if gradable is None else [f"{gradable} with something to grade"])
     cut = f"{summary['answers_cut']} cut at the limit ({summary['truncated_share']:.1%})"
     return ", ".join([*parts, cut, f"{summary['answers_empty']} empty"])
+
+
+def verdicts_text(verdicts: Mapping[str, int]) -> str:
+    """Numbers of answers by verdict, without the zeros."""
+    return ", ".join(f"{count} {name}" for name, count in verdicts.items() if count)
 
 
 _EFFECT = "accuracy does not measure the model's ability"

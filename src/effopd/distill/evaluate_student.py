@@ -17,7 +17,7 @@ from effopd.common.isolation import evaluating
 from effopd.common.statistics import accuracy_interval, ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.runs.missing_answers import AnswerWatch, Counts
-from effopd.tasks.base import Task
+from effopd.tasks.base import Grading, Task, verdict_counts
 from effopd.tasks.evaluate import evaluate
 from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
@@ -68,6 +68,7 @@ def evaluate_task(
         **({"answers_found": sum(bool(a.gradable) for a in sampled)} if sampled[0].gradable is not None else {}),
         "answers_cut": sum(answer.truncated for answer in sampled),
         "answers_empty": sum(answer.empty for answer in sampled),
+        **_verdicts(sampled),
         "runtime": time.perf_counter() - start,
     }
     return metrics, sum(answer.tokens for answer in [*sampled, *greedy])
@@ -81,6 +82,7 @@ class _Answer(NamedTuple):
     gradable: bool | None  # has something to grade; `None`: the verifier does not report it
     empty: bool
     scored: bool  # has a verifier score above 0
+    verdict: str | None  # of a verifier that runs programs
     example: str  # of one answer of each rank that has nothing to grade, the text
 
 
@@ -93,6 +95,12 @@ def _counts(answers: Sequence[_Answer]) -> Counts:
         right=sum(answer.scored for answer in answers),
         example=next((answer.example for answer in answers if answer.example), ""),
     )
+
+
+def _verdicts(answers: Sequence[_Answer]) -> dict[str, int]:
+    """Number of answers by verdict; empty if the verifier has only scores."""
+    counts = verdict_counts([Grading(float(answer.correct), answer.verdict) for answer in answers])
+    return {f"verdict_{name}": count for name, count in (counts or {}).items()}
 
 
 def _accuracy(name: str, answers: Sequence[_Answer]) -> dict[str, float]:
@@ -134,10 +142,21 @@ class _Answers:
             kl = self._kl(teacher, completions)
         reported = task.answers_found([completion.marked for completion in completions])
         gradable: Sequence[bool | None] = [None] * len(task) if reported is None else reported
+        verdicts = [row[0].verdict for row in result.gradings] or [None] * len(task)
         answers = [
-            _Answer(correct, len(c.completion_ids), c.truncated, kl_sum, to_grade, not c.text.strip(), score > 0, "")
-            for c, (correct,), (score,), kl_sum, to_grade in zip(
-                completions, result.correct, result.scores, kl, gradable, strict=True
+            _Answer(
+                correct,
+                len(c.completion_ids),
+                c.truncated,
+                kl_sum,
+                to_grade,
+                not c.text.strip(),
+                score > 0,
+                verdict,
+                "",
+            )
+            for c, (correct,), (score,), kl_sum, to_grade, verdict in zip(
+                completions, result.correct, result.scores, kl, gradable, verdicts, strict=True
             )
         ]
         for i, answer in enumerate(answers):

@@ -26,7 +26,7 @@ from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.trl_host.hooks import PolicyHooks
 from effopd.errors import TaskError
 from effopd.runs.missing_answers import Counts
-from effopd.tasks.base import Task
+from effopd.tasks.base import Task, verdict_counts
 from effopd.tasks.evaluate import CORRECT
 from effopd.tasks.generate import encode_prompts
 from effopd.tasks.reasoning import decode_marked, opened_by_ids
@@ -87,13 +87,17 @@ def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]
 
     rewards = RewardWatch()
 
-    def correct(completions, id, completion_ids=None, **_) -> list[float]:
+    def correct(completions, id, completion_ids=None, log_metric=None, **_) -> list[float]:
         if trainer is None:
             texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
         else:
             decoded = decode_marked(trainer.text_tokenizer, completion_ids)
             texts = [opened(i) + text for text, i in zip(decoded, id, strict=True)]
-        scores = task.verify_batch(texts, [by_id[i] for i in id])
+        gradings = task.grade_batch(texts, [by_id[i] for i in id])
+        scores = [grading.score for grading in gradings]
+        if log_metric is not None:
+            for verdict, count in (verdict_counts(gradings) or {}).items():
+                log_metric(f"verdicts/{verdict}", count / len(gradings))
         right = [float(score >= CORRECT) for score in scores]
         if trainer is not None and trainer.model.training and trainer.is_world_process_zero():
             cut = [ids[-1] not in trainer.eos_token_ids for ids in completion_ids]

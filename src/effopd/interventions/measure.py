@@ -69,6 +69,7 @@ class Evaluator:
             "response_length": float(np.mean(result.lengths)),
             "truncated_share": result.truncated_share,
             **({} if result.answers_found is None else {"answers_found": result.answers_found}),
+            **({} if result.verdicts is None else {"verdicts": result.verdicts}),
             "answers_cut": result.answers_cut,
             "answers_empty": result.answers_empty,
             "generated_tokens": result.generated_tokens,

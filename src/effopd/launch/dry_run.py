@@ -26,7 +26,8 @@ from effopd.launch.opd import (
 from effopd.launch.prompts import Prompts, evaluates, load_prompts
 from effopd.launch.run_checks import check_space
 from effopd.launch.run_models import check_lengths, tokenizer_of
-from effopd.tasks import load_verifier, needs_network
+from effopd.tasks import check_grading, needs_network
+from effopd.tasks.code.rows import shapes_text
 
 
 def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
@@ -50,8 +51,8 @@ def _checked(settings: RunSettings) -> Prompts | None:
     models = check_models_of(settings) if on_disk else []
     tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
     if needs_network(task):
-        if task.verifier is not None:
-            load_verifier(task.verifier)
+        if why_answers(opd, effopd) or task.verifier is not None:
+            check_grading(task)
         return None
     rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
     check_prompts(settings, rows.train)
@@ -77,6 +78,8 @@ def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str
         if name:
             yield role, f"{name}  {_size_text(_size(name, opd))}"
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
+    if rows is not None and (shapes := shapes_text(rows.train.examples)):
+        yield "code rows", shapes
     yield (
         "each step",
         f"{rollouts_per_step(opd):,} prompts = {opd.per_device_train_batch_size} × "

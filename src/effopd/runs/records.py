@@ -166,6 +166,12 @@ class EvaluationRecord(Record, prefix="eval_"):
     )
     answers_cut: Annotated[Count, Column("sampled answers cut at the limit")] = None
     answers_empty: Annotated[Count, Column("sampled answers without text")] = None
+    verdict_passed: Annotated[Count, Column("code tasks: answers whose program passed")] = None
+    verdict_wrong: Annotated[Count, Column("code tasks: answers with a wrong result")] = None
+    verdict_error: Annotated[Count, Column("code tasks: programs that raised or died")] = None
+    verdict_timeout: Annotated[Count, Column("code tasks: programs stopped at a time limit")] = None
+    verdict_memory: Annotated[Count, Column("code tasks: programs stopped at the memory limit")] = None
+    verdict_refused: Annotated[Count, Column("code tasks: answers without a program")] = None
     runtime: Annotated[Number, Column("wall-clock time of the evaluation", "s")] = None
     costs: Annotated[Costs, Group(Costs)] = field(default_factory=Costs)
     #: Other values that the host reported, by key (with the prefix `eval_`).

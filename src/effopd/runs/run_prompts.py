@@ -116,7 +116,9 @@ def _same_source(one: Any, other: Any) -> bool:
     if one is None or other is None:
         return False
     (kind, _, name), (other_kind, _, other_name) = str(one).partition(":"), str(other).partition(":")
-    return one == other or (kind == other_kind == "math" and Path(name).resolve() == Path(other_name).resolve())
+    return one == other or (
+        kind == other_kind and kind in ("math", "code") and Path(name).resolve() == Path(other_name).resolve()
+    )
 
 
 def _spoken(given: Path, absolute: Path, folder: Path) -> Path:

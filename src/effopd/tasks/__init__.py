@@ -4,6 +4,7 @@ base.py             Example, Task and the verifier contract
 config.py           TaskConfig, for Python, the command line and YAML
 load.py             load_task: config → train or eval split
 rows.py             math rows as examples
+code/               code rows, and programs graded in a sandbox
 row_files.py        rows from JSON, Parquet or the Hub
 row_columns.py      question and answer columns
 row_faults.py       faults in rows, reported together
@@ -32,7 +33,7 @@ from __future__ import annotations
 from effopd.tasks.base import Example, Prompt, Task, Verifier
 from effopd.tasks.config import TaskConfig
 from effopd.tasks.gym_tasks import ReasoningGymVerifier
-from effopd.tasks.load import load_task, needs_network
+from effopd.tasks.load import check_grading, load_task, needs_network
 from effopd.tasks.math_grading import MathVerifier, extract_boxed
 from effopd.tasks.prompts import check_prompt_lengths
 from effopd.tasks.rows import read_math_rows
@@ -47,6 +48,7 @@ __all__ = [
     "TaskConfig",
     "Verifier",
     "VerifierCheck",
+    "check_grading",
     "check_prompt_lengths",
     "check_score",
     "check_verifier",

@@ -45,6 +45,31 @@ class Example:
 Verifier = Callable[[str, Example], float]
 
 
+#: Verdicts of verifiers that run programs. "refused": nothing was run; there is no program.
+VERDICTS = ("passed", "wrong", "error", "timeout", "memory", "refused")
+
+
+@dataclass(frozen=True)
+class Grading:
+    """Grade of a completion.
+
+    Attributes:
+        score: in [0, 1].
+        verdict: one of `VERDICTS`; `None`: the verifier has only scores.
+        detail: what failed, for people.
+    """
+
+    score: float
+    verdict: str | None = None
+    detail: str = ""
+
+
+def verdict_counts(gradings: Sequence[Grading]) -> dict[str, int] | None:
+    """Number of completions by verdict, with zeros; `None`: the verifier has only scores."""
+    verdicts = [grading.verdict for grading in gradings]
+    return {name: verdicts.count(name) for name in VERDICTS} if any(verdicts) else None
+
+
 @dataclass(frozen=True)
 class Task:
     """Named examples with the function that grades a completion.
@@ -53,8 +78,9 @@ class Task:
         name: name in messages, e.g. `"math:data/train.jsonl"`.
         examples: the prompts, in order.
         verify: the verifier. A verifier object can also have `verify_batch(completions, examples)`
-            and `answer_found(completion)`, which returns whether there is an answer to grade, and
-            `sought`, which names what it looks for.
+            and `answer_found(completion)`, which returns whether there is an answer to grade,
+            `sought`, which names what it looks for, and `grade_batch(completions, examples)`, which
+            returns `Grading` objects with verdicts.
         render_answer: writes a reference answer as a completion in the verifier's format, e.g. in
             `\\boxed{}`; `None`: the bare answer is already in that format.
         needs_answers: whether the verifier needs `Example.answer`; some use only the metadata.
@@ -93,6 +119,13 @@ class Task:
         if batch is not None:
             return list(batch(completions, examples))
         return [self.verify(text, example) for text, example in zip(completions, examples, strict=True)]
+
+    def grade_batch(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grading]:
+        """Scores of several completions, with verdicts if the verifier has them."""
+        batch = getattr(self.verify, "grade_batch", None)
+        if batch is not None:
+            return list(batch(completions, examples))
+        return [Grading(score) for score in self.verify_batch(completions, examples)]
 
     def answers_found(self, completions: Sequence[str]) -> list[bool] | None:
         """Whether each completion has an answer; `None`: the verifier cannot detect answers."""

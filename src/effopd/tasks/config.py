@@ -15,7 +15,7 @@ from typing import Any
 from effopd.errors import ConfigError
 
 #: Kinds of source: the part of `task` before the colon.
-TASK_KINDS = ("reasoning-gym", "math", "testbed")
+TASK_KINDS = ("reasoning-gym", "math", "code", "testbed")
 
 _VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -35,8 +35,8 @@ class TaskConfig:
     task: str = field(
         metadata={
             "help": "Source of the prompts. 'reasoning-gym:NAME' generates them (e.g. reasoning-gym:countdown); "
-            "'math:SOURCE' reads rows with a prompt and an answer from a local .jsonl, .json or .parquet file or from "
-            "a Hub dataset id; 'testbed:FAMILY' is a built-in toy family for tests on a laptop."
+            "'math:SOURCE' reads rows with a prompt and an answer from a .jsonl, .json or .parquet file or a Hub "
+            "dataset id; 'code:SOURCE' reads rows with tests; 'testbed:FAMILY' is a built-in toy family."
         }
     )
     task_args: dict | str | None = field(
@@ -45,7 +45,7 @@ class TaskConfig:
             "help": "JSON object with parameters of the source. reasoning-gym: the dataset's own parameters, e.g. "
             "'{\"max_terms\": 3}'. math: 'prompt_column' and 'answer_column' for columns with other names or nested "
             "fields ('reward_model.ground_truth'); for a Hub dataset also arguments of load_dataset, e.g. "
-            '\'{"name": "main", "split": "train"}\'.'
+            '\'{"name": "main", "split": "train"}\'. code: docs/code_tasks.md.'
         },
     )
     verifier: str | None = field(
@@ -63,7 +63,8 @@ class TaskConfig:
         default=None,
         metadata={
             "help": "Text appended to every question. Default: the task's own instruction (math: reason step by step "
-            "and put the answer within \\boxed{}; reasoning-gym: answer between <answer> tags; testbed: none). "
+            "and put the answer within \\boxed{}; reasoning-gym: answer between <answer> tags; code: the source's "
+            "template; testbed: none). "
             "'' appends nothing; the built-in verifiers still look for \\boxed{} or the tags."
         },
     )
@@ -118,8 +119,8 @@ class TaskConfig:
     verify_timeout: float = field(
         default=5.0,
         metadata={
-            "help": "Hard time limit for grading one completion with a built-in verifier, in seconds. Gradings that "
-            "reach it score 0 and are counted."
+            "help": "Hard time limit for grading one completion with a built-in verifier, in seconds; for code, one "
+            "case. Gradings that reach it score 0 and are counted."
         },
     )
 
@@ -183,7 +184,8 @@ def split_task_name(field_name: str, value: Any) -> tuple[str, str]:
     kind, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
     if kind not in TASK_KINDS or not colon or not name.strip():
         raise ConfigError(
-            f"{field_name}: expected 'reasoning-gym:NAME', 'math:FILE_OR_HUB_ID' or 'testbed:FAMILY', got {value!r}. "
+            f"{field_name}: expected 'reasoning-gym:NAME', 'math:FILE_OR_HUB_ID', 'code:FILE_OR_HUB_ID' or "
+            f"'testbed:FAMILY', got {value!r}. "
             "Write for example reasoning-gym:basic_arithmetic or math:data/train.jsonl."
         )
     return kind, name.strip()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.common.statistics import Interval, accuracy_interval
 from effopd.errors import TaskError
-from effopd.tasks.base import Example, Task
+from effopd.tasks.base import Example, Grading, Task, verdict_counts
 from effopd.tasks.generate import Completion, generate
 from effopd.tasks.sampling import Sampling
 from effopd.tasks.verify import check_score
@@ -53,6 +53,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 class EvalResult:
     """Graded answers: `completions[i][j]` and `scores[i][j]` belong to sample j of example i.
 
+    `gradings` has the verdicts of the same answers; empty if the verifier has only scores.
+
     `answers_found` is the number of completions, over all samples, with an answer to grade; `None`:
     the verifier cannot detect answers. `seconds` covers generation and grading.
     """
@@ -62,6 +64,7 @@ class EvalResult:
     scores: list[list[float]]
     seconds: float
     answers_found: int | None = None
+    gradings: tuple[tuple[Grading, ...], ...] = ()
 
     @property
     def correct(self) -> list[list[bool]]:
@@ -103,6 +106,11 @@ class EvalResult:
         """Number of empty answers."""
         return sum(not c.text.strip() for row in self.completions for c in row)
 
+    @property
+    def verdicts(self) -> dict[str, int] | None:
+        """Number of answers by verdict; `None`: the verifier has only scores."""
+        return verdict_counts([grading for row in self.gradings for grading in row])
+
     def pass_at(self, k: int) -> float:
         """Mean unbiased pass@k over the prompts."""
         return float(np.mean([pass_at_k(len(row), sum(row), k) for row in self.correct]))
@@ -126,14 +134,16 @@ class EvalResult:
             "answers_found": self.answers_found,
             "answers_cut": self.answers_cut,
             "answers_empty": self.answers_empty,
+            **({} if self.verdicts is None else {"verdicts": self.verdicts}),
             "generated_tokens": self.generated_tokens,
             "seconds": self.seconds,
         }
 
     def rows(self):
         """One JSON-ready dictionary per answer."""
-        for example, completions, scores in zip(self.examples, self.completions, self.scores, strict=True):
-            for sample, (completion, score) in enumerate(zip(completions, scores, strict=True)):
+        for index, (example, completions) in enumerate(zip(self.examples, self.completions, strict=True)):
+            for sample, (completion, score) in enumerate(zip(completions, self.scores[index], strict=True)):
+                grading = self.gradings[index][sample] if self.gradings else None
                 yield {
                     "id": example.id,
                     "sample": sample,
@@ -144,6 +154,7 @@ class EvalResult:
                     "truncated": completion.truncated,
                     "score": score,
                     "correct": score >= CORRECT,
+                    **({} if grading is None else {"verdict": grading.verdict, "detail": grading.detail}),
                 }
 
 
@@ -184,8 +195,9 @@ def evaluate(
     flat = generate(model, tokenizer, prompts, sampling, vocab_size=vocab_size, progress=progress, seen=seen)
     repeated = [example for example in task.examples for _ in range(n)]
     texts = [completion.marked for completion in flat]
-    values = task.verify_batch(texts, repeated)
-    grades = [check_score(value, example, task.name) for value, example in zip(values, repeated, strict=True)]
+    graded = task.grade_batch(texts, repeated)
+    grades = [check_score(each.score, example, task.name) for each, example in zip(graded, repeated, strict=True)]
+    with_verdicts = verdict_counts(graded) is not None
     gradable = task.answers_found(texts)
     return EvalResult(
         task.examples,
@@ -193,4 +205,5 @@ def evaluate(
         scores=[grades[i : i + n] for i in range(0, len(flat), n)],
         seconds=time.perf_counter() - start,
         answers_found=None if gradable is None else sum(gradable),
+        gradings=tuple(tuple(graded[i : i + n]) for i in range(0, len(flat), n)) if with_verdicts else (),
     )

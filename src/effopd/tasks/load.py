@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Prompt, Task
+from effopd.tasks.code.rows import read_code_rows, render_program, with_template
+from effopd.tasks.code.verifier import SETTINGS, CodeVerifier
 from effopd.tasks.config import TaskConfig, split_task_name
 from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples, render_tagged
 from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
@@ -57,7 +59,7 @@ class _Request:
 def needs_network(config: TaskConfig) -> bool:
     """Whether a source of the task is a Hub dataset or a folder loaded like one."""
     sources = [split_task_name("task", source) for source in (config.task, config.eval_task) if source is not None]
-    return any(kind == "math" and on_hub(name) for kind, name in sources)
+    return any(kind in ("math", "code") and on_hub(name) for kind, name in sources)
 
 
 def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True, why: str = "") -> Task:
@@ -82,6 +84,23 @@ def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True
     source = config.task if split == "train" or config.eval_task is None else config.eval_task
     kind, _ = split_task_name("task", source)
     return _finish(_load_bare(config, split, answers_required, why), config, kind)
+
+
+def check_grading(config: TaskConfig) -> None:
+    """Check what grading needs besides the rows, for sources that cannot be read now.
+
+    Raises:
+        TaskError: the user's verifier or a setting of a code task is unusable.
+        SandboxError: programs of a code task cannot be isolated here.
+    """
+    if config.verifier is not None:
+        load_verifier(config.verifier)
+    for source, args in ((config.task, config.task_args), (config.eval_task, config.eval_task_args)):
+        if source is not None and split_task_name("task", source)[0] == "code":
+            verifier = _code_verifier(args if isinstance(args, dict) else {}, config.verify_timeout)
+            if config.verifier is None:
+                verifier.check()
+            verifier.pool.close()
 
 
 def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: str) -> Task:
@@ -123,15 +142,40 @@ def _load_gym(request: _Request) -> Task:
 
 
 def _load_math(request: _Request) -> Task:
-    rows = list(
-        read_math_rows(
-            request.name,
-            request.args,
-            answers_required=request.answers_required,
-            why=request.why,
-            setting=request.setting,
-        )
+    rows = read_math_rows(
+        request.name,
+        request.args,
+        answers_required=request.answers_required,
+        why=request.why,
+        setting=request.setting,
     )
+    chosen, available = _chosen(request, rows)
+    return Task(request.name, chosen, MathVerifier(request.timeout), render_boxed, available=available)
+
+
+def _load_code(request: _Request) -> Task:
+    """Rows with tests. If nothing is graded, examples have no answers: no sandbox is needed."""
+    verifier = _code_verifier(request.args, request.timeout)
+    rows = read_code_rows(request.name, {name: value for name, value in request.args.items() if name not in SETTINGS})
+    chosen, available = _chosen(request, rows)
+    if not request.answers_required:
+        chosen = tuple(replace(example, answer=None) for example in chosen)
+    return Task(
+        request.name, chosen, verifier, render_program, needs_answers=not request.answers_required, available=available
+    )
+
+
+def _code_verifier(args: dict[str, Any], timeout: float) -> CodeVerifier:
+    return CodeVerifier({name: args[name] for name in SETTINGS if name in args}, timeout)
+
+
+def _chosen(request: _Request, examples: Sequence[Example]) -> tuple[tuple[Example, ...], int]:
+    """Examples of the split, and the number of rows that it could have.
+
+    Raises:
+        TaskError: there are too few rows.
+    """
+    rows = list(examples)
     random.Random(request.seed).shuffle(rows)
     if request.split == "eval":
         first: dict[str, Example] = {}
@@ -152,7 +196,7 @@ def _load_math(request: _Request) -> Task:
             f"({len(rows)} rows, of which {len(rows) - len(chosen)} {why}). Lower {request.split}_size"
             f"{' or eval_size' if request.split == 'train' else ''}, or name an eval_task."
         )
-    return Task(request.name, tuple(chosen[:size]), MathVerifier(request.timeout), render_boxed, available=len(chosen))
+    return tuple(chosen[:size]), len(chosen)
 
 
 def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
@@ -185,10 +229,11 @@ def _load_testbed(request: _Request) -> Task:
 _LOADERS: dict[str, Callable[[_Request], Task]] = {
     "reasoning-gym": _load_gym,
     "math": _load_math,
+    "code": _load_code,
     "testbed": _load_testbed,
 }
-#: Kind of source → instruction appended to every question.
-_SUFFIXES = {"reasoning-gym": GYM_SUFFIX, "math": MATH_SUFFIX}
+#: Kind of source → instruction appended to every question; code rows have templates of their own.
+_SUFFIXES = {"reasoning-gym": GYM_SUFFIX, "math": MATH_SUFFIX, "code": ""}
 
 
 def instruction(task: str, prompt_suffix: str | None) -> str:
@@ -214,6 +259,8 @@ def _finish(task: Task, config: TaskConfig, kind: str) -> Task:
         task = replace(task, verify=load_verifier(config.verifier), needs_answers=False)
     if kind not in _SUFFIXES:
         return task
+    if kind == "code" and config.prompt_suffix is None:
+        task = task.subset([with_template(example, config.as_chat) for example in task.examples])
     suffix = instruction(f"{kind}:{task.name}", config.prompt_suffix)
     return task.subset([replace(example, prompt=_write(example, suffix, config)) for example in task.examples])
 

@@ -99,7 +99,7 @@ def _to_example(row: Any, source: str, number: int, columns: Mapping[str, str | 
         return NoPrompt(expected, got, f"{fix}, or name it with task_args '{{\"prompt_column\": …}}'.")
     prompt = field_of(row, present[0])
     row.pop(present[0], None)
-    fault = _prompt_fault(prompt)
+    fault = prompt_fault(prompt)
     if fault:
         return BadRow(*fault)
     answer_column = columns["answer_column"] or "answer"
@@ -118,7 +118,8 @@ def _to_example(row: Any, source: str, number: int, columns: Mapping[str, str | 
     return Example(str(identity), prompt, text, {**row, ORIGIN: f"{source} row {number}"})
 
 
-def _prompt_fault(prompt: Any) -> Fault | None:
+def prompt_fault(prompt: Any) -> Fault | None:
+    """Fault of a prompt that is neither text nor chat messages; `None`: it is usable."""
     if isinstance(prompt, str):
         return None if prompt.strip() else ("a prompt", f"the empty text {prompt!r}", "Fill it in or remove the row.")
     expected = "a prompt that is text or a list of chat messages"

@@ -46,30 +46,45 @@ def load_verifier(name: str) -> Verifier:
         TaskError: the form is wrong, the module is missing or fails to import, the function is
             missing, or it does not take `(completion, example)`.
     """
+    function = load_function("verifier", name)
+    try:
+        inspect.signature(function).bind("completion", Example("0", "prompt"))
+    except TypeError as error:
+        own = name.rpartition(":")[2]
+        raise TaskError(
+            f"verifier '{name}': expected a function of (completion: str, example: Example) that returns a score "
+            f"in [0, 1], got {own}{inspect.signature(function)} ({error}). Give it these two parameters."
+        ) from error
+    except ValueError:
+        pass  # some callables written in C have no signature; check_verifier calls them
+    return function
+
+
+def load_function(setting: str, name: str) -> Any:
+    """Load a function of the user, `"module:function"`; the module can be in the current directory.
+
+    Args:
+        setting: name of the setting, for messages.
+
+    Raises:
+        TaskError: the form is wrong, the module is missing or fails to import, or the function is
+            missing.
+    """
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
-        raise TaskError(f"verifier: expected 'module:function', got {name!r}. Write for example my_verifier:grade.")
-    module = _import(module_name, name)
+        raise TaskError(f"{setting}: expected 'module:function', got {name!r}. Write for example my_{setting}:grade.")
+    module = _import(module_name, name, setting)
     function: Any = module
     for part in function_name.split("."):
         function = getattr(function, part, None)
     if function is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise TaskError(
-            f"verifier '{name}': expected a function '{function_name}' in {module.__file__}, got none. Functions "
+            f"{setting} '{name}': expected a function '{function_name}' in {module.__file__}, got none. Functions "
             f"there: {', '.join(sorted(public)) or 'none'}."
         )
     if not callable(function):
-        raise TaskError(f"verifier '{name}': expected a function, got {type(function).__name__} {function!r}.")
-    try:
-        inspect.signature(function).bind("completion", Example("0", "prompt"))
-    except TypeError as error:
-        raise TaskError(
-            f"verifier '{name}': expected a function of (completion: str, example: Example) that returns a score in "
-            f"[0, 1], got {function_name}{inspect.signature(function)} ({error}). Give it these two parameters."
-        ) from error
-    except ValueError:
-        pass  # some callables written in C have no signature; check_verifier calls them
+        raise TaskError(f"{setting} '{name}': expected a function, got {type(function).__name__} {function!r}.")
     return function
 
 
@@ -130,7 +145,7 @@ def check_verifier(task: Task, examples: int = 4) -> VerifierCheck:
     return VerifierCheck(checked, unchecked)
 
 
-def _import(module_name: str, name: str) -> Any:
+def _import(module_name: str, name: str, setting: str) -> Any:
     """Import a module, with the current directory last on the path during the import."""
     folder = str(Path.cwd())
     sys.path.append(folder)
@@ -139,13 +154,13 @@ def _import(module_name: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise TaskError(
-                f"verifier '{name}': expected an importable module '{module_name}', got none in the current "
+                f"{setting} '{name}': expected an importable module '{module_name}', got none in the current "
                 f"directory '{folder}' or the installed packages. Check the spelling or change directory."
             ) from error
-        raise TaskError(f"verifier '{name}': the module '{module_name}' failed to import: {error}.") from error
+        raise TaskError(f"{setting} '{name}': the module '{module_name}' failed to import: {error}.") from error
     except Exception as error:  # the user's code can raise anything; the cause is chained
         raise TaskError(
-            f"verifier '{name}': the module '{module_name}' failed to import: {type(error).__name__}: {error}. "
+            f"{setting} '{name}': the module '{module_name}' failed to import: {type(error).__name__}: {error}. "
             f'To reproduce the error: python -c "import {module_name}"'
         ) from error
     finally:

@@ -1,0 +1,1 @@
+"""Code tasks: rows with tests, programs from answers, and their grading in a sandbox."""

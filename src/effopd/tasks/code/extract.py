@@ -1,0 +1,60 @@
+"""The program in an answer: the last fenced block, or the whole answer if there is none."""
+
+from __future__ import annotations
+
+import re
+
+from effopd.tasks.reasoning import answer_part
+
+#: Longest program, in characters.
+MAX_PROGRAM = 200_000
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+.#-]*)[^\n`]*$", re.MULTILINE)
+#: Labels of blocks with Python; a block without a label counts too.
+_PYTHON = ("", "python", "python3", "py", "python2", "pypy", "pypy3", "sage", "code")
+
+
+def extract_program(completion: str) -> str | None:
+    r"""Program of a completion, or `None`: an empty answer, or only blocks in other languages.
+
+    Takes the last block labelled as Python or without a label, after the reasoning. A last block
+    that is not closed counts up to the end.
+
+    Example:
+        >>> extract_program("First:\n```python\nx = 1\n```\nBetter:\n```python\nx = 2\n```\nDone.")
+        'x = 2\n'
+        >>> extract_program("print(1)")
+        'print(1)'
+    """
+    text = answer_part(completion).replace("\r\n", "\n")
+    blocks = _blocks(text)
+    if not blocks:
+        return text if text.strip() else None
+    python = [code for label, code in blocks if label.lower() in _PYTHON and code.strip()]
+    return python[-1] if python else None
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """(label, content) of the fenced blocks, in order."""
+    blocks: list[tuple[str, str]] = []
+    opening: re.Match[str] | None = None
+    for fence in _FENCE.finditer(text):
+        if opening is None:
+            opening = fence
+        elif fence[1][0] == opening[1][0] and len(fence[1]) >= len(opening[1]) and not fence[2]:
+            blocks.append((opening[2], text[opening.end() + 1 : fence.start()]))
+            opening = None
+        elif fence[2] and fence[1] == opening[1]:  # a new block where the last one was not closed
+            blocks.append((opening[2], text[opening.end() + 1 : fence.start()]))
+            opening = fence
+    if opening is not None:
+        blocks.append((opening[2], text[opening.end() + 1 :]))
+    return blocks
+
+
+def refusal(program: str | None) -> str:
+    """Why a program is not run; "" if it is."""
+    if program is None:
+        return "no program in the answer"
+    if len(program) > MAX_PROGRAM:
+        return f"a program of {len(program)} characters (limit {MAX_PROGRAM})"
+    return ""

@@ -1,0 +1,1 @@
+"""Code inside the sandbox: standard library only, mounted read-only without the package."""
