@@ -97,6 +97,20 @@ def test_function(grader, program, case, verdict):
     assert grading.verdict == verdict, grading
 
 
+@pytest.mark.parametrize(("program", "verdict"), [
+    ("    return math.floor(a) + b\n\nprint(add(1, 2))\nand so", "passed"),
+    ("\treturn a", "error"),
+    ("    return a", "wrong"),
+    ("from __future__ import annotations\ndef add(a, b):\n    return math.floor(a) + b", "passed"),
+    ("a = 1", "wrong"),
+])  # fmt: skip
+def test_a_prompt_that_the_answer_completes(grader, program, verdict):
+    prompt = 'import math\n\ndef add(a, b):\n    """Sum."""\n'
+    tests = "def check(candidate):\n    assert candidate(1, 2) == 3\ncheck(add)"
+    problem = {"shape": "HumanEval", "before": prompt, "entry": ["add"], "cases": [{"tests": tests}]}
+    assert grader(program, problem).verdict == verdict
+
+
 def test_share_of_cases_and_the_first_failure(grader):
     cases = [{"input": str(n), "output": "1"} for n in (1, 2, 1)]
     grading = grader("print(input())", {"shape": "cases", "cases": cases}, {"score": "share"})

@@ -51,6 +51,23 @@ def _blocks(text: str) -> list[tuple[str, str]]:
     return blocks
 
 
+def completed(prompt: str, program: str, entry: str) -> str | None:
+    """Prompt with the function's body that continues it; `None`: the program is no such body.
+
+    The body ends before the first line that is not indented.
+
+    Example:
+        >>> completed("def f():\\n", "    return 1\\n\\nprint(f())", "f")
+        'def f():\\n    return 1\\n'
+    """
+    own = rf"^(?:async\s+def|def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*[=:]"
+    lines = [line for line in program.split("\n") if line.strip()]
+    if re.search(own, program, re.MULTILINE) or not lines or lines[0][:1] not in " \t":
+        return None
+    end = re.search(r"^\S", program, re.MULTILINE)
+    return prompt + (program[: end.start()].rstrip("\n") + "\n" if end else program)
+
+
 def refusal(program: str | None) -> str:
     """Why a program is not run; "" if it is."""
     if program is None:

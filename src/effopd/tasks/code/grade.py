@@ -11,7 +11,7 @@ from typing import Any
 from effopd.tasks.base import Grading
 from effopd.tasks.code.compare import same_output, same_value
 from effopd.tasks.code.execution import Outcome
-from effopd.tasks.code.extract import refusal
+from effopd.tasks.code.extract import completed, refusal
 from effopd.tasks.code.guest.values import NotPlain, decode, encode
 from effopd.tasks.code.limits import Limits
 
@@ -46,6 +46,10 @@ def grade(program: str | None, problem: Mapping[str, Any], run: Run, limits: Lim
     why = refusal(program)
     if why or program is None:
         return Grading(0.0, "refused", why)
+    if problem.get("before") and (whole := completed(problem["before"], program, problem["entry"][0])) is not None:
+        program, own = whole, ""
+    else:
+        own = problem.get("before") or ""
     limits = limits.for_row(problem.get("limits") or {})
     cases, passed = problem["cases"], 0
     first: tuple[str, str] | None = None
@@ -55,7 +59,7 @@ def grade(program: str | None, problem: Mapping[str, Any], run: Run, limits: Lim
         if left <= 0:
             verdict, detail = "timeout", f"no time left of {limits.total_seconds:g} s for all cases"
         else:
-            verdict, detail = _case(program, problem, case, run, limits, rules, min(limits.seconds, left))
+            verdict, detail = _case((own, program), problem, case, run, limits, rules, min(limits.seconds, left))
         if verdict == "passed":
             passed += 1
             continue
@@ -68,7 +72,7 @@ def grade(program: str | None, problem: Mapping[str, Any], run: Run, limits: Lim
 
 
 def _case(
-    program: str,
+    sources: tuple[str, str],
     problem: Mapping[str, Any],
     case: Mapping[str, Any],
     run: Run,
@@ -76,10 +80,10 @@ def _case(
     rules: Rules,
     seconds: float,
 ) -> tuple[str, str]:
-    """Verdict and detail of one case."""
-    before, entry = problem.get("before") or "", list(problem.get("entry") or ())
+    """Verdict and detail of one case; `sources` are the prompt that runs first, and the program."""
+    (before, program), entry = sources, list(problem.get("entry") or ())
     if "tests" in case:
-        tests = {"tests": case["tests"], "entry": entry, "before": before}
+        tests = {"tests": case["tests"], "entry": entry, "before": problem.get("before") or ""}
         outcome = run("tests", [{"program": program, "before": before}, tests], limits, "", seconds)
         return _of_tests(outcome)
     if "arguments" in case:

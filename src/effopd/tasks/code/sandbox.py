@@ -136,7 +136,7 @@ def _start(arguments: Sequence[str], **settings: Any) -> subprocess.Popen[bytes]
             _starters.clear()
             _starters[os.getpid()] = ThreadPoolExecutor(1, "sandboxes")
         starter = _starters[os.getpid()]
-    return starter.submit(subprocess.Popen, arguments, **settings).result()
+    return starter.submit(lambda: subprocess.Popen[bytes](arguments, **settings)).result()
 
 
 def _end(process: subprocess.Popen[bytes], control: socket.socket, owner: int) -> None:
