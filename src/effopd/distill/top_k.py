@@ -72,6 +72,7 @@ def top_k_loss(
         `support_mass`, the student's probability of S, and `outside_support`, the share of sampled
         tokens that are not in S. Entropy and metrics are means over at most 256 positions.
     """
+    student, teacher = student.whole(), teacher.whole()  # collective: before anything that a rank can skip
     count = int((mask_BT != 0).sum())
     if entropy_share < 1 and count:
         mask_BT = highest_entropy(h_student_BTH, student, completion_ids_BT, mask_BT, temperature, entropy_share)
