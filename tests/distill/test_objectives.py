@@ -118,6 +118,8 @@ def test_row_logits_tile_with_every_input_type(setting, monkeypatch):
         pair = [torch.autograd.grad((z * weights).sum(), (h, head.weight, head.bias)) for z in (made, dense)]
         for mine, theirs in zip(*pair, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=10 * tolerance)
+        frozen = Head(head.weight.detach(), None, 0.5, 20.0)  # as with adapters
+        assert torch.autograd.grad(row_logits(h, frozen, ids, 0.7).sum(), h)[0].dtype == kind
 
 
 def test_entropy_share_trains_the_tokens_with_the_largest_entropy(setting):
