@@ -51,6 +51,15 @@ COMMANDS = {
     "train": ["train", "--model_name_or_path", "testbed:student", "--teacher_model_name_or_path", "testbed:teacher"],
     "grpo": ["rl", "--algorithm", "grpo", "--model_name_or_path", "testbed:student"],
     "rloo": ["rl", "--algorithm", "rloo", "--model_name_or_path", "testbed:student"],
+    "dgrpo": [
+        "rl",
+        "--algorithm",
+        "dgrpo",
+        "--model_name_or_path",
+        "testbed:student",
+        "--teacher_model_name_or_path",
+        "testbed:teacher",
+    ],
 }
 #: What some flags need beside them to be read at all.
 BESIDE = {
@@ -98,7 +107,12 @@ def nothing_is_loaded(monkeypatch, tmp_path):
     def loaded(*args, **kwargs):
         raise AssertionError("the models would have been loaded")
 
-    for module, name in ((launch, "OPDTrainer"), (launch_rl, "TaskGRPOTrainer"), (launch_rl, "TaskRLOOTrainer")):
+    for module, name in (
+        (launch, "OPDTrainer"),
+        (launch_rl, "TaskGRPOTrainer"),
+        (launch_rl, "TaskRLOOTrainer"),
+        (launch_rl, "TaskDGRPOTrainer"),
+    ):
         monkeypatch.setattr(module, name, loaded)
     monkeypatch.chdir(tmp_path)
 

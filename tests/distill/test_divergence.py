@@ -10,9 +10,9 @@ from effopd.distill.divergence import (
     Head,
     full_loss,
     reverse_kl_of_completions,
-    sampled_loss,
     shared_vocab_size,
 )
+from effopd.distill.policy_gradient import sampled_loss
 from effopd.errors import CompatibilityError
 
 B, T, H, V = 3, 5, 8, 20

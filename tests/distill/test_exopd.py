@@ -13,7 +13,8 @@ from helpers.tiny_run import make_trainer
 
 from effopd import EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.common.files import read_rows
-from effopd.distill.divergence import Head, full_loss, kernel_dtype, mixture_head, mixture_hidden, sampled_loss
+from effopd.distill.divergence import Head, full_loss, kernel_dtype, mixture_head, mixture_hidden
+from effopd.distill.policy_gradient import sampled_loss
 from effopd.errors import CompatibilityError, ConfigError
 
 FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}

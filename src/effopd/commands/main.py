@@ -127,6 +127,16 @@ def report(argv: Sequence[str]) -> int:
     return run_report(argv)
 
 
+# -- methods ---------------------------------------------------------------------------------------
+
+
+def methods(argv: Sequence[str]) -> int:
+    """Run `effopd methods`."""
+    from effopd.commands.methods import run_methods
+
+    return run_methods(argv)
+
+
 # -- compare ---------------------------------------------------------------------------------------
 
 
@@ -177,8 +187,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         "run plain OPD, EffOPD and line_search on the built-in testbed; print net speed-ups",
     ),
     "train": (train, "distill a teacher into a student"),
-    "rl": (rl, "train a model on a task with reinforcement learning: GRPO, DAPO, RLOO"),
+    "rl": (rl, "train a model on a task with reinforcement learning: GRPO, DAPO, RLOO, dGRPO"),
     "eval": (eval_, "measure a model's accuracy on a task: avg@n, pass@k, confidence interval"),
+    "methods": (methods, "list all training methods: paper, flags, what each optimizes and needs"),
     "report": (report, "draw one or more runs as an HTML page: KL, accuracy, searches, costs"),
     "compare": (compare, "compare strategies × learning rates × seeds × tasks: net speed-ups with intervals"),
     "analyze": (analyze, "measure weight updates: size, location, directions; RL against OPD"),

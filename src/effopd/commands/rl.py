@@ -10,7 +10,7 @@ import yaml
 from trl import ModelConfig
 
 from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
-from effopd.distill.rl_config import PRESETS, config_class
+from effopd.distill.rl_config import PRESETS, TaskDGRPOConfig, config_class
 from effopd.launch.rl import RLRunSettings
 from effopd.tasks import TaskConfig
 from effopd.tasks.builtin_models import resolve_model
@@ -26,8 +26,8 @@ def rl_parser(algorithm: str) -> CommandParser:
     parser = CommandParser(
         configs,
         prog="effopd rl",
-        usage="effopd rl --algorithm grpo|dapo|rloo --model_name_or_path MODEL --task TASK [--FLAG VALUE …]",
-        description="Reinforcement learning on a task: GRPO, DAPO or RLOO with their published settings as defaults.",
+        usage="effopd rl --algorithm grpo|dapo|rloo|dgrpo --model_name_or_path MODEL --task TASK [--FLAG VALUE …]",
+        description="Reinforcement learning on a task: GRPO, DAPO, RLOO or dGRPO, with published defaults.",
         epilog="Example:\n  effopd rl --algorithm grpo --model_name_or_path STUDENT --task math:train.jsonl \\\n"
         "      --per_device_train_batch_size 64 --trajectory powers_of_two --output_dir runs/teacher",
         formatter_class=OneSpelling,
@@ -37,6 +37,7 @@ def rl_parser(algorithm: str) -> CommandParser:
     names = (
         "algorithm",
         "model_name_or_path",
+        *(["teacher_model_name_or_path"] if algorithm.startswith("dgrpo") else []),
         "task",
         "output_dir",
         *RUN_ESSENTIALS,
@@ -50,6 +51,9 @@ def rl_parser(algorithm: str) -> CommandParser:
         "beta": "Weight of the KL penalty to the initial model; 0 loads no reference model. Presets: "
         "grpo 0.001, dapo and rloo 0.",
     }
+    if algorithm.startswith("dgrpo"):
+        ours["beta"] = "Weight of the exact KL to the teacher. Presets: dgrpo 1, dgrpo_kdrl 0.002, and "
+        ours["beta"] += "dgrpo_kdrl_annealed 0.005 to 0.001."
     require(parser, "model_name_or_path")
     arrange(parser, configs, {name: ours.get(name, "") for name in names})
     return parser
@@ -63,6 +67,8 @@ def parse_rl(argv: Sequence[str]) -> RLRunSettings:
     """
     model, task, rl = parsed(rl_parser(_algorithm(list(argv))), argv)
     model.model_name_or_path = resolve_model(model.model_name_or_path)
+    if isinstance(rl, TaskDGRPOConfig):
+        rl.teacher_model_name_or_path = resolve_model(rl.teacher_model_name_or_path)
     return RLRunSettings(model, task, rl)
 
 

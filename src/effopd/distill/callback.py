@@ -289,11 +289,11 @@ class EffOPDCallback(TrainerCallback):
     def _weights_moved(self) -> None:
         """Mark the engine stale and, if needed, drop rollouts that the old weights sampled.
 
-        Rollouts that were scored are kept for the full-vocabulary loss, which stays valid
-        off-policy. The sampled loss does not, so they are dropped.
+        Rollouts that were scored are kept for losses over the vocabulary, which stay valid
+        off-policy. Losses of the sampled tokens do not, so they are dropped.
         """
         mark_engine_stale(self.trainer)
-        if not self.waits_for_rollouts or getattr(self.trainer.args, "loss_type", None) == "sampled":
+        if not self.waits_for_rollouts or getattr(self.trainer.args, "on_sampled_tokens", False):
             drop_rollouts(self.trainer)
 
     def _log(self, record: SearchRecord) -> None:

@@ -11,6 +11,7 @@ import torch
 from trl import DistillationConfig
 
 from effopd.common.optional import ensure
+from effopd.distill.objective_config import ObjectiveArguments
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.runs.best_model import default_metric, settle_direction
@@ -20,7 +21,6 @@ from effopd.runs.run_dir import in_trajectory
 logger = logging.getLogger(__name__)
 
 LOSS_WEIGHTINGS = ("token", "answer")
-LOSSES = ("full", "sampled")
 HORIZONS = ("full", "topd", "popd")
 #: Setting → the only rollout horizon that reads it.
 _ONLY_FOR = {"horizon_fraction": "topd", "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd"}
@@ -134,7 +134,7 @@ class RunArguments:
 
 
 @dataclass
-class OPDConfig(RunArguments, DistillationConfig):
+class OPDConfig(ObjectiveArguments, RunArguments, DistillationConfig):
     """Configuration of `OPDTrainer`.
 
     Raises:
@@ -148,14 +148,6 @@ class OPDConfig(RunArguments, DistillationConfig):
         metadata={
             "help": "Also evaluate before the first step. Default: true if the run has evaluations and a look-ahead, "
             "whose first jumps come before the first regular evaluation."
-        },
-    )
-    loss_type: str = field(
-        default="full",
-        metadata={
-            "help": "Training loss. 'full': exact full-vocabulary divergence at every sampled token, selected by "
-            "`beta`. 'sampled': the paper's policy gradient on the sampled token, always for the reverse KL.",
-            "choices": list(LOSSES),
         },
     )
     loss_weighting: str = field(
@@ -203,16 +195,13 @@ class OPDConfig(RunArguments, DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss_type not in LOSSES:
-            raise ConfigError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")
         if self.loss_weighting not in LOSS_WEIGHTINGS:
             raise ConfigError(
                 f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {self.loss_weighting!r}."
             )
         if self.health_tokens < 0:
             raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
-        if self.loss_type == "sampled":
-            self._check_sampled()
+        self._check_objective()
         self._check_extrapolation()
         self._check_horizon()
 
@@ -252,26 +241,4 @@ class OPDConfig(RunArguments, DistillationConfig):
             raise ConfigError(
                 f"generation_kwargs sets {', '.join(sorted(limits))}, which overrides rollout_horizon="
                 f"{self.rollout_horizon!r}. Leave it out: max_completion_length sets the full length."
-            )
-
-    def _check_sampled(self) -> None:
-        """Require unfiltered samples: the sampled loss is a score-function estimate for y ~ π_θ."""
-        wrong = {
-            "beta": self.beta != 1.0,
-            "top_p": self.top_p < 1.0,
-            "top_k": self.top_k > 0,
-            "min_p": bool(self.min_p),
-            "repetition_penalty": self.repetition_penalty != 1.0,
-            "generation_kwargs": bool(self.generation_kwargs),
-        }
-        if self.use_vllm and self.vllm_mode == "server" and self.temperature != 1:
-            raise ConfigError(
-                f"temperature={self.temperature}: loss_type='sampled' needs vLLM's log-probabilities, and a vLLM "
-                "server returns them at temperature 1. Use temperature=1, vllm_mode='colocate' or loss_type='full'."
-            )
-        names = [name for name, is_wrong in wrong.items() if is_wrong]
-        if names:
-            raise ConfigError(
-                f"loss_type='sampled' needs answers drawn from the student itself, unfiltered, but {', '.join(names)} "
-                "change the sampler or the objective. Use the defaults of these flags, or loss_type='full'."
             )

@@ -1,4 +1,4 @@
-"""Token-level distillation losses and the exact student–teacher divergence.
+"""Exact student–teacher divergence over the vocabulary, as a loss and as a score.
 
 Shapes: B sequences, T completion tokens, N = valid tokens, H hidden width, V shared vocabulary.
 TRL's chunked kernels project hidden states tile by tile; no [B, T, V] tensor is ever made.
@@ -25,9 +25,6 @@ T = TypeVar("T")
 
 #: Width of a vocabulary tile of the sampled-token kernel.
 _VOCAB_CHUNK = 8192
-
-#: Cap of π_θ(y) / π_sampler(y), the importance weight of the sampled loss.
-_LARGEST_RATIO = 5.0
 
 #: Non-token inputs of a multimodal student, passed on to its forward.
 MULTIMODAL_KEYS = (
@@ -198,7 +195,16 @@ def full_loss(
     value_N, entropy_N = divergence_kernel(
         h_student_BTH[valid], student.whole(), h_teacher_BTH[valid], teacher.whole(), beta, temperature
     )
-    return _weighted_mean(value_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()
+    return weighted_mean(value_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()
+
+
+def interior_factor(beta: float) -> float:
+    """1 / (β(1−β)) for 0 < β < 1, otherwise 1: it undoes the decay of the divergence at the ends.
+
+    TRL's divergence for 0 < β < 1 vanishes as β tends to 0 or 1, although it is a KL at 0 and at 1.
+    Times this factor, it tends to the forward KL at 0 and to the reverse KL at 1.
+    """
+    return 1 / (beta * (1 - beta)) if 0 < beta < 1 else 1.0
 
 
 def token_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -206,58 +212,13 @@ def token_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature
     return logprob_kernel(hidden_NH, head, targets_N, temperature, _VOCAB_CHUNK)
 
 
-def sampled_loss(
-    h_student_BTH: Tensor,
-    h_teacher_BTH: Tensor,
-    student: Head,
-    teacher: Head,
-    completion_ids_BT: Tensor,
-    mask_BT: Tensor,
-    temperature: float,
-    num_items: Tensor | int | None,
-    reference: tuple[Tensor, Head] | None = None,
-    weight: float = 1.0,
-    sampler_logps_BT: Tensor | None = None,
-    by_answer: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log
-    π_θ(y_t)$ detached.
-
-    Its expectation over y_t ~ π_θ has the gradient of the reverse KL at every prefix. With one
-    update per batch the PPO ratio is 1, so it and its clipping are left out.
+def weighted_mean(value_N: Tensor, valid_BT: Tensor, num_items: Tensor | int | None, by_answer: bool) -> Tensor:
+    """Σ over tokens, or Σ over answers of token means, divided by `num_items` (default: count).
 
     Args:
-        num_items: as for `full_loss`.
-        reference: hidden states and head of ExOPD's reference, which changes the advantage to $A_t
-            = λ(\log π^*(y_t) − \log π_{ref}(y_t)) − (\log π_θ(y_t) − \log π_{ref}(y_t))$.
-        weight: λ of ExOPD.
-        sampler_logps_BT: log π_sampler(y_t) of answers that another engine sampled. Every token is
-            then weighted by $\min(π_θ(y_t) / π_{sampler}(y_t), 5)$, detached.
-        by_answer: as for `full_loss`.
-
-    Returns:
-        loss, Σ student entropy, number of valid tokens, like `full_loss`.
-
-    Source: arXiv 2605.11739, section 2, and the cap 5 of its runs; ExOPD: 2602.12125.
+        value_N: values of the valid tokens.
+        valid_BT: bool; marks the valid tokens.
     """
-    valid = mask_BT != 0
-    targets_N = completion_ids_BT[valid]
-    logp_student, entropy = token_logprobs(h_student_BTH[valid], student, targets_N, temperature)
-    with torch.no_grad():
-        logp_teacher, _ = token_logprobs(h_teacher_BTH[valid], teacher, targets_N, temperature)
-        goal = logp_teacher
-        if reference is not None:
-            logp_reference, _ = token_logprobs(reference[0][valid], reference[1], targets_N, temperature)
-            goal = weight * logp_teacher + (1 - weight) * logp_reference
-    advantage = goal - logp_student.detach()
-    if sampler_logps_BT is not None:
-        ratio = (logp_student.detach() - sampler_logps_BT[valid]).exp()
-        advantage = advantage * ratio.clamp(max=_LARGEST_RATIO)
-    return _weighted_mean(-advantage * logp_student, valid, num_items, by_answer), entropy.sum(), valid.sum()
-
-
-def _weighted_mean(value_N: Tensor, valid_BT: Tensor, num_items: Tensor | int | None, by_answer: bool) -> Tensor:
-    """Σ over tokens, or Σ over answers of token means, divided by `num_items` (default: count)."""
     length_B = valid_BT.sum(1)
     if by_answer:
         value_N = value_N / length_B.clamp(min=1)[:, None].expand_as(valid_BT)[valid_BT]

@@ -45,16 +45,17 @@ class HealthProbe:
         return bool(self._tokens) and (state.global_step + 1) % every == 0
 
     def after_loss(
-        self, model: Any, student: Predictions, teacher: Predictions, answers: Answers, *, due: bool
+        self, model: Any, student: Predictions, teacher: Predictions | None, answers: Answers, *, due: bool
     ) -> None:
         """Keep positions of a micro-batch; called inside the forward that computes its loss.
 
         Args:
             model: the student.
+            teacher: required if `due`.
             due: whether the step is measured (`HealthProbe.due`). Recorded sampler
                 log-probabilities are compared in any case.
         """
-        if due and self._rows is None and bool(answers.mask_BT.any()):
+        if due and teacher is not None and self._rows is None and bool(answers.mask_BT.any()):
             index_N, position_N = spread_subset(answers.mask_BT, self._tokens)
             self._rows = {
                 "student": student.hidden_BTH.detach().flatten(0, 1)[index_N],

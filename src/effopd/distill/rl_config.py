@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,17 +10,19 @@ from typing import Any, ClassVar
 from trl import GRPOConfig, RLOOConfig
 
 from effopd.distill.config import RunArguments
+from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 
+# arXiv 2402.03300 with the settings of 2605.11739: clip 0.2, KL weight 0.001 to the initial model,
+# 16 answers per prompt
+_GRPO: dict[str, Any] = {
+    "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2,
+    "epsilon_high": 0.2,
+    "beta": 0.001, "loss_type": "grpo", "scale_rewards": "group",
+}  # fmt: skip
 #: Defaults of `effopd rl` by `--algorithm`; flags and YAML override them.
 PRESETS: dict[str, dict[str, Any]] = {
-    # arXiv 2402.03300 with the settings of 2605.11739: clip 0.2, KL weight 0.001 to the initial
-    # model, 16 answers per prompt
-    "grpo": {
-        "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2,
-        "epsilon_high": 0.2,
-        "beta": 0.001, "loss_type": "grpo", "scale_rewards": "group",
-    },
+    "grpo": _GRPO,
     # arXiv 2503.14476: higher upper clip, no KL, mean over tokens, soft overlong punishment
     "dapo": {
         "learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "epsilon": 0.2,
@@ -28,6 +31,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # arXiv 2402.14740
     "rloo": {"learning_rate": 1e-6, "num_generations": 16, "per_device_train_batch_size": 16, "beta": 0.0},
+    # arXiv 2605.12227. Its β and group size are not known to us: β 1 as in verl 0.9
+    # (distillation_loss_coef), ROLL (opd_kl_coef) and slime (--opd-kl-coef); the rest as `grpo`
+    "dgrpo": _GRPO | {"beta": 1.0},
+    # KDRL, arXiv 2506.02208: β 2e-3, with the k2 estimate in the place of the exact KL
+    "dgrpo_kdrl": _GRPO | {"beta": 2e-3},
+    # its annealed variant: 5e-3 to 1e-3, 5e-5 less per step
+    "dgrpo_kdrl_annealed": _GRPO | {"beta": 5e-3, "beta_decay": 5e-5, "beta_min": 1e-3},
 }  # fmt: skip
 
 
@@ -83,6 +93,34 @@ class TaskGRPOConfig(RLArguments, GRPOConfig):
 
 
 @dataclass
+class TaskDGRPOConfig(TaskGRPOConfig):
+    """`TaskGRPOConfig` for dGRPO, in which `beta` weights the exact KL to a teacher."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The teacher, with the same tokenizer as the student: a folder, Hub id or testbed:teacher."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Loading arguments of the teacher, as a JSON object."}
+    )
+    beta_decay: float = field(default=0.0, metadata={"help": "Decrease of beta per optimizer step. 0: constant."})
+    beta_min: float = field(default=0.0, metadata={"help": "Smallest beta with beta_decay."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher_model_init_kwargs, str):
+            check_values(self)
+            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+        super().__post_init__()
+        if self.sync_ref_model:
+            raise ConfigError("sync_ref_model=True: dGRPO's reference is the teacher, which is fixed. Leave it out.")
+        if self.beta_min and not (self.beta_decay and self.beta_min <= self.beta):
+            raise ConfigError(
+                f"beta_min={self.beta_min} is read only with beta_decay above 0 and must be at most beta={self.beta}; "
+                f"got beta_decay={self.beta_decay}. Change one of the three."
+            )
+
+
+@dataclass
 class TaskRLOOConfig(RLArguments, RLOOConfig):
     """`trl.RLOOConfig` and `RLArguments`."""
 
@@ -95,4 +133,6 @@ def config_class(algorithm: str) -> type[TaskGRPOConfig] | type[TaskRLOOConfig]:
     """
     if algorithm not in PRESETS:
         raise ConfigError(f"--algorithm must be one of {', '.join(PRESETS)}; got {algorithm!r}.")
+    if algorithm.startswith("dgrpo"):
+        return TaskDGRPOConfig
     return TaskRLOOConfig if algorithm == "rloo" else TaskGRPOConfig

@@ -6,12 +6,17 @@ ids below `vocab_size` only  →  one `generate` call per exact group  →  log 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from effopd.distill.health import HealthProbe
+from effopd.distill.policy_gradient import share_sizes
 from effopd.distill.sampled_logps import engine_logps, padded, recording
 from effopd.distill.scoring import token_batch
 from effopd.distill.trl_host.hooks import DistillationHooks
-from effopd.errors import CompatibilityError
+from effopd.errors import CompatibilityError, ConfigError
 from effopd.models.sampler_check import generate_groups
 from effopd.tasks.generate import tokens_beyond
 
@@ -33,6 +38,8 @@ class RolloutMixin(DistillationHooks):
                 lacks.
         """
         self._sampler_rows: list[Sequence[float | None] | None] | None = None
+        if self.args.token_mask != "none":
+            _ = self._special_groups  # raises
         unknown = tokens_beyond(self.accelerator.unwrap_model(self.model), self.vocab_size)
         if unknown and self.use_vllm:
             raise CompatibilityError(
@@ -87,7 +94,51 @@ class RolloutMixin(DistillationHooks):
         if self._sampler_rows is not None:
             output["sampler_logps"] = padded(self._sampler_rows, output["completion_ids"])
         self._sampler_rows = None
+        trained_BT = token_batch(output).scored_BT
+        if self.args.token_mask == "first_special" and self.model.training:
+            ids_BT = output["completion_ids"]
+            output["train_mask"] = trained_BT & ~first_occurrences(ids_BT, trained_BT, self._special_groups)
+            trained_BT = output["train_mask"]
+        count_B = trained_BT.sum(1)
+        if self.args.highest_entropy_share < 1 and self.model.training:
+            count_B = share_sizes(trained_BT, self.args.highest_entropy_share)
         if self.args.loss_weighting == "answer":  # the host divides the summed loss by this
-            answers = (token_batch(output).scored_BT.sum(1) > 0).sum()
-            output["num_items_in_batch"] = self.accelerator.gather(answers).sum()
+            output["num_items_in_batch"] = self.accelerator.gather((count_B > 0).sum()).sum()
+        elif "train_mask" in output or self.args.highest_entropy_share < 1:
+            output["num_items_in_batch"] = self.accelerator.gather(count_B.sum()).sum()
         return output
+
+    @cached_property
+    def _special_groups(self) -> list[list[int]]:
+        """Ids of '<', of 'think' and of the end tokens; pieces that are no token are left out.
+
+        Raises:
+            ConfigError: the tokenizer has none of them.
+        """
+        tokenizer = self.text_tokenizer
+        known = tokenizer.get_vocab()
+        groups = [[known[piece]] for piece in ("<", "think") if piece in known]
+        ends = self.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        groups.append(sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}))
+        if groups == [[]]:
+            raise ConfigError(
+                "token_mask='first_special': the tokenizer has no token '<', no token 'think' and no end token. Use "
+                "token_mask='none'."
+            )
+        return groups
+
+
+def first_occurrences(ids_BT: Tensor, valid_BT: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Mask [B, T] of the first valid token of each row that is in a group, for every group.
+
+    Example:
+        >>> ids = torch.tensor([[7, 5, 7, 6]])
+        >>> first_occurrences(ids, ids > 0, [[7], [6]]).tolist()
+        [[True, False, False, True]]
+    """
+    first_BT = torch.zeros_like(valid_BT)
+    for group in groups:
+        hit_BT = valid_BT & torch.isin(ids_BT, torch.tensor(group, device=ids_BT.device, dtype=ids_BT.dtype))
+        first_BT |= hit_BT & (hit_BT.cumsum(1) == 1)
+    return first_BT

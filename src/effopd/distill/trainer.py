@@ -29,18 +29,20 @@ from effopd.distill.divergence import (
     Head,
     Predictions,
     full_loss,
+    interior_factor,
     kernel_dtype,
     mixture_head,
     mixture_hidden,
-    sampled_loss,
     shared_vocab_size,
 )
 from effopd.distill.evaluate_student import evaluate_task
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
+from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
 from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
+from effopd.distill.top_k import top_k_loss
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.models import inside_forward, load_causal_lm, place_frozen
 from effopd.distill.trl_host.state import log_metrics
@@ -142,8 +144,8 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             )
 
     def _check_student(self) -> None:
-        if self.args.loss_type == "sampled" and self.tools:
-            raise ConfigError("loss_type='sampled' does not support tools; use loss_type='full'.")
+        if self.args.on_sampled_tokens and self.tools:
+            raise ConfigError(f"loss_type={self.args.loss_type!r} does not support tools; use loss_type='full'.")
 
     def _prepare_frozen(self, teacher: str | PreTrainedModel, role: str) -> PreTrainedModel:
         """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
@@ -178,21 +180,25 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         batch, training = token_batch(inputs), self.model.training
         multimodal = {key: inputs[key] for key in MULTIMODAL_KEYS if key in inputs}
         h_student_BTH = self._hidden_states(student, *_columns(batch), **multimodal)
-        teacher = self._frozen(self.teacher_model, batch, multimodal)
+        due = training and self.health.due(self.state)
+        if self.args.loss_type == "negative_advantage" and training and not due:
+            teacher = None  # the loss has no target
+        else:
+            teacher = self._frozen(self.teacher_model, batch, multimodal)
         head = Head.of(student, self.vocab_size)
         reference = None
         if self.reference_model is not None and training:  # evaluation is against the teacher
             reference = self._frozen(self.reference_model, batch, multimodal).to(head.weight.device)
-        predictions, teacher = (each.to(head.weight.device) for each in (Predictions(h_student_BTH, head), teacher))
-        answers = Answers(inputs["completion_ids"], batch.scored_BT, inputs.get("sampler_logps")).to(
-            head.weight.device
-        )
+        predictions = Predictions(h_student_BTH, head).to(head.weight.device)
+        teacher = teacher and teacher.to(head.weight.device)
+        mask_BT = batch.scored_BT & inputs["train_mask"] if training and "train_mask" in inputs else batch.scored_BT
+        answers = Answers(inputs["completion_ids"], mask_BT, inputs.get("sampler_logps")).to(head.weight.device)
         if training:
             self.ledger.count("update", forward=batch.tokens)
-            self.health.after_loss(student, predictions, teacher, answers, due=self.health.due(self.state))
+            self.health.after_loss(student, predictions, teacher, answers, due=due)
         loss, entropy, count = self._objective(predictions, teacher, reference, answers, num_items)
         if training and not bool(torch.isfinite(loss)):
-            raise self._not_finite(predictions.hidden_BTH, teacher.hidden_BTH)
+            raise self._not_finite(student=predictions, teacher=teacher)
         return loss, entropy.detach(), count
 
     def _hidden_states(self, model, ids_BL, mask_BL, keep, **multimodal) -> Tensor:
@@ -214,26 +220,48 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         return Predictions(hidden_BTH, Head.of(unwrapped, self.vocab_size))
 
     def _objective(self, student, teacher, reference, answers: Answers, num_items):
-        """Loss, Σ student entropy, number of positions, for `loss_type`, `loss_weighting` and λ."""
-        by_answer = self.args.loss_weighting == "answer"
-        if self.args.loss_type == "sampled":
+        """Loss, Σ student entropy and number of positions, for the flags of the objective.
+
+        An evaluation without a task measures the plain objective: the sampled loss without baseline
+        and with one token per prefix, or the full divergence.
+        """
+        args, training = self.args, self.model.training
+        by_answer = args.loss_weighting == "answer"
+        if args.loss_type == "sampled":
+            variance = {
+                "baseline": args.baseline, "baseline_top_k": args.baseline_top_k, "samples": args.samples_per_prefix,
+            } if training else {}  # fmt: skip
             return sampled_loss(
                 student.hidden_BTH, teacher.hidden_BTH, student.head, teacher.head, answers.ids_BT, answers.mask_BT,
-                self.temperature, num_items, reference, self.args.lambda_extrapolation,
-                sampler_logps_BT=answers.sampler_logps_BT if self.use_vllm else None, by_answer=by_answer,
+                self.temperature, num_items, reference, args.lambda_extrapolation,
+                sampler_logps_BT=answers.sampler_logps_BT if self.use_vllm else None, by_answer=by_answer, **variance,
+            )  # fmt: skip
+        if args.loss_type == "negative_advantage" and training:
+            return negative_advantage_loss(
+                student.hidden_BTH, student.head, answers.ids_BT, answers.mask_BT, self.temperature, num_items,
+                size=args.negative_advantage, share=args.lowest_logp_share, by_answer=by_answer,
             )  # fmt: skip
         target = teacher if reference is None else self._mixture(teacher, reference)
-        return full_loss(
+        if args.loss_type == "teacher_top_k" and training:
+            output, metrics = top_k_loss(
+                student.hidden_BTH, target.hidden_BTH, student.head, target.head, answers.ids_BT, answers.mask_BT,
+                self.temperature, num_items, top_k=args.teacher_top_k, entropy_share=args.highest_entropy_share,
+                by_answer=by_answer,
+            )  # fmt: skip
+            log_metrics(self, {f"health/{name}": value for name, value in metrics.items()})
+            return output
+        loss, entropy, count = full_loss(
             student.hidden_BTH, target.hidden_BTH, student.head, target.head, answers.mask_BT, self.beta,
             self.temperature, num_items, by_answer=by_answer,
         )  # fmt: skip
+        return loss * interior_factor(self.beta) if args.normalize_beta else loss, entropy, count
 
-    def _not_finite(self, h_student, h_teacher) -> NonFiniteLossError:
+    def _not_finite(self, **models: Predictions | None) -> NonFiniteLossError:
         """Error that names the models with non-finite hidden states; the host would train on."""
         bad = [
             role
-            for role, hidden in (("student", h_student), ("teacher", h_teacher))
-            if not bool(torch.isfinite(hidden).all())
+            for role, made in models.items()
+            if made is not None and not bool(torch.isfinite(made.hidden_BTH).all())
         ]
         return NonFiniteLossError(
             f"the loss of step {self.state.global_step + 1} is not finite; hidden states that are not finite: "

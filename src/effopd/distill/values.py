@@ -107,6 +107,10 @@ RANGES: dict[str, Range] = {
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
     "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
     "health_tokens": _FROM_0,
+    # this package's objectives
+    "baseline_top_k": _FROM_0, "samples_per_prefix": _FROM_1, "teacher_top_k": Range(2),
+    "highest_entropy_share": _PART, "negative_advantage": _ABOVE_0, "lowest_logp_share": _PART,
+    "beta_decay": _FROM_0, "beta_min": _FROM_0,
 }  # fmt: skip
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")

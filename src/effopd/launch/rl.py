@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from trl import ModelConfig, get_quantization_config
 
+from effopd.distill.dgrpo import TaskDGRPOTrainer
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
-from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
+from effopd.distill.rl_config import PRESETS, TaskDGRPOConfig, TaskGRPOConfig, TaskRLOOConfig
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.launch.adapters import adapter_config
@@ -38,12 +39,18 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     model, task, rl = settings.model, settings.task, settings.rl
     name = model.model_name_or_path
     check_values(task)
-    check_run(model, rl, {"--model_name_or_path": name})
+    names = {"--model_name_or_path": name}
+    teacher = rl.teacher_model_name_or_path if isinstance(rl, TaskDGRPOConfig) else None
+    if isinstance(rl, TaskDGRPOConfig):
+        names["--teacher_model_name_or_path"] = teacher
+    check_run(model, rl, names)
     text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
-    init, _ = loading_arguments(model, rl)
+    init, other = loading_arguments(model, rl)
     models = [on_meta("--model_name_or_path", str(name), init, rl)]
     check_student_adapter(model, models[0], init, rl)
-    tokenizer = tokenizer_of(model, [str(name)], rl)
+    if teacher is not None:
+        models.append(on_meta("--teacher_model_name_or_path", teacher, other, rl))
+    tokenizer = tokenizer_of(model, [str(each) for each in names.values()], rl)
     train, held_out, longest = load_prompts(
         task, rl, tokenizer, "Answers are needed because the reward compares with them."
     )
@@ -56,7 +63,12 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     check_lengths(models, longest, rl.max_completion_length)
     check_space(model, rl, models, len(train), batch, effopd=False)
     rl.model_init_kwargs = init
-    trainer_class = TaskRLOOTrainer if isinstance(rl, TaskRLOOConfig) else TaskGRPOTrainer
+    trainer_class: type[TaskGRPOTrainer | TaskRLOOTrainer] = TaskGRPOTrainer
+    if isinstance(rl, TaskDGRPOConfig):
+        rl.teacher_model_init_kwargs = other
+        trainer_class = TaskDGRPOTrainer
+    elif isinstance(rl, TaskRLOOConfig):
+        trainer_class = TaskRLOOTrainer
     trainer = trainer_class(
         name,
         rl,

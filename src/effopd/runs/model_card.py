@@ -130,19 +130,37 @@ def objective(args: Any, method: str) -> str:
     """The training objective in one line."""
     if not hasattr(args, "lambda_extrapolation"):
         overlong = f", the last {percent(args.overlong_cache)} of the length penalized" if args.overlong_cache else ""
-        return (
-            f"{_method(args, method)}: reward 1 for a verified answer{overlong}; KL to the initial model weighted "
-            f"{args.beta:g}"
-        )
-    if args.loss_type == "sampled":
-        text = "reverse KL(student ‖ teacher), policy gradient on the sampled token"
-    else:
-        divergence = _DIVERGENCES.get(args.beta, f"Jensen–Shannon divergence, β = {args.beta:g}")
-        text = f"{divergence}, exact over the vocabulary"
+        kl, weight = "KL to the initial model", f"{args.beta:g}"
+        if hasattr(args, "beta_decay"):
+            kl = f"exact KL to {_shown(args.teacher_model_name_or_path or '')}"
+            weight += f", {args.beta_decay:g} less per step down to {args.beta_min:g}" if args.beta_decay else ""
+        return f"{_method(args, method)}: reward 1 for a verified answer{overlong}; {kl} weighted {weight}"
+    text = _loss(args)
+    if args.token_mask != "none":
+        text += "; without the first special tokens of an answer"
     if args.lambda_extrapolation != 1:
         text += f"; to λ·teacher + (1−λ)·reference, λ = {args.lambda_extrapolation:g}"
         text += f", reference {_shown(args.reference_model_name_or_path or '')}"
     return text + (f"; rollout horizon {args.rollout_horizon}" if args.rollout_horizon != "full" else "")
+
+
+def _loss(args: Any) -> str:
+    """The loss of a distillation run in a few words."""
+    if args.loss_type == "sampled":
+        text = "reverse KL(student ‖ teacher), policy gradient on the sampled token"
+        if args.samples_per_prefix > 1:
+            text += f" and {args.samples_per_prefix - 1} more from the student"
+        if args.baseline != "none":
+            top = f" on the student's top {args.baseline_top_k}" if args.baseline_top_k else ""
+            text += f", baseline '{args.baseline}'{top}"
+        return text
+    if args.loss_type == "teacher_top_k":
+        return f"reverse KL(student ‖ teacher), renormalized on the teacher's top {args.teacher_top_k} tokens"
+    if args.loss_type == "negative_advantage":
+        share = percent(args.lowest_logp_share)
+        return f"fixed advantage −{args.negative_advantage:g} on the least likely {share} of tokens, without a teacher"
+    divergence = _DIVERGENCES.get(args.beta, f"Jensen–Shannon divergence, β = {args.beta:g}")
+    return f"{divergence}, exact over the vocabulary" + (", divided by β(1−β)" if args.normalize_beta else "")
 
 
 def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
@@ -274,7 +292,8 @@ def _learning_rate(trainer: Any, look_ahead: LookAhead | None) -> str:
 
 
 def _method(args: Any, method: str) -> str:
-    return "DAPO" if getattr(args, "algorithm", "") == "dapo" else method
+    algorithm = getattr(args, "algorithm", "")
+    return "dGRPO" if algorithm.startswith("dgrpo") else "DAPO" if algorithm == "dapo" else method
 
 
 def _bare(trainer: Any) -> Any:

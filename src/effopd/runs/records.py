@@ -98,6 +98,8 @@ class Health(Record, prefix="health/"):
     student_entropy: Annotated[Number, Column("entropy of p", "nats")] = None
     teacher_entropy: Annotated[Number, Column("entropy of q", "nats")] = None
     entropy_gap: Annotated[Number, Column("mean |entropy of p − entropy of q|", "nats")] = None
+    support_mass: Annotated[Number, Column("loss_type teacher_top_k: probability of q's top k under p")] = None
+    outside_support: Annotated[Number, Column("loss_type teacher_top_k: share of y outside q's top k")] = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class StepRecord(Record):
         None
     )
     reward: Annotated[Number, Column("reinforcement learning: mean reward")] = None
-    kl: Annotated[Number, Column("reinforcement learning: KL to the start", "nats")] = None
+    kl: Annotated[Number, Column("reinforcement learning: KL to the start, or to the teacher of dgrpo", "nats")] = None
     tied_groups_share: Annotated[
         Number,
         Column(
