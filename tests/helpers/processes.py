@@ -8,6 +8,7 @@ the same scripts as a user would.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -41,6 +42,7 @@ def _server():
 
 
 def _child(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    gc.freeze()  # the server's modules live for ever: no collection has to look at them
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
