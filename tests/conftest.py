@@ -21,6 +21,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """`os.fsync` only checks its file: nothing but a power failure shows the difference, and ten
+    tiny steps with their saves would wait 135 times for some milliseconds.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from helpers.tiny_models import make_tokenizer
