@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,34 +10,60 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for each other, and spin
 
-import pytest
-import torch
-from helpers.tiny_models import make_model, make_task, make_tokenizer
+import pytest  # torch and the hosts only in the fixtures: the controller of several workers needs none
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector off the imported modules: each Trainer collects at its start, and
+    a full pass over torch, transformers and TRL takes 0.3 s.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """`os.fsync` only checks its file: nothing but a power failure shows the difference, and ten
+    tiny steps with their saves would wait 135 times for some milliseconds.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from helpers.tiny_models import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture
 def student():
+    from helpers.tiny_models import make_model
+
     return make_model(0)
 
 
 @pytest.fixture
 def teacher():
+    from helpers.tiny_models import make_model
+
     return make_model(1)
 
 
 @pytest.fixture(scope="session")
 def task():
+    from helpers.tiny_models import make_task
+
     return make_task()
 
 
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread for torch, even if OMP_NUM_THREADS allows more: reductions in one order."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.processes import forking_python
 from helpers.tiny_models import make_model, make_tokenizer
 
 from effopd.commands.compare import matching
@@ -61,9 +62,15 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def grid(root):
+def launcher():
+    with forking_python() as command:
+        yield command
+
+
+@pytest.fixture(scope="module")
+def grid(root, launcher):
     """A finished grid of three real runs."""
-    assert main(["compare", str(plan_of(root))]) == 0
+    assert main(["compare", str(plan_of(root, launcher=launcher))]) == 0
     return root / "grid"
 
 
@@ -129,8 +136,8 @@ def test_report_redraws_the_same_from_the_folder_and_from_the_json(grid, tmp_pat
     assert "effopd" in capsys.readouterr().out
 
 
-def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, tmp_path, capsys):
-    plan = plan_of(root, output_dir=str(tmp_path / "grid"))
+def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, launcher, tmp_path, capsys):
+    plan = plan_of(root, output_dir=str(tmp_path / "grid"), launcher=launcher)
     assert main(["compare", "--report", str(grid)]) == 0
     there = ["--runs_from", str(grid / "results.json")]
     assert main(["compare", str(plan), *there, "--dry_run"]) == 0

@@ -15,7 +15,7 @@ from effopd.common.files import append_row, read_rows
 
 
 @pytest.mark.slow
-def test_quickstart_end_to_end(tmp_path, capsys):
+def test_quickstart_end_to_end(tmp_path, capsys, monkeypatch):
     root = tmp_path / "demo"
     flags = ["--max_steps", "2", "--eval_steps", "1", "--eval_size", "16", "--output_dir", str(root)]
     assert main(["quickstart", *flags]) == 0
@@ -40,8 +40,12 @@ def test_quickstart_end_to_end(tmp_path, capsys):
     first = [next(iter(read_rows(root / arm / "evals.jsonl"))) for arm in ARMS]
     assert len({row["eval_kl"] for row in first}) == 1  # same start, same held-out prompts, same noise
 
+    started, before = [], tree(root)
+    monkeypatch.setattr(quickstart, "_run_arm", lambda arm, arguments, folder, display: started.append(folder))
+    monkeypatch.setattr(quickstart, "conclude", lambda *_: None)
     assert main(["quickstart", *flags]) == 0  # again: the earlier demo is kept
-    assert len([path for path in tmp_path.iterdir() if path.name.startswith("demo")]) == 2
+    (kept,) = (path for path in tmp_path.iterdir() if path.name.startswith("demo-"))
+    assert tree(kept) == before and started == [root / arm for arm in ARMS]
 
 
 def tree(root):

@@ -24,11 +24,27 @@ def run(out, *flags, processes=2):
     return torch.load(out / "weights.pt")
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Folder and weights of a finished run on two processes, by its flags; the folder is only
+    read.
+    """
+    runs = {}
+
+    def of(*flags):
+        if flags not in runs:
+            folder = tmp_path_factory.mktemp("run")
+            runs[flags] = folder, run(folder, *flags)
+        return runs[flags]
+
+    return of
+
+
 @pytest.mark.parametrize("strategy", ["effopd", "line_search", "newton_search"])
-def test_two_processes_search_together_pay_together_and_resume(strategy, tmp_path):
+def test_two_processes_search_together_pay_together_and_resume(strategy, shared, tmp_path):
     flags = ("--strategy", strategy, "--rows", 4)
-    whole = run(tmp_path / "whole", *flags)
-    searches, metrics = (list(read_rows(tmp_path / "whole" / f"{name}.jsonl")) for name in ("searches", "metrics"))
+    folder, whole = shared(*flags)
+    searches, metrics = (list(read_rows(folder / f"{name}.jsonl")) for name in ("searches", "metrics"))
     assert [row["step"] for row in searches] == ([1, 2, 4] if strategy == "effopd" else [2, 3, 4])
     assert any(row["accepted_scale"] for row in searches)
     for row in searches:
@@ -99,14 +115,14 @@ def test_rollouts_that_two_steps_share_survive_on_every_rank(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "more"), [("effopd", ()), ("line_search", ("--accumulate", 2)), ("line_search", ("--lora",))]
 )
-def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, tmp_path):
+def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, shared):
     """Up to fp32 rounding: the gradient's norm, which it is clipped by, is summed shard by
     shard.
     """
     flags, adapter = ("--strategy", strategy, "--rows", 4, *more), "--lora" in more
-    ddp, fsdp2 = run(tmp_path / "ddp", *flags), run(tmp_path / "fsdp2", *flags, "--mode", "fsdp2")
+    folders, (ddp, fsdp2) = zip(shared(*flags), shared(*flags, "--mode", "fsdp2"), strict=True)
     assert all(torch.allclose(ddp[name], fsdp2[name], rtol=1e-3, atol=1e-4) for name in ddp)
-    one, other = (list(read_rows(tmp_path / mode / "searches.jsonl")) for mode in ("ddp", "fsdp2"))
+    one, other = (list(read_rows(folder / "searches.jsonl")) for folder in folders)
     assert any(row["accepted_scale"] for row in one)
     for a, b in zip(one, other, strict=True):
         assert a["accepted_scale"] == pytest.approx(b["accepted_scale"], rel=1e-3)
@@ -116,30 +132,30 @@ def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, tmp_path):
             assert a["memory_bytes"] == 2 * b["memory_bytes"]  # every row count is even
         for ours, theirs in zip(a["trials"], b["trials"], strict=True):
             assert ours["per_example"] == pytest.approx(theirs["per_example"], abs=1e-3)
-    one, other = (list(read_rows(tmp_path / mode / "evals.jsonl")) for mode in ("ddp", "fsdp2"))
+    one, other = (list(read_rows(folder / "evals.jsonl")) for folder in folders)
     assert [row["eval_kl"] for row in one] == pytest.approx([row["eval_kl"] for row in other], abs=1e-3)
     if adapter:
-        one, other = (load_file(tmp_path / mode / "adapter_model.safetensors") for mode in ("ddp", "fsdp2"))
+        one, other = (load_file(folder / "adapter_model.safetensors") for folder in folders)
         assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)
 
 
-def test_newton_search_on_shards_doubles_the_scale_and_steers_alike_on_all_ranks(tmp_path):
+def test_newton_search_on_shards_doubles_the_scale_and_steers_alike_on_all_ranks(shared):
     """The slope needs the whole output layer; the cosine is summed over shards."""
-    flags = ("--mode", "fsdp2", "--rows", 4)
-    for strategy in ("line_search", "newton_search"):
-        run(tmp_path / strategy, "--strategy", strategy, *flags)
-    doubling, newton = (
-        list(read_rows(tmp_path / strategy / "searches.jsonl")) for strategy in ("line_search", "newton_search")
+    flags = ("--rows", 4, "--mode", "fsdp2")
+    line_search, newton_search = (
+        shared("--strategy", strategy, *flags)[0] for strategy in ("line_search", "newton_search")
     )
+    doubling, newton = (list(read_rows(folder / "searches.jsonl")) for folder in (line_search, newton_search))
     assert [trial["scale"] for trial in newton[0]["trials"]] == [trial["scale"] for trial in doubling[0]["trials"]]
-    rates = [row["learning_rate"] for row in read_rows(tmp_path / "newton_search" / "metrics.jsonl")]
+    rates = [row["learning_rate"] for row in read_rows(newton_search / "metrics.jsonl")]
     assert len(set(rates)) > 1
 
 
 @pytest.mark.parametrize("files", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_fsdp2_goes_on_after_a_rank_was_killed_in_a_search(files, tmp_path):
-    flags = ("--strategy", "effopd", "--rows", 4, "--mode", "fsdp2", "--files", files)
-    weights = run(tmp_path / "whole", *flags)
+def test_fsdp2_goes_on_after_a_rank_was_killed_in_a_search(files, shared, tmp_path):
+    flags = ("--strategy", "effopd", "--rows", 4, "--mode", "fsdp2")
+    _, weights = shared(*flags)
+    flags += ("--files", files)
     status, said = run_script(SCRIPT, tmp_path / "part", *flags, "--kill-at", 3, processes=2)
     assert status != 0 and "SIGKILL" in said and not (tmp_path / "part" / "weights.pt").exists()
     assert [path.name for path in sorted((tmp_path / "part" / "checkpoints").glob("step-*"))] == ["step-000002"]

@@ -7,11 +7,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.processes import run_script
 from helpers.tiny_run import make_trainer
 
 import effopd
@@ -78,9 +78,7 @@ def test_the_page_runs_from_the_command_line(tmp_path):
         "--train_size 16 --effopd.validation_size 4 "
         "--report_to none --save_strategy no --activation_checkpointing false --output_dir run"
     )
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "effopd", "train", *words]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, said = run_script("effopd", "train", *words, cwd=tmp_path, package=tmp_path)
+    assert status == 0, said
     searches = list(read_rows(tmp_path / "run" / "searches.jsonl"))
     assert [[trial["scale"] for trial in search["trials"]] for search in searches] == [[0.0, -0.25], [0.0, -0.25]]

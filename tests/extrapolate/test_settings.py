@@ -8,12 +8,11 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import run_script
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 from torch import nn
 
@@ -287,8 +286,10 @@ def test_a_device_that_is_not_there_is_refused_before_training():
 
 WITHOUT = """
 import torch
+import effopd
 from effopd import EffOPD, EffOPDConfig
 from effopd.extrapolate.strategy import STRATEGIES
+assert effopd.__path__ == [{copy!r}], effopd.__path__
 assert not {names} & set(STRATEGIES), STRATEGIES
 for name in STRATEGIES:
     args = dict(every=1, until=4) if STRATEGIES[name].fit else {{}}
@@ -315,11 +316,10 @@ def test_a_strategy_leaves_with_its_file_and_its_line(tmp_path):
         (strategies / f"{module}.py").unlink()
     lines = (strategies / "__init__.py").read_text().splitlines(keepends=True)
     (strategies / "__init__.py").write_text("".join(line for line in lines if not set(line.split()) & leaving))
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(names=leaving)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    script = tmp_path / "without.py"
+    script.write_text(WITHOUT.format(names=leaving, copy=str(copy)))
+    status, said = run_script(script, package=tmp_path)
+    assert status == 0, said
     for path in (copy / "extrapolate").rglob("*.py"):
         assert not re.search(rf"\b({'|'.join(leaving)})\b", path.read_text()), path
 

@@ -1,5 +1,5 @@
-"""Scripts in processes of their own, without the seconds that importing torch, transformers and TRL
-takes each time.
+"""Scripts and modules in processes of their own, without the seconds that importing torch,
+transformers and TRL takes each time.
 
 A fork server imports them once; every process is a fork of it. Nothing that uses threads or
 autograd has run in the server, so the forks are as good as fresh interpreters. `torchrun` starts
@@ -8,6 +8,8 @@ the same scripts as a user would.
 
 from __future__ import annotations
 
+import gc
+import json
 import multiprocessing
 import os
 import runpy
@@ -16,12 +18,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 #: Seconds that the others have to end by themselves after one has failed.
 GRACE = 5.0
+#: Held while processes are started or asked how they are: an exit status can be read once.
+_LOCK = threading.Lock()
 PRELOADED = ["helpers.tiny_run", "peft", "trl", "torch.distributed.fsdp", "effopd.distill.rl"]
 
 
@@ -40,14 +47,23 @@ def _server():
     return context
 
 
-def _child(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _child(code: str, arguments: list[str], environment: dict[str, str], log: str, cwd: str, package: str) -> None:
+    gc.freeze()  # the server's modules live for ever: no collection has to look at them
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ.update(environment)
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    os.chdir(cwd)
+    sys.argv = [code, *arguments]
+    if package:
+        for name in [name for name in sys.modules if name.split(".")[0] == "effopd"]:
+            del sys.modules[name]
+        sys.path.insert(0, package)
+    if code.endswith(".py"):
+        sys.path.insert(0, str(Path(code).parent))
+        runpy.run_path(code, run_name="__main__")
+    else:
+        runpy.run_module(code, run_name="__main__", alter_sys=True)
 
 
 def _free_port() -> int:
@@ -56,42 +72,101 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_script(script: str | Path, *arguments: object, processes: int = 0, timeout: float = 240) -> Finished:
-    """Run a script once per process, as torchrun does; for 0 processes, alone and without a process
-    group.
+def run_script(
+    code: str | Path,
+    *arguments: object,
+    processes: int = 0,
+    timeout: float = 240,
+    environment: Mapping[str, str] | None = None,
+    cwd: str | Path = ".",
+    package: str | Path = "",
+) -> Finished:
+    """Run a script or module once per process, as torchrun does; for 0 processes, alone and without
+    a process group.
 
     The first process that fails ends the others, which may still say why they failed too.
+
+    Args:
+        code: path of a `.py` file, or name of a module.
+        environment: further environment variables.
+        package: folder of another copy of `effopd`, which the process imports in place of this one.
     """
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "LOCAL_WORLD_SIZE": str(processes)}
+    common |= environment or {}
     context, words = _server(), [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(max(processes, 1))]
         ranks = []
         for rank, log in enumerate(logs):
-            environment = common | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {})
-            ranks.append(context.Process(target=_child, args=(str(script), words, environment, str(log))))
-            ranks[-1].start()
+            variables = common | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {})
+            settings = (str(code), words, variables, str(log), str(cwd), str(package))
+            with _LOCK:
+                ranks.append(context.Process(target=_child, args=settings))
+                ranks[-1].start()
         status, late = _wait(ranks, time.monotonic() + timeout)
         output = "".join(log.read_text(errors="replace") for log in logs if log.exists())
     if late:
-        raise TimeoutError(f"{script} took longer than {timeout:g} s:\n{output[-3000:]}")
+        raise TimeoutError(f"{code} took longer than {timeout:g} s:\n{output[-3000:]}")
     return Finished(status, output + (f"\nended by {signal.Signals(-status).name}\n" if status < 0 else ""))
 
 
 def _wait(ranks: list, deadline: float) -> tuple[int, bool]:
     """(exit status of the first process that failed, whether the time was up)."""
     status, end = 0, deadline
-    while any(rank.is_alive() for rank in ranks) and time.monotonic() < end:
+    while _alive(ranks) and time.monotonic() < end:
         time.sleep(0.02)
-        if not status and (status := next((rank.exitcode for rank in ranks if rank.exitcode), 0)):
+        if not status and (status := _first_failure(ranks)):
             end = min(deadline, time.monotonic() + (GRACE if status > 0 else 0))
-    late = not status and any(rank.is_alive() for rank in ranks)
-    for rank in ranks:
-        if rank.is_alive():
-            rank.kill()
-        rank.join()
-    return status, late
+    late = not status and bool(_alive(ranks))
+    with _LOCK:
+        for rank in ranks:
+            if rank.is_alive():
+                rank.kill()
+            rank.join()
+    return status or (0 if late else _first_failure(ranks)), late
+
+
+def _alive(ranks: list) -> list:
+    with _LOCK:
+        return [rank for rank in ranks if rank.is_alive()]
+
+
+def _first_failure(ranks: list) -> int:
+    with _LOCK:
+        return next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+
+
+@contextmanager
+def forking_python() -> Iterator[list[str]]:
+    """Command that stands in for `python` before `-m MODULE …`: the fork server runs the module."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/python")
+        listener.listen()
+        server = threading.Thread(target=_serve, args=(listener,))
+        server.start()
+        try:
+            yield [sys.executable, "-I", str(Path(__file__).with_name("forked.py")), f"{folder}/python"]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            server.join()
+
+
+def _serve(listener: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # shut down
+            return
+        threading.Thread(target=_answer, args=(connection,)).start()
+
+
+def _answer(connection: socket.socket) -> None:
+    with connection, connection.makefile() as lines:
+        (dash_m, module, *arguments), environment, cwd = json.loads(lines.readline())
+        assert dash_m == "-m", dash_m
+        done = run_script(module, *arguments, environment=environment, cwd=cwd)
+        connection.sendall(json.dumps(done).encode())
 
 
 def torchrun(*command: object, processes: int) -> Finished:

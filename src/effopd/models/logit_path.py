@@ -16,6 +16,7 @@ models).
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils import is_peft_model
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -65,7 +65,8 @@ _PATHS: WeakKeyDictionary[nn.Module, LogitPath] = WeakKeyDictionary()
 def core_of(model: Any) -> PreTrainedModel:
     """The causal LM without the wrappers of torch.compile and PEFT; adapters stay active."""
     model = getattr(model, "_orig_mod", model)
-    model = model.base_model.model if is_peft_model(model) else model
+    peft = sys.modules.get("peft")  # accelerate's `is_peft_model` parses PEFT's metadata at each call
+    model = model.base_model.model if peft and isinstance(model, peft.PeftModel) else model
     return getattr(model, "_orig_mod", model)
 
 
