@@ -309,7 +309,7 @@ def _report(
             results = with_roles(results, plan, source)
     else:
         if plan is not None:
-            raise ConfigError(f"--report {source}: a folder holds its own plan. Leave {plan.output_dir}'s plan out.")
+            raise ConfigError(f"--report {source}: a grid's folder holds its own plan. Leave the plan argument out.")
         results, folder = collect(source), out or source
     folder.mkdir(parents=True, exist_ok=True)
     results |= gate_results(folder) | envelopes(results, prices, other)

@@ -61,7 +61,8 @@ def with_roles(results: Mapping[str, Any], grid: Grid, source: Path) -> dict[str
     """
     check_same_settings(grid, source, results["settings"])
     again = analyse(runs_of(results), grid.roles)
-    strategies = {name: grid.strategies.get(name, own) for name, own in results["settings"]["strategies"].items()}
+    stored = results["settings"].get("strategies", {})
+    strategies = {name: grid.strategies.get(name, own) for name, own in stored.items()}
     settings = {**results["settings"], **again["settings"], "strategies": strategies}
     return {**results, **again, "settings": settings}
 
