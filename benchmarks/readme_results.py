@@ -25,7 +25,9 @@ from readme_figure import draw
 from rich.console import Console
 
 from effopd.commands import quickstart
+from effopd.compare.axes import axis_name
 from effopd.compare.cross_targets import own_rate, runs_of
+from effopd.report.compare_envelope import TABLE_SHARES, at, curves
 from effopd.report.compare_lookup import Lookup, factor, number, table, times
 
 CHAIN, SPELL = TASKS = ("testbed:chain_sum", "testbed:spell_backward")
@@ -122,6 +124,7 @@ def findings(docs: Mapping[str, Any]) -> dict[str, str]:
         "gate": gate(docs),
         "small batch": small_batch(docs),
         "figure target": figure_targets(f),
+        "envelope": envelope(f),
     }
 
 
@@ -280,6 +283,20 @@ def figure_targets(f: Figures) -> str:
         ["steps between evaluations", *[str(every)] * 2],
     ]
     return table(["quantity", *NAMES], rows)
+
+
+def envelope(f: Figures) -> str:
+    """`line_search` at the reference rate against the best-tuned run of both grids, by target."""
+    part = f.look.results["joined_envelope"]
+    names = ["line_search", *(name for name in part["opening"] if name.startswith("line_search"))]
+    lines = []
+    for axis in ("seconds", "generated_tokens", "student_backward_tokens"):
+        for strategy in names:
+            for name, task in zip(NAMES, TASKS, strict=True):
+                row = next(row for arm, row in curves(part, task, axis, strategy) if arm[1] == f.reference)
+                points = [times(at(row, part["shares"].index(share))) for share in TABLE_SHARES]
+                lines.append([axis_name(axis), f"`{strategy}`", name, *(p.replace(", n = 3", "") for p in points)])
+    return table(["cost", "strategy", "task", *(f"to {100 * share:.3g} %" for share in TABLE_SHARES)], lines)
 
 
 def demo(summary: dict[str, Any]) -> str:

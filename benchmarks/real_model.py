@@ -31,7 +31,7 @@ from effopd.report.style import quiet_style, save
 
 PLACE = DOCS / "real_model"
 STEPS = (6, 12, 18, 24)
-#: Runs without look-ahead; the best-tuned of their arms is the opponent.
+#: Runs without look-ahead; the best-tuned of their arms is the opponent. A plan can name others.
 BASELINES = ("plain", "plain-beta2", "plain-cosine", "topd")
 #: Figure: color of a strategy, dash of a learning rate by its order.
 COLORS = {"plain": "#6b7280", "line_search": "#0072b2", "effopd": "#d55e00"}
@@ -47,6 +47,7 @@ class Page:
 
     def __init__(self, results: Mapping[str, Any]):
         self.runs = runs_of(results)
+        self.baselines = results["settings"].get("baselines") or BASELINES
         self.tasks = list(dict.fromkeys(run.task for run in self.runs))
         order = {strategy: place for place, strategy in enumerate(results["settings"]["strategies"])}
         self.arms = sorted({run.arm for run in self.runs}, key=lambda arm: (order[arm[0]], arm[1]))
@@ -77,7 +78,7 @@ class Page:
         """Speed-up over the best-tuned run without look-ahead, by target."""
         rows = []
         for task in self.tasks:
-            envelope = Envelope(self.of(task), BASELINES, axis)
+            envelope = Envelope(self.of(task), self.baselines, axis)
             for arm in self.arms:
                 if self.of(task, arm):
                     speeds = [times(envelope.speedup(arm, share).to_row()) for share in SHARES]
@@ -89,9 +90,10 @@ class Page:
         """Best-tuned run without look-ahead per target and seed."""
         rows = []
         for task in self.tasks:
-            envelope = Envelope(self.of(task), BASELINES)
+            envelope = Envelope(self.of(task), self.baselines)
             for share in SHARES:
-                arms = [" ".join(_names(envelope.opponent(seed, share))) for seed in envelope.seeds]
+                found = [envelope.opponent(seed, share) for seed in envelope.seeds]
+                arms = ["–" if arm is None else " ".join(_names(arm)) for arm in found]
                 rows.append([task.split(":")[1], f"{share:.0%}", *arms])
         seeds = sorted({run.seed for run in self.runs})
         return table(["task", "target", *(f"seed {seed}" for seed in seeds)], rows)

@@ -8,7 +8,12 @@ import pytest
 from helpers.grid_runs import LR
 from helpers.grid_runs import planted_run as run
 
-from effopd.compare.envelope import SHARES, Envelope
+from effopd.compare.envelope import SHARES, Envelope, Tuning
+from effopd.compare.envelope_rows import envelopes
+from effopd.compare.prices import KINDS, PriceList
+from effopd.compare.results import analyse
+from effopd.compare.roles import Roles
+from effopd.errors import ConfigError
 
 SEEDS = range(3)
 
@@ -47,3 +52,48 @@ def test_never_is_zero_over_an_opponent_that_arrives_and_infinite_the_other_way(
 def test_one_seed_alone_tunes_on_itself():
     runs = [run("plain", LR, 0), run("plain", 3 * LR, 0, speed=2.0)]
     assert Envelope(runs).opponent(0, 0.25) == ("plain", 3 * LR)
+
+
+def test_the_speed_up_by_hand():
+    """KL falls to a half every 10, 5 and 2.5 steps; evaluations every 2, smoothed over three."""
+    pace = math.log(2) / 10
+    runs = [run(name, LR, seed, speed, noise=0.0, pace=lambda seed: pace)
+            for seed in SEEDS for name, speed in (("plain", 1.0), ("topd", 2.0), ("ours", 4.0))]  # fmt: skip
+    envelope = Envelope(runs, ("plain", "topd"))
+    # 13 % is first met at steps 30, 16 and 8; the trailing median adds one evaluation
+    assert [envelope.cost((name, LR), 0, 0.13) for name in ("plain", "topd", "ours")] == [32.0, 18.0, 10.0]
+    assert envelope.speedups(("ours", LR), 0.13) == dict.fromkeys(SEEDS, 1.8)
+    assert envelope.tuning() == Tuning(2 * 96.0, 2, 3)
+
+
+def test_priced_seconds_choose_their_own_opponent():
+    priced = PriceList("x", dict.fromkeys(KINDS, 0.0) | {"sampled": 0.5})
+    runs = [run("plain", LR, seed, 1.0, noise=0.0) for seed in SEEDS]
+    runs += [run("quick", LR, seed, 2.0, noise=0.0, step_cost=9.0) for seed in SEEDS]
+    assert Envelope(runs, ("plain", "quick")).opponent(0, 0.25) == ("plain", LR)
+    envelope = Envelope(runs, ("plain", "quick"), priced)
+    assert envelope.opponent(0, 0.25) == ("quick", LR)
+    assert envelope.cost(("quick", LR), 0, 0.25) == 50 * Envelope(runs, axis="steps").cost(("quick", LR), 0, 0.25)
+
+
+def test_an_unknown_cost_is_no_pair_and_no_opponent():
+    runs = [run("plain", LR, seed, noise=0.0) for seed in SEEDS]
+    envelope = Envelope(runs, axis="teacher_tokens")
+    assert envelope.opponent(0, 0.5) is None and envelope.speedup(("plain", LR), 0.5).n == 0
+    assert envelope.without_costs() == [("plain", LR)] and envelope.tuning().cost is None
+
+
+def test_a_joined_grid_competes_under_its_label_at_the_seeds_of_both():
+    def results(runs):
+        return analyse(runs, Roles("plain", LR, headline=("ours",)))
+
+    pairs = (("plain", 1.0), ("ours", 2.0))
+    here = results([run(name, LR, seed, speed, noise=0.0) for seed in SEEDS for name, speed in pairs])
+    there = results([run("plain", LR, seed, 4.0, noise=0.0) for seed in range(2)])
+    joined = envelopes(here, (), ("small", there))["joined_envelope"]
+    assert joined["baselines"] == ["plain", "plain (small)"] and joined["seeds"] == [0, 1]
+    assert all(row["arms"]["0"] == ["plain (small)", LR] for row in joined["opponents"] if row["axis"] == "seconds")
+    (ours,) = [row for row in joined["speedups"] if (row["strategy"], row["axis"]) == ("ours", "seconds")]
+    assert all(value < 1 for value in ours["median"])
+    with pytest.raises(ConfigError, match="--join small"):
+        envelopes(here, (), ("small", results([run("plain", LR, 9)])))

@@ -135,3 +135,23 @@ def test_no_plan_and_no_mapping(tmp_path):
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(ConfigError, match="mapping"):
         load_grid(tmp_path / "list.yaml")
+
+
+def test_several_baselines_are_named_and_the_first_sets_the_targets(tmp_path):
+    def load(**fields):
+        path = tmp_path / "plan.yaml"
+        plan = {
+            "output_dir": "x", "reference_learning_rate": 1e-4, "tasks": ["t"], "seeds": [0], "base": {},
+            "strategies": {"plain": {}, "topd": {}, "mine": {}},
+        }  # fmt: skip
+        path.write_text(yaml.safe_dump(plan | fields))
+        return load_grid(path).roles
+
+    assert load().rivals_to_beat == load(baseline="plain").rivals_to_beat == ("plain",)
+    assert load(baselines=["topd", "plain"]).baseline == "topd"
+    assert load(baseline="plain", baselines=["topd", "plain"]).rivals_to_beat == ("topd", "plain")
+    for wrong in (["topd", "topd"], ["nobody"], "topd"):
+        with pytest.raises(ConfigError, match="baseline"):
+            load(baselines=wrong)
+    with pytest.raises(ConfigError, match=r"baselines=.*one of them the baseline 'plain'"):
+        load(baseline="plain", baselines=["topd"])

@@ -13,6 +13,8 @@ from effopd.compare.cross_targets import runs_of
 from effopd.compare.grid import load_grid, run_settings
 from effopd.compare.results import analyse
 from effopd.compare.roles import Roles
+from effopd.report import envelope_figure
+from effopd.report.compare_lookup import Lookup
 from effopd.report.compare_page import render
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +45,8 @@ def test_the_runs_are_analysed_to_the_published_numbers(published):
 
 def test_the_page_is_drawn_from_the_results(published):
     folder, results, _ = published
-    figures = {name: f"results/{name}.png" for name in ("speedups", "curves", "learning_rates")}
+    names = [*envelope_figure.figures(Lookup(results)), "speedups", "curves", "learning_rates"]
+    figures = {name: f"results/{name}.png" for name in names}
     assert render(results, figures) == (folder / "results.md").read_text()
 
 

@@ -10,6 +10,7 @@ import torch
 from effopd.distill.config import OPDConfig
 from effopd.errors import ConfigError
 from effopd.runs.ledger import CATEGORIES, CLOCKS, CostLedger
+from effopd.runs.records import Costs
 
 
 class Clock:
@@ -62,6 +63,31 @@ def test_tokens_and_net():
     flat = ledger.snapshot()
     assert flat["cost/net_generated_tokens"] == 15 and flat["cost/net_forward_tokens"] == 9
     assert flat["cost/eval_generated_tokens"] == 1000
+
+
+def test_the_teachers_part_of_a_search_is_counted_beside_its_forward_tokens():
+    ledger = CostLedger(Clock())
+    ledger.count("teacher", forward=40)
+    ledger.count("update", forward=40)
+    ledger.count("search", forward=30, search_teacher=10)
+    ledger.count("eval", forward=1000)
+    costs = Costs.from_row(ledger.snapshot())
+    assert (costs.teacher_tokens, costs.student_forward_tokens, costs.student_backward_tokens) == (50, 60, 40)
+    again = CostLedger(Clock())
+    again.load_state_dict(ledger.state_dict())
+    again.add(ledger.state_dict(), tokens=True)
+    assert again.search_teacher_tokens == 20
+
+
+def test_totals_without_the_teachers_part_leave_it_unknown_if_a_search_made_forward_passes():
+    ledger = CostLedger(Clock())
+    ledger.count("search", forward=30)
+    old = {name: value for name, value in ledger.state_dict().items() if name != "search_teacher_tokens"}
+    ledger.load_state_dict(old)
+    costs = Costs.from_row(ledger.snapshot())
+    assert costs.teacher_tokens is None and costs.student_forward_tokens is None
+    ledger.load_state_dict(old | {"forward_tokens": dict.fromkeys(CATEGORIES, 0)})
+    assert Costs.from_row(ledger.snapshot()).teacher_tokens == 0
 
 
 def test_state_round_trip_continues():

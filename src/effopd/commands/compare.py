@@ -26,9 +26,11 @@ from effopd.common.files import write_atomically
 from effopd.common.optional import is_available
 from effopd.common.progress import spoken_time, time_left
 from effopd.compare import grid as grid_module
-from effopd.compare.collect import PLAN, collect
+from effopd.compare.collect import PLAN, collect, with_roles
+from effopd.compare.envelope_rows import envelopes
 from effopd.compare.grid import Grid, PlannedRun, load_grid, run_settings
 from effopd.compare.imported_runs import read_entries, runs_to_make, save_entries, saved_entries, sources
+from effopd.compare.prices import PriceList, read_prices
 from effopd.compare.runner import LOG, Runner, failure_of, is_done, only_one, progress_of
 from effopd.errors import ConfigError, EffOPDError
 from effopd.report.compare_gate import gate_results
@@ -52,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  effopd compare recipes/compare-testbed.yaml --dry_run     # check every setting, show the grid\n"
         "  effopd compare recipes/compare-testbed.yaml --workers 2   # run or resume the grid\n"
         "  effopd compare recipes/compare-testbed.yaml --runs_from docs/results.json   # … begun on another machine\n"
-        "  effopd compare --report runs/compare --out docs           # redraw without running",
+        "  effopd compare --report runs/compare --out docs           # redraw without running\n"
+        "  effopd compare --report docs/results.json --prices recipes/prices/1.7b-8b-1xh100.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -83,7 +86,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--report",
         type=Path,
         metavar="PATH",
-        help="Redraw from a grid's folder (finished runs only) or from a results.json, without running.",
+        help="Redraw from a grid's folder (finished runs only) or from a results.json, without running. With a plan "
+        "and a results.json: analyze its runs again with the plan's baselines, rivals, headline and claims.",
+    )
+    parser.add_argument(
+        "--prices",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Price every run again, in seconds per token: an axis “priced seconds” of the envelope for each YAML "
+        "file, see recipes/prices/; repeatable. Default with --report RESULTS_JSON: the lists stored in it.",
+    )
+    parser.add_argument(
+        "--join",
+        metavar="LABEL=RESULTS_JSON",
+        help="With --report: a second envelope, over the baselines of this grid and of another one on the same "
+        "tasks, for example with another batch size. LABEL marks the other grid's strategies.",
     )
     parser.add_argument(
         "--out", type=Path, help="Folder for results.json, results.md and results/*.png. Default: the grid's folder."
@@ -95,14 +114,18 @@ def run_compare(argv: Sequence[str]) -> int:
     """Run `effopd compare`."""
     arguments = build_parser().parse_args(list(argv))
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)  # a file would get 80 columns
-    if (arguments.plan is None) == (arguments.report is None):
+    if arguments.plan is None and arguments.report is None:
         raise ConfigError("expected either a plan to run, or --report with a grid's folder or a results.json.")
+    prices = read_prices(arguments.prices)
+    if arguments.join is not None and arguments.report is None:
+        raise ConfigError(f"--join {arguments.join}: needs --report. Run the plan first, then join the other grid.")
     if arguments.report is not None:
         if arguments.only:
             raise ConfigError("--only needs a plan. Leave it out: a report shows all finished runs.")
         if arguments.runs_from:
             raise ConfigError("--runs_from needs a plan. Leave it out: the grid's folder already holds these runs.")
-        return _report(arguments.report, arguments.out, console)
+        plan = None if arguments.plan is None else load_grid(arguments.plan)
+        return _report(arguments.report, arguments.out, console, prices, plan, arguments.join)
     grid = load_grid(arguments.plan, workers=arguments.workers)
     entries = read_entries(grid, arguments.runs_from) or saved_entries(grid)
     runs = matching(grid, runs_to_make(grid, sources(grid, entries)), arguments.only)
@@ -122,7 +145,7 @@ def run_compare(argv: Sequence[str]) -> int:
     for run in failed:
         console.print(f"[red]failed:[/red] {escape(run.name)}: {escape(failure_of(run) or 'stopped')}")
         console.print(f"        full log: {run.path / LOG}", highlight=False)
-    _report(Path(grid.output_dir), arguments.out, console)
+    _report(Path(grid.output_dir), arguments.out, console, prices)
     return 1 if failed else 0
 
 
@@ -237,7 +260,7 @@ def _run(grid: Grid, pending: list[PlannedRun], done: int, console: Console, loc
         return Runner(grid, report, lock).run(pending)
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def _read_results(path: Path, option: str = "--report") -> dict[str, Any]:
     """Content of a results.json.
 
     Raises:
@@ -247,23 +270,49 @@ def _read_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
     except ValueError as error:  # no JSON, or no text
         raise ConfigError(
-            f"--report {path}: expected a results.json of `effopd compare`; the file is not JSON ({error})."
+            f"{option} {path}: expected a results.json of `effopd compare`; the file is not JSON ({error})."
         ) from error
     missing = [name for name in ("settings", "runs") if not isinstance(results, dict) or name not in results]
     if missing:
         raise ConfigError(
-            f"--report {path}: expected a results.json of `effopd compare`; it has no {', '.join(missing)}."
+            f"{option} {path}: expected a results.json of `effopd compare`; it has no {', '.join(missing)}."
         )
     return results
 
 
-def _report(source: Path, out: Path | None, console: Console) -> int:
+def _read_join(text: str) -> tuple[str, dict[str, Any]]:
+    """Label and content of `LABEL=RESULTS_JSON`.
+
+    Raises:
+        ConfigError: the text or the file has another form.
+    """
+    label, equals, path = text.partition("=")
+    if not (label.strip() and equals and Path(path).is_file()):
+        raise ConfigError(
+            f"--join {text}: expected LABEL=RESULTS_JSON, such as '32 prompts=docs/ablation/results.json'."
+        )
+    return label.strip(), _read_results(Path(path), "--join")
+
+
+def _report(
+    source: Path,
+    out: Path | None,
+    console: Console,
+    prices: Sequence[PriceList] = (),
+    plan: Grid | None = None,
+    join: str | None = None,
+) -> int:
+    other = None if join is None else _read_join(join)
     if source.is_file():
         results, folder = _read_results(source), out or source.parent
+        if plan is not None:
+            results = with_roles(results, plan, source)
     else:
+        if plan is not None:
+            raise ConfigError(f"--report {source}: a grid's folder holds its own plan. Leave the plan argument out.")
         results, folder = collect(source), out or source
     folder.mkdir(parents=True, exist_ok=True)
-    results |= gate_results(folder)
+    results |= gate_results(folder) | envelopes(results, prices, other)
     write_atomically(folder / RESULTS, lambda path: path.write_text(json.dumps(results, allow_nan=False) + "\n"))
     figures: dict[str, Path] = {}
     if is_available("matplotlib"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from effopd.common.files import read_rows
-from effopd.compare.grid import PlannedRun, load_grid
+from effopd.compare.cross_targets import runs_of
+from effopd.compare.grid import Grid, PlannedRun, load_grid
 from effopd.compare.grid_run import GridRun, read_run
-from effopd.compare.imported_runs import merge_runs, saved_entries, sources
+from effopd.compare.imported_runs import check_same_settings, merge_runs, saved_entries, sources
 from effopd.compare.results import analyse
 from effopd.compare.runner import DONE, failure_of, is_done
 from effopd.errors import ConfigError, NonFiniteLossError
@@ -49,6 +51,20 @@ def collect(folder: Path) -> dict[str, Any]:
         "base": grid.base,
     }
     return results
+
+
+def with_roles(results: Mapping[str, Any], grid: Grid, source: Path) -> dict[str, Any]:
+    """The runs of a results.json analyzed again with the roles of a plan.
+
+    Raises:
+        ConfigError: the runs have other settings than the plan's.
+    """
+    check_same_settings(grid, source, results["settings"])
+    again = analyse(runs_of(results), grid.roles)
+    stored = results["settings"].get("strategies", {})
+    strategies = {name: grid.strategies.get(name, own) for name, own in stored.items()}
+    settings = {**results["settings"], **again["settings"], "strategies": strategies}
+    return {**results, **again, "settings": settings}
 
 
 def _has_diverged(run: PlannedRun, error: str) -> bool:

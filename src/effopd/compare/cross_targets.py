@@ -88,7 +88,7 @@ def across(
             plain, against = (at_home.get((which, run.task, run.seed)) for which in (reference, opponent))
             if run.task != task or run.arm != arm or plain is None or against is None:
                 continue
-            _check_same_start(plain, run)
+            check_same_start(plain, run)
             pairs.append(_costs(against, run, final_target(plain.evaluations)))
             last.append(run.evaluations[-1].step)
         rows += [row | {"last_steps": min(last)} for row in _rows(task, arm, pairs)]
@@ -104,7 +104,12 @@ def _costs(against: GridRun, run: GridRun, target: float) -> CostPair:
     return against.cost(target, "kl", False), run.cost(target, "kl", False)
 
 
-def _check_same_start(first: GridRun, second: GridRun) -> None:
+def check_same_start(first: GridRun, second: GridRun) -> None:
+    """Refuse runs of the same task and seed that start at different held-out KLs.
+
+    Raises:
+        ConfigError: their evaluations (prompts or sampling) differ.
+    """
     a, b = (run.evaluations[0].kl for run in (first, second))
     assert a is not None and b is not None
     if abs(a - b) > _SAME_START * abs(a):

@@ -18,6 +18,7 @@
     launcher: [accelerate, launch]   # optional: put before `-m effopd.commands.main train …`
 
     # optional, see `roles.py`:
+    baselines: [plain, topd]         # their best-tuned run is the opponent; default: the baseline
     rivals: [effopd]                 # every strategy is compared with these too
     headline: [effopd]               # shown first; default: all but baseline, controls, variants
     controls: [noop]                 # strategies expected to gain nothing, shown together
@@ -78,7 +79,8 @@ class Grid:
     seeds: list[int]
     base: dict[str, Any]
     strategies: dict[str, dict[str, Any]]
-    baseline: str = "plain"
+    baseline: str = ""
+    baselines: list[str] = field(default_factory=list)
     rivals: list[str] = field(default_factory=list)
     headline: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=list)
@@ -93,9 +95,16 @@ class Grid:
             value = getattr(self, name)
             if not value or (isinstance(value, list) and len(set(value)) != len(value)):
                 raise ConfigError(f"plan: '{name}' must not be empty or contain duplicates, got {value!r}.")
+        if not self.baseline:
+            object.__setattr__(self, "baseline", self.baselines[0] if self.baselines else "plain")
         if self.baseline not in self.strategies:
             raise ConfigError(
                 f"plan: the baseline '{self.baseline}' is not one of the strategies ({', '.join(self.strategies)})."
+            )
+        if self.baselines and (self.baseline not in self.baselines or len(set(self.baselines)) < len(self.baselines)):
+            raise ConfigError(
+                f"plan: baselines={self.baselines!r}: expected different strategies, one of them the baseline "
+                f"'{self.baseline}', which sets the targets."
             )
         if not isinstance(self.reference_learning_rate, int | float) or not 0 < self.reference_learning_rate < 1:
             raise ConfigError(

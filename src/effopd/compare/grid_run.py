@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from effopd.compare.search_tokens import with_search_teacher
 from effopd.compare.time_to_target import WINDOW, Cost, first_reach
 from effopd.errors import CheckpointError
 from effopd.runs.records import EVALS, Costs, EvaluationRecord, SearchRecord, read_evaluations, read_searches
@@ -17,6 +18,8 @@ Arm = tuple[str, float]
 Place = tuple[str, int]
 #: Columns of a run's curve in results.json.
 CURVE_COLUMNS = ("step", "kl", "kl_se", "accuracy", "seconds", "generated_tokens", "forward_tokens", "search_seconds")
+#: Further columns, missing in files of runs that did not record them.
+KINDS_COLUMNS = ("backward_tokens", "teacher_tokens")
 #: Cost axes on which runs are compared.
 AXES = ("steps", "seconds", "generated_tokens", "forward_tokens")
 
@@ -102,7 +105,8 @@ def read_run(
     Raises:
         CheckpointError: there are no evaluations, or they lack KL, accuracy or a net cost.
     """
-    evaluations = tuple(read_evaluations(path))
+    searches = read_searches(path)
+    evaluations = tuple(with_search_teacher(read_evaluations(path), searches))
     missing = {key for evaluation in evaluations for key, value in _required(evaluation).items() if value is None}
     if not evaluations or missing:
         raise CheckpointError(
@@ -111,7 +115,7 @@ def read_run(
             + ". Train with eval_strategy: steps on a task of this package, or leave the run out."
         )
     return GridRun(
-        task, strategy, learning_rate, seed, evaluations, SearchSummary.of(read_searches(path)), code
+        task, strategy, learning_rate, seed, evaluations, SearchSummary.of(searches), code
     )  # fmt: skip
 
 
@@ -140,7 +144,8 @@ def to_row(run: GridRun) -> dict[str, Any]:
         "curve": {
             name: [_short(value) for value in values]
             for name, values in zip(CURVE_COLUMNS, zip(*points, strict=True), strict=True)
-        },
+        }
+        | _kinds_columns(run.evaluations),
         "accepted": [list(jump) for jump in run.searches.accepted],
         "searches": run.searches.count,
         "memory_bytes": run.searches.memory_bytes,
@@ -157,11 +162,35 @@ def from_row(row: Mapping[str, Any]) -> GridRun:
     searches = SearchSummary(
         tuple((step, scale) for step, scale in row["accepted"]), row["searches"], row["memory_bytes"], row.get("fit")
     )
-    evaluations = tuple(_evaluation(*values) for values in zip(*columns, strict=True))
+    unknown = [None] * len(columns[0])
+    kinds = zip(*(row["curve"].get(name, unknown) for name in KINDS_COLUMNS), strict=True)
+    evaluations = tuple(
+        dataclasses.replace(evaluation, costs=with_kinds(evaluation.costs, *counts))
+        for evaluation, counts in zip(
+            (_evaluation(*values) for values in zip(*columns, strict=True)), kinds, strict=True
+        )
+    )
     return GridRun(
         row["task"], row["strategy"], row["learning_rate"], row["seed"], evaluations, searches, row.get("code"),
         tuple(row.get("merges", ())),
     )  # fmt: skip
+
+
+def with_kinds(costs: Costs, backward: int | None, teacher: int | None) -> Costs:
+    """Costs with net backward and net teacher tokens; the latter include those of searches."""
+    return dataclasses.replace(
+        costs,
+        update_forward_tokens=backward,
+        teacher_forward_tokens=teacher,
+        search_teacher_tokens=None if teacher is None else 0,
+    )
+
+
+def _kinds_columns(evaluations: Iterable[EvaluationRecord]) -> dict[str, list[int | None]]:
+    """Values of `KINDS_COLUMNS`; columns without any value are left out."""
+    points = [(e.costs.student_backward_tokens, e.costs.teacher_tokens) for e in evaluations]
+    columns = dict(zip(KINDS_COLUMNS, map(list, zip(*points, strict=True)), strict=True))
+    return {name: values for name, values in columns.items() if any(value is not None for value in values)}
 
 
 def _curve_point(evaluation: EvaluationRecord) -> tuple[Any, ...]:

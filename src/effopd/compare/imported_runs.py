@@ -82,13 +82,22 @@ def sources(grid: Grid, entries: Sequence[Mapping[str, Any]]) -> list[Source]:
     return [_source(grid, entry) for entry in entries]
 
 
-def _source(grid: Grid, entry: Mapping[str, Any]) -> Source:
-    differing = list(_differences(grid, entry["settings"]))
+def check_same_settings(grid: Grid, path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Check the settings of a results.json against the plan's.
+
+    Raises:
+        ConfigError: settings that affect runs differ.
+    """
+    differing = list(_differences(grid, settings))
     if differing:
         raise ConfigError(
-            f"the runs of {entry['path']} have other settings than the plan: {'; '.join(differing)}. "
+            f"the runs of {path} have other settings than the plan: {'; '.join(differing)}. "
             "Make the plan's settings equal or leave the file out."
         )
+
+
+def _source(grid: Grid, entry: Mapping[str, Any]) -> Source:
+    check_same_settings(grid, entry["path"], entry["settings"])
     planned = {key(run) for run in grid.runs()}
     runs = tuple(run for run in map(from_row, entry["runs"]) if key(run) in planned)
     return Source(entry["path"], runs, tuple(entry["settings"].get("merges", ())))

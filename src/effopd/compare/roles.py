@@ -1,6 +1,8 @@
 """Roles of the strategies in a comparison: baseline, rivals, headline, controls, claims, variants.
 
     baseline: plain           # sets the targets; every strategy is compared with it
+    baselines: [plain, topd]  # their best-tuned run is the opponent of the envelope; default: the
+                              # baseline alone. Without `baseline`, the first one is the baseline
     rivals: [effopd]          # every strategy is compared with these too, at the reference rate
     headline: [line_search]   # shown first; default: all but baseline, controls and variants
     controls: [noop]          # strategies expected to gain nothing; shown together
@@ -26,7 +28,7 @@ from effopd.errors import ConfigError
 #: Field of a strategy that names the strategy it is a variant of.
 VARIANT_OF = "variant_of"
 #: Plan fields that name strategies.
-LISTS = ("rivals", "headline", "controls")
+LISTS = ("baselines", "rivals", "headline", "controls")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Roles:
     controls: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     variants: Mapping[str, str] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
+
+    @property
+    def rivals_to_beat(self) -> tuple[str, ...]:
+        """Strategies whose best-tuned run is the opponent of the envelope."""
+        return self.baselines or (self.baseline,)
 
     @property
     def reference(self) -> Arm:
@@ -76,7 +84,7 @@ class Roles:
 
     def opening(self, strategies: Iterable[str]) -> list[str]:
         """Members of `strategies` that the page shows first, in the plan's order."""
-        others = {self.baseline, *self.controls, *self.variants}
+        others = {self.baseline, *self.baselines, *self.controls, *self.variants}
         wanted = self.headline or [strategy for strategy in strategies if strategy not in others]
         return [strategy for strategy in wanted if strategy in strategies]
 

@@ -101,8 +101,16 @@ def first_reach(
 
     The target is reached at or below it, or at or above it if higher is better. `None`: never.
     """
+    evaluation = first_evaluation(evaluations, target, metric, higher_is_better=higher_is_better)
+    return None if evaluation is None else Cost.of(evaluation)
+
+
+def first_evaluation(
+    evaluations: Sequence[EvaluationRecord], target: float, metric: str = "kl", *, higher_is_better: bool = False
+) -> EvaluationRecord | None:
+    """The first evaluation after step 0 whose smoothed metric reaches `target`; `None`: never."""
     sign = -1.0 if higher_is_better else 1.0
     for evaluation, value in zip(evaluations, smoothed(evaluations, metric), strict=True):
         if sign * value <= sign * target and evaluation.step > 0:
-            return Cost.of(evaluation)
+            return evaluation
     return None

@@ -243,7 +243,12 @@ class EffOPDCallback(TrainerCallback):
         if record is None:
             return
         if ledger is not None and state.is_world_process_zero:  # the record sums the tokens of all ranks
-            ledger.count("search", generated=record.generated_tokens, forward=record.forward_tokens)
+            ledger.count(
+                "search",
+                generated=record.generated_tokens,
+                forward=record.forward_tokens,
+                search_teacher=record.teacher_tokens or 0,
+            )
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             append_row(Path(args.output_dir) / SEARCHES, record.to_row())

@@ -163,6 +163,7 @@ class EffOPD:
             seconds=time.perf_counter() - start + (observed.seconds if observed else 0.0),
             generated_tokens=result.generated_tokens + (observed.generated_tokens if observed else 0),
             forward_tokens=result.forward_tokens + (observed.forward_tokens if observed else 0),
+            teacher_tokens=result.teacher_tokens + ((observed.teacher_tokens or 0) if observed else 0),
             trials=(*(observed.trials if observed else trials[:1]), *trials[1:]),
             memory_bytes=memory + (0 if self.predictor is None else self.predictor.observations.nbytes),
             learning_rate_factor=factor,

@@ -124,6 +124,7 @@ class Predictor:
             seconds=time.perf_counter() - start,
             generated_tokens=observations.take_target_tokens() + (measured.generated_tokens if measured else 0),
             forward_tokens=measured.forward_tokens if measured else 0,
+            teacher_tokens=measured.teacher_tokens if measured else 0,
             trials=(Trial(0.0, measured, "start").to_record(),),
             observation=len(observations.steps),
         )

@@ -24,6 +24,7 @@ class Score:
         seconds: wall-clock time.
         generated_tokens: tokens sampled.
         forward_tokens: tokens in forward passes outside generation.
+        teacher_tokens: the teacher's part of `forward_tokens`.
     """
 
     mean: float
@@ -31,6 +32,7 @@ class Score:
     seconds: float = 0.0
     generated_tokens: int = 0
     forward_tokens: int = 0
+    teacher_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class SearchResult:
     def forward_tokens(self) -> int:
         """Tokens in the forward passes of all trials, outside generation."""
         return sum(trial.score.forward_tokens for trial in self.trials if trial.score)
+
+    @property
+    def teacher_tokens(self) -> int:
+        """The teacher's part of `forward_tokens`."""
+        return sum(trial.score.teacher_tokens for trial in self.trials if trial.score)
 
 
 def paired_gain(candidate: Score, reference: Score) -> tuple[float, float]:

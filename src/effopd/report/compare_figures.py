@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from effopd.common.optional import require
+from effopd.compare.axes import axis_name
 from effopd.compare.time_to_target import smooth
+from effopd.report import envelope_figure
 from effopd.report.compare_lookup import FEW, Lookup
 from effopd.report.style import group_colors, quiet_style, save
 
@@ -32,6 +34,11 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     with quiet_style():
+        for name, axis in envelope_figure.figures(lookup).items():
+            figure = envelope_figure.draw_axis(plt, lookup, axis)
+            title = f"Speed-up over the best-tuned run without look-ahead, in {axis_name(axis)}"
+            drawn[name] = save(figure, folder / f"{name}.png", title, envelope_figure.note(lookup))
+            plt.close(figure)
         for name, (make, title, note) in _FIGURES.items():
             figure = make(plt, lookup)
             if figure is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from effopd.report import compare_answers, compare_gate, compare_tables
+from effopd.compare.axes import axis_name
+from effopd.report import compare_answers, compare_envelope, compare_gate, compare_tables
 from effopd.report.compare_lookup import ALL, Lookup, Results
 from effopd.report.compare_method import method
 from effopd.report.pages import markdown_template
@@ -27,5 +28,7 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
         answers=compare_answers,
         tables=compare_tables,
         gate=compare_gate,
+        envelope=compare_envelope,
+        axis_name=axis_name,
         method=method(lookup),
     )

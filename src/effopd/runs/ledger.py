@@ -56,6 +56,8 @@ class CostLedger:
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         self.generated_tokens = dict.fromkeys(CATEGORIES, 0)
         self.forward_tokens = dict.fromkeys(CATEGORIES, 0)
+        #: The teacher's part of `forward_tokens["search"]`; `None`: resumed from totals without it.
+        self.search_teacher_tokens: int | None = 0
 
     def start(self) -> None:
         """Start or restart the clock in category `other`; closes all open categories."""
@@ -101,10 +103,15 @@ class CostLedger:
         finally:
             self._since = self._clock()
 
-    def count(self, category: str, *, generated: int = 0, forward: int = 0) -> None:
-        """Add sampled tokens (`generated`) and tokens of other forward passes (`forward`)."""
+    def count(self, category: str, *, generated: int = 0, forward: int = 0, search_teacher: int = 0) -> None:
+        """Add sampled tokens (`generated`) and tokens of other forward passes (`forward`).
+
+        `search_teacher` is the teacher's part of `forward` in category `search`.
+        """
         self.generated_tokens[category] += int(generated)
         self.forward_tokens[category] += int(forward)
+        if self.search_teacher_tokens is not None:
+            self.search_teacher_tokens += int(search_teacher)
 
     def _charge(self) -> None:
         now = self._clock()
@@ -117,6 +124,7 @@ class CostLedger:
 
         Keys: `cost/{category}_{unit}` and `cost/net_{unit}`, with unit `seconds`,
         `generated_tokens` or `forward_tokens`. `net` leaves out evaluation.
+        `cost/search_teacher_tokens` is part of `cost/search_forward_tokens`.
         """
         self._charge()
         tables: tuple[tuple[str, Mapping[str, float], tuple[str, ...]], ...] = (
@@ -125,6 +133,8 @@ class CostLedger:
             ("forward_tokens", self.forward_tokens, _FORWARDING),
         )
         flat = {f"cost/{c}_{unit}": values[c] for unit, values, categories in tables for c in categories}
+        if self.search_teacher_tokens is not None:
+            flat["cost/search_teacher_tokens"] = self.search_teacher_tokens
         for unit, values, _ in tables:
             flat[f"cost/net_{unit}"] = sum(value for category, value in values.items() if category != "eval")
         return flat
@@ -136,6 +146,7 @@ class CostLedger:
             "seconds": dict(self.seconds),
             "generated_tokens": dict(self.generated_tokens),
             "forward_tokens": dict(self.forward_tokens),
+            "search_teacher_tokens": self.search_teacher_tokens,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,6 +154,7 @@ class CostLedger:
         self.seconds.update(state["seconds"])
         self.generated_tokens.update(state["generated_tokens"])
         self.forward_tokens.update(state["forward_tokens"])
+        self.search_teacher_tokens = _search_teacher_tokens(state)
 
     def add(self, state: Mapping[str, Any], *, tokens: bool) -> None:
         """Merge the saved totals of another process: maximum of seconds, sum of tokens.
@@ -155,6 +167,14 @@ class CostLedger:
             if tokens:
                 self.generated_tokens[category] += state["generated_tokens"][category]
                 self.forward_tokens[category] += state["forward_tokens"][category]
+        if tokens:
+            both = (self.search_teacher_tokens, _search_teacher_tokens(state))
+            self.search_teacher_tokens = None if None in both else sum(both)  # type: ignore[arg-type]
+
+
+def _search_teacher_tokens(state: Mapping[str, Any]) -> int | None:
+    """The saved count; states without it count 0 if no search made a forward pass."""
+    return state.get("search_teacher_tokens", None if state["forward_tokens"]["search"] else 0)
 
 
 class LedgerCallback(TrainerCallback):

@@ -68,10 +68,32 @@ class Costs(Record, prefix="cost/"):
     teacher_forward_tokens: Annotated[Count, Column("forward tokens of the teacher", "tokens")] = None
     update_forward_tokens: Annotated[Count, Column("forward tokens of the student's loss", "tokens")] = None
     search_forward_tokens: Annotated[Count, Column("forward tokens of searches", "tokens")] = None
+    search_teacher_tokens: Annotated[Count, Column("the teacher's part of the searches' forward tokens", "tokens")] = (
+        None
+    )
     eval_forward_tokens: Annotated[Count, Column("forward tokens of evaluations", "tokens")] = None
     net_seconds: Annotated[Number, Column("all seconds except evaluation; search included", "s")] = None
     net_generated_tokens: Annotated[Count, Column("all sampled tokens except evaluation", "tokens")] = None
     net_forward_tokens: Annotated[Count, Column("all forward tokens except evaluation", "tokens")] = None
+
+    @property
+    def teacher_tokens(self) -> int | None:
+        """Net forward tokens of the teacher and of other frozen models, searches included."""
+        in_search = 0 if self.search_forward_tokens == 0 else self.search_teacher_tokens
+        if self.teacher_forward_tokens is None or in_search is None:
+            return None
+        return self.teacher_forward_tokens + in_search
+
+    @property
+    def student_forward_tokens(self) -> int | None:
+        """Net forward tokens of the student outside sampling, searches included."""
+        teacher = self.teacher_tokens
+        return None if teacher is None or self.net_forward_tokens is None else self.net_forward_tokens - teacher
+
+    @property
+    def student_backward_tokens(self) -> int | None:
+        """Tokens in backward passes: every forward token of the loss has one."""
+        return self.update_forward_tokens
 
 
 @dataclass(frozen=True)
@@ -243,6 +265,7 @@ class SearchRecord(Record):
     )
     fit: Annotated[Mapping[str, Number] | None, Column("strategies that predict: measures of the fit, by name")] = None
     observation: Annotated[Count, Column("strategies that predict: number of the observation, from 1")] = None
+    teacher_tokens: Annotated[Count, Column("the teacher's part of `forward_tokens`", "tokens")] = None
 
     @property
     def searched(self) -> bool:

@@ -127,6 +127,7 @@ class RolloutScorer:
             per_example=tuple(-value / mean_length for value in sums),
             seconds=time.perf_counter() - start,
             forward_tokens=forwards * tokens,
+            teacher_tokens=(forwards - 1) * tokens,
         )
 
     def _part(self, model: Any, keep: list[Tensor] | None) -> tuple[list[float], list[int], int]:
