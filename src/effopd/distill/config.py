@@ -11,6 +11,7 @@ import torch
 from trl import DistillationConfig
 
 from effopd.common.optional import ensure
+from effopd.distill.offline_config import OfflineArguments
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.runs.best_model import default_metric, settle_direction
@@ -134,7 +135,7 @@ class RunArguments:
 
 
 @dataclass
-class OPDConfig(RunArguments, DistillationConfig):
+class OPDConfig(OfflineArguments, RunArguments, DistillationConfig):
     """Configuration of `OPDTrainer`.
 
     Raises:
@@ -202,7 +203,9 @@ class OPDConfig(RunArguments, DistillationConfig):
     )
 
     def __post_init__(self) -> None:
+        self.imply_offline()
         super().__post_init__()
+        self.check_offline()
         if self.loss_type not in LOSSES:
             raise ConfigError(f"loss_type must be one of {', '.join(LOSSES)}; got {self.loss_type!r}.")
         if self.loss_weighting not in LOSS_WEIGHTINGS:
