@@ -104,6 +104,7 @@ def model_card(
         name=name,
         student=dict(facts)["student"],
         teacher=dict(facts)["teacher"],
+        offline=bool(stored),
         method=_method(trainer.args, trainer.method_name),
         facts=[(label, value.replace("|", "\\|")) for label, value in facts if value],
         whole=(trainer.run_dir.root / CONFIG).is_file(),
