@@ -36,9 +36,9 @@ from effopd.tasks.builtin_models import student_path, teacher_path
 from effopd.tasks.generate import encode_prompts
 
 RESULTS = Path(__file__).parents[1] / "docs" / "offline.json"
-FAMILY, LENGTH, BATCH, STEPS, EVERY, HELD_OUT = "testbed:chain_sum", 24, 64, 40, 10, 128
-#: Stored rollouts: with 40 steps of 64, every rollout is used five times.
-STORED = 512
+FAMILY, LENGTH, BATCH, STEPS, EVERY, HELD_OUT = "testbed:chain_sum", 24, 64, 20, 5, 128
+#: Stored rollouts: with 20 steps of 64, every rollout is used five times.
+STORED = 256
 
 
 def settings(folder: Path, seed: int, rate: float, **more: Any) -> OPDConfig:

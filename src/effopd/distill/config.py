@@ -22,9 +22,12 @@ logger = logging.getLogger(__name__)
 
 LOSS_WEIGHTINGS = ("token", "answer")
 LOSSES = ("full", "sampled")
-HORIZONS = ("full", "topd", "popd")
+HORIZONS = ("full", "topd", "esr", "popd")
 #: Setting → the only rollout horizon that reads it.
-_ONLY_FOR = {"horizon_fraction": "topd", "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd"}
+_ONLY_FOR = {
+    "horizon_fraction": "topd", "horizon_tokens": "esr",
+    "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd",
+}  # fmt: skip
 
 
 @dataclass
@@ -186,12 +189,14 @@ class OPDConfig(OfflineArguments, RunArguments, DistillationConfig):
         default="full",
         metadata={
             "help": "Maximum rollout length as a share of max_completion_length (arXiv 2605.31490). 'full': all of "
-            "it. 'topd': horizon_fraction. 'popd': grows from horizon_start to 1 in horizon_stages equal increments "
-            "over the first horizon_growth of training. Evaluations always use the full length.",
+            "it. 'topd': horizon_fraction. 'esr': horizon_tokens (2605.27028). 'popd': grows from horizon_start to 1 "
+            "in horizon_stages equal increments over the first horizon_growth of training. Evaluations always use the "
+            "full length.",
             "choices": list(HORIZONS),
         },
     )
     horizon_fraction: float = field(default=0.25, metadata={"help": "TOPD: share of max_completion_length."})
+    horizon_tokens: int = field(default=100, metadata={"help": "ESR: number of tokens per rollout."})
     horizon_start: float = field(default=0.125, metadata={"help": "POPD: share of max_completion_length at step 0."})
     horizon_stages: int = field(default=8, metadata={"help": "POPD: number of increments."})
     horizon_growth: float = field(

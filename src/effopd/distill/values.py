@@ -106,7 +106,8 @@ RANGES: dict[str, Range] = {
     "task_seed": _SEED, "effopd.seed": _SEED,
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
     "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
-    "health_tokens": _FROM_0, "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
+    "health_tokens": _FROM_0, "horizon_tokens": _FROM_1,
+    "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
 }  # fmt: skip
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
