@@ -1,6 +1,6 @@
 """Online against offline distillation on the testbed: teacher tokens, sampled tokens and memory.
 
-    python benchmarks/offline.py run --seed 0 [--learning_rate 1e-4]  appends to docs/offline.json
+    python benchmarks/offline.py run --seed 0 [--learning_rate 2e-4]  appends to docs/offline.json
     python benchmarks/offline.py memory                               one process per arm
 
 Both arms minimize the reverse KL by the sampled-token policy gradient, from the built-in student,
@@ -36,9 +36,9 @@ from effopd.tasks.builtin_models import student_path, teacher_path
 from effopd.tasks.generate import encode_prompts
 
 RESULTS = Path(__file__).parents[1] / "docs" / "offline.json"
-FAMILY, LENGTH, BATCH, STEPS, EVERY, HELD_OUT = "testbed:chain_sum", 24, 64, 20, 5, 128
-#: Stored rollouts: with 20 steps of 64, every rollout is used five times.
-STORED = 256
+FAMILY, LENGTH, BATCH, STEPS, EVERY, HELD_OUT = "testbed:chain_sum", 24, 64, 12, 4, 96
+#: Stored rollouts: with 12 steps of 64, every rollout is used four times.
+STORED = 192
 
 
 def settings(folder: Path, seed: int, rate: float, **more: Any) -> OPDConfig:
@@ -169,7 +169,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "memory", "memory-arm"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--arm", default="online")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     given = parser.parse_args()

@@ -404,7 +404,7 @@ def test_cache_and_train_from_the_command_line(command, folders, tmp_path, capsy
     assert status == 0 and "6 of math:rows.jsonl, in 2 file(s)" in out and not (tmp_path / "rollouts").exists()
     for flag, value, message in (
         ("--teacher_model_name_or_path", "./nope", "no such folder"), ("--temperature", "0", "must be above 0"),
-        ("--top_k_logprobs", "1", "at least 2"), ("--max_completion_length", "4000", "max_completion_length"),
+        ("--top_k_logprobs", "1", "at least 2"), ("--max_completion_length", "0", "at least 1"),
         ("--output_dir", "rows.jsonl", "new or empty folder"), ("--rows_per_file", "0", "at least 1"),
     ):  # fmt: skip
         for dry in ([], ["--dry_run"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,10 @@ def cache_parser() -> CommandParser:
 def run_cache(argv: Sequence[str]) -> int:
     """Run `effopd cache`: parse, check, sample and store."""
     arguments, task_config, command = parsed(cache_parser(), argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: effopd cache runs in one process. Start it without a launcher."
+        )
     plan = _checked(arguments, task_config, dry=command.dry_run)
     for line in plan.lines:
         print(line, flush=True)

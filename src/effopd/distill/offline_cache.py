@@ -93,7 +93,7 @@ def score(
     batch = TokenBatch.of(
         [answer.prompt_ids for answer in answers],
         [answer.completion_ids for answer in answers],
-        tokenizer.pad_token_id,
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     target_N = torch.cat([torch.tensor(answer.completion_ids) for answer in answers])
     with torch.no_grad(), evaluating(student, teacher):

@@ -24,7 +24,7 @@ from trl import DistillationTrainer
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
 from effopd.distill.dataset import check_dataset
-from effopd.distill.divergence import Head, token_logprobs
+from effopd.distill.divergence import Head, gathered, token_logprobs
 from effopd.distill.evaluate_student import evaluate_task
 from effopd.distill.health import spread_subset
 from effopd.distill.offline_drift import DriftGuard, DriftMonitor
@@ -102,7 +102,7 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
                 f"the student has {student.config.get_text_config().vocab_size} vocabulary rows, but the rollouts in "
                 f"{args.rollouts} have {self.vocab_size}: expected the student that sampled them."
             )
-        check_models(student, {}, generates=False)
+        check_models(student, {}, generates=eval_task is not None)
         self._drift = DriftMonitor(args.max_drift, args.rollouts)
         self._attach_run()
 
@@ -118,23 +118,26 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
     @torch.no_grad()
     def _drift_of(self, model: Any) -> tuple[DriftSums, int]:
         """Drift on this process's share of `GUARDED` stored rollouts, and its forward tokens."""
+        ranks, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
         rows = self._rows[:: max(1, len(self._rows) // GUARDED)][:GUARDED]
-        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        sums, tokens, size = DriftSums(), 0, self.args.per_device_train_batch_size
-        for first in range(0, len(rows), size):
-            batch = self._batch(rows[first : first + size])
-            with self.accelerator.autocast():
+        rows = rows[: max(len(rows) // ranks, 1) * ranks]  # equal shares: sharded forwards are collective
+        rows = rows[self.accelerator.process_index :: ranks]
+        batches = [self._batch(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+        def measure() -> DriftSums:
+            sums = DriftSums()
+            for batch in batches:
                 inputs = token_batch(batch)
-                hidden_BTH = completion_hidden_states(
-                    model, inputs.ids_BL, inputs.mask_BL, inputs.scored_BT.shape[1],
-                    multiple_of=self.pad_to_multiple_of,
+                valid = inputs.scored_BT
+                logp_N, _ = token_logprobs(
+                    inputs.hidden(model), Head.of(model, self.vocab_size), batch["completion_ids"][valid],
+                    self.temperature,
                 )  # fmt: skip
-                valid, head = inputs.scored_BT, Head.of(model, self.vocab_size)
-                ids_N = batch["completion_ids"][valid]
-                logp_N, _ = token_logprobs(hidden_BTH[valid], head, ids_N, self.temperature)
-            sums += DriftSums.of(logp_N, batch["reference_logps"][valid])
-            tokens += inputs.tokens
-        return sums, tokens
+                sums += DriftSums.of(logp_N, batch["reference_logps"][valid])
+            return sums
+
+        with self.accelerator.autocast():
+            return gathered(model, measure), sum(token_batch(batch).tokens for batch in batches)
 
     # -- stored rows -------------------------------------------------------------------------------
 
