@@ -48,7 +48,7 @@ def weights_sha256(folder: Path) -> str:
     for name, stored in sorted(stored_tensors(find_weights(folder)).items()):
         digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
         tensor = read_tensor(stored, name)
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
