@@ -7,7 +7,7 @@ Both arms minimize the reverse KL by the sampled-token policy gradient, from the
 with the same rate, batch and number of steps. The online arm samples and calls the teacher at every
 step. The offline arm collects rollouts once and passes over them several times. The exact KL to the
 teacher on held-out prompts is measured outside the ledgers, with a teacher that is loaded for this
-measurement only. `memory` trains two steps with a random teacher of about 200 MB, because the
+measurement only. `memory` trains two steps with a random teacher of about 150 MB, because the
 built-in one is smaller than the noise of a process's memory.
 """
 

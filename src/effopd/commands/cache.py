@@ -90,6 +90,11 @@ class CacheArguments:
         if self.top_k_logprobs == 1:
             raise ConfigError("--top_k_logprobs 1: a distribution over one token is constant. Use 0, or at least 2.")
 
+    @property
+    def template(self) -> dict[str, Any]:
+        """Keyword arguments of the chat template."""
+        return self.chat_template_kwargs if isinstance(self.chat_template_kwargs, dict) else {}
+
 
 def cache_parser() -> CommandParser:
     """The parser of `effopd cache`."""
@@ -170,7 +175,7 @@ def _checked(arguments: CacheArguments, config: TaskConfig, *, dry: bool) -> _Pl
         tokenizer = load_tokenizer(arguments.model_name_or_path, revision=arguments.model_revision, **load)
         check_models(arguments.model_name_or_path, arguments.teacher_model_name_or_path, tokenizer, **load)
         task = load_task(config, "train")
-        longest = check_task(task, tokenizer, config.max_prompt_length, **(arguments.chat_template_kwargs or {}))
+        longest = check_task(task, tokenizer, config.max_prompt_length, **arguments.template)
         for flag, name in names.items():
             limit = arguments.max_completion_length
             check_positions_of(flag, name, longest, limit, "--max_completion_length", **load)
@@ -191,8 +196,7 @@ def _refuse_network(names: dict[str, str], config: TaskConfig) -> None:
 
 
 def _header(arguments: CacheArguments, config: TaskConfig, task: Task, tokenizer: Any) -> Header:
-    template: Any = arguments.chat_template_kwargs or {}
-    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples], template)
+    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples], arguments.template)
     sft = arguments.sft_teacher_model_name_or_path
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     vocab_size = _vocab_size(arguments, len(tokenizer))
@@ -232,7 +236,7 @@ def _vocab_size(arguments: CacheArguments, tokens: int) -> int:
             (arguments.teacher_model_name_or_path, arguments.teacher_model_revision),
         )
     ]
-    return shared_vocab_size(pair[0], pair[1], tokens)  # type: ignore[arg-type]  # reads only the configurations
+    return shared_vocab_size(pair[0], pair[1], tokens)  # it reads only the configurations
 
 
 def _identity(flag: str, name: str, revision: str | None) -> ModelIdentity:
@@ -280,5 +284,5 @@ def _collect(arguments: CacheArguments, plan: _Plan) -> CollectCosts:
     with Counted(plan.header.prompts, "collect", "answer", done=before) as bar:
         return collect(
             plan.store, plan.header, student, teacher, plan.tokenizer, plan.task.examples,
-            chat_template_kwargs=arguments.chat_template_kwargs, progress=bar.update,  # type: ignore[arg-type]
+            chat_template_kwargs=arguments.template, progress=bar.update,
         )  # fmt: skip
