@@ -14,7 +14,7 @@ from helpers.tiny_run import make_trainer
 from effopd import EffOPDConfig, OPDConfig
 from effopd.common.files import read_rows
 from effopd.distill.divergence import reverse_kl_of_completions
-from effopd.distill.horizon import HorizonCallback, popd, topd
+from effopd.distill.horizon import HorizonCallback, esr, popd, topd
 from effopd.errors import ConfigError
 
 FAST = {"max_steps": 6, "save_strategy": "no", "eval_strategy": "no"}
@@ -34,6 +34,8 @@ def rows(root):
 
 def test_schedules():
     assert [topd(24, f) for f in (0.01, 0.1, 0.25, 1.0)] == [1, 3, 6, 24]
+    tokens = OPDConfig(rollout_horizon="esr", use_cpu=True).horizon_tokens
+    assert [esr(length, tokens) for length in (64, 256)] == [64, 100]
     assert [popd(s, 12, 6, 1 / 3, 2, 0.5) for s in range(8)] == [2, 2, 2, 4, 4, 4, 6, 6]
     for total in (1, 5, 96, 1000):
         for stages in (1, 3, 8):
@@ -50,8 +52,9 @@ def test_rounding_makes_no_token_and_no_step():
         assert late == [8] * percent + [64] * (101 - percent)
 
 
-def test_every_limit_of_the_host_is_set_and_restored():
-    args = OPDConfig(rollout_horizon="topd", horizon_fraction=0.5, max_completion_length=8, use_cpu=True)
+@pytest.mark.parametrize(("kind", "setting"), [("topd", {"horizon_fraction": 0.5}), ("esr", {"horizon_tokens": 4})])
+def test_every_limit_of_the_host_is_set_and_restored(kind, setting):
+    args = OPDConfig(rollout_horizon=kind, max_completion_length=8, use_cpu=True, **setting)
     trainer = SimpleNamespace(
         args=args, use_vllm=True, generation_config=SimpleNamespace(max_new_tokens=8), max_completion_length=8,
         vllm_generation=SimpleNamespace(max_completion_length=8), _metrics={"train": {"horizon": []}},

@@ -92,6 +92,16 @@ def _finish(trainer: Any) -> int:
     return 0
 
 
+# -- cache -----------------------------------------------------------------------------------------
+
+
+def cache(argv: Sequence[str]) -> int:
+    """Run `effopd cache`."""
+    from effopd.commands.cache import run_cache
+
+    return run_cache(argv)
+
+
 # -- rl --------------------------------------------------------------------------------------------
 
 
@@ -187,6 +197,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         "run plain OPD, EffOPD and line_search on the built-in testbed; print net speed-ups",
     ),
     "train": (train, "distill a teacher into a student"),
+    "cache": (cache, "sample rollouts once and store them, for training without a teacher in memory"),
     "rl": (rl, "train a model on a task with reinforcement learning: GRPO, DAPO, RLOO, dGRPO"),
     "eval": (eval_, "measure a model's accuracy on a task: avg@n, pass@k, confidence interval"),
     "methods": (methods, "list all training methods: paper, flags, what each optimizes and needs"),
@@ -198,7 +209,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 #: Commands whose flags take seconds to import; their help is cached.
-_SLOW = ("quickstart", "train", "rl", "eval", "analyze", "intervene")
+_SLOW = ("quickstart", "train", "cache", "rl", "eval", "analyze", "intervene")
 
 if __name__ == "__main__":
     sys.exit(main())

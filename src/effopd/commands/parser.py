@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -194,10 +194,15 @@ class CommandParser(TrlParser):
         given, rest = super().parse_known_args(args, namespace)
         if rest:
             raise ConfigError(self._unknown(rest))
-        missing = [spelling(action) for action in required if getattr(given, action.dest) is None]
+        optional = self.optional(given)
+        missing = [spelling(a) for a in required if getattr(given, a.dest) is None and a.dest not in optional]
         if missing:
             self.error(f"missing: {', '.join(missing)} (`{self.prog} --help` explains them)")
         return given, rest
+
+    def optional(self, given: argparse.Namespace) -> Collection[str]:
+        """Required fields that the other settings make optional; none by default."""
+        return ()
 
     def error(self, message: str) -> Any:
         """Like argparse's, with one spelling per flag and suggestions for ambiguous flags."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import typing
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from trl import ModelConfig
 from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
 from effopd.distill.callback import DEEPSPEED, host_refused
 from effopd.distill.config import OPDConfig
+from effopd.distill.offline_store import RolloutStore
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.launch.opd import RunSettings
@@ -67,7 +69,13 @@ def train_parser():
             given, rest = super().parse_known_args(args, namespace)
             if given.deepspeed and given.effopd_strategy != "none":  # before the host tries to import deepspeed
                 raise host_refused(DEEPSPEED)
+            if given.rollouts:
+                loss_type_of_rollouts(args, given)
+                task_of_rollouts(given)
             return given, rest
+
+        def optional(self, given):
+            return ("teacher_model_name_or_path", "task") if given.rollouts else ()
 
     configs = [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()]
     parser = Parser(
@@ -95,6 +103,26 @@ def train_parser():
     require(parser, "model_name_or_path", "teacher_model_name_or_path")
     arrange(parser, configs, ESSENTIALS)
     return parser
+
+
+def loss_type_of_rollouts(words: Sequence[str] | None, given: argparse.Namespace) -> None:
+    """Refuse an explicit `--loss_type full` with `--rollouts`, which implies 'sampled'."""
+    text = " ".join(words or ())
+    if given.loss_type == "full" and ("--loss_type full" in text or "--loss_type=full" in text):
+        raise ConfigError(
+            "loss_type='full' needs a live teacher, but --rollouts stores log-probabilities of the sampled tokens. "
+            "Leave out --loss_type, or --rollouts."
+        )
+
+
+def task_of_rollouts(given: argparse.Namespace) -> None:
+    """Without `--task`, use the task of the stored rollouts; flags that are set take precedence."""
+    if given.task is not None:
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(TaskConfig)}
+    for name, value in RolloutStore(given.rollouts).header().task.items():
+        if name in defaults and getattr(given, name) in (None, defaults[name]):
+            setattr(given, name, value)
 
 
 def parse_train(argv: Sequence[str]) -> RunSettings:

@@ -12,6 +12,7 @@ from trl import DistillationConfig
 
 from effopd.common.optional import ensure
 from effopd.distill.objective_config import ObjectiveArguments
+from effopd.distill.offline_config import OfflineArguments
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.runs.best_model import default_metric, settle_direction
@@ -21,9 +22,12 @@ from effopd.runs.run_dir import in_trajectory
 logger = logging.getLogger(__name__)
 
 LOSS_WEIGHTINGS = ("token", "answer")
-HORIZONS = ("full", "topd", "popd")
+HORIZONS = ("full", "topd", "esr", "popd")
 #: Setting → the only rollout horizon that reads it.
-_ONLY_FOR = {"horizon_fraction": "topd", "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd"}
+_ONLY_FOR = {
+    "horizon_fraction": "topd", "horizon_tokens": "esr",
+    "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd",
+}  # fmt: skip
 
 
 @dataclass
@@ -134,7 +138,7 @@ class RunArguments:
 
 
 @dataclass
-class OPDConfig(ObjectiveArguments, RunArguments, DistillationConfig):
+class OPDConfig(OfflineArguments, ObjectiveArguments, RunArguments, DistillationConfig):
     """Configuration of `OPDTrainer`.
 
     Raises:
@@ -177,12 +181,14 @@ class OPDConfig(ObjectiveArguments, RunArguments, DistillationConfig):
         default="full",
         metadata={
             "help": "Maximum rollout length as a share of max_completion_length (arXiv 2605.31490). 'full': all of "
-            "it. 'topd': horizon_fraction. 'popd': grows from horizon_start to 1 in horizon_stages equal increments "
-            "over the first horizon_growth of training. Evaluations always use the full length.",
+            "it. 'topd': horizon_fraction. 'esr': horizon_tokens (2605.27028). 'popd': grows from horizon_start to 1 "
+            "in horizon_stages equal increments over the first horizon_growth of training. Evaluations always use the "
+            "full length.",
             "choices": list(HORIZONS),
         },
     )
     horizon_fraction: float = field(default=0.25, metadata={"help": "TOPD: share of max_completion_length."})
+    horizon_tokens: int = field(default=100, metadata={"help": "ESR: number of tokens per rollout."})
     horizon_start: float = field(default=0.125, metadata={"help": "POPD: share of max_completion_length at step 0."})
     horizon_stages: int = field(default=8, metadata={"help": "POPD: number of increments."})
     horizon_growth: float = field(
@@ -194,7 +200,9 @@ class OPDConfig(ObjectiveArguments, RunArguments, DistillationConfig):
     )
 
     def __post_init__(self) -> None:
+        self.imply_offline()
         super().__post_init__()
+        self.check_offline()
         if self.loss_weighting not in LOSS_WEIGHTINGS:
             raise ConfigError(
                 f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {self.loss_weighting!r}."

@@ -1,4 +1,6 @@
-"""Rollout length schedules: TOPD (a fixed share) and POPD (a growing share), arXiv 2605.31490.
+"""Rollout length schedules: TOPD (a fixed share), ESR (a fixed number), POPD (a growing share).
+
+Source: arXiv 2605.31490 (TOPD, POPD) and 2605.27028 (ESR).
 
 Late positions cost the most and teach the least, and OPD needs no final answer. Training therefore
 generates and learns only the first H tokens of an answer. Evaluations and validation answers have
@@ -33,6 +35,16 @@ def topd(max_length: int, fraction: float) -> int:
     return max(1, math.ceil(_exact(fraction * max_length)))
 
 
+def esr(max_length: int, tokens: int) -> int:
+    """H = min(N, T_max) tokens.
+
+    Example:
+        >>> esr(2048, 100), esr(64, 100)
+        (100, 64)
+    """
+    return min(tokens, max_length)
+
+
 def popd(step: int, total_steps: int, max_length: int, start: float, stages: int, growth: float) -> int:
     """H_k = H_0 + ⌊k / Δk⌋ · ΔH tokens, rounded up: from start · T_max to T_max.
 
@@ -55,7 +67,7 @@ class HorizonCallback(TrainerCallback):
     """Sets the rollout length before each step; `OPDTrainer` adds it.
 
     Args:
-        trainer: an `OPDTrainer` whose `args.rollout_horizon` is `topd` or `popd`.
+        trainer: an `OPDTrainer` whose `args.rollout_horizon` is not `full`.
     """
 
     def __init__(self, trainer: Any):
@@ -66,6 +78,8 @@ class HorizonCallback(TrainerCallback):
         args = self._args
         if args.rollout_horizon == "topd":
             return topd(args.max_completion_length, args.horizon_fraction)
+        if args.rollout_horizon == "esr":
+            return esr(args.max_completion_length, args.horizon_tokens)
         return popd(
             step, total_steps, args.max_completion_length, args.horizon_start, args.horizon_stages, args.horizon_growth
         )

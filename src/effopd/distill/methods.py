@@ -84,7 +84,16 @@ METHODS: tuple[Method, ...] = (
         "fixed advantage on unlikely tokens", "self", "", True, (),
     ),
     # -- data
+    Method(
+        "Lightning OPD", "data", "2604.13010", "effopd cache, then --rollouts DIR",
+        "reverse KL, policy gradient with a clipped advantage", "teacher, token, stored",
+        "drift of the student is watched", False, _SAMPLED,
+    ),
     # -- schedules
+    Method(
+        "ESR", "schedule", "2605.27028", "--rollout_horizon esr --horizon_tokens 100", "any", "any",
+        "rollouts cut to a number of tokens", True, (),
+    ),
     Method(
         "TOPD", "schedule", "2605.31490", "--rollout_horizon topd --horizon_fraction 0.25", "any",
         "any", "rollouts cut to a fixed length", True, (),

@@ -106,7 +106,8 @@ RANGES: dict[str, Range] = {
     "task_seed": _SEED, "effopd.seed": _SEED,
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
     "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
-    "health_tokens": _FROM_0,
+    "health_tokens": _FROM_0, "horizon_tokens": _FROM_1,
+    "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
     # this package's objectives
     "baseline_top_k": _FROM_0, "samples_per_prefix": _FROM_1, "teacher_top_k": Range(2),
     "highest_entropy_share": _PART, "negative_advantage": _ABOVE_0, "lowest_logp_share": _PART,

@@ -15,6 +15,7 @@ from rich.table import Table
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
 from effopd.launch.memory_estimate import SETUPS, estimate_memory
 from effopd.launch.model_size import ModelSize, model_size
+from effopd.launch.offline import Stored, rollouts_text, stored_rollouts
 from effopd.launch.opd import (
     RunSettings,
     check_models_of,
@@ -36,30 +37,36 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     Raises:
         EffOPDError: a check of the run fails.
     """
-    rows = _checked(settings)
+    rows, stored = _checked(settings)
     run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
-    for name, value in _run_rows(settings, rows):
+    for name, value in _run_rows(settings, rows, stored):
         run.add_row(name, value)
     return run, _memory_table(settings, rows)
 
 
-def _checked(settings: RunSettings) -> Prompts | None:
-    """Run the checks; return the prompts, or `None` if loading them needs the network."""
+def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None]:
+    """Run the checks; return (prompts, stored rollouts).
+
+    The prompts are `None` if loading them needs the network.
+    """
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
     on_disk = _models_on_disk(settings)
     models = check_models_of(settings) if on_disk else []
     tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
+    stored = stored_rollouts(model, opd, tokenizer, network=False)
     if needs_network(task):
         if why_answers(opd, effopd) or task.verifier is not None:
             check_grading(task)
-        return None
+        return None, stored
     rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
-    check_prompts(settings, rows.train)
+    check_prompts(settings, rows.train, stored)
+    if stored is not None:
+        rows = rows._replace(longest=max(rows.longest or 0, stored.longest))
     if on_disk:
         check_lengths(models, rows.longest, opd.max_completion_length)
         check_space(model, opd, models, len(rows.train), rollouts_per_step(opd), effopd=effopd.enabled)
-    return rows
+    return rows, stored
 
 
 def _models_on_disk(settings: RunSettings) -> bool:
@@ -67,7 +74,7 @@ def _models_on_disk(settings: RunSettings) -> bool:
     return all(Path(name).is_dir() for name in names)
 
 
-def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str, str]]:
+def _run_rows(settings: RunSettings, rows: Prompts | None, stored: Stored | None) -> Iterator[tuple[str, str]]:
     opd, task, effopd = settings.opd, settings.task, settings.effopd
     yield (
         "student",
@@ -75,8 +82,11 @@ def _run_rows(settings: RunSettings, rows: Prompts | None) -> Iterator[tuple[str
     )
     for role in ("teacher", "reference"):
         name = getattr(opd, f"{role}_model_name_or_path")
-        if name:
+        if name and stored is None:
             yield role, f"{name}  {_size_text(_size(name, opd))}"
+    if stored is not None:
+        yield "rollouts", rollouts_text(stored, str(opd.rollouts))
+        yield "teacher", "none in memory"
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes

@@ -58,7 +58,9 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
     prompt, prompt_source = _prompt_length(settings, longest)
     student = _size(str(settings.model.model_name_or_path), opd)
     frozen_sizes = [
-        _size(name, opd) for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name
+        _size(name, opd)
+        for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path)
+        if name and not opd.offline
     ]
     others = [size for size in frozen_sizes if size is not None]
     if student is None or len(others) < len(frozen_sizes):

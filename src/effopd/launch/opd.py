@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trl import ModelConfig, get_quantization_config
 
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
+from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
 from effopd.distill.trainer import OPDTrainer
 from effopd.distill.values import check_values
@@ -19,6 +21,7 @@ from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
 from effopd.launch.adapters import adapter_config
+from effopd.launch.offline import Stored, check_offline_settings, stored_rollouts
 from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
@@ -43,7 +46,7 @@ class RunSettings:
     effopd: EffOPDConfig
 
 
-def build_trainer(settings: RunSettings) -> OPDTrainer:
+def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     """Run the checks that need no weights, then load the models and build the trainer.
 
     `config.yaml` is written when training starts.
@@ -56,21 +59,30 @@ def build_trainer(settings: RunSettings) -> OPDTrainer:
     text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
     models = check_models_of(settings)
     tokenizer = tokenizer_of(model, other_models(opd), opd)
+    stored = stored_rollouts(model, opd, tokenizer, network=True)
     train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
-    check_prompts(settings, train)
+    check_prompts(settings, train, stored)
+    longest = longest if stored is None else max(longest or 0, stored.longest)
     check_lengths(models, longest, opd.max_completion_length)
     check_space(model, opd, models, len(train), rollouts_per_step(opd), effopd=effopd.enabled)
     opd.model_init_kwargs, opd.teacher_model_init_kwargs = loading_arguments(model, opd)
-    trainer = OPDTrainer(
-        model.model_name_or_path,
-        opd.teacher_model_name_or_path,
-        opd,
-        train_dataset=train.to_dataset(),
-        processing_class=tokenizer,
-        eval_task=held_out,
-        quantization_config=get_quantization_config(model),
-        peft_config=adapter_config(model),
-    )
+    common: dict[str, Any] = {
+        "processing_class": tokenizer,
+        "eval_task": held_out,
+        "quantization_config": get_quantization_config(model),
+        "peft_config": adapter_config(model),
+    }
+    trainer: OPDTrainer | OfflineOPDTrainer
+    if stored is not None:
+        trainer = OfflineOPDTrainer(model.model_name_or_path, opd, stored=stored, **common)
+    else:
+        trainer = OPDTrainer(
+            model.model_name_or_path,
+            opd.teacher_model_name_or_path,
+            opd,
+            train_dataset=train.to_dataset(),
+            **common,
+        )
     trainer.task_name = train.name
     if effopd.enabled:
         trainer.add_callback(EffOPDCallback(trainer, effopd, task=train))
@@ -93,12 +105,15 @@ def check_settings(settings: RunSettings) -> None:
         "--model_name_or_path": settings.model.model_name_or_path,
         "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
     }
+    if opd.offline and opd.teacher_model_name_or_path is None:
+        del names["--teacher_model_name_or_path"]
     if opd.reference_model_name_or_path is not None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
     usable_device(effopd.anchor_device)
     if opd.eval_on_start is None:  # evaluate before the first jump
         opd.eval_on_start = effopd.enabled and opd.eval_strategy != "no"
+    check_offline_settings(opd, effopd)
     if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
 
@@ -117,7 +132,7 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
     models += [
         on_meta(f"--{role}_model_name_or_path", name, other, opd)
         for role in ("teacher", "reference")
-        if (name := getattr(opd, f"{role}_model_name_or_path"))
+        if (name := getattr(opd, f"{role}_model_name_or_path")) and not opd.offline
     ]
     check_student_adapter(model, models[0], student, opd)
     if settings.effopd.enabled and not model.use_peft:
@@ -126,14 +141,14 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
     return models
 
 
-def check_prompts(settings: RunSettings, train: Task) -> None:
+def check_prompts(settings: RunSettings, train: Task, stored: Stored | None = None) -> None:
     """Check that there are enough prompts for a step and for the validation prompts.
 
     Raises:
         ConfigError, TaskError: there are too few prompts.
     """
     batch = rollouts_per_step(settings.opd)
-    if len(train) < batch:
+    if stored is None and len(train) < batch:
         raise ConfigError(
             f"a step takes {batch} prompts, but the task has only {len(train)}. Lower --per_device_train_batch_size "
             "or --gradient_accumulation_steps, or raise --train_size."
@@ -143,7 +158,9 @@ def check_prompts(settings: RunSettings, train: Task) -> None:
 
 
 def other_models(opd: OPDConfig) -> list[str]:
-    """Names of the teacher and, if there is one, the reference model."""
+    """Names of the teacher and, if there is one, the reference model; none with stored rollouts."""
+    if opd.offline:
+        return []
     return [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
 
 
@@ -166,7 +183,7 @@ def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
     )
 
 
-def run(settings: RunSettings) -> OPDTrainer:
+def run(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     """Train and save the final model in the run directory."""
     trainer = build_trainer(settings)
     trainer.train(resume_from_checkpoint=resume_argument(settings.opd))

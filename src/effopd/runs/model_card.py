@@ -66,6 +66,7 @@ def model_card(
         look_ahead: the run's look-ahead; `None`: it has none.
     """
     teacher = getattr(trainer, "teacher_model", None)
+    stored = getattr(trainer, "teacher_name", "")  # the teacher of stored rollouts, which is not loaded
     student, adapter = trainer.model_id(trainer.model), getattr(_bare(trainer), "peft_config", None)
     packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
     tracked = _trackers(trainer)
@@ -83,12 +84,14 @@ def model_card(
         ("student", _shown(student)),
         (
             "teacher",
-            "" if teacher is None else _shown(trainer.args.teacher_model_name_or_path or trainer.model_id(teacher)),
+            _shown(stored or trainer.args.teacher_model_name_or_path or trainer.model_id(teacher))
+            if stored or teacher is not None
+            else "",
         ),
         ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
         *_task_facts(trainer),
         ("objective", objective(trainer.args, trainer.method_name)),
-        ("strategy", "" if teacher is None else _strategy(look_ahead)),
+        ("strategy", _strategy(look_ahead) if stored or teacher is not None else ""),
         ("trained", _trained(adapter)),
         ("steps", _steps(trainer)),
         ("learning rate", _learning_rate(trainer, look_ahead)),
@@ -101,6 +104,7 @@ def model_card(
         name=name,
         student=dict(facts)["student"],
         teacher=dict(facts)["teacher"],
+        offline=bool(stored),
         method=_method(trainer.args, trainer.method_name),
         facts=[(label, value.replace("|", "\\|")) for label, value in facts if value],
         whole=(trainer.run_dir.root / CONFIG).is_file(),
@@ -141,6 +145,8 @@ def objective(args: Any, method: str) -> str:
     if args.lambda_extrapolation != 1:
         text += f"; to λ·teacher + (1−λ)·reference, λ = {args.lambda_extrapolation:g}"
         text += f", reference {_shown(args.reference_model_name_or_path or '')}"
+    if getattr(args, "offline", False):
+        text += f"; offline on stored rollouts, advantage clipped at {args.advantage_clip:g} nats"
     return text + (f"; rollout horizon {args.rollout_horizon}" if args.rollout_horizon != "full" else "")
 
 

@@ -82,8 +82,13 @@ class HostHooks(_Host):
         """Hook: a batch of rollouts with masks and all other inputs of the loss."""
         return sample()
 
+    def make_rollouts(self, rows: list[dict[str, Any]], sample: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Hook: the rollouts of these rows of the dataset, inside `around_rollouts`."""
+        return sample()
+
     def _generate_and_score_completions(self, inputs):
-        return self.around_rollouts(partial(super()._generate_and_score_completions, inputs))
+        sample = partial(super()._generate_and_score_completions, inputs)
+        return self.around_rollouts(partial(self.make_rollouts, inputs, sample))
 
     def around_turn(
         self, generate: Callable[[list[list[int]]], Any], prompt_ids: list[list[int]], *, multimodal: bool

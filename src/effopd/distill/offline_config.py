@@ -1,0 +1,84 @@
+"""Settings of offline distillation on stored rollouts, and those without effect there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from effopd.errors import ConfigError
+
+#: Settings that only sampling or a live teacher reads.
+_UNREAD = (
+    "use_vllm", "rollout_horizon", "lambda_extrapolation", "reference_model_name_or_path", "log_completions",
+    "teacher_model_init_kwargs", "teacher_model_revision", "top_p", "top_k", "min_p", "repetition_penalty",
+    "generation_kwargs", "cache_implementation", "use_transformers_continuous_batching",
+    "token_mask", "baseline", "samples_per_prefix",
+)  # fmt: skip
+
+
+@dataclass
+class OfflineArguments:
+    """Flags of offline distillation; part of `OPDConfig`."""
+
+    rollouts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of stored rollouts, written by effopd cache (Lightning OPD, arXiv 2604.13010). Training "
+            "then samples nothing and loads no teacher; loss_type is 'sampled'. A teacher name is optional and only "
+            "compared with the stored one."
+        },
+    )
+    advantage_clip: float = field(
+        default=10.0,
+        metadata={"help": "With rollouts: bound of |log q(y) − log π_θ(y)| per token, in nats (> 0)."},
+    )
+    max_drift: float = field(
+        default=0.1,
+        metadata={
+            "help": "With rollouts: allowed distance of the mean ratio π_θ(y)/π_ref(y) from 1, in (0, 1). Beyond it, "
+            "training warns and the look-ahead refuses a jump."
+        },
+    )
+
+    @property
+    def offline(self) -> bool:
+        """Whether the run trains on stored rollouts."""
+        return self.rollouts is not None
+
+    def imply_offline(self) -> None:
+        """Set the defaults that stored rollouts imply; call it before the other checks."""
+        if self.offline and getattr(self, "loss_type", "full") == "full":
+            self.loss_type = "sampled"
+        if self.offline:  # there is no loss without a teacher
+            self.best_metric = "accuracy"  # shadows the class's default
+
+    def check_offline(self) -> None:
+        """Check the settings of this class; `effopd.distill.values` checks their ranges.
+
+        Raises:
+            ConfigError: a setting is not read, or needs sampling or a live teacher.
+        """
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}  # of the whole config
+        if not self.offline:
+            for name in ("advantage_clip", "max_drift"):
+                if getattr(self, name) != defaults[name]:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} is read only with stored rollouts. Leave it out, or set "
+                        "--rollouts."
+                    )
+            return
+        if not str(self.rollouts).strip():
+            raise ConfigError("--rollouts: expected a folder that effopd cache wrote, got nothing.")
+        loss = getattr(self, "loss_type", "sampled")
+        if loss != "sampled":
+            raise ConfigError(
+                f"loss_type={loss!r} needs a live teacher, but --rollouts stores log-probabilities of the sampled "
+                "tokens. Use --loss_type sampled, or leave --rollouts out."
+            )
+        for name in _UNREAD:
+            value = getattr(self, name, None)
+            if name in defaults and value not in (defaults[name], None):
+                raise ConfigError(
+                    f"{name}={value!r} has no effect with --rollouts, which samples nothing and loads no teacher. "
+                    f"Leave out --{name} or --rollouts."
+                )
