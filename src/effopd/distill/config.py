@@ -11,6 +11,7 @@ import torch
 from trl import DistillationConfig
 
 from effopd.common.optional import ensure
+from effopd.distill.optimizers.settings import OptimizerArguments, check_optimizer_settings
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.runs.best_model import default_metric, settle_direction
@@ -27,7 +28,7 @@ _ONLY_FOR = {"horizon_fraction": "topd", "horizon_start": "popd", "horizon_stage
 
 
 @dataclass
-class RunArguments:
+class RunArguments(OptimizerArguments):
     """Flags and changed defaults shared by all trainers of this package.
 
     Changed defaults: constant learning rate, one row per step, and `bf16=False` without an
@@ -71,6 +72,7 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         check_values(self)
+        check_optimizer_settings(self)
         accelerated = torch.accelerator.is_available() and not getattr(self, "use_cpu", False)
         self._check_precision(accelerated)
         if getattr(self, "bf16", None) is None and not getattr(self, "fp16", False) and not accelerated:

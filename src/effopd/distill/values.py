@@ -107,6 +107,8 @@ RANGES: dict[str, Range] = {
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
     "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
     "health_tokens": _FROM_0,
+    "k_step_lookahead": Range(2, also=(0,)), "k_step_lookahead_alpha": _PART,
+    "average_decay": _BELOW_1, "average_power": _FROM_0, "average_bias_power": _FROM_0, "average_lag": _FROM_1,
 }  # fmt: skip
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -133,6 +135,7 @@ MAPPINGS = {
     "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
     "generation_kwargs": '{"suppress_tokens": [0]}',
     "chat_template_kwargs": '{"enable_thinking": false}',
+    "optimizer_args": '{"betas": [0.9, 0.95]}',
     "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}',
     "activation_checkpointing_kwargs": '{"use_reentrant": false}',
     "gradient_checkpointing_kwargs": '{"use_reentrant": false}',

@@ -19,6 +19,7 @@ from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
 from effopd.launch.adapters import adapter_config
+from effopd.launch.optimizer_checks import check_copies
 from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
@@ -99,6 +100,8 @@ def check_settings(settings: RunSettings) -> None:
     usable_device(effopd.anchor_device)
     if opd.eval_on_start is None:  # evaluate before the first jump
         opd.eval_on_start = effopd.enabled and opd.eval_strategy != "no"
+    if effopd.enabled:
+        check_copies(opd, lora=settings.model.use_peft)
     if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
 
