@@ -86,12 +86,8 @@ def _families(optimizer: Any) -> Iterator[Family]:
 
 def _keys(optimizer: Any) -> Family:
     families = list(_families(optimizer))
-    return Family(
-        *(
-            tuple(key for family in families for key in getattr(family, name))
-            for name in ("state", "groups", "counters")
-        )
-    )
+    parts = ("state", "groups", "counters")
+    return Family(*(tuple({key: None for family in families for key in getattr(family, part)}) for part in parts))
 
 
 def parameters_of(optimizer: Any) -> list[Tensor]:
@@ -267,9 +263,7 @@ def _restore(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 @torch.no_grad()
-def _follow(
-    inner: Any, keys: Family, averages: Sequence[Movable], before: Sequence[tuple[Tensor, Tensor]]
-) -> bool:
+def _follow(inner: Any, keys: Family, averages: Sequence[Movable], before: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Translate all copies by the change of their parameters; whether any parameter changed."""
     moved = False
     places = {

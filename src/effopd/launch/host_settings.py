@@ -23,6 +23,7 @@ from effopd.distill.values import GRPO_LOSSES, check_name, check_values
 from effopd.errors import ConfigError, MissingDependencyError
 from effopd.launch.optimizer_checks import OPTIMIZER_PACKAGES, check_optimizer
 
+
 def check_host_settings(model: ModelConfig, args: Any) -> None:
     """Check values and packages, and pass the settings to the host libraries' own checks.
 

@@ -61,7 +61,9 @@ def keyword_arguments(kind: type[Optimizer], args: Any) -> dict[str, Any]:
     """
     parameters = inspect.signature(kind.__init__).parameters
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in (args.optimizer_args or {}).items()}
-    known = set(parameters) - {"self", "params"} | ({"adamw_lr_ratio"} if issubclass(kind, torch.optim.Muon) else set())
+    known = set(parameters) - {"self", "params"} | (
+        {"adamw_lr_ratio"} if issubclass(kind, torch.optim.Muon) else set()
+    )
     unknown = sorted(set(given) - known)
     if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         raise ConfigError(
