@@ -192,6 +192,13 @@ class OPDConfig(RunArguments, DistillationConfig):
             "choices": list(HORIZONS),
         },
     )
+    updates_per_rollouts: int = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps per batch of rollouts. Above 1, all steps after the first train on rollouts of "
+            "earlier weights, which needs loss_type 'full'."
+        },
+    )
     horizon_fraction: float = field(default=0.25, metadata={"help": "TOPD: share of max_completion_length."})
     horizon_start: float = field(default=0.125, metadata={"help": "POPD: share of max_completion_length at step 0."})
     horizon_stages: int = field(default=8, metadata={"help": "POPD: number of increments."})
@@ -215,6 +222,11 @@ class OPDConfig(RunArguments, DistillationConfig):
             raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
         if self.loss_type == "sampled":
             self._check_sampled()
+        if self.updates_per_rollouts > 1 and self.loss_type != "full":
+            raise ConfigError(
+                f"updates_per_rollouts={self.updates_per_rollouts}: loss_type={self.loss_type!r} is an estimate for "
+                "rollouts of the present weights. Use --loss_type full, or --updates_per_rollouts 1."
+            )
         self._check_extrapolation()
         self._check_horizon()
 

@@ -76,8 +76,9 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
         now = settings_that_matter(args)
         changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
     for name in (each for each in _WITH_STATE if each in changed):
+        what, (old, new) = "the optimizer" if name == "optim" else name, changed[name]
         raise CheckpointError(
-            f"{checkpoint} has the state of {'the optimizer' if name == 'optim' else name} {changed[name][0]!r}, got --{name} {changed[name][1]}. "
+            f"{checkpoint} has the state of {what} {old!r}, got --{name} {new}. "
             "Resume with the run's optimizer, or start a new run from its weights: "
             f"--model_name_or_path {checkpoint}."
         )

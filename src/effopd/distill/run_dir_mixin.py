@@ -141,6 +141,7 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
     # -- data order --------------------------------------------------------------------------------
 
     def train_sampler(self, sampler):
+        sampler.repeat_count *= getattr(self.args, "updates_per_rollouts", 1)  # steps that share rollouts
         self._epochs.sampler = EpochSampler(sampler)
         return self._epochs.sampler
 

@@ -106,7 +106,7 @@ RANGES: dict[str, Range] = {
     "task_seed": _SEED, "effopd.seed": _SEED,
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
     "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
-    "health_tokens": _FROM_0,
+    "health_tokens": _FROM_0, "updates_per_rollouts": _FROM_1,
     "k_step_lookahead": Range(2, also=(0,)), "k_step_lookahead_alpha": _PART,
     "average_decay": _BELOW_1, "average_power": _FROM_0, "average_bias_power": _FROM_0, "average_lag": _FROM_1,
 }  # fmt: skip

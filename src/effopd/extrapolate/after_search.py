@@ -1,4 +1,4 @@
-"""Optimizer changes of a search: move copies of the weights, clear moments, adapt the learning rate."""
+"""Optimizer changes of a search: move weight copies, clear moments, adapt the learning rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from effopd.extrapolate.weight_copies import Movable, carried, clear_state, eval
 
 
 class OptimizerUpdate:
-    """Moves the copies of the weights of one optimizer, clears its moments, adapts its learning rate.
+    """Moves one optimizer's copies of the weights, clears its moments, adapts its learning rate.
 
     Args:
         config: settings of the look-ahead.

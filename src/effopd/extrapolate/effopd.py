@@ -52,9 +52,9 @@ class EffOPD:
         target: measures the target accuracy of a fit, unless the strategy's arguments set it.
         on_move: called after a search has changed the weights, e.g. to re-sync an engine.
         optimizer: the loop's optimizer, for strategies that reset its moments or adapt its learning
-            rate, and for optimizers that keep copies of the weights (schedule-free, Prodigy, DoG): a
-            jump moves all copies. Logged learning rates are the schedule's: the factor of `LearningRateMultiplier`
-            applies only during the optimizer step.
+            rate, and for optimizers that keep copies of the weights, which a jump moves too. Logged
+            learning rates are the schedule's: the factor of `LearningRateMultiplier` applies only
+            during the optimizer step.
         wanted: called before every optimizer step; the learning rate is adapted while it returns
             true. Default: until `close`.
         host: values of settings that the host decides, compared on resume (see `fingerprint`).

@@ -289,7 +289,7 @@ def _follow(inner: Any, keys: Family, averages: Sequence[Movable], before: Seque
 
 
 def _translated(copy: Tensor, change: Tensor, every: int) -> Tensor:
-    """`copy` + `change`; Prodigy keeps every n-th element, and a scalar 0 for weights that are 0."""
+    """`copy` + `change`; Prodigy keeps every n-th element, and a scalar for weights that are 0."""
     if copy.shape == change.shape:
         return copy.add_(change.to(copy))
     return copy + change.flatten()[::every].to(copy)

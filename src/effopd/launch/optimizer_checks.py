@@ -1,4 +1,4 @@
-"""Early checks of optimizer and schedule: both are built, and the optimizer is tried on two tensors."""
+"""Early checks of optimizer and schedule: both are built for a small model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIMIZER_PACKAGES = {
 }  # fmt: skip
 #: Optimizers that need the loaded model, so only their flags are checked.
 _OF_A_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
-#: Packages of optimizers that estimate the step size; their learning rate is a factor, by default 1.
+#: Packages of optimizers that estimate the step size. Their learning rate is a factor.
 _RATE_FREE = ("prodigyopt", "dadaptation", "dog")
 
 

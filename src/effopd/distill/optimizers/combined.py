@@ -79,12 +79,12 @@ class KStepLookahead(CombinedOptimizer):
     def __init__(self, inner: Optimizer, k: int, alpha: float):
         if has_modes(inner):
             raise ConfigError(
-                f"k_step_lookahead={k}: {type(inner).__name__} evaluates an average of its own weights. Leave out one "
-                "of the two."
+                f"k_step_lookahead={k}: {type(inner).__name__} evaluates an average of its own weights. Leave out "
+                "one of the two."
             )
         if type(inner).load_state_dict not in (Optimizer.load_state_dict, CombinedOptimizer.load_state_dict):
             raise ConfigError(
-                f"k_step_lookahead={k}: {type(inner).__name__} saves its state in a way of its own, which this wrapper "
+                f"k_step_lookahead={k}: {type(inner).__name__} saves its state in its own way, which this wrapper "
                 "does not support. Leave out one of the two."
             )
         super().__init__([inner])

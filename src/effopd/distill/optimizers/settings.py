@@ -1,4 +1,4 @@
-"""Flags of the optimizer beyond the host's: any class, k-step Lookahead, averages of the weights."""
+"""Optimizer flags beyond the host's: any class, k-step Lookahead, averages of the weights."""
 
 from __future__ import annotations
 
