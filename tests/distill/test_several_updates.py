@@ -54,7 +54,7 @@ def test_two_steps_share_rollouts_and_resume_between_them(tmp_path):
 
 def test_refused():
     args = OPDConfig(output_dir="unused", updates_per_rollouts=2, use_cpu=True, report_to="none")
-    with pytest.raises(ConfigError, match="updates_per_rollouts=2 .*teacher_kl"):
+    with pytest.raises(ConfigError, match=r"updates_per_rollouts=2 .*teacher_kl"):
         check_rollouts(args, EffOPDConfig("line_search").score_rollouts)
     with pytest.raises(ConfigError, match="updates_per_rollouts=2: loss_type='sampled'"):
         OPDConfig(output_dir="unused", updates_per_rollouts=2, loss_type="sampled", use_cpu=True, report_to="none")

@@ -22,7 +22,7 @@ from effopd.extrapolate.weight_copies import has_modes
 _ADAM = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
 
 
-def optimizer_class(name: str) -> type[Optimizer]:
+def optimizer_class(name: str) -> Any:
     """Import an optimizer class.
 
     Args:

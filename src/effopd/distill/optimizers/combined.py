@@ -48,7 +48,7 @@ class CombinedOptimizer(Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every part."""
         loss = None
         if closure is not None:
@@ -93,7 +93,7 @@ class KStepLookahead(CombinedOptimizer):
             group["lookahead_steps"] = 0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimizer; every k-th also moves the slow weights."""
         before: dict[Tensor, Tensor] = {
             each: each.detach().clone()
@@ -141,7 +141,7 @@ def muon_with_adamw(
     lr: float,
     arguments: Mapping[str, Any],
     adamw: Mapping[str, Any],
-    muon: type[Optimizer] = torch.optim.Muon,
+    muon: Callable[..., Optimizer] = torch.optim.Muon,
 ) -> CombinedOptimizer:
     """Muon on the matrices of hidden layers, AdamW on all other parameters.
 

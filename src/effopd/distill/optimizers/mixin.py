@@ -50,6 +50,7 @@ class OptimizerMixin(HostHooks):
         weight_average: the average of `average_weights`; `None`: none, or training has not begun.
     """
 
+    optimizer: Any
     weight_average: WeightAverage | None = None
     #: Whether the model has the evaluated weights for good.
     _settled = False
@@ -58,13 +59,15 @@ class OptimizerMixin(HostHooks):
         """Build the optimizer of the settings; `optim` is the host's."""
         if self.optimizer is not None:
             return self.optimizer
-        args, target = self.args, self.model if model is None else model
+        args: Any = self.args
+        target = self.model if model is None else model
         if args.optimizer_class is None:
             super().create_optimizer(model)
         else:
             self._refuse_sharded(f"optimizer_class={args.optimizer_class!r}")
             self.optimizer = build_optimizer(args, target, set(self.get_decay_parameter_names(target)))
-        self.optimizer = wrapped(self.optimizer, args)
+        optimizer: Any = self.optimizer
+        self.optimizer = wrapped(optimizer, args)
         for given, name in (
             (args.k_step_lookahead, "k_step_lookahead"),
             (args.average_weights != "none", "average_weights"),
