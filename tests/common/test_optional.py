@@ -20,6 +20,7 @@ def test_the_advice_names_something_that_exists():
         assert package in extras | required or package.replace("-", "_") in (
             module,
             f"torch_{module}",
+            f"{module}_optimizer",
         )  # a project of its own
 
 

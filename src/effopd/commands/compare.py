@@ -176,6 +176,7 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
         ConfigError: a setting is unknown or out of range, or the runs do not evaluate at the start.
     """
     from effopd.commands.train import parse_train
+    from effopd.launch.optimizer_checks import check_copies, check_optimizer
 
     seen = set()
     with tempfile.TemporaryDirectory() as folder:
@@ -187,6 +188,9 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
             path.write_text(yaml.safe_dump(run.settings))
             try:
                 settings = parse_train(["--config", str(path)])
+                check_optimizer(settings.opd)
+                if settings.effopd.enabled:
+                    check_copies(settings.opd, lora=settings.model.use_peft)
             except EffOPDError as error:
                 raise ConfigError(f"strategy '{run.strategy}', task '{run.task}': {error}") from error
             if settings.opd.eval_strategy == "no" or not settings.opd.eval_on_start:

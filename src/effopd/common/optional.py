@@ -26,7 +26,10 @@ _NEEDS = {
     "apollo_torch": ("--optim apollo_…", "apollo-torch"),
     "lomo_optim": ("--optim lomo or adalomo", "lomo-optim"),
     "grokadamw": ("--optim grokadamw", "grokadamw"),
-    "schedulefree": ("--optim schedule_free_…", "schedulefree"),
+    "schedulefree": ("--optim schedule_free_… or --optimizer_class schedulefree:…", "schedulefree"),
+    "prodigyopt": ("--optimizer_class prodigyopt:…", "prodigyopt"),
+    "dadaptation": ("--optimizer_class dadaptation:…", "dadaptation"),
+    "dog": ("--optimizer_class dog:…", "dog-optimizer"),
     "optimi": ("--optim stable_adamw", "torch-optimi"),
     "deepspeed": ("--deepspeed", "deepspeed"),
     "clearml": ("--report_to clearml", "clearml"),
@@ -59,7 +62,7 @@ def require(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise _missing(module, f"could not be imported ({error})") from error
+        raise missing(module, f"could not be imported ({error})") from error
 
 
 def ensure(module: str) -> None:
@@ -69,12 +72,18 @@ def ensure(module: str) -> None:
         MissingDependencyError: the module is not installed.
     """
     if not is_available(module):
-        raise _missing(module, "is not installed")
+        raise missing(module, "is not installed")
 
 
-def _missing(module: str, how: str) -> MissingDependencyError:
+def missing(module: str, how: str, *, purpose: str | None = None) -> MissingDependencyError:
+    """The error for a missing package.
+
+    Args:
+        how: what is wrong, for example "is not installed".
+        purpose: feature that needs a module of the user; its package is assumed to have its name.
+    """
     name = module.partition(".")[0]
-    purpose, package = _NEEDS[name]
+    feature, package = _NEEDS.get(name, (purpose or name, name.replace("_", "-")))
     return MissingDependencyError(
-        f"{purpose} needs the package '{name}', which {how}. Install it with: pip install '{package}'"
+        f"{purpose or feature} needs the package '{name}', which {how}. Install it with: pip install '{package}'"
     )

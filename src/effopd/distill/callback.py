@@ -192,6 +192,7 @@ class EffOPDCallback(TrainerCallback):
             wanted=lambda: self._registered,
             host=self._host,
             score_timeout=self._score_timeout,
+            averages=[average] if (average := getattr(self.trainer, "weight_average", None)) is not None else [],
         )
         try:
             if state.global_step > 0:

@@ -13,6 +13,7 @@ from trl import DistillationConfig
 from effopd.common.optional import ensure
 from effopd.distill.objective_config import ObjectiveArguments
 from effopd.distill.offline_config import OfflineArguments
+from effopd.distill.optimizers.settings import OptimizerArguments, check_optimizer_settings
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.runs.best_model import default_metric, settle_direction
@@ -31,7 +32,7 @@ _ONLY_FOR = {
 
 
 @dataclass
-class RunArguments:
+class RunArguments(OptimizerArguments):
     """Flags and changed defaults shared by all trainers of this package.
 
     Changed defaults: constant learning rate, one row per step, and `bf16=False` without an
@@ -75,6 +76,7 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         check_values(self)
+        check_optimizer_settings(self)
         accelerated = torch.accelerator.is_available() and not getattr(self, "use_cpu", False)
         self._check_precision(accelerated)
         if getattr(self, "bf16", None) is None and not getattr(self, "fp16", False) and not accelerated:
@@ -187,6 +189,13 @@ class OPDConfig(OfflineArguments, ObjectiveArguments, RunArguments, Distillation
             "choices": list(HORIZONS),
         },
     )
+    updates_per_rollouts: int = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps per batch of rollouts. Above 1, all steps after the first train on rollouts of "
+            "earlier weights, which losses on sampled tokens refuse."
+        },
+    )
     horizon_fraction: float = field(default=0.25, metadata={"help": "TOPD: share of max_completion_length."})
     horizon_tokens: int = field(default=100, metadata={"help": "ESR: number of tokens per rollout."})
     horizon_start: float = field(default=0.125, metadata={"help": "POPD: share of max_completion_length at step 0."})
@@ -210,6 +219,11 @@ class OPDConfig(OfflineArguments, ObjectiveArguments, RunArguments, Distillation
         if self.health_tokens < 0:
             raise ConfigError(f"health_tokens must be >= 0, got {self.health_tokens}.")
         self._check_objective()
+        if self.updates_per_rollouts > 1 and self.on_sampled_tokens:
+            raise ConfigError(
+                f"updates_per_rollouts={self.updates_per_rollouts}: loss_type={self.loss_type!r} is an estimate for "
+                "rollouts of the present weights. Use --loss_type full, or --updates_per_rollouts 1."
+            )
         self._check_extrapolation()
         self._check_horizon()
 

@@ -35,7 +35,9 @@ _HARMLESS = (
     "torch_empty_cache", "use_cpu", "trust_remote", "fp16_full", "bf16_full", "label_names", "remove_unused",
 )  # fmt: skip
 #: Settings that the checkpoint's optimizer state overrides.
-_IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer_args")
+#: Settings that decide which state a checkpoint has.
+_WITH_STATE = ("optim", "optimizer_class", "k_step_lookahead", "average_weights")
 _LENGTH = ("max_steps", "num_train_epochs")
 #: Schedules that do not depend on the length of training.
 _ENDLESS = (
@@ -73,9 +75,10 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
         before = json.loads((checkpoint / SETTINGS_FILE).read_text())
         now = settings_that_matter(args)
         changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
-    if "optim" in changed:
+    for name in (each for each in _WITH_STATE if each in changed):
+        what, (old, new) = "the optimizer" if name == "optim" else name, changed[name]
         raise CheckpointError(
-            f"{checkpoint} has the state of the optimizer {changed['optim'][0]!r}, got --optim {changed['optim'][1]}. "
+            f"{checkpoint} has the state of {what} {old!r}, got --{name} {new}. "
             "Resume with the run's optimizer, or start a new run from its weights: "
             f"--model_name_or_path {checkpoint}."
         )

@@ -1,9 +1,9 @@
-"""Checkpoint and resume of RL rollouts that several optimizer steps share.
+"""Checkpoint and resume of rollouts that several optimizer steps share.
 
-With `num_iterations` > 1, or `steps_per_generation` above the accumulation, TRL samples once per
-several steps: a cycle. A checkpoint inside a cycle needs the cycle's rollouts and the position in
-it. TRL saves neither: on resume it counts from 0 and samples again, while its data sampler
-continues in mid-cycle. Distillation samples for every step, so it has no cycles.
+With `num_iterations` > 1, or `steps_per_generation` above the accumulation, TRL's reinforcement
+learning samples once per several steps: a cycle. So does distillation with `updates_per_rollouts`.
+A checkpoint inside a cycle needs the cycle's rollouts and the position in it. TRL saves neither: on
+resume it counts from 0 and samples again, while its data sampler continues in mid-cycle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RolloutCycleCallback(TrainerCallback):
     """Saves each process's rollouts with a mid-cycle checkpoint and restores them on resume.
 
     Args:
-        trainer: a `RunMixin` on TRL's GRPO or RLOO trainer.
+        trainer: a `RunMixin` trainer.
     """
 
     def __init__(self, trainer: Any):
@@ -45,15 +45,22 @@ class RolloutCycleCallback(TrainerCallback):
         return [
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
-            args.steps_per_generation,
-            self._trainer.num_iterations,
+            *self._factors,
         ]
+
+    @property
+    def _factors(self) -> tuple[int, int]:
+        """Micro-batches per cycle, as a product."""
+        args = self._trainer.args
+        if updates := getattr(args, "updates_per_rollouts", None):
+            return args.gradient_accumulation_steps, updates
+        return args.steps_per_generation, self._trainer.num_iterations
 
     @property
     def _inside(self) -> bool:
         trainer = self._trainer
         position, _ = rollouts_in_use(trainer)
-        return position % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+        return position % math.prod(self._factors) != 0
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Set TRL's position to the data sampler's: micro-batches done in this epoch.

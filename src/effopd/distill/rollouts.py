@@ -58,6 +58,9 @@ class RolloutMixin(DistillationHooks):
         """Whether the loss needs the engine's log-probability of every sampled token."""
         return self.use_vllm and self.args.loss_type == "sampled"
 
+    def reuses_rollouts(self) -> bool:
+        return self.state.global_step % self.args.updates_per_rollouts != 0
+
     def around_turn(self, generate, prompt_ids, *, multimodal):
         if self._reads_engine:
             with engine_logps(self.vllm_generation) as rows:

@@ -27,6 +27,7 @@ from effopd.distill.best_model_mixin import BestModelMixin
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import RunArguments
 from effopd.distill.exact_resume import EpochCallback, EpochSampler, TerminationCallback
+from effopd.distill.optimizers.mixin import AverageCallback, OptimizerMixin
 from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
 from effopd.distill.trl_host.state import log_evaluation
@@ -49,7 +50,7 @@ from effopd.tasks.prompts import prompt_ids
 logger = logging.getLogger(__name__)
 
 
-class RunMixin(BestModelMixin, ResumeMixin):
+class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
     """Mixin with the features shared by all trainers.
 
     It comes before the hooks and the host: `class OPDTrainer(RunMixin, DistillationHooks,
@@ -91,6 +92,8 @@ class RunMixin(BestModelMixin, ResumeMixin):
                 self.add_callback(TerminationCallback(callback.jit_manager))
                 callback.jit_manager = None  # keep only the host's signal handler
         self.add_callback(self._epochs)
+        if self.args.average_weights != "none":
+            self.callback_handler.callbacks.insert(0, AverageCallback(self))
         self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir, self._rehearse))
         self.add_callback(StartLedgerCallback(self.ledger))
@@ -138,6 +141,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
     # -- data order --------------------------------------------------------------------------------
 
     def train_sampler(self, sampler):
+        sampler.repeat_count *= getattr(self.args, "updates_per_rollouts", 1)  # steps that share rollouts
         self._epochs.sampler = EpochSampler(sampler)
         return self._epochs.sampler
 
@@ -145,7 +149,7 @@ class RunMixin(BestModelMixin, ResumeMixin):
 
     def around_rollouts(self, sample):
         category = "rollout" if self.model.training else "eval"
-        with self.ledger.track(category), finite_predictions():
+        with self.ledger.track(category), finite_predictions(), self.at_sampling_weights():
             output = super().around_rollouts(sample)
         self.ledger.count(category, generated=int(output["completion_mask"].sum()))
         return output
@@ -170,9 +174,9 @@ class RunMixin(BestModelMixin, ResumeMixin):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate `eval_task`; with no task or an explicit dataset, run the host's evaluation."""
         if self.eval_task is None or eval_dataset is not None:
-            with self.ledger.track("eval"):
+            with self.ledger.track("eval"), self.at_evaluated_weights():
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        with self.ledger.track("eval"):
+        with self.ledger.track("eval"), self.at_evaluated_weights():
             metrics, generated = self._measure_task(self.eval_task)
         if self.accelerator.is_main_process:  # the count covers all ranks
             self.ledger.count("eval", generated=generated)
@@ -201,10 +205,12 @@ class RunMixin(BestModelMixin, ResumeMixin):
         if checkpoint is not None:
             raise_on_all_ranks(partial(self._check_resume, checkpoint))
             self.args.eval_on_start = False  # the interrupted run has already evaluated
+        self._settled = False
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             end_bars(self.callback_handler.callbacks)
+        self.settle()
         self._costs()
         self._say_kept()
         return output
@@ -294,13 +300,15 @@ class RunMixin(BestModelMixin, ResumeMixin):
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
-            write()
+            with self.at_evaluated_weights():
+                write()
         finally:
             self._saving = False
             self.state.best_model_checkpoint = best  # the host sets a path in the staging folder
         staged, final = self.run_dir.staging / f"checkpoint-{step}", self.run_dir.checkpoint(step)
         ledgers = all_gather_object(self.ledger.state_dict())
         self.accelerator.wait_for_everyone()
+        self.save_trained(staged)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "save_state"):
                 callback.save_state(staged)
@@ -333,7 +341,8 @@ class RunMixin(BestModelMixin, ResumeMixin):
         if self.args.should_save:
             self.run_dir.fresh_staging()
         self.accelerator.wait_for_everyone()
-        self.save_model(str(staged), _internal_call=True)  # on every rank: sharded weights are gathered for it
+        with self.at_evaluated_weights():
+            self.save_model(str(staged), _internal_call=True)  # on every rank: sharded weights are gathered for it
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.run_dir.publish(staged, self.run_dir.trajectory(step))

@@ -39,6 +39,7 @@ from effopd.distill.evaluate_student import evaluate_task
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
 from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
+from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
@@ -128,6 +129,8 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         self._attach_run()
         if args.rollout_horizon != "full":
             self.add_callback(HorizonCallback(self))
+        if args.updates_per_rollouts > 1:
+            self.add_callback(RolloutCycleCallback(self))
 
     @staticmethod
     def _check_reference(reference, student, args: OPDConfig) -> None:

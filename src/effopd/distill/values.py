@@ -106,12 +106,14 @@ RANGES: dict[str, Range] = {
     "task_seed": _SEED, "effopd.seed": _SEED,
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
     "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
-    "health_tokens": _FROM_0, "horizon_tokens": _FROM_1,
+    "health_tokens": _FROM_0, "horizon_tokens": _FROM_1, "updates_per_rollouts": _FROM_1,
     "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
     # this package's objectives
     "baseline_top_k": _FROM_0, "samples_per_prefix": _FROM_1, "teacher_top_k": Range(2),
     "highest_entropy_share": _PART, "negative_advantage": _ABOVE_0, "lowest_logp_share": _PART,
     "beta_decay": _FROM_0, "beta_min": _FROM_0,
+    "k_step_lookahead": Range(2, also=(0,)), "k_step_lookahead_alpha": _PART,
+    "average_decay": _BELOW_1, "average_power": _FROM_0, "average_bias_power": _FROM_0, "average_lag": _FROM_1,
 }  # fmt: skip
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -138,6 +140,7 @@ MAPPINGS = {
     "teacher_model_init_kwargs": '{"dtype": "bfloat16"}',
     "generation_kwargs": '{"suppress_tokens": [0]}',
     "chat_template_kwargs": '{"enable_thinking": false}',
+    "optimizer_args": '{"betas": [0.9, 0.95]}',
     "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}',
     "activation_checkpointing_kwargs": '{"use_reentrant": false}',
     "gradient_checkpointing_kwargs": '{"use_reentrant": false}',

@@ -1,8 +1,9 @@
-"""Optimizer changes after a search: clear the moments, adapt the learning rate."""
+"""Optimizer changes of a search: move weight copies, clear moments, adapt the learning rate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,17 +15,20 @@ from effopd.extrapolate.learning_rate import (
     learning_rate_factor,
 )
 from effopd.extrapolate.search import SearchResult
+from effopd.extrapolate.weight_copies import Movable, carried, clear_state, evaluated
 from effopd.runs.records import SearchRecord
 
 
 class OptimizerUpdate:
-    """Clears the moments and adapts the learning rate of one optimizer, as the settings require.
+    """Moves one optimizer's copies of the weights, clears its moments, adapts its learning rate.
 
     Args:
         config: settings of the look-ahead.
         optimizer: the training loop's optimizer; required if `reset_moments` or
             `adapt_learning_rate` is set.
         wanted: called before every optimizer step; the rate is adapted while it returns true.
+        averages: copies of the weights outside the optimizer, which follow a jump.
+        lora: whether the parameters are LoRA factors.
 
     Attributes:
         rate: the multiplier; `None` if the learning rate is not adapted.
@@ -33,13 +37,22 @@ class OptimizerUpdate:
         ConfigError: the optimizer is missing, or another look-ahead adapts its learning rate.
     """
 
-    def __init__(self, config: EffOPDConfig, optimizer: torch.optim.Optimizer | None, wanted: Callable[[], bool]):
+    def __init__(
+        self,
+        config: EffOPDConfig,
+        optimizer: torch.optim.Optimizer | None,
+        wanted: Callable[[], bool],
+        averages: Sequence[Movable] = (),
+        *,
+        lora: bool = False,
+    ):
         if optimizer is None and (config.reset_moments or config.adapt_learning_rate):
             raise ConfigError(
                 f"strategy '{config.strategy}' resets the optimizer's moments or adapts its learning rate: pass "
                 "optimizer=…, or set reset_moments=False and adapt_learning_rate=False."
             )
-        self._optimizer = optimizer if config.reset_moments else None
+        self._optimizer, self._averages, self._lora = optimizer, averages, lora
+        self._resets = config.reset_moments
         self._calibrates = config.rules.calibrates_rate
         self.rate = (
             LearningRateMultiplier(optimizer, wanted, by_slope=config.rules.steers_by_slope)
@@ -77,6 +90,18 @@ class OptimizerUpdate:
         if self.rate is not None:
             self.rate.close()
 
+    def carried(self) -> AbstractContextManager[None]:
+        """Block of a search: it starts at the weights to evaluate, and all copies follow a jump.
+
+        Raises:
+            ConfigError: the optimizer keeps copies that cannot follow.
+        """
+        return carried(self._optimizer, self._averages, lora=self._lora)
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Block in which the parameters are the weights to evaluate."""
+        return nullcontext() if self._optimizer is None else evaluated(self._optimizer)
+
     def after(self, result: SearchResult, history: Sequence[SearchRecord]) -> float | None:
         """Apply the result of a search to the optimizer.
 
@@ -88,8 +113,8 @@ class OptimizerUpdate:
             The factor by which the learning rate changed; `None` if it is not adapted.
         """
         tried = len(result.trials) > 1
-        if self._optimizer is not None and tried and result.accepted_scale > 0:
-            self._optimizer.state.clear()
+        if self._resets and self._optimizer is not None and tried and result.accepted_scale > 0:
+            clear_state(self._optimizer)
         if self.rate is None:
             return None
         factor = self._factor(self.rate, result.best_scale, history) if tried else 1.0

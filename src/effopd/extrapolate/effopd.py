@@ -14,7 +14,7 @@ search multiplies the whole update since the start by up to 11.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from effopd.errors import ConfigError
 from effopd.extrapolate.after_search import OptimizerUpdate
 from effopd.extrapolate.checks import check_model, check_scorer, movable_weights, refuse_unread
 from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.lora_weights import has_adapters
 from effopd.extrapolate.movable import Direction
 from effopd.extrapolate.predicting import Predictor, finite_or_none
 from effopd.extrapolate.saved_state import check_same, fingerprint, load_state, write_state
 from effopd.extrapolate.scorers.base import Scorer
 from effopd.extrapolate.search import Score
 from effopd.extrapolate.searcher import NOWHERE, Searcher
+from effopd.extrapolate.weight_copies import Movable
 from effopd.runs.records import SearchRecord
 
 
@@ -50,12 +52,14 @@ class EffOPD:
         target: measures the target accuracy of a fit, unless the strategy's arguments set it.
         on_move: called after a search has changed the weights, e.g. to re-sync an engine.
         optimizer: the loop's optimizer, for strategies that reset its moments or adapt its learning
-            rate. Logged learning rates are the schedule's: the factor of `LearningRateMultiplier`
-            applies only during the optimizer step.
+            rate, and for optimizers that keep copies of the weights, which a jump moves too. Logged
+            learning rates are the schedule's: the factor of `LearningRateMultiplier` applies only
+            during the optimizer step.
         wanted: called before every optimizer step; the learning rate is adapted while it returns
             true. Default: until `close`.
         host: values of settings that the host decides, compared on resume (see `fingerprint`).
         score_timeout: time limit for scoring one candidate, in seconds; `None`: no limit.
+        averages: averages of the weights, which a jump moves too.
 
     Raises:
         ConfigError: the scorer is missing or not callable, the strategy is 'none', no parameter is
@@ -81,6 +85,7 @@ class EffOPD:
         wanted: Callable[[], bool] = lambda: True,
         host: Mapping[str, Any] | None = None,
         score_timeout: float | None = None,
+        averages: Sequence[Movable] = (),
     ):
         self.config = config or EffOPDConfig()
         check_scorer(scorer, self.config, score_timeout)
@@ -94,7 +99,7 @@ class EffOPD:
             if (fit := self.config.rules.fit)
             else None
         )
-        self._optimizer = OptimizerUpdate(self.config, optimizer, wanted)
+        self._optimizer = OptimizerUpdate(self.config, optimizer, wanted, averages, lora=has_adapters(model))
         self.history: list[SearchRecord] = []
         self.anchor_step = 0
 
@@ -140,6 +145,10 @@ class EffOPD:
                 is added to the search.
         """
         self._check_open()
+        with self._optimizer.carried():
+            return self._search(step, observed)
+
+    def _search(self, step: int, observed: SearchRecord | None) -> SearchRecord:
         start, config = time.perf_counter(), self.config
         self._assert_same(step)
         delta_norm = self.weights.displacement_norm()
@@ -182,13 +191,14 @@ class EffOPD:
 
     def _observe(self, step: int, predictor: Predictor) -> SearchRecord:
         searcher, target = self._searcher, self._target
-        return predictor.observe(
-            step,
-            self.anchor_step,
-            self.weights,
-            score=lambda: searcher.score_present(step),
-            target=lambda: searcher.measure(target, step),
-        )
+        with self._optimizer.evaluated():
+            return predictor.observe(
+                step,
+                self.anchor_step,
+                self.weights,
+                score=lambda: searcher.score_present(step),
+                target=lambda: searcher.measure(target, step),
+            )
 
     # -- the learning rate -------------------------------------------------------------------------
 
@@ -224,8 +234,9 @@ class EffOPD:
         Call it when the training objective changes (loss, data or rollout length), because an
         update must not span two objectives.
         """
-        self.weights.begin()
-        self.weights.commit()
+        with self._optimizer.evaluated():
+            self.weights.begin()
+            self.weights.commit()
         self.anchor_step = step
         if self.predictor is not None:
             self.predictor.forget()

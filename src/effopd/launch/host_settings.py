@@ -1,22 +1,19 @@
 """Early checks of settings that the host libraries reject only during setup of a run.
 
-They cover optimizer and schedule, generation, attention, and the packages that these need. Nothing
-is loaded.
+They cover generation, attention, and the packages that these need. Nothing is loaded.
+`optimizer_checks` covers optimizer and schedule.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
 from accelerate.utils import DynamoBackend
-from transformers import AttentionInterface, GenerationConfig, Trainer
+from transformers import AttentionInterface, GenerationConfig
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
-from transformers.optimization import get_scheduler
 from trl import ModelConfig
 
 from effopd.common import optional
@@ -24,18 +21,7 @@ from effopd.common.optional import TRACKERS, ensure
 from effopd.distill.rl_config import TaskGRPOConfig
 from effopd.distill.values import GRPO_LOSSES, check_name, check_values
 from effopd.errors import ConfigError, MissingDependencyError
-
-#: Prefix of an `--optim` → the package that provides it.
-_OPTIMIZERS = {
-    "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao", "adamw_torch_xla": "torch_xla",
-    "adamw_torch_npu_fused": "torch_npu", "adamw_anyprecision": "torchdistx", "galore_": "galore_torch",
-    "apollo_": "apollo_torch",
-    "lomo": "lomo_optim", "adalomo": "lomo_optim", "grokadamw": "grokadamw", "schedule_free_": "schedulefree",
-    "stable_adamw": "optimi", "adamw_bnb_": "bitsandbytes", "adamw_8bit": "bitsandbytes", "ademamix": "bitsandbytes",
-    "lion_": "bitsandbytes", "paged_": "bitsandbytes", "rmsprop_bnb": "bitsandbytes",
-}  # fmt: skip
-#: Optimizers that need the loaded model, so only their flags are checked.
-_OF_A_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
+from effopd.launch.optimizer_checks import OPTIMIZER_PACKAGES, check_optimizer
 
 
 def check_host_settings(model: ModelConfig, args: Any) -> None:
@@ -65,7 +51,7 @@ def check_host_settings(model: ModelConfig, args: Any) -> None:
     ):  # fmt: skip
         if isinstance(name, str):
             _check_attention(flag, name)
-    _check_optimizer(args)
+    check_optimizer(args)
     _check_generation(args)
     if args.torch_compile_backend is not None and args.torch_compile_backend.upper() not in DynamoBackend.list():
         check_name(
@@ -94,7 +80,7 @@ def require_packages(model: ModelConfig, args: Any) -> None:
         *(
             (module, optim.startswith(start))
             for optim in [getattr(args.optim, "value", args.optim)]
-            for start, module in _OPTIMIZERS.items()
+            for start, module in OPTIMIZER_PACKAGES.items()
         ),
     ):
         if wanted:
@@ -152,38 +138,6 @@ def _check_attention(flag: str, name: str) -> None:
     known = ["eager", *AttentionInterface().valid_keys()]
     if name not in known:
         raise ConfigError(f"{flag}: expected one of {', '.join(known)}; got {name!r}.")
-
-
-def _check_optimizer(args: Any) -> None:
-    """Build the optimizer and schedule for a model of one parameter."""
-    optim = getattr(args.optim, "value", args.optim)
-    if optim.startswith(_OF_A_MODEL):
-        if optim.startswith(("galore_", "apollo_")) and not args.optim_target_modules:
-            raise ConfigError(f"--optim {optim} needs --optim_target_modules: names of modules, or all-linear.")
-        optimizer: Any = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    else:
-        try:
-            kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
-        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-            given = f"--optim {optim}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
-            hint = " Expected --optim_args NAME=VALUE,…." if args.optim_args else ""
-            raise ConfigError(f"{given}: {error}.{hint}") from error
-        except ImportError as error:
-            raise MissingDependencyError(f"--optim {optim}: {error}") from error
-    steps = args.max_steps if args.max_steps > 0 else 100
-    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            get_scheduler(
-                args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
-            )
-    except (ValueError, TypeError, KeyError) as error:
-        given = f"--lr_scheduler_type {name}" + (
-            f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
-        )
-        raise ConfigError(f"{given}: {error}. Pass its settings as --lr_scheduler_kwargs '{{…}}'.") from error
 
 
 def _check_generation(args: Any) -> None:

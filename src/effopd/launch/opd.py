@@ -22,6 +22,7 @@ from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
 from effopd.launch.adapters import adapter_config
 from effopd.launch.offline import Stored, check_offline_settings, stored_rollouts
+from effopd.launch.optimizer_checks import check_copies
 from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
@@ -114,6 +115,8 @@ def check_settings(settings: RunSettings) -> None:
     if opd.eval_on_start is None:  # evaluate before the first jump
         opd.eval_on_start = effopd.enabled and opd.eval_strategy != "no"
     check_offline_settings(opd, effopd)
+    if effopd.enabled:
+        check_copies(opd, lora=settings.model.use_peft)
     if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
 

@@ -77,6 +77,8 @@ def check_space(
     if model.use_peft:
         return
     steps = args.max_steps if args.max_steps > 0 else math.ceil(prompts / batch * args.num_train_epochs)
+    if args.max_steps <= 0:
+        steps *= getattr(args, "updates_per_rollouts", 1)
     run_dir = RunDir(args.output_dir)
     checkpoint = run_dir.to_resume(resume_argument(args))
     done = step_of_checkpoint(checkpoint) if checkpoint else 0

@@ -196,6 +196,15 @@ class DistillationHooks(HostHooks):
         """
         raise NotImplementedError
 
+    def reuses_rollouts(self) -> bool:
+        """Hook: whether this optimizer step trains on the rollouts of the last one."""
+        return False
+
+    def _prepare_inputs(self, generation_batch):
+        if self.model.training and self._buffered_inputs is not None and self.reuses_rollouts():
+            return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
+        return super()._prepare_inputs(generation_batch)
+
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         return self.distillation_loss(unwrapped_student, inputs, num_items_in_batch)
 

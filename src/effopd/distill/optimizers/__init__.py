@@ -1,0 +1,1 @@
+"""Optimizers by class name, Muon with AdamW, k-step Lookahead, and averages of the weights."""
