@@ -1,5 +1,5 @@
 # make demo  plain OPD, EffOPD and line_search on the built-in testbed: runs/demo/
-# make real-model  SmolLM2-135M: a teacher, plain OPD and line_search on 2 cores: runs/compare-smollm2/
+# make real-model  SmolLM2-135M: a teacher, plain OPD and newton_search on 2 cores: runs/compare-smollm2/
 # make test  the whole test suite, on WORKERS=2 cores
 # make test-fast  the inner loop: without the tests marked slow
 # make lint  ruff and mypy
@@ -21,7 +21,7 @@ TEACHER := runs/smollm2/chain_sum/teacher/model.safetensors
 
 real-model: $(READY) $(TEACHER)
 	$(BIN)/effopd compare recipes/compare-smollm2.yaml --only '*chain_sum/plain/lr-3e-05/seed-0' \
-		--only '*chain_sum/line_search/lr-3e-06/seed-0'
+		--only '*chain_sum/newton_search/lr-3e-06/seed-0'
 
 $(TEACHER): | $(READY)
 	$(BIN)/effopd testbed fetch smollm2

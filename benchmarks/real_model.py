@@ -34,7 +34,7 @@ STEPS = (6, 12, 18, 24)
 #: Runs without look-ahead; the best-tuned of their arms is the opponent. A plan can name others.
 BASELINES = ("plain", "plain-beta2", "plain-cosine", "topd")
 #: Figure: color of a strategy, dash of a learning rate by its order.
-COLORS = {"plain": "#6b7280", "line_search": "#0072b2", "effopd": "#d55e00"}
+COLORS = {"plain": "#6b7280", "line_search": "#0072b2", "newton_search": "#009e73", "effopd": "#d55e00"}
 DASHES = ("-", "--", "-.", ":", (0, (1, 3)))
 
 
@@ -145,7 +145,7 @@ class Page:
         rates = [rate for strategy, rate in self.arms if strategy == arm[0]]
         axis.plot(
             np.median([row[:length] for row in x], axis=0), np.median([row[:length] for row in kl], axis=0),
-            color=COLORS.get(arm[0], "#009e73"), linestyle=DASHES[rates.index(arm[1]) % len(DASHES)],
+            color=COLORS.get(arm[0], "#cc79a7"), linestyle=DASHES[rates.index(arm[1]) % len(DASHES)],
             linewidth=1.5, label=f"{arm[0]} {arm[1]:.0e}",
         )  # fmt: skip
 
