@@ -49,6 +49,9 @@ def test_two_processes_search_together_pay_together_and_resume(strategy, shared,
     assert any(row["accepted_scale"] for row in searches)
     for row in searches:
         for trial in row["trials"]:
+            if "score" not in trial:  # half of the way, which is not scored
+                assert strategy == "newton_search" and trial["scale"] == row["accepted_scale"]
+                continue
             assert len(trial["per_example"]) == (10 if strategy == "effopd" else 8)  # everybody's
             assert trial["score"] == pytest.approx(sum(trial["per_example"]) / len(trial["per_example"]))
     tokens = [row["num_tokens"] for row in metrics]  # the host's count, over all processes
@@ -146,7 +149,8 @@ def test_newton_search_on_shards_doubles_the_scale_and_steers_alike_on_all_ranks
         shared("--strategy", strategy, *flags)[0] for strategy in ("line_search", "newton_search")
     )
     doubling, newton = (list(read_rows(folder / "searches.jsonl")) for folder in (line_search, newton_search))
-    assert [trial["scale"] for trial in newton[0]["trials"]] == [trial["scale"] for trial in doubling[0]["trials"]]
+    scored = [[trial["scale"] for trial in rows[0]["trials"] if "score" in trial] for rows in (newton, doubling)]
+    assert scored[0] == scored[1]
     rates = [row["learning_rate"] for row in read_rows(newton_search / "metrics.jsonl")]
     assert len(set(rates)) > 1
 

@@ -6,8 +6,6 @@ import sys
 import time
 from typing import Any
 
-from tqdm.auto import tqdm
-
 #: Seconds before the first line, and between lines.
 FIRST, EVERY = 5.0, 30.0
 
@@ -36,6 +34,8 @@ class Counted:
         self._next = self._start + FIRST
         self._bar: Any = None
         if sys.stderr.isatty():
+            from tqdm.auto import tqdm
+
             self._bar = tqdm(total=total, desc=what, unit=unit, initial=done, leave=leave)
 
     def __enter__(self) -> Counted:

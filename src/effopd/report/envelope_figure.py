@@ -33,7 +33,8 @@ def draw_axis(plt: Any, lookup: Lookup, axis: str) -> Any:
                 _strategy(panel, lookup, part, task, axis, strategy, colors[strategy])
             _dress(panel, f"{task}: {_opponents(part)}")
         line[0].set_ylabel(f"speed-up in {axis_name(axis)}")
-        line[0].legend(loc="upper left", fontsize=7)
+        if line[0].get_legend_handles_labels()[0]:
+            line[0].legend(loc="upper left", fontsize=7)
     for panel in panels[-1]:
         panel.set_xlabel("target: held-out KL, share of its start")
     return figure
