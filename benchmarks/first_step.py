@@ -19,10 +19,14 @@ from effopd.compare.cross_targets import runs_of
 from effopd.compare.grid_run import GridRun
 from effopd.report.compare_lookup import table
 
-#: Comparison → results and prompts per step.
-GRIDS = {"results.json": 256, "ablation/results.json": 32, "real_model/results.json": 16}
-#: Strategies that search by the KL to the teacher, starting after the first step.
-OURS = ("line_search", "newton_search")
+#: Results of a comparison → student, prompts per step.
+GRIDS = {
+    "results.json": ("testbed", 256),
+    "ablation/results.json": ("testbed", 32),
+    "real_model/results.json": ("SmolLM2-135M", 16),
+}
+#: The strategy whose first jump goes all of the way to the best scale.
+WHOLE_JUMPS = "line_search"
 #: Target of the fastest constant rate, as a share of the starting KL.
 SHARE = 0.1
 
@@ -49,12 +53,12 @@ def fastest_rate(runs: Sequence[GridRun]) -> float:
 def rows() -> list[list[str]]:
     """One row per comparison, task and learning rate."""
     lines = []
-    for name, prompts in GRIDS.items():
+    for name, (student, prompts) in GRIDS.items():
         stored = json.loads((DOCS / name).read_text())
         pairs = list(zip(runs_of(stored), stored["runs"], strict=True))
         for task in dict.fromkeys(run.task for run, _ in pairs):
             plain = fastest_rate([run for run, _ in pairs if run.task == task and run.strategy == "plain"])
-            ours = [(run, row) for run, row in pairs if run.task == task and run.strategy in OURS]
+            ours = [(run, row) for run, row in pairs if run.task == task and run.strategy == WHOLE_JUMPS]
             for rate in sorted({run.learning_rate for run, _ in ours}):
                 at_rate = [(run, row) for run, row in ours if run.learning_rate == rate]
                 lengths, missing = best_lengths([run for run, _ in at_rate], [row for _, row in at_rate])
@@ -62,17 +66,17 @@ def rows() -> list[list[str]]:
                     middle = statistics.median(lengths)
                     count = f"{len(lengths)}" + (f" of {len(lengths) + missing}" if missing else "")
                     lines.append([
-                        task.split(":")[1], f"{prompts}", f"{rate:.1g}", count,
+                        student, task.split(":")[1], f"{prompts}", f"{rate:.1g}", count,
                         f"{middle:.2g} ({min(lengths):.2g}–{max(lengths):.2g})", f"{middle / 4:.2g}", f"{plain:.1g}",
                     ])  # fmt: skip
     return lines
 
 
-def text() -> str:
-    """The table in Markdown."""
-    head = ["task", "prompts per step", "rate η", "runs", "best length: median (range)", "a quarter of it"]
-    return table([*head, "fastest constant rate"], rows())
+def blocks() -> dict[str, str]:
+    """The block of the page by name."""
+    head = ["student", "task", "prompts per step", "rate η", "runs", "best length: median (range)", "a quarter of it"]
+    return {"first step": table([*head, "fastest constant rate"], rows())}
 
 
 if __name__ == "__main__":
-    rewrite(DOCS / "search.md", {"first step": text()})
+    rewrite(DOCS / "search.md", blocks())

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import architecture_tree
+import first_step
 import pages
 import pytest
 import readme_results
@@ -109,6 +110,8 @@ def test_generated_blocks_are_those_of_the_json_files():
     for page, content in readme_results.blocks(readme_results.published()).items():
         text = page.read_text()
         assert pages.with_blocks(text, content) == text, f"{page.name}: run benchmarks/readme_results.py"
+    text = (pages.DOCS / "search.md").read_text()
+    assert pages.with_blocks(text, first_step.blocks()) == text, "run benchmarks/first_step.py"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`newton_search`: `line_search` with Newton's step and a learning rate steered by the slope."""
+"""`newton_search`: `line_search` with Newton's step and a learning rate set by the first search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _search(score: Any, config: Any, args: NoArgs) -> SearchResult:
 
 
 STRATEGIES["newton_search"] = Strategy(
-    "line_search with Newton's step first and a rate steered by slopes",
+    "line_search with Newton's step first; the first search sets the learning rate",
     _search,
     {name: value for name, value in STRATEGIES["line_search"].settings.items() if name != "validation_size"},
     calibrates_rate=True,
