@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effopd.distill.divergence import Head, shared_vocab_size
-from effopd.distill.evaluate_student import evaluate_task
+from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.rl import TaskGRPOTrainer
 from effopd.distill.rl_config import TaskDGRPOConfig
 from effopd.distill.scoring import token_batch
@@ -174,16 +174,7 @@ class TaskDGRPOTrainer(TaskGRPOTrainer):
         return torch.zeros(valid_BT.shape, device=kl_N.device, dtype=kl_N.dtype).masked_scatter(valid_BT, kl_N)
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
-        return evaluate_task(
-            self.accelerator.unwrap_model(self.model),
-            self.accelerator.unwrap_model(self.teacher_model),
-            self.text_tokenizer,
-            task,
-            self.args,
-            vocab_size=self.vocab_size,
-            autocast=self.accelerator.autocast,
-            watch=self.answer_watch,
-        )
+        return evaluate_trainer(self, task, self.teacher_model)
 
 
 @contextmanager

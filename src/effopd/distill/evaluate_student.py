@@ -23,6 +23,20 @@ from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
 
 
+def evaluate_trainer(trainer: Any, task: Task, teacher: PreTrainedModel | None) -> tuple[dict[str, float], int]:
+    """`evaluate_task` for the student and the settings of a distillation trainer.
+
+    Args:
+        trainer: an `OPDTrainer`, `OfflineOPDTrainer` or `TaskDGRPOTrainer`.
+        teacher: the trainer's teacher as it holds it, or `None`.
+    """
+    unwrap = trainer.accelerator.unwrap_model
+    return evaluate_task(
+        unwrap(trainer.model), None if teacher is None else unwrap(teacher), trainer.text_tokenizer, task,
+        trainer.args, vocab_size=trainer.vocab_size, autocast=trainer.accelerator.autocast, watch=trainer.answer_watch,
+    )  # fmt: skip
+
+
 def evaluate_task(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,

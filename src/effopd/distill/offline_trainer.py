@@ -25,7 +25,7 @@ from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
 from effopd.distill.dataset import check_dataset
 from effopd.distill.divergence import Head, gathered, token_logprobs
-from effopd.distill.evaluate_student import evaluate_task
+from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import spread_subset
 from effopd.distill.offline_drift import DriftGuard, DriftMonitor
 from effopd.distill.offline_loss import DriftSums, clipped_advantage, offline_loss, top_k_kl
@@ -259,16 +259,7 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
         return super().evaluate(None, ignore_keys, metric_key_prefix)
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
-        return evaluate_task(
-            self.accelerator.unwrap_model(self.model),
-            None,
-            self.text_tokenizer,
-            task,
-            self.args,
-            vocab_size=self.vocab_size,
-            autocast=self.accelerator.autocast,
-            watch=self.answer_watch,
-        )
+        return evaluate_trainer(self, task, None)
 
 
 def check_sampling(args: OPDConfig, header: Header) -> None:

@@ -35,7 +35,7 @@ from effopd.distill.divergence import (
     mixture_hidden,
     shared_vocab_size,
 )
-from effopd.distill.evaluate_student import evaluate_task
+from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
 from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
@@ -299,16 +299,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
     # -- evaluation --------------------------------------------------------------------------------
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
-        return evaluate_task(
-            self.accelerator.unwrap_model(self.model),
-            self.accelerator.unwrap_model(self.teacher_model),
-            self.text_tokenizer,
-            task,
-            self.args,
-            vocab_size=self.vocab_size,
-            autocast=self.accelerator.autocast,
-            watch=self.answer_watch,
-        )
+        return evaluate_trainer(self, task, self.teacher_model)
 
 
 def _columns(batch: TokenBatch) -> tuple[Tensor, Tensor, int]:
