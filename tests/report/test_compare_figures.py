@@ -92,6 +92,14 @@ def test_curves_are_those_of_the_roles_and_not_too_many():
     assert len(shown) == 8 and {"plain", "effopd", "noop"} < set(shown) and "other-0" not in shown
 
 
+def test_a_strategy_without_a_run_at_the_reference_rate_is_drawn_at_the_nearest():
+    rate = ROLES.reference_learning_rate
+    runs = [run("plain", 0), *(replace(run("effopd", 0), learning_rate=f * rate) for f in (0.01, 0.1, 30))]
+    lookup = Lookup(analyse(runs, ROLES))
+    assert lookup.nearest_rates() == {"plain": rate, "effopd": 0.1 * rate}
+    assert curve_strategies(lookup) == ["plain", "effopd"]
+
+
 def test_colours_tell_strategies_apart():
     names = ["plain", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd"]
     colors = strategy_colors(Lookup(grid(1, ("sums",))), names)

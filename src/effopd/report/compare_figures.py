@@ -14,7 +14,7 @@ from effopd.common.optional import require
 from effopd.compare.axes import axis_name
 from effopd.compare.time_to_target import smooth
 from effopd.report import envelope_figure
-from effopd.report.compare_lookup import FEW, Lookup
+from effopd.report.compare_lookup import FEW, Lookup, factor
 from effopd.report.style import group_colors, quiet_style, save
 
 _GREY, _RED = "#4c566a", "#d1495b"
@@ -57,28 +57,32 @@ def strategy_colors(lookup: Lookup, strategies: Sequence[str]) -> dict[str, str]
 def _curves(plt, lookup: Lookup):
     """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest.
 
-    The axes are logarithmic, so a speed-up is a shift to the left.
+    The axes are logarithmic, so a speed-up is a shift to the left. A strategy that did not run at
+    the reference learning rate is drawn at the nearest one, which its label names.
     """
+    rates = lookup.nearest_rates()
     strategies = curve_strategies(lookup)
     colors = strategy_colors(lookup, strategies)
     figure, axes = plt.subplots(
         len(lookup.tasks), 2, figsize=(11, 3.8 * len(lookup.tasks)), squeeze=False, constrained_layout=True
     )
     for row, task in enumerate(lookup.tasks):
-        for column, (key, label) in enumerate((("step", "optimizer steps"), ("seconds", "net seconds"))):
+        for column, (key, costs) in enumerate((("step", "optimizer steps"), ("seconds", "net seconds"))):
             axis = axes[row][column]
             for strategy in strategies:
-                curves = [run["curve"] for run in lookup.runs(task, (strategy, lookup.reference))]
+                rate = rates[strategy]
+                curves = [run["curve"] for run in lookup.runs(task, (strategy, rate))]
                 if not curves:
                     continue
                 x, median, low, high = _band(curves, key)
                 # dashed and on top, because a no-op strategy coincides with it
                 base = {"linestyle": "--", "zorder": 5} if strategy == lookup.baseline else {}
-                axis.plot(x, median, color=colors[strategy], label=strategy, linewidth=1.6, **base)
+                label = strategy if rate == lookup.reference else f"{strategy}, {factor(rate, lookup.reference)}"
+                axis.plot(x, median, color=colors[strategy], label=label, linewidth=1.6, **base)
                 axis.fill_between(x, low, high, color=colors[strategy], alpha=0.12, linewidth=0)
             axis.set_yscale("log")
             axis.set_xscale("log")
-            axis.set_xlabel(label)
+            axis.set_xlabel(costs)
             axis.set_title(task, loc="left")
         axes[row][0].set_ylabel("held-out reverse KL (nats per token)")
     axes[0][0].legend(frameon=False, fontsize=8)
@@ -87,7 +91,7 @@ def _curves(plt, lookup: Lookup):
 
 def curve_strategies(lookup: Lookup) -> list[str]:
     """Up to eight strategies: baseline, headline strategies, controls, then non-variants."""
-    ran = lookup.at_reference()
+    ran = list(lookup.nearest_rates())
     wanted = [lookup.baseline, *lookup.roles.opening(ran), *lookup.roles.controls]
     wanted += [strategy for strategy in ran if strategy not in lookup.roles.variants]
     shown = list(dict.fromkeys(strategy for strategy in wanted if strategy in ran))[:_MAX_CURVES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +57,13 @@ class Lookup:
     def at_reference(self) -> list[str]:
         """Strategies that ran at the reference learning rate, in the plan's order."""
         return [strategy for strategy, rate in self.arms if rate == self.reference]
+
+    def nearest_rates(self) -> dict[str, float]:
+        """Strategy → its learning rate that is nearest to the reference in log distance."""
+        rates: dict[str, float] = {}
+        for strategy, rate in sorted(self.arms, key=lambda arm: abs(math.log(arm[1] / self.reference)), reverse=True):
+            rates[strategy] = rate
+        return {strategy: rates[strategy] for strategy, _ in self.arms}
 
     def speedup(
         self,
