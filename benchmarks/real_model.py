@@ -135,7 +135,8 @@ class Page:
                 panels[0].set_ylabel("held-out reverse KL, share of its start")
             axes[0][0].legend(ncols=2)
             title = "SmolLM2-135M, 16 rollouts per step: held-out KL to the teacher"
-            save(figure, PLACE / "curves.png", title, "Median over seeds of the running median of three evaluations.")
+            note = "Median over each arm's seeds, which differ (see the table); running median of three evaluations."
+            save(figure, PLACE / "curves.png", title, note)
 
     def _line(self, axis: Any, task: str, arm: Arm, key: str) -> None:
         runs = self.of(task, arm)
