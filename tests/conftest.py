@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would wait for each other, and spin
 
+import sys
+
 import pytest  # torch and the hosts only in the fixtures: the controller of several workers needs none
 
 
@@ -68,3 +70,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def a_loud_process():
+    """`quickstart` turns transformers' progress bars and warnings off in its process, which tests
+    share.
+    """
+    yield
+    logging = sys.modules.get("transformers.utils.logging")
+    if logging is not None and not logging.is_progress_bar_enabled():
+        logging.enable_progress_bar()
+        logging.set_verbosity_warning()
