@@ -17,8 +17,8 @@ from effopd.distill.methods import KINDS, METHODS, NEEDS
 from effopd.distill.objective_config import LOSSES, ONLY_FOR
 from effopd.distill.policy_gradient import baseline_of, lowest_share, negative_advantage_loss, sampled_loss
 from effopd.distill.rollouts import first_occurrences
-from effopd.distill.token_rows import row_logits
-from effopd.distill.top_k import support_kl, top_k_loss
+from effopd.distill.token_rows import row_logits, support_kl
+from effopd.distill.top_k import top_k_loss
 from effopd.errors import ConfigError
 
 B, T, H, V = 3, 5, 8, 20

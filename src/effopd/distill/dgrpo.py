@@ -24,7 +24,7 @@ from effopd.distill.rl import TaskGRPOTrainer
 from effopd.distill.rl_config import TaskDGRPOConfig
 from effopd.distill.scoring import token_batch
 from effopd.distill.trl_host.kernels import divergence_kernel
-from effopd.distill.trl_host.models import inside_forward, load_causal_lm, place_frozen
+from effopd.distill.trl_host.models import frozen, inside_forward
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.models.checks import check_models
@@ -105,23 +105,12 @@ class TaskDGRPOTrainer(TaskGRPOTrainer):
             super().__init__(model, args, train_task, eval_task, **kwargs)
         finally:
             args.beta = beta
-        self.teacher_model = self._placed(teacher_model)
+        load: dict[str, Any] = {"dtype": "auto"} | dict(self.args.teacher_model_init_kwargs or {})
+        self.teacher_model = frozen(self, teacher_model, load)
         student, teacher = map(self.accelerator.unwrap_model, (self.model, self.teacher_model))
         self.vocab_size = shared_vocab_size(student, teacher, len(self.text_tokenizer))
         check_models(student, {"teacher": self.teacher_model}, generates=not self.use_vllm)
         self._check_student(student)
-
-    def _placed(self, teacher: str | PreTrainedModel) -> Any:
-        """The frozen teacher, loaded in its own dtype."""
-        if isinstance(teacher, str):
-            init: dict[str, Any] = {"dtype": "auto"} | dict(self.args.teacher_model_init_kwargs or {})
-            if init["dtype"] not in ("auto", None):
-                init["dtype"] = getattr(torch, init["dtype"])
-            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-                init["device_map"] = None
-            teacher = load_causal_lm(teacher, **{"trust_remote_code": self.args.trust_remote_code} | init)
-        teacher.requires_grad_(False)
-        return place_frozen(self, teacher)
 
     def _check_student(self, student: Any) -> None:
         if extra := tokens_beyond(student, self.vocab_size):

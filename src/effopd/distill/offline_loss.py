@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
+from effopd.distill.divergence import weighted_mean
+from effopd.distill.token_rows import row_logits, support_kl
 from effopd.models.head import Head
 
 
@@ -45,12 +46,7 @@ def offline_loss(
         student_logp_N: log π_θ(y) at the valid positions, row by row, with gradient.
         num_items: divisor over all processes; `None`: the tokens (or answers) of this batch.
     """
-    value_N, length_B = -advantage_N * student_logp_N, valid_BT.sum(1)
-    if by_answer:
-        value_N = value_N / length_B.clamp(min=1)[:, None].expand_as(valid_BT)[valid_BT]
-    if num_items is None:
-        num_items = ((length_B > 0).sum() if by_answer else length_B.sum()).clamp(min=1)
-    return value_N.sum() / (num_items.to(value_N.device) if isinstance(num_items, Tensor) else num_items)
+    return weighted_mean(-advantage_N * student_logp_N, valid_BT, num_items, by_answer)
 
 
 @dataclass(frozen=True)
@@ -118,12 +114,4 @@ def top_k_kl(hidden_NH: Tensor, head: Head, top_ids_NK: Tensor, top_logp_NK: Ten
     It projects the student's hidden states on K rows of the head only. It is 0 if both agree on the
     stored tokens, whatever the student's mass on other tokens.
     """
-    weight_NKH = head.weight[top_ids_NK].float()
-    logits_NK = torch.einsum("nh,nkh->nk", hidden_NH.float(), weight_NKH)
-    if head.bias is not None:
-        logits_NK = logits_NK + head.bias[top_ids_NK].float()
-    logits_NK = logits_NK * head.scale
-    if head.softcap is not None:
-        logits_NK = head.softcap * torch.tanh(logits_NK / head.softcap)
-    logp_NK = (logits_NK / temperature).log_softmax(-1)
-    return (logp_NK.exp() * (logp_NK - top_logp_NK.log_softmax(-1))).sum(-1)
+    return support_kl(row_logits(hidden_NH, head, top_ids_NK, temperature), top_logp_NK)

@@ -43,8 +43,6 @@ from effopd.tasks.base import Task
 
 #: Stored rollouts on which the look-ahead's candidates are checked for drift.
 GUARDED = 64
-#: Positions per tile of the top-K divergence.
-_TILE = 256
 
 
 class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
@@ -230,9 +228,7 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
             inputs[name].to(valid_BT.device).flatten(0, 1)[index_N]
             for name in ("teacher_top_ids", "teacher_top_logps")
         )
-        hidden_NH, head = hidden_BTH.flatten(0, 1)[index_N], head.whole()
-        tiles = zip(hidden_NH.split(_TILE), ids_NK.split(_TILE), top_NK.split(_TILE), strict=True)
-        value_N = torch.cat([top_k_kl(h, head, ids, top, self.temperature) for h, ids, top in tiles])
+        value_N = top_k_kl(hidden_BTH.flatten(0, 1)[index_N], head, ids_NK, top_NK, self.temperature)
         log_metrics(self, {"offline/top_k_kl": float(value_N.mean())})
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effopd.distill.divergence import Predictions, token_logprobs, weighted_mean
-from effopd.distill.token_rows import row_logits, tiles
+from effopd.distill.token_rows import row_logits, support_kl, tiles
 from effopd.models.head import Head
 
 #: Cap of π_θ(y) / π_sampler(y), the importance weight of the sampled loss.
@@ -38,9 +38,7 @@ def baseline_of(logp_NV: Tensor, gap_NV: Tensor, kind: str, top_k: int = 0) -> T
     """
     if kind == "value" and 0 < top_k < logp_NV.shape[-1]:
         top_NK, index_NK = logp_NV.topk(top_k)
-        own_NK = top_NK.log_softmax(-1)
-        other_NK = (top_NK + gap_NV.gather(1, index_NK)).log_softmax(-1)
-        return (own_NK.exp() * (other_NK - own_NK)).sum(-1)
+        return -support_kl(top_NK, top_NK + gap_NV.gather(1, index_NK))
     p_NV = logp_NV.exp()
     if kind == "value":
         return (p_NV * gap_NV).sum(-1)

@@ -1,4 +1,4 @@
-"""Logits of a few vocabulary rows per position, and tiles of positions for dense logits.
+"""Logits and KL on a few vocabulary rows per position, and tiles of positions for dense logits.
 
 Shapes: N positions, K rows per position, H hidden width, V shared vocabulary.
 """
@@ -36,6 +36,12 @@ def row_logits(hidden_NH: Tensor, head: Head, ids_NK: Tensor, temperature: float
     if head.softcap is not None:
         z_NK = head.softcap * torch.tanh(z_NK / head.softcap)
     return z_NK / temperature
+
+
+def support_kl(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """KL(p̂ ‖ q̂) [N], in nats, from both models' logits on the same K tokens per position."""
+    own_NK, other_NK = student_NK.log_softmax(-1), teacher_NK.log_softmax(-1)
+    return (own_NK.exp() * (own_NK - other_NK)).sum(-1)
 
 
 class _RowLogits(torch.autograd.Function):

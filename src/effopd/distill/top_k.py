@@ -19,7 +19,7 @@ from torch import Tensor
 from effopd.distill.divergence import token_logprobs, weighted_mean
 from effopd.distill.health import spread_subset
 from effopd.distill.policy_gradient import lowest_share
-from effopd.distill.token_rows import row_logits, tiles
+from effopd.distill.token_rows import row_logits, support_kl, tiles
 from effopd.models.head import Head
 
 #: Number of positions, evenly spread, at which entropy and support are measured.
@@ -36,12 +36,6 @@ def teacher_support(hidden_NH: Tensor, head: Head, top_k: int, temperature: floa
         none = hidden_NH.new_zeros(0, min(top_k, width), dtype=torch.float32)
         return none.long(), none
     return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
-
-
-def support_kl(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
-    """KL(p̂ ‖ q̂) [N], in nats, from both models' logits on the same K tokens per position."""
-    own_NK, other_NK = student_NK.log_softmax(-1), teacher_NK.log_softmax(-1)
-    return (own_NK.exp() * (own_NK - other_NK)).sum(-1)
 
 
 def top_k_loss(

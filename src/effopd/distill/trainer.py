@@ -45,7 +45,7 @@ from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
 from effopd.distill.top_k import top_k_loss
 from effopd.distill.trl_host.hooks import DistillationHooks
-from effopd.distill.trl_host.models import inside_forward, load_causal_lm, place_frozen
+from effopd.distill.trl_host.models import frozen, inside_forward
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.models.checks import check_models
@@ -152,22 +152,14 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
 
     def _prepare_frozen(self, teacher: str | PreTrainedModel, role: str) -> PreTrainedModel:
         """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
-        if isinstance(teacher, str):
-            init = dict(self.args.teacher_model_init_kwargs or {})
-            if role == "reference":
-                init.pop("revision", None)  # the teacher's
-            dtype = init.get("dtype")
-            init["dtype"] = dtype if dtype in ("auto", None) else getattr(torch, dtype)
-            init.setdefault("trust_remote_code", self.args.trust_remote_code)
-            if role == "teacher" and self.args.teacher_model_revision is not None:
-                init.setdefault("revision", self.args.teacher_model_revision)
-            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-                init["device_map"] = None
-            teacher = load_causal_lm(teacher, **init)
-        elif self.args.teacher_model_init_kwargs is not None and role == "teacher":
+        init: dict[str, Any] = {"dtype": None} | dict(self.args.teacher_model_init_kwargs or {})
+        if role == "reference":
+            init.pop("revision", None)  # the teacher's
+        elif self.args.teacher_model_init_kwargs is not None and not isinstance(teacher, str):
             raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
-        teacher.requires_grad_(False)
-        return place_frozen(self, teacher)
+        elif self.args.teacher_model_revision is not None:
+            init.setdefault("revision", self.args.teacher_model_revision)
+        return frozen(self, teacher, init)
 
     # -- sample → teacher → loss -------------------------------------------------------------------
 

@@ -9,11 +9,7 @@ import torch
 
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.learning_rate import (
-    LearningRateMultiplier,
-    calibrated_factor,
-    learning_rate_factor,
-)
+from effopd.extrapolate.learning_rate import LearningRateMultiplier, calibrated_factor, learning_rate_factor
 from effopd.extrapolate.search import SearchResult
 from effopd.extrapolate.weight_copies import Movable, carried, clear_state, evaluated
 from effopd.runs.records import SearchRecord

@@ -9,7 +9,7 @@ moves part of the way back, or counts the jump as distance walked by the optimiz
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -192,10 +192,18 @@ def evaluated(optimizer: Any) -> Iterator[None]:
     if not has_modes(inner) or inner in _EVALUATED:
         yield
         return
-    trained = _copies(parameters_of(inner))
-    with _at_average(inner):
+    with kept(parameters_of(inner)), _at_average(inner):
         yield
-    _restore(trained)
+
+
+@contextmanager
+def kept(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """In this block, the parameters can change; afterwards they return bit for bit."""
+    copies = _copies(parameters)
+    try:
+        yield
+    finally:
+        _restore(copies)
 
 
 @contextmanager
@@ -252,7 +260,7 @@ def carried(optimizer: Any, averages: Sequence[Movable] = (), *, lora: bool = Fa
         _restore(trained)
 
 
-def _copies(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _copies(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(parameter, parameter.detach().clone()) for parameter in parameters]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from effopd.common.files import write_atomically
 from effopd.errors import CheckpointError
+from effopd.extrapolate.weight_copies import kept
 
 AVERAGE_FILE = "weight_average.safetensors"
 
@@ -101,16 +102,13 @@ class WeightAverage:
         if self._in_place:
             yield
             return
-        trained = {name: each.detach().clone() for name, each in self._parameters.items()}
-        self.settle()
-        self._in_place = True
-        try:
-            yield
-        finally:
-            self._in_place = False
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(trained[name])
+        with kept(self._parameters.values()):
+            self.settle()
+            self._in_place = True
+            try:
+                yield
+            finally:
+                self._in_place = False
 
     @torch.no_grad()
     def translate(self, parameter: Tensor, change: Tensor) -> None:

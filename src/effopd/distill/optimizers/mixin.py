@@ -12,8 +12,7 @@ that are evaluated and saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from effopd.distill.optimizers.averages import WeightAverage, read_tensors, writ
 from effopd.distill.optimizers.build import build_optimizer, wrapped
 from effopd.distill.trl_host.hooks import OPTIMIZER, HostHooks
 from effopd.errors import ConfigError
-from effopd.extrapolate.weight_copies import evaluated, has_modes, unwrapped
+from effopd.extrapolate.weight_copies import evaluated, has_modes, kept, unwrapped
 
 #: Trained weights in a checkpoint whose model file holds the evaluated ones.
 TRAINED_FILE = "trained_weights.safetensors"
@@ -131,17 +130,9 @@ class OptimizerMixin(HostHooks):
     def around_best_model(self, load):
         super().around_best_model(load)  # a checkpoint's model file holds the evaluated weights
         if has_modes(self.optimizer):
-            with self._weights_kept():
+            with kept(self._trained().values()):
                 self.optimizer.eval()
         self._settled = True
-
-    @contextmanager
-    def _weights_kept(self) -> Iterator[None]:
-        weights = {name: each.detach().clone() for name, each in self._trained().items()}
-        yield
-        with torch.no_grad():
-            for name, each in self._trained().items():
-                each.copy_(weights[name])
 
     # -- checkpoints -------------------------------------------------------------------------------
 

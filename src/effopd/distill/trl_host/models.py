@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from transformers import LogitsProcessor, PreTrainedModel
 from trl.models import prepare_deepspeed
 from trl.models.utils import _ForwardRedirection
@@ -24,8 +25,20 @@ def build_model(kind: type[PreTrainedModel], config: Any, **load: Any) -> PreTra
     return kind._from_config(config, **load)
 
 
-def place_frozen(trainer: Any, model: PreTrainedModel) -> Any:
-    """Place and wrap a frozen model as TRL does its teacher."""
+def frozen(trainer: Any, model: str | PreTrainedModel, load: Mapping[str, Any]) -> Any:
+    """Load a model if it is a path, freeze it, and place and wrap it as TRL does its teacher.
+
+    Args:
+        load: loading arguments of a path; a dtype can be a name.
+    """
+    if isinstance(model, str):
+        arguments = {"trust_remote_code": trainer.args.trust_remote_code} | dict(load)
+        if arguments.get("dtype") not in ("auto", None):
+            arguments["dtype"] = getattr(torch, arguments["dtype"])
+        if trainer.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            arguments["device_map"] = None
+        model = load_causal_lm(model, **arguments)
+    model.requires_grad_(False)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
