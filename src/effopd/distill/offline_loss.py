@@ -27,6 +27,7 @@ def clipped_advantage(teacher_logp_N: Tensor, student_logp_N: Tensor, clip: floa
     """A = clip(log q(y) − log π_θ(y), −c, c) [N], in nats, without gradient.
 
     Example:
+        >>> import torch
         >>> clipped_advantage(torch.tensor([-1.0, -30]), torch.tensor([-3.0, -1]), 10).tolist()
         [2.0, -10.0]
     """
