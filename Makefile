@@ -3,6 +3,7 @@
 # make test  the whole test suite, on WORKERS=2 cores
 # make test-fast  the inner loop: without the tests marked slow
 # make lint  ruff and mypy
+# make docs  the documentation site, with warnings as errors: site/
 # Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo real-model test test-fast lint format clean
+.PHONY: demo real-model test test-fast lint format docs clean
 
 demo: $(READY)
 	$(BIN)/effopd quickstart --output_dir runs/demo
@@ -44,6 +45,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # torch first, at the pinned version; a CPU build is enough
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,4 +60,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
