@@ -1,4 +1,4 @@
-"""`scorer="next_batch_loss"`: what it scores, and that the host trains on as if nothing happened."""
+"""`scorer="next_batch_loss"`: its scores, and that the host trains as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def decisions(root):
     """Searches without what depends on the clock."""
     times = ("seconds", "time")
     return [
-        {k: v for k, v in row.items() if k not in times} | {"trials": [(t["scale"], t["score"]) for t in row["trials"]]}
+        {k: v for k, v in row.items() if k not in times}
+        | {"trials": [(t["scale"], t["score"]) for t in row["trials"]]}
         for row in searches(root)
     ]
 
@@ -110,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(moved, host):
 
 @pytest.mark.slow
 def test_rejected_candidates_leave_no_trace(host, tmp_path):
-    """Weights, logged metrics and counters are those of a run without a look-ahead, with dropout."""
+    """Weights, metrics and counters are those of a run without a look-ahead, also with dropout."""
     plain = host(tmp_path / "plain", 0.1)
     plain.train()
     stays = look(host(tmp_path / "stays", 0.1), STAYS)
@@ -218,8 +219,10 @@ def test_losses_that_rank_weights():
 
 def test_rows_of_a_batch():
     ids = torch.arange(6).reshape(3, 2)
-    batch = {"input_ids": ids, "lengths": torch.tensor([2, 1, 2]), "texts": ["a", "b", "c"], "scale": torch.tensor(5.0),
-             "name": "x", "nothing": None}  # fmt: skip
+    batch = {
+        "input_ids": ids, "lengths": torch.tensor([2, 1, 2]), "texts": ["a", "b", "c"], "scale": torch.tensor(5.0),
+        "name": "x", "nothing": None,
+    }  # fmt: skip
     parts = split_examples(batch)
     assert [part["input_ids"].tolist() for part in parts] == [[[0, 1]], [[2, 3]], [[4, 5]]]
     assert [part["texts"] for part in parts] == [["a"], ["b"], ["c"]]
