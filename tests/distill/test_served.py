@@ -1,4 +1,4 @@
-"""A teacher behind a server: the loss on its top k, the protocol, faults, checks, and whole runs."""
+"""A teacher behind a server: the loss on its top k, protocol, faults, checks, and whole runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def support_of(logq_NV, top_k, targets_N) -> Support:
 
 @pytest.fixture(scope="module")
 def setting():
-    """Student head and hidden states, the teacher's log-probabilities, and tokens of the student."""
+    """Student head and hidden states, the teacher's log-probabilities, the student's tokens."""
     torch.manual_seed(0)
     head = Head(torch.randn(V, H), torch.randn(V), 1.0, None)
     hidden_NH = torch.randn(N, H)
@@ -233,14 +233,8 @@ def test_a_fault_that_persists_and_a_server_that_is_gone(server, teacher):
 def test_divergences_with_k_of_v_are_the_local_ones(server, teacher, student):
     batch = batch_of()
     (exact,) = divergences(student, server.model, [batch], vocab_size=64, beta=1.0, temperature=1.0)
-    prompts = [
-        row[mask.bool()].tolist()[: 3 + i]
-        for i, (row, mask) in enumerate(zip(batch.ids_BL, batch.mask_BL, strict=True))
-    ]
-    answers = [
-        row[mask.bool()].tolist()[3 + i :]
-        for i, (row, mask) in enumerate(zip(batch.ids_BL, batch.mask_BL, strict=True))
-    ]
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.ids_BL, batch.mask_BL, strict=True)]
+    prompts, answers = [row[: 3 + i] for i, row in enumerate(rows)], [row[3 + i :] for i, row in enumerate(rows)]
     sums, _ = reverse_kl_of_completions(student, server.model, prompts, answers, vocab_size=64, pad_token_id=0)
     ours = kl_of_completions(student, teacher, prompts, answers, pad_token_id=0, temperature=1.0, batch_size=2)
     assert [each.kl for each in ours] == pytest.approx(sums, rel=1e-5)
@@ -292,7 +286,7 @@ def test_another_tokenizer_a_smaller_vocabulary_a_limit_and_a_length_are_refused
 @pytest.mark.parametrize(
     "more",
     [
-        {"temperature": 0.7}, {"teacher_model_name_or_path": "x"}, {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+        {"temperature": 0.7}, {"teacher_model_name_or_path": "x"}, {"teacher_model_revision": "x"},
         {"loss_type": "sampled", "baseline": "value"}, {"loss_type": "sampled", "samples_per_prefix": 2},
         {"lambda_extrapolation": 1.25, "reference_model_name_or_path": "x"}, {"rollouts": "x"},
     ],
@@ -381,7 +375,7 @@ def test_k_of_8_trains_with_every_loss(server, tmp_path, loss):
 
 
 def test_a_run_that_lost_its_server_resumes_as_if_it_had_not(server, tmp_path):
-    """The server dies in step 4, after the checkpoint of step 2; the run ends with a typed error."""
+    """The server dies in step 4, after the checkpoint of step 2; the run ends with an error."""
     server.faults.clear()
     more = ROOM | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "teacher_top_k": 16}
     served_run(server.url, tmp_path / "whole", "line_search", **more).train()

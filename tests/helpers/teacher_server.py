@@ -24,6 +24,7 @@ class TeacherServer:
     Args:
         vocab_size: rows of the vocabulary that the server knows; default: the model's.
         max_logprobs: largest `prompt_logprobs`.
+        port: 0: a free one.
 
     Attributes:
         faults: names of `FAULTS`, or "down"; the next request takes the first. "down" stays.
@@ -32,7 +33,14 @@ class TeacherServer:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_model_len: int = 128, max_logprobs: int = 10**9, vocab_size: int = 0
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_model_len: int = 128,
+        max_logprobs: int = 10**9,
+        vocab_size: int = 0,
+        port: int = 0,
     ):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
@@ -57,7 +65,7 @@ class TeacherServer:
                 else:
                     owner.complete(self, body)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -68,6 +76,10 @@ class TeacherServer:
 
     def __exit__(self, *error):
         self.close()
+
+    def wait(self):
+        """Return when the server is closed."""
+        self._closing.wait()
 
     def close(self):
         self._closing.set()
@@ -102,6 +114,7 @@ class TeacherServer:
             return self.reply(handler, 429, {"error": {"message": "busy"}}, Retry_After="0")
         if fault == "slow":
             self._closing.wait(30)
+            return None  # the client has given up
         sequences, top_k = body["prompt"], body["prompt_logprobs"]
         if refusal := self.refusal(sequences, top_k):
             return self.reply(handler, 400, {"error": {"message": refusal, "type": "BadRequestError", "code": 400}})

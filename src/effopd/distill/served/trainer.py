@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from effopd.common.distributed import raise_on_all_ranks
 from effopd.distill.config import OPDConfig
 from effopd.distill.divergence import Answers, Head, Predictions, interior_factor, token_logprobs, weighted_mean
 from effopd.distill.evaluate_student import evaluate_trainer
@@ -95,7 +96,7 @@ class ServedOPDTrainer(OPDTrainer):
             )
         category = "teacher" if self.model.training else "eval"
         with self.ledger.track(category):
-            support = self.served.support(batch)
+            support = raise_on_all_ranks(lambda: self.served.support(batch))
         self.ledger.count(category, forward=batch.tokens)
         return support
 
