@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.teacher_server import TeacherServer
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 from helpers.tiny_run import make_trainer
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig
 from effopd.commands.main import main
@@ -375,9 +377,9 @@ def test_k_of_8_trains_with_every_loss(server, tmp_path, loss):
 
 
 def test_a_run_that_lost_its_server_resumes_as_if_it_had_not(server, tmp_path):
-    """The server dies in step 4, after the checkpoint of step 2; the run ends with an error."""
+    """The server dies in step 3, after the checkpoint of step 2; the run ends with an error."""
     server.faults.clear()
-    more = ROOM | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "teacher_top_k": 16}
+    more = ROOM | {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "teacher_top_k": 16}
     served_run(server.url, tmp_path / "whole", "line_search", **more).train()
     trainer = served_run(server.url, tmp_path / "part", "line_search", **more)
     steps = []
@@ -385,7 +387,7 @@ def test_a_run_that_lost_its_server_resumes_as_if_it_had_not(server, tmp_path):
 
     def dying(*args, **kwargs):
         steps.append(1)
-        if len(steps) == 4:
+        if len(steps) == 3:
             server.faults.append("down")
         return train(*args, **kwargs)
 
@@ -396,13 +398,13 @@ def test_a_run_that_lost_its_server_resumes_as_if_it_had_not(server, tmp_path):
     server.faults.append("nan")  # a fault after the resume is repeated
     resumed = served_run(server.url, tmp_path / "part", "line_search", **(more | {"teacher_server_retries": 1}))
     resumed.train(resume_from_checkpoint=True)
-    files = [tmp_path / name / "checkpoints" / "step-000004" / "model.safetensors" for name in ("whole", "part")]
+    files = [tmp_path / name / "checkpoints" / "step-000003" / "model.safetensors" for name in ("whole", "part")]
     whole, part = map(load_file, files)
     assert all(torch.equal(whole[name], part[name]) for name in whole)
     scales = [
         [row["accepted_scale"] for row in read_rows(tmp_path / name / "searches.jsonl")] for name in ("whole", "part")
     ]
-    assert scales[0] == scales[1] and len(scales[0]) == 3
+    assert scales[0] == scales[1] and len(scales[0]) == 2
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -411,20 +413,28 @@ def test_a_run_that_lost_its_server_resumes_as_if_it_had_not(server, tmp_path):
 def test_the_recipe_dry_runs_with_and_without_its_server(server, tmp_path, capsys, monkeypatch):
     recipe = Path(__file__).parents[2] / "recipes" / "served-teacher.yaml"
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--config", str(recipe), "--dry_run"]) == 0
+    small = ["train", "--config", str(recipe), "--train_size", "64", "--eval_size", "8"]
+    gone = ["--teacher_server", "http://127.0.0.1:9", "--teacher_server_retries", "0"]
+    assert main([*small, *gone, "--dry_run"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "none in memory" in out and "no answer from the server" in out
     assert not list(tmp_path.iterdir())
     server.faults.clear()
-    assert main(["train", "--config", str(recipe), "--dry_run", "--teacher_server", server.url]) == 2
+    assert main([*small, "--dry_run", "--teacher_server", server.url]) == 2
     assert "tokenizer of its model 'tiny-teacher' differs" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
-    flags = ["train", "--config", str(recipe), "--teacher_server", "http://127.0.0.1:9", "--teacher_server_retries=0"]
-    assert main(flags) == 2
+    assert main([*small, *gone]) == 2
     said = capsys.readouterr().err
     assert "gave no usable reply" in said and "Traceback" not in said and not list(tmp_path.iterdir())
 
 
-def test_no_real_server_here():
-    """`vllm serve` with the protocol of the small server; needs vLLM and a model."""
-    pytest.importorskip("vllm", reason="vLLM is not installed; tests/helpers/teacher_server.py has its protocol")
+def test_a_real_server():
+    """A server that the environment names answers like the small one."""
+    url, name = os.environ.get("EFFOPD_TEACHER_SERVER"), os.environ.get("EFFOPD_TEACHER_TOKENIZER")
+    if not url or not name:
+        pytest.skip("needs EFFOPD_TEACHER_SERVER, the URL of a vLLM server, and EFFOPD_TEACHER_TOKENIZER, its model")
+    real = AutoTokenizer.from_pretrained(name)
+    teacher = open_teacher(settings(url, teacher_top_k=8, teacher_server_timeout=60.0), real, len(real))
+    ids = real("The capital of France is Paris.")["input_ids"]
+    (scored,) = teacher.score([ids], [1])
+    assert scored.logq.shape == (len(ids) - 1, 8) and (scored.logq[:, 0] >= scored.sampled - 1e-6).all()

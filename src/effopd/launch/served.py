@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from effopd.distill.config import OPDConfig
-from effopd.distill.served.checks import open_client, open_teacher, reachable
+from effopd.distill.served.checks import open_teacher, reachable
 from effopd.distill.served.teacher import ServedTeacher
 from effopd.launch.run_models import NamedModel
 
@@ -37,9 +37,8 @@ def served_text(opd: OPDConfig, tokenizer: Any, student: NamedModel | None, long
     place = f"{opd.teacher_server}, top {opd.teacher_top_k} tokens; none in memory"
     if tokenizer is None or student is None:
         return f"{place}; not checked (the student is not in a local folder)"
-    client = open_client(opd)
-    if not reachable(client):
+    if not reachable(opd):
         return f"{place}; not checked (no answer from the server)"
     rows = student.meta.config.get_text_config().vocab_size
-    teacher = open_teacher(opd, tokenizer, rows, prompt=longest, client=client)
+    teacher = open_teacher(opd, tokenizer, rows, prompt=longest)
     return f"{teacher.model} at {place}; tokenizer, vocabulary and length checked"

@@ -22,17 +22,10 @@ KNOWN = (
 _ENTRIES = 256
 
 
-def open_client(args: ServedArguments) -> TeacherClient:
-    """The client for a run's settings."""
-    return TeacherClient(
-        str(args.teacher_server), timeout=args.teacher_server_timeout, retries=args.teacher_server_retries
-    )
-
-
-def reachable(client: TeacherClient) -> bool:
-    """Whether the server answers a single attempt."""
+def reachable(args: ServedArguments) -> bool:
+    """Whether the server answers a single attempt within 5 seconds."""
     try:
-        client.call(MODELS, once=True)
+        TeacherClient(str(args.teacher_server), timeout=min(5.0, args.teacher_server_timeout), retries=0).call(MODELS)
     except TeacherServerError:
         return False
     return True
@@ -44,7 +37,6 @@ def open_teacher(
     vocab_size: int,
     *,
     prompt: int | None = None,
-    client: TeacherClient | None = None,
 ) -> ServedTeacher:
     """The teacher of a run, after all checks of its server.
 
@@ -60,7 +52,9 @@ def open_teacher(
             server refuses the number of log-probabilities.
         ConfigError: the server accepts shorter sequences than those of the run.
     """
-    client = client if client is not None else open_client(args)
+    client = TeacherClient(
+        str(args.teacher_server), timeout=args.teacher_server_timeout, retries=args.teacher_server_retries
+    )
     model, longest = client.call(MODELS, read=lambda reply: _served(reply))
     _check_tokenizer(client, model, tokenizer)
     wanted = (prompt or 1) + args.max_completion_length + 1

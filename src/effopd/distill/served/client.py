@@ -79,20 +79,17 @@ class TeacherClient:
         self._lock = threading.Lock()
         self.received_bytes, self.requests, self.retried = 0, 0, 0
 
-    def call(
-        self, path: str, body: Any = None, read: Callable[[Any], T] = lambda reply: reply, *, once: bool = False
-    ) -> T:
+    def call(self, path: str, body: Any = None, read: Callable[[Any], T] = lambda reply: reply) -> T:
         """`read(reply)` of a GET, or of a POST with `body`.
 
         Args:
             read: converts the reply; raises `UnusableReplyError` if the reply is unusable.
-            once: make one attempt only.
 
         Raises:
             TeacherServerError: no attempt succeeded.
             CompatibilityError: the server refused the request for its content.
         """
-        retries, wait = (0 if once else self._retries), self._wait
+        retries, wait = self._retries, self._wait
         for attempt in range(retries + 1):
             hold = 0.0
             try:
