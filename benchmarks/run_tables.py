@@ -20,6 +20,7 @@ from effopd.runs.records import (
     Health,
     SearchMetrics,
     SearchRecord,
+    Served,
     StepRecord,
     TrialRecord,
 )
@@ -29,6 +30,7 @@ MARK = "<!-- From here on written by benchmarks/run_tables.py, from src/effopd/r
 SECTIONS: dict[str, type[Record]] = {
     f"`{METRICS}`": StepRecord,
     f"`health/…` in `{METRICS}`": Health,
+    f"`served/…` in `{METRICS}`": Served,
     f"`effopd/…` in `{METRICS}`": SearchMetrics,
     f"`{EVALS}`": EvaluationRecord,
     f"`{SEARCHES}`": SearchRecord,

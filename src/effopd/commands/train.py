@@ -75,7 +75,9 @@ def train_parser():
             return given, rest
 
         def optional(self, given):
-            return ("teacher_model_name_or_path", "task") if given.rollouts else ()
+            if given.rollouts:
+                return ("teacher_model_name_or_path", "task")
+            return ("teacher_model_name_or_path",) if given.teacher_server else ()
 
     configs = [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()]
     parser = Parser(

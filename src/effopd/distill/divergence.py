@@ -49,6 +49,10 @@ class Predictions(NamedTuple):
         """Copy with the hidden states, but not the head, on `device`."""
         return Predictions(self.hidden_BTH.to(device), self.head)
 
+    def finite(self) -> bool:
+        """Whether all hidden states are finite."""
+        return bool(torch.isfinite(self.hidden_BTH).all())
+
 
 class Answers(NamedTuple):
     """The T answer tokens of a batch.

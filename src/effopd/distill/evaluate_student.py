@@ -16,6 +16,8 @@ from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, ran
 from effopd.common.isolation import evaluating
 from effopd.common.statistics import accuracy_interval, ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.distill.served.measure import AnswerKL, kl_of_completions
+from effopd.distill.served.teacher import ServedTeacher
 from effopd.runs.missing_answers import AnswerWatch, Counts
 from effopd.tasks.base import Grading, Task, verdict_counts
 from effopd.tasks.evaluate import evaluate
@@ -23,7 +25,9 @@ from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
 
 
-def evaluate_trainer(trainer: Any, task: Task, teacher: PreTrainedModel | None) -> tuple[dict[str, float], int]:
+def evaluate_trainer(
+    trainer: Any, task: Task, teacher: PreTrainedModel | ServedTeacher | None
+) -> tuple[dict[str, float], int]:
     """`evaluate_task` for the student and the settings of a distillation trainer.
 
     Args:
@@ -31,15 +35,16 @@ def evaluate_trainer(trainer: Any, task: Task, teacher: PreTrainedModel | None) 
         teacher: the trainer's teacher as it holds it, or `None`.
     """
     unwrap = trainer.accelerator.unwrap_model
+    whole = teacher if teacher is None or isinstance(teacher, ServedTeacher) else unwrap(teacher)
     return evaluate_task(
-        unwrap(trainer.model), None if teacher is None else unwrap(teacher), trainer.text_tokenizer, task,
+        unwrap(trainer.model), whole, trainer.text_tokenizer, task,
         trainer.args, vocab_size=trainer.vocab_size, autocast=trainer.accelerator.autocast, watch=trainer.answer_watch,
     )  # fmt: skip
 
 
 def evaluate_task(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | ServedTeacher | None,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     args: Any,
@@ -55,7 +60,8 @@ def evaluate_task(
     the whole result. `args.eval_greedy` adds the accuracy of greedy decoding.
 
     Args:
-        teacher: `None`: no `kl`, `kl_se` and `loss`.
+        teacher: `None`: no `kl`, `kl_se` and `loss`. A served teacher: `kl` is that of its support
+            (`effopd.distill.served.support`), and `tail_mass` and `tail_kl` are added.
         watch: warns on rank 0 if nearly no answer can be graded.
 
     Returns:
@@ -71,6 +77,12 @@ def evaluate_task(
     if teacher is not None:
         kl, error = ratio_with_error([answer.kl for answer in sampled], [answer.tokens for answer in sampled])
         metrics = {"kl": kl, "kl_se": error, "loss": kl}
+    if isinstance(teacher, ServedTeacher):
+        tokens = max(1, sum(answer.tokens for answer in sampled))
+        metrics |= {
+            "tail_mass": sum(answer.tail_mass for answer in sampled) / tokens,
+            "tail_kl": sum(answer.tail_kl for answer in sampled) / tokens,
+        }
     metrics |= _accuracy("accuracy", sampled)
     greedy = answers.at(0.0) if args.eval_greedy else []
     if greedy:
@@ -98,6 +110,8 @@ class _Answer(NamedTuple):
     scored: bool  # has a verifier score above 0
     verdict: str | None  # of a verifier that runs programs
     example: str  # of one answer of each rank that has nothing to grade, the text
+    tail_mass: float = 0.0  # of a served teacher outside its top k, sum over tokens
+    tail_kl: float = 0.0  # estimate of what `kl` leaves out there, in nats
 
 
 def _counts(answers: Sequence[_Answer]) -> Counts:
@@ -133,12 +147,12 @@ class _Answers:
     vocab_size: int
     autocast: Callable[[], AbstractContextManager]
 
-    def at(self, temperature: float, teacher: PreTrainedModel | None = None) -> list[_Answer]:
+    def at(self, temperature: float, teacher: PreTrainedModel | ServedTeacher | None = None) -> list[_Answer]:
         """One answer per prompt, in order; each rank samples a share, all ranks get all answers."""
         shares = all_gather_or_raise(lambda: self._of_this_rank(temperature, teacher))
         return merge_from_ranks(shares, len(self.task))
 
-    def _of_this_rank(self, temperature: float, teacher: PreTrainedModel | None) -> list[_Answer]:
+    def _of_this_rank(self, temperature: float, teacher: PreTrainedModel | ServedTeacher | None) -> list[_Answer]:
         task = self.task.subset(split_between_ranks(self.task.examples))
         silent = self.args.disable_tqdm or rank() > 0
         with tqdm(total=len(task), desc="evaluate", leave=False, disable=silent or None) as bar:
@@ -151,7 +165,7 @@ class _Answers:
                 progress=bar.update,
             )
         completions = [row[0] for row in result.completions]
-        kl = [0.0] * len(task)
+        kl = [AnswerKL()] * len(task)
         if teacher is not None:  # `if teacher` would call len() on a compiled module
             kl = self._kl(teacher, completions)
         reported = task.answers_found([completion.marked for completion in completions])
@@ -162,12 +176,14 @@ class _Answers:
                 correct,
                 len(c.completion_ids),
                 c.truncated,
-                kl_sum,
+                kl_sum.kl,
                 to_grade,
                 not c.text.strip(),
                 score > 0,
                 verdict,
                 "",
+                kl_sum.tail_mass,
+                kl_sum.tail_kl,
             )
             for c, (correct,), (score,), kl_sum, to_grade, verdict in zip(
                 completions, result.correct, result.scores, kl, gradable, verdicts, strict=True
@@ -179,20 +195,22 @@ class _Answers:
                 break
         return answers
 
-    def _kl(self, teacher: PreTrainedModel, completions: Sequence[Completion]) -> list[float]:
+    def _kl(self, teacher: PreTrainedModel | ServedTeacher, completions: Sequence[Completion]) -> list[AnswerKL]:
         """KL(student ‖ teacher) of each answer, in nats, summed over its tokens."""
+        prompts = [completion.prompt_ids for completion in completions]
+        answers = [completion.completion_ids for completion in completions]
+        ends: dict[str, Any] = {
+            "pad_token_id": self.tokenizer.pad_token_id, "temperature": self.args.temperature,
+            "batch_size": self.args.per_device_eval_batch_size,
+        }  # fmt: skip
+        if isinstance(teacher, ServedTeacher):
+            with evaluating(self.student), self.autocast():
+                return kl_of_completions(self.student, teacher, prompts, answers, **ends)
         with evaluating(self.student, teacher), self.autocast():
             sums, _ = reverse_kl_of_completions(
-                self.student,
-                teacher,
-                [completion.prompt_ids for completion in completions],
-                [completion.completion_ids for completion in completions],
-                vocab_size=self.vocab_size,
-                pad_token_id=self.tokenizer.pad_token_id,
-                temperature=self.args.temperature,
-                batch_size=self.args.per_device_eval_batch_size,
+                self.student, teacher, prompts, answers, vocab_size=self.vocab_size, **ends
             )
-        return sums
+        return [AnswerKL(each) for each in sums]
 
 
 def _sampling(args: Any, temperature: float) -> Sampling:

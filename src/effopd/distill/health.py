@@ -32,7 +32,7 @@ class HealthProbe:
 
     def __init__(self, tokens: int, temperature: float):
         self._tokens, self._temperature = tokens, temperature
-        self._rows: dict[str, Tensor] | None = None
+        self._rows: dict[str, Any] | None = None
         self._gap = [0.0, 0.0]  # Σ |Δ log p| and number of tokens in the current step
 
     def due(self, state: Any) -> bool:
@@ -59,7 +59,7 @@ class HealthProbe:
             index_N, position_N = spread_subset(answers.mask_BT, self._tokens)
             self._rows = {
                 "student": student.hidden_BTH.detach().flatten(0, 1)[index_N],
-                "teacher": teacher.hidden_BTH.flatten(0, 1)[index_N],
+                "teacher": self._kept(teacher, index_N),
                 "targets": answers.ids_BT.reshape(-1)[index_N],
                 "position": position_N,
             }
@@ -95,12 +95,20 @@ class HealthProbe:
         if rows is not None:
             student, teacher = heads()
             logits_NV = rows["logits"] if "logits" in rows else student.logits(rows["student"], self._temperature)
-            other_NV = teacher.logits(rows["teacher"], self._temperature)
-            metrics = health_metrics(logits_NV, other_NV, rows["targets"], rows["position"])
+            metrics = self._rows_measured(logits_NV, teacher, rows)
         (total, tokens), self._gap = self._gap, [0.0, 0.0]
         if tokens:
             metrics["sampler_logp_gap"] = total / tokens
         return {f"health/{name}": value for name, value in metrics.items()}
+
+    def _kept(self, teacher: Any, index_N: Tensor) -> Any:
+        """What the metrics need of the teacher, at positions with these indices into B·T."""
+        return teacher.hidden_BTH.flatten(0, 1)[index_N]
+
+    def _rows_measured(self, logits_NV: Tensor, teacher: Any, rows: dict[str, Any]) -> dict[str, float]:
+        """`health_metrics` of the kept rows, from the student's logits and the teacher's head."""
+        other_NV = teacher.logits(rows["teacher"], self._temperature)
+        return health_metrics(logits_NV, other_NV, rows["targets"], rows["position"])
 
 
 @torch.no_grad()

@@ -85,6 +85,11 @@ METHODS: tuple[Method, ...] = (
     ),
     # -- data
     Method(
+        "served teacher", "data", "", "--teacher_server URL --teacher_top_k K",
+        "divergence of the teacher's top k and one outcome for the rest", "teacher, token", "", True,
+        ("teacher top-k",),
+    ),
+    Method(
         "Lightning OPD", "data", "2604.13010", "effopd cache, then --rollouts DIR",
         "reverse KL, policy gradient with a clipped advantage", "teacher, token, stored",
         "drift of the student is watched", False, _SAMPLED,

@@ -71,7 +71,11 @@ class ObjectiveArguments:
         },
     )
     teacher_top_k: int = field(
-        default=32, metadata={"help": "loss_type teacher_top_k: number of the teacher's likeliest tokens per prefix."}
+        default=32,
+        metadata={
+            "help": "loss_type teacher_top_k, or any loss with teacher_server: number of the teacher's likeliest "
+            "tokens per prefix."
+        },
     )
     highest_entropy_share: float = field(
         default=1.0,
@@ -111,6 +115,8 @@ class ObjectiveArguments:
                 raise ConfigError(f"{name} must be one of {', '.join(names)}; got {getattr(self, name)!r}.")
         defaults = {f.name: f.default for f in fields(self)}
         for name, loss in ONLY_FOR.items():
+            if name == "teacher_top_k" and getattr(self, "teacher_server", None) is not None:
+                continue
             if getattr(self, name) != defaults[name] and self.loss_type != loss:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is read only with loss_type={loss!r}, got "

@@ -152,7 +152,8 @@ def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, or its
             logits have a form that this package or the host's loss does not support.
     """
-    if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
+    own = getattr(trainer, "scored_divergence", None)  # a trainer whose teacher is no model in memory
+    if own is None and (not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None):
         raise ConfigError(
             "the scorer 'teacher_kl' measures the divergence from the teacher on new rollouts: expected an OPDTrainer "
             f"or a trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, "
@@ -160,7 +161,7 @@ def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
         )
     check_rollouts(trainer.args, rollouts)
     _warn_of_few(trainer.args, wanted_rollouts(trainer.args, rollouts))
-    divergence = TrainedDivergence(trainer)
+    divergence = TrainedDivergence(trainer) if own is None else own()
     return RolloutScorer(divergence, -(-wanted_rollouts(trainer.args, rollouts) // world_size()))
 
 

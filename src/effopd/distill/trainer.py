@@ -8,7 +8,7 @@ Differs from TRL (see also `RunMixin`):
   change them.
 - `bf16=True` also works on one process.
 
-Left out: a remote teacher, and features that TRL's trainer itself rejects.
+A teacher behind a server: `effopd.distill.served`. Left out: features that TRL's trainer rejects.
 """
 
 from __future__ import annotations
@@ -97,13 +97,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         **kwargs: Any,
     ):
         args = args if args is not None else OPDConfig()
-        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if teacher_model is None or (teacher_model is model and isinstance(model, PreTrainedModel)):
-            raise ConfigError(
-                "OPDTrainer needs a separate teacher: expected a path or a model object other than the student, got "
-                f"{'none' if teacher_model is None else 'the student object itself, which is trained'}. "
-                "Pass teacher_model, or --teacher_model_name_or_path."
-            )
+        teacher_model = self._named_teacher(teacher_model, model, args)
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
         check_dataset(train_dataset, rollouts_per_step(args))
@@ -113,6 +107,28 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
         self.health = HealthProbe(args.health_tokens, self.temperature)
+        self._mixture_head: Head | None = None
+        self._open_models(teacher_model, reference_model)
+        self._open_rollouts()
+        self._attach_run()
+        if args.rollout_horizon != "full":
+            self.add_callback(HorizonCallback(self))
+        if args.updates_per_rollouts > 1:
+            self.add_callback(RolloutCycleCallback(self))
+
+    def _named_teacher(self, teacher: Any, student: Any, args: OPDConfig) -> Any:
+        """The teacher as a path or a model other than the student."""
+        teacher = teacher if teacher is not None else args.teacher_model_name_or_path
+        if teacher is None or (teacher is student and isinstance(student, PreTrainedModel)):
+            raise ConfigError(
+                "OPDTrainer needs a separate teacher: expected a path or a model object other than the student, got "
+                f"{'none' if teacher is None else 'the student object itself, which is trained'}. "
+                "Pass teacher_model, or --teacher_model_name_or_path."
+            )
+        return teacher
+
+    def _open_models(self, teacher_model: Any, reference_model: Any) -> None:
+        """Load and check the frozen models; sets `vocab_size`."""
         self.teacher_model = self._prepare_frozen(teacher_model, "teacher")
         self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
         student = self.accelerator.unwrap_model(self.model)
@@ -121,16 +137,9 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             for role, other in (("teacher", self.teacher_model), ("reference", self.reference_model))
             if other is not None
         )
-        self._mixture_head: Head | None = None
         check_models(
             student, {"teacher": self.teacher_model, "reference": self.reference_model}, generates=not self.use_vllm
         )
-        self._open_rollouts()
-        self._attach_run()
-        if args.rollout_horizon != "full":
-            self.add_callback(HorizonCallback(self))
-        if args.updates_per_rollouts > 1:
-            self.add_callback(RolloutCycleCallback(self))
 
     @staticmethod
     def _check_reference(reference, student, args: OPDConfig) -> None:
@@ -179,7 +188,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         if self.args.loss_type == "negative_advantage" and training and not due:
             teacher = None  # the loss has no target
         else:
-            teacher = self._frozen(self.teacher_model, batch, multimodal)
+            teacher = self._teacher_at(batch, multimodal)
         head = Head.of(student, self.vocab_size)
         reference = None
         if self.reference_model is not None and training:  # evaluation is against the teacher
@@ -201,6 +210,10 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         return completion_hidden_states(
             model, ids_BL, mask_BL, keep, multiple_of=self.pad_to_multiple_of, **multimodal
         )
+
+    def _teacher_at(self, batch: TokenBatch, multimodal: dict[str, Any]) -> Any:
+        """The teacher at the answer tokens of a micro-batch."""
+        return self._frozen(self.teacher_model, batch, multimodal)
 
     def _frozen(self, model, batch: TokenBatch, multimodal: dict[str, Any]) -> Predictions:
         """Predictions of the teacher or reference; in training both are charged as `teacher`."""
@@ -253,11 +266,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
 
     def _not_finite(self, **models: Predictions | None) -> NonFiniteLossError:
         """Error that names the models with non-finite hidden states; the host would train on."""
-        bad = [
-            role
-            for role, made in models.items()
-            if made is not None and not bool(torch.isfinite(made.hidden_BTH).all())
-        ]
+        bad = [role for role, made in models.items() if made is not None and not made.finite()]
         return NonFiniteLossError(
             f"the loss of step {self.state.global_step + 1} is not finite; hidden states that are not finite: "
             f"{' and '.join(bad) or 'none, so the loss itself overflowed'}. Nothing was updated in this step. "

@@ -110,6 +110,7 @@ RANGES: dict[str, Range] = {
     "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
     # this package's objectives
     "baseline_top_k": _FROM_0, "samples_per_prefix": _FROM_1, "teacher_top_k": Range(2),
+    "teacher_server_timeout": _ABOVE_0, "teacher_server_retries": _FROM_0, "teacher_server_concurrency": _FROM_1,
     "highest_entropy_share": _PART, "negative_advantage": _ABOVE_0, "lowest_logp_share": _PART,
     "beta_decay": _FROM_0, "beta_min": _FROM_0,
     "k_step_lookahead": Range(2, also=(0,)), "k_step_lookahead_alpha": _PART,

@@ -5,7 +5,7 @@ It makes all checks of the run itself that need neither weights nor network, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from effopd.launch.opd import (
 )
 from effopd.launch.prompts import Prompts, evaluates, load_prompts
 from effopd.launch.run_checks import check_space
-from effopd.launch.run_models import check_lengths, tokenizer_of
+from effopd.launch.run_models import NamedModel, check_lengths, tokenizer_of
+from effopd.launch.served import served_text
 from effopd.tasks import check_grading, needs_network
 from effopd.tasks.code.rows import shapes_text
 
@@ -37,15 +38,15 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     Raises:
         EffOPDError: a check of the run fails.
     """
-    rows, stored = _checked(settings)
+    rows, stored, served = _checked(settings)
     run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
-    for name, value in _run_rows(settings, rows, stored):
+    for name, value in _run_rows(settings, rows, stored, served):
         run.add_row(name, value)
     return run, _memory_table(settings, rows)
 
 
-def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None]:
-    """Run the checks; return (prompts, stored rollouts).
+def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None, str]:
+    """Run the checks; return (prompts, stored rollouts, line on the teacher's server).
 
     The prompts are `None` if loading them needs the network.
     """
@@ -58,7 +59,7 @@ def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None]:
     if needs_network(task):
         if why_answers(opd, effopd) or task.verifier is not None:
             check_grading(task)
-        return None, stored
+        return None, stored, _server(settings, tokenizer, models, None)
     rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
     check_prompts(settings, rows.train, stored)
     if stored is not None:
@@ -66,7 +67,11 @@ def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None]:
     if on_disk:
         check_lengths(models, rows.longest, opd.max_completion_length)
         check_space(model, opd, models, len(rows.train), rollouts_per_step(opd), effopd=effopd.enabled)
-    return rows, stored
+    return rows, stored, _server(settings, tokenizer, models, rows.longest)
+
+
+def _server(settings: RunSettings, tokenizer: Any, models: Sequence[NamedModel], longest: int | None) -> str:
+    return served_text(settings.opd, tokenizer, next(iter(models), None), longest) if settings.opd.served else ""
 
 
 def _models_on_disk(settings: RunSettings) -> bool:
@@ -74,7 +79,9 @@ def _models_on_disk(settings: RunSettings) -> bool:
     return all(Path(name).is_dir() for name in names)
 
 
-def _run_rows(settings: RunSettings, rows: Prompts | None, stored: Stored | None) -> Iterator[tuple[str, str]]:
+def _run_rows(
+    settings: RunSettings, rows: Prompts | None, stored: Stored | None, served: str
+) -> Iterator[tuple[str, str]]:
     opd, task, effopd = settings.opd, settings.task, settings.effopd
     yield (
         "student",
@@ -87,6 +94,8 @@ def _run_rows(settings: RunSettings, rows: Prompts | None, stored: Stored | None
     if stored is not None:
         yield "rollouts", rollouts_text(stored, str(opd.rollouts))
         yield "teacher", "none in memory"
+    if served:
+        yield "teacher", served
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes

@@ -14,6 +14,7 @@ from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
+from effopd.distill.served.trainer import ServedOPDTrainer
 from effopd.distill.trainer import OPDTrainer
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
@@ -33,6 +34,7 @@ from effopd.launch.run_models import (
     on_meta,
     tokenizer_of,
 )
+from effopd.launch.served import served_teacher
 from effopd.launch.settings_yaml import plain, settings_yaml
 from effopd.tasks import Task, TaskConfig
 
@@ -66,6 +68,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     longest = longest if stored is None else max(longest or 0, stored.longest)
     check_lengths(models, longest, opd.max_completion_length)
     check_space(model, opd, models, len(train), rollouts_per_step(opd), effopd=effopd.enabled)
+    served = served_teacher(opd, tokenizer, models[0], longest)
     opd.model_init_kwargs, opd.teacher_model_init_kwargs = loading_arguments(model, opd)
     common: dict[str, Any] = {
         "processing_class": tokenizer,
@@ -74,7 +77,11 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
         "peft_config": adapter_config(model),
     }
     trainer: OPDTrainer | OfflineOPDTrainer
-    if stored is not None:
+    if served is not None:
+        trainer = ServedOPDTrainer(
+            model.model_name_or_path, opd, train_dataset=train.to_dataset(), served=served, **common
+        )
+    elif stored is not None:
         trainer = OfflineOPDTrainer(model.model_name_or_path, opd, stored=stored, **common)
     else:
         trainer = OPDTrainer(
@@ -106,7 +113,7 @@ def check_settings(settings: RunSettings) -> None:
         "--model_name_or_path": settings.model.model_name_or_path,
         "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
     }
-    if opd.offline and opd.teacher_model_name_or_path is None:
+    if (opd.offline or opd.served) and opd.teacher_model_name_or_path is None:
         del names["--teacher_model_name_or_path"]
     if opd.reference_model_name_or_path is not None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path

@@ -66,7 +66,7 @@ def model_card(
         look_ahead: the run's look-ahead; `None`: it has none.
     """
     teacher = getattr(trainer, "teacher_model", None)
-    stored = getattr(trainer, "teacher_name", "")  # the teacher of stored rollouts, which is not loaded
+    stored = getattr(trainer, "teacher_name", "")  # of stored rollouts, or at a server; not loaded
     student, adapter = trainer.model_id(trainer.model), getattr(_bare(trainer), "peft_config", None)
     packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
     tracked = _trackers(trainer)
@@ -104,7 +104,7 @@ def model_card(
         name=name,
         student=dict(facts)["student"],
         teacher=dict(facts)["teacher"],
-        offline=bool(stored),
+        offline=bool(getattr(trainer.args, "offline", False)),
         method=_method(trainer.args, trainer.method_name),
         facts=[(label, value.replace("|", "\\|")) for label, value in facts if value],
         whole=(trainer.run_dir.root / CONFIG).is_file(),
@@ -166,7 +166,10 @@ def _loss(args: Any) -> str:
         share = percent(args.lowest_logp_share)
         return f"fixed advantage −{args.negative_advantage:g} on the least likely {share} of tokens, without a teacher"
     divergence = _DIVERGENCES.get(args.beta, f"Jensen–Shannon divergence, β = {args.beta:g}")
-    return f"{divergence}, exact over the vocabulary" + (", divided by β(1−β)" if args.normalize_beta else "")
+    scope = "exact over the vocabulary"
+    if getattr(args, "teacher_server", None):
+        scope = f"of the served teacher's top {args.teacher_top_k} tokens and one outcome for the rest"
+    return f"{divergence}, {scope}" + (", divided by β(1−β)" if args.normalize_beta else "")
 
 
 def snippet(trainer: Any, student: str, *, adapter: bool) -> str:

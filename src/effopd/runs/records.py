@@ -125,6 +125,19 @@ class Health(Record, prefix="health/"):
 
 
 @dataclass(frozen=True)
+class Served(Record, prefix="served/"):
+    """With `--teacher_server`, per process: what the teacher's top k leaves out, and traffic."""
+
+    tail_mass: Annotated[Number, Column("the teacher's probability outside its top k, mean over tokens")] = None
+    student_tail_mass: Annotated[Number, Column("the student's probability there")] = None
+    tail_kl: Annotated[
+        Number, Column("estimate, from the sampled tokens, of the reverse KL that the top k leaves out", "nats")
+    ] = None
+    received_bytes: Annotated[Number, Column("received from the server since the previous step", "bytes")] = None
+    retries: Annotated[Number, Column("requests repeated since the previous step")] = None
+
+
+@dataclass(frozen=True)
 class SearchMetrics(Record, prefix="effopd/"):
     """A search in the row of its step; means if a row covers several steps (`--logging_steps`)."""
 
@@ -162,6 +175,7 @@ class StepRecord(Record):
         ),
     ] = None
     health: Annotated[Health, Group(Health)] = field(default_factory=Health)
+    served: Annotated[Served, Group(Served)] = field(default_factory=Served)
     search: Annotated[SearchMetrics, Group(SearchMetrics)] = field(default_factory=SearchMetrics)
     #: Other values that the host logged, by key.
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -181,6 +195,12 @@ class EvaluationRecord(Record, prefix="eval_"):
     accuracy_greedy: Annotated[Number, Column("share of right answers with greedy decoding (`--eval_greedy`)")] = None
     accuracy_greedy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_greedy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
+    tail_mass: Annotated[
+        Number, Column("`--teacher_server`, where `eval_kl` is a lower bound: the teacher's mass outside its top k")
+    ] = None
+    tail_kl: Annotated[
+        Number, Column("`--teacher_server`: estimate of what `eval_kl` leaves out there", "nats per token")
+    ] = None
     reward: Annotated[Number, Column("without a task: mean reward")] = None
     response_length: Annotated[Number, Column("mean length of the sampled answers", "tokens")] = None
     truncated_share: Annotated[Number, Column("share of sampled answers cut at the limit")] = None
