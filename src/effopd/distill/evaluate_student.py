@@ -16,6 +16,8 @@ from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, ran
 from effopd.common.isolation import evaluating
 from effopd.common.statistics import accuracy_interval, ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.distill.teachers.offload import in_use
+from effopd.distill.teachers.several import TeacherSet, kl_sums_by_teacher
 from effopd.runs.missing_answers import AnswerWatch, Counts
 from effopd.tasks.base import Grading, Task, verdict_counts
 from effopd.tasks.evaluate import evaluate
@@ -23,23 +25,34 @@ from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
 
 
-def evaluate_trainer(trainer: Any, task: Task, teacher: PreTrainedModel | None) -> tuple[dict[str, float], int]:
+class OwnTeachers(NamedTuple):
+    """Several teachers, each for its own rows of a task; `unwrap` removes a trainer's wrappers."""
+
+    teachers: TeacherSet
+    unwrap: Callable
+
+
+def evaluate_trainer(
+    trainer: Any, task: Task, teacher: PreTrainedModel | TeacherSet | None
+) -> tuple[dict[str, float], int]:
     """`evaluate_task` for the student and the settings of a distillation trainer.
 
     Args:
         trainer: an `OPDTrainer`, `OfflineOPDTrainer` or `TaskDGRPOTrainer`.
-        teacher: the trainer's teacher as it holds it, or `None`.
+        teacher: the trainer's teacher or teachers as it holds them, or `None`.
     """
     unwrap = trainer.accelerator.unwrap_model
+    if teacher is not None:
+        teacher = OwnTeachers(teacher, unwrap) if isinstance(teacher, TeacherSet) else unwrap(teacher)
     return evaluate_task(
-        unwrap(trainer.model), None if teacher is None else unwrap(teacher), trainer.text_tokenizer, task,
+        unwrap(trainer.model), teacher, trainer.text_tokenizer, task,
         trainer.args, vocab_size=trainer.vocab_size, autocast=trainer.accelerator.autocast, watch=trainer.answer_watch,
     )  # fmt: skip
 
 
 def evaluate_task(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | OwnTeachers | None,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     args: Any,
@@ -55,7 +68,8 @@ def evaluate_task(
     the whole result. `args.eval_greedy` adds the accuracy of greedy decoding.
 
     Args:
-        teacher: `None`: no `kl`, `kl_se` and `loss`.
+        teacher: `None`: no `kl`, `kl_se` and `loss`. With several, the KL of each answer is that to
+            its own row's teacher, and `kl_LABEL` is the mean over the rows of one teacher.
         watch: warns on rank 0 if nearly no answer can be graded.
 
     Returns:
@@ -71,6 +85,8 @@ def evaluate_task(
     if teacher is not None:
         kl, error = ratio_with_error([answer.kl for answer in sampled], [answer.tokens for answer in sampled])
         metrics = {"kl": kl, "kl_se": error, "loss": kl}
+        if isinstance(teacher, OwnTeachers):
+            metrics |= _kl_by_teacher(sampled, teacher.teachers.labels)
     metrics |= _accuracy("accuracy", sampled)
     greedy = answers.at(0.0) if args.eval_greedy else []
     if greedy:
@@ -98,6 +114,17 @@ class _Answer(NamedTuple):
     scored: bool  # has a verifier score above 0
     verdict: str | None  # of a verifier that runs programs
     example: str  # of one answer of each rank that has nothing to grade, the text
+    teacher: int = 0  # index of its row's teacher, with several
+
+
+def _kl_by_teacher(answers: Sequence[_Answer], labels: Sequence[str]) -> dict[str, float]:
+    """Mean KL per token, in nats, over the rows of each teacher that has rows."""
+    means = {}
+    for index, label in enumerate(labels):
+        mine = [answer for answer in answers if answer.teacher == index]
+        if mine:
+            means[f"kl_{label}"], _ = ratio_with_error([each.kl for each in mine], [each.tokens for each in mine])
+    return means
 
 
 def _counts(answers: Sequence[_Answer]) -> Counts:
@@ -133,12 +160,12 @@ class _Answers:
     vocab_size: int
     autocast: Callable[[], AbstractContextManager]
 
-    def at(self, temperature: float, teacher: PreTrainedModel | None = None) -> list[_Answer]:
+    def at(self, temperature: float, teacher: PreTrainedModel | OwnTeachers | None = None) -> list[_Answer]:
         """One answer per prompt, in order; each rank samples a share, all ranks get all answers."""
         shares = all_gather_or_raise(lambda: self._of_this_rank(temperature, teacher))
         return merge_from_ranks(shares, len(self.task))
 
-    def _of_this_rank(self, temperature: float, teacher: PreTrainedModel | None) -> list[_Answer]:
+    def _of_this_rank(self, temperature: float, teacher: PreTrainedModel | OwnTeachers | None) -> list[_Answer]:
         task = self.task.subset(split_between_ranks(self.task.examples))
         silent = self.args.disable_tqdm or rank() > 0
         with tqdm(total=len(task), desc="evaluate", leave=False, disable=silent or None) as bar:
@@ -151,8 +178,11 @@ class _Answers:
                 progress=bar.update,
             )
         completions = [row[0] for row in result.completions]
-        kl = [0.0] * len(task)
-        if teacher is not None:  # `if teacher` would call len() on a compiled module
+        kl, own = [0.0] * len(task), [0] * len(task)
+        if isinstance(teacher, OwnTeachers):
+            own = teacher.teachers.indices(task.examples)
+            kl = self._kl_to_own(teacher, own, completions)
+        elif teacher is not None:  # `if teacher` would call len() on a compiled module
             kl = self._kl(teacher, completions)
         reported = task.answers_found([completion.marked for completion in completions])
         gradable: Sequence[bool | None] = [None] * len(task) if reported is None else reported
@@ -168,9 +198,10 @@ class _Answers:
                 score > 0,
                 verdict,
                 "",
+                index,
             )
-            for c, (correct,), (score,), kl_sum, to_grade, verdict in zip(
-                completions, result.correct, result.scores, kl, gradable, verdicts, strict=True
+            for c, (correct,), (score,), kl_sum, to_grade, verdict, index in zip(
+                completions, result.correct, result.scores, kl, gradable, verdicts, own, strict=True
             )
         ]
         for i, answer in enumerate(answers):
@@ -181,7 +212,7 @@ class _Answers:
 
     def _kl(self, teacher: PreTrainedModel, completions: Sequence[Completion]) -> list[float]:
         """KL(student ‖ teacher) of each answer, in nats, summed over its tokens."""
-        with evaluating(self.student, teacher), self.autocast():
+        with evaluating(self.student, teacher), self.autocast(), in_use(teacher):
             sums, _ = reverse_kl_of_completions(
                 self.student,
                 teacher,
@@ -193,6 +224,22 @@ class _Answers:
                 batch_size=self.args.per_device_eval_batch_size,
             )
         return sums
+
+    def _kl_to_own(self, teacher: OwnTeachers, index: Sequence[int], completions: Sequence[Completion]) -> list[float]:
+        """As `_kl`, to the teacher of each row."""
+        with evaluating(self.student), self.autocast():
+            return kl_sums_by_teacher(
+                self.student,
+                teacher.teachers,
+                teacher.unwrap,
+                index,
+                [completion.prompt_ids for completion in completions],
+                [completion.completion_ids for completion in completions],
+                vocab_size=self.vocab_size,
+                pad_token_id=self.tokenizer.pad_token_id,
+                temperature=self.args.temperature,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
 
 
 def _sampling(args: Any, temperature: float) -> Sampling:
