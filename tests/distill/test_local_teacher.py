@@ -174,7 +174,7 @@ def test_a_run_with_an_offloaded_teacher_equals_one_without(tmp_path, monkeypatc
         made.append(offloaded)
         return model
 
-    monkeypatch.setattr("effopd.distill.trainer.offload", faked)
+    monkeypatch.setattr("effopd.distill.teachers.mixin.offload", faked)
     settings = FAST | {"teacher_offload": True}
     trainer = make_trainer(tmp_path / "b", effopd=EffOPDConfig("line_search", score_rollouts=8), **settings)
     trainer.train()

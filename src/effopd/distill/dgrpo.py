@@ -112,7 +112,7 @@ class TaskDGRPOTrainer(TaskGRPOTrainer):
         self.vocab_size = shared_vocab_size(student, teacher, len(self.text_tokenizer))
         check_models(student, {"teacher": self.teacher_model}, generates=not self.use_vllm)
         self._check_student(student)
-        revision = (args.teacher_model_init_kwargs or {}).get("revision")
+        revision = load.get("revision")
         self.add_callback(
             ManifestCallback(self.run_dir.root, lambda: [entry_of(ONLY, teacher_model, teacher, revision)])
         )
