@@ -19,6 +19,7 @@ from effopd.common.distributed import broadcast_from_rank0, world_size
 from effopd.common.files import append_row, keep_rows
 from effopd.distill.next_batch import NEXT_BATCH_LOSS, next_batch_scorer, wanted_examples
 from effopd.distill.scoring import accuracy_scorer, rollout_scorer, text_batch, wanted_rollouts
+from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.events import HostEvents
 from effopd.distill.trl_host.state import drop_rollouts, log_metrics, mark_engine_stale, resumed_checkpoint
 from effopd.errors import CheckpointError, ConfigError
@@ -310,7 +311,13 @@ class EffOPDCallback(TrainerCallback):
         teacher, scorer = self._teacher(), self.scorer
         if teacher is None or scorer is None:
             return None
-        return lambda: scorer(self.trainer.accelerator.unwrap_model(teacher))
+        teacher = self.trainer.accelerator.unwrap_model(teacher)
+
+        def measured() -> Score | float:
+            with in_use(teacher):
+                return scorer(teacher)
+
+        return measured
 
     def _teacher(self) -> Any:
         return getattr(self.trainer, "teacher_model", None)
