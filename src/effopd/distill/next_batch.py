@@ -109,7 +109,7 @@ class TrainerLoss:
             micro_batches: those of the next step, prepared and not yet trained on.
             num_items: as the trainer passes it to `compute_loss`.
         """
-        parts = [self._split(batch) for batch in micro_batches]
+        parts = [self._examples_of(batch) for batch in micro_batches]
         examples = [
             Example(part, factor / len(parts) if self._averages_micro_batches(num_items) else factor)
             for batch, split in zip(micro_batches, parts, strict=True)
@@ -121,7 +121,7 @@ class TrainerLoss:
         scored = min(all_gather_object(min(known, share)))  # the same number of collectives on all ranks
         return Selected(examples[:scored], len(examples), num_items, {})
 
-    def _split(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _examples_of(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         trainer = self.trainer
         if is_a(trainer, "KTOTrainer") or _ACROSS_PAIRS & set(getattr(trainer, "loss_types", ())):
             return [dict(batch)]

@@ -55,7 +55,7 @@ class NextBatchLoss:
 
     def __init__(self, loss: BatchLoss):
         self._loss = loss
-        self._step: tuple[Sequence[Mapping[str, Any]], Any] | None = None
+        self._next: tuple[Sequence[Mapping[str, Any]], Any] | None = None
         self._selected: Any = None
 
     def take(self, micro_batches: Sequence[Mapping[str, Any]], num_items: Any) -> None:
@@ -64,17 +64,17 @@ class NextBatchLoss:
         Args:
             num_items: number by which the trainer divides the loss of this step, if any.
         """
-        self._step, self._selected = (micro_batches, num_items), None
+        self._next, self._selected = (micro_batches, num_items), None
 
     def drop(self) -> None:
         """Release the batch."""
-        self._step = self._selected = None
+        self._next = self._selected = None
 
     def __call__(self, model: Any) -> Score:
-        assert self._step is not None, "the trainer hands out the next batch before it searches"
+        assert self._next is not None, "the trainer hands out the next batch before it searches"
         start = time.perf_counter()
         if self._selected is None:
-            self._selected = self._loss.select(*self._step)
+            self._selected = self._loss.select(*self._next)
         parts = all_gather_or_raise(lambda: self._loss(model, self._selected))
         values = [-value for part in parts for value in part.values]
         return Score(
