@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
+from effopd.common.distributed import is_sharded
 from effopd.distill.divergence import Answers, Head, Predictions, token_logprobs
 
 TOP_K = 16
@@ -63,9 +63,10 @@ class HealthProbe:
                 "targets": answers.ids_BT.reshape(-1)[index_N],
                 "position": position_N,
             }
-            if isinstance(model, FSDPModule):  # its head is gathered only inside the forward
+            if is_sharded(model):  # its head is gathered only inside the forward
                 with torch.no_grad(), torch.autocast(index_N.device.type, enabled=False):
-                    self._rows["logits"] = student.head.logits(self._rows["student"], self._temperature)
+                    for role, head in (("student", student.head), ("teacher", teacher.head)):
+                        self._rows[f"{role}_logits"] = head.logits(self._rows[role], self._temperature)
         if answers.sampler_logps_BT is not None:
             self._compare_sampler(student, answers, answers.sampler_logps_BT)
 
@@ -93,10 +94,10 @@ class HealthProbe:
         metrics: dict[str, float] = {}
         rows, self._rows = self._rows, None
         if rows is not None:
-            student, teacher = heads()
-            logits_NV = rows["logits"] if "logits" in rows else student.logits(rows["student"], self._temperature)
-            other_NV = teacher.logits(rows["teacher"], self._temperature)
-            metrics = health_metrics(logits_NV, other_NV, rows["targets"], rows["position"])
+            if "student_logits" not in rows:
+                for role, head in zip(("student", "teacher"), heads(), strict=True):
+                    rows[f"{role}_logits"] = head.logits(rows[role], self._temperature)
+            metrics = health_metrics(rows["student_logits"], rows["teacher_logits"], rows["targets"], rows["position"])
         (total, tokens), self._gap = self._gap, [0.0, 0.0]
         if tokens:
             metrics["sampler_logp_gap"] = total / tokens
