@@ -131,7 +131,6 @@ IMPORTS: dict[str, tuple[str, list[Any] | None]] = {
     "TOKEN_CHUNK_SIZE": ("trl.kernels.chunked_divergence", None),
     "VOCAB_CHUNK_SIZE": ("trl.kernels.chunked_divergence", None),
     "create_model_from_path": ("trl.trainer.utils", ["model_id", ...]),
-    "prepare_deepspeed": ("trl.models", ["model", "accelerator"]),
     "get_config_model_id": ("trl.trainer.utils", ["config"]),
     "get_comet_experiment_url": ("trl.trainer.utils", []),
     "get_trackio_space_url": ("trl.trainer.utils", []),

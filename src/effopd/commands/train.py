@@ -14,7 +14,6 @@ from typing import Any
 from trl import ModelConfig
 
 from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
-from effopd.distill.callback import DEEPSPEED, host_refused
 from effopd.distill.config import OPDConfig
 from effopd.distill.offline_store import RolloutStore
 from effopd.errors import ConfigError
@@ -67,8 +66,6 @@ def train_parser():
     class Parser(CommandParser):
         def parse_known_args(self, args=None, namespace=None):
             given, rest = super().parse_known_args(args, namespace)
-            if given.deepspeed and given.effopd_strategy != "none":  # before the host tries to import deepspeed
-                raise host_refused(DEEPSPEED)
             if given.rollouts:
                 loss_type_of_rollouts(args, given)
                 task_of_rollouts(given)

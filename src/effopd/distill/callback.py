@@ -23,29 +23,38 @@ from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.events import HostEvents
 from effopd.distill.trl_host.state import drop_rollouts, log_metrics, mark_engine_stale, resumed_checkpoint
 from effopd.errors import CheckpointError, ConfigError
-from effopd.extrapolate.checks import check_model, check_scorer, refuse_unread
+from effopd.extrapolate.checks import check_model, check_scorer, lora_under_deepspeed, refuse_unread
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.effopd import EffOPD
+from effopd.extrapolate.lora_weights import has_adapters
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
 from effopd.extrapolate.scorers.accuracy import training_task
 from effopd.extrapolate.scorers.base import Scorer
 from effopd.extrapolate.scorers.next_batch import NextBatchLoss
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.extrapolate.search import Score
+from effopd.extrapolate.zero_settings import check_zero, check_zero_optimizer, deepspeed_config
 from effopd.runs.records import SEARCHES, SearchRecord
 from effopd.tasks.base import Task, Verifier
 
-#: Argument of `host_refused` for DeepSpeed.
-DEEPSPEED = "DeepSpeed, which keeps master weights in the optimizer"
 
+def check_deepspeed(args: Any, *, lora: bool) -> None:
+    """Check that the look-ahead can work with the DeepSpeed settings of a run, if it has any.
 
-def host_refused(host: str) -> ConfigError:
-    """The error for a host whose live weights cannot be moved; `host` names it and the reason."""
-    return ConfigError(
-        f"this run uses {host}: expected whole weights (one process, DDP) or weights sharded by row (FSDP2), the only "
-        "ones that the look-ahead can move. Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 "
-        "(fsdp_version: 2), or train without a look-ahead."
-    )
+    Args:
+        args: training arguments.
+        lora: whether LoRA adapters are trained.
+
+    Raises:
+        ConfigError: a setting of DeepSpeed or the optimizer is not supported, or adapters are
+            trained.
+    """
+    config = deepspeed_config(args)
+    if config is not None:
+        check_zero(config)
+        check_zero_optimizer(getattr(args.optim, "value", args.optim), config)
+        if lora:
+            raise lora_under_deepspeed()
 
 
 class EffOPDCallback(TrainerCallback):
@@ -71,10 +80,10 @@ class EffOPDCallback(TrainerCallback):
             checkpoint that the trainer loads.
 
     Raises:
-        ConfigError: the trainer uses FSDP1 or DeepSpeed; the strategy scores by KL and the trainer
-            has no teacher; `parameters` matches no parameter; a device does not exist; `scorer`
-            does not read a setting that was given; or the trainer's loss on the next batch cannot
-            rank weights.
+        ConfigError: the trainer uses FSDP1, or settings of DeepSpeed that are not supported; the
+            strategy scores by KL and the trainer has no teacher; `parameters` matches no parameter;
+            a device does not exist; `scorer` does not read a setting that was given; or the
+            trainer's loss on the next batch cannot rank weights.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -132,9 +141,12 @@ class EffOPDCallback(TrainerCallback):
 
     @staticmethod
     def _check_host(trainer: Trainer) -> None:
-        fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
-        if trainer.is_deepspeed_enabled or fsdp1:
-            raise host_refused("FSDP1, which flattens the weights" if fsdp1 else DEEPSPEED)
+        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            raise ConfigError(
+                "this run uses FSDP1, which flattens the weights: expected DDP, FSDP2 or DeepSpeed ZeRO. Launch it "
+                "with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: 2), or train without a look-ahead."
+            )
+        check_deepspeed(trainer.args, lora=has_adapters(trainer.accelerator.unwrap_model(trainer.model)))
         if world_size() != trainer.accelerator.num_processes:
             raise ConfigError(
                 f"torch.distributed has {world_size()} processes but the trainer counts "

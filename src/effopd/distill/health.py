@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
+from effopd.common.distributed import is_sharded
 from effopd.distill.divergence import Answers, Head, Predictions, token_logprobs
 
 TOP_K = 16
@@ -70,9 +70,11 @@ class HealthProbe:
                 "targets": answers.ids_BT.reshape(-1)[index_N],
                 "position": position_N,
             }
-            if isinstance(model, FSDPModule):  # its head is gathered only inside the forward
+            if is_sharded(model):  # its head is gathered only inside the forward
                 with torch.no_grad(), torch.autocast(index_N.device.type, enabled=False):
                     self._rows["logits"] = student.head.logits(self._rows["student"], self._temperature)
+                    if isinstance(teacher, Predictions):
+                        self._rows["teacher"] = teacher.head.logits(self._rows["teacher"], self._temperature)
         if answers.sampler_logps_BT is not None:
             self._compare_sampler(student, answers, answers.sampler_logps_BT)
 
@@ -101,8 +103,8 @@ class HealthProbe:
         metrics: dict[str, float] = {}
         rows, self._rows = self._rows, None
         if rows is not None:
-            student, teacher = heads()
-            logits_NV = rows["logits"] if "logits" in rows else student.logits(rows["student"], self._temperature)
+            student, teacher = (None, None) if "logits" in rows else heads()
+            logits_NV = rows["logits"] if student is None else student.logits(rows["student"], self._temperature)
             metrics = self._rows_measured(logits_NV, teacher, rows)
         (total, tokens), self._gap = self._gap, [0.0, 0.0]
         if tokens:

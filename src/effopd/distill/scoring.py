@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from trl import DistillationTrainer
 
 from effopd.common.distributed import rank, world_size
@@ -230,7 +229,7 @@ class TrainedDivergence:
 
     def moving_head(self, model: Any, weights: MovableWeights) -> MovingHead | None:
         """The output layer along W + s·Δ; `None` unless D is the reverse KL of unsharded models."""
-        if self.trainer.beta != 1 or weights.sharded or isinstance(self._teacher, FSDPModule):
+        if self.trainer.beta != 1 or not (is_whole(model) and is_whole(self._teacher)):
             return None
         return moving_head(model, weights, self._vocab_size)
 

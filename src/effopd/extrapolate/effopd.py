@@ -92,7 +92,7 @@ class EffOPD:
         check_model(model, self.config, target=target is not None)
         refuse_unread(self.config, scorer)
         self._target, self._on_move, self._host, self._closed = target, on_move, dict(host or {}), False
-        self.model, self.weights = model, movable_weights(model, self.config)
+        self.model, self.weights = model, movable_weights(model, self.config, optimizer)
         self._searcher = Searcher(model, self.weights, scorer, self.config.seed, score_timeout)
         self.predictor = (
             Predictor(fit, self.config.strategy_args, self.config.seed, self.config.anchor_device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from trl import ModelConfig, get_quantization_config
 
-from effopd.distill.callback import EffOPDCallback
+from effopd.distill.callback import EffOPDCallback, check_deepspeed
 from effopd.distill.config import OPDConfig
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
@@ -132,6 +132,7 @@ def check_settings(settings: RunSettings) -> None:
     check_offline_settings(opd, effopd)
     if effopd.enabled:
         check_copies(opd, lora=settings.model.use_peft)
+        check_deepspeed(opd, lora=settings.model.use_peft)
     if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
 
