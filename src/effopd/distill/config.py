@@ -14,6 +14,7 @@ from effopd.common.optional import ensure
 from effopd.distill.objective_config import ObjectiveArguments
 from effopd.distill.offline_config import OfflineArguments
 from effopd.distill.optimizers.settings import OptimizerArguments, check_optimizer_settings
+from effopd.distill.schedule_config import PRUNE_FLAGS, ScheduleArguments
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.runs.best_model import default_metric, settle_direction
@@ -23,11 +24,12 @@ from effopd.runs.run_dir import in_trajectory
 logger = logging.getLogger(__name__)
 
 LOSS_WEIGHTINGS = ("token", "answer")
-HORIZONS = ("full", "topd", "esr", "popd")
+HORIZONS = ("full", "topd", "esr", "popd", "prune")
 #: Setting → the only rollout horizon that reads it.
 _ONLY_FOR = {
     "horizon_fraction": "topd", "horizon_tokens": "esr",
     "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd",
+    **dict.fromkeys(PRUNE_FLAGS, "prune"),
 }  # fmt: skip
 
 
@@ -140,7 +142,7 @@ class RunArguments(OptimizerArguments):
 
 
 @dataclass
-class OPDConfig(OfflineArguments, ObjectiveArguments, RunArguments, DistillationConfig):
+class OPDConfig(OfflineArguments, ObjectiveArguments, ScheduleArguments, RunArguments, DistillationConfig):
     """Configuration of `OPDTrainer`.
 
     Raises:
@@ -184,8 +186,9 @@ class OPDConfig(OfflineArguments, ObjectiveArguments, RunArguments, Distillation
         metadata={
             "help": "Maximum rollout length as a share of max_completion_length (arXiv 2605.31490). 'full': all of "
             "it. 'topd': horizon_fraction. 'esr': horizon_tokens (2605.27028). 'popd': grows from horizon_start to 1 "
-            "in horizon_stages equal increments over the first horizon_growth of training. Evaluations always use the "
-            "full length.",
+            "in horizon_stages equal increments over the first horizon_growth of training. 'prune': grows and shrinks "
+            "with the agreement of student and teacher, which also weights the tokens (2605.07804; see prune_…). "
+            "Evaluations always use the full length.",
             "choices": list(HORIZONS),
         },
     )
@@ -264,3 +267,4 @@ class OPDConfig(OfflineArguments, ObjectiveArguments, RunArguments, Distillation
                 f"generation_kwargs sets {', '.join(sorted(limits))}, which overrides rollout_horizon="
                 f"{self.rollout_horizon!r}. Leave it out: max_completion_length sets the full length."
             )
+        self._check_prune()

@@ -102,6 +102,10 @@ METHODS: tuple[Method, ...] = (
         "POPD", "schedule", "2605.31490", "--rollout_horizon popd", "any", "any", "rollouts grow during training",
         True, (),
     ),
+    Method(
+        "Prune-OPD", "schedule", "2605.07804", "--rollout_horizon prune", "any", "teacher, token",
+        "token weights and rollout length follow the top-k overlap", True, ("teacher top-k",),
+    ),
     # -- rewards
     Method(
         "GRPO", "reward", "2402.03300", "effopd rl --algorithm grpo", "expected reward", "verifier, answer",

@@ -139,7 +139,7 @@ class ResumeMixin(HostHooks):
             if hasattr(callback, "check_resume"):
                 callback.check_resume(checkpoint)
         compare_settings(checkpoint, self.args)
-        looks = any(hasattr(callback, "check_resume") for callback in self.callback_handler.callbacks)
+        looks = any(hasattr(callback, "look_ahead") for callback in self.callback_handler.callbacks)
         for why in _unequal(self.args, checkpoint, looks_ahead=looks) if rank() == 0 else ():
             logger.warning("%s, so this run will differ from an uninterrupted one.", why)
         self._load_ledger(checkpoint)

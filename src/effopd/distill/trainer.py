@@ -39,6 +39,7 @@ from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
 from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
+from effopd.distill.prune_callback import PruneCallback
 from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_dir_mixin import RunMixin
@@ -127,8 +128,9 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         )
         self._open_rollouts()
         self._attach_run()
+        self.prune = PruneCallback(self) if args.rollout_horizon == "prune" else None
         if args.rollout_horizon != "full":
-            self.add_callback(HorizonCallback(self))
+            self.add_callback(self.prune or HorizonCallback(self))
         if args.updates_per_rollouts > 1:
             self.add_callback(RolloutCycleCallback(self))
 
@@ -191,6 +193,8 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         if training:
             self.ledger.count("update", forward=batch.tokens)
             self.health.after_loss(student, predictions, teacher, answers, due=due)
+            if self.prune is not None:
+                answers = self.prune.weigh(predictions, teacher, answers)
         loss, entropy, count = self._objective(predictions, teacher, reference, answers, num_items)
         if training and not bool(torch.isfinite(loss)):
             raise self._not_finite(student=predictions, teacher=teacher)
@@ -229,7 +233,8 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             return sampled_loss(
                 student.hidden_BTH, teacher.hidden_BTH, student.head, teacher.head, answers.ids_BT, answers.mask_BT,
                 self.temperature, num_items, reference, args.lambda_extrapolation,
-                sampler_logps_BT=answers.sampler_logps_BT if self.use_vllm else None, by_answer=by_answer, **variance,
+                sampler_logps_BT=answers.sampler_logps_BT if self.use_vllm else None, by_answer=by_answer,
+                weight_BT=answers.weight_BT, **variance,
             )  # fmt: skip
         if args.loss_type == "negative_advantage" and training:
             return negative_advantage_loss(
@@ -241,13 +246,13 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             output, metrics = top_k_loss(
                 student.hidden_BTH, target.hidden_BTH, student.head, target.head, answers.ids_BT, answers.mask_BT,
                 self.temperature, num_items, top_k=args.teacher_top_k, entropy_share=args.highest_entropy_share,
-                by_answer=by_answer,
+                by_answer=by_answer, weight_BT=answers.weight_BT,
             )  # fmt: skip
             log_metrics(self, {f"health/{name}": value for name, value in metrics.items()})
             return output
         loss, entropy, count = full_loss(
             student.hidden_BTH, target.hidden_BTH, student.head, target.head, answers.mask_BT, self.beta,
-            self.temperature, num_items, by_answer=by_answer,
+            self.temperature, num_items, by_answer=by_answer, weight_BT=answers.weight_BT,
         )  # fmt: skip
         return loss * interior_factor(self.beta) if args.normalize_beta else loss, entropy, count
 
