@@ -140,6 +140,10 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
     for settings, role in ((model, ""), (opd, "teacher_"), (opd, "reference_")):
         name = f"{role}model_name_or_path"
         setattr(settings, name, resolve_model(getattr(settings, name), network=not command.dry_run))
+    if opd.curriculum_teachers:
+        opd.curriculum_teachers = [
+            str(resolve_model(name, network=not command.dry_run)) for name in opd.curriculum_teachers
+        ]
     if opd.lambda_extrapolation != 1 and opd.reference_model_name_or_path is None:
         raise ConfigError(
             f"--lambda_extrapolation {opd.lambda_extrapolation} needs --reference_model_name_or_path: the initial "

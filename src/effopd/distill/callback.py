@@ -227,7 +227,7 @@ class EffOPDCallback(TrainerCallback):
         assert scorer is not None
         scorer.take(map(text_batch, rollouts))
         try:
-            if self.look_ahead is not None and state.global_step > 0:
+            if self.look_ahead is not None and state.global_step > self.look_ahead.schedule_start:
                 self._search(self.trainer.args, state, state.global_step + 1)
         finally:
             scorer.drop()
@@ -271,10 +271,10 @@ class EffOPDCallback(TrainerCallback):
 
     def _target(self) -> Callable[[], Score | float] | None:
         """Function that scores the teacher; `None` without a teacher or a scorer."""
-        teacher, scorer = self._teacher(), self.scorer
-        if teacher is None or scorer is None:
+        scorer = self.scorer
+        if self._teacher() is None or scorer is None:
             return None
-        return lambda: scorer(self.trainer.accelerator.unwrap_model(teacher))
+        return lambda: scorer(self.trainer.accelerator.unwrap_model(self._teacher()))  # it can change
 
     def _teacher(self) -> Any:
         return getattr(self.trainer, "teacher_model", None)

@@ -229,6 +229,7 @@ class OPDConfig(OfflineArguments, ObjectiveArguments, ScheduleArguments, RunArgu
             )
         self._check_extrapolation()
         self._check_horizon()
+        self._check_curriculum()
 
     def _check_extrapolation(self) -> None:
         exopd, reference = self.lambda_extrapolation, self.reference_model_name_or_path

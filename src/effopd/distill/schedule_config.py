@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from effopd.distill.curriculum import COLUMN, MEASURES, ORDERS
 from effopd.errors import ConfigError
 
 #: Flags that only rollout_horizon='prune' reads.
@@ -14,9 +15,42 @@ PRUNE_FLAGS = (
 )  # fmt: skip
 
 
+#: Number of stages if neither it nor the teachers are given.
+STAGES = 3
+
+
 @dataclass
 class ScheduleArguments:
-    """Flags of Prune-OPD; mixed into `OPDConfig`."""
+    """Flags of Prune-OPD and of curricula (CLPD); mixed into `OPDConfig`."""
+
+    curriculum: str = field(
+        default="none",
+        metadata={
+            "help": "Stages of difficulty, by which prompts and teachers change during training (CLPD, arXiv "
+            "2605.11260). 'prompt_length' and 'answer_length': characters of the prompt or the reference answer. "
+            "'nll': the initial student's −log p(answer) per token. 'column:NAME': a number in the data. The "
+            "look-ahead starts anew in each stage."
+        },
+    )
+    curriculum_stages: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of stages, of equal numbers of prompts and steps. Default: the number of "
+            f"curriculum_teachers, or {STAGES} without them. shuffle_dataset false sorts the prompts inside a stage."
+        },
+    )
+    curriculum_order: str = field(
+        default="easy_first",
+        metadata={"help": "Order of the stages; 'shuffled' puts random prompts into each.", "choices": list(ORDERS)},
+    )
+    curriculum_teachers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher of each stage, in order of training, one in memory at a time. Evaluations load "
+            "teacher_model_name_or_path, so that all stages are compared with one teacher. Default: that teacher "
+            "throughout."
+        },
+    )
 
     prune_top_k: int = field(
         default=16, metadata={"help": "Prune-OPD: size k of the student's and the teacher's sets of likeliest tokens."}
@@ -57,6 +91,44 @@ class ScheduleArguments:
     prune_patience: int = field(
         default=3, metadata={"help": "Prune-OPD: steps in a row with too few hits after which the length shrinks."}
     )
+
+    @property
+    def stages(self) -> int:
+        """Number of stages of the curriculum."""
+        return self.curriculum_stages or len(self.curriculum_teachers or ()) or STAGES
+
+    def _check_curriculum(self) -> None:
+        host: Any = self
+        named = self.curriculum.startswith(COLUMN) and self.curriculum != COLUMN
+        if self.curriculum not in ("none", *MEASURES) and not named:
+            raise ConfigError(
+                f"curriculum={self.curriculum!r}: expected none, {', '.join(MEASURES)} or {COLUMN}NAME. Use one of "
+                "these."
+            )
+        if self.curriculum_order not in ORDERS:
+            raise ConfigError(
+                f"curriculum_order={self.curriculum_order!r}: expected one of {', '.join(ORDERS)}. Use one of these."
+            )
+        if self.curriculum == "none":
+            defaults = {"curriculum_stages": None, "curriculum_order": "easy_first", "curriculum_teachers": None}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} is read only with a curriculum. Leave it out, or set "
+                        "--curriculum."
+                    )
+            return
+        teachers = self.curriculum_teachers
+        if teachers is not None and len(teachers) != self.stages:
+            raise ConfigError(
+                f"curriculum_teachers names {len(teachers)} teachers for curriculum_stages={self.stages}: expected "
+                "one per stage. Repeat a teacher that serves several stages, or leave --curriculum_stages out."
+            )
+        if teachers is not None and getattr(host, "deepspeed", None):
+            raise ConfigError(
+                "curriculum_teachers replaces the teacher during training, which DeepSpeed's wrapping does not allow. "
+                "Use DDP or FSDP2, or one teacher."
+            )
 
     def _check_prune(self) -> None:
         host: Any = self

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from trl import DistillationTrainer
 
 from effopd.distill.config import OPDConfig
+from effopd.distill.curriculum_mixin import CurriculumCallback, CurriculumMixin
 from effopd.distill.dataset import check_dataset
 from effopd.distill.divergence import (
     MULTIMODAL_KEYS,
@@ -55,7 +56,7 @@ from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
 
-class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer):
+class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Accepts the arguments of `trl.DistillationTrainer`, and:
@@ -114,7 +115,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
         self.health = HealthProbe(args.health_tokens, self.temperature)
-        self.teacher_model = self._prepare_frozen(teacher_model, "teacher")
+        self.teacher_model = self._prepare_frozen(self._open_curriculum(teacher_model), "teacher")
         self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
         student = self.accelerator.unwrap_model(self.model)
         self.vocab_size = min(
@@ -122,6 +123,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             for role, other in (("teacher", self.teacher_model), ("reference", self.reference_model))
             if other is not None
         )
+        self.vocab_size = self._shared_by_all(self.vocab_size)
         self._mixture_head: Head | None = None
         check_models(
             student, {"teacher": self.teacher_model, "reference": self.reference_model}, generates=not self.use_vllm
@@ -131,6 +133,8 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         self.prune = PruneCallback(self) if args.rollout_horizon == "prune" else None
         if args.rollout_horizon != "full":
             self.add_callback(self.prune or HorizonCallback(self))
+        if args.curriculum != "none":
+            self.add_callback(CurriculumCallback(self))
         if args.updates_per_rollouts > 1:
             self.add_callback(RolloutCycleCallback(self))
 
@@ -155,8 +159,9 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
     def _prepare_frozen(self, teacher: str | PreTrainedModel, role: str) -> PreTrainedModel:
         """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
         init: dict[str, Any] = {"dtype": None} | dict(self.args.teacher_model_init_kwargs or {})
-        if role == "reference":
-            init.pop("revision", None)  # the teacher's
+        named = self.args.teacher_model_name_or_path
+        if role == "reference" or (self.args.curriculum_teachers and teacher != named):
+            init.pop("revision", None)  # the named teacher's
         elif self.args.teacher_model_init_kwargs is not None and not isinstance(teacher, str):
             raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
         elif self.args.teacher_model_revision is not None:
@@ -193,7 +198,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         if training:
             self.ledger.count("update", forward=batch.tokens)
             self.health.after_loss(student, predictions, teacher, answers, due=due)
-            if self.prune is not None:
+            if self.prune is not None and teacher is not None:
                 answers = self.prune.weigh(predictions, teacher, answers)
         loss, entropy, count = self._objective(predictions, teacher, reference, answers, num_items)
         if training and not bool(torch.isfinite(loss)):

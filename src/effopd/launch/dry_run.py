@@ -98,6 +98,10 @@ def _run_rows(settings: RunSettings, rows: Prompts | None, stored: Stored | None
         f"{f'prompts up to {task.max_prompt_length}, ' if task.max_prompt_length else ''}"
         f"answers up to {opd.max_completion_length} tokens",
     )
+    if opd.rollout_horizon != "full":
+        yield "rollout horizon", opd.rollout_horizon
+    if opd.curriculum != "none":
+        yield "curriculum", _curriculum_text(opd)
     length = f"{opd.max_steps:,} steps" if opd.max_steps > 0 else f"{opd.num_train_epochs:g} epoch(s)"
     yield (
         "length",
@@ -110,6 +114,13 @@ def _run_rows(settings: RunSettings, rows: Prompts | None, stored: Stored | None
     unchecked += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_on_disk(settings))
     if unchecked:
         yield "not checked", ", ".join(unchecked)
+
+
+def _curriculum_text(opd: Any) -> str:
+    """Stages by difficulty, and the teacher of each."""
+    order = "in random order" if opd.curriculum_order == "shuffled" else opd.curriculum_order.replace("_", " ")
+    teachers = ", ".join(opd.curriculum_teachers or ())
+    return f"{opd.stages} stages by {opd.curriculum}, {order}" + f"; teachers: {teachers}" * bool(teachers)
 
 
 def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:

@@ -62,6 +62,10 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
         for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path)
         if name and not opd.offline
     ]
+    staged = [_size(name, opd) for name in opd.curriculum_teachers or ()]
+    if staged:  # one teacher in memory at a time
+        known = [size for size in (*staged, frozen_sizes[0]) if size is not None]
+        frozen_sizes[0] = max(known, key=lambda size: size.parameters) if len(known) > len(staged) else None
     others = [size for size in frozen_sizes if size is not None]
     if student is None or len(others) < len(frozen_sizes):
         return None

@@ -12,6 +12,7 @@ from trl import ModelConfig, get_quantization_config
 
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
+from effopd.distill.curriculum_mixin import check_stages
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
 from effopd.distill.trainer import OPDTrainer
@@ -108,6 +109,8 @@ def check_settings(settings: RunSettings) -> None:
     }
     if opd.offline and opd.teacher_model_name_or_path is None:
         del names["--teacher_model_name_or_path"]
+    for stage, name in enumerate(opd.curriculum_teachers or (), start=1):
+        names[f"--curriculum_teachers (stage {stage})"] = name
     if opd.reference_model_name_or_path is not None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
@@ -137,6 +140,7 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
         for role in ("teacher", "reference")
         if (name := getattr(opd, f"{role}_model_name_or_path")) and not opd.offline
     ]
+    models += [on_meta("--curriculum_teachers", name, other, opd) for name in stage_teachers(opd)]
     check_student_adapter(model, models[0], student, opd)
     if settings.effopd.enabled and not model.use_peft:
         names = (name for name, _ in models[0].meta.named_parameters())
@@ -156,15 +160,23 @@ def check_prompts(settings: RunSettings, train: Task, stored: Stored | None = No
             f"a step takes {batch} prompts, but the task has only {len(train)}. Lower --per_device_train_batch_size "
             "or --gradient_accumulation_steps, or raise --train_size."
         )
+    if settings.opd.curriculum != "none":
+        check_stages(settings.opd, [vars(example) for example in train.examples])
     if settings.effopd.validation_size is not None:
         check_validation_size(settings.effopd.validation_size, train)
 
 
 def other_models(opd: OPDConfig) -> list[str]:
-    """Names of the teacher and, if there is one, the reference model; none with stored rollouts."""
+    """Names of the teachers and, if there is one, the reference; none with stored rollouts."""
     if opd.offline:
         return []
-    return [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
+    named = [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
+    return named + stage_teachers(opd)
+
+
+def stage_teachers(opd: OPDConfig) -> list[str]:
+    """Teachers of a curriculum, without repetitions and without the named teacher."""
+    return [name for name in dict.fromkeys(opd.curriculum_teachers or ()) if name != opd.teacher_model_name_or_path]
 
 
 def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:

@@ -44,6 +44,13 @@ def frozen(trainer: Any, model: str | PreTrainedModel, load: Mapping[str, Any]) 
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
+def release(trainer: Any, model: Any) -> None:
+    """Drop accelerate's references to a model that `frozen` placed, so that it can be freed."""
+    accelerator = trainer.accelerator
+    dropped = (model, accelerator.unwrap_model(model))
+    accelerator._models = [each for each in accelerator._models if not any(each is one for one in dropped)]
+
+
 def inside_forward(wrapper: Any, model: Any, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Run `work` inside the forward of `wrapper`, where the weights of `model` are gathered."""
     return _ForwardRedirection()(wrapper, model, work, *args, **kwargs)
