@@ -18,6 +18,7 @@ from effopd.runs.records import (
     Costs,
     EvaluationRecord,
     Health,
+    Prune,
     SearchMetrics,
     SearchRecord,
     StepRecord,
@@ -29,6 +30,7 @@ MARK = "<!-- From here on written by benchmarks/run_tables.py, from src/effopd/r
 SECTIONS: dict[str, type[Record]] = {
     f"`{METRICS}`": StepRecord,
     f"`health/…` in `{METRICS}`": Health,
+    f"`prune/…` in `{METRICS}`": Prune,
     f"`effopd/…` in `{METRICS}`": SearchMetrics,
     f"`{EVALS}`": EvaluationRecord,
     f"`{SEARCHES}`": SearchRecord,

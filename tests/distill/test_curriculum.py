@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig
+from effopd.commands.main import main
 from effopd.common.files import read_rows
 from effopd.distill.curriculum import cut, row_difficulty, stage_batches, stage_of
 from effopd.distill.curriculum_mixin import CURRICULUM_FILE, check_stages
@@ -103,7 +104,7 @@ def test_every_stage_has_rows_and_steps(tmp_path):
     check_stages(OPDConfig(per_device_train_batch_size=5, max_steps=4, **args), rows)
     with pytest.raises(ConfigError, match="stages of 5, but a step takes 6"):
         check_stages(OPDConfig(per_device_train_batch_size=6, max_steps=4, **args), rows)
-    with pytest.raises(ConfigError, match="has 3 steps"):
+    with pytest.raises(ConfigError, match=r"has 3 step\(s\)"):
         check_stages(OPDConfig(per_device_train_batch_size=5, max_steps=3, **args), rows)
     shared = {"updates_per_rollouts": 2}
     with pytest.raises(ConfigError, match="2 per batch of rollouts"):
@@ -263,3 +264,23 @@ def test_one_stage_is_plain_opd(tmp_path):
     staged.train()
     end = dict(plain.model.named_parameters())
     assert all(torch.equal(p, end[name]) for name, p in staged.model.named_parameters())
+
+
+def test_a_dry_run_shows_the_stages_and_refuses_what_a_run_would(tmp_path, capsys):
+    command = [
+        "train", "--model_name_or_path", "testbed:student", "--teacher_model_name_or_path", "testbed:teacher",
+        "--task", "testbed:chain_sum", "--train_size", "64", "--eval_size", "8", "--per_device_train_batch_size", "8",
+        "--max_completion_length", "24", "--max_steps", "8", "--use_cpu", "--output_dir", str(tmp_path), "--dry_run",
+    ]  # fmt: skip
+    staged = [*command, "--curriculum_teachers", "testbed:student", "testbed:teacher", "--curriculum"]
+    assert main([*staged, "prompt_length"]) == 0
+    assert "2 stages by prompt_length, easy first; teachers: " in " ".join(capsys.readouterr().out.split())
+    for flags, message in (
+        (["column:level"], "needs a finite number in column 'level'"),
+        (["prompt_length", "--per_device_train_batch_size", "48"], "stages of 32, but a step takes 48"),
+        (["prompt_length", "--max_steps", "1"], "the run has 1 step(s)"),
+        (["prompt_length", "--rollout_horizon", "prune"], "prune_start_length=2048"),
+    ):
+        assert main([*staged, *flags]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())

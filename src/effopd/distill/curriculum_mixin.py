@@ -196,7 +196,7 @@ def check_stages(args: Any, rows: list[Any]) -> None:
     steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * (len(rows) // batch) * shared)
     if -(-steps // shared) < stages:
         raise ConfigError(
-            f"curriculum_stages={stages} but the run has {steps} steps"
+            f"curriculum_stages={stages} but the run has {steps} step(s)"
             + (f", {shared} per batch of rollouts" if shared > 1 else "")
             + ": expected at least one batch of rollouts per stage. Lower --curriculum_stages or raise --max_steps."
         )
@@ -206,11 +206,13 @@ class StageSampler(Sampler[int]):
     """TRL's prompt sampler with the rows of a curriculum; see `EpochSampler`."""
 
     def __init__(self, sampler: Any, trainer: CurriculumMixin):
-        self._sampler, self._trainer, self._epoch = sampler, trainer, 0
+        self._sampler, self._trainer, self._current = sampler, trainer, 0
 
     def __iter__(self) -> Iterator[int]:
         sampler = self._sampler
-        rows = self._trainer.rows_of_epoch(self._epoch, sampler.batch_size, sampler.seed if sampler.shuffle else None)
+        rows = self._trainer.rows_of_epoch(
+            self._current, sampler.batch_size, sampler.seed if sampler.shuffle else None
+        )
         for start in range(0, len(rows), sampler.batch_size):
             for _ in range(sampler.repeat_count):
                 yield from rows[start : start + sampler.batch_size]
@@ -220,7 +222,7 @@ class StageSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose rows are next."""
-        self._epoch = epoch
+        self._current = epoch
 
 
 class CurriculumCallback(TrainerCallback):

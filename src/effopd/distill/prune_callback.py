@@ -61,7 +61,7 @@ class PruneCallback(HorizonCallback):
 
     def _restart(self) -> None:
         self._controller, self._tally = Controller(self._args.prune_start_length), _Tally()
-        self._anchor: tuple[int, int] | None = None  # the look-ahead's anchor step, and the length then
+        self._anchor = (0, self._controller.length)  # the look-ahead's anchor step, and the length after it
 
     def length(self, step: int, total_steps: int) -> int:
         """Maximum number of tokens per rollout in the present step."""
@@ -70,9 +70,9 @@ class PruneCallback(HorizonCallback):
     def _changed(self, step: int, total_steps: int) -> bool:
         length = self._controller.length
         for look_ahead in look_aheads(self._trainer):
-            if self._anchor is None or self._anchor[0] != look_ahead.anchor_step:
+            if self._anchor[0] != look_ahead.anchor_step:
                 self._anchor = (look_ahead.anchor_step, length)
-        if self._anchor is None or abs(length - self._anchor[1]) <= REANCHOR * self._anchor[1]:
+        if abs(length - self._anchor[1]) <= REANCHOR * self._anchor[1]:
             return False
         self._anchor = (step, length)
         return True
@@ -147,11 +147,11 @@ class PruneCallback(HorizonCallback):
             self._controller, self._anchor = _read(self._trainer.resumed_from)
 
 
-def _read(checkpoint: Path) -> tuple[Controller, tuple[int, int] | None]:
+def _read(checkpoint: Path) -> tuple[Controller, tuple[int, int]]:
     try:
         state = json.loads((checkpoint / PRUNE_FILE).read_text())
-        anchor = state["anchor"]
-        return Controller(int(state["length"]), int(state["misses"])), anchor and (int(anchor[0]), int(anchor[1]))
+        step, length = state["anchor"]
+        return Controller(int(state["length"]), int(state["misses"])), (int(step), int(length))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{checkpoint} has no rollout length of Prune-OPD ({PRUNE_FILE}): it was written without "

@@ -141,8 +141,9 @@ class EffOPD:
 
     def _due(self, step: int) -> bool:
         """Whether the schedule, counted from its start, has a search after `step`."""
-        start = self.schedule_start
-        past = [dataclasses.replace(each, step=each.step - start) for each in self.history if each.step > start]
+        start, past = self.schedule_start, self.history
+        if start:
+            past = [dataclasses.replace(each, step=each.step - start) for each in past if each.step > start]
         return self.config.triggers(step - start, past)
 
     def search(self, step: int, observed: SearchRecord | None = None) -> SearchRecord:
