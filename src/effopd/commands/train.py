@@ -141,6 +141,8 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
         setattr(settings, name, resolve_model(getattr(settings, name), network=not command.dry_run))
     sources = opd.teacher_sources
     opd.teachers = [f"{k}={resolve_model(v, network=not command.dry_run)}" for k, v in sources.items()] or None
+    stages = opd.curriculum_teachers or ()
+    opd.curriculum_teachers = [str(resolve_model(name, network=not command.dry_run)) for name in stages] or None
     if opd.lambda_extrapolation != 1 and opd.reference_model_name_or_path is None:
         raise ConfigError(
             f"--lambda_extrapolation {opd.lambda_extrapolation} needs --reference_model_name_or_path: the initial "

@@ -276,7 +276,7 @@ class EffOPDCallback(TrainerCallback):
     def _search_before_step(self, scorer: RolloutScorer | NextBatchLoss) -> None:
         state = self.trainer.state
         try:
-            if self.look_ahead is not None and state.global_step > 0:
+            if self.look_ahead is not None and state.global_step > self.look_ahead.schedule_start:
                 self._search(self.trainer.args, state, state.global_step + 1)
         finally:
             scorer.drop()
@@ -320,12 +320,12 @@ class EffOPDCallback(TrainerCallback):
 
     def _target(self) -> Callable[[], Score | float] | None:
         """Function that scores the teacher; `None` without a teacher or a scorer."""
-        teacher, scorer = self._teacher(), self.scorer
-        if teacher is None or scorer is None:
+        scorer = self.scorer
+        if self._teacher() is None or scorer is None:
             return None
-        teacher = self.trainer.accelerator.unwrap_model(teacher)
 
         def measured() -> Score | float:
+            teacher = self.trainer.accelerator.unwrap_model(self._teacher())  # it can change
             with in_use(teacher):
                 return scorer(teacher)
 

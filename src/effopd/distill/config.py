@@ -14,6 +14,7 @@ from effopd.common.optional import ensure
 from effopd.distill.objective_config import ObjectiveArguments
 from effopd.distill.offline_config import OfflineArguments
 from effopd.distill.optimizers.settings import OptimizerArguments, check_optimizer_settings
+from effopd.distill.schedule_config import PRUNE_FLAGS, ScheduleArguments
 from effopd.distill.served.config import ServedArguments
 from effopd.distill.teachers.settings import TeacherArguments
 from effopd.distill.values import check_values
@@ -25,11 +26,12 @@ from effopd.runs.run_dir import in_trajectory
 logger = logging.getLogger(__name__)
 
 LOSS_WEIGHTINGS = ("token", "answer")
-HORIZONS = ("full", "topd", "esr", "popd")
+HORIZONS = ("full", "topd", "esr", "popd", "prune")
 #: Setting → the only rollout horizon that reads it.
 _ONLY_FOR = {
     "horizon_fraction": "topd", "horizon_tokens": "esr",
     "horizon_start": "popd", "horizon_stages": "popd", "horizon_growth": "popd",
+    **dict.fromkeys(PRUNE_FLAGS, "prune"),
 }  # fmt: skip
 
 
@@ -143,7 +145,13 @@ class RunArguments(OptimizerArguments):
 
 @dataclass
 class OPDConfig(
-    ServedArguments, OfflineArguments, ObjectiveArguments, TeacherArguments, RunArguments, DistillationConfig
+    ServedArguments,
+    OfflineArguments,
+    ObjectiveArguments,
+    ScheduleArguments,
+    TeacherArguments,
+    RunArguments,
+    DistillationConfig,
 ):
     """Configuration of `OPDTrainer`.
 
@@ -188,8 +196,9 @@ class OPDConfig(
         metadata={
             "help": "Maximum rollout length as a share of max_completion_length (arXiv 2605.31490). 'full': all of "
             "it. 'topd': horizon_fraction. 'esr': horizon_tokens (2605.27028). 'popd': grows from horizon_start to 1 "
-            "in horizon_stages equal increments over the first horizon_growth of training. Evaluations always use the "
-            "full length.",
+            "in horizon_stages equal increments over the first horizon_growth of training. 'prune': grows and shrinks "
+            "with the agreement of student and teacher, which also weights the tokens (2605.07804; see prune_…). "
+            "Evaluations always use the full length.",
             "choices": list(HORIZONS),
         },
     )
@@ -232,6 +241,7 @@ class OPDConfig(
             )
         self._check_extrapolation()
         self._check_horizon()
+        self._check_curriculum()
 
     def _check_extrapolation(self) -> None:
         exopd, reference = self.lambda_extrapolation, self.reference_model_name_or_path
@@ -270,3 +280,4 @@ class OPDConfig(
                 f"generation_kwargs sets {', '.join(sorted(limits))}, which overrides rollout_horizon="
                 f"{self.rollout_horizon!r}. Leave it out: max_completion_length sets the full length."
             )
+        self._check_prune()

@@ -61,16 +61,17 @@ class Answers(NamedTuple):
         ids_BT: token ids.
         mask_BT: nonzero for tokens that are trained on.
         sampler_logps_BT: log π_sampler(y) in nats, NaN if not recorded; `None`: none recorded.
+        weight_BT: factors of the tokens' losses; `None`: 1.
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     sampler_logps_BT: Tensor | None = None
+    weight_BT: Tensor | None = None
 
     def to(self, device: torch.device) -> Answers:
         """Copy with all tensors on `device`."""
-        logps_BT = None if self.sampler_logps_BT is None else self.sampler_logps_BT.to(device)
-        return Answers(self.ids_BT.to(device), self.mask_BT.to(device), logps_BT)
+        return Answers(*(None if each is None else each.to(device) for each in self))  # type: ignore[arg-type]
 
 
 def gathered(model: Any, work: Callable[[], T]) -> T:
@@ -182,6 +183,7 @@ def full_loss(
     temperature: float,
     num_items: Tensor | int | None,
     by_answer: bool = False,
+    weight_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """TRL's exact full-vocabulary divergence; β = 1 is the reverse KL.
 
@@ -189,17 +191,18 @@ def full_loss(
         num_items: divisor of the sum over tokens, or over answers with `by_answer`; `None`: their
             number in this batch.
         by_answer: mean over answers of their token means, so that length does not matter.
+        weight_BT: factors of the tokens' losses, which leave the divisor as it is; `None`: 1.
 
     Returns:
         loss in nats, Σ student entropy, number of valid tokens.
     """
-    if not by_answer:
+    if not by_answer and weight_BT is None:
         return divergence_loss(h_student_BTH, student, h_teacher_BTH, teacher, mask_BT, beta, temperature, num_items)
     valid = mask_BT != 0
     value_N, entropy_N = divergence_kernel(
         h_student_BTH[valid], student.whole(), h_teacher_BTH[valid], teacher.whole(), beta, temperature
     )
-    return weighted_mean(value_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()
+    return weighted_mean(value_N, valid, num_items, by_answer, weight_BT), entropy_N.sum(), valid.sum()
 
 
 def interior_factor(beta: float) -> float:
@@ -216,14 +219,23 @@ def token_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature
     return logprob_kernel(hidden_NH, head, targets_N, temperature, _VOCAB_CHUNK)
 
 
-def weighted_mean(value_N: Tensor, valid_BT: Tensor, num_items: Tensor | int | None, by_answer: bool) -> Tensor:
+def weighted_mean(
+    value_N: Tensor,
+    valid_BT: Tensor,
+    num_items: Tensor | int | None,
+    by_answer: bool,
+    weight_BT: Tensor | None = None,
+) -> Tensor:
     """Σ over tokens, or Σ over answers of token means, divided by `num_items` (default: count).
 
     Args:
         value_N: values of the valid tokens.
         valid_BT: bool; marks the valid tokens.
+        weight_BT: factors of the values, which do not enter the count; `None`: 1.
     """
     length_B = valid_BT.sum(1)
+    if weight_BT is not None:
+        value_N = value_N * weight_BT[valid_BT]
     if by_answer:
         value_N = value_N / length_B.clamp(min=1)[:, None].expand_as(valid_BT)[valid_BT]
     if num_items is None:

@@ -6,18 +6,20 @@ Late positions cost the most and teach the least, and OPD needs no final answer.
 generates and learns only the first H tokens of an answer. Evaluations and validation answers have
 full length; the scorer `teacher_kl` reads the short training rollouts. H depends only on the step,
 so resuming needs no extra state. When H changes, the look-ahead takes a new anchor, because an
-update Δ must not span two objectives.
+update Δ must not span two objectives. Prune-OPD, whose H depends on the answers, is in `prune.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
 
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.trl_host.state import log_metrics
+from effopd.extrapolate.effopd import EffOPD
 
 
 def _exact(value: float) -> float:
@@ -63,6 +65,13 @@ def popd(step: int, total_steps: int, max_length: int, start: float, stages: int
     return max(1, min(max_length, math.ceil(_exact(max_length * (start + (1 - start) * done / stages)))))
 
 
+def look_aheads(trainer: Any) -> Iterator[EffOPD]:
+    """The trainer's look-aheads while it trains."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EffOPDCallback) and callback.look_ahead is not None:
+            yield callback.look_ahead
+
+
 class HorizonCallback(TrainerCallback):
     """Sets the rollout length before each step; `OPDTrainer` adds it.
 
@@ -88,16 +97,19 @@ class HorizonCallback(TrainerCallback):
         """Set the length before the rollouts of a step; take a new anchor if it changed."""
         step, last = state.global_step, state.max_steps
         length = self.length(step, last)
-        if step > 0 and length != self.length(step - 1, last):
-            for callback in self._trainer.callback_handler.callbacks:
-                if isinstance(callback, EffOPDCallback) and callback.look_ahead is not None:
-                    callback.look_ahead.reanchor(step)
+        if step > 0 and self._changed(step, last):
+            for look_ahead in look_aheads(self._trainer):
+                look_ahead.reanchor(step)
         self._set(length)
         log_metrics(self._trainer, {"horizon": float(length)})
 
     def on_step_end(self, args, state, control, **kwargs):
         """Restore the full length for generation between steps."""
         self._set(self._args.max_completion_length)
+
+    def _changed(self, step: int, total_steps: int) -> bool:
+        """Whether the length after `step` differs too much from that of the look-ahead's anchor."""
+        return self.length(step, total_steps) != self.length(step - 1, total_steps)
 
     def _set(self, length: int) -> None:
         self._trainer.generation_config.max_new_tokens = length

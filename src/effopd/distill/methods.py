@@ -107,6 +107,14 @@ METHODS: tuple[Method, ...] = (
         "POPD", "schedule", "2605.31490", "--rollout_horizon popd", "any", "any", "rollouts grow during training",
         True, (),
     ),
+    Method(
+        "Prune-OPD", "schedule", "2605.07804", "--rollout_horizon prune", "any", "teacher, token",
+        "token weights and rollout length follow the top-k overlap", True, ("teacher top-k",),
+    ),
+    Method(
+        "CLPD", "schedule", "2605.11260", "--curriculum prompt_length [--curriculum_teachers A B …]", "any", "any",
+        "stages of difficulty, with a teacher each", True, (),
+    ),
     # -- rewards
     Method(
         "GRPO", "reward", "2402.03300", "effopd rl --algorithm grpo", "expected reward", "verifier, answer",

@@ -14,7 +14,7 @@ _UNREAD = (
     "teacher_model_init_kwargs", "teacher_model_revision", *LOCAL_ONLY,
     "top_p", "top_k", "min_p", "repetition_penalty",
     "generation_kwargs", "cache_implementation", "use_transformers_continuous_batching",
-    "token_mask", "baseline", "samples_per_prefix", "updates_per_rollouts",
+    "token_mask", "baseline", "samples_per_prefix", "updates_per_rollouts", "curriculum",
 )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ def sampled_loss(
     baseline: str = "none",
     baseline_top_k: int = 0,
     samples: int = 1,
+    weight_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log
     π_θ(y_t) − b$ detached.
@@ -84,6 +85,7 @@ def sampled_loss(
         baseline_top_k: number of the student's likeliest tokens for "value"; 0: all.
         samples: m, tokens per prefix: the answer's own, and m − 1 drawn here from π_θ with
             replacement. The loss is the mean over the m tokens.
+        weight_BT: as for `full_loss`.
 
     Returns:
         loss, Σ student entropy, number of valid tokens, like `full_loss`.
@@ -118,7 +120,7 @@ def sampled_loss(
         z_NM = row_logits(h_student_BTH[valid], student, ids_NM, temperature)
         logp_NM = logp_student[:, None] + z_NM[:, 1:] - z_NM[:, :1]  # one normalizer per prefix
         value_N = (value_N - (gap_NM * logp_NM).sum(1)) / samples
-    return weighted_mean(value_N, valid, num_items, by_answer), entropy.sum(), valid.sum()
+    return weighted_mean(value_N, valid, num_items, by_answer, weight_BT), entropy.sum(), valid.sum()
 
 
 def importance(logp_N: Tensor, sampler_logps_N: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ _ENDLESS = (
 def settings_that_matter(args: Any) -> dict[str, Any]:
     """Training arguments that affect the trained weights, as JSON-ready values."""
     lasting = args.lr_scheduler_type in _ENDLESS and getattr(args, "rollout_horizon", "full") != "popd"
+    lasting = lasting and getattr(args, "curriculum", "none") == "none"
     values = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(args)

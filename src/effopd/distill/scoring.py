@@ -197,7 +197,8 @@ class TrainedDivergence:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         student = trainer.accelerator.unwrap_model(trainer.model)
-        self._vocab_size = shared_vocab_size(student, self._teacher, len(_tokenizer(trainer)))
+        shared = shared_vocab_size(student, self._teacher, len(_tokenizer(trainer)))
+        self._vocab_size = min(shared, getattr(trainer, "vocab_size", shared))  # less if a later teacher has less
         with in_use(self._teacher):
             check_models(student, {"teacher": self._teacher}, generates=False)
         _check_loss(trainer, {"student": student, "teacher": self._teacher})

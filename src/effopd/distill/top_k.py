@@ -51,6 +51,7 @@ def top_k_loss(
     top_k: int,
     entropy_share: float = 1.0,
     by_answer: bool = False,
+    weight_BT: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, float]]:
     """KL(p̂ ‖ q̂) on the teacher's top K, mean over tokens, in nats.
 
@@ -59,7 +60,7 @@ def top_k_loss(
         top_k: K ≥ 2; more than V means V, which is the full reverse KL.
         entropy_share: share of the tokens of each answer that are trained on, those at which the
             student's entropy is largest. Below 1 it costs a forward pass over V at every position.
-        by_answer: as for `full_loss`.
+        by_answer, weight_BT: as for `full_loss`.
 
     Returns:
         (loss, Σ student entropy, number of trained tokens) like `full_loss`, and metrics:
@@ -73,7 +74,7 @@ def top_k_loss(
     valid = mask_BT != 0
     ids_NK, teacher_NK = teacher_support(h_teacher_BTH[valid], teacher, top_k, temperature)
     student_NK = row_logits(h_student_BTH[valid], student, ids_NK, temperature)
-    loss = weighted_mean(support_kl(student_NK, teacher_NK), valid, num_items, by_answer)
+    loss = weighted_mean(support_kl(student_NK, teacher_NK), valid, num_items, by_answer, weight_BT)
     if not count:
         return (loss, student_NK.detach().sum(), valid.sum()), {}
     flat_N, _ = spread_subset(mask_BT, MEASURED)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from trl import DistillationTrainer
 
 from effopd.distill.config import OPDConfig
+from effopd.distill.curriculum_mixin import CurriculumCallback, CurriculumMixin
 from effopd.distill.dataset import check_dataset
 from effopd.distill.divergence import (
     MULTIMODAL_KEYS,
@@ -41,6 +42,7 @@ from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
 from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
+from effopd.distill.prune_callback import PruneCallback
 from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_dir_mixin import RunMixin
@@ -59,7 +61,7 @@ from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
 
-class OPDTrainer(RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, DistillationTrainer):
+class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, DistillationTrainer):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Accepts the arguments of `trl.DistillationTrainer`, and:
@@ -114,14 +116,15 @@ class OPDTrainer(RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, Disti
         super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
         self.health = HealthProbe(args.health_tokens, self.temperature)
-        self.vocab_size = self._open_teachers(teacher_model, train_dataset, eval_task)
+        first = self._open_curriculum(teacher_model)
+        self.vocab_size = self._shared_by_all(self._open_teachers(first, train_dataset, eval_task))
         self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
         student = self.accelerator.unwrap_model(self.model)
         if self.reference_model is not None:
             reference = self.accelerator.unwrap_model(self.reference_model)
             shared = shared_vocab_size(student, reference, len(self.text_tokenizer), "reference")
             self.vocab_size = min(self.vocab_size, shared)
-        self._mixture_head: Head | None = None
+        self._mixture_head = None
         with in_use(self.teacher_model), in_use(self.reference_model):
             check_models(
                 student,
@@ -131,8 +134,11 @@ class OPDTrainer(RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, Disti
         self._open_rollouts()
         self._attach_run()
         self.add_callback(ManifestCallback(self.run_dir.root, partial(self._teacher_entries, teacher_model)))
+        self.prune = PruneCallback(self) if args.rollout_horizon == "prune" else None
         if args.rollout_horizon != "full":
-            self.add_callback(HorizonCallback(self))
+            self.add_callback(self.prune or HorizonCallback(self))
+        if args.curriculum != "none":
+            self.add_callback(CurriculumCallback(self))
         if args.updates_per_rollouts > 1:
             self.add_callback(RolloutCycleCallback(self))
 
@@ -199,6 +205,8 @@ class OPDTrainer(RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, Disti
         if training:
             self.ledger.count("update", forward=batch.tokens)
             self.health.after_loss(student, predictions, self._measured_teacher(parts), answers, due=due)
+            if self.prune is not None and parts:
+                answers = self.prune.weigh(predictions, parts[0].teacher, answers)  # the only one
         loss, entropy, count = self._by_teacher(predictions, parts, reference, answers, num_items)
         if training and not bool(torch.isfinite(loss)):
             named = {part.label if part.label == ONLY else f"teacher '{part.label}'": part.teacher for part in parts}
@@ -238,7 +246,8 @@ class OPDTrainer(RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, Disti
             return sampled_loss(
                 student.hidden_BTH, teacher.hidden_BTH, student.head, teacher.head, answers.ids_BT, answers.mask_BT,
                 self.temperature, num_items, reference, args.lambda_extrapolation,
-                sampler_logps_BT=answers.sampler_logps_BT if self.use_vllm else None, by_answer=by_answer, **variance,
+                sampler_logps_BT=answers.sampler_logps_BT if self.use_vllm else None, by_answer=by_answer,
+                weight_BT=answers.weight_BT, **variance,
             )  # fmt: skip
         if args.loss_type == "negative_advantage" and training:
             return negative_advantage_loss(
@@ -250,13 +259,13 @@ class OPDTrainer(RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, Disti
             output, metrics = top_k_loss(
                 student.hidden_BTH, target.hidden_BTH, student.head, target.head, answers.ids_BT, answers.mask_BT,
                 self.temperature, num_items, top_k=args.teacher_top_k, entropy_share=args.highest_entropy_share,
-                by_answer=by_answer,
+                by_answer=by_answer, weight_BT=answers.weight_BT,
             )  # fmt: skip
             log_metrics(self, {f"health/{name}": value for name, value in metrics.items()})
             return output
         loss, entropy, count = full_loss(
             student.hidden_BTH, target.hidden_BTH, student.head, target.head, answers.mask_BT, self.beta,
-            self.temperature, num_items, by_answer=by_answer,
+            self.temperature, num_items, by_answer=by_answer, weight_BT=answers.weight_BT,
         )  # fmt: skip
         return loss * interior_factor(self.beta) if args.normalize_beta else loss, entropy, count
 

@@ -106,6 +106,9 @@ RANGES: dict[str, Range] = {
     "task_seed": _SEED, "effopd.seed": _SEED,
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
     "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
+    "prune_top_k": _FROM_1, "prune_threshold": _SHARE, "prune_drop": _SHARE, "prune_base_weight": _FROM_0,
+    "prune_start_length": _FROM_1, "prune_min_length": _FROM_1, "prune_step": _FROM_1, "prune_margin": _FROM_0,
+    "curriculum_stages": _FROM_1, "prune_hit_share": _PART, "prune_patience": _FROM_1,
     "health_tokens": _FROM_0, "horizon_tokens": _FROM_1, "updates_per_rollouts": _FROM_1,
     "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
     # this package's objectives

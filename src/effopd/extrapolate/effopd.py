@@ -13,6 +13,7 @@ search multiplies the whole update since the start by up to 11.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,7 @@ class EffOPD:
         self._optimizer = OptimizerUpdate(self.config, optimizer, wanted, averages, lora=has_adapters(model))
         self.history: list[SearchRecord] = []
         self.anchor_step = 0
+        self.schedule_start = 0
 
     @property
     def scorer(self) -> Scorer | None:
@@ -129,13 +131,20 @@ class EffOPD:
         """
         self._check_open()
         if self.predictor is None:
-            return self.search(step) if self.config.triggers(step, self.history) else None
+            return self.search(step) if self._due(step) else None
         observed = self._observe(step, self.predictor) if self.predictor.observes(step) else None
         if self.predictor.predicts(step):
             return self.search(step, observed)
         if observed is not None:
             self.history.append(observed)
         return observed
+
+    def _due(self, step: int) -> bool:
+        """Whether the schedule, counted from its start, has a search after `step`."""
+        start, past = self.schedule_start, self.history
+        if start:
+            past = [dataclasses.replace(each, step=each.step - start) for each in past if each.step > start]
+        return self.config.triggers(step - start, past)
 
     def search(self, step: int, observed: SearchRecord | None = None) -> SearchRecord:
         """Search now, regardless of the schedule; see `step`.
@@ -241,6 +250,20 @@ class EffOPD:
         if self.predictor is not None:
             self.predictor.forget()
 
+    def restart(self, step: int) -> None:
+        """`reanchor`, and count the steps of the schedule or of a fit from `step`.
+
+        Call it when a new stage of training begins, such as that of another teacher. The history
+        and the learning-rate factor remain.
+        """
+        self.reanchor(step)
+        self._start_schedule(step)
+
+    def _start_schedule(self, step: int) -> None:
+        self.schedule_start = step
+        if self.predictor is not None:
+            self.predictor.start = step
+
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("this look-ahead was closed. Build a new EffOPD to search again.")
@@ -262,6 +285,7 @@ class EffOPD:
             "anchor": self.weights.state_dict(),
             "observations": None if self.predictor is None else self.predictor.observations.state_dict(),
             "anchor_step": self.anchor_step,
+            "schedule_start": self.schedule_start,
             "history": [record.to_row() for record in self.history],
             "learning_rate_factor": self.learning_rate_factor,
             "schedule_share": self._optimizer.share,
@@ -280,6 +304,7 @@ class EffOPD:
         if self.predictor is not None:
             self.predictor.observations.load_state_dict(state["observations"])
         self.anchor_step = int(state["anchor_step"])
+        self._start_schedule(int(state.get("schedule_start", 0)))
         self.history = [SearchRecord.from_row(row) for row in state["history"]]
         self._optimizer.factor = float(state["learning_rate_factor"])
         self._optimizer.share = float(state.get("schedule_share", 1.0))

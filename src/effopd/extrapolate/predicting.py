@@ -79,19 +79,22 @@ class Predictor:
 
     Attributes:
         observations: observations so far; saved with checkpoints.
+        start: optimizer step from which all steps are counted.
     """
 
     def __init__(self, fit: Fit, args: FitArgs, seed: int, device: str | None):
         self.fit, self.args, self.seed, self._device = fit, args, seed, device
         self.observations = Observations()
+        self.start = 0
 
     def observes(self, step: int) -> bool:
         """Whether to observe the weights after optimizer step `step`."""
-        return 0 < step <= self.args.until and step % self.args.every == 0
+        counted = step - self.start
+        return 0 < counted <= self.args.until and counted % self.args.every == 0
 
     def predicts(self, step: int) -> bool:
         """Whether to predict and jump after optimizer step `step`."""
-        return step == self.args.until
+        return step - self.start == self.args.until
 
     def observe(
         self,
@@ -115,7 +118,7 @@ class Predictor:
             observations.target = target() if given is None else Score(given)
         measured = score() if self.fit.target is not None else None
         tensors = {name: self.fit.keep(delta) for name, delta in weights.displacements()}
-        observations.add(step, tensors, measured.mean if measured else None, self._device)
+        observations.add(step - self.start, tensors, measured.mean if measured else None, self._device)
         return SearchRecord(
             step=step,
             anchor_step=anchor_step,

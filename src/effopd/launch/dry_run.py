@@ -109,6 +109,10 @@ def _run_rows(
         f"{f'prompts up to {task.max_prompt_length}, ' if task.max_prompt_length else ''}"
         f"answers up to {opd.max_completion_length} tokens",
     )
+    if opd.rollout_horizon != "full":
+        yield "rollout horizon", opd.rollout_horizon
+    if opd.curriculum != "none":
+        yield "curriculum", _curriculum_text(opd)
     length = f"{opd.max_steps:,} steps" if opd.max_steps > 0 else f"{opd.num_train_epochs:g} epoch(s)"
     yield (
         "length",
@@ -130,6 +134,13 @@ def _rows_text(opd: Any, role: str, rows: Prompts | None) -> str:
     label = role.removeprefix("teacher ")
     own = sum(str(field_of(dict(each.metadata), opd.teacher_column)) == label for each in rows.train.examples)
     return f", {own:,} training prompts"
+
+
+def _curriculum_text(opd: Any) -> str:
+    """Stages by difficulty, and the teacher of each."""
+    order = "in random order" if opd.curriculum_order == "shuffled" else opd.curriculum_order.replace("_", " ")
+    teachers = ", ".join(opd.curriculum_teachers or ())
+    return f"{opd.stages} stages by {opd.curriculum}, {order}" + f"; teachers: {teachers}" * bool(teachers)
 
 
 def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:

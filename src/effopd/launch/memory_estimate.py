@@ -15,7 +15,7 @@ from effopd.launch.model_size import ModelSize, model_size
 from effopd.launch.model_states import FP32, model_state_bytes
 from effopd.launch.opd import RunSettings
 from effopd.launch.prompts import evaluates
-from effopd.launch.run_models import frozen_models, loading_arguments
+from effopd.launch.run_models import STAGES, frozen_models, loading_arguments
 from effopd.launch.step_memory import PROCESS, StepMemory, StepShape, step_memory
 from effopd.launch.teacher_memory import DTYPE_BYTES, QUANTIZED, TeacherSize, dtype_of, quantization_of
 
@@ -55,7 +55,7 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
     opd, effopd = settings.opd, settings.effopd
     prompt, prompt_source = _prompt_length(settings, longest)
     student = _size(str(settings.model.model_name_or_path), opd)
-    frozen_sizes = [_size(name, opd) for name in frozen_models(opd).values()]
+    frozen_sizes = _held({flag: _size(name, opd) for flag, name in frozen_models(opd).items()})
     others = [size for size in frozen_sizes if size is not None]
     if student is None or len(others) < len(frozen_sizes):
         return None
@@ -97,6 +97,16 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
     shown = {name: value for name, value in parts.items() if value}
     shown |= {"teacher in use": visiting} if visiting else {}
     return MemoryEstimate([column | shown for column in columns], peaks, prompt_source, True)
+
+
+def _held(sizes: Mapping[str, ModelSize | None]) -> list[ModelSize | None]:
+    """Sizes of the frozen models held at the same time: of a curriculum's teachers, the largest."""
+    if not any(flag.startswith(STAGES) for flag in sizes):
+        return list(sizes.values())
+    teachers = {flag: size for flag, size in sizes.items() if "teacher" in flag}
+    known = [size for size in teachers.values() if size is not None]
+    largest = max(known, key=lambda size: size.parameters) if len(known) == len(teachers) else None
+    return [largest, *(size for flag, size in sizes.items() if flag not in teachers)]
 
 
 def _frozen_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any], ranks: int = 1) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from trl import ModelConfig, get_quantization_config
 
 from effopd.distill.callback import EffOPDCallback, check_deepspeed
 from effopd.distill.config import OPDConfig
+from effopd.distill.curriculum_mixin import check_stages
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
 from effopd.distill.served.trainer import ServedOPDTrainer
@@ -29,6 +30,7 @@ from effopd.launch.optimizer_checks import check_copies
 from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
+    STAGES,
     NamedModel,
     check_lengths,
     check_student_adapter,
@@ -122,6 +124,7 @@ def check_settings(settings: RunSettings) -> None:
     if (opd.offline or opd.served or opd.teacher_sources) and opd.teacher_model_name_or_path is None:
         del names["--teacher_model_name_or_path"]
     names |= {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
+    names |= {f"{STAGES} ({stage})": name for stage, name in opd.stage_teachers.items()}
     if opd.reference_model_name_or_path is not None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
@@ -149,7 +152,7 @@ def _check_resumed_teachers(settings: RunSettings) -> None:
     checkpoint = RunDir(opd.output_dir).to_resume(resume_argument(opd))
     if checkpoint is None or opd.offline or read_manifest(checkpoint) is None:
         return
-    sources = opd.teacher_sources or {ONLY: str(opd.teacher_model_name_or_path)}
+    sources = opd.teacher_sources or {ONLY: str(opd.teacher_model_name_or_path)} | opd.stage_teachers
     init = loading_arguments(settings.model, opd)[1]
     check_same_teachers(checkpoint, planned_entries(sources, dtype_of(init), quantization_of(opd, init)))
 
@@ -192,6 +195,8 @@ def check_prompts(
         for task in (train, held_out):
             if task is not None:
                 check_task_labels(task, list(settings.opd.teacher_sources), settings.opd.teacher_column)
+    if settings.opd.curriculum != "none":
+        check_stages(settings.opd, [vars(example) for example in train.examples])
     if settings.effopd.validation_size is not None:
         check_validation_size(settings.effopd.validation_size, train)
 

@@ -77,6 +77,10 @@ def loading_arguments(model: ModelConfig, args: Any) -> tuple[dict[str, Any], di
     return student, common | dtype | dict(getattr(args, "teacher_model_init_kwargs", None) or {})
 
 
+#: Flag of the teachers of which one at a time is in memory.
+STAGES = "--curriculum_teachers"
+
+
 def frozen_models(opd: Any) -> dict[str, str]:
     """Flag → name of teachers and, if there is one, reference; none with stored rollouts."""
     if opd.offline:
@@ -85,6 +89,9 @@ def frozen_models(opd: Any) -> dict[str, str]:
     for role in ("teacher", "reference"):
         if name := getattr(opd, f"{role}_model_name_or_path"):
             models[f"--{role}_model_name_or_path"] = name
+    for stage, name in opd.stage_teachers.items():
+        if name not in models.values():
+            models[f"{STAGES} ({stage})"] = name
     return models
 
 

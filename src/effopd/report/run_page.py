@@ -56,6 +56,7 @@ _SETTINGS = (
     "loss_type",
     "lambda_extrapolation",
     "rollout_horizon",
+    "curriculum",
     "task_args",
     "verifier",
     "prompt_suffix",

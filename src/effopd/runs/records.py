@@ -138,6 +138,17 @@ class Served(Record, prefix="served/"):
 
 
 @dataclass(frozen=True)
+class Prune(Record, prefix="prune/"):
+    """Prune-OPD: agreement of student and teacher on a step's answers, over all processes."""
+
+    hit_share: Annotated[Number, Column("share of answers that are reliable up to the maximum length")] = None
+    reliable_length: Annotated[Number, Column("mean reliable length of the answers", "tokens")] = None
+    bad_share: Annotated[Number, Column("share of tokens with an overlap below prune_threshold")] = None
+    overlap: Annotated[Number, Column("mean overlap of the two sets of likeliest tokens")] = None
+    weight: Annotated[Number, Column("mean token weight")] = None
+
+
+@dataclass(frozen=True)
 class SearchMetrics(Record, prefix="effopd/"):
     """A search in the row of its step; means if a row covers several steps (`--logging_steps`)."""
 
@@ -174,6 +185,9 @@ class StepRecord(Record):
             "frac_reward_zero_std",
         ),
     ] = None
+    horizon: Annotated[Number, Column("maximum length of the rollouts, with a rollout_horizon", "tokens")] = None
+    stage: Annotated[Number, Column("stage of the curriculum, from 1", "", "curriculum/stage")] = None
+    prune: Annotated[Prune, Group(Prune)] = field(default_factory=Prune)
     health: Annotated[Health, Group(Health)] = field(default_factory=Health)
     served: Annotated[Served, Group(Served)] = field(default_factory=Served)
     search: Annotated[SearchMetrics, Group(SearchMetrics)] = field(default_factory=SearchMetrics)

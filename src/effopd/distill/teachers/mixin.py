@@ -80,8 +80,9 @@ class TeachersMixin(DistillationHooks):
     def _prepare_frozen(self, source: Source, role: str) -> Any:
         """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
         init = teacher_loading(self.args, self.args.teacher_model_init_kwargs or {})
-        if role == "reference":
-            init.pop("revision", None)  # the teacher's
+        named = self.args.teacher_model_name_or_path
+        if role == "reference" or (self.args.curriculum_teachers and source != named):
+            init.pop("revision", None)  # the named teacher's
         elif self.args.teacher_model_init_kwargs is not None and not isinstance(source, str):
             raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
         elif not isinstance(source, str) and (changed := self.args.changed_loading()):
@@ -100,7 +101,9 @@ class TeachersMixin(DistillationHooks):
         """The run's teachers for its manifest."""
         unwrap = self.accelerator.unwrap_model
         if self.teachers is None:
-            return [entry_of(ONLY, source, unwrap(self.teacher_model), self.args.teacher_model_revision)]
+            model = unwrap(self.teacher_model)
+            stages = [entry_of(stage, name, model) for stage, name in self.args.stage_teachers.items()]
+            return [entry_of(ONLY, source, model, self.args.teacher_model_revision), *stages]
         return [entry_of(label, self.teachers.sources[label], unwrap(self.teachers.model(label)))
                 for label in self.teachers.labels]  # fmt: skip
 

@@ -65,9 +65,9 @@ def frozen(
 
 
 def release(trainer: Any, model: Any) -> None:
-    """Make accelerate forget a model that `frozen` placed, so that its memory can be freed."""
-    placed = trainer.accelerator._models
-    placed[:] = [each for each in placed if each is not model]
+    """Drop accelerate's references to a model that `frozen` placed, so that it can be freed."""
+    placed, bare = trainer.accelerator._models, trainer.accelerator.unwrap_model(model)
+    placed[:] = [each for each in placed if each is not model and each is not bare]
 
 
 @contextmanager
