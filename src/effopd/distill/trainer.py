@@ -38,6 +38,7 @@ from effopd.distill.divergence import (
 from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
+from effopd.distill.mixing import MixingMixin
 from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
 from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.rollouts import RolloutMixin
@@ -54,7 +55,7 @@ from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
 
-class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer):
+class OPDTrainer(MixingMixin, RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Accepts the arguments of `trl.DistillationTrainer`, and:
@@ -75,8 +76,8 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
     Raises:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, is not
             causal, or has logits of a form that is not supported.
-        ConfigError: no teacher, or the teacher is the student object itself; λ ≠ 1 without a
-            reference, or a reference with λ = 1.
+        ConfigError: no teacher, or the teacher is the student object itself; ExOPD's λ ≠ 1 without
+            a reference, or a reference with λ = 1; `lmbda` < 1 without answers.
 
     Source: arXiv 2605.11739, section 2 (objective); 2602.12125 (ExOPD); 2604.13016 (health
         metrics).
@@ -126,6 +127,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             student, {"teacher": self.teacher_model, "reference": self.reference_model}, generates=not self.use_vllm
         )
         self._open_rollouts()
+        self._open_mixing()
         self._attach_run()
         if args.rollout_horizon != "full":
             self.add_callback(HorizonCallback(self))

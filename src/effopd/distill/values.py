@@ -107,6 +107,7 @@ RANGES: dict[str, Range] = {
     "eval_temperature": _FROM_0, "eval_seed": _SEED, "overlong_cache": _BELOW_1, "lambda_extrapolation": _ABOVE_0,
     "horizon_fraction": _PART, "horizon_start": _PART, "horizon_stages": _FROM_1, "horizon_growth": _PART,
     "health_tokens": _FROM_0, "horizon_tokens": _FROM_1, "updates_per_rollouts": _FROM_1,
+    "discord_temperature": _ABOVE_0, "lmbda": _SHARE,
     "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
     # this package's objectives
     "baseline_top_k": _FROM_0, "samples_per_prefix": _FROM_1, "teacher_top_k": Range(2),

@@ -15,7 +15,7 @@ from rich.table import Table
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
 from effopd.launch.memory_estimate import SETUPS, estimate_memory
 from effopd.launch.model_size import ModelSize, model_size
-from effopd.launch.offline import Stored, rollouts_text, stored_rollouts
+from effopd.launch.offline import Stored, check_answers, rollouts_text, stored_rollouts
 from effopd.launch.opd import (
     RunSettings,
     check_models_of,
@@ -55,6 +55,7 @@ def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None]:
     models = check_models_of(settings) if on_disk else []
     tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
     stored = stored_rollouts(model, opd, tokenizer, network=False)
+    check_answers(opd, tokenizer)
     if needs_network(task):
         if why_answers(opd, effopd) or task.verifier is not None:
             check_grading(task)
@@ -82,11 +83,12 @@ def _run_rows(settings: RunSettings, rows: Prompts | None, stored: Stored | None
     )
     for role in ("teacher", "reference"):
         name = getattr(opd, f"{role}_model_name_or_path")
-        if name and stored is None:
+        if name and opd.holds_teacher:
             yield role, f"{name}  {_size_text(_size(name, opd))}"
     if stored is not None:
         yield "rollouts", rollouts_text(stored, str(opd.rollouts))
-        yield "teacher", "none in memory"
+        if not opd.holds_teacher:
+            yield "teacher", "none in memory"
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes

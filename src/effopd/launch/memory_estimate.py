@@ -60,7 +60,7 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
     frozen_sizes = [
         _size(name, opd)
         for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path)
-        if name and not opd.offline
+        if name and opd.holds_teacher
     ]
     others = [size for size in frozen_sizes if size is not None]
     if student is None or len(others) < len(frozen_sizes):

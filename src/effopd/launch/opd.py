@@ -21,7 +21,7 @@ from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
 from effopd.launch.adapters import adapter_config
-from effopd.launch.offline import Stored, check_offline_settings, stored_rollouts
+from effopd.launch.offline import Stored, check_answers, check_offline_settings, stored_rollouts
 from effopd.launch.optimizer_checks import check_copies
 from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
@@ -61,6 +61,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     models = check_models_of(settings)
     tokenizer = tokenizer_of(model, other_models(opd), opd)
     stored = stored_rollouts(model, opd, tokenizer, network=True)
+    check_answers(opd, tokenizer)
     train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
     check_prompts(settings, train, stored)
     longest = longest if stored is None else max(longest or 0, stored.longest)
@@ -135,7 +136,7 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
     models += [
         on_meta(f"--{role}_model_name_or_path", name, other, opd)
         for role in ("teacher", "reference")
-        if (name := getattr(opd, f"{role}_model_name_or_path")) and not opd.offline
+        if (name := getattr(opd, f"{role}_model_name_or_path")) and opd.holds_teacher
     ]
     check_student_adapter(model, models[0], student, opd)
     if settings.effopd.enabled and not model.use_peft:
@@ -161,8 +162,8 @@ def check_prompts(settings: RunSettings, train: Task, stored: Stored | None = No
 
 
 def other_models(opd: OPDConfig) -> list[str]:
-    """Names of the teacher and, if there is one, the reference model; none with stored rollouts."""
-    if opd.offline:
+    """Names of the teacher and, if there is one, the reference model, as far as they are loaded."""
+    if not opd.holds_teacher:
         return []
     return [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
 
