@@ -30,6 +30,7 @@ def support_weights(student_logp_N: Tensor, teacher_logp_N: Tensor, tau: float =
             plain cross-entropy.
 
     Example:
+        >>> import torch
         >>> support_weights(torch.tensor([-1.0, -4.0]), torch.tensor([-1.0, -1.0])).tolist()
         [0.5, 0.0474258728325367]
     """

@@ -156,7 +156,7 @@ class MixingMixin(DistillationHooks):
 
     def _given_batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Padded ids and masks of this process's given answers, cut at the present horizon."""
-        limit = min(self.generation_config.max_new_tokens, self.args.max_completion_length)
+        limit = self.max_completion_length  # the horizon of this step
         if self._given is None:
             template = self.args.chat_template_kwargs
             given = [given_answer(row, self.text_tokenizer, limit, template) for row in rows]

@@ -239,7 +239,7 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
                 )  # fmt: skip
                 weight_N = support_weights(logp_N, part["teacher_logps"][valid], self.args.discord_temperature)
                 weights_BT[first : first + size][valid] = weight_N
-                self.ledger.count("update", forward=inputs.tokens)
+                self.ledger.count("rollout", forward=inputs.tokens)  # of the preparation: no backward pass follows
 
         with evaluating(model), self.accelerator.autocast():
             gathered(model, measure)
