@@ -2,17 +2,18 @@
 
     python benchmarks/neighbours.py collect          # rollouts and traces, once per task and seed
     effopd compare recipes/compare-neighbours.yaml
-    effopd compare --report runs/compare-neighbours --out docs/neighbours
-    python benchmarks/neighbours.py page --figure    # rewrite the tables, redraw the figure
+    python benchmarks/neighbours.py page --runs runs/compare-neighbours --figure
 
-Only the blocks between markers are generated (`pages.py`); the rest is written by hand. A method is
+`page --runs` writes the finished runs to docs/neighbours/results.json, from which it makes tables
+and figure. Only the blocks between markers are generated (`pages.py`). A method is
 judged at its best learning rate, against plain OPD at its best learning rate, by the cost to reach
-`TARGET` of the KL at step 0.
+the `TARGETS`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,14 @@ from typing import Any, NamedTuple
 from pages import DOCS, rewrite
 
 from effopd.commands.main import main as effopd
+from effopd.common.files import write_atomically
 from effopd.compare.axes import axis_name, cost_on
 from effopd.compare.cross_targets import runs_of
 from effopd.compare.envelope import Envelope
 from effopd.compare.grid import folder_name, load_grid
-from effopd.compare.grid_run import Arm, GridRun
+from effopd.compare.grid_run import Arm, GridRun, read_run, to_row
 from effopd.compare.paired import SeedMedian
+from effopd.compare.runner import DONE, is_done
 from effopd.report.compare_lookup import table, times
 from effopd.report.style import quiet_style, save
 
@@ -37,8 +40,10 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "compare-neighbours.yaml"
 TRACES = Path("runs/neighbour-traces")
 #: Stored answers per task and seed: each is used three times in 48 steps of 32.
 STORED = 512
-#: Share of the KL at step 0 that a method has to reach.
-TARGET = 0.1
+#: Shares of the KL at step 0 that a method has to reach; the figure shows the last.
+TARGETS = (0.25, 0.1)
+#: Figure: ticks, and the place of a method that never reaches the target.
+TICKS, NEVER = (0.25, 0.5, 1, 2, 4), 0.125
 #: Suffix of an arm with the look-ahead; plain OPD with it has a name of its own.
 NEWTON = "+newton"
 AXES = ("seconds", "generated_tokens", "teacher_tokens", "student_backward_tokens")
@@ -94,12 +99,12 @@ class Page:
             finals.setdefault(run.arm, []).append(_end(run))
         return min(finals, key=lambda arm: statistics.median(finals[arm]), default=None)
 
-    def speedup(self, task: str, strategy: str, axis: str) -> SeedMedian | None:
-        """Cost of tuned plain OPD to `TARGET` / cost of the method at its best rate."""
+    def speedup(self, task: str, strategy: str, axis: str, share: float) -> SeedMedian | None:
+        """Cost of tuned plain OPD to a target / cost of the method at its best rate."""
         key, arm = (task, axis), self.best(task, strategy)
         if key not in self._envelopes:
             self._envelopes[key] = Envelope([run for run in self.runs if run.task == task], ("plain",), axis)
-        return None if arm is None else self._envelopes[key].speedup(arm, TARGET)
+        return None if arm is None else self._envelopes[key].speedup(arm, share)
 
     # -- blocks ------------------------------------------------------------------------------------
 
@@ -129,19 +134,30 @@ class Page:
         ]  # fmt: skip
 
     def cost_table(self) -> str:
-        """Speed-up to the target over tuned plain OPD, by axis, and the verdict."""
+        """Speed-up to the targets over tuned plain OPD, by axis, and the verdict."""
         rows = []
         for task in self.tasks:
             for method in METHODS:
                 for strategy in _pair(method.arm):
-                    found = [self.speedup(task, strategy, axis) for axis in AXES]
-                    if found[0] is not None and strategy != "plain":
-                        speeds = [each for each in found if each is not None]
+                    if strategy != "plain" and self.of(task, strategy):
                         ahead = "" if strategy == method.arm else "newton_search"
-                        cells = [times(each.to_row()) for each in speeds]
-                        rows.append([task.split(":")[1], method.name, ahead, *cells, verdict(speeds)])
-        head = ["task", "method", "look-ahead", *(axis_name(axis) for axis in AXES), "verdict"]
+                        rows += [
+                            [
+                                task.split(":")[1],
+                                method.name,
+                                ahead,
+                                f"{share:.0%}",
+                                *self._cost_cells(task, strategy, share),
+                            ]
+                            for share in TARGETS
+                        ]
+        head = ["task", "method", "look-ahead", "KL", *(axis_name(axis) for axis in AXES), "verdict"]
         return table(head, rows)
+
+    def _cost_cells(self, task: str, strategy: str, share: float) -> list[str]:
+        found = [self.speedup(task, strategy, axis, share) for axis in AXES]
+        speeds = [each for each in found if each is not None]
+        return [*(times(each.to_row()) for each in speeds), verdict(speeds)]
 
     def method_table(self) -> str:
         """Every method: its paper, when it is worth it, and the number of its runs."""
@@ -186,27 +202,29 @@ class Page:
                 for panel, axis in zip(row, axes, strict=True):
                     self._bars(panel, task, axis)
             panels[0][0].legend(loc="lower right")
-            title = f"Cost to {TARGET:.0%} of the starting KL: tuned plain OPD / method"
-            note = "Best of the learning rates that were run; median over seeds. A cross: never reached."
+            title = f"Cost to {TARGETS[-1]:.0%} of the starting KL: tuned plain OPD / method"
+            note = "Best of the learning rates that were run; median over seeds. A cross: the method never reaches it."
             save(figure, PLACE / "costs.png", title, note)
 
     def _bars(self, panel: Any, task: str, axis: str) -> None:
         names = [method.name for method in METHODS]
         for offset, (label, color) in enumerate((("without look-ahead", "#6b7280"), ("newton_search", "#009e73"))):
             for place, method in enumerate(METHODS):
-                found = self.speedup(task, _pair(method.arm)[offset], axis)
+                found = self.speedup(task, _pair(method.arm)[offset], axis, TARGETS[-1])
                 if found is None or not found.n:
                     continue
                 y, reached = place + 0.3 * (offset - 0.5), 0 < found.median < math.inf
                 marker = "o" if reached else "x"
                 panel.plot(
-                    found.median if reached else 0.1, y, marker, color=color, markersize=7, label=label,
+                    found.median if reached else NEVER, y, marker, color=color, markersize=7, label=label,
                     linestyle="none",
                 )  # fmt: skip
                 label = "_"
         panel.axvline(1, color="#9ca3af", linewidth=1)
         panel.set(xscale="log", xlabel=f"speed-up in {axis_name(axis)}", yticks=range(len(names)), yticklabels=names)
-        panel.invert_yaxis() if not panel.yaxis_inverted() else None
+        panel.set(ylim=(len(names) - 0.5, -0.5), xlim=(NEVER / 1.2, TICKS[-1] * 1.2))
+        panel.set_xticks((NEVER, *TICKS), ["never", *(f"{tick:g}×" for tick in TICKS)])
+        panel.minorticks_off()
         panel.set_title(task, loc="left")
 
 
@@ -246,6 +264,20 @@ def _end(run: GridRun) -> float:
     return statistics.median(e.kl for e in run.evaluations[-3:] if e.kl is not None)
 
 
+def results_of(folder: Path) -> dict[str, Any]:
+    """The finished runs of the plan in a grid's folder, with the plan's settings."""
+    grid = load_grid(RECIPE, output_dir=str(folder))
+    runs = [
+        read_run(
+            run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed,
+            code=json.loads((run.path / DONE).read_text())["code"],
+        )
+        for run in grid.runs() if is_done(run)
+    ]  # fmt: skip
+    settings = {"planned_runs": len(grid.runs()), "base": grid.base, "strategies": grid.strategies}
+    return {"settings": settings, "runs": [to_row(run) for run in runs]}
+
+
 def collect(recipe: Path, seeds: Sequence[int] | None, tasks: Sequence[str] | None) -> None:
     """`effopd cache` for every task and seed of the plan: rollouts and traces."""
     grid = load_grid(recipe)
@@ -267,6 +299,7 @@ def collect(recipe: Path, seeds: Sequence[int] | None, tasks: Sequence[str] | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["collect", "page"])
+    parser.add_argument("--runs", type=Path, help="page: folder of the grid; default: docs/neighbours/results.json")
     parser.add_argument("--figure", action="store_true", help="page: redraw docs/neighbours/costs.png")
     parser.add_argument("--seeds", type=int, nargs="+", help="collect: only these seeds")
     parser.add_argument("--tasks", nargs="+", help="collect: only these tasks")
@@ -274,9 +307,12 @@ def main() -> None:
     if arguments.what == "collect":
         collect(RECIPE, arguments.seeds, arguments.tasks)
         return
-    import json
-
-    page = Page(json.loads((PLACE / "results.json").read_text()))
+    file = PLACE / "results.json"
+    if arguments.runs is not None:
+        results = results_of(arguments.runs)
+        PLACE.mkdir(exist_ok=True)
+        write_atomically(file, lambda path: path.write_text(json.dumps(results) + "\n"))
+    page = Page(json.loads(file.read_text()))
     rewrite(DOCS / "neighbours.md", page.blocks())
     if arguments.figure:
         page.draw()

@@ -246,8 +246,8 @@ def test_traces_from_the_command_line(tmp_path, monkeypatch, capsys):
     part = [row if n % 2 else {"problem": row["problem"]} for n, row in enumerate(rows)]
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     monkeypatch.chdir(tmp_path)
-    graded = "def grade(completion, example):\n    return float(any(c in completion for c in 'abcdefghijklm'))\n"
-    (tmp_path / "grader.py").write_text(graded)
+    right = "'boxed{a' in completion or 0 < len(completion) <= 4"  # every short answer of the model
+    (tmp_path / "grader.py").write_text(f"def grade(completion, example):\n    return float({right})\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     cache = [
         "cache", "--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--task",
