@@ -256,6 +256,10 @@ class EffOPDCallback(TrainerCallback):
         if not self.waits_for_rollouts:
             self._search(args, state, state.global_step)
 
+    def scores_rollouts(self, step: int) -> bool:
+        """Whether a search at this step scores the step's rollouts, before training on them."""
+        return self.waits_for_rollouts and step > 1 and self.look_ahead is not None and self.look_ahead.due(step)
+
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Search on the next step's rollouts, before they are trained on.
 

@@ -11,6 +11,7 @@ import torch
 from trl import DistillationConfig
 
 from effopd.common.optional import ensure
+from effopd.distill.mixing_config import MixingArguments
 from effopd.distill.objective_config import ObjectiveArguments
 from effopd.distill.offline_config import OfflineArguments
 from effopd.distill.optimizers.settings import OptimizerArguments, check_optimizer_settings
@@ -147,6 +148,7 @@ class RunArguments(OptimizerArguments):
 class OPDConfig(
     ServedArguments,
     OfflineArguments,
+    MixingArguments,
     ObjectiveArguments,
     ScheduleArguments,
     TeacherArguments,
@@ -239,6 +241,7 @@ class OPDConfig(
                 f"updates_per_rollouts={self.updates_per_rollouts}: loss_type={self.loss_type!r} is an estimate for "
                 "rollouts of the present weights. Use --loss_type full, or --updates_per_rollouts 1."
             )
+        self.check_mixing()
         self._check_extrapolation()
         self._check_horizon()
         self._check_curriculum()

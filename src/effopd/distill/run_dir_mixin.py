@@ -152,8 +152,12 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
         category = "rollout" if self.model.training else "eval"
         with self.ledger.track(category), finite_predictions(), self.at_sampling_weights():
             output = super().around_rollouts(sample)
-        self.ledger.count(category, generated=int(output["completion_mask"].sum()))
+        self.ledger.count(category, generated=self.sampled_tokens(output))
         return output
+
+    def sampled_tokens(self, rollouts) -> int:
+        """Tokens that were sampled for a batch of rollouts."""
+        return int(rollouts["completion_mask"].sum())
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
         with ignore_sampling_defaults(self.accelerator.unwrap_model(self.model)):  # unset settings are off

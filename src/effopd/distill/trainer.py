@@ -41,6 +41,7 @@ from effopd.distill.divergence import (
 from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
+from effopd.distill.mixing import MixingMixin
 from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
 from effopd.distill.prune_callback import PruneCallback
 from effopd.distill.rollout_cycle import RolloutCycleCallback
@@ -61,7 +62,9 @@ from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
 
-class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, DistillationTrainer):
+class OPDTrainer(
+    CurriculumMixin, MixingMixin, RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, DistillationTrainer
+):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Accepts the arguments of `trl.DistillationTrainer`, and:
@@ -84,8 +87,8 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, TeachersMixin, Distill
     Raises:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, is not
             causal, or has logits of a form that is not supported.
-        ConfigError: no teacher, or the teacher is the student object itself; λ ≠ 1 without a
-            reference, or a reference with λ = 1.
+        ConfigError: no teacher, or the teacher is the student object itself; ExOPD's λ ≠ 1 without
+            a reference, or a reference with λ = 1; `lmbda` < 1 without answers.
 
     Source: arXiv 2605.11739, section 2 (objective); 2602.12125 (ExOPD); 2604.13016 (health
         metrics).
@@ -132,6 +135,7 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, TeachersMixin, Distill
                 generates=not self.use_vllm,
             )
         self._open_rollouts()
+        self._open_mixing()
         self._attach_run()
         self.add_callback(ManifestCallback(self.run_dir.root, partial(self._teacher_entries, teacher_model)))
         self.prune = PruneCallback(self) if args.rollout_horizon == "prune" else None

@@ -116,6 +116,12 @@ class EffOPD:
 
     # -- searching ---------------------------------------------------------------------------------
 
+    def due(self, step: int) -> bool:
+        """Whether `step(step)` would observe or search now."""
+        if self.predictor is None:
+            return self.config.triggers(step, self.history)
+        return self.predictor.observes(step) or self.predictor.predicts(step)
+
     def step(self, step: int) -> SearchRecord | None:
         """Observe or search if due. Call after every optimizer step.
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
 from effopd.launch.memory_estimate import SETUPS, estimate_memory, teacher_choices
 from effopd.launch.model_size import ModelSize, model_size
-from effopd.launch.offline import Stored, rollouts_text, stored_rollouts
+from effopd.launch.offline import Stored, check_answers, rollouts_text, stored_rollouts
 from effopd.launch.opd import (
     RunSettings,
     check_models_of,
@@ -57,6 +57,7 @@ def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None, str]
     models = check_models_of(settings) if on_disk else []
     tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
     stored = stored_rollouts(model, opd, tokenizer, network=False)
+    check_answers(opd, tokenizer)
     if needs_network(task):
         if why_answers(opd, effopd) or task.verifier is not None:
             check_grading(task)
@@ -95,7 +96,8 @@ def _run_rows(
         yield "teacher's weights" if opd.teacher_sources == {} else "teachers' weights", choices
     if stored is not None:
         yield "rollouts", rollouts_text(stored, str(opd.rollouts))
-        yield "teacher", "none in memory"
+        if not opd.holds_teacher:
+            yield "teacher", "none in memory"
     if served:
         yield "teacher", served
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"

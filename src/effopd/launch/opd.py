@@ -25,7 +25,7 @@ from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
 from effopd.launch.adapters import adapter_config
-from effopd.launch.offline import Stored, check_offline_settings, stored_rollouts
+from effopd.launch.offline import Stored, check_answers, check_offline_settings, stored_rollouts
 from effopd.launch.optimizer_checks import check_copies
 from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
@@ -71,6 +71,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     models = check_models_of(settings)
     tokenizer = tokenizer_of(model, other_models(opd), opd)
     stored = stored_rollouts(model, opd, tokenizer, network=True)
+    check_answers(opd, tokenizer)
     train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
     check_prompts(settings, train, stored, held_out)
     longest = longest if stored is None else max(longest or 0, stored.longest)
@@ -202,7 +203,7 @@ def check_prompts(
 
 
 def other_models(opd: OPDConfig) -> list[str]:
-    """Names of the teachers and, if there is one, the reference; none with stored rollouts."""
+    """Names of the teachers and, if there is one, the reference, as far as they are loaded."""
     return list(frozen_models(opd).values())
 
 

@@ -82,8 +82,8 @@ STAGES = "--curriculum_teachers"
 
 
 def frozen_models(opd: Any) -> dict[str, str]:
-    """Flag → name of teachers and, if there is one, reference; none with stored rollouts."""
-    if opd.offline:
+    """Flag → name of teachers and, if there is one, reference, as far as they are loaded."""
+    if not opd.holds_teacher:
         return {}
     models = {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
     for role in ("teacher", "reference"):
