@@ -7,8 +7,8 @@ completion lists its intermediate results, then the answer between `<answer>` ta
     spell_backward  "… (example: sun -> nus): splat"      →  t a l p s <answer>talps</answer>
 
 Questions and scores are those of reasoning-gym's datasets of the same names; `testbed_questions`
-generates and grades them without that library. Splits are disjoint for every size and seed, because a
-hash of the question's text determines its split.
+generates and grades them without that library. Splits are disjoint for every size and seed, because
+a hash of the question's text determines its split.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "chain_sum": Family(
-        {"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 1}, corruption=0.26
-    ),
+    "chain_sum": Family({"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 1}, corruption=0.26),
     "spell_backward": Family({"min_word_len": 4, "max_word_len": 6}, corruption=0.18),
 }
 
@@ -196,7 +194,7 @@ def _questions(name: str, split: str, seed: int) -> Iterator[Question]:
     """Endless stream of questions, in chunks with their own seeds."""
     generate, params, chunk = GENERATORS[name], FAMILIES[name].params, 0
     while True:
-        # question i has the seed first + i, so neighboring seeds would give nearly the same questions
+        # question i has the seed first + i, so neighboring seeds would share questions
         digest = hashlib.sha256(f"{name}/{split}/{seed}/{chunk}".encode()).digest()
         first = int.from_bytes(digest[:4], "big") >> 1
         yield from (generate(first + i, **params) for i in range(_CHUNK))
