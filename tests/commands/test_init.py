@@ -22,7 +22,7 @@ def place(tmp_path_factory):
     for seed, name in enumerate(("student", "teacher")):
         make_model(seed).save_pretrained(root / name)
         make_tokenizer().save_pretrained(root / name)
-    rows = [{"problem": f"what is {i} + 1", "answer": str(i + 1)} for i in range(40)]
+    rows = [{"problem": f"what is {i} + 1", "answer": str(i + 1)} for i in range(160)]
     (root / "rows: 1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 

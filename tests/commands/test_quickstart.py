@@ -161,7 +161,7 @@ def test_fast_changes_what_is_not_given(tmp_path):
     full, fast = QuickstartArguments(), QuickstartArguments(fast=True)
     assert full.max_steps == 96 and full.prompts_per_step == 256
     assert quickstart.settings("plain", full, tmp_path).opd.per_device_train_batch_size == 256
-    assert (fast.max_steps, fast.eval_size, fast.prompts_per_step) == (24, 64, 64)
+    assert (fast.max_steps, fast.eval_size, fast.prompts_per_step) == (12, 64, 64)
     given = QuickstartArguments(fast=True, max_steps=96, eval_size=256)
     assert (given.max_steps, given.eval_size, given.prompts_per_step) == (96, 256, 64)
     say = quickstart.introduction

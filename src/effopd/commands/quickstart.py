@@ -50,7 +50,7 @@ AHEAD = tuple(ARMS)[1:]
 _WIDTH = max(map(len, ARMS.values())) + 1
 #: Defaults of the demo, and of `--fast`, which takes a tenth of the time.
 _FULL = {"max_steps": 96, "eval_steps": 2, "eval_size": 256, "prompts_per_step": 256}
-_FAST = {"max_steps": 24, "eval_steps": 4, "eval_size": 64, "prompts_per_step": 64}
+_FAST = {"max_steps": 12, "eval_steps": 3, "eval_size": 64, "prompts_per_step": 64}
 _UNSET: Any = None
 #: Files and folders that a finished or interrupted demo leaves in its folder.
 _OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
@@ -77,10 +77,10 @@ class QuickstartArguments:
             "speed-ups are noisy."
         },
     )
-    max_steps: int = field(default=_UNSET, metadata={"help": "Optimizer steps per run. Default: 96; with --fast, 24."})
+    max_steps: int = field(default=_UNSET, metadata={"help": "Optimizer steps per run. Default: 96; with --fast, 12."})
     eval_steps: int = field(
         default=_UNSET,
-        metadata={"help": "Steps between evaluations; their cost is not charged. Default: 2; with --fast, 4."},
+        metadata={"help": "Steps between evaluations; their cost is not charged. Default: 2; with --fast, 3."},
     )
     eval_size: int = field(
         default=_UNSET, metadata={"help": "Number of held-out prompts. Default: 256; with --fast, 64."}
