@@ -15,8 +15,12 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: demo real-model test test-fast lint format docs clean
 
-demo: $(READY)
+demo: | say-demo $(READY)
 	$(BIN)/effopd quickstart --output_dir runs/demo
+
+.PHONY: say-demo
+say-demo:
+	@echo "make demo: 1. Python packages in $(VENV) (once, some minutes, mostly torch)  2. effopd quickstart (about 8 minutes)"
 
 TEACHER := runs/smollm2/chain_sum/teacher/model.safetensors
 
@@ -56,7 +60,9 @@ $(VENV)/.docs: $(READY)
 # torch first, at the pinned version; a CPU build is enough
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch into $(VENV) (several GB with CUDA, some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@echo "installing the other packages of constraints.txt into $(VENV) (some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -12,7 +12,7 @@ from effopd.errors import MissingDependencyError
 _NEEDS = {
     "matplotlib": ("drawing figures", "effopd[plots]"),
     "math_verify": ("verifying math answers", "math-verify"),
-    "reasoning_gym": ("reasoning-gym tasks", "reasoning-gym"),
+    "reasoning_gym": ("reasoning-gym tasks", "effopd[gym]"),
     "gguf": ("reading GGUF files", "effopd[gguf]"),
     "peft": ("--use_peft", "effopd[peft]"),
     "bitsandbytes": ("--load_in_4bit or _8bit, --teacher_load_in_… or this --optim", "effopd[quantization]"),

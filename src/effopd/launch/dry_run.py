@@ -5,11 +5,13 @@ It makes all checks of the run itself that need neither weights nor network, and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
@@ -44,6 +46,12 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     for name, value in _run_rows(settings, rows, stored, served):
         run.add_row(name, value)
     return run, _memory_table(settings, rows)
+
+
+def print_plan(settings: RunSettings) -> None:
+    """Print `plan_tables`, 140 columns wide if the output is not a terminal."""
+    for table in plan_tables(settings):
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None, str]:

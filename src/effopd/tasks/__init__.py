@@ -10,7 +10,9 @@ row_columns.py      question and answer columns
 row_faults.py       faults in rows, reported together
 prompts.py          prompts as token ids; prompt lengths
 gym_tasks.py        reasoning-gym questions and their verifier
+tagged_answers.py   answers between <answer> tags
 testbed_families.py the testbed's two task families
+testbed_questions.py their questions and scores, as reasoning-gym's
 builtin_models.py   the testbed's student and teacher
 reference.py        reference answers as text
 math_grading.py     the math verifier

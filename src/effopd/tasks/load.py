@@ -18,11 +18,12 @@ from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.code.rows import read_code_rows, render_program, with_template
 from effopd.tasks.code.verifier import SETTINGS, CodeVerifier
 from effopd.tasks.config import TaskConfig, split_task_name
-from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples, render_tagged
+from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples
 from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
 from effopd.tasks.row_faults import ORIGIN
 from effopd.tasks.row_files import on_hub
 from effopd.tasks.rows import question_key, read_math_rows
+from effopd.tasks.tagged_answers import render_tagged
 from effopd.tasks.testbed_families import family_task
 from effopd.tasks.verify import load_verifier
 
