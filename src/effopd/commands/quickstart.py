@@ -50,7 +50,6 @@ AHEAD = tuple(ARMS)[1:]
 _WIDTH = max(map(len, ARMS.values())) + 1
 #: Files and folders that a finished or interrupted demo leaves in its folder.
 _OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
-_COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "line_search": "#2e6f9e"}
 
 
 @dataclass
@@ -396,7 +395,6 @@ def _figure(root: Path, summary: dict[str, Any]) -> Path:
             {ARMS[arm]: read_searches(root / arm) for arm in AHEAD},
             target=summary["target_kl"],
             teacher_accuracy=testbed.card()["teacher_accuracy"][summary["family"]],
-            colors=_COLORS,
         )
         return save(
             figure,
