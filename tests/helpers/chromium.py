@@ -152,5 +152,7 @@ class Chromium:
             self.problems.append(" ".join(str(one.get("value", one.get("description"))) for one in values["args"]))
         elif method == "Log.entryAdded" and values["entry"]["level"] in ("error", "warning"):
             self.problems.append(values["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not values["request"]["url"].startswith(("file:", "data:", "blob:")):
+        elif method == "Network.requestWillBeSent" and not values["request"]["url"].startswith(
+            ("file:", "data:", "blob:")
+        ):
             self.problems.append(f"request to {values['request']['url']}")

@@ -106,7 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
         "tasks, for example with another batch size. LABEL marks the other grid's strategies.",
     )
     parser.add_argument(
-        "--out", type=Path, help="Folder for results.html, results.md, results.json and results/*.png. Default: the grid's folder."
+        "--out",
+        type=Path,
+        help="Folder for results.html, results.md, results.json and results/*.png. Default: the grid's folder.",
     )
     return parser
 

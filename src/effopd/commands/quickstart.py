@@ -122,9 +122,10 @@ def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> No
     write_atomically(root / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     console.print(_table(summary))
     console.print(_verdict(summary))
+    page = write_run_page([root / arm for arm in ARMS], root / "report.html")
+    console.print(f"page:    {page}   every search, with interactive figures")
     if is_available("matplotlib"):
-        page = write_run_page([root / arm for arm in ARMS], root / "report.html")
-        console.print(f"figure:  {_figure(root, summary)}   page with every search: {page}")
+        console.print(f"figure:  {_figure(root, summary)}")
     else:
         console.print(escape("figure:  skipped, matplotlib is missing (pip install 'effopd[plots]')"))
     console.print(f"summary: {root / 'summary.json'}   rows: {root}/*/evals.jsonl, searches.jsonl, metrics.jsonl")

@@ -28,6 +28,7 @@ class Axis:
         ticks: (value, text) of fixed ticks. `None`: chosen by the script.
         limits: lowest and highest value shown. `None`: from the data.
         reverse: whether values grow to the left or downwards.
+        zero: whether the axis starts at 0.
     """
 
     label: str = ""
@@ -35,6 +36,7 @@ class Axis:
     ticks: Sequence[tuple[float, str]] | None = None
     limits: tuple[float, float] | None = None
     reverse: bool = False
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,14 @@ def html(chart: Chart | None) -> Markup:
     return Markup(
         '<figure class="chart{}" id="{}" data-alt="{}" style="--columns:{}">{}'
         '<script type="application/json">{}</script></figure>'
-    ).format(" compact" if chart.compact else "", chart.name, chart.alt, chart.columns, note, Markup(data.replace("<", "\\u003c")))
+    ).format(
+        " compact" if chart.compact else "",
+        chart.name,
+        chart.alt,
+        chart.columns,
+        note,
+        Markup(data.replace("<", "\\u003c")),
+    )
 
 
 def _content(chart: Chart) -> dict[str, Any]:
@@ -157,7 +166,8 @@ def _content(chart: Chart) -> dict[str, Any]:
 
 def _axis(axis: Axis) -> dict[str, Any]:
     shown = {"label": axis.label, "scale": axis.scale, "ticks": axis.ticks, "limits": axis.limits}
-    return {name: value for name, value in shown.items() if value} | ({"reverse": True} if axis.reverse else {})
+    flags = {"reverse": axis.reverse, "zero": axis.zero}
+    return {name: value for name, value in (shown | flags).items() if value}
 
 
 def _points(series: Series) -> list[int]:

@@ -105,9 +105,11 @@ def _speedups(lookup: Lookup, styles: Mapping[str, Look]) -> Chart | None:
                 point = Look(look.light, look.dark, "", "<" if row["median"] == 0 else "o")
                 series.append(Series(strategy, [_inside(row["median"])], [place], point, tips=[times(row)]))
             y = Axis("", ticks=names, limits=(0.6 - len(strategies), 0.4))
-            panels.append(Panel(f"{task}: {label}", Axis(f"speed-up in {label}", "log", _FEW_TICKS), y, series, [_one()]))
+            panels.append(
+                Panel(f"{task}: {label}", Axis(f"speed-up in {label}", "log", _FEW_TICKS), y, series, [_one()])
+            )
     note = (
-        f"Net speed-up to the final held-out KL of {lookup.baseline}, at the reference learning rate. Median over seeds "
+        f"Net speed-up to the final held-out KL of {lookup.baseline}, reference learning rate. Median over seeds "
         "with 95 % interval; dashed: fewer than five seeds, with their range."
     )
     return Chart("speedups", note, panels, note, columns=3, legend=False, rows=len(strategies))
@@ -118,7 +120,7 @@ def _one() -> Rule:
 
 
 def curve_strategies(lookup: Lookup) -> list[str]:
-    """Strategies that are drawn first: baseline, headline strategies, controls, then non-variants."""
+    """Drawing order: baseline, headline strategies, controls, then all others but variants."""
     ran = list(lookup.nearest_rates())
     wanted = [lookup.baseline, *lookup.roles.opening(ran), *lookup.roles.controls]
     wanted += [strategy for strategy in ran if strategy not in lookup.roles.variants]

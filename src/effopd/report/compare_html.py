@@ -36,9 +36,10 @@ def _about(lookup: Lookup) -> str:
     runs, planned = len(lookup.results["runs"]), lookup.results["settings"].get("planned_runs")
     seeds = sorted({run["seed"] for run in lookup.results["runs"]})
     strategies = list(dict.fromkeys(strategy for strategy, _ in lookup.arms))
+    of_planned = f" of {planned} planned" if planned not in (None, runs) else ""
     return (
-        f"{runs} runs{f' of {planned} planned' if planned not in (None, runs) else ''}: {len(strategies)} strategies on "
-        f"{', '.join(lookup.tasks)}; seeds {', '.join(map(str, seeds))}; reference learning rate {lookup.reference:.3g}."
+        f"{runs} runs{of_planned}: {len(strategies)} strategies on {', '.join(lookup.tasks)}; "
+        f"seeds {', '.join(map(str, seeds))}; reference learning rate {lookup.reference:.3g}."
     )
 
 
@@ -53,24 +54,26 @@ def summary(lookup: Lookup) -> list[str]:
 def _tuned(lookup: Lookup) -> Iterator[str]:
     """Range of the medians over learning rates, against the best-tuned run without look-ahead."""
     for part in compare_envelope.parts(lookup)[:1]:
-        if _SHARE not in part["shares"]:
-            return
-        index = part["shares"].index(_SHARE)
         axes = compare_envelope.axes_with_data(lookup, part)
-        axis = "seconds" if "seconds" in axes else next(iter(axes), "")
+        if _SHARE not in part["shares"] or not axes:
+            return
+        axis = "seconds" if "seconds" in axes else axes[0]
         for strategy in compare_envelope.shown(lookup, part):
-            texts = []
-            for task in lookup.tasks:
-                rows = [row for _, row in compare_envelope.curves(part, task, axis, strategy) if row["n"][index]]
-                if rows:
-                    values = sorted(_number(row["median"][index]) for row in rows)
-                    ends = dict.fromkeys(one(None if value == float("inf") else value) for value in (values[0], values[-1]))
-                    texts.append(f"{' to '.join(ends)} on {task}")
+            ranges = {task: _range(part, task, axis, strategy) for task in lookup.tasks}
+            texts = [f"{text} on {task}" for task, text in ranges.items() if text]
             if texts:
                 yield (
-                    f"`{strategy}` over the best-tuned run without look-ahead, to {100 * _SHARE:.0f} % of the starting "
-                    f"KL, in {axis_name(axis)}: {'; '.join(texts)} (medians at its learning rates; below 1× is slower)."
+                    f"`{strategy}` over the best-tuned run without look-ahead, to {_SHARE:.0%} of the starting KL, in "
+                    f"{axis_name(axis)}: {'; '.join(texts)} (medians at its learning rates; below 1× is slower)."
                 )
+
+
+def _range(part: compare_envelope.Part, task: str, axis: str, strategy: str) -> str:
+    """Lowest and highest median over the learning rates of a strategy; "" without data."""
+    index = part["shares"].index(_SHARE)
+    rows = [row for _, row in compare_envelope.curves(part, task, axis, strategy) if row["n"][index]]
+    values = sorted((row["median"][index] for row in rows), key=_number)
+    return " to ".join(dict.fromkeys(map(one, values[:1] + values[-1:])))
 
 
 def _number(value: float | None) -> float:

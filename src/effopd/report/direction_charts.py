@@ -87,7 +87,9 @@ def _heat(grid: pd.DataFrame, layer: int, matrix: str) -> str:
     value = grid.loc[layer].get(matrix)
     if value is None or pd.isna(value):
         return "–"
-    return Markup('<td class="heat" style="background:rgb(42 114 176 / {:.2f})">{:.2f}</td>').format(0.75 * value, value)
+    return Markup('<td class="heat" style="background:rgb(42 114 176 / {:.2f})">{:.2f}</td>').format(
+        0.75 * value, value
+    )
 
 
 def u1_path(data: Data) -> Chart | None:
@@ -118,11 +120,13 @@ def u1_path(data: Data) -> Chart | None:
 
 
 def explained(data: Data) -> Chart | None:
-    """Variance of the path of u1 in a plane, compared with random walks of the same step lengths."""
+    """Variance of the path of u1 in a plane, and of random walks of equal step lengths."""
     if not data.has("u1_evr"):
         return None
     x, series = strips(data, data.last, "u1_evr", ("u1_evr_null_mean", "random walk"))
-    note = "Share of the variance of u1's path in a plane, for every matrix, and of random walks of equal step lengths."
+    note = (
+        "Share of the variance of u1's path in a plane, for every matrix, and of random walks of equal step lengths."
+    )
     return Chart("u1-variance", note, [Panel("", x, Axis("variance explained"), series)], note)
 
 
@@ -158,5 +162,3 @@ def agreement(data: Data) -> Chart | None:
         "with 95 % intervals over matrices; pairs of seeds are averaged first."
     )
     return Chart("agreement", note, panels, note)
-
-

@@ -48,7 +48,9 @@ def over_steps(data: Data, rows: pd.DataFrame) -> list[Series]:
     return found
 
 
-def strips(data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, str] | None = None) -> tuple[Axis, list[Series]]:
+def strips(
+    data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, str] | None = None
+) -> tuple[Axis, list[Series]]:
     """Distribution of a metric over matrices, one column per group, with mean and interval.
 
     Args:
@@ -71,7 +73,9 @@ def strips(data: Data, rows: pd.DataFrame, metric: str, extra: tuple[str, str] |
         found.append(Series(label, places.tolist(), values.to_list(), look, line=False, tips=tips))
         diamond = Look(look.light, look.dark, "", "D")
         found.append(
-            Series(label, [x + 0.25], [mean.mean], diamond, [mean.low], [mean.high], bars=True, tips=["mean"], line=False)
+            Series(
+                label, [x + 0.25], [mean.mean], diamond, [mean.low], [mean.high], bars=True, tips=["mean"], line=False
+            )
         )
     ticks = [(float(x), label) for x, (label, *_) in enumerate(columns)]
     return Axis("", ticks=ticks, limits=(-0.5, len(columns) - 0.35)), found
@@ -93,7 +97,9 @@ def norms(data: Data) -> Chart | None:
         total = squares.groupby(["run", "step"], observed=True, dropna=False)["value"].sum() ** 0.5
         title = "all parameters" if module is None else MODULE_NAMES.get(module, module)
         if len(total):
-            panels.append(Panel(title, _STEP, Axis("update norm ‖W_t − W_0‖"), over_steps(data, total.reset_index())))
+            panels.append(
+                Panel(title, _STEP, Axis("update norm ‖W_t − W_0‖", zero=True), over_steps(data, total.reset_index()))
+            )
     note = "Update norm over training, in total and by module."
     return Chart("norms", note, panels, f"{note}{_seeds(data)}")
 
@@ -117,8 +123,10 @@ def layers(data: Data) -> Chart | None:
                 label, x = data.label(group), list(range(len(table)))
                 lines.append(Series(label, x, table.mean(axis=1).to_list(), data.looks[group]))
                 for run in runs if len(runs) > 1 else ():
-                    lines.append(Series(label, x, table[run].to_list(), data.looks[group], width=0.7, points=False, note=run))
-            panels.append(Panel(MODULE_NAMES.get(module, module), Axis("layer"), Axis(name), lines))
+                    lines.append(
+                        Series(label, x, table[run].to_list(), data.looks[group], width=0.7, points=False, note=run)
+                    )
+            panels.append(Panel(MODULE_NAMES.get(module, module), Axis("layer"), Axis(name, zero=True), lines))
     note = "Final update norm by layer, and its share of the total squared norm."
     thin = " Bold: mean over seeds; thin: single seeds." if any(len(r) > 1 for r in data.groups.values()) else ""
     return Chart("layers", note, panels, note + thin)
@@ -157,7 +165,7 @@ def embeddings(data: Data) -> Chart | None:
     matrix = "tokens" if (cosines["matrix"] == "tokens").any() else str(cosines["matrix"].iloc[0])
     cosines = cosines[cosines["matrix"] == matrix]
     shift = cosines.assign(value=1.0 - cosines["value"])
-    y = Axis("1 − mean cosine")
+    y = Axis("1 − mean cosine", zero=True)
     panels = []
     if data.moving:
         panels.append(Panel("Tokens before and after training", _STEP, y, over_steps(data, shift)))
@@ -170,18 +178,16 @@ def embeddings(data: Data) -> Chart | None:
             turned = table_queries.at_step(shift, runs[0], data.runs[runs[0]]["steps"][-1])["value"].iloc[0]
             title = f"{runs[0]}: 1 − mean cosine = {turned:.2g}"
             panels.append(Panel(title, Axis("component 1"), Axis("component 2"), _moves(xy, data, group)))
-    note = "Principal-component plane fitted on base and trained rows. Gray: base; color: trained."
+    note = "Principal-component plane fitted on base and trained rows. Crosses: base; color: trained."
     return Chart("embeddings", f"Rotation of the embeddings ({matrix})", panels, note)
 
 
 def _moves(xy: pd.DataFrame, data: Data, group: str) -> list[Series]:
     xy = xy.iloc[:: max(1, len(xy) // _TOKENS)]
     tips = [f"token {point}" for point in xy.index]
-    before, after = (
-        [xy[f"{when}_pc{axis}"].to_list() for axis in (1, 2)] for when in ("base", "trained")
-    )
+    before, after = ([xy[f"{when}_pc{axis}"].to_list() for axis in (1, 2)] for when in ("base", "trained"))
     return [
-        Series("base", before[0], before[1], NEUTRAL, line=False, tips=tips),
+        Series("base", before[0], before[1], Look(NEUTRAL.light, NEUTRAL.dark, "", "X"), line=False, tips=tips),
         Series(data.label(group), after[0], after[1], data.looks[group], line=False, tips=tips),
     ]
 
@@ -230,5 +236,3 @@ def rotation(data: Data) -> Chart | None:
         "base_spectral_shift": ("shift of the singular values of W0, relative", None),
     }
     return _measures(data, "rotation", panels, "Rotation of W0's own leading directions")
-
-

@@ -61,7 +61,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     k = summary["settings"]["k"]
     for name, group in summary["groups"].items():
         found.append(f"**{name}**: {'; '.join(_facts(group, k))}.")
-    return [*found, *legend(summary)]
+    return [*found, *legend(summary)[:1]]
 
 
 def _facts(group: Mapping[str, Any], k: int) -> list[str]:
@@ -80,7 +80,9 @@ def _facts(group: Mapping[str, Any], k: int) -> list[str]:
         noise = f", of pure rounding noise {estimate(floor, '.1f')}" if has("effective_rank_noise_floor") else ""
         facts.append(f"effective rank {estimate(metrics['effective_rank'], '.1f')}{noise}")
     if has("early_left_overlap_1"):
-        facts.append(f"early in training u1 overlaps the final u1 by {estimate(metrics['early_left_overlap_1'], '.1%')}")
+        facts.append(
+            f"early in training u1 overlaps the final u1 by {estimate(metrics['early_left_overlap_1'], '.1%')}"
+        )
         if has(f"early_left_overlap_{k}"):
             facts[-1] += f", the top-{k} subspaces by {estimate(metrics[f'early_left_overlap_{k}'], '.1%')}"
     if has("u1_evr"):

@@ -44,12 +44,11 @@ def _span(found: re.Match[str], styles: Mapping[str, Look]) -> Markup:
 def html_table(cells: Table) -> Markup:
     """A table that sorts by a click on a heading. Cells are escaped unless they are `Markup`."""
     head = Markup("").join(Markup("<th>{}</th>").format(name) for name in cells.header)
-    body = Markup("\n").join(
-        Markup("<tr>{}</tr>").format(Markup("").join(map(_cell, row))) for row in cells.rows
-    )
+    body = Markup("\n").join(Markup("<tr>{}</tr>").format(Markup("").join(map(_cell, row))) for row in cells.rows)
     tall = " tall" if len(cells.rows) > _TALL else ""
     return Markup(
-        '<div class="wide{}" tabindex="0"><table class="sorts"><thead><tr>{}</tr></thead><tbody>\n{}\n</tbody></table></div>'
+        '<div class="wide{}" tabindex="0"><table class="sorts"><thead><tr>{}</tr></thead>'
+        "<tbody>\n{}\n</tbody></table></div>"
     ).format(tall, head, body)
 
 

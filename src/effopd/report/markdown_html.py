@@ -1,4 +1,4 @@
-"""HTML of the Markdown that this package writes: headings, paragraphs, lists, tables and figures."""
+"""HTML of the Markdown that this package writes: headings, paragraphs, lists, tables, figures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def _block(block: str, figures: Mapping[str, Markup], styles: Mapping[str, Look]
         return html_table(Table([inline(c, styles) for c in header], [[inline(c, styles) for c in r] for r in rows]))
     if lines[0].startswith("- "):
         items = [line.removeprefix("- ") for line in lines if line.strip()]
-        return Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(inline(i, styles)) for i in items))
+        return Markup("<ul>{}</ul>").format(
+            Markup("").join(Markup("<li>{}</li>").format(inline(i, styles)) for i in items)
+        )
     if figure := _FIGURE.fullmatch(block.strip()):
         return figures.get(figure[1], Markup(""))
     return Markup("<p>{}</p>").format(inline(" ".join(lines), styles))

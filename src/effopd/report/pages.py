@@ -50,7 +50,7 @@ def _html_template(name: str) -> Template:
 def write_html(
     out: Path, template: str, title: str, summary: Iterable[str], rows: Sequence[Path], about: str = "", **values: Any
 ) -> Path:
-    """Write a page to `out`, atomically: summary in words, links to the raw rows, the template's body.
+    """Write a page: summary in words, links to the raw rows, the template's body.
 
     Args:
         template: file in `report/templates/` that extends `page.html.jinja`.
@@ -63,7 +63,9 @@ def write_html(
     links = [(path.name, quote(os.path.relpath(path.absolute(), folder))) for path in rows if path.exists()]
     if len({name for name, _ in links}) < len(links):  # several runs: the same file names
         links = [(address, address) for _, address in links]
-    text = _html_template(template).render(title=title, about=about, summary=[inline(text) for text in summary], rows=links, **values)
+    text = _html_template(template).render(
+        title=title, about=about, summary=[inline(text) for text in summary], rows=links, **values
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
     return out

@@ -29,7 +29,7 @@ _AXES = {"kl": Axis("reverse KL, nats per token", "log"), "accuracy": Axis("accu
 
 
 def run_looks(runs: Sequence[RunRecords]) -> dict[str, Look]:
-    """Look of every run: color of its strategy, and another dash for a second run of the strategy."""
+    """Look of every run: the strategy's color; a second run of a strategy has another dash."""
     return looks({run.label: run.strategy for run in runs})
 
 
@@ -45,7 +45,11 @@ def quality_chart(runs: Sequence[RunRecords], styles: Mapping[str, Look], second
     for key in QUALITY:
         for label, x in costs.items():
             lines = [_curve(run, key, x, styles[run.label]) for run in runs]
-            title = "" if label != "optimizer steps" else {"kl": "Held-out KL to the teacher"}.get(key, "Held-out accuracy")
+            title = (
+                ""
+                if label != "optimizer steps"
+                else {"kl": "Held-out KL to the teacher"}.get(key, "Held-out accuracy")
+            )
             panels.append(Panel(title or " ", Axis(label), _AXES[key], lines))
     note = (
         "Exact KL in nats per token on held-out prompts. Every point is one evaluation, without smoothing. Bands: "
@@ -126,7 +130,9 @@ def search_chart(name: str, label: str, searches: Sequence[SearchRecord], look: 
     )
     if len(searches) > len(drawn):
         note += f" The first {len(drawn)} searches with scores; the table has all {len(searches)}."
-    return Chart(name, f"Gain by scale in every search of {label}", panels, note, columns=4, legend=False, compact=True)
+    return Chart(
+        name, f"Gain by scale in every search of {label}", panels, note, columns=4, legend=False, compact=True
+    )
 
 
 def _scored(search: SearchRecord) -> list[TrialRecord]:
@@ -146,8 +152,8 @@ def training_chart(runs: Sequence[RunRecords], styles: Mapping[str, Look]) -> Ch
         for run in runs:
             values = [attrgetter(key)(step) for step in run.steps]
             lines.append(Series(run.label, [step.step for step in run.steps], values, styles[run.label], points=False))
-        panels.append(Panel(title, Axis("optimizer steps"), Axis("", "log" if key in _LOGARITHMIC else "linear"), lines))
+        panels.append(
+            Panel(title, Axis("optimizer steps"), Axis("", "log" if key in _LOGARITHMIC else "linear"), lines)
+        )
     alt = "Logged values of " + ", ".join(run.label for run in runs) + " over training steps"
     return Chart("training", alt, panels, columns=3)
-
-

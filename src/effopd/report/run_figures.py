@@ -1,4 +1,4 @@
-"""Figure of runs for documents and notebooks: held-out KL and accuracy, by steps and net seconds."""
+"""Figure of runs for documents: held-out KL and accuracy, by steps and net seconds."""
 
 from __future__ import annotations
 

@@ -139,15 +139,18 @@ def _costs(runs: Sequence[RunRecords], clock: str) -> Table:
     return Table(["run", f"net {clock}", "sampled tokens", "forward tokens", *PHASES], rows)
 
 
+_TRIAL = '<span class="trial">{}</span> '
+_TAKEN = '<span class="trial"><b class="taken">{}</b></span> '
+
+
 def _searches(searches: Sequence[SearchRecord]) -> Table:
     """Table of searches; the accepted candidate is marked."""
     rows = []
     for search in searches:
         trials = [
-            Markup('<span class="trial"><b class="taken">{}</b></span> ' if taken else '<span class="trial">{}</span> ')
+            Markup(_TAKEN if trial.scale == search.accepted_scale else _TRIAL)
             .format(f"{trial.scale:.3g}: {_outcome(trial)}")
             for trial in search.trials
-            for taken in [trial.scale == search.accepted_scale]
         ]  # fmt: skip
         rows.append([
             str(search.step),
@@ -164,5 +167,3 @@ def _outcome(trial: TrialRecord) -> str:
     if trial.score is not None:
         return f"{trial.score:.4g}"
     return "not finite" if trial.verdict == "non-finite" else "not scored"
-
-

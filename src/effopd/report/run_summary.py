@@ -58,8 +58,8 @@ def _searches(run: RunRecords) -> str:
     if longest.accepted_scale <= 0:
         return f"{run.label}: {count}, {len(jumps)} accepted, all backward."
     return (
-        f"{run.label}: {count}, {len(jumps)} accepted{also}; the longest jump is {longest.accepted_scale:.3g}Δ at step "
-        f"{longest.step}."
+        f"{run.label}: {count}, {len(jumps)} accepted{also}; the longest jump is "
+        f"{longest.accepted_scale:.3g}Δ at step {longest.step}."
     )
 
 

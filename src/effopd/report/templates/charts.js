@@ -35,9 +35,9 @@
     return String(Number(value.toPrecision(4)));
   }
 
-  function linearTicks(low, high, count) {
-    const raw = (high - low) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(raw));
-    const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
+  function linearTicks(low, high, count, whole) {
+    const raw = Math.max(whole ? 1 : 0, (high - low) / Math.max(1, count)), power = 10 ** Math.floor(Math.log10(raw));
+    const step = (whole ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10]).map((m) => m * power).find((s) => s >= raw * 0.999);
     const ticks = [];
     for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) ticks.push(Number((k * step).toPrecision(12)));
     return ticks;
@@ -62,7 +62,7 @@
     return all.length >= 2 ? all.filter((_, i) => i % every === 0) : linearTicks(10 ** low, 10 ** high, count);
   }
 
-  function ticksOf(axis, [low, high], count) {
+  function ticksOf(axis, [low, high], count, whole) {
     const scale = scaleOf(axis);
     if (axis.ticks) {
       let fixed = axis.ticks.filter(([v]) => scale.to(v) >= low - 1e-9 && scale.to(v) <= high + 1e-9);
@@ -78,7 +78,7 @@
       const every = Math.ceil(values.length / Math.max(2, count));
       const zero = Math.max(0, values.indexOf(0));
       values = values.filter((_, i) => (i - zero) % every === 0);
-    } else values = linearTicks(low, high, count);
+    } else values = linearTicks(low, high, count, whole);
     return values.map((v) => [v, format(v)]);
   }
 
@@ -102,8 +102,9 @@
       const at = scale.to(rule.at);
       if (Number.isFinite(at)) [low, high] = [Math.min(low, at), Math.max(high, at)];
     }
+    if (axis.zero) [low, high] = [Math.min(low, 0), Math.max(high, 0)];
     const margin = (high - low) * 0.05 || Math.abs(high) * 0.05 || 0.5;
-    return [low - margin, high + margin];
+    return [axis.zero && low === 0 ? 0 : low - margin, high + margin];
   }
 
   // ---- marks ------------------------------------------------------------------------------------
@@ -145,7 +146,8 @@
     const yTicks = ticksOf(panel.y, yd, chart.rows || Math.max(3, height / 55));
     const left = 16 + Math.max(14, ...yTicks.map(([, text]) => 6.4 * text.length)) + (panel.y.label ? 14 : 0);
     const right = 12, top = 8, bottom = panel.x.label ? 40 : 24, w = width - left - right, h = height - top - bottom;
-    const xTicks = ticksOf(panel.x, xd, Math.max(2, w / 75));
+    const whole = panel.series.every((s) => s.x.every(Number.isInteger)); // steps, layers, k
+    const xTicks = ticksOf(panel.x, xd, Math.max(2, w / 75), whole);
     const flip = (t, reverse) => (reverse ? 1 - t : t);
     const px = (v) => left + w * flip((xs.to(v) - xd[0]) / (xd[1] - xd[0]), panel.x.reverse);
     const py = (v) => top + h * (1 - flip((ys.to(v) - yd[0]) / (yd[1] - yd[0]), panel.y.reverse));
