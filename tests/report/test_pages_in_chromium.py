@@ -4,6 +4,7 @@ for every figure; values on hover, zoom, legend and sorting work.
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 from helpers.chromium import Chromium, executable
 from helpers.tiny_checkpoints import save_base, save_trained, save_trajectory
@@ -13,6 +14,7 @@ from report.test_run_page import EVALS, METRICS, SEARCHES, write_rows
 from effopd.analysis.analyze import analyze
 from effopd.report.compare_html import write_compare_page
 from effopd.report.dynamics_page import write_analysis_page
+from effopd.report.intervention_page import write_intervention_page
 from effopd.report.run_page import write_run_page
 
 PROGRAM = executable()
@@ -55,7 +57,29 @@ def analysis_page(root):
     return write_analysis_page(done.out, root / "analysis.html")
 
 
-PAGES = {"run": run_page, "compare": compare_page, "analysis": analysis_page}
+def intervention_page(root):
+    def row(kind, run, accuracy, **place):
+        ends = {"accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
+        change = {"accuracy_change": 0.0, "accuracy_change_low": -0.1, "accuracy_change_high": 0.1}
+        measured = {
+            "accuracy": accuracy,
+            "kl": 1 - accuracy,
+            "kl_low": 0.1,
+            "kl_high": 0.9,
+            "n": 16,
+            "update_norm": 1.0,
+        }
+        return {"intervention": kind, "run": run, "group": run, **place, **measured, **ends, **change}
+
+    rows = [row("reference", "base", 0.3), row("reference", "rl", 0.7)]
+    rows += [row("alpha", "rl", 0.3 + a / 3, alpha=a) for a in (0.0, 0.5, 1.0, 1.5)]
+    rows += [row("swap", "rl", 0.5, unit=u, side=s) for u in ("layer_0", "mlp") for s in ("only", "without")]
+    rows += [row("norm_scaling", "rl", 0.5 + b / 5, beta=b, step=t) for b in (0.0, 1.0) for t in (1, 2)]
+    coordinates = {"alpha": ["alpha"], "swap": ["unit", "side"], "norm_scaling": ["step", "beta"]}
+    return write_intervention_page(pd.DataFrame(rows), coordinates, root / "interventions.html", [])
+
+
+PAGES = {"run": run_page, "compare": compare_page, "analysis": analysis_page, "interventions": intervention_page}
 #: Elements that need a name for readers who do not see them, without one.
 NAMELESS = """[...document.querySelectorAll("img, svg[role=img], figure.chart")].filter(
     (one) => !(one.alt || one.getAttribute("aria-label") || one.dataset.alt))
