@@ -13,7 +13,7 @@ from markupsafe import Markup
 from effopd.report.style import Look
 
 #: Look of a reference that belongs to no strategy, such as a chance level.
-NEUTRAL = Look("#6b7280", "#9aa3b2")
+NEUTRAL = Look("#868e9c", "#7d8695")
 #: Significant digits of the numbers in a page.
 _DIGITS = 6
 

@@ -304,7 +304,7 @@
           if (other !== panel && panel.x.label && other.x.label === panel.x.label) other.zoom = { ...other.zoom, x: panel.zoom.x };
         }
         redraw(chart);
-      }
+      } else show(panel, event); // a tap
       start = area = null;
     });
     box.addEventListener("pointercancel", () => { if (area) area.remove(); start = area = null; });
