@@ -54,7 +54,6 @@ _FAST = {"max_steps": 12, "eval_steps": 3, "eval_size": 64, "prompts_per_step": 
 _UNSET: Any = None
 #: Files and folders that a finished or interrupted demo leaves in its folder.
 _OWN = {*ARMS, "summary.json", "figure.png", "report.html", ".summary.json.tmp", ".report.html.tmp"}
-_COLORS = {"plain OPD": "#4c566a", "EffOPD": "#d1495b", "line_search": "#2e6f9e"}
 
 
 @dataclass
@@ -165,9 +164,10 @@ def conclude(root: Path, arguments: QuickstartArguments, console: Console) -> No
     write_atomically(root / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     console.print(_table(summary))
     console.print(_verdict(summary))
+    page = write_run_page([root / arm for arm in ARMS], root / "report.html")
+    console.print(f"page:    {page}   every search, with interactive figures")
     if is_available("matplotlib"):
-        page = write_run_page([root / arm for arm in ARMS], root / "report.html")
-        console.print(f"figure:  {_figure(root, summary)}   page with every search: {page}")
+        console.print(f"figure:  {_figure(root, summary)}")
     else:
         console.print(escape("figure:  skipped, matplotlib is missing (pip install 'effopd[plots]')"))
     console.print(f"summary: {root / 'summary.json'}   rows: {root}/*/evals.jsonl, searches.jsonl, metrics.jsonl")
@@ -440,7 +440,6 @@ def _figure(root: Path, summary: dict[str, Any]) -> Path:
             {ARMS[arm]: read_searches(root / arm) for arm in AHEAD},
             target=summary["target_kl"],
             teacher_accuracy=testbed.card()["teacher_accuracy"][summary["family"]],
-            colors=_COLORS,
         )
         return save(
             figure,

@@ -159,6 +159,9 @@ class SearchMetrics(Record, prefix="effopd/"):
     search_generated_tokens: Annotated[Number, Column("tokens sampled by the search", "tokens")] = None
     start_score: Annotated[Number, Column("score at s = 0")] = None
     memory_bytes: Annotated[Number, Column("memory of the look-ahead beyond the model, on this rank", "bytes")] = None
+    best_scale: Annotated[Number, Column("the highest-scoring scale, accepted or not")] = None
+    best_gain: Annotated[Number, Column("highest score − score at s = 0")] = None
+    learning_rate_factor: Annotated[Number, Column("product of the factors of all searches so far")] = None
 
 
 @dataclass(frozen=True)
@@ -316,6 +319,12 @@ class SearchRecord(Record):
         """The score at s = 0."""
         return self.trials[0].score if self.trials else None
 
+    @property
+    def best_gain(self) -> float | None:
+        """Highest score minus the score at s = 0; `None` without both."""
+        scores = [trial.score for trial in self.trials if trial.score is not None]
+        return None if self.start_score is None or len(scores) < 2 else max(scores) - self.start_score
+
     def metrics(self) -> SearchMetrics:
         """The part of the search that the row of its step contains."""
         return SearchMetrics(
@@ -326,6 +335,9 @@ class SearchRecord(Record):
             search_generated_tokens=self.generated_tokens,
             start_score=self.start_score,
             memory_bytes=self.memory_bytes,
+            best_scale=self.best_scale,
+            best_gain=self.best_gain,
+            learning_rate_factor=self.learning_rate_factor_total,
         )
 
     def to_row(self) -> dict[str, Any]:
