@@ -34,7 +34,7 @@ from effopd.launch.run_models import (
     tokenizer_of,
 )
 from effopd.launch.settings_yaml import plain, settings_yaml
-from effopd.tasks import Task, TaskConfig
+from effopd.tasks import Task, TaskConfig, check_packages
 
 
 @dataclass
@@ -101,6 +101,7 @@ def check_settings(settings: RunSettings) -> None:
     """
     opd, effopd = settings.opd, settings.effopd
     check_values(settings.task)
+    check_packages(settings.task)
     check_values(effopd, "effopd.")
     names = {
         "--model_name_or_path": settings.model.model_name_or_path,
