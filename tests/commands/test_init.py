@@ -105,6 +105,9 @@ def test_questions_on_a_terminal(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["init"]) == 2 and "the input ended" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda question: "")
+    with monkeypatch.context() as patch:
+        patch.setattr(init, "write_atomically", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+        assert main(["init"]) == 2 and "cannot be written (read-only)" in capsys.readouterr().err
     monkeypatch.setattr(init, "_dry_run", lambda out: None)
     assert main(["init"]) == 0 and "testbed:student" in (tmp_path / "opd.yaml").read_text()
 

@@ -84,7 +84,7 @@ def test_the_testbed_needs_no_reasoning_gym_and_its_tasks_name_the_extra():
 import sys
 sys.modules["reasoning_gym"] = None  # as if it were not installed
 from effopd.errors import MissingDependencyError
-from effopd.tasks import ReasoningGymVerifier, TaskConfig, load_task
+from effopd.tasks import ReasoningGymVerifier, TaskConfig, check_packages, load_task
 from effopd.tasks.testbed_families import FAMILIES
 for family in FAMILIES:
     task = load_task(TaskConfig(f"testbed:{family}", train_size=3, eval_size=3), "train")
@@ -93,6 +93,7 @@ for family in FAMILIES:
 for attempt in (
     lambda: load_task(TaskConfig("reasoning-gym:chain_sum"), "train"),
     lambda: ReasoningGymVerifier("chain_sum"),
+    lambda: check_packages(TaskConfig("math:ORG/SET", eval_task="reasoning-gym:chain_sum")),
 ):
     try:
         attempt()
@@ -101,4 +102,4 @@ for attempt in (
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
-    assert len(lines) == 2 and all("pip install 'effopd[gym]'" in line for line in lines)
+    assert len(lines) == 3 and all("pip install 'effopd[gym]'" in line for line in lines)

@@ -180,6 +180,7 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
     """
     from effopd.commands.train import parse_train
     from effopd.launch.optimizer_checks import check_copies, check_optimizer
+    from effopd.tasks import check_packages
 
     seen = set()
     with tempfile.TemporaryDirectory() as folder:
@@ -191,6 +192,7 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
             path.write_text(yaml.safe_dump(run.settings))
             try:
                 settings = parse_train(["--config", str(path)])
+                check_packages(settings.task)
                 check_optimizer(settings.opd)
                 if settings.effopd.enabled:
                     check_copies(settings.opd, lora=settings.model.use_peft)

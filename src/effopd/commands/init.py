@@ -78,10 +78,14 @@ def run_init(argv: Sequence[str]) -> int:
     if not given and sys.stdin.isatty():
         given = ask(input)
     check(given)
-    answers = Answers(*(given[name] for name in _REQUIRED), arguments.output_dir or f"runs/{out.stem}")
+    student, teacher, task = (given[name] for name in _REQUIRED)
+    answers = Answers(student, teacher, task, arguments.output_dir or f"runs/{out.stem}")
     text = yaml_text(answers, out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--out {out}: the file cannot be written ({error}). Choose another folder.") from error
     print(f"{out} is written. Dry run:", flush=True)
     command = f"effopd train --config {shlex.quote(str(out))}"
     try:

@@ -44,7 +44,7 @@ from effopd.launch.served import served_teacher
 from effopd.launch.settings_yaml import plain, settings_yaml
 from effopd.launch.teacher_memory import dtype_of, quantization_of
 from effopd.runs.run_dir import RunDir
-from effopd.tasks import Task, TaskConfig
+from effopd.tasks import Task, TaskConfig, check_packages
 
 
 @dataclass
@@ -117,6 +117,7 @@ def check_settings(settings: RunSettings) -> None:
     """
     opd, effopd = settings.opd, settings.effopd
     check_values(settings.task)
+    check_packages(settings.task)
     check_values(effopd, "effopd.")
     names = {
         "--model_name_or_path": settings.model.model_name_or_path,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from effopd.common.optional import ensure
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.code.rows import read_code_rows, render_program, with_template
@@ -62,6 +63,17 @@ def needs_network(config: TaskConfig) -> bool:
     """Whether a source of the task is a Hub dataset or a folder loaded like one."""
     sources = [split_task_name("task", source) for source in (config.task, config.eval_task) if source is not None]
     return any(kind in ("math", "code") and on_hub(name) for kind, name in sources)
+
+
+def check_packages(config: TaskConfig) -> None:
+    """Check that the packages of the task's sources are installed. Nothing is imported.
+
+    Raises:
+        MissingDependencyError: a source is a reasoning-gym dataset, and the library is missing.
+    """
+    sources = [source for source in (config.task, config.eval_task) if source is not None]
+    if any(split_task_name("task", source)[0] == "reasoning-gym" for source in sources):
+        ensure("reasoning_gym")
 
 
 def load_task(
