@@ -50,7 +50,8 @@ def train(folder: Path, url: str | None, top_k: int | None) -> dict[str, Any]:
     args = OPDConfig(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, max_completion_length=LENGTH,
         learning_rate=RATE, seed=SEED, save_strategy="no", eval_strategy="no", use_cpu=True, report_to="none",
-        activation_checkpointing=False, disable_tqdm=True, per_device_eval_batch_size=64, eval_greedy=False, health_tokens=0, **more,
+        activation_checkpointing=False, disable_tqdm=True, per_device_eval_batch_size=64, eval_greedy=False,
+        health_tokens=0, **more,
     )  # fmt: skip
     common: dict[str, Any] = {"train_dataset": task.to_dataset(), "processing_class": tokenizer}
     trainer: Any = (
