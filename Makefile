@@ -2,7 +2,8 @@
 # make real-model  SmolLM2-135M: a teacher, plain OPD and newton_search on 2 cores: runs/compare-smollm2/
 # make test  the whole test suite, on WORKERS=2 cores
 # make test-fast  the inner loop: without the tests marked slow
-# make lint  ruff and mypy
+# make lint  ruff, mypy and the spelling of pages and code
+# make docs  the documentation site, with warnings as errors: site/
 # Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo real-model test test-fast lint format clean
+.PHONY: demo real-model test test-fast lint format docs clean
 
 demo: $(READY)
 	$(BIN)/effopd quickstart --output_dir runs/demo
@@ -39,10 +40,18 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 # torch first, at the pinned version; a CPU build is enough
 $(READY): pyproject.toml constraints.txt
@@ -52,4 +61,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

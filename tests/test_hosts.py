@@ -83,6 +83,7 @@ SET_BY = {
     (TRLS, "_tag_names"): "model.add_model_tags(self._tag_names)",
     (TRLS, "_name"): "_name = ",
     (TRLS, "_paper"): "_paper = ",
+    (Accelerator, "_models"): "self._models.append(model)",
     (CheckpointManager, "_original_sigterm_handler"): "self._original_sigterm_handler = signal.signal(",
 }
 #: Imported from a private place → parameters, again the leading ones if the last is `...`; `None`:

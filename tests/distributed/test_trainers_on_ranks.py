@@ -155,6 +155,17 @@ def test_newton_search_on_shards_doubles_the_scale_and_steers_alike_on_all_ranks
     assert len(set(rates)) > 1
 
 
+def test_a_sharded_teacher_changes_no_number(shared, tmp_path):
+    flags = ("--strategy", "line_search", "--rows", 4, "--mode", "fsdp2")
+    folder, weights = shared(*flags)
+    sharded = run(tmp_path, *flags, "--shard-teacher")
+    assert all(torch.equal(weights[name], sharded[name]) for name in weights)
+    for name, column in (("searches", "accepted_scale"), ("evals", "eval_kl"), ("metrics", "health/reverse_kl")):
+        one, other = (list(read_rows(each / f"{name}.jsonl")) for each in (folder, tmp_path))
+        assert [row[column] for row in one] == [row[column] for row in other]
+    assert (folder / "teachers.json").read_text() == (tmp_path / "teachers.json").read_text()
+
+
 @pytest.mark.parametrize("files", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_fsdp2_goes_on_after_a_rank_was_killed_in_a_search(files, shared, tmp_path):
     flags = ("--strategy", "effopd", "--rows", 4, "--mode", "fsdp2")

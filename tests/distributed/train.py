@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of --rows prompts a step")
     parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
+    parser.add_argument("--shard-teacher", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = (
@@ -99,10 +100,14 @@ def main() -> None:
         eval_on_start=True,
         eval_temperature=0.0,
         trajectory="powers_of_two",
+        teacher_shard=arguments.shard_teacher,
         **host,
     )
     if arguments.kill_at:
         _arm(trainer, arguments.kill_at)
+    if arguments.shard_teacher:  # a rank holds half of every matrix of the teacher's layers
+        layers = [p for layer in trainer.teacher_model.model.layers for p in layer.parameters() if p.ndim == 2]
+        assert all(2 * p.to_local().numel() == p.numel() for p in layers), "the teacher is not sharded"
     trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model(str(arguments.out))
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -77,7 +77,7 @@ def train_parser():
         def optional(self, given):
             if given.rollouts:
                 return ("teacher_model_name_or_path", "task")
-            return ("teacher_model_name_or_path",) if given.teacher_server else ()
+            return ("teacher_model_name_or_path",) if given.teacher_server or given.teachers else ()
 
     configs = [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()]
     parser = Parser(
@@ -142,6 +142,8 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
     for settings, role in ((model, ""), (opd, "teacher_"), (opd, "reference_")):
         name = f"{role}model_name_or_path"
         setattr(settings, name, resolve_model(getattr(settings, name), network=not command.dry_run))
+    sources = opd.teacher_sources
+    opd.teachers = [f"{k}={resolve_model(v, network=not command.dry_run)}" for k, v in sources.items()] or None
     if opd.lambda_extrapolation != 1 and opd.reference_model_name_or_path is None:
         raise ConfigError(
             f"--lambda_extrapolation {opd.lambda_extrapolation} needs --reference_model_name_or_path: the initial "

@@ -15,7 +15,7 @@ _NEEDS = {
     "reasoning_gym": ("reasoning-gym tasks", "reasoning-gym"),
     "gguf": ("reading GGUF files", "effopd[gguf]"),
     "peft": ("--use_peft", "effopd[peft]"),
-    "bitsandbytes": ("--load_in_4bit, --load_in_8bit or this --optim", "effopd[quantization]"),
+    "bitsandbytes": ("--load_in_4bit or _8bit, --teacher_load_in_… or this --optim", "effopd[quantization]"),
     "vllm": ("--use_vllm", "effopd[vllm]"),
     "liger_kernel": ("--use_liger_kernel", "liger-kernel"),
     "torchao": ("--optim adamw_torch_4bit or adamw_torch_8bit", "torchao"),

@@ -2,8 +2,8 @@
 
 The host passes callbacks the model but neither the trainer nor its rollout engine, so the
 constructor takes the trainer. A search runs right after the optimizer step (`on_step_end`), before
-that step is logged, evaluated or saved. With the scorer `teacher_kl` it runs on the next step's
-rollouts instead.
+that step is logged, evaluated or saved. With the scorers `teacher_kl` and `next_batch_loss` it runs
+at the start of the next step instead, on that step's rollouts or batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from transformers import Trainer, TrainerCallback
 
 from effopd.common.distributed import broadcast_from_rank0, world_size
 from effopd.common.files import append_row, keep_rows
+from effopd.distill.next_batch import NEXT_BATCH_LOSS, next_batch_scorer, wanted_examples
 from effopd.distill.scoring import accuracy_scorer, rollout_scorer, text_batch, wanted_rollouts
+from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.events import HostEvents
 from effopd.distill.trl_host.state import drop_rollouts, log_metrics, mark_engine_stale, resumed_checkpoint
 from effopd.errors import CheckpointError, ConfigError
@@ -27,6 +29,7 @@ from effopd.extrapolate.effopd import EffOPD
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
 from effopd.extrapolate.scorers.accuracy import training_task
 from effopd.extrapolate.scorers.base import Scorer
+from effopd.extrapolate.scorers.next_batch import NextBatchLoss
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.extrapolate.search import Score
 from effopd.runs.records import SEARCHES, SearchRecord
@@ -54,12 +57,14 @@ class EffOPDCallback(TrainerCallback):
     Args:
         trainer: the trainer to which the callback is added. `OPDTrainer` and plain
             `trl.DistillationTrainer` support every strategy; any other `transformers.Trainer` needs
-            a `scorer`.
+            a `scorer`. docs/hosts.md has a table of TRL's trainers.
         config: default: the paper's settings.
         task: source of the validation prompts (examples with answers and their verifier). Default:
             the trainer's training dataset, columns `prompt` and `answer`.
         verify: verifier for answers of that dataset; default: `math-verify`.
-        scorer: a callable `model → number` that replaces the configured scorer.
+        scorer: a callable `model → number` that replaces the configured scorer, or
+            'next_batch_loss': the trainer's own loss on the next batch, before training on it. It
+            reads `score_rollouts`, the number of examples; default: a quarter of the step's.
         score_timeout: seconds that scoring one candidate may take before training stops with an
             error; `None`: no limit.
         resume_from_checkpoint: folder with the look-ahead state for a resumed run; default: the
@@ -67,8 +72,9 @@ class EffOPDCallback(TrainerCallback):
 
     Raises:
         ConfigError: the trainer uses FSDP1 or DeepSpeed; the strategy scores by KL and the trainer
-            has no teacher; `parameters` matches no parameter; a device does not exist; or `scorer`
-            does not read a setting that was given.
+            has no teacher; `parameters` matches no parameter; a device does not exist; `scorer`
+            does not read a setting that was given; or the trainer's loss on the next batch cannot
+            rank weights.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -83,21 +89,25 @@ class EffOPDCallback(TrainerCallback):
         *,
         task: Task | None = None,
         verify: Verifier | None = None,
-        scorer: Scorer | None = None,
+        scorer: Scorer | str | None = None,
         score_timeout: float | None = None,
         resume_from_checkpoint: str | Path | None = None,
     ):
         self.trainer, self.config = trainer, config or EffOPDConfig()
         self._check_host(trainer)
-        if scorer is not None:
+        if isinstance(scorer, str):
+            scorer = self._named_scorer(scorer)
+        elif scorer is not None:
             refuse_unread(self.config, scorer, ())
         check_model(trainer.accelerator.unwrap_model(trainer.model), self.config, target=self._teacher() is not None)
         rollouts = self.config.score_rollouts if scorer is None else None
-        self.waits_for_rollouts = rollouts is not None
         self._events = HostEvents(trainer)
         self._rollouts: RolloutScorer | None = None
+        self._next_batch = scorer if isinstance(scorer, NextBatchLoss) else None
         self._host: dict[str, Any] = {"max_completion_length": getattr(trainer.args, "max_completion_length", None)}
-        if rollouts is not None:
+        if self._next_batch is not None:
+            self._host["score_rollouts"] = wanted_examples(trainer, self.config)
+        elif rollouts is not None:
             scorer = self._rollouts = rollout_scorer(trainer, rollouts)
             self._host["score_rollouts"] = wanted_rollouts(trainer.args, rollouts)
         elif scorer is None and self.config.scored:
@@ -109,6 +119,16 @@ class EffOPDCallback(TrainerCallback):
         self.look_ahead: EffOPD | None = None
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+
+    def _named_scorer(self, name: str) -> NextBatchLoss:
+        if name != NEXT_BATCH_LOSS:
+            raise ConfigError(
+                f"scorer={name!r}: expected '{NEXT_BATCH_LOSS}' or a callable model → number. The scorers 'accuracy' "
+                "and 'teacher_kl' are chosen by EffOPDConfig(validation_size=…) and EffOPDConfig(score_rollouts=…)."
+            )
+        scorer = next_batch_scorer(self.trainer, self.config)
+        refuse_unread(self.config, scorer)
+        return scorer
 
     @staticmethod
     def _check_host(trainer: Trainer) -> None:
@@ -135,6 +155,11 @@ class EffOPDCallback(TrainerCallback):
     # -- on and off the trainer --------------------------------------------------------------------
 
     @property
+    def waits_for_rollouts(self) -> bool:
+        """Whether a search runs at the start of the next step, on its rollouts or batch."""
+        return self._rollouts is not None or self._next_batch is not None
+
+    @property
     def _registered(self) -> bool:
         """Whether the trainer still has this callback; the host sends no event on removal."""
         return any(callback is self for callback in self.trainer.callback_handler.callbacks)
@@ -144,7 +169,8 @@ class EffOPDCallback(TrainerCallback):
             active=lambda: self._registered,
             stopped=self._detach,
             rate_multiplier=self._applied_factor if self.config.adapt_learning_rate else None,
-            rollouts_ready=self._on_rollouts if self.waits_for_rollouts else None,
+            rollouts_ready=self._on_rollouts if self._rollouts is not None else None,
+            batch_ready=self._on_batch if self._next_batch is not None else None,
         )
 
     def _detach(self) -> None:
@@ -223,9 +249,20 @@ class EffOPDCallback(TrainerCallback):
 
         The search belongs to that next step, so it comes after the previous step's checkpoint.
         """
-        state, scorer = self.trainer.state, self._rollouts
+        scorer = self._rollouts
         assert scorer is not None
         scorer.take(map(text_batch, rollouts))
+        self._search_before_step(scorer)
+
+    def _on_batch(self, micro_batches: Sequence[Mapping[str, Any]], num_items: Any) -> None:
+        """Search on the next step's batch, before it is trained on; see `_on_rollouts`."""
+        scorer = self._next_batch
+        assert scorer is not None
+        scorer.take(micro_batches, num_items)
+        self._search_before_step(scorer)
+
+    def _search_before_step(self, scorer: RolloutScorer | NextBatchLoss) -> None:
+        state = self.trainer.state
         try:
             if self.look_ahead is not None and state.global_step > 0:
                 self._search(self.trainer.args, state, state.global_step + 1)
@@ -274,7 +311,13 @@ class EffOPDCallback(TrainerCallback):
         teacher, scorer = self._teacher(), self.scorer
         if teacher is None or scorer is None:
             return None
-        return lambda: scorer(self.trainer.accelerator.unwrap_model(teacher))
+        teacher = self.trainer.accelerator.unwrap_model(teacher)
+
+        def measured() -> Score | float:
+            with in_use(teacher):
+                return scorer(teacher)
+
+        return measured
 
     def _teacher(self) -> Any:
         return getattr(self.trainer, "teacher_model", None)

@@ -15,6 +15,7 @@ from effopd.distill.objective_config import ObjectiveArguments
 from effopd.distill.offline_config import OfflineArguments
 from effopd.distill.optimizers.settings import OptimizerArguments, check_optimizer_settings
 from effopd.distill.served.config import ServedArguments
+from effopd.distill.teachers.settings import TeacherArguments
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.runs.best_model import default_metric, settle_direction
@@ -141,7 +142,9 @@ class RunArguments(OptimizerArguments):
 
 
 @dataclass
-class OPDConfig(ServedArguments, OfflineArguments, ObjectiveArguments, RunArguments, DistillationConfig):
+class OPDConfig(
+    ServedArguments, OfflineArguments, ObjectiveArguments, TeacherArguments, RunArguments, DistillationConfig
+):
     """Configuration of `OPDTrainer`.
 
     Raises:
@@ -214,6 +217,7 @@ class OPDConfig(ServedArguments, OfflineArguments, ObjectiveArguments, RunArgume
         super().__post_init__()
         self.check_offline()
         self.check_served()
+        self.check_teachers()
         if self.loss_weighting not in LOSS_WEIGHTINGS:
             raise ConfigError(
                 f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {self.loss_weighting!r}."

@@ -45,13 +45,20 @@ class HealthProbe:
         return bool(self._tokens) and (state.global_step + 1) % every == 0
 
     def after_loss(
-        self, model: Any, student: Predictions, teacher: Predictions | None, answers: Answers, *, due: bool
+        self,
+        model: Any,
+        student: Predictions,
+        teacher: Predictions | Callable[[Tensor], Tensor] | None,
+        answers: Answers,
+        *,
+        due: bool,
     ) -> None:
         """Keep positions of a micro-batch; called inside the forward that computes its loss.
 
         Args:
             model: the student.
-            teacher: required if `due`.
+            teacher: required if `due`. A function returns its float32 logits [N, V] at flat indices
+                into the B·T positions; it is called at most once per step.
             due: whether the step is measured (`HealthProbe.due`). Recorded sampler
                 log-probabilities are compared in any case.
         """
@@ -81,14 +88,15 @@ class HealthProbe:
         self._gap[1] += float(known.sum())
 
     @torch.no_grad()
-    def after_step(self, heads: Callable[[], tuple[Head, Head]]) -> dict[str, float]:
+    def after_step(self, heads: Callable[[], tuple[Head, Head | None]]) -> dict[str, float]:
         """Metrics of the step that just ended, keyed as in its row; empty if nothing was kept.
 
         `health/sampler_logp_gap` is the mean |log π_sampler(y) − log π_train(y)|, in nats, over the
         recorded tokens.
 
         Args:
-            heads: returns the student's and the teacher's head; called only if needed.
+            heads: returns the student's and the teacher's head; called only if needed. The second
+                can be `None` if `after_loss` was given the teacher's logits.
         """
         metrics: dict[str, float] = {}
         rows, self._rows = self._rows, None
@@ -103,11 +111,11 @@ class HealthProbe:
 
     def _kept(self, teacher: Any, index_N: Tensor) -> Any:
         """What the metrics need of the teacher, at positions with these indices into B·T."""
-        return teacher.hidden_BTH.flatten(0, 1)[index_N]
+        return teacher.hidden_BTH.flatten(0, 1)[index_N] if isinstance(teacher, Predictions) else teacher(index_N)
 
     def _rows_measured(self, logits_NV: Tensor, teacher: Any, rows: dict[str, Any]) -> dict[str, float]:
-        """`health_metrics` of the kept rows, from the student's logits and the teacher's head."""
-        other_NV = teacher.logits(rows["teacher"], self._temperature)
+        """`health_metrics` of the kept rows; without a head, `rows['teacher']` are logits."""
+        other_NV = rows["teacher"] if teacher is None else teacher.logits(rows["teacher"], self._temperature)
         return health_metrics(logits_NV, other_NV, rows["targets"], rows["position"])
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from effopd.distill.teachers.settings import LOCAL_ONLY
 from effopd.errors import ConfigError
 
 #: Settings that only sampling or a live teacher reads.
 _UNREAD = (
     "use_vllm", "rollout_horizon", "lambda_extrapolation", "reference_model_name_or_path", "log_completions",
-    "teacher_model_init_kwargs", "teacher_model_revision", "top_p", "top_k", "min_p", "repetition_penalty",
+    "teacher_model_init_kwargs", "teacher_model_revision", *LOCAL_ONLY,
+    "top_p", "top_k", "min_p", "repetition_penalty",
     "generation_kwargs", "cache_implementation", "use_transformers_continuous_batching",
     "token_mask", "baseline", "samples_per_prefix", "updates_per_rollouts",
 )  # fmt: skip

@@ -32,8 +32,8 @@ _HARMLESS = (
     "local_rank",
     "debug", "per_device_eval", "num_completions", "wandb", "health_tokens", "prediction_loss", "batch_eval",
     "enable_jit",
-    "torch_empty_cache", "use_cpu", "trust_remote", "fp16_full", "bf16_full", "label_names", "remove_unused",
-    "teacher_server",
+    "torch_empty_cache", "use_cpu", "trust_remote", "teacher_offload", "teacher_shard", "teacher_server",
+    "teachers_in_memory", "fp16_full", "bf16_full", "label_names", "remove_unused",
 )  # fmt: skip
 #: Settings that the checkpoint's optimizer state overrides.
 _IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer_args")
@@ -140,7 +140,7 @@ class ResumeMixin(HostHooks):
             if hasattr(callback, "check_resume"):
                 callback.check_resume(checkpoint)
         compare_settings(checkpoint, self.args)
-        looks = any(hasattr(callback, "check_resume") for callback in self.callback_handler.callbacks)
+        looks = any(hasattr(callback, "look_ahead") for callback in self.callback_handler.callbacks)
         for why in _unequal(self.args, checkpoint, looks_ahead=looks) if rank() == 0 else ():
             logger.warning("%s, so this run will differ from an uninterrupted one.", why)
         self._load_ledger(checkpoint)

@@ -13,6 +13,8 @@ A teacher behind a server: `effopd.distill.served`. Left out: features that TRL'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -43,9 +45,12 @@ from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
+from effopd.distill.teachers.manifest import ONLY, ManifestCallback
+from effopd.distill.teachers.mixin import TeachersMixin
+from effopd.distill.teachers.offload import in_use
 from effopd.distill.top_k import top_k_loss
 from effopd.distill.trl_host.hooks import DistillationHooks
-from effopd.distill.trl_host.models import frozen, inside_forward
+from effopd.distill.trl_host.models import inside_forward
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.models.checks import check_models
@@ -54,13 +59,15 @@ from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
 
-class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer):
+class OPDTrainer(RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, DistillationTrainer):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Accepts the arguments of `trl.DistillationTrainer`, and:
 
     Args:
         args: an `OPDConfig`.
+        teacher_model: path or model; or several by label, and a column of the data set
+            (`args.teacher_column`) names the teacher of each row. Default: those that `args` names.
         eval_task: held-out examples with answers. An evaluation samples answers to them and reports
             `eval_kl` (= `eval_loss`), the exact reverse KL to the teacher on these answers in nats
             per token, with its standard error. It also reports `eval_accuracy` at
@@ -87,7 +94,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | Mapping[str, str | PreTrainedModel] | None = None,
         args: OPDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
@@ -97,7 +104,7 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         **kwargs: Any,
     ):
         args = args if args is not None else OPDConfig()
-        teacher_model = self._named_teacher(teacher_model, model, args)
+        teacher_model = self._named_teachers(teacher_model, model, args)
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
         check_dataset(train_dataset, rollouts_per_step(args))
@@ -107,39 +114,40 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
         self.health = HealthProbe(args.health_tokens, self.temperature)
+        self.vocab_size = self._open_teachers(teacher_model, train_dataset, eval_task)
+        self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
+        student = self.accelerator.unwrap_model(self.model)
+        if self.reference_model is not None:
+            reference = self.accelerator.unwrap_model(self.reference_model)
+            shared = shared_vocab_size(student, reference, len(self.text_tokenizer), "reference")
+            self.vocab_size = min(self.vocab_size, shared)
         self._mixture_head: Head | None = None
-        self._open_models(teacher_model, reference_model)
+        with in_use(self.teacher_model), in_use(self.reference_model):
+            check_models(
+                student,
+                {"teacher": self.teacher_model, "reference": self.reference_model},
+                generates=not self.use_vllm,
+            )
         self._open_rollouts()
         self._attach_run()
+        self.add_callback(ManifestCallback(self.run_dir.root, partial(self._teacher_entries, teacher_model)))
         if args.rollout_horizon != "full":
             self.add_callback(HorizonCallback(self))
         if args.updates_per_rollouts > 1:
             self.add_callback(RolloutCycleCallback(self))
 
-    def _named_teacher(self, teacher: Any, student: Any, args: OPDConfig) -> Any:
-        """The teacher as a path or a model other than the student."""
-        teacher = teacher if teacher is not None else args.teacher_model_name_or_path
-        if teacher is None or (teacher is student and isinstance(student, PreTrainedModel)):
+    def _named_teachers(self, teacher: Any, student: Any, args: OPDConfig) -> Any:
+        """The teacher or teachers as paths or models other than the student."""
+        if teacher is None:
+            teacher = args.teacher_sources or args.teacher_model_name_or_path
+        sources = teacher.values() if isinstance(teacher, Mapping) else [teacher]
+        if teacher is None or any(each is student and isinstance(student, PreTrainedModel) for each in sources):
             raise ConfigError(
                 "OPDTrainer needs a separate teacher: expected a path or a model object other than the student, got "
                 f"{'none' if teacher is None else 'the student object itself, which is trained'}. "
                 "Pass teacher_model, or --teacher_model_name_or_path."
             )
         return teacher
-
-    def _open_models(self, teacher_model: Any, reference_model: Any) -> None:
-        """Load and check the frozen models; sets `vocab_size`."""
-        self.teacher_model = self._prepare_frozen(teacher_model, "teacher")
-        self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
-        student = self.accelerator.unwrap_model(self.model)
-        self.vocab_size = min(
-            shared_vocab_size(student, self.accelerator.unwrap_model(other), len(self.text_tokenizer), role)
-            for role, other in (("teacher", self.teacher_model), ("reference", self.reference_model))
-            if other is not None
-        )
-        check_models(
-            student, {"teacher": self.teacher_model, "reference": self.reference_model}, generates=not self.use_vllm
-        )
 
     @staticmethod
     def _check_reference(reference, student, args: OPDConfig) -> None:
@@ -159,17 +167,6 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         if self.args.on_sampled_tokens and self.tools:
             raise ConfigError(f"loss_type={self.args.loss_type!r} does not support tools; use loss_type='full'.")
 
-    def _prepare_frozen(self, teacher: str | PreTrainedModel, role: str) -> PreTrainedModel:
-        """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
-        init: dict[str, Any] = {"dtype": None} | dict(self.args.teacher_model_init_kwargs or {})
-        if role == "reference":
-            init.pop("revision", None)  # the teacher's
-        elif self.args.teacher_model_init_kwargs is not None and not isinstance(teacher, str):
-            raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
-        elif self.args.teacher_model_revision is not None:
-            init.setdefault("revision", self.args.teacher_model_revision)
-        return frozen(self, teacher, init)
-
     # -- sample → teacher → loss -------------------------------------------------------------------
 
     def distillation_loss(self, student, inputs, num_items):
@@ -183,26 +180,29 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
     def _loss_of(self, student, inputs, num_items):
         batch, training = token_batch(inputs), self.model.training
         multimodal = {key: inputs[key] for key in MULTIMODAL_KEYS if key in inputs}
-        h_student_BTH = self._hidden_states(student, *_columns(batch), **multimodal)
         due = training and self.health.due(self.state)
         if self.args.loss_type == "negative_advantage" and training and not due:
-            teacher = None  # the loss has no target
+            parts = []  # the loss has no target
         else:
-            teacher = self._teacher_at(batch, multimodal)
-        head = Head.of(student, self.vocab_size)
+            parts = self._teacher_parts(batch, multimodal)
         reference = None
         if self.reference_model is not None and training:  # evaluation is against the teacher
-            reference = self._frozen(self.reference_model, batch, multimodal).to(head.weight.device)
+            reference = self._frozen(self.reference_model, batch, multimodal)
+        # last, so that offloaded weights are back in host memory when activations are saved
+        h_student_BTH = self._hidden_states(student, *_columns(batch), **multimodal)
+        head = Head.of(student, self.vocab_size)
+        reference = reference and reference.to(head.weight.device)
         predictions = Predictions(h_student_BTH, head).to(head.weight.device)
-        teacher = teacher and teacher.to(head.weight.device)
+        parts = [part._replace(teacher=part.teacher.to(head.weight.device)) for part in parts]
         mask_BT = batch.scored_BT & inputs["train_mask"] if training and "train_mask" in inputs else batch.scored_BT
         answers = Answers(inputs["completion_ids"], mask_BT, inputs.get("sampler_logps")).to(head.weight.device)
         if training:
             self.ledger.count("update", forward=batch.tokens)
-            self.health.after_loss(student, predictions, teacher, answers, due=due)
-        loss, entropy, count = self._objective(predictions, teacher, reference, answers, num_items)
+            self.health.after_loss(student, predictions, self._measured_teacher(parts), answers, due=due)
+        loss, entropy, count = self._by_teacher(predictions, parts, reference, answers, num_items)
         if training and not bool(torch.isfinite(loss)):
-            raise self._not_finite(student=predictions, teacher=teacher)
+            named = {part.label if part.label == ONLY else f"teacher '{part.label}'": part.teacher for part in parts}
+            raise self._not_finite(student=predictions, **named)
         return loss, entropy.detach(), count
 
     def _hidden_states(self, model, ids_BL, mask_BL, keep, **multimodal) -> Tensor:
@@ -210,10 +210,6 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
         return completion_hidden_states(
             model, ids_BL, mask_BL, keep, multiple_of=self.pad_to_multiple_of, **multimodal
         )
-
-    def _teacher_at(self, batch: TokenBatch, multimodal: dict[str, Any]) -> Any:
-        """The teacher at the answer tokens of a micro-batch."""
-        return self._frozen(self.teacher_model, batch, multimodal)
 
     def _frozen(self, model, batch: TokenBatch, multimodal: dict[str, Any]) -> Predictions:
         """Predictions of the teacher or reference; in training both are charged as `teacher`."""
@@ -292,15 +288,15 @@ class OPDTrainer(RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer)
             log_metrics(self, self.health.after_step(self._heads))
         return output
 
-    def _heads(self) -> tuple[Head, Head]:
-        models = map(self.accelerator.unwrap_model, (self.model, self.teacher_model))
-        student, teacher = (Head.of(model, self.vocab_size) for model in models)
-        return student, teacher
+    def _heads(self) -> tuple[Head, Head | None]:
+        student, teacher = self.accelerator.unwrap_model(self.model), self.teacher_model
+        other = None if teacher is None else Head.of(self.accelerator.unwrap_model(teacher), self.vocab_size)
+        return Head.of(student, self.vocab_size), other
 
     # -- evaluation --------------------------------------------------------------------------------
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
-        return evaluate_trainer(self, task, self.teacher_model)
+        return evaluate_trainer(self, task, self.teacher_model if self.teachers is None else self.teachers)
 
 
 def _columns(batch: TokenBatch) -> tuple[Tensor, Tensor, int]:

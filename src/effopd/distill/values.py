@@ -121,6 +121,7 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 #: Field → its valid names. `loss_type` is not included: GRPO and OPD have different choices.
 NAMES: dict[str, tuple[str, ...]] = {
     "dtype": _DTYPES,
+    "teacher_dtype": _DTYPES,
     "lora_task_type": ("CAUSAL_LM",),
     "bnb_4bit_quant_type": ("fp4", "nf4"),
     "bnb_4bit_quant_storage": ("uint8", "float16", "bfloat16", "float32"),

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
-from effopd.launch.memory_estimate import SETUPS, estimate_memory
+from effopd.launch.memory_estimate import SETUPS, estimate_memory, teacher_choices
 from effopd.launch.model_size import ModelSize, model_size
 from effopd.launch.offline import Stored, rollouts_text, stored_rollouts
 from effopd.launch.opd import (
@@ -26,10 +26,11 @@ from effopd.launch.opd import (
 )
 from effopd.launch.prompts import Prompts, evaluates, load_prompts
 from effopd.launch.run_checks import check_space
-from effopd.launch.run_models import NamedModel, check_lengths, tokenizer_of
+from effopd.launch.run_models import NamedModel, check_lengths, frozen_models, kept_columns, tokenizer_of
 from effopd.launch.served import served_text
 from effopd.tasks import check_grading, needs_network
 from effopd.tasks.code.rows import shapes_text
+from effopd.tasks.row_columns import field_of
 
 
 def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
@@ -60,8 +61,8 @@ def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None, str]
         if why_answers(opd, effopd) or task.verifier is not None:
             check_grading(task)
         return None, stored, _server(settings, tokenizer, models, None)
-    rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
-    check_prompts(settings, rows.train, stored)
+    rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
+    check_prompts(settings, rows.train, stored, rows.held_out)
     if stored is not None:
         rows = rows._replace(longest=max(rows.longest or 0, stored.longest))
     if on_disk:
@@ -87,10 +88,11 @@ def _run_rows(
         "student",
         f"{settings.model.model_name_or_path}  {_size_text(_size(settings.model.model_name_or_path, opd))}",
     )
-    for role in ("teacher", "reference"):
-        name = getattr(opd, f"{role}_model_name_or_path")
-        if name and stored is None:
-            yield role, f"{name}  {_size_text(_size(name, opd))}"
+    for flag, name in frozen_models(opd).items():
+        role = flag.removeprefix("--").removesuffix("_model_name_or_path").replace("teachers ", "teacher ")
+        yield role, f"{name}  {_size_text(_size(name, opd))}{_rows_text(opd, role, rows)}"
+    if choices := teacher_choices(settings):
+        yield "teacher's weights" if opd.teacher_sources == {} else "teachers' weights", choices
     if stored is not None:
         yield "rollouts", rollouts_text(stored, str(opd.rollouts))
         yield "teacher", "none in memory"
@@ -119,6 +121,15 @@ def _run_rows(
     unchecked += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_on_disk(settings))
     if unchecked:
         yield "not checked", ", ".join(unchecked)
+
+
+def _rows_text(opd: Any, role: str, rows: Prompts | None) -> str:
+    """Number of training prompts of one of several teachers."""
+    if rows is None or not opd.teacher_sources or not role.startswith("teacher "):
+        return ""
+    label = role.removeprefix("teacher ")
+    own = sum(str(field_of(dict(each.metadata), opd.teacher_column)) == label for each in rows.train.examples)
+    return f", {own:,} training prompts"
 
 
 def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:

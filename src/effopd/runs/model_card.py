@@ -49,6 +49,17 @@ class LookAhead:
     adapts_learning_rate: bool
 
 
+def _several(teachers: Any, trainer: Any) -> str:
+    """Several teachers with their labels; "" with one."""
+    if teachers is None:
+        return ""
+    names = {
+        label: source if isinstance(source, str) else trainer.model_id(source)
+        for label, source in teachers.sources.items()
+    }
+    return ", ".join(f"{label}: {_shown(name)}" for label, name in names.items())
+
+
 def model_card(
     trainer: Any,
     name: str,
@@ -67,6 +78,9 @@ def model_card(
     """
     teacher = getattr(trainer, "teacher_model", None)
     stored = getattr(trainer, "teacher_name", "")  # of stored rollouts, or at a server; not loaded
+    several = _several(getattr(trainer, "teachers", None), trainer)
+    taught = bool(stored or several or teacher is not None)
+    named = getattr(trainer.args, "teacher_model_name_or_path", None)
     student, adapter = trainer.model_id(trainer.model), getattr(_bare(trainer), "peft_config", None)
     packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
     tracked = _trackers(trainer)
@@ -82,16 +96,11 @@ def model_card(
     )
     facts = [
         ("student", _shown(student)),
-        (
-            "teacher",
-            _shown(stored or trainer.args.teacher_model_name_or_path or trainer.model_id(teacher))
-            if stored or teacher is not None
-            else "",
-        ),
+        ("teacher", several or (_shown(stored or named or trainer.model_id(teacher)) if taught else "")),
         ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
         *_task_facts(trainer),
         ("objective", objective(trainer.args, trainer.method_name)),
-        ("strategy", _strategy(look_ahead) if stored or teacher is not None else ""),
+        ("strategy", _strategy(look_ahead) if taught else ""),
         ("trained", _trained(adapter)),
         ("steps", _steps(trainer)),
         ("learning rate", _learning_rate(trainer, look_ahead)),

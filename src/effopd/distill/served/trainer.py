@@ -8,6 +8,7 @@ loss, several samples per prefix, images, temperatures other than 1).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -23,11 +24,12 @@ from effopd.distill.served.measure import ServedHealthProbe
 from effopd.distill.served.scoring import ServedDivergence
 from effopd.distill.served.support import Support, divergence, outcomes, renormalized, tail_of
 from effopd.distill.served.teacher import ServedTeacher
+from effopd.distill.teachers.manifest import ONLY, TeacherEntry, planned_entries
+from effopd.distill.teachers.several import Part
 from effopd.distill.top_k import highest_entropy
 from effopd.distill.trainer import OPDTrainer
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import ConfigError
-from effopd.models.checks import check_models
 from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
@@ -73,32 +75,34 @@ class ServedOPDTrainer(OPDTrainer):
         self._given = served
         super().__init__(model, None, args, *positional, **kwargs)
 
-    def _named_teacher(self, teacher: Any, student: Any, args: OPDConfig) -> Any:
+    def _named_teachers(self, teacher: Any, student: Any, args: OPDConfig) -> Any:
         return None
 
-    def _open_models(self, teacher_model: Any, reference_model: Any) -> None:
-        student = self.accelerator.unwrap_model(self.model)
-        rows = student.config.get_text_config().vocab_size
-        self.teacher_model = self.reference_model = None
+    def _open_teachers(self, source: Any, train_dataset: Any, eval_task: Task | None) -> int:
+        rows = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        self.teacher_model = None
         self.served = self._given if self._given is not None else open_teacher(self.args, self.text_tokenizer, rows)
-        self.teacher_name, self.vocab_size = self.served.model, self.served.vocab_size
+        self.teacher_name = self.served.model
         self._seen = (self.served.client.received_bytes, self.served.client.retried)
         self.health = ServedHealthProbe(self.args.health_tokens, self.temperature)
-        check_models(student, {}, generates=not self.use_vllm)
+        return self.served.vocab_size
+
+    def _teacher_entries(self, source: Any) -> list[TeacherEntry]:
+        return planned_entries({ONLY: self.served.model}, "auto", None)
 
     # -- loss --------------------------------------------------------------------------------------
 
-    def _teacher_at(self, batch: TokenBatch, multimodal: dict[str, Any]) -> Support:
-        if multimodal:
+    def _teacher_parts(self, batch: TokenBatch, multimodal: Mapping[str, Any]) -> list[Part]:
+        if present := [name for name, value in multimodal.items() if value is not None]:
             raise ConfigError(
-                f"--teacher_server scores text only, but the rollouts have {', '.join(multimodal)}. Load the teacher "
+                f"--teacher_server scores text only, but the rollouts have {', '.join(present)}. Load the teacher "
                 "with --teacher_model_name_or_path."
             )
         category = "teacher" if self.model.training else "eval"
         with self.ledger.track(category):
             support = raise_on_all_ranks(lambda: self.served.support(batch))
         self.ledger.count(category, forward=batch.tokens)
-        return support
+        return [Part(ONLY, None, support)]
 
     def _objective(self, student: Predictions, teacher: Any, reference: Any, answers: Answers, num_items: Any) -> Any:
         args, training = self.args, self.model.training
@@ -158,9 +162,6 @@ class ServedOPDTrainer(OPDTrainer):
                 },
             )
         return output
-
-    def _heads(self) -> Any:
-        return Head.of(self.accelerator.unwrap_model(self.model), self.vocab_size), None
 
     # -- look-ahead and evaluation -----------------------------------------------------------------
 

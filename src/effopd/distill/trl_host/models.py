@@ -25,11 +25,17 @@ def build_model(kind: type[PreTrainedModel], config: Any, **load: Any) -> PreTra
     return kind._from_config(config, **load)
 
 
-def frozen(trainer: Any, model: str | PreTrainedModel, load: Mapping[str, Any]) -> Any:
+def frozen(
+    trainer: Any,
+    model: str | PreTrainedModel,
+    load: Mapping[str, Any],
+    shard: Callable[[Any, torch.device], Any] | None = None,
+) -> Any:
     """Load a model if it is a path, freeze it, and place and wrap it as TRL does its teacher.
 
     Args:
         load: loading arguments of a path; a dtype can be a name.
+        shard: shards the frozen model, and moves the rest of it to the device.
     """
     if isinstance(model, str):
         arguments = {"trust_remote_code": trainer.args.trust_remote_code} | dict(load)
@@ -39,9 +45,17 @@ def frozen(trainer: Any, model: str | PreTrainedModel, load: Mapping[str, Any]) 
             arguments["device_map"] = None
         model = load_causal_lm(model, **arguments)
     model.requires_grad_(False)
+    if shard is not None:
+        model = shard(model, trainer.accelerator.device)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def release(trainer: Any, model: Any) -> None:
+    """Make accelerate forget a model that `frozen` placed, so that its memory can be freed."""
+    placed = trainer.accelerator._models
+    placed[:] = [each for each in placed if each is not model]
 
 
 def inside_forward(wrapper: Any, model: Any, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -26,7 +26,7 @@ class TeacherDivergence(Protocol):
     """The divergence from the teacher that a run trains on."""
 
     def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Any]:
-        """What D needs of the teacher at the N scored positions of each batch.
+        """What D needs of the teacher at the N scored positions of each batch, in its own form.
 
         These are hidden states [N, H], or the top k of a teacher behind a server.
         """
