@@ -3,7 +3,7 @@
     python benchmarks/served_teacher.py run     writes docs/served_teacher.json and the table
     python benchmarks/served_teacher.py serve   serves testbed:teacher on port 8000
 
-The same run (testbed pair, chain_sum, `line_search`, 8 steps of 32 prompts, one seed) with the
+The same run (testbed pair, chain_sum, `line_search`, 6 steps of 32 prompts, one seed) with the
 teacher in memory and behind a server, for K = V, 64 and 8. The server is that of the tests, with
 vLLM's protocol. The final KL is exact: the trained student against the teacher's logits,
 on the same held-out prompts and sampling seed for every arm.
@@ -34,7 +34,7 @@ from effopd.tasks import TaskConfig, load_task  # noqa: E402
 from effopd.tasks.builtin_models import student_path, teacher_path  # noqa: E402
 
 RESULTS, PAGE = ROOT / "docs" / "served_teacher.json", ROOT / "docs" / "teachers.md"
-STEPS, BATCH, LENGTH, RATE, SEED, HELD_OUT = 8, 32, 24, 3e-5, 0, 128
+STEPS, BATCH, LENGTH, RATE, SEED, HELD_OUT = 6, 32, 24, 3e-5, 0, 96
 
 
 def load(folder: Path) -> Any:
@@ -50,7 +50,8 @@ def train(folder: Path, url: str | None, top_k: int | None) -> dict[str, Any]:
     args = OPDConfig(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, max_completion_length=LENGTH,
         learning_rate=RATE, seed=SEED, save_strategy="no", eval_strategy="no", use_cpu=True, report_to="none",
-        activation_checkpointing=False, disable_tqdm=True, per_device_eval_batch_size=64, eval_greedy=False, **more,
+        activation_checkpointing=False, disable_tqdm=True, per_device_eval_batch_size=64, eval_greedy=False,
+        health_tokens=0, **more,
     )  # fmt: skip
     common: dict[str, Any] = {"train_dataset": task.to_dataset(), "processing_class": tokenizer}
     trainer: Any = (

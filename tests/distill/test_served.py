@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -297,6 +298,24 @@ def test_another_tokenizer_a_smaller_vocabulary_a_limit_and_a_length_are_refused
 def test_settings_that_need_more_than_a_server_returns(more):
     with pytest.raises(ConfigError, match=r"not supported with --teacher_server"):
         settings("http://host", **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("teacher_dtype", "bfloat16"), ("teacher_load_in_8bit", True), ("teacher_load_in_4bit", True),
+        ("teacher_offload", True), ("teacher_shard", True), ("teachers", ["a=x", "b=y"]),
+    ],
+)  # fmt: skip
+def test_flags_of_a_teacher_in_memory_are_refused(name, value):
+    args = settings("http://host")
+    assert name in {field.name for field in dataclasses.fields(args)}
+    setattr(args, name, value)
+    with pytest.raises(ConfigError, match=rf"{name}=.* is not supported with --teacher_server"):
+        args.check_served()
+
+
+def test_flags_of_a_server_need_one():
     with pytest.raises(ConfigError, match="read only with a served teacher"):
         OPDConfig(teacher_server_timeout=3.0, use_cpu=True)
 

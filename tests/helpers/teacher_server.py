@@ -142,20 +142,18 @@ class TeacherServer:
         """vLLM's `prompt_logprobs`: `None`, then per token the top k and the token itself."""
         logits = self.model(torch.tensor([sequence])).logits[0, :, : self.vocab_size].float()
         logp = logits.log_softmax(-1)
+        top, owns = logp.topk(top_k), torch.tensor(sequence[1:])
+        own_values = logp[:-1].gather(1, owns[:, None])[:, 0]
+        own_ranks = 1 + (logp[:-1] > own_values[:, None]).sum(1)
+        values, ids = top.values.tolist(), top.indices.tolist()
         rows: list[Any] = [None]
         for position, own in enumerate(sequence[1:]):
-            values, ids = logp[position].topk(top_k)
-            found = dict(zip(ids.tolist(), values.tolist(), strict=True)) | {own: float(logp[position, own])}
-            rows.append(
-                {
-                    str(token): {
-                        "logprob": value,
-                        "rank": 1 + int((logp[position] > value).sum()),
-                        "decoded_token": "",
-                    }
-                    for token, value in found.items()
-                }
-            )
+            found = {
+                str(token): {"logprob": value, "rank": rank, "decoded_token": ""}
+                for rank, (token, value) in enumerate(zip(ids[position], values[position], strict=True), 1)
+            }
+            last = {"logprob": float(own_values[position]), "rank": int(own_ranks[position]), "decoded_token": ""}
+            rows.append(found | {str(own): last})
         return rows
 
     @staticmethod

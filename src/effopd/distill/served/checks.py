@@ -78,7 +78,7 @@ def _served(reply: Any) -> tuple[str, int | None]:
 
 def _check_tokenizer(client: TeacherClient, model: str, tokenizer: Any) -> None:
     for text in known_texts(tokenizer):
-        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ours = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         body = {"model": model, "prompt": text, "add_special_tokens": False}
         theirs = client.call(TOKENIZE, body, read=lambda reply: [int(token) for token in reply["tokens"]])
         if ours != theirs:
