@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,20 @@ def test_unmodified_hosts(host, tmp_path):
     assert jumps[0] == jumps[1] and [step for step, _ in jumps[0]] == [1, 2, 4] and any(scale for _, scale in jumps[0])
     one, other = (torch.load(folder / "weights.pt") for folder in folders)
     assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-5) for name in one)
+
+
+def test_the_loss_of_the_next_batch_is_that_of_all_ranks(tmp_path):
+    """Each rank scores examples of its own; the score is the loss that the host logs."""
+    status, said = run_script(SCRIPT.with_name("plain_hosts.py"), tmp_path, "--host", "sft", processes=2)
+    assert status == 0, said[-3000:]
+    losses = {
+        row["step"]: row["loss"]
+        for row in json.loads((tmp_path / "state.json").read_text())["log_history"]
+        if "loss" in row
+    }
+    searches = list(read_rows(tmp_path / "searches.jsonl"))
+    assert [row["step"] for row in searches] == [2, 4]
+    for row in searches:
+        accepted = next(trial for trial in row["trials"] if trial["scale"] == row["accepted_scale"])
+        assert len(accepted["per_example"]) == 8
+        assert -accepted["score"] == pytest.approx(losses[row["step"]], rel=1e-5)
