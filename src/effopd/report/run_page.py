@@ -43,6 +43,7 @@ PHASES = ("rollout", "teacher", "update", "search", "eval", "other")
 _SETTINGS = (
     "model_name_or_path",
     "teacher_model_name_or_path",
+    "teachers",
     "task",
     "strategy",
     "algorithm",
