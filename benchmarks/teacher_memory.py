@@ -16,6 +16,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def train(arm: str, folder: Path) -> None:
             str(folder / "student"), str(folder / "teacher"), args, train_dataset=task.to_dataset(),
             processing_class=tokenizer,
         )  # fmt: skip
-    trainer.train()
+    with redirect_stdout(sys.stderr):  # the console lines of training
+        trainer.train()
     teacher = getattr(trainer, "teacher_model", None)
     size = 0 if teacher is None else sum(p.nbytes for p in teacher.parameters()) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -25,6 +25,7 @@ PHASES = ("rollout", "teacher", "update", "search", "eval", "other")
 _SETTINGS = (
     "model_name_or_path",
     "teacher_model_name_or_path",
+    "teachers",
     "task",
     "strategy",
     "algorithm",
