@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,7 +264,11 @@ GOOD = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "gradien
     [
         ("zero_optimization", {"stage": 0}, r"stage=0: expected 1, 2 or 3"),
         ("zero_optimization", {"stage": 3}, "stage3_gather_16bit_weights_on_model_save"),
-        ("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "cpu"}}, r"offload_optimizer\.device='cpu'"),
+        (
+            "zero_optimization",
+            {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            r"offload_optimizer\.device='cpu'",
+        ),
         ("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "nvme"}}, "device='nvme'"),
         ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param"),
         ("zero_optimization", {"stage": 2, "cpu_offload": True}, "cpu_offload=True"),
@@ -283,6 +289,11 @@ GOOD = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "gradien
 def test_settings_that_are_refused(section, values, message):
     with pytest.raises(ConfigError, match=message):
         check_zero(GOOD | {section: values})
+
+
+@pytest.mark.parametrize("name", ["deepspeed-zero2.json", "deepspeed-zero3.json"])
+def test_recipes_are_accepted(name):
+    check_zero(json.loads((Path(__file__).parents[2] / "recipes" / name).read_text()))
 
 
 def test_settings_that_work():
