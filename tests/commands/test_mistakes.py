@@ -377,6 +377,11 @@ def test_deepspeed_settings_are_checked_before_anything_is_loaded(monkeypatch, t
             check(settings)
     del config["zero_optimization"]["offload_optimizer"]
     launch.check_settings(settings)
+    for name, value, default in (("average_weights", "ema", "none"), ("k_step_lookahead", 5, 0)):
+        setattr(settings.opd, name, value)
+        with pytest.raises(ConfigError, match=f"{name}={value!r} needs whole weights"):
+            launch.check_settings(settings)
+        setattr(settings.opd, name, default)
     settings.model.use_peft = True
     with pytest.raises(ConfigError, match="look-ahead on LoRA adapters needs whole factors"):
         launch.check_settings(settings)
