@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--files", choices=["FULL_STATE_DICT", "SHARDED_STATE_DICT"], default="FULL_STATE_DICT")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--by-path", action="store_true", help="let the trainer load the student, as a command does")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of --rows prompts a step")
     parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
     arguments = parser.parse_args()
@@ -142,6 +143,10 @@ def main() -> None:
         deepspeed_without_kernels()
         host = {"deepspeed": zero_config(int(arguments.mode[-1]))}
     student = make_model(0)
+    if arguments.by_path:
+        folder = arguments.out / f"student-{rank()}-{os.getpid()}"
+        student.save_pretrained(folder)
+        student = str(folder)
     if arguments.lora:
         student = get_peft_model(student, LoraConfig(r=4, target_modules="all-linear"))
     trainer = make_trainer(

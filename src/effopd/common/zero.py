@@ -58,8 +58,11 @@ def shape_of(parameter: Tensor) -> torch.Size:
 
 
 def whole_parameters(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """In this block, ZeRO-3 parameters are whole; all ranks must enter it."""
-    sharded = [each for each in parameters if each is not None and is_zero3(each)]
+    """In this block, ZeRO-3 parameters are whole; all ranks must enter it.
+
+    Those that are whole already, as inside a forward pass, are left alone.
+    """
+    sharded = [each for each in parameters if each is not None and is_zero3(each) and each.numel() == 0]
     if not sharded:
         return nullcontext()
     import deepspeed
