@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from transformers.training_args import OptimizerNames
@@ -15,9 +16,11 @@ from effopd.commands.rl import parse_rl
 from effopd.commands.train import parse_train
 from effopd.common import optional
 from effopd.errors import ConfigError, EffOPDError, MissingDependencyError
+from effopd.extrapolate.config import EffOPDConfig
 from effopd.launch import host_settings
 from effopd.launch import opd as launch
 from effopd.launch.adapters import adapter_config
+from effopd.launch.dry_run import plan_tables
 from effopd.launch.preflight import check_model_name
 from effopd.launch.run_checks import resume_argument
 from effopd.runs.records import METRICS
@@ -360,14 +363,30 @@ def test_resuming_needs_no_word():
     assert resume_argument(rl) is True
 
 
-def test_deepspeed_is_refused_for_the_right_reason(monkeypatch, tmp_path):
+def test_deepspeed_settings_are_checked_before_anything_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(optional, "is_available", lambda module: module != "deepspeed")
     (tmp_path / "ds.json").write_text("{}")
     flags = [*PAIR, *TESTBED, "--deepspeed", str(tmp_path / "ds.json")]
     with pytest.raises(EffOPDError, match=r"--deepspeed needs the package 'deepspeed'.*pip install 'deepspeed'"):
         parse_train(flags)
-    with pytest.raises(ConfigError, match=r"this run uses DeepSpeed.*FSDP2.*or train without a look-ahead"):
-        parse_train([*flags, "--effopd.strategy", "line_search"])
+    settings = parse_train([*PAIR, *TESTBED, "--effopd.strategy", "line_search"])
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    settings.opd.deepspeed_plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+    for check in (launch.check_settings, plan_tables):  # the run, and its dry run
+        with pytest.raises(ConfigError, match=r"offload_optimizer\.device='cpu' cannot be combined with a look-ahead"):
+            check(settings)
+    del config["zero_optimization"]["offload_optimizer"]
+    launch.check_settings(settings)
+    for name, value, default in (("average_weights", "ema", "none"), ("k_step_lookahead", 5, 0)):
+        setattr(settings.opd, name, value)
+        with pytest.raises(ConfigError, match=f"{name}={value!r} needs whole weights"):
+            launch.check_settings(settings)
+        setattr(settings.opd, name, default)
+    settings.model.use_peft = True
+    with pytest.raises(ConfigError, match="look-ahead on LoRA adapters needs whole factors"):
+        launch.check_settings(settings)
+    settings.effopd = EffOPDConfig("none")
+    launch.check_settings(settings)
 
 
 @pytest.mark.parametrize("present", ["tensorboard", "tensorboardX", None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -216,8 +218,10 @@ def test_unsupported_hosts_are_refused(tmp_path, monkeypatch):
     trainer.is_fsdp_enabled = True  # but not accelerate's is_fsdp2
     with pytest.raises(ConfigError, match="FSDP1"):
         EffOPDCallback(trainer, EffOPDConfig(), task=make_task(64))
-    trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = False, True
-    with pytest.raises(ConfigError, match="DeepSpeed"):
+    trainer.is_fsdp_enabled = False
+    config = {"zero_optimization": {"stage": 0}}
+    trainer.args.deepspeed_plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+    with pytest.raises(ConfigError, match="stage=0: expected 1, 2 or 3"):
         EffOPDCallback(trainer, EffOPDConfig(), task=make_task(64))
 
 

@@ -83,7 +83,8 @@ def probed(tokens: int = 100, **answers):
     heads = [Head(torch.randn(V, 4, generator=g), None, 1.0, None) for _ in range(2)]
     student, teacher = (Predictions(torch.randn(2, 3, 4, generator=g), head) for head in heads)
     ids_BT, mask_BT = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    return HealthProbe(tokens, 0.5), (None, student, teacher, Answers(ids_BT, mask_BT, **answers)), tuple(heads)
+    micro_batch = torch.nn.Identity(), student, teacher, Answers(ids_BT, mask_BT, **answers)
+    return HealthProbe(tokens, 0.5), micro_batch, tuple(heads)
 
 
 def test_a_probe_measures_the_first_micro_batch_of_logged_steps():
@@ -93,7 +94,7 @@ def test_a_probe_measures_the_first_micro_batch_of_logged_steps():
     probe.after_loss(*micro_batch, due=False)
     assert probe.after_step(lambda: heads) == {}
     probe.after_loss(*micro_batch, due=True)
-    other = (None, micro_batch[1].to("cpu")._replace(hidden_BTH=torch.zeros(2, 3, 4)), *micro_batch[2:])
+    other = (micro_batch[0], micro_batch[1].to("cpu")._replace(hidden_BTH=torch.zeros(2, 3, 4)), *micro_batch[2:])
     probe.after_loss(*other, due=True)  # a later one of the step changes nothing
     measured = probe.after_step(lambda: heads)
     valid = micro_batch[3].mask_BT.bool()

@@ -21,7 +21,7 @@ from helpers.tiny_run import make_trainer
 from peft import LoraConfig, get_peft_model
 from plain_loop import whole
 
-from effopd import EffOPDConfig
+from effopd import EffOPDCallback, EffOPDConfig
 from effopd.common.distributed import exit_gloo, rank
 from effopd.common.zero import whole_parameters
 from effopd.extrapolate.scorers.accuracy import AccuracyScorer
@@ -81,9 +81,35 @@ def zero_config(stage: int) -> dict:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+@torch.no_grad()
+def check_restore(trainer, model) -> None:
+    """A candidate that is undone leaves masters and model as they were, bit for bit."""
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback))
+    weights = callback.look_ahead.weights
+    held = weights._anchored.parameters
+
+    def now() -> list[torch.Tensor]:
+        with whole_parameters(*model.parameters()):
+            seen = [whole(p.detach()).clone() for p in model.parameters()]
+        return seen + [whole(p.detach()).clone() for p in held.values()]
+
+    before = now()
+    for anchor in weights._anchored.anchor.values():
+        anchor.mul_(0.9)
+    weights.begin()
+    weights.move_to(3.0)
+    moved = now()
+    weights.abort()
+    after = now()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    shown = [not torch.equal(a, b) for a, b in zip(before, moved, strict=True)]
+    assert sum(shown[: -len(held)]) == len(held)  # the forward pass sees each of them move, and no other
 
 
 def main() -> None:
@@ -96,6 +122,8 @@ def main() -> None:
     parser.add_argument("--mode", choices=["ddp", "fsdp2", "zero1", "zero2", "zero3"], default="ddp")
     parser.add_argument("--files", choices=["FULL_STATE_DICT", "SHARDED_STATE_DICT"], default="FULL_STATE_DICT")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--by-path", action="store_true", help="let the trainer load the student, as a command does")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of --rows prompts a step")
     parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
     parser.add_argument("--shard-teacher", action="store_true")
@@ -116,6 +144,10 @@ def main() -> None:
         deepspeed_without_kernels()
         host = {"deepspeed": zero_config(int(arguments.mode[-1]))}
     student = make_model(0)
+    if arguments.by_path:
+        folder = arguments.out / f"student-{rank()}-{os.getpid()}"
+        student.save_pretrained(folder)
+        student = str(folder)
     if arguments.lora:
         student = get_peft_model(student, LoraConfig(r=4, target_modules="all-linear"))
     trainer = make_trainer(
@@ -130,6 +162,7 @@ def main() -> None:
         eval_temperature=0.0,
         trajectory="powers_of_two",
         teacher_shard=arguments.shard_teacher,
+        bf16=arguments.bf16,
         **host,
     )
     if arguments.kill_at:
@@ -140,6 +173,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model(str(arguments.out))
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if config is not None and not arguments.lora:
+        check_restore(trainer, model)
     with whole_parameters(*model.parameters()):
         weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     if trainer.accelerator.is_main_process:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +136,8 @@ def test_a_candidate_that_is_not_finite_is_undone(cluster):
     origin = cluster.masters()
     for weights in cluster.weights:
         weights.begin()
+        for anchor in weights.state_dict().values():
+            anchor.mul_(1e10)
     for rank in range(RANKS):
         as_rank(cluster.monkeypatch, rank, RANKS)
         with pytest.raises(NonFiniteWeightsError):
@@ -265,7 +269,7 @@ GOOD = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "gradien
         (
             "zero_optimization",
             {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-            r"offload_optimizer\.device='cpu'",
+            r"optimizer\.device='cpu'",
         ),
         ("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "nvme"}}, "device='nvme'"),
         ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param"),
@@ -287,6 +291,11 @@ GOOD = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "gradien
 def test_settings_that_are_refused(section, values, message):
     with pytest.raises(ConfigError, match=message):
         check_zero(GOOD | {section: values})
+
+
+@pytest.mark.parametrize("name", ["deepspeed-zero2.json", "deepspeed-zero3.json"])
+def test_recipes_are_accepted(name):
+    check_zero(json.loads((Path(__file__).parents[2] / "recipes" / name).read_text()))
 
 
 def test_settings_that_work():

@@ -129,11 +129,11 @@ class ZeroDouble:
 
 class _Fragment:
     def __init__(self, zero: ZeroDouble, address, place: int):
-        self.zero, self.lp_fragment_address, self.place = zero, address, place
+        self.zero, self.lp_fragment_address, self.param_group_index = zero, address, 0
+        self.hp_fragment_address = SimpleNamespace(start=place, numel=address.numel)
 
-    def get_hp_fragment(self, key: str | None = None) -> torch.Tensor:
-        flat = self.zero.flat if key is None else self.zero.optimizer.state[self.zero.flat][key]
-        return flat.narrow(0, self.place, self.lp_fragment_address.numel)
+    def get_hp_fragment(self) -> torch.Tensor:
+        return self.zero.flat.narrow(0, self.hp_fragment_address.start, self.hp_fragment_address.numel)
 
     def get_lp_grad_fragment(self, index: int) -> torch.Tensor:
         held = [(i, place) for i, place in enumerate(self.zero.places) if place[0] < place[1]]

@@ -58,8 +58,11 @@ def shape_of(parameter: Tensor) -> torch.Size:
 
 
 def whole_parameters(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """In this block, ZeRO-3 parameters are whole; all ranks must enter it."""
-    sharded = [each for each in parameters if each is not None and is_zero3(each)]
+    """In this block, ZeRO-3 parameters are whole; all ranks must enter it.
+
+    Those that are whole already, as inside a forward pass, are left alone.
+    """
+    sharded = [each for each in parameters if each is not None and is_zero3(each) and each.numel() == 0]
     if not sharded:
         return nullcontext()
     import deepspeed
@@ -176,34 +179,41 @@ def zero_steps(zero: Any) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, An
     Call it after the backward pass and before the step. Gradients are neither clipped nor divided
     by the loss scale. Nothing is yielded before the first step.
     """
-    states = list(zero.optimizer.state.values())
-    if not states or "exp_avg" not in states[0]:
-        return
-    groups = next(
-        each for name in ("bit16_groups", "bf16_groups", "fp16_groups") if (each := getattr(zero, name, None))
-    )
-    group, step = zero.optimizer.param_groups[0], states[0]["step"]
+    names = ("bit16_groups", "bf16_groups", "fp16_groups")  # ZeRO 1 and 2, ZeRO 1 in bf16, ZeRO 3
+    groups = next(each for name in names if (each := getattr(zero, name, None)))
     for parameter in (parameter for parameters in groups for parameter in parameters):
-        if (found := _gradient_and_moments(parameter)) is not None:
-            gradient, first, second = found
-            yield gradient, {"exp_avg": first, "exp_avg_sq": second, "step": step}, group
+        found = _of_stage3(zero, parameter) if is_zero3(parameter) else _of_fragment(zero, parameter)
+        if found is not None:
+            yield found
 
 
-def _gradient_and_moments(parameter: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    if is_zero3(parameter):
-        from deepspeed.utils import safe_get_local_grad, safe_get_local_optimizer_state
+def _of_stage3(zero: Any, parameter: Any) -> tuple[Tensor, dict[str, Any], dict[str, Any]] | None:
+    from deepspeed.utils import safe_get_local_grad, safe_get_local_optimizer_state
 
-        first, last = _span3(parameter)
-        moments = (safe_get_local_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
-        parts = [each.flatten()[: last - first] for each in (safe_get_local_grad(parameter), *moments)]
-        return parts[0], parts[1], parts[2]
+    states = list(zero.optimizer.state.values())  # one per part of memory, all at the same step
+    if not states or "exp_avg" not in states[0]:
+        return None
+    first, last = _span3(parameter)
+    state = {key: safe_get_local_optimizer_state(parameter, key)[: last - first] for key in ("exp_avg", "exp_avg_sq")}
+    gradient = safe_get_local_grad(parameter).flatten()[: last - first]
+    return gradient, state | {"step": states[0]["step"]}, zero.optimizer.param_groups[0]
+
+
+def _of_fragment(zero: Any, parameter: Any) -> tuple[Tensor, dict[str, Any], dict[str, Any]] | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
+    group = zero.optimizer.param_groups[mapping.param_group_index]
+    # not `safe_get_full_optimizer_state`: DeepSpeed 0.19 links the moments of the first group only
+    state = zero.optimizer.state.get(group["params"][0], {})
+    if "exp_avg" not in state:
+        return None
+    address, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+    moments = {key: state[key].narrow(0, address.start, address.numel) for key in ("exp_avg", "exp_avg_sq")}
     gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-    if gradient.numel() != mapping.lp_fragment_address.numel:  # of the whole parameter
-        gradient = gradient.narrow(0, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-    return gradient, mapping.get_hp_fragment("exp_avg"), mapping.get_hp_fragment("exp_avg_sq")
+    if gradient.numel() != place.numel:  # that of the whole parameter
+        gradient = gradient.narrow(0, place.start, place.numel)
+    return gradient, moments | {"step": state["step"]}, group
 
 
 @torch.no_grad()

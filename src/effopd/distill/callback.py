@@ -33,7 +33,12 @@ from effopd.extrapolate.scorers.base import Scorer
 from effopd.extrapolate.scorers.next_batch import NextBatchLoss
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.extrapolate.search import Score
-from effopd.extrapolate.zero_settings import check_zero, check_zero_optimizer, deepspeed_config
+from effopd.extrapolate.zero_settings import (
+    check_zero,
+    check_zero_optimizer,
+    deepspeed_config,
+    optimizer_needs_whole_weights,
+)
 from effopd.runs.records import SEARCHES, SearchRecord
 from effopd.tasks.base import Task, Verifier
 
@@ -52,7 +57,13 @@ def check_deepspeed(args: Any, *, lora: bool) -> None:
     config = deepspeed_config(args)
     if config is not None:
         check_zero(config)
-        check_zero_optimizer(getattr(args.optim, "value", args.optim), config)
+        optim: Any = args.optim
+        if getattr(args, "optimizer_class", None) is not None:
+            raise optimizer_needs_whole_weights(f"optimizer_class={args.optimizer_class!r}")
+        for name in ("k_step_lookahead", "average_weights"):
+            if (value := getattr(args, name, None)) not in (None, 0, "none"):
+                raise optimizer_needs_whole_weights(f"{name}={value!r}")
+        check_zero_optimizer(getattr(optim, "value", optim), config)
         if lora:
             raise lora_under_deepspeed()
 

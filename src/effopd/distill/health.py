@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from effopd.common.distributed import is_sharded
+from effopd.common.zero import is_zero
 from effopd.distill.divergence import Answers, Head, Predictions, token_logprobs
 
 TOP_K = 16
@@ -70,7 +71,8 @@ class HealthProbe:
                 "targets": answers.ids_BT.reshape(-1)[index_N],
                 "position": position_N,
             }
-            if is_sharded(model):  # its head is gathered only inside the forward
+            # shards are whole only inside the forward; DeepSpeed takes the step before `after_step`
+            if is_sharded(model) or any(map(is_zero, model.parameters())):
                 with torch.no_grad(), torch.autocast(index_N.device.type, enabled=False):
                     self._rows["logits"] = student.head.logits(self._rows["student"], self._temperature)
                     if isinstance(teacher, Predictions):

@@ -106,6 +106,30 @@ def _unequal(args: Any, checkpoint: Path, *, looks_ahead: bool) -> Iterator[str]
         yield "sync_ref_model restarts the reference from the run's initial model"
 
 
+def check_engine(checkpoint: Path, stage: int | None, processes: int) -> None:
+    """Check that a checkpoint was written under DeepSpeed, or without it, as this run needs it.
+
+    Args:
+        stage: ZeRO stage of this run; `None`: no DeepSpeed.
+        processes: number of processes of this run.
+
+    Raises:
+        CheckpointError: it was written by another engine, or by another number of processes or
+            ZeRO stage, between which DeepSpeed does not convert.
+    """
+    states = list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
+    if not states and stage is None:
+        return
+    third = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
+    saved = f"DeepSpeed ZeRO-{3 if third else '1 or -2'} on {len(states)} process(es)" if states else "no DeepSpeed"
+    now = "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage} on {processes} process(es)"
+    if not states or stage is None or (stage == 3) != third or len(states) != processes:
+        raise CheckpointError(
+            f"{checkpoint} was written with {saved}, and this run has {now}. Resume with the launcher of the run, or "
+            f"start a new run from its weights: --model_name_or_path {checkpoint}."
+        )
+
+
 def compare_processes(checkpoint: Path, world_size: int) -> None:
     """Warn if the checkpoint's random states are for another number of processes."""
     states = len(list(checkpoint.glob("rng_state*.pth")))
@@ -137,6 +161,8 @@ class ResumeMixin(HostHooks):
             CheckpointError: adapter or full weights, optimizer or look-ahead settings do not match.
         """
         check_kind(checkpoint, adapter=hasattr(self.accelerator.unwrap_model(self.model), "peft_config"))
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        check_engine(checkpoint, None if plugin is None else plugin.zero_stage, self.args.world_size)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "check_resume"):
                 callback.check_resume(checkpoint)

@@ -110,6 +110,14 @@ def check_zero_optimizer(optim: str, config: Mapping[str, Any]) -> None:
         )
 
 
+def optimizer_needs_whole_weights(what: str) -> ConfigError:
+    """The error for a setting of the optimizer that needs whole weights on every process."""
+    return ConfigError(
+        f"{what} needs whole weights on every process, but DeepSpeed shards them. Use --optim adamw_torch without "
+        "averages, or launch with DDP."
+    )
+
+
 def _value(config: Mapping[str, Any], path: str) -> Any:
     """Value at a dotted path; `None`: unset, or "auto"."""
     value: Any = config

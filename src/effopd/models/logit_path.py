@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from effopd.common import float64 as precision
 from effopd.common.distributed import full_tensor
 from effopd.common.isolation import evaluating
+from effopd.common.zero import shape_of, whole_parameters
 from effopd.errors import CompatibilityError, NonFiniteLossError
 
 #: Length of the row that is measured, and of its shorter prefix, in tokens.
@@ -320,7 +321,7 @@ def usual_tokens(core: PreTrainedModel, length: int) -> Tensor:
         for name, value in source.to_dict().items()
         if isinstance(value, int) and ("token_id" in name or "token_index" in name)
     }
-    rows = min(config.vocab_size, core.get_input_embeddings().weight.shape[0])
+    rows = min(config.vocab_size, shape_of(core.get_input_embeddings().weight)[0])
     usual = [token for token in range(rows) if token not in special]
     chosen = [usual[(i + 1) * len(usual) // (length + 2)] for i in range(length)]
     return torch.tensor([chosen], device=core.device)
@@ -376,8 +377,10 @@ def _error(layer: Any, path: LogitPath, hidden: Tensor, logits: Tensor) -> float
 def float_logits(layer: Any, path: LogitPath, hidden: Tensor) -> Tensor:
     """Logits in float32, as losses and scores compute them."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
-    bias = None if bias is None else full_tensor(bias).float()
-    made = torch.nn.functional.linear(hidden.to(weight.device).float(), full_tensor(weight).float(), bias) * path.scale
+    with whole_parameters(weight, bias):
+        bias = None if bias is None else full_tensor(bias).float()
+        made = torch.nn.functional.linear(hidden.to(weight.device).float(), full_tensor(weight).float(), bias)
+    made = made * path.scale
     return made if path.softcap is None else path.softcap * torch.tanh(made / path.softcap)
 
 
