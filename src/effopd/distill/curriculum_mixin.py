@@ -41,6 +41,9 @@ class CurriculumMixin(DistillationHooks):
     are against the teacher that the run names, so that the values of all stages are comparable.
     """
 
+    teacher_model: Any
+    _mixture_head: Any
+
     def _open_curriculum(self, teacher: Any) -> Any:
         """Check the settings against the dataset; return the teacher to load first.
 
