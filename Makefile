@@ -2,7 +2,8 @@
 # make real-model  SmolLM2-135M: a teacher, plain OPD and newton_search on 2 cores: runs/compare-smollm2/
 # make test  the whole test suite, on WORKERS=2 cores
 # make test-fast  the inner loop: without the tests marked slow
-# make lint  ruff and mypy
+# make lint  ruff, mypy and the spelling of pages and code
+# make docs  the documentation site, with warnings as errors: site/
 # Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).
 
 PYTHON ?= python3
@@ -12,10 +13,14 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo real-model test test-fast lint format clean
+.PHONY: demo real-model test test-fast lint format docs clean
 
-demo: $(READY)
+demo: | say-demo $(READY)
 	$(BIN)/effopd quickstart --output_dir runs/demo
+
+.PHONY: say-demo
+say-demo:
+	@echo "make demo: 1. Python packages in $(VENV) (once, some minutes, mostly torch)  2. effopd quickstart (about 8 minutes)"
 
 TEACHER := runs/smollm2/chain_sum/teacher/model.safetensors
 
@@ -39,17 +44,27 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # torch first, at the pinned version; a CPU build is enough
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch into $(VENV) (several GB with CUDA, some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@echo "installing the other packages of constraints.txt into $(VENV) (some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

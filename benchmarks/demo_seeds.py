@@ -8,7 +8,7 @@ Runs `effopd quickstart` once per seed into runs/demo-FAMILY-SEED; a finished se
 Copies the summaries and the first seed's figure to `--keep`, and prints a table with medians. With
 `--grid`, nothing is run: the same three runs per seed are read from the results.json of
 `recipes/compare-testbed.yaml`. Seconds are CPU seconds, so that other processes do not count.
-docs/guide.md shows seed 0 of chain_sum; `readme_results.py` writes its output from
+docs/tutorials/quickstart.md shows seed 0 of chain_sum; `readme_results.py` writes its output from
 docs/demo/chain_sum-seed-0.json.
 """
 

@@ -68,7 +68,7 @@ def stored(folder: Path, tokenizer: Any, task: Any, seed: int, teacher: Any) -> 
     )  # fmt: skip
     store = RolloutStore(folder)
     store.open(header)
-    collect(store, header, load(student_path()).eval(), teacher, tokenizer, task.examples)
+    collect(store, header, load(student_path()).eval(), teacher, tokenizer, task)
     return store
 
 

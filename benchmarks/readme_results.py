@@ -5,8 +5,8 @@
     .venv/bin/python benchmarks/readme_results.py            # rewrite the tables
     .venv/bin/python benchmarks/readme_results.py --figure   # redraw docs/readme.png too
 
-The pages are README.md, docs/findings.md, docs/batch_size.md and docs/guide.md. Only the blocks
-between markers are generated (`pages.py`); the rest is written by hand.
+The pages are README.md, docs/findings.md, docs/batch_size.md and docs/tutorials/quickstart.md.
+Only the blocks between markers are generated (`pages.py`); the rest is written by hand.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
         DOCS.parent / "README.md": {"results": readme_table(docs)},
         DOCS / "findings.md": findings(docs),
         DOCS / "batch_size.md": {"settings": settings_table(*grids), "speed": speed_table(*grids)},
-        DOCS / "guide.md": {"demo": demo(docs["demo"])},
+        DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},
     }
 
 

@@ -21,6 +21,7 @@ from effopd.runs.records import (
     Prune,
     SearchMetrics,
     SearchRecord,
+    Served,
     StepRecord,
     TrialRecord,
 )
@@ -30,6 +31,7 @@ MARK = "<!-- From here on written by benchmarks/run_tables.py, from src/effopd/r
 SECTIONS: dict[str, type[Record]] = {
     f"`{METRICS}`": StepRecord,
     f"`health/…` in `{METRICS}`": Health,
+    f"`served/…` in `{METRICS}`": Served,
     f"`prune/…` in `{METRICS}`": Prune,
     f"`effopd/…` in `{METRICS}`": SearchMetrics,
     f"`{EVALS}`": EvaluationRecord,

@@ -131,7 +131,6 @@ IMPORTS: dict[str, tuple[str, list[Any] | None]] = {
     "TOKEN_CHUNK_SIZE": ("trl.kernels.chunked_divergence", None),
     "VOCAB_CHUNK_SIZE": ("trl.kernels.chunked_divergence", None),
     "create_model_from_path": ("trl.trainer.utils", ["model_id", ...]),
-    "prepare_deepspeed": ("trl.models", ["model", "accelerator"]),
     "get_config_model_id": ("trl.trainer.utils", ["config"]),
     "get_comet_experiment_url": ("trl.trainer.utils", []),
     "get_trackio_space_url": ("trl.trainer.utils", []),
@@ -190,6 +189,10 @@ def test_the_loop_calls_what_we_replace():
     assert "self._prepare_inputs(inputs)" in inspect.getsource(Trainer.training_step)
     assert "self._run_epoch(" in inspect.getsource(Trainer._inner_training_loop)
     run_epoch = inspect.getsource(Trainer._run_epoch)
+    assert "batch_samples, num_items_in_batch = self.get_batch_samples(" in run_epoch
+    step = inspect.getsource(Trainer.training_step)  # what `TrainerLoss` does alike
+    assert "self.model_accepts_loss_kwargs and num_items_in_batch is not None" in step
+    assert "loss = loss / self.current_gradient_accumulation_steps" in step
     assert "learning_rate = self._get_learning_rate()" in run_epoch  # before the scheduler's step
     assert "self._maybe_log_save_evaluate(" in run_epoch
     assert "resume_from_checkpoint" in parameters(Trainer._inner_training_loop)  # what `resumed_checkpoint` reads

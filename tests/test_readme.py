@@ -21,7 +21,7 @@ from effopd.tasks import builtin_models as testbed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-GUIDE = (ROOT / "docs" / "guide.md").read_text()
+TUTORIALS = ROOT / "docs" / "tutorials"
 #: Speed-ups as the pages print them: `2.51×`.
 FACTOR = re.compile(r"\d+\.\d+(?=×)")
 
@@ -95,13 +95,13 @@ def test_the_lines_for_a_plain_loop():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", [0, 1, 2], ids=["trl", "pytorch", "all"])
-def test_the_scripts_of_the_guide_run_as_they_stand(index, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["trl", "pytorch", "python"])
+def test_the_scripts_of_the_tutorials_run_as_they_stand(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run(python_blocks(GUIDE)[index])
-    look_ahead = names["search"] if index == 1 else search_of(names["trainer" if index == 0 else "run"])
-    assert searched_steps(look_ahead) == ([1, 2, 4, 8, 16, 32, 64] if index == 1 else [2, 3, 4])
-    if index == 2:
+    names = run(python_blocks((TUTORIALS / f"{page}.md").read_text())[0])
+    look_ahead = names["search"] if page == "pytorch" else search_of(names["trainer" if page == "trl" else "run"])
+    assert searched_steps(look_ahead) == ([1, 2, 4, 8, 16, 32, 64] if page == "pytorch" else [2, 3, 4])
+    if page == "python":
         assert names["answers"].accuracy.mean > 0 and names["update"].summary["runs"]
 
 

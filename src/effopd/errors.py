@@ -65,6 +65,10 @@ class ScorerError(EffOPDError, RuntimeError):
     """A scorer raised, or did not return a score. The weights were restored first."""
 
 
+class TeacherServerError(EffOPDError, ConnectionError):
+    """The teacher's server gave no usable reply after all retries. No update used its replies."""
+
+
 class DivergenceError(EffOPDError, RuntimeError):
     """The ranks of a run no longer agree, or another rank failed."""
 

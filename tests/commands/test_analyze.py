@@ -46,6 +46,9 @@ def test_the_testbed_pair(tmp_path, capsys):
     assert "larger" not in printed and "early" not in printed  # one run, no trajectory
     frame = pd.read_parquet(out / "matrices.parquet")
     assert len(frame[frame.metric == "frobenius_norm"]) == 46
+    assert (
+        f"page:    {out / 'report.html'}" in printed and "<b>rl</b>: update norm" in (out / "report.html").read_text()
+    )
     assert (out / "figures" / "spectrum.png").exists() and not (out / "figures" / "u1_path.png").exists()
 
     rows = (out / "progress.jsonl").read_bytes()

@@ -97,6 +97,8 @@ def test_every_intervention_has_a_table_and_a_figure(tmp_path, tiny, monkeypatch
         flags = ["--alphas", "0", "1", "2", "--percents", "10", "100", "--betas", "0", "1", "--rank_norm", "shared"]
         assert run_intervene([name, *runs, *TASK, *flags, "--out", str(out)]) == 0
         assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
+    page = (out / "report.html").read_text()
+    assert all(f'id="{name}" data-alt="' in page for name in graded) and "random, highest accuracy: opd#0 0." in page
     frame = pd.read_csv(out / "results.csv")
     assert set(frame["intervention"]) == {"reference", *graded} and set(frame["run"]) == {
         "base",

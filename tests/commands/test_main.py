@@ -223,6 +223,20 @@ def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "train --dry_run", "rl"])
+def test_a_task_whose_package_is_missing_is_refused_before_anything_is_loaded(
+    command, pair, tmp_path, monkeypatch, capsys
+):
+    """Also for the source of the evaluation, and if the other source cannot be read now."""
+    monkeypatch.setattr(optional, "is_available", lambda module: module != "reasoning_gym")
+    flags = train_flags(pair, tmp_path / "run", "--task", "math:ORG/SET", "--eval_task", "reasoning-gym:chain_sum")
+    if command == "rl":
+        flags = ["--model_name_or_path", str(pair / "student"), "--task", "reasoning-gym:chain_sum", "--use_cpu",
+                 "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    assert main([*command.split(), *flags]) == 2
+    assert "pip install 'effopd[gym]'" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 OTHER_VALUES = {
     "gate": "significant",
     "min_z": 3.0,

@@ -30,6 +30,12 @@ def test_quickstart_end_to_end(tmp_path, capsys, monkeypatch):
     assert (root / "figure.png").stat().st_size > 10_000
     assert all(arm in (root / "report.html").read_text() for arm in ARMS)
     assert "held-out KL" in printed and "speed-up" in printed
+    before, after = printed.split("plain OPD    step 0")[0], printed.rsplit("summary:")[-1]
+    assert "effopd quickstart: plain OPD" in before.splitlines()[0] and "3 times, 2 steps each" in before
+    assert f"Results: {root}" in before
+    assert [line.split()[1] for line in after.splitlines() if line.startswith("  effopd")] == [
+        "init", "train", "report"
+    ]  # fmt: skip
     # without a terminal, a line an evaluation
     lines = [line for line in printed.splitlines() if re.search(r"step \d/2 ", line)]
     assert [re.split(r"  +", line)[:2] for line in lines] == [
@@ -151,6 +157,20 @@ def test_the_clock_reaches_the_runs_and_the_summary(tmp_path, clock):
     assert summarize(tmp_path, arguments)["cost_clock"] == clock
 
 
+def test_fast_changes_what_is_not_given(tmp_path):
+    full, fast = QuickstartArguments(), QuickstartArguments(fast=True)
+    assert full.max_steps == 96 and full.prompts_per_step == 256
+    assert quickstart.settings("plain", full, tmp_path).opd.per_device_train_batch_size == 256
+    assert (fast.max_steps, fast.eval_size, fast.prompts_per_step) == (12, 64, 64)
+    given = QuickstartArguments(fast=True, max_steps=96, eval_size=256)
+    assert (given.max_steps, given.eval_size, given.prompts_per_step) == (96, 256, 64)
+    say = quickstart.introduction
+    assert "about 8 minutes" in say(full, tmp_path) and "under a minute" in say(fast, tmp_path)
+    assert "minute" not in say(given, tmp_path) and "minute" not in say(QuickstartArguments(max_steps=7), tmp_path)
+
+
 def test_mistakes(capsys):
+    assert main(["quickstart", "--max_steps", "0"]) == 2
+    assert "--max_steps: expected at least 1, got 0" in capsys.readouterr().err
     assert main(["quickstart", "--family", "poetry"]) == 2
     assert "--family: expected one of" in capsys.readouterr().err

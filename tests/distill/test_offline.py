@@ -51,7 +51,7 @@ def fill(folder, task, header, teacher=None, student=None) -> RolloutStore:
     store = RolloutStore(folder)
     store.open(header)
     models = student or make_model(0), teacher or make_model(1)
-    collect(store, header, *models, make_tokenizer(), task.examples)
+    collect(store, header, *models, make_tokenizer(), task)
     return store
 
 
@@ -99,7 +99,7 @@ def test_an_interrupted_collection_continues_alike(copy, store, task):
     assert copy.open(header) == 1
     with pytest.raises(CheckpointError, match=r"incomplete: rollouts-00001\.parquet is missing, 1 of 2"):
         copy.read()
-    collect(copy, header, make_model(0), make_model(1), make_tokenizer(), task.examples)
+    collect(copy, header, make_model(0), make_model(1), make_tokenizer(), task)
     assert copy.read()[0] == store.read()[0]
 
 

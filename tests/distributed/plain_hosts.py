@@ -13,10 +13,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 
 from helpers.tiny_models import make_model, make_task, make_tokenizer
+from helpers.trl_hosts import rows
 from plain_loop import whole
 from train import FSDP2, fsdp2_on_the_cpu
 from transformers import Trainer, TrainingArguments
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from effopd import EffOPDCallback, EffOPDConfig
 from effopd.common.distributed import exit_gloo
@@ -36,11 +37,11 @@ def trl_host(settings):
 
 def transformers_host(settings):
     torch.manual_seed(0)
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, 30, (64, 12))]
-    trainer = Trainer(make_model(0), TrainingArguments(learning_rate=2e-3, **settings), train_dataset=rows)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, 30, (64, 12))]
+    trainer = Trainer(make_model(0), TrainingArguments(learning_rate=2e-3, **settings), train_dataset=data)
 
     def scorer(model):  # every rank takes the same rows, so every rank gets the same number
-        ids = torch.stack([row["input_ids"] for row in rows[:8]])
+        ids = torch.stack([row["input_ids"] for row in data[:8]])
         with torch.no_grad():
             return -float(model(input_ids=ids, labels=ids).loss)
 
@@ -48,10 +49,19 @@ def transformers_host(settings):
     return trainer
 
 
+def sft_host(settings):
+    args = SFTConfig(learning_rate=2e-3, bf16=False, gradient_checkpointing=False, **settings)
+    data = rows("prompt", "completion")
+    trainer = SFTTrainer(make_model(0), args, train_dataset=data, processing_class=make_tokenizer())
+    config = EffOPDConfig("effopd", parameters="all", score_rollouts=8)
+    trainer.add_callback(EffOPDCallback(trainer, config, scorer="next_batch_loss"))
+    return trainer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--host", choices=["trl", "transformers"])
+    parser.add_argument("--host", choices=["trl", "transformers", "sft"])
     parser.add_argument("--mode", choices=["ddp", "fsdp2"], default="ddp")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--resume", action="store_true")
@@ -72,8 +82,10 @@ def main() -> None:
     if arguments.mode == "fsdp2":
         fsdp2_on_the_cpu()
         settings |= {"fsdp": True, "fsdp_config": FSDP2 | {"state_dict_type": "FULL_STATE_DICT"}}
-    trainer = {"trl": trl_host, "transformers": transformers_host}[arguments.host](settings)
+    trainer = {"trl": trl_host, "transformers": transformers_host, "sft": sft_host}[arguments.host](settings)
     trainer.train(resume_from_checkpoint=arguments.resume)
+    if trainer.accelerator.is_main_process:
+        trainer.state.save_to_json(str(arguments.out / "state.json"))
     weights = {
         name: whole(p.detach()).clone()
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,17 @@ def test_newton_search_on_shards_doubles_the_scale_and_steers_alike_on_all_ranks
     assert len(set(rates)) > 1
 
 
+def test_a_sharded_teacher_changes_no_number(shared, tmp_path):
+    flags = ("--strategy", "line_search", "--rows", 4, "--mode", "fsdp2")
+    folder, weights = shared(*flags)
+    sharded = run(tmp_path, *flags, "--shard-teacher")
+    assert all(torch.equal(weights[name], sharded[name]) for name in weights)
+    for name, column in (("searches", "accepted_scale"), ("evals", "eval_kl"), ("metrics", "health/reverse_kl")):
+        one, other = (list(read_rows(each / f"{name}.jsonl")) for each in (folder, tmp_path))
+        assert [row[column] for row in one] == [row[column] for row in other]
+    assert (folder / "teachers.json").read_text() == (tmp_path / "teachers.json").read_text()
+
+
 @pytest.mark.parametrize("files", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_fsdp2_goes_on_after_a_rank_was_killed_in_a_search(files, shared, tmp_path):
     flags = ("--strategy", "effopd", "--rows", 4, "--mode", "fsdp2")
@@ -193,3 +205,20 @@ def test_unmodified_hosts(host, tmp_path):
     assert jumps[0] == jumps[1] and [step for step, _ in jumps[0]] == [1, 2, 4] and any(scale for _, scale in jumps[0])
     one, other = (torch.load(folder / "weights.pt") for folder in folders)
     assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-5) for name in one)
+
+
+def test_the_loss_of_the_next_batch_is_that_of_all_ranks(tmp_path):
+    """Each rank scores examples of its own; the score is the loss that the host logs."""
+    status, said = run_script(SCRIPT.with_name("plain_hosts.py"), tmp_path, "--host", "sft", processes=2)
+    assert status == 0, said[-3000:]
+    losses = {
+        row["step"]: row["loss"]
+        for row in json.loads((tmp_path / "state.json").read_text())["log_history"]
+        if "loss" in row
+    }
+    searches = list(read_rows(tmp_path / "searches.jsonl"))
+    assert [row["step"] for row in searches] == [2, 4]
+    for row in searches:
+        accepted = next(trial for trial in row["trials"] if trial["scale"] == row["accepted_scale"])
+        assert len(accepted["per_example"]) == 8
+        assert -accepted["score"] == pytest.approx(losses[row["step"]], rel=1e-5)

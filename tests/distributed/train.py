@@ -23,6 +23,7 @@ from plain_loop import whole
 
 from effopd import EffOPDConfig
 from effopd.common.distributed import exit_gloo, rank
+from effopd.common.zero import whole_parameters
 from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 
 FSDP2 = {
@@ -60,6 +61,31 @@ def fsdp2_on_the_cpu() -> None:
     AcceleratorState.__init__ = initialise
 
 
+def deepspeed_without_kernels() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives, which takes a minute; gloo's are
+    used instead."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+
+    for name in deepspeed.ops.__compatible_ops__:
+        deepspeed.ops.__compatible_ops__[name] = False
+
+
+def zero_config(stage: int) -> dict:
+    """DeepSpeed config of a stage; the thresholds of ZeRO-3 suit the tiny model."""
+    zero = {"stage": stage}
+    if stage == 3:
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 100}
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -67,11 +93,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="prompts a step and process")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--mode", choices=["ddp", "fsdp2"], default="ddp")
+    parser.add_argument("--mode", choices=["ddp", "fsdp2", "zero1", "zero2", "zero3"], default="ddp")
     parser.add_argument("--files", choices=["FULL_STATE_DICT", "SHARDED_STATE_DICT"], default="FULL_STATE_DICT")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of --rows prompts a step")
     parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
+    parser.add_argument("--shard-teacher", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = (
@@ -85,6 +112,9 @@ def main() -> None:
     if arguments.mode == "fsdp2":
         fsdp2_on_the_cpu()
         host = {"fsdp": True, "fsdp_config": FSDP2 | {"state_dict_type": arguments.files}}
+    if arguments.mode.startswith("zero"):
+        deepspeed_without_kernels()
+        host = {"deepspeed": zero_config(int(arguments.mode[-1]))}
     student = make_model(0)
     if arguments.lora:
         student = get_peft_model(student, LoraConfig(r=4, target_modules="all-linear"))
@@ -99,14 +129,19 @@ def main() -> None:
         eval_on_start=True,
         eval_temperature=0.0,
         trajectory="powers_of_two",
+        teacher_shard=arguments.shard_teacher,
         **host,
     )
     if arguments.kill_at:
         _arm(trainer, arguments.kill_at)
+    if arguments.shard_teacher:  # a rank holds half of every matrix of the teacher's layers
+        layers = [p for layer in trainer.teacher_model.model.layers for p in layer.parameters() if p.ndim == 2]
+        assert all(2 * p.to_local().numel() == p.numel() for p in layers), "the teacher is not sharded"
     trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model(str(arguments.out))
     model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    with whole_parameters(*model.parameters()):
+        weights = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     if trainer.accelerator.is_main_process:
         torch.save(weights, arguments.out / "weights.pt")
     exit_gloo()

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from effopd.errors import NonFiniteWeightsError
+from effopd.extrapolate.after_search import OptimizerUpdate
+from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.newton import newton_search
-from effopd.extrapolate.search import Score, Trial, line_search
+from effopd.extrapolate.search import Score, SearchResult, Trial, line_search
+from effopd.runs.records import SearchRecord
 
 
 def softmax_line(best: float, noise: float = 0.0, positions: int = 64, vocabulary: int = 50):
@@ -134,3 +137,24 @@ def test_the_gate_asks_forward_jumps_for_significance():
     assert loud.accepted_scale == 0.0
     any_gain = newton_search(lambda s: Score(sum(gains[s]) / 2, gains[s]), lambda: (-2.0, 1.0), "better", None)
     assert any_gain.accepted_scale in (0.5, 1.0)
+
+
+@pytest.mark.parametrize("start", [1e-6, 1.0])
+def test_after_the_first_search_only_a_backward_jump_changes_the_rate_whatever_it_started_from(start):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter], lr=start)
+    update = OptimizerUpdate(EffOPDConfig("newton_search"), optimizer, lambda: True)
+    history = []
+    for step, best in enumerate((39.0, 8.0, 8.0, 0.5, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5, 8.0, 8.0)):
+        result = SearchResult(best, (Trial(0.0, Score(0.0), "start"), Trial(best, Score(1.0), "accepted")))
+        factor = update.after(result, history)
+        history.append(
+            SearchRecord(
+                step=step, anchor_step=0, delta_norm=1.0, accepted_scale=best, best_scale=best, seconds=0.0,
+                generated_tokens=0, forward_tokens=0, trials=tuple(t.to_record() for t in result.trials),
+                learning_rate_factor=factor, learning_rate_factor_total=update.factor,
+            )
+        )  # fmt: skip
+    totals = [record.learning_rate_factor_total for record in history]
+    assert totals[:4] == [10.0] * 4 and totals[4] == pytest.approx(10 * 0.5**0.5)
+    assert totals[9:] == pytest.approx([10 / 8] * 5)  # the floor is a share of the calibrated rate

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.tiny_models import make_model
+from trl import ModelConfig
 
+from effopd import EffOPDConfig, OPDConfig
 from effopd.extrapolate.live_weights import LiveWeights
+from effopd.launch.memory_estimate import _ALLOCATOR, _frozen_bytes, _peak, estimate_memory, teacher_choices
 from effopd.launch.model_size import ModelSize, model_size, size_of
 from effopd.launch.model_states import model_state_bytes, optimizer_state_bytes
-from effopd.launch.step_memory import StepShape, saved_bytes, step_memory
+from effopd.launch.opd import RunSettings
+from effopd.launch.run_models import loading_arguments
+from effopd.launch.step_memory import StepMemory, StepShape, saved_bytes, step_memory
+from effopd.launch.teacher_memory import TeacherSize
+from effopd.tasks import TaskConfig
 
 
 @pytest.mark.parametrize("rule", ["attention+mlp", "all"])
@@ -114,3 +123,76 @@ def test_states_of_optimizers(optim, states):
     assert optimizer_state_bytes(optim) == states
     found = model_state_bytes(ModelSize(1000, "name"), 0, optim=optim, trained=100, weight_bytes=2)
     assert found["optimizer"] == 100 * states and found["gradients"] == 400 and found["weights"] == 2400
+
+
+# -- the teacher's weights -------------------------------------------------------------------------
+
+
+def teacher_settings(tmp_path, **settings):
+    for name, seed in (("student", 0), ("teacher", 1)):
+        if not (tmp_path / name).exists():
+            make_model(seed, hidden=32).save_pretrained(tmp_path / name)
+    opd = OPDConfig(
+        output_dir=str(tmp_path / "run"), report_to="none", use_cpu=True, max_completion_length=8,
+        **{"teacher_model_name_or_path": str(tmp_path / "teacher")} | settings,
+    )  # fmt: skip
+    model = ModelConfig(model_name_or_path=str(tmp_path / "student"))
+    return RunSettings(model, TaskConfig(task="testbed:chain_sum"), opd, EffOPDConfig("none"))
+
+
+def test_bytes_of_a_teacher_by_choice():
+    model = make_model(0, hidden=32)
+    size = TeacherSize.of(size_of(model.config))
+    whole = model.num_parameters()
+    linear = sum(
+        m.weight.numel() for layer in model.model.layers for m in layer.modules() if hasattr(m, "in_features")
+    )
+    head = 64 * 32  # tied
+    assert (size.parameters, size.linear, size.head) == (whole, linear, head)
+    assert size.weights("float32") == 4 * whole == sum(p.nbytes for p in model.parameters())
+    assert size.weights("bfloat16") == size.weights("float16") == 2 * whole
+    assert size.weights("bfloat16", "8bit") == math.ceil(1.06 * linear + 2 * (whole - linear))
+    assert size.weights("float32", "4bit") == math.ceil(0.56 * linear + 4 * (whole - linear))
+    assert size.at_rest("bfloat16") == 2 * head
+    assert size.layers == sum(p.numel() for p in model.model.layers.parameters())
+    assert size.sharded("bfloat16", 2) == 2 * (whole - size.layers + math.ceil(size.layers / 2))
+    unknown = TeacherSize.of(ModelSize(1_000, "name"))
+    assert unknown.weights("bfloat16", "4bit") == 560 and unknown.at_rest("bfloat16") == 0
+
+
+def test_a_dry_run_counts_the_teacher_that_is_chosen(tmp_path):
+    size = TeacherSize.of(size_of(make_model(1, hidden=32).config))
+
+    def teacher(count=1, **settings):
+        opd = teacher_settings(tmp_path, **settings).opd
+        return _frozen_bytes(opd, [size] * count, loading_arguments(ModelConfig(), opd)[1])
+
+    assert teacher() == (size.weights("float32"), 0)
+    assert teacher(teacher_dtype="bfloat16") == (size.weights("bfloat16"), 0)
+    assert teacher(teacher_load_in_8bit=True) == (size.weights("float32", "8bit"), 0)
+    assert teacher(teacher_load_in_4bit=True, teacher_dtype="float16") == (size.weights("float16", "4bit"), 0)
+    rest, visiting = teacher(teacher_offload=True)
+    assert rest == size.at_rest("float32") and rest + visiting == size.weights("float32")
+    opd = teacher_settings(tmp_path, teacher_shard=True).opd
+    assert _frozen_bytes(opd, [size], {"dtype": "float32"}, 8) == (size.sharded("float32", 8), 0)
+    several = {"teacher_model_name_or_path": None, "teachers": ["a=x", "b=y"]}
+    assert teacher(2, **several) == (2 * size.weights("float32"), 0)
+    assert teacher(2, **several, teachers_in_memory="one") == (size.weights("float32"), 0)
+    columns = estimate_memory(teacher_settings(tmp_path, teacher_offload=True), 8).columns
+    assert all((column["teacher"], column["teacher in use"]) == (rest, visiting) for column in columns)
+
+
+def test_offload_lowers_the_peak_only_while_the_teacher_is_not_in_use():
+    step = StepMemory(sampling=0, activations=100, loss=100, evaluation=0, health=0)
+    column = {"weights": 10, "gradients": 5, "teacher": 0}
+    assert _peak(column, step, accumulates=False, visiting=3) == _peak(column, step, accumulates=False)
+    large = _peak(column, step, accumulates=True, visiting=10_000)
+    assert large == round(_ALLOCATOR * (10 + 10_000 + 5))
+
+
+@pytest.mark.parametrize("choice", [{}, {"teacher_dtype": "bfloat16"}, {"teacher_load_in_8bit": True}])
+def test_the_plan_names_the_bytes_of_each_choice(tmp_path, choice):
+    text = teacher_choices(teacher_settings(tmp_path, **choice))
+    kind = {"teacher_dtype": "bfloat16", "teacher_load_in_8bit": "8 bits"}.get(next(iter(choice), ""), "float32")
+    assert f"GB in {kind}" in text
+    assert all(name in text for name in ("float32", "bfloat16", "8 bits", "4 bits", "offloaded"))

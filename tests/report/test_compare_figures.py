@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from report.test_compare_page import ROLES, grid, run
 
 from effopd.compare.results import analyse
-from effopd.report.compare_figures import curve_strategies, draw, strategy_colors
+from effopd.report.compare_charts import charts, curve_strategies, strategy_looks
+from effopd.report.compare_figures import draw
 from effopd.report.compare_lookup import Lookup
 
 
@@ -85,11 +86,14 @@ def test_a_diverged_run_does_not_stop_the_figures(tmp_path, figures):
     assert "curves" in draw(analyse(runs, ROLES), tmp_path)
 
 
-def test_curves_are_those_of_the_roles_and_not_too_many():
+def test_curves_begin_with_those_of_the_roles_and_figures_have_not_too_many(tmp_path, figures):
     others = [f"other-{i}" for i in range(12)]
     runs = [run(name, 0) for name in ("plain", *others, "noop", "effopd")]
-    shown = curve_strategies(Lookup(analyse(runs, replace(ROLES, variants={"other-0": "other-1"}))))
-    assert len(shown) == 8 and {"plain", "effopd", "noop"} < set(shown) and "other-0" not in shown
+    results = analyse(runs, replace(ROLES, variants={"other-0": "other-1"}))
+    shown = curve_strategies(Lookup(results))
+    assert shown[:3] == ["plain", "effopd", "noop"] and "other-0" not in shown and len(shown) == 14
+    draw(results, tmp_path)
+    assert list(curves(figures["curves"].axes[0])) == ["plain", *others[1:6], "noop", "effopd"]
 
 
 def test_a_strategy_without_a_run_at_the_reference_rate_is_drawn_at_the_nearest():
@@ -100,7 +104,27 @@ def test_a_strategy_without_a_run_at_the_reference_rate_is_drawn_at_the_nearest(
     assert curve_strategies(lookup) == ["plain", "effopd"]
 
 
-def test_colours_tell_strategies_apart():
-    names = ["plain", "effopd", "noop", "fixed-k1", "random_direction", "relex", "topd"]
-    colors = strategy_colors(Lookup(grid(1, ("sums",))), names)
-    assert len({colors[name] for name in names}) == len(names)
+def test_charts_hold_the_values_of_the_figures():
+    results = grid(tasks=("sums",))
+    lookup = Lookup(results)
+    drawn = charts(lookup)
+    assert list(drawn) == ["speedups", "curves", "learning_rates"]
+    by_steps = {series.label: series for series in drawn["curves"].drawn[0].series}
+    ends = sorted(r["final_kl"] for r in results["runs"] if (r["strategy"], r["learning_rate"]) == ("effopd", LR))
+    assert set(by_steps) == {"plain", "effopd", "noop"} and by_steps["effopd"].y[-1] == pytest.approx(ends[1])
+    steps = drawn["speedups"].drawn[0]
+    medians = {series.label: series.x[0] for series in steps.series if series.points}
+    for strategy, median in medians.items():
+        expected = lookup.speedup("sums", (strategy, LR), "steps")["median"]
+        assert median == pytest.approx(max(expected, 0.1))  # never: at the end of the axis
+    (rule,) = drawn["learning_rates"].drawn[0].rules
+    never = [s.y for s in drawn["learning_rates"].drawn[0].series if not s.line and s.label == "effopd"]
+    assert [y for values in never for y in values].count(rule.at) == 3
+
+
+def test_colors_do_not_depend_on_the_grid():
+    few, many = (
+        strategy_looks(Lookup(analyse([run(name, 0) for name in names], ROLES)))
+        for names in (("plain", "effopd"), ("noop", "line_search", "effopd", "plain"))
+    )
+    assert few["effopd"].light == many["effopd"].light and few["plain"].light == many["plain"].light

@@ -12,9 +12,12 @@ import pytest
 
 from effopd.commands.main import main
 from effopd.errors import ConfigError
-from effopd.report.run_figures import quality_figure, search_figure, training_figure
-from effopd.report.run_page import read_runs, write_run_page
-from effopd.report.style import group_colors
+from effopd.report.run_charts import run_looks, search_chart, training_chart
+from effopd.report.run_data import read_runs
+from effopd.report.run_figures import quality_figure
+from effopd.report.run_page import write_run_page
+from effopd.report.run_summary import sentences
+from effopd.report.style import Look
 from effopd.runs.records import EvaluationRecord, SearchRecord
 
 
@@ -47,20 +50,20 @@ def trial(scale, score, per_example=()):
     return {"scale": scale, "verdict": "rejected", "score": score, "per_example": list(per_example)}
 
 
+def write_rows(root, evals=(), metrics=(), searches=(), config="learning_rate: 3.0e-05\n"):
+    """A run directory of given rows."""
+    root.mkdir(parents=True)
+    for file, rows in (("evals", evals), ("metrics", metrics), ("searches", searches)):
+        if rows:
+            (root / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "config.yaml").write_text(config)
+    return root
+
+
 @pytest.fixture
 def make_run(tmp_path):
     """Writes a run directory of given rows."""
-
-    def make(name, evals=(), metrics=(), searches=(), config="learning_rate: 3.0e-05\n"):
-        root = tmp_path / name
-        root.mkdir(parents=True)
-        for file, rows in (("evals", evals), ("metrics", metrics), ("searches", searches)):
-            if rows:
-                (root / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (root / "config.yaml").write_text(config)
-        return root
-
-    return make
+    return lambda name, *rows, **more: write_rows(tmp_path / name, *rows, **more)
 
 
 class Page(HTMLParser):
@@ -105,15 +108,16 @@ SEARCHES = [
 ]
 
 
-@pytest.mark.slow
 def test_the_page_says_what_the_rows_say_and_needs_nothing_else(make_run):
     root = make_run("first", EVALS, METRICS, SEARCHES)
     assert main(["report", str(root)]) == 0
     html = (root / "report.html").read_text()
     page = Page(html)
-    assert all(address.startswith("#") for address in page.addresses)
-    assert not {"script", "link", "img"} & set(page.tags)
-    assert page.tags.count("svg") == 3
+    assert page.addresses == ["metrics.jsonl", "evals.jsonl", "searches.jsonl", "config.yaml"]  # the raw rows
+    assert not {"link", "img"} & set(page.tags) and "http" not in html.replace("http://www.w3.org/2000/svg", "")
+    assert re.findall(r'<figure class="[^"]*" id="([^"]*)" data-alt="[^"]+', html) == [
+        "quality", "jumps", "searches-0", "training"
+    ]  # fmt: skip
     assert "0.04321 ± 0.00200" in page.text and "0.500 [0.400, 0.600]" in page.text
     assert "4: -0.75" in page.text and "8: not finite" in page.text
     assert re.findall(r'<b class="taken">([^<]*)', html) == ["4: -0.75", "0: -0.5"]
@@ -121,21 +125,14 @@ def test_the_page_says_what_the_rows_say_and_needs_nothing_else(make_run):
 
 
 def test_panels_show_the_paired_gain_and_where_the_model_went():
-    figure = search_figure([SearchRecord.from_row(row) for row in SEARCHES])
-    first, second = figure.axes[:2]
-    assert not any(axis.get_visible() for axis in figure.axes[2:])
-    (line,) = [lines for lines in first.get_lines() if len(lines.get_xdata()) == 2 and lines.get_marker() == "o"]
-    assert line.get_xdata().tolist() == [0.0, 4.0]
-    assert line.get_ydata().tolist() == [0.0, 0.25]  # gains 0.5 and 0 of the two examples
-    (bars,) = first.containers[0].lines[2]
-    (_, (low, high)) = (segment[:, 1] for segment in bars.get_segments())
-    assert (low, high) == pytest.approx((0.25 - 2 * 0.25, 0.25 + 2 * 0.25))  # their standard error is 0.25
-    went = [
-        [line.get_xdata()[0] for line in axis.get_lines() if line.get_linestyle() == "--"] for axis in (first, second)
-    ]
-    assert went == [[4.0], [0.0]]
+    records, look = [SearchRecord.from_row(row) for row in SEARCHES], Look("#000000", "#ffffff")
+    first, second = search_chart("x", "run", records, look).drawn
+    (line,) = first.series
+    assert list(line.x) == [0.0, 4.0] and list(line.y) == [0.0, 0.25]  # gains 0.5 and 0 of the two examples
+    assert (line.low[1], line.high[1]) == pytest.approx((0.25 - 2 * 0.25, 0.25 + 2 * 0.25))  # standard error 0.25
+    assert [[rule.at for rule in panel.rules if rule.vertical] for panel in (first, second)] == [[4.0], [0.0]]
     start_alone = search(1, 0.0, SEARCHES[0]["trials"][:1])
-    assert search_figure([SearchRecord.from_row(start_alone)]) is None
+    assert search_chart("x", "run", [SearchRecord.from_row(start_alone)], look) is None
 
 
 @pytest.mark.slow
@@ -158,23 +155,6 @@ def test_no_curve_is_smoothed():
         assert [list(line.get_ydata()) for line in axis.get_lines() if len(line.get_ydata())] == [kls]
 
 
-@pytest.mark.parametrize(
-    "names", [("opd", "effopd"), ("rl", "grpo"), ("OPD", "opd"), tuple("abcdefgh"), ("sft", "effopd", "x")]
-)
-def test_runs_have_hues_of_their_own_and_markers(names):
-    from colorsys import rgb_to_hsv
-
-    from matplotlib.colors import to_rgb
-
-    colors = group_colors(names)
-    assert list(colors) == list(names) and len(set(colors.values())) == len(names)
-    hues = [rgb_to_hsv(*to_rgb(color))[0] for color in list(colors.values())[:3]]
-    apart = [min(abs(a - b), 1 - abs(a - b)) for i, a in enumerate(hues) for b in hues[:i]]
-    assert min(apart) > 0.05
-    lines = quality_figure(dict.fromkeys(names, EVALUATIONS), {}).axes[0].get_lines()
-    assert len({line.get_marker() for line in lines if line.get_label() in names}) == len(names)
-
-
 @pytest.mark.slow
 def test_seconds_of_a_cpu_clock_are_called_so(make_run):
     cpu = make_run("cpu", EVALS, METRICS, config="cost_clock: cpu\n")
@@ -191,8 +171,9 @@ def test_seconds_of_a_cpu_clock_are_called_so(make_run):
 def test_several_runs_share_axes_and_are_told_apart(make_run):
     roots = [make_run(f"{name}/lr-1/seed-0", EVALS, METRICS) for name in ("plain", "line_search")]
     assert [run.label for run in read_runs(roots)] == ["plain/lr-1/seed-0", "line_search/lr-1/seed-0"]
-    figure = training_figure({run.label: run.steps for run in read_runs(roots)})
-    assert [len(axis.get_lines()) for axis in figure.axes if axis.get_visible()] == [2, 2]  # loss and learning rate
+    runs = read_runs(roots)
+    panels = training_chart(runs, run_looks(runs)).drawn
+    assert [(panel.title, len(panel.series)) for panel in panels] == [("loss", 2), ("learning rate", 2)]
     page = Page(write_run_page(roots, roots[0] / "both.html").read_text())
     assert "plain/lr-1/seed-0" in page.text and "line_search/lr-1/seed-0" in page.text
 
@@ -200,7 +181,9 @@ def test_several_runs_share_axes_and_are_told_apart(make_run):
 def test_settings_are_text_whatever_they_hold(make_run):
     root = make_run("x", EVALS, config="# effopd 0.1.0\nmodel_name_or_path: <script>alert(1)</script>\n")
     page = Page(write_run_page([root], root / "page.html").read_text())
-    assert "script" not in page.tags and "<script>alert(1)</script>" in page.text and "effopd 0.1.0" in page.text
+    plain = Page(write_run_page([make_run("y", EVALS)], root / "other.html").read_text())
+    assert page.tags.count("script") == plain.tags.count("script")
+    assert "<script>alert(1)</script>" in page.text and "effopd 0.1.0" in page.text
 
 
 @pytest.mark.slow
@@ -240,3 +223,22 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(make_run, capsys, tmp_
     assert not (tmp_path / "page.html").exists()
     with pytest.raises(ConfigError, match="each run once"):
         read_runs([root, root])
+
+
+def test_the_summary_compares_runs_of_one_task_and_names_the_strategy_of_each(make_run):
+    searching = "effopd: {strategy: line_search}\n"
+    fast = [cost(step, eval_kl=kl, eval_kl_se=0.001) for step, kl in ((0, 0.2), (1, 0.05), (2, 0.01), (3, 0.01))]
+    roots = [make_run("a", EVALS), make_run("b", fast, searches=SEARCHES, config=searching), make_run("c", EVALS[:1])]
+    runs = read_runs(roots)
+    assert [run.strategy for run in runs] == ["plain", "line_search", "plain"]
+    text = sentences(runs)
+    assert text[0].startswith(
+        "a: held-out reverse KL fell from 0.2 to 0.04321 nats per token; accuracy went from 0.500"
+    )
+    assert "b: 2 searches, 1 accepted; the longest jump is 4Δ at step 2." in text
+    assert (
+        "b reached a's final KL (0.1, median of the last three) after 2 steps instead of 4, 2.00× as fast" in text[4]
+    )
+    assert text[5] == "c did not reach a's final KL (0.1, median of the last three) in 0 steps."
+    other_task = make_run("d", EVALS, config="task: gsm8k\n")
+    assert not [line for line in sentences(read_runs([roots[0], other_task])) if "reached" in line]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -120,9 +121,12 @@ def test_what_a_host_adds_is_kept():
 
 
 def test_a_search_as_its_step_reports_it():
-    metrics = SEARCH.metrics()
-    assert (metrics.accepted_scale, metrics.candidates, metrics.start_score) == (2.0, 2, -0.5)
+    scored = TrialRecord(1.5, "accepted", -0.25, (-0.25, -0.25), 0.1, 0, 64)
+    metrics = replace(SEARCH, trials=(*TRIALS, scored)).metrics()
+    assert (metrics.accepted_scale, metrics.candidates, metrics.start_score) == (2.0, 3, -0.5)
+    assert (metrics.best_scale, metrics.best_gain, metrics.learning_rate_factor) == (2.0, 0.25, 2.0)
     assert set(metrics.to_row()) == {f"effopd/{name}" for name in vars(metrics)}
+    assert SEARCH.metrics().best_gain is None  # no candidate has a score
 
 
 def test_readers_leave_out_a_torn_line_and_a_missing_file_has_no_rows(tmp_path):

@@ -1,4 +1,4 @@
-"""`effopd cache`: sample rollouts once, score them with teacher and student, and store them."""
+"""`effopd cache`: sample answers once, score them with teacher and student, and store them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from typing import Any
 from effopd.commands.parser import CommandParser, OneSpelling, parsed
 from effopd.common.progress import Counted
 from effopd.distill.divergence import shared_vocab_size
-from effopd.distill.offline_cache import collect
-from effopd.distill.offline_store import CollectCosts, Header, ModelIdentity, RolloutStore, prompts_sha256
-from effopd.errors import ConfigError
+from effopd.distill.offline_cache import collect, correct_rows
+from effopd.distill.offline_store import (
+    SAMPLERS,
+    CollectCosts,
+    Header,
+    ModelIdentity,
+    RolloutStore,
+    prompts_sha256,
+)
+from effopd.errors import ConfigError, TaskError
 from effopd.launch.meta_model import check_positions_of
 from effopd.launch.offline import warn_of_teachers
 from effopd.launch.preflight import check_model_name, check_models, check_task, load_tokenizer
@@ -44,6 +51,14 @@ class CacheArguments:
         metadata={"help": "The teacher, with the same tokenizer as the student: folder, Hub id or testbed:…"}
     )
     output_dir: str = field(metadata={"help": "Folder for the rollouts: new or empty, or one to continue."})
+    sampled_by: str = field(
+        default="student",
+        metadata={
+            "help": "Model that samples the answers. 'student': rollouts for offline distillation. 'teacher': traces, "
+            "graded by the task's verifier, for --loss_type discord or --lmbda.",
+            "choices": list(SAMPLERS),
+        },
+    )
     sft_teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -78,6 +93,8 @@ class CacheArguments:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        if self.sampled_by not in SAMPLERS:
+            raise ConfigError(f"--sampled_by: expected one of {', '.join(SAMPLERS)}; got {self.sampled_by!r}.")
         self.chat_template_kwargs = json_object(
             "--chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
         )
@@ -103,8 +120,9 @@ def cache_parser() -> CommandParser:
         prog="effopd cache",
         usage="effopd cache --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER --task TASK "
         "--output_dir DIR [--FLAG VALUE …]",
-        description="Sample one answer per training prompt from the student, score it with teacher and student, and\n"
-        "store tokens and log-probabilities as Parquet. effopd train --rollouts DIR then trains without a teacher.\n"
+        description="Sample one answer per training prompt from the student (or from the teacher, with --sampled_by\n"
+        "teacher), score it with teacher and student, and store tokens and log-probabilities as Parquet.\n"
+        "effopd train --rollouts DIR then trains without a teacher.\n"
         "An interrupted command continues when it is repeated.",
         epilog="Example:\n  effopd cache --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
         "--task math:train.jsonl --output_dir rollouts\n"
@@ -132,12 +150,15 @@ def run_cache(argv: Sequence[str]) -> int:
     if command.dry_run:
         return 0
     costs = _collect(arguments, plan)
+    traces = plan.header.sampler == "teacher"
+    correct = f"{len(correct_rows(plan.store.read(plan.header)[0])):,} of them correct; " if traces else ""
     print(
-        f"stored: {plan.header.prompts:,} answers in {plan.store.folder}; this call sampled "
+        f"stored: {plan.header.prompts:,} answers in {plan.store.folder}; {correct}this call sampled "
         f"{costs.generated_tokens:,} tokens and ran {costs.teacher_forward_tokens:,} teacher tokens in "
         f"{costs.seconds:.1f} s\n"
         f"train: effopd train --model_name_or_path {arguments.model_name_or_path} --rollouts {plan.store.folder} "
-        f"--temperature {arguments.temperature:g} --max_completion_length {arguments.max_completion_length}"
+        f"{'--loss_type discord ' if traces else ''}--temperature {arguments.temperature:g} --max_completion_length "
+        f"{arguments.max_completion_length}"
     )
     return 0
 
@@ -175,6 +196,11 @@ def _checked(arguments: CacheArguments, config: TaskConfig, *, dry: bool) -> _Pl
         tokenizer = load_tokenizer(arguments.model_name_or_path, revision=arguments.model_revision, **load)
         check_models(arguments.model_name_or_path, arguments.teacher_model_name_or_path, tokenizer, **load)
         task = load_task(config, "train")
+        if arguments.sampled_by == "teacher" and not task.verifiable:
+            raise TaskError(
+                f"--sampled_by teacher: answers to {config.task} cannot be graded, because rows have no reference "
+                "answer. Only correct traces are trained on: add answers, or set --verifier."
+            )
         longest = check_task(task, tokenizer, config.max_prompt_length, **arguments.template)
         for flag, name in names.items():
             limit = arguments.max_completion_length
@@ -220,6 +246,7 @@ def _header(arguments: CacheArguments, config: TaskConfig, task: Task, tokenizer
         prompts_sha256=prompts_sha256(prompts),
         rows_per_file=arguments.rows_per_file,
         task={name: value for name, value in values.items() if value is not None},
+        sampler=arguments.sampled_by,
     )
 
 
@@ -258,8 +285,8 @@ def _lines(header: Header, store: RolloutStore) -> list[str]:
         f"teacher     {header.teacher.name} ({header.teacher.sha256[:8]}); supervised data by: {author}",
         f"prompts     {header.prompts:,} of {header.task.get('task', '')}, in {header.files} file(s)"
         + (f", {done} already written" if done else ""),
-        f"answers     one per prompt, up to {header.max_completion_length} tokens at temperature "
-        f"{header.temperature:g}; top-K {header.top_k}",
+        f"answers     one per prompt by the {header.sampler}, up to {header.max_completion_length} tokens at "
+        f"temperature {header.temperature:g}; top-K {header.top_k}",
         f"written to  {store.folder}, at most {size / 1e9:,.2g} GB",
     ]
 
@@ -283,6 +310,6 @@ def _collect(arguments: CacheArguments, plan: _Plan) -> CollectCosts:
     before = min(done * plan.header.rows_per_file, plan.header.prompts)
     with Counted(plan.header.prompts, "collect", "answer", done=before) as bar:
         return collect(
-            plan.store, plan.header, student, teacher, plan.tokenizer, plan.task.examples,
+            plan.store, plan.header, student, teacher, plan.tokenizer, plan.task,
             chat_template_kwargs=arguments.template, progress=bar.update,
         )  # fmt: skip

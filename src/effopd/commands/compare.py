@@ -34,13 +34,14 @@ from effopd.compare.prices import PriceList, read_prices
 from effopd.compare.runner import LOG, Runner, failure_of, is_done, only_one, progress_of
 from effopd.errors import ConfigError, EffOPDError
 from effopd.report.compare_gate import gate_results
+from effopd.report.compare_html import write_compare_page
 from effopd.report.compare_page import render
 from effopd.report.compare_terminal import summary_tables
 
 #: The fields of a plan, from the docstring of `compare.grid`.
 _PLAN_HELP = textwrap.dedent((grid_module.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0])
 
-RESULTS, PAGE, FIGURES = "results.json", "results.md", "results"
+RESULTS, PAGE, HTML, FIGURES = "results.json", "results.md", "results.html", "results"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,7 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
         "tasks, for example with another batch size. LABEL marks the other grid's strategies.",
     )
     parser.add_argument(
-        "--out", type=Path, help="Folder for results.json, results.md and results/*.png. Default: the grid's folder."
+        "--out",
+        type=Path,
+        help="Folder for results.html, results.md, results.json and results/*.png. Default: the grid's folder.",
     )
     return parser
 
@@ -177,6 +180,7 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
     """
     from effopd.commands.train import parse_train
     from effopd.launch.optimizer_checks import check_copies, check_optimizer
+    from effopd.tasks import check_packages
 
     seen = set()
     with tempfile.TemporaryDirectory() as folder:
@@ -188,6 +192,7 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
             path.write_text(yaml.safe_dump(run.settings))
             try:
                 settings = parse_train(["--config", str(path)])
+                check_packages(settings.task)
                 check_optimizer(settings.opd)
                 if settings.effopd.enabled:
                     check_copies(settings.opd, lora=settings.model.use_peft)
@@ -325,7 +330,9 @@ def _report(
         figures = draw(results, folder / FIGURES)
     page = render(results, {name: str(path.relative_to(folder)) for name, path in figures.items()})
     write_atomically(folder / PAGE, lambda path: path.write_text(page))
+    write_compare_page(results, folder / HTML, folder / RESULTS)
     for table in summary_tables(results):
         console.print(table)
-    console.print(f"results: {folder / PAGE}, {folder / RESULTS}" + (f", {folder / FIGURES}/" if figures else ""))
+    files = [folder / name for name in (HTML, PAGE, RESULTS)]
+    console.print(f"results: {', '.join(map(str, files))}" + (f", {folder / FIGURES}/" if figures else ""))
     return 0

@@ -23,6 +23,7 @@ from effopd.interventions.sources import Sources
 from effopd.launch.meta_model import check_positions_of
 from effopd.launch.preflight import check_models, check_task
 from effopd.models.files import load_model, load_tokenizer
+from effopd.report.intervention_page import PAGE, write_intervention_page
 from effopd.report.intervention_table import intervention_table
 from effopd.report.linearity_table import linearity_table
 from effopd.runs.console import quiet_hosts
@@ -145,7 +146,7 @@ def _save(points: Sequence[Point], sources: Sources, request: Request, settings:
 
 
 def _report(results: InterventionResults, intervention: str, sources: Sources) -> None:
-    """Print the table and the paths of the files, and draw the figure."""
+    """Print the table and the paths of the files; write the page and draw the figure."""
     frame = results.write_table()
     coordinates = results.coordinates(intervention)
     console = Console()
@@ -155,6 +156,10 @@ def _report(results: InterventionResults, intervention: str, sources: Sources) -
     if intervention == "embedding" and all(part.place.module != "head" for part in sources.base.parts()):
         print("note: the base ties its head to its embeddings, so its embeddings also serve as its head.")
     print(f"table:  {results.root / 'results.csv'} (and .parquet)")
+    measured = [name for name in dict.fromkeys(frame["intervention"]) if name != "reference"]
+    page = results.root / PAGE
+    rows = [results.root / name for name in ("results.csv", "results.jsonl", "config.yaml")]
+    print(f"page:   {write_intervention_page(frame, {n: results.coordinates(n) for n in measured}, page, rows)}")
     if not is_available("matplotlib"):
         print("figure: skipped, matplotlib is missing (pip install 'effopd[plots]', then repeat the command)")
         return

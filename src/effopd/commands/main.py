@@ -69,12 +69,9 @@ def train(argv: Sequence[str]) -> int:
 
     settings, dry_run = parse_command(argv)
     if dry_run:
-        from rich.console import Console
+        from effopd.launch.dry_run import print_plan
 
-        from effopd.launch.dry_run import plan_tables
-
-        for table in plan_tables(settings):
-            Console(width=None if sys.stdout.isatty() else 140).print(table)
+        print_plan(settings)
         return 0
     with quiet_hosts(bars=not settings.opd.disable_tqdm):
         trainer = run(settings)
@@ -147,6 +144,23 @@ def methods(argv: Sequence[str]) -> int:
     return run_methods(argv)
 
 
+# -- init and doctor -------------------------------------------------------------------------------
+
+
+def init(argv: Sequence[str]) -> int:
+    """Run `effopd init`."""
+    from effopd.commands.init import run_init
+
+    return run_init(argv)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Run `effopd doctor`."""
+    from effopd.commands.doctor import run_doctor
+
+    return run_doctor(argv)
+
+
 # -- compare ---------------------------------------------------------------------------------------
 
 
@@ -179,6 +193,8 @@ def intervene(argv: Sequence[str]) -> int:
 
 def quickstart(argv: Sequence[str]) -> int:
     """Run `effopd quickstart`."""
+    if not asks_for_help(argv):  # the import takes seconds
+        print("effopd quickstart: plain OPD, EffOPD and line_search on a small built-in model", flush=True)
     from effopd.commands.quickstart import run_quickstart
 
     return run_quickstart(argv)
@@ -196,6 +212,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         quickstart,
         "run plain OPD, EffOPD and line_search on the built-in testbed; print net speed-ups",
     ),
+    "init": (init, "write a commented YAML for your student, teacher and data, and dry-run it"),
     "train": (train, "distill a teacher into a student"),
     "cache": (cache, "sample rollouts once and store them, for training without a teacher in memory"),
     "rl": (rl, "train a model on a task with reinforcement learning: GRPO, DAPO, RLOO, dGRPO"),
@@ -205,6 +222,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "compare": (compare, "compare strategies × learning rates × seeds × tasks: net speed-ups with intervals"),
     "analyze": (analyze, "measure weight updates: size, location, directions; RL against OPD"),
     "intervene": (intervene, "test which part of an update carries the gain: edit the weights, evaluate"),
+    "doctor": (doctor, "show versions, devices, optional packages and what works here, for an issue"),
     "testbed": (testbed, "fetch SmolLM2-135M, a pre-trained model; rebuild the built-in student and teacher"),
 }
 

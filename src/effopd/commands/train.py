@@ -14,7 +14,6 @@ from typing import Any
 from trl import ModelConfig
 
 from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
-from effopd.distill.callback import DEEPSPEED, host_refused
 from effopd.distill.config import OPDConfig
 from effopd.distill.offline_store import RolloutStore
 from effopd.errors import ConfigError
@@ -67,15 +66,15 @@ def train_parser():
     class Parser(CommandParser):
         def parse_known_args(self, args=None, namespace=None):
             given, rest = super().parse_known_args(args, namespace)
-            if given.deepspeed and given.effopd_strategy != "none":  # before the host tries to import deepspeed
-                raise host_refused(DEEPSPEED)
             if given.rollouts:
                 loss_type_of_rollouts(args, given)
                 task_of_rollouts(given)
             return given, rest
 
         def optional(self, given):
-            return ("teacher_model_name_or_path", "task") if given.rollouts else ()
+            if given.rollouts:
+                return ("teacher_model_name_or_path", "task")
+            return ("teacher_model_name_or_path",) if given.teacher_server or given.teachers else ()
 
     configs = [ModelConfig, TaskConfig, OPDConfig, effopd_arguments()]
     parser = Parser(
@@ -140,10 +139,10 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
     for settings, role in ((model, ""), (opd, "teacher_"), (opd, "reference_")):
         name = f"{role}model_name_or_path"
         setattr(settings, name, resolve_model(getattr(settings, name), network=not command.dry_run))
-    if opd.curriculum_teachers:
-        opd.curriculum_teachers = [
-            str(resolve_model(name, network=not command.dry_run)) for name in opd.curriculum_teachers
-        ]
+    sources = opd.teacher_sources
+    opd.teachers = [f"{k}={resolve_model(v, network=not command.dry_run)}" for k, v in sources.items()] or None
+    stages = opd.curriculum_teachers or ()
+    opd.curriculum_teachers = [str(resolve_model(name, network=not command.dry_run)) for name in stages] or None
     if opd.lambda_extrapolation != 1 and opd.reference_model_name_or_path is None:
         raise ConfigError(
             f"--lambda_extrapolation {opd.lambda_extrapolation} needs --reference_model_name_or_path: the initial "

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -172,12 +173,33 @@ class ShardSpec:
         part: index of the shard, from 0.
         parts: number of shards.
         replica: index of the replica under HSDP; otherwise 0.
+        span: first and last row (exclusive) of the shard; `None`: as FSDP2 divides rows.
     """
 
     rows: int
     part: int
     parts: int
     replica: int = 0
+    span: tuple[int, int] | None = None
+
+
+def rows_of(rows: int, part: int, parts: int) -> tuple[int, int]:
+    """First and last row (exclusive) of a part, as `torch.chunk` and FSDP2 divide rows.
+
+    An empty part is (rows, rows).
+    """
+    each = -(-rows // parts)
+    return min(part * each, rows), min((part + 1) * each, rows)
+
+
+def assemble(shard: Tensor, share: ShardSpec, shape: Sequence[int]) -> Tensor:
+    """The whole of a flat tensor from the shards of all ranks; all ranks must call this."""
+    whole = torch.zeros(share.rows, dtype=shard.dtype, device=shard.device)
+    first, last = share.span or rows_of(share.rows, share.part, share.parts)
+    whole[first:last] = shard
+    if world_size() > 1:
+        dist.all_reduce(whole)
+    return whole.view(*shape)
 
 
 def shard_spec(tensor: Tensor) -> ShardSpec | None:
@@ -216,6 +238,11 @@ def shard_specs(parameters: Mapping[str, Tensor]) -> dict[str, ShardSpec]:
             + ", …"
         )
     return specs
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights of a model are whole only inside its forward pass: FSDP2 or ZeRO-3."""
+    return isinstance(model, FSDPModule) or any(hasattr(each, "ds_id") for each in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:

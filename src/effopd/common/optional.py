@@ -12,10 +12,10 @@ from effopd.errors import MissingDependencyError
 _NEEDS = {
     "matplotlib": ("drawing figures", "effopd[plots]"),
     "math_verify": ("verifying math answers", "math-verify"),
-    "reasoning_gym": ("reasoning-gym tasks", "reasoning-gym"),
+    "reasoning_gym": ("reasoning-gym tasks", "effopd[gym]"),
     "gguf": ("reading GGUF files", "effopd[gguf]"),
     "peft": ("--use_peft", "effopd[peft]"),
-    "bitsandbytes": ("--load_in_4bit, --load_in_8bit or this --optim", "effopd[quantization]"),
+    "bitsandbytes": ("--load_in_4bit or _8bit, --teacher_load_in_… or this --optim", "effopd[quantization]"),
     "vllm": ("--use_vllm", "effopd[vllm]"),
     "liger_kernel": ("--use_liger_kernel", "liger-kernel"),
     "torchao": ("--optim adamw_torch_4bit or adamw_torch_8bit", "torchao"),

@@ -25,6 +25,9 @@
     claims:                          # published speed-ups over the baseline, checked on the page
       - {strategy: effopd, speedup: 3, axis: steps, text: 3× fewer steps}
 
+`{task}` (as a folder name) and `{seed}` in a text are replaced by those of the run, for files
+that a run reads: `rollouts: runs/rollouts/{task}/seed-{seed}`.
+
 Runs are ordered by seed first, so a grid stopped half-way holds complete seeds.
 """
 
@@ -178,6 +181,7 @@ class Grid:
         rate = self.reference_learning_rate if factor == 1 else float(f"{rate:.4g}")
         by_task = self.tasks[task] if isinstance(self.tasks, dict) else {}
         settings = merge(merge(self.base, by_task or {}), run_settings(self.strategies[strategy]))
+        settings = filled(settings, {"{task}": folder_name(task), "{seed}": str(seed)})
         path = Path(self.output_dir) / folder_name(task) / strategy / f"lr-{rate:.3g}" / f"seed-{seed}"
         settings |= {
             "task": task, "learning_rate": rate, "seed": seed, "task_seed": seed, "output_dir": str(path)
@@ -199,6 +203,25 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def filled(settings: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
+    """`settings` with the keys of `values` replaced in every text, also in nested mappings.
+
+    Example:
+        >>> filled({"rollouts": "cache/seed-{seed}", "max_steps": 4}, {"{seed}": "3"})
+        {'rollouts': 'cache/seed-3', 'max_steps': 4}
+    """
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return filled(value, values)
+        if isinstance(value, str):
+            for name, text in values.items():
+                value = value.replace(name, text)
+        return value
+
+    return {key: replaced(value) for key, value in settings.items()}
 
 
 def folder_name(task: str) -> str:

@@ -2,8 +2,8 @@
 
 The host passes callbacks the model but neither the trainer nor its rollout engine, so the
 constructor takes the trainer. A search runs right after the optimizer step (`on_step_end`), before
-that step is logged, evaluated or saved. With the scorer `teacher_kl` it runs on the next step's
-rollouts instead.
+that step is logged, evaluated or saved. With the scorers `teacher_kl` and `next_batch_loss` it runs
+at the start of the next step instead, on that step's rollouts or batch.
 """
 
 from __future__ import annotations
@@ -17,32 +17,44 @@ from transformers import Trainer, TrainerCallback
 
 from effopd.common.distributed import broadcast_from_rank0, world_size
 from effopd.common.files import append_row, keep_rows
+from effopd.distill.next_batch import NEXT_BATCH_LOSS, next_batch_scorer, wanted_examples
 from effopd.distill.scoring import accuracy_scorer, rollout_scorer, text_batch, wanted_rollouts
+from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.events import HostEvents
 from effopd.distill.trl_host.state import drop_rollouts, log_metrics, mark_engine_stale, resumed_checkpoint
 from effopd.errors import CheckpointError, ConfigError
-from effopd.extrapolate.checks import check_model, check_scorer, refuse_unread
+from effopd.extrapolate.checks import check_model, check_scorer, lora_under_deepspeed, refuse_unread
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.effopd import EffOPD
+from effopd.extrapolate.lora_weights import has_adapters
 from effopd.extrapolate.saved_state import STATE_FILE, check_same, read_state
 from effopd.extrapolate.scorers.accuracy import training_task
 from effopd.extrapolate.scorers.base import Scorer
+from effopd.extrapolate.scorers.next_batch import NextBatchLoss
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.extrapolate.search import Score
+from effopd.extrapolate.zero_settings import check_zero, check_zero_optimizer, deepspeed_config
 from effopd.runs.records import SEARCHES, SearchRecord
 from effopd.tasks.base import Task, Verifier
 
-#: Argument of `host_refused` for DeepSpeed.
-DEEPSPEED = "DeepSpeed, which keeps master weights in the optimizer"
 
+def check_deepspeed(args: Any, *, lora: bool) -> None:
+    """Check that the look-ahead can work with the DeepSpeed settings of a run, if it has any.
 
-def host_refused(host: str) -> ConfigError:
-    """The error for a host whose live weights cannot be moved; `host` names it and the reason."""
-    return ConfigError(
-        f"this run uses {host}: expected whole weights (one process, DDP) or weights sharded by row (FSDP2), the only "
-        "ones that the look-ahead can move. Launch it with DDP (accelerate launch --multi_gpu) or FSDP2 "
-        "(fsdp_version: 2), or train without a look-ahead."
-    )
+    Args:
+        args: training arguments.
+        lora: whether LoRA adapters are trained.
+
+    Raises:
+        ConfigError: a setting of DeepSpeed or the optimizer is not supported, or adapters are
+            trained.
+    """
+    config = deepspeed_config(args)
+    if config is not None:
+        check_zero(config)
+        check_zero_optimizer(getattr(args.optim, "value", args.optim), config)
+        if lora:
+            raise lora_under_deepspeed()
 
 
 class EffOPDCallback(TrainerCallback):
@@ -54,21 +66,24 @@ class EffOPDCallback(TrainerCallback):
     Args:
         trainer: the trainer to which the callback is added. `OPDTrainer` and plain
             `trl.DistillationTrainer` support every strategy; any other `transformers.Trainer` needs
-            a `scorer`.
+            a `scorer`. docs/hosts.md has a table of TRL's trainers.
         config: default: the paper's settings.
         task: source of the validation prompts (examples with answers and their verifier). Default:
             the trainer's training dataset, columns `prompt` and `answer`.
         verify: verifier for answers of that dataset; default: `math-verify`.
-        scorer: a callable `model → number` that replaces the configured scorer.
+        scorer: a callable `model → number` that replaces the configured scorer, or
+            'next_batch_loss': the trainer's own loss on the next batch, before training on it. It
+            reads `score_rollouts`, the number of examples; default: a quarter of the step's.
         score_timeout: seconds that scoring one candidate may take before training stops with an
             error; `None`: no limit.
         resume_from_checkpoint: folder with the look-ahead state for a resumed run; default: the
             checkpoint that the trainer loads.
 
     Raises:
-        ConfigError: the trainer uses FSDP1 or DeepSpeed; the strategy scores by KL and the trainer
-            has no teacher; `parameters` matches no parameter; a device does not exist; or `scorer`
-            does not read a setting that was given.
+        ConfigError: the trainer uses FSDP1, or settings of DeepSpeed that are not supported; the
+            strategy scores by KL and the trainer has no teacher; `parameters` matches no parameter;
+            a device does not exist; `scorer` does not read a setting that was given; or the
+            trainer's loss on the next batch cannot rank weights.
         TaskError: too few training prompts, or prompts without answers.
 
     Example:
@@ -83,21 +98,25 @@ class EffOPDCallback(TrainerCallback):
         *,
         task: Task | None = None,
         verify: Verifier | None = None,
-        scorer: Scorer | None = None,
+        scorer: Scorer | str | None = None,
         score_timeout: float | None = None,
         resume_from_checkpoint: str | Path | None = None,
     ):
         self.trainer, self.config = trainer, config or EffOPDConfig()
         self._check_host(trainer)
-        if scorer is not None:
+        if isinstance(scorer, str):
+            scorer = self._named_scorer(scorer)
+        elif scorer is not None:
             refuse_unread(self.config, scorer, ())
         check_model(trainer.accelerator.unwrap_model(trainer.model), self.config, target=self._teacher() is not None)
         rollouts = self.config.score_rollouts if scorer is None else None
-        self.waits_for_rollouts = rollouts is not None
         self._events = HostEvents(trainer)
         self._rollouts: RolloutScorer | None = None
+        self._next_batch = scorer if isinstance(scorer, NextBatchLoss) else None
         self._host: dict[str, Any] = {"max_completion_length": getattr(trainer.args, "max_completion_length", None)}
-        if rollouts is not None:
+        if self._next_batch is not None:
+            self._host["score_rollouts"] = wanted_examples(trainer, self.config)
+        elif rollouts is not None:
             scorer = self._rollouts = rollout_scorer(trainer, rollouts)
             self._host["score_rollouts"] = wanted_rollouts(trainer.args, rollouts)
         elif scorer is None and self.config.scored:
@@ -110,11 +129,24 @@ class EffOPDCallback(TrainerCallback):
         self._pending: dict[str, float] | None = None
         self._resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
 
+    def _named_scorer(self, name: str) -> NextBatchLoss:
+        if name != NEXT_BATCH_LOSS:
+            raise ConfigError(
+                f"scorer={name!r}: expected '{NEXT_BATCH_LOSS}' or a callable model → number. The scorers 'accuracy' "
+                "and 'teacher_kl' are chosen by EffOPDConfig(validation_size=…) and EffOPDConfig(score_rollouts=…)."
+            )
+        scorer = next_batch_scorer(self.trainer, self.config)
+        refuse_unread(self.config, scorer)
+        return scorer
+
     @staticmethod
     def _check_host(trainer: Trainer) -> None:
-        fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
-        if trainer.is_deepspeed_enabled or fsdp1:
-            raise host_refused("FSDP1, which flattens the weights" if fsdp1 else DEEPSPEED)
+        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            raise ConfigError(
+                "this run uses FSDP1, which flattens the weights: expected DDP, FSDP2 or DeepSpeed ZeRO. Launch it "
+                "with DDP (accelerate launch --multi_gpu) or FSDP2 (fsdp_version: 2), or train without a look-ahead."
+            )
+        check_deepspeed(trainer.args, lora=has_adapters(trainer.accelerator.unwrap_model(trainer.model)))
         if world_size() != trainer.accelerator.num_processes:
             raise ConfigError(
                 f"torch.distributed has {world_size()} processes but the trainer counts "
@@ -135,6 +167,11 @@ class EffOPDCallback(TrainerCallback):
     # -- on and off the trainer --------------------------------------------------------------------
 
     @property
+    def waits_for_rollouts(self) -> bool:
+        """Whether a search runs at the start of the next step, on its rollouts or batch."""
+        return self._rollouts is not None or self._next_batch is not None
+
+    @property
     def _registered(self) -> bool:
         """Whether the trainer still has this callback; the host sends no event on removal."""
         return any(callback is self for callback in self.trainer.callback_handler.callbacks)
@@ -144,7 +181,8 @@ class EffOPDCallback(TrainerCallback):
             active=lambda: self._registered,
             stopped=self._detach,
             rate_multiplier=self._applied_factor if self.config.adapt_learning_rate else None,
-            rollouts_ready=self._on_rollouts if self.waits_for_rollouts else None,
+            rollouts_ready=self._on_rollouts if self._rollouts is not None else None,
+            batch_ready=self._on_batch if self._next_batch is not None else None,
         )
 
     def _detach(self) -> None:
@@ -218,14 +256,30 @@ class EffOPDCallback(TrainerCallback):
         if not self.waits_for_rollouts:
             self._search(args, state, state.global_step)
 
+    def scores_rollouts(self, step: int) -> bool:
+        """Whether a search at this step scores the step's rollouts, before training on them."""
+        look = self.look_ahead
+        return self.waits_for_rollouts and look is not None and step > look.schedule_start + 1 and look.due(step)
+
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Search on the next step's rollouts, before they are trained on.
 
         The search belongs to that next step, so it comes after the previous step's checkpoint.
         """
-        state, scorer = self.trainer.state, self._rollouts
+        scorer = self._rollouts
         assert scorer is not None
         scorer.take(map(text_batch, rollouts))
+        self._search_before_step(scorer)
+
+    def _on_batch(self, micro_batches: Sequence[Mapping[str, Any]], num_items: Any) -> None:
+        """Search on the next step's batch, before it is trained on; see `_on_rollouts`."""
+        scorer = self._next_batch
+        assert scorer is not None
+        scorer.take(micro_batches, num_items)
+        self._search_before_step(scorer)
+
+    def _search_before_step(self, scorer: RolloutScorer | NextBatchLoss) -> None:
+        state = self.trainer.state
         try:
             if self.look_ahead is not None and state.global_step > self.look_ahead.schedule_start:
                 self._search(self.trainer.args, state, state.global_step + 1)
@@ -274,7 +328,13 @@ class EffOPDCallback(TrainerCallback):
         scorer = self.scorer
         if self._teacher() is None or scorer is None:
             return None
-        return lambda: scorer(self.trainer.accelerator.unwrap_model(self._teacher()))  # it can change
+
+        def measured() -> Score | float:
+            teacher = self.trainer.accelerator.unwrap_model(self._teacher())  # it can change
+            with in_use(teacher):
+                return scorer(teacher)
+
+        return measured
 
     def _teacher(self) -> Any:
         return getattr(self.trainer, "teacher_model", None)

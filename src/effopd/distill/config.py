@@ -11,10 +11,13 @@ import torch
 from trl import DistillationConfig
 
 from effopd.common.optional import ensure
+from effopd.distill.mixing_config import MixingArguments
 from effopd.distill.objective_config import ObjectiveArguments
 from effopd.distill.offline_config import OfflineArguments
 from effopd.distill.optimizers.settings import OptimizerArguments, check_optimizer_settings
 from effopd.distill.schedule_config import PRUNE_FLAGS, ScheduleArguments
+from effopd.distill.served.config import ServedArguments
+from effopd.distill.teachers.settings import TeacherArguments
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
 from effopd.runs.best_model import default_metric, settle_direction
@@ -142,7 +145,16 @@ class RunArguments(OptimizerArguments):
 
 
 @dataclass
-class OPDConfig(OfflineArguments, ObjectiveArguments, ScheduleArguments, RunArguments, DistillationConfig):
+class OPDConfig(
+    ServedArguments,
+    OfflineArguments,
+    MixingArguments,
+    ObjectiveArguments,
+    ScheduleArguments,
+    TeacherArguments,
+    RunArguments,
+    DistillationConfig,
+):
     """Configuration of `OPDTrainer`.
 
     Raises:
@@ -215,6 +227,8 @@ class OPDConfig(OfflineArguments, ObjectiveArguments, ScheduleArguments, RunArgu
         self.imply_offline()
         super().__post_init__()
         self.check_offline()
+        self.check_served()
+        self.check_teachers()
         if self.loss_weighting not in LOSS_WEIGHTINGS:
             raise ConfigError(
                 f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {self.loss_weighting!r}."
@@ -227,6 +241,7 @@ class OPDConfig(OfflineArguments, ObjectiveArguments, ScheduleArguments, RunArgu
                 f"updates_per_rollouts={self.updates_per_rollouts}: loss_type={self.loss_type!r} is an estimate for "
                 "rollouts of the present weights. Use --loss_type full, or --updates_per_rollouts 1."
             )
+        self.check_mixing()
         self._check_extrapolation()
         self._check_horizon()
         self._check_curriculum()

@@ -21,6 +21,7 @@ from effopd.distill.curriculum import cut, row_difficulty, stage_batches, stage_
 from effopd.distill.divergence import gathered, shared_vocab_size, token_logprobs
 from effopd.distill.horizon import look_aheads
 from effopd.distill.scoring import rollouts_per_step
+from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.models import release
 from effopd.distill.trl_host.state import log_metrics
@@ -42,7 +43,7 @@ class CurriculumMixin(DistillationHooks):
     """
 
     teacher_model: Any
-    _mixture_head: Any
+    _mixture_head: Head | None
 
     def _open_curriculum(self, teacher: Any) -> Any:
         """Check the settings against the dataset; return the teacher to load first.
@@ -98,7 +99,8 @@ class CurriculumMixin(DistillationHooks):
             self.teacher_model = self._prepare_frozen(teacher, "teacher")
             student, loaded = map(self.accelerator.unwrap_model, (self.model, self.teacher_model))
             shared_vocab_size(student, loaded, len(self.text_tokenizer))
-            check_models(student, {"teacher": self.teacher_model}, generates=False)
+            with in_use(self.teacher_model):
+                check_models(student, {"teacher": self.teacher_model}, generates=False)
         self._present = teacher
 
     @contextmanager

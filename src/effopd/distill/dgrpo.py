@@ -23,6 +23,7 @@ from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.rl import TaskGRPOTrainer
 from effopd.distill.rl_config import TaskDGRPOConfig
 from effopd.distill.scoring import token_batch
+from effopd.distill.teachers.manifest import ONLY, ManifestCallback, entry_of
 from effopd.distill.trl_host.kernels import divergence_kernel
 from effopd.distill.trl_host.models import frozen, inside_forward
 from effopd.distill.trl_host.state import log_metrics
@@ -111,6 +112,10 @@ class TaskDGRPOTrainer(TaskGRPOTrainer):
         self.vocab_size = shared_vocab_size(student, teacher, len(self.text_tokenizer))
         check_models(student, {"teacher": self.teacher_model}, generates=not self.use_vllm)
         self._check_student(student)
+        revision = load.get("revision")
+        self.add_callback(
+            ManifestCallback(self.run_dir.root, lambda: [entry_of(ONLY, teacher_model, teacher, revision)])
+        )
 
     def _check_student(self, student: Any) -> None:
         if extra := tokens_beyond(student, self.vocab_size):

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from effopd.common.distributed import is_sharded
 from effopd.distill.trl_host.kernels import divergence_kernel, divergence_loss, logprob_kernel
 from effopd.distill.trl_host.models import inside_forward
 from effopd.errors import CompatibilityError
@@ -49,6 +49,10 @@ class Predictions(NamedTuple):
         """Copy with the hidden states, but not the head, on `device`."""
         return Predictions(self.hidden_BTH.to(device), self.head)
 
+    def finite(self) -> bool:
+        """Whether all hidden states are finite."""
+        return bool(torch.isfinite(self.hidden_BTH).all())
+
 
 class Answers(NamedTuple):
     """The T answer tokens of a batch.
@@ -73,10 +77,10 @@ class Answers(NamedTuple):
 def gathered(model: Any, work: Callable[[], T]) -> T:
     """Run `work` with the weights of `model` gathered.
 
-    A model sharded by FSDP2 runs it inside its forward, so every rank must call this; any other
-    model runs it directly.
+    A model sharded by FSDP2 or ZeRO-3 runs it inside its forward, so every rank must call this; any
+    other model runs it directly.
     """
-    return inside_forward(model, model, work) if isinstance(model, FSDPModule) else work()
+    return inside_forward(model, model, work) if is_sharded(model) else work()
 
 
 def mixture_head(teacher: Head, reference: Head, weight: float, dtype: torch.dtype = torch.float32) -> Head:

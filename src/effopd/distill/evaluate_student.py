@@ -16,6 +16,10 @@ from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, ran
 from effopd.common.isolation import evaluating
 from effopd.common.statistics import accuracy_interval, ratio_with_error
 from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.distill.served.measure import AnswerKL, kl_of_completions
+from effopd.distill.served.teacher import ServedTeacher
+from effopd.distill.teachers.offload import in_use
+from effopd.distill.teachers.several import TeacherSet, kl_sums_by_teacher
 from effopd.runs.missing_answers import AnswerWatch, Counts
 from effopd.tasks.base import Grading, Task, verdict_counts
 from effopd.tasks.evaluate import evaluate
@@ -23,23 +27,36 @@ from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
 
 
-def evaluate_trainer(trainer: Any, task: Task, teacher: PreTrainedModel | None) -> tuple[dict[str, float], int]:
+class OwnTeachers(NamedTuple):
+    """Several teachers, each for its own rows of a task; `unwrap` removes a trainer's wrappers."""
+
+    teachers: TeacherSet
+    unwrap: Callable
+
+
+def evaluate_trainer(
+    trainer: Any, task: Task, teacher: PreTrainedModel | TeacherSet | ServedTeacher | None
+) -> tuple[dict[str, float], int]:
     """`evaluate_task` for the student and the settings of a distillation trainer.
 
     Args:
         trainer: an `OPDTrainer`, `OfflineOPDTrainer` or `TaskDGRPOTrainer`.
-        teacher: the trainer's teacher as it holds it, or `None`.
+        teacher: the trainer's teacher or teachers as it holds them, or `None`.
     """
     unwrap = trainer.accelerator.unwrap_model
+    if isinstance(teacher, TeacherSet):
+        teacher = OwnTeachers(teacher, unwrap)
+    elif teacher is not None and not isinstance(teacher, ServedTeacher):
+        teacher = unwrap(teacher)
     return evaluate_task(
-        unwrap(trainer.model), None if teacher is None else unwrap(teacher), trainer.text_tokenizer, task,
+        unwrap(trainer.model), teacher, trainer.text_tokenizer, task,
         trainer.args, vocab_size=trainer.vocab_size, autocast=trainer.accelerator.autocast, watch=trainer.answer_watch,
     )  # fmt: skip
 
 
 def evaluate_task(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | OwnTeachers | ServedTeacher | None,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     args: Any,
@@ -55,7 +72,10 @@ def evaluate_task(
     the whole result. `args.eval_greedy` adds the accuracy of greedy decoding.
 
     Args:
-        teacher: `None`: no `kl`, `kl_se` and `loss`.
+        teacher: `None`: no `kl`, `kl_se` and `loss`. With several, the KL of each answer is that to
+            its own row's teacher, and `kl_LABEL` is the mean over the rows of one teacher. A served
+            teacher: `kl` is that of its support (`effopd.distill.served.support`), and `tail_mass`
+            and `tail_kl` are added.
         watch: warns on rank 0 if nearly no answer can be graded.
 
     Returns:
@@ -71,6 +91,14 @@ def evaluate_task(
     if teacher is not None:
         kl, error = ratio_with_error([answer.kl for answer in sampled], [answer.tokens for answer in sampled])
         metrics = {"kl": kl, "kl_se": error, "loss": kl}
+        if isinstance(teacher, OwnTeachers):
+            metrics |= _kl_by_teacher(sampled, teacher.teachers.labels)
+    if isinstance(teacher, ServedTeacher):
+        tokens = max(1, sum(answer.tokens for answer in sampled))
+        metrics |= {
+            "tail_mass": sum(answer.tail_mass for answer in sampled) / tokens,
+            "tail_kl": sum(answer.tail_kl for answer in sampled) / tokens,
+        }
     metrics |= _accuracy("accuracy", sampled)
     greedy = answers.at(0.0) if args.eval_greedy else []
     if greedy:
@@ -98,6 +126,19 @@ class _Answer(NamedTuple):
     scored: bool  # has a verifier score above 0
     verdict: str | None  # of a verifier that runs programs
     example: str  # of one answer of each rank that has nothing to grade, the text
+    tail_mass: float = 0.0  # of a served teacher outside its top k, sum over tokens
+    tail_kl: float = 0.0  # estimate of what `kl` leaves out there, in nats
+    teacher: int = 0  # index of its row's teacher, with several
+
+
+def _kl_by_teacher(answers: Sequence[_Answer], labels: Sequence[str]) -> dict[str, float]:
+    """Mean KL per token, in nats, over the rows of each teacher that has rows."""
+    means = {}
+    for index, label in enumerate(labels):
+        mine = [answer for answer in answers if answer.teacher == index]
+        if mine:
+            means[f"kl_{label}"], _ = ratio_with_error([each.kl for each in mine], [each.tokens for each in mine])
+    return means
 
 
 def _counts(answers: Sequence[_Answer]) -> Counts:
@@ -133,12 +174,16 @@ class _Answers:
     vocab_size: int
     autocast: Callable[[], AbstractContextManager]
 
-    def at(self, temperature: float, teacher: PreTrainedModel | None = None) -> list[_Answer]:
+    def at(
+        self, temperature: float, teacher: PreTrainedModel | OwnTeachers | ServedTeacher | None = None
+    ) -> list[_Answer]:
         """One answer per prompt, in order; each rank samples a share, all ranks get all answers."""
         shares = all_gather_or_raise(lambda: self._of_this_rank(temperature, teacher))
         return merge_from_ranks(shares, len(self.task))
 
-    def _of_this_rank(self, temperature: float, teacher: PreTrainedModel | None) -> list[_Answer]:
+    def _of_this_rank(
+        self, temperature: float, teacher: PreTrainedModel | OwnTeachers | ServedTeacher | None
+    ) -> list[_Answer]:
         task = self.task.subset(split_between_ranks(self.task.examples))
         silent = self.args.disable_tqdm or rank() > 0
         with tqdm(total=len(task), desc="evaluate", leave=False, disable=silent or None) as bar:
@@ -151,9 +196,11 @@ class _Answers:
                 progress=bar.update,
             )
         completions = [row[0] for row in result.completions]
-        kl = [0.0] * len(task)
+        kl, own = [AnswerKL()] * len(task), [0] * len(task)
+        if isinstance(teacher, OwnTeachers):
+            own = teacher.teachers.indices(task.examples)
         if teacher is not None:  # `if teacher` would call len() on a compiled module
-            kl = self._kl(teacher, completions)
+            kl = self._kl(teacher, own, completions)
         reported = task.answers_found([completion.marked for completion in completions])
         gradable: Sequence[bool | None] = [None] * len(task) if reported is None else reported
         verdicts = [row[0].verdict for row in result.gradings] or [None] * len(task)
@@ -162,15 +209,18 @@ class _Answers:
                 correct,
                 len(c.completion_ids),
                 c.truncated,
-                kl_sum,
+                kl_sum.kl,
                 to_grade,
                 not c.text.strip(),
                 score > 0,
                 verdict,
                 "",
+                kl_sum.tail_mass,
+                kl_sum.tail_kl,
+                index,
             )
-            for c, (correct,), (score,), kl_sum, to_grade, verdict in zip(
-                completions, result.correct, result.scores, kl, gradable, verdicts, strict=True
+            for c, (correct,), (score,), kl_sum, to_grade, verdict, index in zip(
+                completions, result.correct, result.scores, kl, gradable, verdicts, own, strict=True
             )
         ]
         for i, answer in enumerate(answers):
@@ -179,20 +229,29 @@ class _Answers:
                 break
         return answers
 
-    def _kl(self, teacher: PreTrainedModel, completions: Sequence[Completion]) -> list[float]:
-        """KL(student ‖ teacher) of each answer, in nats, summed over its tokens."""
-        with evaluating(self.student, teacher), self.autocast():
-            sums, _ = reverse_kl_of_completions(
-                self.student,
-                teacher,
-                [completion.prompt_ids for completion in completions],
-                [completion.completion_ids for completion in completions],
-                vocab_size=self.vocab_size,
-                pad_token_id=self.tokenizer.pad_token_id,
-                temperature=self.args.temperature,
-                batch_size=self.args.per_device_eval_batch_size,
-            )
-        return sums
+    def _kl(self, teacher: Any, own: Sequence[int], completions: Sequence[Completion]) -> list[AnswerKL]:
+        """KL(student ‖ teacher) of each answer, in nats, summed over its tokens.
+
+        Args:
+            own: index of each row's teacher, if there are several.
+        """
+        prompts = [completion.prompt_ids for completion in completions]
+        answers = [completion.completion_ids for completion in completions]
+        ends: dict[str, Any] = {
+            "pad_token_id": self.tokenizer.pad_token_id, "temperature": self.args.temperature,
+            "batch_size": self.args.per_device_eval_batch_size,
+        }  # fmt: skip
+        student, size = self.student, self.vocab_size
+        with evaluating(student), self.autocast():
+            if isinstance(teacher, ServedTeacher):
+                return kl_of_completions(student, teacher, prompts, answers, **ends)
+            if isinstance(teacher, OwnTeachers):
+                models, unwrap = teacher
+                sums = kl_sums_by_teacher(student, models, unwrap, own, prompts, answers, vocab_size=size, **ends)
+            else:
+                with evaluating(teacher), in_use(teacher):
+                    sums, _ = reverse_kl_of_completions(student, teacher, prompts, answers, vocab_size=size, **ends)
+        return [AnswerKL(each) for each in sums]
 
 
 def _sampling(args: Any, temperature: float) -> Sampling:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
+from effopd.common.distributed import is_sharded
 from effopd.distill.divergence import Answers, Head, Predictions, token_logprobs
 
 TOP_K = 16
@@ -32,7 +32,7 @@ class HealthProbe:
 
     def __init__(self, tokens: int, temperature: float):
         self._tokens, self._temperature = tokens, temperature
-        self._rows: dict[str, Tensor] | None = None
+        self._rows: dict[str, Any] | None = None
         self._gap = [0.0, 0.0]  # Σ |Δ log p| and number of tokens in the current step
 
     def due(self, state: Any) -> bool:
@@ -45,13 +45,20 @@ class HealthProbe:
         return bool(self._tokens) and (state.global_step + 1) % every == 0
 
     def after_loss(
-        self, model: Any, student: Predictions, teacher: Predictions | None, answers: Answers, *, due: bool
+        self,
+        model: Any,
+        student: Predictions,
+        teacher: Predictions | Callable[[Tensor], Tensor] | None,
+        answers: Answers,
+        *,
+        due: bool,
     ) -> None:
         """Keep positions of a micro-batch; called inside the forward that computes its loss.
 
         Args:
             model: the student.
-            teacher: required if `due`.
+            teacher: required if `due`. A function returns its float32 logits [N, V] at flat indices
+                into the B·T positions; it is called at most once per step.
             due: whether the step is measured (`HealthProbe.due`). Recorded sampler
                 log-probabilities are compared in any case.
         """
@@ -59,13 +66,15 @@ class HealthProbe:
             index_N, position_N = spread_subset(answers.mask_BT, self._tokens)
             self._rows = {
                 "student": student.hidden_BTH.detach().flatten(0, 1)[index_N],
-                "teacher": teacher.hidden_BTH.flatten(0, 1)[index_N],
+                "teacher": self._kept(teacher, index_N),
                 "targets": answers.ids_BT.reshape(-1)[index_N],
                 "position": position_N,
             }
-            if isinstance(model, FSDPModule):  # its head is gathered only inside the forward
+            if is_sharded(model):  # its head is gathered only inside the forward
                 with torch.no_grad(), torch.autocast(index_N.device.type, enabled=False):
                     self._rows["logits"] = student.head.logits(self._rows["student"], self._temperature)
+                    if isinstance(teacher, Predictions):
+                        self._rows["teacher"] = teacher.head.logits(self._rows["teacher"], self._temperature)
         if answers.sampler_logps_BT is not None:
             self._compare_sampler(student, answers, answers.sampler_logps_BT)
 
@@ -81,26 +90,35 @@ class HealthProbe:
         self._gap[1] += float(known.sum())
 
     @torch.no_grad()
-    def after_step(self, heads: Callable[[], tuple[Head, Head]]) -> dict[str, float]:
+    def after_step(self, heads: Callable[[], tuple[Head, Head | None]]) -> dict[str, float]:
         """Metrics of the step that just ended, keyed as in its row; empty if nothing was kept.
 
         `health/sampler_logp_gap` is the mean |log π_sampler(y) − log π_train(y)|, in nats, over the
         recorded tokens.
 
         Args:
-            heads: returns the student's and the teacher's head; called only if needed.
+            heads: returns the student's and the teacher's head; called only if needed. The second
+                can be `None` if `after_loss` was given the teacher's logits.
         """
         metrics: dict[str, float] = {}
         rows, self._rows = self._rows, None
         if rows is not None:
-            student, teacher = heads()
-            logits_NV = rows["logits"] if "logits" in rows else student.logits(rows["student"], self._temperature)
-            other_NV = teacher.logits(rows["teacher"], self._temperature)
-            metrics = health_metrics(logits_NV, other_NV, rows["targets"], rows["position"])
+            student, teacher = (None, None) if "logits" in rows else heads()
+            logits_NV = rows["logits"] if student is None else student.logits(rows["student"], self._temperature)
+            metrics = self._rows_measured(logits_NV, teacher, rows)
         (total, tokens), self._gap = self._gap, [0.0, 0.0]
         if tokens:
             metrics["sampler_logp_gap"] = total / tokens
         return {f"health/{name}": value for name, value in metrics.items()}
+
+    def _kept(self, teacher: Any, index_N: Tensor) -> Any:
+        """What the metrics need of the teacher, at positions with these indices into B·T."""
+        return teacher.hidden_BTH.flatten(0, 1)[index_N] if isinstance(teacher, Predictions) else teacher(index_N)
+
+    def _rows_measured(self, logits_NV: Tensor, teacher: Any, rows: dict[str, Any]) -> dict[str, float]:
+        """`health_metrics` of the kept rows; without a head, `rows['teacher']` are logits."""
+        other_NV = rows["teacher"] if teacher is None else teacher.logits(rows["teacher"], self._temperature)
+        return health_metrics(logits_NV, other_NV, rows["targets"], rows["position"])
 
 
 @torch.no_grad()

@@ -85,9 +85,23 @@ METHODS: tuple[Method, ...] = (
     ),
     # -- data
     Method(
+        "served teacher", "data", "", "--teacher_server URL --teacher_top_k K",
+        "divergence of the teacher's top k and one outcome for the rest", "teacher, token", "", True,
+        ("teacher top-k",),
+    ),
+    Method(
         "Lightning OPD", "data", "2604.13010", "effopd cache, then --rollouts DIR",
         "reverse KL, policy gradient with a clipped advantage", "teacher, token, stored",
         "drift of the student is watched", False, _SAMPLED,
+    ),
+    Method(
+        "DisCorD", "data", "2605.14071", "effopd cache --sampled_by teacher, then --rollouts DIR --loss_type discord",
+        "weighted cross-entropy on correct teacher answers", "teacher, token, stored",
+        "sigmoid of the student/teacher ratio", False, ("teacher log-probs", "answers"),
+    ),
+    Method(
+        "GKD mixing", "data", "2306.13649", "--lmbda 0.5 [--traces DIR]", "full KL or teacher top k",
+        "teacher, token", "given answers in a share of the steps", False, _TEACHER,
     ),
     # -- schedules
     Method(

@@ -11,7 +11,7 @@ from effopd.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-LOSSES = ("full", "sampled", "teacher_top_k", "negative_advantage")
+LOSSES = ("full", "sampled", "teacher_top_k", "negative_advantage", "discord")
 #: Losses of the sampled token's log-probability: their rollouts must come from the current weights.
 ON_SAMPLED_TOKENS = ("sampled", "negative_advantage")
 TOKEN_MASKS = ("none", "first_special")
@@ -22,6 +22,7 @@ ONLY_FOR = {
     "baseline": "sampled", "baseline_top_k": "sampled", "samples_per_prefix": "sampled",
     "teacher_top_k": "teacher_top_k", "highest_entropy_share": "teacher_top_k",
     "negative_advantage": "negative_advantage", "lowest_logp_share": "negative_advantage",
+    "discord_temperature": "discord",
 }  # fmt: skip
 
 
@@ -35,8 +36,8 @@ class ObjectiveArguments:
             "help": "Training loss. 'full': exact full-vocabulary divergence at every sampled token, selected by "
             "`beta`. 'sampled': the paper's policy gradient on the sampled token, always for the reverse KL. "
             "'teacher_top_k': reverse KL renormalized on the teacher's likeliest tokens (arXiv 2603.25562). "
-            "'negative_advantage': a control without a teacher (arXiv 2608.31046). `effopd methods` lists what each "
-            "needs.",
+            "'negative_advantage': a control without a teacher (arXiv 2608.31046). 'discord': cross-entropy on stored "
+            "traces, with token weights (arXiv 2605.14071). `effopd methods` lists what each needs.",
             "choices": list(LOSSES),
         },
     )
@@ -71,7 +72,11 @@ class ObjectiveArguments:
         },
     )
     teacher_top_k: int = field(
-        default=32, metadata={"help": "loss_type teacher_top_k: number of the teacher's likeliest tokens per prefix."}
+        default=32,
+        metadata={
+            "help": "loss_type teacher_top_k, or any loss with teacher_server: number of the teacher's likeliest "
+            "tokens per prefix."
+        },
     )
     highest_entropy_share: float = field(
         default=1.0,
@@ -111,6 +116,8 @@ class ObjectiveArguments:
                 raise ConfigError(f"{name} must be one of {', '.join(names)}; got {getattr(self, name)!r}.")
         defaults = {f.name: f.default for f in fields(self)}
         for name, loss in ONLY_FOR.items():
+            if name == "teacher_top_k" and getattr(self, "teacher_server", None) is not None:
+                continue
             if getattr(self, name) != defaults[name] and self.loss_type != loss:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is read only with loss_type={loss!r}, got "
@@ -133,6 +140,11 @@ class ObjectiveArguments:
             raise ConfigError(
                 f"beta={beta} is not read by loss_type={self.loss_type!r}: expected its default, 1. Leave it out, or "
                 "use loss_type='full'."
+            )
+        if self.loss_type == "discord" and getattr(self, "rollouts", None) is None:
+            raise ConfigError(
+                "loss_type='discord' trains on correct answers of the teacher. Collect them with effopd cache "
+                "--sampled_by teacher and set --rollouts."
             )
         if self.loss_type == "negative_advantage" and self.lambda_extrapolation != 1:  # type: ignore[attr-defined]
             raise ConfigError(

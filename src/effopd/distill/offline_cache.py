@@ -1,4 +1,7 @@
-"""Collect rollouts: sample answers once from the student, score them with both models, store them.
+"""Collect rollouts: sample answers once, score them with student and teacher, and store them.
+
+The student samples. With `Header.sampler` 'teacher', the teacher does, and a verifier grades its
+answers: these are traces, as DisCorD and the mixing of `lmbda` use them.
 
 Every file of the store has random numbers of its own, drawn from the seed and the file's number, so
 an interrupted collection continues with the rollouts of an uninterrupted one.
@@ -14,18 +17,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from effopd.common.distributed import rank
 from effopd.common.isolation import evaluating
 from effopd.distill.divergence import Head, token_logprobs
 from effopd.distill.offline_store import CollectCosts, Header, RolloutStore, StoredRollout
 from effopd.errors import NonFiniteLossError
 from effopd.models.token_batch import TokenBatch
-from effopd.tasks.base import Example
+from effopd.runs.ledger import CostLedger
+from effopd.tasks.base import Example, Task
+from effopd.tasks.evaluate import CORRECT
 from effopd.tasks.generate import Completion, generate
 from effopd.tasks.sampling import Sampling
 
@@ -39,7 +46,7 @@ def collect(
     student: Any,
     teacher: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
+    task: Task,
     *,
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: Callable[[int], object] = lambda new: None,
@@ -48,7 +55,7 @@ def collect(
 
     Args:
         store: opened with `header`.
-        examples: the prompts, in the order of `header.prompts_sha256`.
+        task: the prompts, in the order of `header.prompts_sha256`, and the verifier of traces.
         progress: called with the number of new rollouts.
 
     Raises:
@@ -56,8 +63,8 @@ def collect(
     """
     total = CollectCosts()
     for index in range(store.done(header), header.files):
-        start = time.perf_counter()
-        part = examples[index * header.rows_per_file : (index + 1) * header.rows_per_file]
+        start, start_cpu = time.perf_counter(), time.process_time()
+        part = task.examples[index * header.rows_per_file : (index + 1) * header.rows_per_file]
         seed = int(np.random.SeedSequence([header.seed, index]).generate_state(1)[0])
         sampling = Sampling(
             temperature=header.temperature,
@@ -67,15 +74,21 @@ def collect(
             chat_template_kwargs=chat_template_kwargs,
         )
         prompts = [example.prompt for example in part]
-        answers = generate(student, tokenizer, prompts, sampling, vocab_size=header.vocab_size, progress=progress)
-        rows, forward = [], 0
+        model = teacher if header.sampler == "teacher" else student
+        answers = generate(model, tokenizer, prompts, sampling, vocab_size=header.vocab_size, progress=progress)
+        rows: list[StoredRollout] = []
+        forward = 0
         for first in range(0, len(part), header.batch_size):
             batch = slice(first, first + header.batch_size)
             new, tokens = score(student, teacher, tokenizer, header, part[batch], answers[batch])
             rows += new
             forward += tokens
+        if header.sampler == "teacher":
+            scores = task.verify_batch([answer.marked for answer in answers], part)
+            rows = [replace(row, score=float(score)) for row, score in zip(rows, scores, strict=True)]
         generated = sum(len(answer.completion_ids) for answer in answers)
-        costs = CollectCosts(time.perf_counter() - start, generated, forward, forward)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        costs = CollectCosts(seconds, generated, forward, forward, cpu)
         store.write(index, header, rows, costs)
         total += costs
     return total
@@ -134,3 +147,22 @@ def top_logprobs(hidden_NH: Tensor, head: Head, k: int, temperature: float) -> t
         return empty.long(), empty
     tops = [head.logits(tile, temperature).log_softmax(-1).topk(k) for tile in hidden_NH.split(_TILE)]
     return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
+
+
+def charge(ledger: CostLedger, costs: CollectCosts, clock: str) -> None:
+    """Add the cost of collecting answers to a new run's ledger; a resume replaces the totals.
+
+    Only rank 0 adds, because the tokens of all ranks are summed.
+
+    Args:
+        clock: the ledger's `cost_clock`, 'wall' or 'cpu'.
+    """
+    if rank() == 0:
+        ledger.count("rollout", generated=costs.generated_tokens, forward=costs.student_forward_tokens)
+        ledger.count("teacher", forward=costs.teacher_forward_tokens)
+        ledger.seconds["rollout"] += (costs.cpu_seconds if clock == "cpu" else 0) or costs.seconds
+
+
+def correct_rows(rows: Sequence[StoredRollout]) -> list[StoredRollout]:
+    """The rows that are not graded, or graded as correct."""
+    return [row for row in rows if row.score is None or row.score >= CORRECT]

@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from effopd.distill.teachers.settings import LOCAL_ONLY
 from effopd.errors import ConfigError
 
 #: Settings that only sampling or a live teacher reads.
 _UNREAD = (
     "use_vllm", "rollout_horizon", "lambda_extrapolation", "reference_model_name_or_path", "log_completions",
-    "teacher_model_init_kwargs", "teacher_model_revision", "top_p", "top_k", "min_p", "repetition_penalty",
+    "teacher_model_init_kwargs", "teacher_model_revision", *LOCAL_ONLY,
+    "top_p", "top_k", "min_p", "repetition_penalty",
     "generation_kwargs", "cache_implementation", "use_transformers_continuous_batching",
-    "token_mask", "baseline", "samples_per_prefix", "updates_per_rollouts", "curriculum",
+    "token_mask", "baseline", "samples_per_prefix", "updates_per_rollouts", "curriculum", "lmbda", "traces",
 )  # fmt: skip
+#: Losses on stored answers: of the student, and of the teacher.
+OFFLINE_LOSSES = ("sampled", "discord")
 
 
 @dataclass
@@ -24,8 +28,29 @@ class OfflineArguments:
         default=None,
         metadata={
             "help": "Folder of stored rollouts, written by effopd cache (Lightning OPD, arXiv 2604.13010). Training "
-            "then samples nothing and loads no teacher; loss_type is 'sampled'. A teacher name is optional and only "
-            "compared with the stored one."
+            "then samples nothing and loads no teacher; loss_type is 'sampled', or 'discord' for traces of the "
+            "teacher. A teacher name is optional and only compared with the stored one."
+        },
+    )
+    evaluation_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "With rollouts: load the teacher for evaluations, which then report the exact KL. Training does "
+            "not use it."
+        },
+    )
+    charge_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "With rollouts or traces: charge the cost of collecting them, seconds and tokens, to the run from "
+            "its start."
+        },
+    )
+    discord_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "loss_type discord: τ of the token weights sigmoid((log π_θ(y) − log q(y))/τ). As it grows, the "
+            "loss tends to cross-entropy."
         },
     )
     advantage_clip: float = field(
@@ -45,6 +70,11 @@ class OfflineArguments:
         """Whether the run trains on stored rollouts."""
         return self.rollouts is not None
 
+    @property
+    def holds_teacher(self) -> bool:
+        """Whether the run loads a teacher, for training or for evaluations."""
+        return not self.offline or self.evaluation_teacher
+
     def imply_offline(self) -> None:
         """Set the defaults that stored rollouts imply; call it before the other checks."""
         if self.offline and getattr(self, "loss_type", "full") == "full":
@@ -60,7 +90,9 @@ class OfflineArguments:
         """
         defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}  # of the whole config
         if not self.offline:
-            for name in ("advantage_clip", "max_drift"):
+            for name in ("advantage_clip", "max_drift", "evaluation_teacher", "charge_rollouts"):
+                if name == "charge_rollouts" and getattr(self, "traces", None) is not None:
+                    continue
                 if getattr(self, name) != defaults[name]:
                     raise ConfigError(
                         f"{name}={getattr(self, name)} is read only with stored rollouts. Leave it out, or set "
@@ -70,15 +102,31 @@ class OfflineArguments:
         if not str(self.rollouts).strip():
             raise ConfigError("--rollouts: expected a folder that effopd cache wrote, got nothing.")
         loss = getattr(self, "loss_type", "sampled")
-        if loss != "sampled":
+        if loss not in OFFLINE_LOSSES:
             raise ConfigError(
                 f"loss_type={loss!r} needs a live teacher, but --rollouts stores log-probabilities of the sampled "
-                "tokens. Use --loss_type sampled, or leave --rollouts out."
+                f"tokens. Use --loss_type {' or '.join(OFFLINE_LOSSES)}, or leave --rollouts out."
             )
+        if loss == "discord":
+            self._check_discord(defaults)
+        if self.evaluation_teacher and getattr(self, "teacher_model_name_or_path", None) is None:
+            raise ConfigError("evaluation_teacher=True needs the teacher. Set --teacher_model_name_or_path.")
+        loaded = ("teacher_model_init_kwargs", "teacher_model_revision") if self.evaluation_teacher else ()
         for name in _UNREAD:
+            if name in loaded:
+                continue
             value = getattr(self, name, None)
             if name in defaults and value not in (defaults[name], None):
                 raise ConfigError(
                     f"{name}={value!r} has no effect with --rollouts, which samples nothing and loads no teacher. "
                     f"Leave out --{name} or --rollouts."
+                )
+
+    def _check_discord(self, defaults: dict[str, Any]) -> None:
+        """Refuse the settings of the policy gradient, which cross-entropy does not read."""
+        for name in ("advantage_clip", "max_drift"):
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is not read by loss_type='discord', which has no advantage and "
+                    "trains on answers of the teacher. Leave it out."
                 )

@@ -29,11 +29,11 @@ class DriftMonitor:
     """Collects the sums of a step's micro-batches; warns when the mean leaves 1 ± band.
 
     Args:
-        band: allowed distance of the mean from 1.
+        band: allowed distance of the mean from 1; `None`: any.
         folder: the rollouts, for the message.
     """
 
-    def __init__(self, band: float, folder: str):
+    def __init__(self, band: float | None, folder: str):
         self._band, self._folder = band, folder
         self._sums, self._outside = DriftSums(), False
 
@@ -44,7 +44,7 @@ class DriftMonitor:
     def finish_step(self, step: int) -> dict[str, float]:
         """Statistics of the step over all processes, for its row; warns once per excursion."""
         sums, self._sums = all_ranks(self._sums), DriftSums()
-        outside = bool(sums.tokens) and not sums.inside(self._band)
+        outside = self._band is not None and bool(sums.tokens) and not sums.inside(self._band)
         if outside and not self._outside and rank() == 0:
             logger.warning(
                 "Step %d: the student has drifted from the stored rollouts. The mean of π_θ(y)/π_ref(y) is %.3f "

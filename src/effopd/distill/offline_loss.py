@@ -62,6 +62,7 @@ class DriftSums:
         ratio, square: Σ r and Σ r².
         clipped: number of tokens whose advantage was clipped.
         advantage: Σ A, in nats.
+        weight: Σ of DisCorD's weights before normalization; `None`: the loss has advantages.
     """
 
     tokens: float = 0.0
@@ -69,19 +70,37 @@ class DriftSums:
     square: float = 0.0
     clipped: float = 0.0
     advantage: float = 0.0
+    weight: float | None = None
 
     @classmethod
-    def of(cls, student_logp_N: Tensor, reference_logp_N: Tensor, gap_N: Tensor | None = None, clip: float = 0.0):
-        """Sums of a batch; `gap_N` is the advantage before clipping."""
+    def of(
+        cls,
+        student_logp_N: Tensor,
+        reference_logp_N: Tensor,
+        gap_N: Tensor | None = None,
+        clip: float = 0.0,
+        weight_N: Tensor | None = None,
+    ) -> DriftSums:
+        """Sums of a batch.
+
+        Args:
+            gap_N: the advantage before clipping at ±`clip`.
+            weight_N: DisCorD's weights.
+        """
         ratio_N = (student_logp_N.detach() - reference_logp_N).double().exp()
         advantage = clipped = 0.0
         if gap_N is not None:
             advantage = float(gap_N.clamp(-clip, clip).double().sum())
             clipped = float((gap_N.abs() > clip).sum())
-        return cls(float(len(ratio_N)), float(ratio_N.sum()), float(ratio_N.square().sum()), clipped, advantage)
+        weight = None if weight_N is None else float(weight_N.double().sum())
+        return cls(
+            float(len(ratio_N)), float(ratio_N.sum()), float(ratio_N.square().sum()), clipped, advantage, weight
+        )
 
     def __add__(self, other: DriftSums) -> DriftSums:
-        return DriftSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "weight"}
+        weights = [each.weight for each in (self, other) if each.weight is not None]
+        return DriftSums(**sums, weight=sum(weights) if weights else None)
 
     @property
     def mean(self) -> float:
@@ -101,9 +120,11 @@ class DriftSums:
         """The statistics of a step by their names in its row; empty without tokens."""
         if not self.tokens:
             return {}
+        ratio = {"offline/ratio_mean": self.mean, "offline/ratio_std": self.std}
+        if self.weight is not None:
+            return {**ratio, "offline/weight_mean": self.weight / self.tokens}
         return {
-            "offline/ratio_mean": self.mean,
-            "offline/ratio_std": self.std,
+            **ratio,
             "offline/advantage_mean": self.advantage / self.tokens,
             "offline/clipped_share": self.clipped / self.tokens,
         }

@@ -29,6 +29,8 @@ FORMAT = 1
 _HEADER_KEY, _COSTS_KEY = b"effopd_header", b"effopd_costs"
 #: Reasons for which an answer ends: an end token, or the length limit.
 REASONS = ("stop", "length")
+#: Models that can sample the answers.
+SAMPLERS = ("student", "teacher")
 
 _SCHEMA = pyarrow.schema(
     [
@@ -40,6 +42,7 @@ _SCHEMA = pyarrow.schema(
         ("student_logprobs", pyarrow.list_(pyarrow.float32())),
         ("teacher_topk_ids", pyarrow.list_(pyarrow.int32())),
         ("teacher_topk_logprobs", pyarrow.list_(pyarrow.float32())),
+        ("score", pyarrow.float32()),
     ]
 )
 
@@ -65,7 +68,7 @@ class Header:
 
     Attributes:
         teacher: the model that scored every token.
-        student: π_ref, the model that sampled; training starts from it.
+        student: π_ref, the student at the start of training; it samples unless the teacher does.
         sft_teacher: the model that wrote the student's supervised data; `None`: not stated.
         tokenizer: SHA-256 of the vocabulary.
         vocab_size: number of token ids that both models have.
@@ -77,6 +80,7 @@ class Header:
         prompts_sha256: SHA-256 of all prompt ids.
         rows_per_file: rows per Parquet file.
         task: settings of the task that the prompts are from.
+        sampler: one of `SAMPLERS`; answers of the teacher (traces) are graded.
         format: version of this format.
     """
 
@@ -95,6 +99,7 @@ class Header:
     prompts_sha256: str
     rows_per_file: int
     task: Mapping[str, Any] = field(default_factory=dict)
+    sampler: str = "student"
     format: int = FORMAT
 
     @property
@@ -128,8 +133,8 @@ class Header:
             for name in ("teacher", "student", "sft_teacher"):
                 values[name] = None if values[name] is None else ModelIdentity(**values[name])
             header = cls(**values)
-            if header.teacher is None or header.student is None:
-                raise ValueError("no teacher or student")
+            if header.teacher is None or header.student is None or header.sampler not in SAMPLERS:
+                raise ValueError("no teacher, student or sampler")
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -153,12 +158,16 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class CollectCosts:
-    """Cost of collecting rollouts: seconds, sampled tokens, and tokens in forward passes."""
+    """Cost of collecting rollouts: seconds, sampled tokens, and tokens in forward passes.
+
+    `cpu_seconds` are those of the collecting process; 0 in rollouts of older versions.
+    """
 
     seconds: float = 0.0
     generated_tokens: int = 0
     student_forward_tokens: int = 0
     teacher_forward_tokens: int = 0
+    cpu_seconds: float = 0.0
 
     def __add__(self, other: CollectCosts) -> CollectCosts:
         return CollectCosts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -175,6 +184,7 @@ class StoredRollout:
         teacher_logprobs, student_logprobs: log q(y_t) and log π_ref(y_t), [T].
         teacher_topk_ids, teacher_topk_logprobs: the teacher's K likeliest tokens per position,
             flattened [T · K]; empty without top-K.
+        score: the verifier's score in [0, 1]; `None`: not graded.
     """
 
     id: str
@@ -185,6 +195,7 @@ class StoredRollout:
     student_logprobs: Sequence[float]
     teacher_topk_ids: Sequence[int] = ()
     teacher_topk_logprobs: Sequence[float] = ()
+    score: float | None = None
 
 
 def prompts_sha256(prompts: Sequence[Sequence[int]]) -> str:
@@ -344,4 +355,6 @@ def _fault(row: StoredRollout, header: Header) -> str:
         return f"expected token ids from 0 to {header.vocab_size - 1}"
     if not all(value is not None and -math.inf < value <= 1e-3 for value in values):
         return "expected finite log-probabilities of at most 0"
+    if (row.score is None) == (header.sampler == "teacher") or not 0 <= (row.score or 0) <= 1:
+        return f"expected a score in [0, 1] for a teacher's answer and none for a student's, got {row.score!r}"
     return "" if row.finish_reason in REASONS else f"expected finish_reason stop or length, got {row.finish_reason!r}"

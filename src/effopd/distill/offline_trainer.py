@@ -3,8 +3,9 @@
     stored rows → student forward → clipped advantage → loss → optimizer step → drift → log
 
 Lightning OPD (arXiv 2604.13010): `effopd cache` samples once from the student at the start of
-training, π_ref, and stores the teacher's log-probabilities. Run directory, resume, evaluation
-(accuracy only) and look-ahead are those of `OPDTrainer`.
+training, π_ref, and stores the teacher's log-probabilities. DisCorD (2605.14071) trains on stored
+answers of the teacher instead, with the loss of `discord.py`. Run directory, resume, evaluation and
+look-ahead are those of `OPDTrainer`; without a teacher, an evaluation has the accuracy only.
 
 Left out: new rollouts during training. When the student drifts, collect them with `effopd cache`
 and start a new run from the current weights.
@@ -21,18 +22,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DistillationTrainer
 
+from effopd.common.isolation import evaluating
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
 from effopd.distill.dataset import check_dataset
-from effopd.distill.divergence import Head, gathered, token_logprobs
+from effopd.distill.discord import discord_loss, normalized, support_weights
+from effopd.distill.divergence import Head, gathered, shared_vocab_size, token_logprobs
 from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import spread_subset
+from effopd.distill.offline_cache import charge, correct_rows
 from effopd.distill.offline_drift import DriftGuard, DriftMonitor
 from effopd.distill.offline_loss import DriftSums, clipped_advantage, offline_loss, top_k_kl
 from effopd.distill.offline_store import CollectCosts, Header, RolloutStore, StoredRollout
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
 from effopd.distill.trl_host.hooks import DistillationHooks
+from effopd.distill.trl_host.models import frozen
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import CompatibilityError, ConfigError, NonFiniteLossError
 from effopd.extrapolate.config import EffOPDConfig
@@ -41,6 +46,8 @@ from effopd.models.logit_path import completion_hidden_states
 from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
+#: Inputs of a forward pass and of the token weights.
+_TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "teacher_logps")
 #: Stored rollouts on which the look-ahead's candidates are checked for drift.
 GUARDED = 64
 
@@ -50,21 +57,26 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
 
     Logs per step: `offline/ratio_mean` and `offline/ratio_std` of π_θ(y)/π_ref(y),
     `offline/advantage_mean`, `offline/clipped_share`, and `offline/top_k_kl` if the rollouts have
-    the teacher's top-K.
+    the teacher's top-K. With loss_type 'discord': the ratio, and `offline/weight_mean`, the mean
+    token weight before its normalization.
 
     Args:
-        model: the student that sampled the rollouts, as a path or a model.
+        model: the student that sampled the rollouts, as a path or a model. Traces fit any student
+            with their tokenizer.
         args: an `OPDConfig` with `rollouts`.
         eval_task: held-out examples with answers, for the accuracy; `None`: no evaluation.
         stored: header, rows and collection costs, if they have been read already.
 
     Attributes:
         header: the rollouts' header.
-        collect_costs: cost of collecting the rollouts; not part of the run's ledger.
+        collect_costs: cost of collecting the rollouts; part of the run's ledger with
+            `args.charge_rollouts`.
+        evaluation_teacher: the teacher with `args.evaluation_teacher`, otherwise `None`.
 
     Raises:
         CheckpointError: the rollouts are missing, incomplete or damaged.
-        ConfigError: `args` has no rollouts or another temperature.
+        ConfigError: `args` has no rollouts, another temperature, or a loss for answers of the other
+            model; or no stored answer is correct.
         CompatibilityError: the student has fewer vocabulary rows than the rollouts.
     """
 
@@ -85,12 +97,15 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
             store = RolloutStore(args.rollouts)
             header = store.header()
             stored = header, *store.read(header)
-        self.header, self._rows, self.collect_costs = stored
+        self.header, rows, self.collect_costs = stored
         check_sampling(args, self.header)
+        self._rows = trained_rows(args, rows)
         self.teacher_name = self.header.teacher.name
         dataset = Dataset.from_dict({"prompt": [""] * len(self._rows), "rollout": list(range(len(self._rows)))})
         check_dataset(dataset, rollouts_per_step(args))
         self._open_run(args, eval_task)
+        if args.charge_rollouts:
+            charge(self.ledger, self.collect_costs, args.cost_clock)
         eval_dataset = None if eval_task is None else eval_task.to_dataset()
         super().__init__(model, None, args, dataset, eval_dataset, *positional, **kwargs)
         student = self.accelerator.unwrap_model(self.model)
@@ -100,16 +115,32 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
                 f"the student has {student.config.get_text_config().vocab_size} vocabulary rows, but the rollouts in "
                 f"{args.rollouts} have {self.vocab_size}: expected the student that sampled them."
             )
-        check_models(student, {}, generates=eval_task is not None)
-        self._drift = DriftMonitor(args.max_drift, args.rollouts)
+        teacher = args.teacher_model_name_or_path if args.evaluation_teacher else None
+        self.evaluation_teacher = None if teacher is None else self._frozen_teacher(student, teacher)
+        check_models(student, {"teacher": self.evaluation_teacher}, generates=eval_task is not None)
+        self._drift = DriftMonitor(args.max_drift if args.loss_type == "sampled" else None, args.rollouts)
         self._attach_run()
+
+    def _frozen_teacher(self, student: PreTrainedModel, name: str) -> Any:
+        init: dict[str, Any] = {"dtype": None} | dict(self.args.teacher_model_init_kwargs or {})
+        if self.args.teacher_model_revision is not None:
+            init.setdefault("revision", self.args.teacher_model_revision)
+        teacher = frozen(self, name, init)
+        shared = shared_vocab_size(student, self.accelerator.unwrap_model(teacher), len(self.text_tokenizer))
+        self.vocab_size = min(self.vocab_size, shared)
+        return teacher
 
     # -- look-ahead --------------------------------------------------------------------------------
 
     def add_callback(self, callback) -> None:
-        """Add a callback; a look-ahead's candidates are checked for drift from then on."""
+        """Add a callback; a look-ahead's candidates are checked for drift from then on.
+
+        Traces are no samples of the student, so the mean ratio on them is not expected to be 1 and
+        is not checked.
+        """
         if isinstance(callback, EffOPDCallback):
             check_look_ahead(callback.config)
+        if isinstance(callback, EffOPDCallback) and self.args.loss_type == "sampled":
             callback.scorer = DriftGuard(callback.scorer, self._drift_of, self.args.max_drift)
         super().add_callback(callback)
 
@@ -150,6 +181,8 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
         answers = batch["completion_mask"].sum(1)
         items = (answers > 0).sum() if self.args.loss_weighting == "answer" else answers.sum()
         batch["num_items_in_batch"] = self.accelerator.gather(items).sum()
+        if self.args.loss_type == "discord" and rollouts_per_step(self.args) > self.args.per_device_train_batch_size:
+            batch["token_weights"] = self._step_weights(batch)
         cut = [row.finish_reason == "length" for row in chosen]
         log_metrics(
             self,
@@ -187,6 +220,33 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
             batch["teacher_top_logps"] = top.view(len(rows), length, k)
         return {name: value.to(self.accelerator.device) for name, value in batch.items()}
 
+    @torch.no_grad()
+    def _step_weights(self, batch: dict[str, Tensor]) -> Tensor:
+        """DisCorD's weights [B, T] with mean 1 over the step's tokens, 0 at padding.
+
+        Costs one more forward pass, because the mean needs the weights of all micro-batches.
+        """
+        size, model = self.args.per_device_train_batch_size, self.accelerator.unwrap_model(self.model)
+        weights_BT = torch.zeros_like(batch["teacher_logps"])
+
+        def measure() -> None:
+            for first in range(0, len(weights_BT), size):
+                part = {name: batch[name][first : first + size] for name in _TOKENS}
+                inputs, valid = token_batch(part), token_batch(part).scored_BT
+                logp_N, _ = token_logprobs(
+                    inputs.hidden(model), Head.of(model, self.vocab_size), part["completion_ids"][valid],
+                    self.temperature,
+                )  # fmt: skip
+                weight_N = support_weights(logp_N, part["teacher_logps"][valid], self.args.discord_temperature)
+                weights_BT[first : first + size][valid] = weight_N
+                self.ledger.count("rollout", forward=inputs.tokens)  # of the preparation: no backward pass follows
+
+        with evaluating(model), self.accelerator.autocast():
+            gathered(model, measure)
+        sums = torch.stack([weights_BT.sum(), batch["completion_mask"].sum().to(weights_BT.dtype)])
+        total, tokens = self.accelerator.gather(sums[None]).sum(0)
+        return normalized(weights_BT, total / tokens)
+
     # -- loss --------------------------------------------------------------------------------------
 
     def distillation_loss(self, student, inputs, num_items):
@@ -206,11 +266,19 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
             hidden_NH, head, inputs["completion_ids"].to(device)[valid], self.temperature
         )
         teacher_N, reference_N = (inputs[name].to(device)[valid] for name in ("teacher_logps", "reference_logps"))
-        clip = self.args.advantage_clip
-        advantage_N = clipped_advantage(teacher_N, logp_N, clip)
-        loss = offline_loss(logp_N, advantage_N, valid, num_items, self.args.loss_weighting == "answer")
+        by_answer = self.args.loss_weighting == "answer"
+        if self.args.loss_type == "discord":
+            weight_N = support_weights(logp_N, teacher_N, self.args.discord_temperature)
+            given = inputs.get("token_weights")
+            whole_N = normalized(weight_N) if given is None else given.to(device)[valid]
+            loss = discord_loss(logp_N, whole_N, valid, num_items, by_answer)
+            self._drift.add(DriftSums.of(logp_N, reference_N, weight_N=weight_N))
+        else:
+            clip = self.args.advantage_clip
+            advantage_N = clipped_advantage(teacher_N, logp_N, clip)
+            loss = offline_loss(logp_N, advantage_N, valid, num_items, by_answer)
+            self._drift.add(DriftSums.of(logp_N, reference_N, teacher_N - logp_N.detach(), clip))
         self.ledger.count("update", forward=batch.tokens)
-        self._drift.add(DriftSums.of(logp_N, reference_N, teacher_N - logp_N.detach(), clip))
         if self.header.top_k and self.args.health_tokens:
             self._log_top_k(hidden_BTH.detach().to(device), head, inputs, valid)
         if not bool(torch.isfinite(loss)):
@@ -241,8 +309,9 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
     # -- evaluation --------------------------------------------------------------------------------
 
     def eval_metrics(self) -> list[str]:
-        """Evaluation metrics, without those that need a teacher."""
-        return [name for name in super().eval_metrics() if name not in ("kl", "kl_se", "loss")]
+        """Evaluation metrics; without an evaluation teacher, without those that need one."""
+        names = super().eval_metrics()
+        return names if self.args.evaluation_teacher else [n for n in names if n not in ("kl", "kl_se", "loss")]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate `eval_task`.
@@ -255,15 +324,37 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
         return super().evaluate(None, ignore_keys, metric_key_prefix)
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
-        return evaluate_trainer(self, task, None)
+        return evaluate_trainer(self, task, self.evaluation_teacher)
+
+
+def trained_rows(args: OPDConfig, rows: Sequence[StoredRollout]) -> list[StoredRollout]:
+    """The stored rows that a run trains on: of traces, the correct ones.
+
+    Raises:
+        ConfigError: none is correct.
+    """
+    chosen = correct_rows(rows)
+    if not chosen:
+        raise ConfigError(
+            f"--rollouts {args.rollouts}: none of its {len(rows)} answers is correct, and only correct answers of a "
+            "teacher are trained on. Collect more, or use a better teacher."
+        )
+    return chosen
 
 
 def check_sampling(args: OPDConfig, header: Header) -> None:
-    """Check that the run's temperature and answer length fit the rollouts.
+    """Check that the run's loss, temperature and answer length fit the rollouts.
 
     Raises:
         ConfigError: they differ.
     """
+    sampler = {"sampled": "student", "discord": "teacher"}[args.loss_type]
+    if header.sampler != sampler:
+        raise ConfigError(
+            f"loss_type={args.loss_type!r} trains on answers of the {sampler}, but those in {args.rollouts} are the "
+            f"{header.sampler}'s. Use --loss_type {'discord' if sampler == 'student' else 'sampled'}, or collect "
+            f"answers with effopd cache --sampled_by {sampler}."
+        )
     if args.temperature != header.temperature:
         raise ConfigError(
             f"temperature={args.temperature:g}: the rollouts in {args.rollouts} were sampled and scored at "

@@ -112,8 +112,7 @@ def sampled_loss(
         b_N, drawn_NM, gap_NM = _statistics(own, parts, temperature, baseline, baseline_top_k, samples - 1)
         advantage, gap_NM = advantage - b_N, gap_NM - b_N[:, None]
     if sampler_logps_BT is not None:
-        ratio = (logp_student.detach() - sampler_logps_BT[valid]).exp()
-        advantage = advantage * ratio.clamp(max=_LARGEST_RATIO)
+        advantage = advantage * importance(logp_student, sampler_logps_BT[valid])
     value_N = -advantage * logp_student
     if samples > 1:
         assert drawn_NM is not None and gap_NM is not None
@@ -122,6 +121,11 @@ def sampled_loss(
         logp_NM = logp_student[:, None] + z_NM[:, 1:] - z_NM[:, :1]  # one normalizer per prefix
         value_N = (value_N - (gap_NM * logp_NM).sum(1)) / samples
     return weighted_mean(value_N, valid, num_items, by_answer, weight_BT), entropy.sum(), valid.sum()
+
+
+def importance(logp_N: Tensor, sampler_logps_N: Tensor) -> Tensor:
+    """min(π_θ(y) / π_sampler(y), 5) [N], without gradient."""
+    return (logp_N.detach() - sampler_logps_N).exp().clamp(max=_LARGEST_RATIO)
 
 
 @torch.no_grad()

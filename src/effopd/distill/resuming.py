@@ -32,7 +32,8 @@ _HARMLESS = (
     "local_rank",
     "debug", "per_device_eval", "num_completions", "wandb", "health_tokens", "prediction_loss", "batch_eval",
     "enable_jit",
-    "torch_empty_cache", "use_cpu", "trust_remote", "fp16_full", "bf16_full", "label_names", "remove_unused",
+    "torch_empty_cache", "use_cpu", "trust_remote", "teacher_offload", "teacher_shard", "teacher_server",
+    "teachers_in_memory", "fp16_full", "bf16_full", "label_names", "remove_unused",
 )  # fmt: skip
 #: Settings that the checkpoint's optimizer state overrides.
 _IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer_args")

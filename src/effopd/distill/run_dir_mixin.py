@@ -30,6 +30,7 @@ from effopd.distill.exact_resume import EpochCallback, EpochSampler, Termination
 from effopd.distill.optimizers.mixin import AverageCallback, OptimizerMixin
 from effopd.distill.resuming import ResumeMixin, settings_that_matter
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
+from effopd.distill.teachers.manifest import ManifestCallback
 from effopd.distill.trl_host.state import log_evaluation
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
 from effopd.models.end_tokens import train_end_tokens
@@ -123,7 +124,7 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
     def add_callback(self, callback) -> None:
         """Add a callback before those that write to the run directory, which stay last."""
         super().add_callback(callback)
-        last = (TerminationCallback, RunDirCallback)
+        last = (TerminationCallback, RunDirCallback, ManifestCallback)
         self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, last))
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
@@ -151,8 +152,12 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
         category = "rollout" if self.model.training else "eval"
         with self.ledger.track(category), finite_predictions(), self.at_sampling_weights():
             output = super().around_rollouts(sample)
-        self.ledger.count(category, generated=int(output["completion_mask"].sum()))
+        self.ledger.count(category, generated=self.sampled_tokens(output))
         return output
+
+    def sampled_tokens(self, rollouts) -> int:
+        """Tokens that were sampled for a batch of rollouts."""
+        return int(rollouts["completion_mask"].sum())
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
         with ignore_sampling_defaults(self.accelerator.unwrap_model(self.model)):  # unset settings are off

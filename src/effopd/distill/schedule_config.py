@@ -97,6 +97,11 @@ class ScheduleArguments:
         """Number of stages of the curriculum."""
         return self.curriculum_stages or len(self.curriculum_teachers or ()) or STAGES
 
+    @property
+    def stage_teachers(self) -> dict[str, str]:
+        """Stage, as "stage 1", …, → its teacher; empty without `curriculum_teachers`."""
+        return {f"stage {stage}": name for stage, name in enumerate(self.curriculum_teachers or (), start=1)}
+
     def _check_curriculum(self) -> None:
         host: Any = self
         named = self.curriculum.startswith(COLUMN) and self.curriculum != COLUMN
@@ -124,6 +129,12 @@ class ScheduleArguments:
                 f"curriculum_teachers names {len(teachers)} teachers for curriculum_stages={self.stages}: expected "
                 "one per stage. Repeat a teacher that serves several stages, or leave --curriculum_stages out."
             )
+        other = next((name for name in ("teachers", "teacher_server") if getattr(host, name)), None)
+        if teachers is not None and other is not None:
+            raise ConfigError(
+                f"curriculum_teachers and {other} both name teachers: expected one of them. Leave one out; "
+                f"--curriculum itself can be used with --{other}."
+            )
         if teachers is not None and getattr(host, "deepspeed", None):
             raise ConfigError(
                 "curriculum_teachers replaces the teacher during training, which DeepSpeed's wrapping does not allow. "
@@ -141,6 +152,11 @@ class ScheduleArguments:
                 f"max_completion_length={high}, and the first below the last. The defaults are the paper's, for "
                 "answers of up to 12288 tokens. Lower --prune_min_length and --prune_start_length (and --prune_step "
                 "and --prune_margin in proportion), or raise --max_completion_length."
+            )
+        if other := next((name for name in ("teachers", "teacher_server") if getattr(host, name)), None):
+            raise ConfigError(
+                "rollout_horizon='prune' compares the student's likeliest tokens with those of one teacher in memory, "
+                f"but {other} is set. Leave it out, or use another rollout_horizon."
             )
         if host.loss_type == "negative_advantage":
             raise ConfigError(

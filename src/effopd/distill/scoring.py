@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from trl import DistillationTrainer
 
 from effopd.common.distributed import rank, world_size
 from effopd.common.float64 import for_float64
 from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab_size
+from effopd.distill.teachers.divergence import DivergenceByTeacher
+from effopd.distill.teachers.offload import in_use
+from effopd.distill.teachers.several import TEACHER_INDEX
 from effopd.distill.trl_host.state import has_trls_loss
 from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
@@ -152,15 +154,21 @@ def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, or its
             logits have a form that this package or the host's loss does not support.
     """
-    if not isinstance(trainer, DistillationTrainer) or trainer.teacher_model is None:
+    own = getattr(trainer, "scored_divergence", None)  # a trainer whose teacher is no model in memory
+    several = getattr(trainer, "teachers", None) is not None
+    taught = several or getattr(trainer, "teacher_model", None) is not None
+    if own is None and not (isinstance(trainer, DistillationTrainer) and taught):
         raise ConfigError(
             "the scorer 'teacher_kl' measures the divergence from the teacher on new rollouts: expected an OPDTrainer "
-            f"or a trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, or "
-            "pass scorer=…."
+            f"or a trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, "
+            "scorer='next_batch_loss' (the trainer's own loss), or a callable scorer."
         )
     check_rollouts(trainer.args, rollouts)
     _warn_of_few(trainer.args, wanted_rollouts(trainer.args, rollouts))
-    divergence = TrainedDivergence(trainer)
+    if own is not None:
+        divergence = own()
+    else:
+        divergence = DivergenceByTeacher(trainer) if several else TrainedDivergence(trainer)
     return RolloutScorer(divergence, -(-wanted_rollouts(trainer.args, rollouts) // world_size()))
 
 
@@ -191,7 +199,8 @@ class TrainedDivergence:
         student = trainer.accelerator.unwrap_model(trainer.model)
         shared = shared_vocab_size(student, self._teacher, len(_tokenizer(trainer)))
         self._vocab_size = min(shared, getattr(trainer, "vocab_size", shared))  # less if a later teacher has less
-        check_models(student, {"teacher": self._teacher}, generates=False)
+        with in_use(self._teacher):
+            check_models(student, {"teacher": self._teacher}, generates=False)
         _check_loss(trainer, {"student": student, "teacher": self._teacher})
 
     @property
@@ -201,7 +210,7 @@ class TrainedDivergence:
     @torch.no_grad()
     def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """The teacher's hidden states [N, H] at the N scored positions of each batch."""
-        with self.trainer.accelerator.autocast():
+        with self.trainer.accelerator.autocast(), in_use(self._teacher):
             return [batch.hidden(self._teacher) for batch in batches]
 
     def __call__(
@@ -221,7 +230,7 @@ class TrainedDivergence:
 
     def moving_head(self, model: Any, weights: MovableWeights) -> MovingHead | None:
         """The output layer along W + s·Δ; `None` unless D is the reverse KL of unsharded models."""
-        if self.trainer.beta != 1 or weights.sharded or isinstance(self._teacher, FSDPModule):
+        if self.trainer.beta != 1 or not (is_whole(model) and is_whole(self._teacher)):
             return None
         return moving_head(model, weights, self._vocab_size)
 
@@ -269,6 +278,7 @@ def token_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
         torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1),
         torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1),
         scored_BT.bool(),
+        rollouts.get(TEACHER_INDEX),
     )
 
 

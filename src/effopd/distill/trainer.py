@@ -8,11 +8,13 @@ Differs from TRL (see also `RunMixin`):
   change them.
 - `bf16=True` also works on one process.
 
-Left out: a remote teacher, and features that TRL's trainer itself rejects.
+A teacher behind a server: `effopd.distill.served`. Left out: features that TRL's trainer rejects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -39,15 +41,19 @@ from effopd.distill.divergence import (
 from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
+from effopd.distill.mixing import MixingMixin
 from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
 from effopd.distill.prune_callback import PruneCallback
 from effopd.distill.rollout_cycle import RolloutCycleCallback
 from effopd.distill.rollouts import RolloutMixin
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
+from effopd.distill.teachers.manifest import ONLY, ManifestCallback
+from effopd.distill.teachers.mixin import TeachersMixin
+from effopd.distill.teachers.offload import in_use
 from effopd.distill.top_k import top_k_loss
 from effopd.distill.trl_host.hooks import DistillationHooks
-from effopd.distill.trl_host.models import frozen, inside_forward
+from effopd.distill.trl_host.models import inside_forward
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.models.checks import check_models
@@ -56,13 +62,17 @@ from effopd.models.token_batch import TokenBatch
 from effopd.tasks.base import Task
 
 
-class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, DistillationTrainer):
+class OPDTrainer(
+    CurriculumMixin, MixingMixin, RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, DistillationTrainer
+):
     """On-policy distillation: the student answers, the teacher grades every token.
 
     Accepts the arguments of `trl.DistillationTrainer`, and:
 
     Args:
         args: an `OPDConfig`.
+        teacher_model: path or model; or several by label, and a column of the data set
+            (`args.teacher_column`) names the teacher of each row. Default: those that `args` names.
         eval_task: held-out examples with answers. An evaluation samples answers to them and reports
             `eval_kl` (= `eval_loss`), the exact reverse KL to the teacher on these answers in nats
             per token, with its standard error. It also reports `eval_accuracy` at
@@ -77,8 +87,8 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
     Raises:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, is not
             causal, or has logits of a form that is not supported.
-        ConfigError: no teacher, or the teacher is the student object itself; λ ≠ 1 without a
-            reference, or a reference with λ = 1.
+        ConfigError: no teacher, or the teacher is the student object itself; ExOPD's λ ≠ 1 without
+            a reference, or a reference with λ = 1; `lmbda` < 1 without answers.
 
     Source: arXiv 2605.11739, section 2 (objective); 2602.12125 (ExOPD); 2604.13016 (health
         metrics).
@@ -89,7 +99,7 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | Mapping[str, str | PreTrainedModel] | None = None,
         args: OPDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
@@ -99,13 +109,7 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
         **kwargs: Any,
     ):
         args = args if args is not None else OPDConfig()
-        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if teacher_model is None or (teacher_model is model and isinstance(model, PreTrainedModel)):
-            raise ConfigError(
-                "OPDTrainer needs a separate teacher: expected a path or a model object other than the student, got "
-                f"{'none' if teacher_model is None else 'the student object itself, which is trained'}. "
-                "Pass teacher_model, or --teacher_model_name_or_path."
-            )
+        teacher_model = self._named_teachers(teacher_model, model, args)
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
         check_dataset(train_dataset, rollouts_per_step(args))
@@ -115,21 +119,25 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
         super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
         self.health = HealthProbe(args.health_tokens, self.temperature)
-        self.teacher_model = self._prepare_frozen(self._open_curriculum(teacher_model), "teacher")
+        first = self._open_curriculum(teacher_model)
+        self.vocab_size = self._shared_by_all(self._open_teachers(first, train_dataset, eval_task))
         self.reference_model = None if reference_model is None else self._prepare_frozen(reference_model, "reference")
         student = self.accelerator.unwrap_model(self.model)
-        self.vocab_size = min(
-            shared_vocab_size(student, self.accelerator.unwrap_model(other), len(self.text_tokenizer), role)
-            for role, other in (("teacher", self.teacher_model), ("reference", self.reference_model))
-            if other is not None
-        )
-        self.vocab_size = self._shared_by_all(self.vocab_size)
-        self._mixture_head: Head | None = None
-        check_models(
-            student, {"teacher": self.teacher_model, "reference": self.reference_model}, generates=not self.use_vllm
-        )
+        if self.reference_model is not None:
+            reference = self.accelerator.unwrap_model(self.reference_model)
+            shared = shared_vocab_size(student, reference, len(self.text_tokenizer), "reference")
+            self.vocab_size = min(self.vocab_size, shared)
+        self._mixture_head = None
+        with in_use(self.teacher_model), in_use(self.reference_model):
+            check_models(
+                student,
+                {"teacher": self.teacher_model, "reference": self.reference_model},
+                generates=not self.use_vllm,
+            )
         self._open_rollouts()
+        self._open_mixing()
         self._attach_run()
+        self.add_callback(ManifestCallback(self.run_dir.root, partial(self._teacher_entries, teacher_model)))
         self.prune = PruneCallback(self) if args.rollout_horizon == "prune" else None
         if args.rollout_horizon != "full":
             self.add_callback(self.prune or HorizonCallback(self))
@@ -137,6 +145,19 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
             self.add_callback(CurriculumCallback(self))
         if args.updates_per_rollouts > 1:
             self.add_callback(RolloutCycleCallback(self))
+
+    def _named_teachers(self, teacher: Any, student: Any, args: OPDConfig) -> Any:
+        """The teacher or teachers as paths or models other than the student."""
+        if teacher is None:
+            teacher = args.teacher_sources or args.teacher_model_name_or_path
+        sources = teacher.values() if isinstance(teacher, Mapping) else [teacher]
+        if teacher is None or any(each is student and isinstance(student, PreTrainedModel) for each in sources):
+            raise ConfigError(
+                "OPDTrainer needs a separate teacher: expected a path or a model object other than the student, got "
+                f"{'none' if teacher is None else 'the student object itself, which is trained'}. "
+                "Pass teacher_model, or --teacher_model_name_or_path."
+            )
+        return teacher
 
     @staticmethod
     def _check_reference(reference, student, args: OPDConfig) -> None:
@@ -156,18 +177,6 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
         if self.args.on_sampled_tokens and self.tools:
             raise ConfigError(f"loss_type={self.args.loss_type!r} does not support tools; use loss_type='full'.")
 
-    def _prepare_frozen(self, teacher: str | PreTrainedModel, role: str) -> PreTrainedModel:
-        """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
-        init: dict[str, Any] = {"dtype": None} | dict(self.args.teacher_model_init_kwargs or {})
-        named = self.args.teacher_model_name_or_path
-        if role == "reference" or (self.args.curriculum_teachers and teacher != named):
-            init.pop("revision", None)  # the named teacher's
-        elif self.args.teacher_model_init_kwargs is not None and not isinstance(teacher, str):
-            raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
-        elif self.args.teacher_model_revision is not None:
-            init.setdefault("revision", self.args.teacher_model_revision)
-        return frozen(self, teacher, init)
-
     # -- sample → teacher → loss -------------------------------------------------------------------
 
     def distillation_loss(self, student, inputs, num_items):
@@ -181,28 +190,31 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
     def _loss_of(self, student, inputs, num_items):
         batch, training = token_batch(inputs), self.model.training
         multimodal = {key: inputs[key] for key in MULTIMODAL_KEYS if key in inputs}
-        h_student_BTH = self._hidden_states(student, *_columns(batch), **multimodal)
         due = training and self.health.due(self.state)
         if self.args.loss_type == "negative_advantage" and training and not due:
-            teacher = None  # the loss has no target
+            parts = []  # the loss has no target
         else:
-            teacher = self._frozen(self.teacher_model, batch, multimodal)
-        head = Head.of(student, self.vocab_size)
+            parts = self._teacher_parts(batch, multimodal)
         reference = None
         if self.reference_model is not None and training:  # evaluation is against the teacher
-            reference = self._frozen(self.reference_model, batch, multimodal).to(head.weight.device)
+            reference = self._frozen(self.reference_model, batch, multimodal)
+        # last, so that offloaded weights are back in host memory when activations are saved
+        h_student_BTH = self._hidden_states(student, *_columns(batch), **multimodal)
+        head = Head.of(student, self.vocab_size)
+        reference = reference and reference.to(head.weight.device)
         predictions = Predictions(h_student_BTH, head).to(head.weight.device)
-        teacher = teacher and teacher.to(head.weight.device)
+        parts = [part._replace(teacher=part.teacher.to(head.weight.device)) for part in parts]
         mask_BT = batch.scored_BT & inputs["train_mask"] if training and "train_mask" in inputs else batch.scored_BT
         answers = Answers(inputs["completion_ids"], mask_BT, inputs.get("sampler_logps")).to(head.weight.device)
         if training:
             self.ledger.count("update", forward=batch.tokens)
-            self.health.after_loss(student, predictions, teacher, answers, due=due)
-            if self.prune is not None and teacher is not None:
-                answers = self.prune.weigh(predictions, teacher, answers)
-        loss, entropy, count = self._objective(predictions, teacher, reference, answers, num_items)
+            self.health.after_loss(student, predictions, self._measured_teacher(parts), answers, due=due)
+            if self.prune is not None and parts:
+                answers = self.prune.weigh(predictions, parts[0].teacher, answers)  # the only one
+        loss, entropy, count = self._by_teacher(predictions, parts, reference, answers, num_items)
         if training and not bool(torch.isfinite(loss)):
-            raise self._not_finite(student=predictions, teacher=teacher)
+            named = {part.label if part.label == ONLY else f"teacher '{part.label}'": part.teacher for part in parts}
+            raise self._not_finite(student=predictions, **named)
         return loss, entropy.detach(), count
 
     def _hidden_states(self, model, ids_BL, mask_BL, keep, **multimodal) -> Tensor:
@@ -263,11 +275,7 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
 
     def _not_finite(self, **models: Predictions | None) -> NonFiniteLossError:
         """Error that names the models with non-finite hidden states; the host would train on."""
-        bad = [
-            role
-            for role, made in models.items()
-            if made is not None and not bool(torch.isfinite(made.hidden_BTH).all())
-        ]
+        bad = [role for role, made in models.items() if made is not None and not made.finite()]
         return NonFiniteLossError(
             f"the loss of step {self.state.global_step + 1} is not finite; hidden states that are not finite: "
             f"{' and '.join(bad) or 'none, so the loss itself overflowed'}. Nothing was updated in this step. "
@@ -293,15 +301,15 @@ class OPDTrainer(CurriculumMixin, RunMixin, RolloutMixin, DistillationHooks, Dis
             log_metrics(self, self.health.after_step(self._heads))
         return output
 
-    def _heads(self) -> tuple[Head, Head]:
-        models = map(self.accelerator.unwrap_model, (self.model, self.teacher_model))
-        student, teacher = (Head.of(model, self.vocab_size) for model in models)
-        return student, teacher
+    def _heads(self) -> tuple[Head, Head | None]:
+        student, teacher = self.accelerator.unwrap_model(self.model), self.teacher_model
+        other = None if teacher is None else Head.of(self.accelerator.unwrap_model(teacher), self.vocab_size)
+        return Head.of(student, self.vocab_size), other
 
     # -- evaluation --------------------------------------------------------------------------------
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
-        return evaluate_trainer(self, task, self.teacher_model)
+        return evaluate_trainer(self, task, self.teacher_model if self.teachers is None else self.teachers)
 
 
 def _columns(batch: TokenBatch) -> tuple[Tensor, Tensor, int]:

@@ -110,9 +110,11 @@ RANGES: dict[str, Range] = {
     "prune_start_length": _FROM_1, "prune_min_length": _FROM_1, "prune_step": _FROM_1, "prune_margin": _FROM_0,
     "curriculum_stages": _FROM_1, "prune_hit_share": _PART, "prune_patience": _FROM_1,
     "health_tokens": _FROM_0, "horizon_tokens": _FROM_1, "updates_per_rollouts": _FROM_1,
+    "discord_temperature": _ABOVE_0, "lmbda": _SHARE,
     "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
     # this package's objectives
     "baseline_top_k": _FROM_0, "samples_per_prefix": _FROM_1, "teacher_top_k": Range(2),
+    "teacher_server_timeout": _ABOVE_0, "teacher_server_retries": _FROM_0, "teacher_server_concurrency": _FROM_1,
     "highest_entropy_share": _PART, "negative_advantage": _ABOVE_0, "lowest_logp_share": _PART,
     "beta_decay": _FROM_0, "beta_min": _FROM_0,
     "k_step_lookahead": Range(2, also=(0,)), "k_step_lookahead_alpha": _PART,
@@ -123,6 +125,7 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 #: Field → its valid names. `loss_type` is not included: GRPO and OPD have different choices.
 NAMES: dict[str, tuple[str, ...]] = {
     "dtype": _DTYPES,
+    "teacher_dtype": _DTYPES,
     "lora_task_type": ("CAUSAL_LM",),
     "bnb_4bit_quant_type": ("fp4", "nf4"),
     "bnb_4bit_quant_storage": ("uint8", "float16", "bfloat16", "float32"),

@@ -118,7 +118,11 @@ class OptimizerUpdate:
         return factor
 
     def _factor(self, rate: LearningRateMultiplier, best_scale: float, history: Sequence[SearchRecord]) -> float:
-        if self._calibrates and not any(search.searched for search in history):
-            return calibrated_factor(best_scale, rate.share) * rate.applied / rate.factor
+        if self._calibrates:
+            calibrated = next((search.learning_rate_factor_total for search in history if search.searched), None)
+            if calibrated is None:
+                return calibrated_factor(best_scale, rate.share) * rate.applied / rate.factor
+            # never raised: after half a jump, the next search prefers s > 1 at any rate
+            return learning_rate_factor(best_scale, total=rate.factor / calibrated)
         previous = history[-1].best_scale if history else None
         return learning_rate_factor(best_scale, previous or 0.0, rate.factor)

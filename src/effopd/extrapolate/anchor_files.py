@@ -1,7 +1,8 @@
 """The anchor on disk: one file, or one per shard; readable with any number of ranks.
 
 FSDP2 assigns shard r of R the rows [r·c, (r+1)·c) of a parameter, with c = ⌈rows / R⌉. A rank
-therefore reads only its own rows, and a run can resume with another number of processes.
+therefore reads only its own rows, and a run can resume with another number of processes. Under
+DeepSpeed, the rows are the elements of the flat parameter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.common.distributed import ShardSpec, rank
+from effopd.common.distributed import ShardSpec, rank, rows_of
 from effopd.common.files import write_atomically
 
 ANCHOR_FILE = "effopd_anchor.safetensors"
@@ -25,15 +26,6 @@ def anchor_file(part: int, parts: int) -> str:
     A single part is `effopd_anchor.safetensors`. Parts are counted from 0.
     """
     return ANCHOR_FILE if parts == 1 else f"effopd_anchor-{part:05d}-of-{parts:05d}.safetensors"
-
-
-def rows_of(rows: int, part: int, parts: int) -> tuple[int, int]:
-    """First and last row (exclusive) of a part, as `torch.chunk` and FSDP2 divide rows.
-
-    An empty part is (rows, rows).
-    """
-    each = -(-rows // parts)
-    return min(part * each, rows), min((part + 1) * each, rows)
 
 
 def write_anchor(folder: Path, anchor: Mapping[str, Tensor], share: ShardSpec | None) -> int:
@@ -75,7 +67,7 @@ def read_anchor(
         pieces = [file.get_slice(name) for file in (files if name in written else files[:1])]
         if name in wanted:
             share = wanted[name]
-            anchor[name] = _rows(pieces, *rows_of(share.rows, share.part, share.parts))
+            anchor[name] = _rows(pieces, *(share.span or rows_of(share.rows, share.part, share.parts)))
         elif len(pieces) > 1:
             anchor[name] = torch.cat([piece[:] for piece in pieces])
         else:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effopd.common.distributed import all_gather_object, local_shard, reshard, shard_specs, world_size
+from effopd.common.zero import is_zero, masters, shape_of
 from effopd.errors import ConfigError, NonFiniteWeightsError, WeightsError
 from effopd.extrapolate.parameter_rules import plain_name
 
@@ -71,9 +74,11 @@ class AnchoredParameters:
         parameters: parameters by name.
         device: device of the anchor; `None`: the device of each parameter.
         hold: parameter → the tensor that this rank keeps in its anchor (a shard or the whole).
+        optimizer: the optimizer; required under DeepSpeed, whose optimizer holds the weights.
 
     Attributes:
-        parameters: parameters by name.
+        parameters: parameters by name; under DeepSpeed, this rank's fp32 masters, flat.
+        numel: number of elements, all ranks together.
         anchor: fp32 tensors by name.
         shares: this rank's shard of every sharded parameter.
     """
@@ -84,10 +89,17 @@ class AnchoredParameters:
         parameters: Mapping[str, nn.Parameter],
         device: torch.device | None,
         hold: Callable[[Tensor], Tensor],
+        optimizer: Any = None,
     ):
-        self._model, self._device, self._hold = model, device, hold
-        self.parameters = dict(parameters)
-        self.shares = shard_specs(self.parameters)
+        self._device, self._hold = device, hold
+        self.numel = sum(shape_of(p).numel() for p in parameters.values())
+        self.parameters: dict[str, Tensor]
+        if any(map(is_zero, parameters.values())):
+            held = masters(parameters, optimizer)
+            self.parameters, self.shares, self._refresh = held.tensors, held.shares, held.refresh
+        else:
+            self.parameters, self.shares = dict(parameters), shard_specs(parameters)
+            self._refresh = partial(reshard, model)
         self._origin: dict[str, Tensor] | None = None
         self.anchor = {name: self._anchored(p) for name, p in self.parameters.items()}
 
@@ -102,11 +114,6 @@ class AnchoredParameters:
     def names(self) -> tuple[str, ...]:
         """Names of the parameters."""
         return tuple(self.parameters)
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return sum(p.numel() for p in self.parameters.values())
 
     @property
     def nbytes(self) -> int:
@@ -154,9 +161,9 @@ class AnchoredParameters:
         self.edited()
 
     def edited(self) -> None:
-        """Reshard after in-place edits. Call after every edit of the parameters."""
+        """Show in-place edits to the forward pass. Call after every edit of the parameters."""
         if self.shares:
-            reshard(self._model)
+            self._refresh()
 
     def restore_unless(self, finite: bool, point: str, where: str) -> None:
         """Keep the edits if they are finite on all ranks, otherwise restore the origin.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from effopd.common.zero import zero_optimizer
 from effopd.errors import ConfigError
 from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
@@ -64,20 +65,37 @@ def check_scorer(scorer: Any, config: EffOPDConfig, timeout: float | None) -> No
         raise ConfigError(f"score_timeout must be positive and finite or None, got {timeout}.")
 
 
-def movable_weights(model: nn.Module, config: EffOPDConfig) -> MovableWeights:
+def movable_weights(model: nn.Module, config: EffOPDConfig, optimizer: Any = None) -> MovableWeights:
     """LoRA factors if the model is a PEFT model, otherwise the full weights.
 
+    Args:
+        optimizer: the optimizer; required under DeepSpeed, whose optimizer holds the weights.
+
     Raises:
-        ConfigError: the strategy needs full matrices, but this process holds shards.
+        ConfigError: the strategy needs full matrices, but this process holds shards; or LoRA
+            adapters are trained under DeepSpeed.
     """
-    kind = LoraWeights if has_adapters(model) else LiveWeights
-    weights: MovableWeights = kind(model, str(config.parameters), config.anchor_device)
+    weights: MovableWeights
+    if not has_adapters(model):
+        weights = LiveWeights(model, str(config.parameters), config.anchor_device, optimizer)
+    elif zero_optimizer(optimizer) is None:
+        weights = LoraWeights(model, str(config.parameters), config.anchor_device)
+    else:
+        raise lora_under_deepspeed()
     if weights.sharded and config.rules.needs_full_matrices:
         raise ConfigError(
-            f"strategy '{config.strategy}' needs full matrices, but this process holds shards of them (FSDP2). Use "
-            f"{_strategies_for_parts()}, or train with DDP."
+            f"strategy '{config.strategy}' needs full matrices, but this process holds shards of them (FSDP2 or "
+            f"DeepSpeed). Use {_strategies_for_parts()}, or train with DDP."
         )
     return weights
+
+
+def lora_under_deepspeed() -> ConfigError:
+    """The error for LoRA adapters under DeepSpeed, whose factors are not whole on any process."""
+    return ConfigError(
+        "use_peft=True: a look-ahead on LoRA adapters needs whole factors, but DeepSpeed shards them. Train the full "
+        "weights, or launch with DDP or FSDP2."
+    )
 
 
 def _strategies_for_parts() -> str:

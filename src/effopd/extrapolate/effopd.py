@@ -93,7 +93,7 @@ class EffOPD:
         check_model(model, self.config, target=target is not None)
         refuse_unread(self.config, scorer)
         self._target, self._on_move, self._host, self._closed = target, on_move, dict(host or {}), False
-        self.model, self.weights = model, movable_weights(model, self.config)
+        self.model, self.weights = model, movable_weights(model, self.config, optimizer)
         self._searcher = Searcher(model, self.weights, scorer, self.config.seed, score_timeout)
         self.predictor = (
             Predictor(fit, self.config.strategy_args, self.config.seed, self.config.anchor_device)
@@ -116,6 +116,15 @@ class EffOPD:
 
     # -- searching ---------------------------------------------------------------------------------
 
+    def due(self, step: int) -> bool:
+        """Whether `step(step)` would observe or search now."""
+        if self.predictor is not None:
+            return self.predictor.observes(step) or self.predictor.predicts(step)
+        start, past = self.schedule_start, self.history
+        if start:
+            past = [dataclasses.replace(each, step=each.step - start) for each in past if each.step > start]
+        return self.config.triggers(step - start, past)
+
     def step(self, step: int) -> SearchRecord | None:
         """Observe or search if due. Call after every optimizer step.
 
@@ -131,20 +140,13 @@ class EffOPD:
         """
         self._check_open()
         if self.predictor is None:
-            return self.search(step) if self._due(step) else None
+            return self.search(step) if self.due(step) else None
         observed = self._observe(step, self.predictor) if self.predictor.observes(step) else None
         if self.predictor.predicts(step):
             return self.search(step, observed)
         if observed is not None:
             self.history.append(observed)
         return observed
-
-    def _due(self, step: int) -> bool:
-        """Whether the schedule, counted from its start, has a search after `step`."""
-        start, past = self.schedule_start, self.history
-        if start:
-            past = [dataclasses.replace(each, step=each.step - start) for each in past if each.step > start]
-        return self.config.triggers(step - start, past)
 
     def search(self, step: int, observed: SearchRecord | None = None) -> SearchRecord:
         """Search now, regardless of the schedule; see `step`.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effopd.common.zero import BeforeStep, base_optimizer, zero_optimizer
 from effopd.errors import ConfigError
 from effopd.extrapolate.slope_steering import slope_cosine, steering_factor
 
@@ -86,7 +87,7 @@ class LearningRateMultiplier:
     An optimizer has at most one `LearningRateMultiplier`. Closing or deleting it removes its hooks.
 
     Args:
-        optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate.
+        optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate or DeepSpeed.
         wanted: called before every step; if it returns false, the step uses the schedule's rate.
         by_slope: multiply `factor` by `steering_factor(slope_cosine(optimizer))` before every step.
 
@@ -113,7 +114,7 @@ class LearningRateMultiplier:
     _wanted: Callable[[], bool]
 
     def __init__(self, optimizer: Any, wanted: Callable[[], bool] = lambda: True, *, by_slope: bool = False):
-        inner = getattr(optimizer, "optimizer", optimizer)  # unwrap accelerate's optimizer
+        inner, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
         if not isinstance(inner, torch.optim.Optimizer):
             raise ConfigError(
                 f"adapting the learning rate needs a torch.optim.Optimizer, got {type(inner).__name__}. Pass the "
@@ -129,7 +130,7 @@ class LearningRateMultiplier:
             other.close()
         self.factor = self.share = 1.0
         self.cosine: float | None = None
-        self._by_slope = by_slope
+        self._by_slope = by_slope and zero is None
         self._optimizer, self._wanted = inner, wanted
         self._schedule: list[Any] | None = None
         self._applied: float | None = None
@@ -143,7 +144,13 @@ class LearningRateMultiplier:
             if (rate := me()) is not None:
                 rate.release()
 
-        hooks = inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
+        def before_zero() -> None:
+            if (rate := me()) is not None and rate._wanted():
+                rate._steer(zero)
+
+        hooks: list[Any] = [inner.register_step_pre_hook(before), inner.register_step_post_hook(after)]
+        if by_slope and zero is not None:
+            hooks.append(BeforeStep(zero, before_zero))
         self._remove = weakref.finalize(self, _take_off, hooks)
         _ACTIVE[inner] = me
 
@@ -155,8 +162,7 @@ class LearningRateMultiplier:
     def _multiply(self) -> None:
         self.release()  # after a step that raised
         if self._by_slope and self._wanted():
-            self.cosine = slope_cosine(self._optimizer)
-            self.factor *= 1.0 if self.cosine is None else steering_factor(self.cosine)
+            self._steer(self._optimizer)
         self._applied = self.factor if self._wanted() else 1.0
         groups = self._optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]
@@ -164,6 +170,10 @@ class LearningRateMultiplier:
             self.share = float(groups[0]["lr"]) / peak
         for group in groups:
             _set(group, group["lr"] * self._applied)
+
+    def _steer(self, optimizer: Any) -> None:
+        self.cosine = slope_cosine(optimizer)
+        self.factor *= 1.0 if self.cosine is None else steering_factor(self.cosine)
 
     def release(self) -> None:
         """Restore the schedule's rates if a step was interrupted."""

@@ -4,8 +4,8 @@ Each candidate is computed as W + s·Δ from the origin, never from the previous
 rounding errors do not accumulate. The origin keeps the parameters' dtype, so it is restored
 exactly.
 
-LoRA adapters are in `lora_weights`, because B·A is not linear in A and B. DeepSpeed ZeRO is refused
-elsewhere: its master weights belong to the optimizer.
+LoRA adapters are in `lora_weights`, because B·A is not linear in A and B. Under DeepSpeed ZeRO, the
+fp32 masters in the optimizer move, and the model's copies follow (`effopd.common.zero`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effopd.common.distributed import ShardSpec, all_gather_object, local_shard, reshard, world_size
 from effopd.common.float64 import for_float64
+from effopd.common.zero import shape_of
 from effopd.errors import WeightsError
 from effopd.extrapolate.anchored import AnchoredParameters, HoldsAnchored, usable_device
 from effopd.extrapolate.movable import Direction, displacement
@@ -47,16 +49,24 @@ class LiveWeights(HoldsAnchored):
         model: the model; parameter names do not depend on DDP, `torch.compile` and other wrappers.
         parameters: a rule of `PARAMETER_RULES` or a regular expression.
         anchor_device: device of the anchor; `None`: the device of each parameter.
+        optimizer: the optimizer; required under DeepSpeed.
 
     Raises:
-        ConfigError: nothing matches the rule, or the device cannot hold the anchor.
+        ConfigError: nothing matches the rule, the device cannot hold the anchor, or DeepSpeed holds
+            masters that cannot be moved (`effopd.common.zero.masters`).
         WeightsError: a selected parameter is not floating point.
     """
 
     #: Full matrices can represent every point.
     lost_share: float | None = None
 
-    def __init__(self, model: nn.Module, parameters: str = "attention+mlp", anchor_device: str | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: str = "attention+mlp",
+        anchor_device: str | None = None,
+        optimizer: Any = None,
+    ):
         device = usable_device(anchor_device)
         reshard(model)  # after a forward pass, FSDP2 can still hold gathered parameters
         trained = trained_parameters(model)
@@ -64,7 +74,9 @@ class LiveWeights(HoldsAnchored):
         stay = [name for name in trained if name not in moved]
         logger.info(
             "EffOPD moves %.1f %% of the trained weights; %d parameters stay%s.",
-            100 * sum(p.numel() for p in moved.values()) / sum(p.numel() for p in trained.values()),
+            100
+            * sum(shape_of(p).numel() for p in moved.values())
+            / sum(shape_of(p).numel() for p in trained.values()),
             len(stay),
             f", such as {', '.join(stay[:3])}" if stay else "",
         )
@@ -74,14 +86,15 @@ class LiveWeights(HoldsAnchored):
                     f"parameter '{name}' has dtype {parameter.dtype}: expected floating point. Quantized weights "
                     "cannot be moved; exclude them with EffOPDConfig.parameters."
                 )
-        low = sorted({str(p.dtype) for p in moved.values() if p.dtype not in (torch.float32, torch.float64)})
+        self._anchored = AnchoredParameters(model, moved, device, local_shard, optimizer)
+        held = self._anchored.parameters.values()
+        low = sorted({str(p.dtype) for p in held if p.dtype not in (torch.float32, torch.float64)})
         if low:
             logger.warning(
                 "EffOPD moves %s weights. At small learning rates, rounding loses most of an update, and all "
                 "candidates are nearly the same model. Keep the trained weights in float32 (TRL's default).",
                 ", ".join(low),
             )
-        self._anchored = AnchoredParameters(model, moved, device, local_shard)
         self._direction: Direction = displacement
 
     @property
@@ -106,7 +119,9 @@ class LiveWeights(HoldsAnchored):
 
     @torch.no_grad()
     def displacements(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, W − anchor in fp32), one parameter at a time; this rank's shard if sharded."""
+        """(name, W − anchor in fp32), one parameter at a time; this rank's shard if sharded, which
+        is flat under DeepSpeed.
+        """
         for name, parameter in self._anchored.parameters.items():
             if only is not None and name not in only:
                 continue

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effopd.common.distributed import assemble
 from effopd.extrapolate.movable import MovableWeights
 from effopd.extrapolate.parameter_rules import trained_parameters
 from effopd.models.head import Head
@@ -36,5 +37,9 @@ def moving_head(model: Any, weights: MovableWeights, vocab_size: int) -> MovingH
     deltas: dict[str, Tensor] = {}
     if any(wanted.values()):
         start, chosen = start.copied(), {name for name in wanted.values() if name}
-        deltas = {name: delta[:vocab_size] for name, delta in weights.displacements(chosen)}
+        shapes = {wanted[part]: getattr(layer, part).shape for part in wanted if wanted[part]}
+        for name, delta in weights.displacements(chosen):
+            if name in weights.sharded:  # ZeRO 1 and 2: the model is whole, its masters are not
+                delta = assemble(delta, weights.sharded[name], shapes[name])
+            deltas[name] = delta[:vocab_size]
     return MovingHead(start, *(deltas.get(name or "") for name in wanted.values()))

@@ -15,13 +15,14 @@ Source: hypergradient descent (arXiv 1703.04782) with the cosine in the place of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effopd.common.distributed import all_gather_object, local_shard
+from effopd.common.zero import zero_optimizer, zero_steps
 
 #: −c · GAIN is the change of the logarithm of the learning rate; c = −0.3 doubles it.
 GAIN = 2.3
@@ -40,24 +41,32 @@ def steering_factor(cosine: float) -> float:
 
 
 @torch.no_grad()
-def slope_cosine(optimizer: torch.optim.Optimizer) -> float | None:
+def slope_cosine(optimizer: Any) -> float | None:
     """cos(gradient, last Adam step) over all parameters and ranks; call it right before a step.
+
+    Args:
+        optimizer: a torch optimizer, or DeepSpeed's ZeRO optimizer.
 
     Returns:
         `None`: no Adam moments yet (first step, cleared, another optimizer), or not finite.
     """
     parts: dict[torch.device, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if parameter.grad is None or "exp_avg" not in state or "betas" not in group:
-                continue
-            parts.setdefault(parameter.device, []).append(_products(parameter.grad, state, group))
+    for grad, state, group in _steps(optimizer) if zero_optimizer(optimizer) is None else zero_steps(optimizer):
+        parts.setdefault(grad.device, []).append(_products(grad, state, group))
     local = sum((torch.stack(each).cpu().double().sum(0) for each in parts.values()), torch.zeros(3).double())
     # replicas multiply all three sums alike, so shards and replicas need no distinction
     product, gradient, step = torch.tensor(all_gather_object(local.tolist())).double().sum(0).tolist()
     squared = gradient * step
     return product / math.sqrt(squared) if 0 < squared < math.inf and math.isfinite(product) else None
+
+
+def _steps(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mapping[str, Any], Mapping[str, Any]]]:
+    """(gradient, Adam's state, parameter group) of every parameter that has both."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if parameter.grad is not None and "exp_avg" in state and "betas" in group:
+                yield parameter.grad, state, group
 
 
 def _products(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from effopd.common.zero import base_optimizer, reset_adam, zero_optimizer
 from effopd.errors import ConfigError
 
 #: A state tensor is a copy of the weights W if ‖tensor − W‖ < _NEAR · ‖W‖.
 _NEAR = 0.5
 #: Packages whose optimizers keep no copies of the weights.
-_WITHOUT = frozenset({"torch", "transformers", "bitsandbytes", "torchao"})
+_WITHOUT = frozenset({"torch", "transformers", "bitsandbytes", "torchao", "deepspeed"})
 #: Attributes of every `torch.optim.Optimizer`.
 _OWN = frozenset(vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)))
 
@@ -63,8 +64,8 @@ class Movable(Protocol):
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
+    return base_optimizer(optimizer)
 
 
 def has_modes(optimizer: Any) -> bool:
@@ -309,6 +310,9 @@ def clear_state(optimizer: Any) -> None:
     The next step copies the present weights again. Step-size estimates are kept.
     """
     inner = unwrapped(optimizer)
+    if zero_optimizer(optimizer) is not None:
+        reset_adam(inner)
+        return
     counters = _keys(inner).counters
     inner.state.clear()
     for part in (inner, *getattr(inner, "optimizers", ())):

@@ -5,17 +5,19 @@ It makes all checks of the run itself that need neither weights nor network, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
-from effopd.launch.memory_estimate import SETUPS, estimate_memory
+from effopd.launch.memory_estimate import SETUPS, estimate_memory, teacher_choices
 from effopd.launch.model_size import ModelSize, model_size
-from effopd.launch.offline import Stored, rollouts_text, stored_rollouts
+from effopd.launch.offline import Stored, check_answers, rollouts_text, stored_rollouts
 from effopd.launch.opd import (
     RunSettings,
     check_models_of,
@@ -26,9 +28,11 @@ from effopd.launch.opd import (
 )
 from effopd.launch.prompts import Prompts, evaluates, load_prompts
 from effopd.launch.run_checks import check_space
-from effopd.launch.run_models import check_lengths, tokenizer_of
+from effopd.launch.run_models import NamedModel, check_lengths, frozen_models, kept_columns, tokenizer_of
+from effopd.launch.served import served_text
 from effopd.tasks import check_grading, needs_network
 from effopd.tasks.code.rows import shapes_text
+from effopd.tasks.row_columns import field_of
 
 
 def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
@@ -37,15 +41,21 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     Raises:
         EffOPDError: a check of the run fails.
     """
-    rows, stored = _checked(settings)
+    rows, stored, served = _checked(settings)
     run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
-    for name, value in _run_rows(settings, rows, stored):
+    for name, value in _run_rows(settings, rows, stored, served):
         run.add_row(name, value)
     return run, _memory_table(settings, rows)
 
 
-def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None]:
-    """Run the checks; return (prompts, stored rollouts).
+def print_plan(settings: RunSettings) -> None:
+    """Print `plan_tables`, 140 columns wide if the output is not a terminal."""
+    for table in plan_tables(settings):
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None, str]:
+    """Run the checks; return (prompts, stored rollouts, line on the teacher's server).
 
     The prompts are `None` if loading them needs the network.
     """
@@ -55,18 +65,23 @@ def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None]:
     models = check_models_of(settings) if on_disk else []
     tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
     stored = stored_rollouts(model, opd, tokenizer, network=False)
+    check_answers(opd, tokenizer)
     if needs_network(task):
         if why_answers(opd, effopd) or task.verifier is not None:
             check_grading(task)
-        return None, stored
-    rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
-    check_prompts(settings, rows.train, stored)
+        return None, stored, _server(settings, tokenizer, models, None)
+    rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
+    check_prompts(settings, rows.train, stored, rows.held_out)
     if stored is not None:
         rows = rows._replace(longest=max(rows.longest or 0, stored.longest))
     if on_disk:
         check_lengths(models, rows.longest, opd.max_completion_length)
         check_space(model, opd, models, len(rows.train), rollouts_per_step(opd), effopd=effopd.enabled)
-    return rows, stored
+    return rows, stored, _server(settings, tokenizer, models, rows.longest)
+
+
+def _server(settings: RunSettings, tokenizer: Any, models: Sequence[NamedModel], longest: int | None) -> str:
+    return served_text(settings.opd, tokenizer, next(iter(models), None), longest) if settings.opd.served else ""
 
 
 def _models_on_disk(settings: RunSettings) -> bool:
@@ -74,19 +89,25 @@ def _models_on_disk(settings: RunSettings) -> bool:
     return all(Path(name).is_dir() for name in names)
 
 
-def _run_rows(settings: RunSettings, rows: Prompts | None, stored: Stored | None) -> Iterator[tuple[str, str]]:
+def _run_rows(
+    settings: RunSettings, rows: Prompts | None, stored: Stored | None, served: str
+) -> Iterator[tuple[str, str]]:
     opd, task, effopd = settings.opd, settings.task, settings.effopd
     yield (
         "student",
         f"{settings.model.model_name_or_path}  {_size_text(_size(settings.model.model_name_or_path, opd))}",
     )
-    for role in ("teacher", "reference"):
-        name = getattr(opd, f"{role}_model_name_or_path")
-        if name and stored is None:
-            yield role, f"{name}  {_size_text(_size(name, opd))}"
+    for flag, name in frozen_models(opd).items():
+        role = flag.removeprefix("--").removesuffix("_model_name_or_path").replace("teachers ", "teacher ")
+        yield role, f"{name}  {_size_text(_size(name, opd))}{_rows_text(opd, role, rows)}"
+    if choices := teacher_choices(settings):
+        yield "teacher's weights" if opd.teacher_sources == {} else "teachers' weights", choices
     if stored is not None:
         yield "rollouts", rollouts_text(stored, str(opd.rollouts))
-        yield "teacher", "none in memory"
+        if not opd.holds_teacher:
+            yield "teacher", "none in memory"
+    if served:
+        yield "teacher", served
     yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes
@@ -114,6 +135,15 @@ def _run_rows(settings: RunSettings, rows: Prompts | None, stored: Stored | None
     unchecked += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_on_disk(settings))
     if unchecked:
         yield "not checked", ", ".join(unchecked)
+
+
+def _rows_text(opd: Any, role: str, rows: Prompts | None) -> str:
+    """Number of training prompts of one of several teachers."""
+    if rows is None or not opd.teacher_sources or not role.startswith("teacher "):
+        return ""
+    label = role.removeprefix("teacher ")
+    own = sum(str(field_of(dict(each.metadata), opd.teacher_column)) == label for each in rows.train.examples)
+    return f", {own:,} training prompts"
 
 
 def _curriculum_text(opd: Any) -> str:

@@ -74,7 +74,7 @@ def require_packages(model: ModelConfig, args: Any) -> None:
     bits = any(isinstance(q, Mapping) and (q.get("load_in_8bit") or q.get("load_in_4bit")) for q in quantized)
     for module, wanted in (
         ("peft", model.use_peft),
-        ("bitsandbytes", model.load_in_4bit or model.load_in_8bit or bits),
+        ("bitsandbytes", model.load_in_4bit or model.load_in_8bit or bits or getattr(args, "quantization", None)),
         ("vllm", args.use_vllm),
         ("liger_kernel", args.use_liger_kernel),
         *(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,20 @@ from transformers.utils import is_triton_available
 from effopd.launch.adapters import adapter_config, trained_parameters
 from effopd.launch.meta_model import model_of
 from effopd.launch.model_size import ModelSize, model_size
-from effopd.launch.model_states import BF16, FP32, model_state_bytes
+from effopd.launch.model_states import FP32, model_state_bytes
 from effopd.launch.opd import RunSettings
 from effopd.launch.prompts import evaluates
-from effopd.launch.run_models import loading_arguments
+from effopd.launch.run_models import STAGES, frozen_models, loading_arguments
 from effopd.launch.step_memory import PROCESS, StepMemory, StepShape, step_memory
+from effopd.launch.teacher_memory import DTYPE_BYTES, QUANTIZED, TeacherSize, dtype_of, quantization_of
 
 #: (heading, ranks, sharded) of the estimated setups.
 SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
 #: Prompt length, in tokens, if none was measured and no limit is set.
 _ASSUMED_PROMPT = 512
-_DTYPE_BYTES = {"float32": FP32, "auto": BF16, "bfloat16": BF16, "float16": BF16}
 #: Allocated / requested memory. Real runs took up to 9 % more than requested
 #: (benchmarks/memory_estimate.py).
 _ALLOCATOR = 1.12
-#: Bytes per quantized weight, including its scales.
-_QUANTISED = {"load_in_4bit": 0.56, "load_in_8bit": 1.06}
 
 
 @dataclass(frozen=True)
@@ -57,31 +55,27 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
     opd, effopd = settings.opd, settings.effopd
     prompt, prompt_source = _prompt_length(settings, longest)
     student = _size(str(settings.model.model_name_or_path), opd)
-    frozen_sizes = [
-        _size(name, opd)
-        for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path)
-        if name and not opd.offline
-    ]
-    staged = [_size(name, opd) for name in opd.curriculum_teachers or ()]
-    if staged:  # one teacher in memory at a time
-        known = [size for size in (*staged, frozen_sizes[0]) if size is not None]
-        frozen_sizes[0] = max(known, key=lambda size: size.parameters) if len(known) > len(staged) else None
+    frozen_sizes = _held({flag: _size(name, opd) for flag, name in frozen_models(opd).items()})
     others = [size for size in frozen_sizes if size is not None]
     if student is None or len(others) < len(frozen_sizes):
         return None
-    student_bytes, frozen_bytes = (_weight_bytes(init) for init in loading_arguments(settings.model, opd))
+    student_init, frozen_init = loading_arguments(settings.model, opd)
+    student_bytes = DTYPE_BYTES.get(dtype_of(student_init), FP32)
+    measured = [TeacherSize.of(size) for size in others]
+    visiting = _frozen_bytes(opd, measured, frozen_init)[1]
     adapter, trained = _adapter(settings, student)
     columns = [
         model_state_bytes(
             student,
-            sum(size.parameters for size in others) * frozen_bytes,
+            _frozen_bytes(opd, measured, frozen_init, ranks if sharded else 1)[0],
             ranks=ranks,
             sharded=sharded,
             moved=student.selected(str(effopd.parameters)) if effopd.enabled else None,
             anchor_here=effopd.anchor_device is None,
             trained=trained,
             weight_bytes=next(
-                (size for name, size in _QUANTISED.items() if getattr(settings.model, name)), student_bytes
+                (size for name, size in QUANTIZED.items() if getattr(settings.model, f"load_in_{name}")),
+                student_bytes,
             ),
             optim=str(getattr(opd.optim, "value", opd.optim)),
         )
@@ -97,18 +91,75 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
         attention=settings.model.attn_implementation,
         adapter=adapter,
     )
-    peaks = [_peak(column, step, accumulates=opd.gradient_accumulation_steps > 1) for column in columns]
+    accumulates = opd.gradient_accumulation_steps > 1
+    peaks = [_peak(column, step, accumulates=accumulates, visiting=visiting) for column in columns]
     parts = {name: getattr(step, name) for name in ("sampling", "activations", "loss", "evaluation")}
     shown = {name: value for name, value in parts.items() if value}
+    shown |= {"teacher in use": visiting} if visiting else {}
     return MemoryEstimate([column | shown for column in columns], peaks, prompt_source, True)
 
 
-def _peak(column: Mapping[str, int], step: StepMemory, *, accumulates: bool) -> int:
-    """Peak bytes: permanent memory plus the larger of a step and a search, × `_ALLOCATOR`."""
+def _held(sizes: Mapping[str, ModelSize | None]) -> list[ModelSize | None]:
+    """Sizes of the frozen models held at the same time: of a curriculum's teachers, the largest."""
+    if not any(flag.startswith(STAGES) for flag in sizes):
+        return list(sizes.values())
+    teachers = {flag: size for flag, size in sizes.items() if "teacher" in flag}
+    known = [size for size in teachers.values() if size is not None]
+    largest = max(known, key=lambda size: size.parameters) if len(known) == len(teachers) else None
+    return [largest, *(size for flag, size in sizes.items() if flag not in teachers)]
+
+
+def _frozen_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any], ranks: int = 1) -> tuple[int, int]:
+    """(bytes of the frozen models at all times, further bytes while an offloaded one is in use).
+
+    Args:
+        ranks: number of ranks that share the teacher's layers with `teacher_shard`.
+    """
+    dtype, quantization = dtype_of(init), quantization_of(opd, init)
+    if opd.teacher_shard:
+        return sum(size.sharded(dtype, ranks) for size in sizes), 0
+    if opd.teacher_sources and opd.teachers_in_memory == "one":
+        sizes = [max(sizes, key=lambda size: size.parameters)]  # several teachers and no reference
+    each = [size.weights(dtype, quantization) for size in sizes]
+    if not opd.teacher_offload:
+        return sum(each), 0
+    rest = [size.at_rest(dtype) for size in sizes]
+    return sum(rest), max((whole - part for whole, part in zip(each, rest, strict=True)), default=0)
+
+
+def teacher_choices(settings: RunSettings) -> str:
+    """GB of all teachers' weights by choice of `--teacher_…`; "": no teacher, or unknown size."""
+    opd = settings.opd
+    names = [name for flag, name in frozen_models(opd).items() if not flag.startswith("--reference")]
+    sizes = [_size(name, opd) for name in names]
+    if not sizes or None in sizes:
+        return ""
+    _, init = loading_arguments(settings.model, opd)
+    dtype, quantization = dtype_of(init), quantization_of(opd, init)
+    measured = [TeacherSize.of(size) for size in sizes if size is not None]
+    chosen = sum(each.weights(dtype, quantization) for each in measured)
+    totals: dict[str, int] = {}
+    for each in measured:
+        for name, value in each.choices(dtype).items():
+            totals[name] = totals.get(name, 0) + value
+    if len(measured) > 1:
+        totals["one in memory"] = max(each.weights(dtype, quantization) for each in measured)
+    kind = f"{quantization.removesuffix('bit')} bits" if quantization else dtype
+    choices = ", ".join(f"{name} {value / 1e9:,.3g}" for name, value in totals.items())
+    return f"{chosen / 1e9:,.3g} GB in {kind}. Choices, GB: {choices}"
+
+
+def _peak(column: Mapping[str, int], step: StepMemory, *, accumulates: bool, visiting: int = 0) -> int:
+    """Peak bytes: permanent memory plus the largest of a step, a search and an offloaded teacher's
+    weights, × `_ALLOCATOR`.
+
+    Offloaded weights are in memory before the student's activations are saved.
+    """
     gradients, candidate = column["gradients"], column.get("candidate", 0)
     held = sum(column.values()) - gradients - candidate
     search = candidate + max(step.loss, step.sampling) if candidate else 0
-    return round(_ALLOCATOR * (held + max(step.peak(gradients, accumulates), search)))
+    in_use = visiting + gradients * accumulates + candidate
+    return round(_ALLOCATOR * (held + max(step.peak(gradients, accumulates), search, in_use if visiting else 0)))
 
 
 def _prompt_length(settings: RunSettings, longest: int | None) -> tuple[int, str]:
@@ -142,10 +193,6 @@ def step_shape(settings: RunSettings, prompt: int) -> StepShape:
 
 def _size(name: str, opd: Any) -> ModelSize | None:
     return model_size(name, trust_remote_code=opd.trust_remote_code)
-
-
-def _weight_bytes(init: Mapping[str, Any]) -> int:
-    return _DTYPE_BYTES.get(str(init.get("dtype", "float32")).removeprefix("torch."), FP32)
 
 
 def _adapter(settings: RunSettings, student: ModelSize) -> tuple[Any, int | None]:

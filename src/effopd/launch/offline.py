@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from trl import ModelConfig
 
 from effopd.distill.config import OPDConfig
+from effopd.distill.mixing import read_traces
 from effopd.distill.offline_store import CollectCosts, Header, ModelIdentity, RolloutStore, StoredRollout
-from effopd.distill.offline_trainer import check_look_ahead, check_sampling
+from effopd.distill.offline_trainer import check_look_ahead, check_sampling, trained_rows
 from effopd.distill.scoring import rollouts_per_step
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.config import EffOPDConfig
@@ -71,16 +72,37 @@ def stored_rollouts(model: ModelConfig, opd: OPDConfig, tokenizer: Any, *, netwo
             f"so their token ids mean other tokens. Use the student that sampled them ({header.student.name}), or "
             "collect new rollouts with effopd cache."
         )
-    _check_student(model, opd, header, network=network)
+    if header.sampler == "student":  # traces fit any student
+        _check_student(model, opd, header, network=network)
     _check_teacher(opd, header)
     rows, costs = store.read(header)
+    rows = trained_rows(opd, rows)
     if len(rows) < rollouts_per_step(opd):
         raise ConfigError(
-            f"a step takes {rollouts_per_step(opd)} rollouts, but --rollouts {opd.rollouts} has {len(rows)}. Lower "
+            f"a step takes {rollouts_per_step(opd)} rollouts, but --rollouts {opd.rollouts} has {len(rows)}"
+            f"{' correct ones' if header.sampler == 'teacher' else ''}. Lower "
             "--per_device_train_batch_size or --gradient_accumulation_steps, or collect more."
         )
     warn_of_teachers(header)
     return Stored(header, rows, costs)
+
+
+def check_answers(opd: OPDConfig, tokenizer: Any) -> None:
+    """Check that a run with `lmbda` < 1 has answers for the steps that are not on-policy.
+
+    The commands' tasks have reference answers, not completions, so they need traces.
+
+    Raises:
+        CheckpointError, CompatibilityError, ConfigError: see `read_traces`; or there are no traces.
+    """
+    if opd.lmbda == 1:
+        return
+    if opd.traces is None:
+        raise ConfigError(
+            f"lmbda={opd.lmbda:g} needs answers for the steps that are not on-policy. Collect them with effopd cache "
+            "--sampled_by teacher and set --traces."
+        )
+    read_traces(opd, tokenizer)
 
 
 def _check_student(model: ModelConfig, opd: OPDConfig, header: Header, *, network: bool) -> None:
@@ -111,8 +133,11 @@ def _check_teacher(opd: OPDConfig, header: Header) -> None:
 
 
 def warn_of_teachers(header: Header) -> None:
-    """Warn if the student's supervised data are by another model than the teacher."""
-    if header.one_teacher is False and header.sft_teacher is not None:
+    """Warn if the student's supervised data are by another model than the teacher.
+
+    Traces are themselves supervised data by the teacher, so they need no check.
+    """
+    if header.sampler == "student" and header.one_teacher is False and header.sft_teacher is not None:
         logger.warning(
             "The teacher %s is not the model that wrote the student's supervised data (%s). Offline distillation "
             "assumes that they are the same: with different ones, arXiv 2604.13010 loses about twice the accuracy "
@@ -126,6 +151,11 @@ def warn_of_teachers(header: Header) -> None:
 def rollouts_text(stored: Stored, folder: str) -> str:
     """One line for the plan of a run."""
     header, costs = stored.header, stored.costs
+    if header.sampler == "teacher":
+        return (
+            f"{folder}: {len(stored.rows):,} correct answers of {header.prompts:,} by {header.teacher.name}; "
+            f"{costs.generated_tokens:,} tokens sampled, {costs.teacher_forward_tokens:,} teacher tokens"
+        )
     known = {True: "wrote", False: "did not write", None: "is not known to have written"}[header.one_teacher]
     return (
         f"{folder}: {len(stored.rows):,} answers by {header.student.name}, scored by {header.teacher.name}, which "

@@ -10,11 +10,14 @@ from typing import Any
 
 from trl import ModelConfig, get_quantization_config
 
-from effopd.distill.callback import EffOPDCallback
+from effopd.distill.callback import EffOPDCallback, check_deepspeed
 from effopd.distill.config import OPDConfig
 from effopd.distill.curriculum_mixin import check_stages
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
+from effopd.distill.served.trainer import ServedOPDTrainer
+from effopd.distill.teachers.manifest import ONLY, check_same_teachers, planned_entries, read_manifest
+from effopd.distill.teachers.several import check_task_labels
 from effopd.distill.trainer import OPDTrainer
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
@@ -22,20 +25,26 @@ from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
 from effopd.launch.adapters import adapter_config
-from effopd.launch.offline import Stored, check_offline_settings, stored_rollouts
+from effopd.launch.offline import Stored, check_answers, check_offline_settings, stored_rollouts
 from effopd.launch.optimizer_checks import check_copies
 from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
+    STAGES,
     NamedModel,
     check_lengths,
     check_student_adapter,
+    frozen_models,
+    kept_columns,
     loading_arguments,
     on_meta,
     tokenizer_of,
 )
+from effopd.launch.served import served_teacher
 from effopd.launch.settings_yaml import plain, settings_yaml
-from effopd.tasks import Task, TaskConfig
+from effopd.launch.teacher_memory import dtype_of, quantization_of
+from effopd.runs.run_dir import RunDir
+from effopd.tasks import Task, TaskConfig, check_packages
 
 
 @dataclass
@@ -62,11 +71,13 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     models = check_models_of(settings)
     tokenizer = tokenizer_of(model, other_models(opd), opd)
     stored = stored_rollouts(model, opd, tokenizer, network=True)
-    train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(opd, effopd))
-    check_prompts(settings, train, stored)
+    check_answers(opd, tokenizer)
+    train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
+    check_prompts(settings, train, stored, held_out)
     longest = longest if stored is None else max(longest or 0, stored.longest)
     check_lengths(models, longest, opd.max_completion_length)
     check_space(model, opd, models, len(train), rollouts_per_step(opd), effopd=effopd.enabled)
+    served = served_teacher(opd, tokenizer, models[0], longest)
     opd.model_init_kwargs, opd.teacher_model_init_kwargs = loading_arguments(model, opd)
     common: dict[str, Any] = {
         "processing_class": tokenizer,
@@ -75,12 +86,16 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
         "peft_config": adapter_config(model),
     }
     trainer: OPDTrainer | OfflineOPDTrainer
-    if stored is not None:
+    if served is not None:
+        trainer = ServedOPDTrainer(
+            model.model_name_or_path, opd, train_dataset=train.to_dataset(), served=served, **common
+        )
+    elif stored is not None:
         trainer = OfflineOPDTrainer(model.model_name_or_path, opd, stored=stored, **common)
     else:
         trainer = OPDTrainer(
             model.model_name_or_path,
-            opd.teacher_model_name_or_path,
+            opd.teacher_sources or opd.teacher_model_name_or_path,
             opd,
             train_dataset=train.to_dataset(),
             **common,
@@ -102,26 +117,46 @@ def check_settings(settings: RunSettings) -> None:
     """
     opd, effopd = settings.opd, settings.effopd
     check_values(settings.task)
+    check_packages(settings.task)
     check_values(effopd, "effopd.")
     names = {
         "--model_name_or_path": settings.model.model_name_or_path,
         "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
     }
-    if opd.offline and opd.teacher_model_name_or_path is None:
+    if (opd.offline or opd.served or opd.teacher_sources) and opd.teacher_model_name_or_path is None:
         del names["--teacher_model_name_or_path"]
-    for stage, name in enumerate(opd.curriculum_teachers or (), start=1):
-        names[f"--curriculum_teachers (stage {stage})"] = name
+    names |= {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
+    names |= {f"{STAGES} ({stage})": name for stage, name in opd.stage_teachers.items()}
     if opd.reference_model_name_or_path is not None:
         names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
     check_run(settings.model, opd, names)
+    _check_resumed_teachers(settings)
     usable_device(effopd.anchor_device)
     if opd.eval_on_start is None:  # evaluate before the first jump
         opd.eval_on_start = effopd.enabled and opd.eval_strategy != "no"
     check_offline_settings(opd, effopd)
     if effopd.enabled:
         check_copies(opd, lora=settings.model.use_peft)
+        check_deepspeed(opd, lora=settings.model.use_peft)
     if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
+
+
+def _check_resumed_teachers(settings: RunSettings) -> None:
+    """Check labels, dtype and quantization of the teachers against a checkpoint that is resumed.
+
+    Their weights are compared when they are loaded.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    opd = settings.opd
+    checkpoint = RunDir(opd.output_dir).to_resume(resume_argument(opd))
+    if checkpoint is None or opd.offline or read_manifest(checkpoint) is None:
+        return
+    sources = opd.teacher_sources or {ONLY: str(opd.teacher_model_name_or_path)} | opd.stage_teachers
+    init = loading_arguments(settings.model, opd)[1]
+    check_same_teachers(checkpoint, planned_entries(sources, dtype_of(init), quantization_of(opd, init)))
 
 
 def check_models_of(settings: RunSettings) -> list[NamedModel]:
@@ -135,12 +170,7 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
     model, opd = settings.model, settings.opd
     student, other = loading_arguments(model, opd)
     models = [on_meta("--model_name_or_path", str(model.model_name_or_path), student, opd)]
-    models += [
-        on_meta(f"--{role}_model_name_or_path", name, other, opd)
-        for role in ("teacher", "reference")
-        if (name := getattr(opd, f"{role}_model_name_or_path")) and not opd.offline
-    ]
-    models += [on_meta("--curriculum_teachers", name, other, opd) for name in stage_teachers(opd)]
+    models += [on_meta(flag, name, other, opd) for flag, name in frozen_models(opd).items()]
     check_student_adapter(model, models[0], student, opd)
     if settings.effopd.enabled and not model.use_peft:
         names = (name for name, _ in models[0].meta.named_parameters())
@@ -148,8 +178,11 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
     return models
 
 
-def check_prompts(settings: RunSettings, train: Task, stored: Stored | None = None) -> None:
-    """Check that there are enough prompts for a step and for the validation prompts.
+def check_prompts(
+    settings: RunSettings, train: Task, stored: Stored | None = None, held_out: Task | None = None
+) -> None:
+    """Check that there are enough prompts for a step and for the validation prompts, and that every
+    row names one of several teachers.
 
     Raises:
         ConfigError, TaskError: there are too few prompts.
@@ -160,6 +193,10 @@ def check_prompts(settings: RunSettings, train: Task, stored: Stored | None = No
             f"a step takes {batch} prompts, but the task has only {len(train)}. Lower --per_device_train_batch_size "
             "or --gradient_accumulation_steps, or raise --train_size."
         )
+    if settings.opd.teacher_sources:
+        for task in (train, held_out):
+            if task is not None:
+                check_task_labels(task, list(settings.opd.teacher_sources), settings.opd.teacher_column)
     if settings.opd.curriculum != "none":
         check_stages(settings.opd, [vars(example) for example in train.examples])
     if settings.effopd.validation_size is not None:
@@ -167,16 +204,8 @@ def check_prompts(settings: RunSettings, train: Task, stored: Stored | None = No
 
 
 def other_models(opd: OPDConfig) -> list[str]:
-    """Names of the teachers and, if there is one, the reference; none with stored rollouts."""
-    if opd.offline:
-        return []
-    named = [name for name in (opd.teacher_model_name_or_path, opd.reference_model_name_or_path) if name]
-    return named + stage_teachers(opd)
-
-
-def stage_teachers(opd: OPDConfig) -> list[str]:
-    """Teachers of a curriculum, without repetitions and without the named teacher."""
-    return [name for name in dict.fromkeys(opd.curriculum_teachers or ()) if name != opd.teacher_model_name_or_path]
+    """Names of the teachers and, if there is one, the reference, as far as they are loaded."""
+    return list(frozen_models(opd).values())
 
 
 def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:

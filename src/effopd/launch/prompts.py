@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from effopd.launch.preflight import check_task
@@ -19,15 +20,16 @@ class Prompts(NamedTuple):
     longest: int | None
 
 
-def load_prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str) -> Prompts:
+def load_prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str, *, keep: Sequence[str] = ()) -> Prompts:
     """Load and check the training prompts and, if the run evaluates, the held-out prompts.
 
     Args:
         tokenizer: the student's. `None`: prompt lengths are not measured.
         why: sentence that names the settings that need reference answers; "" if there are none.
+        keep: as for `load_task`.
     """
-    train = load_task(task, "train", answers_required=bool(why), why=why)
-    held_out = load_task(task, "eval", why=why) if evaluates(args) else None
+    train = load_task(task, "train", answers_required=bool(why), why=why, keep=keep)
+    held_out = load_task(task, "eval", why=why, keep=keep) if evaluates(args) else None
     lengths = [
         check_task(part, tokenizer, task.max_prompt_length, **(args.chat_template_kwargs or {}))
         for part in (train, held_out)

@@ -16,7 +16,7 @@ from effopd.launch.prompts import load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import check_lengths, check_student_adapter, loading_arguments, on_meta, tokenizer_of
 from effopd.launch.settings_yaml import settings_yaml
-from effopd.tasks import TaskConfig
+from effopd.tasks import TaskConfig, check_packages
 
 
 @dataclass
@@ -39,6 +39,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     model, task, rl = settings.model, settings.task, settings.rl
     name = model.model_name_or_path
     check_values(task)
+    check_packages(task)
     names = {"--model_name_or_path": name}
     teacher = rl.teacher_model_name_or_path if isinstance(rl, TaskDGRPOConfig) else None
     if isinstance(rl, TaskDGRPOConfig):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from effopd.distill.saving import check_generation_config
+from effopd.distill.teachers.loading import resolved_dtype
 from effopd.launch.adapters import check_adapter
 from effopd.launch.meta_model import check_positions, meta_model
 from effopd.launch.preflight import check_models, load_tokenizer
@@ -72,4 +73,28 @@ def loading_arguments(model: ModelConfig, args: Any) -> tuple[dict[str, Any], di
     common = {"attn_implementation": model.attn_implementation, "trust_remote_code": args.trust_remote_code}
     common |= {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
     student = common | {"revision": model.model_revision} | dict(args.model_init_kwargs or {})
-    return student, common | dict(getattr(args, "teacher_model_init_kwargs", None) or {})
+    dtype = {"dtype": resolved_dtype(args, model.dtype)} if hasattr(args, "teacher_dtype") else {}
+    return student, common | dtype | dict(getattr(args, "teacher_model_init_kwargs", None) or {})
+
+
+#: Flag of the teachers of which one at a time is in memory.
+STAGES = "--curriculum_teachers"
+
+
+def frozen_models(opd: Any) -> dict[str, str]:
+    """Flag → name of teachers and, if there is one, reference, as far as they are loaded."""
+    if not opd.holds_teacher:
+        return {}
+    models = {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
+    for role in ("teacher", "reference"):
+        if name := getattr(opd, f"{role}_model_name_or_path"):
+            models[f"--{role}_model_name_or_path"] = name
+    for stage, name in opd.stage_teachers.items():
+        if name not in models.values():
+            models[f"{STAGES} ({stage})"] = name
+    return models
+
+
+def kept_columns(opd: Any) -> tuple[str, ...]:
+    """Columns of the rows that a run reads besides prompt, answer and tests."""
+    return (opd.teacher_column,) if opd.teacher_sources else ()

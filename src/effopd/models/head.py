@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effopd.common.distributed import full_tensor
+from effopd.common.zero import is_zero3, whole_parameters
 from effopd.models.logit_path import core_of, logit_path
 
 
@@ -31,12 +32,17 @@ class Head:
     def of(cls, model: PreTrainedModel, vocab_size: int) -> Head:
         """The first `vocab_size` rows of the head of `model`; rows past the tokenizer are padding.
 
+        Under ZeRO-3, outside a forward pass, all ranks must call this; the head is then a copy.
+
         Raises:
             CompatibilityError: the model's logits do not have this form
                 (`effopd.models.logit_path`).
         """
         layer, path = core_of(model).get_output_embeddings(), logit_path(model)
         weight, bias = layer.weight, getattr(layer, "bias", None)
+        if is_zero3(weight) and weight.numel() == 0:  # outside a forward pass; all ranks gather it
+            with whole_parameters(weight, bias):
+                weight, bias = (None if each is None else each.detach().clone() for each in (weight, bias))
         if weight.shape[0] != vocab_size:
             weight, bias = weight[:vocab_size], bias[:vocab_size] if bias is not None else None
         return cls(weight, bias, path.scale, path.softcap)

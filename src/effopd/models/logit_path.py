@@ -63,7 +63,11 @@ _PATHS: WeakKeyDictionary[nn.Module, LogitPath] = WeakKeyDictionary()
 
 
 def core_of(model: Any) -> PreTrainedModel:
-    """The causal LM without the wrappers of torch.compile and PEFT; adapters stay active."""
+    """The causal LM without the wrappers of DeepSpeed, torch.compile and PEFT; adapters stay
+    active.
+    """
+    if type(model).__module__.startswith("deepspeed."):
+        model = model.module
     model = getattr(model, "_orig_mod", model)
     peft = sys.modules.get("peft")  # accelerate's `is_peft_model` parses PEFT's metadata at each call
     model = model.base_model.model if peft and isinstance(model, peft.PeftModel) else model

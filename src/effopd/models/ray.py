@@ -110,8 +110,9 @@ class RayKL:
 
     Args:
         head: the student's output layer along the line.
-        teacher: the teacher's output layer, with the same number of rows.
-        h_teacher_NH: the teacher's hidden states.
+        teacher: the teacher's output layer, with the same number of rows; `None`: a subclass
+            has other logits of the teacher (`target_logits`).
+        h_teacher_NH: the teacher's hidden states; `None`: as for `teacher`.
         temperature: divisor of both models' logits.
         tile: positions and vocabulary rows per tile. Memory: about q + 6 tiles.
 
@@ -125,8 +126,8 @@ class RayKL:
     def __init__(
         self,
         head: MovingHead,
-        teacher: Head,
-        h_teacher_NH: Tensor,
+        teacher: Head | None,
+        h_teacher_NH: Tensor | None,
         *,
         temperature: float = 1.0,
         tile: tuple[int, int] = TILE,
@@ -222,20 +223,22 @@ class RayKL:
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         device = self._hidden[used[0]].device
         hidden = {node: self._hidden[node].to(device, dtype) for node in used}
-        h_teacher = self._h_teacher.to(device, dtype)
+        if self._h_teacher is not None:
+            self._h_teacher = self._h_teacher.to(device, dtype)
+        count = len(hidden[used[0]])
         leading = {
             nodes: _weighted([hidden[node] for node in nodes], leading_weights(nodes))
             for nodes in dict.fromkeys(point.nodes for point in points)
         }
         height = self._tile[0]
-        chunks = [slice(first, first + height) for first in range(0, max(1, len(h_teacher)), height)]
-        log_z = torch.full(h_teacher.shape[:1], -math.inf, dtype=dtype, device=device)
+        chunks = [slice(first, first + height) for first in range(0, max(1, count), height)]
+        log_z = torch.full((count,), -math.inf, dtype=dtype, device=device)
         sums: list[list[Moments | None]] = [[None] * len(chunks) for _ in points]
         for tile in self._tiles(used, dtype, device):  # outside, because every tile adds s D to its weights
             for index, rows in enumerate(chunks):
-                (target,) = self._logits([tile.teacher(h_teacher[rows])], self._teacher)
-                log_z[rows] = torch.logaddexp(log_z[rows], target.logsumexp(-1))
                 a = {node: tile.student(h[rows], node) for node, h in hidden.items()}
+                target = self.target_logits(tile, rows, a)
+                log_z[rows] = torch.logaddexp(log_z[rows], target.logsumexp(-1))
                 c = {nodes: tile.leading(h[rows], only=len(nodes) == 1) for nodes, h in leading.items()}
                 for point, parts in zip(points, sums, strict=True):
                     z, *rest = self._logits(_combined(point, a, c[point.nodes], order), self._student.start)
@@ -244,6 +247,7 @@ class RayKL:
 
     def _tiles(self, nodes: Sequence[float], dtype: torch.dtype, device: torch.device) -> Iterator[_Tile]:
         moving, start, teacher = self._student, self._student.start, self._teacher
+        other = (None, None) if teacher is None else (teacher.weight, teacher.bias)
 
         def cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
             return None if tensor is None else tensor.detach()[rows].to(device, dtype)
@@ -256,7 +260,17 @@ class RayKL:
             weight, bias = cut(start.weight, rows), cut(start.bias, rows)
             delta = cut(moving.weight_delta, rows), cut(moving.bias_delta, rows)
             student = {node: (at(node, weight, delta[0]), at(node, bias, delta[1])) for node in nodes}
-            yield _Tile(student, (cut(teacher.weight, rows), cut(teacher.bias, rows)), delta)
+            yield _Tile(first, student, (cut(other[0], rows), cut(other[1], rows)), delta)
+
+    def target_logits(self, tile: _Tile, rows: slice, a: dict[float, Tensor]) -> Tensor:
+        """The teacher's logits on a tile, up to one constant per position that all tiles share.
+
+        Args:
+            rows: positions.
+            a: the student's a(s) at the nodes.
+        """
+        assert self._teacher is not None and self._h_teacher is not None, "without a teacher, a subclass has it"
+        return self._logits([tile.teacher(self._h_teacher[rows])], self._teacher)[0]
 
     def _logits(self, parts: Sequence[Tensor], head: Head) -> list[Tensor]:
         """z from a, or z, z' and z'' from a, a' and a''."""
@@ -272,8 +286,12 @@ class RayKL:
 
 
 class _Tile(NamedTuple):
-    """Rows (weight, bias) of the output layers: the student at the nodes, the teacher, and Δ."""
+    """Rows (weight, bias) of the output layers from vocabulary row `first` on.
 
+    They are those of the student at the nodes, of the teacher, and of Δ.
+    """
+
+    first: int
     nodes: dict[float, tuple[Tensor | None, Tensor | None]]
     target: tuple[Tensor | None, Tensor | None]
     delta: tuple[Tensor | None, Tensor | None]

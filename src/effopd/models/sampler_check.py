@@ -172,7 +172,9 @@ def _generated(core: Any, prompts_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, 
         return_dict_in_generate=True, disable_compile=True, pad_token_id=int(prompts_BP[0, 0]),
     )  # fmt: skip
     with ignore_sampling_defaults(core):
-        out = core.generate(input_ids=prompts_BP, attention_mask=mask_BP, generation_config=config)
+        # one rank alone: under ZeRO-3, transformers would wait for the others
+        alone = {"synced_gpus": False} if is_whole(core) else {}
+        out = core.generate(input_ids=prompts_BP, attention_mask=mask_BP, generation_config=config, **alone)
     return out.sequences, torch.stack(out.logits, dim=1).float()
 
 

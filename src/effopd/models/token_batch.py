@@ -6,7 +6,7 @@ Shapes: B sequences, L prompt and answer tokens, T answer tokens, N scored posit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ class TokenBatch:
         ids_BL: token ids.
         mask_BL: 1 at tokens, 0 at padding.
         scored_BT: whether an answer token is scored.
+        teacher_B: index of each sequence's teacher; `None`: all sequences have the same.
     """
 
     ids_BL: Tensor
     mask_BL: Tensor
     scored_BT: Tensor
+    teacher_B: Tensor | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_token_id: int) -> TokenBatch:
@@ -43,7 +45,27 @@ class TokenBatch:
 
     def first(self, sequences: int) -> TokenBatch:
         """The first `sequences` rows, or all if there are fewer."""
-        return TokenBatch(self.ids_BL[:sequences], self.mask_BL[:sequences], self.scored_BT[:sequences])
+        return self._rows(slice(sequences))
+
+    def _rows(self, rows: Any) -> TokenBatch:
+        teacher_B = None if self.teacher_B is None else self.teacher_B[rows]
+        return TokenBatch(self.ids_BL[rows], self.mask_BL[rows], self.scored_BT[rows], teacher_B)
+
+    def with_teachers(self, teacher_B: Tensor) -> TokenBatch:
+        """The same batch with the index of each sequence's teacher."""
+        return replace(self, teacher_B=teacher_B)
+
+    def of_teacher(self, index: int) -> tuple[TokenBatch, Tensor] | None:
+        """The rows of one teacher, and their positions [N] among the batch's scored positions.
+
+        `None`: no row is its own.
+        """
+        assert self.teacher_B is not None, "the trainer sets the teachers of its rows"
+        mine_B = self.teacher_B.to(self.scored_BT.device) == index
+        if not bool(mine_B.any()):
+            return None
+        index_N = mine_B[self.scored_BT.nonzero()[:, 0]].nonzero()[:, 0]
+        return (self, index_N) if bool(mine_B.all()) else (self._rows(mine_B), index_N)
 
     @property
     def tokens(self) -> int:

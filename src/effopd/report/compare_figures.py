@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from effopd.common.optional import require
 from effopd.compare.axes import axis_name
-from effopd.compare.time_to_target import smooth
 from effopd.report import envelope_figure
+from effopd.report.compare_charts import band, curve_strategies, strategy_looks
 from effopd.report.compare_lookup import FEW, Lookup, factor
-from effopd.report.style import group_colors, quiet_style, save
+from effopd.report.style import MUTED, group_colors, quiet_style, save
 
-_GREY, _RED = "#4c566a", "#d1495b"
 #: More curves than this hide each other.
 _MAX_CURVES = 8
 
@@ -47,11 +44,9 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     return drawn
 
 
-def strategy_colors(lookup: Lookup, strategies: Sequence[str]) -> dict[str, str]:
-    """Gray for the baseline, red for the first rival, other palette colors for the rest."""
-    fixed = {lookup.baseline: _GREY, **dict.fromkeys(lookup.roles.rivals[:1], _RED)}
-    others = [strategy for strategy in strategies if strategy not in fixed]
-    return fixed | group_colors(["opd", *others])  # `opd` takes the palette's red
+def strategy_colors(lookup: Lookup) -> dict[str, str]:
+    """Color of every strategy on a light ground."""
+    return {name: look.light for name, look in strategy_looks(lookup).items()}
 
 
 def _curves(plt, lookup: Lookup):
@@ -61,8 +56,9 @@ def _curves(plt, lookup: Lookup):
     the reference learning rate is drawn at the nearest one, which its label names.
     """
     rates = lookup.nearest_rates()
-    strategies = curve_strategies(lookup)
-    colors = strategy_colors(lookup, strategies)
+    strategies = curve_strategies(lookup)[:_MAX_CURVES]
+    strategies = [name for name in rates if name in strategies]
+    colors = strategy_colors(lookup)
     figure, axes = plt.subplots(
         len(lookup.tasks), 2, figsize=(11, 3.8 * len(lookup.tasks)), squeeze=False, constrained_layout=True
     )
@@ -74,7 +70,7 @@ def _curves(plt, lookup: Lookup):
                 curves = [run["curve"] for run in lookup.runs(task, (strategy, rate))]
                 if not curves:
                     continue
-                x, median, low, high = _band(curves, key)
+                x, median, low, high = band(curves, key, 200)
                 # dashed and on top, because a no-op strategy coincides with it
                 base = {"linestyle": "--", "zorder": 5} if strategy == lookup.baseline else {}
                 label = strategy if rate == lookup.reference else f"{strategy}, {factor(rate, lookup.reference)}"
@@ -89,24 +85,6 @@ def _curves(plt, lookup: Lookup):
     return figure
 
 
-def curve_strategies(lookup: Lookup) -> list[str]:
-    """Up to eight strategies: baseline, headline strategies, controls, then non-variants."""
-    ran = list(lookup.nearest_rates())
-    wanted = [lookup.baseline, *lookup.roles.opening(ran), *lookup.roles.controls]
-    wanted += [strategy for strategy in ran if strategy not in lookup.roles.variants]
-    shown = list(dict.fromkeys(strategy for strategy in wanted if strategy in ran))[:_MAX_CURVES]
-    return [strategy for strategy in ran if strategy in shown]
-
-
-def _band(curves: Sequence[Mapping[str, list[float]]], key: str):
-    """Smoothed KL of several runs on a common grid: x, median, lowest, highest."""
-    start = max(curve[key][1] for curve in curves)  # the first evaluation after the start
-    x = np.geomspace(start, min(curve[key][-1] for curve in curves), 200)
-    kl = [[math.inf if value is None else value for value in curve["kl"]] for curve in curves]
-    y = np.array([np.interp(x, curve[key], smooth(values)) for curve, values in zip(curves, kl, strict=True)])
-    return x, np.median(y, axis=0), y.min(axis=0), y.max(axis=0)
-
-
 def _forest(plt, lookup: Lookup):
     """Speed-ups of all strategies at the reference learning rate, one panel per cost axis."""
     strategies = [s for s in lookup.at_reference() if s != lookup.baseline]
@@ -119,7 +97,7 @@ def _forest(plt, lookup: Lookup):
     )
     floor, ceiling = 0.2, 30.0
     for axis, (name, label) in zip(axes, panels, strict=True):
-        axis.axvline(1, color="#4c566a", linewidth=1)
+        axis.axvline(1, color=MUTED, linewidth=1)
         for index, strategy in enumerate(strategies):
             for offset, task in enumerate(lookup.tasks):
                 row = lookup.speedup(task, (strategy, lookup.reference), name)
@@ -134,7 +112,7 @@ def _forest(plt, lookup: Lookup):
     axes[0].set_yticks([-i for i in range(len(strategies))], strategies)
     for task in lookup.tasks:
         axes[0].plot([], [], "o", color=colors[task], label=task)
-    axes[0].plot([], [], "<", color="#4c566a", markerfacecolor="none", label="median: never arrives")
+    axes[0].plot([], [], "<", color=MUTED, markerfacecolor="none", label="median: never arrives")
     figure.legend(loc="outside upper right", ncols=len(lookup.tasks) + 1, frameon=False, fontsize=8)
     return figure
 
@@ -161,7 +139,7 @@ def _rates(plt, lookup: Lookup):
     swept = lookup.swept()
     if not swept:
         return None
-    colors, ticks = strategy_colors(lookup, swept), require("matplotlib.ticker")
+    colors, ticks = strategy_colors(lookup), require("matplotlib.ticker")
     figure, axes = plt.subplots(
         1, len(lookup.tasks), figsize=(5.5 * len(lookup.tasks), 3.8), squeeze=False, constrained_layout=True
     )
@@ -183,7 +161,7 @@ def _rates(plt, lookup: Lookup):
                         rate, top if value is None else value, marker="x" if value is None else "o",
                         color=colors[strategy], markersize=5, alpha=0.7,
                     )  # fmt: skip
-        axis.axhline(top, color="#4c566a", linewidth=0.8, linestyle=":")
+        axis.axhline(top, color=MUTED, linewidth=0.8, linestyle=":")
         axis.annotate(" never", (1, top), xycoords=("axes fraction", "data"), ha="left", va="center", fontsize=8)
         axis.set_xscale("log")
         axis.set_yscale("log")

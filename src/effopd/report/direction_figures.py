@@ -163,7 +163,7 @@ def _paths(data: Data, path: Path, kind: str, title: str, explained: bool) -> Pa
     if not data.moving or "directions" not in data.summary["settings"]["metrics"]:
         return None
     rows = data.table("directions")
-    places = _pictured(rows, kind)
+    places = pictured(rows, kind)
     if not places:
         return None
     groups = {group: runs[0] for group, runs in data.moving.items()}
@@ -201,7 +201,7 @@ def _paths(data: Data, path: Path, kind: str, title: str, explained: bool) -> Pa
     return save(figure, path, title, note)
 
 
-def _pictured(rows: pd.DataFrame, kind: str) -> list[tuple[int, str, str]]:
+def pictured(rows: pd.DataFrame, kind: str) -> list[tuple[int, str, str]]:
     """One attention and one MLP matrix of the first and last layer, with t-SNE pictures if any."""
     chosen = rows[rows["metric"] == "tsne1"]
     if chosen.empty and kind == "pc":
@@ -274,7 +274,7 @@ def agreement(data: Data, path: Path) -> Path | None:
         for i, (kind, of_kind) in enumerate(rows[rows["metric"] == metric].groupby("kind", sort=False)):
             one, other = kind.split(" – ")
             color = data.colors[one] if one == other else ("#6a4c7d", "#4f6d5a", "#8a6d3b")[i % 3]
-            line, low, high = _over_pairs(of_kind)
+            line, low, high = over_pairs(of_kind)
             axis.fill_between(line.index.astype(int), low, high, color=color, alpha=0.14, linewidth=0)
             axis.plot(line.index.astype(int), line, color=color, linewidth=2, linestyle="-" if one == other else "--")
             labels.append(
@@ -297,7 +297,7 @@ def agreement(data: Data, path: Path) -> Path | None:
     return save(figure, path, "Agreement of different runs: overlap of their final leading subspaces", note)
 
 
-def _over_pairs(rows: pd.DataFrame):
+def over_pairs(rows: pd.DataFrame):
     """Mean over matrices for each k, with bootstrap intervals; pairs of runs are averaged first."""
     per_matrix = rows.groupby(["k", *table_queries.PLACE], observed=True)["value"].mean()
     estimates = {k: bootstrap_mean(values, 500) for k, values in per_matrix.groupby("k")}

@@ -17,7 +17,7 @@ from effopd.analysis.tables import read_table
 from effopd.common.optional import require
 from effopd.common.statistics import Interval, bootstrap_mean, student_t
 from effopd.errors import CheckpointError
-from effopd.report.style import MUTED, group_colors
+from effopd.report.style import MUTED, looks
 
 MODULE_COLORS = {
     "embedding": "#e3b95b",
@@ -51,7 +51,8 @@ class Data:
             ) from error
         self.runs: dict[str, dict[str, Any]] = self.summary["runs"]
         self.groups = table_queries.groups_of(self.runs)
-        self.colors = group_colors(self.groups)
+        self.looks = looks({group: group for group in self.groups})
+        self.colors = {group: look.light for group, look in self.looks.items()}
         self.k: int = self.summary["settings"]["k"]
 
     @cached_property

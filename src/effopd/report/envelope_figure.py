@@ -9,7 +9,7 @@ from typing import Any
 from effopd.compare.axes import axis_name
 from effopd.report.compare_envelope import Part, axes_with_data, curves, interval, parts, shown
 from effopd.report.compare_lookup import Lookup
-from effopd.report.style import group_colors
+from effopd.report.style import MUTED, group_colors
 
 _FLOOR, _CEILING = 0.1, 8.0
 
@@ -31,7 +31,7 @@ def draw_axis(plt: Any, lookup: Lookup, axis: str) -> Any:
         for panel, task in zip(line, lookup.tasks, strict=True):
             for strategy in shown(lookup, part):
                 _strategy(panel, lookup, part, task, axis, strategy, colors[strategy])
-            _dress(panel, f"{task}: {_opponents(part)}")
+            _dress(panel, f"{task}: {opponents(part)}")
         line[0].set_ylabel(f"speed-up in {axis_name(axis)}")
         if line[0].get_legend_handles_labels()[0]:
             line[0].legend(loc="upper left", fontsize=7)
@@ -52,7 +52,7 @@ def note(lookup: Lookup) -> str:
     )
 
 
-def _opponents(part: Part) -> str:
+def opponents(part: Part) -> str:
     """Names the opponents of a panel."""
     return f"baselines of both grids, {len(part['seeds'])} seeds" if part["label"] else "baselines of this grid"
 
@@ -80,7 +80,7 @@ def _inside(value: float | None) -> float:
 
 
 def _dress(panel: Any, title: str) -> None:
-    panel.axhline(1, color="#4c566a", linewidth=1)
+    panel.axhline(1, color=MUTED, linewidth=1)
     panel.set(xscale="log", yscale="log", xlim=(0.55, 0.009), ylim=(_FLOOR * 0.93, _CEILING * 1.07))
     panel.set_xticks([0.5, 0.25, 0.1, 0.05, 0.025, 0.01], ["50 %", "25 %", "10 %", "5 %", "2.5 %", "1 %"])
     panel.set_yticks([0.1, 0.25, 0.5, 1, 2, 4, 8], ["never, ≤ 0.1", "¼", "½", "1×", "2", "4", "only it, ≥ 8"])

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-BASE_COLOR = "#4c566a"
+from effopd.report.style import INK
+
+BASE_COLOR = INK
 LABELS = {
     "accuracy": "accuracy",
     "kl": "reverse KL to the teacher\n(nats per token)",

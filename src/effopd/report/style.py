@@ -1,25 +1,62 @@
-"""Figure style: axes, colors of groups, title and note."""
+"""Style of figures and pages: color, shade and dash of every strategy, axes, title and note."""
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effopd.common.optional import require
 
 INK, MUTED, FAINT = "#22262e", "#6b7280", "#c9ced6"
-#: The first six: Okabe and Ito's colors, distinguishable with common forms of color blindness.
-_PALETTE = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#22262e", "#7f6a1f")
-_KNOWN = {
-    "opd": "#d55e00",
-    "effopd": "#009e73",
-    "rl": "#0072b2",
-    "grpo": "#0072b2",
-    "dapo": "#56b4e9",
-    "sft": "#cc79a7",
+#: Ground of the pages: light, dark.
+GROUNDS = ("#ffffff", "#15181e")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Appearance of one run or strategy in every figure.
+
+    Attributes:
+        light: color on a light ground.
+        dark: color on a dark ground.
+        dash: `stroke-dasharray` of an SVG line, in pixels; "" draws a solid line.
+        marker: matplotlib's name of a marker.
+    """
+
+    light: str
+    dark: str
+    dash: str = ""
+    marker: str = "o"
+
+
+#: Strategy → color on a light and on a dark ground. Same colors on every page and in every figure.
+STRATEGY_COLORS: dict[str, tuple[str, str]] = {
+    "plain": ("#4c566a", "#aeb8c9"),
+    "effopd": ("#d1495b", "#f2788a"),
+    "line_search": ("#2a72b0", "#5fb0ea"),
+    "newton_search": ("#7a2fb0", "#bd86f2"),
+    "rl": ("#0e8a62", "#35c795"),
+    "sft": ("#b88114", "#e8bd5c"),
+    "topd": ("#b0147f", "#f25fc0"),
+    "popd": ("#335214", "#9cc26a"),
+    "exopd": ("#7d4d36", "#c98e6c"),
+    "alpha_opd": ("#3fa01a", "#74e04a"),
+    "relex": ("#1c1f8c", "#cdc8ff"),
+    "fixed": ("#0f9fb5", "#45dbe8"),
+    "noop": ("#7d8a0f", "#d3e34a"),
+    "random_direction": ("#c2709f", "#f4b6d6"),
 }
+#: Other names of a strategy, in lower case.
+_ALIASES = {"opd": "plain", "plain opd": "plain", "none": "plain", "vanilla": "plain", "grpo": "rl", "dapo": "rl"}
+#: Share of ink mixed into the color, and dash, of the first, second, … run of one strategy.
+_SHADES = ((0.0, ""), (0.5, "7 3"), (0.25, "2 3"), (0.7, "9 3 2 3"), (0.1, "14 4"), (0.4, "4 4"), (0.6, "1 4"))
+#: Ink of the shades on a light and on a dark ground.
+_INKS = ("#07080b", "#ffffff")
 #: One marker per group.
 MARKERS = ("o", "s", "D", "v", "P", "X", "<", ">")
 _STYLE: dict[str, Any] = {
@@ -50,20 +87,55 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def group_colors(groups: Iterable[str]) -> dict[str, str]:
-    """One color per group: fixed colors for opd, rl, sft, …, palette colors for the rest.
+def strategy_of(name: str) -> str | None:
+    """Registered strategy of a label: the same name, an alias, or a name with a suffix.
 
-    Up to eight groups have distinct colors.
+    Example:
+        >>> strategy_of("line_search-32"), strategy_of("plain OPD"), strategy_of("my_method")
+        ('line_search', 'plain', None)
     """
-    names, colors = list(groups), dict[str, str]()
-    for name in names:
-        known = _KNOWN.get(name.lower())
-        if known is not None and known not in colors.values():
-            colors[name] = known
-    free = [color for color in _PALETTE if color not in colors.values()] or list(_PALETTE)
-    for i, name in enumerate(name for name in names if name not in colors):
-        colors[name] = free[i % len(free)]
-    return {name: colors[name] for name in names}
+    lower = name.strip().lower()
+    known = [*STRATEGY_COLORS, *_ALIASES]
+    fits = [key for key in known if lower == key or re.match(re.escape(key) + r"[-#/:. (]", lower)]
+    longest = max(fits, key=len, default=None)
+    return None if longest is None else _ALIASES.get(longest, longest)
+
+
+def looks(strategies: Mapping[str, str]) -> dict[str, Look]:
+    """Look of every label: its strategy's color; the second, third, … label of one strategy differ
+    in shade and dash.
+
+    Strategies without a registered color take registered colors that are not in use here.
+
+    Args:
+        strategies: label → name of its strategy.
+    """
+    names = {label: strategy_of(name) or name for label, name in strategies.items()}
+    used = set(names.values()) & set(STRATEGY_COLORS)
+    free = [colors for key, colors in STRATEGY_COLORS.items() if key not in used] or list(STRATEGY_COLORS.values())
+    others = [name for name in dict.fromkeys(names.values()) if name not in STRATEGY_COLORS]
+    colors = STRATEGY_COLORS | {name: free[i % len(free)] for i, name in enumerate(others)}
+    rounds = {name: i // len(free) for i, name in enumerate(others)}
+    count: Counter[tuple[str, str]] = Counter()
+    found = {}
+    for position, (label, name) in enumerate(names.items()):
+        pair = colors[name]
+        share, dash = _SHADES[(count[pair] + rounds.get(name, 0)) % len(_SHADES)]
+        light, dark = (_mixed(color, ink, share) for color, ink in zip(pair, _INKS, strict=True))
+        found[label] = Look(light, dark, dash, MARKERS[position % len(MARKERS)])
+        count[pair] += 1
+    return found
+
+
+def _mixed(color: str, ink: str, share: float) -> str:
+    """The color with a share of ink, mixed in sRGB."""
+    parts = [(int(color[i : i + 2], 16), int(ink[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in parts)
+
+
+def group_colors(groups: Iterable[str]) -> dict[str, str]:
+    """Color of every group on a light ground, see `looks`."""
+    return {name: look.light for name, look in looks({name: name for name in groups}).items()}
 
 
 def quiet_style():

@@ -49,6 +49,17 @@ class LookAhead:
     adapts_learning_rate: bool
 
 
+def _several(teachers: Any, trainer: Any) -> str:
+    """Several teachers with their labels; "" with one."""
+    if teachers is None:
+        return ""
+    names = {
+        label: source if isinstance(source, str) else trainer.model_id(source)
+        for label, source in teachers.sources.items()
+    }
+    return ", ".join(f"{label}: {_shown(name)}" for label, name in names.items())
+
+
 def model_card(
     trainer: Any,
     name: str,
@@ -66,7 +77,10 @@ def model_card(
         look_ahead: the run's look-ahead; `None`: it has none.
     """
     teacher = getattr(trainer, "teacher_model", None)
-    stored = getattr(trainer, "teacher_name", "")  # the teacher of stored rollouts, which is not loaded
+    stored = getattr(trainer, "teacher_name", "")  # of stored rollouts, or at a server; not loaded
+    several = _several(getattr(trainer, "teachers", None), trainer)
+    taught = bool(stored or several or teacher is not None)
+    named = getattr(trainer.args, "teacher_model_name_or_path", None)
     student, adapter = trainer.model_id(trainer.model), getattr(_bare(trainer), "peft_config", None)
     packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
     tracked = _trackers(trainer)
@@ -82,16 +96,11 @@ def model_card(
     )
     facts = [
         ("student", _shown(student)),
-        (
-            "teacher",
-            _shown(stored or trainer.args.teacher_model_name_or_path or trainer.model_id(teacher))
-            if stored or teacher is not None
-            else "",
-        ),
+        ("teacher", several or (_shown(stored or named or trainer.model_id(teacher)) if taught else "")),
         ("task", f"`{trainer.task_name}`" if trainer.task_name else ""),
         *_task_facts(trainer),
         ("objective", objective(trainer.args, trainer.method_name)),
-        ("strategy", _strategy(look_ahead) if stored or teacher is not None else ""),
+        ("strategy", _strategy(look_ahead) if taught else ""),
         ("trained", _trained(adapter)),
         ("steps", _steps(trainer)),
         ("learning rate", _learning_rate(trainer, look_ahead)),
@@ -104,7 +113,7 @@ def model_card(
         name=name,
         student=dict(facts)["student"],
         teacher=dict(facts)["teacher"],
-        offline=bool(stored),
+        offline=bool(getattr(trainer.args, "offline", False)),
         method=_method(trainer.args, trainer.method_name),
         facts=[(label, value.replace("|", "\\|")) for label, value in facts if value],
         whole=(trainer.run_dir.root / CONFIG).is_file(),
@@ -169,7 +178,10 @@ def _loss(args: Any) -> str:
         share = percent(args.lowest_logp_share)
         return f"fixed advantage −{args.negative_advantage:g} on the least likely {share} of tokens, without a teacher"
     divergence = _DIVERGENCES.get(args.beta, f"Jensen–Shannon divergence, β = {args.beta:g}")
-    return f"{divergence}, exact over the vocabulary" + (", divided by β(1−β)" if args.normalize_beta else "")
+    scope = "exact over the vocabulary"
+    if getattr(args, "teacher_server", None):
+        scope = f"of the served teacher's top {args.teacher_top_k} tokens and one outcome for the rest"
+    return f"{divergence}, {scope}" + (", divided by β(1−β)" if args.normalize_beta else "")
 
 
 def snippet(trainer: Any, student: str, *, adapter: bool) -> str:

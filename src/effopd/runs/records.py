@@ -125,6 +125,19 @@ class Health(Record, prefix="health/"):
 
 
 @dataclass(frozen=True)
+class Served(Record, prefix="served/"):
+    """With `--teacher_server`, per process: what the teacher's top k leaves out, and traffic."""
+
+    tail_mass: Annotated[Number, Column("the teacher's probability outside its top k, mean over tokens")] = None
+    student_tail_mass: Annotated[Number, Column("the student's probability there")] = None
+    tail_kl: Annotated[
+        Number, Column("estimate, from the sampled tokens, of the reverse KL that the top k leaves out", "nats")
+    ] = None
+    received_bytes: Annotated[Number, Column("received from the server since the previous step", "bytes")] = None
+    retries: Annotated[Number, Column("requests repeated since the previous step")] = None
+
+
+@dataclass(frozen=True)
 class Prune(Record, prefix="prune/"):
     """Prune-OPD: agreement of student and teacher on a step's answers, over all processes."""
 
@@ -146,6 +159,9 @@ class SearchMetrics(Record, prefix="effopd/"):
     search_generated_tokens: Annotated[Number, Column("tokens sampled by the search", "tokens")] = None
     start_score: Annotated[Number, Column("score at s = 0")] = None
     memory_bytes: Annotated[Number, Column("memory of the look-ahead beyond the model, on this rank", "bytes")] = None
+    best_scale: Annotated[Number, Column("the highest-scoring scale, accepted or not")] = None
+    best_gain: Annotated[Number, Column("highest score − score at s = 0")] = None
+    learning_rate_factor: Annotated[Number, Column("product of the factors of all searches so far")] = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,7 @@ class StepRecord(Record):
     stage: Annotated[Number, Column("stage of the curriculum, from 1", "", "curriculum/stage")] = None
     prune: Annotated[Prune, Group(Prune)] = field(default_factory=Prune)
     health: Annotated[Health, Group(Health)] = field(default_factory=Health)
+    served: Annotated[Served, Group(Served)] = field(default_factory=Served)
     search: Annotated[SearchMetrics, Group(SearchMetrics)] = field(default_factory=SearchMetrics)
     #: Other values that the host logged, by key.
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -195,6 +212,12 @@ class EvaluationRecord(Record, prefix="eval_"):
     accuracy_greedy: Annotated[Number, Column("share of right answers with greedy decoding (`--eval_greedy`)")] = None
     accuracy_greedy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_greedy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
+    tail_mass: Annotated[
+        Number, Column("`--teacher_server`, where `eval_kl` is a lower bound: the teacher's mass outside its top k")
+    ] = None
+    tail_kl: Annotated[
+        Number, Column("`--teacher_server`: estimate of what `eval_kl` leaves out there", "nats per token")
+    ] = None
     reward: Annotated[Number, Column("without a task: mean reward")] = None
     response_length: Annotated[Number, Column("mean length of the sampled answers", "tokens")] = None
     truncated_share: Annotated[Number, Column("share of sampled answers cut at the limit")] = None
@@ -296,6 +319,12 @@ class SearchRecord(Record):
         """The score at s = 0."""
         return self.trials[0].score if self.trials else None
 
+    @property
+    def best_gain(self) -> float | None:
+        """Highest score minus the score at s = 0; `None` without both."""
+        scores = [trial.score for trial in self.trials if trial.score is not None]
+        return None if self.start_score is None or len(scores) < 2 else max(scores) - self.start_score
+
     def metrics(self) -> SearchMetrics:
         """The part of the search that the row of its step contains."""
         return SearchMetrics(
@@ -306,6 +335,9 @@ class SearchRecord(Record):
             search_generated_tokens=self.generated_tokens,
             start_score=self.start_score,
             memory_bytes=self.memory_bytes,
+            best_scale=self.best_scale,
+            best_gain=self.best_gain,
+            learning_rate_factor=self.learning_rate_factor_total,
         )
 
     def to_row(self) -> dict[str, Any]:

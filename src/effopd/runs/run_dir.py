@@ -5,6 +5,7 @@
     searches.jsonl    one row per search: candidates, scores, verdicts (`records.SearchRecord`)
     evals.jsonl       one row per evaluation (`records.EvaluationRecord`)
     checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
+    teachers.json     the teachers: name, revision, dtype, SHA-256; also in every checkpoint
     trajectory/       step-000008/ … (weights only, for analysis)
     README.md         the model card, beside the final model
     best.json         with load_best_model_at_end: step and metric of the final model

@@ -10,7 +10,9 @@ row_columns.py      question and answer columns
 row_faults.py       faults in rows, reported together
 prompts.py          prompts as token ids; prompt lengths
 gym_tasks.py        reasoning-gym questions and their verifier
+tagged_answers.py   answers between <answer> tags
 testbed_families.py the testbed's two task families
+testbed_questions.py their questions and scores, as reasoning-gym's
 builtin_models.py   the testbed's student and teacher
 reference.py        reference answers as text
 math_grading.py     the math verifier
@@ -33,7 +35,7 @@ from __future__ import annotations
 from effopd.tasks.base import Example, Prompt, Task, Verifier
 from effopd.tasks.config import TaskConfig
 from effopd.tasks.gym_tasks import ReasoningGymVerifier
-from effopd.tasks.load import check_grading, load_task, needs_network
+from effopd.tasks.load import check_grading, check_packages, load_task, needs_network
 from effopd.tasks.math_grading import MathVerifier, extract_boxed
 from effopd.tasks.prompts import check_prompt_lengths
 from effopd.tasks.rows import read_math_rows
@@ -49,6 +51,7 @@ __all__ = [
     "Verifier",
     "VerifierCheck",
     "check_grading",
+    "check_packages",
     "check_prompt_lengths",
     "check_score",
     "check_verifier",

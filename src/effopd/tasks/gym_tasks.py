@@ -23,6 +23,7 @@ from effopd.common.optional import require
 from effopd.errors import TaskError
 from effopd.tasks.base import Example
 from effopd.tasks.reasoning import answer_part
+from effopd.tasks.tagged_answers import extract_tagged
 from effopd.tasks.worker import WorkerVerifier
 
 #: End of the default reasoning-gym prompt.
@@ -30,12 +31,6 @@ GYM_SUFFIX = "\nThink step by step, then give only the final answer between <ans
 
 #: Draws per requested question before the source counts as exhausted.
 _DRAWS_PER_QUESTION = 10
-_CLOSE_TAG = "</answer>"
-
-
-def render_tagged(answer: str) -> str:
-    """Completion with an answer in the format of reasoning-gym tasks: `<answer>…</answer>`."""
-    return f"<answer>{answer}</answer>"
 
 
 def gym_examples(
@@ -113,16 +108,6 @@ class ReasoningGymVerifier(WorkerVerifier):
     def answer_found(self, completion: str) -> bool:
         """Whether there are non-empty `<answer>` tags outside the reasoning."""
         return bool((extract_tagged(answer_part(completion)) or "").strip())
-
-
-def extract_tagged(completion: str) -> str | None:
-    """Text in the last `<answer>` tags, or `None`, by the library's `extract_answer`."""
-    end = completion.rfind(_CLOSE_TAG)
-    if end < 0:
-        return None
-    extract_answer = require("reasoning_gym.utils").extract_answer
-    # cut after the last closing tag, because unclosed tags make the library's search quadratic
-    return extract_answer(completion[: end + len(_CLOSE_TAG)])
 
 
 @lru_cache(maxsize=8)

@@ -13,16 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from effopd.common.optional import ensure
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Prompt, Task
 from effopd.tasks.code.rows import read_code_rows, render_program, with_template
 from effopd.tasks.code.verifier import SETTINGS, CodeVerifier
 from effopd.tasks.config import TaskConfig, split_task_name
-from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples, render_tagged
+from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples
 from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
 from effopd.tasks.row_faults import ORIGIN
 from effopd.tasks.row_files import on_hub
 from effopd.tasks.rows import question_key, read_math_rows
+from effopd.tasks.tagged_answers import render_tagged
 from effopd.tasks.testbed_families import family_task
 from effopd.tasks.verify import load_verifier
 
@@ -54,6 +56,7 @@ class _Request:
     answers_required: bool
     why: str
     setting: str
+    keep: tuple[str, ...] = ()
 
 
 def needs_network(config: TaskConfig) -> bool:
@@ -62,7 +65,20 @@ def needs_network(config: TaskConfig) -> bool:
     return any(kind in ("math", "code") and on_hub(name) for kind, name in sources)
 
 
-def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True, why: str = "") -> Task:
+def check_packages(config: TaskConfig) -> None:
+    """Check that the packages of the task's sources are installed. Nothing is imported.
+
+    Raises:
+        MissingDependencyError: a source is a reasoning-gym dataset, and the library is missing.
+    """
+    sources = [source for source in (config.task, config.eval_task) if source is not None]
+    if any(split_task_name("task", source)[0] == "reasoning-gym" for source in sources):
+        ensure("reasoning_gym")
+
+
+def load_task(
+    config: TaskConfig, split: Split, *, answers_required: bool = True, why: str = "", keep: Sequence[str] = ()
+) -> Task:
     """Examples and verifier of one split.
 
     Args:
@@ -71,6 +87,7 @@ def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True
         answers_required: whether rows of a file must have reference answers. Accuracy needs them,
             distillation does not. If `False`, either all rows have an answer or none does.
         why: sentence for the error message about the feature that needs the answers.
+        keep: columns of code rows to keep in the examples' metadata; math rows keep all.
 
     Raises:
         TaskError: the source cannot be read, rows are bad, there are too few examples, the verifier
@@ -83,7 +100,7 @@ def load_task(config: TaskConfig, split: Split, *, answers_required: bool = True
         raise TaskError("eval_size=0: there is no eval split. Set eval_size to 1 or more, or leave it out.")
     source = config.task if split == "train" or config.eval_task is None else config.eval_task
     kind, _ = split_task_name("task", source)
-    return _finish(_load_bare(config, split, answers_required, why), config, kind)
+    return _finish(_load_bare(config, split, answers_required, why, tuple(keep)), config, kind)
 
 
 def check_grading(config: TaskConfig) -> None:
@@ -103,7 +120,7 @@ def check_grading(config: TaskConfig) -> None:
             verifier.pool.close()
 
 
-def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: str) -> Task:
+def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: str, keep: tuple[str, ...] = ()) -> Task:
     """One split with bare questions as prompts."""
     other = config.eval_task if split == "eval" else None
     kind, name = split_task_name("task", other or config.task)
@@ -124,6 +141,7 @@ def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: st
         answers_required=answers_required,
         why=why,
         setting="task_args" if other is None else "eval_task_args",
+        keep=keep,
     )
     return replace(_LOADERS[kind](request), name=f"{kind}:{name}")
 
@@ -156,7 +174,8 @@ def _load_math(request: _Request) -> Task:
 def _load_code(request: _Request) -> Task:
     """Rows with tests. If nothing is graded, examples have no answers: no sandbox is needed."""
     verifier = _code_verifier(request.args, request.timeout)
-    rows = read_code_rows(request.name, {name: value for name, value in request.args.items() if name not in SETTINGS})
+    args = {name: value for name, value in request.args.items() if name not in SETTINGS}
+    rows = read_code_rows(request.name, args, keep=request.keep)
     chosen, available = _chosen(request, rows)
     if not request.answers_required:
         chosen = tuple(replace(example, answer=None) for example in chosen)

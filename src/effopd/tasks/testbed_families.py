@@ -6,8 +6,9 @@ completion lists its intermediate results, then the answer between `<answer>` ta
     chain_sum       "… problem: 4 - 1 - 7 + 3 ="          →  3 -4 -1 <answer>-1</answer>
     spell_backward  "… (example: sun -> nus): splat"      →  t a l p s <answer>talps</answer>
 
-Questions and scores are reasoning-gym's. Splits are disjoint for every size and seed, because a
-hash of the question's text determines its split.
+Questions and scores are those of reasoning-gym's datasets of the same names; `testbed_questions`
+generates and grades them without that library. Splits are disjoint for every size and seed, because
+a hash of the question's text determines its split.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from effopd.common.optional import require
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Task
-from effopd.tasks.gym_tasks import extract_tagged, render_tagged
 from effopd.tasks.reasoning import answer_part
+from effopd.tasks.tagged_answers import extract_tagged, render_tagged
+from effopd.tasks.testbed_questions import GENERATORS, SCORERS, Question
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,18 @@ class Family:
     """One task family.
 
     Attributes:
-        dataset: name of the reasoning-gym dataset.
-        params: parameters of the dataset.
+        params: parameters of the generator, as of the reasoning-gym dataset.
         corruption: probability (0–1) that an intermediate result is falsified in the base model's
             training data.
     """
 
-    dataset: str
     params: Mapping[str, Any]
     corruption: float
 
 
 FAMILIES: dict[str, Family] = {
-    "chain_sum": Family(
-        "chain_sum", {"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 1}, corruption=0.26
-    ),
-    "spell_backward": Family("spell_backward", {"min_word_len": 4, "max_word_len": 6}, corruption=0.18),
+    "chain_sum": Family({"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 1}, corruption=0.26),
+    "spell_backward": Family({"min_word_len": 4, "max_word_len": 6}, corruption=0.18),
 }
 
 SPLITS = ("train", "validation", "test")
@@ -70,7 +66,6 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
     Raises:
         TaskError: the family or split is unknown, the size is below 1, or the split has fewer
             questions.
-        MissingDependencyError: reasoning-gym is not installed.
     """
     split = "validation" if split == "eval" else split
     if name not in FAMILIES:
@@ -86,9 +81,8 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
     examples: list[Example] = []
     seen: set[str] = set()
     dry = 0
-    for entry in _entries(name, split, seed):
-        text = entry["question"]
-        if text in seen or split_of(text) != split:
+    for drawn in _questions(name, split, seed):
+        if drawn.text in seen or split_of(drawn.text) != split:
             dry += 1
             if dry > _MAX_DRY_DRAWS:
                 raise TaskError(
@@ -97,8 +91,8 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
                 )
             continue
         dry = 0
-        seen.add(text)
-        examples.append(_example(f"{name}-{split}-{seed}-{len(examples)}", name, entry))
+        seen.add(drawn.text)
+        examples.append(_example(f"{name}-{split}-{seed}-{len(examples)}", name, drawn))
         if len(examples) == size:
             break
     return Task(f"testbed:{name}", tuple(examples), verify, render_tagged)
@@ -121,7 +115,7 @@ def split_of(text: str) -> str:
 
 
 class FamilyVerifier:
-    """reasoning-gym's score of the text in the last `<answer>` tags (1.0: correct); 0.0 without."""
+    """Score of the text in the last `<answer>` tags (1.0: correct); 0.0 without."""
 
     #: What a completion must contain, for messages.
     sought = "<answer> tags"
@@ -130,7 +124,7 @@ class FamilyVerifier:
         answer = extract_tagged(answer_part(completion))
         if answer is None:
             return 0.0
-        return float(_scorer(example.metadata["family"]).score_answer(answer, {"answer": example.answer}))
+        return SCORERS[example.metadata["family"]](answer, example.answer or "")
 
     def answer_found(self, completion: str) -> bool:
         """Whether there are non-empty `<answer>` tags outside the reasoning."""
@@ -185,34 +179,23 @@ def _work_spell_backward(word: str, rng: random.Random, corruption: float) -> tu
 
 
 _WORK = {"chain_sum": _work_chain_sum, "spell_backward": _work_spell_backward}
-#: Key in reasoning-gym's metadata of the input to the worked reasoning.
-_SUBJECT = {"chain_sum": "expression", "spell_backward": "word"}
 
 
-def _example(example_id: str, name: str, entry: Mapping[str, Any]) -> Example:
+def _example(example_id: str, name: str, drawn: Question) -> Example:
     return Example(
         id=example_id,
-        prompt=[{"role": "user", "content": entry["question"]}],
-        answer=entry["answer"],
-        metadata={"family": name, "subject": entry["metadata"][_SUBJECT[name]]},
+        prompt=[{"role": "user", "content": drawn.text}],
+        answer=drawn.answer,
+        metadata={"family": name, "subject": drawn.subject},
     )
 
 
-def _entries(name: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Endless stream of reasoning-gym entries, with its own seeds."""
-    create_dataset = require("reasoning_gym").create_dataset
-    family, chunk = FAMILIES[name], 0
+def _questions(name: str, split: str, seed: int) -> Iterator[Question]:
+    """Endless stream of questions, in chunks with their own seeds."""
+    generate, params, chunk = GENERATORS[name], FAMILIES[name].params, 0
     while True:
-        # the library seeds question i with seed + i, so neighboring seeds give nearly the same
-        # questions
+        # question i has the seed first + i, so neighboring seeds would share questions
         digest = hashlib.sha256(f"{name}/{split}/{seed}/{chunk}".encode()).digest()
-        dataset_seed = int.from_bytes(digest[:4], "big") >> 1
-        dataset = create_dataset(family.dataset, size=_CHUNK, seed=dataset_seed, **family.params)
-        yield from (dataset[i] for i in range(_CHUNK))
+        first = int.from_bytes(digest[:4], "big") >> 1
+        yield from (generate(first + i, **params) for i in range(_CHUNK))
         chunk += 1
-
-
-@cache
-def _scorer(name: str) -> Any:
-    family = FAMILIES[name]
-    return require("reasoning_gym").create_dataset(family.dataset, size=1, seed=0, **family.params)

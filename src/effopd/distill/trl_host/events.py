@@ -80,6 +80,7 @@ class HostEvents:
         stopped: Callable[[], object],
         rate_multiplier: Callable[[], float] | None = None,
         rollouts_ready: Callable[[Sequence[Mapping[str, Any]]], object] | None = None,
+        batch_ready: Callable[[Sequence[Mapping[str, Any]], Any], object] | None = None,
     ) -> None:
         """Patch the trainer object; ends the events of an earlier `attach` to it.
 
@@ -90,11 +91,18 @@ class HostEvents:
                 rate.
             rollouts_ready: called once per optimizer step with its micro-batches, before training
                 on any of them. If it calls `drop_rollouts`, the step samples again.
+            batch_ready: called once per optimizer step with its micro-batches, before training on
+                any of them, and with the number of items that the host divides the loss by. For
+                any trainer.
         """
         self._patches = patches = Patches(self._trainer)
         patches.replace("_run_epoch", partial(_guarded_epoch, active, stopped))
         if rollouts_ready is not None:
             patches.replace("_prepare_inputs", partial(_announced_inputs, self._trainer, active, rollouts_ready))
+        if batch_ready is not None:
+            fetched: list[Any] = []
+            patches.replace("get_batch_samples", partial(_remembered_samples, fetched))
+            patches.replace("_prepare_inputs", partial(_announced_batch, self._trainer, active, batch_ready, fetched))
         if rate_multiplier is not None:
             patches.replace("_get_learning_rate", lambda scheduled: lambda: scheduled() * rate_multiplier())
 
@@ -132,3 +140,37 @@ def _announced_inputs(trainer: Any, active: Callable[[], bool], ready: Callable[
         return inputs
 
     return prepared
+
+
+def _remembered_samples(fetched: list[Any], fetch: Call) -> Call:
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        fetched[:] = fetch(*args, **kwargs)
+        return tuple(fetched)
+
+    return remembered
+
+
+def _announced_batch(
+    trainer: Any, active: Callable[[], bool], ready: Callable[..., object], fetched: list[Any], prepare: Call
+) -> Call:
+    announced = [-1]  # the last step whose batch was announced
+
+    def prepared(batch: Any) -> Any:
+        inputs = prepare(batch)
+        if fetched and trainer.model.training and trainer.state.global_step != announced[0] and active():
+            announced[0] = trainer.state.global_step
+            samples, num_items = fetched
+            fetched.clear()
+            ready(_micro_batches(trainer, inputs, samples, prepare), num_items)
+        return inputs
+
+    return prepared
+
+
+def _micro_batches(trainer: Any, first: Any, samples: Sequence[Any], prepare: Call) -> list[Any]:
+    """Micro-batches of the optimizer step that starts with `first`."""
+    buffered = getattr(trainer, "_buffered_inputs", None)
+    if buffered is not None:  # TRL trainers that sample keep the micro-batches of one or several steps
+        start = next((i for i, each in enumerate(buffered) if each is first), None)
+        return [first] if start is None else list(buffered[start : start + len(samples)])
+    return [first, *(prepare(each) for each in samples[1:])]

@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
-from trl.models import prepare_deepspeed
+from transformers.integrations import deepspeed
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import create_model_from_path
+
+from effopd.common.zero import is_zero3
+from effopd.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -25,11 +28,20 @@ def build_model(kind: type[PreTrainedModel], config: Any, **load: Any) -> PreTra
     return kind._from_config(config, **load)
 
 
-def frozen(trainer: Any, model: str | PreTrainedModel, load: Mapping[str, Any]) -> Any:
+def frozen(
+    trainer: Any,
+    model: str | PreTrainedModel,
+    load: Mapping[str, Any],
+    shard: Callable[[Any, torch.device], Any] | None = None,
+) -> Any:
     """Load a model if it is a path, freeze it, and place and wrap it as TRL does its teacher.
+
+    Differs from TRL: under DeepSpeed the model is whole on every rank, in the precision of the
+    config. TRL shards it under ZeRO-3, where its output layer is gathered only inside a forward.
 
     Args:
         load: loading arguments of a path; a dtype can be a name.
+        shard: shards the frozen model, and moves the rest of it to the device.
     """
     if isinstance(model, str):
         arguments = {"trust_remote_code": trainer.args.trust_remote_code} | dict(load)
@@ -37,18 +49,36 @@ def frozen(trainer: Any, model: str | PreTrainedModel, load: Mapping[str, Any]) 
             arguments["dtype"] = getattr(torch, arguments["dtype"])
         if trainer.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             arguments["device_map"] = None
-        model = load_causal_lm(model, **arguments)
+        with _not_sharded():
+            model = load_causal_lm(model, **arguments)
     model.requires_grad_(False)
+    if shard is not None:
+        model = shard(model, trainer.accelerator.device)
     if trainer.is_deepspeed_enabled:
-        return prepare_deepspeed(model, trainer.accelerator)
+        if any(map(is_zero3, model.parameters())):
+            raise ConfigError(
+                f"{type(model).__name__} was loaded under ZeRO-3, which shards it: expected a whole model. Pass its "
+                "path, or load it before the training arguments are built."
+            )
+        model = model.to(trainer.accelerator.state.deepspeed_plugin.hf_ds_config.dtype())
     return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 
 
 def release(trainer: Any, model: Any) -> None:
     """Drop accelerate's references to a model that `frozen` placed, so that it can be freed."""
-    accelerator = trainer.accelerator
-    dropped = (model, accelerator.unwrap_model(model))
-    accelerator._models = [each for each in accelerator._models if not any(each is one for one in dropped)]
+    placed, bare = trainer.accelerator._models, trainer.accelerator.unwrap_model(model)
+    placed[:] = [each for each in placed if each is not model and each is not bare]
+
+
+@contextmanager
+def _not_sharded() -> Iterator[None]:
+    """In this block, transformers loads whole models, also under ZeRO-3."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def inside_forward(wrapper: Any, model: Any, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:

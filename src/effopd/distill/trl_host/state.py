@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,32 @@ def log_metrics(trainer: Any, metrics: Mapping[str, float]) -> bool:
     for name, value in metrics.items():
         trainer._metrics["train"][name].append(value)
     return True
+
+
+@contextmanager
+def loss_undisturbed(trainer: Any, model: Any) -> Iterator[None]:
+    """In this block, `compute_loss` computes the training loss and leaves no trace in the trainer.
+
+    Trainers choose the normalization of training by the mode of the outermost module. So that
+    module is in training mode, and the modules inside keep theirs. Logged metrics and counters are
+    restored.
+    """
+    numbers = {name: value for name, value in vars(trainer).items() if isinstance(value, int | float)}
+    metrics = vars(trainer).get("_metrics")
+    outermost = {id(each): each for each in (trainer.model, model)}.values()
+    modes = [(each, each.training) for each in outermost]
+    if metrics is not None:
+        trainer._metrics = deepcopy(metrics)
+    try:
+        for each, _ in modes:
+            each.training = True
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+        if metrics is not None:
+            trainer._metrics = metrics
+        vars(trainer).update(numbers)
 
 
 def log_evaluation(trainer: Any, metrics: Mapping[str, float]) -> None:

@@ -25,14 +25,17 @@ from effopd.models.token_batch import TokenBatch
 class TeacherDivergence(Protocol):
     """The divergence from the teacher that a run trains on."""
 
-    def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """Teacher's hidden states [N, H] at the N scored positions of each batch."""
+    def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Any]:
+        """What D needs of the teacher at the N scored positions of each batch, in its own form.
+
+        These are hidden states [N, H], or the top k of a teacher behind a server.
+        """
 
     def __call__(
         self,
         model: Any,
         batches: Sequence[TokenBatch],
-        teacher_hidden: Sequence[Tensor],
+        teacher_hidden: Sequence[Any],
         keep: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """D(model, teacher) [N], in nats, at the scored positions of each batch.
@@ -45,7 +48,7 @@ class TeacherDivergence(Protocol):
         """The output layer of `model` along W + s·Δ; `None`: the slope of D is not implemented."""
 
     def slope(
-        self, head: Any, teacher_hidden: Sequence[Tensor], hidden: Mapping[float, Sequence[Tensor]]
+        self, head: Any, teacher_hidden: Sequence[Any], hidden: Mapping[float, Sequence[Tensor]]
     ) -> tuple[float, float]:
         """Σ over positions of D′(0) and of its Gauss–Newton D″(0), from hidden states by scale."""
 
@@ -66,7 +69,7 @@ class RolloutScorer:
     def __init__(self, divergence: TeacherDivergence, rollouts: int):
         self._divergence, self._rollouts = divergence, rollouts
         self._batches: list[TokenBatch] = []
-        self._teacher: list[Tensor] | None = None
+        self._teacher: list[Any] | None = None
         self._line_head: Any | None = None
         self._hidden: dict[float, list[Tensor]] = {}
 

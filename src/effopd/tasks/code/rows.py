@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ _STDIN = (
 )
 
 
-def read_code_rows(source: str, args: Mapping[str, Any] | None = None) -> tuple[Example, ...]:
+def read_code_rows(
+    source: str, args: Mapping[str, Any] | None = None, *, keep: Sequence[str] = ()
+) -> tuple[Example, ...]:
     """Examples of a local file or Hub dataset, in order, with the bare question as prompt.
 
     `Example.answer` is the reference program, where the source has a tested one (HumanEval, MBPP).
@@ -59,6 +61,7 @@ def read_code_rows(source: str, args: Mapping[str, Any] | None = None) -> tuple[
         source: as for math rows.
         args: `prompt_column` for another column or dotted field; for Hub datasets also arguments of
             `load_dataset`.
+        keep: further columns or nested fields to keep in the metadata.
 
     Raises:
         TaskError: rows are bad or have no tests in a known shape (the message lists them), there
@@ -79,7 +82,8 @@ def read_code_rows(source: str, args: Mapping[str, Any] | None = None) -> tuple[
             faults.add(origin, "a unique id", what, "Give each row its own id, or remove the column.")
         else:
             seen[example.id] = number
-            examples.append(example)
+            kept = {name: value for name in keep if (value := field_of(row, name)) is not None}
+            examples.append(replace(example, metadata={**example.metadata, **kept}) if kept else example)
     faults.raise_if_any()
     if not examples:
         raise TaskError(f"'{source}' has no rows: expected at least one with a prompt and tests. Check the source.")

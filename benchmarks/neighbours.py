@@ -1,0 +1,322 @@
+"""Table, verdicts and figure of docs/neighbours.md, and the stored answers that its plan needs.
+
+    python benchmarks/neighbours.py collect          # rollouts and traces, once per task and seed
+    effopd compare recipes/compare-neighbours.yaml
+    python benchmarks/neighbours.py page --runs runs/compare-neighbours --figure
+
+`page --runs` writes the finished runs to docs/neighbours/results.json, from which it makes tables
+and figure. Only the blocks between markers are generated (`pages.py`). A method is
+judged at its best learning rate, against plain OPD at its best learning rate, by the cost to reach
+the `TARGETS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pages import DOCS, rewrite
+
+from effopd.commands.main import main as effopd
+from effopd.common.files import write_atomically
+from effopd.compare.axes import axis_name, cost_on
+from effopd.compare.cross_targets import runs_of
+from effopd.compare.envelope import Envelope
+from effopd.compare.grid import folder_name, load_grid
+from effopd.compare.grid_run import Arm, GridRun, read_run, to_row
+from effopd.compare.paired import SeedMedian
+from effopd.compare.runner import DONE, is_done
+from effopd.report.compare_lookup import table, times
+from effopd.report.style import quiet_style, save
+
+PLACE = DOCS / "neighbours"
+RECIPE = Path(__file__).parents[1] / "recipes" / "compare-neighbours.yaml"
+#: Place of the stored answers below the working directory, as in the plan.
+TRACES = Path("runs/neighbour-traces")
+#: Stored answers per task and seed: each is used three times in 48 steps of 32.
+STORED = 512
+#: Shares of the KL at step 0 that a method has to reach; the figure shows the last.
+TARGETS = (0.25, 0.1)
+#: Figure: ticks, and the place of a method that never reaches the target.
+TICKS, NEVER = (0.25, 0.5, 1, 2, 4), 0.125
+#: Suffix of an arm with the look-ahead; plain OPD with it has a name of its own.
+NEWTON = "+newton"
+AXES = ("seconds", "generated_tokens", "teacher_tokens", "student_backward_tokens")
+
+
+class Method(NamedTuple):
+    """A method of the page: its arm, its name, its arXiv id, and when it is worth it."""
+
+    arm: str
+    name: str
+    paper: str
+    when: str
+
+
+METHODS = (
+    Method("plain", "full reverse KL", "2605.11739", "the teacher's logits are at hand"),
+    Method("forward_kl", "forward KL (β = 0)", "2604.00626", "the student must cover all of the teacher's answers"),
+    Method("jsd", "Jensen–Shannon (β = 0.5)", "2604.00626", "between the two KLs; nothing else speaks for it"),
+    Method("teacher_top_k", "Revisiting OPD", "2603.25562", "the teacher sends its top K only, or V is large"),
+    Method("sampled", "sampled token", "2605.11739", "the teacher sends one number per token"),
+    Method("vopd", "vOPD", "2605.07865", "a backward pass over the vocabulary is too expensive"),
+    Method("optimal_baseline", "optimal baseline", "", "as vOPD; smallest variance of the logit gradient"),
+    Method("samples_8", "8 samples per prefix", "2606.24143", "the teacher scores chosen tokens cheaply"),
+    Method("negative_advantage", "fixed negative advantage", "2608.31046", "a control: no teacher"),
+    Method("esr", "ESR", "2605.27028", "sampling long answers dominates the cost"),
+    Method("lmbda_0.5", "GKD mixing, λ = 0.5", "2306.13649", "traces exist already and sampling is expensive"),
+    Method("lightning", "Lightning OPD", "2604.13010", "the teacher does not fit beside the student"),
+    Method("discord", "DisCorD", "2605.14071", "a warm-up from a teacher that only sends text with log-probabilities"),
+)
+
+
+class Page:
+    """Blocks of the page.
+
+    Args:
+        results: content of results.json.
+    """
+
+    def __init__(self, results: Mapping[str, Any]):
+        self.runs = runs_of(results)
+        self.tasks = list(dict.fromkeys(run.task for run in self.runs))
+        self.planned = results["settings"].get("planned_runs")
+        self._envelopes: dict[tuple[str, str], Envelope] = {}
+
+    def of(self, task: str, strategy: str) -> list[GridRun]:
+        """Runs of a strategy on a task."""
+        return [run for run in self.runs if (run.task, run.strategy) == (task, strategy)]
+
+    def best(self, task: str, strategy: str) -> Arm | None:
+        """The strategy's learning rate with the smallest median final KL; `None`: no runs."""
+        finals: dict[Arm, list[float]] = {}
+        for run in self.of(task, strategy):
+            finals.setdefault(run.arm, []).append(_end(run))
+        return min(finals, key=lambda arm: statistics.median(finals[arm]), default=None)
+
+    def speedup(self, task: str, strategy: str, axis: str, share: float) -> SeedMedian | None:
+        """Cost of tuned plain OPD to a target / cost of the method at its best rate."""
+        key, arm = (task, axis), self.best(task, strategy)
+        if key not in self._envelopes:
+            self._envelopes[key] = Envelope([run for run in self.runs if run.task == task], ("plain",), axis)
+        return None if arm is None else self._envelopes[key].speedup(arm, share)
+
+    # -- blocks ------------------------------------------------------------------------------------
+
+    def final_table(self) -> str:
+        """Per method, without and with newton_search: final KL, accuracy and costs of a run."""
+        rows = []
+        for task in self.tasks:
+            for method in METHODS:
+                for strategy in _pair(method.arm):
+                    arm = self.best(task, strategy)
+                    if arm is not None:
+                        runs = [run for run in self.of(task, strategy) if run.arm == arm]
+                        rows.append(self._final_row(task, method, strategy, runs))
+        head = ["task", "method", "look-ahead", "rate", "rates", "seeds", "KL at the end", "accuracy"]
+        return table([*head, *(axis_name(axis) for axis in AXES)], rows)
+
+    def _final_row(self, task: str, method: Method, strategy: str, runs: Sequence[GridRun]) -> list[str]:
+        ends = [run.evaluations[-1] for run in runs]
+        costs = [[cost_on(end, axis) for end in ends] for axis in AXES]
+        rates = len({run.learning_rate for run in self.of(task, strategy)})
+        return [
+            task.split(":")[1], method.name, "" if strategy == method.arm else "newton_search",
+            f"{runs[0].learning_rate:.0e}", str(rates), str(len(runs)),
+            f"{statistics.median(map(_end, runs)):.4f}",
+            f"{statistics.median(end.accuracy or 0.0 for end in ends):.2f}",
+            *(f"{statistics.median(each):,.0f}" if None not in each else "–" for each in costs),
+        ]  # fmt: skip
+
+    def cost_table(self) -> str:
+        """Speed-up to the targets over tuned plain OPD, by axis, and the verdict."""
+        rows = []
+        for task in self.tasks:
+            for method in METHODS:
+                for strategy in _pair(method.arm):
+                    if strategy != "plain" and self.of(task, strategy):
+                        ahead = "" if strategy == method.arm else "newton_search"
+                        rows += [
+                            [
+                                task.split(":")[1],
+                                method.name,
+                                ahead,
+                                f"{share:.0%}",
+                                *self._cost_cells(task, strategy, share),
+                            ]
+                            for share in TARGETS
+                        ]
+        head = ["task", "method", "look-ahead", "KL", *(axis_name(axis) for axis in AXES), "verdict"]
+        return table(head, rows)
+
+    def _cost_cells(self, task: str, strategy: str, share: float) -> list[str]:
+        found = [self.speedup(task, strategy, axis, share) for axis in AXES]
+        speeds = [each for each in found if each is not None]
+        return [*(times(each.to_row()) for each in speeds), verdict(speeds)]
+
+    def method_table(self) -> str:
+        """Every method: its paper, when it is worth it, and the number of its runs."""
+        rows = []
+        for method in METHODS:
+            plain, ahead = (sum(run.strategy == name for run in self.runs) for name in _pair(method.arm))
+            link = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else "ours"
+            runs = f"{plain} + {ahead}" if plain + ahead else "none yet"
+            rows.append([method.name, link, method.when, runs])
+        return table(["method", "paper", "worth trying if", "runs without + with look-ahead"], rows)
+
+    def coverage(self) -> str:
+        """Which of the planned runs exist."""
+        seeds = sorted({run.seed for run in self.runs})
+        places = ", ".join(task.split(":")[1] for task in self.tasks)
+        planned = f" of {self.planned} planned" if self.planned else ""
+        return (
+            f"{len(self.runs)}{planned} runs exist: {places}, seed {', '.join(map(str, seeds))}. A verdict from fewer "
+            "than three seeds is a single observation."
+        )
+
+    def blocks(self) -> dict[str, str]:
+        """All blocks by name."""
+        return {
+            "coverage": self.coverage(), "methods": self.method_table(), "costs": self.cost_table(),
+            "final": self.final_table(),
+        }  # fmt: skip
+
+    # -- figure ------------------------------------------------------------------------------------
+
+    def draw(self) -> None:
+        """Speed-up to the target by method: net seconds and teacher tokens, one row per task."""
+        import matplotlib.pyplot as plt
+
+        axes = ("seconds", "teacher_tokens")
+        with quiet_style():
+            figure, panels = plt.subplots(
+                len(self.tasks), len(axes), figsize=(11, 1.5 + 3.2 * len(self.tasks)), squeeze=False, sharey=True,
+                constrained_layout=True,
+            )  # fmt: skip
+            for row, task in zip(panels, self.tasks, strict=True):
+                for panel, axis in zip(row, axes, strict=True):
+                    self._bars(panel, task, axis)
+            panels[0][0].legend(loc="lower right")
+            title = f"Cost to {TARGETS[-1]:.0%} of the starting KL: tuned plain OPD / method"
+            note = "Best of the learning rates that were run; median over seeds. A cross: the method never reaches it."
+            save(figure, PLACE / "costs.png", title, note)
+
+    def _bars(self, panel: Any, task: str, axis: str) -> None:
+        names = [method.name for method in METHODS]
+        for offset, (label, color) in enumerate((("without look-ahead", "#6b7280"), ("newton_search", "#009e73"))):
+            for place, method in enumerate(METHODS):
+                found = self.speedup(task, _pair(method.arm)[offset], axis, TARGETS[-1])
+                if found is None or not found.n:
+                    continue
+                y, reached = place + 0.3 * (offset - 0.5), 0 < found.median < math.inf
+                marker = "o" if reached else "x"
+                panel.plot(
+                    found.median if reached else NEVER, y, marker, color=color, markersize=7, label=label,
+                    linestyle="none",
+                )  # fmt: skip
+                label = "_"
+        panel.axvline(1, color="#9ca3af", linewidth=1)
+        panel.set(xscale="log", xlabel=f"speed-up in {axis_name(axis)}", yticks=range(len(names)), yticklabels=names)
+        panel.set(ylim=(len(names) - 0.5, -0.5), xlim=(NEVER / 1.2, TICKS[-1] * 1.2))
+        panel.set_xticks((NEVER, *TICKS), ["never", *(f"{tick:g}×" for tick in TICKS)])
+        panel.minorticks_off()
+        panel.set_title(task, loc="left")
+
+
+def verdict(speeds: Sequence[SeedMedian]) -> str:
+    """Verdict from the speed-ups on `AXES`: by net seconds first, then by tokens.
+
+    With three seeds or more, the range over seeds must be on one side of 1.
+    """
+    seconds, *tokens = speeds
+    if not seconds.n:
+        return "neither reaches the target"
+    if seconds.median == 0:
+        return "no: does not reach the target"
+    sure = seconds.n >= 3
+    if (seconds.low if sure else seconds.median) > 1:
+        return "yes" if sure else "yes, in one observation"
+    gains = [axis_name(axis) for axis, each in zip(AXES[1:], tokens, strict=True) if _gains(each)]
+    if gains:
+        return f"for {' and '.join(gains)} only"
+    if sure and seconds.low <= 1 <= seconds.high:
+        return "no difference shown"
+    return "no" if sure else "no, in one observation"
+
+
+def _gains(speed: SeedMedian) -> bool:
+    """Whether the speed-up is at least 1.25, for all seeds if there are three."""
+    return bool(speed.n) and (speed.low if speed.n >= 3 else speed.median) >= 1.25
+
+
+def _pair(arm: str) -> tuple[str, str]:
+    """Strategy without and with the look-ahead."""
+    return arm, "newton_search" if arm == "plain" else arm + NEWTON
+
+
+def _end(run: GridRun) -> float:
+    """Held-out KL at the end: median of the last three evaluations."""
+    return statistics.median(e.kl for e in run.evaluations[-3:] if e.kl is not None)
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """The finished runs of the plan in a grid's folder, with the plan's settings."""
+    grid = load_grid(RECIPE, output_dir=str(folder))
+    runs = [
+        read_run(
+            run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed,
+            code=json.loads((run.path / DONE).read_text())["code"],
+        )
+        for run in grid.runs() if is_done(run)
+    ]  # fmt: skip
+    settings = {"planned_runs": len(grid.runs()), "base": grid.base, "strategies": grid.strategies}
+    return {"settings": settings, "runs": [to_row(run) for run in runs]}
+
+
+def collect(recipe: Path, seeds: Sequence[int] | None, tasks: Sequence[str] | None) -> None:
+    """`effopd cache` for every task and seed of the plan: rollouts and traces."""
+    grid = load_grid(recipe)
+    base = grid.base
+    for task in tasks or list(grid.tasks):
+        for seed in seeds or grid.seeds:
+            for sampler in ("student", "teacher"):
+                status = effopd([
+                    "cache", "--model_name_or_path", base["model_name_or_path"], "--teacher_model_name_or_path",
+                    base["teacher_model_name_or_path"], "--task", task, "--train_size", str(STORED), "--task_seed",
+                    str(seed), "--seed", str(seed), "--max_completion_length", str(base["max_completion_length"]),
+                    "--batch_size", "128", "--sampled_by", sampler, "--output_dir",
+                    str(TRACES / folder_name(task) / f"seed-{seed}" / sampler),
+                ])  # fmt: skip
+                if status:
+                    raise SystemExit(status)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["collect", "page"])
+    parser.add_argument("--runs", type=Path, help="page: folder of the grid; default: docs/neighbours/results.json")
+    parser.add_argument("--figure", action="store_true", help="page: redraw docs/neighbours/costs.png")
+    parser.add_argument("--seeds", type=int, nargs="+", help="collect: only these seeds")
+    parser.add_argument("--tasks", nargs="+", help="collect: only these tasks")
+    arguments = parser.parse_args()
+    if arguments.what == "collect":
+        collect(RECIPE, arguments.seeds, arguments.tasks)
+        return
+    file = PLACE / "results.json"
+    if arguments.runs is not None:
+        results = results_of(arguments.runs)
+        PLACE.mkdir(exist_ok=True)
+        write_atomically(file, lambda path: path.write_text(json.dumps(results) + "\n"))
+    page = Page(json.loads(file.read_text()))
+    rewrite(DOCS / "neighbours.md", page.blocks())
+    if arguments.figure:
+        page.draw()
+
+
+if __name__ == "__main__":
+    main()

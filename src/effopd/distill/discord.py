@@ -1,0 +1,61 @@
+"""DisCorD: cross-entropy on correct teacher answers, weighted by the student/teacher ratio.
+
+    loss = −Σ_t w_t log π_θ(y_t) / count,   w_t = σ((log π_θ(y_t) − log q(y_t)) / τ) / mean σ
+
+The weights are detached. The mean is over the tokens of an optimizer step, so their mean is 1 and
+the rate keeps its meaning. A token that the student would not produce after this prefix has a small
+weight; a sequence's weight does not depend on its length.
+
+Our reading of arXiv 2605.14071, known to us from summaries only: a bounded (sigmoid) function of
+the token's support ratio, on teacher answers that are correct. The expression inside the sigmoid,
+its temperature τ and the normalization are our choice. The paper's weighted KL is left out, because
+stored answers have no distribution of the teacher.
+
+Shapes: B answers, T tokens, N valid tokens.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from effopd.distill.divergence import weighted_mean
+
+
+def support_weights(student_logp_N: Tensor, teacher_logp_N: Tensor, tau: float = 1.0) -> Tensor:
+    """σ((log π_θ(y) − log q(y)) / τ) [N], in (0, 1), without gradient; 1/2 where both agree.
+
+    Args:
+        student_logp_N, teacher_logp_N: log-probabilities of the tokens, in nats.
+        tau: temperature (> 0). As it grows, all weights tend to 1/2, and the normalized loss to
+            plain cross-entropy.
+
+    Example:
+        >>> import torch
+        >>> support_weights(torch.tensor([-1.0, -4.0]), torch.tensor([-1.0, -1.0])).tolist()
+        [0.5, 0.0474258728325367]
+    """
+    return ((student_logp_N.detach() - teacher_logp_N) / tau).float().sigmoid()
+
+
+def discord_loss(
+    student_logp_N: Tensor,
+    weight_N: Tensor,
+    valid_BT: Tensor,
+    num_items: Tensor | int | None,
+    by_answer: bool = False,
+) -> Tensor:
+    """−Σ w log π_θ(y) / `num_items`; by answer, every token also counts 1 / length of its answer.
+
+    Args:
+        student_logp_N: log π_θ(y) at the valid positions, row by row, with gradient.
+        weight_N: weights with mean 1 over the tokens of the optimizer step.
+        num_items: divisor over all processes; `None`: the tokens (or answers) of this batch.
+    """
+    return weighted_mean(-weight_N * student_logp_N, valid_BT, num_items, by_answer)
+
+
+def normalized(weight_N: Tensor, mean: Tensor | float | None = None) -> Tensor:
+    """Weights [N] divided by `mean`; default: their own mean. Empty weights stay empty."""
+    if mean is None:
+        mean = weight_N.mean() if len(weight_N) else 1.0
+    return weight_N / mean

@@ -1,0 +1,1 @@
+"""Local teachers: dtype, quantization, place in memory, several per run, and their manifest."""

@@ -1,0 +1,160 @@
+"""`TeachersMixin`: the part of `OPDTrainer` that loads teachers and splits batches by teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from effopd.distill.divergence import Answers, Predictions, shared_vocab_size
+from effopd.distill.teachers.loading import teacher_loading
+from effopd.distill.teachers.manifest import ONLY, TeacherEntry, entry_of
+from effopd.distill.teachers.offload import in_use, offload
+from effopd.distill.teachers.several import (
+    TEACHER_INDEX,
+    Part,
+    TeacherSet,
+    check_task_labels,
+    rows_by_teacher,
+    teacher_logits,
+)
+from effopd.distill.teachers.sharding import check_sharding, shard_layers
+from effopd.distill.trl_host.hooks import DistillationHooks
+from effopd.distill.trl_host.models import frozen, release
+from effopd.errors import ConfigError
+from effopd.models.checks import check_models
+from effopd.models.token_batch import TokenBatch
+from effopd.tasks.base import Task
+
+Source: TypeAlias = str | PreTrainedModel
+
+
+class TeachersMixin(DistillationHooks):
+    """Mixed into `OPDTrainer`.
+
+    Attributes:
+        teacher_model: the only teacher; `None` with several.
+        teachers: the set of several teachers; `None` with one.
+    """
+
+    teacher_model: Any
+    teachers: TeacherSet | None = None
+
+    def _open_teachers(self, source: Source | Mapping[str, Source], train_dataset: Any, eval_task: Task | None) -> int:
+        """Load and check the teacher or teachers; return the size of the vocabulary that all have.
+
+        Raises:
+            TaskError: rows of the training set or of `eval_task` name none of several teachers.
+            CompatibilityError: as `shared_vocab_size` and `check_models`.
+        """
+        student, size = self.accelerator.unwrap_model(self.model), len(self.text_tokenizer)
+        if not isinstance(source, Mapping):
+            self.teacher_model = self._prepare_frozen(source, "teacher")
+            return shared_vocab_size(student, self.accelerator.unwrap_model(self.teacher_model), size)
+        self.teacher_model = None
+        self.teachers = TeacherSet(
+            source,
+            self.args.teacher_column,
+            partial(self._prepare_frozen, role="teacher"),
+            partial(release, self) if self.args.teachers_in_memory == "one" else None,
+        )
+        if hasattr(train_dataset, "__len__"):
+            known = {self.args.teacher_column.split(".")[0], self.args.teacher_column, "metadata"}
+            columns = [name for name in train_dataset.column_names if name in known]
+            rows = train_dataset.select_columns(columns) if columns else [{}] * len(train_dataset)
+            self.teachers.check_rows(rows, "the training set")
+        if eval_task is not None:
+            check_task_labels(eval_task, self.teachers.labels, self.args.teacher_column)
+        sizes = []
+        for label in self.teachers.labels:
+            model = self.accelerator.unwrap_model(self.teachers.model(label))
+            sizes.append(shared_vocab_size(student, model, size, f"teacher '{label}'"))
+            with in_use(model):
+                check_models(student, {f"teacher '{label}'": model}, generates=False)
+        return min(sizes)
+
+    def _prepare_frozen(self, source: Source, role: str) -> Any:
+        """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
+        init = teacher_loading(self.args, self.args.teacher_model_init_kwargs or {})
+        named = self.args.teacher_model_name_or_path
+        if role == "reference" or (self.args.curriculum_teachers and source != named):
+            init.pop("revision", None)  # the named teacher's
+        elif self.args.teacher_model_init_kwargs is not None and not isinstance(source, str):
+            raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
+        elif not isinstance(source, str) and (changed := self.args.changed_loading()):
+            raise ConfigError(
+                f"{', '.join(changed)}: read only for a teacher given by path; got a model object. Load it as "
+                "needed, or pass its path."
+            )
+        elif self.args.teacher_model_revision is not None:
+            init.setdefault("revision", self.args.teacher_model_revision)
+        if self.args.teacher_shard:
+            check_sharding(self)
+        model = frozen(self, source, init, shard_layers if self.args.teacher_shard else None)
+        return offload(model, self.accelerator) if self.args.teacher_offload else model
+
+    def _teacher_entries(self, source: Source | Mapping[str, Source]) -> list[TeacherEntry]:
+        """The run's teachers for its manifest."""
+        unwrap = self.accelerator.unwrap_model
+        if self.teachers is None:
+            model = unwrap(self.teacher_model)
+            stages = [entry_of(stage, name, model) for stage, name in self.args.stage_teachers.items()]
+            return [entry_of(ONLY, source, model, self.args.teacher_model_revision), *stages]
+        return [entry_of(label, self.teachers.sources[label], unwrap(self.teachers.model(label)))
+                for label in self.teachers.labels]  # fmt: skip
+
+    # -- rows of a batch ---------------------------------------------------------------------------
+
+    def make_rollouts(self, rows, sample):
+        """Rollouts with the index of each row's teacher, if there are several."""
+        output = super().make_rollouts(rows, sample)
+        if self.teachers is not None:
+            index = [self.teachers.index_of(row) for row in rows]
+            output[TEACHER_INDEX] = torch.tensor(index, device=output["completion_ids"].device)
+        return output
+
+    def _teacher_parts(self, batch: TokenBatch, multimodal: Mapping[str, Any]) -> list[Part]:
+        """The predictions of each row's teacher, one part per teacher."""
+        if self.teachers is None:
+            return [Part(ONLY, None, self._frozen(self.teacher_model, batch, multimodal))]
+        if present := [name for name, value in multimodal.items() if value is not None]:
+            raise ConfigError(
+                f"--teachers reads text only, but the rollouts have {', '.join(present)}. Use one teacher."
+            )
+        assert batch.teacher_B is not None, "`make_rollouts` sets it"
+        parts = []
+        for index, rows_B in rows_by_teacher(batch.teacher_B):
+            mine = batch.of_teacher(index)
+            assert mine is not None, "rows_by_teacher yields teachers with rows"
+            label = self.teachers.labels[index]
+            parts.append(Part(label, rows_B, self._frozen(self.teachers.model(label), mine[0], {})))
+        return parts
+
+    def _measured_teacher(self, parts: list[Part]) -> Any:
+        """Input of the health metrics: the teacher's predictions, or the logits of several."""
+        if self.teachers is None or not parts:
+            return parts[0].teacher if parts else None
+        width = parts[0].teacher.hidden_BTH.shape[1]
+        return lambda index_N: teacher_logits(parts, index_N, width, self.temperature)
+
+    def _by_teacher(self, student: Predictions, parts: list[Part], reference, answers: Answers, num_items):
+        """Sum of the objectives of all parts, each over its own rows; as `_objective`."""
+        if len(parts) <= 1 or (self.args.loss_type == "negative_advantage" and self.model.training):
+            return self._objective(student, parts[0].teacher if parts else None, reference, answers, num_items)
+        if num_items is None:
+            length_B = (answers.mask_BT != 0).sum(1)
+            by_answer = self.args.loss_weighting == "answer"
+            num_items = ((length_B > 0).sum() if by_answer else length_B.sum()).clamp(min=1)
+        head = student.head.whole()  # once on every rank: ranks can have different numbers of parts
+        sums: list[Tensor] = []
+        for part in parts:
+            own = Predictions(part.of(student.hidden_BTH), head)
+            logps_BT = None if answers.sampler_logps_BT is None else part.of(answers.sampler_logps_BT)
+            rows = Answers(part.of(answers.ids_BT), part.of(answers.mask_BT), logps_BT)
+            output = self._objective(own, part.teacher, None, rows, num_items)
+            sums = list(output) if not sums else [a + b for a, b in zip(sums, output, strict=True)]
+        return tuple(sums)

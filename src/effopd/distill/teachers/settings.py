@@ -1,0 +1,185 @@
+"""`TeacherArguments`: flags for the dtype, quantization and memory of local teachers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from effopd.errors import ConfigError
+
+_LABEL = re.compile(r"[A-Za-z0-9_.-]+")
+#: Settings of loading, which only a teacher given by path reads.
+LOADING = ("teacher_dtype", "teacher_load_in_8bit", "teacher_load_in_4bit")
+#: Settings that only a teacher in memory reads.
+LOCAL_ONLY = (*LOADING, "teacher_offload", "teacher_shard", "teachers")
+
+
+@dataclass
+class TeacherArguments:
+    """Flags of local teachers; part of `OPDConfig`. All apply to a teacher given by path."""
+
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of the weights of teacher and reference. 'auto': that of --dtype if it is not float32; "
+            "otherwise bfloat16 on an accelerator that supports it, and float32 on the CPU, where bfloat16 is slower "
+            "without AMX instructions.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    teacher_load_in_8bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantize the linear layers of teacher and reference to 8 bits (bitsandbytes), except output "
+            "layers."
+        },
+    )
+    teacher_load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantize the linear layers of teacher and reference to 4 bits (bitsandbytes, nf4), except output "
+            "layers."
+        },
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the teacher's weights in host memory and copy them to the accelerator for each of its "
+            "forward passes. The output layer stays on the accelerator. No effect on the CPU."
+        },
+    )
+
+    teacher_shard: bool = field(
+        default=False,
+        metadata={
+            "help": "Under FSDP2: shard the decoder layers of teacher and reference over all ranks. Each layer is "
+            "gathered for its forward pass."
+        },
+    )
+    teachers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers instead of --teacher_model_name_or_path, as LABEL=MODEL: math=DIR code=DIR. "
+            "The column --teacher_column names the teacher of each row."
+        },
+    )
+    teacher_column: str = field(
+        default="teacher",
+        metadata={"help": "With --teachers: column or nested field of the rows that holds the teacher's label."},
+    )
+    teachers_in_memory: str = field(
+        default="all",
+        metadata={
+            "help": "With --teachers: 'all' loads every teacher once. 'one' holds one at a time and reads it again "
+            "from disk at each change, in every micro-batch that has rows of several teachers.",
+            "choices": ["all", "one"],
+        },
+    )
+
+    def check_teachers(self) -> None:
+        """Check the settings of this class; call it after the host has parsed the JSON settings.
+
+        Raises:
+            ConfigError: two settings contradict each other.
+        """
+        init = self._init_kwargs()
+        if self.teacher_load_in_8bit and self.teacher_load_in_4bit:
+            raise ConfigError("--teacher_load_in_8bit and --teacher_load_in_4bit are both set. Leave one of them out.")
+        self._check_several()
+        given = init.get("dtype", init.get("torch_dtype"))
+        if self.teacher_dtype != "auto" and given not in (None, self.teacher_dtype):
+            raise ConfigError(
+                f"teacher_dtype={self.teacher_dtype!r}, but teacher_model_init_kwargs sets the dtype {given!r}. Leave "
+                "one of them out."
+            )
+        if self.teacher_shard:
+            for name, value in (
+                ("teacher_offload", self.teacher_offload),
+                (self._quantization_flag, self.quantization),
+                ("teachers", self.teachers),
+            ):
+                if value:
+                    raise ConfigError(f"--teacher_shard with --{name}: not supported together. Leave one of them out.")
+        if self.quantization is None:
+            return
+        if "quantization_config" in init:
+            raise ConfigError(
+                f"--{self._quantization_flag} true, but teacher_model_init_kwargs sets a quantization_config. Leave "
+                "one of them out."
+            )
+        if self.teacher_offload:
+            raise ConfigError(
+                f"--{self._quantization_flag} true with --teacher_offload true: bitsandbytes weights cannot be moved "
+                "between host and accelerator. Leave one of them out."
+            )
+
+    def _check_several(self) -> None:
+        labelled = self.teacher_sources
+        if not labelled:
+            for name, default in (("teacher_column", "teacher"), ("teachers_in_memory", "all")):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} is read only with several teachers. Leave it out, or set "
+                        "--teachers."
+                    )
+            return
+        if self.teachers_in_memory not in ("all", "one"):
+            raise ConfigError(f"teachers_in_memory must be 'all' or 'one'; got {self.teachers_in_memory!r}.")
+        if not str(self.teacher_column).strip():
+            raise ConfigError("--teacher_column: expected the name of a column, got nothing.")
+        for name, why in (
+            ("teacher_model_name_or_path", "names a single teacher"),
+            ("teacher_model_revision", "is the revision of a single teacher"),
+            ("rollouts", "loads no teacher"),
+        ):
+            if (value := getattr(self, name, None)) is not None:
+                raise ConfigError(f"--teachers with {name}={value!r}, which {why}. Leave one of them out.")
+        if getattr(self, "lambda_extrapolation", 1) != 1:
+            raise ConfigError(
+                "--teachers with --lambda_extrapolation: ExOPD's target is defined for one teacher. Leave one of them "
+                "out."
+            )
+
+    @property
+    def teacher_sources(self) -> dict[str, str]:
+        """Label → model of `teachers`; empty with one teacher.
+
+        Raises:
+            ConfigError: an entry is not LABEL=MODEL, or a label occurs twice.
+        """
+        given = self.teachers
+        if isinstance(given, Mapping):  # in Python and YAML
+            given = [f"{label}={name}" for label, name in given.items()]
+        sources: dict[str, str] = {}
+        for entry in [given] if isinstance(given, str) else given or ():
+            label, sign, name = str(entry).partition("=")
+            if not sign or not _LABEL.fullmatch(label) or not name.strip():
+                raise ConfigError(
+                    f"--teachers: expected LABEL=MODEL, with letters, digits, '_', '-' and '.' in the label; got "
+                    f"{entry!r}. Write for example --teachers math=models/math code=models/code."
+                )
+            if label in sources:
+                raise ConfigError(f"--teachers: the label {label!r} occurs twice. Give each teacher its own label.")
+            sources[label] = name.strip()
+        return sources
+
+    def _init_kwargs(self) -> Mapping[str, Any]:
+        value = getattr(self, "teacher_model_init_kwargs", None) or {}
+        return json.loads(value) if isinstance(value, str) else value
+
+    @property
+    def _quantization_flag(self) -> str:
+        return "teacher_load_in_8bit" if self.teacher_load_in_8bit else "teacher_load_in_4bit"
+
+    @property
+    def quantization(self) -> str | None:
+        """'8bit', '4bit' or `None`."""
+        return "8bit" if self.teacher_load_in_8bit else "4bit" if self.teacher_load_in_4bit else None
+
+    def changed_loading(self) -> list[str]:
+        """Names of the settings of loading that differ from their defaults."""
+        defaults = {f.name: f.default for f in fields(TeacherArguments)}
+        return [name for name in LOADING if getattr(self, name) != defaults[name]]
