@@ -122,7 +122,9 @@ def test_a_schedule_restarts_with_its_stage():
         for step in steps:
             with torch.no_grad():
                 model.lm_head.weight += 1e-3
-            if look.step(step) is not None:
+            due = look.due(step)
+            assert due == (look.step(step) is not None)
+            if due:
                 found.append(step)
         return found
 

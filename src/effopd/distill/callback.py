@@ -269,7 +269,8 @@ class EffOPDCallback(TrainerCallback):
 
     def scores_rollouts(self, step: int) -> bool:
         """Whether a search at this step scores the step's rollouts, before training on them."""
-        return self.waits_for_rollouts and step > 1 and self.look_ahead is not None and self.look_ahead.due(step)
+        look = self.look_ahead
+        return self.waits_for_rollouts and look is not None and step > look.schedule_start + 1 and look.due(step)
 
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Search on the next step's rollouts, before they are trained on.

@@ -118,9 +118,12 @@ class EffOPD:
 
     def due(self, step: int) -> bool:
         """Whether `step(step)` would observe or search now."""
-        if self.predictor is None:
-            return self.config.triggers(step, self.history)
-        return self.predictor.observes(step) or self.predictor.predicts(step)
+        if self.predictor is not None:
+            return self.predictor.observes(step) or self.predictor.predicts(step)
+        start, past = self.schedule_start, self.history
+        if start:
+            past = [dataclasses.replace(each, step=each.step - start) for each in past if each.step > start]
+        return self.config.triggers(step - start, past)
 
     def step(self, step: int) -> SearchRecord | None:
         """Observe or search if due. Call after every optimizer step.
@@ -137,20 +140,13 @@ class EffOPD:
         """
         self._check_open()
         if self.predictor is None:
-            return self.search(step) if self._due(step) else None
+            return self.search(step) if self.due(step) else None
         observed = self._observe(step, self.predictor) if self.predictor.observes(step) else None
         if self.predictor.predicts(step):
             return self.search(step, observed)
         if observed is not None:
             self.history.append(observed)
         return observed
-
-    def _due(self, step: int) -> bool:
-        """Whether the schedule, counted from its start, has a search after `step`."""
-        start, past = self.schedule_start, self.history
-        if start:
-            past = [dataclasses.replace(each, step=each.step - start) for each in past if each.step > start]
-        return self.config.triggers(step - start, past)
 
     def search(self, step: int, observed: SearchRecord | None = None) -> SearchRecord:
         """Search now, regardless of the schedule; see `step`.
