@@ -174,9 +174,11 @@ class Page:
         seeds = sorted({run.seed for run in self.runs})
         places = ", ".join(task.split(":")[1] for task in self.tasks)
         planned = f" of {self.planned} planned" if self.planned else ""
+        rates = sorted({run.learning_rate for run in self.runs})
         return (
-            f"{len(self.runs)}{planned} runs exist: {places}, seed {', '.join(map(str, seeds))}. A verdict from fewer "
-            "than three seeds is a single observation."
+            f"{len(self.runs)}{planned} runs exist: {places}; seed {', '.join(map(str, seeds))}; learning rate "
+            f"{', '.join(f'{rate:.0e}' for rate in rates)}. A verdict from fewer than three seeds, or from one "
+            "learning rate, is a single observation."
         )
 
     def blocks(self) -> dict[str, str]:
@@ -231,22 +233,23 @@ class Page:
 def verdict(speeds: Sequence[SeedMedian]) -> str:
     """Verdict from the speed-ups on `AXES`: by net seconds first, then by tokens.
 
-    With three seeds or more, the range over seeds must be on one side of 1.
+    With three seeds or more, the range over seeds must be on one side of 1; with fewer, the verdict
+    says so.
     """
     seconds, *tokens = speeds
-    if not seconds.n:
-        return "neither reaches the target"
-    if seconds.median == 0:
-        return "no: does not reach the target"
     sure = seconds.n >= 3
-    if (seconds.low if sure else seconds.median) > 1:
-        return "yes" if sure else "yes, in one observation"
     gains = [axis_name(axis) for axis, each in zip(AXES[1:], tokens, strict=True) if _gains(each)]
-    if gains:
-        return f"for {' and '.join(gains)} only"
-    if sure and seconds.low <= 1 <= seconds.high:
-        return "no difference shown"
-    return "no" if sure else "no, in one observation"
+    if not seconds.n:
+        text = "neither reaches the target"
+    elif seconds.median == 0:
+        text = "no: does not reach the target"
+    elif (seconds.low if sure else seconds.median) > 1:
+        text = "yes"
+    elif gains:
+        text = f"for {' and '.join(gains)} only"
+    else:
+        text = "no difference shown" if sure and seconds.low <= 1 <= seconds.high else "no"
+    return text if sure else f"{text} (few seeds)"
 
 
 def _gains(speed: SeedMedian) -> bool:

@@ -37,7 +37,7 @@ def test_every_block_has_its_place_and_the_right_values():
     assert "Revisiting OPD | newton_search" in top_k_newton and "| yes |" in top_k_newton
     assert "does not reach the target" in esr
     assert blocks["final"].count("3e-05 | 2 | 3 |") == 2 * len(ARMS)
-    assert "60 of 100 planned runs exist: a, b, seed 0, 1, 2" in blocks["coverage"]
+    assert "60 of 100 planned runs exist: a, b; seed 0, 1, 2; learning rate 1e-05, 3e-05." in blocks["coverage"]
     assert "| vOPD |" in blocks["methods"] and blocks["methods"].count("none yet") == len(neighbours.METHODS) - 3
 
 
@@ -46,10 +46,10 @@ def test_every_block_has_its_place_and_the_right_values():
     ((1.4, 0.9, 2.0, 3), (1.0, 1.0, 1.0, 3), "no difference shown"),
     ((0.8, 0.7, 0.9, 3), (3.0, 2.0, 4.0, 3), "for sampled tokens only"),
     ((0.8, 0.7, 0.9, 3), (3.0, 1.0, 4.0, 3), "no"),
-    ((1.4, 1.4, 1.4, 1), (1.0, 1.0, 1.0, 1), "yes, in one observation"),
-    ((0.8, 0.8, 0.8, 1), (1.0, 1.0, 1.0, 1), "no, in one observation"),
+    ((1.4, 1.4, 1.4, 1), (1.0, 1.0, 1.0, 1), "yes (few seeds)"),
+    ((0.8, 0.8, 0.8, 1), (1.0, 1.0, 1.0, 1), "no (few seeds)"),
     ((0.0, 0.0, 0.0, 3), (0.0, 0.0, 0.0, 3), "no: does not reach the target"),
-    ((math.nan, math.nan, math.nan, 0), (math.nan, math.nan, math.nan, 0), "neither reaches the target"),
+    ((math.nan, math.nan, math.nan, 0), (math.nan, math.nan, math.nan, 0), "neither reaches the target (few seeds)"),
 ])  # fmt: skip
 def test_verdicts(seconds, tokens, text):
     one = SeedMedian(1.0, 1.0, 1.0, seconds[3])
