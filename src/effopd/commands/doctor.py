@@ -12,6 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ def examine() -> dict[str, Any]:
         "versions": {**_installed(), **found},
         "devices": devices,
         "extras": {name: _extra(extra) for name, extra in EXTRAS.items()},
-        "trackers": [name for name in sorted(TRACKERS) if tried(lambda name=name: is_available(name)) is True],
+        "trackers": [name for name in sorted(TRACKERS) if tried(partial(is_available, name)) is True],
         "works": works,
         "problems": problems,
     }
@@ -149,7 +150,7 @@ def _required() -> tuple[dict[str, str], list[str]]:
         found[name] = versions((name,))[name]
         if found[name] == "not installed":
             problems.append(f"{name} is missing. Install it with: pip install '{requirement.strip()}'")
-        elif wanted := tried(lambda text=requirement, got=found[name]: _unmet(text, got)):
+        elif wanted := tried(partial(_unmet, requirement, found[name])):
             problems.append(f"{name} {found[name]}: expected {wanted}. Run: pip install '{requirement.strip()}'")
     broken = tried(lambda: __import__("torch") and "")
     return found, problems + ([f"torch cannot be imported: {broken}"] if broken else [])
@@ -166,7 +167,7 @@ def _unmet(requirement: str, version: str) -> str:
 
 
 def _extra(extra: Extra) -> dict[str, Any]:
-    missing = [name for name in extra.modules if tried(lambda name=name: is_available(name)) is not True]
+    missing = [name for name in extra.modules if tried(partial(is_available, name)) is not True]
     return {"installed": not missing, "missing": missing, "brings": extra.brings, "without": extra.without}
 
 

@@ -78,7 +78,8 @@ def run_init(argv: Sequence[str]) -> int:
     if not given and sys.stdin.isatty():
         given = ask(input)
     check(given)
-    answers = Answers(*(given[name] for name in _REQUIRED), arguments.output_dir or f"runs/{out.stem}")
+    student, teacher, task = (given[name] for name in _REQUIRED)
+    answers = Answers(student, teacher, task, arguments.output_dir or f"runs/{out.stem}")
     text = yaml_text(answers, out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
