@@ -280,7 +280,10 @@ def test_yaml_blocks_and_dotted_keys(tmp_path, capsys):
         ("learning_rate: fast", "learning_rate: expected another value, got 'fast'"),
         ("max_steps: 1.5", "max_steps: expected another value, got 1.5"),
         ("bf16: maybe", "bf16: expected another value, got 'maybe'"),
-        ("loss_type: half", "loss_type: expected one of full, sampled, teacher_top_k, negative_advantage; got 'half'"),
+        (
+            "loss_type: half",
+            "loss_type: expected one of full, sampled, teacher_top_k, negative_advantage, discord; got 'half'",
+        ),
         ("effopd: {gate: nearly}", "effopd.gate: expected one of"),
         ("learning_rate: [1, 2]", "learning_rate: expected one value, got [1, 2]"),
         ("learning_rate: {a: 1}", "learning_rate: expected a finite number"),

@@ -32,5 +32,5 @@ def test_every_column_of_every_file_is_in_a_table():
 def test_the_prose_names_fields_that_exist():
     prose = PAGE.partition(run_tables.MARK)[0]
     keys = {key for record in (StepRecord, EvaluationRecord) for key, _ in columns_of(record)}
-    named = re.findall(r"`((?:eval|health|effopd|cost)[_/][\w/]+)`", prose)
+    named = re.findall(r"`((?:eval_|health/|effopd/|cost/)[\w/]+)`", prose)
     assert named and set(named) <= keys | {"eval_steps", "eval_size", "eval_task"}

@@ -215,19 +215,17 @@ class CommandParser(TrlParser):
         """Suggestions for an unknown name, as (name, value), likeliest first.
 
         If the word is a choice of exactly one flag, that flag comes first with the word as its
-        value. Then follow the most similar name and the names that end with the word. All other
-        values are "".
+        value. Then follow the names that end with the word or, if there are none, the most similar
+        name. All other values are "".
         """
         word = word.lstrip("-").replace("-", "_")
         actions = {spelling(action).lstrip("-"): action for action in self._settable()}
         if word in _FORMER and _FORMER[word][0] in actions:
             return [_FORMER[word]]
         offering = [name for name, action in actions.items() if word in (action.choices or ())]
-        similar = difflib.get_close_matches(word, actions, n=1, cutoff=0.75)
         ending = [name for name in actions if name.endswith((f"_{word}", f".{word}"))]
-        names = [
-            (name, "") for name in dict.fromkeys([*similar, *ending]) if name not in offering or len(offering) > 1
-        ]
+        found = ending or difflib.get_close_matches(word, actions, n=1, cutoff=0.75)
+        names = [(name, "") for name in found if name not in offering or len(offering) > 1]
         return ([(offering[0], word)] if len(offering) == 1 else []) + names[:3]
 
     def _settable(self) -> list[argparse.Action]:

@@ -119,10 +119,11 @@ class OptimizerUpdate:
 
     def _factor(self, rate: LearningRateMultiplier, best_scale: float, history: Sequence[SearchRecord]) -> float:
         if self._calibrates:
-            calibrated = next((search.learning_rate_factor_total for search in history if search.searched), None)
-            if calibrated is None:
+            searched = [search for search in history if search.searched]
+            if not searched:
                 return calibrated_factor(best_scale, rate.share) * rate.applied / rate.factor
             # never raised: after half a jump, the next search prefers s > 1 at any rate
+            calibrated = searched[0].learning_rate_factor_total or 1.0
             return learning_rate_factor(best_scale, total=rate.factor / calibrated)
         previous = history[-1].best_scale if history else None
         return learning_rate_factor(best_scale, previous or 0.0, rate.factor)
