@@ -82,10 +82,10 @@ def test_zero_goes_on_after_a_rank_was_killed_in_a_search(mode, shared, tmp_path
     assert status != 0 and "on 2 process(es), and this run has DeepSpeed" in said, said[-3000:]
 
 
-@pytest.mark.parametrize("mode", ["zero1", "zero2", "zero3"])
-def test_zero_in_bf16_moves_fp32_masters(mode, shared):
+@pytest.mark.parametrize(("mode", "flags"), [("zero1", ()), ("zero2", ()), ("zero3", ("--by-path",))])
+def test_zero_in_bf16_moves_fp32_masters(mode, flags, shared):
     """bf16 copies follow: `train.py` checks the moved and the restored weights of every run."""
-    folder, weights = shared("--mode", mode, "--strategy", "effopd", "--bf16")
+    folder, weights = shared("--mode", mode, "--strategy", "effopd", "--bf16", *flags)
     assert {each.dtype for each in weights.values()} == {torch.bfloat16}
     searches = list(read_rows(folder / "searches.jsonl"))
     assert any(row["accepted_scale"] for row in searches)

@@ -37,7 +37,7 @@ from effopd.distill.offline_store import CollectCosts, Header, RolloutStore, Sto
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
 from effopd.distill.trl_host.hooks import DistillationHooks
-from effopd.distill.trl_host.models import frozen
+from effopd.distill.trl_host.models import frozen, loaded_whole
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import CompatibilityError, ConfigError, NonFiniteLossError
 from effopd.extrapolate.config import EffOPDConfig
@@ -107,7 +107,8 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
         if args.charge_rollouts:
             charge(self.ledger, self.collect_costs, args.cost_clock)
         eval_dataset = None if eval_task is None else eval_task.to_dataset()
-        super().__init__(model, None, args, dataset, eval_dataset, *positional, **kwargs)
+        with loaded_whole():
+            super().__init__(model, None, args, dataset, eval_dataset, *positional, **kwargs)
         student = self.accelerator.unwrap_model(self.model)
         self.vocab_size = self.header.vocab_size
         if student.config.get_text_config().vocab_size < self.vocab_size:

@@ -53,7 +53,7 @@ from effopd.distill.teachers.mixin import TeachersMixin
 from effopd.distill.teachers.offload import in_use
 from effopd.distill.top_k import top_k_loss
 from effopd.distill.trl_host.hooks import DistillationHooks
-from effopd.distill.trl_host.models import inside_forward
+from effopd.distill.trl_host.models import inside_forward, loaded_whole
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.models.checks import check_models
@@ -116,7 +116,8 @@ class OPDTrainer(
         self._open_run(args, eval_task)
         if eval_task is not None and eval_dataset is None:
             eval_dataset = eval_task.to_dataset()
-        super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
+        with loaded_whole():
+            super().__init__(model, None, args, train_dataset, eval_dataset, *positional, **kwargs)
         self._check_student()
         self.health = HealthProbe(args.health_tokens, self.temperature)
         first = self._open_curriculum(teacher_model)

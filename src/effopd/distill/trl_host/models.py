@@ -49,7 +49,7 @@ def frozen(
             arguments["dtype"] = getattr(torch, arguments["dtype"])
         if trainer.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             arguments["device_map"] = None
-        with _not_sharded():
+        with loaded_whole():
             model = load_causal_lm(model, **arguments)
     model.requires_grad_(False)
     if shard is not None:
@@ -71,14 +71,19 @@ def release(trainer: Any, model: Any) -> None:
 
 
 @contextmanager
-def _not_sharded() -> Iterator[None]:
-    """In this block, transformers loads whole models, also under ZeRO-3."""
+def loaded_whole() -> Iterator[None]:
+    """In this block, transformers loads whole models, also under ZeRO-3.
+
+    DeepSpeed then shards the trained model when it builds its engine. A model that is sharded while
+    it is loaded cannot be checked.
+    """
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
+        if deepspeed._hf_deepspeed_config_weak_ref is None:  # otherwise a trainer built in this block set it
+            deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def inside_forward(wrapper: Any, model: Any, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
