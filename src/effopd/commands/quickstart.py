@@ -71,22 +71,15 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Seed of prompts, sampling and validation prompts in all runs."})
     fast: bool = field(
         default=False,
-        metadata={
-            "help": "Take under a minute: fewer and smaller steps, fewer held-out prompts. It shows the output; its "
-            "speed-ups are noisy."
-        },
+        metadata={"help": "Take under a minute: fewer and smaller steps, fewer held-out prompts, noisy speed-ups."},
     )
     max_steps: int = field(default=_UNSET, metadata={"help": "Optimizer steps per run. Default: 96; with --fast, 12."})
     eval_steps: int = field(
         default=_UNSET,
         metadata={"help": "Steps between evaluations; their cost is not charged. Default: 2; with --fast, 3."},
     )
-    eval_size: int = field(
-        default=_UNSET, metadata={"help": "Number of held-out prompts. Default: 256; with --fast, 64."}
-    )
-    prompts_per_step: int = field(
-        default=_UNSET, metadata={"help": "Training prompts per step. Default: 256; with --fast, 64."}
-    )
+    eval_size: int = field(default=_UNSET, metadata={"help": "Held-out prompts. Default: 256; with --fast, 64."})
+    prompts_per_step: int = field(default=_UNSET, metadata={"help": "Default: 256; with --fast, 64."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Default: the testbed's reference learning rate."}
     )
