@@ -64,7 +64,7 @@ def test_help(command):
 
 def test_a_page_of_a_run(a_run):
     assert run("report", str(a_run)) == "status 0 []"
-    assert (a_run / "report.html").read_text().count('<figure class="chart') == 4
+    assert (a_run / "report.html").read_text().count('data-alt="') == 4
 
 
 def test_a_page_of_a_comparison(tmp_path):
