@@ -45,10 +45,16 @@ def use_rollouts(trainer: Any, position: int, rollouts: Any) -> None:
     trainer._step, trainer._buffered_inputs = position, rollouts
 
 
+#: A step so far back that every interval since it has passed.
+_LONG_AGO = -(2**31)
+
+
 def mark_engine_stale(trainer: Any) -> None:
     """Make a vLLM engine reload the weights before it samples again."""
     if getattr(trainer, "use_vllm", False):
         trainer._last_loaded_step = -1
+        if hasattr(trainer, "_last_vllm_sync_step"):  # GOLD, IW-OPD: the next step is due, however rarely they sync
+            trainer._last_vllm_sync_step = _LONG_AGO
 
 
 def log_metrics(trainer: Any, metrics: Mapping[str, float]) -> bool:
