@@ -19,6 +19,8 @@ from helpers.tiny_models import make_model, make_task, make_tokenizer
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager
 from trl import DistillationConfig, DistillationTrainer, GRPOTrainer, RLOOTrainer
+from trl.experimental.gold import GOLDTrainer
+from trl.experimental.iw_opd import IWOPDTrainer
 
 from effopd.distill import trl_host
 from effopd.distill.trl_host.models import inside_forward
@@ -77,6 +79,11 @@ SET_BY = {
     (TRLS, "_buffered_inputs"): "self._buffered_inputs = None",
     (TRLS, "_metrics"): 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}',
     (TRLS, "_last_loaded_step"): "if self.state.global_step != self._last_loaded_step:",
+    (
+        GOLDTrainer,
+        "_last_vllm_sync_step",
+    ): "self.state.global_step >= self._last_vllm_sync_step + self.vllm_sync_frequency",
+    (IWOPDTrainer, "_last_vllm_sync_step"): "self.state.global_step != self._last_vllm_sync_step",
     (TRLS, "_step"): "self._step += 1",
     (TRLS, "_tokenizer"): "self._tokenizer = ",
     (TRLS, "_is_vlm"): "self._is_vlm = ",
