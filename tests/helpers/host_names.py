@@ -17,6 +17,8 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFa
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_jit_checkpoint import CheckpointManager
 from trl import DistillationTrainer, GRPOTrainer, RLOOTrainer
+from trl.experimental.gold import GOLDTrainer
+from trl.experimental.iw_opd import IWOPDTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 HOSTS = ("trl", "transformers", "accelerate", "peft", "datasets")
@@ -24,6 +26,8 @@ CLASSES = (
     DistillationTrainer,
     GRPOTrainer,
     RLOOTrainer,
+    GOLDTrainer,
+    IWOPDTrainer,
     Trainer,
     TrainingArguments,
     CallbackHandler,
