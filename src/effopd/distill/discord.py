@@ -31,8 +31,9 @@ def support_weights(student_logp_N: Tensor, teacher_logp_N: Tensor, tau: float =
 
     Example:
         >>> import torch
-        >>> support_weights(torch.tensor([-1.0, -4.0]), torch.tensor([-1.0, -1.0])).tolist()
-        [0.5, 0.0474258728325367]
+        >>> weight_N = support_weights(torch.tensor([-1.0, -4.0]), torch.tensor([-1.0, -1.0]))
+        >>> [f"{weight:.3f}" for weight in weight_N]
+        ['0.500', '0.047']
     """
     return ((student_logp_N.detach() - teacher_logp_N) / tau).float().sigmoid()
 
