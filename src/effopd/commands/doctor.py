@@ -48,7 +48,7 @@ EXTRAS = {
     ),
     "peft": Extra(("peft",), "LoRA", "full fine-tuning; analysis of existing adapters"),
     "plots": Extra(("matplotlib",), "figures as PNG files", "pages with interactive figures, tables, rows"),
-    "quantization": Extra(("bitsandbytes",), "QLoRA, 8-bit optimizers", "weights in 16 or 32 bits"),
+    "quantization": Extra(("bitsandbytes",), "QLoRA, 8-bit teachers and optimizers", "weights in 16 or 32 bits"),
     "vllm": Extra(("vllm",), "rollouts by vLLM", "rollouts by transformers"),
 }  # fmt: skip
 
