@@ -136,6 +136,14 @@ def test_settings_that_are_refused(settings, message):
         OPDConfig(use_cpu=True, report_to="none", **settings)
 
 
+def test_the_evaluation_teacher_takes_the_flags_of_loading():
+    teacher = {"rollouts": "x", "loss_type": "discord", "teacher_model_name_or_path": "t"}
+    given = {"teacher_dtype": "bfloat16", "use_cpu": True, "report_to": "none"}
+    assert OPDConfig(**teacher, **given, evaluation_teacher=True).teacher_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="teacher_dtype"):
+        OPDConfig(**teacher, **given)
+
+
 def test_a_loss_for_the_other_models_answers_is_refused(store, tmp_path):
     with pytest.raises(ConfigError, match=r"(?s)trains on answers of the student.*Use --loss_type discord"):
         make_trainer(tmp_path, store, loss_type="sampled")

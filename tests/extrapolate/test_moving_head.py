@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from effopd.distill.divergence import divergences
 from effopd.extrapolate.live_weights import LiveWeights
-from effopd.extrapolate.moving_head import moving_head
+from effopd.extrapolate.moving_head import line_head, moving_head
 from effopd.models.head import Head
 from effopd.models.ray import RayKL
 from effopd.models.token_batch import TokenBatch
@@ -126,3 +126,13 @@ def test_a_head_that_does_not_move_is_not_copied():
     assert head.weight_delta.shape == (VOCAB, 16) and head.start.weight.data_ptr() != model.lm_head.weight.data_ptr()
     delta = dict(weights.displacements())["model.embed_tokens.weight"]
     assert torch.equal(head.weight_delta, delta[:VOCAB])
+
+
+def test_a_runs_head_needs_the_reverse_kl_and_a_whole_model():
+    model, weights, _ = line("tied")
+    assert line_head(model, weights, VOCAB, 0.5) is None
+    assert torch.equal(
+        line_head(model, weights, VOCAB, 1).weight_delta, moving_head(model, weights, VOCAB).weight_delta
+    )
+    model.lm_head.weight.ds_id = 0  # as under ZeRO-3
+    assert line_head(model, weights, VOCAB, 1) is None

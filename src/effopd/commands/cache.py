@@ -54,8 +54,8 @@ class CacheArguments:
     sampled_by: str = field(
         default="student",
         metadata={
-            "help": "Model that samples the answers. 'student': rollouts for offline distillation. 'teacher': traces, "
-            "graded by the task's verifier, for --loss_type discord or --lmbda.",
+            "help": "Model that samples the answers. 'student': rollouts for offline distillation; 'teacher': "
+            "traces for --loss_type discord or --lmbda, graded by the task's verifier.",
             "choices": list(SAMPLERS),
         },
     )

@@ -47,8 +47,8 @@ EXTRAS = {
         "optimizers of torch and transformers",
     ),
     "peft": Extra(("peft",), "LoRA", "full fine-tuning; analysis of existing adapters"),
-    "plots": Extra(("matplotlib",), "figures and report pages", "tables, rows and summaries"),
-    "quantization": Extra(("bitsandbytes",), "QLoRA, 8-bit optimizers", "weights in 16 or 32 bits"),
+    "plots": Extra(("matplotlib",), "figures as PNG files", "pages with interactive figures, tables, rows"),
+    "quantization": Extra(("bitsandbytes",), "QLoRA, 8-bit teachers and optimizers", "weights in 16 or 32 bits"),
     "vllm": Extra(("vllm",), "rollouts by vLLM", "rollouts by transformers"),
 }  # fmt: skip
 
@@ -227,8 +227,7 @@ def as_markdown(findings: dict[str, Any]) -> Iterable[str]:
 
 
 def _state(extra: dict[str, Any]) -> str:
-    some = len(extra["missing"]) if extra["missing"] else 0
-    return "yes" if not some else f"no: {', '.join(extra['missing'])}"
+    return f"no: {', '.join(extra['missing'])}" if extra["missing"] else "yes"
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterable[str]:

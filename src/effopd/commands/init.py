@@ -18,7 +18,7 @@ from effopd.common.files import write_atomically
 from effopd.errors import ConfigError, EffOPDError
 from effopd.tasks.config import split_task_name
 
-#: Flags that make the command ask nothing, and that are then required.
+#: Flags that replace the questions; with one of them, all three are required.
 _REQUIRED = ("model_name_or_path", "teacher_model_name_or_path", "task")
 
 
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="The YAML, a new file. Default: opd.yaml.")
     parser.add_argument("--output_dir", help="Folder of the run. Default: runs/ and the name of the YAML.")
-    return parser  # fmt: skip
+    return parser
 
 
 def run_init(argv: Sequence[str]) -> int:
@@ -228,7 +228,7 @@ _SAME = {
 _LARGE: _Settings = {
     "models": (
         *_SAME["models"],
-        ("teacher_model_init_kwargs", "{dtype: bfloat16}", "half the teacher's memory; the student is in float32"),
+        ("# teacher_dtype", "bfloat16", "default: bfloat16 on a GPU, float32 on the CPU"),
         ("# use_peft", "true", "LoRA instead of all weights; needs effopd[peft]"),
     ),
     "prompts": (

@@ -40,6 +40,16 @@ _FORMER = {
     "dataset_name": ("task", ""),
 }
 _HOSTS = {"trl": "TRL's", "transformers": "transformers'"}
+#: Module of a dataclass in this package → its section of the help.
+_SECTIONS = {
+    "tasks": "task",
+    "distill.teachers": "teachers: in memory, several, or behind a server",
+    "distill.served": "teachers: in memory, several, or behind a server",
+    "distill.schedule_config": "curriculum (CLPD) and Prune-OPD",
+    "distill.offline_config": "stored answers",
+    "distill.mixing_config": "stored answers",
+}
+_GENERAL = "runs, loss and evaluation"
 #: All spellings of a flag, joined as in argparse's messages.
 _SPELLINGS = re.compile(r"--[\w.-]+(?:/--?[\w.-]+)+")
 
@@ -330,8 +340,8 @@ def _origin(name: str, dataclasses: Iterable[type]) -> str:
                 library, _, rest = cls.__module__.partition(".")
                 if library in _HOSTS:
                     return f"{_HOSTS[library]} {cls.__name__.lstrip('_')}"
-                return "task" if rest.startswith("tasks") else "runs, loss and evaluation"
-    return "runs, loss and evaluation"
+                return next((title for start, title in _SECTIONS.items() if rest.startswith(start)), _GENERAL)
+    return _GENERAL
 
 
 def require(parser: argparse.ArgumentParser, *names: str) -> None:

@@ -29,6 +29,7 @@ from effopd.errors import CheckpointError, ConfigError
 from effopd.models.checks import check_models
 from effopd.models.head import Head
 from effopd.models.token_batch import TokenBatch
+from effopd.runs.checkpoints import reading
 from effopd.tasks.prompts import prompt_ids
 
 CURRICULUM_FILE = "effopd_curriculum.json"
@@ -279,14 +280,10 @@ class CurriculumCallback(TrainerCallback):
 
 
 def _read(checkpoint: Path) -> list[float]:
-    try:
-        return [float(value) for value in json.loads((checkpoint / CURRICULUM_FILE).read_text())["difficulty"]]
-    except FileNotFoundError as error:
+    if not (checkpoint / CURRICULUM_FILE).is_file():
         raise CheckpointError(
             f"{checkpoint} has no difficulties of the rows ({CURRICULUM_FILE}): it was written without --curriculum "
             "nll. Resume with the run's curriculum, or start a new run from its weights."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint / CURRICULUM_FILE} is damaged ({error}). Resume from an earlier checkpoint."
-        ) from error
+        )
+    with reading(checkpoint, CURRICULUM_FILE):
+        return [float(value) for value in json.loads((checkpoint / CURRICULUM_FILE).read_text())["difficulty"]]

@@ -16,7 +16,7 @@ class MixingArguments:
         default=1.0,
         metadata={
             "help": "λ of GKD (arXiv 2306.13649): probability in [0, 1] that a step trains on rollouts of the "
-            "student. The other steps train on given answers, with the same loss. 1: always on-policy."
+            "student and not on given answers. Both kinds of steps have the same loss; 1: always on-policy."
         },
     )
     traces: str | None = field(

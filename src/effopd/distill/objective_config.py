@@ -74,8 +74,8 @@ class ObjectiveArguments:
     teacher_top_k: int = field(
         default=32,
         metadata={
-            "help": "loss_type teacher_top_k, or any loss with teacher_server: number of the teacher's likeliest "
-            "tokens per prefix."
+            "help": "Number of the teacher's likeliest tokens per prefix, for loss_type teacher_top_k and for "
+            "teacher_server."
         },
     )
     highest_entropy_share: float = field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from effopd.distill.teachers.settings import LOCAL_ONLY
+from effopd.distill.teachers.settings import LOADING, LOCAL_ONLY
 from effopd.errors import ConfigError
 
 #: Settings that only sampling or a live teacher reads.
@@ -27,23 +27,19 @@ class OfflineArguments:
     rollouts: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of stored rollouts, written by effopd cache (Lightning OPD, arXiv 2604.13010). Training "
-            "then samples nothing and loads no teacher; loss_type is 'sampled', or 'discord' for traces of the "
-            "teacher. A teacher name is optional and only compared with the stored one."
+            "help": "Folder of stored answers, written by effopd cache (Lightning OPD, arXiv 2604.13010); training "
+            "samples nothing and loads no teacher. loss_type is 'sampled', or 'discord' for traces of the teacher."
         },
     )
     evaluation_teacher: bool = field(
         default=False,
-        metadata={
-            "help": "With rollouts: load the teacher for evaluations, which then report the exact KL. Training does "
-            "not use it."
-        },
+        metadata={"help": "With rollouts: load the teacher for evaluations only, which then report the exact KL."},
     )
     charge_rollouts: bool = field(
         default=False,
         metadata={
-            "help": "With rollouts or traces: charge the cost of collecting them, seconds and tokens, to the run from "
-            "its start."
+            "help": "With rollouts or traces: charge the seconds and tokens of collecting them to the run, from its "
+            "start."
         },
     )
     discord_temperature: float = field(
@@ -111,7 +107,7 @@ class OfflineArguments:
             self._check_discord(defaults)
         if self.evaluation_teacher and getattr(self, "teacher_model_name_or_path", None) is None:
             raise ConfigError("evaluation_teacher=True needs the teacher. Set --teacher_model_name_or_path.")
-        loaded = ("teacher_model_init_kwargs", "teacher_model_revision") if self.evaluation_teacher else ()
+        loaded = ("teacher_model_init_kwargs", "teacher_model_revision", *LOADING) if self.evaluation_teacher else ()
         for name in _UNREAD:
             if name in loaded:
                 continue

@@ -36,6 +36,7 @@ from effopd.distill.offline_loss import DriftSums, clipped_advantage, offline_lo
 from effopd.distill.offline_store import CollectCosts, Header, RolloutStore, StoredRollout
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
+from effopd.distill.teachers.loading import teacher_loading
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.models import frozen, loaded_whole
 from effopd.distill.trl_host.state import log_metrics
@@ -123,7 +124,7 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
         self._attach_run()
 
     def _frozen_teacher(self, student: PreTrainedModel, name: str) -> Any:
-        init: dict[str, Any] = {"dtype": None} | dict(self.args.teacher_model_init_kwargs or {})
+        init = teacher_loading(self.args, self.args.teacher_model_init_kwargs or {})
         if self.args.teacher_model_revision is not None:
             init.setdefault("revision", self.args.teacher_model_revision)
         teacher = frozen(self, name, init)

@@ -23,6 +23,7 @@ from effopd.distill.prune import (
 )
 from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import CheckpointError
+from effopd.runs.checkpoints import reading
 
 PRUNE_FILE = "effopd_prune.json"
 #: Relative change of the rollout length beyond which the look-ahead takes a new anchor.
@@ -148,16 +149,12 @@ class PruneCallback(HorizonCallback):
 
 
 def _read(checkpoint: Path) -> tuple[Controller, tuple[int, int]]:
-    try:
-        state = json.loads((checkpoint / PRUNE_FILE).read_text())
-        step, length = state["anchor"]
-        return Controller(int(state["length"]), int(state["misses"])), (int(step), int(length))
-    except FileNotFoundError as error:
+    if not (checkpoint / PRUNE_FILE).is_file():
         raise CheckpointError(
             f"{checkpoint} has no rollout length of Prune-OPD ({PRUNE_FILE}): it was written without "
             "--rollout_horizon prune. Resume with the run's rollout_horizon, or start a new run from its weights."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint / PRUNE_FILE} is damaged ({error}). Resume from an earlier checkpoint."
-        ) from error
+        )
+    with reading(checkpoint, PRUNE_FILE):
+        state = json.loads((checkpoint / PRUNE_FILE).read_text())
+        step, length = state["anchor"]
+        return Controller(int(state["length"]), int(state["misses"])), (int(step), int(length))

@@ -13,9 +13,7 @@ PRUNE_FLAGS = (
     "prune_top_k", "prune_threshold", "prune_drop", "prune_base_weight", "prune_normalize", "prune_start_length",
     "prune_min_length", "prune_step", "prune_margin", "prune_hit_share", "prune_patience",
 )  # fmt: skip
-
-
-#: Number of stages if neither it nor the teachers are given.
+#: Number of stages without `curriculum_stages` and `curriculum_teachers`.
 STAGES = 3
 
 
@@ -26,17 +24,17 @@ class ScheduleArguments:
     curriculum: str = field(
         default="none",
         metadata={
-            "help": "Stages of difficulty, by which prompts and teachers change during training (CLPD, arXiv "
-            "2605.11260). 'prompt_length' and 'answer_length': characters of the prompt or the reference answer. "
-            "'nll': the initial student's −log p(answer) per token. 'column:NAME': a number in the data. The "
-            "look-ahead starts anew in each stage."
+            "help": "Difficulty by which prompts are divided into stages; the look-ahead takes a new anchor and "
+            "schedule in each (CLPD, arXiv 2605.11260). 'prompt_length', 'answer_length': characters of prompt or "
+            "reference answer; 'nll': the initial student's −log p(answer) per token; 'column:NAME': a number in "
+            "the data."
         },
     )
     curriculum_stages: int | None = field(
         default=None,
         metadata={
             "help": "Number of stages, of equal numbers of prompts and steps. Default: the number of "
-            f"curriculum_teachers, or {STAGES} without them. shuffle_dataset false sorts the prompts inside a stage."
+            f"curriculum_teachers, or {STAGES} without them."
         },
     )
     curriculum_order: str = field(
@@ -46,9 +44,9 @@ class ScheduleArguments:
     curriculum_teachers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Teacher of each stage, in order of training, one in memory at a time. Evaluations load "
-            "teacher_model_name_or_path, so that all stages are compared with one teacher. Default: that teacher "
-            "throughout."
+            "help": "Teacher of each stage, in order of training, one in memory at a time; default: "
+            "teacher_model_name_or_path. Evaluations use teacher_model_name_or_path in all stages, so that they can "
+            "be compared."
         },
     )
 
@@ -57,20 +55,20 @@ class ScheduleArguments:
     )
     prune_threshold: float = field(
         default=0.7,
-        metadata={"help": "Prune-OPD: a token is bad if the two sets share less than this part of their tokens."},
+        metadata={"help": "Prune-OPD: share (0–1) of tokens in both sets below which a token is bad."},
     )
     prune_drop: float = field(
         default=0.01, metadata={"help": "Prune-OPD: loss of reliability per bad token; an answer starts with 1."}
     )
     prune_base_weight: float = field(
         default=0.5,
-        metadata={"help": "Prune-OPD: weight of a token without reliability; the weight is reliability + this."},
+        metadata={"help": "Prune-OPD: w of the token weight reliability + w."},
     )
     prune_normalize: bool = field(
         default=True,
         metadata={
             "help": "Prune-OPD: divide the token weights by 1 + prune_base_weight, so that an answer without bad "
-            "tokens has weight 1. false: the paper's weights, which also raise the learning rate by that factor."
+            "tokens has weight 1. false: the paper's weights, which are larger by that factor."
         },
     )
     prune_start_length: int = field(
@@ -83,7 +81,10 @@ class ScheduleArguments:
     prune_step: int = field(default=100, metadata={"help": "Prune-OPD: change of the rollout length, in tokens."})
     prune_margin: int = field(
         default=100,
-        metadata={"help": "Prune-OPD: an answer that is reliable up to the length minus this hits the limit."},
+        metadata={
+            "help": "Prune-OPD: number of tokens by which the reliable part of an answer can be shorter than the "
+            "rollout length and still hit the limit."
+        },
     )
     prune_hit_share: float = field(
         default=0.1, metadata={"help": "Prune-OPD: share of answers that must hit the limit for the length to grow."}

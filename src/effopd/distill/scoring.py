@@ -11,7 +11,6 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from effopd.common.distributed import rank, world_size
-from effopd.common.float64 import for_float64
 from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab_size
 from effopd.distill.teachers.divergence import DivergenceByTeacher
 from effopd.distill.teachers.offload import in_use
@@ -20,7 +19,7 @@ from effopd.distill.trl_host.state import has_trls_loss
 from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.movable import MovableWeights
-from effopd.extrapolate.moving_head import moving_head
+from effopd.extrapolate.moving_head import line_head
 from effopd.extrapolate.scorers.accuracy import AccuracyScorer
 from effopd.extrapolate.scorers.teacher_kl import RolloutScorer
 from effopd.models.checks import check_models
@@ -230,9 +229,8 @@ class TrainedDivergence:
 
     def moving_head(self, model: Any, weights: MovableWeights) -> MovingHead | None:
         """The output layer along W + s·Δ; `None` unless D is the reverse KL of unsharded models."""
-        if self.trainer.beta != 1 or not (is_whole(model) and is_whole(self._teacher)):
-            return None
-        return moving_head(model, weights, self._vocab_size)
+        whole = is_whole(self._teacher)
+        return line_head(model, weights, self._vocab_size, self.trainer.beta) if whole else None
 
     def slope(
         self, head: MovingHead, teacher_hidden: Sequence[Tensor], hidden: Mapping[float, Sequence[Tensor]]
@@ -246,8 +244,7 @@ class TrainedDivergence:
         )  # fmt: skip
         for scale, parts in hidden.items():
             ray.add(scale, torch.cat(list(parts)))
-        at = ray.derivatives(0.0)
-        return float(for_float64(at.slope).double().sum()), float(for_float64(at.gauss_newton).double().sum())
+        return ray.slope_sums()
 
 
 def _check_loss(trainer: Any, models: Mapping[str, Any]) -> None:

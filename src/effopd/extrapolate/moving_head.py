@@ -11,7 +11,7 @@ from effopd.common.distributed import assemble
 from effopd.extrapolate.movable import MovableWeights
 from effopd.extrapolate.parameter_rules import trained_parameters
 from effopd.models.head import Head
-from effopd.models.logit_path import core_of
+from effopd.models.logit_path import core_of, is_whole
 from effopd.models.ray import MovingHead
 
 
@@ -43,3 +43,8 @@ def moving_head(model: Any, weights: MovableWeights, vocab_size: int) -> MovingH
                 delta = assemble(delta, weights.sharded[name], shapes[name])
             deltas[name] = delta[:vocab_size]
     return MovingHead(start, *(deltas.get(name or "") for name in wanted.values()))
+
+
+def line_head(model: Any, weights: MovableWeights, vocab_size: int, beta: float) -> MovingHead | None:
+    """`moving_head` for a run's divergence; `None` unless it is the reverse KL of a whole model."""
+    return moving_head(model, weights, vocab_size) if beta == 1 and is_whole(model) else None

@@ -63,17 +63,12 @@ class Movable(Protocol):
         """Add `change` to the copies of one parameter, if there are any."""
 
 
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
-    return base_optimizer(optimizer)
-
-
 def has_modes(optimizer: Any) -> bool:
     """Whether the weights to evaluate differ from those that are trained: schedule-free.
 
     Such an optimizer has the methods `train` and `eval`, which switch the parameters.
     """
-    inner = unwrapped(optimizer)
+    inner = base_optimizer(optimizer)
     return all(callable(getattr(inner, name, None)) for name in ("train", "eval"))
 
 
@@ -104,7 +99,7 @@ def unknown_copies(optimizer: Any) -> list[str]:
 
     Call it after an optimizer step: most optimizers create their state there.
     """
-    inner = unwrapped(optimizer)
+    inner = base_optimizer(optimizer)
     known, found = _keys(inner), dict[str, None]()
     if type(inner).__module__.partition(".")[0] in _WITHOUT:
         return []
@@ -144,7 +139,7 @@ def _is_copy(value: Any, parameter: Tensor) -> bool:
 
 def known_copies(optimizer: Any) -> list[str]:
     """Names of the entries of `FAMILIES` that this optimizer has at present."""
-    inner = unwrapped(optimizer)
+    inner = base_optimizer(optimizer)
     keys = _keys(inner)
     states = [inner.state.get(each, {}) for each in parameters_of(inner)] if keys.state else []
     found = [key for key in keys.state if any(key in state for state in states)]
@@ -167,7 +162,7 @@ def refuse_unknown_copies(optimizer: Any) -> None:
         ConfigError: the optimizer keeps copies under names that `FAMILIES` lacks.
     """
     if names := unknown_copies(optimizer):
-        kind = type(unwrapped(optimizer))
+        kind = type(base_optimizer(optimizer))
         raise ConfigError(
             f"the optimizer {kind.__module__}.{kind.__qualname__} keeps copies of the weights "
             f"({', '.join(names)}), and the look-ahead does not know how a jump must move them. Expected an optimizer "
@@ -189,7 +184,7 @@ def evaluated(optimizer: Any) -> Iterator[None]:
     The trained weights return bit for bit. Without modes (`has_modes`) nothing happens. Memory: one
     copy of the parameters.
     """
-    inner = unwrapped(optimizer)
+    inner = base_optimizer(optimizer)
     if not has_modes(inner) or inner in _EVALUATED:
         yield
         return
@@ -234,7 +229,7 @@ def carried(optimizer: Any, averages: Sequence[Movable] = (), *, lora: bool = Fa
     Raises:
         ConfigError: the optimizer keeps copies that cannot follow.
     """
-    inner = unwrapped(optimizer)
+    inner = base_optimizer(optimizer)
     if inner is not None:
         refuse_unknown_copies(inner)
     if not (averages or (inner is not None and (has_modes(inner) or known_copies(inner)))):
@@ -309,7 +304,7 @@ def clear_state(optimizer: Any) -> None:
 
     The next step copies the present weights again. Step-size estimates are kept.
     """
-    inner = unwrapped(optimizer)
+    inner = base_optimizer(optimizer)
     if zero_optimizer(optimizer) is not None:
         reset_adam(inner)
         return

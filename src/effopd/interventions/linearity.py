@@ -259,7 +259,7 @@ class Line:
 
 
 def _around_the_lowest(true: Mapping[float, float]) -> list[float]:
-    """The scale with the lowest finite KL and its neighbours, ascending."""
+    """The scale with the lowest finite KL and its neighbors, ascending."""
     scales = sorted(scale for scale, value in true.items() if math.isfinite(value))
     index = min(range(len(scales)), key=lambda i: true[scales[i]], default=0)
     return scales[max(0, index - 1) : index + 2]

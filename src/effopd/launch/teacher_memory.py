@@ -1,8 +1,8 @@
 """Bytes of a local teacher's weights by dtype, quantization and offload.
 
 A teacher has P parameters: L in linear layers that are quantized, H in its output layer and D in
-its decoder layers. A
-quantized weight takes q bytes, scales included: 1.06 in 8 bits and 0.56 in 4 bits.
+its decoder layers. A quantized weight takes q bytes, scales included: 1.06 in 8 bits and 0.56 in
+4 bits.
 
     dtype of d bytes             d P
     8 or 4 bits                  q L + d (P − L)

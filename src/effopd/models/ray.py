@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from effopd.common.float64 import for_float64
 from effopd.models.head import Head
 from effopd.models.polynomials import Jet, lagrange_weights, leading_weights, root_product
 from effopd.models.softmax_moments import Moments, joined, merged, tile_moments
@@ -177,10 +178,16 @@ class RayKL:
         slope, variance, skew, bend = m.central()
         return Derivatives(m.gap - m.log_z + log_z_N, slope, variance + skew + bend, variance)
 
+    def slope_sums(self) -> tuple[float, float]:
+        """Σ over positions of D′(0) and of the Gauss–Newton curvature E var_π(δz) at 0."""
+        at = self.derivatives(0.0)
+        slope, curvature = (float(for_float64(each).double().sum()) for each in (at.slope, at.gauss_newton))
+        return slope, curvature
+
     def best(self, grid: Sequence[float], nodes: Nodes = None, tolerance: float = 1e-2) -> float:
         """The scale of the lowest mean KL within the range of `grid`.
 
-        The best point of the grid, improved by Newton steps between its neighbours. Cost: one pass
+        The best point of the grid, improved by Newton steps between its neighbors. Cost: one pass
         of `kl` for the grid, then one of `derivatives` per step, usually two or three.
 
         Args:

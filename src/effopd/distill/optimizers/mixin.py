@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME
 
+from effopd.common.zero import base_optimizer
 from effopd.distill.optimizers.averages import WeightAverage, read_tensors, write_tensors
 from effopd.distill.optimizers.build import build_optimizer, wrapped
 from effopd.distill.trl_host.hooks import OPTIMIZER, HostHooks
 from effopd.errors import ConfigError
-from effopd.extrapolate.weight_copies import evaluated, has_modes, kept, unwrapped
+from effopd.extrapolate.weight_copies import evaluated, has_modes, kept
 
 #: Trained weights in a checkpoint whose model file holds the evaluated ones.
 TRAINED_FILE = "trained_weights.safetensors"
@@ -162,7 +163,7 @@ class OptimizerMixin(HostHooks):
         if self.weight_average is not None:
             self.weight_average.load(checkpoint)
         else:
-            unwrapped(self.optimizer).train()
+            base_optimizer(self.optimizer).train()
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])

@@ -6,18 +6,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from effopd.distill.served.client import server_url
+from effopd.distill.teachers.settings import LOCAL_ONLY
 from effopd.errors import ConfigError
 
 #: Settings that need the teacher's weights or all of its logits → reason.
 _UNREAD = {
     "teacher_model_name_or_path": "the server has chosen its model",
-    "teacher_model_init_kwargs": "no teacher is loaded",
-    "teacher_model_revision": "no teacher is loaded",
-    "teacher_dtype": "no teacher is loaded",
-    "teacher_load_in_8bit": "no teacher is loaded",
-    "teacher_load_in_4bit": "no teacher is loaded",
-    "teacher_offload": "no teacher is loaded",
-    "teacher_shard": "no teacher is loaded",
+    **dict.fromkeys((*LOCAL_ONLY, "teacher_model_init_kwargs", "teacher_model_revision"), "no teacher is loaded"),
     "teachers": "a server has one teacher",
     "rollouts": "stored rollouts need no teacher",
     "reference_model_name_or_path": "ExOPD needs the teacher's logits over the whole vocabulary",
@@ -35,9 +30,9 @@ class ServedArguments:
     teacher_server: str | None = field(
         default=None,
         metadata={
-            "help": "URL of an OpenAI-compatible vLLM server with the teacher (vllm serve TEACHER --max-logprobs "
-            "K), in place of --teacher_model_name_or_path. It returns the teacher_top_k likeliest tokens per "
-            "position. The loss is exact on them and has one bucket for the rest."
+            "help": "URL of an OpenAI-compatible vLLM server with the teacher, in place of "
+            "--teacher_model_name_or_path: vllm serve TEACHER --max-logprobs K. The loss is exact on the "
+            "teacher_top_k tokens that it returns per position, and has one outcome for the rest."
         },
     )
     teacher_server_timeout: float = field(

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.common.float64 import for_float64
 from effopd.distill.served.measure import outcomes_of
 from effopd.distill.served.support import Support, divergence, outcomes
 from effopd.distill.served.teacher import scored_support
 from effopd.distill.token_rows import row_logits
 from effopd.extrapolate.movable import MovableWeights
-from effopd.extrapolate.moving_head import moving_head
+from effopd.extrapolate.moving_head import line_head
 from effopd.models.ray import MovingHead, RayKL
 from effopd.models.token_batch import TokenBatch
 
@@ -50,10 +49,8 @@ class ServedDivergence:
         return [divergence(at, trainer.beta) for at in made]
 
     def moving_head(self, model: Any, weights: MovableWeights) -> MovingHead | None:
-        """The output layer along W + s·Δ; `None` unless D is a reverse KL and none is sharded."""
-        if self._trainer.beta != 1 or weights.sharded:
-            return None
-        return moving_head(model, weights, self._trainer.vocab_size)
+        """The output layer along W + s·Δ; `None` unless D is the reverse KL of unsharded models."""
+        return line_head(model, weights, self._trainer.vocab_size, self._trainer.beta)
 
     def slope(
         self, head: MovingHead, asked: Sequence[Asked], hidden: Mapping[float, Sequence[Tensor]]
@@ -67,8 +64,7 @@ class ServedDivergence:
         ray = SupportRay(head, support, at_start, targets_N, temperature)
         for scale, parts in hidden.items():
             ray.add(scale, torch.cat(list(parts)))
-        at = ray.derivatives(0.0)
-        return float(for_float64(at.slope).double().sum()), float(for_float64(at.gauss_newton).double().sum())
+        return ray.slope_sums()
 
 
 class SupportRay(RayKL):

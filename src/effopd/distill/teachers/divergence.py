@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.common.float64 import for_float64
 from effopd.distill.teachers.several import Answered, TeacherSet, answered, divergences_by_teacher
 from effopd.extrapolate.movable import MovableWeights
-from effopd.extrapolate.moving_head import moving_head
+from effopd.extrapolate.moving_head import line_head
 from effopd.models.ray import MovingHead, RayKL
 from effopd.models.token_batch import TokenBatch
 
@@ -50,9 +49,7 @@ class DivergenceByTeacher:
 
     def moving_head(self, model: Any, weights: MovableWeights) -> MovingHead | None:
         """The output layer along W + s·Δ; `None` unless D is the reverse KL of unsharded models."""
-        if self._trainer.beta != 1 or weights.sharded:
-            return None
-        return moving_head(model, weights, self._trainer.vocab_size)
+        return line_head(model, weights, self._trainer.vocab_size, self._trainer.beta)
 
     def slope(
         self, head: MovingHead, teacher_hidden: Sequence[Sequence[Answered]], hidden: Mapping[float, Sequence[Tensor]]
@@ -67,7 +64,6 @@ class DivergenceByTeacher:
             ray = RayKL(head, mine[0][1].head, target_NH, temperature=self._trainer.temperature)
             for scale, states in hidden.items():
                 ray.add(scale, torch.cat([states[b][part.index_N.to(states[b].device)] for b, part in mine]))
-            at = ray.derivatives(0.0)
-            first += float(for_float64(at.slope).double().sum())
-            second += float(for_float64(at.gauss_newton).double().sum())
+            slope, curvature = ray.slope_sums()
+            first, second = first + slope, second + curvature
         return first, second

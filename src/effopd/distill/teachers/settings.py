@@ -47,8 +47,8 @@ class TeacherArguments:
     teacher_offload: bool = field(
         default=False,
         metadata={
-            "help": "Keep the teacher's weights in host memory and copy them to the accelerator for each of its "
-            "forward passes. The output layer stays on the accelerator. No effect on the CPU."
+            "help": "Keep the teacher's weights in host memory, and copy all but the output layer to the "
+            "accelerator for each of its forward passes. No effect on the CPU."
         },
     )
 

@@ -107,16 +107,12 @@ class TeacherSet:
         Raises:
             TaskError: rows do not; the message lists their numbers.
         """
-        check_labels(((f"row {n} of {what}", _field(row, self.column)) for n, row in enumerate(rows)), self)
+        found = ((f"row {n} of {what}", _field(row, self.column)) for n, row in enumerate(rows))
+        _check_labels(found, self.labels, self.column)
 
     def indices(self, examples: Sequence[Example]) -> list[int]:
         """Indices of the teachers of a task's examples."""
         return [self.index_of(example.metadata, str(example.metadata.get(ORIGIN, example.id))) for example in examples]
-
-
-class _Labels(NamedTuple):
-    labels: Sequence[str]
-    column: str
 
 
 def check_task_labels(task: Task, labels: Sequence[str], column: str) -> None:
@@ -126,18 +122,14 @@ def check_task_labels(task: Task, labels: Sequence[str], column: str) -> None:
         TaskError: examples do not; the message lists the rows of their file.
     """
     rows = ((str(each.metadata.get(ORIGIN, each.id)), field_of(dict(each.metadata), column)) for each in task.examples)
-    check_labels(rows, _Labels(labels, column))
+    _check_labels(rows, labels, column)
 
 
-def check_labels(rows: Iterable[tuple[str, Any]], known: TeacherSet | _Labels) -> None:
-    """Check pairs (origin, label).
-
-    Raises:
-        TaskError: a label is missing or unknown.
-    """
-    bad = [f"{origin}: {_said(_text(label))}" for origin, label in rows if _text(label) not in known.labels]
+def _check_labels(rows: Iterable[tuple[str, Any]], labels: Sequence[str], column: str) -> None:
+    """Check pairs (origin, label)."""
+    bad = [f"{origin}: {_said(_text(label))}" for origin, label in rows if _text(label) not in labels]
     if bad:
-        raise TaskError(_unknown(bad, known.column, sorted(known.labels)))
+        raise TaskError(_unknown(bad, column, sorted(labels)))
 
 
 def _unknown(bad: Sequence[str], column: str, labels: Iterable[str]) -> str:

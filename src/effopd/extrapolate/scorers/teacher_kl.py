@@ -26,9 +26,9 @@ class TeacherDivergence(Protocol):
     """The divergence from the teacher that a run trains on."""
 
     def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Any]:
-        """What D needs of the teacher at the N scored positions of each batch, in its own form.
+        """The teacher's part of D at the N scored positions of each batch.
 
-        These are hidden states [N, H], or the top k of a teacher behind a server.
+        Hidden states [N, H] of a teacher in memory, or the top k of a served teacher.
         """
 
     def __call__(

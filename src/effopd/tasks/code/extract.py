@@ -16,7 +16,7 @@ _PYTHON = ("", "python", "python3", "py", "python2", "pypy", "pypy3", "sage", "c
 def extract_program(completion: str) -> str | None:
     r"""Program of a completion, or `None`: an empty answer, or only blocks in other languages.
 
-    Takes the last block labelled as Python or without a label, after the reasoning. A last block
+    Takes the last block labeled as Python or without a label, after the reasoning. A last block
     that is not closed counts up to the end.
 
     Example:

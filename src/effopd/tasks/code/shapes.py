@@ -1,4 +1,4 @@
-"""Shapes of code rows: the tests of a row as cases, recognised by its columns.
+"""Shapes of code rows: the tests of a row as cases, recognized by its columns.
 
     assertions   HumanEval (test, entry_point), MBPP and MBPP+ (test_list, test)
     cases        TACO, APPS, DeepCoder (input_output, tests), Codeforces (official_tests, examples),
