@@ -128,7 +128,10 @@ def _frozen_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any
 
 
 def teacher_choices(settings: RunSettings) -> str:
-    """GB of all teachers' weights by choice of `--teacher_…`; "": no teacher, or unknown size."""
+    """GB of the teachers' weights by choice of `--teacher_…`; "": no teacher, or unknown size.
+
+    The first number is that of the teachers that are in memory at the same time.
+    """
     opd = settings.opd
     names = [name for flag, name in frozen_models(opd).items() if not flag.startswith("--reference")]
     sizes = [_size(name, opd) for name in names]
@@ -137,7 +140,8 @@ def teacher_choices(settings: RunSettings) -> str:
     _, init = loading_arguments(settings.model, opd)
     dtype, quantization = dtype_of(init), quantization_of(opd, init)
     measured = [TeacherSize.of(size) for size in sizes if size is not None]
-    chosen = sum(each.weights(dtype, quantization) for each in measured)
+    together = max if opd.stage_teachers or opd.teachers_in_memory == "one" else sum
+    chosen = together(each.weights(dtype, quantization) for each in measured)
     totals: dict[str, int] = {}
     for each in measured:
         for name, value in each.choices(dtype).items():
