@@ -10,6 +10,7 @@ import json
 import shutil
 import textwrap
 
+import pandas
 import pytest
 import torch
 from helpers.teacher_server import TeacherServer
@@ -199,7 +200,6 @@ SCORED = {"strategy": "line_search", "score_rollouts": 4}
     (["discord"], {"temperature": 0.7}, "temperature=0.7"),
     (["lmbda"], {"traces": None}, "lmbda=0.5"),
     (["lmbda"], {"max_completion_length": 5}, "max_completion_length=5"),
-    (["lmbda"], {"max_completion_length": 100}, "--max_completion_length"),  # beside the traces' prompts
     (["curriculum", "updates"], {}, "curriculum_stages=2"),
     (["teachers"], {"teacher_column": "label"}, "label"),
 ])  # fmt: skip
@@ -260,7 +260,7 @@ RUNS = {
     "stages": (["stage_teachers", "exopd", "prune", "top_k", "by_answer", "accumulate", "mask"], {
         "effopd": {"strategy": "effopd", "validation_size": 4},
     }),
-    "served": (["served", "normalize", "lmbda", "topd", "muon", "completions"], {}),
+    "served": (["served", "normalize", "lmbda", "topd", "muon", "completions"], {"seed": 0}),  # on-policy, then not
     "teachers": (["one_in_memory", "baseline", "popd", "dtype", "ema"], {"effopd": SCORED, "model": LORA}),
     "offline": (["rollouts", "by_answer", "k_step"], {
         "evaluation_teacher": True, "charge_rollouts": True, "effopd": {"strategy": "effopd", "validation_size": 4},
@@ -279,6 +279,14 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()])
 
 
+def test_prompts_of_traces_count_for_the_length_of_the_server(places, server, tmp_path):
+    for check in (plan_tables, build_trainer):
+        with pytest.raises(ConfigError, match=r"max_model_len.*prompts of 31 and answers of 100 tokens"):
+            check(run_settings(
+                places, tmp_path / "run", "served", "lmbda", teacher_server=server.url, max_completion_length=100
+            ))  # fmt: skip
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_options_train_resume_and_evaluate_together(name, places, server, tmp_path, one_thread):
     names, more = RUNS[name]
@@ -292,6 +300,11 @@ def test_options_train_resume_and_evaluate_together(name, places, server, tmp_pa
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows if "loss" in row)
     assert any("eval_kl" in row and row["eval_kl"] >= 0 for row in rows)
+    if "completions" in names:  # the table of a step has the answers that the step trained on
+        for row in (row for row in rows if "loss" in row):
+            table = pandas.read_parquet(root / "completions" / f"completions_{row['step']:05d}.parquet")
+            given = table["prompt"].str.contains("longer").tolist()
+            assert given == [not row["rollouts/on_policy"]] * 4
     end = weights(trainer)
     if name in ("stages", "teachers"):
         first = root / "checkpoints" / "step-000001"

@@ -103,8 +103,10 @@ class RunArguments(OptimizerArguments):
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             try:
                 super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
+            except EffOPDError:
+                raise
             except ValueError as error:
-                raise error if isinstance(error, EffOPDError) else ConfigError(str(error)) from error
+                raise ConfigError(str(error)) from error
         settle_direction(self, greater_is_better)
         if getattr(self, "push_to_hub", False):
             raise ConfigError(
