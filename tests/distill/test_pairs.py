@@ -320,7 +320,7 @@ def test_options_train_resume_and_evaluate_together(name, places, server, tmp_pa
 #: Private names that a subclass shares with a base class or replaces without calling it.
 REPLACED = {
     "_measure_task", "_named_teachers", "_open_teachers", "_teacher_entries", "_teacher_parts", "_recall_best",
-    "_objective", "_mixture_head", "_settled", "_issue_warnings_after_load",
+    "_objective", "_mixture_head", "_settled", "_issue_warnings_after_load", "_compute_loss",
 }  # fmt: skip
 
 
