@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,7 @@ from effopd.distill.schedule_config import PRUNE_FLAGS, ScheduleArguments
 from effopd.distill.served.config import ServedArguments
 from effopd.distill.teachers.settings import TeacherArguments
 from effopd.distill.values import check_values
-from effopd.errors import ConfigError
+from effopd.errors import ConfigError, EffOPDError
 from effopd.runs.best_model import default_metric, settle_direction
 from effopd.runs.ledger import CLOCKS
 from effopd.runs.run_dir import in_trajectory
@@ -44,7 +45,7 @@ class RunArguments(OptimizerArguments):
     accelerator.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or the host refuses it.
         MissingDependencyError: `deepspeed` is set but its package is not installed.
     """
 
@@ -100,7 +101,12 @@ class RunArguments(OptimizerArguments):
         greater_is_better = getattr(self, "greater_is_better", None)  # as given; the host infers it from the name
         with warnings.catch_warnings():  # TRL itself sets the deprecated name
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-            super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
+            try:
+                super().__post_init__()  # type: ignore[misc]  # the host's config comes next in the order of bases
+            except EffOPDError:
+                raise
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
         settle_direction(self, greater_is_better)
         if getattr(self, "push_to_hub", False):
             raise ConfigError(
@@ -228,7 +234,6 @@ class OPDConfig(
         super().__post_init__()
         self.check_offline()
         self.check_served()
-        self.check_teachers()
         if self.loss_weighting not in LOSS_WEIGHTINGS:
             raise ConfigError(
                 f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {self.loss_weighting!r}."
@@ -241,10 +246,26 @@ class OPDConfig(
                 f"updates_per_rollouts={self.updates_per_rollouts}: loss_type={self.loss_type!r} is an estimate for "
                 "rollouts of the present weights. Use --loss_type full, or --updates_per_rollouts 1."
             )
-        self.check_mixing()
         self._check_extrapolation()
         self._check_horizon()
+        self._check_with_teachers()
+
+    def _check_with_teachers(self) -> None:
+        """Checks whose result depends on the number of teachers."""
+        self.check_teachers()
+        self.check_mixing()
+        self._check_prune()
         self._check_curriculum()
+
+    def check_several_given(self) -> None:
+        """Check the settings beside several teachers that a trainer gets as an argument.
+
+        Raises:
+            ConfigError: a setting needs a single teacher.
+        """
+        told = copy.copy(self)
+        told.teachers, told.teacher_model_name_or_path = ["given=model"], None  # the argument takes precedence
+        told._check_with_teachers()
 
     def _check_extrapolation(self) -> None:
         exopd, reference = self.lambda_extrapolation, self.reference_model_name_or_path
@@ -283,4 +304,3 @@ class OPDConfig(
                 f"generation_kwargs sets {', '.join(sorted(limits))}, which overrides rollout_horizon="
                 f"{self.rollout_horizon!r}. Leave it out: max_completion_length sets the full length."
             )
-        self._check_prune()

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from effopd.errors import TaskError
+from effopd.tasks.row_columns import field_of
 
-#: Measures of difficulty; `column:NAME` reads a column or an entry of the metadata.
+#: Measures of difficulty; `column:NAME` reads a column or nested field, also of the metadata.
 MEASURES = ("prompt_length", "answer_length", "nll")
 COLUMN = "column:"
 ORDERS = ("easy_first", "hard_first", "shuffled")
@@ -117,7 +118,7 @@ def row_difficulty(measure: str, row: Mapping[str, Any]) -> float:
     name = measure.removeprefix(COLUMN)
     metadata = row.get("metadata") or {}
     metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
-    value = row[name] if name in row else metadata.get(name)
+    value = field_of({**metadata, **row}, name)
     try:
         number = float(value)  # type: ignore[arg-type]  # a wrong type is reported below
         if isinstance(value, bool) or not math.isfinite(number):

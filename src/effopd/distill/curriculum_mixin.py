@@ -69,14 +69,14 @@ class CurriculumMixin(DistillationHooks):
 
     def _shared_by_all(self, vocab_size: int) -> int:
         """`vocab_size`, or less if a later teacher has fewer rows."""
-        load = {"trust_remote_code": self.args.trust_remote_code}
-        paths = [
-            name for name in (*(self.args.curriculum_teachers or ()), self._evaluated_by) if isinstance(name, str)
-        ]
         if not self.args.curriculum_teachers:
             return vocab_size
-        rows = [AutoConfig.from_pretrained(name, **load).get_text_config().vocab_size for name in paths]
-        return min(vocab_size, *rows)
+        load = {"trust_remote_code": self.args.trust_remote_code}
+        configs = [
+            AutoConfig.from_pretrained(each, **load) if isinstance(each, str) else each.config
+            for each in (*self.args.curriculum_teachers, self._evaluated_by)
+        ]
+        return min(vocab_size, *(config.get_text_config().vocab_size for config in configs))
 
     # -- teachers ----------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from effopd.distill.offline_cache import charge, correct_rows
 from effopd.distill.offline_store import CollectCosts, RolloutStore
 from effopd.distill.scoring import rollouts_per_step
 from effopd.distill.trl_host.hooks import DistillationHooks
-from effopd.distill.trl_host.state import log_metrics
+from effopd.distill.trl_host.state import log_answers, log_metrics
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.models.fingerprint import tokenizer_sha256
 from effopd.models.token_batch import TokenBatch
@@ -176,4 +176,5 @@ class MixingMixin(DistillationHooks):
         output = {name: value.to(device) for name, value in output.items()}
         output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
         log_metrics(self, {"completions/mean_length": sum(batch.lengths) / len(given)})
+        log_answers(self, [each.prompt_ids for each in given], [each.completion_ids[:limit] for each in given])
         return output

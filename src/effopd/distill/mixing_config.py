@@ -46,6 +46,11 @@ class MixingArguments:
                 f"lmbda={self.lmbda:g}: loss_type={host.loss_type!r} is an estimate for rollouts of the present "
                 "weights, and given answers are not. Use --loss_type full or teacher_top_k, or --lmbda 1."
             )
+        if host.rollout_horizon == "prune":
+            raise ConfigError(
+                f"lmbda={self.lmbda:g}: rollout_horizon='prune' adapts the length to the student's own rollouts, and "
+                "given answers are not. Use another rollout_horizon, or --lmbda 1."
+            )
         if host.teachers or host.curriculum != "none":
             name = "teachers" if host.teachers else "curriculum"
             raise ConfigError(

@@ -14,7 +14,8 @@ _UNREAD = (
     "teacher_model_init_kwargs", "teacher_model_revision", *LOCAL_ONLY,
     "top_p", "top_k", "min_p", "repetition_penalty",
     "generation_kwargs", "cache_implementation", "use_transformers_continuous_batching",
-    "token_mask", "baseline", "samples_per_prefix", "updates_per_rollouts", "curriculum", "lmbda", "traces",
+    "token_mask", "beta", "normalize_beta", "baseline", "samples_per_prefix", "updates_per_rollouts",
+    "curriculum", "lmbda", "traces",
 )  # fmt: skip
 #: Losses on stored answers: of the student, and of the teacher.
 OFFLINE_LOSSES = ("sampled", "discord")
@@ -113,8 +114,9 @@ class OfflineArguments:
                 continue
             value = getattr(self, name, None)
             if name in defaults and value not in (defaults[name], None):
+                loads = "loads its teacher for evaluations only" if self.evaluation_teacher else "loads no teacher"
                 raise ConfigError(
-                    f"{name}={value!r} has no effect with --rollouts, which samples nothing and loads no teacher. "
+                    f"{name}={value!r} has no effect with --rollouts, which samples nothing and {loads}. "
                     f"Leave out --{name} or --rollouts."
                 )
 

@@ -149,8 +149,13 @@ class OPDTrainer(
 
     def _named_teachers(self, teacher: Any, student: Any, args: OPDConfig) -> Any:
         """The teacher or teachers as paths or models other than the student."""
+        for name, other in (("rollouts", "OfflineOPDTrainer"), ("teacher_server", "ServedOPDTrainer")):
+            if (value := getattr(args, name)) is not None:
+                raise ConfigError(f"{name}={value!r} is not read by OPDTrainer. Use {other}, or leave it out.")
         if teacher is None:
             teacher = args.teacher_sources or args.teacher_model_name_or_path
+        elif isinstance(teacher, Mapping):
+            args.check_several_given()
         sources = teacher.values() if isinstance(teacher, Mapping) else [teacher]
         if teacher is None or any(each is student and isinstance(student, PreTrainedModel) for each in sources):
             raise ConfigError(

@@ -65,15 +65,14 @@ def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None, str]
     models = check_models_of(settings) if on_disk else []
     tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
     stored = stored_rollouts(model, opd, tokenizer, network=False)
-    check_answers(opd, tokenizer)
+    given = check_answers(opd, tokenizer)
     if needs_network(task):
         if why_answers(opd, effopd) or task.verifier is not None:
             check_grading(task)
         return None, stored, _server(settings, tokenizer, models, None)
     rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
     check_prompts(settings, rows.train, stored, rows.held_out)
-    if stored is not None:
-        rows = rows._replace(longest=max(rows.longest or 0, stored.longest))
+    rows = rows._replace(longest=max(rows.longest or 0, given, 0 if stored is None else stored.longest) or None)
     if on_disk:
         check_lengths(models, rows.longest, opd.max_completion_length)
         check_space(model, opd, models, len(rows.train), rollouts_per_step(opd), effopd=effopd.enabled)

@@ -128,7 +128,10 @@ def _frozen_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any
 
 
 def teacher_choices(settings: RunSettings) -> str:
-    """GB of all teachers' weights by choice of `--teacher_…`; "": no teacher, or unknown size."""
+    """GB of the teachers' weights by choice of `--teacher_…`; "": no teacher, or unknown size.
+
+    The first number is that of the teachers that are in memory at the same time.
+    """
     opd = settings.opd
     names = [name for flag, name in frozen_models(opd).items() if not flag.startswith("--reference")]
     sizes = [_size(name, opd) for name in names]
@@ -137,13 +140,14 @@ def teacher_choices(settings: RunSettings) -> str:
     _, init = loading_arguments(settings.model, opd)
     dtype, quantization = dtype_of(init), quantization_of(opd, init)
     measured = [TeacherSize.of(size) for size in sizes if size is not None]
-    chosen = sum(each.weights(dtype, quantization) for each in measured)
+    weights = [each.weights(dtype, quantization) for each in measured]
+    chosen = max(weights) if opd.stage_teachers or opd.teachers_in_memory == "one" else sum(weights)
     totals: dict[str, int] = {}
     for each in measured:
         for name, value in each.choices(dtype).items():
             totals[name] = totals.get(name, 0) + value
     if len(measured) > 1:
-        totals["one in memory"] = max(each.weights(dtype, quantization) for each in measured)
+        totals["one in memory"] = max(weights)
     kind = f"{quantization.removesuffix('bit')} bits" if quantization else dtype
     choices = ", ".join(f"{name} {value / 1e9:,.3g}" for name, value in totals.items())
     return f"{chosen / 1e9:,.3g} GB in {kind}. Choices, GB: {choices}"

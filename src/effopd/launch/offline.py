@@ -15,6 +15,7 @@ from effopd.distill.offline_trainer import check_look_ahead, check_sampling, tra
 from effopd.distill.scoring import rollouts_per_step
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.config import EffOPDConfig
+from effopd.launch.prompts import evaluates
 from effopd.models.fingerprint import model_folder, tokenizer_sha256, weights_sha256
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,17 @@ def check_offline_settings(opd: OPDConfig, effopd: EffOPDConfig) -> Header | Non
 
     Raises:
         CheckpointError: the folder has no rollouts.
-        ConfigError: the sampling settings or the look-ahead do not fit.
+        ConfigError: the sampling settings or the look-ahead do not fit, or a teacher for
+            evaluations has none.
     """
     if opd.rollouts is None:
         return None
     check_look_ahead(effopd)
+    if opd.evaluation_teacher and not evaluates(opd):
+        raise ConfigError(
+            "evaluation_teacher=True, but this run has no evaluations. Set --eval_strategy, or leave out "
+            "--evaluation_teacher."
+        )
     header = RolloutStore(opd.rollouts).header()
     check_sampling(opd, header)
     return header
@@ -87,22 +94,24 @@ def stored_rollouts(model: ModelConfig, opd: OPDConfig, tokenizer: Any, *, netwo
     return Stored(header, rows, costs)
 
 
-def check_answers(opd: OPDConfig, tokenizer: Any) -> None:
-    """Check that a run with `lmbda` < 1 has answers for the steps that are not on-policy.
+def check_answers(opd: OPDConfig, tokenizer: Any) -> int:
+    """Tokens of the longest prompt in the run's traces; 0: the run reads none.
 
-    The commands' tasks have reference answers, not completions, so they need traces.
+    A run with `lmbda` < 1 needs answers for the steps that are not on-policy. The commands' tasks
+    have reference answers, not completions, so the answers are traces.
 
     Raises:
         CheckpointError, CompatibilityError, ConfigError: see `read_traces`; or there are no traces.
     """
     if opd.lmbda == 1:
-        return
+        return 0
     if opd.traces is None:
         raise ConfigError(
             f"lmbda={opd.lmbda:g} needs answers for the steps that are not on-policy. Collect them with effopd cache "
             "--sampled_by teacher and set --traces."
         )
-    read_traces(opd, tokenizer)
+    traces, _ = read_traces(opd, tokenizer)
+    return max(len(each.prompt_ids) for each in traces)
 
 
 def _check_student(model: ModelConfig, opd: OPDConfig, header: Header, *, network: bool) -> None:

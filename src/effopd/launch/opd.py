@@ -71,10 +71,10 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     models = check_models_of(settings)
     tokenizer = tokenizer_of(model, other_models(opd), opd)
     stored = stored_rollouts(model, opd, tokenizer, network=True)
-    check_answers(opd, tokenizer)
+    given = check_answers(opd, tokenizer)
     train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
     check_prompts(settings, train, stored, held_out)
-    longest = longest if stored is None else max(longest or 0, stored.longest)
+    longest = max(longest or 0, given, 0 if stored is None else stored.longest) or None
     check_lengths(models, longest, opd.max_completion_length)
     check_space(model, opd, models, len(train), rollouts_per_step(opd), effopd=effopd.enabled)
     served = served_teacher(opd, tokenizer, models[0], longest)

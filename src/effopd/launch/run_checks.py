@@ -40,7 +40,7 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
             check_kind(checkpoint, adapter=model.use_peft)
     except CheckpointError as error:
         raise CheckpointError(f"--resume_from_checkpoint: {error}") from error
-    teacher = hasattr(args, "teacher_model_name_or_path") and not getattr(args, "offline", False)
+    teacher = getattr(args, "holds_teacher", False)  # also that of evaluations
     check_metric(args, metric_names(teacher=teacher, greedy=args.eval_greedy))
     if not resume:
         run_dir.refuse_overwrite()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
+from effopd.distill.curriculum import COLUMN
 from effopd.distill.saving import check_generation_config
 from effopd.distill.teachers.loading import resolved_dtype
 from effopd.launch.adapters import check_adapter
@@ -97,4 +98,7 @@ def frozen_models(opd: Any) -> dict[str, str]:
 
 def kept_columns(opd: Any) -> tuple[str, ...]:
     """Columns of the rows that a run reads besides prompt, answer and tests."""
-    return (opd.teacher_column,) if opd.teacher_sources else ()
+    columns = [opd.teacher_column] if opd.teacher_sources else []
+    if opd.curriculum.startswith(COLUMN):
+        columns.append(opd.curriculum.removeprefix(COLUMN))
+    return tuple(columns)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import gather_object
 from transformers import Trainer
 from trl import DistillationTrainer
 
@@ -68,6 +69,14 @@ def log_metrics(trainer: Any, metrics: Mapping[str, float]) -> bool:
     for name, value in metrics.items():
         trainer._metrics["train"][name].append(value)
     return True
+
+
+def log_answers(trainer: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> None:
+    """Add this process's prompts and answers, as token ids, to TRL's table of completions."""
+    if trainer.log_completions:
+        for name, ids in (("prompt", prompts), ("completion", answers)):
+            texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+            trainer._logs[name].extend(gather_object(texts))
 
 
 @contextmanager
