@@ -120,7 +120,7 @@ def row_difficulty(measure: str, row: Mapping[str, Any]) -> float:
     metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
     value = field_of({**metadata, **row}, name)
     try:
-        number = float(value)  # type: ignore[arg-type]  # a wrong type is reported below
+        number = float(value)
         if isinstance(value, bool) or not math.isfinite(number):
             raise ValueError
     except (TypeError, ValueError):
