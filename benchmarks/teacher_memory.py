@@ -4,8 +4,9 @@
 
 Student and teacher are random and have 134.5 million parameters each. Every arm trains two steps of
 2 rollouts × 8 tokens in a process of its own: with the teacher in float32, bfloat16, 8 and 4 bits
-(bitsandbytes, if installed), and with stored rollouts (`effopd cache`), without a teacher. The
-numbers are the peak resident memory of the process, and the bytes of the teacher's weights.
+(bitsandbytes, if installed), behind a server in another process (the tests' server, top 64), and
+with stored rollouts (`effopd cache`). The numbers are the peak resident memory of the training
+process, and the bytes of the teacher's weights in it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,14 @@ from effopd.common.optional import is_available
 from effopd.distill.offline_cache import collect
 from effopd.distill.offline_store import Header, ModelIdentity, RolloutStore, prompts_sha256
 from effopd.distill.offline_trainer import OfflineOPDTrainer
+from effopd.distill.served.trainer import ServedOPDTrainer
 from effopd.models.fingerprint import tokenizer_sha256
 from effopd.tasks import TaskConfig, load_task
 from effopd.tasks.builtin_models import student_path
 from effopd.tasks.generate import encode_prompts
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.teacher_server import TeacherServer
 
 #: Arm → settings of `OPDConfig`.
 ARMS: dict[str, dict[str, Any]] = {
@@ -39,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "bfloat16": {"teacher_dtype": "bfloat16"},
     "8 bits": {"teacher_dtype": "bfloat16", "teacher_load_in_8bit": True},
     "4 bits": {"teacher_dtype": "bfloat16", "teacher_load_in_4bit": True},
+    "served": {"teacher_top_k": 64},
     "cached": {},
 }
 LENGTH, BATCH, STEPS = 8, 2, 2
@@ -57,8 +65,8 @@ def build(folder: Path) -> None:
         torch.manual_seed(seed)
         models[name] = LlamaForCausalLM(config)
         models[name].save_pretrained(folder / name)
-    examples = load_task(TaskConfig(task="testbed:chain_sum", train_size=BATCH * STEPS), "train").examples
-    prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
+    task = load_task(TaskConfig(task="testbed:chain_sum", train_size=BATCH * STEPS), "train")
+    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples])
     header = Header(
         teacher=ModelIdentity("teacher", None, "-"), student=ModelIdentity("student", None, "-"), sft_teacher=None,
         tokenizer=tokenizer_sha256(tokenizer), vocab_size=config.vocab_size, temperature=1.0,
@@ -67,7 +75,7 @@ def build(folder: Path) -> None:
     )  # fmt: skip
     store = RolloutStore(folder / "rollouts")
     store.open(header)
-    collect(store, header, models["student"].eval(), models["teacher"].eval(), tokenizer, examples)
+    collect(store, header, models["student"].eval(), models["teacher"].eval(), tokenizer, task)
 
 
 def train(arm: str, folder: Path) -> None:
@@ -84,6 +92,11 @@ def train(arm: str, folder: Path) -> None:
     if arm == "cached":
         args = OPDConfig(rollouts=str(folder / "rollouts"), **shared)
         trainer = OfflineOPDTrainer(str(folder / "student"), args, processing_class=tokenizer)
+    elif arm == "served":
+        args = OPDConfig(teacher_server=(folder / "url").read_text(), **shared, **ARMS[arm])
+        trainer = ServedOPDTrainer(
+            str(folder / "student"), args, train_dataset=task.to_dataset(), processing_class=tokenizer
+        )
     else:
         args = OPDConfig(**shared, **ARMS[arm])
         trainer = OPDTrainer(
@@ -118,10 +131,34 @@ def in_process(work: Callable[[], None]) -> None:
         raise SystemExit(f"a part of the measurement failed with status {status}.")
 
 
+@contextmanager
+def served(folder: Path) -> Iterator[None]:
+    """In this block, another process serves the teacher at the address in `folder`/url."""
+    child = os.fork()
+    if child == 0:
+        try:
+            model = LlamaForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(student_path(), padding_side="left")
+            server = TeacherServer(model, tokenizer)
+            (folder / "url.part").write_text(server.url)
+            (folder / "url.part").rename(folder / "url")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        while not (folder / "url").exists():
+            time.sleep(0.1)
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a fork cannot use the threads of its parent
     with tempfile.TemporaryDirectory() as scratch:
         in_process(lambda: build(Path(scratch)))
         for name in ARMS:
             if "bits" not in name or is_available("bitsandbytes"):
-                in_process(lambda name=name: train(name, Path(scratch)))  # type: ignore[misc]
+                with served(Path(scratch)) if name == "served" else nullcontext():
+                    in_process(lambda name=name: train(name, Path(scratch)))  # type: ignore[misc]
