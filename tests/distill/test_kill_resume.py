@@ -108,6 +108,7 @@ def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones_apart(tmp_path
     settings = {"eval_strategy": "no", "save_steps": 2, "save_total_limit": 2, "trajectory": "2"}
     make_trainer(tmp_path, max_steps=6, **settings).train()
     later = load_file(tmp_path / "checkpoints" / "step-000006" / "model.safetensors")
+    (tmp_path / "checkpoints" / "step-000004" / "teachers.json").unlink()  # so that another teacher is accepted
     again = make_trainer(tmp_path, max_steps=6, teacher=make_model(3), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000004"))
     aside = tmp_path / "superseded" / "1"

@@ -31,7 +31,7 @@ def chain_sum(seed: int, *, min_terms: int, max_terms: int, min_digits: int, max
 
     Example:
         >>> chain_sum(0, min_terms=4, max_terms=5, min_digits=1, max_digits=1).subject
-        '6 + 0 + 4 - 8 - 7'
+        '0 - 4 - 8 - 7 + 6'
     """
     rng = random.Random(seed)
     terms, digits = rng.randint(min_terms, max_terms), rng.randint(min_digits, max_digits)
@@ -52,7 +52,7 @@ def spell_backward(seed: int, *, min_word_len: int, max_word_len: int) -> Questi
 
     Example:
         >>> spell_backward(0, min_word_len=4, max_word_len=6).answer
-        'tatalf'
+        'erosyM'
     """
     word = random.Random(seed).choice(_words(min_word_len, max_word_len))
     return Question(f"Spell this word backward (example: sun -> nus): {word}", word[::-1], word)
