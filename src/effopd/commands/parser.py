@@ -170,8 +170,10 @@ class CommandParser(TrlParser):
                 delattr(namespace, name)
             try:
                 made.append(dataclass(**values))
-            except EffOPDError:
-                raise
+            except EffOPDError as error:
+                if error.__cause__ is None or str(error) != str(error.__cause__):
+                    raise
+                raise self._explained(dataclass, values, error) from error  # the host's message, unchanged
             except Exception as error:  # settings only: nothing is loaded or trained here
                 raise self._explained(dataclass, values, error) from error
         return (*made, namespace) if vars(namespace) else tuple(made)
