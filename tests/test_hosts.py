@@ -78,7 +78,7 @@ METHODS: dict[tuple[Any, str], list[Any]] = {
 SET_BY = {
     (TRLS, "_buffered_inputs"): "self._buffered_inputs = None",
     (TRLS, "_metrics"): 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}',
-    (TRLS, "_logs"): 'self._logs["prompt"].extend(gather_object(prompts_text))',
+    (TRLS, "_logs"): "self._logs = {",
     (TRLS, "_last_loaded_step"): "if self.state.global_step != self._last_loaded_step:",
     (
         GOLDTrainer,
