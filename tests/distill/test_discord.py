@@ -13,9 +13,10 @@ from helpers.tiny_models import make_model, make_task, make_tokenizer
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig
 from effopd.commands.main import main
 from effopd.common.files import read_rows
-from effopd.distill.discord import discord_loss, normalized, support_weights
+from effopd.distill.discord import normalized, support_weights
 from effopd.distill.divergence import Head, token_logprobs
 from effopd.distill.offline_cache import collect, correct_rows
+from effopd.distill.offline_loss import offline_loss
 from effopd.distill.offline_store import Header, ModelIdentity, RolloutStore, prompts_sha256
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.errors import CheckpointError, ConfigError
@@ -47,7 +48,7 @@ def test_the_loss_and_its_gradient():
     valid = torch.tensor([[True, True, True], [True, True, False]])
     logp, logq = (x.gather(1, target[:, None])[:, 0] for x in ((logits / 0.7).log_softmax(-1), teacher))
     weight = normalized(support_weights(logp, logq, 0.5)).double()
-    loss = discord_loss(logp, weight, valid, None)
+    loss = offline_loss(logp, weight, valid, None)
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     ratio = ((logp.detach() - logq) / 0.5).exp()
     w = ratio / (1 + ratio)
@@ -57,9 +58,9 @@ def test_the_loss_and_its_gradient():
     one_hot = torch.nn.functional.one_hot(target, 7)
     dense = -(w / 5)[:, None] * (one_hot - (logits.detach() / 0.7).softmax(-1)) / 0.7
     torch.testing.assert_close(gradient, dense, atol=1e-6, rtol=1e-5)
-    by_answer = torch.autograd.grad(discord_loss(logp, weight, valid, 2, by_answer=True), logp)[0]
+    by_answer = torch.autograd.grad(offline_loss(logp, weight, valid, 2, by_answer=True), logp)[0]
     torch.testing.assert_close(by_answer, -weight / torch.tensor([6.0, 6.0, 6.0, 4.0, 4.0]).double())
-    nothing = discord_loss(logp[:0], weight[:0], torch.zeros_like(valid), None)
+    nothing = offline_loss(logp[:0], weight[:0], torch.zeros_like(valid), None)
     assert nothing.item() == 0.0
 
 

@@ -11,14 +11,14 @@ the token's support ratio, on teacher answers that are correct. The expression i
 its temperature τ and the normalization are our choice. The paper's weighted KL is left out, because
 stored answers have no distribution of the teacher.
 
-Shapes: B answers, T tokens, N valid tokens.
+`effopd.distill.offline_loss.offline_loss` is the loss, with w in the place of the advantage.
+
+Shapes: N valid tokens.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
-
-from effopd.distill.divergence import weighted_mean
 
 
 def support_weights(student_logp_N: Tensor, teacher_logp_N: Tensor, tau: float = 1.0) -> Tensor:
@@ -36,23 +36,6 @@ def support_weights(student_logp_N: Tensor, teacher_logp_N: Tensor, tau: float =
         ['0.500', '0.047']
     """
     return ((student_logp_N.detach() - teacher_logp_N) / tau).float().sigmoid()
-
-
-def discord_loss(
-    student_logp_N: Tensor,
-    weight_N: Tensor,
-    valid_BT: Tensor,
-    num_items: Tensor | int | None,
-    by_answer: bool = False,
-) -> Tensor:
-    """−Σ w log π_θ(y) / `num_items`; by answer, every token also counts 1 / length of its answer.
-
-    Args:
-        student_logp_N: log π_θ(y) at the valid positions, row by row, with gradient.
-        weight_N: weights with mean 1 over the tokens of the optimizer step.
-        num_items: divisor over all processes; `None`: the tokens (or answers) of this batch.
-    """
-    return weighted_mean(-weight_N * student_logp_N, valid_BT, num_items, by_answer)
 
 
 def normalized(weight_N: Tensor, mean: Tensor | float | None = None) -> Tensor:

@@ -36,7 +36,7 @@ def clipped_advantage(teacher_logp_N: Tensor, student_logp_N: Tensor, clip: floa
 
 def offline_loss(
     student_logp_N: Tensor,
-    advantage_N: Tensor,
+    factor_N: Tensor,
     valid_BT: Tensor,
     num_items: Tensor | int | None,
     by_answer: bool = False,
@@ -45,9 +45,10 @@ def offline_loss(
 
     Args:
         student_logp_N: log π_θ(y) at the valid positions, row by row, with gradient.
+        factor_N: A, detached: the clipped advantage, or DisCorD's weight.
         num_items: divisor over all processes; `None`: the tokens (or answers) of this batch.
     """
-    return weighted_mean(-advantage_N * student_logp_N, valid_BT, num_items, by_answer)
+    return weighted_mean(-factor_N * student_logp_N, valid_BT, num_items, by_answer)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from effopd.common.isolation import evaluating
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig
 from effopd.distill.dataset import check_dataset
-from effopd.distill.discord import discord_loss, normalized, support_weights
+from effopd.distill.discord import normalized, support_weights
 from effopd.distill.divergence import Head, gathered, shared_vocab_size, token_logprobs
 from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import spread_subset
@@ -273,7 +273,7 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
             weight_N = support_weights(logp_N, teacher_N, self.args.discord_temperature)
             given = inputs.get("token_weights")
             whole_N = normalized(weight_N) if given is None else given.to(device)[valid]
-            loss = discord_loss(logp_N, whole_N, valid, num_items, by_answer)
+            loss = offline_loss(logp_N, whole_N, valid, num_items, by_answer)
             self._drift.add(DriftSums.of(logp_N, reference_N, weight_N=weight_N))
         else:
             clip = self.args.advantage_clip
