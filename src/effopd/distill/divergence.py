@@ -219,6 +219,12 @@ def token_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature
     return logprob_kernel(hidden_NH, head, targets_N, temperature, _VOCAB_CHUNK)
 
 
+def item_count(valid_BT: Tensor, by_answer: bool) -> Tensor:
+    """Number of valid tokens, or of answers that have any; at least 1."""
+    length_B = valid_BT.sum(1)
+    return ((length_B > 0).sum() if by_answer else length_B.sum()).clamp(min=1)
+
+
 def weighted_mean(
     value_N: Tensor,
     valid_BT: Tensor,
@@ -239,7 +245,7 @@ def weighted_mean(
     if by_answer:
         value_N = value_N / length_B.clamp(min=1)[:, None].expand_as(valid_BT)[valid_BT]
     if num_items is None:
-        num_items = ((length_B > 0).sum() if by_answer else length_B.sum()).clamp(min=1)
+        num_items = item_count(valid_BT, by_answer)
     return value_N.sum() / (num_items.to(value_N.device) if isinstance(num_items, Tensor) else num_items)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from effopd.distill.divergence import Answers, Predictions, shared_vocab_size
+from effopd.distill.divergence import Answers, Predictions, item_count, shared_vocab_size
 from effopd.distill.teachers.loading import teacher_loading
 from effopd.distill.teachers.manifest import ONLY, TeacherEntry, entry_of
 from effopd.distill.teachers.offload import in_use, offload
@@ -146,9 +146,7 @@ class TeachersMixin(DistillationHooks):
         if len(parts) <= 1 or (self.args.loss_type == "negative_advantage" and self.model.training):
             return self._objective(student, parts[0].teacher if parts else None, reference, answers, num_items)
         if num_items is None:
-            length_B = (answers.mask_BT != 0).sum(1)
-            by_answer = self.args.loss_weighting == "answer"
-            num_items = ((length_B > 0).sum() if by_answer else length_B.sum()).clamp(min=1)
+            num_items = item_count(answers.mask_BT != 0, self.args.loss_weighting == "answer")
         head = student.head.whole()  # once on every rank: ranks can have different numbers of parts
         sums: list[Tensor] = []
         for part in parts:
