@@ -12,6 +12,7 @@ import torch
 from trl import DistillationConfig
 
 from effopd.common.optional import ensure
+from effopd.distill.eval_spacing import check_log_spacing
 from effopd.distill.mixing_config import MixingArguments
 from effopd.distill.objective_config import ObjectiveArguments
 from effopd.distill.offline_config import OfflineArguments
@@ -62,6 +63,14 @@ class RunArguments(OptimizerArguments):
     eval_greedy: bool = field(
         default=True, metadata={"help": "Also evaluate greedy decoding, at one more generation per evaluation."}
     )
+    eval_log_spacing: bool = field(
+        default=False,
+        metadata={
+            "help": "Also evaluate at log-spaced steps: every step below 12, every second one below 24, every fourth "
+            "one below 48, …. For speed-ups of short runs; eval_steps then sets the largest gap. Needs "
+            "--eval_strategy steps."
+        },
+    )
     eval_seed: int = field(default=1234, metadata={"help": "Seed for sampling evaluation answers."})
     cost_clock: str = field(
         default="wall",
@@ -107,6 +116,7 @@ class RunArguments(OptimizerArguments):
                 raise
             except ValueError as error:
                 raise ConfigError(str(error)) from error
+        check_log_spacing(self)
         settle_direction(self, greater_is_better)
         if getattr(self, "push_to_hub", False):
             raise ConfigError(

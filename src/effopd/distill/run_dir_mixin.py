@@ -26,6 +26,7 @@ from effopd.common.files import write_atomically
 from effopd.distill.best_model_mixin import BestModelMixin
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import RunArguments
+from effopd.distill.eval_spacing import LogSpacedEvaluation
 from effopd.distill.exact_resume import EpochCallback, EpochSampler, TerminationCallback
 from effopd.distill.optimizers.mixin import AverageCallback, OptimizerMixin
 from effopd.distill.resuming import ResumeMixin, settings_that_matter
@@ -93,6 +94,8 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
                 self.add_callback(TerminationCallback(callback.jit_manager))
                 callback.jit_manager = None  # keep only the host's signal handler
         self.add_callback(self._epochs)
+        if self.args.eval_log_spacing:
+            self.add_callback(LogSpacedEvaluation())
         if self.args.average_weights != "none":
             self.callback_handler.callbacks.insert(0, AverageCallback(self))
         self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
