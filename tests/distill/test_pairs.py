@@ -194,7 +194,6 @@ SCORED = {"strategy": "line_search", "score_rollouts": 4}
 
 @pytest.mark.parametrize(("names", "more", "said"), [
     (["exopd"], {"effopd": SCORED}, "lambda_extrapolation=1.25"),
-    (["updates"], {"effopd": SCORED}, "updates_per_rollouts=2"),
     (["rollouts"], {"effopd": SCORED}, "--rollouts loads no teacher"),
     (["discord"], {"effopd": {"strategy": "fixed"}}, "--rollouts loads no teacher"),
     (["rollouts"], {"evaluation_teacher": True, "eval_strategy": "no"}, "evaluation_teacher=True"),

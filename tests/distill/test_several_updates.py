@@ -7,8 +7,8 @@ import torch
 from helpers.tiny_run import make_trainer
 from transformers import TrainerCallback
 
-from effopd import EffOPDConfig, OPDConfig
-from effopd.distill.scoring import check_rollouts
+from effopd import EffOPDCallback, EffOPDConfig, OPDConfig
+from effopd.common.files import read_rows
 from effopd.errors import ConfigError
 
 SETTINGS = {
@@ -52,9 +52,28 @@ def test_two_steps_share_rollouts_and_resume_between_them(tmp_path):
     assert torch.equal(resumed.weights[-1], whole.weights[-1])
 
 
+@pytest.mark.slow
+def test_a_look_ahead_searches_and_steers_on_new_rollouts_only(tmp_path):
+    settings = SETTINGS | {"max_steps": 6}
+    every_step = EffOPDConfig("newton_search", schedule="every_step")
+
+    def train(folder, **resume):
+        trainer = make_trainer(tmp_path / folder, effopd=every_step, **settings)
+        steps = Steps(trainer)
+        look = next(each for each in trainer.callback_handler.callbacks if isinstance(each, EffOPDCallback))
+        factors: list[float] = []
+        steps.on_pre_optimizer_step = lambda *_, **__: factors.append(look.look_ahead.learning_rate_factor)
+        trainer.train(**resume)
+        return steps, factors, read_rows(tmp_path / folder / "searches.jsonl")
+
+    whole, factors, searches = train("a")
+    assert [row["step"] for row in searches] == [3, 5]  # the first steps of a batch of rollouts
+    assert factors[3] == factors[4]  # step 4 trained on the rollouts of step 3, so it steered nothing
+    for checkpoint in ("step-000002", "step-000003"):
+        resumed, _, _ = train(checkpoint, resume_from_checkpoint=str(tmp_path / "a/checkpoints" / checkpoint))
+        assert torch.equal(resumed.weights[-1], whole.weights[-1])
+
+
 def test_refused():
-    args = OPDConfig(output_dir="unused", updates_per_rollouts=2, use_cpu=True, report_to="none")
-    with pytest.raises(ConfigError, match=r"updates_per_rollouts=2 .*teacher_kl"):
-        check_rollouts(args, EffOPDConfig("line_search").score_rollouts)
     with pytest.raises(ConfigError, match="updates_per_rollouts=2: loss_type='sampled'"):
         OPDConfig(output_dir="unused", updates_per_rollouts=2, loss_type="sampled", use_cpu=True, report_to="none")

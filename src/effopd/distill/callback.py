@@ -241,6 +241,7 @@ class EffOPDCallback(TrainerCallback):
             wanted=lambda: self._registered,
             host=self._host,
             score_timeout=self._score_timeout,
+            unseen=lambda: not self._reused,
             averages=[average] if (average := getattr(self.trainer, "weight_average", None)) is not None else [],
         )
         try:
@@ -289,10 +290,16 @@ class EffOPDCallback(TrainerCallback):
         scorer.take(micro_batches, num_items)
         self._search_before_step(scorer)
 
+    @property
+    def _reused(self) -> bool:
+        """Whether the next step trains on rollouts that earlier steps trained on."""
+        reuses = getattr(self.trainer, "reuses_rollouts", None)
+        return reuses is not None and reuses()
+
     def _search_before_step(self, scorer: RolloutScorer | NextBatchLoss) -> None:
         state = self.trainer.state
         try:
-            if self.look_ahead is not None and state.global_step > self.look_ahead.schedule_start:
+            if self.look_ahead is not None and state.global_step > self.look_ahead.schedule_start and not self._reused:
                 self._search(self.trainer.args, state, state.global_step + 1)
         finally:
             scorer.drop()

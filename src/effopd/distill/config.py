@@ -224,7 +224,8 @@ class OPDConfig(
         default=1,
         metadata={
             "help": "Optimizer steps per batch of rollouts. Above 1, all steps after the first train on rollouts of "
-            "earlier weights, which losses on sampled tokens refuse."
+            "earlier weights, which losses on sampled tokens refuse. A search scored on rollouts waits for new "
+            "ones."
         },
     )
     horizon_fraction: float = field(default=0.25, metadata={"help": "TOPD: share of max_completion_length."})

@@ -116,15 +116,8 @@ def check_rollouts(args: Any, rollouts: float) -> None:
         rollouts: as for `wanted_rollouts`.
 
     Raises:
-        ConfigError: fewer than two rollouts are scored, the target is not the teacher (ExOPD), or
-            several steps train on the same rollouts.
+        ConfigError: fewer than two rollouts are scored, or the target is not the teacher (ExOPD).
     """
-    if (updates := getattr(args, "updates_per_rollouts", 1)) > 1:
-        raise ConfigError(
-            f"updates_per_rollouts={updates} trains on rollouts of earlier steps, but the look-ahead's scorer "
-            "'teacher_kl' needs rollouts that were not trained on in every step. Use --updates_per_rollouts 1, or "
-            "score by answers, as strategy 'effopd' does."
-        )
     if getattr(args, "lambda_extrapolation", 1) != 1:
         raise ConfigError(
             f"lambda_extrapolation={args.lambda_extrapolation} trains toward another target than the teacher, but the "

@@ -24,6 +24,7 @@ class OptimizerUpdate:
             `adapt_learning_rate` is set.
         wanted: called before every optimizer step; the rate is adapted while it returns true.
         averages: copies of the weights outside the optimizer, which follow a jump.
+        unseen: whether the next gradient comes from examples that no earlier step trained on.
         lora: whether the parameters are LoRA factors.
 
     Attributes:
@@ -40,6 +41,7 @@ class OptimizerUpdate:
         wanted: Callable[[], bool],
         averages: Sequence[Movable] = (),
         *,
+        unseen: Callable[[], bool] = lambda: True,
         lora: bool = False,
     ):
         if optimizer is None and (config.reset_moments or config.adapt_learning_rate):
@@ -51,7 +53,7 @@ class OptimizerUpdate:
         self._resets = config.reset_moments
         self._calibrates = config.rules.calibrates_rate
         self.rate = (
-            LearningRateMultiplier(optimizer, wanted, by_slope=config.rules.steers_by_slope)
+            LearningRateMultiplier(optimizer, wanted, by_slope=config.rules.steers_by_slope, unseen=unseen)
             if config.adapt_learning_rate
             else None
         )

@@ -58,6 +58,8 @@ class EffOPD:
             during the optimizer step.
         wanted: called before every optimizer step; the learning rate is adapted while it returns
             true. Default: until `close`.
+        unseen: called before every optimizer step; whether its gradient comes from examples that no
+            earlier step trained on. Only such gradients steer the learning rate.
         host: values of settings that the host decides, compared on resume (see `fingerprint`).
         score_timeout: time limit for scoring one candidate, in seconds; `None`: no limit.
         averages: averages of the weights, which a jump moves too.
@@ -84,6 +86,7 @@ class EffOPD:
         on_move: Callable[[], None] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         wanted: Callable[[], bool] = lambda: True,
+        unseen: Callable[[], bool] = lambda: True,
         host: Mapping[str, Any] | None = None,
         score_timeout: float | None = None,
         averages: Sequence[Movable] = (),
@@ -100,7 +103,7 @@ class EffOPD:
             if (fit := self.config.rules.fit)
             else None
         )
-        self._optimizer = OptimizerUpdate(self.config, optimizer, wanted, averages, lora=has_adapters(model))
+        self._optimizer = OptimizerUpdate(self.config, optimizer, wanted, averages, unseen=unseen, lora=has_adapters(model))
         self.history: list[SearchRecord] = []
         self.anchor_step = 0
         self.schedule_start = 0

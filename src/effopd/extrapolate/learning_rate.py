@@ -89,13 +89,16 @@ class LearningRateMultiplier:
     Args:
         optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate or DeepSpeed.
         wanted: called before every step; if it returns false, the step uses the schedule's rate.
-        by_slope: multiply `factor` by `steering_factor(slope_cosine(optimizer))` before every step.
+        by_slope: multiply `factor` by `steering_factor(slope_cosine(optimizer))` before every step
+            for which `unseen` returns true.
+        unseen: whether the step's gradient comes from examples that no earlier step trained on.
 
     Attributes:
         factor: the multiplier; initially 1.
         share: the schedule's rate in the last step, divided by its peak `initial_lr`; 1 without a
             scheduler.
-        cosine: `slope_cosine` before the last step; `None`: not known, or `by_slope` is off.
+        cosine: `slope_cosine` before the last step; `None`: not known, `by_slope` is
+            off, or the examples were seen before.
 
     Raises:
         ConfigError: the object is not a `torch.optim.Optimizer`, or another
@@ -113,7 +116,14 @@ class LearningRateMultiplier:
 
     _wanted: Callable[[], bool]
 
-    def __init__(self, optimizer: Any, wanted: Callable[[], bool] = lambda: True, *, by_slope: bool = False):
+    def __init__(
+        self,
+        optimizer: Any,
+        wanted: Callable[[], bool] = lambda: True,
+        *,
+        by_slope: bool = False,
+        unseen: Callable[[], bool] = lambda: True,
+    ):
         inner, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
         if not isinstance(inner, torch.optim.Optimizer):
             raise ConfigError(
@@ -131,6 +141,7 @@ class LearningRateMultiplier:
         self.factor = self.share = 1.0
         self.cosine: float | None = None
         self._by_slope = by_slope and zero is None
+        self._unseen = unseen
         self._optimizer, self._wanted = inner, wanted
         self._schedule: list[Any] | None = None
         self._applied: float | None = None
@@ -172,7 +183,7 @@ class LearningRateMultiplier:
             _set(group, group["lr"] * self._applied)
 
     def _steer(self, optimizer: Any) -> None:
-        self.cosine = slope_cosine(optimizer)
+        self.cosine = slope_cosine(optimizer) if self._unseen() else None
         self.factor *= 1.0 if self.cosine is None else steering_factor(self.cosine)
 
     def release(self) -> None:
