@@ -11,7 +11,7 @@ from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.learning_rate import LearningRateMultiplier, calibrated_factor, learning_rate_factor
 from effopd.extrapolate.search import SearchResult
-from effopd.extrapolate.weight_copies import Movable, carried, clear_state, evaluated
+from effopd.extrapolate.weight_copies import Movable, carried, clear_state, evaluated, has_modes
 from effopd.runs.records import SearchRecord
 
 
@@ -123,7 +123,8 @@ class OptimizerUpdate:
         if self._calibrates:
             searched = [search for search in history if search.searched]
             if not searched:
-                return calibrated_factor(best_scale, rate.share) * rate.applied / rate.factor
+                averaged = has_modes(self._optimizer)
+                return calibrated_factor(best_scale, rate.share, averaged=averaged) * rate.applied / rate.factor
             # never raised: after half a jump, the next search prefers s > 1 at any rate
             calibrated = searched[0].learning_rate_factor_total or 1.0
             return learning_rate_factor(best_scale, total=rate.factor / calibrated)

@@ -103,7 +103,9 @@ class EffOPD:
             if (fit := self.config.rules.fit)
             else None
         )
-        self._optimizer = OptimizerUpdate(self.config, optimizer, wanted, averages, unseen=unseen, lora=has_adapters(model))
+        self._optimizer = OptimizerUpdate(
+            self.config, optimizer, wanted, averages, unseen=unseen, lora=has_adapters(model)
+        )
         self.history: list[SearchRecord] = []
         self.anchor_step = 0
         self.schedule_start = 0

@@ -54,16 +54,18 @@ def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float 
 
 #: Learning rate as a share of the best length of the first step.
 SHARE_OF_FIRST_STEP = 0.25
+#: The same under a schedule-free optimizer, whose average of the weights tolerates a higher rate.
+SHARE_IF_AVERAGED = 0.5
 #: Bounds of one `calibrated_factor`.
 _LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
 
 
-def calibrated_factor(best_scale: float, share: float = 1.0) -> float:
+def calibrated_factor(best_scale: float, share: float = 1.0, *, averaged: bool = False) -> float:
     """(1 + s)·share / 4, the learning-rate multiplier from the best scale s along the first step.
 
     Adam's first step is −η·sign(gradient). Its best length (1 + s)·η therefore does not depend on
     the rate η, and one search measures it. The next steps take a quarter of it each, because their
-    gradients are noisy and their number is large.
+    gradients are noisy and their number is large. Under a schedule-free optimizer they take half.
 
     Args:
         best_scale: s.
@@ -74,7 +76,7 @@ def calibrated_factor(best_scale: float, share: float = 1.0) -> float:
         >>> calibrated_factor(39.0), calibrated_factor(3.0), calibrated_factor(-0.75)
         (10.0, 1.0, 0.0625)
     """
-    factor = SHARE_OF_FIRST_STEP * (1 + best_scale) * share
+    factor = (SHARE_IF_AVERAGED if averaged else SHARE_OF_FIRST_STEP) * (1 + best_scale) * share
     return min(max(factor, _LOWEST_CALIBRATION), _HIGHEST_CALIBRATION)
 
 
