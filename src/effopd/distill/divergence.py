@@ -7,7 +7,7 @@ Reverse KL is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ(v) − log π*(v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -37,6 +37,11 @@ MULTIMODAL_KEYS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+
+
+def multimodal_inputs(rollouts: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward pass besides tokens that a micro-batch has."""
+    return {key: rollouts[key] for key in MULTIMODAL_KEYS if key in rollouts}
 
 
 class Predictions(NamedTuple):

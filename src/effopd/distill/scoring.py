@@ -14,7 +14,7 @@ from effopd.common.distributed import rank, world_size
 from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab_size
 from effopd.distill.teachers.divergence import DivergenceByTeacher
 from effopd.distill.teachers.offload import in_use
-from effopd.distill.teachers.several import TEACHER_INDEX
+from effopd.distill.teachers.several import TEACHER_INDEX, Part
 from effopd.distill.trl_host.state import has_trls_loss
 from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
@@ -211,6 +211,14 @@ class TrainedDivergence:
         """The teacher's hidden states [N, H] at the N scored positions of each batch."""
         with self.trainer.accelerator.autocast(), in_use(self._teacher):
             return [batch.hidden(self._teacher) for batch in batches]
+
+    def from_predictions(self, batches: Sequence[TokenBatch], predictions: Sequence[Sequence[Part]]) -> list[Tensor]:
+        """`teacher_hidden` from the predictions that the loss reads, one part per micro-batch."""
+        hidden = (part.teacher.hidden_BTH for (part,) in predictions)
+        return [
+            h_BTH[: len(batch.ids_BL)][batch.scored_BT.to(h_BTH.device)]
+            for batch, h_BTH in zip(batches, hidden, strict=True)
+        ]
 
     def __call__(
         self,
