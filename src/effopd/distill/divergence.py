@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effopd.common.distributed import is_sharded
+from effopd.distill.search_kl import in_float32_on_cpu, reverse_kl
 from effopd.distill.trl_host.kernels import divergence_kernel, divergence_loss, logprob_kernel
 from effopd.distill.trl_host.models import inside_forward
 from effopd.errors import CompatibilityError
@@ -304,6 +305,7 @@ def divergences(
     beta: float,
     temperature: float,
     teacher_hidden: Sequence[Tensor] | None = None,
+    teacher_logits: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     keep: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Exact divergence D [N], in nats, at the N scored positions of each batch.
@@ -313,6 +315,7 @@ def divergences(
 
     Args:
         teacher_hidden: `batch.hidden(teacher)` of each batch; `None`: computed here.
+        teacher_logits: `search_kl.Target.logits` of each batch, for β = 1; `None`: not made.
         keep: the student's hidden states of each batch are appended to it, if it is a list.
     """
 
@@ -325,6 +328,9 @@ def divergences(
             h_teacher_NH = batch.hidden(teacher) if teacher_hidden is None else teacher_hidden[index]
             # after the forward: before it, the head of a sharded student is not whole yet
             heads = [Head.of(model, vocab_size) for model in (student, teacher)]
+            if teacher_logits and (kept := teacher_logits[index]) and in_float32_on_cpu(h_student_NH):
+                values.append(reverse_kl(h_student_NH, heads[0], kept, temperature))
+                continue
             h_teacher_NH = h_teacher_NH.to(h_student_NH.device)
             values.append(divergence_kernel(h_student_NH, heads[0], h_teacher_NH, heads[1], beta, temperature)[0])
         return values
