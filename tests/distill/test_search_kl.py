@@ -7,11 +7,12 @@ import torch
 from helpers.tiny_models import make_model
 
 from effopd.distill import search_kl
-from effopd.distill.search_kl import Target, reverse_kl
+from effopd.distill.search_kl import Target, in_float32_on_cpu, reverse_kl
 from effopd.distill.served.support import Support
 from effopd.distill.served.teacher import scored_part, scored_support
 from effopd.distill.teachers.kept import Kept, keep, taken
-from effopd.distill.teachers.several import ONLY, Part, TeacherSet, answered, answered_in, rows_by_teacher
+from effopd.distill.teachers.manifest import ONLY
+from effopd.distill.teachers.several import Part, TeacherSet, answered, answered_in, rows_by_teacher
 from effopd.models.head import Head
 from effopd.models.token_batch import TokenBatch
 
@@ -28,22 +29,23 @@ def test_the_kl_from_kept_logits_is_that_of_the_dense_formula(scale, softcap, te
         head.logits(h.double(), temperature).double().log_softmax(-1) for head, h in zip(heads, hidden, strict=True)
     )
     target = Target(hidden[1])
-    logits = target.logits(heads[1], temperature)
-    assert logits is not None and target.logits(heads[1], temperature) is logits  # made once
+    target.keep_logits(heads[1], temperature)
+    logits = target.logits
     value_N = reverse_kl(hidden[0], heads[0], logits, temperature)
     torch.testing.assert_close(value_N.double(), (logp.exp() * (logp - logq)).sum(-1), rtol=1e-5, atol=1e-6)
     assert reverse_kl(hidden[0][:0], heads[0], (logits[0][:0], logits[1][:0]), temperature).shape == (0,)
 
 
-def test_logits_are_kept_in_float32_and_up_to_a_size(monkeypatch):
+def test_logits_are_kept_up_to_a_size_where_the_loss_projects_in_float32(monkeypatch):
     head, hidden = Head(torch.randn(V, H), None, 1.0, None), torch.randn(N, H)
-    assert Target(hidden.to(torch.bfloat16)).logits(head, 1.0) is None
+    for size, kept in ((4 * N * V - 1, False), (4 * N * V, True)):
+        monkeypatch.setattr(search_kl, "MOST_BYTES", size)
+        target = Target(hidden)
+        target.keep_logits(head, 1.0)
+        assert (target.logits is not None) == kept
+    assert in_float32_on_cpu(hidden) and not in_float32_on_cpu(hidden.to(torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
-        assert Target(hidden).logits(head, 1.0) is None  # the loss projects in bfloat16
-    monkeypatch.setattr(search_kl, "MOST_BYTES", 4 * N * V - 1)
-    assert Target(hidden).logits(head, 1.0) is None
-    monkeypatch.setattr(search_kl, "MOST_BYTES", 4 * N * V)
-    assert Target(hidden).logits(head, 1.0) is not None
+        assert not in_float32_on_cpu(hidden)
 
 
 def test_predictions_have_one_reader():

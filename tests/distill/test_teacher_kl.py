@@ -208,6 +208,7 @@ def test_pieces_do_not_change_a_score(tmp_path, pieces):
         columns = (whole.ids_BL, whole.mask_BL, whole.scored_BT)
         take(TokenBatch(*(column[i : i + size] for column in columns)) for i in range(0, 8, size))
         scores.append(scorer(trainer.model))
+        take([whole])
 
     scorer.take = spy
     trainer.train()

@@ -315,7 +315,7 @@ def divergences(
 
     Args:
         teacher_hidden: `batch.hidden(teacher)` of each batch; `None`: computed here.
-        teacher_logits: `search_kl.Target.logits` of each batch, for β = 1; `None`: not made.
+        teacher_logits: `Target.logits` of `search_kl` for each batch, for β = 1; `None`: not made.
         keep: the student's hidden states of each batch are appended to it, if it is a list.
     """
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from trl import DistillationTrainer
 
-from effopd.common.distributed import is_sharded, rank, world_size
+from effopd.common.distributed import rank, world_size
 from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab_size
-from effopd.distill.search_kl import Target
+from effopd.distill.search_kl import Target, in_float32_on_cpu
 from effopd.distill.teachers.divergence import DivergenceByTeacher
 from effopd.distill.teachers.offload import in_use
 from effopd.distill.teachers.several import TEACHER_INDEX, Part
@@ -231,19 +231,23 @@ class TrainedDivergence:
         """D(model, teacher) [N], in nats, at the scored positions of each batch."""
         trainer = self.trainer
         with trainer.accelerator.autocast():
-            logits = self._teacher_logits(model, teacher_hidden)
+            logits = self._teacher_logits(teacher_hidden)
             return divergences(
                 model, self._teacher, batches, vocab_size=self._vocab_size, beta=trainer.beta,
                 temperature=trainer.temperature, teacher_hidden=[each.hidden_NH for each in teacher_hidden],
                 teacher_logits=logits, keep=keep,
             )  # fmt: skip
 
-    def _teacher_logits(self, model: Any, targets: Sequence[Target]) -> list[tuple[Tensor, Tensor] | None] | None:
+    def _teacher_logits(self, targets: Sequence[Target]) -> list[tuple[Tensor, Tensor] | None] | None:
         """What is kept of the teacher's logits for each batch; `None`: not for this divergence."""
-        if self.trainer.beta != 1 or is_sharded(model) or is_sharded(self._teacher):
+        if self.trainer.beta != 1 or not all(in_float32_on_cpu(each.hidden_NH) for each in targets):
             return None
-        head = Head.of(self._teacher, self._vocab_size)
-        return [target.logits(head, self.trainer.temperature) for target in targets]
+        missing = [each for each in targets if each.logits is None]
+        if missing and is_whole(self._teacher):
+            head = Head.of(self._teacher, self._vocab_size)
+            for each in missing:
+                each.keep_logits(head, self.trainer.temperature)
+        return [each.logits for each in targets]
 
     def moving_head(self, model: Any, weights: MovableWeights) -> MovingHead | None:
         """The output layer along W + s·Δ; `None` unless D is the reverse KL of unsharded models."""

@@ -27,28 +27,22 @@ class Target:
 
     Attributes:
         hidden_NH: its hidden states.
+        logits: its logits [N, V] and their log normalizers [N]; `None`: not kept.
     """
 
     def __init__(self, hidden_NH: Tensor):
         self.hidden_NH = hidden_NH
-        self._logits: tuple[Tensor, Tensor] | None = None
+        self.logits: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.hidden_NH)
 
     @torch.no_grad()
-    def logits(self, head: Head, temperature: float) -> tuple[Tensor, Tensor] | None:
-        """Logits [N, V] and their log normalizers [N], made at the first call.
-
-        `None`: not on a CPU, not in float32, or too large.
-        """
-        if self._logits is None:
-            size = len(self.hidden_NH) * len(head.weight) * torch.float32.itemsize
-            if not in_float32_on_cpu(self.hidden_NH) or size > MOST_BYTES:
-                return None
+    def keep_logits(self, head: Head, temperature: float) -> None:
+        """Set `logits` unless they are too large."""
+        if len(self.hidden_NH) * len(head.weight) * torch.float32.itemsize <= MOST_BYTES:
             z_NV = head.logits(self.hidden_NH, temperature)
-            self._logits = z_NV, z_NV.logsumexp(-1)
-        return self._logits
+            self.logits = z_NV, z_NV.logsumexp(-1)
 
 
 def in_float32_on_cpu(hidden: Tensor) -> bool:
