@@ -53,17 +53,16 @@ class Watching(RolloutScorer):
 
     def __init__(self, divergence, rollouts: int):
         super().__init__(divergence, rollouts)
-        self._trainer = divergence.trainer
+        self._trainer, self.fresh = divergence.trainer, False
 
-    def __call__(self, model):
-        if self._teacher is None and not getattr(self, "busy", False):
-            self.busy = True
+    def __call__(self, model, scale=None):
+        if self.fresh:
+            self.fresh = False
             self.rows.append(self.measure(model))
-            self.busy, self._teacher = False, None
-        return super().__call__(model)
+        return super().__call__(model, scale)
 
     def take(self, batches):
-        self.all_batches = list(batches)
+        self.all_batches, self.fresh = list(batches), True
         super().take(self.all_batches)
 
     def measure(self, model) -> dict:

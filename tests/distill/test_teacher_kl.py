@@ -4,6 +4,7 @@ without a trace.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from effopd import EffOPDCallback, EffOPDConfig
 from effopd.common.files import read_rows
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.distill.scoring import text_batch, wanted_rollouts
+from effopd.distill.teachers.kept import taken
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.anchored import bit_sum
 from effopd.models.token_batch import TokenBatch
@@ -136,22 +138,49 @@ def test_a_score_is_the_divergence_that_is_trained(tmp_path, host, beta):
     assert -seen[0][0].mean == pytest.approx(losses[0], rel=1e-3)  # nothing has moved before the first step
 
 
-def test_looking_without_jumping_leaves_no_trace(tmp_path):
-    plain = make_trainer(tmp_path / "plain", **FAST)
+def two_teachers():
+    """Two teachers, and a task whose rows name one of them."""
+    task = make_task(64)
+    rows = [replace(e, metadata={"teacher": "ab"[i % 3 == 0]}) for i, e in enumerate(task.examples)]
+    return {"teacher": {"a": make_model(1), "b": make_model(2)}, "task": task.subset(rows)}
+
+
+ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "activation_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        ACCUMULATED,
+        {"loss_type": "teacher_top_k", "teacher_top_k": 4, "several": True},
+        {"loss_type": "sampled"},
+    ],
+    ids=["full", "accumulated", "several-top-k", "sampled"],
+)
+def test_looking_without_jumping_leaves_no_trace(tmp_path, settings):
+    """The loss reads what the search asked the teacher: bit for bit the same, and charged once."""
+    settings = FAST | {"max_steps": 3} | settings
+    several = settings.pop("several", False)
+    plain = make_trainer(tmp_path / "plain", **settings | (two_teachers() if several else {}))
     plain.train()
-    config = EffOPDConfig("noop", score_rollouts=0.25, schedule="every_step")
-    looked = make_trainer(tmp_path / "looked", effopd=config, **FAST)
+    config = EffOPDConfig("noop", score_rollouts=6, schedule="every_step")
+    looked = make_trainer(tmp_path / "looked", effopd=config, **settings | (two_teachers() if several else {}))
     looked.train()
     assert same(weights(plain), weights(looked))
     rows = list(read_rows(tmp_path / "looked" / "searches.jsonl"))
-    assert [row["step"] for row in rows] == [
-        2,
-        3,
-        4,
-    ]  # in the step whose rollouts they use; step 1 has no displacement
-    last = list(read_rows(tmp_path / "looked" / "metrics.jsonl"))[-1]
-    assert last["cost/search_generated_tokens"] == 0
+    assert [row["step"] for row in rows] == [2, 3]  # whose rollouts they use; step 1 has no displacement
+    last, alone = (list(read_rows(tmp_path / name / "metrics.jsonl"))[-1] for name in ("looked", "plain"))
+    assert last["loss"] == alone["loss"] and last["cost/search_generated_tokens"] == 0
     assert last["cost/search_forward_tokens"] == sum(row["forward_tokens"] for row in rows) > 0
+    for part in ("teacher", "update"):
+        assert last[f"cost/{part}_forward_tokens"] == alone[f"cost/{part}_forward_tokens"]
+    if settings.get("loss_type") == "sampled":  # a jump drops the rollouts of this loss
+        assert last["cost/search_teacher_tokens"] == sum(row["teacher_tokens"] for row in rows) > 0
+    else:
+        assert last["cost/search_teacher_tokens"] == 0
+        assert all(len({trial["forward_tokens"] for trial in row["trials"]}) == 1 for row in rows)
+    assert not any(map(taken, looked._buffered_inputs))  # released by the loss
 
 
 def test_accumulated_micro_batches_are_looked_at_once_a_step(tmp_path):
@@ -179,6 +208,7 @@ def test_pieces_do_not_change_a_score(tmp_path, pieces):
         columns = (whole.ids_BL, whole.mask_BL, whole.scored_BT)
         take(TokenBatch(*(column[i : i + size] for column in columns)) for i in range(0, 8, size))
         scores.append(scorer(trainer.model))
+        take([whole])
 
     scorer.take = spy
     trainer.train()
@@ -261,13 +291,17 @@ def test_an_unmodified_trl_trainer_looks_ahead_like_ours(tmp_path):
     for trainer in (ours, theirs):
         torch.manual_seed(0)
         trainer.train()
-    assert same(weights(ours), weights(theirs))
+    found, expected = weights(ours), weights(theirs)
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
     one, other = (list(read_rows(tmp_path / name / "searches.jsonl")) for name in ("ours", "theirs"))
     assert any(row["accepted_scale"] for row in one)
-    volatile = {"seconds", "trials"}
-    assert [{k: v for k, v in row.items() if k not in volatile} for row in one] == [
-        {k: v for k, v in row.items() if k not in volatile} for row in other
-    ]
+    volatile = {"seconds", "trials", "forward_tokens", "teacher_tokens"}
+    for row, its in zip(one, other, strict=True):
+        assert {k: v for k, v in row.items() if k not in volatile} == pytest.approx(
+            {k: v for k, v in its.items() if k not in volatile}, rel=1e-5
+        )
+        # TRL's loss asks its teacher again; ours reads what the search has made
+        assert row["forward_tokens"] == its["forward_tokens"] - its["teacher_tokens"] and row["teacher_tokens"] == 0
 
 
 def test_an_unmodified_trl_trainer_resumes_to_the_same_weights(tmp_path):

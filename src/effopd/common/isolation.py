@@ -35,7 +35,10 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
             if seed is not None:
                 random.seed(seed)
                 np.random.seed(seed % 2**32)
-                torch.manual_seed(seed)
+                if accelerator is not None:
+                    torch.manual_seed(seed)
+                else:  # the same without a stack trace for each backend that is absent
+                    torch.default_generator.manual_seed(seed)
             yield
         finally:
             random.setstate(python_state)

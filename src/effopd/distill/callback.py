@@ -277,10 +277,13 @@ class EffOPDCallback(TrainerCallback):
         """Search on the next step's rollouts, before they are trained on.
 
         The search belongs to that next step, so it comes after the previous step's checkpoint.
+        The teacher's forward pass on the scored micro-batches is that of their loss, made early.
         """
-        scorer = self._rollouts
+        scorer, trainer = self._rollouts, self.trainer
         assert scorer is not None
         scorer.take(map(text_batch, rollouts))
+        if getattr(trainer, "predicts_ahead", False) and self.scores_rollouts(trainer.state.global_step + 1):
+            scorer.use_predictions(map(trainer.predict_ahead, rollouts))
         self._search_before_step(scorer)
 
     def _on_batch(self, micro_batches: Sequence[Mapping[str, Any]], num_items: Any) -> None:

@@ -7,7 +7,7 @@ Reverse KL is KL(student ‖ teacher) = Σ_v π_θ(v)(log π_θ(v) − log π*(v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effopd.common.distributed import is_sharded
+from effopd.distill.search_kl import in_float32_on_cpu, reverse_kl
 from effopd.distill.trl_host.kernels import divergence_kernel, divergence_loss, logprob_kernel
 from effopd.distill.trl_host.models import inside_forward
 from effopd.errors import CompatibilityError
@@ -37,6 +38,11 @@ MULTIMODAL_KEYS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+
+
+def multimodal_inputs(rollouts: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward pass besides tokens that a micro-batch has."""
+    return {key: rollouts[key] for key in MULTIMODAL_KEYS if key in rollouts}
 
 
 class Predictions(NamedTuple):
@@ -299,6 +305,7 @@ def divergences(
     beta: float,
     temperature: float,
     teacher_hidden: Sequence[Tensor] | None = None,
+    teacher_logits: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     keep: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Exact divergence D [N], in nats, at the N scored positions of each batch.
@@ -308,6 +315,7 @@ def divergences(
 
     Args:
         teacher_hidden: `batch.hidden(teacher)` of each batch; `None`: computed here.
+        teacher_logits: `Target.logits` of `search_kl` for each batch, for β = 1; `None`: not made.
         keep: the student's hidden states of each batch are appended to it, if it is a list.
     """
 
@@ -320,6 +328,9 @@ def divergences(
             h_teacher_NH = batch.hidden(teacher) if teacher_hidden is None else teacher_hidden[index]
             # after the forward: before it, the head of a sharded student is not whole yet
             heads = [Head.of(model, vocab_size) for model in (student, teacher)]
+            if teacher_logits and (kept := teacher_logits[index]) and in_float32_on_cpu(h_student_NH):
+                values.append(reverse_kl(h_student_NH, heads[0], kept, temperature))
+                continue
             h_teacher_NH = h_teacher_NH.to(h_student_NH.device)
             values.append(divergence_kernel(h_student_NH, heads[0], h_teacher_NH, heads[1], beta, temperature)[0])
         return values

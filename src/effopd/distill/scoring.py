@@ -12,9 +12,10 @@ from trl import DistillationTrainer
 
 from effopd.common.distributed import rank, world_size
 from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab_size
+from effopd.distill.search_kl import Target, in_float32_on_cpu
 from effopd.distill.teachers.divergence import DivergenceByTeacher
 from effopd.distill.teachers.offload import in_use
-from effopd.distill.teachers.several import TEACHER_INDEX
+from effopd.distill.teachers.several import TEACHER_INDEX, Part
 from effopd.distill.trl_host.state import has_trls_loss
 from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.extrapolate.config import EffOPDConfig
@@ -200,25 +201,46 @@ class TrainedDivergence:
         return self.trainer.accelerator.unwrap_model(self.trainer.teacher_model)
 
     @torch.no_grad()
-    def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """The teacher's hidden states [N, H] at the N scored positions of each batch."""
+    def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Target]:
+        """The teacher at the N scored positions of each batch."""
         with self.trainer.accelerator.autocast(), in_use(self._teacher):
-            return [batch.hidden(self._teacher) for batch in batches]
+            return [Target(batch.hidden(self._teacher)) for batch in batches]
+
+    def from_predictions(self, batches: Sequence[TokenBatch], predictions: Sequence[Sequence[Part]]) -> list[Target]:
+        """`teacher_hidden` from the predictions that the loss reads, one part per micro-batch."""
+        hidden = (part.teacher.hidden_BTH for (part,) in predictions)
+        return [
+            Target(h_BTH[: len(batch.ids_BL)][batch.scored_BT.to(h_BTH.device)])
+            for batch, h_BTH in zip(batches, hidden, strict=True)
+        ]
 
     def __call__(
         self,
         model: Any,
         batches: Sequence[TokenBatch],
-        teacher_hidden: Sequence[Tensor],
+        teacher_hidden: Sequence[Target],
         keep: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """D(model, teacher) [N], in nats, at the scored positions of each batch."""
         trainer = self.trainer
         with trainer.accelerator.autocast():
+            logits = self._teacher_logits(teacher_hidden)
             return divergences(
                 model, self._teacher, batches, vocab_size=self._vocab_size, beta=trainer.beta,
-                temperature=trainer.temperature, teacher_hidden=teacher_hidden, keep=keep,
+                temperature=trainer.temperature, teacher_hidden=[each.hidden_NH for each in teacher_hidden],
+                teacher_logits=logits, keep=keep,
             )  # fmt: skip
+
+    def _teacher_logits(self, targets: Sequence[Target]) -> list[tuple[Tensor, Tensor] | None] | None:
+        """What is kept of the teacher's logits for each batch; `None`: not for this divergence."""
+        if self.trainer.beta != 1 or not all(in_float32_on_cpu(each.hidden_NH) for each in targets):
+            return None
+        missing = [each for each in targets if each.logits is None]
+        if missing and is_whole(self._teacher):
+            head = Head.of(self._teacher, self._vocab_size)
+            for each in missing:
+                each.keep_logits(head, self.trainer.temperature)
+        return [each.logits for each in targets]
 
     def moving_head(self, model: Any, weights: MovableWeights) -> MovingHead | None:
         """The output layer along W + s·Δ; `None` unless D is the reverse KL of unsharded models."""
@@ -226,13 +248,13 @@ class TrainedDivergence:
         return line_head(model, weights, self._vocab_size, self.trainer.beta) if whole else None
 
     def slope(
-        self, head: MovingHead, teacher_hidden: Sequence[Tensor], hidden: Mapping[float, Sequence[Tensor]]
+        self, head: MovingHead, teacher_hidden: Sequence[Target], hidden: Mapping[float, Sequence[Tensor]]
     ) -> tuple[float, float]:
         """Σ over positions of D′(0) and of E var_π(δz), with z interpolated between 0 and 1."""
         if not sum(map(len, teacher_hidden)):
             return 0.0, 0.0
         ray = RayKL(
-            head, Head.of(self._teacher, self._vocab_size), torch.cat(list(teacher_hidden)),
+            head, Head.of(self._teacher, self._vocab_size), torch.cat([each.hidden_NH for each in teacher_hidden]),
             temperature=self.trainer.temperature,
         )  # fmt: skip
         for scale, parts in hidden.items():

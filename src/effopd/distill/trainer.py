@@ -27,7 +27,6 @@ from effopd.distill.config import OPDConfig
 from effopd.distill.curriculum_mixin import CurriculumCallback, CurriculumMixin
 from effopd.distill.dataset import check_dataset
 from effopd.distill.divergence import (
-    MULTIMODAL_KEYS,
     Answers,
     Head,
     Predictions,
@@ -36,6 +35,7 @@ from effopd.distill.divergence import (
     kernel_dtype,
     mixture_head,
     mixture_hidden,
+    multimodal_inputs,
     shared_vocab_size,
 )
 from effopd.distill.evaluate_student import evaluate_trainer
@@ -195,12 +195,12 @@ class OPDTrainer(
 
     def _loss_of(self, student, inputs, num_items):
         batch, training = token_batch(inputs), self.model.training
-        multimodal = {key: inputs[key] for key in MULTIMODAL_KEYS if key in inputs}
+        multimodal = multimodal_inputs(inputs)
         due = training and self.health.due(self.state)
         if self.args.loss_type == "negative_advantage" and training and not due:
             parts = []  # the loss has no target
         else:
-            parts = self._teacher_parts(batch, multimodal)
+            parts = self._taught(inputs, batch, multimodal)
         reference = None
         if self.reference_model is not None and training:  # evaluation is against the teacher
             reference = self._frozen(self.reference_model, batch, multimodal)

@@ -68,6 +68,7 @@ class Searcher:
     def __init__(self, model: Any, weights: MovableWeights, scorer: Scorer | None, seed: int, timeout: float | None):
         self.model, self.weights, self.scorer = model, weights, scorer
         self._seed, self._timeout = seed, timeout
+        self._untouched = False
 
     def search(
         self, step: int, direction: Direction, decide: Callable[[Along], SearchResult]
@@ -84,7 +85,7 @@ class Searcher:
             ScorerError: the scorer failed; the weights are restored.
         """
         seed = self.seed_at(step)
-        self.weights.begin(direction)
+        self._begin(direction)
         nbytes = self.weights.nbytes
         try:
             with evaluating(self.model):
@@ -102,7 +103,7 @@ class Searcher:
 
     def score_present(self, step: int) -> Score:
         """Score of the current weights."""
-        self.weights.begin()
+        self._begin()
         try:
             with evaluating(self.model):
                 return self.score_at(0.0, self.seed_at(step))
@@ -124,10 +125,16 @@ class Searcher:
         """Move to a scale and score it."""
         scorer = self.scorer
         assert scorer is not None
-        self.weights.move_to(scale)
+        if scale != 0.0 or not self._untouched:  # a search starts at scale 0
+            self.weights.move_to(scale)
+        self._untouched = False
         if isinstance(scorer, SlopeScorer):
             return ask(lambda model: scorer(model, scale), self.model, scale, seed, self._timeout)
         return ask(scorer, self.model, scale, seed, self._timeout)
+
+    def _begin(self, *direction: Direction) -> None:
+        self.weights.begin(*direction)
+        self._untouched = True
 
     def _move(self, result: SearchResult) -> SearchResult:
         """Move to the accepted scale; stay if that point, unscored so far, is not finite."""

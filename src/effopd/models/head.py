@@ -62,7 +62,8 @@ class Head:
         logits = torch.nn.functional.linear(hidden.float(), self.weight.float())
         if self.bias is not None:
             logits = logits + self.bias.float()
-        logits = logits * self.scale
+        if self.scale != 1:
+            logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits / temperature
+        return logits if temperature == 1 else logits / temperature

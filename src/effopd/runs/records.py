@@ -302,7 +302,9 @@ class SearchRecord(Record):
     )
     fit: Annotated[Mapping[str, Number] | None, Column("strategies that predict: measures of the fit, by name")] = None
     observation: Annotated[Count, Column("strategies that predict: number of the observation, from 1")] = None
-    teacher_tokens: Annotated[Count, Column("the teacher's part of `forward_tokens`", "tokens")] = None
+    teacher_tokens: Annotated[
+        Count, Column("the teacher's part of `forward_tokens`, which no loss reads", "tokens")
+    ] = None
 
     @property
     def searched(self) -> bool:

@@ -1,9 +1,9 @@
-"""The look-ahead's divergence from a served teacher, asked once per search, and its slope."""
+"""The look-ahead's divergence from a served teacher, asked once at most, and its slope."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from effopd.distill.served.measure import outcomes_of
 from effopd.distill.served.support import Support, divergence, outcomes
-from effopd.distill.served.teacher import scored_support
+from effopd.distill.served.teacher import scored_part, scored_support
+from effopd.distill.teachers.several import Part
 from effopd.distill.token_rows import row_logits
 from effopd.extrapolate.movable import MovableWeights
 from effopd.extrapolate.moving_head import line_head
@@ -25,7 +26,7 @@ Asked = tuple[Support, Tensor]
 class ServedDivergence:
     """The divergence that a `ServedOPDTrainer` minimizes, on the teacher's support.
 
-    The teacher's part is asked for once per search; all candidates are scored from it.
+    The teacher's part is asked for at most once per search; all candidates are scored from it.
     """
 
     def __init__(self, trainer: Any):
@@ -34,6 +35,15 @@ class ServedDivergence:
     def teacher_hidden(self, batches: Sequence[TokenBatch]) -> list[Asked]:
         """The teacher's top k at the scored positions of each batch; one request per sequence."""
         whole = [scored_support(self._trainer.served, batch) for batch in batches]
+        return self._placed(whole)
+
+    def from_predictions(self, batches: Sequence[TokenBatch], predictions: Sequence[Sequence[Part]]) -> list[Asked]:
+        """`teacher_hidden` from the replies that the loss reads, without a request."""
+        return self._placed(
+            scored_part(support_BT, batch) for batch, ((_, _, support_BT),) in zip(batches, predictions, strict=True)
+        )
+
+    def _placed(self, whole: Iterable[Asked]) -> list[Asked]:
         device = self._trainer.accelerator.device
         return [(support.to(device), targets_N.to(device)) for support, targets_N in whole]
 

@@ -79,6 +79,12 @@ def _padded(rows: dict[int, Scored], count: int, length: int, top_k: int) -> Sup
 
 def scored_support(teacher: ServedTeacher, batch: TokenBatch) -> tuple[Support, Tensor]:
     """The teacher's top k at the N scored tokens of a batch, and these tokens [N]; on the CPU."""
-    length = batch.scored_BT.shape[1]
+    return scored_part(teacher.support(batch), batch)
+
+
+def scored_part(support_BT: Support, batch: TokenBatch) -> tuple[Support, Tensor]:
+    """`scored_support` from the top k of a micro-batch, of which `batch` is the first rows."""
+    length, count = batch.scored_BT.shape[1], len(batch.ids_BL)
     scored_BT = batch.scored_BT.cpu()
-    return teacher.support(batch).where(scored_BT), batch.ids_BL.cpu()[:, -length:][scored_BT]
+    first = Support(*(each[:count] for each in support_BT))
+    return first.where(scored_BT), batch.ids_BL.cpu()[:, -length:][scored_BT]

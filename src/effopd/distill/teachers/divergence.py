@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.distill.teachers.several import Answered, TeacherSet, answered, divergences_by_teacher
+from effopd.distill.teachers.several import (
+    Answered,
+    Part,
+    TeacherSet,
+    answered,
+    answered_in,
+    divergences_by_teacher,
+)
 from effopd.extrapolate.movable import MovableWeights
 from effopd.extrapolate.moving_head import line_head
 from effopd.models.ray import MovingHead, RayKL
@@ -18,7 +25,7 @@ from effopd.models.token_batch import TokenBatch
 class DivergenceByTeacher:
     """The divergence that an `OPDTrainer` with several teachers minimizes.
 
-    Every teacher is asked once per search, for its own rollouts.
+    Every teacher is asked at most once per search, for its own rollouts.
     """
 
     def __init__(self, trainer: Any):
@@ -31,6 +38,15 @@ class DivergenceByTeacher:
         trainer = self._trainer
         with trainer.accelerator.autocast():
             return answered(self._teachers, trainer.accelerator.unwrap_model, batches, trainer.vocab_size)
+
+    def from_predictions(
+        self, batches: Sequence[TokenBatch], predictions: Sequence[Sequence[Part]]
+    ) -> list[list[Answered]]:
+        """`teacher_hidden` from the predictions that the loss reads, one part per teacher."""
+        return [
+            [made for part in parts if (made := answered_in(part, batch, self._teachers.labels.index(part.label)))]
+            for batch, parts in zip(batches, predictions, strict=True)
+        ]
 
     def __call__(
         self,

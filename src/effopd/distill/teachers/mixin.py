@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from effopd.distill.divergence import Answers, Predictions, item_count, shared_vocab_size
+from effopd.distill.divergence import Answers, Predictions, item_count, multimodal_inputs, shared_vocab_size
+from effopd.distill.scoring import token_batch
+from effopd.distill.teachers.kept import keep, taken
 from effopd.distill.teachers.loading import teacher_loading
 from effopd.distill.teachers.manifest import ONLY, TeacherEntry, entry_of
 from effopd.distill.teachers.offload import in_use, offload
@@ -106,6 +108,34 @@ class TeachersMixin(DistillationHooks):
             return [entry_of(ONLY, source, model, self.args.teacher_model_revision), *stages]
         return [entry_of(label, self.teachers.sources[label], unwrap(self.teachers.model(label)))
                 for label in self.teachers.labels]  # fmt: skip
+
+    # -- before the loss ---------------------------------------------------------------------------
+
+    @property
+    def predicts_ahead(self) -> bool:
+        """Whether a search can make the teacher's predictions of a step for its loss, too.
+
+        Losses on sampled tokens drop the step's rollouts after a jump, and the predictions with
+        them.
+        """
+        return not self.args.on_sampled_tokens
+
+    def predict_ahead(self, rollouts: dict[str, Any]) -> list[Part]:
+        """The teacher's predictions for a micro-batch in training, kept for its loss.
+
+        They are made as in the loss and charged as the teacher's, so the loss is the same bit for
+        bit. Memory until the loss: one hidden state per answer token and padding, or the top k of
+        a served teacher.
+        """
+        with self.accelerator.autocast():
+            parts = self._teacher_parts(token_batch(rollouts), multimodal_inputs(rollouts))
+        keep(rollouts, parts)
+        return parts
+
+    def _taught(self, rollouts: Mapping[str, Any], batch: TokenBatch, multimodal: Mapping[str, Any]) -> list[Part]:
+        """The teacher's predictions for a micro-batch, as kept by `predict_ahead` or made now."""
+        parts = taken(rollouts)
+        return self._teacher_parts(batch, multimodal) if parts is None else parts
 
     # -- rows of a batch ---------------------------------------------------------------------------
 

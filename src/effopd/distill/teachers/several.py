@@ -240,6 +240,22 @@ def answered(
     return made
 
 
+def answered_in(part: Part, batch: TokenBatch, index: int) -> Answered | None:
+    """A teacher's answers to its rows of `batch`; `None`: it has none there.
+
+    Args:
+        part: its predictions for a micro-batch, of which `batch` is the first rows.
+        index: the teacher's index.
+    """
+    own = batch.of_teacher(index)
+    if own is None:
+        return None
+    rows, index_N = own
+    hidden_BTH = part.teacher.hidden_BTH
+    hidden_NH = hidden_BTH[: len(rows.ids_BL)][rows.scored_BT.to(hidden_BTH.device)]
+    return Answered(part.label, index_N, hidden_NH, part.teacher.head)
+
+
 @torch.no_grad()
 def divergences_by_teacher(
     student: Any, batches: Sequence[TokenBatch], targets: Sequence[Sequence[Answered]], *, vocab_size: int,

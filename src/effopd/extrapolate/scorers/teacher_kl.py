@@ -2,8 +2,9 @@
 
 The rollouts of the next step were sampled from W and not yet trained on. They are on-policy for W,
 and the update Δ was not fitted to them. The divergence is the one that is trained, exact over the
-vocabulary. Cost: one student forward pass per candidate on a few rollouts, and one teacher forward
-pass per search. No answers and no generation are needed.
+vocabulary. Cost: one student forward pass per candidate on a few rollouts. The teacher's forward
+pass is made once per search, and the loss of the step reuses it if the trainer keeps it. No answers
+and no generation are needed.
 
 For a candidate the rollouts are slightly off-policy: its divergence is measured at the positions
 that W visits.
@@ -29,6 +30,14 @@ class TeacherDivergence(Protocol):
         """The teacher's part of D at the N scored positions of each batch.
 
         Hidden states [N, H] of a teacher in memory, or the top k of a served teacher.
+        """
+
+    def from_predictions(self, batches: Sequence[TokenBatch], predictions: Sequence[Any]) -> list[Any]:
+        """`teacher_hidden` without a forward pass, from the predictions that the loss reads.
+
+        Args:
+            batches: the first rows of micro-batches.
+            predictions: the teacher's predictions for the whole micro-batches.
         """
 
     def __call__(
@@ -85,6 +94,15 @@ class RolloutScorer:
             missing -= len(self._batches[-1].ids_BL)
             if missing <= 0:
                 break
+
+    def use_predictions(self, predictions: Iterable[Any]) -> None:
+        """Score with these predictions of the teacher for the micro-batches; do not ask it again.
+
+        Args:
+            predictions: one entry per micro-batch; read for as many as are scored.
+        """
+        made = [each for _, each in zip(self._batches, predictions, strict=False)]
+        self._teacher = self._divergence.from_predictions(self._batches, made)
 
     def drop(self) -> None:
         """Release the rollouts."""
