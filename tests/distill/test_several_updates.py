@@ -20,6 +20,7 @@ SETTINGS = {
 class Steps(TrainerCallback):
     def __init__(self, trainer):
         self.trainer, self.prompts, self.weights, self.rollouts = trainer, [], [], []
+        self.teacher: list[int] = []
         turn = trainer.around_turn
 
         def sampled(generate, prompts, *, multimodal):
@@ -31,7 +32,9 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.weights.append(torch.cat([each.detach().flatten().clone() for each in model.parameters()]))
-        self.rollouts.append(self.trainer.ledger.snapshot()["cost/rollout_generated_tokens"])
+        costs = self.trainer.ledger.snapshot()
+        self.rollouts.append(costs["cost/rollout_generated_tokens"])
+        self.teacher.append(costs["cost/teacher_forward_tokens"])
 
 
 @pytest.mark.slow
@@ -43,6 +46,7 @@ def test_two_steps_share_rollouts_and_resume_between_them(tmp_path):
     assert all(len(prompts) == 8 for _, prompts in whole.prompts)
     assert whole.prompts[0][1] != whole.prompts[1][1]
     assert whole.rollouts[0] == whole.rollouts[1] < whole.rollouts[2] == whole.rollouts[3]  # charged once
+    assert whole.teacher[0] == whole.teacher[1] < whole.teacher[2] == whole.teacher[3]  # asked once
     assert not torch.equal(whole.weights[0], whole.weights[1])
 
     again = make_trainer(tmp_path / "b", **SETTINGS)

@@ -18,6 +18,7 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from effopd.common.distributed import all_gather_object, rank, world_size
+from effopd.distill.teachers.kept import without_kept
 from effopd.distill.trl_host.state import rollouts_in_use, use_rollouts
 
 logger = logging.getLogger(__name__)
@@ -96,5 +97,6 @@ class RolloutCycleCallback(TrainerCallback):
     def save_state(self, folder: Path) -> None:
         """Write this process's rollouts into a checkpoint folder, if the next step needs them."""
         if self._inside:
-            saved = {"shape": self._shape, "rollouts": rollouts_in_use(self._trainer)[1]}
+            rollouts = list(map(without_kept, rollouts_in_use(self._trainer)[1]))
+            saved = {"shape": self._shape, "rollouts": rollouts}
             torch.save(saved, folder / rollouts_file(rank(), world_size()))

@@ -15,6 +15,7 @@ from effopd.distill.health import HealthProbe
 from effopd.distill.policy_gradient import share_sizes
 from effopd.distill.sampled_logps import engine_logps, padded, recording
 from effopd.distill.scoring import token_batch
+from effopd.distill.teachers.kept import share
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.models.sampler_check import generate_groups
@@ -60,6 +61,13 @@ class RolloutMixin(DistillationHooks):
 
     def reuses_rollouts(self) -> bool:
         return self.state.global_step % self.args.updates_per_rollouts != 0
+
+    def rollouts_sampled(self, rollouts):
+        """Let the steps that share these rollouts share the teacher's predictions."""
+        super().rollouts_sampled(rollouts)
+        if self.args.updates_per_rollouts > 1:
+            for micro_batch in rollouts:
+                share(micro_batch, self.args.updates_per_rollouts)
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
         if self._reads_engine:

@@ -1,8 +1,8 @@
-"""Teacher predictions that a search made for a micro-batch, kept in it for the loss of the step."""
+"""Teacher predictions for a micro-batch, kept in it for the losses that still read them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from effopd.distill.teachers.several import Part
@@ -12,27 +12,43 @@ _KEY = "kept_teacher_parts"
 
 
 class Kept:
-    """Predictions for one micro-batch, for one reader.
+    """Predictions for one micro-batch, released after the last loss that reads them.
 
     It is no container to wrappers such as DDP and FSDP2, which copy and cast the tensors in a
-    forward's arguments, so the loss gets the tensors that were made.
+    forward's arguments, so every loss gets the tensors that were made.
+
+    Args:
+        reads: number of losses on this micro-batch.
     """
 
-    def __init__(self, parts: list[Part]):
-        self._parts: list[Part] | None = parts
+    def __init__(self, reads: int = 1):
+        self._reads = reads
+        self.parts: list[Part] | None = None
 
-    def take(self) -> list[Part] | None:
-        """The predictions, which are released here; `None` after the first call."""
-        parts, self._parts = self._parts, None
+    def read(self, make: Callable[[], list[Part]]) -> list[Part]:
+        """The predictions, made now if there are none."""
+        parts = make() if self.parts is None else self.parts
+        self._reads -= 1
+        self.parts = parts if self._reads > 0 else None
         return parts
+
+
+def share(rollouts: dict[str, Any], reads: int) -> None:
+    """Let the first of several losses on a micro-batch keep its predictions for the others."""
+    rollouts.setdefault(_KEY, Kept(reads))
 
 
 def keep(rollouts: dict[str, Any], parts: list[Part]) -> None:
     """Keep the teacher's predictions for a micro-batch in it."""
-    rollouts[_KEY] = Kept(parts)
+    rollouts.setdefault(_KEY, Kept()).parts = parts
 
 
-def taken(rollouts: Mapping[str, Any]) -> list[Part] | None:
-    """The predictions that `keep` left, once; `None`: there are none."""
+def kept_or_made(rollouts: Mapping[str, Any], make: Callable[[], list[Part]]) -> list[Part]:
+    """The predictions that are kept for a micro-batch, or new ones."""
     kept: Kept | None = rollouts.get(_KEY)
-    return None if kept is None else kept.take()
+    return make() if kept is None else kept.read(make)
+
+
+def without_kept(rollouts: Mapping[str, Any]) -> dict[str, Any]:
+    """A micro-batch without predictions, for a checkpoint."""
+    return {key: value for key, value in rollouts.items() if key != _KEY}

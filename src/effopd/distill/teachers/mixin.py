@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from effopd.distill.divergence import Answers, Predictions, item_count, multimodal_inputs, shared_vocab_size
 from effopd.distill.scoring import token_batch
-from effopd.distill.teachers.kept import keep, taken
+from effopd.distill.teachers.kept import keep, kept_or_made
 from effopd.distill.teachers.loading import teacher_loading
 from effopd.distill.teachers.manifest import ONLY, TeacherEntry, entry_of
 from effopd.distill.teachers.offload import in_use, offload
@@ -133,9 +133,8 @@ class TeachersMixin(DistillationHooks):
         return parts
 
     def _taught(self, rollouts: Mapping[str, Any], batch: TokenBatch, multimodal: Mapping[str, Any]) -> list[Part]:
-        """The teacher's predictions for a micro-batch, as kept by `predict_ahead` or made now."""
-        parts = taken(rollouts)
-        return self._teacher_parts(batch, multimodal) if parts is None else parts
+        """The teacher's predictions for a micro-batch, as kept by an earlier reader or made now."""
+        return kept_or_made(rollouts, lambda: self._teacher_parts(batch, multimodal))
 
     # -- rows of a batch ---------------------------------------------------------------------------
 

@@ -200,10 +200,16 @@ class DistillationHooks(HostHooks):
         """Hook: whether this optimizer step trains on the rollouts of the last one."""
         return False
 
+    def rollouts_sampled(self, rollouts: Sequence[dict[str, Any]]) -> None:
+        """Hook: the micro-batches of the optimizer steps to come, called before each of them."""
+
     def _prepare_inputs(self, generation_batch):
         if self.model.training and self._buffered_inputs is not None and self.reuses_rollouts():
             return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
-        return super()._prepare_inputs(generation_batch)
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training:
+            self.rollouts_sampled(self._buffered_inputs)
+        return inputs
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         return self.distillation_loss(unwrapped_student, inputs, num_items_in_batch)
