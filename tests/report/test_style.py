@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from effopd.report.style import GROUNDS, STRATEGY_COLORS, group_colors, looks, strategy_of
+from effopd.report.style import GROUNDS, STRATEGY_COLORS, group_colors, looks, save, strategy_of
 
 
 def linear(color):
@@ -69,3 +69,16 @@ def test_a_strategy_has_its_color_whatever_its_label_and_company():
 )  # fmt: skip
 def test_names_of_strategies(name, strategy):
     assert strategy_of(name) == strategy
+
+
+def test_a_logarithmic_panel_without_data_says_so(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, (full, empty, line_only) = plt.subplots(1, 3)
+    full.plot([1, 10], [1, 10])
+    line_only.axhline(2.0)
+    for axis in (full, empty, line_only):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+    save(figure, tmp_path / "figure.png", "title")
+    assert [axis.get_xscale() for axis in (full, empty, line_only)] == ["log", "linear", "linear"]
+    assert [len(axis.texts) for axis in (full, empty, line_only)] == [0, 1, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections import Counter
@@ -143,8 +144,24 @@ def quiet_style():
     return require("matplotlib").rc_context(_STYLE)
 
 
+def _mark_if_empty(axis) -> None:
+    """Label a logarithmic panel without positive data, which matplotlib cannot draw."""
+    empty = [
+        name
+        for name in ("x", "y")
+        if getattr(axis, f"get_{name}scale")() == "log" and not math.isfinite(getattr(axis.dataLim, f"minpos{name}"))
+    ]
+    for name in empty:
+        getattr(axis, f"set_{name}scale")("linear")
+        getattr(axis, f"set_{name}ticks")([])
+    if empty:
+        axis.text(0.5, 0.5, "no finished runs", transform=axis.transAxes, ha="center", va="center", color=MUTED)
+
+
 def save(figure, path: Path, title: str, note: str = "") -> Path:
     """Add a title (top left) and a note (bottom) to the figure, and save it to `path`."""
+    for axis in figure.axes:
+        _mark_if_empty(axis)
     width = int(figure.get_figwidth() * 72 / (7.5 * 0.56))
     figure.suptitle("\n".join(textwrap.wrap(title, int(width * 0.6))), x=0.01, ha="left")
     if note:
