@@ -5,7 +5,7 @@
     .venv/bin/python benchmarks/readme_results.py            # rewrite the tables
     .venv/bin/python benchmarks/readme_results.py --figure   # redraw docs/readme.png too
 
-The pages are README.md, docs/findings.md, docs/batch_size.md and docs/tutorials/quickstart.md.
+The pages are README.md, docs/findings.md, docs/rivals.md, docs/batch_size.md and docs/tutorials/quickstart.md.
 Only the blocks between markers are generated (`pages.py`); the rest is written by hand.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import rivals
 from batch_size import compared, settings_table, speed_table
 from pages import DOCS, rewrite
 from readme_figure import draw
@@ -320,6 +321,7 @@ def published(docs: Path = DOCS) -> dict[str, Any]:
     files = {
         "results": "results.json", "final_quality": "final_quality.json", "ablation": "ablation/results.json",
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
+        "rivals": "rivals/results.json",
     }  # fmt: skip
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
 
@@ -328,8 +330,9 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
     """Page → generated blocks."""
     grids = docs["results"], docs["ablation"]
     return {
-        DOCS.parent / "README.md": {"results": readme_table(docs)},
+        DOCS.parent / "README.md": {"results": readme_table(docs), "rivals": rivals.readme_table(docs["rivals"])},
         DOCS / "findings.md": findings(docs),
+        DOCS / "rivals.md": rivals.blocks(docs["rivals"]),
         DOCS / "batch_size.md": {"settings": settings_table(*grids), "speed": speed_table(*grids)},
         DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},
     }
