@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import pytest
 
 from effopd.errors import SandboxError, TaskError
 from effopd.tasks.base import Example, Task
+from effopd.tasks.code.sandbox import package_mounts
 from effopd.tasks.code.verifier import PROBLEM, CodeVerifier
 
 SUM = "print(sum(map(int, input().split())))"
@@ -45,6 +47,10 @@ OTHERS = [
      {"arguments": [1], "output": 2}, "passed"),
     ("call, True is not 1", "def f(a): return 1", {"arguments": [1], "output": True}, "wrong"),
     ("call, missing", "def g(a): return 1", {"arguments": [1], "output": 1}, "error"),
+    ("call, long number", "def f(a): return 10 ** 5000", {"arguments": [1], "output": 1}, "wrong"),
+    ("call, long number as key", "def f(a): return {10 ** 5000: 1}", {"arguments": [1], "output": {"1": 1}}, "wrong"),
+    ("call, set", "def f(a): return {1}", {"arguments": [1], "output": [1]}, "wrong"),
+    ("call, dictionary", "def f(a): return {1: (2, None)}", {"arguments": [1], "output": {"1": [2, None]}}, "passed"),
     ("call, no plain value", "def f(a): return f", {"arguments": [1], "output": 1}, "error"),
     ("assertions", "def f(a):\n  return a * 2", {"tests": "assert f(2) == 4\nassert f([1]) == [1, 1]"}, "passed"),
     ("assertion fails", "def f(a): return a", {"tests": "assert f(2) == 4, 'two'"}, "wrong"),
@@ -171,7 +177,31 @@ def test_a_remote_runner(monkeypatch):
     assert [g.verdict for g in gradings] == ["passed", "wrong", "passed"]
 
 
+@pytest.mark.parametrize("answer", [
+    None, {"end": "fine"}, {"end": "done", "stdout": b"4"}, {"end": "done", "status": 0}, OSError("no connection"),
+], ids=repr)  # fmt: skip
+def test_a_faulty_remote_runner_is_named(answer, monkeypatch):
+    def faulty(mode, request):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    verifier = CodeVerifier()
+    monkeypatch.setattr(verifier, "_runner", faulty)
+    example = Example("0", "q", None, {PROBLEM: {"cases": [{"input": "", "output": ""}]}})
+    with pytest.raises(TaskError, match="runner: expected"):
+        verifier.grade_batch(["x"], [example])
+
+
+def test_packages_are_folders_or_files():
+    mounts = package_mounts(["numpy", "threadpoolctl"])
+    assert {"/packages/numpy", "/packages/threadpoolctl.py"} <= set(mounts.values()) and all(
+        map(os.path.exists, mounts)
+    )
+
+
 @pytest.mark.parametrize("settings", [
+    {"packages": ["no_module_like_this"]}, {"packages": ["../numpy"]},
     {"score": "most"}, {"whitespace": "some"}, {"float_tolerance": -1}, {"workers": 0}, {"packages": "numpy"},
     {"memory_mb": 1}, {"processes": 1.5}, {"total_seconds": 0}, {"runner": "no_module_like_this:f"}, {"runner": "x"},
 ])  # fmt: skip

@@ -23,13 +23,17 @@ _MEMORY_INTERVAL = 0.05
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+#: How a case ends. "error": uncaught exception or signal; "output", "files": too much output, too
+#: many files; "lost": the sandbox ended.
+ENDS = ("done", "error", "timeout", "memory", "output", "files", "lost")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """End of a case.
 
     Attributes:
-        end: "done", "error" (uncaught exception or signal), "timeout", "memory", "output" (too much
-            output) or "lost" (the sandbox ended).
+        end: one of `ENDS`.
         stdout: standard output; undecodable bytes are surrogates.
         stderr: the first 4 KiB of standard error.
         result: JSON text that a call or the tests wrote.
@@ -80,11 +84,10 @@ def execute(
                 os.close(descriptor)
         why, report = _watch(sandbox, readers, start + (seconds or limits.seconds), limits.memory_mb << 20)
         took = time.monotonic() - start
-        if report is None:
+        for reader in readers.values() if report else ():
+            reader.drain()
+        if report is None or not sandbox.emptied(STOP_SECONDS):
             sandbox.close()
-        else:
-            for reader in readers.values():
-                reader.drain()
         texts = {reader.name: reader.text() for reader in readers.values()}
         over = any(reader.over and reader.stop for reader in readers.values())
         end = why or ("lost" if report is None else "output" if over else _end_of(report, limits))
@@ -100,6 +103,8 @@ def execute(
 def _end_of(report: Mapping[str, Any], limits: Limits) -> str:
     """How the process of the program ended."""
     status = report["status"][0]
+    if report["files"]:
+        return "files"
     if status == NO_MEMORY:
         return "memory"
     if status == -signal.SIGXCPU or (status == -signal.SIGKILL and report["cpu"] >= limits.resources()["cpu"]):

@@ -13,11 +13,12 @@ from effopd.common.progress import Counted
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Grading
 from effopd.tasks.code.compare import check_rules
-from effopd.tasks.code.execution import Outcome
+from effopd.tasks.code.execution import ENDS, Outcome
 from effopd.tasks.code.extract import extract_program
 from effopd.tasks.code.grade import Rules, grade
 from effopd.tasks.code.limits import Limits
 from effopd.tasks.code.pool import Pool, default_workers
+from effopd.tasks.code.sandbox import package_mounts
 from effopd.tasks.verify import load_function
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class CodeVerifier:
         if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
             raise TaskError(f"task_args: packages: expected a list of module names, got {packages!r}.")
         runner = settings.get("runner")
+        if runner is None:
+            package_mounts(packages)
         self._runner = None if runner is None else load_function("runner", runner)
         self.pool = Pool(self.limits, workers, packages)
         self.verdicts: Counter[str] = Counter()
@@ -122,17 +125,31 @@ class CodeVerifier:
     def _remote(
         self, mode: str, jobs: list[dict[str, Any]], limits: Limits, stdin: str = "", seconds: float = 0.0
     ) -> Outcome:
-        """One case by the remote runner, which returns the fields of an `Outcome`."""
+        """One case by the remote runner, which returns the fields of an `Outcome`.
+
+        Raises:
+            TaskError: the runner raised an exception, or returned something else.
+        """
         assert self._runner is not None
         request = {"jobs": jobs, "stdin": stdin, "seconds": seconds or limits.seconds, "limits": limits.resources()}
-        answer = self._runner(mode, request)
         try:
-            return Outcome(**answer)
-        except TypeError as error:
+            answer = self._runner(mode, request)
+        except Exception as error:
             raise TaskError(
-                f"task_args: runner: expected a dict with 'end' and, as needed, 'stdout', 'stderr', 'result' and "
-                f"'seconds', got {answer!r:.200} ({error})."
+                f"task_args: runner: expected a result for a case, got {type(error).__name__}: {error}. Correct the "
+                "runner, or let it try again itself."
             ) from error
+        try:
+            outcome = Outcome(**answer)
+        except TypeError:
+            outcome = Outcome("")
+        texts = (outcome.stdout, outcome.stderr, outcome.result)
+        if outcome.end not in ENDS or not all(isinstance(text, str) for text in texts):
+            raise TaskError(
+                f"task_args: runner: expected a dict with 'end' ({', '.join(ENDS)}) and, as needed, the texts "
+                f"'stdout', 'stderr' and 'result', got {answer!r:.200}. Correct the runner."
+            )
+        return outcome
 
     def answer_found(self, completion: str) -> bool:
         """Whether there is a program outside the reasoning."""

@@ -91,7 +91,7 @@ def _tested(job: dict[str, Any], peer: Peer) -> None:
     loaded, bound = _names(tree)
     unknown = (loaded - bound - space.keys() - set(dir(builtins))) | (entry & loaded)
     modules = {name for name in unknown - entry if name in sys.stdlib_module_names}
-    space |= {name: __import__(name) for name in modules} | fetched(peer, sorted(unknown - modules))
+    space |= {name: __import__(name) for name in modules} | fetched(peer, sorted(unknown - modules), entry)
     exec(compile(tree, "<tests>", "exec", dont_inherit=True), space)
 
 

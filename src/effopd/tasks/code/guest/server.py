@@ -41,6 +41,8 @@ _RESOURCES = {
     "open_files": resource.RLIMIT_NOFILE,
     "processes": resource.RLIMIT_NPROC,
 }
+#: Most entries of the writable folder, and milliseconds between looks at them.
+_MOST_FILES, _FILES_INTERVAL = 4096, 50
 _PR_SET_DUMPABLE = 4
 #: Descriptors: those of forked processes are moved from `_MOVED`, and `_ALL` is above all of them.
 _MOVED, _CONTROL, _ALL = 100, 200, 1024
@@ -84,6 +86,7 @@ def _serve(control: socket.socket) -> Callable[[], int] | None:
             control.send(json.dumps(outcome).encode())
         if outcome is None or _limits() != limits_at_start or not _clean():
             return None  # the end of the first process ends all others; the grader starts a new sandbox
+        control.send(b"emptied")
 
 
 def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -185,14 +188,17 @@ def _wait(children: list[int], control: socket.socket) -> dict[str, Any] | None:
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(control, select.POLLIN)
-    stopped = False
-    if all(fd != ended for fd, _ in poll.poll()):
+    stopped = files = False
+    while not (ready := [fd for fd, _ in poll.poll(_FILES_INTERVAL)]):
+        if files := _entries() > _MOST_FILES:
+            break
+    os.close(ended)
+    if ready and ended not in ready:
         stopped = True
         if not control.recv(64):
             return None
-    os.close(ended)
     statuses: dict[int, tuple[int, float]] = {}
-    if not stopped:
+    if not stopped and not files:
         _reap(children[-1], statuses)
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
@@ -203,7 +209,7 @@ def _wait(children: list[int], control: socket.socket) -> dict[str, Any] | None:
         pass
     codes = [statuses.get(child, (0, 0.0)) for child in children]
     return {
-        "stopped": stopped,
+        "files": files,
         "status": [os.waitstatus_to_exitcode(code) for code, _ in codes],
         "cpu": max(cpu for _, cpu in codes),
     }
@@ -212,6 +218,12 @@ def _wait(children: list[int], control: socket.socket) -> dict[str, Any] | None:
 def _reap(which: int, statuses: dict[int, tuple[int, float]]) -> None:
     pid, code, usage = os.wait4(which, 0)
     statuses[pid] = (code, usage.ru_utime + usage.ru_stime)
+
+
+def _entries() -> int:
+    """Files, folders and links in the writable folder: its size does not limit their number."""
+    status = os.statvfs(_WRITABLE)
+    return status.f_files - status.f_ffree
 
 
 def _clean() -> bool:
@@ -223,6 +235,7 @@ def _clean() -> bool:
                 shutil.rmtree(entry, onerror=_permit)
             else:
                 entry.unlink()
+        os.utime(_WRITABLE, (0, 0))
         return not any(Path(_WRITABLE).iterdir())
     except (OSError, RecursionError, ValueError):
         return False
