@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from effopd.errors import SandboxError
-from effopd.tasks.code.execution import resident_bytes
+from effopd.tasks.code.execution import _pipe, resident_bytes
 from effopd.tasks.code.grade import Rules, grade
 from effopd.tasks.code.limits import Limits
 from effopd.tasks.code.pool import Pool
@@ -54,7 +54,7 @@ SHORT, LONG = 0.4, 10.0
 @pytest.fixture(scope="module")
 def pool():
     os.environ["SECRET_OF_THE_GRADER"] = "secret"
-    pool = Pool(LIMITS, workers=1)
+    pool = Pool(LIMITS, workers=1, packages=["numpy"])
     try:
         pool.map(lambda run, _: run("program", [{"program": ""}], pool.limits), [None])
     except SandboxError as error:
@@ -102,6 +102,17 @@ def test_forged_values_do_no_harm(pool, value):
     problem = {"shape": "cases", "cases": [{"arguments": [1], "output": {"a": 1}}], "entry": ["f"]}
     (tried,) = graded(pool, [(program, problem, LONG)])
     assert tried.verdict in ("wrong", "error")
+
+
+def test_a_writer_in_another_process_does_not_hold_the_grader():
+    readers: dict = {}
+    writer = _pipe(readers, "stdout", 100)
+    os.write(writer, b"42")
+    ((descriptor, reader),) = readers.items()
+    reader.drain()
+    assert reader.text() == "42"
+    os.close(writer)
+    os.close(descriptor)
 
 
 def test_nothing_is_left(pool):

@@ -150,14 +150,13 @@ def test_no_program_is_refused_without_a_sandbox():
     gradings = verifier.grade_batch(
         ["", "```cpp\nint x;\n```"], [Example("0", "q", None, {PROBLEM: {"cases": []}})] * 2
     )
-    assert [g.verdict for g in gradings] == ["refused"] * 2 and verifier.verdicts == {"refused": 2}
+    assert [g.verdict for g in gradings] == ["refused"] * 2
 
 
-def test_a_verifier_is_picklable_and_counts_from_zero():
+def test_a_verifier_is_picklable():
     verifier = CodeVerifier({"score": "share", "processes": 9}, 2.0)
-    verifier.verdicts["wrong"] = 3
     copy = pickle.loads(pickle.dumps(verifier))
-    assert (copy.limits, copy.rules, copy.verdicts) == (verifier.limits, verifier.rules, {})
+    assert (copy.limits, copy.rules) == (verifier.limits, verifier.rules)
 
 
 def remote(mode, request):

@@ -40,6 +40,7 @@ HUMAN_EVAL = {
 MBPP = {
     "task_id": 11, "text": "Add two numbers.", "code": "def add(a, b):\n    return a + b",
     "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"], "test_setup_code": "",
+    "challenge_test_list": ["assert add([0, 0], []) == [0, 0]"],
 }  # fmt: skip
 MBPP_PLUS = {
     "prompt": "Add.", "test_imports": ["import math"], "test_list": ["assert add(1, 2) == 3"],
@@ -47,7 +48,7 @@ MBPP_PLUS = {
 }  # fmt: skip
 ROWS = {
     "HumanEval": (HUMAN_EVAL, ["add"], [{"tests": HUMAN_EVAL["test"] + "\n\ncheck(add)\n"}]),
-    "MBPP": (MBPP, ["add"], [{"tests": test} for test in MBPP["test_list"]]),
+    "MBPP": (MBPP, ["add"], [{"tests": test} for test in (*MBPP["test_list"], *MBPP["challenge_test_list"])]),
     "MBPP+": (MBPP_PLUS, ["add"], [{"tests": "import math\n" + MBPP_PLUS["test"]}]),
     "TACO/APPS": ({"question": "q", "input_output": IN_OUT}, [], STDIN),
     "TACO/APPS (calls)": ({"question": "q", "input_output": CALLS}, ["add"], [{"arguments": [1, 2], "output": [3]}]),
@@ -118,8 +119,15 @@ def test_a_file_with_every_shape(mixed):
     assert len(task) == len(ROWS) and task.verifiable
     assert prompts["HumanEval"].startswith("Please provide a self-contained Python script")
     assert "assert add(0, 0) == 0" in prompts["MBPP"] and "Example output\n3" in prompts["Codeforces"]
+    assert "[0, 0]" not in prompts["MBPP"] and prompts["MBPP+"].endswith(
+        '\n"""\nAdd.\nassert add(1, 2) == 3\n"""\n```'
+    )
     assert "starter code" in prompts["LiveCodeBench (calls)"] and "`add`" in prompts["TACO/APPS (calls)"]
-    assert "from stdin" in prompts["TACO/APPS"] and prompts["Eurus-2-RL"] == "q"
+    assert (
+        "from stdin" in prompts["TACO/APPS"]
+        and prompts["cases"].startswith("### Question:\nq\n\n### Format: Read")
+        and prompts["Eurus-2-RL"] == "q"
+    )
     answers = {example.id: example.answer for example in task.examples if example.answer}
     assert set(answers) == {"HumanEval", "MBPP"} and answers["HumanEval"].endswith("return a + b\n")
 

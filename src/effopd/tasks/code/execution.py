@@ -155,20 +155,27 @@ class _Reader:
         return self._size > self._limit
 
     def read(self) -> bool:
-        """Read what is there; whether more can come."""
+        """Read a part; whether more can come."""
+        return self._part() != b""
+
+    def drain(self) -> None:
+        """Read the rest, after every writer of the sandbox has ended.
+
+        The descriptor of a writer can live on in a process that the grader forked meanwhile.
+        """
+        while self._part() and not self.over:
+            pass
+
+    def _part(self) -> bytes | None:
+        """The next bytes; b"": there are no more, `None`: none at present."""
         try:
             data = os.read(self.descriptor, 1 << 16)
         except BlockingIOError:
-            return True
+            return None
         if self._size < self._limit:
             self._parts.append(data)
         self._size += len(data)
-        return bool(data)
-
-    def drain(self) -> None:
-        """Read the rest, after every writer has ended."""
-        while self.read() and not self.over:
-            pass
+        return data
 
     def text(self) -> str:
         return b"".join(self._parts)[: self._limit].decode("utf-8", "surrogateescape")

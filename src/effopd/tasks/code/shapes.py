@@ -35,8 +35,8 @@ class Unrecognised(ValueError):
 
 
 def problem_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Tests of a row, JSON-ready: `shape`, `cases`, and where present `entry`, `before`, `checker`
-    and `limits`.
+    """Tests of a row, JSON-ready: `shape`, `cases`, and where present `entry`, `before`, `checker`,
+    `limits`, and `shown`: the assertions that the source shows in the prompt.
 
     Raises:
         Unrecognised: the row has no tests in a known shape.
@@ -72,9 +72,9 @@ def _human_eval(row: Mapping[str, Any]) -> dict[str, Any]:
 def _mbpp(row: Mapping[str, Any]) -> dict[str, Any]:
     imports = row.get("test_imports") or []
     setup = "\n".join([*(imports if isinstance(imports, list) else [imports]), row.get("test_setup_code") or ""])
-    listed = [text for text in row.get("test_list") or [] if isinstance(text, str)]
+    shown = [text for text in row.get("test_list") or [] if isinstance(text, str)]
     more = row.get("challenge_test_list")
-    listed += [text for text in more or [] if isinstance(text, str)] if isinstance(more, list) else []
+    listed = shown + ([text for text in more if isinstance(text, str)] if isinstance(more, list) else [])
     long = row.get("test")
     if isinstance(long, str) and long.strip():
         shape, texts = ("MBPP+", [long]) if listed else ("assertions", [long])
@@ -91,6 +91,7 @@ def _mbpp(row: Mapping[str, Any]) -> dict[str, Any]:
         "shape": shape,
         "cases": [{"tests": f"{setup.strip()}\n{text}".lstrip()} for text in texts],
         "entry": entries,
+        "shown": shown[:1] if shape == "MBPP+" else shown,
     }
 
 

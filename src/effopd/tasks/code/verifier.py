@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -35,8 +33,7 @@ _SHOW_PROGRESS = 64
 class CodeVerifier:
     """1.0 if the program of an answer passes all cases of its row. Picklable.
 
-    A copy has the same settings, its own sandboxes, and counts from zero. `verdicts` counts the
-    answers graded so far by verdict.
+    A copy has the same settings and its own sandboxes.
 
     Args:
         settings: the keys `SETTINGS` of task_args.
@@ -70,8 +67,6 @@ class CodeVerifier:
             package_mounts(packages)
         self._runner = None if runner is None else load_function("runner", runner)
         self.pool = Pool(self.limits, workers, packages)
-        self.verdicts: Counter[str] = Counter()
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CodeVerifier, self._arguments
@@ -101,13 +96,9 @@ class CodeVerifier:
             for text, example in zip(completions, examples, strict=True)
         ]
         if len(items) < _SHOW_PROGRESS:
-            gradings = self.pool.map(self._grade, items)
-        else:
-            with Counted(len(items), "grade programs", "answer", leave=False) as bar:
-                gradings = self.pool.map(self._grade, items, bar.update)
-        with self._lock:
-            self.verdicts.update(str(grading.verdict) for grading in gradings)
-        return gradings
+            return self.pool.map(self._grade, items)
+        with Counted(len(items), "grade programs", "answer", leave=False) as bar:
+            return self.pool.map(self._grade, items, bar.update)
 
     def check(self) -> None:
         """Check that programs can be run, unless a remote runner runs them.
