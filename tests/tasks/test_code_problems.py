@@ -35,6 +35,7 @@ PROBLEMS = [
     ("an exception after the answer", "print(3); 1 / 0", "", "3", {}, "error"),
     ("a class in a script", "if __name__ == '__main__':\n    import sys\n    print(len(sys.stdin.readlines()))",
      "a\nb\n", "2", {}, "passed"),
+    ("same order of sets everywhere", "import sys\nprint(sys.flags.hash_randomization)", "", "0", {}, "passed"),
     ("end of input", "input()", "", "", {}, "error"),
     ("endless", "while True: pass", "", "3", {}, "timeout"),
     ("too much memory", "x = bytearray(1 << 30)", "", "3", {"memory_mb": 256}, "memory"),
