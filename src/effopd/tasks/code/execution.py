@@ -37,14 +37,12 @@ class Outcome:
         stdout: standard output; undecodable bytes are surrogates.
         stderr: the first 4 KiB of standard error.
         result: JSON text that a call or the tests wrote.
-        seconds: wall-clock time.
     """
 
     end: str
     stdout: str = ""
     stderr: str = ""
     result: str = ""
-    seconds: float = 0.0
 
 
 def execute(
@@ -75,15 +73,14 @@ def execute(
     streams += [_file(json.dumps(job).encode()) for job in jobs]
     if mode != "program":
         streams.append(_pipe(readers, "result", _RESULT_BYTES, stop=True))
-    start = time.monotonic()
+    deadline = time.monotonic() + (seconds or limits.seconds)
     try:
         try:
             sandbox.send({"mode": mode, "limits": limits.resources()}, streams)
         finally:
             for descriptor in streams:
                 os.close(descriptor)
-        why, report = _watch(sandbox, readers, start + (seconds or limits.seconds), limits.memory_mb << 20)
-        took = time.monotonic() - start
+        why, report = _watch(sandbox, readers, deadline, limits.memory_mb << 20)
         for reader in readers.values() if report else ():
             reader.drain()
         if report is None or not sandbox.emptied(STOP_SECONDS):
@@ -91,10 +88,10 @@ def execute(
         texts = {reader.name: reader.text() for reader in readers.values()}
         over = any(reader.over and reader.stop for reader in readers.values())
         end = why or ("lost" if report is None else "output" if over else _end_of(report, limits))
-        return Outcome(end, **texts, seconds=took)
+        return Outcome(end, **texts)
     except OSError:
         sandbox.close()
-        return Outcome("lost", seconds=time.monotonic() - start)
+        return Outcome("lost")
     finally:
         for reader in readers.values():
             os.close(reader.descriptor)

@@ -20,7 +20,7 @@ from effopd.tasks.code.guest.values import MUTABLE, Channel, NotPlain, decode, e
 _OPEN_MODULES = ("tests", "_io", "random")
 #: Special attributes that the tests read; others, such as `__array_interface__`, are protocols by
 #: which the program could name the tests' own memory.
-_SPECIAL = ("__name__", "__qualname__", "__doc__", "__annotations__", "__dict__")
+_SPECIAL = ("__name__", "__qualname__", "__annotations__")
 #: Methods that a proxy forwards. Operators that decide an assertion, such as `==` and `<`, are not
 #: among them: the program's own versions could always agree.
 _STRUCTURAL = ("__iter__", "__next__", "__len__", "__getitem__", "__setitem__", "__enter__", "__exit__")
