@@ -32,6 +32,9 @@ PROBLEMS = [
     ("whole number as float", "print(3.0)", "", "3", {}, "wrong"),
     ("long whole number", "print(10 ** 30 + 1)", "", str(10**30), {}, "wrong"),
     ("Yes is not YES", "print('Yes')", "", "YES", {}, "wrong"),
+    ("a script's file", "import os, sys\nprint(os.path.basename(__file__) == sys.argv[0])", "", "True", {}, "passed"),
+    ("leaving early", "print(3)\nexit()\nprint(4)", "", "3", {}, "passed"),
+    ("leaving early with a status", "print(3)\nquit(1)", "", "3", {}, "error"),
     ("an exception after the answer", "print(3); 1 / 0", "", "3", {}, "error"),
     ("a class in a script", "if __name__ == '__main__':\n    import sys\n    print(len(sys.stdin.readlines()))",
      "a\nb\n", "2", {}, "passed"),
@@ -46,6 +49,12 @@ OTHERS = [
     ("call, wrapped output", "def f(a): return a", {"arguments": [[1]], "output": [[1]]}, "passed"),
     ("method of Solution", "class Solution:\n  def f(self, a): return a + 1.0",
      {"arguments": [1], "output": 2}, "passed"),
+    ("call, names that sites provide",
+     "class Solution:\n  def f(self, a: List[int]) -> Optional[int]: return max(Counter(a).values() or [math.inf])",
+     {"arguments": [[1, 1]], "output": 2}, "passed"),
+    ("call, own names first", "def f(a): return pow(a, 2, 5) + sum(map(gcd, [4]))\ndef gcd(a): return a",
+     {"arguments": [3], "output": 8}, "passed"),
+    ("assertions, no names provided", "def f(a: List[int]): return 1", {"tests": "assert f([]) == 1"}, "error"),
     ("call, True is not 1", "def f(a): return 1", {"arguments": [1], "output": True}, "wrong"),
     ("call, missing", "def g(a): return 1", {"arguments": [1], "output": 1}, "error"),
     ("call, long number", "def f(a): return 10 ** 5000", {"arguments": [1], "output": 1}, "wrong"),
@@ -102,6 +111,15 @@ def test_script(grader, program, given, output, settings, verdict):
 def test_function(grader, program, case, verdict):
     grading = grader(program, {"shape": "cases", "cases": [case], "entry": ["f"]})
     assert grading.verdict == verdict, grading
+
+
+@pytest.mark.parametrize(("program", "verdict"), [
+    ("class Solution:\n  def merge(self, a): return a", "passed"), ("def sort(a): return a", "error"),
+    ("from heapq import merge", "error"),
+], ids=["method", "missing", "own import"])  # fmt: skip
+def test_a_provided_name_is_no_answer(grader, program, verdict):
+    problem = {"shape": "cases", "cases": [{"arguments": [1], "output": 1}], "entry": ["merge"]}
+    assert grader(program, problem).verdict == verdict
 
 
 @pytest.mark.parametrize(("program", "verdict"), [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import atexit
+import builtins
 import contextlib
 import fcntl
 import gc
@@ -28,10 +29,7 @@ from typing import Any
 from effopd.tasks.code.guest import programs
 
 #: Modules that programs often import; imported once, before the forks.
-_COMMON = (
-    "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
-    "math", "operator", "random", "re", "statistics", "string", "typing",
-)  # fmt: skip
+_COMMON = ("cmath", "decimal", "fractions")
 #: Folder that programs can write to.
 _WRITABLE = "/tmp"
 #: Limit → resource; the values are soft limits, and hard ones too except for the CPU time.
@@ -52,6 +50,8 @@ def main(control_fd: int) -> None:
     """Serve requests; in a forked process, run its part and leave the interpreter normally."""
     for name in _COMMON:
         __import__(name)
+    programs.imported_names()
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # the module `site`, which has them, is not loaded
     _hide()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process ignores signals without a handler
     control = socket.socket(fileno=fcntl.fcntl(control_fd, fcntl.F_DUPFD_CLOEXEC, _CONTROL))
