@@ -27,6 +27,7 @@ from effopd.tasks.code.verifier import PROBLEM, CodeVerifier
 
 SUM = {"shape": "cases", "cases": [{"input": "1 2", "output": "3"}]}
 NO_OUTPUT = {"shape": "cases", "cases": [{"input": "", "output": ""}]}
+NUMPY = "import numpy\nprint(int(numpy.array(input().split(), int).sum()))"
 RIGHT = "print(sum(map(int, input().split())))"
 #: Operator → its replacement in a mutant.
 _SWAPPED = {
@@ -156,10 +157,16 @@ def throughput(_rows: list[dict[str, Any]], _seed: int) -> dict[str, Any]:
         start, used = time.perf_counter(), _cpu_seconds()
         verdicts = graded(verifier, [RIGHT] * 400, [SUM] * 400)
         warm = time.perf_counter() - start
+        used = _cpu_seconds() - used
+        graded(verifier, [NUMPY], [SUM])
+        start = time.perf_counter()
+        verdicts += graded(verifier, [NUMPY] * 100, [SUM] * 100)
+        numpy = time.perf_counter() - start
         assert set(verdicts) == {"passed"}
         result[f"{workers} worker(s)"] = {
             "first grade, s": round(cold, 3), "warm grades per s": round(400 / warm, 1),
-            "CPU ms per warm grade in the grader": round(1000 * (_cpu_seconds() - used) / 400, 2),
+            "CPU ms per warm grade in the grader": round(1000 * used / 400, 2),
+            "warm grades per s, importing numpy": round(100 / numpy, 1),
         }  # fmt: skip
         verifier.pool.close()
     verifier = CodeVerifier({"workers": 2}, 1.0)

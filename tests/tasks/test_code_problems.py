@@ -32,6 +32,7 @@ PROBLEMS = [
     ("whole number as float", "print(3.0)", "", "3", {}, "wrong"),
     ("long whole number", "print(10 ** 30 + 1)", "", str(10**30), {}, "wrong"),
     ("Yes is not YES", "print('Yes')", "", "YES", {}, "wrong"),
+    ("mentioned packages are warm", "import sys\nprint('numpy' in sys.modules)", "", "True", {}, "passed"),
     ("a script's file", "import os, sys\nprint(os.path.basename(__file__) == sys.argv[0])", "", "True", {}, "passed"),
     ("leaving early", "print(3)\nexit()\nprint(4)", "", "3", {}, "passed"),
     ("leaving early with a status", "print(3)\nquit(1)", "", "3", {}, "error"),

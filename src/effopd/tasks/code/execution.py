@@ -20,6 +20,8 @@ from effopd.tasks.code.sandbox import STOP_SECONDS, Sandbox
 _STDERR_BYTES, _RESULT_BYTES = 4096, 16 << 20
 #: Seconds between looks at the memory of a running case; short cases are not looked at.
 _MEMORY_INTERVAL = 0.05
+#: Memory limit in MiB from which on cases start with the imported packages that others mentioned.
+_WARM_MEMORY = 512
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -73,9 +75,11 @@ def execute(
     streams += [_file(json.dumps(job).encode()) for job in jobs]
     if mode != "program":
         streams.append(_pipe(readers, "result", _RESULT_BYTES, stop=True))
-    deadline = time.monotonic() + (seconds or limits.seconds)
     try:
         try:
+            if limits.memory_mb >= _WARM_MEMORY:
+                sandbox.warm_up("".join(str(job.get("program", "")) + str(job.get("tests", "")) for job in jobs))
+            deadline = time.monotonic() + (seconds or limits.seconds)
             sandbox.send({"mode": mode, "limits": limits.resources()}, streams)
         finally:
             for descriptor in streams:
