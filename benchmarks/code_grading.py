@@ -17,6 +17,7 @@ import random
 import resource
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,23 @@ def graded(verifier: CodeVerifier, programs: list[str], problems: list[dict[str,
     return [str(g.verdict) for g in verifier.grade_batch([render_program(text) for text in programs], examples)]
 
 
-def processes() -> set[str]:
-    """Ids of this machine's processes whose command is the sandbox's or its interpreter's."""
-    found = set()
+def processes() -> set[int]:
+    """Ids of the sandboxes' processes that this one started, or whose grader is gone."""
+    found: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdecimal() and b"effopd.tasks.code.guest" in (folder / "cmdline").read_bytes():
-                found.add(folder.name)
+                found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    return found
+    graders = {parent for parent in found.values() if parent not in found} - {1, os.getpid()}
+    return {process for process in found if not graders & set(_ancestors(process, found))}
+
+
+def _ancestors(process: int, parents: dict[int, int]) -> Iterator[int]:
+    while process in parents:
+        process = parents[process]
+        yield process
 
 
 def human_eval(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
