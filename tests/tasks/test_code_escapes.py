@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from effopd.errors import SandboxError
-from effopd.tasks.code.execution import resident_bytes
+from effopd.tasks.code.execution import _pipe, resident_bytes
 from effopd.tasks.code.grade import Rules, grade
 from effopd.tasks.code.limits import Limits
 from effopd.tasks.code.pool import Pool
@@ -54,7 +54,7 @@ SHORT, LONG = 0.4, 10.0
 @pytest.fixture(scope="module")
 def pool():
     os.environ["SECRET_OF_THE_GRADER"] = "secret"
-    pool = Pool(LIMITS, workers=1)
+    pool = Pool(LIMITS, workers=1, packages=["numpy"])
     try:
         pool.map(lambda run, _: run("program", [{"program": ""}], pool.limits), [None])
     except SandboxError as error:
@@ -81,11 +81,38 @@ def params(escapes):
 
 @pytest.mark.parametrize("escape", params([*ESCAPES, NULL, SURROGATE]))
 def test_escape(pool, escape):
-    problem = PROBLEMS[escape.mode]
+    mode, program, problem = escape.mode, escape.source, PROBLEMS.get(escape.mode)
+    if problem is None:
+        tests, _, program = program.partition("\n---\n")
+        mode, problem = "function", {"shape": "MBPP", "cases": [{"tests": tests}], "entry": ["f"]}
     seconds = SHORT if "timeout" in escape.verdicts else LONG
-    tried, after = graded(pool, [(escape.source, problem, seconds), (RIGHT[escape.mode], problem, LONG)])
-    assert tried.verdict in escape.verdicts, tried
+    tried, after = graded(pool, [(program, problem, seconds), (RIGHT[mode], PROBLEMS[mode], LONG)])
+    assert tried.verdict in escape.verdicts and tried.detail.isprintable(), tried
     assert after.verdict == "passed", after
+
+
+@pytest.mark.parametrize("value", [
+    """'["Fraction", "1e999999999"]'""", """'["Fraction", ["0x1", "0x0"]]'""", """'["set", [[]]]'""", """'{"a": 1}'""",
+    "'[' * 10 ** 5", "'9' * 9999", "'NaN'", """json.dumps(["dict", [[["int", hex(10 ** 5000)], 1]]])""",
+    """json.dumps(["set", [["int", hex((2 ** 61 - 1) * (k + 2 ** 20))] for k in range(20000)]])""",
+], ids=range(9))  # fmt: skip
+def test_forged_values_do_no_harm(pool, value):
+    """A called program can write any text as its result: building the value could take hours."""
+    program = f"import json, os\ndata = ({value}).encode()\nwhile data: data = data[os.write(4, data):]\nos._exit(0)"
+    problem = {"shape": "cases", "cases": [{"arguments": [1], "output": {"a": 1}}], "entry": ["f"]}
+    (tried,) = graded(pool, [(program, problem, LONG)])
+    assert tried.verdict in ("wrong", "error")
+
+
+def test_a_writer_in_another_process_does_not_hold_the_grader():
+    readers: dict = {}
+    writer = _pipe(readers, "stdout", 100)
+    os.write(writer, b"42")
+    ((descriptor, reader),) = readers.items()
+    reader.drain()
+    assert reader.text() == "42"
+    os.close(writer)
+    os.close(descriptor)
 
 
 def test_nothing_is_left(pool):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import pytest
 
 from effopd.errors import SandboxError, TaskError
 from effopd.tasks.base import Example, Task
+from effopd.tasks.code.sandbox import package_mounts
 from effopd.tasks.code.verifier import PROBLEM, CodeVerifier
 
 SUM = "print(sum(map(int, input().split())))"
@@ -30,9 +32,14 @@ PROBLEMS = [
     ("whole number as float", "print(3.0)", "", "3", {}, "wrong"),
     ("long whole number", "print(10 ** 30 + 1)", "", str(10**30), {}, "wrong"),
     ("Yes is not YES", "print('Yes')", "", "YES", {}, "wrong"),
+    ("mentioned packages are warm", "import sys\nprint('numpy' in sys.modules)", "", "True", {}, "passed"),
+    ("a script's file", "import os, sys\nprint(os.path.basename(__file__) == sys.argv[0])", "", "True", {}, "passed"),
+    ("leaving early", "print(3)\nexit()\nprint(4)", "", "3", {}, "passed"),
+    ("leaving early with a status", "print(3)\nquit(1)", "", "3", {}, "error"),
     ("an exception after the answer", "print(3); 1 / 0", "", "3", {}, "error"),
     ("a class in a script", "if __name__ == '__main__':\n    import sys\n    print(len(sys.stdin.readlines()))",
      "a\nb\n", "2", {}, "passed"),
+    ("same order of sets everywhere", "import sys\nprint(sys.flags.hash_randomization)", "", "0", {}, "passed"),
     ("end of input", "input()", "", "", {}, "error"),
     ("endless", "while True: pass", "", "3", {}, "timeout"),
     ("too much memory", "x = bytearray(1 << 30)", "", "3", {"memory_mb": 256}, "memory"),
@@ -43,8 +50,18 @@ OTHERS = [
     ("call, wrapped output", "def f(a): return a", {"arguments": [[1]], "output": [[1]]}, "passed"),
     ("method of Solution", "class Solution:\n  def f(self, a): return a + 1.0",
      {"arguments": [1], "output": 2}, "passed"),
+    ("call, names that sites provide",
+     "class Solution:\n  def f(self, a: List[int]) -> Optional[int]: return max(Counter(a).values() or [math.inf])",
+     {"arguments": [[1, 1]], "output": 2}, "passed"),
+    ("call, own names first", "def f(a): return pow(a, 2, 5) + sum(map(gcd, [4]))\ndef gcd(a): return a",
+     {"arguments": [3], "output": 8}, "passed"),
+    ("assertions, no names provided", "def f(a: List[int]): return 1", {"tests": "assert f([]) == 1"}, "error"),
     ("call, True is not 1", "def f(a): return 1", {"arguments": [1], "output": True}, "wrong"),
     ("call, missing", "def g(a): return 1", {"arguments": [1], "output": 1}, "error"),
+    ("call, long number", "def f(a): return 10 ** 5000", {"arguments": [1], "output": 1}, "wrong"),
+    ("call, long number as key", "def f(a): return {10 ** 5000: 1}", {"arguments": [1], "output": {"1": 1}}, "wrong"),
+    ("call, set", "def f(a): return {1}", {"arguments": [1], "output": [1]}, "wrong"),
+    ("call, dictionary", "def f(a): return {1: (2, None)}", {"arguments": [1], "output": {"1": [2, None]}}, "passed"),
     ("call, no plain value", "def f(a): return f", {"arguments": [1], "output": 1}, "error"),
     ("assertions", "def f(a):\n  return a * 2", {"tests": "assert f(2) == 4\nassert f([1]) == [1, 1]"}, "passed"),
     ("assertion fails", "def f(a): return a", {"tests": "assert f(2) == 4, 'two'"}, "wrong"),
@@ -98,6 +115,15 @@ def test_function(grader, program, case, verdict):
 
 
 @pytest.mark.parametrize(("program", "verdict"), [
+    ("class Solution:\n  def merge(self, a): return a", "passed"), ("def sort(a): return a", "error"),
+    ("from heapq import merge", "error"),
+], ids=["method", "missing", "own import"])  # fmt: skip
+def test_a_provided_name_is_no_answer(grader, program, verdict):
+    problem = {"shape": "cases", "cases": [{"arguments": [1], "output": 1}], "entry": ["merge"]}
+    assert grader(program, problem).verdict == verdict
+
+
+@pytest.mark.parametrize(("program", "verdict"), [
     ("    return math.floor(a) + b\n\nprint(add(1, 2))\nand so", "passed"),
     ("\treturn a", "error"),
     ("    return a", "wrong"),
@@ -144,14 +170,13 @@ def test_no_program_is_refused_without_a_sandbox():
     gradings = verifier.grade_batch(
         ["", "```cpp\nint x;\n```"], [Example("0", "q", None, {PROBLEM: {"cases": []}})] * 2
     )
-    assert [g.verdict for g in gradings] == ["refused"] * 2 and verifier.verdicts == {"refused": 2}
+    assert [g.verdict for g in gradings] == ["refused"] * 2
 
 
-def test_a_verifier_is_picklable_and_counts_from_zero():
+def test_a_verifier_is_picklable():
     verifier = CodeVerifier({"score": "share", "processes": 9}, 2.0)
-    verifier.verdicts["wrong"] = 3
     copy = pickle.loads(pickle.dumps(verifier))
-    assert (copy.limits, copy.rules, copy.verdicts) == (verifier.limits, verifier.rules, {})
+    assert (copy.limits, copy.rules) == (verifier.limits, verifier.rules)
 
 
 def remote(mode, request):
@@ -171,7 +196,31 @@ def test_a_remote_runner(monkeypatch):
     assert [g.verdict for g in gradings] == ["passed", "wrong", "passed"]
 
 
+@pytest.mark.parametrize("answer", [
+    None, {"end": "fine"}, {"end": "done", "stdout": b"4"}, {"end": "done", "status": 0}, OSError("no connection"),
+], ids=repr)  # fmt: skip
+def test_a_faulty_remote_runner_is_named(answer, monkeypatch):
+    def faulty(mode, request):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    verifier = CodeVerifier()
+    monkeypatch.setattr(verifier, "_runner", faulty)
+    example = Example("0", "q", None, {PROBLEM: {"cases": [{"input": "", "output": ""}]}})
+    with pytest.raises(TaskError, match="runner: expected"):
+        verifier.grade_batch(["x"], [example])
+
+
+def test_packages_are_folders_or_files():
+    mounts = package_mounts(["numpy", "threadpoolctl"])
+    assert {"/packages/numpy", "/packages/threadpoolctl.py"} <= set(mounts.values()) and all(
+        map(os.path.exists, mounts)
+    )
+
+
 @pytest.mark.parametrize("settings", [
+    {"packages": ["no_module_like_this"]}, {"packages": ["../numpy"]},
     {"score": "most"}, {"whitespace": "some"}, {"float_tolerance": -1}, {"workers": 0}, {"packages": "numpy"},
     {"memory_mb": 1}, {"processes": 1.5}, {"total_seconds": 0}, {"runner": "no_module_like_this:f"}, {"runner": "x"},
 ])  # fmt: skip

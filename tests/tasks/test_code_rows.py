@@ -11,6 +11,8 @@ import shutil
 import struct
 import sys
 import zlib
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -38,6 +40,7 @@ HUMAN_EVAL = {
 MBPP = {
     "task_id": 11, "text": "Add two numbers.", "code": "def add(a, b):\n    return a + b",
     "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"], "test_setup_code": "",
+    "challenge_test_list": ["assert add([0, 0], []) == [0, 0]"],
 }  # fmt: skip
 MBPP_PLUS = {
     "prompt": "Add.", "test_imports": ["import math"], "test_list": ["assert add(1, 2) == 3"],
@@ -45,7 +48,7 @@ MBPP_PLUS = {
 }  # fmt: skip
 ROWS = {
     "HumanEval": (HUMAN_EVAL, ["add"], [{"tests": HUMAN_EVAL["test"] + "\n\ncheck(add)\n"}]),
-    "MBPP": (MBPP, ["add"], [{"tests": test} for test in MBPP["test_list"]]),
+    "MBPP": (MBPP, ["add"], [{"tests": test} for test in (*MBPP["test_list"], *MBPP["challenge_test_list"])]),
     "MBPP+": (MBPP_PLUS, ["add"], [{"tests": "import math\n" + MBPP_PLUS["test"]}]),
     "TACO/APPS": ({"question": "q", "input_output": IN_OUT}, [], STDIN),
     "TACO/APPS (calls)": ({"question": "q", "input_output": CALLS}, ["add"], [{"arguments": [1, 2], "output": [3]}]),
@@ -83,6 +86,7 @@ def test_limits_of_rows():
     row = {"input_output": IN_OUT}
     assert problem_of({**row, "time_limit": "2 seconds"})["limits"] == {"seconds": 2.0}
     assert problem_of({**row, "time_limit": "500 ms"})["limits"] == {"seconds": 0.5}
+    assert problem_of({**row, "time_limit": float("inf"), "memory_limit": float("inf")})["limits"] == {}
     assert problem_of({**row, "checker": "print(1)"})["checker"] == "print(1)"
     assert Limits(memory_mb=512).for_row({"memory_mb": 256.0, "seconds": 2.0}) == Limits(memory_mb=512, seconds=2.0)
 
@@ -93,6 +97,7 @@ def test_limits_of_rows():
     {"tests": '[{"type": "function_call", "input": "1", "output": "2"}]'},
     {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(print))).decode()},
     {"input_output": '{"fn_name": "f", "inputs": ["x("], "outputs": [1]}'},
+    {"input_output": '{"inputs": ["\\ud800"], "outputs": ["1"]}'},
 ])  # fmt: skip
 def test_unrecognised(row):
     with pytest.raises(Unrecognised):
@@ -114,8 +119,15 @@ def test_a_file_with_every_shape(mixed):
     assert len(task) == len(ROWS) and task.verifiable
     assert prompts["HumanEval"].startswith("Please provide a self-contained Python script")
     assert "assert add(0, 0) == 0" in prompts["MBPP"] and "Example output\n3" in prompts["Codeforces"]
+    assert "[0, 0]" not in prompts["MBPP"] and prompts["MBPP+"].endswith(
+        '\n"""\nAdd.\nassert add(1, 2) == 3\n"""\n```'
+    )
     assert "starter code" in prompts["LiveCodeBench (calls)"] and "`add`" in prompts["TACO/APPS (calls)"]
-    assert "from stdin" in prompts["TACO/APPS"] and prompts["Eurus-2-RL"] == "q"
+    assert (
+        "from stdin" in prompts["TACO/APPS"]
+        and prompts["cases"].startswith("### Question:\nq\n\n### Format: Read")
+        and prompts["Eurus-2-RL"] == "q"
+    )
     answers = {example.id: example.answer for example in task.examples if example.answer}
     assert set(answers) == {"HumanEval", "MBPP"} and answers["HumanEval"].endswith("return a + b\n")
 
@@ -162,16 +174,39 @@ def test_program_of_an_answer(completion, program):
     assert extract_program(completion) == program
 
 
+def same(value, expected) -> bool:
+    return same_value(json.loads(json.dumps(encode(value))), expected)
+
+
 def test_comparison_of_values():
-    assert same_value([1, (2, 3.0000001)], (1, [2, 3.0])) and same_value({1: "a"}, {"1": "a"})
-    assert same_value(float("nan"), float("nan")) and not same_value(10**400, 1.0)
-    assert not same_value(1, True) and not same_value("1", 1) and not same_value([1], [1, 2])
+    assert same([1, (2, 3.0000001)], [1, [2, 3.0]]) and same({1: "a", None: {}}, {"1": "a", "null": {}})
+    assert same(float("nan"), float("nan")) and not same(10**400, 1.0) and same(10**400, 10**400)
+    assert not same(1, True) and not same("1", 1) and not same([1], [1, 2]) and not same({1}, [1])
+    assert not same({"a": 1}, {"a": 2}) and not same({(1,): 1}, {"(1,)": 1}) and not same({10**5000: 1}, {"1": 1})
+    for malformed in ([], [1, 2], ["list", 3], ["dict", [3]], ["int", "x"]):
+        with pytest.raises((ValueError, TypeError)):
+            same_value(malformed, 10 if malformed[:1] == ["int"] else {"a": 1})
+
+
+def test_comparison_of_outputs():
     assert same_output("nan", "nan") and not same_output("1e400", "1.0") and not same_output("1\n2", "1.0")
     assert not same_output("x 1.0", "y 1.0") and same_output("a 1.0000001", "a 1.0")
+    assert not same_output("\u0663.0", "3.0") and same_output("3", "3.0") and same_output("+.5e1", "5.0")
+
+
+@pytest.mark.parametrize("text", [
+    "~" * 10**6 + "`", "```" + "a" * 10**6 + "`", "```" + " " * 10**6 + "`", "```\n" * 10**5, "1" * 10**6 + "x",
+    "0." + "1" * 10**6, "1" * 10**6 + "e9x",
+], ids=lambda text: text[:5])  # fmt: skip
+def test_long_texts_take_linear_time(text):
+    """Quadratic matching of a million characters takes hours."""
+    extract_program(text)
+    assert not same_output(text, "0.5")
 
 
 @pytest.mark.parametrize("value", [
-    None, True, 0, -(10**40), 1.5, "\ud800é", b"\0", [1, [2]], (1,), {1, 2}, frozenset({3}), {(1, 2): [None]}, 1 + 2j,
+    None, True, 0, -(10**40), 1.5, Fraction(-7, 3), Decimal("1.50"),
+    "\ud800é", b"\0", [1, [2]], (1,), {1, 2}, frozenset({3}), {(1, 2): [None]}, 1 + 2j,
     range(3, 9, 2), float("inf"),
 ])  # fmt: skip
 def test_values_cross_unchanged(value):
@@ -185,14 +220,22 @@ def test_only_built_in_types_cross():
     for bad in (object(), [object()]):
         with pytest.raises(NotPlain):
             encode(bad)
-    for bad in ({"a": 1}, ["mine", 0], ["int", 5], ["list", 3], ["dict", [[["list", []], 1]]], [1, 2, 3]):
+    for bad in (
+        {"a": 1},
+        ["mine", 0],
+        ["int", 5],
+        ["Fraction", "1e9"],
+        ["list", 3],
+        ["dict", [[["list", []], 1]]],
+        [1, 2, 3],
+    ):
         with pytest.raises(NotPlain):
             decode(bad)
 
 
-def verdict_of_filter(program: bytes, number: int, argument: int = 0, arch: int = 0xC000003E) -> int:
+def verdict_of_filter(program: bytes, number: int, argument: int = 0, arch: int = 0xC000003E, flags: int = 0) -> int:
     """Run a filter on a system call, as the kernel does."""
-    data = struct.pack("<iIQ6Q", number, arch, 0, argument, 0, 0, 0, 0, 0)
+    data = struct.pack("<iIQ6Q", number, arch, 0, argument, 0, 0, flags, 0, 0)
     lines = [struct.unpack_from("<HBBI", program, at) for at in range(0, len(program), 8)]
     at, value = 0, 0
     while True:
@@ -216,6 +259,10 @@ def test_the_system_call_filter():
     assert verdict_of_filter(program, 56, 0x11) == allowed and verdict_of_filter(program, 435) == 0x00050026  # clone3
     assert {verdict_of_filter(program, 56, 0x11 | 1 << bit) for bit in (17, *range(25, 31))} == {refused}
     assert verdict_of_filter(program, 0x40000000 + 101) == refused
+    assert verdict_of_filter(program, 9, flags=0x22) == allowed  # mmap: private
+    assert {verdict_of_filter(program, 9, flags=kind) for kind in (0x21, 0x1, 0x3)} == {refused}  # shared
+    assert verdict_of_filter(program, 456) == allowed and verdict_of_filter(program, 457) == 0x00050026  # unknown
+    assert verdict_of_filter(program, 154) == refused and verdict_of_filter(program, 188) == refused
     assert verdict_of_filter(program, 0, arch=0x40000003) == 0x80000000
     assert seccomp_filter("aarch64") and seccomp_filter("riscv64") is None
 

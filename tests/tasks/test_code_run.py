@@ -104,8 +104,22 @@ def test_two_steps_of_the_recipe_and_an_evaluation(root, capsys, sandboxed):
 @pytest.mark.slow
 def test_the_gate_and_rewards_grade_programs(root, sandboxed):
     assert trained(root, "gate", "--effopd.strategy", "effopd", "--effopd.validation_size", "4") == 0
-    assert list(read_rows(root / "gate" / "searches.jsonl"))
+    searches = list(read_rows(root / "gate" / "searches.jsonl"))
+    assert searches and all(sum(t["verdicts"].values()) == 4 for row in searches for t in row["trials"])
     rl = ["--algorithm", "grpo", "--num_generations", "4", "--eval_strategy", "no", "--eval_on_start", "false"]
     assert main(["rl", *flags(root, "rl", *rl, "--save_strategy", "no", "--logging_steps", "1")]) == 0
     rows = list(read_rows(root / "rl" / "metrics.jsonl"))
     assert [sum(row[f"verdicts/{name}"] for name in VERDICTS) for row in rows] == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.slow
+def test_an_intervention_grades_programs(root, sandboxed):
+    out = root / "interventions"
+    command = [
+        "intervene", "alpha", "--base", str(root / "student"), "--trained", f"kl={root / 'teacher'}", "--task",
+        f"code:{root / 'rows.jsonl'}", "--task_args", '{"workers": 1}', "--as_chat", "false", "--eval_size", "3",
+        "--max_new_tokens", "4", "--max_prompt_length", "1000", "--alphas", "1", "--out", str(out),
+    ]  # fmt: skip
+    assert main(command) == 0
+    measured = [row["measured"]["verdicts"] for row in read_rows(out / "results.jsonl")]
+    assert measured and all(sum(counts.values()) == 3 for counts in measured)

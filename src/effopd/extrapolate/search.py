@@ -25,6 +25,7 @@ class Score:
         generated_tokens: tokens sampled.
         forward_tokens: tokens in forward passes outside generation.
         teacher_tokens: the teacher's part of `forward_tokens`.
+        verdicts: number of answers by verdict, of verifiers that run programs; otherwise `None`.
     """
 
     mean: float
@@ -33,6 +34,7 @@ class Score:
     generated_tokens: int = 0
     forward_tokens: int = 0
     teacher_tokens: int = 0
+    verdicts: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Trial:
             self.score.seconds,
             self.score.generated_tokens,
             self.score.forward_tokens,
+            self.score.verdicts,
         )
 
 

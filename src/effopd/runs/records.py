@@ -264,6 +264,7 @@ class TrialRecord(Record):
     seconds: Annotated[Number, Column("wall-clock time of scoring it", "s")] = None
     generated_tokens: Annotated[Count, Column("tokens sampled for the score", "tokens")] = None
     forward_tokens: Annotated[Count, Column("tokens of forward passes other than sampling", "tokens")] = None
+    verdicts: Annotated[Mapping[str, int] | None, Column("code tasks: number of answers by verdict")] = None
 
     def to_row(self) -> dict[str, Any]:
         """As for every record, but a scored candidate always has a score: null if not finite."""

@@ -80,25 +80,27 @@ class AccuracyScorer:
         sampling = replace(self.sampling, seed=seed)
         silent = not self._progress or rank() > 0
 
-        def answer() -> tuple[list[float] | None, int]:
+        def answer() -> tuple[list[float] | None, int, dict[str, int]]:
             try:
                 with tqdm(total=len(share), desc="look ahead", leave=False, disable=silent or None) as bar:
                     result = evaluate(
                         model, self.tokenizer, share, sampling, vocab_size=self.vocab_size, progress=bar.update
                     )
             except NonFiniteLossError:
-                return None, 0
+                return None, 0, {}
             self._look(share, result)
-            return [sum(row) / len(row) for row in result.correct], result.generated_tokens
+            return [sum(row) / len(row) for row in result.correct], result.generated_tokens, result.verdicts or {}
 
         parts = all_gather_or_raise(answer)
-        shares = [grades for grades, _ in parts if grades is not None]
+        shares = [grades for grades, _, _ in parts if grades is not None]
         per_example = tuple(merge_from_ranks(shares, len(examples))) if len(shares) == len(parts) else ()
+        verdicts = next((counts for _, _, counts in parts if counts), {})
         return Score(
             mean=sum(per_example) / len(per_example) if per_example else math.nan,
             per_example=per_example,
             seconds=time.perf_counter() - start,
-            generated_tokens=sum(tokens for _, tokens in parts),
+            generated_tokens=sum(tokens for _, tokens, _ in parts),
+            verdicts={name: sum(part[2].get(name, 0) for part in parts) for name in verdicts} or None,
         )
 
     def _look(self, task: Task, result: EvalResult) -> None:

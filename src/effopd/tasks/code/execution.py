@@ -20,7 +20,14 @@ from effopd.tasks.code.sandbox import STOP_SECONDS, Sandbox
 _STDERR_BYTES, _RESULT_BYTES = 4096, 16 << 20
 #: Seconds between looks at the memory of a running case; short cases are not looked at.
 _MEMORY_INTERVAL = 0.05
+#: Memory limit in MiB from which on cases start with the imported packages that others mentioned.
+_WARM_MEMORY = 512
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+#: How a case ends. "error": uncaught exception or signal; "output", "files": too much output, too
+#: many files; "lost": the sandbox ended.
+ENDS = ("done", "error", "timeout", "memory", "output", "files", "lost")
 
 
 @dataclass(frozen=True)
@@ -28,19 +35,16 @@ class Outcome:
     """End of a case.
 
     Attributes:
-        end: "done", "error" (uncaught exception or signal), "timeout", "memory", "output" (too much
-            output) or "lost" (the sandbox ended).
+        end: one of `ENDS`.
         stdout: standard output; undecodable bytes are surrogates.
         stderr: the first 4 KiB of standard error.
         result: JSON text that a call or the tests wrote.
-        seconds: wall-clock time.
     """
 
     end: str
     stdout: str = ""
     stderr: str = ""
     result: str = ""
-    seconds: float = 0.0
 
 
 def execute(
@@ -71,27 +75,27 @@ def execute(
     streams += [_file(json.dumps(job).encode()) for job in jobs]
     if mode != "program":
         streams.append(_pipe(readers, "result", _RESULT_BYTES, stop=True))
-    start = time.monotonic()
     try:
         try:
+            if limits.memory_mb >= _WARM_MEMORY:
+                sandbox.warm_up("".join(str(job.get("program", "")) + str(job.get("tests", "")) for job in jobs))
+            deadline = time.monotonic() + (seconds or limits.seconds)
             sandbox.send({"mode": mode, "limits": limits.resources()}, streams)
         finally:
             for descriptor in streams:
                 os.close(descriptor)
-        why, report = _watch(sandbox, readers, start + (seconds or limits.seconds), limits.memory_mb << 20)
-        took = time.monotonic() - start
-        if report is None:
+        why, report = _watch(sandbox, readers, deadline, limits.memory_mb << 20)
+        for reader in readers.values() if report else ():
+            reader.drain()
+        if report is None or not sandbox.emptied(STOP_SECONDS):
             sandbox.close()
-        else:
-            for reader in readers.values():
-                reader.drain()
         texts = {reader.name: reader.text() for reader in readers.values()}
         over = any(reader.over and reader.stop for reader in readers.values())
         end = why or ("lost" if report is None else "output" if over else _end_of(report, limits))
-        return Outcome(end, **texts, seconds=took)
+        return Outcome(end, **texts)
     except OSError:
         sandbox.close()
-        return Outcome("lost", seconds=time.monotonic() - start)
+        return Outcome("lost")
     finally:
         for reader in readers.values():
             os.close(reader.descriptor)
@@ -100,6 +104,8 @@ def execute(
 def _end_of(report: Mapping[str, Any], limits: Limits) -> str:
     """How the process of the program ended."""
     status = report["status"][0]
+    if report["files"]:
+        return "files"
     if status == NO_MEMORY:
         return "memory"
     if status == -signal.SIGXCPU or (status == -signal.SIGKILL and report["cpu"] >= limits.resources()["cpu"]):
@@ -150,20 +156,27 @@ class _Reader:
         return self._size > self._limit
 
     def read(self) -> bool:
-        """Read what is there; whether more can come."""
+        """Read a part; whether more can come."""
+        return self._part() != b""
+
+    def drain(self) -> None:
+        """Read the rest, after every writer of the sandbox has ended.
+
+        The descriptor of a writer can live on in a process that the grader forked meanwhile.
+        """
+        while self._part() and not self.over:
+            pass
+
+    def _part(self) -> bytes | None:
+        """The next bytes; b"": there are no more, `None`: none at present."""
         try:
             data = os.read(self.descriptor, 1 << 16)
         except BlockingIOError:
-            return True
+            return None
         if self._size < self._limit:
             self._parts.append(data)
         self._size += len(data)
-        return bool(data)
-
-    def drain(self) -> None:
-        """Read the rest, after every writer has ended."""
-        while self.read() and not self.over:
-            pass
+        return data
 
     def text(self) -> str:
         return b"".join(self._parts)[: self._limit].decode("utf-8", "surrogateescape")

@@ -8,7 +8,8 @@ from effopd.tasks.reasoning import answer_part
 
 #: Longest program, in characters.
 MAX_PROGRAM = 200_000
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+.#-]*)[^\n`]*$", re.MULTILINE)
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([\w+.#-]*)")
 #: Labels of blocks with Python; a block without a label counts too.
 _PYTHON = ("", "python", "python3", "py", "python2", "pypy", "pypy3", "sage", "code")
 
@@ -34,20 +35,26 @@ def extract_program(completion: str) -> str | None:
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
-    """(label, content) of the fenced blocks, in order."""
+    """(label, content) of the fenced blocks, in order. Takes linear time."""
     blocks: list[tuple[str, str]] = []
-    opening: re.Match[str] | None = None
-    for fence in _FENCE.finditer(text):
+    opening: tuple[str, str] | None = None  # fence and label
+    content: list[str] = []
+    for line in _LINE.findall(text):
+        match = _FENCE.match(line)
+        fence, label = (match[1], match[2]) if match and "`" not in line[match.end(1) :] else ("", "")
         if opening is None:
-            opening = fence
-        elif fence[1][0] == opening[1][0] and len(fence[1]) >= len(opening[1]) and not fence[2]:
-            blocks.append((opening[2], text[opening.end() + 1 : fence.start()]))
-            opening = None
-        elif fence[2] and fence[1] == opening[1]:  # a new block where the last one was not closed
-            blocks.append((opening[2], text[opening.end() + 1 : fence.start()]))
-            opening = fence
+            if fence:
+                opening, content = (fence, label), []
+            continue
+        closes = fence[:1] == opening[0][0] and len(fence) >= len(opening[0]) and not label
+        reopens = bool(label) and fence == opening[0]  # a new block where the last one was not closed
+        if closes or reopens:
+            blocks.append((opening[1], "".join(content)))
+            opening, content = ((fence, label) if reopens else None), []
+        else:
+            content.append(line)
     if opening is not None:
-        blocks.append((opening[2], text[opening.end() + 1 :]))
+        blocks.append((opening[1], "".join(content)))
     return blocks
 
 

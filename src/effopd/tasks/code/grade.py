@@ -12,13 +12,17 @@ from effopd.tasks.base import Grading
 from effopd.tasks.code.compare import same_output, same_value
 from effopd.tasks.code.execution import Outcome
 from effopd.tasks.code.extract import completed, refusal
-from effopd.tasks.code.guest.values import NotPlain, decode, encode
+from effopd.tasks.code.guest.values import decode, encode
 from effopd.tasks.code.limits import Limits
 
 #: `run(mode, jobs, limits, stdin, seconds)` → `Outcome`; see `effopd.tasks.code.execution.execute`.
 Run = Callable[..., Outcome]
+#: Characters up to which a returned value is built to print it; all types print so few quickly.
+_SHOWN = 500
 #: End of a case → verdict, for ends that are no answer.
-_BAD_ENDS = {"error": "error", "timeout": "timeout", "memory": "memory", "output": "error", "lost": "error"}
+_BAD_ENDS = {
+    "error": "error", "timeout": "timeout", "memory": "memory", "output": "error", "files": "error", "lost": "error",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def grade(program: str | None, problem: Mapping[str, Any], run: Run, limits: Lim
         if rules.score == "all" or left <= 0:
             break
     verdict, detail = first or ("passed", "")
+    detail = "".join(char if char.isprintable() else repr(char)[1:-1] for char in detail)
     score = passed / len(cases) if rules.score == "share" else float(first is None)
     return Grading(score, verdict, detail)
 
@@ -111,6 +116,7 @@ def _ended(outcome: Outcome) -> tuple[str, str]:
     lines = [line for line in outcome.stderr.strip().splitlines() if line.strip()]
     said = {
         "output": "too much output",
+        "files": "too many files",
         "lost": "the sandbox ended",
         "timeout": "time limit",
         "memory": "memory limit",
@@ -122,7 +128,7 @@ def _ended(outcome: Outcome) -> tuple[str, str]:
 
 def _of_tests(outcome: Outcome) -> tuple[str, str]:
     """Verdict that the process of the tests wrote; the program cannot write it."""
-    if outcome.end in ("timeout", "memory", "lost", "output"):
+    if outcome.end not in ("done", "error"):
         return _ended(outcome)
     try:
         said = json.loads(outcome.result)
@@ -133,14 +139,15 @@ def _of_tests(outcome: Outcome) -> tuple[str, str]:
 
 
 def _of_value(result: str, expected: Any, rules: Rules) -> tuple[str, str]:
-    try:
-        got = decode(json.loads(result))
-    except (NotPlain, ValueError, RecursionError, TypeError):
-        return "error", "the program ended without a result"
     alternatives = [expected] + (expected[:1] if isinstance(expected, list) and len(expected) == 1 else [])
-    if any(same_value(got, alternative, rules.tolerance) for alternative in alternatives):
-        return "passed", ""
-    return "wrong", f"returned {_short(repr(got))}"
+    try:
+        form = json.loads(result)
+        if any(same_value(form, alternative, rules.tolerance) for alternative in alternatives):
+            return "passed", ""
+        shown = repr(decode(form)) if len(result) <= _SHOWN else result
+    except (ValueError, RecursionError, TypeError):
+        return "error", "the program ended without a result"
+    return "wrong", f"returned {_short(shown)}"
 
 
 def _checked(checker: str, case: Mapping[str, Any], output: str, run: Run, limits: Limits) -> tuple[str, str]:

@@ -27,8 +27,8 @@ _SHAPES = (
     "Eurus-2-RL (reward_model.ground_truth)"
 )
 
-#: Templates of the sources: EvalPlus for functions, Austin et al. for MBPP, LiveCodeBench for the
-#: others.
+#: Templates of the sources: EvalPlus for HumanEval and MBPP+, Austin et al. for MBPP,
+#: LiveCodeBench for the others.
 _COMPLETE = (
     "Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
     "```python\n{question}\n```"
@@ -38,15 +38,21 @@ _MBPP = (
     "{tests}\n\nWrite the code in one markdown block that starts with ```python."
 )
 _MBPP_BASE = '"""\n{question}\n{tests}\n"""\n'
-_STARTER = (
-    "{question}\n\nYou will use the following starter code to write the solution to the problem and enclose your code "
-    "within delimiters.\n```python\n{starter}\n```"
-)
-_FUNCTION = "{question}\n\nWrite the Python function `{entry}` and enclose your code within delimiters, starting with "
-_STDIN = (
-    "{question}\n\nRead the inputs from stdin, solve the problem and write the answer to stdout (do not directly test "
-    "on the sample inputs). Enclose your code within delimiters as follows.\n```python\n# YOUR CODE HERE\n```"
-)
+_FORMAT = "### Question:\n{question}\n\n### Format: "
+_ANSWER = "\n\n### Answer: (use the provided format with backticks)\n\n"
+_STARTER = _FORMAT + (
+    "You will use the following starter code to write the solution to the problem and enclose your code within "
+    "delimiters.\n```python\n{starter}\n```"
+) + _ANSWER  # fmt: skip
+_FUNCTION = _FORMAT + (
+    "Write the Python function `{entry}` and enclose your code within delimiters as follows.\n"
+    "```python\n# YOUR CODE HERE\n```"
+) + _ANSWER  # fmt: skip
+_STDIN = _FORMAT + (
+    "Read the inputs from stdin solve the problem and write the answer to stdout (do not directly test on the sample "
+    "inputs). Enclose your code within delimiters as follows. Ensure that when the python program runs, it reads the "
+    "inputs, runs the algorithm and writes output to STDOUT.\n```python\n# YOUR CODE HERE\n```"
+) + _ANSWER  # fmt: skip
 
 
 def read_code_rows(
@@ -156,15 +162,18 @@ def with_template(example: Example, as_chat: bool) -> Example:
         return example
     problem = example.metadata[PROBLEM]
     question, entry = example.prompt, ", ".join(problem.get("entry", ()))
-    tests = "\n".join(case["tests"] for case in problem["cases"] if "tests" in case)
+    tests = "\n".join(problem.get("shown", ()))
     if problem.get("before"):
         prompt = _COMPLETE.format(question=question.rstrip()) if as_chat else question
-    elif tests and problem["shape"] == "MBPP":
-        prompt = (_MBPP if as_chat else _MBPP_BASE).format(question=question, tests=tests)
+    elif tests and problem["shape"] == "MBPP" and as_chat:
+        prompt = _MBPP.format(question=question, tests=tests)
+    elif tests:
+        prompt = _MBPP_BASE.format(question=question, tests=tests)
+        prompt = _COMPLETE.format(question=prompt.rstrip()) if as_chat else prompt
     elif problem.get("starter"):
         prompt = _STARTER.format(question=question, starter=problem["starter"])
     elif entry:
-        prompt = _FUNCTION.format(question=question, entry=entry) + "```python."
+        prompt = _FUNCTION.format(question=question, entry=entry)
     else:
         prompt = _STDIN.format(question=question)
     return replace(example, prompt=prompt)

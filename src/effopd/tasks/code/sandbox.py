@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from effopd.errors import SandboxError
+from effopd.errors import SandboxError, TaskError
 from effopd.tasks.code.limits import Limits
 from effopd.tasks.code.seccomp import seccomp_filter
 
@@ -64,6 +64,7 @@ class Sandbox:
     """
 
     def __init__(self, limits: Limits, packages: Sequence[str] = ()) -> None:
+        self._cold = set(packages)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         filter_fd = _filter_descriptor()
         kept = [theirs.fileno()] + ([] if filter_fd is None else [filter_fd])
@@ -102,6 +103,19 @@ class Sandbox:
         """Whether the sandbox can take another case."""
         return self._finalizer.alive and self.process.poll() is None
 
+    def warm_up(self, sources: str) -> None:
+        """Import the packages that a case mentions, once; cases are forked with them.
+
+        Raises:
+            OSError: the sandbox ended.
+        """
+        packages = sorted(name for name in self._cold if name in sources)
+        if packages:
+            self._cold -= set(packages)
+            self.control.settimeout(STARTUP_SECONDS)
+            self.control.send(json.dumps({"mode": "import", "packages": packages}).encode())
+            self.control.recv(64)
+
     def send(self, request: dict, descriptors: Sequence[int]) -> None:
         """Start a case; its processes get the descriptors."""
         socket.send_fds(self.control, [json.dumps(request).encode()], list(descriptors))
@@ -114,6 +128,17 @@ class Sandbox:
         except OSError:
             return None
         return json.loads(data) if data else None
+
+    def emptied(self, seconds: float) -> bool:
+        """Whether the writable folder was emptied within `seconds` after the report.
+
+        Another case starts only then: its time does not pay for files of the one before.
+        """
+        self.control.settimeout(seconds)
+        try:
+            return bool(self.control.recv(64))
+        except OSError:
+            return False
 
     def stop(self) -> None:
         """End the processes of the case."""
@@ -181,7 +206,7 @@ def command(limits: Limits, packages: Sequence[str], control: int, filter_fd: in
     bwrap = find_bubblewrap()
     prefix = str(Path(sys.base_prefix).resolve())
     python = f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-    mounts = {prefix: prefix, str(_GUEST): _INSIDE, **_package_folders(packages)}
+    mounts = {prefix: prefix, str(_GUEST): _INSIDE, **package_mounts(packages)}
     outer: list[str] = []
     if os.geteuid() == 0:
         staged = {source: f"{_STAGE}/{number}" for number, source in enumerate(mounts)}
@@ -202,7 +227,7 @@ def command(limits: Limits, packages: Sequence[str], control: int, filter_fd: in
         "--dev", "/dev", "--remount-ro", "/dev",
         "--size", str(limits.folder_mb << 20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/",
         *(() if filter_fd is None else ("--seccomp", str(filter_fd))),
-        "--", python, "-I", "-S", "-c", _SERVE.format(fd=control),
+        "--", python, "-S", "-s", "-P", "-c", _SERVE.format(fd=control),
     ]  # fmt: skip
 
 
@@ -231,15 +256,27 @@ def _system_links() -> list[str]:
     return parts
 
 
-def _package_folders(packages: Sequence[str]) -> dict[str, str]:
-    """Folder → folder in the sandbox of installed packages, with their shared libraries."""
-    folders: dict[str, str] = {}
+def package_mounts(packages: Sequence[str]) -> dict[str, str]:
+    """Path → path in the sandbox of installed packages, with their shared libraries.
+
+    Raises:
+        TaskError: a package is not installed, or is no package of Python files.
+    """
+    mounts: dict[str, str] = {}
     for name in packages:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        for location in (spec.submodule_search_locations or ()) if spec else ():
-            folder = Path(location).resolve()
-            folders[str(folder)] = f"{_PACKAGES}/{name}"
+        folders = [Path(location).resolve() for location in (spec.submodule_search_locations or ())] if spec else []
+        file = Path(spec.origin).resolve() if spec and spec.has_location and spec.origin else None
+        if not folders and file is None:
+            raise TaskError(
+                f"task_args: packages: expected the import name of an installed package, got {name!r}. Install it, or "
+                "remove it from the list."
+            )
+        for folder in folders:
+            mounts[str(folder)] = f"{_PACKAGES}/{name}"
             libraries = folder.parent / f"{name}.libs"
             if libraries.is_dir():
-                folders[str(libraries)] = f"{_PACKAGES}/{libraries.name}"
-    return folders
+                mounts[str(libraries)] = f"{_PACKAGES}/{libraries.name}"
+        if not folders and file is not None:
+            mounts[str(file)] = f"{_PACKAGES}/{file.name}"
+    return mounts

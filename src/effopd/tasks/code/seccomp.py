@@ -28,13 +28,26 @@ _REFUSED = {
     "setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
     "sched_setparam": (142, 118), "sched_setattr": (314, 274), "ioprio_set": (251, 30),
     "migrate_pages": (256, 238), "move_pages": (279, 239), "personality": (135, 92),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "io_setup": (206, 0),
+    "fsconfig": (431, 431), "fspick": (433, 433), "fanotify_init": (300, 262), "kexec_file_load": (320, 294),
+    "quotactl_fd": (443, 443), "lookup_dcookie": (212, 18), "vhangup": (153, 58), "mbind": (237, 235),
+    "set_mempolicy": (238, 237), "set_mempolicy_home_node": (450, 450), "shmat": (30, 196),
 }  # fmt: skip
+#: Further ones of x86_64: modify_ldt, iopl, ioperm.
+_REFUSED_X86 = (154, 172, 173)
+#: Number of mmap, refused with MAP_SHARED: memory that is shared is not counted when one process
+#: fills it and another one keeps it.
+_MMAP, _MAP_SHARED = (9, 222), 1
+#: Numbers from here on do not exist: calls newer than this list.
+_UNKNOWN = 457
 #: Number of prlimit64, refused for other processes than the caller's.
 _PRLIMIT = (302, 261)
 #: Numbers of clone, refused with a flag of `_NAMESPACES`, and clone3, whose flags are hidden.
 _CLONE, _CLONE3 = (56, 220), 435
 _NAMESPACES = 0x7E020000
 _EPERM, _ENOSYS = 1, 38
+#: Where the low halves of the first and the fourth argument are.
+_FIRST, _FOURTH = 16, 40
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 #: Numbers from here on are of the x32 ABI, which would pass by the numbers above.
@@ -51,7 +64,7 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
     if machine not in _ARCH:
         return None
     column = list(_ARCH).index(machine)
-    numbers = sorted(pair[column] for pair in _REFUSED.values())
+    numbers = sorted([pair[column] for pair in _REFUSED.values()] + list(_REFUSED_X86) * (column == 0))
     program = [
         (_LOAD, 0, 0, 4),  # architecture
         (_EQUAL, 1, 0, _ARCH[machine]),
@@ -59,21 +72,31 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
         (_LOAD, 0, 0, 0),  # number of the call
         (_AT_LEAST, 0, 1, _X32),
         (_RETURN, 0, 0, _ERRNO | _EPERM),
+        (_AT_LEAST, 0, 1, _UNKNOWN),
+        (_RETURN, 0, 0, _ERRNO | _ENOSYS),
     ]
     for number in numbers:
         program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | _EPERM)]
     program += [
         (_EQUAL, 0, 1, _CLONE3),
         (_RETURN, 0, 0, _ERRNO | _ENOSYS),
-        (_EQUAL, 0, 4, _CLONE[column]),
-        (_LOAD, 0, 0, 16),  # low half of the first argument, the flags
-        (_ANY_BIT, 0, 1, _NAMESPACES),
-        (_RETURN, 0, 0, _ERRNO | _EPERM),
-        (_RETURN, 0, 0, _ALLOW),
+        *_refused_with(_CLONE[column], _FIRST, _NAMESPACES),
+        *_refused_with(_MMAP[column], _FOURTH, _MAP_SHARED),
         (_EQUAL, 0, 3, _PRLIMIT[column]),
-        (_LOAD, 0, 0, 16),  # low half of the first argument, the process
+        (_LOAD, 0, 0, _FIRST),  # the process
         (_EQUAL, 1, 0, 0),
         (_RETURN, 0, 0, _ERRNO | _EPERM),
         (_RETURN, 0, 0, _ALLOW),
     ]
     return b"".join(struct.pack("<HBBI", *line) for line in program)
+
+
+def _refused_with(number: int, argument: int, flags: int) -> list[tuple[int, int, int, int]]:
+    """Lines that refuse a call if its argument has any of the flags, and otherwise allow it."""
+    return [
+        (_EQUAL, 0, 4, number),
+        (_LOAD, 0, 0, argument),
+        (_ANY_BIT, 0, 1, flags),
+        (_RETURN, 0, 0, _ERRNO | _EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]

@@ -35,8 +35,8 @@ class Unrecognised(ValueError):
 
 
 def problem_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Tests of a row, JSON-ready: `shape`, `cases`, and where present `entry`, `before`, `checker`
-    and `limits`.
+    """Tests of a row, JSON-ready: `shape`, `cases`, and where present `entry`, `before`, `checker`,
+    `limits`, and `shown`: the assertions that the source shows in the prompt.
 
     Raises:
         Unrecognised: the row has no tests in a known shape.
@@ -72,9 +72,9 @@ def _human_eval(row: Mapping[str, Any]) -> dict[str, Any]:
 def _mbpp(row: Mapping[str, Any]) -> dict[str, Any]:
     imports = row.get("test_imports") or []
     setup = "\n".join([*(imports if isinstance(imports, list) else [imports]), row.get("test_setup_code") or ""])
-    listed = [text for text in row.get("test_list") or [] if isinstance(text, str)]
+    shown = [text for text in row.get("test_list") or [] if isinstance(text, str)]
     more = row.get("challenge_test_list")
-    listed += [text for text in more or [] if isinstance(text, str)] if isinstance(more, list) else []
+    listed = shown + ([text for text in more if isinstance(text, str)] if isinstance(more, list) else [])
     long = row.get("test")
     if isinstance(long, str) and long.strip():
         shape, texts = ("MBPP+", [long]) if listed else ("assertions", [long])
@@ -91,6 +91,7 @@ def _mbpp(row: Mapping[str, Any]) -> dict[str, Any]:
         "shape": shape,
         "cases": [{"tests": f"{setup.strip()}\n{text}".lstrip()} for text in texts],
         "entry": entries,
+        "shown": shown[:1] if shape == "MBPP+" else shown,
     }
 
 
@@ -214,7 +215,11 @@ def _payload(payload: Any, function: str | None) -> tuple[list[dict[str, Any]], 
 def _case(pair: tuple[Any, Any], function: str | None, *, lines: bool = False) -> dict[str, Any]:
     given, expected = pair
     if function is None:
-        return {"input": _text(given), "output": _text(expected)}
+        try:
+            (text := _text(given)).encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise Unrecognised(f"an input that is no text ({error})") from error
+        return {"input": text, "output": _text(expected)}
     try:
         if isinstance(given, str):
             given = [json.loads(line) for line in given.split("\n") if line.strip()] if lines else json.loads(given)
@@ -238,7 +243,11 @@ def _time_limit(value: Any) -> float | None:
     if isinstance(value, str):
         match = _SECONDS.fullmatch(value)
         value = float(match[1]) / (1000 if (match[2] or "").lower().startswith("m") else 1) if match else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    return float(value) if _is_limit(value) else None
+
+
+def _is_limit(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e18
 
 
 def _memory(value: Any) -> float | None:
@@ -246,6 +255,6 @@ def _memory(value: Any) -> float | None:
     if isinstance(value, str):
         match = re.match(r"\s*(\d+(?:\.\d+)?)", value)
         value = float(match[1]) if match else None
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+    if not _is_limit(value):
         return None
     return value / (1 << 20) if value > 1e6 else float(value)

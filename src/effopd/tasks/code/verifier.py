@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,11 +11,12 @@ from effopd.common.progress import Counted
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Grading
 from effopd.tasks.code.compare import check_rules
-from effopd.tasks.code.execution import Outcome
+from effopd.tasks.code.execution import ENDS, Outcome
 from effopd.tasks.code.extract import extract_program
 from effopd.tasks.code.grade import Rules, grade
 from effopd.tasks.code.limits import Limits
 from effopd.tasks.code.pool import Pool, default_workers
+from effopd.tasks.code.sandbox import package_mounts
 from effopd.tasks.verify import load_function
 
 logger = logging.getLogger(__name__)
@@ -34,8 +33,7 @@ _SHOW_PROGRESS = 64
 class CodeVerifier:
     """1.0 if the program of an answer passes all cases of its row. Picklable.
 
-    A copy has the same settings, its own sandboxes, and counts from zero. `verdicts` counts the
-    answers graded so far by verdict.
+    A copy has the same settings and its own sandboxes.
 
     Args:
         settings: the keys `SETTINGS` of task_args.
@@ -65,10 +63,10 @@ class CodeVerifier:
         if not isinstance(packages, list) or not all(isinstance(name, str) for name in packages):
             raise TaskError(f"task_args: packages: expected a list of module names, got {packages!r}.")
         runner = settings.get("runner")
+        if runner is None:
+            package_mounts(packages)
         self._runner = None if runner is None else load_function("runner", runner)
         self.pool = Pool(self.limits, workers, packages)
-        self.verdicts: Counter[str] = Counter()
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CodeVerifier, self._arguments
@@ -98,13 +96,9 @@ class CodeVerifier:
             for text, example in zip(completions, examples, strict=True)
         ]
         if len(items) < _SHOW_PROGRESS:
-            gradings = self.pool.map(self._grade, items)
-        else:
-            with Counted(len(items), "grade programs", "answer", leave=False) as bar:
-                gradings = self.pool.map(self._grade, items, bar.update)
-        with self._lock:
-            self.verdicts.update(str(grading.verdict) for grading in gradings)
-        return gradings
+            return self.pool.map(self._grade, items)
+        with Counted(len(items), "grade programs", "answer", leave=False) as bar:
+            return self.pool.map(self._grade, items, bar.update)
 
     def check(self) -> None:
         """Check that programs can be run, unless a remote runner runs them.
@@ -122,17 +116,31 @@ class CodeVerifier:
     def _remote(
         self, mode: str, jobs: list[dict[str, Any]], limits: Limits, stdin: str = "", seconds: float = 0.0
     ) -> Outcome:
-        """One case by the remote runner, which returns the fields of an `Outcome`."""
+        """One case by the remote runner, which returns the fields of an `Outcome`.
+
+        Raises:
+            TaskError: the runner raised an exception, or returned something else.
+        """
         assert self._runner is not None
         request = {"jobs": jobs, "stdin": stdin, "seconds": seconds or limits.seconds, "limits": limits.resources()}
-        answer = self._runner(mode, request)
         try:
-            return Outcome(**answer)
-        except TypeError as error:
+            answer = self._runner(mode, request)
+        except Exception as error:
             raise TaskError(
-                f"task_args: runner: expected a dict with 'end' and, as needed, 'stdout', 'stderr', 'result' and "
-                f"'seconds', got {answer!r:.200} ({error})."
+                f"task_args: runner: expected a result for a case, got {type(error).__name__}: {error}. Correct the "
+                "runner, or let it try again itself."
             ) from error
+        try:
+            outcome = Outcome(**answer)
+        except TypeError:
+            outcome = Outcome("")
+        texts = (outcome.stdout, outcome.stderr, outcome.result)
+        if outcome.end not in ENDS or not all(isinstance(text, str) for text in texts):
+            raise TaskError(
+                f"task_args: runner: expected a dict with 'end' ({', '.join(ENDS)}) and, as needed, the texts "
+                f"'stdout', 'stderr' and 'result', got {answer!r:.200}. Correct the runner."
+            )
+        return outcome
 
     def answer_found(self, completion: str) -> bool:
         """Whether there is a program outside the reasoning."""

@@ -1,8 +1,8 @@
 """Calls between the process of the tests and the process of the program.
 
 The process of the tests holds `Proxy` objects for the program's functions and objects. Arguments
-that are not plain, such as lambdas, stay with the tests; the program can call them, and read public
-attributes of instances, but reach nothing else of the tests.
+that are not plain, such as lambdas, stay with the tests. The program can call and iterate over
+them. It can read attributes only of instances of the tests' own classes and of files in memory.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from effopd.tasks.code.guest.values import MUTABLE, Channel, NotPlain, decode, encode, error_of, raised
 
-_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
+#: Modules whose instances the program can read and change. A frame, a generator or a partial
+#: function would lead to all of the tests.
+_OPEN_MODULES = ("tests", "_io", "random")
+#: Special attributes that the tests read; others, such as `__array_interface__`, are protocols by
+#: which the program could name the tests' own memory.
+_SPECIAL = ("__name__", "__qualname__", "__annotations__")
 #: Methods that a proxy forwards. Operators that decide an assertion, such as `==` and `<`, are not
 #: among them: the program's own versions could always agree.
 _STRUCTURAL = ("__iter__", "__next__", "__len__", "__getitem__", "__setitem__", "__enter__", "__exit__")
@@ -101,15 +106,20 @@ class Peer:
         except (ValueError, RecursionError, TypeError, MemoryError) as error:
             self._channel.send({"error": error_of(error)})
 
-    def _do_names(self, names: list[str]) -> dict[str, Any]:
-        """Which of these names the namespace has: a module, a library's object, or a value."""
+    def _do_names(self, names: list[str], entry: list[str]) -> dict[str, Any]:
+        """Which of these names the namespace has: a module, a library's object, or a value.
+
+        Names of `entry` are values.
+        """
         found: dict[str, Any] = {}
         for name in names:
             if self._namespace is None or name not in self._namespace:
                 continue
             value = self._namespace[name]
             home, own = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-            if isinstance(value, ModuleType):
+            if name in entry:
+                found[name] = ["value", self.encode(value)]
+            elif isinstance(value, ModuleType):
                 found[name] = ["module", value.__name__]
             elif isinstance(home, str) and home.partition(".")[0] in sys.stdlib_module_names and own == name:
                 found[name] = ["library", f"{home}:{own}"]
@@ -138,8 +148,8 @@ class Peer:
         setattr(value, name, self.decode(form))
 
     def _check_public(self, value: Any, name: str) -> None:
-        """Refuse private attributes, and all attributes of functions, to the program."""
-        if self._namespace is None and (name.startswith("_") or isinstance(value, (*_FUNCTIONS, type, ModuleType))):
+        """Refuse private attributes, and all attributes of other modules' types, to the program."""
+        if self._namespace is None and (name.startswith("_") or type(value).__module__ not in _OPEN_MODULES):
             raise AttributeError(name)
 
     def _called(self, function: Callable[..., Any], args: list, kwargs: dict[str, Any]) -> list:
@@ -180,6 +190,8 @@ class Proxy:
         return _peer(self).call("call", _id(self), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__") and name not in _SPECIAL:
+            raise AttributeError(name)
         return _peer(self).decode(_peer(self).request("attribute", _id(self), name))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -243,15 +255,20 @@ for _name in ("__getitem__", "__setitem__", "__enter__", "__exit__"):
     setattr(Proxy, _name, _forward(_name))
 
 
-def fetched(peer: Peer, names: list[str]) -> dict[str, Any]:
-    """Values of the program's names for the tests; standard-library objects are imported here."""
+def fetched(peer: Peer, names: list[str], entry: set[str]) -> dict[str, Any]:
+    """Values of the program's names for the tests; standard-library objects are imported here.
+
+    A name of `entry`, the tested functions, is always the program's own object. Another object is
+    imported only by its own name, so the program cannot choose a function to run with the tests.
+    """
     values: dict[str, Any] = {}
-    for name, (kind, what) in (peer.request("names", names) or {}).items():
+    for name, (kind, what) in (peer.request("names", names, sorted(entry)) or {}).items():
         if kind == "value":
             values[name] = peer.decode(what)
-        elif str(what).partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
-            module, _, own = str(what).partition(":")
-            values[name] = importlib.import_module(module)
-            if kind == "library":
-                values[name] = getattr(values[name], own)
+            continue
+        module, _, own = str(what).partition(":")
+        if name in entry or module.partition(".")[0] not in sys.stdlib_module_names or own not in ("", name):
+            continue
+        found = importlib.import_module(module)
+        values[name] = getattr(found, own) if own else found
     return values

@@ -5,17 +5,27 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import importlib
 import io
 import json
 import os
 import sys
 import types
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from effopd.tasks.code.guest.peers import Peer, fetched
 from effopd.tasks.code.guest.values import Channel, NotPlain, decode, encode
 
+#: Modules that the sites of starter code (`def f(self, a: List[int])`) import for every program.
+_IMPORTED = (
+    "bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "json", "math", "operator",
+    "random", "re", "statistics", "string", "sys", "typing",
+)  # fmt: skip
+#: Name of a script; there is no such file.
+_FILE = "solution.py"
 #: Exit statuses: an exception that nobody caught, and `MemoryError`.
 FAILED, NO_MEMORY = 1, 77
 
@@ -30,7 +40,8 @@ def run_program(job: dict[str, Any]) -> int:
 
 def run_call(job: dict[str, Any], result: int) -> int:
     """Run the program, call its function with plain arguments, and write the plain result."""
-    space = _namespace(job["program"], [], name="solution", before=job.get("before", ""))
+    given = {name: value for name, value in imported_names().items() if name != job["function"]}
+    space = _namespace(job["program"], [], name="solution", before=job.get("before", ""), given=given)
     function = _entry(space, job["function"])
     value = function(*[decode(argument) for argument in job["arguments"]])
     if isinstance(value, types.GeneratorType):
@@ -91,7 +102,7 @@ def _tested(job: dict[str, Any], peer: Peer) -> None:
     loaded, bound = _names(tree)
     unknown = (loaded - bound - space.keys() - set(dir(builtins))) | (entry & loaded)
     modules = {name for name in unknown - entry if name in sys.stdlib_module_names}
-    space |= {name: __import__(name) for name in modules} | fetched(peer, sorted(unknown - modules))
+    space |= {name: __import__(name) for name in modules} | fetched(peer, sorted(unknown - modules), entry)
     exec(compile(tree, "<tests>", "exec", dont_inherit=True), space)
 
 
@@ -111,11 +122,33 @@ def _names(tree: ast.AST) -> tuple[set[str], set[str]]:
     return loaded, bound
 
 
-def _namespace(program: str, arguments: list[str], *, name: str = "__main__", before: str = "") -> dict[str, Any]:
-    """Namespace of a program after it ran; `before` runs first in the same namespace."""
+@cache
+def imported_names() -> dict[str, Any]:
+    """The modules `_IMPORTED` and their public names, except for names of built-ins."""
+    modules = {name: importlib.import_module(name) for name in _IMPORTED}
+    names: dict[str, Any] = {}
+    for module in modules.values():
+        public = getattr(module, "__all__", ())
+        names |= {name: getattr(module, name) for name in public if not hasattr(builtins, name)}
+    return names | modules
+
+
+def _namespace(
+    program: str,
+    arguments: list[str],
+    *,
+    name: str = "__main__",
+    before: str = "",
+    given: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Namespace of a program after it ran; `before` runs first in the same namespace.
+
+    `given` are names that the program finds there.
+    """
     module = types.ModuleType(name)
+    vars(module).update(given or {}, __file__=_FILE)
     sys.modules[name] = module
-    sys.argv = ["solution.py", *arguments]
+    sys.argv = [_FILE, *arguments]
     sources = [("<prompt>", before), ("<program>", program)]
     codes = [compile(source, file, "exec", dont_inherit=True) for file, source in sources if source]
     for code in codes:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import array
 import atexit
+import builtins
 import contextlib
 import fcntl
 import gc
+import importlib
 import json
 import os
 import resource
@@ -28,10 +30,7 @@ from typing import Any
 from effopd.tasks.code.guest import programs
 
 #: Modules that programs often import; imported once, before the forks.
-_COMMON = (
-    "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
-    "math", "operator", "random", "re", "statistics", "string", "typing",
-)  # fmt: skip
+_COMMON = ("cmath", "decimal", "fractions")
 #: Folder that programs can write to.
 _WRITABLE = "/tmp"
 #: Limit → resource; the values are soft limits, and hard ones too except for the CPU time.
@@ -41,6 +40,8 @@ _RESOURCES = {
     "open_files": resource.RLIMIT_NOFILE,
     "processes": resource.RLIMIT_NPROC,
 }
+#: Most entries of the writable folder, and milliseconds between looks at them.
+_MOST_FILES, _FILES_INTERVAL = 4096, 50
 _PR_SET_DUMPABLE = 4
 #: Descriptors: those of forked processes are moved from `_MOVED`, and `_ALL` is above all of them.
 _MOVED, _CONTROL, _ALL = 100, 200, 1024
@@ -50,6 +51,8 @@ def main(control_fd: int) -> None:
     """Serve requests; in a forked process, run its part and leave the interpreter normally."""
     for name in _COMMON:
         __import__(name)
+    programs.imported_names()
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # the module `site`, which has them, is not loaded
     _hide()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process ignores signals without a handler
     control = socket.socket(fileno=fcntl.fcntl(control_fd, fcntl.F_DUPFD_CLOEXEC, _CONTROL))
@@ -74,6 +77,10 @@ def _serve(control: socket.socket) -> Callable[[], int] | None:
         if message == b"stop":  # of a case that had just ended by itself
             continue
         request = json.loads(message)
+        if request["mode"] == "import":
+            _import(request["packages"])
+            control.send(b"imported")
+            continue
         run = _start(request, descriptors, control)
         if callable(run):
             return run
@@ -84,6 +91,16 @@ def _serve(control: socket.socket) -> Callable[[], int] | None:
             control.send(json.dumps(outcome).encode())
         if outcome is None or _limits() != limits_at_start or not _clean():
             return None  # the end of the first process ends all others; the grader starts a new sandbox
+        control.send(b"emptied")
+
+
+def _import(packages: list[str]) -> None:
+    """Import packages, so that forked processes need not; a broken one fails where it is used."""
+    for name in packages:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -185,14 +202,17 @@ def _wait(children: list[int], control: socket.socket) -> dict[str, Any] | None:
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(control, select.POLLIN)
-    stopped = False
-    if all(fd != ended for fd, _ in poll.poll()):
+    stopped = files = False
+    while not (ready := [fd for fd, _ in poll.poll(_FILES_INTERVAL)]):
+        if files := _entries() > _MOST_FILES:
+            break
+    os.close(ended)
+    if ready and ended not in ready:
         stopped = True
         if not control.recv(64):
             return None
-    os.close(ended)
     statuses: dict[int, tuple[int, float]] = {}
-    if not stopped:
+    if not stopped and not files:
         _reap(children[-1], statuses)
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
@@ -203,7 +223,7 @@ def _wait(children: list[int], control: socket.socket) -> dict[str, Any] | None:
         pass
     codes = [statuses.get(child, (0, 0.0)) for child in children]
     return {
-        "stopped": stopped,
+        "files": files,
         "status": [os.waitstatus_to_exitcode(code) for code, _ in codes],
         "cpu": max(cpu for _, cpu in codes),
     }
@@ -212,6 +232,12 @@ def _wait(children: list[int], control: socket.socket) -> dict[str, Any] | None:
 def _reap(which: int, statuses: dict[int, tuple[int, float]]) -> None:
     pid, code, usage = os.wait4(which, 0)
     statuses[pid] = (code, usage.ru_utime + usage.ru_stime)
+
+
+def _entries() -> int:
+    """Files, folders and links in the writable folder: its size does not limit their number."""
+    status = os.statvfs(_WRITABLE)
+    return status.f_files - status.f_ffree
 
 
 def _clean() -> bool:
@@ -223,6 +249,7 @@ def _clean() -> bool:
                 shutil.rmtree(entry, onerror=_permit)
             else:
                 entry.unlink()
+        os.utime(_WRITABLE, (0, 0))
         return not any(Path(_WRITABLE).iterdir())
     except (OSError, RecursionError, ValueError):
         return False

@@ -28,7 +28,11 @@ _TEXT: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "complex": (complex, lambda v: [v.real, v.imag], lambda v: complex(*v)),
     "range": (range, lambda v: [hex(v.start), hex(v.stop), hex(v.step)], lambda v: range(*(int(n, 16) for n in v))),
     "Decimal": (Decimal, str, Decimal),
-    "Fraction": (Fraction, str, Fraction),
+    "Fraction": (
+        Fraction,
+        lambda v: [hex(n) for n in v.as_integer_ratio()],
+        lambda v: Fraction(*(int(n, 16) for n in v)),
+    ),
     "datetime": (datetime.datetime, lambda v: v.isoformat(), datetime.datetime.fromisoformat),
     "date": (datetime.date, lambda v: v.isoformat(), datetime.date.fromisoformat),
     "time": (datetime.time, lambda v: v.isoformat(), datetime.time.fromisoformat),
