@@ -158,14 +158,14 @@ def api_page() -> str:
 
 
 def folded(markdown: str) -> str:
-    """The page with every long table in a `<details>` element that names its columns."""
+    """The page with every long table in a `<details>` element that names its first columns."""
 
     def fold(match: re.Match[str]) -> str:
         head, *rows = match.group().splitlines()
         if len(rows) - 1 <= LONGEST_OPEN_TABLE:
             return match.group()
-        columns = ", ".join(cell.strip().strip("`*") for cell in head.strip("|").split("|") if cell.strip())
-        title = f"{len(rows) - 1} rows: {columns}"
+        columns = [cell.strip().strip("`*") for cell in head.strip("|").split("|") if cell.strip()]
+        title = f"{len(rows) - 1} rows: {', '.join(columns[:4])}{', …' * (len(columns) > 4)}"
         return f'<details class="table" markdown="1">\n<summary>{title}</summary>\n\n{match.group()}\n</details>\n'
 
     return re.sub(r"(?:^\|.*\|$\n)+", fold, markdown, flags=re.MULTILINE)
