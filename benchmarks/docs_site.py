@@ -36,7 +36,9 @@ SETTINGS = {
     "dGRPO (`effopd rl --algorithm dgrpo`)": "effopd.distill.rl_config:TaskDGRPOConfig",
     "Stored answers (`effopd cache`)": "effopd.commands.cache:CacheArguments",
     "Evaluation (`effopd eval`)": "effopd.commands.evaluate:EvalArguments",
+    "Sampling (`effopd eval`, `effopd intervene`)": "effopd.tasks.sampling:Sampling",
     "Interventions (`effopd intervene`)": "effopd.commands.intervene_parser:InterveneArguments",
+    "Points of an intervention (`effopd intervene`)": "effopd.interventions.options:InterventionOptions",
     "The demo (`effopd quickstart`)": "effopd.commands.quickstart_settings:QuickstartArguments",
 }
 #: Module whose docstring has the YAML keys of a plan.

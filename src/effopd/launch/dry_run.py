@@ -100,7 +100,7 @@ def _run_rows(
     opd, task, effopd = settings.opd, settings.task, settings.effopd
     yield (
         "student",
-        f"{settings.model.model_name_or_path}  {size_text(settings.model.model_name_or_path, opd)}",
+        f"{settings.model.model_name_or_path}  {size_text(str(settings.model.model_name_or_path), opd)}",
     )
     for flag, name in frozen_models(opd).items():
         role = flag.removeprefix("--").removesuffix("_model_name_or_path").replace("teachers ", "teacher ")
@@ -226,7 +226,7 @@ def _gb(value: int) -> str:
     return f"{value / 1e9:,.3g}" if value < 1e12 else f"{value / 1e9:,.0f}"
 
 
-def size_text(name: str | None, args: Any) -> str:
+def size_text(name: str, args: Any) -> str:
     """Number of parameters of a model and its source, in words."""
     size = model_size(name, trust_remote_code=args.trust_remote_code)
     if size is None:
