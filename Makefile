@@ -2,7 +2,7 @@
 # make real-model  SmolLM2-135M: a teacher, plain OPD and newton_search on 2 cores: runs/compare-smollm2/
 # make test  the whole test suite, on WORKERS=2 cores
 # make test-fast  the inner loop: without the tests marked slow
-# make lint  ruff, mypy and the spelling of pages and code
+# make lint  ruff, mypy, spelling of pages and code, links between pages
 # make docs  the documentation site, with warnings as errors: site/
 # Each sets up .venv by itself from constraints.txt (Python 3.11 or newer, pip, make).
 
@@ -45,6 +45,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+	$(BIN)/python benchmarks/check_links.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -24,9 +24,9 @@ from typing import Any
 
 from rich.console import Console
 
-from effopd.commands import quickstart
+from effopd.commands import quickstart_results
 from effopd.commands.main import main as effopd
-from effopd.commands.quickstart import ARMS, QuickstartArguments, conclude
+from effopd.commands.quickstart_settings import AHEAD, ARMS, QuickstartArguments
 from effopd.common.files import append_row
 from effopd.common.statistics import accuracy_interval
 from effopd.compare.grid_run import from_row
@@ -55,7 +55,7 @@ def main() -> None:
         if arguments.grid is not None:
             of_grid(json.loads(arguments.grid.read_text()), demo, root)
         elif (root / "summary.json").exists():
-            conclude(root, demo, Console(soft_wrap=True))  # redraw from the rows
+            quickstart_results.conclude(root, demo, Console(soft_wrap=True))  # redraw from the rows
         else:
             effopd(["quickstart", "--seed", str(seed), "--family", arguments.family, "--output_dir", str(root),
                     "--max_steps", str(arguments.max_steps), "--cost_clock", arguments.cost_clock])  # fmt: skip
@@ -81,13 +81,16 @@ def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> N
             append_row(root / arm / EVALS, between.to_row())
         for step, scale in row["accepted"]:
             append_row(root / arm / SEARCHES, SearchRecord(step, accepted_scale=scale).to_row())
-    summary = quickstart.summarize(root, demo) | {"versions": results["versions"], "cost_clock": settings["clock"]}
+    summary = quickstart_results.summarize(root, demo) | {
+        "versions": results["versions"],
+        "cost_clock": settings["clock"],
+    }
     summary["runs_of"] = "docs/results.json"
-    for arm in quickstart.AHEAD:  # results.json has no costs of single searches
+    for arm in AHEAD:  # results.json has no costs of single searches
         for name in ("search_seconds", "search_generated_tokens"):
             del summary[arm][name]
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    quickstart._figure(root, summary)
+    quickstart_results.draw_figure(root, summary)
 
 
 def table(summaries: dict[int, dict]) -> str:

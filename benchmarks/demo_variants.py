@@ -16,7 +16,8 @@ from pathlib import Path
 
 from transformers import PrinterCallback
 
-from effopd.commands.quickstart import QuickstartArguments, quiet, settings
+from effopd.commands.quickstart import quiet
+from effopd.commands.quickstart_settings import QuickstartArguments, settings
 from effopd.compare.time_to_target import Cost, final_target, first_reach, speedup_by_gap
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.launch.opd import build_trainer

@@ -2,10 +2,11 @@
 
     index.md, changelog.md        README.md and CHANGELOG.md
     reference/commands/NAME.md    the text of `effopd NAME --help`
-    reference/settings.md         own fields of the configuration dataclasses
+    reference/settings.md         own fields of the configuration dataclasses, plan of `compare`
     reference/api.md              docstrings of the names in `effopd.__all__`
 
-Links to files outside docs/ become plain text. `make docs` builds the site.
+Links to files outside docs/ become plain text. Long tables of measurements are folded. `make docs`
+builds the site.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import io
 import os
 import posixpath
@@ -31,10 +33,24 @@ SETTINGS = {
     "The look-ahead (`--effopd.FIELD`)": "effopd.extrapolate.config:EffOPDConfig",
     "Tasks": "effopd.tasks.config:TaskConfig",
     "Reinforcement learning (`effopd rl`)": "effopd.distill.rl_config:RLArguments",
-    "DGRPO (`effopd rl --algorithm dgrpo`)": "effopd.distill.rl_config:TaskDGRPOConfig",
+    "dGRPO (`effopd rl --algorithm dgrpo`)": "effopd.distill.rl_config:TaskDGRPOConfig",
+    "Stored answers (`effopd cache`)": "effopd.commands.cache:CacheArguments",
+    "Evaluation (`effopd eval`)": "effopd.commands.evaluate:EvalArguments",
+    "Sampling (`effopd eval`, `effopd intervene`)": "effopd.tasks.sampling:Sampling",
+    "Interventions (`effopd intervene`)": "effopd.commands.intervene_parser:InterveneArguments",
+    "Points of an intervention (`effopd intervene`)": "effopd.interventions.options:InterventionOptions",
+    "The demo (`effopd quickstart`)": "effopd.commands.quickstart_settings:QuickstartArguments",
 }
+#: Module whose docstring has the YAML keys of a plan.
+PLAN = "effopd.compare.grid"
 #: Columns of the help texts on the site.
 WIDTH = 100
+#: Tables with more rows are folded, except on the pages that are looked up row by row.
+LONGEST_OPEN_TABLE = 12
+NEVER_FOLDED = (
+    "index.md", "guide.md", "paper_index.md", "run_files.md", "code_tasks.md", "cluster.md", "hosts.md", "teachers.md",
+    "howto/", "tutorials/", "concepts/", "reference/", "log",
+)  # fmt: skip
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -47,8 +63,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Replace links to files outside docs/ by their text (mkdocs event)."""
-    return inside(markdown, page.file.src_uri, {file.src_uri for file in files})
+    """Replace links to files outside docs/ by their text, and fold tables (mkdocs event)."""
+    name = page.file.src_uri
+    text = inside(markdown, name, {file.src_uri for file in files})
+    return text if name.startswith(NEVER_FOLDED) else folded(text)
 
 
 def generated() -> dict[str, str]:
@@ -100,6 +118,7 @@ def settings_page() -> str:
         parts.append(
             f"## {title}\n\n`{module}.{name}`\n\n| field | default | description |\n|---|---|---|\n" + "\n".join(rows)
         )
+    parts.append(f"## Plan of a comparison (`effopd compare FILE`)\n\n{inspect.getdoc(importlib.import_module(PLAN))}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,6 +157,20 @@ def api_page() -> str:
         "# Python API\n\nAll names are imported from the package: `from effopd import OPDTrainer`. "
         "`effopd.__version__` is the version.\n\n" + "\n\n".join(entries) + "\n"
     )
+
+
+def folded(markdown: str) -> str:
+    """The page with every long table in a `<details>` element that names its first columns."""
+
+    def fold(match: re.Match[str]) -> str:
+        head, *rows = match.group().splitlines()
+        if len(rows) - 1 <= LONGEST_OPEN_TABLE:
+            return match.group()
+        columns = [cell.strip().strip("`*") for cell in head.strip("|").split("|") if cell.strip()]
+        title = f"{len(rows) - 1} rows: {', '.join(columns[:4])}{', …' * (len(columns) > 4)}"
+        return f'<details class="table" markdown="1">\n<summary>{title}</summary>\n\n{match.group()}\n</details>\n'
+
+    return re.sub(r"(?:^\|.*\|$\n)+", fold, markdown, flags=re.MULTILINE)
 
 
 def inside(markdown: str, page: str, known: set[str]) -> str:

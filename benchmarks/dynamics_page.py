@@ -160,8 +160,8 @@ def swap(table: pd.DataFrame, run: str, unit: str, side: str) -> float:
     return gain_share(table, accuracy_of(table, "swap", run, unit=unit, side=side), run)
 
 
-def window(table: pd.DataFrame, run: str, module: str, centres: list[int]) -> float:
-    shares = [gain_share(table, accuracy_of(table, "window", run, module=module, centre=c), run) for c in centres]
+def window(table: pd.DataFrame, run: str, module: str, centers: list[int]) -> float:
+    shares = [gain_share(table, accuracy_of(table, "window", run, module=module, center=c), run) for c in centers]
     return sum(shares) / len(shares)
 
 

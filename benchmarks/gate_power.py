@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from transformers import PrinterCallback
 
-from effopd.commands.quickstart import QuickstartArguments, quiet, settings
+from effopd.commands.quickstart import quiet
+from effopd.commands.quickstart_settings import QuickstartArguments, settings
 from effopd.common.files import write_atomically
 from effopd.common.statistics import accuracy_interval
 from effopd.common.versions import versions

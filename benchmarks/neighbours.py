@@ -32,7 +32,7 @@ from effopd.compare.grid_run import Arm, GridRun, read_run, to_row
 from effopd.compare.paired import SeedMedian
 from effopd.compare.runner import DONE, is_done
 from effopd.report.compare_lookup import table, times
-from effopd.report.style import quiet_style, save
+from effopd.report.style import MUTED, group_colors, quiet_style, save
 
 PLACE = DOCS / "neighbours"
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare-neighbours.yaml"
@@ -44,6 +44,8 @@ STORED = 512
 TARGETS = (0.25, 0.1)
 #: Figure: ticks, and the place of a method that never reaches the target.
 TICKS, NEVER = (0.25, 0.5, 1, 2, 4), 0.125
+#: Figure: colors without and with the look-ahead.
+COLORS = group_colors(("plain", "newton_search"))
 #: Suffix of an arm with the look-ahead; plain OPD with it has a name of its own.
 NEWTON = "+newton"
 AXES = ("seconds", "generated_tokens", "teacher_tokens", "student_backward_tokens")
@@ -210,7 +212,8 @@ class Page:
 
     def _bars(self, panel: Any, task: str, axis: str) -> None:
         names = [method.name for method in METHODS]
-        for offset, (label, color) in enumerate((("without look-ahead", "#6b7280"), ("newton_search", "#009e73"))):
+        labels = ("without look-ahead", COLORS["plain"]), ("newton_search", COLORS["newton_search"])
+        for offset, (label, color) in enumerate(labels):
             for place, method in enumerate(METHODS):
                 found = self.speedup(task, _pair(method.arm)[offset], axis, TARGETS[-1])
                 if found is None or not found.n:
@@ -222,7 +225,7 @@ class Page:
                     linestyle="none",
                 )  # fmt: skip
                 label = "_"
-        panel.axvline(1, color="#9ca3af", linewidth=1)
+        panel.axvline(1, color=MUTED, linewidth=1)
         panel.set(xscale="log", xlabel=f"speed-up in {axis_name(axis)}", yticks=range(len(names)), yticklabels=names)
         panel.set(ylim=(len(names) - 0.5, -0.5), xlim=(NEVER / 1.2, TICKS[-1] * 1.2))
         panel.set_xticks((NEVER, *TICKS), ["never", *(f"{tick:g}×" for tick in TICKS)])

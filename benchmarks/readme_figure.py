@@ -12,7 +12,7 @@ import numpy as np
 from effopd.common.optional import require
 from effopd.compare.time_to_target import smooth
 from effopd.report.compare_lookup import Lookup
-from effopd.report.style import quiet_style, save
+from effopd.report.style import looks, quiet_style, save
 
 NOTE = (
     "Median over five seeds, shaded: lowest to highest; trailing median of three evaluations. "
@@ -30,17 +30,14 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         for axis, task in zip(axes, look.tasks, strict=True):
             best = look.best(task)
             arms = {
-                f"plain OPD, {look.reference:.0e}": (look.baseline, look.reference, "#9aa3b2", "-"),
-                f"plain OPD, best of {len(results['swept'][task])} rates ({best:.0e})": (
-                    look.baseline,
-                    best,
-                    "#22262e",
-                    "--",
-                ),
-                f"EffOPD (the paper), {look.reference:.0e}": ("effopd", look.reference, "#d1495b", "-"),
-                f"line_search (ours), {look.reference:.0e}": ("line_search", look.reference, "#0072b2", "-"),
+                f"plain OPD, {look.reference:.0e}": (look.baseline, look.reference, "-"),
+                f"plain OPD, best of {len(results['swept'][task])} rates ({best:.0e})": (look.baseline, best, "--"),
+                f"EffOPD (the paper), {look.reference:.0e}": ("effopd", look.reference, "-"),
+                f"line_search (ours), {look.reference:.0e}": ("line_search", look.reference, "-"),
             }
-            for label, (strategy, rate, color, line) in arms.items():
+            styles = looks({label: strategy for label, (strategy, _, _) in arms.items()})
+            for label, (strategy, rate, line) in arms.items():
+                color = styles[label].light
                 x, median, low, high = band([run["curve"] for run in look.runs(task, (strategy, rate))])
                 axis.plot(x, median, line, color=color, label=label, linewidth=1.8)
                 axis.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)

@@ -5,7 +5,8 @@
     .venv/bin/python benchmarks/readme_results.py            # rewrite the tables
     .venv/bin/python benchmarks/readme_results.py --figure   # redraw docs/readme.png too
 
-The pages are README.md, docs/findings.md, docs/rivals.md, docs/batch_size.md and docs/tutorials/quickstart.md.
+The pages are README.md and, in docs/, findings.md, rivals.md, gate.md, batch_size.md and
+tutorials/quickstart.md.
 Only the blocks between markers are generated (`pages.py`); the rest is written by hand.
 """
 
@@ -25,7 +26,7 @@ from pages import DOCS, rewrite
 from readme_figure import draw
 from rich.console import Console
 
-from effopd.commands import quickstart
+from effopd.commands import quickstart_results
 from effopd.compare.axes import axis_name
 from effopd.compare.cross_targets import own_rate, runs_of
 from effopd.report.compare_envelope import TABLE_SHARES, at, curves
@@ -122,7 +123,6 @@ def findings(docs: Mapping[str, Any]) -> dict[str, str]:
         "any rate": any_rate(f),
         "off again": off_again(f),
         "final quality": final_quality(f, docs["final_quality"]),
-        "gate": gate(docs),
         "small batch": small_batch(docs),
         "figure target": figure_targets(f),
         "envelope": envelope(f),
@@ -303,8 +303,8 @@ def envelope(f: Figures) -> str:
 def demo(summary: dict[str, Any]) -> str:
     """Output of `effopd quickstart`, without the final paths."""
     console = Console(soft_wrap=True, width=80, file=io.StringIO(), force_terminal=False)
-    console.print(quickstart._table(summary))
-    console.print(quickstart._verdict(summary))
+    console.print(quickstart_results.table_of(summary))
+    console.print(quickstart_results.speedup_text(summary))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     return "```\n" + "\n".join(lines).strip("\n") + "\n```"
 
@@ -333,6 +333,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
         DOCS.parent / "README.md": {"results": readme_table(docs), "rivals": rivals.readme_table(docs["rivals"])},
         DOCS / "findings.md": findings(docs),
         DOCS / "rivals.md": rivals.blocks(docs["rivals"]),
+        DOCS / "gate.md": {"gate": gate(docs)},
         DOCS / "batch_size.md": {"settings": settings_table(*grids), "speed": speed_table(*grids)},
         DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},
     }

@@ -27,14 +27,13 @@ from effopd.compare.envelope import SHARES, Envelope
 from effopd.compare.grid_run import AXES, Arm, GridRun
 from effopd.compare.time_to_target import smooth
 from effopd.report.compare_lookup import AXIS_NAMES, table, times
-from effopd.report.style import quiet_style, save
+from effopd.report.style import group_colors, quiet_style, save
 
 PLACE = DOCS / "real_model"
 STEPS = (6, 12, 18, 24)
 #: Runs without look-ahead; the best-tuned of their arms is the opponent. A plan can name others.
 BASELINES = ("plain", "plain-beta2", "plain-cosine", "topd")
-#: Figure: color of a strategy, dash of a learning rate by its order.
-COLORS = {"plain": "#6b7280", "line_search": "#0072b2", "newton_search": "#009e73", "effopd": "#d55e00"}
+#: Figure: dash of a learning rate by its order.
 DASHES = ("-", "--", "-.", ":", (0, (1, 3)))
 
 
@@ -144,9 +143,10 @@ class Page:
         kl = [smooth([e.kl / run.evaluations[0].kl for e in run.evaluations]) for run in runs]
         length = min(map(len, kl))
         rates = [rate for strategy, rate in self.arms if strategy == arm[0]]
+        colors = group_colors(dict.fromkeys(name for name, _ in self.arms))
         axis.plot(
             np.median([row[:length] for row in x], axis=0), np.median([row[:length] for row in kl], axis=0),
-            color=COLORS.get(arm[0], "#cc79a7"), linestyle=DASHES[rates.index(arm[1]) % len(DASHES)],
+            color=colors[arm[0]], linestyle=DASHES[rates.index(arm[1]) % len(DASHES)],
             linewidth=1.5, label=f"{arm[0]} {arm[1]:.0e}",
         )  # fmt: skip
 

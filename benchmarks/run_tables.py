@@ -1,4 +1,4 @@
-"""Tables of fields at the end of docs/reading-a-run.md, generated from the records.
+"""Tables of fields in docs/run_files.md, generated from the records.
 
     python benchmarks/run_tables.py
 
@@ -26,7 +26,7 @@ from effopd.runs.records import (
     TrialRecord,
 )
 
-PAGE = Path(__file__).parents[1] / "docs" / "reading-a-run.md"
+PAGE = Path(__file__).parents[1] / "docs" / "run_files.md"
 MARK = "<!-- From here on written by benchmarks/run_tables.py, from src/effopd/runs/records.py. -->\n"
 SECTIONS: dict[str, type[Record]] = {
     f"`{METRICS}`": StepRecord,
@@ -52,7 +52,7 @@ def table(record: type[Record]) -> str:
 def tables() -> str:
     """All sections as Markdown."""
     parts = [
-        f"### {title}\n\n{' '.join((inspect.getdoc(record) or '').split())}\n\n{table(record)}\n"
+        f"## {title}\n\n{' '.join((inspect.getdoc(record) or '').split())}\n\n{table(record)}\n"
         for title, record in SECTIONS.items()
     ]
     return "\n".join(parts)

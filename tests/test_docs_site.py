@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 import subprocess
@@ -24,6 +26,17 @@ def test_links_out_of_the_site_become_text():
     )
 
 
+def test_long_tables_fold_and_short_ones_do_not():
+    def table(rows):
+        return "| task | `KL` |\n|---|---|\n" + "| a | 1 |\n" * rows
+
+    short, long = table(docs_site.LONGEST_OPEN_TABLE), table(docs_site.LONGEST_OPEN_TABLE + 1)
+    assert docs_site.folded(f"# Page\n\n{short}\nText\n") == f"# Page\n\n{short}\nText\n"
+    page = docs_site.folded(f"# Page\n\n{long}\nText\n")
+    assert "<summary>13 rows: task, KL</summary>" in page and page.count("<details") == page.count("</details>") == 1
+    assert long in page
+
+
 def test_the_front_page_links_within_the_site():
     assert docs_site.from_root('[g](docs/guide.md#x) <img src="docs/a.png">') == '[g](guide.md#x) <img src="a.png">'
 
@@ -32,6 +45,22 @@ def test_settings_are_the_fields_that_the_package_adds():
     page = docs_site.settings_page()
     assert "| `rollout_horizon` |" in page and "| `score_rollouts` | `None` |" in page
     assert "| `warmup_steps` |" not in page  # of transformers
+    assert "reference_learning_rate: 3.0e-5" in page  # a plan of `effopd compare`
+    for path in (DOCS.parent / "src").rglob("*.py"):
+        for name in fields_with_help(path):
+            assert f"| `{name}` |" in page or f"{name} (" in page, f"{name} of {path.name}"
+
+
+def fields_with_help(path: Path) -> list[str]:
+    """Names of the dataclass fields in a file that have a help text."""
+    assigned = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.AnnAssign)]
+    return [
+        node.target.id
+        for node in assigned
+        if isinstance(node.value, ast.Call)
+        and isinstance(node.target, ast.Name)
+        and any(word.arg == "metadata" for word in node.value.keywords)
+    ]
 
 
 def test_every_public_name_has_an_entry():
@@ -53,14 +82,26 @@ def test_the_navigation_has_every_command():
     assert set(re.findall(r"reference/commands/(\w+)\.md", navigation)) == set(COMMANDS)
 
 
+#: Prints the help of every command, each as its own call in a terminal does.
+HELPED = """
+import contextlib, io, json
+from effopd.commands.main import COMMANDS, main
+texts = {}
+for name in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    texts[name] = out.getvalue()
+print(json.dumps(texts))
+"""
+
+
 @pytest.mark.slow
-def test_the_page_of_a_command_is_its_help():
+def test_the_page_of_every_command_is_its_help():
     environment = {**os.environ, "COLUMNS": str(docs_site.WIDTH)}
     helped = subprocess.run(
-        [sys.executable, "-m", "effopd", "analyze", "--help"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
+        [sys.executable, "-c", HELPED], capture_output=True, text=True, env=environment, check=True
     )
-    assert f"```text\n{helped.stdout.rstrip()}\n```" in docs_site.command_page("analyze")
+    texts = json.loads(helped.stdout)
+    assert set(texts) == set(COMMANDS)
+    for name, text in texts.items():
+        assert f"effopd {name}" in text and f"```text\n{text.rstrip()}\n```" in docs_site.command_page(name), name

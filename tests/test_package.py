@@ -74,7 +74,7 @@ def test_metadata_asks_for_no_compiler_and_names_the_extras(wheel):
 
 
 @pytest.mark.slow
-def test_wheel_holds_code_assets_and_licence(wheel):
+def test_wheel_holds_code_assets_and_license(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "effopd/py.typed",

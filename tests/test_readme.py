@@ -5,10 +5,10 @@ tree is that on disk.
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import architecture_tree
+import check_links
 import first_step
 import pages
 import pytest
@@ -156,28 +156,13 @@ def test_the_tree_of_the_architecture_page_is_the_tree_on_disk():
     assert pages.with_blocks(text, architecture_tree.blocks()) == text, "run benchmarks/architecture_tree.py --write"
 
 
-def markdown_pages() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    found = [ROOT / name for name in listed] or [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    return [path for path in found if path.exists() and path.name != "model_card.md"]
+@pytest.mark.parametrize("page", check_links.markdown_pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_resolve_and_figures_are_described(page):
+    assert not check_links.broken_links(page) and not check_links.nameless_figures(page)
 
 
-def anchors(page: str) -> set[str]:
-    """The anchors that GitHub gives the headings of a page."""
-    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
-    titles = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", title).lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", markdown_pages(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_relative_links_resolve(page):
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+:", link):
-            continue
-        path, _, anchor = link.partition("#")
-        target = page.parent / path if path else page
-        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
-            broken.append(link)
-    assert not broken
+def test_broken_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title\n[a](#a-title) [b](#b) [c](gone.md) [d](https://example.org) ![figure](x.png)")
+    assert check_links.broken_links(page) == ["#b", "gone.md", "x.png"]
+    assert check_links.nameless_figures(page) == ["x.png"]

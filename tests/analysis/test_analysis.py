@@ -296,7 +296,7 @@ def test_directions_without_a_proof_are_undefined():
         assert [math.isnan(v) for v in values[f"{side}_cosine"]] == [True, True, False]
 
 
-def test_updates_of_single_entries_and_repeated_values_are_analysed(tmp_path):
+def test_updates_of_single_entries_and_repeated_values_are_analyzed(tmp_path):
     """Tables, summary and figures with undefined directions."""
     base = save_base(tmp_path / "base")
     for i, step in enumerate((1, 2, 4)):

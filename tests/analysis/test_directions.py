@@ -111,8 +111,8 @@ def test_null_is_high_by_construction_and_deterministic():
 
 def test_tsne_keeps_groups_apart_and_is_deterministic():
     rng = np.random.default_rng(0)
-    centres = np.repeat(np.eye(50)[:2], 10, axis=0)
-    points = torch.from_numpy(centres + 0.01 * rng.standard_normal((20, 50)))
+    centers = np.repeat(np.eye(50)[:2], 10, axis=0)
+    points = torch.from_numpy(centers + 0.01 * rng.standard_normal((20, 50)))
     picture = tsne(points)
     assert picture.shape == (20, 2) and picture.dtype == torch.float64
     assert torch.equal(picture, tsne(points))

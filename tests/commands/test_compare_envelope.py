@@ -10,7 +10,7 @@ import yaml
 from helpers.grid_runs import LR, planted_run
 
 from effopd.commands.compare import run_compare
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Roles
 from effopd.errors import ConfigError
 from effopd.report import compare_figures
@@ -27,7 +27,7 @@ def grid(tmp_path, monkeypatch):
         for seed in range(2)
         for name, speed in (("plain", 1.0), ("topd", 3.0), ("ours", 4.0))
     ]
-    results = analyse(runs, Roles("plain", LR, headline=("ours",)))
+    results = analyze_runs(runs, Roles("plain", LR, headline=("ours",)))
     results["settings"] |= {"base": {}, "strategies": {"plain": {}, "topd": {"rollout_horizon": "topd"}, "ours": {}}}
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))

@@ -10,7 +10,8 @@ import torch
 
 from effopd.commands import quickstart
 from effopd.commands.main import main
-from effopd.commands.quickstart import ARMS, QuickstartArguments, summarize
+from effopd.commands.quickstart_results import summarize
+from effopd.commands.quickstart_settings import ARMS, QuickstartArguments
 from effopd.common.files import append_row, read_rows
 
 

@@ -14,7 +14,7 @@ from helpers.grid_runs import LR
 from helpers.grid_runs import planted_run as run
 
 from effopd.compare.cross_targets import across, own_rate, runs_of
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Roles
 from effopd.errors import ConfigError
 
@@ -92,4 +92,4 @@ def test_the_reference_rows_are_those_of_the_grids_own_analysis():
 
 def test_round_trip():
     runs = [run(seed=0), run("ours", seed=0)]
-    assert [r.arm for r in runs_of(analyse(runs, Roles("plain", LR)))] == [r.arm for r in runs]
+    assert [r.arm for r in runs_of(analyze_runs(runs, Roles("plain", LR)))] == [r.arm for r in runs]

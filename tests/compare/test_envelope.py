@@ -11,7 +11,7 @@ from helpers.grid_runs import planted_run as run
 from effopd.compare.envelope import SHARES, Envelope, Tuning
 from effopd.compare.envelope_rows import envelopes
 from effopd.compare.prices import KINDS, PriceList
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Roles
 from effopd.errors import ConfigError
 
@@ -85,7 +85,7 @@ def test_an_unknown_cost_is_no_pair_and_no_opponent():
 
 def test_a_joined_grid_competes_under_its_label_at_the_seeds_of_both():
     def results(runs):
-        return analyse(runs, Roles("plain", LR, headline=("ours",)))
+        return analyze_runs(runs, Roles("plain", LR, headline=("ours",)))
 
     pairs = (("plain", 1.0), ("ours", 2.0))
     here = results([run(name, LR, seed, speed, noise=0.0) for seed in SEEDS for name, speed in pairs])

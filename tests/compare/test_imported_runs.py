@@ -24,7 +24,7 @@ from effopd.compare.imported_runs import (
     scaled,
     sources,
 )
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Roles
 from effopd.errors import ConfigError
 from effopd.report.compare_page import render
@@ -50,12 +50,12 @@ def grid(**settings):
     ]
 
 
-def analysed(runs):
-    return analyse(runs, Roles("plain", LR))
+def analyzed(runs):
+    return analyze_runs(runs, Roles("plain", LR))
 
 
 def results_json(path: Path, runs, the_plan: Grid, **settings) -> Path:
-    found = analysed(runs)
+    found = analyzed(runs)
     found["settings"] |= {"base": the_plan.base, "strategies": the_plan.strategies} | settings
     path.write_text(json.dumps(found))
     return path
@@ -79,10 +79,10 @@ def test_a_slower_machine_changes_no_speedup():
     assert note["factor"] == pytest.approx(1 / 1.4) and (note["n"], note["runs"]) == (2, 6)
     assert [r.merges for r in read] == [(0,) if r.strategy == "twice" else () for r in read]
     assert [key(r) for r in read] == [key(r) for r in plan().runs()]
-    mixed, alone = analysed(read)["speedups"], analysed(whole)["speedups"]
+    mixed, alone = analyzed(read)["speedups"], analyzed(whole)["speedups"]
     for ours, theirs in zip(mixed, alone, strict=True):
         assert ours["median"] == pytest.approx(theirs["median"], rel=1e-4), ours
-    wrong = analysed([*here, *(r for r in there if key(r) not in set(map(key, here)))])["speedups"]
+    wrong = analyzed([*here, *(r for r in there if key(r) not in set(map(key, here)))])["speedups"]
     assert any(a["median"] != pytest.approx(b["median"], rel=0.1) for a, b in zip(wrong, alone, strict=True))
 
 

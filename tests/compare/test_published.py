@@ -11,7 +11,7 @@ import pytest
 
 from effopd.compare.cross_targets import runs_of
 from effopd.compare.grid import load_grid, run_settings
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Roles
 from effopd.report import envelope_figure
 from effopd.report.compare_lookup import Lookup
@@ -36,9 +36,11 @@ def published(request):
 
 
 @pytest.mark.slow
-def test_the_runs_are_analysed_to_the_published_numbers(published):
+def test_the_runs_are_analyzed_to_the_published_numbers(published):
     _, results, _ = published
-    again = json.loads(json.dumps(analyse(runs_of(results), Roles.of_settings(results["settings"])), allow_nan=False))
+    again = json.loads(
+        json.dumps(analyze_runs(runs_of(results), Roles.of_settings(results["settings"])), allow_nan=False)
+    )
     for part in ("best_learning_rate", "lowest_learning_rate", "swept", "speedups", "quality", "runs"):
         assert again[part] == results[part], part
 

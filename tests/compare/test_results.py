@@ -15,7 +15,7 @@ from effopd.common.files import append_row
 from effopd.compare.grid_run import GridRun, SearchSummary, from_row, read_run, to_row
 from effopd.compare.paired import median_with_interval, ratio
 from effopd.compare.quality import area
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Claim, Roles
 from effopd.compare.time_to_target import final_target
 from effopd.errors import CheckpointError
@@ -25,7 +25,7 @@ from effopd.report.compare_terminal import summary_tables
 
 
 def results(runs, **roles):
-    return analyse(runs, Roles("plain", LR, **roles))
+    return analyze_runs(runs, Roles("plain", LR, **roles))
 
 
 def speedup(found, strategy, axis="steps", target="reference_kl", task="t", against=LR, rate=LR):
@@ -265,7 +265,7 @@ def test_results_are_strict_json_and_redraw_the_same_page():
     text = json.dumps(found, allow_nan=False)
     again = json.loads(text)
     assert render(again, {}) == render(found, {})
-    rebuilt = analyse([from_row(row) for row in again["runs"]], Roles.of_settings(again["settings"]))
+    rebuilt = analyze_runs([from_row(row) for row in again["runs"]], Roles.of_settings(again["settings"]))
     assert json.dumps(rebuilt, allow_nan=False) == text
     page = render(found, {"curves": "results/curves.png"})
     assert "4: 10" in page and "results/curves.png" in page

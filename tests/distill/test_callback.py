@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from helpers.tiny_models import contains, make_model, make_task, make_tokenizer
 from helpers.tiny_run import EFFOPD, make_trainer
-from torch import nn
+from helpers.traces import Regression, parameters, same
 from transformers import Trainer, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 
@@ -19,14 +19,6 @@ from effopd.errors import CheckpointError, ConfigError, ScorerError, TaskError
 from effopd.tasks.base import Example, Task
 
 FAST = {"max_steps": 5, "save_strategy": "no", "eval_strategy": "no"}
-
-
-def parameters(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def same(a, b):
-    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def plain_trl(output_dir, dataset=None, **overrides):
@@ -139,16 +131,6 @@ def test_default_verifier_is_math(tmp_path):
     example = callback.scorer.task.examples[0]
     assert callback.scorer.task.verify(f"so it is \\boxed{{{example.answer}}}", example) == 1.0
     assert callback.scorer.task.verify("so it is \\boxed{999}", example) == 0.0
-
-
-class Regression(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 1)
-
-    def forward(self, x, labels):
-        return {"loss": (self.layer(x)[:, 0] - labels).square().mean()}
 
 
 @pytest.mark.slow

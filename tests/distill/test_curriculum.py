@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_models import make_model, make_task, make_tokenizer
+from helpers.tiny_models import make_model, make_tokenizer
 from helpers.tiny_run import make_trainer
+from helpers.traces import with_rejecting_search
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
-from effopd import EffOPDCallback, EffOPDConfig, OPDConfig
+from effopd import EffOPDConfig, OPDConfig
 from effopd.commands.main import main
 from effopd.common.files import read_rows
 from effopd.distill.curriculum import cut, row_difficulty, stage_batches, stage_of
@@ -165,17 +166,11 @@ def teachers(tmp_path_factory):
     return [str(root / "1"), str(root / "2")]
 
 
-def with_rejecting_search(root, settings, stop=0, search=True):
-    trainer, calls = make_trainer(root, **RUN, **settings), []
-
-    def scorer(model):
-        calls.append(1)
-        return -float(len(calls))
-
-    if search:
-        config = EffOPDConfig(parameters="all", args={"scales": [2.0]})
-        trainer.add_callback(EffOPDCallback(trainer, config, scorer=scorer, task=make_task(64)))
+def watched(root, settings, stop=0, search=True):
+    trainer = make_trainer(root, **RUN, **settings)
     watch = Watch(trainer, stop)
+    if search:
+        with_rejecting_search(trainer)
     trainer.add_callback(watch)
     return trainer, watch
 
@@ -187,12 +182,12 @@ def runs(tmp_path_factory, teachers):
     """
     root = tmp_path_factory.mktemp("curriculum")
     settings = {"curriculum": "nll", "curriculum_teachers": teachers, "teacher": teachers[1]}
-    whole, seen = with_rejecting_search(root / "whole", settings, search=False)
+    whole, seen = watched(root / "whole", settings, search=False)
     whole.train()
-    part, before = with_rejecting_search(root / "part", settings, stop=5)
+    part, before = watched(root / "part", settings, stop=5)
     with pytest.raises(KeyboardInterrupt):
         part.train()
-    resumed, after = with_rejecting_search(root / "part", settings)
+    resumed, after = watched(root / "part", settings)
     resumed.train(resume_from_checkpoint=str(root / "part" / "checkpoints" / "step-000004"))
     return root, whole, resumed, (seen.seen, before.seen, after.seen)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 from helpers.tiny_run import make_trainer
+from helpers.traces import parameters, same
 
 from effopd import EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.common.files import read_rows
@@ -91,19 +92,11 @@ def test_capped_logits_are_refused():
             mixture_head(*pair, 1.25)
 
 
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["full", "sampled"])
 def test_a_reference_that_is_the_teacher_makes_it_plain_opd(tmp_path, loss_type):
     plain = make_trainer(tmp_path / "plain", loss_type=loss_type, **FAST)
-    start = weights(plain)
+    start = parameters(plain)
     plain.train()
     same_target = make_trainer(
         tmp_path / "mixed", loss_type=loss_type, lambda_extrapolation=1.7, reference_model=make_model(1), **FAST
@@ -113,10 +106,10 @@ def test_a_reference_that_is_the_teacher_makes_it_plain_opd(tmp_path, loss_type)
         tmp_path / "ahead", loss_type=loss_type, lambda_extrapolation=1.7, reference_model=make_model(2), **FAST
     )
     ahead.train()
-    moved = max(float((weights(plain)[n] - start[n]).abs().max()) for n in start)
-    for name, tensor in weights(plain).items():
-        torch.testing.assert_close(tensor, weights(same_target)[name], rtol=1e-3, atol=0.02 * moved)
-    assert any((weights(ahead)[n] - weights(plain)[n]).abs().max() > 0.2 * moved for n in start)
+    moved = max(float((parameters(plain)[n] - start[n]).abs().max()) for n in start)
+    for name, tensor in parameters(plain).items():
+        torch.testing.assert_close(tensor, parameters(same_target)[name], rtol=1e-3, atol=0.02 * moved)
+    assert any((parameters(ahead)[n] - parameters(plain)[n]).abs().max() > 0.2 * moved for n in start)
 
 
 @pytest.mark.slow
@@ -174,7 +167,7 @@ def test_resumed_is_uninterrupted(tmp_path):
     whole.train()
     again = make_trainer(tmp_path, reference_model=make_model(2), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000002"))
-    assert same(weights(whole), weights(again))
+    assert same(parameters(whole), parameters(again))
 
 
 @pytest.mark.slow
@@ -186,7 +179,7 @@ def test_a_reference_by_path(tmp_path):
     named.train()
     given = make_trainer(tmp_path / "b", lambda_extrapolation=1.25, reference_model=make_model(2), **FAST)
     given.train()
-    assert same(weights(named), weights(given))
+    assert same(parameters(named), parameters(given))
 
 
 @pytest.mark.parametrize(

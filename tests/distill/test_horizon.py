@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.tiny_models import make_model
 from helpers.tiny_run import make_trainer
+from helpers.traces import parameters, same
 
 from effopd import EffOPDConfig, OPDConfig
 from effopd.common.files import read_rows
@@ -18,14 +19,6 @@ from effopd.distill.horizon import HorizonCallback, esr, popd, topd
 from effopd.errors import ConfigError
 
 FAST = {"max_steps": 6, "save_strategy": "no", "eval_strategy": "no"}
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def rows(root):
@@ -111,7 +104,7 @@ def test_popd_from_the_full_length_is_plain_opd(tmp_path):
     plain.train()
     full = make_trainer(tmp_path / "full", rollout_horizon="popd", horizon_start=1.0, **FAST)
     full.train()
-    assert same(weights(plain), weights(full))
+    assert same(parameters(plain), parameters(full))
 
 
 @pytest.mark.slow
@@ -166,7 +159,7 @@ def test_resumed_is_uninterrupted_also_where_the_horizon_changes(tmp_path, effop
     assert anchors == ([] if effopd is None else [0, 1, 3])  # the change at step 3 set the anchor anew
     again = make_trainer(tmp_path, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-000003"))
-    assert same(weights(whole), weights(again))
+    assert same(parameters(whole), parameters(again))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from helpers.traces import Regression, parameters, same
 from helpers.trl_hosts import dpo, sft
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from effopd import EffOPDCallback, EffOPDConfig
@@ -23,14 +23,6 @@ HOSTS = {"SFTTrainer": sft, "DPOTrainer": dpo}
 MOVES = EffOPDConfig("line_search", schedule="every_step", min_z=0.0, score_rollouts=4)
 #: Every candidate is rejected: none can be that much better.
 STAYS = EffOPDConfig("effopd", schedule="every_step", gate="significant", min_z=1e9, score_rollouts=3)
-
-
-def parameters(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def same(a, b):
-    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def logs(trainer):
@@ -120,16 +112,6 @@ def test_rejected_candidates_leave_no_trace(host, tmp_path):
     assert [len(row["trials"]) for row in searches(tmp_path / "stays")] == [2, 2, 2]
     assert all(len(row["trials"][0]["per_example"]) == 3 for row in searches(tmp_path / "stays"))
     assert not any(name in vars(stays) for name in ("get_batch_samples", "_prepare_inputs"))
-
-
-class Regression(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 1)
-
-    def forward(self, x, labels):
-        return {"loss": (self.layer(x)[:, 0] - labels).square().mean()}
 
 
 def regression(root, config, **overrides):

@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny_models import make_task
 from helpers.tiny_run import make_trainer
-from transformers import TrainerCallback
+from helpers.traces import Interrupt, with_rejecting_search
 
-from effopd import EffOPDCallback, EffOPDConfig
 from effopd.common.files import read_rows
 from effopd.distill.scoring import token_batch
 
@@ -25,25 +23,6 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
-class Interrupt(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-
-def with_rejecting_search(root, settings):
-    """A run whose searches score W, then a worse candidate."""
-    trainer, calls = make_trainer(root, **RUN, **settings), []
-
-    def scorer(model):
-        calls.append(1)
-        return -float(len(calls))
-
-    config = EffOPDConfig(parameters="all", args={"scales": [2.0]})
-    trainer.add_callback(EffOPDCallback(trainer, config, scorer=scorer, task=make_task(64)))
-    return trainer
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_rejected_jumps_and_an_interruption_leave_no_trace(tmp_path, name):
@@ -52,11 +31,11 @@ def test_rejected_jumps_and_an_interruption_leave_no_trace(tmp_path, name):
     teacher = {key: tensor.clone() for key, tensor in plain.teacher_model.state_dict().items()}
     plain.train()
     assert all(torch.equal(tensor, teacher[key]) for key, tensor in plain.teacher_model.state_dict().items())
-    part = with_rejecting_search(tmp_path / "part", settings)
-    part.add_callback(Interrupt())
+    part = with_rejecting_search(make_trainer(tmp_path / "part", **RUN, **settings))
+    part.add_callback(Interrupt(3))
     with pytest.raises(KeyboardInterrupt):
         part.train()
-    resumed = with_rejecting_search(tmp_path / "part", settings)
+    resumed = with_rejecting_search(make_trainer(tmp_path / "part", **RUN, **settings))
     resumed.train(resume_from_checkpoint=True)
     searches = list(read_rows(tmp_path / "part" / "searches.jsonl"))
     assert [row["step"] for row in searches] == [1, 2, 4] and not any(row["accepted_scale"] for row in searches)

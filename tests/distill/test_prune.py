@@ -6,11 +6,10 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_models import make_task
 from helpers.tiny_run import make_trainer
-from transformers import TrainerCallback
+from helpers.traces import Interrupt, parameters, same, with_rejecting_search
 
-from effopd import EffOPDCallback, EffOPDConfig, OPDConfig
+from effopd import OPDConfig
 from effopd.common.files import read_rows
 from effopd.distill.divergence import Head, full_loss
 from effopd.distill.policy_gradient import sampled_loss
@@ -119,41 +118,17 @@ def test_bad_settings(tmp_path, flags, message):
 # -- runs ------------------------------------------------------------------------------------------
 
 
-class Interrupt(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
-def with_rejecting_search(root):
-    """A run whose searches score W, then a worse candidate."""
-    trainer, calls = make_trainer(root, **RUN, **SETTINGS), []
-
-    def scorer(model):
-        calls.append(1)
-        return -float(len(calls))
-
-    config = EffOPDConfig(parameters="all", args={"scales": [2.0]})
-    trainer.add_callback(EffOPDCallback(trainer, config, scorer=scorer, task=make_task(64)))
-    return trainer
-
-
-def same(one, other):
-    end = dict(one.model.named_parameters())
-    return all(torch.equal(p, end[name]) for name, p in other.model.named_parameters())
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run; the same with rejected searches, interrupted and resumed in the middle."""
     root = tmp_path_factory.mktemp("prune")
     whole = make_trainer(root / "whole", **RUN, **SETTINGS)
     whole.train()
-    part = with_rejecting_search(root / "part")
-    part.add_callback(Interrupt())
+    part = with_rejecting_search(make_trainer(root / "part", **RUN, **SETTINGS))
+    part.add_callback(Interrupt(5))
     with pytest.raises(KeyboardInterrupt):
         part.train()
-    resumed = with_rejecting_search(root / "part")
+    resumed = with_rejecting_search(make_trainer(root / "part", **RUN, **SETTINGS))
     resumed.train(resume_from_checkpoint=True)
     return root, whole, resumed
 
@@ -161,7 +136,7 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 def test_rejected_jumps_and_an_interruption_leave_no_trace(runs):
     root, whole, resumed = runs
-    assert same(whole, resumed)
+    assert same(parameters(whole), parameters(resumed))
     searches = list(read_rows(root / "part" / "searches.jsonl"))
     assert [row["step"] for row in searches] == [1, 2, 4] and not any(row["accepted_scale"] for row in searches)
     rows = [list(read_rows(root / name / "metrics.jsonl")) for name in ("whole", "part")]
@@ -197,7 +172,7 @@ def test_without_a_bad_token_it_is_plain_opd(tmp_path):
     never = SETTINGS | {"prune_threshold": 0.0, "prune_start_length": 6, "prune_margin": 9}
     pruned = make_trainer(tmp_path / "pruned", **flags, **never)
     pruned.train()
-    assert same(plain, pruned)
+    assert same(parameters(plain), parameters(pruned))
 
 
 def test_a_checkpoint_without_the_length_is_refused(tmp_path):

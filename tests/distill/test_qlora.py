@@ -24,10 +24,10 @@ def student(monkeypatch):
     """On AVX-512 CPUs bitsandbytes 0.50 repacks the weights for evaluation, and saving does not
     bring them back whole.
     """
-    initialise = modules.Linear4bit.__init__
+    initialize = modules.Linear4bit.__init__
 
     def without_repacking(self, *args, **kwargs):
-        initialise(self, *args, **kwargs)
+        initialize(self, *args, **kwargs)
         self.support_avx512bf16_for_cpu = False
 
     monkeypatch.setattr(modules.Linear4bit, "__init__", without_repacking)
@@ -49,7 +49,7 @@ def base(model):
     return found
 
 
-def test_adapters_move_and_the_quantised_base_stays(student):
+def test_adapters_move_and_the_quantized_base_stays(student):
     model = student()
     before, weights = base(model), LoraWeights(model)
     start = {name: (b @ a).detach() for name, (a, b), _ in adapted(model)}
@@ -67,7 +67,7 @@ def test_adapters_move_and_the_quantised_base_stays(student):
     assert all(torch.equal(value, before[name]) for name, value in base(model).items())
 
 
-def test_a_quantised_student_looks_ahead_and_goes_on(student, tmp_path):
+def test_a_quantized_student_looks_ahead_and_goes_on(student, tmp_path):
     task = testbed.family_task("chain_sum", "train", size=64)
 
     def trainer():

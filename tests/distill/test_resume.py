@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.tiny_models import make_task
 from helpers.tiny_run import EFFOPD, make_trainer
+from helpers.traces import Interrupt
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -33,15 +34,6 @@ Usage = namedtuple("Usage", "total used free")
 def everything(root: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step: int):
-        self._step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self._step:
-            raise KeyboardInterrupt
 
 
 def interrupted(root, step, **settings):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 from helpers.tiny_models import make_model, make_task, make_tokenizer
+from helpers.traces import parameters, same
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -17,6 +17,8 @@ from effopd.common.files import read_rows
 from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer, correct_reward
 from effopd.distill.rl_config import PRESETS, TaskGRPOConfig, TaskRLOOConfig
 from effopd.errors import CheckpointError, ConfigError, TaskError
+from effopd.launch import rl as launch_rl
+from effopd.launch.memory_estimate import estimate_rl_memory
 from effopd.launch.rl import rl_yaml
 from effopd.tasks.base import Example, Task
 
@@ -42,14 +44,6 @@ def make_trainer(output_dir, kind=TaskGRPOTrainer, config=TaskGRPOConfig, **sett
     args = config(output_dir=str(output_dir), **(SHARED | settings))
     task = make_task(32)
     return kind(make_model(0), args, task, task.sample(8, 1), processing_class=make_tokenizer())
-
-
-def parameters(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.slow
@@ -256,12 +250,48 @@ def test_the_command(tmp_path, capsys):
     assert "algorithm: grpo" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_mistakes_are_refused_before_training(tmp_path, capsys):
-    assert main(["rl", *flags(tmp_path / "run", "--algorithm", "ppo")]) == 2
-    assert "grpo, dapo, rloo" in capsys.readouterr().err
-    assert main(["rl", *flags(tmp_path / "run", "--train_size", "1")]) == 2
-    assert "a generation batch takes 2 prompts" in capsys.readouterr().err
+def test_a_dry_run_shows_rows_and_memory_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch_rl, "TaskDGRPOTrainer", None)  # no trainer is built
+    teacher = ["--algorithm", "dgrpo", "--teacher_model_name_or_path", "testbed:teacher"]
+    batch = ["--num_generations", "4", "--gradient_accumulation_steps", "2", "--max_steps", "3"]
+    assert main(["rl", *flags(tmp_path / "run", *teacher, *batch, "--eval_strategy", "epoch", "--dry_run")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "dgrpo, beta 1 × KL to the teacher",
+        "training prompts: 64, evaluated on: 8",
+        "64 answers = 32 × 2 accumulated × 1 process(es); answers up to 12 tokens",
+        "16 prompts × 4 answers, used for 2 forward pass(es) per process",
+        "3 steps, learning rate 1e-06 (constant)",
+        "longest prompt:",
+    ):
+        assert part in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("extra", [["--beta", "0.1"], ["--beta", "0"], ["--beta", "0.1", "--use_peft", "true"]])
+def test_memory_counts_the_reference_and_what_is_sampled_at_once(tmp_path, extra):
+    def estimate(*more):
+        estimated = estimate_rl_memory(parse_rl(flags(tmp_path, *extra, *more)), 20)
+        return estimated.columns[0], estimated.peaks[0]
+
+    column, peak = estimate()
+    assert column.get("frozen", 0) == (column["weights"] if extra == ["--beta", "0.1"] else 0)
+    more, higher = estimate("--gradient_accumulation_steps", "4", "--steps_per_generation", "4")
+    assert more["sampling"] == 4 * column["sampling"] and higher > peak
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_mistakes_are_refused_before_training(tmp_path, capsys, dry_run):
+    assert main(["rl", *flags(tmp_path / "run", "--algorithm", "ppo"), *dry_run]) == 2
+    assert "grpo, dapo, rloo" in capsys.readouterr().err
+    assert main(["rl", *flags(tmp_path / "run", "--train_size", "1"), *dry_run]) == 2
+    assert "a generation batch takes 2 prompts" in capsys.readouterr().err
+    assert main(["rl", *flags(tmp_path / "run", "--max_prompt_length", "9"), *dry_run]) == 2
+    assert "max_prompt_length" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_configs_and_trainers_refuse_what_they_cannot_use(tmp_path):
     with pytest.raises(ConfigError, match="overlong_cache"):
         TaskGRPOConfig(overlong_cache=1.5)
     unanswered = Task("open", (Example("0", "hi"),), lambda text, example: 1.0)

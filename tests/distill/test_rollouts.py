@@ -99,7 +99,7 @@ def test_the_gap_is_that_of_generates_own_scores(tmp_path, monkeypatch, bf16, sa
     expected = sum(gaps) / len(gaps)
     assert row["health/sampler_logp_gap"] == pytest.approx(expected, rel=0.02, abs=1e-6)
     if sampling:
-        assert expected > 0.05  # what top_p renormalises
+        assert expected > 0.05  # what top_p renormalizes
     else:
         assert (1e-4 < expected < 0.1) if bf16 else expected < 1e-5
 

@@ -30,7 +30,7 @@ def teachers():
     return {"math": make_model(1), "code": make_model(2, hidden=WIDTH["code"])}
 
 
-def labelled(labels, size=64):
+def labeled(labels, size=64):
     """The letters task, with the label of each row in its metadata."""
     task = make_task(size)
     examples = [replace(e, metadata={"teacher": labels[i % len(labels)]}) for i, e in enumerate(task.examples)]
@@ -48,7 +48,7 @@ def equal(a, b):
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "teacher_top_k", "teacher_top_k": 4}])
 def test_rows_that_all_name_one_teacher_train_as_with_it_alone(tmp_path, settings):
     runs = []
-    for name, teacher, task in (("one", make_model(1), make_task(64)), ("two", teachers(), labelled(["math"]))):
+    for name, teacher, task in (("one", make_model(1), make_task(64)), ("two", teachers(), labeled(["math"]))):
         trainer = make_trainer(tmp_path / name, teacher=teacher, task=task, **FAST, **settings)
         trainer.train()
         runs.append(trainer)
@@ -74,7 +74,7 @@ def rollouts(rows=6):
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    made = make_trainer(tmp_path_factory.mktemp("run"), teacher=teachers(), task=labelled(["math", "code"]), **FAST)
+    made = make_trainer(tmp_path_factory.mktemp("run"), teacher=teachers(), task=labeled(["math", "code"]), **FAST)
     made.health = type(made.health)(0, 1.0)
     return made
 
@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_the_mixture_computed_by_hand(trainer, weighting
 
 
 def test_a_run_that_mixes_teachers_with_search_evaluation_and_health(tmp_path):
-    task = labelled(["math", "code", "code"])
+    task = labeled(["math", "code", "code"])
     settings = FAST | {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 1}
     settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     look = EffOPDConfig("line_search", score_rollouts=6)
@@ -156,7 +156,7 @@ def test_the_score_of_each_rollout_is_the_divergence_from_its_own_teacher(traine
 def test_the_slope_along_the_update_is_the_sum_over_teachers(trainer, tmp_path):
     """With both labels on the same model, value and slope are those of that model alone."""
     same = make_model(1)
-    two = make_trainer(tmp_path / "two", teacher={"a": same, "b": make_model(1)}, task=labelled(["a", "b"]), **FAST)
+    two = make_trainer(tmp_path / "two", teacher={"a": same, "b": make_model(1)}, task=labeled(["a", "b"]), **FAST)
     one = make_trainer(tmp_path / "one", teacher=same, **FAST)
     batch = token_batch(rollouts())
     found = []
@@ -186,7 +186,7 @@ def test_one_teacher_in_memory_gives_the_same_run(tmp_path):
         settings = FAST | {"max_steps": 1, "teachers": paths, "teachers_in_memory": memory}
         made = make_trainer(
             tmp_path / memory, teacher=OPDConfig(teachers=paths, report_to="none", use_cpu=True).teacher_sources,
-            task=labelled(["math", "code"]), **settings,
+            task=labeled(["math", "code"]), **settings,
         )  # fmt: skip
         made.train()
         runs.append(made)
@@ -248,7 +248,7 @@ def test_teachers_as_a_list_as_text_and_as_a_mapping():
 
 @pytest.mark.parametrize(("value", "said"), [("chess", "'chess'"), (None, "no teacher"), (True, "no teacher")])
 def test_unknown_labels_are_refused_with_their_rows(value, said, tmp_path):
-    task = labelled(["math", "code"], 16)
+    task = labeled(["math", "code"], 16)
     examples = list(task.examples)
     for row in (3, 7):
         examples[row] = replace(examples[row], metadata={"teacher": value, ORIGIN: f"rows.jsonl row {row}"})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 from helpers.tiny_run import make_trainer
+from helpers.traces import parameters, same
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
@@ -22,14 +22,6 @@ pytestmark = pytest.mark.slow
 
 
 FAST = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no"}
-
-
-def parameters(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def same(a, b):
-    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def test_defaults_are_trl_bit_for_bit(tmp_path):

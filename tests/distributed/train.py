@@ -52,13 +52,13 @@ def fsdp2_on_the_cpu() -> None:
     it does there."""
     real = AcceleratorState.__init__
 
-    def initialise(self, *args, fsdp_plugin=None, **kwargs):
+    def initialize(self, *args, fsdp_plugin=None, **kwargs):
         real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    AcceleratorState.__init__ = initialise
+    AcceleratorState.__init__ = initialize
 
 
 def deepspeed_without_kernels() -> None:

@@ -34,7 +34,7 @@ def search(function, **settings):
 
 
 @pytest.mark.parametrize("peak", [0.01, 0.3, 1.0, 1.7, 3.0, 5.5, 13.0, 40.0, 63.0, 900.0, 40000.0, -0.2, -0.5, -0.9])
-def test_a_parabola_is_maximised_exactly(peak):
+def test_a_parabola_is_maximized_exactly(peak):
     result = search(lambda s: -((s - peak) ** 2))
     assert result.accepted_scale == pytest.approx(peak, abs=1e-9)
     assert len(result.trials) <= math.log2(max(1.0, peak)) + 5

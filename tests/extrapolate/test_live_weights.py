@@ -138,7 +138,7 @@ def test_refusals():
 
 def test_frozen_parameters_take_no_memory():
     layer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    layer[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)  # quantised, say
+    layer[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)  # quantized, say
     layer[0].bias.requires_grad_(False)
     assert LiveWeights(layer, "all").names == ("1.weight", "1.bias")
 

@@ -27,8 +27,8 @@ def softmax_line(best: float, noise: float = 0.0, positions: int = 64, vocabular
         return (logp.exp() * (logp - target)).sum(-1)
 
     p, r = z.softmax(-1), z.log_softmax(-1) - target
-    centred = delta - (p * delta).sum(-1, keepdim=True)
-    slope, curvature = (p * centred * r).sum(-1).mean(), (p * centred.square()).sum(-1).mean()
+    centered = delta - (p * delta).sum(-1, keepdim=True)
+    slope, curvature = (p * centered * r).sum(-1).mean(), (p * centered.square()).sum(-1).mean()
     return kl, (float(slope), float(curvature))
 
 

@@ -67,7 +67,7 @@ def same(a, b):
 
 
 class Scorer:
-    """Accuracy that grows with the distance travelled; counts its calls and costs 7 tokens each."""
+    """Accuracy that grows with the distance traveled; counts its calls and costs 7 tokens each."""
 
     def __init__(self, rising: bool = True):
         self.rising, self.calls = rising, 0

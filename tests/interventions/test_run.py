@@ -112,7 +112,7 @@ def test_each_intervention_makes_the_models_it_promises(folder, sources, live):
         "alpha/opd/alpha=1": lambda n: trained[n],
         "trajectory/opd/step=2": lambda n: early[n],
         "embedding/opd/replaced=embedding": lambda n: base[n] if "embed" in n else trained[n],
-        "window/opd/module=mlp,centre=0,half_width=0": lambda n: trained[n] if "layers.0.mlp" in n else base[n],
+        "window/opd/module=mlp,center=0,half_width=0": lambda n: trained[n] if "layers.0.mlp" in n else base[n],
         "swap/opd/unit=layer_1,side=only": lambda n: trained[n] if "layers.1." in n else base[n],
         "swap/opd/unit=norm,side=without": lambda n: base[n] if "norm" in n else trained[n],
         "rank/opd/end=top,percent=10,norm=own,rest=trained": lambda n: low_rank(n),

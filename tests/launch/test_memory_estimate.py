@@ -11,6 +11,7 @@ from trl import ModelConfig
 
 from effopd import EffOPDConfig, OPDConfig
 from effopd.extrapolate.live_weights import LiveWeights
+from effopd.extrapolate.lora_weights import LoraWeights
 from effopd.launch.memory_estimate import _ALLOCATOR, _frozen_bytes, _peak, estimate_memory, teacher_choices
 from effopd.launch.model_size import ModelSize, model_size, size_of
 from effopd.launch.model_states import model_state_bytes, optimizer_state_bytes
@@ -19,6 +20,7 @@ from effopd.launch.run_models import loading_arguments
 from effopd.launch.step_memory import StepMemory, StepShape, saved_bytes, step_memory
 from effopd.launch.teacher_memory import TeacherSize
 from effopd.tasks import TaskConfig
+from effopd.tasks import builtin_models as testbed
 
 
 @pytest.mark.parametrize("rule", ["attention+mlp", "all"])
@@ -37,6 +39,22 @@ def test_the_estimate_is_what_a_step_and_a_search_hold(rule):
     moments = (t for state in optimizer.state.values() for name, t in state.items() if name != "step")
     assert found["optimizer"] == sum(t.nbytes for t in moments)
     assert found["anchor"] + found["candidate"] == look_ahead.nbytes
+
+
+def test_a_search_over_adapters_holds_their_factors_only():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(0), peft.LoraConfig(r=2, target_modules="all-linear"))
+    look_ahead = LoraWeights(model, "all")
+    look_ahead.begin()
+    student = testbed.student_path()
+    lora = ModelConfig(str(student), use_peft=True, lora_r=2, lora_target_modules="all-linear")
+    opd = OPDConfig(teacher_model_name_or_path=str(testbed.teacher_path()), use_cpu=True)
+    found = estimate_memory(RunSettings(lora, TaskConfig("testbed:chain_sum"), opd, EffOPDConfig("line_search")), 20)
+    one, eight, _ = found.columns
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert look_ahead.nbytes == 8 * trained  # anchor and candidate
+    assert one["anchor"] == one["candidate"] == one["gradients"] < one["weights"]
+    assert eight["anchor"] == one["anchor"]  # every rank holds all factors
 
 
 def test_sharding_divides_everything_but_the_teacher():

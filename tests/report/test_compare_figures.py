@@ -11,7 +11,7 @@ from helpers.grid_runs import LR
 from matplotlib.figure import Figure
 from report.test_compare_page import ROLES, grid, run
 
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.report.compare_charts import charts, curve_strategies, strategy_looks
 from effopd.report.compare_figures import draw
 from effopd.report.compare_lookup import Lookup
@@ -55,7 +55,7 @@ def test_curves_hold_the_median_of_the_seeds(tmp_path, figures):
 def test_the_forest_marks_what_never_arrives(tmp_path, figures):
     runs = [run(name, seed, speed=speed, floor=floor) for seed in range(3)
             for name, speed, floor in (("plain", 1, 0), ("effopd", 2, 0), ("stuck", 1, 0.5))]  # fmt: skip
-    results = analyse(runs, ROLES)
+    results = analyze_runs(runs, ROLES)
     draw(results, tmp_path)
     axis = figures["speedups"].axes[0]
     points = [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
@@ -75,7 +75,7 @@ def test_runs_that_never_arrive_sit_above_all_others(tmp_path, figures):
 
 
 def test_what_there_is_no_data_for_is_left_out(tmp_path, figures):
-    only = analyse([run("plain", 0)], ROLES)
+    only = analyze_runs([run("plain", 0)], ROLES)
     assert set(draw(only, tmp_path)) == {"curves"}
 
 
@@ -83,13 +83,13 @@ def test_a_diverged_run_does_not_stop_the_figures(tmp_path, figures):
     whole = run("effopd", 0)
     evaluations = tuple(replace(e, kl=math.nan) if e.step > 20 else e for e in whole.evaluations)
     runs = [run("plain", 0), run("plain", 1), replace(whole, evaluations=evaluations), run("effopd", 1)]
-    assert "curves" in draw(analyse(runs, ROLES), tmp_path)
+    assert "curves" in draw(analyze_runs(runs, ROLES), tmp_path)
 
 
 def test_curves_begin_with_those_of_the_roles_and_figures_have_not_too_many(tmp_path, figures):
     others = [f"other-{i}" for i in range(12)]
     runs = [run(name, 0) for name in ("plain", *others, "noop", "effopd")]
-    results = analyse(runs, replace(ROLES, variants={"other-0": "other-1"}))
+    results = analyze_runs(runs, replace(ROLES, variants={"other-0": "other-1"}))
     shown = curve_strategies(Lookup(results))
     assert shown[:3] == ["plain", "effopd", "noop"] and "other-0" not in shown and len(shown) == 14
     draw(results, tmp_path)
@@ -99,7 +99,7 @@ def test_curves_begin_with_those_of_the_roles_and_figures_have_not_too_many(tmp_
 def test_a_strategy_without_a_run_at_the_reference_rate_is_drawn_at_the_nearest():
     rate = ROLES.reference_learning_rate
     runs = [run("plain", 0), *(replace(run("effopd", 0), learning_rate=f * rate) for f in (0.01, 0.1, 30))]
-    lookup = Lookup(analyse(runs, ROLES))
+    lookup = Lookup(analyze_runs(runs, ROLES))
     assert lookup.nearest_rates() == {"plain": rate, "effopd": 0.1 * rate}
     assert curve_strategies(lookup) == ["plain", "effopd"]
 
@@ -124,7 +124,7 @@ def test_charts_hold_the_values_of_the_figures():
 
 def test_colors_do_not_depend_on_the_grid():
     few, many = (
-        strategy_looks(Lookup(analyse([run(name, 0) for name in names], ROLES)))
+        strategy_looks(Lookup(analyze_runs([run(name, 0) for name in names], ROLES)))
         for names in (("plain", "effopd"), ("noop", "line_search", "effopd", "plain"))
     )
     assert few["effopd"].light == many["effopd"].light and few["plain"].light == many["plain"].light

@@ -12,7 +12,7 @@ from helpers.grid_runs import LR, planted_run
 from rich.console import Console
 
 from effopd.compare.grid_run import GridRun, SearchSummary, from_row
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Claim, Roles
 from effopd.report.compare_gate import gate_results
 from effopd.report.compare_lookup import Lookup, number, times
@@ -41,7 +41,7 @@ def grid(seeds=3, tasks=("sums", "words"), speed=2.0, roles=ROLES):
             runs += [run("plain", seed, task=task), run("plain", seed, 9e-5, 1.5, task=task)]
             runs += [run("effopd", seed, speed=speed, task=task, searches=jumped)]
             runs += [run("effopd", seed, 9e-5, speed, floor=0.5, task=task), run("noop", seed, task=task)]
-    return analyse(runs, roles)
+    return analyze_runs(runs, roles)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_grid_without_effopd_or_with_one_task_or_seed():
     for seeds, tasks in ((1, ("sums",)), (1, ("sums", "words"))):
         page = render(grid(seeds, tasks), {})
         assert ("### all tasks" in page) == (len(tasks) > 1)
-    only = analyse([run("plain", 0)], ROLES)
+    only = analyze_runs([run("plain", 0)], ROLES)
     assert "| `plain` | 1.00×" in render(only, {})
 
 
@@ -173,7 +173,7 @@ def test_what_the_gate_accepts_where_nothing_changes(results):
     assert f"{min(shared):.0%} to {max(shared):.0%} of the first candidates" in page
     searches = SearchSummary(accepted=((1, 2.0), (2, 2.0)), count=3)
     lost = run("random_direction", 0, searches=searches)
-    page = render(analyse([*map(from_row, results["runs"]), lost], ROLES), {})
+    page = render(analyze_runs([*map(from_row, results["runs"]), lost], ROLES), {})
     (line,) = [line for line in lines_of(page, "| sums | `random_direction` |") if line.endswith("| 2 of 3 |")]
     assert line.count(" | ") == 4
 
@@ -210,7 +210,7 @@ def test_the_terminal_table_is_whole(results, width):
 
 def test_the_terminal_shows_intervals_of_runs_that_never_arrive():
     slow = [run("effopd", seed, speed=2.0, floor=0.5 if seed else 0.0) for seed in range(3)]
-    results = analyse([*(run("plain", seed) for seed in range(3)), *slow], ROLES)
+    results = analyze_runs([*(run("plain", seed) for seed in range(3)), *slow], ROLES)
     row = Lookup(results).speedup("sums", ("effopd", LR), "seconds")
     assert row["low"] == row["median"] == 0.0 < row["high"]
     for width in (80, 120):
@@ -227,7 +227,7 @@ def test_variants_have_a_table_of_their_own(results):
     assert "Effect of each component" not in render(results, {})
     speeds = {"plain": 1, "look": 4, "brief": 2, "look-alike": 2}
     runs = [run(name, seed, speed=speed) for seed in range(5) for name, speed in speeds.items()]
-    page = render(analyse(runs, Roles("plain", LR, variants={"brief": "look"})), {})
+    page = render(analyze_runs(runs, Roles("plain", LR, variants={"brief": "look"})), {})
     section = page.partition("## Effect of each component")[2].partition("\n## ")[0]
     (row,) = [line for line in section.splitlines() if line.startswith("| sums")]  # names declare nothing
     cells = [cell.strip() for cell in row.strip("|").split("|")]

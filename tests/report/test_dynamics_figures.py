@@ -104,11 +104,11 @@ def test_no_analysis(tmp_path):
         draw(tmp_path)
 
 
-def test_a_group_keeps_its_colour():
+def test_a_group_keeps_its_color():
     assert group_colors(["rl", "opd"])["opd"] == group_colors(["opd", "mine"])["opd"]
     colors = group_colors(["opd", "rl", *"abcdef"])
     assert len(set(colors.values())) == 8
-    assert set(group_colors("abcdefghijk")) == set("abcdefghijk")  # more groups than colours
+    assert set(group_colors("abcdefghijk")) == set("abcdefghijk")  # more groups than colors
 
 
 def test_labels_are_pushed_apart_and_stay_in_order():

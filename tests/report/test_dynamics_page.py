@@ -72,7 +72,7 @@ def interventions(seed: int) -> list[dict]:
         ]
         own += [{"intervention": "swap", "unit": u, "side": "only", "accuracy": 0.35 + 0.05 * k}
                 for k, u in enumerate(("embedding", "attention", "mlp"))]  # fmt: skip
-        own += [{"intervention": "window", "module": "mlp", "centre": c, "accuracy": 0.4 + 0.01 * c} for c in range(4)]
+        own += [{"intervention": "window", "module": "mlp", "center": c, "accuracy": 0.4 + 0.01 * c} for c in range(4)]
         own += [
             {"intervention": "norm_scaling", "step": 12, "beta": b, "accuracy": 0.4 + b / 10, "kl": (b - 0.5) ** 2}
             for b in (0.0, 0.5, 1.0)

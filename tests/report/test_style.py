@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,11 @@ def lab(color):
 def contrast(a, b):
     low, high = sorted(float(linear(color) @ [0.2126, 0.7152, 0.0722]) for color in (a, b))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_figures_of_the_benchmarks_take_their_colors_from_the_style():
+    for script in (Path(__file__).parents[2] / "benchmarks").glob("**/*.py"):
+        assert not re.findall(r"[\"']#[0-9a-fA-F]{6}[\"']", script.read_text()), script.name
 
 
 @pytest.mark.parametrize("ground", [0, 1])

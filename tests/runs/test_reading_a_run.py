@@ -8,11 +8,15 @@ import importlib.util
 import re
 from pathlib import Path
 
+from transformers.integrations.integration_utils import rewrite_logs
+
 from effopd.runs.columns import columns_of
 from effopd.runs.records import EvaluationRecord, SearchRecord, StepRecord, TrialRecord
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "reading-a-run.md").read_text()
+DOCS = ROOT / "docs"
+PAGE = (DOCS / "run_files.md").read_text()
+PROSE = [DOCS / "reading-a-run.md", *(DOCS / "howto").glob("*.md")]
 spec = importlib.util.spec_from_file_location("run_tables", ROOT / "benchmarks" / "run_tables.py")
 assert spec is not None and spec.loader is not None
 run_tables = importlib.util.module_from_spec(spec)
@@ -30,7 +34,23 @@ def test_every_column_of_every_file_is_in_a_table():
 
 
 def test_the_prose_names_fields_that_exist():
-    prose = PAGE.partition(run_tables.MARK)[0]
+    prose = "\n".join(path.read_text() for path in PROSE)
     keys = {key for record in (StepRecord, EvaluationRecord) for key, _ in columns_of(record)}
     named = re.findall(r"`((?:eval_|health/|effopd/|cost/)[\w/]+)`", prose)
     assert named and set(named) <= keys | {"eval_steps", "eval_size", "eval_task"}
+
+
+def test_trackers_sort_by_the_documented_prefixes():
+    page = (DOCS / "howto" / "report.md").read_text()
+    prefixes = re.findall(r"^\| `((?:eval|train)/[\w/]*)…` \|", page, re.MULTILINE)
+    keys = [key for record in (StepRecord, EvaluationRecord) for key, _ in columns_of(record)]
+    names = list(rewrite_logs(dict.fromkeys(keys, 0.0)))
+    for prefix in prefixes:
+        assert any(name.startswith(prefix) for name in names), prefix
+    assert all(name.startswith(tuple(prefixes)) for name in names)
+    (wanted,) = re.findall(r"^A useful filter is `([^`]+)`", page, re.MULTILINE)
+    found = {name for name in names if re.search(wanted, name)}
+    assert found == {
+        "eval/kl", "eval/accuracy", "train/effopd/accepted_scale", "train/effopd/best_gain",
+        "train/effopd/learning_rate_factor",
+    }  # fmt: skip

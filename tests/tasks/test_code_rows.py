@@ -25,7 +25,7 @@ from effopd.tasks.code.guest.values import NotPlain, decode, encode
 from effopd.tasks.code.limits import Limits
 from effopd.tasks.code.pool import Pool
 from effopd.tasks.code.seccomp import seccomp_filter
-from effopd.tasks.code.shapes import Unrecognised, problem_of
+from effopd.tasks.code.shapes import Unrecognized, problem_of
 from effopd.tasks.code.verifier import PROBLEM
 
 STDIN = [{"input": "1 2\n", "output": "3\n"}]
@@ -99,8 +99,8 @@ def test_limits_of_rows():
     {"input_output": '{"fn_name": "f", "inputs": ["x("], "outputs": [1]}'},
     {"input_output": '{"inputs": ["\\ud800"], "outputs": ["1"]}'},
 ])  # fmt: skip
-def test_unrecognised(row):
-    with pytest.raises(Unrecognised):
+def test_unrecognized(row):
+    with pytest.raises(Unrecognized):
         problem_of(row)
 
 

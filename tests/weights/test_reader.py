@@ -134,7 +134,7 @@ def damage(folder, what: str) -> None:
         file.rename(folder / "model-00001-of-00002.safetensors")
     elif what == "two layouts":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    elif what == "quantised":
+    elif what == "quantized":
         save_file(tensors | {first: torch.zeros(3, dtype=torch.int8)}, file)
     else:
         shard(folder)
@@ -182,8 +182,8 @@ def test_damaged_checkpoints(folder, what, message):
         Checkpoint(folder)
 
 
-def test_quantised_weights_are_refused(folder):
-    damage(folder, "quantised")
+def test_quantized_weights_are_refused(folder):
+    damage(folder, "quantized")
     with pytest.raises(WeightsError, match=r"tensor '.+' of .+ has dtype I8.*dequantize"):
         Checkpoint(folder)
 

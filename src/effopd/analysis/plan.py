@@ -98,7 +98,7 @@ def seed_names(label: str, count: int) -> list[str]:
     return [label] if count == 1 else [f"{label}#{seed}" for seed in range(count)]
 
 
-def labelled(texts: Sequence[str]) -> dict[str, list[str]]:
+def labeled(texts: Sequence[str]) -> dict[str, list[str]]:
     """Parse `--trained LABEL=DIR` into label → folders; labels in the order given.
 
     Raises:

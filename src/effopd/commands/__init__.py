@@ -1,1 +1,1 @@
-"""The command line, with one file per command."""
+"""The command line: flags, checks and output of every command."""

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from effopd.analysis.analyze import SUMMARY, Analysis, execute
 from effopd.analysis.measure import GROUPS
-from effopd.analysis.plan import AnalysisPlan, labelled, prepare
+from effopd.analysis.plan import AnalysisPlan, labeled, prepare
 from effopd.common.optional import is_available
 from effopd.common.progress import Counted
 from effopd.errors import ConfigError
@@ -120,7 +120,7 @@ def plan_of(arguments: argparse.Namespace) -> AnalysisPlan:
         CheckpointError, WeightsError: a checkpoint cannot be analyzed.
     """
     trained = {
-        label: [str(resolve_model(path)) for path in paths] for label, paths in labelled(arguments.trained).items()
+        label: [str(resolve_model(path)) for path in paths] for label, paths in labeled(arguments.trained).items()
     }
     if not 0 <= arguments.seed < 2**32:
         raise ConfigError(f"--seed: expected a whole number from 0 to 2^32 - 1, got {arguments.seed}.")

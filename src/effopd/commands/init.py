@@ -286,6 +286,6 @@ _SMALL: _Settings = {
 
 def _dry_run(out: Path) -> None:
     from effopd.commands.train import parse_command
-    from effopd.launch.dry_run import print_plan
+    from effopd.launch.dry_run import plan_tables, print_plan
 
-    print_plan(parse_command(["--config", str(out), "--dry_run"])[0])
+    print_plan(plan_tables(parse_command(["--config", str(out), "--dry_run"])[0]))

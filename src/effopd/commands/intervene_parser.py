@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from effopd.analysis.plan import labelled
+from effopd.analysis.plan import labeled
 from effopd.commands.measuring_parser import MeasuringParser, parsed_as_trained
 from effopd.commands.parser import OneSpelling
 from effopd.errors import ConfigError
@@ -78,7 +78,7 @@ class InterveneArguments:
         Raises:
             ConfigError: a value is not LABEL=DIR, or its label is invalid.
         """
-        return {label: [str(resolve_model(path)) for path in paths] for label, paths in labelled(self.trained).items()}
+        return {label: [str(resolve_model(path)) for path in paths] for label, paths in labeled(self.trained).items()}
 
 
 @dataclass

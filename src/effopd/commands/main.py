@@ -69,9 +69,9 @@ def train(argv: Sequence[str]) -> int:
 
     settings, dry_run = parse_command(argv)
     if dry_run:
-        from effopd.launch.dry_run import print_plan
+        from effopd.launch.dry_run import plan_tables, print_plan
 
-        print_plan(settings)
+        print_plan(plan_tables(settings))
         return 0
     with quiet_hosts(bars=not settings.opd.disable_tqdm):
         trainer = run(settings)
@@ -104,11 +104,17 @@ def cache(argv: Sequence[str]) -> int:
 
 def rl(argv: Sequence[str]) -> int:
     """Run `effopd rl`."""
-    from effopd.commands.rl import parse_rl
+    from effopd.commands.rl import parse_command
     from effopd.launch.rl import run_rl
     from effopd.runs.console import quiet_hosts
 
-    settings = parse_rl(argv)
+    settings, dry_run = parse_command(argv)
+    if dry_run:
+        from effopd.launch.dry_run import print_plan
+        from effopd.launch.rl_dry_run import rl_plan_tables
+
+        print_plan(rl_plan_tables(settings))
+        return 0
     with quiet_hosts(bars=not settings.rl.disable_tqdm):
         trainer = run_rl(settings)
     return _finish(trainer)

@@ -27,6 +27,11 @@ RUN_ESSENTIALS = {
     "gradient_accumulation_steps": "Forward and backward passes per optimizer step.",
     "max_completion_length": "Maximum length of an answer, in tokens.",
 }
+#: Help of `--dry_run`.
+DRY_RUN = (
+    "Check flags, local data files, folders and packages without weights or network. Print the plan and its estimated "
+    "memory; write nothing."
+)
 
 
 #: Flag name in older host versions or other tools → (name, value) in this package.

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from trl import ModelConfig
 
-from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
+from effopd.commands.parser import DRY_RUN, RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
 from effopd.distill.rl_config import PRESETS, TaskDGRPOConfig, config_class
 from effopd.launch.rl import RLRunSettings
 from effopd.tasks import TaskConfig
@@ -29,17 +29,20 @@ def rl_parser(algorithm: str) -> CommandParser:
         usage="effopd rl --algorithm grpo|dapo|rloo|dgrpo --model_name_or_path MODEL --task TASK [--FLAG VALUE …]",
         description="Reinforcement learning on a task: GRPO, DAPO, RLOO or dGRPO, with published defaults.",
         epilog="Example:\n  effopd rl --algorithm grpo --model_name_or_path STUDENT --task math:train.jsonl \\\n"
-        "      --per_device_train_batch_size 64 --trajectory powers_of_two --output_dir runs/teacher",
+        "      --per_device_train_batch_size 64 --trajectory powers_of_two --output_dir runs/teacher\n"
+        "Add --dry_run to check the settings and estimate the memory per rank.",
         formatter_class=OneSpelling,
         add_help=False,
     )
     parser.set_defaults(**PRESETS[algorithm])
+    parser.add_argument("--dry_run", action="store_true", help=DRY_RUN)
     names = (
         "algorithm",
         "model_name_or_path",
         *(["teacher_model_name_or_path"] if algorithm.startswith("dgrpo") else []),
         "task",
         "output_dir",
+        "dry_run",
         *RUN_ESSENTIALS,
         "num_generations",
         "beta",
@@ -60,16 +63,24 @@ def rl_parser(algorithm: str) -> CommandParser:
 
 
 def parse_rl(argv: Sequence[str]) -> RLRunSettings:
-    """Parse command line and YAML into `RLRunSettings`, with the algorithm's preset as defaults.
+    """Parse command line and YAML into the settings of a run; see `parse_command`."""
+    return parse_command(argv)[0]
+
+
+def parse_command(argv: Sequence[str]) -> tuple[RLRunSettings, bool]:
+    """Parse command line and YAML into (settings, whether `--dry_run` is given).
+
+    The algorithm's preset are the defaults.
 
     Raises:
         ConfigError: the algorithm or a setting is unknown, or a value is out of range.
     """
-    model, task, rl = parsed(rl_parser(_algorithm(list(argv))), argv)
-    model.model_name_or_path = resolve_model(model.model_name_or_path)
+    model, task, rl, command = parsed(rl_parser(_algorithm(list(argv))), argv)
+    network = not command.dry_run
+    model.model_name_or_path = resolve_model(model.model_name_or_path, network=network)
     if isinstance(rl, TaskDGRPOConfig):
-        rl.teacher_model_name_or_path = resolve_model(rl.teacher_model_name_or_path)
-    return RLRunSettings(model, task, rl)
+        rl.teacher_model_name_or_path = resolve_model(rl.teacher_model_name_or_path, network=network)
+    return RLRunSettings(model, task, rl), command.dry_run
 
 
 def _algorithm(argv: list[str]) -> str:

@@ -64,9 +64,9 @@ def wilson(share: float, n: int) -> Interval:
 
     `share · n` need not be an integer.
     """
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = math.sqrt(Z**2 * (share * (1 - share) / n + Z**2 / (4 * n * n))) / (1 + Z**2 / n)
-    return Interval(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), n)
+    return Interval(share, min(max(0.0, center - half), share), max(min(1.0, center + half), share), n)
 
 
 def student_t(values: Iterable[float]) -> Interval:

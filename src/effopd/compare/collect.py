@@ -12,7 +12,7 @@ from effopd.compare.cross_targets import runs_of
 from effopd.compare.grid import Grid, PlannedRun, load_grid
 from effopd.compare.grid_run import GridRun, read_run
 from effopd.compare.imported_runs import check_same_settings, merge_runs, saved_entries, sources
-from effopd.compare.results import analyse
+from effopd.compare.results import analyze_runs
 from effopd.compare.runner import DONE, failure_of, is_done
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.runs.records import EVALS
@@ -39,7 +39,7 @@ def collect(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"no run of {folder} is finished yet. Start the grid with `effopd compare PLAN`.")
     made_here = [_read(run) for run in finished] + [_read(run).diverged() for run in diverged.values()]
     runs, merges = merge_runs(grid, made_here, sources(grid, saved_entries(grid)))
-    results = analyse(runs, grid.roles)
+    results = analyze_runs(runs, grid.roles)
     results["settings"] |= {
         "clock": grid.base.get("cost_clock", "wall"),
         "workers": grid.workers,
@@ -60,7 +60,7 @@ def with_roles(results: Mapping[str, Any], grid: Grid, source: Path) -> dict[str
         ConfigError: the runs have other settings than the plan's.
     """
     check_same_settings(grid, source, results["settings"])
-    again = analyse(runs_of(results), grid.roles)
+    again = analyze_runs(runs_of(results), grid.roles)
     stored = results["settings"].get("strategies", {})
     strategies = {name: grid.strategies.get(name, own) for name, own in stored.items()}
     settings = {**results["settings"], **again["settings"], "strategies": strategies}

@@ -15,7 +15,7 @@ from effopd.compare.targets import TARGETS, find_targets
 from effopd.compare.time_to_target import WINDOW, Cost, final_target, smoothed
 
 
-def analyse(runs: Sequence[GridRun], roles: Roles) -> dict[str, Any]:
+def analyze_runs(runs: Sequence[GridRun], roles: Roles) -> dict[str, Any]:
     """Contents of results.json. For unfinished grids, existing pairs are used and counted.
 
     Curves are rounded first, so that an analysis of the written file gives the same results.

@@ -186,9 +186,9 @@ class ResumeMixin(HostHooks):
                 for state in saved:
                     self.ledger.add(state, tokens=rank() == 0)
 
-    def around_state(self, initialise, checkpoint, max_steps):
+    def around_state(self, initialize, checkpoint, max_steps):
         with reading(checkpoint, TRAINER_STATE_NAME):
-            trained = initialise()
+            trained = initialize()
         self.kept = None
         if self.resumed_from is not None:
             finished = self.state.global_step >= max_steps

@@ -37,8 +37,8 @@ def window_points(inputs: PointInputs) -> list[Point]:
     half = inputs.options.half_width
     half = default_half_width(layers) if half is None else half
 
-    def point(run: str, module: str, centre: int) -> Point:
-        window = range(max(0, centre - half), min(layers, centre + half + 1))
+    def point(run: str, module: str, center: int) -> Point:
+        window = range(max(0, center - half), min(layers, center + half + 1))
 
         def selects(part: Part) -> bool:
             return part.place.module == module and part.place.layer in window
@@ -46,9 +46,9 @@ def window_points(inputs: PointInputs) -> list[Point]:
         squares = [
             norm**2
             for part, norm in inputs.norms(run).items()
-            if part.place.module == module and part.place.layer == centre
+            if part.place.module == module and part.place.layer == center
         ]
-        where = {"module": module, "centre": centre, "half_width": half}
+        where = {"module": module, "center": center, "half_width": half}
         return Point("window", run, where, take_trained, selects, measures={"layer_norm": math.sqrt(sum(squares))})
 
     return [point(run, module, c) for run in inputs.steps for module in ("mlp", "attention") for c in range(layers)]

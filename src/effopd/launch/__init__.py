@@ -9,6 +9,7 @@ preflight.py        single checks: a model's name, student against teacher, a ta
 host_settings.py    values that the host libraries reject only during setup
 adapters.py         LoRA flags
 meta_model.py       models without weights
-dry_run.py          `--dry_run`: the plan of a run and its memory
+dry_run.py          `effopd train --dry_run`: the plan of a run and its memory
+rl_dry_run.py       the same for `effopd rl`
 memory_estimate.py  = model_states.py + step_memory.py, from the sizes in model_size.py
 """

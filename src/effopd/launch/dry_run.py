@@ -6,7 +6,7 @@ It makes all checks of the run itself that need neither weights nor network, and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
-from effopd.launch.memory_estimate import SETUPS, estimate_memory, teacher_choices
-from effopd.launch.model_size import ModelSize, model_size
+from effopd.launch.memory_estimate import SETUPS, MemoryEstimate, estimate_memory, teacher_choices
+from effopd.launch.model_size import model_size
 from effopd.launch.offline import Stored, check_answers, rollouts_text, stored_rollouts
 from effopd.launch.opd import (
     RunSettings,
@@ -42,15 +42,21 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
         EffOPDError: a check of the run fails.
     """
     rows, stored, served = _checked(settings)
+    estimate = estimate_memory(settings, rows.longest if rows else None)
+    return run_table(_run_rows(settings, rows, stored, served)), memory_table(estimate)
+
+
+def run_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Table of the plan, from (name, value) rows."""
     run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
-    for name, value in _run_rows(settings, rows, stored, served):
+    for name, value in rows:
         run.add_row(name, value)
-    return run, _memory_table(settings, rows)
+    return run
 
 
-def print_plan(settings: RunSettings) -> None:
-    """Print `plan_tables`, 140 columns wide if the output is not a terminal."""
-    for table in plan_tables(settings):
+def print_plan(tables: Iterable[Table]) -> None:
+    """Print the tables, 140 columns wide if the output is not a terminal."""
+    for table in tables:
         Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
@@ -94,11 +100,11 @@ def _run_rows(
     opd, task, effopd = settings.opd, settings.task, settings.effopd
     yield (
         "student",
-        f"{settings.model.model_name_or_path}  {_size_text(_size(settings.model.model_name_or_path, opd))}",
+        f"{settings.model.model_name_or_path}  {size_text(str(settings.model.model_name_or_path), opd)}",
     )
     for flag, name in frozen_models(opd).items():
         role = flag.removeprefix("--").removesuffix("_model_name_or_path").replace("teachers ", "teacher ")
-        yield role, f"{name}  {_size_text(_size(name, opd))}{_rows_text(opd, role, rows)}"
+        yield role, f"{name}  {size_text(name, opd)}{_rows_text(opd, role, rows)}"
     if choices := teacher_choices(settings):
         yield "teacher's weights" if opd.teacher_sources == {} else "teachers' weights", choices
     if stored is not None:
@@ -107,7 +113,7 @@ def _run_rows(
             yield "teacher", "none in memory"
     if served:
         yield "teacher", served
-    yield "task", f"{task.task}, {_prompts_text(task, opd, rows)}"
+    yield "task", f"{task.task}, {prompts_text(task, opd, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes
     yield (
@@ -122,18 +128,25 @@ def _run_rows(
         yield "rollout horizon", opd.rollout_horizon
     if opd.curriculum != "none":
         yield "curriculum", _curriculum_text(opd)
-    length = f"{opd.max_steps:,} steps" if opd.max_steps > 0 else f"{opd.num_train_epochs:g} epoch(s)"
-    yield (
-        "length",
-        f"{length}, learning rate {opd.learning_rate:g} "
-        f"({getattr(opd.lr_scheduler_type, 'value', opd.lr_scheduler_type)})",
-    )
+    yield "length", length_text(opd)
     yield "look-ahead", _look_text(effopd, opd)
     yield "written to", str(opd.output_dir)
+    if unchecked := unchecked_text(rows, _models_on_disk(settings)):
+        yield "not checked", unchecked
+
+
+def length_text(args: Any) -> str:
+    """Number of steps or epochs, and the learning rate."""
+    length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epoch(s)"
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    return f"{length}, learning rate {args.learning_rate:g} ({schedule})"
+
+
+def unchecked_text(rows: Prompts | None, on_disk: bool) -> str:
+    """What a dry run could not check; "" if nothing."""
     unchecked = ["rows of the task (a Hub dataset or a folder)"] * (rows is None)
-    unchecked += ["tokenizers and disk space (a model is not in a local folder)"] * (not _models_on_disk(settings))
-    if unchecked:
-        yield "not checked", ", ".join(unchecked)
+    unchecked += ["tokenizers and disk space (a model is not in a local folder)"] * (not on_disk)
+    return ", ".join(unchecked)
 
 
 def _rows_text(opd: Any, role: str, rows: Prompts | None) -> str:
@@ -152,7 +165,7 @@ def _curriculum_text(opd: Any) -> str:
     return f"{opd.stages} stages by {opd.curriculum}, {order}" + f"; teachers: {teachers}" * bool(teachers)
 
 
-def _prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:
+def prompts_text(task: Any, opd: Any, rows: Prompts | None) -> str:
     """Numbers of training and evaluation prompts."""
     if rows is not None:
         train, held_out = f"{len(rows.train):,}", f"{len(rows.held_out):,}" if rows.held_out else ""
@@ -187,9 +200,8 @@ def _look_text(effopd: Any, opd: Any) -> str:
 _HELD_OUT = "100, or a tenth of the rows if that is less"
 
 
-def _memory_table(settings: RunSettings, rows: Prompts | None) -> Table:
-    """Estimated memory by purpose, and its peak."""
-    estimate = estimate_memory(settings, rows.longest if rows else None)
+def memory_table(estimate: MemoryEstimate | None) -> Table:
+    """Estimated memory by purpose, and its peak; `None`: the size of a model is unknown."""
     headings = [heading for heading, _, _ in SETUPS]
     title = "estimated memory per rank, GB" + (f" ({estimate.prompts})" if estimate else "")
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
@@ -214,9 +226,10 @@ def _gb(value: int) -> str:
     return f"{value / 1e9:,.3g}" if value < 1e12 else f"{value / 1e9:,.0f}"
 
 
-def _size(name: str, opd: Any) -> ModelSize | None:
-    return model_size(name, trust_remote_code=opd.trust_remote_code)
-
-
-def _size_text(size: ModelSize | None) -> str:
-    return "(size unknown)" if size is None else f"({size.parameters / 1e9:,.3g} B parameters, from its {size.source})"
+def size_text(name: str, args: Any) -> str:
+    """Number of parameters of a model and its source, in words."""
+    size = model_size(name, trust_remote_code=args.trust_remote_code)
+    if size is None:
+        return "(size unknown)"
+    unit, letter = (1e9, "B") if size.parameters >= 1e9 else (1e6, "M")
+    return f"({size.parameters / unit:,.3g} {letter} parameters, from its {size.source})"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers.utils import is_triton_available
+from trl import ModelConfig
 
 from effopd.launch.adapters import adapter_config, trained_parameters
 from effopd.launch.meta_model import model_of
@@ -15,6 +16,7 @@ from effopd.launch.model_size import ModelSize, model_size
 from effopd.launch.model_states import FP32, model_state_bytes
 from effopd.launch.opd import RunSettings
 from effopd.launch.prompts import evaluates
+from effopd.launch.rl import RLRunSettings
 from effopd.launch.run_models import STAGES, frozen_models, loading_arguments
 from effopd.launch.step_memory import PROCESS, StepMemory, StepShape, step_memory
 from effopd.launch.teacher_memory import DTYPE_BYTES, QUANTIZED, TeacherSize, dtype_of, quantization_of
@@ -59,44 +61,112 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
     others = [size for size in frozen_sizes if size is not None]
     if student is None or len(others) < len(frozen_sizes):
         return None
-    student_init, frozen_init = loading_arguments(settings.model, opd)
-    student_bytes = DTYPE_BYTES.get(dtype_of(student_init), FP32)
+    frozen_init = loading_arguments(settings.model, opd)[1]
     measured = [TeacherSize.of(size) for size in others]
-    visiting = _frozen_bytes(opd, measured, frozen_init)[1]
-    adapter, trained = _adapter(settings, student)
+    return _estimated(
+        settings,
+        opd,
+        student,
+        [_frozen_bytes(opd, measured, frozen_init, ranks if sharded else 1)[0] for _, ranks, sharded in SETUPS],
+        others[0].config if others else None,
+        step_shape(settings, prompt),
+        prompt_source,
+        visiting=_frozen_bytes(opd, measured, frozen_init)[1],
+        moved=student.selected(str(effopd.parameters)) if effopd.enabled else None,
+        anchor_here=effopd.anchor_device is None,
+    )
+
+
+def estimate_rl_memory(settings: RLRunSettings, longest: int | None) -> MemoryEstimate | None:
+    """Memory of a reinforcement-learning run; `None` if the size of a model is unknown.
+
+    All answers of a generation batch are sampled at once, so sampling has `steps_per_generation`
+    times the rows of a forward pass. The loss is counted as that of `effopd train`, which has more
+    tiles of logits, so the estimate is an upper bound. The frozen model, in row `frozen`, is the
+    copy of the initial model for the KL penalty, or the teacher of dGRPO.
+
+    Args:
+        longest: tokens of the longest prompt. `None`: not measured.
+    """
+    rl = settings.rl
+    prompt, prompt_source = _prompt_length(settings, longest)
+    student = _size(str(settings.model.model_name_or_path), rl)
+    student_init, teacher_init = loading_arguments(settings.model, rl)
+    name = getattr(rl, "teacher_model_name_or_path", None)
+    frozen = _size(name, rl) if name else student if rl.beta and not settings.model.use_peft else None
+    if student is None or (name and frozen is None):
+        return None
+    dtype = dtype_of({"dtype": "auto"} | teacher_init if name else student_init)
+    shape = StepShape(
+        rows=rl.per_device_train_batch_size,
+        prompt=prompt,
+        answer=rl.max_completion_length or 0,
+        eval_rows=rl.per_device_eval_batch_size if evaluates(rl) else 0,
+        checkpointing=bool(rl.activation_checkpointing),
+        bf16=bool(rl.bf16 or rl.fp16),
+        triton=_triton(rl),
+        sampled=rl.per_device_train_batch_size * rl.steps_per_generation,
+    )
+    held = 0 if frozen is None else DTYPE_BYTES[dtype] * frozen.parameters
+    config = frozen.config if frozen is not None else None
+    estimate = _estimated(settings, rl, student, [held] * len(SETUPS), config, shape, prompt_source)
+    for column in estimate.columns:
+        bytes_held = column.pop("teacher")
+        column |= {"frozen": bytes_held} if bytes_held else {}
+    return estimate
+
+
+def _estimated(
+    settings: RunSettings | RLRunSettings,
+    args: Any,
+    student: ModelSize,
+    frozen: Sequence[int],
+    teacher: Any,
+    shape: StepShape,
+    prompts: str,
+    *,
+    visiting: int = 0,
+    moved: int | None = None,
+    anchor_here: bool = True,
+) -> MemoryEstimate:
+    """Memory of a run.
+
+    Args:
+        frozen: bytes of the frozen models, one entry per setup of `SETUPS`.
+        teacher: configuration of the frozen model that scores. `None`: none, or not available.
+        prompts: the assumed prompt length and its source, in words.
+        visiting: further bytes while an offloaded teacher is in use.
+        moved: number of parameters moved by the look-ahead without adapters. `None`: no look-ahead.
+        anchor_here: as for `model_state_bytes`.
+    """
+    student_bytes = DTYPE_BYTES.get(dtype_of(loading_arguments(settings.model, args)[0]), FP32)
+    quantized = (size for name, size in QUANTIZED.items() if getattr(settings.model, f"load_in_{name}"))
+    weight_bytes = next(quantized, student_bytes)
+    adapter, trained = _adapter(settings.model, student)
     columns = [
         model_state_bytes(
             student,
-            _frozen_bytes(opd, measured, frozen_init, ranks if sharded else 1)[0],
+            held,
             ranks=ranks,
             sharded=sharded,
-            moved=student.selected(str(effopd.parameters)) if effopd.enabled else None,
-            anchor_here=effopd.anchor_device is None,
+            moved=moved if trained is None or moved is None else trained,
+            anchor_here=anchor_here,
             trained=trained,
-            weight_bytes=next(
-                (size for name, size in QUANTIZED.items() if getattr(settings.model, f"load_in_{name}")),
-                student_bytes,
-            ),
-            optim=str(getattr(opd.optim, "value", opd.optim)),
+            weight_bytes=weight_bytes,
+            optim=str(getattr(args.optim, "value", args.optim)),
         )
         | {"process": PROCESS}
-        for _, ranks, sharded in SETUPS
+        for (_, ranks, sharded), held in zip(SETUPS, frozen, strict=True)
     ]
     if student.config is None:
-        return MemoryEstimate(columns, [sum(column.values()) for column in columns], prompt_source, False)
-    step = step_memory(
-        student.config,
-        others[0].config if others else None,
-        step_shape(settings, prompt),
-        attention=settings.model.attn_implementation,
-        adapter=adapter,
-    )
-    accumulates = opd.gradient_accumulation_steps > 1
+        return MemoryEstimate(columns, [sum(column.values()) for column in columns], prompts, False)
+    step = step_memory(student.config, teacher, shape, attention=settings.model.attn_implementation, adapter=adapter)
+    accumulates = args.gradient_accumulation_steps > 1
     peaks = [_peak(column, step, accumulates=accumulates, visiting=visiting) for column in columns]
     parts = {name: getattr(step, name) for name in ("sampling", "activations", "loss", "evaluation")}
     shown = {name: value for name, value in parts.items() if value}
     shown |= {"teacher in use": visiting} if visiting else {}
-    return MemoryEstimate([column | shown for column in columns], peaks, prompt_source, True)
+    return MemoryEstimate([column | shown for column in columns], peaks, prompts, True)
 
 
 def _held(sizes: Mapping[str, ModelSize | None]) -> list[ModelSize | None]:
@@ -166,7 +236,7 @@ def _peak(column: Mapping[str, int], step: StepMemory, *, accumulates: bool, vis
     return round(_ALLOCATOR * (held + max(step.peak(gradients, accumulates), search, in_use if visiting else 0)))
 
 
-def _prompt_length(settings: RunSettings, longest: int | None) -> tuple[int, str]:
+def _prompt_length(settings: RunSettings | RLRunSettings, longest: int | None) -> tuple[int, str]:
     """Tokens of the longest prompt, and the source of this number."""
     limit = settings.task.max_prompt_length
     if longest is not None:
@@ -191,20 +261,25 @@ def step_shape(settings: RunSettings, prompt: int) -> StepShape:
         health_tokens=opd.health_tokens,
         checkpointing=bool(opd.activation_checkpointing),
         bf16=bool(opd.bf16 or opd.fp16),
-        triton=is_triton_available() and torch.cuda.is_available() and not opd.use_cpu,
+        triton=_triton(opd),
     )
+
+
+def _triton(args: Any) -> bool:
+    """Whether the loss uses Triton kernels."""
+    return is_triton_available() and torch.cuda.is_available() and not args.use_cpu
 
 
 def _size(name: str, opd: Any) -> ModelSize | None:
     return model_size(name, trust_remote_code=opd.trust_remote_code)
 
 
-def _adapter(settings: RunSettings, student: ModelSize) -> tuple[Any, int | None]:
+def _adapter(model: ModelConfig, student: ModelSize) -> tuple[Any, int | None]:
     """(PEFT configuration, number of parameters it trains); (None, None) without adapters.
 
     1 % of the parameters is assumed if the student's configuration is not available.
     """
-    config = adapter_config(settings.model)
+    config = adapter_config(model)
     if config is None:
         return None, None
     if student.config is None:

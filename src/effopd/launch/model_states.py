@@ -7,7 +7,7 @@ Trained weights are fp32, as TRL loads them. N is the number of ranks under FSDP
     weights      4P / N
     gradients    4R / N
     optimizer    8R / N with AdamW
-    anchor       4M / N
+    anchor       4M / N; of adapters 4R, because every rank holds all factors
     candidate    4M / N, during a search
     teacher      T × bytes of its dtype, not sharded; the same for a reference model
     gathered     2 · 2 · P / layers: two layers in bf16, under FSDP2 only
@@ -77,7 +77,8 @@ def model_state_bytes(
         frozen: bytes of the teacher and, if there is one, the reference model.
         ranks: number of data-parallel processes.
         sharded: whether parameters are sharded (FSDP2) rather than replicated (DDP).
-        moved: number of parameters moved by the look-ahead. `None`: no look-ahead.
+        moved: number of parameters moved by the look-ahead, with adapters `trained`. `None`: no
+            look-ahead.
         anchor_here: whether the anchor is on the device of the parameters.
         trained: number of adapter parameters. `None`: all parameters of the student are trained.
         weight_bytes: bytes per parameter of the student; adapters are fp32.
@@ -93,7 +94,7 @@ def model_state_bytes(
     }
     if moved is not None:
         states |= {
-            "anchor": math.ceil(FP32 * moved / share) * anchor_here,
+            "anchor": math.ceil(FP32 * moved / (share if trained is None else 1)) * anchor_here,
             "candidate": math.ceil(FP32 * moved / share),
         }
     if sharded and student.layers:

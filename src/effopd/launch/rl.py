@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trl import ModelConfig, get_quantization_config
@@ -14,9 +15,16 @@ from effopd.errors import ConfigError
 from effopd.launch.adapters import adapter_config
 from effopd.launch.prompts import load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
-from effopd.launch.run_models import check_lengths, check_student_adapter, loading_arguments, on_meta, tokenizer_of
+from effopd.launch.run_models import (
+    NamedModel,
+    check_lengths,
+    check_student_adapter,
+    loading_arguments,
+    on_meta,
+    tokenizer_of,
+)
 from effopd.launch.settings_yaml import settings_yaml
-from effopd.tasks import TaskConfig, check_packages
+from effopd.tasks import Task, TaskConfig, check_packages
 
 
 @dataclass
@@ -28,6 +36,10 @@ class RLRunSettings:
     rl: TaskGRPOConfig | TaskRLOOConfig
 
 
+#: Sentence of errors about rows without answers.
+WHY_ANSWERS = "Answers are needed because the reward compares with them."
+
+
 def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:
     """Run the checks that need no weights, then load the model and build the trainer.
 
@@ -37,32 +49,14 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
         EffOPDError: a check failed. Nothing was written or trained.
     """
     model, task, rl = settings.model, settings.task, settings.rl
-    name = model.model_name_or_path
-    check_values(task)
-    check_packages(task)
-    names = {"--model_name_or_path": name}
-    teacher = rl.teacher_model_name_or_path if isinstance(rl, TaskDGRPOConfig) else None
-    if isinstance(rl, TaskDGRPOConfig):
-        names["--teacher_model_name_or_path"] = teacher
-    check_run(model, rl, names)
+    names = check_settings(settings)
     text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
     init, other = loading_arguments(model, rl)
-    models = [on_meta("--model_name_or_path", str(name), init, rl)]
-    check_student_adapter(model, models[0], init, rl)
-    if teacher is not None:
-        models.append(on_meta("--teacher_model_name_or_path", teacher, other, rl))
-    tokenizer = tokenizer_of(model, [str(each) for each in names.values()], rl)
-    train, held_out, longest = load_prompts(
-        task, rl, tokenizer, "Answers are needed because the reward compares with them."
-    )
-    batch = rl.generation_batch_size // rl.num_generations
-    if len(train) < batch:
-        raise ConfigError(
-            f"a generation batch takes {batch} prompts ({rl.generation_batch_size} answers, {rl.num_generations} per "
-            f"prompt), but the task has only {len(train)}. Lower --per_device_train_batch_size or raise --train_size."
-        )
-    check_lengths(models, longest, rl.max_completion_length)
-    check_space(model, rl, models, len(train), batch, effopd=False)
+    models = check_models_of(settings)
+    tokenizer = tokenizer_of(model, list(names.values()), rl)
+    train, held_out, longest = load_prompts(task, rl, tokenizer, WHY_ANSWERS)
+    check_prompts(settings, train)
+    check_fit(settings, models, train, longest)
     rl.model_init_kwargs = init
     trainer_class: type[TaskGRPOTrainer | TaskRLOOTrainer] = TaskGRPOTrainer
     if isinstance(rl, TaskDGRPOConfig):
@@ -71,7 +65,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     elif isinstance(rl, TaskRLOOConfig):
         trainer_class = TaskRLOOTrainer
     trainer = trainer_class(
-        name,
+        model.model_name_or_path,
         rl,
         train,
         held_out,
@@ -81,6 +75,67 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     )
     trainer.run_dir.settings = text
     return trainer
+
+
+def check_settings(settings: RLRunSettings) -> dict[str, str]:
+    """Check the settings that need no model configuration, data or network; return flag → model.
+
+    Raises:
+        EffOPDError: a setting is invalid.
+    """
+    model, task, rl = settings.model, settings.task, settings.rl
+    check_values(task)
+    check_packages(task)
+    names = {"--model_name_or_path": model.model_name_or_path}
+    if isinstance(rl, TaskDGRPOConfig):
+        names["--teacher_model_name_or_path"] = rl.teacher_model_name_or_path
+    check_run(model, rl, names)
+    return {flag: str(name) for flag, name in names.items()}
+
+
+def check_models_of(settings: RLRunSettings) -> list[NamedModel]:
+    """Student and, with dGRPO, teacher on the meta device, after their checks.
+
+    Raises:
+        CompatibilityError: a model cannot be read.
+        ConfigError: a model does not support a loading argument or adapter name.
+    """
+    model, rl = settings.model, settings.rl
+    init, other = loading_arguments(model, rl)
+    models = [on_meta("--model_name_or_path", str(model.model_name_or_path), init, rl)]
+    check_student_adapter(model, models[0], init, rl)
+    if isinstance(rl, TaskDGRPOConfig):
+        models.append(on_meta("--teacher_model_name_or_path", str(rl.teacher_model_name_or_path), other, rl))
+    return models
+
+
+def check_prompts(settings: RLRunSettings, train: Task) -> None:
+    """Check that there are enough prompts for a generation batch.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    rl, batch = settings.rl, prompts_per_batch(settings.rl)
+    if len(train) < batch:
+        raise ConfigError(
+            f"a generation batch takes {batch} prompts ({rl.generation_batch_size} answers, {rl.num_generations} per "
+            f"prompt), but the task has only {len(train)}. Lower --per_device_train_batch_size or raise --train_size."
+        )
+
+
+def check_fit(settings: RLRunSettings, models: Sequence[NamedModel], train: Task, longest: int | None) -> None:
+    """Check that prompts and answers fit into the models, and the run onto the disk.
+
+    Raises:
+        ConfigError, CheckpointError: they do not fit.
+    """
+    check_lengths(models, longest, settings.rl.max_completion_length)
+    check_space(settings.model, settings.rl, models, len(train), prompts_per_batch(settings.rl), effopd=False)
+
+
+def prompts_per_batch(rl: TaskGRPOConfig | TaskRLOOConfig) -> int:
+    """Number of prompts that are answered at once, over all processes."""
+    return rl.generation_batch_size // rl.num_generations
 
 
 def run_rl(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrainer:

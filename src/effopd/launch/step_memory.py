@@ -57,6 +57,7 @@ class StepShape:
         checkpointing: whether activations are checkpointed.
         bf16: whether forward passes use 16-bit autocast.
         triton: whether the loss uses Triton kernels.
+        sampled: sequences sampled at once; 0: `rows`.
     """
 
     rows: int = 1
@@ -67,6 +68,7 @@ class StepShape:
     checkpointing: bool = True
     bf16: bool = False
     triton: bool = False
+    sampled: int = 0
 
     @property
     def length(self) -> int:
@@ -210,7 +212,7 @@ def step_memory(
         layers * shape.rows
     )
     return StepMemory(
-        sampling=per_row * shape.rows,
+        sampling=per_row * (shape.sampled or shape.rows),
         activations=activations,
         loss=loss,
         evaluation=max(per_row * shape.eval_rows, forward + measured if shape.eval_rows else 0),

@@ -10,6 +10,19 @@ from effopd.report.compare_lookup import ALL, Lookup, Results
 from effopd.report.compare_method import method
 from effopd.report.pages import markdown_template
 
+#: Figure → its alternative text.
+_DESCRIPTIONS = {
+    "speedups": "Net speed-up to the final KL of the baseline, by strategy and task",
+    "curves": "Held-out KL against optimizer steps and net seconds, by strategy",
+    "learning_rates": "Time to the target by learning rate and strategy",
+}
+
+
+def described(name: str) -> str:
+    """Alternative text of a figure of `compare_figures.draw`."""
+    axis = name.removeprefix("envelope_").replace("_", " ")
+    return _DESCRIPTIONS.get(name, f"Speed-up over the best-tuned run by target, in {axis}")
+
 
 def render(results: Results, figures: Mapping[str, str]) -> str:
     """The page as Markdown.
@@ -30,5 +43,6 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
         gate=compare_gate,
         envelope=compare_envelope,
         axis_name=axis_name,
+        described=described,
         method=method(lookup),
     )

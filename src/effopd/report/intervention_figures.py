@@ -24,7 +24,7 @@ from effopd.report.intervention_panels import (
     finished,
     grid,
     groups_of,
-    summarised,
+    summarized,
 )
 from effopd.report.linearity_figure import linearity_figure
 from effopd.report.style import group_colors
@@ -58,7 +58,7 @@ def _curves(
             axis = axes[i][j]
             for group, color in colors.items():
                 draw_line(
-                    axis, summarised(rows[rows["group"] == group], key, metric, x).sort_values("x"), color, group
+                    axis, summarized(rows[rows["group"] == group], key, metric, x).sort_values("x"), color, group
                 )
             draw_reference(axis, table, metric, colors)
             axes[-1][j].set_xlabel(label)
@@ -88,10 +88,10 @@ def embedding_figure(plt, table: pd.DataFrame, metrics: list[str]):
         for i, (group, color) in enumerate(colors.items()):
             reference = table[(table["intervention"] == "reference") & (table["group"] == group)]
             both = pd.concat([reference.assign(replaced="trained"), rows[rows["group"] == group]])
-            summary = summarised(both.assign(kind=both["replaced"].map(kinds.index)), "kind", metric)
+            summary = summarized(both.assign(kind=both["replaced"].map(kinds.index)), "kind", metric)
             draw_points(axis, summary.x + 0.12 * (i - (len(colors) - 1) / 2), summary, color, group)
         base = table[(table["intervention"] == "reference") & (table["group"] == "base")].assign(kind=0)
-        draw_points(axis, [0], summarised(base, "kind", metric), BASE_COLOR, "base")
+        draw_points(axis, [0], summarized(base, "kind", metric), BASE_COLOR, "base")
         names = [kind if kind in kinds[:2] else f"trained, with\nthe base's {kind}" for kind in kinds]
         axis.set_xticks(range(len(kinds)), names)
         axis.margins(x=0.15)
@@ -108,8 +108,8 @@ def window_figure(plt, table: pd.DataFrame, metrics: list[str]):
         for k, (group, color) in enumerate(colors.items()):
             selected = rows[(rows["group"] == group) & (rows["module"] == module)]
             for i, metric in enumerate(metrics):
-                draw_line(axes[i][j], summarised(selected, "centre", metric), color, group)
-            norms = selected.groupby("centre")["layer_norm"].mean()
+                draw_line(axes[i][j], summarized(selected, "center", metric), color, group)
+            norms = selected.groupby("center")["layer_norm"].mean()
             width = 0.8 / len(colors)
             shift = width * (k - (len(colors) - 1) / 2)
             axes[-1][j].bar(norms.index.to_numpy(float) + shift, norms.to_numpy(float), width, color=color, alpha=0.7)
@@ -138,7 +138,7 @@ def swap_figure(plt, table: pd.DataFrame, metrics: list[str]):
             axis = axes[i][j]
             for k, (group, color) in enumerate(colors.items()):
                 selected = rows[(rows["group"] == group) & (rows["side"] == side)]
-                summary = summarised(selected.assign(place=selected["unit"].map(units.index)), "place", metric)
+                summary = summarized(selected.assign(place=selected["unit"].map(units.index)), "place", metric)
                 draw_points(
                     axis, summary.x + 0.16 * (k - (len(colors) - 1) / 2), summary, color, group, horizontal=True
                 )
@@ -158,7 +158,7 @@ def rank_figure(plt, table: pd.DataFrame, metrics: list[str]):
         for i, metric in enumerate(metrics):
             for group, color in colors.items():
                 selected = rows[(rows["group"] == group) & (rows["end"] == end)]
-                draw_line(axes[i][j], summarised(selected, "percent", metric), color, group)
+                draw_line(axes[i][j], summarized(selected, "percent", metric), color, group)
             draw_reference(axes[i][j], table, metric, colors)
             axes[i][0].set_ylabel(LABELS[metric])
         axes[0][j].set_title({"top": "leading components", "bottom": "trailing components, own norm"}[end])
@@ -187,7 +187,7 @@ def norm_scaling_figure(plt, table: pd.DataFrame, metrics: list[str]):
             for step in steps:
                 selected = rows[(rows["group"] == group) & (rows["step"] == step)]
                 if len(selected):
-                    draw_line(axes[i][j], summarised(selected, "beta", metric), shades[step], f"step {step}")
+                    draw_line(axes[i][j], summarized(selected, "beta", metric), shades[step], f"step {step}")
             draw_reference(axes[i][j], table, metric, {group: color})
             axes[i][0].set_ylabel(LABELS[metric])
         axes[-1][j].set_xlabel("β (0: ΔW_t unchanged, 1: norm of the final update)")
@@ -203,7 +203,7 @@ def random_figure(plt, table: pd.DataFrame, metrics: list[str]):
         for i, (group, color) in enumerate(group_colors(groups).items()):
             selected = rows[rows["group"] == group].assign(place=float(i))
             trained = table[(table["intervention"] == "reference") & (table["group"] == group)].assign(place=float(i))
-            draw_points(axis, [i - 0.12], summarised(trained, "place", metric), color, "")
+            draw_points(axis, [i - 0.12], summarized(trained, "place", metric), color, "")
             jitter = np.linspace(0.08, 0.2, len(selected)) if len(selected) > 1 else [0.12]
             axis.plot(i + np.asarray(jitter), selected[metric], "x", color=color)
         axis.plot([], [], "o", color=BASE_COLOR, label="trained")

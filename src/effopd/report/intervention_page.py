@@ -12,7 +12,7 @@ from rich.table import Table as Printed
 
 from effopd.report.charts import NEUTRAL, Axis, Chart, Panel, Rule, Series
 from effopd.report.compare_lookup import Table
-from effopd.report.intervention_panels import groups_of, summarised
+from effopd.report.intervention_panels import groups_of, summarized
 from effopd.report.intervention_table import intervention_table
 from effopd.report.linearity_table import linearity_table
 from effopd.report.pages import write_html
@@ -48,7 +48,7 @@ _KINDS = {
     "alpha": _Kind("Along the update: W0 + αΔW", "alpha", "α"),
     "trajectory": _Kind("Along training: W_t", "step", "optimizer step t"),
     "embedding": _Kind("Embedding replacement", "replaced", "part taken from the base"),
-    "window": _Kind("Windows of trained layers in the base", "centre", "center layer", panel="module"),
+    "window": _Kind("Windows of trained layers in the base", "center", "center layer", panel="module"),
     "swap": _Kind("Modules and layers swapped", "unit", "part", panel="side"),
     "rank": _Kind("Low-rank updates", "percent", "components kept, %", panel="end", scale="log"),
     "norm_scaling": _Kind("Early updates scaled toward the final norm", "beta", "β", panel="group", line="step"),
@@ -140,7 +140,7 @@ def _lines(
             for i, (value, part) in enumerate(_spread(list(of_group.groupby(kind.line))))
         ] or parts
     for label, part, look in parts:
-        line = summarised(part, kind.x, metric)
+        line = summarized(part, kind.x, metric)
         norms = part.groupby(kind.x)["update_norm"].mean() if "update_norm" in part else {}
         tips = [f"‖W − W0‖ {norms[x]:.4g}" if x in norms else "" for x in line.x]
         yield Series(
@@ -148,7 +148,7 @@ def _lines(
             bars=not numeric, line=numeric, tips=tips,
         )  # fmt: skip
         if metric == "kl" and "kl_predicted" in part:
-            predicted = summarised(part, kind.x, "kl_predicted") if "kl_predicted_low" in part else None
+            predicted = summarized(part, kind.x, "kl_predicted") if "kl_predicted_low" in part else None
             values = (
                 part.groupby(kind.x)["kl_predicted"].mean() if predicted is None else predicted.set_index("x")["mean"]
             )

@@ -49,7 +49,7 @@ def draw_reference(axis, table: pd.DataFrame, metric: str, colors: dict[str, str
             across(seeds[metric].mean(), color=color, linestyle=":", linewidth=1.2, label=label, zorder=1)
 
 
-def summarised(rows: pd.DataFrame, key: str, metric: str, x: str | None = None) -> pd.DataFrame:
+def summarized(rows: pd.DataFrame, key: str, metric: str, x: str | None = None) -> pd.DataFrame:
     """Columns x, mean, low, high; one row per value of `key`.
 
     low and high are the range over seeds, or the interval over prompts of a single seed.

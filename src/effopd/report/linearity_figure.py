@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from effopd.report.intervention_panels import draw_line, finished, grid, groups_of, summarised
+from effopd.report.intervention_panels import draw_line, finished, grid, groups_of, summarized
 from effopd.report.style import group_colors
 
 #: Scale of the error over training; the nearest measured scale is drawn.
@@ -36,7 +36,7 @@ def linearity_figure(plt, table: pd.DataFrame, metrics: list[str]):
         for group, color in colors.items():
             of_group = here[here["group"] == group].dropna(subset=["step"])
             if scale is not None:
-                summary = summarised(of_group[of_group["scale"] == scale], "step", "kl_ratio")
+                summary = summarized(of_group[of_group["scale"] == scale], "step", "kl_ratio")
                 draw_line(error, summary, color, group)
             _draw_best(best, of_group, color, group)
         error.axhline(1, color="0.3", linewidth=0.8)
@@ -58,7 +58,7 @@ def _draw_curves(plt, axis, rows: pd.DataFrame) -> None:
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, max(1, len(chosen))))
     parts = [(f"step {step}", rows[rows["step"] == step]) for step in chosen] or [("trained", rows)]
     for (label, part), color in zip(parts, shades, strict=True):
-        true, predicted = summarised(part, "scale", "kl"), summarised(part, "scale", "kl_predicted")
+        true, predicted = summarized(part, "scale", "kl"), summarized(part, "scale", "kl_predicted")
         draw_line(axis, true, color, label, markersize=3)
         axis.plot(predicted.x, predicted["mean"], color=color, linestyle="--", linewidth=1.2)
         known = true[true.x.isin(part[part["known"] == 1]["scale"])]
@@ -77,8 +77,8 @@ def _draw_best(axis, rows: pd.DataFrame, color: str, label: str) -> None:
     lines = rows.drop_duplicates(["run", "step"])
     for name in ("best_true", "best_predicted"):
         lines = lines.assign(**{f"{name}_low": lines[name], f"{name}_high": lines[name]})
-    draw_line(axis, summarised(lines, "step", "best_true"), color, label)
-    predicted = summarised(lines, "step", "best_predicted")
+    draw_line(axis, summarized(lines, "step", "best_true"), color, label)
+    predicted = summarized(lines, "step", "best_predicted")
     axis.plot(predicted.x, predicted["mean"], "x", color=color, markersize=7)
 
 

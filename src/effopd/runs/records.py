@@ -1,7 +1,7 @@
 """Typed rows of a run's files: training steps, searches with their trials, evaluations.
 
 Standard library only: reading a run needs neither torch nor the trainers. The tables of
-`docs/reading-a-run.md` are generated from these classes.
+`docs/run_files.md` are generated from these classes.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _TABLE_DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-_QUANTISED = re.compile(
+_QUANTIZED = re.compile(
     r"(?:^|[._])(?:weight|kernel|qweight|qzeros|g_idx|scales?|scb|zero_points?|weight_\w+|packed|blocks|absmax|quant_map|codes?|"
     r"codebooks?|\w*_proj)$",
     re.IGNORECASE,
@@ -83,7 +83,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if name == "__metadata__":
             continue
         kind, (start, stop), shape = _entry(entry, file, name)
-        table = kind in _TABLE_DTYPES and not _QUANTISED.search(name)
+        table = kind in _TABLE_DTYPES and not _QUANTIZED.search(name)
         if kind not in _DTYPES and not table and not is_buffer(name):
             raise WeightsError(
                 f"tensor '{name}' of {file} has dtype {kind}: expected one of {', '.join(_DTYPES)}. Quantized "

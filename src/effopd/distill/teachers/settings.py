@@ -117,8 +117,8 @@ class TeacherArguments:
             )
 
     def _check_several(self) -> None:
-        labelled = self.teacher_sources
-        if not labelled:
+        labeled = self.teacher_sources
+        if not labeled:
             for name, default in (("teacher_column", "teacher"), ("teachers_in_memory", "all")):
                 if getattr(self, name) != default:
                     raise ConfigError(

@@ -108,9 +108,9 @@ class HostHooks(_Host):
 
     # The loop.
 
-    def around_state(self, initialise: Callable[[], T], checkpoint: str | None, max_steps: int) -> T:
+    def around_state(self, initialize: Callable[[], T], checkpoint: str | None, max_steps: int) -> T:
         """Hook: the trainer's initial state, loaded from `checkpoint` if the run is resumed."""
-        return initialise()
+        return initialize()
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
         host = super()._init_training_state

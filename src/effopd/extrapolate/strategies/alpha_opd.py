@@ -88,15 +88,15 @@ def fit_pls(x_TM: np.ndarray, y_T: np.ndarray) -> Pls | None:
     mean_M, scale_M = x_TM.mean(0), x_TM.std(0, ddof=1)
     varies_M = scale_M > _SAME * np.abs(mean_M)
     scale_M = np.where(varies_M, scale_M, 1.0)
-    z_TM, centred_T = np.where(varies_M, (x_TM - mean_M) / scale_M, 0.0), y_T - y_T.mean()
-    weight_M = z_TM.T @ centred_T
+    z_TM, centered_T = np.where(varies_M, (x_TM - mean_M) / scale_M, 0.0), y_T - y_T.mean()
+    weight_M = z_TM.T @ centered_T
     length = np.linalg.norm(weight_M)
     if not length > 0:
         return None
     weight_M = weight_M / length
     score_T = z_TM @ weight_M
     power = score_T @ score_T
-    slope = float(score_T @ centred_T / power) if power > 0 else 0.0
+    slope = float(score_T @ centered_T / power) if power > 0 else 0.0
     if slope == 0.0 or not math.isfinite(slope):
         return None
     return Pls(mean_M, scale_M, weight_M, z_TM.T @ score_T / power, slope, float(y_T.mean()))

@@ -10,7 +10,7 @@ from typing import Any
 
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Prompt
-from effopd.tasks.code.shapes import Unrecognised, problem_of
+from effopd.tasks.code.shapes import Unrecognized, problem_of
 from effopd.tasks.code.verifier import PROBLEM
 from effopd.tasks.row_columns import field_of
 from effopd.tasks.row_faults import ORIGIN, BadRow, RowFaults, kind_of
@@ -116,7 +116,7 @@ def _to_example(row: Any, source: str, number: int, column: str | None) -> Examp
         return BadRow(*fault)
     try:
         problem = problem_of(row)
-    except Unrecognised as error:
+    except Unrecognized as error:
         return BadRow(f"tests in the columns of {_SHAPES}", str(error), "Rename or correct the row's columns.")
     identity = next((row[name] for name in _ID_COLUMNS if name in row), f"{Path(source).name}:{number}")
     if isinstance(identity, bool) or not isinstance(identity, str | int):

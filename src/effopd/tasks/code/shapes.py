@@ -30,7 +30,7 @@ _CALL = re.compile(r"assert\s+(?:not\s+)?\(*\s*(?:[\w.]+\()*?\s*([A-Za-z_]\w*)\(
 _SECONDS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|milliseconds?|s|seconds?)?\s*", re.IGNORECASE)
 
 
-class Unrecognised(ValueError):
+class Unrecognized(ValueError):
     """A row whose tests cannot be read; the message is what was found instead."""
 
 
@@ -39,7 +39,7 @@ def problem_of(row: Mapping[str, Any]) -> dict[str, Any]:
     `limits`, and `shown`: the assertions that the source shows in the prompt.
 
     Raises:
-        Unrecognised: the row has no tests in a known shape.
+        Unrecognized: the row has no tests in a known shape.
 
     Example:
         >>> row = {"input_output": '{"inputs": ["1 2"], "outputs": ["3"]}'}
@@ -81,7 +81,7 @@ def _mbpp(row: Mapping[str, Any]) -> dict[str, Any]:
     else:
         shape, texts = "MBPP", listed
     if not texts:
-        raise Unrecognised("an empty test_list")
+        raise Unrecognized("an empty test_list")
     for text in texts:
         _check_syntax(text, "test_list")
     called = [match[1] for text in (*listed, *texts) for match in _CALL.finditer(text)]
@@ -99,7 +99,7 @@ def _check_syntax(tests: str, column: str) -> None:
     try:
         ast.parse(tests)
     except (SyntaxError, ValueError) as error:
-        raise Unrecognised(f"'{column}' that is no Python ({error})") from error
+        raise Unrecognized(f"'{column}' that is no Python ({error})") from error
 
 
 def _cases(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,9 +119,9 @@ def _cases(row: Mapping[str, Any]) -> dict[str, Any]:
     if not cases and isinstance(row.get("examples"), list):
         cases, used = _payload(row["examples"], None)[0], ["examples"]
     if not cases:
-        raise Unrecognised(f"columns {sorted(row)} without a test")
+        raise Unrecognized(f"columns {sorted(row)} without a test")
     if len(names) > 1:
-        raise Unrecognised(f"tests of several functions: {', '.join(sorted(names))}")
+        raise Unrecognized(f"tests of several functions: {', '.join(sorted(names))}")
     problem: dict[str, Any] = {"shape": _shape_name(used, bool(names)), "cases": cases}
     if any("tests" in case for case in cases):
         problem["entry"] = sorted({match[1] for case in cases for match in _CALL.finditer(case.get("tests", ""))})
@@ -149,7 +149,7 @@ def _parsed(payload: Any, column: str) -> Any:
         if "assert" in payload:
             _check_syntax(payload, column)
             return [payload]
-        raise Unrecognised(f"'{column}' that is no JSON ({error})") from error
+        raise Unrecognized(f"'{column}' that is no JSON ({error})") from error
 
 
 class _OnlyText(pickle.Unpickler):
@@ -164,7 +164,7 @@ def _decompressed(text: str) -> Any:
         packed = zlib.decompressobj().decompress(base64.b64decode(text), 1 << 28)
         return json.loads(_OnlyText(io.BytesIO(packed)).load())
     except Exception as error:  # the formats' decoders raise many types
-        raise Unrecognised(f"'private_test_cases' that cannot be read ({type(error).__name__}: {error})") from error
+        raise Unrecognized(f"'private_test_cases' that cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _function_of(row: Mapping[str, Any]) -> str | None:
@@ -186,11 +186,11 @@ def _payload(payload: Any, function: str | None) -> tuple[list[dict[str, Any]], 
             return _payload(payload["test_cases"], function)
         inputs, outputs = (payload.get(f"{name}s", payload.get(name)) for name in ("input", "output"))
         if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
-            raise Unrecognised(f"tests with the keys {sorted(payload)}, not as many inputs as outputs")
+            raise Unrecognized(f"tests with the keys {sorted(payload)}, not as many inputs as outputs")
         function = payload.get("fn_name") or function
         return [_case(pair, function) for pair in zip(inputs, outputs, strict=True)], function
     if not isinstance(payload, list):
-        raise Unrecognised(f"tests of the type {type(payload).__name__}")
+        raise Unrecognized(f"tests of the type {type(payload).__name__}")
     cases: list[dict[str, Any]] = []
     name: str | None = None
     for item in payload:
@@ -204,11 +204,11 @@ def _payload(payload: Any, function: str | None) -> tuple[list[dict[str, Any]], 
             called = item.get("fn_name") or named or function
             calls = called if kind not in ("stdin", "stdin_stdout") else None
             if kind in ("functional", "function_call") and not calls:
-                raise Unrecognised("a call without the name of its function")
+                raise Unrecognized("a call without the name of its function")
             name = calls or name
             cases.append(_case((item["input"], item["output"]), calls, lines=kind == "functional"))
         else:
-            raise Unrecognised(f"a test that is {str(item)[:60]!r}")
+            raise Unrecognized(f"a test that is {str(item)[:60]!r}")
     return cases, name
 
 
@@ -226,7 +226,7 @@ def _case(pair: tuple[Any, Any], function: str | None, *, lines: bool = False) -
         if isinstance(expected, str) and lines:
             expected = json.loads(expected)
     except ValueError as error:
-        raise Unrecognised(f"arguments of {function} that are no JSON ({error})") from error
+        raise Unrecognized(f"arguments of {function} that are no JSON ({error})") from error
     return {"arguments": given if isinstance(given, list) else [given], "output": expected}
 
 
