@@ -16,10 +16,12 @@ import argparse
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from pages import DOCS, rewrite
 
 from effopd.commands.main import main as effopd
@@ -297,6 +299,20 @@ def collect(recipe: Path, seeds: Sequence[int] | None, tasks: Sequence[str] | No
                 ])  # fmt: skip
                 if status:
                     raise SystemExit(status)
+        weak_teacher(base, task)
+
+
+def weak_teacher(base: Mapping[str, Any], task: str) -> None:
+    """CLPD's weak teacher: the student after four steps of plain OPD at 3e-4, by seed 99."""
+    settings = {
+        **base, "task": task, "max_steps": 4, "learning_rate": 3e-4, "seed": 99, "task_seed": 99,
+        "eval_strategy": "no", "eval_on_start": False, "output_dir": str(TRACES / folder_name(task) / "weak-teacher"),
+    }  # fmt: skip
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(settings, file)
+        file.flush()
+        if status := effopd(["train", "--config", file.name]):
+            raise SystemExit(status)
 
 
 def main() -> None:
