@@ -40,8 +40,8 @@ PLACE = DOCS / "neighbours"
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare-neighbours.yaml"
 #: Place of the stored answers below the working directory, as in the plan.
 TRACES = Path("runs/neighbour-traces")
-#: Stored answers per task and seed: each is used three times in 48 steps of 32.
-STORED = 512
+#: Stored answers per task and seed: each is used four times in 32 steps of 32.
+STORED = 256
 #: Shares of the KL at step 0 that a method has to reach; the figure shows the last.
 TARGETS = (0.25, 0.1)
 #: Figure: ticks, and the place of a method that never reaches the target.
