@@ -2,6 +2,7 @@
 
     python benchmarks/neighbours.py collect          # rollouts and traces, once per task and seed
     effopd compare recipes/compare-neighbours.yaml
+    python benchmarks/neighbours.py rewards          # dGRPO, which `effopd rl` trains
     python benchmarks/neighbours.py page --runs runs/compare-neighbours --figure
 
 `page --runs` writes the finished runs to docs/neighbours/results.json, from which it makes tables
@@ -16,6 +17,8 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,13 +29,14 @@ from pages import DOCS, rewrite
 
 from effopd.commands.main import main as effopd
 from effopd.common.files import write_atomically
+from effopd.common.versions import code
 from effopd.compare.axes import axis_name, cost_on
 from effopd.compare.cross_targets import runs_of
 from effopd.compare.envelope import Envelope
-from effopd.compare.grid import folder_name, load_grid
+from effopd.compare.grid import Grid, PlannedRun, folder_name, load_grid
 from effopd.compare.grid_run import Arm, GridRun, read_run, to_row
 from effopd.compare.paired import SeedMedian
-from effopd.compare.runner import DONE, is_done
+from effopd.compare.runner import DONE, LOG, SETTINGS, is_done
 from effopd.report.compare_lookup import table, times
 from effopd.report.style import quiet_style, save
 
@@ -46,6 +50,8 @@ STORED = 256
 TARGETS = (0.25, 0.1)
 #: Figure: ticks, and the place of a method that never reaches the target.
 TICKS, NEVER = (0.25, 0.5, 1, 2, 4), 0.125
+#: Arm that `effopd rl` trains, so it is not in the plan.
+DGRPO = "dgrpo"
 #: Suffix of an arm with the look-ahead; plain OPD with it has a name of its own.
 NEWTON = "+newton"
 AXES = ("seconds", "generated_tokens", "teacher_tokens", "student_backward_tokens")
@@ -70,7 +76,11 @@ METHODS = (
     Method("optimal_baseline", "optimal baseline", "", "as vOPD; smallest variance of the logit gradient"),
     Method("samples_8", "8 samples per prefix", "2606.24143", "the teacher scores chosen tokens cheaply"),
     Method("negative_advantage", "fixed negative advantage", "2608.31046", "a control: no teacher"),
+    Method(DGRPO, "dGRPO", "2605.12227", "answers are verified and reward matters as well as the teacher"),
     Method("esr", "ESR", "2605.27028", "sampling long answers dominates the cost"),
+    Method("prune", "Prune-OPD", "2605.07804", "long answers leave the teacher's support"),
+    Method("clpd", "CLPD", "2605.11260", "teachers of several strengths exist"),
+    Method("easy_first", "CLPD, order of prompts alone", "2605.11260", "difficulty varies much within the prompts"),
     Method("lmbda_0.5", "GKD mixing, λ = 0.5", "2306.13649", "traces exist already and sampling is expensive"),
     Method("lightning", "Lightning OPD", "2604.13010", "the teacher does not fit beside the student"),
     Method("discord", "DisCorD", "2605.14071", "a warm-up from a teacher that only sends text with log-probabilities"),
@@ -277,10 +287,37 @@ def results_of(folder: Path) -> dict[str, Any]:
             run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed,
             code=json.loads((run.path / DONE).read_text())["code"],
         )
-        for run in grid.runs() if is_done(run)
+        for run in [*grid.runs(), *reward_runs(grid)] if is_done(run)
     ]  # fmt: skip
     settings = {"planned_runs": len(grid.runs()), "base": grid.base, "strategies": grid.strategies}
     return {"settings": settings, "runs": [to_row(run) for run in runs]}
+
+
+def reward_runs(grid: Grid) -> list[PlannedRun]:
+    """Runs of dGRPO on the plan's tasks, seeds and rates: as many answers per step, 8 per prompt."""
+    runs = []
+    for run in grid.runs():
+        if run.strategy == "forward_kl":  # any arm with the plan's three rates
+            path = Path(str(run.path).replace("/forward_kl/", f"/{DGRPO}/"))
+            own = {name: run.settings[name] for name in ("task", "learning_rate", "seed", "task_seed")}
+            settings = {**grid.base, **own, "algorithm": "dgrpo", "num_generations": 8, "output_dir": str(path)}
+            runs.append(PlannedRun(run.task, DGRPO, run.learning_rate, run.seed, path, settings))
+    return runs
+
+
+def reward(seeds: Sequence[int] | None, tasks: Sequence[str] | None, rates: Sequence[float] | None) -> None:
+    """Make the missing runs of dGRPO, one process each."""
+    for run in reward_runs(load_grid(RECIPE)):
+        wanted = ((seeds, run.seed), (tasks, run.task), (rates, run.learning_rate))
+        if (run.path / DONE).is_file() or any(chosen and value not in chosen for chosen, value in wanted):
+            continue
+        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / SETTINGS).write_text(yaml.safe_dump(run.settings))
+        command = [sys.executable, "-m", "effopd.commands.main", "rl", "--config", str(run.path / SETTINGS)]
+        with (run.path / LOG).open("wb") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+        (run.path / DONE).write_text(json.dumps({"code": code()}) + "\n")
+        print("done", run.name, flush=True)
 
 
 def collect(recipe: Path, seeds: Sequence[int] | None, tasks: Sequence[str] | None) -> None:
@@ -317,14 +354,18 @@ def weak_teacher(base: Mapping[str, Any], task: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["collect", "page"])
+    parser.add_argument("what", choices=["collect", "rewards", "page"])
     parser.add_argument("--runs", type=Path, help="page: folder of the grid; default: docs/neighbours/results.json")
     parser.add_argument("--figure", action="store_true", help="page: redraw docs/neighbours/costs.png")
-    parser.add_argument("--seeds", type=int, nargs="+", help="collect: only these seeds")
-    parser.add_argument("--tasks", nargs="+", help="collect: only these tasks")
+    parser.add_argument("--seeds", type=int, nargs="+", help="collect, rewards: only these seeds")
+    parser.add_argument("--tasks", nargs="+", help="collect, rewards: only these tasks")
+    parser.add_argument("--rates", type=float, nargs="+", help="rewards: only these learning rates")
     arguments = parser.parse_args()
     if arguments.what == "collect":
         collect(RECIPE, arguments.seeds, arguments.tasks)
+        return
+    if arguments.what == "rewards":
+        reward(arguments.seeds, arguments.tasks, arguments.rates)
         return
     file = PLACE / "results.json"
     if arguments.runs is not None:
