@@ -1,18 +1,18 @@
 """Gradient variance of the sampled losses against the full one, and agreement of Δ between seeds.
 
-    python benchmarks/gradient_variance.py run --seeds 0 1 2    # writes docs/neighbours/variance.json
-    python benchmarks/gradient_variance.py page                 # tables of docs/neighbours.md
+    python benchmarks/gradient_variance.py run     # docs/neighbours/variance.json, then the tables
+    python benchmarks/gradient_variance.py page    # the tables of docs/neighbours.md only
 
 Three measures for every loss of `LOSSES`, on the built-in pair:
 
-- empirical: Σ Var(g) over parameters, from the gradients of `BATCHES` batches of 32 prompts with one
-  rollout each. All losses see the same rollouts, at the weights of the start and after `WARM` steps
-  of plain OPD.
+- empirical: Σ Var(g) over parameters, from the gradients of `BATCHES` batches of 32 prompts with
+  one rollout each. All losses see the same rollouts, at the weights of the start and after `WARM`
+  steps of plain OPD.
 - Adam: Σ(v̂ − m̂²) over parameters, from the bias-corrected moments at the end of a real run.
-- agreement: cosine of Δ = W_t − W_{t/2} at t = 2ⁿ between two seeds, that is between runs with other
-  prompts and other rollouts.
+- agreement: cosine of Δ = W_t − W_{t/2} at t = 2ⁿ between two seeds, that is between runs with
+  other prompts and other rollouts.
 
-Both variances are relative to ‖mean gradient‖²: 1 means that the noise of one batch is as long as the
+Both variances are relative to ‖mean gradient‖²: at 1, the noise of one batch is as long as the
 gradient. The two estimators are those of vOPD's code (arXiv 2605.07865).
 """
 
@@ -110,11 +110,11 @@ def trainer_of(folder: Path, seed: int, steps: int, model: Any = None, **loss: A
         "activation_checkpointing": False, "disable_tqdm": True, "health_tokens": 0,
     }  # fmt: skip
     task = load_task(TaskConfig(task=TASK, train_size=steps * PROMPTS, task_seed=seed), "train")
-    return OPDTrainer(
-        model if model is not None else AutoModelForCausalLM.from_pretrained(student_path()).float(),
-        AutoModelForCausalLM.from_pretrained(teacher_path()).float(), OPDConfig(output_dir=str(folder), **values | loss),
-        train_dataset=task.to_dataset(), processing_class=AutoTokenizer.from_pretrained(student_path(), padding_side="left"),
-    )  # fmt: skip
+    student = model if model is not None else AutoModelForCausalLM.from_pretrained(student_path()).float()
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_path()).float()
+    tokenizer = AutoTokenizer.from_pretrained(student_path(), padding_side="left")
+    config = OPDConfig(output_dir=str(folder), **values | loss)
+    return OPDTrainer(student, teacher, config, train_dataset=task.to_dataset(), processing_class=tokenizer)
 
 
 def empirical(folder: Path, seed: int, model: Any = None) -> dict[str, tuple[float, float]]:

@@ -206,7 +206,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def filled(settings: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
-    """`settings` with the keys of `values` replaced in every text, also in nested mappings and lists.
+    """`settings` with the keys of `values` replaced in every text, also in mappings and lists.
 
     Example:
         >>> filled({"rollouts": "cache/seed-{seed}", "max_steps": 4}, {"{seed}": "3"})
