@@ -39,9 +39,9 @@ from effopd.tasks import TaskConfig, load_task
 from effopd.tasks.builtin_models import student_path, teacher_path
 
 RESULTS = DOCS / "neighbours" / "variance.json"
-TASK, LENGTH, PROMPTS, STEPS, RATE = "testbed:chain_sum", 24, 32, 32, 3e-4
+TASK, LENGTH, PROMPTS, STEPS, RATE = "testbed:chain_sum", 24, 32, 16, 1.5e-4
 #: Batches of the empirical variance, and steps of plain OPD before its second place.
-BATCHES, WARM = 48, 8
+BATCHES, WARM = 32, 8
 LOSSES: dict[str, dict[str, Any]] = {
     "full reverse KL": {},
     "sampled": {"loss_type": "sampled"},
@@ -153,7 +153,7 @@ def run(seeds: Sequence[int]) -> dict[str, Any]:
             watched = []
             for seed in seeds:
                 updates = Updates()
-                trainer = trainer_of(Path(scratch) / "run", seed, STEPS, **loss)
+                trainer = trainer_of(Path(scratch) / f"{len(results['adam'])}-{seed}", seed, STEPS, **loss)
                 trainer.add_callback(updates)
                 trainer.train()
                 watched.append(updates)
