@@ -12,8 +12,8 @@ Three measures for every loss of `LOSSES`, on the built-in pair:
 - agreement: cosine of Δ = W_t − W_{t/2} at t = 2ⁿ between two seeds, that is between runs with
   other prompts and other rollouts.
 
-Both variances are relative to ‖mean gradient‖²: at 1, the noise of one batch is as long as the
-gradient. The two estimators are those of vOPD's code (arXiv 2605.07865).
+The empirical variance is relative to ‖mean gradient‖²: at 1, the noise of one batch is as long as
+the gradient. Both estimators are those of vOPD's code (arXiv 2605.07865).
 """
 
 from __future__ import annotations
@@ -170,23 +170,24 @@ def run(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def blocks(results: Mapping[str, Any]) -> dict[str, str]:
-    """The page's tables: variances relative to ‖mean gradient‖², and cosines of Δ."""
-    places, steps = list(results["empirical"]), list(next(iter(results["cosine"].values())))
+    """The page's tables: variances over ‖mean gradient‖² and over the full loss's; cosines of Δ."""
+    places, full = list(results["empirical"]), "full reverse KL"
+    steps = list(results["cosine"][full])
+    adam = {name: statistics.median(variance for variance, _ in results["adam"][name]) for name in LOSSES}
     rows, agreement = [], []
     for name in LOSSES:
-        # the mean gradient is that of the full loss: all losses have the same expectation
-        measured = [results["empirical"][p][name][0] / results["empirical"][p]["full reverse KL"][1] for p in places]
-        least = [results["empirical"][p]["full reverse KL"][0] for p in places]
-        times = [results["empirical"][p][name][0] / base for p, base in zip(places, least, strict=True)]
-        adam = statistics.median(variance / mean for variance, mean in results["adam"][name])
-        cells = [cell for pair in zip(measured, times, strict=True) for cell in (f"{pair[0]:.2f}", f"{pair[1]:.2f}×")]
-        rows.append([name, *cells, f"{adam:.1f}"])
+        cells = []
+        for place in places:
+            measured = results["empirical"][place]
+            # all losses have the same expected gradient; the full loss estimates it best
+            cells += [f"{measured[name][0] / measured[full][1]:.1f}", f"{measured[name][0] / measured[full][0]:.1f}×"]
+        rows.append([name, *cells, f"{adam[name] / adam[full]:.1f}×"])
         agreement.append([
             name, *(f"{statistics.mean(results['cosine'][name][step]):.2f}" for step in steps)
         ])  # fmt: skip
-    head = ["loss", *(text for p in places for text in (f"after {p} steps", "over full")), "Adam's moments"]
+    head = ["loss", *(text for p in places for text in (f"variance / ‖g‖², step {p}", "over full"))]
     return {
-        "variance": table(head, rows),
+        "variance": table([*head, f"Adam's moments, step {results['steps']}, over full"], rows),
         "agreement": table(["loss", *(f"t = {step}" for step in steps)], agreement),
     }
 

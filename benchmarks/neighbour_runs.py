@@ -110,9 +110,12 @@ def collect(seeds: Sequence[int] | None, tasks: Sequence[str] | None) -> None:
 
 def weak_teacher(base: Mapping[str, Any], task: str) -> None:
     """CLPD's weak teacher: the student after four steps of plain OPD at 3e-4, by seed 99."""
+    folder = TRACES / folder_name(task) / "weak-teacher"
+    if (folder / "model.safetensors").is_file():
+        return
     settings = {
         **base, "task": task, "max_steps": 4, "learning_rate": 3e-4, "seed": 99, "task_seed": 99,
-        "eval_strategy": "no", "eval_on_start": False, "output_dir": str(TRACES / folder_name(task) / "weak-teacher"),
+        "eval_strategy": "no", "eval_on_start": False, "output_dir": str(folder),
     }  # fmt: skip
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(settings, file)
