@@ -133,18 +133,19 @@ def blocks(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         if not mine:
             continue
         finals = [statistics.mean(point["kl"] for point in row["curve"][-2:]) for row in mine]
+        spread = f" ({min(finals):.4f} to {max(finals):.4f})" if len(mine) > 1 else ""
         lowest = [min(row["curve"], key=lambda point: point["kl"]) for row in mine]
         spreads = [max(row["ratio_std"]) for row in mine if row["ratio_std"]]
         lines.append([
-            arm.name, f"{arm.rate:.0e}", f"{sum(arm.phases) or STEPS * BATCH:,}",
+            arm.name, f"{arm.rate:.0e}", str(len(mine)), f"{sum(arm.phases) or STEPS * BATCH:,}",
             f"{statistics.median(row['teacher_tokens'] for row in mine):,.0f}",
-            f"{statistics.median(finals):.4f} ({min(finals):.4f} to {max(finals):.4f})",
+            f"{statistics.median(finals):.4f}{spread}",
             f"{statistics.median(point['kl'] for point in lowest):.4f}",
             f"{statistics.median(point['step'] for point in lowest):.0f}",
             f"{statistics.median(row['curve'][-1]['accuracy'] for row in mine):.2f}",
             f"{statistics.median(spreads):.2f}" if spreads else "",
         ])  # fmt: skip
-    head = ["arm", "rate", "answers", "teacher tokens", "KL at the end", "lowest KL", "at step", "accuracy"]
+    head = ["arm", "rate", "seeds", "answers", "teacher tokens", "KL at the end", "lowest KL", "at step", "accuracy"]
     return {"reuse": table([*head, "largest std of π_θ/π_ref"], lines)}
 
 
@@ -152,13 +153,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "page"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="run: seeds to add")
+    parser.add_argument("--only", default="", help="run: only arms whose name contains this text")
     arguments = parser.parse_args()
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     if arguments.what == "run":
         with tempfile.TemporaryDirectory() as scratch:
             for seed in arguments.seeds:
                 for arm in ARMS:
-                    if not any((row["arm"], row["seed"]) == (arm.name, seed) for row in rows):
+                    if arguments.only in arm.name and not any(
+                        (row["arm"], row["seed"]) == (arm.name, seed) for row in rows
+                    ):
                         rows.append(run(arm, seed, Path(scratch)))
                         print(rows[-1], flush=True)
                         write_atomically(RESULTS, lambda path: path.write_text(json.dumps(rows) + "\n"))
