@@ -2,12 +2,14 @@
 
     python benchmarks/neighbours.py collect          # rollouts and traces, once per task and seed
     effopd compare recipes/compare-neighbours.yaml
+    python benchmarks/neighbours.py rewards          # dGRPO, which `effopd rl` trains
     python benchmarks/neighbours.py page --runs runs/compare-neighbours --figure
 
 `page --runs` writes the finished runs to docs/neighbours/results.json, from which it makes tables
 and figure. Only the blocks between markers are generated (`pages.py`). A method is
 judged at its best learning rate, against plain OPD at its best learning rate, by the cost to reach
-the `TARGETS`.
+the `TARGETS`. Best are the rates with the most seeds, and among these the one that reaches the
+target first.
 """
 
 from __future__ import annotations
@@ -16,32 +18,26 @@ import argparse
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from neighbour_runs import DGRPO, collect, results_of, reward
 from pages import DOCS, rewrite
 
-from effopd.commands.main import main as effopd
 from effopd.common.files import write_atomically
 from effopd.compare.axes import axis_name, cost_on
 from effopd.compare.cross_targets import runs_of
 from effopd.compare.envelope import Envelope
-from effopd.compare.grid import folder_name, load_grid
-from effopd.compare.grid_run import Arm, GridRun, read_run, to_row
+from effopd.compare.grid_run import Arm, GridRun
 from effopd.compare.paired import SeedMedian
-from effopd.compare.runner import DONE, is_done
 from effopd.report.compare_lookup import table, times
 from effopd.report.style import MUTED, group_colors, quiet_style, save
 
 PLACE = DOCS / "neighbours"
-RECIPE = Path(__file__).parents[1] / "recipes" / "compare-neighbours.yaml"
-#: Place of the stored answers below the working directory, as in the plan.
-TRACES = Path("runs/neighbour-traces")
-#: Stored answers per task and seed: each is used three times in 48 steps of 32.
-STORED = 512
-#: Shares of the KL at step 0 that a method has to reach; the figure shows the last.
-TARGETS = (0.25, 0.1)
+#: Shares of the KL at step 0 that a method has to reach; verdicts and figure are for the first.
+TARGETS = (0.1, 0.05)
 #: Figure: ticks, and the place of a method that never reaches the target.
 TICKS, NEVER = (0.25, 0.5, 1, 2, 4), 0.125
 #: Figure: colors without and with the look-ahead.
@@ -70,7 +66,11 @@ METHODS = (
     Method("optimal_baseline", "optimal baseline", "", "as vOPD; smallest variance of the logit gradient"),
     Method("samples_8", "8 samples per prefix", "2606.24143", "the teacher scores chosen tokens cheaply"),
     Method("negative_advantage", "fixed negative advantage", "2608.31046", "a control: no teacher"),
+    Method(DGRPO, "dGRPO", "2605.12227", "answers are verified and reward matters as well as the teacher"),
     Method("esr", "ESR", "2605.27028", "sampling long answers dominates the cost"),
+    Method("prune", "Prune-OPD", "2605.07804", "long answers leave the teacher's support"),
+    Method("clpd", "CLPD", "2605.11260", "teachers of several strengths exist"),
+    Method("easy_first", "CLPD, order of prompts alone", "2605.11260", "difficulty varies much within the prompts"),
     Method("lmbda_0.5", "GKD mixing, λ = 0.5", "2306.13649", "traces exist already and sampling is expensive"),
     Method("lightning", "Lightning OPD", "2604.13010", "the teacher does not fit beside the student"),
     Method("discord", "DisCorD", "2605.14071", "a warm-up from a teacher that only sends text with log-probabilities"),
@@ -94,19 +94,37 @@ class Page:
         """Runs of a strategy on a task."""
         return [run for run in self.runs if (run.task, run.strategy) == (task, strategy)]
 
-    def best(self, task: str, strategy: str) -> Arm | None:
-        """The strategy's learning rate with the smallest median final KL; `None`: no runs."""
-        finals: dict[Arm, list[float]] = {}
+    def best(self, task: str, strategy: str, share: float | None = None) -> Arm | None:
+        """The strategy's best learning rate, among those with the most seeds; `None`: no runs.
+
+        Args:
+            share: by the median net seconds to this share of the starting KL; default, and among
+                rates that never reach it: by the median final KL.
+        """
+        arms: dict[Arm, list[GridRun]] = {}
         for run in self.of(task, strategy):
-            finals.setdefault(run.arm, []).append(_end(run))
-        return min(finals, key=lambda arm: statistics.median(finals[arm]), default=None)
+            arms.setdefault(run.arm, []).append(run)
+        most = max(map(len, arms.values()), default=0)
+        envelope = self.envelope(task, "seconds")
+
+        def rank(arm: Arm) -> tuple[float, float]:
+            final = statistics.median(map(_end, arms[arm]))
+            costs = [envelope.cost(arm, run.seed, share) for run in arms[arm]] if share else [0.0]
+            return statistics.median(costs), final
+
+        return min((arm for arm in arms if len(arms[arm]) == most), key=rank, default=None)
+
+    def envelope(self, task: str, axis: str) -> Envelope:
+        """Plain OPD at its best rates on a task, by an axis."""
+        key = task, axis
+        if key not in self._envelopes:
+            self._envelopes[key] = Envelope([run for run in self.runs if run.task == task], ("plain",), axis)
+        return self._envelopes[key]
 
     def speedup(self, task: str, strategy: str, axis: str, share: float) -> SeedMedian | None:
         """Cost of tuned plain OPD to a target / cost of the method at its best rate."""
-        key, arm = (task, axis), self.best(task, strategy)
-        if key not in self._envelopes:
-            self._envelopes[key] = Envelope([run for run in self.runs if run.task == task], ("plain",), axis)
-        return None if arm is None else self._envelopes[key].speedup(arm, share)
+        arm = self.best(task, strategy, share)
+        return None if arm is None else self.envelope(task, axis).speedup(arm, share)
 
     # -- blocks ------------------------------------------------------------------------------------
 
@@ -120,17 +138,15 @@ class Page:
                     if arm is not None:
                         runs = [run for run in self.of(task, strategy) if run.arm == arm]
                         rows.append(self._final_row(task, method, strategy, runs))
-        head = ["task", "method", "look-ahead", "rate", "rates", "seeds", "KL at the end", "accuracy"]
+        head = ["task", "method", "look-ahead", "rate", "seeds", "KL at the end", "accuracy"]
         return table([*head, *(axis_name(axis) for axis in AXES)], rows)
 
     def _final_row(self, task: str, method: Method, strategy: str, runs: Sequence[GridRun]) -> list[str]:
         ends = [run.evaluations[-1] for run in runs]
         costs = [[cost_on(end, axis) for end in ends] for axis in AXES]
-        rates = len({run.learning_rate for run in self.of(task, strategy)})
         return [
             task.split(":")[1], method.name, "" if strategy == method.arm else "newton_search",
-            f"{runs[0].learning_rate:.0e}", str(rates), str(len(runs)),
-            f"{statistics.median(map(_end, runs)):.4f}",
+            f"{runs[0].learning_rate:.1e}", str(len(runs)), f"{statistics.median(map(_end, runs)):.4f}",
             f"{statistics.median(end.accuracy or 0.0 for end in ends):.2f}",
             *(f"{statistics.median(each):,.0f}" if None not in each else "–" for each in costs),
         ]  # fmt: skip
@@ -173,21 +189,67 @@ class Page:
 
     def coverage(self) -> str:
         """Which of the planned runs exist."""
-        seeds = sorted({run.seed for run in self.runs})
-        places = ", ".join(task.split(":")[1] for task in self.tasks)
         planned = f" of {self.planned} planned" if self.planned else ""
-        rates = sorted({run.learning_rate for run in self.runs})
+        arms = Counter((run.task, *run.arm) for run in self.runs)
+        seeds = Counter(arms.values())
+        parts = ", ".join(f"{count} with {n} seed{'s' * (n > 1)}" for n, count in sorted(seeds.items(), reverse=True))
         return (
-            f"{len(self.runs)}{planned} runs exist: {places}; seed {', '.join(map(str, seeds))}; learning rate "
-            f"{', '.join(f'{rate:.0e}' for rate in rates)}. A verdict from fewer than three seeds, or from one "
-            "learning rate, is a single observation."
+            f"{len(self.runs)}{planned} runs exist: {len(arms)} combinations of task, method and learning rate, "
+            f"{parts}. A verdict from fewer than three seeds is a single observation."
         )
+
+    def rates_table(self) -> str:
+        """Final KL of seed 0 at every learning rate that was run."""
+        rates = sorted({run.learning_rate for run in self.runs})
+        rows = []
+        for task in self.tasks:
+            for method in METHODS:
+                for strategy in _pair(method.arm):
+                    finals = {run.learning_rate: _end(run) for run in self.of(task, strategy) if run.seed == 0}
+                    if finals:
+                        ahead = "" if strategy == method.arm else "newton_search"
+                        cells = [f"{finals[rate]:.4f}" if rate in finals else "" for rate in rates]
+                        rows.append([task.split(":")[1], method.name, ahead, *cells])
+        return table(["task", "method", "look-ahead", *(f"{rate:.1e}" for rate in rates)], rows)
+
+    def verdict_table(self) -> str:
+        """One line per method: speed-up in seconds, final KL over plain OPD's, and the verdict."""
+        rows = []
+        for method in METHODS:
+            for strategy in _pair(method.arm):
+                cells, texts = [], {}
+                for task in self.tasks:
+                    found = [self.speedup(task, strategy, axis, TARGETS[0]) for axis in AXES]
+                    speeds = [each for each in found if each is not None]
+                    if not speeds:
+                        cells += ["", ""]
+                        continue
+                    cells += [times(speeds[0].to_row()), self._final_ratio(task, strategy)]
+                    texts[task.split(":")[1]] = verdict(speeds)
+                if strategy == "plain" or not texts:
+                    continue
+                one = len(set(texts.values())) == 1
+                text = next(iter(texts.values())) if one else "; ".join(f"{k}: {v}" for k, v in texts.items())
+                name = method.name if strategy == method.arm else f"{method.name} + newton_search"
+                rows.append([name, *cells, text, method.when])
+        heads = [head for task in self.tasks for head in (task.split(":")[1], "KL over plain's")]
+        return table(["method", *heads, "verdict", "worth trying if"], rows)
+
+    def _final_ratio(self, task: str, strategy: str) -> str:
+        """Final KL over plain OPD's, each at the rate with the smallest one; paired by seed."""
+        arm, plain = self.best(task, strategy), self.best(task, "plain")
+        base = {run.seed: _end(run) for run in self.of(task, "plain") if run.arm == plain}
+        pairs = [_end(run) / base[run.seed] for run in self.of(task, strategy) if run.arm == arm and run.seed in base]
+        if not pairs:
+            return ""
+        spread = f" ({min(pairs):.2f} to {max(pairs):.2f})" if len(pairs) > 1 else ""
+        return f"{statistics.median(pairs):.2f}{spread}"
 
     def blocks(self) -> dict[str, str]:
         """All blocks by name."""
         return {
             "coverage": self.coverage(), "methods": self.method_table(), "costs": self.cost_table(),
-            "final": self.final_table(),
+            "final": self.final_table(), "rates": self.rates_table(), "verdicts": self.verdict_table(),
         }  # fmt: skip
 
     # -- figure ------------------------------------------------------------------------------------
@@ -206,7 +268,7 @@ class Page:
                 for panel, axis in zip(row, axes, strict=True):
                     self._bars(panel, task, axis)
             panels[0][0].legend(loc="lower right")
-            title = f"Cost to {TARGETS[-1]:.0%} of the starting KL: tuned plain OPD / method"
+            title = f"Cost to {TARGETS[0]:.0%} of the starting KL: tuned plain OPD / method"
             note = "Best of the learning rates that were run; median over seeds. A cross: the method never reaches it."
             save(figure, PLACE / "costs.png", title, note)
 
@@ -215,7 +277,7 @@ class Page:
         labels = ("without look-ahead", COLORS["plain"]), ("newton_search", COLORS["newton_search"])
         for offset, (label, color) in enumerate(labels):
             for place, method in enumerate(METHODS):
-                found = self.speedup(task, _pair(method.arm)[offset], axis, TARGETS[-1])
+                found = self.speedup(task, _pair(method.arm)[offset], axis, TARGETS[0])
                 if found is None or not found.n:
                     continue
                 y, reached = place + 0.3 * (offset - 0.5), 0 < found.median < math.inf
@@ -270,48 +332,20 @@ def _end(run: GridRun) -> float:
     return statistics.median(e.kl for e in run.evaluations[-3:] if e.kl is not None)
 
 
-def results_of(folder: Path) -> dict[str, Any]:
-    """The finished runs of the plan in a grid's folder, with the plan's settings."""
-    grid = load_grid(RECIPE, output_dir=str(folder))
-    runs = [
-        read_run(
-            run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed,
-            code=json.loads((run.path / DONE).read_text())["code"],
-        )
-        for run in grid.runs() if is_done(run)
-    ]  # fmt: skip
-    settings = {"planned_runs": len(grid.runs()), "base": grid.base, "strategies": grid.strategies}
-    return {"settings": settings, "runs": [to_row(run) for run in runs]}
-
-
-def collect(recipe: Path, seeds: Sequence[int] | None, tasks: Sequence[str] | None) -> None:
-    """`effopd cache` for every task and seed of the plan: rollouts and traces."""
-    grid = load_grid(recipe)
-    base = grid.base
-    for task in tasks or list(grid.tasks):
-        for seed in seeds or grid.seeds:
-            for sampler in ("student", "teacher"):
-                status = effopd([
-                    "cache", "--model_name_or_path", base["model_name_or_path"], "--teacher_model_name_or_path",
-                    base["teacher_model_name_or_path"], "--task", task, "--train_size", str(STORED), "--task_seed",
-                    str(seed), "--seed", str(seed), "--max_completion_length", str(base["max_completion_length"]),
-                    "--batch_size", "128", "--sampled_by", sampler, "--output_dir",
-                    str(TRACES / folder_name(task) / f"seed-{seed}" / sampler),
-                ])  # fmt: skip
-                if status:
-                    raise SystemExit(status)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["collect", "page"])
+    parser.add_argument("what", choices=["collect", "rewards", "page"])
     parser.add_argument("--runs", type=Path, help="page: folder of the grid; default: docs/neighbours/results.json")
     parser.add_argument("--figure", action="store_true", help="page: redraw docs/neighbours/costs.png")
-    parser.add_argument("--seeds", type=int, nargs="+", help="collect: only these seeds")
-    parser.add_argument("--tasks", nargs="+", help="collect: only these tasks")
+    parser.add_argument("--seeds", type=int, nargs="+", help="collect, rewards: only these seeds")
+    parser.add_argument("--tasks", nargs="+", help="collect, rewards: only these tasks")
+    parser.add_argument("--rates", type=float, nargs="+", help="rewards: only these learning rates")
     arguments = parser.parse_args()
     if arguments.what == "collect":
-        collect(RECIPE, arguments.seeds, arguments.tasks)
+        collect(arguments.seeds, arguments.tasks)
+        return
+    if arguments.what == "rewards":
+        reward(arguments.seeds, arguments.tasks, arguments.rates)
         return
     file = PLACE / "results.json"
     if arguments.runs is not None:

@@ -85,11 +85,14 @@ def test_runs_do_not_share_settings(tmp_path):
 
 
 def test_task_and_seed_in_a_text_are_those_of_the_run(tmp_path):
-    rollouts = {"rollouts": "cache/{task}/seed-{seed}", "args": {"file": "{seed}.json", "size": 4}}
+    rollouts = {
+        "rollouts": "cache/{task}/seed-{seed}",
+        "args": {"file": "{seed}.json", "size": 4, "all": ["{seed}", 5]},
+    }
     grid = load(tmp_path, strategies={"plain": {}, "offline": rollouts})
     found = {(run.task, run.seed): run.settings for run in grid.runs() if run.strategy == "offline"}
     assert found["testbed:chain_sum", 1]["rollouts"] == "cache/testbed-chain_sum/seed-1"
-    assert found["testbed:spell_backward", 0]["args"] == {"file": "0.json", "size": 4}
+    assert found["testbed:spell_backward", 0]["args"] == {"file": "0.json", "size": 4, "all": ["0", 5]}
 
 
 def test_overrides_win(tmp_path):

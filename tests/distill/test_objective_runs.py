@@ -19,7 +19,9 @@ OBJECTIVES = {
         "highest_entropy_share": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4,
     },
     "sampled": {"loss_type": "sampled", "baseline": "optimal", "samples_per_prefix": 3},
-    "negative": {"loss_type": "negative_advantage", "logging_steps": 2, "loss_weighting": "answer"},
+    "negative": {
+        "loss_type": "negative_advantage", "entropy_advantage": True, "logging_steps": 2, "loss_weighting": "answer",
+    },
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ all actions, masks and settings.
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from effopd.commands.main import main
 from effopd.distill.divergence import Head, full_loss, interior_factor
 from effopd.distill.methods import KINDS, METHODS, NEEDS
 from effopd.distill.objective_config import LOSSES, ONLY_FOR
-from effopd.distill.policy_gradient import baseline_of, lowest_share, negative_advantage_loss, sampled_loss
+from effopd.distill.policy_gradient import (
+    baseline_of,
+    entropy_factor,
+    lowest_share,
+    negative_advantage_loss,
+    sampled_loss,
+)
 from effopd.distill.rollouts import first_occurrences
 from effopd.distill.token_rows import row_logits, support_kl
 from effopd.distill.top_k import top_k_loss
@@ -238,6 +245,7 @@ def losses(setting, mask, num_items=None, by_answer=False):
         "top_k": top_k_loss(h_s, h_t, s, t, ids, mask, 1.0, top_k=4, entropy_share=0.5, **ends)[0],
         "optimal": sampled_loss(h_s, h_t, s, t, ids, mask, 1.0, baseline="optimal", **ends),
         "negative": negative_advantage_loss(h_s, s, ids, mask, 1.0, size=0.5, share=0.4, **ends),
+        "opsa": negative_advantage_loss(h_s, s, ids, mask, 1.0, size=0.5, share=0.6, by_entropy=True, **ends),
     }
 
 
@@ -274,6 +282,23 @@ def test_negative_advantage_lowers_the_least_likely_tokens_alone(setting):
     close(gradients(loss, h_s, s), gradients(dense, h_s, s))
     assert count == 7
     assert lowest_share(logp.detach(), MASK, 1.0).equal(MASK.bool())
+
+
+def test_the_advantage_grows_with_the_entropy_of_the_chosen_tokens(setting):
+    h_s, _, s, _, ids = setting
+    loss = negative_advantage_loss(h_s, s, ids, MASK, 0.7, None, size=0.5, share=0.6, by_entropy=True)[0]
+    logp_all = logits(h_s, s, 0.7).log_softmax(-1)
+    logp, entropy = logp_all.gather(-1, ids[..., None])[..., 0], -(logp_all.exp() * logp_all).sum(-1).detach()
+    dense = 0.0
+    for row, length in ((0, 5), (1, 2)):
+        chosen = logp[row, :length].argsort()[: math.ceil(0.6 * length)]
+        h = entropy[row, chosen]
+        dense = dense + (0.5 * (1 + (h - h.min()) / (h.max() - h.min())) * logp[row, chosen]).sum() / 7
+    torch.testing.assert_close(loss.double(), dense, rtol=1e-4, atol=1e-6)
+    close(gradients(loss, h_s, s), gradients(dense, h_s, s))
+    chosen = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    factor = entropy_factor(torch.tensor([[1.0, 1.0, 3.0], [2.0, 1.0, 0.0], [1.0, 2.0, 3.0]]), chosen)
+    assert factor.tolist() == [[2.0, 2.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]  # all entropies agree
 
 
 def test_first_occurrence_of_each_token_is_masked_once_per_answer():
@@ -324,6 +349,7 @@ def test_normalized_betas_tend_to_the_two_kls(setting):
         {"highest_entropy_share": 0.2},
         {"negative_advantage": 1.0},
         {"lowest_logp_share": 0.5},
+        {"entropy_advantage": True},
         {"normalize_beta": True},
         {"normalize_beta": True, "loss_type": "teacher_top_k"},
         {"baseline_top_k": 5, "loss_type": "sampled"},

@@ -206,7 +206,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def filled(settings: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
-    """`settings` with the keys of `values` replaced in every text, also in nested mappings.
+    """`settings` with the keys of `values` replaced in every text, also in mappings and lists.
 
     Example:
         >>> filled({"rollouts": "cache/seed-{seed}", "max_steps": 4}, {"{seed}": "3"})
@@ -216,6 +216,8 @@ def filled(settings: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, 
     def replaced(value: Any) -> Any:
         if isinstance(value, Mapping):
             return filled(value, values)
+        if isinstance(value, list):
+            return [replaced(each) for each in value]
         if isinstance(value, str):
             for name, text in values.items():
                 value = value.replace(name, text)

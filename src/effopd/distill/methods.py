@@ -83,6 +83,10 @@ METHODS: tuple[Method, ...] = (
         "negative advantage", "objective", "2608.31046", "--loss_type negative_advantage",
         "fixed advantage on unlikely tokens", "self", "", True, (),
     ),
+    Method(
+        "OPSA", "objective", "2608.31046", "--loss_type negative_advantage --entropy_advantage true",
+        "negative advantage on unlikely tokens", "self", "grows with the student's entropy", True, (),
+    ),
     # -- data
     Method(
         "served teacher", "data", "", "--teacher_server URL --teacher_top_k K",

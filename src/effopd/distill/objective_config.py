@@ -22,6 +22,7 @@ ONLY_FOR = {
     "baseline": "sampled", "baseline_top_k": "sampled", "samples_per_prefix": "sampled",
     "teacher_top_k": "teacher_top_k", "highest_entropy_share": "teacher_top_k",
     "negative_advantage": "negative_advantage", "lowest_logp_share": "negative_advantage",
+    "entropy_advantage": "negative_advantage",
     "discord_temperature": "discord",
 }  # fmt: skip
 
@@ -93,6 +94,13 @@ class ObjectiveArguments:
         metadata={
             "help": "loss_type negative_advantage: share of the tokens of each answer that get the advantage, the "
             "least likely ones."
+        },
+    )
+    entropy_advantage: bool = field(
+        default=False,
+        metadata={
+            "help": "loss_type negative_advantage: OPSA, an advantage that grows from −c to −2c with the student's "
+            "entropy among the chosen tokens of the answer."
         },
     )
     token_mask: str = field(

@@ -174,6 +174,20 @@ def share_sizes(mask_BT: Tensor, share: float) -> Tensor:
     return (share * length_B.double()).round(decimals=9).ceil().long()
 
 
+def entropy_factor(entropy_BT: Tensor, chosen_BT: Tensor) -> Tensor:
+    """1 + (H − H_min) / (H_max − H_min) [B, T] at chosen tokens, 0 elsewhere; 2 if all H agree.
+
+    Args:
+        entropy_BT: the student's entropy H, in nats.
+        chosen_BT: bool; H_min and H_max are over these tokens of the answer.
+    """
+    low_B1 = entropy_BT.masked_fill(~chosen_BT, torch.inf).amin(1, keepdim=True)
+    high_B1 = entropy_BT.masked_fill(~chosen_BT, -torch.inf).amax(1, keepdim=True)
+    width_B1 = high_B1 - low_B1
+    rank_BT = torch.where(width_B1 > 1e-12, (entropy_BT - low_B1) / width_B1, 1.0)
+    return torch.where(chosen_BT, 1 + rank_BT, 0.0)
+
+
 def negative_advantage_loss(
     h_student_BTH: Tensor,
     student: Head,
@@ -184,6 +198,7 @@ def negative_advantage_loss(
     *,
     size: float,
     share: float,
+    by_entropy: bool = False,
     by_answer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""A fixed advantage −c at the least likely sampled tokens: $c \sum_{t ∈ S} \log π_θ(y_t)$.
@@ -195,17 +210,24 @@ def negative_advantage_loss(
     Args:
         size: c > 0.
         share: share of the tokens of each answer, in (0, 1].
+        by_entropy: OPSA: c times `entropy_factor`, from c to 2c.
         num_items: as for `full_loss`.
         by_answer: as for `full_loss`.
 
     Returns:
         loss, Σ student entropy, number of valid tokens, like `full_loss`.
 
-    Source: arXiv 2608.31046, section 3.2 (c = 0.5, the lowest 20 %).
+    Source: arXiv 2608.31046, section 3.2 (c = 0.5, the lowest 20 %) and 4.2 (OPSA). Its code
+    chooses and scales over the batch of a device and leaves the other tokens out of the mean.
     """
     valid = mask_BT != 0
     logp_N, entropy_N = token_logprobs(h_student_BTH[valid], student, completion_ids_BT[valid], temperature)
     logp_BT = torch.zeros(valid.shape, device=logp_N.device, dtype=logp_N.dtype)
     logp_BT[valid] = logp_N.detach()
-    chosen_N = lowest_share(logp_BT, mask_BT, share)[valid]
-    return weighted_mean(size * chosen_N * logp_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()
+    chosen_BT = lowest_share(logp_BT, mask_BT, share)
+    size_N = size * chosen_BT[valid]
+    if by_entropy:
+        entropy_BT = torch.zeros_like(logp_BT)
+        entropy_BT[valid] = entropy_N.detach().to(logp_BT.dtype)
+        size_N = size * entropy_factor(entropy_BT, chosen_BT)[valid]
+    return weighted_mean(size_N * logp_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()

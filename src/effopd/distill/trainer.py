@@ -262,7 +262,8 @@ class OPDTrainer(
         if args.loss_type == "negative_advantage" and training:
             return negative_advantage_loss(
                 student.hidden_BTH, student.head, answers.ids_BT, answers.mask_BT, self.temperature, num_items,
-                size=args.negative_advantage, share=args.lowest_logp_share, by_answer=by_answer,
+                size=args.negative_advantage, share=args.lowest_logp_share, by_entropy=args.entropy_advantage,
+                by_answer=by_answer,
             )  # fmt: skip
         target = teacher if reference is None else self._mixture(teacher, reference)
         if args.loss_type == "teacher_top_k" and training:

@@ -176,7 +176,10 @@ def _loss(args: Any) -> str:
         return f"reverse KL(student ‖ teacher), renormalized on the teacher's top {args.teacher_top_k} tokens"
     if args.loss_type == "negative_advantage":
         share = percent(args.lowest_logp_share)
-        return f"fixed advantage −{args.negative_advantage:g} on the least likely {share} of tokens, without a teacher"
+        size = f"fixed advantage −{args.negative_advantage:g}"
+        if args.entropy_advantage:
+            size = f"advantage from −{args.negative_advantage:g} to −{2 * args.negative_advantage:g} by entropy (OPSA)"
+        return f"{size} on the least likely {share} of tokens, without a teacher"
     divergence = _DIVERGENCES.get(args.beta, f"Jensen–Shannon divergence, β = {args.beta:g}")
     scope = "exact over the vocabulary"
     if getattr(args, "teacher_server", None):
