@@ -2,8 +2,9 @@
 
     effopd testbed other [--output_dir DIR] [--seed 0]
 
-    wide_teacher   for the built-in student: twice its width, three times its parameters, its own
-                   random initialization, supervised on correct reasoning of both families
+    wide_start     twice the built-in student's width, three times its parameters, its own random
+                   initialization; supervised on correct reasoning of both families
+    wide_teacher   for the built-in student: `wide_start`, trained further, mostly on chain_sum
     long_student   answers of about 100 tokens: supervised on partly falsified reasoning
     long_teacher   the long student, trained further on correct reasoning
 
@@ -32,13 +33,22 @@ from effopd.common.versions import versions
 from effopd.errors import ConfigError
 from effopd.tasks.base import Example
 from effopd.tasks.builtin_models import OTHER_MODELS, WEIGHTS, student_path
-from effopd.tasks.testbed_families import FAMILIES, family_task, worked_reasoning
+from effopd.tasks.testbed_families import family_task, worked_reasoning
 from effopd.testbed.base_training import BaseSettings, ModelSettings, falsified, new_model, train_base
 from effopd.testbed.measure import measure_accuracy, rollout_kl
 from effopd.testbed.progress import Progress
 from effopd.testbed.recipe import save
 
 LONG_FAMILY = "long_chain_sum"
+#: Stage → stage whose model it trains further; other stages start from random weights.
+_START = {"wide_teacher": "wide_start", "long_teacher": "long_student"}
+#: Stage → share of its questions by family, in relation to `BaseSettings.questions`.
+_SHARES = {
+    "wide_start": {"chain_sum": 1.0, "spell_backward": 1.0},
+    "wide_teacher": {"chain_sum": 1.0, "spell_backward": 0.25},
+    "long_student": {LONG_FAMILY: 1.0},
+    "long_teacher": {LONG_FAMILY: 1.0},
+}
 #: Token limits of the answers.
 SHORT_LIMIT, LONG_LIMIT = 24, 128
 #: CPU threads; the weights depend on them.
@@ -56,8 +66,11 @@ class OtherSettings:
     """
 
     wide_model: ModelSettings = field(default_factory=lambda: ModelSettings(256, 768, 3, 8, 4))
-    wide_teacher: BaseSettings = field(
+    wide_start: BaseSettings = field(
         default_factory=lambda: BaseSettings(steps=400, batch_size=64, warmup_steps=20, optimizer="muon")
+    )
+    wide_teacher: BaseSettings = field(
+        default_factory=lambda: BaseSettings(steps=500, batch_size=64, warmup_steps=20, optimizer="muon")
     )
     long_model: ModelSettings = field(default_factory=lambda: ModelSettings(max_position_embeddings=256))
     long_student: BaseSettings = field(
@@ -125,13 +138,15 @@ class OtherBuild:
     def _train(self, name: str, folder: Path) -> None:
         training: BaseSettings = getattr(self.settings, name)
         progress = Progress(self.out / f".{name}.progress.pt", self.settings.save_every)
-        if name == "long_teacher":
-            model = self.make("long_student")
+        if name in _START:
+            model = self.make(_START[name])
         else:
-            shape = self.settings.wide_model if name == "wide_teacher" else self.settings.long_model
-            model = new_model(self.tokenizer, shape, self.seed)
-        families = [LONG_FAMILY] if name.startswith("long") else list(FAMILIES)
-        examples = [e for f in families for e in family_task(f, "train", training.questions, self.seed).examples]
+            model = new_model(self.tokenizer, getattr(self.settings, f"{name[:4]}_model"), self.seed)
+        examples = [
+            example
+            for family, share in _SHARES[name].items()
+            for example in family_task(family, "train", round(share * training.questions), self.seed).examples
+        ]
         write = falsified if name == "long_student" else _correct
         self.log(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {training.steps} steps")
 
@@ -155,12 +170,12 @@ class OtherBuild:
         path = self.out / name / "measured.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        long, model = name.startswith("long"), self.make(name)
-        families, limit = ([LONG_FAMILY], LONG_LIMIT) if long else (list(FAMILIES), SHORT_LIMIT)
-        size = self.settings.test_questions
+        model, families, size = self.make(name), list(_SHARES[name]), self.settings.test_questions
+        long = name.startswith("long")
+        limit = LONG_LIMIT if long else SHORT_LIMIT
         measured: dict[str, Any] = {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "cpu_seconds": json.loads((self.out / name / "training.json").read_text(encoding="utf-8"))["cpu_seconds"],
+            "cpu_seconds": self._cpu_seconds(name),
             "accuracy": measure_accuracy({name: model}, self.tokenizer, size, limit, self.seed, families),
             "sha256": hashlib.sha256((self.out / name / WEIGHTS).read_bytes()).hexdigest(),
         }
@@ -185,6 +200,12 @@ class OtherBuild:
         for family, kl in measured.get("kl_at_start", {}).items():
             self.log(f"{name:12} {family:14} reverse KL at the start {kl:.4f} nats per token")
         return measured
+
+    def _cpu_seconds(self, name: str) -> float:
+        """CPU seconds of the training, with those of the start if the card has no row for it."""
+        own = json.loads((self.out / name / "training.json").read_text(encoding="utf-8"))["cpu_seconds"]
+        start = _START.get(name)
+        return own if start is None or start in OTHER_MODELS else round(own + self._cpu_seconds(start), 3)
 
 
 def build_other(
