@@ -1,4 +1,4 @@
-"""`effopd testbed`: fetch SmolLM2-135M, start its teachers, or rebuild the built-in pair."""
+"""`effopd testbed`: fetch SmolLM2-135M, start its teachers, or train the testbed's models."""
 
 from __future__ import annotations
 
@@ -36,21 +36,40 @@ answers take about 8 minutes on one core.
   products      2 numbers of 1 or 2 digits, by the tens and the ones of one of them
   leg_counting  1 or 2 kinds of animals, one line per kind, then their sum"""
 
+#: What `other` builds: argument → names of the models.
+OTHER = {
+    "wide_teacher": ("wide_teacher",),
+    "long_pair": ("long_student", "long_teacher"),
+    "all": ("wide_teacher", "long_student", "long_teacher"),
+}
+
+_OTHER = """\
+Train testbed models besides the built-in pair, into the cache. Every command takes them by the names
+testbed:wide_teacher, testbed:long_student and testbed:long_teacher. One core; an interrupted command
+continues where it was.
+
+  wide_teacher  for testbed:student: twice its width, its own random initialization, supervised on correct
+                reasoning. The built-in teacher is an RL copy of the student.
+  long_pair     student and teacher for testbed:long_chain_sum, whose answers have about 100 tokens
+
+card.json has accuracies, the KL at the start and the CPU seconds of each model."""
+
 
 def run_testbed(argv: Sequence[str]) -> int:
     """Run `effopd testbed`: parse, then fetch, start a teacher, or build."""
     arguments = _parser().parse_args(argv)
-    return {"fetch": _fetch, "sft": _sft, "build": _build}[arguments.command](arguments)
+    return {"fetch": _fetch, "sft": _sft, "build": _build, "other": _other}[arguments.command](arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="effopd testbed",
-        description="Models for a laptop: fetch a small pre-trained model, start a teacher from it, or rebuild the\n"
-        "built-in pair.",
+        description="Models for a laptop: fetch a small pre-trained model, start a teacher from it, rebuild the\n"
+        "built-in pair, or train other testbed models.",
         epilog="Examples: effopd testbed fetch smollm2\n"
         "          effopd testbed sft chain_sum --output_dir runs/smollm2/chain_sum/sft\n"
-        "          effopd testbed build --output_dir runs/testbed",
+        "          effopd testbed build --output_dir runs/testbed\n"
+        "          effopd testbed other wide_teacher",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -97,7 +116,26 @@ def _parser() -> argparse.ArgumentParser:
         "--output_dir", default="runs/testbed", help="folder for student/, teacher/, card.json, build.log"
     )
     build.add_argument("--seed", type=int, default=0, help="seed; 0 rebuilds the pair that ships with the package")
+    _add_other(commands)
     return parser
+
+
+def _add_other(commands: argparse._SubParsersAction) -> None:
+    other = commands.add_parser(
+        "other",
+        help="train a teacher of another size, and a pair with long answers",
+        description=_OTHER,
+        epilog="Then: effopd compare recipes/compare-other-teacher.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    other.add_argument("what", nargs="?", choices=tuple(OTHER), default="all", help="models to train. Default: all")
+    other.add_argument(
+        "--output_dir",
+        type=Path,
+        help="new folder, or one to continue, for models that commands take by their paths. Default: testbed-other in "
+        "the cache, $EFFOPD_CACHE or ~/.cache/effopd",
+    )
+    other.add_argument("--seed", type=int, default=0, help="seed of questions and initial weights. Default: 0")
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
@@ -139,6 +177,18 @@ def _build(arguments: argparse.Namespace) -> int:
 
     card = run_recipe(out, seed=arguments.seed)
     print(f"student, teacher and card.json are in {out} ({card['parameters']:,} parameters each)")
+    return 0
+
+
+def _other(arguments: argparse.Namespace) -> int:
+    from effopd.runs.console import quiet_hosts
+    from effopd.tasks.builtin_models import other_models_path
+    from effopd.testbed.other_models import build_other
+
+    out = arguments.output_dir or other_models_path()
+    with quiet_hosts(bars=False):
+        build_other(out, OTHER[arguments.what], arguments.seed, log=lambda line: print(line, flush=True))
+    print(f"the models and card.json are in {out}")
     return 0
 
 

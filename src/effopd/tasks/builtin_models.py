@@ -1,7 +1,8 @@
-"""Models with a name of their own: the built-in pair (0.8M parameters) and SmolLM2-135M.
+"""Models with a name of their own: the testbed's (0.8M to 2.5M parameters) and SmolLM2-135M.
 
 With the pair, every claim of the package can be tested on two CPU cores in minutes. The recipe is
-in `effopd.testbed`. SmolLM2-135M-Instruct is a real pre-trained model; `effopd testbed fetch
+in `effopd.testbed`. `effopd testbed other` builds a teacher of another size and a pair with long
+answers into the cache. SmolLM2-135M-Instruct is a real pre-trained model; `effopd testbed fetch
 smollm2` puts it into the cache. Importing this module imports neither torch nor transformers.
 
 Example:
@@ -17,7 +18,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ __all__ = [
     "family_task",
     "hub_is_reachable",
     "is_smollm2",
+    "other_models_path",
     "reference_settings",
     "resolve_model",
     "smollm2_path",
@@ -42,6 +45,8 @@ __all__ = [
 ]
 
 ASSETS = Path(__file__).parents[1] / "testbed" / "assets"
+#: Models of `effopd testbed other`, by folder name.
+OTHER_MODELS = ("wide_teacher", "long_student", "long_teacher")
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WEIGHTS = "model.safetensors"
 
@@ -89,8 +94,17 @@ def smollm2_path() -> Path:
     `$EFFOPD_CACHE/smollm2-135m-instruct`; by default `EFFOPD_CACHE` is `effopd` in
     `$XDG_CACHE_HOME` or `~/.cache`.
     """
+    return _cache() / "smollm2-135m-instruct"
+
+
+def other_models_path() -> Path:
+    """Folder of the models of `effopd testbed other`, in the cache; it need not exist."""
+    return _cache() / "testbed-other"
+
+
+def _cache() -> Path:
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("EFFOPD_CACHE") or caches / "effopd") / "smollm2-135m-instruct"
+    return Path(os.environ.get("EFFOPD_CACHE") or caches / "effopd")
 
 
 def is_smollm2(folder: Path) -> bool:
@@ -123,7 +137,8 @@ def resolve_model(name: str | None, *, network: bool = True) -> str | None:
             is set.
 
     Raises:
-        ConfigError: another name starts with `testbed:`, or SmolLM2 can be had from nowhere.
+        ConfigError: another name starts with `testbed:`, SmolLM2 can be had from nowhere, or the
+            model of `effopd testbed other` has not been built.
         CheckpointError: the package was installed without its assets.
     """
     if name is None or not name.startswith("testbed:"):
@@ -133,6 +148,11 @@ def resolve_model(name: str | None, *, network: bool = True) -> str | None:
     path = _PATHS[name]()
     if name == "testbed:smollm2" and not is_smollm2(path):
         return _smollm2_on_hub(path, network)
+    if path.name in OTHER_MODELS and not all((path / file).is_file() for file in ("config.json", WEIGHTS)):
+        what = path.name if path.name == "wide_teacher" else "long_pair"
+        raise ConfigError(
+            f"{name}: expected the model in {path}, which does not exist. Build it with: effopd testbed other {what}"
+        )
     return str(path)
 
 
@@ -186,6 +206,10 @@ def reference_settings(family: str | None = None) -> dict[str, Any]:
     return dict(_REFERENCE)
 
 
+def _other_model(name: str) -> Path:
+    return other_models_path() / name
+
+
 def _asset(name: str) -> Path:
     path = ASSETS / name
     if not path.exists():
@@ -196,4 +220,9 @@ def _asset(name: str) -> Path:
     return path
 
 
-_PATHS = {"testbed:student": student_path, "testbed:teacher": teacher_path, "testbed:smollm2": smollm2_path}
+_PATHS: dict[str, Callable[[], Path]] = {
+    "testbed:student": student_path,
+    "testbed:teacher": teacher_path,
+    "testbed:smollm2": smollm2_path,
+    **{f"testbed:{name}": partial(_other_model, name) for name in OTHER_MODELS},
+}

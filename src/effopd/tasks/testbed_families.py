@@ -1,14 +1,17 @@
-"""The testbed's two task families: questions, worked reasoning and verifier.
+"""The testbed's task families: questions, worked reasoning and verifier.
 
-Both are small enough for a 0.8M-parameter model and long enough for on-policy learning. A
-completion lists its intermediate results, then the answer between `<answer>` tags.
+All are small enough for a 0.8M-parameter model and long enough for on-policy learning. A completion
+lists its intermediate results, then the answer between `<answer>` tags. The built-in pair knows the
+first two families; `long_chain_sum` has models of its own (`effopd testbed other`).
 
-    chain_sum       "… problem: 4 - 1 - 7 + 3 ="          →  3 -4 -1 <answer>-1</answer>
-    spell_backward  "… (example: sun -> nus): splat"      →  t a l p s <answer>talps</answer>
+    chain_sum       "… problem: 4 - 1 - 7 + 3 ="      →  3 -4 -1 <answer>-1</answer>
+    spell_backward  "… (example: sun -> nus): splat"  →  t a l p s <answer>talps</answer>
+    long_chain_sum  "… problem: 4 - 1 - 7 + 3 … ="    →  4-1=3 3-7=-4 -4+3=-1 … <answer>…</answer>
 
-Questions and scores are those of reasoning-gym's datasets of the same names; `testbed_questions`
-generates and grades them without that library. Splits are disjoint for every size and seed, because
-a hash of the question's text determines its split.
+Questions and scores of the first two are those of reasoning-gym's datasets of the same names;
+`long_chain_sum` is its `chain_sum` with 14 or 15 terms. `testbed_questions` generates and grades
+them without that library. Splits are disjoint for every size and seed, because a hash of the
+question's text determines its split.
 """
 
 from __future__ import annotations
@@ -40,9 +43,14 @@ class Family:
     corruption: float
 
 
+#: Families of the built-in pair.
 FAMILIES: dict[str, Family] = {
     "chain_sum": Family({"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 1}, corruption=0.26),
     "spell_backward": Family({"min_word_len": 4, "max_word_len": 6}, corruption=0.18),
+}
+#: All families, also those that the built-in pair has not learned.
+ALL_FAMILIES: dict[str, Family] = FAMILIES | {
+    "long_chain_sum": Family({"min_terms": 14, "max_terms": 15, "min_digits": 1, "max_digits": 1}, corruption=0.08),
 }
 
 SPLITS = ("train", "validation", "test")
@@ -57,7 +65,7 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
     """`size` distinct questions of a family; the same arguments give the same questions.
 
     Args:
-        name: a key of `FAMILIES`.
+        name: a key of `ALL_FAMILIES`.
         split: "train", "validation" or "test" ("eval" means validation). No question is in two
             splits, for any sizes and seeds.
         size: number of questions.
@@ -68,9 +76,9 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
             questions.
     """
     split = "validation" if split == "eval" else split
-    if name not in FAMILIES:
+    if name not in ALL_FAMILIES:
         raise TaskError(
-            f"testbed family: expected one of {', '.join(FAMILIES)}, got {name!r}. Use one of these names."
+            f"testbed family: expected one of {', '.join(ALL_FAMILIES)}, got {name!r}. Use one of these names."
         )
     if split not in SPLITS:
         raise TaskError(
@@ -99,7 +107,7 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
 
 
 def mixed_examples(split: str, size: int, seed: int) -> list[Example]:
-    """`size` questions of each family, one family after another."""
+    """`size` questions of each of the built-in pair's families, one family after another."""
     return [example for family in FAMILIES for example in family_task(family, split, size, seed).examples]
 
 
@@ -131,7 +139,7 @@ class FamilyVerifier:
         return bool((extract_tagged(answer_part(completion)) or "").strip())
 
 
-#: The verifier of both families.
+#: The verifier of all families.
 verify = FamilyVerifier()
 
 
@@ -159,15 +167,25 @@ def worked_reasoning(example: Example, rng: random.Random | None = None, corrupt
 
 
 def _work_chain_sum(expression: str, rng: random.Random, corruption: float) -> tuple[list[str], str]:
+    equations = list(_equations(expression, rng, corruption))
+    return [str(total) for _, total in equations], str(equations[-1][1])
+
+
+def _work_long_chain_sum(expression: str, rng: random.Random, corruption: float) -> tuple[list[str], str]:
+    equations = list(_equations(expression, rng, corruption))
+    return [f"{left}={total}" for left, total in equations], str(equations[-1][1])
+
+
+def _equations(expression: str, rng: random.Random, corruption: float) -> Iterator[tuple[str, int]]:
+    """Each sum of two numbers and its result, falsified with probability `corruption`."""
     tokens = expression.split()
-    total, steps = int(tokens[0]), []
+    total = int(tokens[0])
     for sign, term in zip(tokens[1::2], tokens[2::2], strict=True):
-        change = int(term) if sign == "+" else -int(term)
+        left, change = f"{total}{sign}{term}", int(term) if sign == "+" else -int(term)
         if rng.random() < corruption:
             change = rng.choice((0, -change))  # the term is skipped, or taken with the wrong sign
         total += change
-        steps.append(str(total))
-    return steps, steps[-1]
+        yield left, total
 
 
 def _work_spell_backward(word: str, rng: random.Random, corruption: float) -> tuple[list[str], str]:
@@ -178,7 +196,11 @@ def _work_spell_backward(word: str, rng: random.Random, corruption: float) -> tu
     return steps, "".join(steps)
 
 
-_WORK = {"chain_sum": _work_chain_sum, "spell_backward": _work_spell_backward}
+_WORK = {
+    "chain_sum": _work_chain_sum,
+    "spell_backward": _work_spell_backward,
+    "long_chain_sum": _work_long_chain_sum,
+}
 
 
 def _example(example_id: str, name: str, drawn: Question) -> Example:
@@ -192,7 +214,7 @@ def _example(example_id: str, name: str, drawn: Question) -> Example:
 
 def _questions(name: str, split: str, seed: int) -> Iterator[Question]:
     """Endless stream of questions, in chunks with their own seeds."""
-    generate, params, chunk = GENERATORS[name], FAMILIES[name].params, 0
+    generate, params, chunk = GENERATORS[name], ALL_FAMILIES[name].params, 0
     while True:
         # question i has the seed first + i, so neighboring seeds would share questions
         digest = hashlib.sha256(f"{name}/{split}/{seed}/{chunk}".encode()).digest()

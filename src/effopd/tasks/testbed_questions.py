@@ -64,7 +64,11 @@ def _words(shortest: int, longest: int) -> tuple[str, ...]:
     return tuple(word for word in words if shortest <= len(word) <= longest)
 
 
-GENERATORS: Mapping[str, Callable[..., Question]] = {"chain_sum": chain_sum, "spell_backward": spell_backward}
+GENERATORS: Mapping[str, Callable[..., Question]] = {
+    "chain_sum": chain_sum,
+    "spell_backward": spell_backward,
+    "long_chain_sum": chain_sum,
+}
 
 
 def score_number(answer: str, right: str) -> float:
@@ -93,4 +97,8 @@ def score_letters(answer: str, right: str) -> float:
     return score - 0.2 if score == 1.0 else score
 
 
-SCORERS: Mapping[str, Callable[[str, str], float]] = {"chain_sum": score_number, "spell_backward": score_letters}
+SCORERS: Mapping[str, Callable[[str, str], float]] = {
+    "chain_sum": score_number,
+    "spell_backward": score_letters,
+    "long_chain_sum": score_number,
+}

@@ -1,7 +1,8 @@
 """Base student: a random Qwen3 with 0.8M parameters, trained on partly falsified reasoning.
 
-The training loop samples questions, writes their (partly falsified) reasoning, and takes an AdamW
-step on the cross-entropy of the completions.
+The training loop samples questions, writes their (partly falsified) reasoning, and takes an
+optimizer step on the cross-entropy of the completions. With a progress file, an interrupted
+training continues to the same weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,8 @@ from effopd.errors import ConfigError
 from effopd.models.end_tokens import train_end_tokens
 from effopd.tasks.base import Example
 from effopd.tasks.generate import encode_prompts
-from effopd.tasks.testbed_families import FAMILIES, worked_reasoning
+from effopd.tasks.testbed_families import ALL_FAMILIES, worked_reasoning
+from effopd.testbed.progress import Progress
 
 _IGNORED = -100
 
@@ -34,6 +38,7 @@ class ModelSettings:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
+    max_position_embeddings: int = 128
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class BaseSettings:
         steps: optimizer steps.
         batch_size: sequences per step, both families mixed.
         learning_rate: peak rate, after linear warm-up over `warmup_steps`; cosine decay to a tenth.
+        optimizer: "adamw", or "muon": Muon for the layers' matrices, with AdamW's update size, and
+            AdamW for all other parameters.
     """
 
     questions: int = 12_000
@@ -54,8 +61,11 @@ class BaseSettings:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ConfigError(f"base.optimizer: expected adamw or muon, got {self.optimizer!r}.")
         for name in ("questions", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"base.{name}: expected at least 1, got {getattr(self, name)}. Raise it.")
@@ -72,7 +82,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, seed:
         num_attention_heads=settings.num_attention_heads,
         num_key_value_heads=settings.num_key_value_heads,
         head_dim=settings.head_dim,
-        max_position_embeddings=128,
+        max_position_embeddings=settings.max_position_embeddings,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -88,7 +98,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, seed:
 
 def falsified(example: Example, rng: random.Random) -> str:
     """Reasoning for a question, with intermediate results falsified at its family's rate."""
-    return worked_reasoning(example, rng, FAMILIES[example.metadata["family"]].corruption)
+    return worked_reasoning(example, rng, ALL_FAMILIES[example.metadata["family"]].corruption)
 
 
 def train_base(
@@ -99,31 +109,55 @@ def train_base(
     seed: int,
     log: Callable[[str], None] = print,
     write: Callable[[Example, random.Random], str] = falsified,
+    progress: Progress | None = None,
 ) -> None:
     """Train `model` in place on the completions that `write` returns for the examples.
 
     The loss is the cross-entropy in nats per token, averaged over completion tokens including the
     end token.
+
+    Args:
+        progress: file from which an interrupted training continues; `None`: none is kept.
     """
     rng = random.Random(seed)
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
+    optimizers = _optimizers(model, settings)
     train_end_tokens(model, [tokenizer.eos_token_id])
+    start = 0 if progress is None else progress.restore(model, optimizers, rng)
     model.train()
-    for step in range(settings.steps):
-        for group in optimizer.param_groups:
+    for step in range(start, settings.steps):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = settings.learning_rate * _schedule(step, settings)
         chosen = rng.choices(range(len(examples)), k=settings.batch_size)
         loss = _loss(model, tokenizer, [prompts[i] for i in chosen], [write(examples[i], rng) for i in chosen])
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if (step + 1) % max(1, settings.steps // 20) == 0:
             log(f"base step {step + 1}/{settings.steps}: loss {loss.item():.4f}")
+        if progress is not None:
+            progress.after_step(step + 1, model, optimizers, rng)
     model.eval()
+
+
+def _optimizers(model: Qwen3ForCausalLM, settings: BaseSettings) -> list[torch.optim.Optimizer]:
+    adamw = partial(
+        torch.optim.AdamW, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    if settings.optimizer == "adamw":
+        return [adamw(model.parameters())]
+    parameters = dict(model.named_parameters())
+    matrices = {name for name, value in parameters.items() if value.ndim == 2 and ".layers." in name}
+    muon = torch.optim.Muon(
+        [parameters[name] for name in parameters if name in matrices],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, adamw([parameters[name] for name in parameters if name not in matrices])]
 
 
 def _loss(model, tokenizer, prompts: list[list[int]], texts: list[str]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import copy
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, TrainerCallb
 
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.errors import ConfigError
+from effopd.tasks.base import Example
 from effopd.tasks.evaluate import evaluate
 from effopd.tasks.generate import generate
 from effopd.tasks.sampling import Sampling
@@ -47,7 +48,12 @@ class MeasureSettings:
 
 
 def measure_accuracy(
-    models: dict[str, Qwen3ForCausalLM], tokenizer: PreTrainedTokenizerBase, size: int, max_new_tokens: int, seed: int
+    models: dict[str, Qwen3ForCausalLM],
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    max_new_tokens: int,
+    seed: int,
+    families: Iterable[str] = FAMILIES,
 ) -> list[dict[str, Any]]:
     """Test accuracy: one row per model, family and decoding (temperature 1, greedy).
 
@@ -55,7 +61,7 @@ def measure_accuracy(
     """
     rows = []
     for role, model in models.items():
-        for family in FAMILIES:
+        for family in families:
             task = family_task(family, "test", size, seed)
             for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
                 sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=250, seed=seed)
@@ -70,6 +76,32 @@ def measure_accuracy(
                     }
                 )  # fmt: skip
     return rows
+
+
+def rollout_kl(
+    student: Qwen3ForCausalLM,
+    teacher: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    seed: int,
+) -> float:
+    """Exact reverse KL(student ‖ teacher) on fresh student rollouts, in nats per token.
+
+    The mean is over all completion tokens; the rollouts have one sampling seed.
+    """
+    prompts = [example.prompt for example in examples]
+    sampling = Sampling(max_new_tokens=max_new_tokens, batch_size=len(prompts), seed=seed)
+    rollouts = generate(student, tokenizer, prompts, sampling)
+    sums, counts = reverse_kl_of_completions(
+        student,
+        teacher,
+        [rollout.prompt_ids for rollout in rollouts],
+        [rollout.completion_ids for rollout in rollouts],
+        vocab_size=student.config.vocab_size,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return sum(sums) / sum(counts)
 
 
 def measure_reference_opd(
@@ -105,19 +137,7 @@ def measure_reference_opd(
     random.Random(seed).shuffle(train)
 
     def held_out_kl() -> float:
-        prompts = [example.prompt for example in held_out]
-        limit = reference["max_completion_length"]
-        sampling = Sampling(max_new_tokens=limit, batch_size=len(prompts), seed=seed)
-        rollouts = generate(student, tokenizer, prompts, sampling)
-        sums, counts = reverse_kl_of_completions(
-            student,
-            teacher,
-            [rollout.prompt_ids for rollout in rollouts],
-            [rollout.completion_ids for rollout in rollouts],
-            vocab_size=student.config.vocab_size,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return sum(sums) / sum(counts)
+        return rollout_kl(student, teacher, tokenizer, held_out, reference["max_completion_length"], seed)
 
     watch = _WatchKL(held_out_kl, settings.opd_every, log)
     with tempfile.TemporaryDirectory() as folder:
