@@ -218,7 +218,7 @@ def _case(pair: tuple[Any, Any], function: str | None, *, lines: bool = False) -
         try:
             (text := _text(given)).encode("utf-8", "surrogateescape")
         except UnicodeEncodeError as error:
-            raise Unrecognised(f"an input that is no text ({error})") from error
+            raise Unrecognized(f"an input that is no text ({error})") from error
         return {"input": text, "output": _text(expected)}
     try:
         if isinstance(given, str):
