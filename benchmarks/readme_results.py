@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import rivals
-from batch_size import compared, settings_table, speed_table
+from batch_size import settings_table, speed_table
 from pages import DOCS, rewrite
 from readme_figure import draw
 from rich.console import Console
@@ -78,39 +78,6 @@ class Figures:
         cells = [self.look.again(task, (strategy, rate)).split(" ")[0] for rate in rates]
         shares = sorted({int(cell.rstrip("%")) for cell in cells if cell != "–"})
         return f"{shares[0]} %" if len(shares) == 1 else f"{shares[0]}–{shares[-1]} %"
-
-
-def readme_table(docs: Mapping[str, Any]) -> str:
-    """Net speed-ups of `line_search`: the table of the README."""
-    f, sizes = Figures(docs["results"]), [_base(docs, name)["per_device_train_batch_size"] for name in GRIDS]
-    swept, small = (len(docs[name]["swept"][CHAIN]) for name in GRIDS)
-    rows = {
-        f"plain OPD at the same learning rate, {f.reference:.0e}": [f.speed(t, "line_search") for t in TASKS],
-        "the paper's search at the same learning rate": [f.speed(t, "line_search", against="effopd") for t in TASKS],
-        f"plain OPD at the best of {swept} learning rates": [f.speed(t, "line_search", rate="best") for t in TASKS],
-        "the same, to 90 % of the way only": [f.speed(t, "line_search", target="gap_90", rate="best") for t in TASKS],
-        f"plain OPD with {sizes[1]} prompts per step instead of {sizes[0]}, best of {small} rates": [
-            times(inverse(best_small_batch(docs, task))) for task in TASKS
-        ],
-    }
-    return table(["`line_search` against …", *NAMES], [[label, *cells] for label, cells in rows.items()])
-
-
-def best_small_batch(docs: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Plain OPD with small batches at its fastest rate, over `line_search` with large batches."""
-    rows = [
-        row
-        for row in compared(docs["results"], docs["ablation"])
-        if (row["task"], row["strategy"], row["axis"]) == (task, "plain", "seconds")
-    ]
-    return max(rows, key=lambda row: row["median"])
-
-
-def inverse(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Reciprocal speed-up: ends swap; the median is exact for an odd number of ratios."""
-    flipped = {0: None, None: 0.0}
-    ends = {"median": "median", "low": "high", "high": "low"}
-    return dict(row) | {end: flipped[row[of]] if row[of] in flipped else 1 / row[of] for end, of in ends.items()}
 
 
 def findings(docs: Mapping[str, Any]) -> dict[str, str]:
@@ -330,7 +297,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
     """Page → generated blocks."""
     grids = docs["results"], docs["ablation"]
     return {
-        DOCS.parent / "README.md": {"results": readme_table(docs), "rivals": rivals.readme_table(docs["rivals"])},
+        DOCS.parent / "README.md": {"rivals": rivals.readme_table(docs["rivals"])},
         DOCS / "findings.md": findings(docs),
         DOCS / "rivals.md": rivals.blocks(docs["rivals"]),
         DOCS / "gate.md": {"gate": gate(docs)},
@@ -347,7 +314,7 @@ def main() -> None:
     for page, content in blocks(docs).items():
         rewrite(page, content)
     if arguments.figure:
-        draw(docs["results"], DOCS / "readme.png")
+        draw(docs["rivals"], DOCS / "readme.png")
 
 
 if __name__ == "__main__":
