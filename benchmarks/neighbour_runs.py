@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -46,10 +47,14 @@ def even_clock(runs: Sequence[GridRun]) -> list[GridRun]:
 def results_of(folder: Path) -> dict[str, Any]:
     """The finished runs of the plan in a grid's folder, with the plan's settings."""
     grid = load_grid(RECIPE, output_dir=str(folder))
+    steps = {run.task: run.settings["max_steps"] for run in grid.runs()}
     runs = [
-        read_run(
-            run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed,
-            code=json.loads((run.path / DONE).read_text())["code"],
+        first_steps(
+            read_run(
+                run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed,
+                code=json.loads((run.path / DONE).read_text())["code"],
+            ),
+            steps[run.task],
         )
         for run in [*grid.runs(), *reward_runs(grid)] if is_done(run)
     ]  # fmt: skip
@@ -62,8 +67,16 @@ def results_of(folder: Path) -> dict[str, Any]:
     return {"settings": settings, "runs": [to_row(run) for run in runs]}
 
 
+def first_steps(run: GridRun, steps: int) -> GridRun:
+    """The run up to a step; at a constant learning rate, that is a run of so many steps."""
+    return dataclasses.replace(run, evaluations=tuple(e for e in run.evaluations if e.step <= steps))
+
+
 def reward_runs(grid: Grid) -> list[PlannedRun]:
-    """Runs of dGRPO at the plan's tasks, seeds and rates: 4 prompts × 8 answers per step."""
+    """Runs of dGRPO at the plan's tasks, seeds and rates: 4 prompts × 8 answers per step.
+
+    All take the steps of the plan's base; `results_of` reads the steps of the task.
+    """
     runs = []
     for run in grid.runs():
         if run.strategy == "forward_kl":  # any arm with the plan's three rates

@@ -9,7 +9,7 @@
 and figure. Only the blocks between markers are generated (`pages.py`). A method is
 judged at its best learning rate, against plain OPD at its best learning rate, by the cost to reach
 the `TARGETS`. Best are the rates with the most seeds, and among these the one that reaches the
-target first.
+target on the most seeds, then first. The rule is the same for plain OPD.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from effopd.compare.axes import axis_name, cost_on
 from effopd.compare.cross_targets import runs_of
 from effopd.compare.envelope import Envelope
 from effopd.compare.grid_run import Arm, GridRun
-from effopd.compare.paired import SeedMedian
+from effopd.compare.paired import SeedMedian, median_with_interval, ratio
 from effopd.report.compare_lookup import table, times
 from effopd.report.style import MUTED, group_colors, quiet_style, save
 
@@ -98,8 +98,8 @@ class Page:
         """The strategy's best learning rate, among those with the most seeds; `None`: no runs.
 
         Args:
-            share: by the median net seconds to this share of the starting KL; default, and among
-                rates that never reach it: by the median final KL.
+            share: by the number of seeds that reach this share of the starting KL, then by their
+                median net seconds to it, then by the median final KL; default: by the last alone.
         """
         arms: dict[Arm, list[GridRun]] = {}
         for run in self.of(task, strategy):
@@ -107,10 +107,10 @@ class Page:
         most = max(map(len, arms.values()), default=0)
         envelope = self.envelope(task, "seconds")
 
-        def rank(arm: Arm) -> tuple[float, float]:
+        def rank(arm: Arm) -> tuple[int, float, float]:
             final = statistics.median(map(_end, arms[arm]))
             costs = [envelope.cost(arm, run.seed, share) for run in arms[arm]] if share else [0.0]
-            return statistics.median(costs), final
+            return sum(map(math.isinf, costs)), statistics.median(costs), final
 
         return min((arm for arm in arms if len(arms[arm]) == most), key=rank, default=None)
 
@@ -122,9 +122,15 @@ class Page:
         return self._envelopes[key]
 
     def speedup(self, task: str, strategy: str, axis: str, share: float) -> SeedMedian | None:
-        """Cost of tuned plain OPD to a target / cost of the method at its best rate."""
-        arm = self.best(task, strategy, share)
-        return None if arm is None else self.envelope(task, axis).speedup(arm, share)
+        """Cost of plain OPD to a target / cost of the method; paired by seed, best rate of each."""
+        arm, plain = self.best(task, strategy, share), self.best(task, "plain", share)
+        envelope = self.envelope(task, axis)
+        if arm is None or plain is None:
+            return None
+        pairs = ((envelope.cost(plain, seed, share), envelope.cost(arm, seed, share)) for seed in envelope.seeds)
+        known = [pair for pair in pairs if not any(map(math.isnan, pair))]
+        ratios = [ratio(*(None if math.isinf(cost) else cost for cost in pair)) for pair in known]
+        return median_with_interval(ratios)
 
     # -- blocks ------------------------------------------------------------------------------------
 
