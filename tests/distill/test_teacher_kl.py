@@ -18,7 +18,7 @@ from effopd import EffOPDCallback, EffOPDConfig
 from effopd.common.files import read_rows
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.distill.scoring import text_batch, wanted_rollouts
-from effopd.distill.teachers.kept import taken
+from effopd.distill.teachers.kept import Kept
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.anchored import bit_sum
 from effopd.models.token_batch import TokenBatch
@@ -180,7 +180,8 @@ def test_looking_without_jumping_leaves_no_trace(tmp_path, settings):
     else:
         assert last["cost/search_teacher_tokens"] == 0
         assert all(len({trial["forward_tokens"] for trial in row["trials"]}) == 1 for row in rows)
-    assert not any(map(taken, looked._buffered_inputs))  # released by the loss
+    kept = [value for rollouts in looked._buffered_inputs for value in rollouts.values() if isinstance(value, Kept)]
+    assert all(each.parts is None for each in kept)  # released by the loss
 
 
 def test_accumulated_micro_batches_are_looked_at_once_a_step(tmp_path):
