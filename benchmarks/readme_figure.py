@@ -15,7 +15,7 @@ from effopd.report.compare_lookup import Lookup
 from effopd.report.style import looks, quiet_style, save
 
 NOTE = (
-    "32 prompts per step. Median over the seeds, on which no rule was chosen; shaded for newton_search from 3e-05: "
+    "32 prompts per step. Median over seeds that were not used to choose a rule; shaded for newton_search from 3e-05: "
     "lowest to highest. Trailing median of three evaluations. Net seconds: CPU seconds without evaluation, searches "
     "included. Logarithmic axes: a speed-up is a shift to the left."
 )
@@ -43,7 +43,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         for axis, task in zip(axes, look.tasks, strict=True):
             for label, (strategy, rate, width) in ARMS.items():
                 runs = [run["curve"] for run in look.runs(task, _arm(look, strategy, rate))]
-                if not runs:
+                if len(runs) < 2:  # one seed is no median
                     continue
                 x, median, low, high = band(runs)
                 color = styles[label].light
@@ -57,7 +57,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             axis.set_title(task.split(":")[1], loc="left")
         axes[0].legend(frameon=False, fontsize=8, loc="lower left")
         axes[0].set_ylabel("held-out reverse KL\n(nats per token)")
-        save(figure, path, "From any of three learning rates: newton_search and tuned runs without it", NOTE)
+        save(
+            figure,
+            path,
+            "newton_search from three learning rates, and tuned runs without it",
+            NOTE,
+        )
         plt.close(figure)
 
 
