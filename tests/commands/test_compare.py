@@ -19,7 +19,7 @@ from effopd.commands.train import parse_train
 from effopd.compare.grid import load_grid
 from effopd.compare.runner import DONE, LOG
 from effopd.errors import ConfigError
-from effopd.tasks.builtin_models import WEIGHTS, smollm2_path
+from effopd.tasks.builtin_models import OTHER_MODELS, WEIGHTS, other_models_path, smollm2_path
 
 pytestmark = pytest.mark.slow
 
@@ -195,9 +195,10 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("compare-*.yaml")))
 def test_the_shipped_plans_pass_a_dry_run(recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))
-    smollm2_path().mkdir()
-    for name in ("source.json", "config.json", WEIGHTS):  # as if fetched; a dry run reads none of them
-        (smollm2_path() / name).write_text("{}")
+    for folder in (smollm2_path(), *(other_models_path() / name for name in OTHER_MODELS)):
+        folder.mkdir(parents=True)
+        for name in ("source.json", "config.json", WEIGHTS):  # as if there; a dry run reads none of them
+            (folder / name).write_text("{}")
     plan = yaml.safe_load((RECIPES / recipe).read_text())
     lacking = {name for name, settings in plan["strategies"].items() if not importable(settings)}
     if lacking:  # optional optimizers that are not installed here
