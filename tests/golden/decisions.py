@@ -1,5 +1,5 @@
 """Decisions of twelve steps on the built-in pair: `python tests/golden/decisions.py` records them
-anew.
+anew, all or those of the named strategies.
 
 Record only after a change that is meant to change a decision, and say so in docs/log.md.
 """
@@ -22,6 +22,7 @@ FAMILIES = ("chain_sum", "spell_backward")
 STRATEGIES: dict[str, dict[str, object]] = {
     "none": {},
     "line_search": {"score_rollouts": 16},
+    "newton_search": {"score_rollouts": 16},
     "effopd": {"validation_size": 24},
     "effopd-released": {"validation_size": 24},
     "noop": {"validation_size": 24},
@@ -82,10 +83,11 @@ def decisions(family: str, strategy: str, folder: Path) -> dict[str, list]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = {}
+    named = sys.argv[1:] or list(STRATEGIES)
+    found = json.loads(FILE.read_text())["runs"] if sys.argv[1:] else {}
     with tempfile.TemporaryDirectory() as folder:
         for family in FAMILIES:
-            for strategy in STRATEGIES:
+            for strategy in named:
                 found[f"{family}/{strategy}"] = decisions(family, strategy, Path(folder) / family / strategy)
     FILE.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
 
