@@ -72,6 +72,7 @@ def test_a_look_ahead_searches_and_steers_on_new_rollouts_only(tmp_path):
 
     whole, factors, searches = train("a")
     assert [row["step"] for row in searches] == [3, 5]  # the first steps of a batch of rollouts
+    assert whole.teacher[1] < whole.teacher[2] == whole.teacher[3]  # asked once, for search and losses
     assert factors[3] == factors[4]  # step 4 trained on the rollouts of step 3, so it steered nothing
     for checkpoint in ("step-000002", "step-000003"):
         resumed, _, _ = train(checkpoint, resume_from_checkpoint=str(tmp_path / "a/checkpoints" / checkpoint))

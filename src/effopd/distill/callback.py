@@ -269,9 +269,11 @@ class EffOPDCallback(TrainerCallback):
             self._search(args, state, state.global_step)
 
     def scores_rollouts(self, step: int) -> bool:
-        """Whether a search at this step scores the step's rollouts, before training on them."""
+        """Whether a search at this step scores the step's rollouts, which no step has trained on."""
         look = self.look_ahead
-        return self.waits_for_rollouts and look is not None and step > look.schedule_start + 1 and look.due(step)
+        if look is None or not self.waits_for_rollouts or self._reused:
+            return False
+        return step > look.schedule_start + 1 and look.due(step)
 
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Search on the next step's rollouts, before they are trained on.
