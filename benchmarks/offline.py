@@ -57,18 +57,20 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).float()
 
 
-def stored(folder: Path, tokenizer: Any, task: Any, seed: int, teacher: Any) -> RolloutStore:
-    """Rollouts of the built-in student, scored by `teacher`."""
+def stored(
+    folder: Path, student: Any, teacher: Any, tokenizer: Any, task: Any, seed: int, batch_size: int
+) -> RolloutStore:
+    """One answer of `student` per prompt of `task`, scored by `teacher`."""
     prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples])
     header = Header(
         teacher=ModelIdentity("teacher", None, "-"), student=ModelIdentity("student", None, "-"), sft_teacher=None,
         tokenizer=tokenizer_sha256(tokenizer), vocab_size=len(tokenizer), temperature=1.0,
-        max_completion_length=LENGTH, seed=seed, batch_size=BATCH, dtype="float32", top_k=0, prompts=len(prompts),
+        max_completion_length=LENGTH, seed=seed, batch_size=batch_size, dtype="float32", top_k=0, prompts=len(prompts),
         prompts_sha256=prompts_sha256(prompts), rows_per_file=len(prompts),
     )  # fmt: skip
     store = RolloutStore(folder)
     store.open(header)
-    collect(store, header, load(student_path()).eval(), teacher, tokenizer, task)
+    collect(store, header, student.eval(), teacher, tokenizer, task)
     return store
 
 
@@ -118,7 +120,7 @@ def trainer_of(
     rollouts = folder.parent / f"rollouts-{seed}"
     store = RolloutStore(rollouts)
     if not store.started:
-        store = stored(rollouts, tokenizer, task, seed, teacher)
+        store = stored(rollouts, load(student_path()), teacher, tokenizer, task, seed, BATCH)
     costs = store.read()[1]
     args = settings(folder, seed, rate, rollouts=str(rollouts), **more)
     trainer = OfflineOPDTrainer(load(student_path()), args, processing_class=tokenizer)

@@ -18,21 +18,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from offline import FAMILY, LENGTH, load, settings
+from offline import FAMILY, load, settings, stored
 from pages import DOCS, rewrite
 from transformers import AutoTokenizer, TrainerCallback
 
 from effopd import OPDTrainer
 from effopd.common.files import write_atomically
 from effopd.distill.evaluate_student import evaluate_task
-from effopd.distill.offline_cache import collect
-from effopd.distill.offline_store import Header, ModelIdentity, RolloutStore, prompts_sha256
 from effopd.distill.offline_trainer import OfflineOPDTrainer
-from effopd.models.fingerprint import tokenizer_sha256
 from effopd.report.compare_lookup import table
 from effopd.tasks import TaskConfig, load_task
 from effopd.tasks.builtin_models import student_path, teacher_path
-from effopd.tasks.generate import encode_prompts
 
 RESULTS = DOCS / "offline_reuse.json"
 BATCH, STEPS, EVERY, HELD_OUT = 32, 48, 8, 96
@@ -81,21 +77,6 @@ class Evaluations(TrainerCallback):
             self.rows.append({"step": step, **{name: metrics[name] for name in ("kl", "kl_se", "accuracy")}})
 
 
-def stored(folder: Path, student: Any, teacher: Any, tokenizer: Any, task: Any, seed: int) -> int:
-    """Store one answer of `student` per prompt of `task`; returns the teacher tokens it took."""
-    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples])
-    header = Header(
-        teacher=ModelIdentity("teacher", None, "-"), student=ModelIdentity("student", None, "-"), sft_teacher=None,
-        tokenizer=tokenizer_sha256(tokenizer), vocab_size=len(tokenizer), temperature=1.0,
-        max_completion_length=LENGTH, seed=seed, batch_size=BATCH, dtype="float32", top_k=0, prompts=len(prompts),
-        prompts_sha256=prompts_sha256(prompts), rows_per_file=len(prompts),
-    )  # fmt: skip
-    store = RolloutStore(folder)
-    store.open(header)
-    collect(store, header, student.eval(), teacher, tokenizer, task)
-    return store.read()[1].teacher_forward_tokens
-
-
 def run(arm: Arm, seed: int, scratch: Path) -> dict[str, Any]:
     """Train an arm; JSON-ready row with its curve, teacher tokens and the spread of π_θ/π_ref."""
     tokenizer = AutoTokenizer.from_pretrained(student_path(), padding_side="left")
@@ -110,7 +91,8 @@ def run(arm: Arm, seed: int, scratch: Path) -> dict[str, Any]:
         more = {"max_steps": steps, "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": HELD_OUT}
         trainer: Any
         if arm.phases:
-            tokens += stored(folder / "rollouts", model, teacher, tokenizer, task, seed)
+            store = stored(folder / "rollouts", model, teacher, tokenizer, task, seed, BATCH)
+            tokens += store.read()[1].teacher_forward_tokens
             args = settings(folder, seed, arm.rate, rollouts=str(folder / "rollouts"), **more)
             trainer = OfflineOPDTrainer(model, args, processing_class=tokenizer)
         else:

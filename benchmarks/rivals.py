@@ -41,8 +41,9 @@ def speeds(part: Mapping[str, Any], task: str, axis: str, strategy: str, shares:
         rows = [row for _, row in curves(part, task, axis, strategy) if row["n"][index]]
         medians = sorted(math.inf if row["median"][index] is None else row["median"][index] for row in rows)
         ends = [one(None if math.isinf(value) else value, "") for value in (medians[:1] + medians[-1:])]
-        cells.append("–".join(dict.fromkeys(ends)) + "×" if ends else "–")
-    return [cell.replace("any×", "any") for cell in cells]
+        text = "–".join(dict.fromkeys(ends)) or "–"
+        cells.append(text + "×" if text[-1].isdigit() else text)  # not after “> any” and “never”
+    return cells
 
 
 def envelope_table(results: Mapping[str, Any]) -> str:
