@@ -269,7 +269,7 @@ class EffOPDCallback(TrainerCallback):
             self._search(args, state, state.global_step)
 
     def scores_rollouts(self, step: int) -> bool:
-        """Whether a search at this step scores the step's rollouts, which no step has trained on."""
+        """Whether a search at this step scores its rollouts, which no step has trained on."""
         look = self.look_ahead
         if look is None or not self.waits_for_rollouts or self._reused:
             return False
