@@ -129,6 +129,7 @@ def one_search(rate: float, history=(), warmup: int = 0) -> tuple[float, float, 
     if warmup:
         schedulers.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
     update = OptimizerUpdate(EffOPDConfig(strategy="newton_search"), optimizer, lambda: True)
+    update.resume(1.0, 1.0, history)
     start = x.detach().clone()
     x.grad = (curvature * x).detach()
     optimizer.step()

@@ -63,20 +63,16 @@ class OptimizerUpdate:
         """Current multiplier of the schedule's learning rate."""
         return 1.0 if self.rate is None else self.rate.factor
 
-    @factor.setter
-    def factor(self, factor: float) -> None:
+    def resume(self, factor: float, share: float, history: Sequence[SearchRecord]) -> None:
+        """Continue with a saved factor, share and history."""
         if self.rate is not None:
-            self.rate.factor = factor
+            self.rate.factor, self.rate.share = factor, share
+            self.rate.calibrated = self._calibrated(history)
 
     @property
     def share(self) -> float:
         """Rate of the last step as a share of the schedule's peak."""
         return 1.0 if self.rate is None else self.rate.share
-
-    @share.setter
-    def share(self, share: float) -> None:
-        if self.rate is not None:
-            self.rate.share = share
 
     @property
     def applied(self) -> float:
@@ -117,16 +113,21 @@ class OptimizerUpdate:
             return None
         factor = self._factor(self.rate, result.best_scale, history) if tried else 1.0
         self.rate.factor *= factor
+        if self._calibrates and tried and self.rate.calibrated is None:
+            self.rate.calibrated = self.rate.factor
         return factor
 
     def _factor(self, rate: LearningRateMultiplier, best_scale: float, history: Sequence[SearchRecord]) -> float:
         if self._calibrates:
-            searched = [search for search in history if search.searched]
-            if not searched:
+            if rate.calibrated is None:
                 averaged = has_modes(self._optimizer)
                 return calibrated_factor(best_scale, rate.share, averaged=averaged) * rate.applied / rate.factor
             # never raised: after half a jump, the next search prefers s > 1 at any rate
-            calibrated = searched[0].learning_rate_factor_total or 1.0
-            return learning_rate_factor(best_scale, total=rate.factor / calibrated)
+            return learning_rate_factor(best_scale, total=rate.factor / rate.calibrated)
         previous = history[-1].best_scale if history else None
         return learning_rate_factor(best_scale, previous or 0.0, rate.factor)
+
+    def _calibrated(self, history: Sequence[SearchRecord]) -> float | None:
+        """The factor that the first search set."""
+        searched = [search for search in history if search.searched] if self._calibrates else []
+        return (searched[0].learning_rate_factor_total or 1.0) if searched else None

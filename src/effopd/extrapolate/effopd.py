@@ -313,8 +313,9 @@ class EffOPD:
         self.anchor_step = int(state["anchor_step"])
         self._start_schedule(int(state.get("schedule_start", 0)))
         self.history = [SearchRecord.from_row(row) for row in state["history"]]
-        self._optimizer.factor = float(state["learning_rate_factor"])
-        self._optimizer.share = float(state.get("schedule_share", 1.0))
+        self._optimizer.resume(
+            float(state["learning_rate_factor"]), float(state.get("schedule_share", 1.0)), self.history
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the state into a checkpoint folder.

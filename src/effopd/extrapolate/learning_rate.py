@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effopd.common.zero import BeforeStep, base_optimizer, zero_optimizer
 from effopd.errors import ConfigError
-from effopd.extrapolate.slope_steering import slope_cosine, steering_factor
+from effopd.extrapolate.slope_steering import MARGIN, slope_cosine, steering_factor
 
 #: Optimizer → its active `LearningRateMultiplier`; weak references on both sides.
 _ACTIVE: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[LearningRateMultiplier]] = (
@@ -19,7 +19,7 @@ _ACTIVE: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[LearningRa
 )
 
 
-#: Lower bound of the learning rate, as a share of its schedule.
+#: Lower bound of the learning rate, as a share of its schedule or of what the first search set.
 LOWEST_FACTOR = 0.125
 
 
@@ -91,14 +91,16 @@ class LearningRateMultiplier:
     Args:
         optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate or DeepSpeed.
         wanted: called before every step; if it returns false, the step uses the schedule's rate.
-        by_slope: multiply `factor` by `steering_factor(slope_cosine(optimizer))` before every step
-            for which `unseen` returns true.
+        by_slope: multiply `factor` by `steering_factor` of `slope_cosine(optimizer)` before every
+            step for which `unseen` returns true.
         unseen: whether the step's gradient comes from examples that no earlier step trained on.
 
     Attributes:
         factor: the multiplier; initially 1.
         share: the schedule's rate in the last step, divided by its peak `initial_lr`; 1 without a
             scheduler.
+        calibrated: `factor` as the first search set it; `None` before. Below an eighth of it, and
+            before, `by_slope` has no margin.
         cosine: `slope_cosine` before the last step; `None`: not known, `by_slope` is
             off, or the examples were seen before.
 
@@ -141,6 +143,7 @@ class LearningRateMultiplier:
         if other is not None:
             other.close()
         self.factor = self.share = 1.0
+        self.calibrated: float | None = None
         self.cosine: float | None = None
         self._by_slope = by_slope and zero is None
         self._unseen = unseen
@@ -186,7 +189,9 @@ class LearningRateMultiplier:
 
     def _steer(self, optimizer: Any) -> None:
         self.cosine = slope_cosine(optimizer) if self._unseen() else None
-        self.factor *= 1.0 if self.cosine is None else steering_factor(self.cosine)
+        if self.cosine is not None:
+            known = self.calibrated is not None and self.factor > LOWEST_FACTOR * self.calibrated
+            self.factor *= steering_factor(self.cosine, MARGIN if known else 0.0)
 
     def release(self) -> None:
         """Restore the schedule's rates if a step was interrupted."""

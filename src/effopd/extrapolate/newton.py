@@ -7,9 +7,14 @@ D″(0) is the Gauss–Newton curvature E var_π(δz), which is positive. Doubli
 score falls takes log₂ s + 3 scores; this search takes three to five, however far the minimum is.
 A correction that does not improve on the best score is the last one.
 
-If scale 1 is not better than the start, the step was too long, perhaps by so much that a slope
-between the two means nothing. Then scales −½, −¾, −⅞, … towards the anchor are tried while the
-score improves, then the vertex of the parabola through the best one.
+If scale 1 is not better than the start, the step was too long. The minimum is then behind it
+(D′(0) > 0: s₁ as above, at least −127/128, which keeps 1/128 of Δ) or just ahead of it (D′(0) < 0:
+s₁ is the vertex of the parabola through D(0) and D(1) with this slope). One correction follows, so
+the search takes two to four scores.
+
+Slope and curvature come from the difference between scales 0 and 1. If that difference is large,
+or D(1) far above what they predict, they mean nothing. Then, and without a slope, scales −½, −¾,
+−⅞, … are tried while the score improves, then the vertex of the parabola through the best one.
 
 A forward jump goes half of the way to the best scale. The scores are those of rollouts from W,
 and a model far from W samples other rollouts. On SmolLM2-135M, the best scale along the first step
@@ -28,12 +33,17 @@ from effopd.extrapolate.search import Line, Score, SearchResult, Trial, doubled
 CLOSE = 0.15
 #: A correction moves the scale by at most this factor.
 _FACTOR = 4.0
-#: Corrections after Newton's step.
-_CORRECTIONS = 2
+#: Corrections after Newton's step of a forward search, and of one after a step that was too long.
+_CORRECTIONS, _CORRECTIONS_BACK = 2, 1
 #: Share of the way to the best scale that a forward jump takes.
 WAY = 0.5
-#: Scales tried towards the anchor; the last one keeps 1/128 of Δ.
+#: Scales tried towards the anchor without a slope; the last one keeps 1/128 of Δ.
 _HALVINGS = 7
+#: After a step that was too long, D″(0) (in nats, twice the divergence between scales 0 and 1), and D(1) − D(0) as
+#: a multiple of |D′(0)| + D″(0)/2, up to which they are believed.
+_MOST_CURVED, _MOST_ABOVE = 0.25, 3.0
+#: Lowest scale, and the smallest |scale| that is tried after a step that was too long.
+_LOWEST, _SMALLEST = 0.5**_HALVINGS - 1, 0.125
 
 
 def newton_search(
@@ -67,24 +77,53 @@ def newton_search(
         return line.result()
     start = line.known[0.0]
     line.attempt(1.0)
-    known = slope() if line.known.get(1.0, -math.inf) > start else None
-    if known is None or not (known[1] > 0 > known[0]):
+    known = slope() if math.isfinite(line.known.get(1.0, -math.inf)) else None
+    fall = line.known.get(1.0, -math.inf) - start  # D(0) − D(1)
+    if known is None or not _is_local(fall, *known):
         return _halfway(doubled(line, longest, halvings=_HALVINGS))
     first, second = known
-    scale = min(-first / second, longest)
-    for _ in range(1 + _CORRECTIONS):
-        if any(abs(scale - other) <= CLOSE * max(abs(scale), abs(other)) for other in line.scores):
-            break
+    if fall > 0:
+        _correct(line, first, -first / second, (0.0, longest), _CORRECTIONS)
+    elif first > 0:
+        _correct(line, first, -first / second, (_LOWEST, 0.0), _CORRECTIONS_BACK)
+    else:
+        _correct(line, first, _vertex(line, first, 1.0), (0.0, 1.0), _CORRECTIONS_BACK)
+    return _halfway(line.result())
+
+
+def _is_local(fall: float, first: float, second: float) -> bool:
+    """Whether slope and curvature describe D between scales 0 and 1."""
+    if not second > 0:
+        return False
+    if fall > 0:
+        return first < 0
+    return second <= _MOST_CURVED and -fall <= _MOST_ABOVE * (abs(first) + second / 2)
+
+
+def _correct(line: Line, first: float, scale: float, bounds: tuple[float, float], corrections: int) -> None:
+    """Score `scale`, then corrected scales between the bounds while the score improves."""
+    before, back = max(line.known.values()), line.known[1.0] <= line.known[0.0]
+    for _ in range(1 + corrections):
+        scale = min(max(scale, bounds[0]), bounds[1])
+        close = (abs(scale - other) <= CLOSE * max(abs(scale), abs(other)) for other in line.scores)
+        if (back and abs(scale) < _SMALLEST) or any(close):
+            return
         best = max(line.known.values())
         line.attempt(scale)
         value = line.known.get(scale)
-        if value is not None and value <= best and best > line.known[1.0]:
-            break
-        bend = math.inf if value is None else (start - value - first * scale) / scale**2
-        # above 0: the parabola has a minimum; otherwise D falls faster than its slope says
-        vertex = -first / (2 * bend) if bend > 0 else math.inf
-        scale = min(max(vertex, scale / _FACTOR), _FACTOR * scale, longest)
-    return _halfway(line.result())
+        if value is not None and value <= best and best > before:
+            return
+        vertex, size = _vertex(line, first, scale), abs(scale)
+        scale = math.copysign(min(max(abs(vertex), size / _FACTOR), _FACTOR * size), scale)
+
+
+def _vertex(line: Line, first: float, scale: float) -> float:
+    """Vertex of the parabola in s with D(0), D′(0) = `first` and D(scale); 0 if D(scale) is not finite,
+    ±∞ if D falls faster than its slope says.
+    """
+    value, start = line.known.get(scale), line.known[0.0]
+    bend = math.inf if value is None else (start - value - first * scale) / scale**2
+    return -first / (2 * bend) if bend > 0 else math.copysign(math.inf, scale)
 
 
 def _halfway(result: SearchResult) -> SearchResult:
