@@ -15,11 +15,13 @@ from effopd.extrapolate.search import Score, SearchResult, Trial, line_search
 from effopd.runs.records import SearchRecord
 
 
-def softmax_line(best: float, noise: float = 0.0, positions: int = 64, vocabulary: int = 50):
-    """KL(s) of logits z + s·δ to a teacher at s = `best` plus noise; its slope and Gauss–Newton."""
+def softmax_line(best: float, noise: float = 0.0, positions: int = 64, vocabulary: int = 50, size: float = 2.0):
+    """KL(s) of logits z + s·δ, `best`·δ of the given size, to a teacher at s = `best` plus noise; its slope and
+    Gauss–Newton curvature at 0.
+    """
     g = torch.Generator().manual_seed(0)
     z, delta, other = (torch.randn(positions, vocabulary, generator=g, dtype=torch.float64) for _ in range(3))
-    delta = delta * 2 / abs(best)
+    delta = delta * size / abs(best)
     target = (z + best * delta + noise * other).log_softmax(-1)
 
     def kl(s: float) -> torch.Tensor:
@@ -72,6 +74,31 @@ def test_an_update_that_went_too_far_is_shortened_however_far_it_went(best):
     assert 1 + result.accepted_scale == pytest.approx(1 + best, rel=0.35)
     tried = [trial.scale for trial in result.trials]
     assert tried[:3] == [0.0, 1.0, -0.5] and len(tried) <= 9
+
+
+@pytest.mark.parametrize("best", [-0.2, -0.5, -0.9, -3.0, 0.15, 0.3, 0.45])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_step_slightly_too_long_is_mended_in_at_most_four_scores(best, noise):
+    kl, slope = softmax_line(best, noise, size=min(0.3, 0.3 * abs(best)))
+    result = newton_search(scored(kl), lambda: slope, "better", None)
+    grid = [s / 100 for s in range(-99, 100)]
+    lowest = min(float(kl(s).mean()) for s in grid)
+    start, found = float(kl(0.0).mean()), float(kl(result.best_scale).mean())
+    assert start - found >= 0.95 * (start - lowest) and len(scores_of(result)) <= 4
+    assert result.accepted_scale == (result.best_scale if best < 0 else result.best_scale / 2)
+
+
+def test_a_slope_that_the_score_of_the_step_contradicts_is_not_used():
+    kl, slope = softmax_line(-0.7, size=0.2)
+    far = {1.0: 50.0}  # an update that broke the model
+
+    def score(s):
+        return Score(-far.get(s, float(kl(s).mean())))
+
+    tried = [trial.scale for trial in newton_search(score, lambda: slope).trials]
+    assert tried[:4] == [0.0, 1.0, -0.5, -0.75]
+    trusted = [trial.scale for trial in newton_search(scored(kl), lambda: slope).trials]
+    assert trusted[2] == pytest.approx(-0.7, rel=0.1)
 
 
 def test_a_correction_that_does_not_improve_is_the_last_one():

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from effopd.extrapolate.learning_rate import LearningRateMultiplier
-from effopd.extrapolate.slope_steering import LARGEST, slope_cosine, steering_factor
+from effopd.extrapolate.learning_rate import LOWEST_FACTOR, LearningRateMultiplier
+from effopd.extrapolate.slope_steering import LARGEST, MARGIN, slope_cosine, steering_factor
 
 
 def quadratic(dimension: int = 20, seed: int = 0):
@@ -74,6 +74,42 @@ def test_a_rate_far_off_moves_towards_the_loss_s_own_within_a_few_steps(start, l
         gradient(optimizer, loss)
         optimizer.step()
     assert low <= multiplier.factor <= high
+
+
+def test_gradients_that_are_noise_lower_the_rate_to_an_eighth_of_what_the_first_search_set():
+    torch.manual_seed(0)
+    x = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = torch.optim.AdamW([x], lr=1e-3)
+    multiplier = LearningRateMultiplier(optimizer, by_slope=True)
+
+    def steps(count):
+        for _ in range(count):
+            x.grad = torch.randn_like(x)
+            optimizer.step()
+        return multiplier.factor
+
+    assert steps(20) == pytest.approx(1.0, rel=0.3)  # before the first search
+    multiplier.factor = multiplier.calibrated = 4.0
+    assert 0.3 < steps(20) <= 4.0 * LOWEST_FACTOR
+    assert steps(20) == pytest.approx(4.0 * LOWEST_FACTOR, rel=0.4)
+
+
+def test_with_the_margin_steps_end_before_the_minimum_along_them():
+    def mean_cosine(calibrated):
+        torch.manual_seed(0)
+        curvature = torch.linspace(0.2, 5, 300)
+        x = torch.nn.Parameter(torch.randn(300))
+        optimizer = torch.optim.AdamW([x], lr=0.03, weight_decay=0.0)
+        multiplier = LearningRateMultiplier(optimizer, by_slope=True)
+        multiplier.calibrated, cosines = calibrated, []
+        for _ in range(300):
+            x.grad = curvature * x.detach() + torch.randn(300)
+            optimizer.step()
+            cosines.append(multiplier.cosine or 0.0)
+        return sum(cosines[100:]) / 200
+
+    assert mean_cosine(1e-6) == pytest.approx(-MARGIN, abs=0.03)
+    assert mean_cosine(None) == pytest.approx(0.0, abs=0.03)
 
 
 def test_while_it_is_not_wanted_the_rate_is_left_alone():
