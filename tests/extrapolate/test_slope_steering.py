@@ -108,8 +108,9 @@ def test_with_the_margin_steps_end_before_the_minimum_along_them():
             cosines.append(multiplier.cosine or 0.0)
         return sum(cosines[100:]) / 200
 
-    assert mean_cosine(1e-6) == pytest.approx(-MARGIN, abs=0.03)
-    assert mean_cosine(None) == pytest.approx(0.0, abs=0.03)
+    assert mean_cosine(1e-6) == pytest.approx(-1 / 15, abs=0.02)
+    assert mean_cosine(None) == pytest.approx(0.0, abs=0.02)
+    assert steering_factor(-0.2, MARGIN) == steering_factor(-0.2)
 
 
 def test_while_it_is_not_wanted_the_rate_is_left_alone():

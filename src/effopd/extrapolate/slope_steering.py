@@ -2,7 +2,8 @@ r"""Learning rate steered by the slope of the loss after each step, at no cost i
 
     c_t = cos(∇L_{t+1}(W_{t+1}), Δ_t)
     Δ_t = W_{t+1} − W_t ∝ −m_t / (√v_t + ε)      Adam's step, with bias-corrected moments
-    η ← η · min(max(exp(−2.3 (c_t + m)), ½), 2)      margin m: 0.1 or 0
+    η ← η · min(max(exp(−2.3 (c_t + m)), ½), 2)
+    m = 0.1 · min(max(1 + c_t / 0.2, 0), 1)          or 0: no margin
 
 The gradient of step t+1 comes from rollouts that step t did not train on. Its product with Δ_t is
 therefore an unbiased estimate of the slope of the loss along Δ_t, behind the step. Negative: the
@@ -11,9 +12,9 @@ moments still hold Δ_t right before step t+1, so nothing has to be stored.
 
 Without a margin, the rate settles where the slope behind a step is zero on average, so where steps
 end at the minimum along them. Adam then enlarges what the gradients disagree on, and the loss
-swings. With the margin it settles where steps end before their minimum, and it falls when
-gradients are noise. The margin applies after the first search, down to an eighth of the rate which
-that search set.
+swings. With the margin m it settles at c = −1/15, where steps end before their minimum, and it
+falls when gradients are noise. A rate that is far too low (c ≤ −0.2) rises as fast as without it.
+The margin applies after the first search, down to an eighth of the rate which that search set.
 
 Source: hypergradient descent (arXiv 1703.04782) with the cosine in the place of the product.
 """
@@ -32,8 +33,8 @@ from effopd.common.zero import zero_optimizer, zero_steps
 
 #: −c · GAIN is the change of the logarithm of the learning rate; c = −0.3 doubles it.
 GAIN = 2.3
-#: Margin m: the mean cosine that the rate is steered to is −m.
-MARGIN = 0.1
+#: Margin at c ≥ 0, and the cosine at and below which it is 0.
+MARGIN, NO_MARGIN = 0.1, -0.2
 #: Largest change per step, as a factor.
 LARGEST = 2.0
 
@@ -43,15 +44,16 @@ def steering_factor(cosine: float, margin: float = 0.0) -> float:
 
     Args:
         cosine: c_t.
-        margin: m.
+        margin: m at c_t ≥ 0.
 
     Example:
         >>> steering_factor(0.0), steering_factor(-1.0), steering_factor(1.0)
         (1.0, 2.0, 0.5)
-        >>> steering_factor(-0.1, margin=0.1)
-        1.0
+        >>> round(steering_factor(0.0, margin=0.1), 3), round(steering_factor(-1 / 15, margin=0.1), 3)
+        (0.795, 1.0)
     """
-    return min(max(math.exp(-GAIN * (cosine + margin)), 1 / LARGEST), LARGEST)
+    shift = margin * min(max(1 - cosine / NO_MARGIN, 0.0), 1.0)
+    return min(max(math.exp(-GAIN * (cosine + shift)), 1 / LARGEST), LARGEST)
 
 
 @torch.no_grad()
