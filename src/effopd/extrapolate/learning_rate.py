@@ -56,6 +56,8 @@ def learning_rate_factor(best_scale: float, previous: float = 0.0, total: float 
 SHARE_OF_FIRST_STEP = 0.25
 #: The same under a schedule-free optimizer, whose average of the weights tolerates a higher rate.
 SHARE_IF_AVERAGED = 0.5
+#: Share of the rate that the first search set, above which the slope steers with a margin.
+MARGIN_ABOVE = 0.5
 #: Bounds of one `calibrated_factor`.
 _LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
 
@@ -99,7 +101,7 @@ class LearningRateMultiplier:
         factor: the multiplier; initially 1.
         share: the schedule's rate in the last step, divided by its peak `initial_lr`; 1 without a
             scheduler.
-        calibrated: `factor` as the first search set it; `None` before. Below an eighth of it, and
+        calibrated: `factor` as the first search set it; `None` before. Below half of it, and
             before, `by_slope` has no margin.
         cosine: `slope_cosine` before the last step; `None`: not known, `by_slope` is
             off, or the examples were seen before.
@@ -190,7 +192,7 @@ class LearningRateMultiplier:
     def _steer(self, optimizer: Any) -> None:
         self.cosine = slope_cosine(optimizer) if self._unseen() else None
         if self.cosine is not None:
-            known = self.calibrated is not None and self.factor > LOWEST_FACTOR * self.calibrated
+            known = self.calibrated is not None and self.factor > MARGIN_ABOVE * self.calibrated
             self.factor *= steering_factor(self.cosine, MARGIN if known else 0.0)
 
     def release(self) -> None:

@@ -14,7 +14,7 @@ Without a margin, the rate settles where the slope behind a step is zero on aver
 end at the minimum along them. Adam then enlarges what the gradients disagree on, and the loss
 swings. With the margin m it settles at c = −1/15, where steps end before their minimum, and it
 falls when gradients are noise. A rate that is far too low (c ≤ −0.2) rises as fast as without it.
-The margin applies after the first search, down to an eighth of the rate which that search set.
+The margin applies after the first search, above half of the rate which that search set.
 
 Source: hypergradient descent (arXiv 1703.04782) with the cosine in the place of the product.
 """
