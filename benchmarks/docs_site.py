@@ -5,8 +5,8 @@
     reference/settings.md         own fields of the configuration dataclasses, plan of `compare`
     reference/api.md              docstrings of the names in `effopd.__all__`
 
-Links to files outside docs/ become plain text. Long tables of measurements are folded. `make docs`
-builds the site.
+Links to files outside docs/ become plain text. Long tables of measurements are folded. Pages that
+load something from another host fail the build. `make docs` builds the site.
 """
 
 from __future__ import annotations
@@ -67,6 +67,36 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     name = page.file.src_uri
     text = inside(markdown, name, {file.src_uri for file in files})
     return text if name.startswith(NEVER_FOLDED) else folded(text)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Refuse a page that loads something from another host (mkdocs event)."""
+    from mkdocs.exceptions import PluginError
+
+    if found := foreign(output):
+        raise PluginError(f"{page.file.src_uri} loads {', '.join(found)}: expected files of the site only.")
+    return output
+
+
+#: A tag whose addresses the browser does not load by itself, and an attribute with an address.
+_LINK = re.compile(r'<(a|area|base)\b|<link\b[^>]*rel="?(canonical|alternate|next|prev)\b', re.IGNORECASE)
+_LOADED = re.compile(r"""\b(?:src|srcset|href|data|poster)=["']?\s*((?:https?:)?//[^"'\s>]+)""", re.IGNORECASE)
+_STYLED = re.compile(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')\s;]+)""", re.IGNORECASE)
+
+
+def foreign(html: str) -> list[str]:
+    """Addresses on other hosts from which a page loads scripts, styles, fonts, images or data.
+
+    Links are allowed. Also found: diagrams for which the theme loads mermaid, and `repo_url`, for
+    which it asks GitHub.
+    """
+    text = re.sub(r"<(pre|code)\b.*?</\1>|<!--.*?-->", "", html, flags=re.DOTALL)
+    tags = [tag for tag in re.findall(r"<[a-z][^>]*>", text, flags=re.IGNORECASE) if not _LINK.match(tag)]
+    found = [address for tag in tags for address in _LOADED.findall(tag)]
+    for style in re.findall(r'<style\b.*?</style>|style="[^"]*"', text, flags=re.DOTALL):
+        found += _STYLED.findall(style)
+    found += ["mermaid"] * bool(re.search(r'class="[^"]*\bmermaid\b', html))
+    return found + ["facts of repo_url"] * ('data-md-component="source"' in html)
 
 
 def generated() -> dict[str, str]:

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import docs_site
 import pytest
@@ -39,6 +41,45 @@ def test_long_tables_fold_and_short_ones_do_not():
 
 def test_the_front_page_links_within_the_site():
     assert docs_site.from_root('[g](docs/guide.md#x) <img src="docs/a.png">') == '[g](guide.md#x) <img src="a.png">'
+
+
+@pytest.mark.parametrize(
+    ("html", "found"),
+    [
+        ('<a href="https://example.org">x</a><img src="a.png"><script src="../b.js"></script>', []),
+        ('<link rel="canonical" href="https://example.org"><img src="data:image/png;base64,//x">', []),
+        ('<pre><code>&lt;script src="https://example.org/a.js"&gt;</code></pre>', []),
+        ("<script async src='https://unpkg.com/a.js'></script>", ["https://unpkg.com/a.js"]),
+        ('<link rel="stylesheet" href="//fonts.example/css?a">', ["//fonts.example/css?a"]),
+        ('<link rel="preconnect" href="https://fonts.example" crossorigin>', ["https://fonts.example"]),
+        ('<img alt="x"\n src="https://img.shields.io/a">', ["https://img.shields.io/a"]),
+        ("<style>@import url('https://fonts.example/a.css');</style>", ["https://fonts.example/a.css"]),
+        ('<p style="background: url(//x.example/a.png)">', ["//x.example/a.png"]),
+        ('<div class="mermaid">flowchart</div>', ["mermaid"]),
+        ('<div data-md-component="source">', ["facts of repo_url"]),
+    ],
+)
+def test_what_a_page_loads_from_other_hosts(html, found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mkdocs", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mkdocs.exceptions", SimpleNamespace(PluginError=RuntimeError))
+    assert docs_site.foreign(html) == found
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    if found:
+        with pytest.raises(RuntimeError, match=r"page\.md loads "):
+            docs_site.on_post_page(html, page, None)
+    else:
+        assert docs_site.on_post_page(html, page, None) == html
+
+
+def test_no_page_and_no_setting_loads_from_other_hosts():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text()
+    assert "font: false" in navigation and not re.search(r"^\s*-? ?\w*(mermaid|repo_url|://)", navigation, flags=re.M)
+    pages = [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CHANGELOG.md"]
+    for page in pages:
+        text = page.read_text()
+        assert "```mermaid" not in text and not re.search(r"!\[[^\]]*\]\((https?:)?//|^\[!\[", text, flags=re.M), page
+    for style in (DOCS / "stylesheets").iterdir():
+        assert "//" not in style.read_text(), style
 
 
 def test_settings_are_the_fields_that_the_package_adds():
@@ -80,6 +121,31 @@ def test_the_log_lists_its_pages_by_title_newest_first():
 def test_the_navigation_has_every_command():
     navigation = (DOCS.parent / "mkdocs.yml").read_text()
     assert set(re.findall(r"reference/commands/(\w+)\.md", navigation)) == set(COMMANDS)
+
+
+def test_documented_arguments_of_public_functions_are_in_the_signature():
+    """The build warns of others, and warnings are errors."""
+    for name, module in effopd._NAMES.items():
+        path = (DOCS.parent / "src").joinpath(*module.split("."))
+        source = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        nodes = [node for node in ast.parse(source.read_text()).body if getattr(node, "name", None) == name]
+        functions = [each for node in nodes for each in ast.walk(node) if isinstance(each, ast.FunctionDef)]
+        for function in functions:
+            section = re.search(r"^Args:\n((?: +.*\n?|\n)+)", ast.get_docstring(function) or "", flags=re.M)
+            entries = re.findall(r"^    (\S[^:`]*):", section.group(1), flags=re.M) if section else []
+            parameters = {each.arg for each in ast.walk(function.args) if isinstance(each, ast.arg)}
+            assert {entry.lstrip("*") for entry in entries} <= parameters, f"{module}.{name}: {function.name}"
+
+
+def test_every_page_is_in_the_navigation_or_listed_as_left_out():
+    """Otherwise the build, which is strict, fails."""
+    left_out, navigation = re.split(r"^nav:$", (DOCS.parent / "mkdocs.yml").read_text(), flags=re.M)
+    listed = set(re.findall(r": (\S+\.md)$", navigation, flags=re.M))
+    patterns = re.findall(r"^  (\S+\.md)$", left_out, flags=re.M)
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    unlisted = {page for page in pages - listed if not any(fnmatch(page, pattern) for pattern in patterns)}
+    assert not unlisted
+    assert all(page.startswith(("index", "changelog", "reference/")) for page in listed - pages)  # generated
 
 
 #: Prints the help of every command, each as its own call in a terminal does.

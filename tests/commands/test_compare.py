@@ -13,7 +13,7 @@ import yaml
 from helpers.processes import forking_python
 from helpers.tiny_models import make_model, make_tokenizer
 
-from effopd.commands.compare import matching
+from effopd.commands.compare import faults, matching
 from effopd.commands.main import main
 from effopd.commands.train import parse_train
 from effopd.compare.grid import load_grid
@@ -90,6 +90,35 @@ def test_only_chooses_runs_by_their_folder_in_the_order_of_the_patterns(root):
     assert [(run.seed, run.strategy, run.learning_rate) for run in chosen] == [
         (1, "effopd", 1e-3), (1, "plain", 1e-3), (1, "plain", 3e-3), (0, "plain", 1e-3), (0, "plain", 3e-3),
     ]  # fmt: skip
+
+
+def test_only_the_selected_runs_need_their_models(root, tmp_path, capsys, monkeypatch):
+    """The dry run mentions what the others lack; without --only it is an error."""
+    monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))
+    here, other = f"math:{root / 'math.jsonl'}", f"math:{root / 'other.jsonl'}"
+    lacking = {"teacher_model_name_or_path": "testbed:wide_teacher"}
+    strategies = {"plain": {}, "broken": {"eval_steps": "many"}}
+    plan = str(plan_of(root, output_dir=str(root / "dry"), tasks={here: {}, other: lacking}, strategies=strategies))
+    grid = load_grid(plan)
+    assert not list(faults(matching(grid, grid.runs(), ["*math.jsonl/plain/*"])))
+    assert main(["compare", plan, "--only", "*math.jsonl/plain/*", "--dry_run"]) == 0
+    steps, wide = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Left out by --only")]
+    assert f"({here} broken, {other} broken): " in steps and "eval_steps" in steps
+    assert f"({other} plain): testbed:wide_teacher" in wide and "testbed other wide_teacher" in wide
+    for only in ([], ["--only", "*other.jsonl/plain/*"]):
+        assert main(["compare", plan, *only, "--dry_run"]) == 2
+    assert f"strategy 'plain', task '{other}': testbed:wide_teacher" in capsys.readouterr().err
+
+
+def test_a_finished_run_needs_nothing(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))
+    base = {"teacher_model_name_or_path": "testbed:wide_teacher", "model_name_or_path": str(root / "student")}
+    plan = plan_of(tmp_path, base=base, strategies={"plain": {}})
+    (run,) = load_grid(plan).runs()
+    run.path.mkdir(parents=True)
+    (run.path / DONE).write_text("{}")
+    assert main(["compare", str(plan), "--dry_run"]) == 0
+    assert "Left out" not in capsys.readouterr().out
 
 
 def test_results_hold_every_run_and_the_page_says_so(grid, capsys):

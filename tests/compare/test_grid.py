@@ -116,6 +116,8 @@ def test_folder_names_are_plain():
         ({"seeds": []}, "'seeds' must not be empty"),
         ({"seeds": [1, 1]}, "contain duplicates"),
         ({"seeds": 5}, "must be a list"),
+        ({"strategies": {"plain": {}, False: {}}}, "'strategies' has a name that YAML reads as False"),
+        ({"tasks": [7]}, "'tasks' has a name that YAML reads as 7"),
         ({"reference_learning_rate": "3e-5"}, "write 3.0e-5"),
         ({"baseline": "other"}, "not one of the strategies"),
         ({"workers": 0}, "at least 1"),

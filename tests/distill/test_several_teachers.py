@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import make_model, make_task
+from helpers.tiny_models import make_model, make_task, make_tokenizer
 from helpers.tiny_run import make_trainer
 
-from effopd import EffOPDConfig, OPDConfig
+from effopd import EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.common.files import read_rows
 from effopd.distill.divergence import reverse_kl_of_completions
 from effopd.distill.scoring import TrainedDivergence, token_batch
 from effopd.distill.teachers.divergence import DivergenceByTeacher
 from effopd.distill.teachers.manifest import live_sha256, read_manifest
+from effopd.distill.teachers.settings import given_teachers
 from effopd.distill.teachers.several import TeacherSet, check_task_labels, kl_sums_by_teacher
 from effopd.errors import CheckpointError, ConfigError, TaskError
 from effopd.extrapolate.live_weights import LiveWeights
@@ -232,8 +234,9 @@ def test_held_out_sums_keep_the_order_of_the_rows_and_load_each_teacher_once(tra
         ({"teachers": ["a=x"], "lambda_extrapolation": 1.25, "reference_model_name_or_path": "r"}, "ExOPD"),
         ({"teachers": ["a=x"], "teachers_in_memory": "two"}, "teachers_in_memory"),
         ({"teachers": ["a=x"], "teacher_column": " "}, "teacher_column"),
-        ({"teacher_column": "source"}, "teacher_column"),
-        ({"teachers_in_memory": "one"}, "teachers_in_memory"),
+        ({"teacher_column": "source", "teacher_model_name_or_path": "y"}, "teacher_column"),
+        ({"teachers_in_memory": "one", "teacher_model_name_or_path": "y"}, "teachers_in_memory"),
+        ({"teacher_column": "source", "rollouts": "r"}, "teacher_column"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, named):
@@ -266,6 +269,60 @@ def test_labels_from_a_column_of_the_dataset_and_from_nested_fields():
     assert known.index_of({"metadata": json.dumps({"source": {"name": "math"}})}) == 1
     with pytest.raises(TaskError, match=r"source\.name"):
         known.index_of({"source": "math"})
+
+
+def python_trainer(folder, teacher, rows=None, eval_rows=None, **settings):
+    """A trainer whose teachers are an argument, without settings of the command line."""
+    args = {"max_steps": 1, "per_device_train_batch_size": 8, "max_completion_length": 4, "learning_rate": 1e-3}
+    args |= {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    data = make_task(16).to_dataset() if rows is None else rows
+    config = OPDConfig(output_dir=str(folder), **args, **settings)
+    return OPDTrainer(make_model(0), teacher, config, data, eval_rows, processing_class=make_tokenizer())
+
+
+def test_teachers_given_in_python_are_routed_by_a_column_of_the_data_set(tmp_path, monkeypatch):
+    rows = make_task(16).to_dataset().add_column("kind", ["math", "code"] * 8)
+    with pytest.raises(TaskError, match="'kind' must name one of the teachers 2, code"):
+        python_trainer(tmp_path / "unknown", {2: make_model(1), "code": make_model(2)}, rows, teacher_column="kind")
+    unlabeled = {"other": make_task(8).to_dataset()}
+    with pytest.raises(TaskError, match="row 0 of the evaluation set other: no teacher"):
+        python_trainer(tmp_path / "eval", teachers(), rows, unlabeled, teacher_column="kind")
+    trainer = python_trainer(tmp_path / "run", teachers(), rows, teacher_column="kind")
+    used, real = [], trainer._frozen
+    monkeypatch.setattr(trainer, "_frozen", lambda model, *rest: used.append(model) or real(model, *rest))
+    trainer.train()
+    assert {trainer.accelerator.unwrap_model(model).config.hidden_size for model in used} == set(WIDTH.values())
+    assert [each.label for each in read_manifest(tmp_path / "run")] == ["code", "math"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "settings", "said"),
+    [
+        ({}, {}, "at least one teacher"),
+        ({"a b": "x"}, {}, "the label 'a b'"),
+        ({None: "x"}, {}, "the label None"),
+        ({1: "x", "1": "y"}, {}, "'1' occurs twice"),
+        (["x", "y"], {}, "a path or a model, got list"),
+        ({"a": None}, {}, r"teacher_model\['a'\]: expected a path or a model, got NoneType"),
+        ("x", {"teacher_column": "kind"}, "teacher_column='kind' is read only with several teachers"),
+        ("x", {"teachers_in_memory": "one"}, "teachers_in_memory='one' is read only with several"),
+        ("x", {"teachers": {"a": "y"}}, "teachers names a, but teacher_model is a single teacher"),
+        ({"b": "x"}, {"teachers": {"a": "y"}}, "teachers names a, but teacher_model is for b"),
+        ({"a": "x"}, {"teacher_column": " "}, "teacher_column"),
+        ({"a": "x"}, {"teacher_model_revision": "main"}, "teacher_model_revision"),
+        ({"a": "x"}, {"rollout_horizon": "prune", "prune_min_length": 1, "prune_start_length": 2}, "prune"),
+        ({"a": "x"}, {"curriculum": "prompt_length", "curriculum_teachers": ["x", "y", "z"]}, "curriculum_teachers"),
+    ],
+)
+def test_wrong_teachers_given_in_python_are_refused_before_anything_is_loaded(tmp_path, teacher, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        python_trainer(tmp_path / "run", teacher, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_and_numbers_become_text():
+    assert given_teachers({1: Path("x"), "b": "y"}) == {"1": "x", "b": "y"}
+    assert given_teachers(Path("x")) == "x"
 
 
 def test_one_in_memory_needs_paths():

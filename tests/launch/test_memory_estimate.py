@@ -12,9 +12,17 @@ from trl import ModelConfig
 from effopd import EffOPDConfig, OPDConfig
 from effopd.extrapolate.live_weights import LiveWeights
 from effopd.extrapolate.lora_weights import LoraWeights
-from effopd.launch.memory_estimate import _ALLOCATOR, _frozen_bytes, _peak, estimate_memory, teacher_choices
+from effopd.launch.dry_run import memory_table
+from effopd.launch.memory_estimate import (
+    _ALLOCATOR,
+    SETUPS,
+    _frozen_bytes,
+    _peak,
+    estimate_memory,
+    teacher_choices,
+)
 from effopd.launch.model_size import ModelSize, model_size, size_of
-from effopd.launch.model_states import model_state_bytes, optimizer_state_bytes
+from effopd.launch.model_states import model_state_bytes, optimizer_state_bytes, sampled_whole, zero_state_bytes
 from effopd.launch.opd import RunSettings
 from effopd.launch.run_models import loading_arguments
 from effopd.launch.step_memory import StepMemory, StepShape, saved_bytes, step_memory
@@ -50,7 +58,7 @@ def test_a_search_over_adapters_holds_their_factors_only():
     lora = ModelConfig(str(student), use_peft=True, lora_r=2, lora_target_modules="all-linear")
     opd = OPDConfig(teacher_model_name_or_path=str(testbed.teacher_path()), use_cpu=True)
     found = estimate_memory(RunSettings(lora, TaskConfig("testbed:chain_sum"), opd, EffOPDConfig("line_search")), 20)
-    one, eight, _ = found.columns
+    one, eight, *_ = found.columns
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert look_ahead.nbytes == 8 * trained  # anchor and candidate
     assert one["anchor"] == one["candidate"] == one["gradients"] < one["weights"]
@@ -65,6 +73,49 @@ def test_sharding_divides_everything_but_the_teacher():
     assert shared.pop("teacher") == whole.pop("teacher") == 1000
     assert {name: 8 * value for name, value in shared.items()} == whole
     assert "anchor" not in model_state_bytes(size, 0)  # plain OPD
+
+
+@pytest.mark.parametrize(
+    ("stage", "half", "weights", "gradients"),
+    [
+        (1, True, 2 * 8, 2 * 8 + 4),
+        (2, True, 2 * 8, 2 + 4),
+        (3, True, 2, 2 + 4),
+        (1, False, 4 * 8, 4 * 8 + 4),
+        (2, False, 4 * 8, 4 + 4),
+        (3, False, 4, 4 + 4),
+    ],
+)
+def test_zero_divides_moments_then_gradients_then_weights(stage, half, weights, gradients):
+    """Bytes per parameter, times 8 ranks: the masters are fp32 and sharded in every stage."""
+    size = ModelSize(8_000_000, "name", layers=4)
+    found = zero_state_bytes(size, 1000, stage, ranks=8, half=half, moved=8_000_000)
+    million = {name: value / 1e6 for name, value in found.items()}
+    states = {"weights": weights, "gradients": gradients, "masters": 4, "optimizer": 8, "anchor": 4, "candidate": 4}
+    gathered = {"gathered": 2 * (2 if half else 4) * 8 / 4} if stage == 3 else {}
+    assert million == pytest.approx({**states, **gathered, "teacher": 0.001})
+
+
+def test_zero_counts_adapters_quantized_weights_and_other_optimizers():
+    size = ModelSize(1000, "name")
+    found = zero_state_bytes(size, 0, 2, ranks=4, half=True, trained=80, weight_bytes=0.5, optim="sgd")
+    assert found == {"weights": 660, "gradients": 120, "masters": 80, "optimizer": 0, "teacher": 0}
+
+
+def test_a_dry_run_shows_the_stages_of_zero(tmp_path):
+    """With bf16, DeepSpeed casts the teacher; stage 3 gathers the student while it samples."""
+    settings = teacher_settings(tmp_path, bf16=True)
+    size = size_of(make_model(0, hidden=32).config)
+    found = estimate_memory(settings, 8)
+    columns = dict(zip((setup.heading for setup in SETUPS), found.columns, strict=True))
+    one, *stages = [columns[name] for name in ("1 GPU, or DDP", "8 × ZeRO 1", "8 × ZeRO 2", "8 × ZeRO 3")]
+    assert [each["teacher"] for each in stages] == [one["teacher"] // 2] * 3
+    assert [each["weights"] for each in stages] == [2 * size.parameters] * 2 + [math.ceil(2 * size.parameters / 8)]
+    assert stages[2]["sampling"] == stages[1]["sampling"] + 2 * size.parameters
+    assert sampled_whole(size, teacher_settings(tmp_path, ds3_gather_for_generation=False).opd) == 0
+    table = memory_table(found)
+    assert [column.header for column in table.columns][-3:] == list(columns)[-3:]
+    assert "masters" in list(table.columns[0].cells) and "not counted" in str(table.caption)
 
 
 @pytest.mark.parametrize(

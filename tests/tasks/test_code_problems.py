@@ -9,6 +9,9 @@ import pytest
 
 from effopd.errors import SandboxError, TaskError
 from effopd.tasks.base import Example, Task
+from effopd.tasks.code.execution import _end_of
+from effopd.tasks.code.guest.programs import NO_MEMORY
+from effopd.tasks.code.limits import Limits
 from effopd.tasks.code.sandbox import package_mounts
 from effopd.tasks.code.verifier import PROBLEM, CodeVerifier
 
@@ -43,6 +46,10 @@ PROBLEMS = [
     ("end of input", "input()", "", "", {}, "error"),
     ("endless", "while True: pass", "", "3", {}, "timeout"),
     ("too much memory", "x = bytearray(1 << 30)", "", "3", {"memory_mb": 256}, "memory"),
+    ("too much memory, signals ignored", "import signal\nfor s in set(signal.Signals) - {signal.SIGKILL, "
+     "signal.SIGSTOP}:\n  signal.signal(s, signal.SIG_IGN)\nsignal.pthread_sigmask(signal.SIG_BLOCK, signal.Signals)\n"
+     "x = bytearray(1 << 30)", "", "3", {"memory_mb": 256}, "memory"),
+    ("leaving with status 77", "print(3)\nraise SystemExit(77)", "", "3", {}, "error"),
 ]  # fmt: skip
 #: Tests that a program passes or not: name, program, tests of the row, verdict.
 OTHERS = [
@@ -60,6 +67,11 @@ OTHERS = [
     ("call, missing", "def g(a): return 1", {"arguments": [1], "output": 1}, "error"),
     ("call, long number", "def f(a): return 10 ** 5000", {"arguments": [1], "output": 1}, "wrong"),
     ("call, long number as key", "def f(a): return {10 ** 5000: 1}", {"arguments": [1], "output": {"1": 1}}, "wrong"),
+    ("call, leaving with status 77", "def f(a): exit(77)", {"arguments": [1], "output": 1}, "error"),
+    ("call, too much memory", "def f(a): return bytearray(1 << 31)", {"arguments": [1], "output": 1}, "memory"),
+    ("assertions, leaving with status 77", "import os\ndef f(a): os._exit(77)", {"tests": "assert f(2)"}, "error"),
+    ("assertions, too much memory", "x = bytearray(1 << 31)", {"tests": "assert f(2) == 4"}, "memory"),
+    ("assertions, memory of a call", "def f(a): bytearray(1 << 31)", {"tests": "assert f(2) == 4"}, "memory"),
     ("call, set", "def f(a): return {1}", {"arguments": [1], "output": [1]}, "wrong"),
     ("call, dictionary", "def f(a): return {1: (2, None)}", {"arguments": [1], "output": {"1": [2, None]}}, "passed"),
     ("call, no plain value", "def f(a): return f", {"arguments": [1], "output": 1}, "error"),
@@ -135,6 +147,12 @@ def test_a_prompt_that_the_answer_completes(grader, program, verdict):
     tests = "def check(candidate):\n    assert candidate(1, 2) == 3\ncheck(add)"
     problem = {"shape": "HumanEval", "before": prompt, "entry": ["add"], "cases": [{"tests": tests}]}
     assert grader(program, problem).verdict == verdict
+
+
+def test_no_exit_status_is_a_memory_fault():
+    ends = {_end_of({"files": False, "status": [status], "cpu": 0.0}, Limits()) for status in range(1, 256)}
+    assert ends == {"error"}
+    assert _end_of({"files": False, "status": [NO_MEMORY], "cpu": 0.0}, Limits()) == "memory"
 
 
 def test_share_of_cases_and_the_first_failure(grader):

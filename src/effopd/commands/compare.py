@@ -9,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,7 +31,7 @@ from effopd.compare.envelope_rows import envelopes
 from effopd.compare.grid import Grid, PlannedRun, load_grid, run_settings
 from effopd.compare.imported_runs import read_entries, runs_to_make, save_entries, saved_entries, sources
 from effopd.compare.prices import PriceList, read_prices
-from effopd.compare.runner import LOG, Runner, failure_of, is_done, only_one, progress_of
+from effopd.compare.runner import DONE, LOG, Runner, failure_of, is_done, only_one, progress_of
 from effopd.errors import ConfigError, EffOPDError
 from effopd.report.compare_gate import gate_results
 from effopd.report.compare_html import write_compare_page
@@ -131,10 +131,15 @@ def run_compare(argv: Sequence[str]) -> int:
         return _report(arguments.report, arguments.out, console, prices, plan, arguments.join)
     grid = load_grid(arguments.plan, workers=arguments.workers)
     entries = read_entries(grid, arguments.runs_from) or saved_entries(grid)
-    runs = matching(grid, runs_to_make(grid, sources(grid, entries)), arguments.only)
-    check_runs(grid.runs())
+    to_make = runs_to_make(grid, sources(grid, entries))
+    runs = matching(grid, to_make, arguments.only)
+    for _, error in faults([run for run in runs if not is_done(run)]):
+        raise error
     if arguments.dry_run:
         console.print(grid_table(grid, runs))
+        chosen = {run.path for run in runs}
+        for remark in remarks(run for run in to_make if run.path not in chosen and not (run.path / DONE).is_file()):
+            console.print(escape(remark), highlight=False)
         return 0
     with only_one(Path(grid.output_dir)) as lock, _terminated_like_interrupted():
         done = {run.path for run in runs if is_done(run)}
@@ -172,22 +177,21 @@ def matching(grid: Grid, runs: Sequence[PlannedRun], patterns: Sequence[str]) ->
     return list(chosen.values()) if patterns else list(runs)
 
 
-def check_runs(runs: Sequence[PlannedRun]) -> None:
-    """Check the settings of one run per task and strategy before any run starts.
+def faults(runs: Iterable[PlannedRun]) -> Iterator[tuple[PlannedRun, ConfigError]]:
+    """Check the settings of the first run per task and strategy; yield the faulty runs.
 
-    Raises:
-        ConfigError: a setting is unknown or out of range, or the runs do not evaluate at the start.
+    A run is faulty if a setting is unknown or out of range, if a built-in model or a package is
+    missing, or if it does not evaluate at the start.
     """
     from effopd.commands.train import parse_train
     from effopd.launch.optimizer_checks import check_copies, check_optimizer
     from effopd.tasks import check_packages
 
-    seen = set()
+    first: dict[tuple[str, str], PlannedRun] = {}
+    for run in runs:
+        first.setdefault((run.task, run.strategy), run)
     with tempfile.TemporaryDirectory() as folder:
-        for run in runs:
-            if (run.task, run.strategy) in seen:
-                continue
-            seen.add((run.task, run.strategy))
+        for run in first.values():
             path = Path(folder) / "run.yaml"
             path.write_text(yaml.safe_dump(run.settings))
             try:
@@ -197,12 +201,26 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
                 if settings.effopd.enabled:
                     check_copies(settings.opd, lora=settings.model.use_peft)
             except EffOPDError as error:
-                raise ConfigError(f"strategy '{run.strategy}', task '{run.task}': {error}") from error
+                fault = ConfigError(f"strategy '{run.strategy}', task '{run.task}': {error}")
+                fault.__cause__ = error
+                yield run, fault
+                continue
             if settings.opd.eval_strategy == "no" or not settings.opd.eval_on_start:
-                raise ConfigError(
-                    "the plan's base must evaluate, because time-to-target is read off the evaluations. "
-                    "Set eval_strategy: steps, eval_steps: N, eval_on_start: true."
+                yield (
+                    run,
+                    ConfigError(
+                        "the plan's base must evaluate, because time-to-target is read off the evaluations. "
+                        "Set eval_strategy: steps, eval_steps: N, eval_on_start: true."
+                    ),
                 )
+
+
+def remarks(others: Iterable[PlannedRun]) -> list[str]:
+    """One line per fault of runs that `--only` leaves out; each names its tasks and strategies."""
+    places: dict[str, list[str]] = {}
+    for run, error in faults(others):
+        places.setdefault(str(error.__cause__ or error), []).append(f"{run.task} {run.strategy}")
+    return [f"Left out by --only, and cannot run yet ({', '.join(each)}): {text}" for text, each in places.items()]
 
 
 def grid_table(grid: Grid, to_make: Sequence[PlannedRun]) -> Table:

@@ -277,3 +277,9 @@ def _check_types(path: Path, values: Mapping[str, Any]) -> None:
                     f"{path}: '{name}' must be a {kind.__name__}, got "
                     f"{type(values[name]).__name__} ({values[name]!r})."
                 )
+    for name in ("tasks", "strategies"):
+        for key in values[name]:
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"{path}: '{name}' has a name that YAML reads as {key!r}: expected text. Write it in quotes."
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -268,12 +269,26 @@ class OPDConfig(
         self._check_prune()
         self._check_curriculum()
 
-    def check_several_given(self) -> None:
-        """Check the settings beside several teachers that a trainer gets as an argument.
+    def check_teachers_given(self, labels: Sequence[str] | None) -> None:
+        """Check the settings beside the teacher or teachers that a trainer gets as an argument.
+
+        Args:
+            labels: of several teachers. `None`: a single teacher.
 
         Raises:
-            ConfigError: a setting needs a single teacher.
+            ConfigError: a setting needs a single teacher, or several; or `teachers` has other
+                labels.
         """
+        named = sorted(self.teacher_sources)
+        if named and named != labels:
+            raise ConfigError(
+                f"teachers names {', '.join(named)}, but teacher_model is "
+                f"{'a single teacher' if labels is None else 'for ' + ', '.join(labels)}: expected the same labels. "
+                "Leave one of them out."
+            )
+        if labels is None:
+            self.check_single_given()
+            return
         told = copy.copy(self)
         told.teachers, told.teacher_model_name_or_path = ["given=model"], None  # the argument takes precedence
         told._check_with_teachers()

@@ -51,6 +51,7 @@ from effopd.distill.scoring import rollouts_per_step, token_batch
 from effopd.distill.teachers.manifest import ONLY, ManifestCallback
 from effopd.distill.teachers.mixin import TeachersMixin
 from effopd.distill.teachers.offload import in_use
+from effopd.distill.teachers.settings import given_teachers
 from effopd.distill.top_k import top_k_loss
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.models import inside_forward, loaded_whole
@@ -71,8 +72,9 @@ class OPDTrainer(
 
     Args:
         args: an `OPDConfig`.
-        teacher_model: path or model; or several by label, and a column of the data set
-            (`args.teacher_column`) names the teacher of each row. Default: those that `args` names.
+        teacher_model: path or model; or several by label, `{label: path or model}`, and a column of
+            the data set (`args.teacher_column`) names the teacher of each row. Default: those that
+            `args` names.
         eval_task: held-out examples with answers. An evaluation samples answers to them and reports
             `eval_kl` (= `eval_loss`), the exact reverse KL to the teacher on these answers in nats
             per token, with its standard error. It also reports `eval_accuracy` at
@@ -87,8 +89,10 @@ class OPDTrainer(
     Raises:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, is not
             causal, or has logits of a form that is not supported.
-        ConfigError: no teacher, or the teacher is the student object itself; ExOPD's λ ≠ 1 without
-            a reference, or a reference with λ = 1; `lmbda` < 1 without answers.
+        ConfigError: no teacher, or the teacher is the student object itself; several teachers
+            without labels, or with other labels than `args.teachers`; ExOPD's λ ≠ 1 without a
+            reference, or a reference with λ = 1; `lmbda` < 1 without answers.
+        TaskError: a row names none of several teachers.
 
     Source: arXiv 2605.11739, section 2 (objective); 2602.12125 (ExOPD); 2604.13016 (health
         metrics).
@@ -154,8 +158,9 @@ class OPDTrainer(
                 raise ConfigError(f"{name}={value!r} is not read by OPDTrainer. Use {other}, or leave it out.")
         if teacher is None:
             teacher = args.teacher_sources or args.teacher_model_name_or_path
-        elif isinstance(teacher, Mapping):
-            args.check_several_given()
+        if teacher is not None:
+            teacher = given_teachers(teacher)
+            args.check_teachers_given(sorted(teacher) if isinstance(teacher, Mapping) else None)
         sources = teacher.values() if isinstance(teacher, Mapping) else [teacher]
         if teacher is None or any(each is student and isinstance(student, PreTrainedModel) for each in sources):
             raise ConfigError(

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
-from effopd.launch.memory_estimate import SETUPS, MemoryEstimate, estimate_memory, teacher_choices
+from effopd.launch.memory_estimate import NOT_COUNTED, SETUPS, MemoryEstimate, estimate_memory, teacher_choices
 from effopd.launch.model_size import model_size
 from effopd.launch.offline import Stored, check_answers, rollouts_text, stored_rollouts
 from effopd.launch.opd import (
@@ -202,16 +202,16 @@ _HELD_OUT = "100, or a tenth of the rows if that is less"
 
 def memory_table(estimate: MemoryEstimate | None) -> Table:
     """Estimated memory by purpose, and its peak; `None`: the size of a model is unknown."""
-    headings = [heading for heading, _, _ in SETUPS]
+    headings = [setup.heading for setup in SETUPS]
     title = "estimated memory per rank, GB" + (f" ({estimate.prompts})" if estimate else "")
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    table = Table(title=title, caption=NOT_COUNTED, caption_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("")
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     if estimate is None:
         table.add_row("unknown: a model is not on disk and its name has no size", *("–" for _ in headings))
         return table
-    for name in estimate.columns[-1]:
+    for name in dict.fromkeys(name for column in reversed(estimate.columns) for name in column):
         table.add_row(name, *(_gb(column.get(name, 0)) for column in estimate.columns))
     most = (
         "peak"

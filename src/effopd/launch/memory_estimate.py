@@ -13,7 +13,7 @@ from trl import ModelConfig
 from effopd.launch.adapters import adapter_config, trained_parameters
 from effopd.launch.meta_model import model_of
 from effopd.launch.model_size import ModelSize, model_size
-from effopd.launch.model_states import FP32, model_state_bytes
+from effopd.launch.model_states import FP32, model_state_bytes, sampled_whole, zero_state_bytes
 from effopd.launch.opd import RunSettings
 from effopd.launch.prompts import evaluates
 from effopd.launch.rl import RLRunSettings
@@ -21,13 +21,40 @@ from effopd.launch.run_models import STAGES, frozen_models, loading_arguments
 from effopd.launch.step_memory import PROCESS, StepMemory, StepShape, step_memory
 from effopd.launch.teacher_memory import DTYPE_BYTES, QUANTIZED, TeacherSize, dtype_of, quantization_of
 
-#: (heading, ranks, sharded) of the estimated setups.
-SETUPS = (("1 GPU, or DDP", 1, False), ("8 × FSDP2", 8, True), ("32 × FSDP2", 32, True))
 #: Prompt length, in tokens, if none was measured and no limit is set.
 _ASSUMED_PROMPT = 512
 #: Allocated / requested memory. Real runs took up to 9 % more than requested
 #: (benchmarks/memory_estimate.py).
 _ALLOCATOR = 1.12
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Number of ranks, and how they share the student.
+
+    Attributes:
+        sharded: whether FSDP2 shards parameters, gradients and optimizer states.
+        zero: stage of DeepSpeed ZeRO; 0: DeepSpeed is not used.
+    """
+
+    heading: str
+    ranks: int = 1
+    sharded: bool = False
+    zero: int = 0
+
+
+#: The estimated setups.
+SETUPS = (
+    Setup("1 GPU, or DDP"),
+    Setup("8 × FSDP2", 8, sharded=True),
+    Setup("32 × FSDP2", 32, sharded=True),
+    *(Setup(f"8 × ZeRO {stage}", 8, zero=stage) for stage in (1, 2, 3)),
+)
+#: Memory of ZeRO that depends on settings of DeepSpeed.
+NOT_COUNTED = (
+    "ZeRO, not counted: DeepSpeed's communication buckets and offload, and weights that stage 3 keeps gathered "
+    "beyond two layers."
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +94,7 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
         settings,
         opd,
         student,
-        [_frozen_bytes(opd, measured, frozen_init, ranks if sharded else 1)[0] for _, ranks, sharded in SETUPS],
+        [_held_bytes(opd, measured, frozen_init, setup) for setup in SETUPS],
         others[0].config if others else None,
         step_shape(settings, prompt),
         prompt_source,
@@ -143,30 +170,43 @@ def _estimated(
     quantized = (size for name, size in QUANTIZED.items() if getattr(settings.model, f"load_in_{name}"))
     weight_bytes = next(quantized, student_bytes)
     adapter, trained = _adapter(settings.model, student)
+    given: dict[str, Any] = {
+        "moved": moved if trained is None or moved is None else trained,
+        "anchor_here": anchor_here,
+        "trained": trained,
+        "weight_bytes": weight_bytes,
+        "optim": str(getattr(args.optim, "value", args.optim)),
+    }
     columns = [
-        model_state_bytes(
-            student,
-            held,
-            ranks=ranks,
-            sharded=sharded,
-            moved=moved if trained is None or moved is None else trained,
-            anchor_here=anchor_here,
-            trained=trained,
-            weight_bytes=weight_bytes,
-            optim=str(getattr(args.optim, "value", args.optim)),
-        )
-        | {"process": PROCESS}
-        for (_, ranks, sharded), held in zip(SETUPS, frozen, strict=True)
+        _states(setup, student, held, args, given) | {"process": PROCESS}
+        for setup, held in zip(SETUPS, frozen, strict=True)
     ]
     if student.config is None:
         return MemoryEstimate(columns, [sum(column.values()) for column in columns], prompts, False)
     step = step_memory(student.config, teacher, shape, attention=settings.model.attn_implementation, adapter=adapter)
     accumulates = args.gradient_accumulation_steps > 1
-    peaks = [_peak(column, step, accumulates=accumulates, visiting=visiting) for column in columns]
+    whole = sampled_whole(student, args)
+    steps = [step.sampled_with(whole) if setup.zero == 3 else step for setup in SETUPS]
+    peaks = [
+        _peak(column, each, accumulates=accumulates, visiting=visiting)
+        for column, each in zip(columns, steps, strict=True)
+    ]
+    shown = [_shown(each) | ({"teacher in use": visiting} if visiting else {}) for each in steps]
+    return MemoryEstimate([a | b for a, b in zip(columns, shown, strict=True)], peaks, prompts, True)
+
+
+def _states(setup: Setup, student: ModelSize, frozen: int, args: Any, given: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of the model states in a setup, by purpose."""
+    if setup.zero:
+        half = bool(args.bf16 or args.fp16)
+        return zero_state_bytes(student, frozen, setup.zero, ranks=setup.ranks, half=half, **given)
+    return model_state_bytes(student, frozen, ranks=setup.ranks, sharded=setup.sharded, **given)
+
+
+def _shown(step: StepMemory) -> dict[str, int]:
+    """Parts of a step that the table shows."""
     parts = {name: getattr(step, name) for name in ("sampling", "activations", "loss", "evaluation")}
-    shown = {name: value for name, value in parts.items() if value}
-    shown |= {"teacher in use": visiting} if visiting else {}
-    return MemoryEstimate([column | shown for column in columns], peaks, prompts, True)
+    return {name: value for name, value in parts.items() if value}
 
 
 def _held(sizes: Mapping[str, ModelSize | None]) -> list[ModelSize | None]:
@@ -195,6 +235,13 @@ def _frozen_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any
         return sum(each), 0
     rest = [size.at_rest(dtype) for size in sizes]
     return sum(rest), max((whole - part for whole, part in zip(each, rest, strict=True)), default=0)
+
+
+def _held_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any], setup: Setup) -> int:
+    """Bytes of the frozen models in a setup; DeepSpeed casts them to the precision of the run."""
+    if setup.zero and (opd.bf16 or opd.fp16):
+        init = {**init, "dtype": "bfloat16"}
+    return _frozen_bytes(opd, sizes, init, setup.ranks if setup.sharded else 1)[0]
 
 
 def teacher_choices(settings: RunSettings) -> str:

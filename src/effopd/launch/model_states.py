@@ -2,7 +2,8 @@
 
 All numbers are bytes on one rank and follow from the sizes of the models. The student has P
 parameters, of which R are trained and M are moved by the look-ahead. The teacher has T parameters.
-Trained weights are fp32, as TRL loads them. N is the number of ranks under FSDP2 and 1 under DDP.
+Trained weights are fp32, as TRL loads them. N is the number of ranks under FSDP2 and DeepSpeed, and
+1 under DDP.
 
     weights      4P / N
     gradients    4R / N
@@ -12,12 +13,26 @@ Trained weights are fp32, as TRL loads them. N is the number of ranks under FSDP
     teacher      T × bytes of its dtype, not sharded; the same for a reference model
     gathered     2 · 2 · P / layers: two layers in bf16, under FSDP2 only
 
+DeepSpeed ZeRO trains b-byte weights, 2 in 16 bits and otherwise 4, and holds fp32 masters of them:
+
+                 stage 1         stage 2         stage 3
+    weights      bP              bP              bP / N
+    gradients    bR + 4R / N     (b + 4)R / N    (b + 4)R / N; 4R / N are the step's fp32 copy
+    masters      4R / N          4R / N          4R / N
+    optimizer    8R / N          8R / N          8R / N
+    anchor       4M / N          4M / N          4M / N; the same for the candidate
+    gathered     –               –               2bP / layers; bP while sampling
+
+Not counted: DeepSpeed's communication buckets and offload, and weights that stage 3 keeps gathered
+beyond two layers (`stage3_max_live_parameters`, `stage3_max_reuse_distance`).
+
 `step_memory` adds the memory of a step, and `memory_estimate` sums both.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from effopd.launch.model_size import ModelSize
 
@@ -100,3 +115,50 @@ def model_state_bytes(
     if sharded and student.layers:
         states["gathered"] = math.ceil(2 * BF16 * p / student.layers)
     return states
+
+
+def zero_state_bytes(
+    student: ModelSize,
+    frozen: int,
+    stage: int,
+    *,
+    ranks: int,
+    half: bool,
+    moved: int | None = None,
+    anchor_here: bool = True,
+    trained: int | None = None,
+    weight_bytes: float = FP32,
+    optim: str = "adamw",
+) -> dict[str, int]:
+    """Estimated bytes of the model states on one rank under DeepSpeed ZeRO, by purpose.
+
+    Args:
+        stage: 1: optimizer states are sharded; 2: gradients too; 3: weights too.
+        half: whether the run trains in bf16 or fp16.
+        frozen, ranks, moved, anchor_here, trained, weight_bytes, optim: as for `model_state_bytes`.
+    """
+    p, each = student.parameters, BF16 if half else FP32
+    updated = p if trained is None else trained
+    weights = min(weight_bytes, each) * p + each * (trained or 0)
+    states = {
+        "weights": math.ceil(weights / (ranks if stage == 3 else 1)),
+        "gradients": math.ceil(each * updated / (ranks if stage >= 2 else 1)) + math.ceil(FP32 * updated / ranks),
+        "masters": math.ceil(FP32 * updated / ranks),
+        "optimizer": math.ceil(optimizer_state_bytes(optim) * updated / ranks),
+        "teacher": frozen,
+    }
+    if moved is not None:
+        states |= {
+            "anchor": math.ceil(FP32 * moved / ranks) * anchor_here,
+            "candidate": math.ceil(FP32 * moved / ranks),
+        }
+    if stage == 3 and student.layers:
+        states["gathered"] = math.ceil(2 * each * p / student.layers)
+    return states
+
+
+def sampled_whole(student: ModelSize, args: Any) -> int:
+    """Bytes of the weights that TRL gathers on every rank to sample under ZeRO 3."""
+    if args.use_vllm or not args.ds3_gather_for_generation:
+        return 0
+    return (BF16 if args.bf16 or args.fp16 else FP32) * student.parameters

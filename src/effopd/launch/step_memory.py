@@ -24,7 +24,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -168,6 +168,11 @@ class StepMemory:
     loss: int
     evaluation: int
     health: int
+
+    def sampled_with(self, weights: int) -> StepMemory:
+        """The same step if all weights are gathered, in so many bytes, while it samples."""
+        evaluation = self.evaluation + weights if self.evaluation else 0
+        return replace(self, sampling=self.sampling + weights, evaluation=evaluation)
 
     def peak(self, gradients: int, accumulates: bool) -> int:
         """Peak bytes of a step, including gradients but not weights, moments and teacher.

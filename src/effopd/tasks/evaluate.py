@@ -173,7 +173,9 @@ def evaluate(
     The sampling defaults in the model's `generation_config` are not used.
 
     Args:
-        vocab_size, progress, seen: see `generate`.
+        vocab_size: as for `generate`.
+        progress: as for `generate`.
+        seen: as for `generate`.
 
     Raises:
         TaskError: the task is empty, an example lacks the reference answer that the verifier needs,

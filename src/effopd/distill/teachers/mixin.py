@@ -50,7 +50,8 @@ class TeachersMixin(DistillationHooks):
         """Load and check the teacher or teachers; return the size of the vocabulary that all have.
 
         Raises:
-            TaskError: rows of the training set or of `eval_task` name none of several teachers.
+            TaskError: rows of the training or evaluation set, or of `eval_task`, name none of
+                several teachers.
             CompatibilityError: as `shared_vocab_size` and `check_models`.
         """
         student, size = self.accelerator.unwrap_model(self.model), len(self.text_tokenizer)
@@ -64,13 +65,13 @@ class TeachersMixin(DistillationHooks):
             partial(self._prepare_frozen, role="teacher"),
             partial(release, self) if self.args.teachers_in_memory == "one" else None,
         )
-        if hasattr(train_dataset, "__len__"):
-            known = {self.args.teacher_column.split(".")[0], self.args.teacher_column, "metadata"}
-            columns = [name for name in train_dataset.column_names if name in known]
-            rows = train_dataset.select_columns(columns) if columns else [{}] * len(train_dataset)
-            self.teachers.check_rows(rows, "the training set")
+        self._check_labels(train_dataset, "the training set")
         if eval_task is not None:
             check_task_labels(eval_task, self.teachers.labels, self.args.teacher_column)
+        else:
+            several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            for name, dataset in several.items():
+                self._check_labels(dataset, f"the evaluation set {name}".strip())
         sizes = []
         for label in self.teachers.labels:
             model = self.accelerator.unwrap_model(self.teachers.model(label))
@@ -78,6 +79,15 @@ class TeachersMixin(DistillationHooks):
             with in_use(model):
                 check_models(student, {f"teacher '{label}'": model}, generates=False)
         return min(sizes)
+
+    def _check_labels(self, dataset: Any, what: str) -> None:
+        """Check that the rows of a data set with a length name one of the teachers."""
+        if not hasattr(dataset, "__len__"):
+            return
+        assert self.teachers is not None
+        known = {self.args.teacher_column.split(".")[0], self.args.teacher_column, "metadata"}
+        columns = [name for name in dataset.column_names if name in known]
+        self.teachers.check_rows(dataset.select_columns(columns) if columns else [{}] * len(dataset), what)
 
     def _prepare_frozen(self, source: Source, role: str) -> Any:
         """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from torch import nn
 
 from effopd.errors import ConfigError
 
@@ -15,6 +18,44 @@ _LABEL = re.compile(r"[A-Za-z0-9_.-]+")
 LOADING = ("teacher_dtype", "teacher_load_in_8bit", "teacher_load_in_4bit")
 #: Settings that only a teacher in memory reads.
 LOCAL_ONLY = (*LOADING, "teacher_offload", "teacher_shard", "teachers")
+
+
+def given_teachers(teacher: Any) -> Any:
+    """The `teacher_model` of a trainer: a path or a model, or a dictionary of them by label.
+
+    Paths and whole numbers as labels become text.
+
+    Raises:
+        ConfigError: a teacher is neither a path nor a model; there is no label, or one that
+            `--teachers` refuses; or a label occurs twice.
+    """
+    if not isinstance(teacher, Mapping):
+        return _source(teacher, "teacher_model")
+    sources: dict[str, Any] = {}
+    for given, source in teacher.items():
+        label = str(given)
+        if isinstance(given, bool) or not isinstance(given, str | int) or not _LABEL.fullmatch(label):
+            raise ConfigError(
+                f"teacher_model: the label {given!r} is not a name: expected letters, digits, '_', '-' and '.', as in "
+                "{'math': teacher}. Rename it, also in the rows."
+            )
+        if label in sources:
+            raise ConfigError(f"teacher_model: the label {label!r} occurs twice. Give each teacher its own label.")
+        sources[label] = _source(source, f"teacher_model[{label!r}]")
+    if not sources:
+        raise ConfigError("teacher_model={}: expected at least one teacher. Pass {label: teacher, …}, or one teacher.")
+    return sources
+
+
+def _source(teacher: Any, name: str) -> Any:
+    if isinstance(teacher, os.PathLike):
+        return os.fspath(teacher)
+    if not isinstance(teacher, str | nn.Module):
+        raise ConfigError(
+            f"{name}: expected a path or a model, got {type(teacher).__name__}. Pass several teachers as "
+            "{label: teacher, …}."
+        )
+    return teacher
 
 
 @dataclass
@@ -117,14 +158,9 @@ class TeacherArguments:
             )
 
     def _check_several(self) -> None:
-        labeled = self.teacher_sources
-        if not labeled:
-            for name, default in (("teacher_column", "teacher"), ("teachers_in_memory", "all")):
-                if getattr(self, name) != default:
-                    raise ConfigError(
-                        f"{name}={getattr(self, name)!r} is read only with several teachers. Leave it out, or set "
-                        "--teachers."
-                    )
+        if not self.teacher_sources:
+            if any(getattr(self, name, None) for name in ("teacher_model_name_or_path", "teacher_server", "rollouts")):
+                self.check_single_given()  # otherwise a trainer gets the teacher or teachers as an argument
             return
         if self.teachers_in_memory not in ("all", "one"):
             raise ConfigError(f"teachers_in_memory must be 'all' or 'one'; got {self.teachers_in_memory!r}.")
@@ -142,6 +178,19 @@ class TeacherArguments:
                 "--teachers with --lambda_extrapolation: ExOPD's target is defined for one teacher. Leave one of them "
                 "out."
             )
+
+    def check_single_given(self) -> None:
+        """Check the settings beside a single teacher.
+
+        Raises:
+            ConfigError: a setting is read only with several teachers.
+        """
+        for name, default in (("teacher_column", "teacher"), ("teachers_in_memory", "all")):
+            if getattr(self, name) != default:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is read only with several teachers. Leave it out, or set "
+                    "--teachers; in Python, pass teacher_model={label: teacher, …}."
+                )
 
     @property
     def teacher_sources(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 import types
 from collections.abc import Mapping
@@ -26,8 +27,11 @@ _IMPORTED = (
 )  # fmt: skip
 #: Name of a script; there is no such file.
 _FILE = "solution.py"
-#: Exit statuses: an exception that nobody caught, and `MemoryError`.
-FAILED, NO_MEMORY = 1, 77
+#: Exit status after an exception that nobody caught.
+FAILED = 1
+#: Status after `MemoryError`: minus the signal by which the process ends itself. No exit status of
+#: a program is negative, and nothing else sends this signal inside the sandbox.
+NO_MEMORY = -int(getattr(signal, "SIGPWR", 30))
 
 
 def run_program(job: dict[str, Any]) -> int:
