@@ -16,8 +16,8 @@ from effopd.runs.records import SearchRecord
 
 
 def softmax_line(best: float, noise: float = 0.0, positions: int = 64, vocabulary: int = 50, size: float = 2.0):
-    """KL(s) of logits z + s·δ, `best`·δ of the given size, to a teacher at s = `best` plus noise; its slope and
-    Gauss–Newton curvature at 0.
+    """KL(s) of logits z + s·δ to a teacher at s = `best` plus noise, where `best`·δ has the given
+    size; its slope and Gauss–Newton curvature at 0.
     """
     g = torch.Generator().manual_seed(0)
     z, delta, other = (torch.randn(positions, vocabulary, generator=g, dtype=torch.float64) for _ in range(3))

@@ -39,8 +39,8 @@ _CORRECTIONS, _CORRECTIONS_BACK = 2, 1
 WAY = 0.5
 #: Scales tried towards the anchor without a slope; the last one keeps 1/128 of Δ.
 _HALVINGS = 7
-#: After a step that was too long, D″(0) (in nats, twice the divergence between scales 0 and 1), and D(1) − D(0) as
-#: a multiple of |D′(0)| + D″(0)/2, up to which they are believed.
+#: After a step that was too long, slope and curvature are used up to this D″(0), in nats (twice the
+#: divergence between scales 0 and 1), and up to this (D(1) − D(0)) / (|D′(0)| + D″(0)/2).
 _MOST_CURVED, _MOST_ABOVE = 0.25, 3.0
 #: Lowest scale, and the smallest |scale| that is tried after a step that was too long.
 _LOWEST, _SMALLEST = 0.5**_HALVINGS - 1, 0.125
@@ -118,8 +118,9 @@ def _correct(line: Line, first: float, scale: float, bounds: tuple[float, float]
 
 
 def _vertex(line: Line, first: float, scale: float) -> float:
-    """Vertex of the parabola in s with D(0), D′(0) = `first` and D(scale); 0 if D(scale) is not finite,
-    ±∞ if D falls faster than its slope says.
+    """Vertex of the parabola in s through D(0) and D(scale) with D′(0) = `first`.
+
+    0 if D(scale) is not finite; ±∞, with the sign of `scale`, if D falls faster than its slope says.
     """
     value, start = line.known.get(scale), line.known[0.0]
     bend = math.inf if value is None else (start - value - first * scale) / scale**2

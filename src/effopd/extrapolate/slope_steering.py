@@ -49,8 +49,8 @@ def steering_factor(cosine: float, margin: float = 0.0) -> float:
     Example:
         >>> steering_factor(0.0), steering_factor(-1.0), steering_factor(1.0)
         (1.0, 2.0, 0.5)
-        >>> round(steering_factor(0.0, margin=0.1), 3), round(steering_factor(-1 / 15, margin=0.1), 3)
-        (0.795, 1.0)
+        >>> [round(steering_factor(c, margin=0.1), 3) for c in (0.0, -1 / 15)]
+        [0.795, 1.0]
     """
     shift = margin * min(max(1 - cosine / NO_MARGIN, 0.0), 1.0)
     return min(max(math.exp(-GAIN * (cosine + shift)), 1 / LARGEST), LARGEST)
