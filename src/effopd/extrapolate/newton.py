@@ -120,7 +120,7 @@ def _correct(line: Line, first: float, scale: float, bounds: tuple[float, float]
 def _vertex(line: Line, first: float, scale: float) -> float:
     """Vertex of the parabola in s through D(0) and D(scale) with D′(0) = `first`.
 
-    0 if D(scale) is not finite; ±∞, with the sign of `scale`, if D falls faster than its slope says.
+    0 if D(scale) is not finite; ±∞, the sign that of `scale`, if D falls faster than its slope.
     """
     value, start = line.known.get(scale), line.known[0.0]
     bend = math.inf if value is None else (start - value - first * scale) / scale**2
