@@ -17,10 +17,15 @@ import pytest  # torch and the hosts only in the fixtures: the controller of sev
 
 def pytest_collection_finish():
     """Keep the garbage collector off the imported modules: each Trainer collects at its start, and
-    a full pass over torch, transformers and TRL takes 0.3 s.
+    a full pass over torch, transformers and TRL takes 0.3 s. Processes of the tests are forks of
+    this one, as it is now.
     """
     gc.collect()
     gc.freeze()
+    if "trl" in sys.modules and "effopd.distill" in sys.modules:
+        from helpers.processes import fork_server
+
+        fork_server()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +35,26 @@ def no_waiting_for_the_disk():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_graders(request):
+    """Grading processes are forks, which have sympy loaded. Not where they are what is tested."""
+    if "effopd.tasks" not in sys.modules or "tasks" in request.path.parts:
+        yield
+        return
+    from effopd.tasks import worker
+    from helpers.processes import ForkedGrader, is_forked
+
+    new = worker._spawn
+
+    def spawn(connection, words):
+        known = is_forked() and words[0].startswith("effopd.")
+        return (ForkedGrader if known else new)(connection, words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_spawn", spawn)
         yield
 
 
