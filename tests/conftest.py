@@ -58,6 +58,18 @@ def forked_graders(request):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def models_are_measured_once(request):
+    """Checks of a model before training run once per model. Not where they are what is tested."""
+    if "effopd.models.checks" not in sys.modules or "models" in request.path.parts:
+        yield
+        return
+    from helpers.measured_once import measured_once
+
+    with measured_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from helpers.tiny_models import make_tokenizer
