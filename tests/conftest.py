@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 
@@ -17,14 +18,22 @@ import pytest  # torch and the hosts only in the fixtures: the controller of sev
 
 def pytest_collection_finish():
     """Keep the garbage collector off the imported modules: each Trainer collects at its start, and
-    a full pass over torch, transformers and TRL takes 0.3 s. Processes of the tests are forks of
-    this one, as it is now.
+    a full pass over torch, transformers and TRL takes 0.3 s.
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """Fork the server of processes off pytest before the first test, if the tests import the
+    hosts.
+    """
     if "trl" in sys.modules and "effopd.distill" in sys.modules:
         from helpers.processes import fork_server
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+        get_checkpoint_conversion_mapping("qwen3")  # once per process, a thousand regular expressions
         fork_server()
 
 
@@ -41,11 +50,12 @@ def no_waiting_for_the_disk():
 @pytest.fixture(scope="module", autouse=True)
 def forked_graders(request):
     """Grading processes are forks, which have sympy loaded. Not where they are what is tested."""
-    if "effopd.tasks" not in sys.modules or "tasks" in request.path.parts:
+    if "effopd.tasks" not in sys.modules or request.path.name == "test_task_verify.py":
         yield
         return
-    from effopd.tasks import worker
     from helpers.processes import ForkedGrader, is_forked
+
+    from effopd.tasks import worker
 
     new = worker._spawn
 
@@ -67,6 +77,16 @@ def models_are_measured_once(request):
     from helpers.measured_once import measured_once
 
     with measured_once():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_are_looked_for_once():
+    """accelerate asks at each `unwrap_model` whether DeepSpeed and PEFT are installed."""
+    imports = sys.modules.get("accelerate.utils.imports")
+    with pytest.MonkeyPatch.context() as patch:
+        if imports is not None:
+            patch.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
         yield
 
 

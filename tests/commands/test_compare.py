@@ -114,10 +114,10 @@ def test_nothing_is_run_twice(grid, root):
     assert stamps == {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
 
 
-def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, capsys):
+def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, launcher, capsys):
     before = {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
     strategies = {"plain": {"learning_rate_factors": [1, 3]}, "broken": {"max_prompt_length": 1}}
-    assert main(["compare", str(plan_of(root, strategies=strategies))]) == 1
+    assert main(["compare", str(plan_of(root, strategies=strategies, launcher=launcher))]) == 1
     out = capsys.readouterr().out
     assert "failed" in out and "broken" in out and "max_prompt_length" in out  # its last words
     log = next(path for path in grid.rglob(LOG) if "broken" in str(path))

@@ -2,14 +2,15 @@
 transformers and TRL takes each time.
 
 Every process is a fork of a server. Nothing that uses threads or autograd has run in the server, so
-the forks are as good as fresh interpreters. pytest forks the server off itself once it has imported
-the tests (`fork_server`); otherwise the server imports what it needs at the first process.
+the forks are as good as fresh interpreters. pytest forks the server off itself before the first
+test (`fork_server`), with the modules of all tests; otherwise it starts with the first process.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import runpy
@@ -57,6 +58,7 @@ def fork_server() -> None:
             os.close(alive)
             return pid
         os.close(*_ALIVE)
+        logging.getLogger().handlers.clear()  # pytest's: without them, warnings go to stderr
         try:
             forkserver.main(descriptors[0], alive, PRELOADED)
         finally:
