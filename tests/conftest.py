@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 
@@ -23,6 +24,19 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """Fork the server of processes off pytest before the first test, if the tests import the
+    hosts.
+    """
+    if "trl" in sys.modules and "effopd.distill" in sys.modules:
+        from helpers.processes import fork_server
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("qwen3")  # once per process, a thousand regular expressions
+        fork_server()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk():
     """`os.fsync` only checks its file: nothing but a power failure shows the difference, and ten
@@ -30,6 +44,49 @@ def no_waiting_for_the_disk():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_graders(request):
+    """Grading processes are forks, which have sympy loaded. Not where they are what is tested."""
+    if "effopd.tasks" not in sys.modules or request.path.name == "test_task_verify.py":
+        yield
+        return
+    from helpers.processes import ForkedGrader, is_forked
+
+    from effopd.tasks import worker
+
+    new = worker._spawn
+
+    def spawn(connection, words):
+        known = is_forked() and words[0].startswith("effopd.")
+        return (ForkedGrader if known else new)(connection, words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_spawn", spawn)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models_are_measured_once(request):
+    """Checks of a model before training run once per model. Not where they are what is tested."""
+    if "effopd.models.checks" not in sys.modules or "models" in request.path.parts:
+        yield
+        return
+    from helpers.measured_once import measured_once
+
+    with measured_once():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_are_looked_for_once():
+    """accelerate asks at each `unwrap_model` whether DeepSpeed and PEFT are installed."""
+    imports = sys.modules.get("accelerate.utils.imports")
+    with pytest.MonkeyPatch.context() as patch:
+        if imports is not None:
+            patch.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
         yield
 
 

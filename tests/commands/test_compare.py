@@ -19,6 +19,7 @@ from effopd.commands.train import parse_train
 from effopd.compare.grid import load_grid
 from effopd.compare.runner import DONE, LOG
 from effopd.errors import ConfigError
+from effopd.report import compare_figures
 from effopd.tasks.builtin_models import OTHER_MODELS, WEIGHTS, other_models_path, smollm2_path
 
 pytestmark = pytest.mark.slow
@@ -143,10 +144,10 @@ def test_nothing_is_run_twice(grid, root):
     assert stamps == {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
 
 
-def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, capsys):
+def test_a_broken_run_fails_alone_and_the_others_are_not_run_again(grid, root, launcher, capsys):
     before = {path: path.stat().st_mtime_ns for path in grid.rglob(DONE)}
     strategies = {"plain": {"learning_rate_factors": [1, 3]}, "broken": {"max_prompt_length": 1}}
-    assert main(["compare", str(plan_of(root, strategies=strategies))]) == 1
+    assert main(["compare", str(plan_of(root, strategies=strategies, launcher=launcher))]) == 1
     out = capsys.readouterr().out
     assert "failed" in out and "broken" in out and "max_prompt_length" in out  # its last words
     log = next(path for path in grid.rglob(LOG) if "broken" in str(path))
@@ -166,9 +167,10 @@ def test_report_redraws_the_same_from_the_folder_and_from_the_json(grid, tmp_pat
     assert "effopd" in capsys.readouterr().out
 
 
-def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, launcher, tmp_path, capsys):
+def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, launcher, tmp_path, capsys, monkeypatch):
     plan = plan_of(root, output_dir=str(tmp_path / "grid"), launcher=launcher)
     assert main(["compare", "--report", str(grid)]) == 0
+    monkeypatch.setattr(compare_figures, "draw", lambda results, folder: {})
     there = ["--runs_from", str(grid / "results.json")]
     assert main(["compare", str(plan), *there, "--dry_run"]) == 0
     assert "1 to run here" in capsys.readouterr().out and not (tmp_path / "grid").exists()

@@ -8,6 +8,7 @@ import functools
 
 import pytest
 
+from effopd.commands import rl, train
 from effopd.commands.main import main
 from effopd.commands.parser import spelling
 from effopd.commands.rl import rl_parser
@@ -114,6 +115,9 @@ def nothing_is_loaded(monkeypatch, tmp_path):
         (launch_rl, "TaskDGRPOTrainer"),
     ):
         monkeypatch.setattr(module, name, loaded)
+    # one parser for thousands of commands: without --config, parsing changes nothing that they need
+    monkeypatch.setattr(train, "train_parser", functools.partial(parser_of, "train"))
+    monkeypatch.setattr(rl, "rl_parser", parser_of)
     monkeypatch.chdir(tmp_path)
 
 

@@ -18,7 +18,8 @@ from effopd.common.files import append_row, read_rows
 @pytest.mark.slow
 def test_quickstart_end_to_end(tmp_path, capsys, monkeypatch):
     root = tmp_path / "demo"
-    flags = ["--max_steps", "2", "--eval_steps", "1", "--eval_size", "16", "--output_dir", str(root)]
+    small = ["--max_steps", "2", "--eval_steps", "1", "--eval_size", "16", "--prompts_per_step", "32"]
+    flags = [*small, "--output_dir", str(root)]
     assert main(["quickstart", *flags]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((root / "summary.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,10 @@ def test_two_processes_search_together_pay_together_and_resume(strategy, shared,
     for kind in ("generated_tokens", "forward_tokens"):
         assert metrics[-1][f"cost/search_{kind}"] == sum(row[kind] for row in searches)
 
-    run(tmp_path / "part", *flags, "--steps", 2)
+    shutil.copytree(folder, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-000004")
     resumed = run(tmp_path / "part", *flags, "--resume")
+    assert (tmp_path / "part" / "superseded" / "1").is_dir()  # what was after step 2 is not gone on with
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     again = list(read_rows(tmp_path / "part" / "metrics.jsonl"))
     assert [row["cost/update_forward_tokens"] for row in again] == tokens

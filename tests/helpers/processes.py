@@ -1,35 +1,43 @@
 """Scripts and modules in processes of their own, without the seconds that importing torch,
 transformers and TRL takes each time.
 
-A fork server imports them once; every process is a fork of it. Nothing that uses threads or
-autograd has run in the server, so the forks are as good as fresh interpreters. `torchrun` starts
-the same scripts as a user would.
+Every process is a fork of a server. Nothing that uses threads or autograd has run in the server, so
+the forks are as good as fresh interpreters. pytest forks the server off itself before the first
+test (`fork_server`), with the modules of all tests; otherwise it starts with the first process.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import runpy
+import shlex
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 #: Seconds that the others have to end by themselves after one has failed.
 GRACE = 5.0
 #: Held while processes are started or asked how they are: an exit status can be read once.
 _LOCK = threading.Lock()
-PRELOADED = ["helpers.tiny_run", "peft", "trl", "torch.distributed.fsdp", "effopd.distill.rl"]
+PRELOADED = [
+    "helpers.tiny_run", "peft", "trl", "torch.distributed.fsdp", "effopd.distill.rl", "effopd.tasks.math_equality",
+]  # fmt: skip
+#: Pipe whose closing ends the forked server; empty without one.
+_ALIVE: list[int] = []
 
 
 class Finished(NamedTuple):
@@ -39,6 +47,30 @@ class Finished(NamedTuple):
 
     status: int
     output: str
+
+
+def fork_server() -> None:
+    """Fork the server off this process: it has the modules that are imported by now."""
+
+    def fork(_python: str, _arguments: list[str], descriptors: list[int]) -> int:
+        alive, _ALIVE[:] = (pipe := os.pipe())[0], pipe[1:]
+        if pid := os.fork():
+            os.close(alive)
+            return pid
+        os.close(*_ALIVE)
+        logging.getLogger().handlers.clear()  # pytest's: without them, warnings go to stderr
+        try:
+            forkserver.main(descriptors[0], alive, PRELOADED)
+        finally:
+            os._exit(0)
+
+    resource_tracker.ensure_running()
+    with mock.patch("multiprocessing.util.spawnv_passfds", fork):
+        forkserver.ensure_running()
+
+
+def is_forked() -> bool:
+    return bool(_ALIVE)
 
 
 def _server():
@@ -163,15 +195,55 @@ def _serve(listener: socket.socket) -> None:
 
 def _answer(connection: socket.socket) -> None:
     with connection, connection.makefile() as lines:
-        (dash_m, module, *arguments), environment, cwd = json.loads(lines.readline())
-        assert dash_m == "-m", dash_m
+        words, environment, cwd = json.loads(lines.readline())
+        dash_m, module, *arguments = words[1:] if words[0] == "-u" else words
+        assert dash_m == "-m", words
         done = run_script(module, *arguments, environment=environment, cwd=cwd)
         connection.sendall(json.dumps(done).encode())
 
 
+@contextmanager
+def forking_executable() -> Iterator[Path]:
+    """`forking_python` as one file, for what takes the path of an interpreter."""
+    with forking_python() as command, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "python"
+        path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        path.chmod(0o755)
+        yield path
+
+
 def torchrun(*command: object, processes: int) -> Finished:
-    """`torchrun --nproc_per_node PROCESSES COMMAND …`, as a user calls it."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240, env=environment)
-    return Finished(done.returncode, done.stdout + done.stderr)
+    """`torchrun --nproc_per_node PROCESSES COMMAND …`, with forks for its interpreters."""
+    with forking_executable() as python:
+        words = ("--standalone", "--nproc_per_node", processes, *command)
+        return run_script("torch.distributed.run", *words, environment={"PYTHON_EXEC": str(python)})
+
+
+class ForkedGrader:
+    """A grading process (`effopd.tasks.worker`) as a fork, with what `subprocess.Popen` has."""
+
+    def __init__(self, connection: Connection, words: list[str]) -> None:
+        with _LOCK:
+            self._process = _server().Process(target=_grade, args=(connection, words), daemon=True)
+            self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        with _LOCK:
+            return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _grade(connection: Connection, words: list[str]) -> None:
+    from effopd.tasks.grading_process import serve
+
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.argv = ["-c", str(connection.fileno()), *words]
+    serve()

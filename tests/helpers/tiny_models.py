@@ -4,7 +4,9 @@ skill.
 
 from __future__ import annotations
 
+import copy
 import os
+from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -39,6 +41,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int, vocab_size: int = 64, hidden: int = 16) -> Qwen3ForCausalLM:
+    """A model of its own; torch's random state is then what initializing it leaves."""
+    model, state = _made(seed, vocab_size, hidden)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@cache
+def _made(seed: int, vocab_size: int, hidden: int) -> tuple[Qwen3ForCausalLM, torch.Tensor]:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
@@ -49,7 +59,7 @@ def make_model(seed: int, vocab_size: int = 64, hidden: int = 16) -> Qwen3ForCau
     model = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
-    return model
+    return model, torch.get_rng_state()
 
 
 def contains(completion: str, example: Example) -> float:

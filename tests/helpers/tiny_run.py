@@ -8,7 +8,10 @@ import argparse
 import os
 import signal
 import sys
+from functools import cache
 from pathlib import Path
+
+from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,6 +22,11 @@ from effopd.runs.run_dir import RunDir
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 
 STEPS = 10
+
+
+@cache
+def _letters() -> Dataset:
+    return make_task(64).to_dataset()
 
 
 def make_trainer(
@@ -32,6 +40,7 @@ def make_trainer(
     **overrides,
 ) -> OPDTrainer:
     """80 prompts, 8 a step: ten steps are one epoch and a bit if `overrides` say so."""
+    rows = _letters() if task is None else task.to_dataset()
     task = task if task is not None else make_task(64)
     settings = {
         "max_steps": STEPS, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16,
@@ -43,7 +52,7 @@ def make_trainer(
         student if student is not None else make_model(0),
         teacher if teacher is not None else make_model(1),
         OPDConfig(output_dir=str(output_dir), **(settings | overrides)),
-        train_dataset=task.to_dataset(),
+        train_dataset=rows,
         processing_class=make_tokenizer(),
         eval_task=task.sample(12, 1),
         reference_model=reference_model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -16,13 +17,15 @@ ANALYSIS = ("effopd", "torch", "numpy", "scipy", "scikit-learn", "pandas", "safe
 
 def versions(packages: Sequence[str] = TRAINING) -> dict[str, str]:
     """Versions of Python and of the packages."""
-    installed = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = "not installed"
-    return installed
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def code() -> str:

@@ -142,14 +142,7 @@ class GradingWorker:
         self._owner = os.getpid()
         connection, theirs = Pipe()
         with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, str(theirs.fileno()), self.function, repr(self.timeout), *self.imports],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=_environment(),
-            )
+            process = _spawn(theirs, [self.function, repr(self.timeout), *self.imports])
         self._process, self._connection = process, connection
         self._finalizer = weakref.finalize(self, _stop, process, connection, os.getpid())
         self._await_ready(connection)
@@ -201,6 +194,19 @@ class WorkerVerifier:
     def answer_found(self, completion: str) -> bool:
         """Whether there is an answer in the verifier's format outside the reasoning."""
         raise NotImplementedError
+
+
+def _spawn(connection: Connection, words: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A new interpreter that serves `words` (function, limit, imports) at the connection."""
+    descriptor = connection.fileno()
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVE, str(descriptor), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[descriptor],
+        start_new_session=True,
+        env=_environment(),
+    )
 
 
 def _environment() -> dict[str, str]:
