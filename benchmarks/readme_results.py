@@ -288,7 +288,7 @@ def published(docs: Path = DOCS) -> dict[str, Any]:
     files = {
         "results": "results.json", "final_quality": "final_quality.json", "ablation": "ablation/results.json",
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
-        "rivals": "rivals/results.json",
+        "rivals": "rivals/results.json", "other_teacher": "other_teacher/results.json",
     }  # fmt: skip
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
 
@@ -299,7 +299,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
     return {
         DOCS.parent / "README.md": {"rivals": rivals.readme_table(docs["rivals"])},
         DOCS / "findings.md": findings(docs),
-        DOCS / "rivals.md": rivals.blocks(docs["rivals"]),
+        DOCS / "rivals.md": rivals.blocks(docs["rivals"], docs["other_teacher"]),
         DOCS / "gate.md": {"gate": gate(docs)},
         DOCS / "batch_size.md": {"settings": settings_table(*grids), "speed": speed_table(*grids)},
         DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},

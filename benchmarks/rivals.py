@@ -1,9 +1,12 @@
-"""Tables of docs/rivals.md, from docs/rivals/results.json.
+"""Tables of docs/rivals.md, from results.json in docs/rivals and docs/other_teacher.
 
     pip install 'effopd[optimizers]'
     effopd compare recipes/compare-rivals.yaml          # --only spreads it over days
     effopd compare --report runs/rivals --out docs/rivals \\
         --prices recipes/prices/1.7b-8b-1xh100.yaml --prices recipes/prices/4b-32b-8xh100.yaml
+    effopd testbed other
+    effopd compare recipes/compare-other-teacher.yaml
+    effopd compare --report runs/other-teacher --out docs/other_teacher
     python benchmarks/readme_results.py --figure
 
 `readme_results.py` rewrites the blocks between the markers (`pages.py`).
@@ -69,7 +72,7 @@ def opening(results: Mapping[str, Any]) -> list[str]:
     return [name for name in Lookup(results).roles.opening(sorted(known)) if name in known]
 
 
-def steps_table(results: Mapping[str, Any]) -> str:
+def steps_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_SHARES) -> str:
     """Steps of every arm to every target: median over seeds, with the number of seeds."""
     look = Lookup(results)
     rows = []
@@ -77,11 +80,36 @@ def steps_table(results: Mapping[str, Any]) -> str:
         for strategy, rate in look.arms:
             runs = look.runs(task, (strategy, rate))
             if runs:
-                cells = [_median([_cost(run, share, "step") for run in runs]) for share in TABLE_SHARES]
+                cells = [_median([_cost(run, share, "step") for run in runs]) for share in shares]
                 rows.append(
                     [f"`{task.split(':')[1]}`", f"`{strategy}`", factor(rate, look.reference), str(len(runs)), *cells]
                 )
-    return table(["task", "arm", "rate", "seeds", *heads(TABLE_SHARES)], rows)
+    return table(["task", "arm", "rate", "seeds", *heads(shares)], rows)
+
+
+def ends_table(results: Mapping[str, Any]) -> str:
+    """KL at the end and its largest value in the second half, of arms with several seeds."""
+    look, rows = Lookup(results), []
+    for task in look.tasks:
+        for strategy, rate in look.arms:
+            runs = look.runs(task, (strategy, rate))
+            if len(runs) >= Hindsight.SEEDS:
+                ends, peaks = zip(*(_end(run["curve"]) for run in runs), strict=True)
+                arm = [f"`{task.split(':')[1]}`", f"`{strategy}`", factor(rate, look.reference), str(len(runs))]
+                rows.append([*arm, _range(ends), _range(peaks)])
+    return table(["task", "arm", "rate", "seeds", "KL at the end", "largest KL in the second half"], rows)
+
+
+def _end(curve: Mapping[str, Any]) -> tuple[float, float]:
+    """Median of the last three KLs, and largest KL of the second half."""
+    half = curve["step"][-1] / 2
+    late = [kl for kl, step in zip(curve["kl"], curve["step"], strict=True) if step >= half]
+    return statistics.median(curve["kl"][-3:]), max(late)
+
+
+def _range(values: Sequence[float]) -> str:
+    """`0.0014 (0.0012–0.0020)`: median and range."""
+    return f"{statistics.median(values):.4f} ({min(values):.4f}–{max(values):.4f})"
 
 
 def _median(values: Sequence[float]) -> str:
@@ -193,11 +221,19 @@ def readme_table(results: Mapping[str, Any]) -> str:
     return table(["task", "`newton_search` on", "cost", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
 
 
-def blocks(results: Mapping[str, Any]) -> dict[str, str]:
-    """Generated blocks of docs/rivals.md."""
+def blocks(results: Mapping[str, Any], other_teacher: Mapping[str, Any]) -> dict[str, str]:
+    """Generated blocks of docs/rivals.md.
+
+    Args:
+        results: results.json of the rivals.
+        other_teacher: results.json of the grid with teachers that are no copies of the student.
+    """
     return {
         "coverage": coverage(results),
         "hindsight": hindsight_table(results),
         "envelope": envelope_table(results),
         "steps": steps_table(results),
+        "ends": ends_table(results),
+        "other teacher": hindsight_table(other_teacher, FEW_SHARES),
+        "other teacher, steps": steps_table(other_teacher, FEW_SHARES),
     }
