@@ -15,7 +15,7 @@ from effopd.report.compare_lookup import Lookup
 from effopd.report.style import looks, quiet_style, save
 
 NOTE = (
-    "32 prompts per step. Median over seeds that were not used to choose a rule; shaded for newton_search from 3e-05: "
+    "32 prompts per step. Median over three to five seeds; shaded for newton_search from 3e-05: "
     "lowest to highest. Trailing median of three evaluations. Net seconds: CPU seconds without evaluation, searches "
     "included. Logarithmic axes: a speed-up is a shift to the left."
 )
