@@ -57,7 +57,9 @@ def fork_server() -> None:
         if pid := os.fork():
             os.close(alive)
             return pid
-        os.close(*_ALIVE)
+        os.close(_ALIVE.pop())
+        # forked inside `ensure_running`: without its lock, a process of the server can have a server too
+        forkserver._forkserver._lock = threading.Lock()  # type: ignore[attr-defined]
         logging.getLogger().handlers.clear()  # pytest's: without them, warnings go to stderr
         try:
             forkserver.main(descriptors[0], alive, PRELOADED)
