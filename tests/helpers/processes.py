@@ -58,7 +58,7 @@ def fork_server() -> None:
             os.close(alive)
             return pid
         os.close(_ALIVE.pop())
-        # forked inside `ensure_running`; without its lock, a process of the server can have a server
+        # forked inside `ensure_running`; without its lock, processes of the server can have one too
         forkserver._forkserver._lock = threading.Lock()  # type: ignore[attr-defined]
         logging.getLogger().handlers.clear()  # pytest's: without them, warnings go to stderr
         try:
