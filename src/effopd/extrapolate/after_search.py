@@ -63,12 +63,6 @@ class OptimizerUpdate:
         """Current multiplier of the schedule's learning rate."""
         return 1.0 if self.rate is None else self.rate.factor
 
-    def resume(self, factor: float, share: float, history: Sequence[SearchRecord]) -> None:
-        """Continue with a saved factor, share and history."""
-        if self.rate is not None:
-            self.rate.factor, self.rate.share = factor, share
-            self.rate.calibrated = self._calibrated(history)
-
     @property
     def share(self) -> float:
         """Rate of the last step as a share of the schedule's peak."""
@@ -78,6 +72,12 @@ class OptimizerUpdate:
     def applied(self) -> float:
         """Multiplier of the schedule's learning rate in the last optimizer step."""
         return 1.0 if self.rate is None else self.rate.applied
+
+    def resume(self, factor: float, share: float, history: Sequence[SearchRecord]) -> None:
+        """Continue with a saved factor, share and history."""
+        if self.rate is not None:
+            self.rate.factor, self.rate.share = factor, share
+            self.rate.calibrated = self._calibrated(history)
 
     def close(self) -> None:
         """Remove all hooks from the optimizer. Safe to call twice."""

@@ -77,8 +77,8 @@ def newton_search(
         return line.result()
     start = line.known[0.0]
     line.attempt(1.0)
-    known = slope() if math.isfinite(line.known.get(1.0, -math.inf)) else None
     fall = line.known.get(1.0, -math.inf) - start  # D(0) − D(1)
+    known = slope() if math.isfinite(fall) else None
     if known is None or not _is_local(fall, *known):
         return _halfway(doubled(line, longest, halvings=_HALVINGS))
     first, second = known
