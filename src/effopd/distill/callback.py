@@ -241,7 +241,7 @@ class EffOPDCallback(TrainerCallback):
             wanted=lambda: self._registered,
             host=self._host,
             score_timeout=self._score_timeout,
-            unseen=lambda: not self._reused,
+            unseen=lambda: 0 if self._reused else getattr(self.trainer.args, "updates_per_rollouts", 1),
             averages=[average] if (average := getattr(self.trainer, "weight_average", None)) is not None else [],
         )
         try:

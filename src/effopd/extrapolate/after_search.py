@@ -24,7 +24,7 @@ class OptimizerUpdate:
             `adapt_learning_rate` is set.
         wanted: called before every optimizer step; the rate is adapted while it returns true.
         averages: copies of the weights outside the optimizer, which follow a jump.
-        unseen: whether the next gradient comes from examples that no earlier step trained on.
+        unseen: see `LearningRateMultiplier`.
         lora: whether the parameters are LoRA factors.
 
     Attributes:
@@ -41,7 +41,7 @@ class OptimizerUpdate:
         wanted: Callable[[], bool],
         averages: Sequence[Movable] = (),
         *,
-        unseen: Callable[[], bool] = lambda: True,
+        unseen: Callable[[], int] = lambda: 1,
         lora: bool = False,
     ):
         if optimizer is None and (config.reset_moments or config.adapt_learning_rate):

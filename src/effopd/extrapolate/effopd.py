@@ -58,8 +58,9 @@ class EffOPD:
             during the optimizer step.
         wanted: called before every optimizer step; the learning rate is adapted while it returns
             true. Default: until `close`.
-        unseen: called before every optimizer step; whether its gradient comes from examples that no
-            earlier step trained on. Only such gradients steer the learning rate.
+        unseen: called before every optimizer step; number of steps that train on the examples of
+            its gradient, from this step on, or 0 if an earlier step trained on them (a Boolean is 1
+            or 0). Only gradients on new examples steer the learning rate.
         host: values of settings that the host decides, compared on resume (see `fingerprint`).
         score_timeout: time limit for scoring one candidate, in seconds; `None`: no limit.
         averages: averages of the weights, which a jump moves too.
@@ -86,7 +87,7 @@ class EffOPD:
         on_move: Callable[[], None] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         wanted: Callable[[], bool] = lambda: True,
-        unseen: Callable[[], bool] = lambda: True,
+        unseen: Callable[[], int] = lambda: 1,
         host: Mapping[str, Any] | None = None,
         score_timeout: float | None = None,
         averages: Sequence[Movable] = (),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from effopd.common.zero import BeforeStep, base_optimizer, zero_optimizer
 from effopd.errors import ConfigError
-from effopd.extrapolate.slope_steering import MARGIN, slope_cosine, steering_factor
+from effopd.extrapolate.slope_steering import MARGIN, MARGIN_IF_AVERAGED, slope_cosine, steering_factor
+from effopd.extrapolate.weight_copies import has_modes
 
 #: Optimizer → its active `LearningRateMultiplier`; weak references on both sides.
 _ACTIVE: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[LearningRateMultiplier]] = (
@@ -94,8 +95,9 @@ class LearningRateMultiplier:
         optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate or DeepSpeed.
         wanted: called before every step; if it returns false, the step uses the schedule's rate.
         by_slope: multiply `factor` by `steering_factor` of `slope_cosine(optimizer)` before every
-            step for which `unseen` returns true.
-        unseen: whether the step's gradient comes from examples that no earlier step trained on.
+            step for which `unseen` returns a positive number.
+        unseen: number of steps that train on the examples of this step's gradient, from this step
+            on; 0 if an earlier step trained on them. A Boolean is 1 or 0.
 
     Attributes:
         factor: the multiplier; initially 1.
@@ -128,7 +130,7 @@ class LearningRateMultiplier:
         wanted: Callable[[], bool] = lambda: True,
         *,
         by_slope: bool = False,
-        unseen: Callable[[], bool] = lambda: True,
+        unseen: Callable[[], int] = lambda: 1,
     ):
         inner, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
         if not isinstance(inner, torch.optim.Optimizer):
@@ -190,10 +192,12 @@ class LearningRateMultiplier:
             _set(group, group["lr"] * self._applied)
 
     def _steer(self, optimizer: Any) -> None:
-        self.cosine = slope_cosine(optimizer) if self._unseen() else None
+        steps = int(self._unseen())
+        self.cosine = slope_cosine(optimizer) if steps else None
         if self.cosine is not None:
             known = self.calibrated is not None and self.factor > MARGIN_ABOVE * self.calibrated
-            self.factor *= steering_factor(self.cosine, MARGIN if known else 0.0)
+            margin = MARGIN_IF_AVERAGED if has_modes(self._optimizer) else MARGIN
+            self.factor *= steering_factor(self.cosine, margin if known else 0.0, steps)
 
     def release(self) -> None:
         """Restore the schedule's rates if a step was interrupted."""

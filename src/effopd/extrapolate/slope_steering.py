@@ -2,7 +2,7 @@ r"""Learning rate steered by the slope of the loss after each step, at no cost i
 
     c_t = cos(∇L_{t+1}(W_{t+1}), Δ_t)
     Δ_t = W_{t+1} − W_t ∝ −m_t / (√v_t + ε)      Adam's step, with bias-corrected moments
-    η ← η · min(max(exp(−2.3 (c_t + m)), ½), 2)
+    η ← η · min(max(exp(−2.3 k (c_t + m)), ½), 2)      k: steps on the same examples
     m = 0.1 · min(max(1 + c_t / 0.2, 0), 1)          or 0: no margin
 
 The gradient of step t+1 comes from rollouts that step t did not train on. Its product with Δ_t is
@@ -15,6 +15,9 @@ end at the minimum along them. Adam then enlarges what the gradients disagree on
 swings. With the margin m it settles at c = −1/15, where steps end before their minimum, and it
 falls when gradients are noise. A rate that is far too low (c ≤ −0.2) rises as fast as without it.
 The margin applies after the first search, above half of the rate which that search set.
+
+A schedule-free optimizer evaluates an average x of its base sequence z and takes gradients at y
+between both. There Δ_t is the direction z − y, and the margin 0.03 in the place of 0.1.
 
 Source: hypergradient descent (arXiv 1703.04782) with the cosine in the place of the product.
 """
@@ -30,21 +33,23 @@ from torch import Tensor
 
 from effopd.common.distributed import all_gather_object, local_shard
 from effopd.common.zero import zero_optimizer, zero_steps
+from effopd.extrapolate.weight_copies import has_modes
 
 #: −c · GAIN is the change of the logarithm of the learning rate; c = −0.3 doubles it.
 GAIN = 2.3
-#: Margin at c ≥ 0, and the cosine at and below which it is 0.
-MARGIN, NO_MARGIN = 0.1, -0.2
+#: Margin at c ≥ 0, under a schedule-free optimizer, and the cosine at and below which it is 0.
+MARGIN, MARGIN_IF_AVERAGED, NO_MARGIN = 0.1, 0.03, -0.2
 #: Largest change per step, as a factor.
 LARGEST = 2.0
 
 
-def steering_factor(cosine: float, margin: float = 0.0) -> float:
+def steering_factor(cosine: float, margin: float = 0.0, steps: int = 1) -> float:
     """Learning-rate multiplier from the cosine of the new gradient and the last step.
 
     Args:
         cosine: c_t.
         margin: m at c_t ≥ 0.
+        steps: optimizer steps that train on the gradient's examples, k.
 
     Example:
         >>> steering_factor(0.0), steering_factor(-1.0), steering_factor(1.0)
@@ -53,22 +58,27 @@ def steering_factor(cosine: float, margin: float = 0.0) -> float:
         [0.795, 1.0]
     """
     shift = margin * min(max(1 - cosine / NO_MARGIN, 0.0), 1.0)
-    return min(max(math.exp(-GAIN * (cosine + shift)), 1 / LARGEST), LARGEST)
+    return min(max(math.exp(-GAIN * steps * (cosine + shift)), 1 / LARGEST), LARGEST)
 
 
 @torch.no_grad()
 def slope_cosine(optimizer: Any) -> float | None:
-    """cos(gradient, last Adam step) over all parameters and ranks; call it right before a step.
+    """cos(gradient, last step) over all parameters and ranks; call it right before a step.
+
+    The last step is that of Adam, or the direction z − y of a schedule-free optimizer.
 
     Args:
         optimizer: a torch optimizer, or DeepSpeed's ZeRO optimizer.
 
     Returns:
-        `None`: no Adam moments yet (first step, cleared, another optimizer), or not finite.
+        `None`: no Adam moments or base sequence yet (first step, cleared, another optimizer), or
+        not finite.
     """
     parts: dict[torch.device, list[Tensor]] = {}
-    for grad, state, group in _steps(optimizer) if zero_optimizer(optimizer) is None else zero_steps(optimizer):
-        parts.setdefault(grad.device, []).append(_products(grad, state, group))
+    for grad, move in _moves(optimizer):
+        parts.setdefault(grad.device, []).append(
+            torch.stack([(grad * move).sum(), grad.square().sum(), move.square().sum()])
+        )
     local = sum((torch.stack(each).cpu().double().sum(0) for each in parts.values()), torch.zeros(3).double())
     # replicas multiply all three sums alike, so shards and replicas need no distinction
     product, gradient, step = torch.tensor(all_gather_object(local.tolist())).double().sum(0).tolist()
@@ -76,18 +86,29 @@ def slope_cosine(optimizer: Any) -> float | None:
     return product / math.sqrt(squared) if 0 < squared < math.inf and math.isfinite(product) else None
 
 
-def _steps(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mapping[str, Any], Mapping[str, Any]]]:
-    """(gradient, Adam's state, parameter group) of every parameter that has both."""
+def _moves(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """(gradient, last step up to a positive factor), fp32, of every parameter that has both."""
+    if zero_optimizer(optimizer) is not None:
+        for grad, state, group in zero_steps(optimizer):
+            yield grad.float(), _adam_step(state, group)
+        return
+    averaged = has_modes(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
-            if parameter.grad is not None and "exp_avg" in state and "betas" in group:
-                yield parameter.grad, state, group
+            if parameter.grad is None:
+                continue
+            if "exp_avg" in state and "betas" in group:
+                move = _adam_step(state, group)
+            elif averaged and "z" in state:
+                move = local_shard(state["z"]).float() - local_shard(parameter).float()
+            else:
+                continue
+            yield local_shard(parameter.grad).float(), move
 
 
-def _products(grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """(⟨g, Δ⟩, ‖g‖², ‖Δ‖²) of one parameter up to the rate, [3]."""
-    grad, first, second = (local_shard(t).float() for t in (grad, state["exp_avg"], state["exp_avg_sq"]))
+def _adam_step(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """−m / (√v + ε) with the bias-corrected v; the correction of m is a common factor."""
+    first, second = (local_shard(state[name]).float() for name in ("exp_avg", "exp_avg_sq"))
     variance = second / (1 - group["betas"][1] ** float(state["step"]))
-    move = first / variance.sqrt_().add_(group["eps"])
-    return torch.stack([-(grad * move).sum(), grad.square().sum(), move.square().sum()])
+    return first / variance.sqrt_().add_(group["eps"]).neg_()
