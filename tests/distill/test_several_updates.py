@@ -68,6 +68,7 @@ def test_a_look_ahead_searches_and_steers_on_new_rollouts_only(tmp_path):
         factors: list[float] = []
         steps.on_pre_optimizer_step = lambda *_, **__: factors.append(look.look_ahead.learning_rate_factor)
         trainer.train(**resume)
+        assert look.look_ahead._optimizer.rate._unseen() in (0, 2)  # two steps share rollouts
         return steps, factors, read_rows(tmp_path / folder / "searches.jsonl")
 
     whole, factors, searches = train("a")

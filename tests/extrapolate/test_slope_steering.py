@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from effopd.extrapolate.learning_rate import MARGIN_ABOVE, LearningRateMultiplier
-from effopd.extrapolate.slope_steering import LARGEST, MARGIN, slope_cosine, steering_factor
+from effopd.extrapolate.slope_steering import LARGEST, MARGIN, MARGIN_IF_AVERAGED, slope_cosine, steering_factor
 
 
 def quadratic(dimension: int = 20, seed: int = 0):
@@ -37,6 +37,73 @@ def test_the_cosine_is_that_of_the_new_gradient_and_the_actual_step(make):
         gradient(optimizer, loss)
         expected = torch.nn.functional.cosine_similarity(x.grad, moved, dim=0)
         assert slope_cosine(optimizer) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
+def test_under_a_schedule_free_optimizer_the_direction_is_that_from_the_weights_to_the_base_sequence(name):
+    schedulefree = pytest.importorskip("schedulefree")
+    x, loss = quadratic()
+    optimizer = getattr(schedulefree, name)([x], lr=0.01)
+    optimizer.train()
+    gradient(optimizer, loss)
+    assert slope_cosine(optimizer) is None
+    optimizer.step()
+    assert slope_cosine(optimizer) is None  # the average of one point is that point
+    for _ in range(4):
+        gradient(optimizer, loss)
+        optimizer.step()
+        gradient(optimizer, loss)
+        direction = optimizer.state[x]["z"] - x.detach()
+        expected = torch.nn.functional.cosine_similarity(x.grad, direction, dim=0)
+        assert slope_cosine(optimizer) == pytest.approx(float(expected), abs=1e-6)
+        assert expected < 0  # the loss still falls towards it
+
+
+def test_a_schedule_free_rate_far_too_low_rises_and_one_far_too_high_falls():
+    schedulefree = pytest.importorskip("schedulefree")
+    for start, low, high in ((1e-4, 30.0, math.inf), (30.0, 0.0, 0.5)):
+        x, loss = quadratic()
+        optimizer = schedulefree.AdamWScheduleFree([x], lr=start, betas=(0.9, 0.99))
+        optimizer.train()
+        multiplier = LearningRateMultiplier(optimizer, by_slope=True)
+        for _ in range(30):
+            gradient(optimizer, loss)
+            optimizer.step()
+        assert low <= multiplier.factor <= high, (start, multiplier.factor)
+
+
+def test_the_margin_of_a_schedule_free_optimizer_is_its_own():
+    def factor(calibrated):
+        torch.manual_seed(0)
+        x = torch.nn.Parameter(torch.zeros(50_000))
+        optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree([x], lr=1e-3)
+        optimizer.train()
+        multiplier = LearningRateMultiplier(optimizer, by_slope=True)
+        for _ in range(2):
+            x.grad = torch.randn_like(x)
+            optimizer.step()
+        multiplier.factor, multiplier.calibrated = 1.0, calibrated
+        x.grad = torch.randn_like(x)
+        optimizer.step()
+        return multiplier.factor, multiplier.cosine
+
+    for calibrated, margin in ((None, 0.0), (1.0, MARGIN_IF_AVERAGED), (4.0, 0.0)):
+        changed, cosine = factor(calibrated)
+        assert changed == pytest.approx(steering_factor(cosine, margin))
+
+
+def test_a_gradient_that_several_steps_share_counts_that_often_and_only_the_first_time():
+    x, loss = quadratic()
+    optimizer = torch.optim.AdamW([x], lr=1e-4)
+    shared = iter([3, 0, 0, 3, 0, 0])
+    multiplier = LearningRateMultiplier(optimizer, by_slope=True, unseen=lambda: next(shared))
+    factors = []
+    for _ in range(6):
+        gradient(optimizer, loss)
+        optimizer.step()
+        factors.append(multiplier.factor)
+    assert factors[:3] == [1.0] * 3 and factors[3] == factors[4] == factors[5] == LARGEST
+    assert steering_factor(-0.02, 0.0, 3) == pytest.approx(steering_factor(-0.02) ** 3)
 
 
 def test_clipping_does_not_change_it_and_cleared_or_foreign_states_give_none():
