@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -119,10 +120,11 @@ def test_clipping_does_not_change_it_and_cleared_or_foreign_states_give_none():
     assert slope_cosine(optimizer) is None
     optimizer.state.clear()
     assert slope_cosine(optimizer) is None
-    plain = torch.optim.SGD([x], lr=0.1, momentum=0.9)
-    gradient(plain, loss)
-    plain.step()
-    assert slope_cosine(plain) is None
+    for make in (partial(torch.optim.SGD, momentum=0.9), torch.optim.Adamax, torch.optim.RMSprop, torch.optim.Adagrad):
+        other = make([x], lr=0.1)
+        gradient(other, loss)
+        other.step()
+        assert slope_cosine(other) is None, make
 
 
 def test_the_factor_is_bounded_falls_with_the_cosine_and_is_one_at_zero():

@@ -19,7 +19,7 @@ COSTS = {
     "student_backward_tokens": lambda evaluation: evaluation.costs.student_backward_tokens,
     "teacher_tokens": lambda evaluation: evaluation.costs.teacher_tokens,
 }
-#: Axes of the envelope, besides priced seconds.
+#: Axes of the envelope, without priced seconds.
 ENVELOPE_AXES = (
     "seconds", "generated_tokens", "student_forward_tokens", "student_backward_tokens", "teacher_tokens",
 )  # fmt: skip

@@ -111,8 +111,8 @@ def envelopes(
         other: label and results.json of a grid to join; `None`: a stored joined envelope is kept.
 
     Raises:
-        ConfigError: a grid is joined that cannot be, or new prices would leave the stored joined
-            envelope with the old ones.
+        ConfigError: the other grid cannot be joined (`joined_envelope`), or the stored joined
+            envelope has other prices than `prices`.
     """
     lists = list(prices) or [PriceList(**row) for row in results.get("prices", ())]
     parts = {"prices": [each.to_row() for each in lists], "envelope": own_envelope(results, lists)}

@@ -12,8 +12,8 @@ student, one of the teacher, one of ExOPD's reference.
 
 A search scores by sampling or by forward passes, never by both. The teacher's part of S is not in
 results.json, so teacher and student forward tokens of the last kind stay unknown. Nothing is
-derived for a run that fits none of these, or that searches and has other settings than the
-baseline besides the look-ahead: its prompts may differ.
+derived for a run that fits none of these. The same holds for a run that searches and differs from
+the baseline in more settings than the look-ahead, because its prompts can differ.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _moves(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
             state = optimizer.state.get(parameter, {})
             if parameter.grad is None:
                 continue
-            if "exp_avg" in state and "betas" in group:
+            if "exp_avg" in state and "exp_avg_sq" in state and "betas" in group:
                 move = _adam_step(state, group)
             elif averaged and "z" in state:
                 move = local_shard(state["z"]).float() - local_shard(parameter).float()

@@ -284,8 +284,14 @@ class TrialRecord(Record):
 class SearchRecord(Record):
     """A row of `searches.jsonl`: a search, or an observation of a strategy that predicts."""
 
-    step: Annotated[int, Column("optimizer step after which the search ran")]
-    anchor_step: Annotated[Count, Column("Δ = weights now − weights after this step")] = None
+    step: Annotated[
+        int,
+        Column(
+            "optimizer step after which the search ran; with `score_rollouts`, the step that then trains on the "
+            "scored rollouts"
+        ),
+    ]
+    anchor_step: Annotated[Count, Column("step of the weights that are the anchor; 0: the initial weights")] = None
     delta_norm: Annotated[Number, Column("‖Δ‖ over all moved weights; null: not finite", null=True)] = None
     accepted_scale: Annotated[float, Column("scale s of the jump; 0: no jump, negative: backward jump")] = 0.0
     best_scale: Annotated[Number, Column("the highest-scoring scale, accepted or not; decides the learning rate")] = (

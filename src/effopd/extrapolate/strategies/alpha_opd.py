@@ -4,11 +4,11 @@ The predicted update of a matrix is û·v1ᵀ, with v1 of the last observed step
 squares with one component relates x_t = ‖ΔW_t‖·u1(t) to y_t = accuracy / target accuracy over the
 first steps, with the signs of u1 aligned forward in time. The fit is inverted at y = 1.
 
-With fewer steps than rows, the in-sample R² is useless: on noise unrelated to y it is at least 0.97
-if all x_t have the same norm, and 0.79 if the norm grows in proportion to t. The leave-one-out Q²
-is therefore reported, with the same Q² for shuffled accuracies. A Q² that does not exceed the
-shuffled one marks a worthless prediction. A higher Q² is weak evidence: a random walk unrelated to
-the accuracy reaches 0.93 (8 steps; −0.4 shuffled) if the accuracy rises with time.
+With fewer steps than rows, the in-sample R² is useless: on noise unrelated to y it is near 1 if all
+x_t have the same norm, and about 0.8 if the norm grows in proportion to t (8 steps). The
+leave-one-out Q² is therefore reported, with the same Q² for shuffled accuracies. A Q² that does not
+exceed the shuffled one marks a worthless prediction. A higher Q² is weak evidence: a random walk
+unrelated to the accuracy reaches 0.93 (8 steps; −0.4 shuffled) if the accuracy rises with time.
 
 Differs from the public code: the update is added to W_0, not to the last checkpoint, which already
 contains an update.
