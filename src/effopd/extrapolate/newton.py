@@ -4,7 +4,7 @@ r"""`newton_search`: scale s of W + s·Δ from slope and curvature at W, then ch
     D(s) ≈ D(0) + D′(0) s + (D(s₁) − D(0) − D′(0) s₁) (s / s₁)²,   s₂ = its minimum
 
 D″(0) is the Gauss–Newton curvature E var_π(δz), which is positive. Doubling the scale until the
-score falls takes about log₂ s + 4 scores; this search takes two to five, however far the minimum is.
+score falls takes about log₂ s + 4 scores. This search takes two to five for any distance.
 A correction that does not improve on the best score is the last one.
 
 If scale 1 is not better than the start, the step was too long. The minimum is then behind it
