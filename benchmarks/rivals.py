@@ -16,19 +16,48 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from effopd.compare.axes import axis_name
 from effopd.compare.grid_run import Arm
+from effopd.compare.prices import read_prices
 from effopd.compare.time_to_target import smooth
 from effopd.report.compare_envelope import TABLE_SHARES, curves
 from effopd.report.compare_lookup import Lookup, factor, one, table
 
-#: Column of a run's curve → name of the cost, in the tables of the arm that is best in hindsight.
-COSTS = {"step": "steps", "seconds": "net seconds", "generated_tokens": "sampled tokens"}
+#: Price list of the tables of the arm that is fastest in hindsight.
+PRICES = Path(__file__).parents[1] / "recipes/prices/1.7b-8b-1xh100.yaml"
 #: Targets of the README's table.
 FEW_SHARES = (0.5, 0.25, 0.1, 0.05, 0.025)
+
+
+#: A cost at every evaluation of a curve.
+Cost = Callable[[Mapping[str, Any]], Sequence[float]]
+
+
+def costs() -> dict[str, Cost]:
+    """Name → cost, in the tables of the arm that is fastest in hindsight."""
+    (prices,) = read_prices([PRICES])
+
+    def priced(curve: Mapping[str, Any]) -> list[float]:
+        each = prices.seconds_per_token
+        columns = (curve[name] for name in ("generated_tokens", "forward_tokens", "backward_tokens", "teacher_tokens"))
+        return [
+            each["sampled"] * sampled
+            + each["student_forward"] * (forward - teacher)
+            + each["student_backward"] * backward
+            + each["teacher"] * teacher
+            for sampled, forward, backward, teacher in zip(*columns, strict=True)
+        ]
+
+    return {
+        "steps": lambda curve: curve["step"],
+        "net seconds": lambda curve: curve["seconds"],
+        "sampled tokens": lambda curve: curve["generated_tokens"],
+        axis_name(f"priced:{prices.name}"): priced,
+    }
 
 
 def heads(shares: Sequence[float]) -> list[str]:
@@ -80,7 +109,7 @@ def steps_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_SHAR
         for strategy, rate in look.arms:
             runs = look.runs(task, (strategy, rate))
             if runs:
-                cells = [_median([_cost(run, share, "step") for run in runs]) for share in shares]
+                cells = [_median([_cost(run, share, lambda curve: curve["step"]) for run in runs]) for share in shares]
                 rows.append(
                     [f"`{task.split(':')[1]}`", f"`{strategy}`", factor(rate, look.reference), str(len(runs)), *cells]
                 )
@@ -141,20 +170,20 @@ class Hindsight:
 
     Args:
         results: results.json of the grid.
-        key: cost, a column of a run's curve.
+        cost: the cost to compare.
     """
 
     #: Seeds that an arm needs to compete.
     SEEDS = 2
 
-    def __init__(self, results: Mapping[str, Any], key: str):
-        self._look, self._key = Lookup(results), key
+    def __init__(self, results: Mapping[str, Any], cost: Cost):
+        self._look, self._cost = Lookup(results), cost
         self._baselines = set(results["settings"]["baselines"])
 
     def cost(self, task: str, arm: Arm, share: float) -> float:
         """Median cost over seeds; ∞: most runs never reach the target, or there are no runs."""
         runs = self._look.runs(task, arm)
-        return statistics.median([_cost(run, share, self._key) for run in runs]) if runs else math.inf
+        return statistics.median([_cost(run, share, self._cost) for run in runs]) if runs else math.inf
 
     def best(self, task: str, share: float) -> tuple[float, Arm | None]:
         """Smallest cost of a baseline, and its arm."""
@@ -182,12 +211,12 @@ class Hindsight:
         return "none" if arm is None or math.isinf(cost) else f"`{arm[0]}` {factor(arm[1], self._look.reference)}"
 
 
-def _cost(run: Mapping[str, Any], share: float, key: str) -> float:
+def _cost(run: Mapping[str, Any], share: float, cost: Cost) -> float:
     curve = run["curve"]
     kl = smooth(curve["kl"])
     reached = (
-        cost
-        for cost, step, value in zip(curve[key], curve["step"], kl, strict=True)
+        spent
+        for spent, step, value in zip(cost(curve), curve["step"], kl, strict=True)
         if step > 0 and value <= share * kl[0]
     )
     return next(reached, math.inf)
@@ -196,8 +225,8 @@ def _cost(run: Mapping[str, Any], share: float, key: str) -> float:
 def hindsight_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_SHARES) -> str:
     """Cost of the baseline that is fastest in hindsight, divided by that of the look-ahead."""
     rows = []
-    for key, name in COSTS.items():
-        known = Hindsight(results, key)
+    for name, cost in costs().items():
+        known = Hindsight(results, cost)
         for task in Lookup(results).tasks:
             label = f"`{task.split(':')[1]}`"
             for strategy in opening(results):
@@ -208,13 +237,13 @@ def hindsight_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_
 
 def readme_table(results: Mapping[str, Any]) -> str:
     """The look-aheads against the fastest baseline in hindsight: the table of the README."""
-    known = {name: Hindsight(results, key) for key, name in COSTS.items()}
+    known = {name.partition(" (")[0]: Hindsight(results, cost) for name, cost in costs().items()}
     rows = []
     for task in Lookup(results).tasks:
         for strategy, label, cost in (
             ("newton_search", "AdamW", "net seconds"),
             ("newton_search-schedule-free", "schedule-free AdamW", "net seconds"),
-            ("newton_search-2", "AdamW, 2 updates per batch of rollouts", "sampled tokens"),
+            ("newton_search-schedule-free-3", "the same, 3 updates per batch of rollouts", "priced seconds"),
         ):
             cells = [known[cost].ratios(task, strategy, share) for share in FEW_SHARES]
             rows.append([f"`{task.split(':')[1]}`", label, cost, *cells])
