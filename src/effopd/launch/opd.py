@@ -31,14 +31,16 @@ from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
     STAGES,
+    STUDENT,
     NamedModel,
     check_lengths,
-    check_student_adapter,
     frozen_models,
+    frozen_on_meta,
     kept_columns,
     loading_arguments,
     on_meta,
     tokenizer_of,
+    with_adapter,
 )
 from effopd.launch.served import served_teacher
 from effopd.launch.settings_yaml import plain, settings_yaml
@@ -169,13 +171,13 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
     """
     model, opd = settings.model, settings.opd
     student, other = loading_arguments(model, opd)
-    models = [on_meta("--model_name_or_path", str(model.model_name_or_path), student, opd)]
-    models += [on_meta(flag, name, other, opd) for flag, name in frozen_models(opd).items()]
-    check_student_adapter(model, models[0], student, opd)
+    trained = on_meta(STUDENT, str(model.model_name_or_path), student, opd)
+    frozen = frozen_on_meta(frozen_models(opd), other, opd, trained, student)
+    trained = with_adapter(model, trained, student, opd)
     if settings.effopd.enabled and not model.use_peft:
-        names = (name for name, _ in models[0].meta.named_parameters())
+        names = (name for name, _ in trained.meta.named_parameters())
         select(names, str(settings.effopd.parameters), "the student")
-    return models
+    return [trained, *frozen]
 
 
 def check_prompts(
