@@ -13,7 +13,7 @@ from trl import ModelConfig
 from effopd.launch.adapters import adapter_config, trained_parameters
 from effopd.launch.meta_model import model_of
 from effopd.launch.model_size import ModelSize
-from effopd.launch.model_states import FP32, model_state_bytes, sampled_whole, zero_state_bytes
+from effopd.launch.model_states import FP32, REPLICATED, Sharding, fsdp2, model_state_bytes, sampled_whole, zero
 from effopd.launch.opd import RunSettings
 from effopd.launch.prompts import evaluates
 from effopd.launch.rl import RLRunSettings, teacher_of
@@ -41,6 +41,16 @@ class Setup:
     ranks: int = 1
     sharded: bool = False
     zero: int = 0
+
+    def sharding(self, *, half: bool) -> Sharding:
+        """Which model states the ranks share.
+
+        Args:
+            half: whether the run trains in bf16 or fp16.
+        """
+        if self.zero:
+            return zero(self.zero, self.ranks, half=half)
+        return fsdp2(self.ranks) if self.sharded else REPLICATED
 
 
 #: The estimated setups.
@@ -196,8 +206,9 @@ def _estimated(
         "weight_bytes": weight_bytes,
         "optim": str(getattr(args.optim, "value", args.optim)),
     }
+    half = bool(args.bf16 or args.fp16)
     columns = [
-        _states(setup, student, held, args, given) | {"process": PROCESS}
+        model_state_bytes(student, held, setup.sharding(half=half), **given) | {"process": PROCESS}
         for setup, held in zip(SETUPS, frozen, strict=True)
     ]
     if student.config is None:
@@ -213,14 +224,6 @@ def _estimated(
     ]
     shown = [_shown(each) | ({"teacher in use": visiting} if visiting else {}) for each in steps]
     return MemoryEstimate([a | b for a, b in zip(columns, shown, strict=True)], peaks, prompts, True)
-
-
-def _states(setup: Setup, student: ModelSize, frozen: int, args: Any, given: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the model states in a setup, by purpose."""
-    if setup.zero:
-        half = bool(args.bf16 or args.fp16)
-        return zero_state_bytes(student, frozen, setup.zero, ranks=setup.ranks, half=half, **given)
-    return model_state_bytes(student, frozen, ranks=setup.ranks, sharded=setup.sharded, **given)
 
 
 def _shown(step: StepMemory) -> dict[str, int]:
