@@ -121,17 +121,7 @@ def check_settings(settings: RunSettings) -> None:
     check_values(settings.task)
     check_packages(settings.task)
     check_values(effopd, "effopd.")
-    names = {
-        "--model_name_or_path": settings.model.model_name_or_path,
-        "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
-    }
-    if (opd.offline or opd.served or opd.teacher_sources) and opd.teacher_model_name_or_path is None:
-        del names["--teacher_model_name_or_path"]
-    names |= {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
-    names |= {f"{STAGES} ({stage})": name for stage, name in opd.stage_teachers.items()}
-    if opd.reference_model_name_or_path is not None:
-        names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
-    check_run(settings.model, opd, names)
+    check_run(settings.model, opd, model_names(settings))
     _check_resumed_teachers(settings)
     usable_device(effopd.anchor_device)
     if opd.eval_on_start is None:  # evaluate before the first jump
@@ -142,6 +132,22 @@ def check_settings(settings: RunSettings) -> None:
         check_deepspeed(opd, lora=settings.model.use_peft)
     if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
+
+
+def model_names(settings: RunSettings) -> dict[str, str | None]:
+    """Flag → folder or Hub id of every model that the settings name; `None`: a missing name."""
+    opd = settings.opd
+    names = {
+        STUDENT: settings.model.model_name_or_path,
+        "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
+    }
+    if (opd.offline or opd.served or opd.teacher_sources) and opd.teacher_model_name_or_path is None:
+        del names["--teacher_model_name_or_path"]
+    names |= {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
+    names |= {f"{STAGES} ({stage})": name for stage, name in opd.stage_teachers.items()}
+    if opd.reference_model_name_or_path is not None:
+        names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
+    return names
 
 
 def _check_resumed_teachers(settings: RunSettings) -> None:
