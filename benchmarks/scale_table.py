@@ -21,7 +21,7 @@ from transformers import Qwen3Config
 
 from effopd.extrapolate.live_weights import LiveWeights
 from effopd.launch.model_size import ModelSize, size_of
-from effopd.launch.model_states import FP32, model_state_bytes
+from effopd.launch.model_states import FP32, REPLICATED, fsdp2, model_state_bytes
 
 #: Hidden size, layers, heads, MLP width, tied embeddings of the Qwen3 models (8 key-value heads of
 #: 128, vocabulary 151936).
@@ -93,7 +93,7 @@ def memory_table(sizes: dict[str, ModelSize]) -> str:
             moved = size.selected(rule)
             extra = []
             for ranks in RANKS:
-                parts = model_state_bytes(size, 0, ranks=ranks, sharded=ranks > 1, moved=moved)
+                parts = model_state_bytes(size, 0, fsdp2(ranks) if ranks > 1 else REPLICATED, moved=moved)
                 extra.append(f"{(parts['anchor'] + parts['candidate']) / 1e9:.2f} GB")
             gathers = 2 * FP32 * size.parameters / 1e9
             lines.append(f"| {name} | {moved / 1e9:.2f} B | {strategy} | {' | '.join(extra)} | {gathers:.0f} GB |")

@@ -6,25 +6,30 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from helpers.processes import forking_python
 from helpers.tiny_models import make_model, make_tokenizer
 
-from effopd.commands.compare import faults, matching
+from effopd.commands.compare import distinct, faults, matching
 from effopd.commands.main import main
 from effopd.commands.train import parse_train
 from effopd.compare.grid import load_grid
 from effopd.compare.runner import DONE, LOG
-from effopd.errors import ConfigError
+from effopd.distill.offline_store import RolloutStore
+from effopd.errors import CheckpointError, ConfigError
 from effopd.report import compare_figures
 from effopd.tasks.builtin_models import OTHER_MODELS, WEIGHTS, other_models_path, smollm2_path
 
 pytestmark = pytest.mark.slow
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+#: Folder of stored answers that recipes read.
+STORED = "runs/neighbour-traces"
 
 
 def plan_of(root: Path, **changes) -> Path:
@@ -195,15 +200,77 @@ def test_a_grid_goes_on_from_the_results_of_another_machine(grid, root, launcher
         ({"strategies": {"plain": {}, "typo": {"effopd": {"strategy": "fixd"}}}}, "typo.*fixd"),
         ({"strategies": {"plain": {}, "exopd": {"lambda_extrapolation": 1.25}}}, "exopd.*reference"),
         ({"base": {"model_name_or_path": "s", "teacher_model_name_or_path": "t"}}, "must evaluate"),
+        ({"seeds": [0, -1]}, "seed -1: .*seed"),
+        ({"seeds": [0, 2**32]}, "seed 4294967296: .*seed"),
+        ({"seeds": [0, "two"]}, "seed two: .*seed"),
+        ({"seeds": [0, 1.5]}, "seed 1.5: .*seed"),
+        ({"strategies": {"plain": {"learning_rate_factors": [1, float("inf")]}}}, "rate inf, seed 0: .*learning_rate"),
+        (
+            {
+                "strategies": {
+                    "plain": {
+                        "learning_rate_factors": [1, 0.1],
+                        "lr_scheduler_type": "polynomial",
+                        "lr_scheduler_kwargs": {"lr_end": 5e-4},
+                    }
+                }
+            },
+            "rate 0.0001, seed 0: .*lr_end",
+        ),
+        (
+            {
+                "seeds": [0, 1],
+                "strategies": {
+                    "plain": {},
+                    "other": {"reference_model_name_or_path": "{seed}/a/b", "lambda_extrapolation": 1.25},
+                },
+            },
+            "other.*--reference_model_name_or_path '0/a/b'",
+        ),
+        ({"strategies": {"plain": {}, "other": {"effopd": "line_search"}}}, "other.*effopd"),
     ],
 )
 def test_a_typo_is_found_before_anything_runs(root, changes, message, capsys):
     plan = plan_of(root, output_dir=str(root / "never"), **changes)
     assert main(["compare", str(plan)]) == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err)
     assert not (root / "never").exists()
+
+
+def test_each_configuration_is_checked_once(tmp_path):
+    """Learning rates and texts with `{seed}` make configurations; a seed alone is checked once."""
+    strategies = {
+        "plain": {"learning_rate_factors": [1, 3]},
+        "effopd": {"effopd": {"strategy": "line_search"}},
+        "read": {"prompt_suffix": "{seed}", "learning_rate_factors": [1, 3]},
+    }
+    runs = load_grid(plan_of(tmp_path, seeds=[0, 1, 2], strategies=strategies)).runs()
+    found = [(run.strategy, run.learning_rate, run.seed) for run in distinct(runs)]
+    every = [("plain", 1e-3), ("plain", 3e-3), ("read", 1e-3), ("read", 3e-3)]
+    assert found[:5] == [("effopd", 1e-3, 0), *((*arm, 0) for arm in every)]
+    for seed, rest in ((1, found[5:9]), (2, found[9:])):
+        assert rest == [("effopd", 1e-3, seed), ("plain", 1e-3, seed), *((*arm, seed) for arm in every[2:])]
+    assert not list(distinct([]))
+
+
+def test_stored_rollouts_of_every_seed_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    offline = {"rollouts": "cache/seed-{seed}", "evaluation_teacher": True}
+    plan = plan_of(tmp_path, seeds=[0, 1], strategies={"plain": {}, "offline": offline})
+    checked = []
+    monkeypatch.setattr(RolloutStore, "header", lambda store: checked.append(store.folder.name) or missing(store))
+
+    def missing(store):
+        if store.folder.name == "seed-1":
+            raise CheckpointError(f"--rollouts {store.folder} is not a folder")
+        return SimpleNamespace(sampler="student", sampling={}, task={})
+
+    monkeypatch.setattr("effopd.launch.offline.check_sampling", lambda opd, header: None)
+    for name in ("student", "teacher"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    ((run, error),) = faults(load_grid(plan).runs())
+    assert (run.strategy, run.seed) == ("offline", 1) and checked == ["seed-0", "seed-1"]
+    assert "seed 1: --rollouts cache/seed-1 is not a folder" in str(error)
 
 
 def test_wrong_calls_are_explained(root, tmp_path, capsys):
@@ -226,15 +293,19 @@ def test_wrong_calls_are_explained(root, tmp_path, capsys):
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("compare-*.yaml")))
 def test_the_shipped_plans_pass_a_dry_run(recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # no stored answers here
     for folder in (smollm2_path(), *(other_models_path() / name for name in OTHER_MODELS)):
         folder.mkdir(parents=True)
         for name in ("source.json", "config.json", WEIGHTS):  # as if there; a dry run reads none of them
             (folder / name).write_text("{}")
     plan = yaml.safe_load((RECIPES / recipe).read_text())
-    lacking = {name for name, settings in plan["strategies"].items() if not importable(settings)}
-    if lacking:  # optional optimizers that are not installed here
+    for name in re.findall(r"\bruns/(?:held-out|smollm2)/[\w/.-]+", str(plan)):
+        Path(name).mkdir(parents=True, exist_ok=True)
+    lacking = {name for name, settings in plan["strategies"].items() if not available(settings)}
+    if lacking:  # optional optimizers that are not installed here, or stored answers
         assert main(["compare", str(RECIPES / recipe), "--dry_run"]) != 0
-        assert "pip install" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "pip install" in error or STORED in error
     plan["strategies"] = {name: settings for name, settings in plan["strategies"].items() if name not in lacking}
     plan["baselines"] = [name for name in plan.get("baselines", []) if name not in lacking]
     (tmp_path / recipe).write_text(yaml.safe_dump(plan))
@@ -242,8 +313,10 @@ def test_the_shipped_plans_pass_a_dry_run(recipe, capsys, tmp_path, monkeypatch)
     assert "plain" in capsys.readouterr().out
 
 
-def importable(settings):
-    """Whether the package of an arm's optimizer is installed."""
+def available(settings):
+    """Whether an arm reads no stored answers and the package of its optimizer is installed."""
+    if STORED in json.dumps(settings):
+        return False
     return importlib.util.find_spec(settings.get("optimizer_class", "torch").partition(":")[0]) is not None
 
 

@@ -22,7 +22,7 @@ from effopd.launch.memory_estimate import (
     teacher_choices,
 )
 from effopd.launch.model_size import ModelSize, model_size, size_of
-from effopd.launch.model_states import model_state_bytes, optimizer_state_bytes, sampled_whole, zero_state_bytes
+from effopd.launch.model_states import REPLICATED, fsdp2, model_state_bytes, optimizer_state_bytes, sampled_whole, zero
 from effopd.launch.opd import RunSettings
 from effopd.launch.run_models import loading_arguments
 from effopd.launch.step_memory import StepMemory, StepShape, saved_bytes, step_memory
@@ -68,8 +68,8 @@ def test_a_search_over_adapters_holds_their_factors_only():
 def test_sharding_divides_everything_but_the_teacher():
     size = ModelSize(8_000_000, "name")
     whole = model_state_bytes(size, 1000, moved=size.parameters)
-    shared = model_state_bytes(size, 1000, moved=size.parameters, ranks=8, sharded=True)
-    assert whole == model_state_bytes(size, 1000, moved=size.parameters, ranks=8)  # DDP
+    shared = model_state_bytes(size, 1000, fsdp2(8), moved=size.parameters)
+    assert SETUPS[0].sharding(half=True) == REPLICATED  # DDP
     assert shared.pop("teacher") == whole.pop("teacher") == 1000
     assert {name: 8 * value for name, value in shared.items()} == whole
     assert "anchor" not in model_state_bytes(size, 0)  # plain OPD
@@ -89,7 +89,7 @@ def test_sharding_divides_everything_but_the_teacher():
 def test_zero_divides_moments_then_gradients_then_weights(stage, half, weights, gradients):
     """Bytes per parameter, times 8 ranks: the masters are fp32 and sharded in every stage."""
     size = ModelSize(8_000_000, "name", layers=4)
-    found = zero_state_bytes(size, 1000, stage, ranks=8, half=half, moved=8_000_000)
+    found = model_state_bytes(size, 1000, zero(stage, 8, half=half), moved=8_000_000)
     million = {name: value / 1e6 for name, value in found.items()}
     states = {"weights": weights, "gradients": gradients, "masters": 4, "optimizer": 8, "anchor": 4, "candidate": 4}
     gathered = {"gathered": 2 * (2 if half else 4) * 8 / 4} if stage == 3 else {}
@@ -98,8 +98,50 @@ def test_zero_divides_moments_then_gradients_then_weights(stage, half, weights, 
 
 def test_zero_counts_adapters_quantized_weights_and_other_optimizers():
     size = ModelSize(1000, "name")
-    found = zero_state_bytes(size, 0, 2, ranks=4, half=True, trained=80, weight_bytes=0.5, optim="sgd")
+    sharding = zero(2, 4, half=True)
+    found = model_state_bytes(size, 0, sharding, trained=80, weight_bytes=0.5, optim="sgd")
     assert found == {"weights": 660, "gradients": 120, "masters": 80, "optimizer": 0, "teacher": 0}
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("trained", [None, 77])
+@pytest.mark.parametrize("moved", [None, 555])
+def test_properties_of_the_stages_of_zero(half, trained, moved):
+    """Every stage shards what the one before shards; one rank shares nothing; nothing is lost."""
+    size = ModelSize(1001, "name", layers=3)
+    given = {"trained": trained, "moved": moved, "weight_bytes": 4, "optim": "adamw"}
+
+    def states(stage, ranks, **more):
+        found = model_state_bytes(size, 10, zero(stage, ranks, half=half), **{**given, **more})
+        gathered = found.pop("gathered", 0)
+        assert (gathered > 0) == (stage == 3)
+        return found
+
+    alone, one, two, three = states(1, 1), *(states(stage, 8) for stage in (1, 2, 3))
+    assert states(2, 1) == states(3, 1) == alone
+    assert all(one[name] >= two[name] >= three[name] for name in alone)
+    assert {name for name in alone if one[name] != two[name]} == {"gradients"}
+    assert {name for name in alone if two[name] != three[name]} == {"weights"}
+    for name in alone.keys() - {"teacher"}:  # in stage 3 all ranks together hold each state once
+        assert alone[name] <= 8 * three[name] < alone[name] + 2 * 8
+    # what does not depend on the precision is that of DDP, and in fp32 the weights too
+    replicated = model_state_bytes(size, 10, **given)
+    same = {"optimizer", "teacher", "anchor", "candidate"} | ({"weights"} if not half else set())
+    assert {name: alone[name] for name in same & alone.keys()} == {
+        name: replicated[name] for name in same & replicated.keys()
+    }
+    assert alone["gradients"] == replicated["gradients"] // (2 if half else 1) + alone["masters"]
+    assert states(3, 8, anchor_here=False).get("anchor", 0) == 0
+
+
+@pytest.mark.parametrize("trained", [None, 80])
+def test_one_rank_of_fsdp_holds_what_a_process_holds(trained):
+    size = ModelSize(1000, "name", layers=4)
+    given = {"moved": 500, "trained": trained, "weight_bytes": 0.5}
+    found, alone = model_state_bytes(size, 7, fsdp2(1), **given), model_state_bytes(size, 7, **given)
+    assert found.pop("gathered") == 1000 and found == alone
+    eight = model_state_bytes(size, 7, fsdp2(8), **given)
+    assert eight["anchor"] == (250 if trained is None else 2000)  # of adapters, every rank holds it all
 
 
 def test_a_dry_run_shows_the_stages_of_zero(tmp_path):

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -177,42 +177,84 @@ def matching(grid: Grid, runs: Sequence[PlannedRun], patterns: Sequence[str]) ->
     return list(chosen.values()) if patterns else list(runs)
 
 
-def faults(runs: Iterable[PlannedRun]) -> Iterator[tuple[PlannedRun, ConfigError]]:
-    """Check the settings of the first run per task and strategy; yield the faulty runs.
+def distinct(runs: Iterable[PlannedRun]) -> Iterator[PlannedRun]:
+    """Runs to check: the first of each configuration, and the first of each seed.
 
-    A run is faulty if a setting is unknown or out of range, if a built-in model or a package is
-    missing, or if it does not evaluate at the start.
+    Two runs have the same configuration if they differ only in their seeds and folder. Runs of an
+    arm differ in more if they have other learning rates, or texts with `{seed}`.
     """
+    seen: set[str] = set()
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if key not in _OF_A_SEED}
+        searches = isinstance(settings.get("effopd"), Mapping)
+        if searches:
+            settings["effopd"] = {key: value for key, value in settings["effopd"].items() if key != "seed"}
+        keys = {json.dumps(settings, sort_keys=True, default=str), f"seed {run.seed!r} {searches}"}
+        if keys - seen:
+            seen |= keys
+            yield run
+
+
+#: Settings of a run that follow from its seed and place.
+_OF_A_SEED = ("seed", "task_seed", "output_dir")
+
+
+def faults(runs: Iterable[PlannedRun]) -> Iterator[tuple[PlannedRun, ConfigError]]:
+    """Check each distinct configuration; yield the faulty runs, at most one per task and strategy.
+
+    A run is faulty if a setting is unknown or out of range, if a model folder, stored rollouts or a
+    package is missing, or if it does not evaluate at the start.
+    """
+    passed: set[tuple[str, str]] = set()
+    faulty: set[tuple[str, str]] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for run in distinct(runs):
+            arm = (run.task, run.strategy)
+            if arm in faulty:
+                continue
+            error = _fault(run, Path(folder) / "run.yaml")
+            if error is None:
+                passed.add(arm)
+                continue
+            faulty.add(arm)
+            place = f"strategy '{run.strategy}', task '{run.task}'"
+            if arm in passed:  # the fault is not that of the whole arm
+                place += f", learning rate {run.learning_rate:.3g}, seed {run.seed}"
+            fault = ConfigError(f"{place}: {error}")
+            fault.__cause__ = error
+            yield run, fault
+
+
+def _fault(run: PlannedRun, path: Path) -> EffOPDError | None:
+    """The error of a run's settings, which are written to `path`; `None` if they pass."""
     from effopd.commands.train import parse_train
+    from effopd.distill.offline_store import RolloutStore
+    from effopd.launch.offline import check_offline_settings
+    from effopd.launch.opd import model_names
     from effopd.launch.optimizer_checks import check_copies, check_optimizer
+    from effopd.launch.preflight import check_model_name
     from effopd.tasks import check_packages
 
-    first: dict[tuple[str, str], PlannedRun] = {}
-    for run in runs:
-        first.setdefault((run.task, run.strategy), run)
-    with tempfile.TemporaryDirectory() as folder:
-        for run in first.values():
-            path = Path(folder) / "run.yaml"
-            path.write_text(yaml.safe_dump(run.settings))
-            try:
-                settings = parse_train(["--config", str(path)])
-                check_packages(settings.task)
-                check_optimizer(settings.opd)
-                if settings.effopd.enabled:
-                    check_copies(settings.opd, lora=settings.model.use_peft)
-            except EffOPDError as error:
-                fault = ConfigError(f"strategy '{run.strategy}', task '{run.task}': {error}")
-                fault.__cause__ = error
-                yield run, fault
-                continue
-            if settings.opd.eval_strategy == "no" or not settings.opd.eval_on_start:
-                yield (
-                    run,
-                    ConfigError(
-                        "the plan's base must evaluate, because time-to-target is read off the evaluations. "
-                        "Set eval_strategy: steps, eval_steps: N, eval_on_start: true."
-                    ),
-                )
+    path.write_text(yaml.safe_dump(run.settings))
+    try:
+        settings = parse_train(["--config", str(path)])
+        check_packages(settings.task)
+        for flag, name in model_names(settings).items():
+            check_model_name(flag, name)
+        check_optimizer(settings.opd)
+        if settings.effopd.enabled:
+            check_copies(settings.opd, lora=settings.model.use_peft)
+        check_offline_settings(settings.opd, settings.effopd)
+        if settings.opd.traces is not None:
+            RolloutStore(settings.opd.traces).header()
+    except EffOPDError as error:
+        return error
+    if settings.opd.eval_strategy == "no" or not settings.opd.eval_on_start:
+        return ConfigError(
+            "the plan's base must evaluate, because time-to-target is read off the evaluations. "
+            "Set eval_strategy: steps, eval_steps: N, eval_on_start: true."
+        )
+    return None
 
 
 def remarks(others: Iterable[PlannedRun]) -> list[str]:

@@ -186,7 +186,7 @@ class Grid:
         settings |= {
             "task": task, "learning_rate": rate, "seed": seed, "task_seed": seed, "output_dir": str(path)
         }  # fmt: skip
-        if settings.get("effopd"):
+        if isinstance(settings.get("effopd"), Mapping) and settings["effopd"]:
             settings["effopd"] = {**settings["effopd"], "seed": seed}
         return PlannedRun(task, strategy, rate, seed, path, settings)
 

@@ -39,18 +39,21 @@ def adapter_config(model: ModelConfig) -> Any:
     return config
 
 
-def check_adapter(model: ModelConfig, student: PreTrainedModel) -> None:
+def check_adapter(model: ModelConfig, student: PreTrainedModel) -> int | None:
     """Check that the names in the LoRA flags exist in the student and exclude its head.
 
     Args:
         student: a model on the meta device. PEFT modifies it.
+
+    Returns:
+        Number of parameters that the adapter trains; `None` without `use_peft`.
 
     Raises:
         ConfigError: the student lacks a name, PEFT cannot adapt a module, or the head is adapted.
     """
     config = adapter_config(model)
     if config is None:
-        return
+        return None
     modules = [name for name, _ in student.named_modules() if name]
     for flag, names in (
         ("--lora_target_modules", config.target_modules),
@@ -66,17 +69,14 @@ def check_adapter(model: ModelConfig, student: PreTrainedModel) -> None:
             raise ConfigError(
                 f"--lora_target_parameters: the model has no parameter {name!r}.{_close(name, parameters)}"
             )
-    _check_by_peft(config, student, modules)
+    return _trained(_checked_by_peft(config, student, modules))
 
 
-def _check_by_peft(config: Any, student: PreTrainedModel, modules: list[str]) -> None:
-    from peft import get_peft_model
+def _checked_by_peft(config: Any, student: PreTrainedModel, modules: list[str]) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            adapted: Any = get_peft_model(student, config)
+        adapted = _adapted(config, student)
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, re.error) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -89,6 +89,7 @@ def _check_by_peft(config: Any, student: PreTrainedModel, modules: list[str]) ->
             f"--lora_target_modules {_shown(config)} includes the output head. The loss reads the head's weights "
             "directly, so an adapter on it is not trained. Leave the head out."
         )
+    return adapted
 
 
 def trained_parameters(config: Any, student: PreTrainedModel) -> int:
@@ -98,11 +99,18 @@ def trained_parameters(config: Any, student: PreTrainedModel) -> int:
         config: PEFT configuration.
         student: a model on the meta device. PEFT modifies it.
     """
+    return _trained(_adapted(config, student))
+
+
+def _adapted(config: Any, student: PreTrainedModel) -> Any:
     from peft import get_peft_model
 
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        adapted: Any = get_peft_model(student, config)
+        return get_peft_model(student, config)
+
+
+def _trained(adapted: Any) -> int:
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
-from effopd.launch.memory_estimate import NOT_COUNTED, SETUPS, MemoryEstimate, estimate_memory, teacher_choices
-from effopd.launch.model_size import model_size
+from effopd.launch.memory_estimate import (
+    NOT_COUNTED,
+    SETUPS,
+    MemoryEstimate,
+    estimate_memory,
+    sizes_of,
+    teacher_choices,
+)
+from effopd.launch.model_size import ModelSize
 from effopd.launch.offline import Stored, check_answers, rollouts_text, stored_rollouts
 from effopd.launch.opd import (
     RunSettings,
@@ -28,7 +35,7 @@ from effopd.launch.opd import (
 )
 from effopd.launch.prompts import Prompts, evaluates, load_prompts
 from effopd.launch.run_checks import check_space
-from effopd.launch.run_models import NamedModel, check_lengths, frozen_models, kept_columns, tokenizer_of
+from effopd.launch.run_models import NamedModel, RunSizes, check_lengths, frozen_models, kept_columns, tokenizer_of
 from effopd.launch.served import served_text
 from effopd.tasks import check_grading, needs_network
 from effopd.tasks.code.rows import shapes_text
@@ -41,9 +48,10 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     Raises:
         EffOPDError: a check of the run fails.
     """
-    rows, stored, served = _checked(settings)
-    estimate = estimate_memory(settings, rows.longest if rows else None)
-    return run_table(_run_rows(settings, rows, stored, served)), memory_table(estimate)
+    checked = _checked(settings)
+    sizes = sizes_of(settings, checked.models)
+    estimate = estimate_memory(settings, checked.rows.longest if checked.rows else None, sizes)
+    return run_table(_run_rows(settings, checked, sizes)), memory_table(estimate)
 
 
 def run_table(rows: Iterable[tuple[str, str]]) -> Table:
@@ -60,11 +68,24 @@ def print_plan(tables: Iterable[Table]) -> None:
         Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None, str]:
-    """Run the checks; return (prompts, stored rollouts, line on the teacher's server).
+class _Checked(NamedTuple):
+    """Results of the checks.
 
-    The prompts are `None` if loading them needs the network.
+    Attributes:
+        models: models on the meta device, the student first; empty if one is not on disk.
+        rows: prompts. `None`: loading them needs the network.
+        stored: stored rollouts.
+        served: line on the teacher's server; "" without one.
     """
+
+    models: list[NamedModel]
+    rows: Prompts | None
+    stored: Stored | None
+    served: str
+
+
+def _checked(settings: RunSettings) -> _Checked:
+    """Run the checks."""
     model, task, opd, effopd = settings.model, settings.task, settings.opd, settings.effopd
     check_settings(settings)
     on_disk = _models_on_disk(settings)
@@ -75,14 +96,14 @@ def _checked(settings: RunSettings) -> tuple[Prompts | None, Stored | None, str]
     if needs_network(task):
         if why_answers(opd, effopd) or task.verifier is not None:
             check_grading(task)
-        return None, stored, _server(settings, tokenizer, models, None)
+        return _Checked(models, None, stored, _server(settings, tokenizer, models, None))
     rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
     check_prompts(settings, rows.train, stored, rows.held_out)
     rows = rows._replace(longest=max(rows.longest or 0, given, 0 if stored is None else stored.longest) or None)
     if on_disk:
         check_lengths(models, rows.longest, opd.max_completion_length)
         check_space(model, opd, models, len(rows.train), rollouts_per_step(opd), effopd=effopd.enabled)
-    return rows, stored, _server(settings, tokenizer, models, rows.longest)
+    return _Checked(models, rows, stored, _server(settings, tokenizer, models, rows.longest))
 
 
 def _server(settings: RunSettings, tokenizer: Any, models: Sequence[NamedModel], longest: int | None) -> str:
@@ -94,25 +115,21 @@ def _models_on_disk(settings: RunSettings) -> bool:
     return all(Path(name).is_dir() for name in names)
 
 
-def _run_rows(
-    settings: RunSettings, rows: Prompts | None, stored: Stored | None, served: str
-) -> Iterator[tuple[str, str]]:
+def _run_rows(settings: RunSettings, checked: _Checked, sizes: RunSizes) -> Iterator[tuple[str, str]]:
     opd, task, effopd = settings.opd, settings.task, settings.effopd
-    yield (
-        "student",
-        f"{settings.model.model_name_or_path}  {size_text(str(settings.model.model_name_or_path), opd)}",
-    )
+    rows, stored = checked.rows, checked.stored
+    yield "student", f"{settings.model.model_name_or_path}  {size_text(sizes.student)}"
     for flag, name in frozen_models(opd).items():
         role = flag.removeprefix("--").removesuffix("_model_name_or_path").replace("teachers ", "teacher ")
-        yield role, f"{name}  {size_text(name, opd)}{_rows_text(opd, role, rows)}"
-    if choices := teacher_choices(settings):
+        yield role, f"{name}  {size_text(sizes.frozen[flag])}{_rows_text(opd, role, rows)}"
+    if choices := teacher_choices(settings, sizes):
         yield "teacher's weights" if opd.teacher_sources == {} else "teachers' weights", choices
     if stored is not None:
         yield "rollouts", rollouts_text(stored, str(opd.rollouts))
         if not opd.holds_teacher:
             yield "teacher", "none in memory"
-    if served:
-        yield "teacher", served
+    if checked.served:
+        yield "teacher", checked.served
     yield "task", f"{task.task}, {prompts_text(task, opd, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes
@@ -226,9 +243,8 @@ def _gb(value: int) -> str:
     return f"{value / 1e9:,.3g}" if value < 1e12 else f"{value / 1e9:,.0f}"
 
 
-def size_text(name: str, args: Any) -> str:
+def size_text(size: ModelSize | None) -> str:
     """Number of parameters of a model and its source, in words."""
-    size = model_size(name, trust_remote_code=args.trust_remote_code)
     if size is None:
         return "(size unknown)"
     unit, letter = (1e9, "B") if size.parameters >= 1e9 else (1e6, "M")

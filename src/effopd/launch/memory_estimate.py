@@ -12,12 +12,12 @@ from trl import ModelConfig
 
 from effopd.launch.adapters import adapter_config, trained_parameters
 from effopd.launch.meta_model import model_of
-from effopd.launch.model_size import ModelSize, model_size
-from effopd.launch.model_states import FP32, model_state_bytes, sampled_whole, zero_state_bytes
+from effopd.launch.model_size import ModelSize
+from effopd.launch.model_states import FP32, REPLICATED, Sharding, fsdp2, model_state_bytes, sampled_whole, zero
 from effopd.launch.opd import RunSettings
 from effopd.launch.prompts import evaluates
-from effopd.launch.rl import RLRunSettings
-from effopd.launch.run_models import STAGES, frozen_models, loading_arguments
+from effopd.launch.rl import RLRunSettings, teacher_of
+from effopd.launch.run_models import STAGES, NamedModel, RunSizes, frozen_models, loading_arguments, run_sizes
 from effopd.launch.step_memory import PROCESS, StepMemory, StepShape, step_memory
 from effopd.launch.teacher_memory import DTYPE_BYTES, QUANTIZED, TeacherSize, dtype_of, quantization_of
 
@@ -41,6 +41,16 @@ class Setup:
     ranks: int = 1
     sharded: bool = False
     zero: int = 0
+
+    def sharding(self, *, half: bool) -> Sharding:
+        """Which model states the ranks share.
+
+        Args:
+            half: whether the run trains in bf16 or fp16.
+        """
+        if self.zero:
+            return zero(self.zero, self.ranks, half=half)
+        return fsdp2(self.ranks) if self.sharded else REPLICATED
 
 
 #: The estimated setups.
@@ -75,16 +85,28 @@ class MemoryEstimate:
     complete: bool
 
 
-def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimate | None:
+def sizes_of(settings: RunSettings, models: Sequence[NamedModel] = ()) -> RunSizes:
+    """Sizes of the student, the teachers and the reference of a run.
+
+    Args:
+        models: those on the meta device, the student first; `model_size` measures the others.
+    """
+    return run_sizes(str(settings.model.model_name_or_path), frozen_models(settings.opd), settings.opd, models)
+
+
+def estimate_memory(
+    settings: RunSettings, longest: int | None, sizes: RunSizes | None = None
+) -> MemoryEstimate | None:
     """Memory of a run; `None` if the size of a model is unknown.
 
     Args:
         longest: tokens of the longest prompt. `None`: not measured.
+        sizes: sizes of the models. `None`: those of `sizes_of(settings)`.
     """
     opd, effopd = settings.opd, settings.effopd
     prompt, prompt_source = _prompt_length(settings, longest)
-    student = _size(str(settings.model.model_name_or_path), opd)
-    frozen_sizes = _held({flag: _size(name, opd) for flag, name in frozen_models(opd).items()})
+    sizes = sizes or sizes_of(settings)
+    student, frozen_sizes = sizes.student, _held(sizes.frozen)
     others = [size for size in frozen_sizes if size is not None]
     if student is None or len(others) < len(frozen_sizes):
         return None
@@ -98,13 +120,16 @@ def estimate_memory(settings: RunSettings, longest: int | None) -> MemoryEstimat
         others[0].config if others else None,
         step_shape(settings, prompt),
         prompt_source,
+        adapter=_adapter(settings.model, student, sizes.trained),
         visiting=_frozen_bytes(opd, measured, frozen_init)[1],
         moved=student.selected(str(effopd.parameters)) if effopd.enabled else None,
         anchor_here=effopd.anchor_device is None,
     )
 
 
-def estimate_rl_memory(settings: RLRunSettings, longest: int | None) -> MemoryEstimate | None:
+def estimate_rl_memory(
+    settings: RLRunSettings, longest: int | None, sizes: RunSizes | None = None
+) -> MemoryEstimate | None:
     """Memory of a reinforcement-learning run; `None` if the size of a model is unknown.
 
     All answers of a generation batch are sampled at once, so sampling has `steps_per_generation`
@@ -114,16 +139,17 @@ def estimate_rl_memory(settings: RLRunSettings, longest: int | None) -> MemoryEs
 
     Args:
         longest: tokens of the longest prompt. `None`: not measured.
+        sizes: sizes of the models. `None`: those of `model_size`.
     """
     rl = settings.rl
     prompt, prompt_source = _prompt_length(settings, longest)
-    student = _size(str(settings.model.model_name_or_path), rl)
+    sizes = sizes or run_sizes(str(settings.model.model_name_or_path), teacher_of(rl), rl)
+    student, teacher = sizes.student, next(iter(sizes.frozen.values()), None)
     student_init, teacher_init = loading_arguments(settings.model, rl)
-    name = getattr(rl, "teacher_model_name_or_path", None)
-    frozen = _size(name, rl) if name else student if rl.beta and not settings.model.use_peft else None
-    if student is None or (name and frozen is None):
+    frozen = teacher if sizes.frozen else student if rl.beta and not settings.model.use_peft else None
+    if student is None or (sizes.frozen and frozen is None):
         return None
-    dtype = dtype_of({"dtype": "auto"} | teacher_init if name else student_init)
+    dtype = dtype_of({"dtype": "auto"} | teacher_init if sizes.frozen else student_init)
     shape = StepShape(
         rows=rl.per_device_train_batch_size,
         prompt=prompt,
@@ -136,7 +162,8 @@ def estimate_rl_memory(settings: RLRunSettings, longest: int | None) -> MemoryEs
     )
     held = 0 if frozen is None else DTYPE_BYTES[dtype] * frozen.parameters
     config = frozen.config if frozen is not None else None
-    estimate = _estimated(settings, rl, student, [held] * len(SETUPS), config, shape, prompt_source)
+    adapter = _adapter(settings.model, student, sizes.trained)
+    estimate = _estimated(settings, rl, student, [held] * len(SETUPS), config, shape, prompt_source, adapter=adapter)
     for column in estimate.columns:
         bytes_held = column.pop("teacher")
         column |= {"frozen": bytes_held} if bytes_held else {}
@@ -152,6 +179,7 @@ def _estimated(
     shape: StepShape,
     prompts: str,
     *,
+    adapter: tuple[Any, int | None],
     visiting: int = 0,
     moved: int | None = None,
     anchor_here: bool = True,
@@ -162,6 +190,7 @@ def _estimated(
         frozen: bytes of the frozen models, one entry per setup of `SETUPS`.
         teacher: configuration of the frozen model that scores. `None`: none, or not available.
         prompts: the assumed prompt length and its source, in words.
+        adapter: PEFT configuration and number of parameters it trains, as `_adapter` returns them.
         visiting: further bytes while an offloaded teacher is in use.
         moved: number of parameters moved by the look-ahead without adapters. `None`: no look-ahead.
         anchor_here: as for `model_state_bytes`.
@@ -169,7 +198,7 @@ def _estimated(
     student_bytes = DTYPE_BYTES.get(dtype_of(loading_arguments(settings.model, args)[0]), FP32)
     quantized = (size for name, size in QUANTIZED.items() if getattr(settings.model, f"load_in_{name}"))
     weight_bytes = next(quantized, student_bytes)
-    adapter, trained = _adapter(settings.model, student)
+    peft_config, trained = adapter
     given: dict[str, Any] = {
         "moved": moved if trained is None or moved is None else trained,
         "anchor_here": anchor_here,
@@ -177,13 +206,15 @@ def _estimated(
         "weight_bytes": weight_bytes,
         "optim": str(getattr(args.optim, "value", args.optim)),
     }
+    half = bool(args.bf16 or args.fp16)
     columns = [
-        _states(setup, student, held, args, given) | {"process": PROCESS}
+        model_state_bytes(student, held, setup.sharding(half=half), **given) | {"process": PROCESS}
         for setup, held in zip(SETUPS, frozen, strict=True)
     ]
     if student.config is None:
         return MemoryEstimate(columns, [sum(column.values()) for column in columns], prompts, False)
-    step = step_memory(student.config, teacher, shape, attention=settings.model.attn_implementation, adapter=adapter)
+    attention = settings.model.attn_implementation
+    step = step_memory(student.config, teacher, shape, attention=attention, adapter=peft_config)
     accumulates = args.gradient_accumulation_steps > 1
     whole = sampled_whole(student, args)
     steps = [step.sampled_with(whole) if setup.zero == 3 else step for setup in SETUPS]
@@ -193,14 +224,6 @@ def _estimated(
     ]
     shown = [_shown(each) | ({"teacher in use": visiting} if visiting else {}) for each in steps]
     return MemoryEstimate([a | b for a, b in zip(columns, shown, strict=True)], peaks, prompts, True)
-
-
-def _states(setup: Setup, student: ModelSize, frozen: int, args: Any, given: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the model states in a setup, by purpose."""
-    if setup.zero:
-        half = bool(args.bf16 or args.fp16)
-        return zero_state_bytes(student, frozen, setup.zero, ranks=setup.ranks, half=half, **given)
-    return model_state_bytes(student, frozen, ranks=setup.ranks, sharded=setup.sharded, **given)
 
 
 def _shown(step: StepMemory) -> dict[str, int]:
@@ -244,19 +267,22 @@ def _held_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any],
     return _frozen_bytes(opd, sizes, init, setup.ranks if setup.sharded else 1)[0]
 
 
-def teacher_choices(settings: RunSettings) -> str:
+def teacher_choices(settings: RunSettings, sizes: RunSizes | None = None) -> str:
     """GB of the teachers' weights by choice of `--teacher_…`; "": no teacher, or unknown size.
 
     The first number is that of the teachers that are in memory at the same time.
+
+    Args:
+        sizes: as for `estimate_memory`.
     """
     opd = settings.opd
-    names = [name for flag, name in frozen_models(opd).items() if not flag.startswith("--reference")]
-    sizes = [_size(name, opd) for name in names]
-    if not sizes or None in sizes:
+    frozen = (sizes or sizes_of(settings)).frozen
+    teachers = [size for flag, size in frozen.items() if not flag.startswith("--reference")]
+    if not teachers or None in teachers:
         return ""
     _, init = loading_arguments(settings.model, opd)
     dtype, quantization = dtype_of(init), quantization_of(opd, init)
-    measured = [TeacherSize.of(size) for size in sizes if size is not None]
+    measured = [TeacherSize.of(size) for size in teachers if size is not None]
     weights = [each.weights(dtype, quantization) for each in measured]
     chosen = max(weights) if opd.stage_teachers or opd.teachers_in_memory == "one" else sum(weights)
     totals: dict[str, int] = {}
@@ -317,18 +343,19 @@ def _triton(args: Any) -> bool:
     return is_triton_available() and torch.cuda.is_available() and not args.use_cpu
 
 
-def _size(name: str, opd: Any) -> ModelSize | None:
-    return model_size(name, trust_remote_code=opd.trust_remote_code)
-
-
-def _adapter(model: ModelConfig, student: ModelSize) -> tuple[Any, int | None]:
+def _adapter(model: ModelConfig, student: ModelSize, counted: int | None) -> tuple[Any, int | None]:
     """(PEFT configuration, number of parameters it trains); (None, None) without adapters.
 
     1 % of the parameters is assumed if the student's configuration is not available.
+
+    Args:
+        counted: number of trained parameters. `None`: not counted yet.
     """
     config = adapter_config(model)
     if config is None:
         return None, None
+    if counted is not None:
+        return config, counted
     if student.config is None:
         return config, student.parameters // 100
     return config, trained_parameters(config, model_of("model", "", student.config))

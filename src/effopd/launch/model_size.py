@@ -26,14 +26,19 @@ class ModelSize:
         source: source of this number, 'configuration' or 'name'.
         layers: number of layers; 0 without a configuration.
         names: parameter name → number of elements; empty without a configuration.
-        config: the configuration. `None`: not available.
+        model: the model, which can be on the meta device. `None`: not available.
     """
 
     parameters: int
     source: str
     layers: int = 0
     names: Mapping[str, int] = field(default_factory=dict, repr=False)
-    config: Any = field(default=None, repr=False, compare=False)
+    model: PreTrainedModel | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def config(self) -> Any:
+        """The configuration. `None`: not available."""
+        return None if self.model is None else self.model.config
 
     def selected(self, rule: str) -> int:
         """Number of parameters moved by the look-ahead's `parameters` rule.
@@ -78,4 +83,4 @@ def size_of_model(model: PreTrainedModel) -> ModelSize:
     """Size of a model, which can be on the meta device."""
     names = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers = model.config.get_text_config().num_hidden_layers
-    return ModelSize(model.num_parameters(), "configuration", layers, names, model.config)
+    return ModelSize(model.num_parameters(), "configuration", layers, names, model)

@@ -32,6 +32,7 @@ beyond two layers (`stage3_max_live_parameters`, `stage3_max_reuse_distance`).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from effopd.launch.model_size import ModelSize
@@ -74,12 +75,62 @@ def optimizer_state_bytes(optim: str) -> float:
     return _OPTIMIZER_STATES[max(starts, key=len)] if starts else 8.0
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """Which model states are sharded over the ranks, and the bytes of those that depend on it.
+
+    Attributes:
+        ranks: number of ranks that share the sharded states.
+        weights, gradients, optimizer: whether these states are sharded; anchor and candidate are
+            sharded as the optimizer's.
+        masters: whether ranks share fp32 copies of the trained weights and, during an update, of
+            their gradients. The anchor is then sharded with adapters, too.
+        trained_bytes: bytes per trained weight and its gradient; upper bound of the other weights'.
+        gathered_bytes: bytes per parameter of two gathered layers; 0: no layers are gathered.
+    """
+
+    ranks: int = 1
+    weights: bool = False
+    gradients: bool = False
+    optimizer: bool = False
+    masters: bool = False
+    trained_bytes: int = FP32
+    gathered_bytes: int = 0
+
+
+#: One process, or DDP: every rank holds all states.
+REPLICATED = Sharding()
+
+
+def fsdp2(ranks: int) -> Sharding:
+    """FSDP2: all states are sharded, and two layers are gathered in bf16."""
+    return Sharding(ranks, weights=True, gradients=True, optimizer=True, gathered_bytes=BF16)
+
+
+def zero(stage: int, ranks: int, *, half: bool) -> Sharding:
+    """DeepSpeed ZeRO.
+
+    Args:
+        stage: 1: optimizer states are sharded; 2: gradients too; 3: weights too.
+        half: whether the run trains in bf16 or fp16.
+    """
+    each = BF16 if half else FP32
+    return Sharding(
+        ranks,
+        weights=stage == 3,
+        gradients=stage >= 2,
+        optimizer=True,
+        masters=True,
+        trained_bytes=each,
+        gathered_bytes=each if stage == 3 else 0,
+    )
+
+
 def model_state_bytes(
     student: ModelSize,
     frozen: int,
+    sharding: Sharding = REPLICATED,
     *,
-    ranks: int = 1,
-    sharded: bool = False,
     moved: int | None = None,
     anchor_here: bool = True,
     trained: int | None = None,
@@ -90,8 +141,7 @@ def model_state_bytes(
 
     Args:
         frozen: bytes of the teacher and, if there is one, the reference model.
-        ranks: number of data-parallel processes.
-        sharded: whether parameters are sharded (FSDP2) rather than replicated (DDP).
+        sharding: which states the ranks share.
         moved: number of parameters moved by the look-ahead, with adapters `trained`. `None`: no
             look-ahead.
         anchor_here: whether the anchor is on the device of the parameters.
@@ -99,61 +149,27 @@ def model_state_bytes(
         weight_bytes: bytes per parameter of the student; adapters are fp32.
         optim: name of the optimizer.
     """
-    share, p = (ranks if sharded else 1), student.parameters
+    p, each = student.parameters, sharding.trained_bytes
     updated = p if trained is None else trained
-    states = {
-        "weights": math.ceil((weight_bytes * p + FP32 * (trained or 0)) / share),
-        "gradients": math.ceil(FP32 * updated / share),
-        "optimizer": math.ceil(optimizer_state_bytes(optim) * updated / share),
-        "teacher": frozen,
-    }
+    held = [  # purpose, bytes on all ranks together, whether they are sharded
+        ("weights", min(weight_bytes, each) * p + each * (trained or 0), sharding.weights),
+        ("gradients", each * updated, sharding.gradients),
+    ]
+    if sharding.masters:
+        held += [("gradients", FP32 * updated, True), ("masters", FP32 * updated, True)]
+    held += [("optimizer", optimizer_state_bytes(optim) * updated, sharding.optimizer), ("teacher", frozen, False)]
     if moved is not None:
-        states |= {
-            "anchor": math.ceil(FP32 * moved / (share if trained is None else 1)) * anchor_here,
-            "candidate": math.ceil(FP32 * moved / share),
-        }
-    if sharded and student.layers:
-        states["gathered"] = math.ceil(2 * BF16 * p / student.layers)
-    return states
-
-
-def zero_state_bytes(
-    student: ModelSize,
-    frozen: int,
-    stage: int,
-    *,
-    ranks: int,
-    half: bool,
-    moved: int | None = None,
-    anchor_here: bool = True,
-    trained: int | None = None,
-    weight_bytes: float = FP32,
-    optim: str = "adamw",
-) -> dict[str, int]:
-    """Estimated bytes of the model states on one rank under DeepSpeed ZeRO, by purpose.
-
-    Args:
-        stage: 1: optimizer states are sharded; 2: gradients too; 3: weights too.
-        half: whether the run trains in bf16 or fp16.
-        frozen, ranks, moved, anchor_here, trained, weight_bytes, optim: as for `model_state_bytes`.
-    """
-    p, each = student.parameters, BF16 if half else FP32
-    updated = p if trained is None else trained
-    weights = min(weight_bytes, each) * p + each * (trained or 0)
-    states = {
-        "weights": math.ceil(weights / (ranks if stage == 3 else 1)),
-        "gradients": math.ceil(each * updated / (ranks if stage >= 2 else 1)) + math.ceil(FP32 * updated / ranks),
-        "masters": math.ceil(FP32 * updated / ranks),
-        "optimizer": math.ceil(optimizer_state_bytes(optim) * updated / ranks),
-        "teacher": frozen,
-    }
-    if moved is not None:
-        states |= {
-            "anchor": math.ceil(FP32 * moved / ranks) * anchor_here,
-            "candidate": math.ceil(FP32 * moved / ranks),
-        }
-    if stage == 3 and student.layers:
-        states["gathered"] = math.ceil(2 * each * p / student.layers)
+        # under FSDP2 every rank holds all factors of the adapters
+        anchor_sharded = sharding.optimizer and (trained is None or sharding.masters)
+        held += [
+            ("anchor", FP32 * moved * anchor_here, anchor_sharded),
+            ("candidate", FP32 * moved, sharding.optimizer),
+        ]
+    if sharding.gathered_bytes and student.layers:
+        held.append(("gathered", 2 * sharding.gathered_bytes * p / student.layers, False))
+    states: dict[str, int] = {}
+    for purpose, size, sharded in held:
+        states[purpose] = states.get(purpose, 0) + math.ceil(size / (sharding.ranks if sharded else 1))
     return states
 
 

@@ -31,14 +31,16 @@ from effopd.launch.prompts import evaluates, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
     STAGES,
+    STUDENT,
     NamedModel,
     check_lengths,
-    check_student_adapter,
     frozen_models,
+    frozen_on_meta,
     kept_columns,
     loading_arguments,
     on_meta,
     tokenizer_of,
+    with_adapter,
 )
 from effopd.launch.served import served_teacher
 from effopd.launch.settings_yaml import plain, settings_yaml
@@ -119,17 +121,7 @@ def check_settings(settings: RunSettings) -> None:
     check_values(settings.task)
     check_packages(settings.task)
     check_values(effopd, "effopd.")
-    names = {
-        "--model_name_or_path": settings.model.model_name_or_path,
-        "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
-    }
-    if (opd.offline or opd.served or opd.teacher_sources) and opd.teacher_model_name_or_path is None:
-        del names["--teacher_model_name_or_path"]
-    names |= {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
-    names |= {f"{STAGES} ({stage})": name for stage, name in opd.stage_teachers.items()}
-    if opd.reference_model_name_or_path is not None:
-        names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
-    check_run(settings.model, opd, names)
+    check_run(settings.model, opd, model_names(settings))
     _check_resumed_teachers(settings)
     usable_device(effopd.anchor_device)
     if opd.eval_on_start is None:  # evaluate before the first jump
@@ -140,6 +132,22 @@ def check_settings(settings: RunSettings) -> None:
         check_deepspeed(opd, lora=settings.model.use_peft)
     if effopd.score_rollouts is not None:
         check_rollouts(opd, effopd.score_rollouts)
+
+
+def model_names(settings: RunSettings) -> dict[str, str | None]:
+    """Flag → folder or Hub id of every model that the settings name; `None`: a missing name."""
+    opd = settings.opd
+    names = {
+        STUDENT: settings.model.model_name_or_path,
+        "--teacher_model_name_or_path": opd.teacher_model_name_or_path,
+    }
+    if (opd.offline or opd.served or opd.teacher_sources) and opd.teacher_model_name_or_path is None:
+        del names["--teacher_model_name_or_path"]
+    names |= {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
+    names |= {f"{STAGES} ({stage})": name for stage, name in opd.stage_teachers.items()}
+    if opd.reference_model_name_or_path is not None:
+        names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
+    return names
 
 
 def _check_resumed_teachers(settings: RunSettings) -> None:
@@ -169,13 +177,13 @@ def check_models_of(settings: RunSettings) -> list[NamedModel]:
     """
     model, opd = settings.model, settings.opd
     student, other = loading_arguments(model, opd)
-    models = [on_meta("--model_name_or_path", str(model.model_name_or_path), student, opd)]
-    models += [on_meta(flag, name, other, opd) for flag, name in frozen_models(opd).items()]
-    check_student_adapter(model, models[0], student, opd)
+    trained = on_meta(STUDENT, str(model.model_name_or_path), student, opd)
+    frozen = frozen_on_meta(frozen_models(opd), other, opd, trained, student)
+    trained = with_adapter(model, trained, student, opd)
     if settings.effopd.enabled and not model.use_peft:
-        names = (name for name, _ in models[0].meta.named_parameters())
+        names = (name for name, _ in trained.meta.named_parameters())
         select(names, str(settings.effopd.parameters), "the student")
-    return models
+    return [trained, *frozen]
 
 
 def check_prompts(

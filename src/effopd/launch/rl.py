@@ -16,12 +16,14 @@ from effopd.launch.adapters import adapter_config
 from effopd.launch.prompts import load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
+    STUDENT,
     NamedModel,
     check_lengths,
-    check_student_adapter,
+    frozen_on_meta,
     loading_arguments,
     on_meta,
     tokenizer_of,
+    with_adapter,
 )
 from effopd.launch.settings_yaml import settings_yaml
 from effopd.tasks import Task, TaskConfig, check_packages
@@ -36,6 +38,8 @@ class RLRunSettings:
     rl: TaskGRPOConfig | TaskRLOOConfig
 
 
+#: Flag of the teacher of dGRPO.
+TEACHER = "--teacher_model_name_or_path"
 #: Sentence of errors about rows without answers.
 WHY_ANSWERS = "Answers are needed because the reward compares with them."
 
@@ -86,9 +90,9 @@ def check_settings(settings: RLRunSettings) -> dict[str, str]:
     model, task, rl = settings.model, settings.task, settings.rl
     check_values(task)
     check_packages(task)
-    names = {"--model_name_or_path": model.model_name_or_path}
+    names = {STUDENT: model.model_name_or_path}
     if isinstance(rl, TaskDGRPOConfig):
-        names["--teacher_model_name_or_path"] = rl.teacher_model_name_or_path
+        names[TEACHER] = rl.teacher_model_name_or_path
     check_run(model, rl, names)
     return {flag: str(name) for flag, name in names.items()}
 
@@ -102,11 +106,14 @@ def check_models_of(settings: RLRunSettings) -> list[NamedModel]:
     """
     model, rl = settings.model, settings.rl
     init, other = loading_arguments(model, rl)
-    models = [on_meta("--model_name_or_path", str(model.model_name_or_path), init, rl)]
-    check_student_adapter(model, models[0], init, rl)
-    if isinstance(rl, TaskDGRPOConfig):
-        models.append(on_meta("--teacher_model_name_or_path", str(rl.teacher_model_name_or_path), other, rl))
-    return models
+    student = on_meta(STUDENT, str(model.model_name_or_path), init, rl)
+    adapted = with_adapter(model, student, init, rl)
+    return [adapted, *frozen_on_meta(teacher_of(rl), other, rl, student, init)]
+
+
+def teacher_of(rl: TaskGRPOConfig | TaskRLOOConfig) -> dict[str, str]:
+    """Flag → name of the teacher; empty without one."""
+    return {TEACHER: str(rl.teacher_model_name_or_path)} if isinstance(rl, TaskDGRPOConfig) else {}
 
 
 def check_prompts(settings: RLRunSettings, train: Task) -> None:

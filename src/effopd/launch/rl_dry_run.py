@@ -22,8 +22,9 @@ from effopd.launch.rl import (
     check_prompts,
     check_settings,
     prompts_per_batch,
+    teacher_of,
 )
-from effopd.launch.run_models import tokenizer_of
+from effopd.launch.run_models import STUDENT, NamedModel, RunSizes, run_sizes, tokenizer_of
 from effopd.tasks import check_grading, needs_network
 from effopd.tasks.code.rows import shapes_text
 
@@ -35,36 +36,44 @@ def rl_plan_tables(settings: RLRunSettings) -> tuple[Table, Table]:
         EffOPDError: a check of the run fails.
     """
     names = check_settings(settings)
-    rows = _checked(settings, names)
-    estimate = estimate_rl_memory(settings, rows.longest if rows else None)
-    return run_table(_run_rows(settings, names, rows)), memory_table(estimate)
+    models, rows = _checked(settings, names)
+    sizes = run_sizes(names[STUDENT], teacher_of(settings.rl), settings.rl, models)
+    estimate = estimate_rl_memory(settings, rows.longest if rows else None, sizes)
+    return run_table(_run_rows(settings, names, rows, sizes)), memory_table(estimate)
 
 
-def _checked(settings: RLRunSettings, names: Mapping[str, str]) -> Prompts | None:
-    """Run the remaining checks; return the prompts, or `None` if loading them needs the network."""
+def _checked(settings: RLRunSettings, names: Mapping[str, str]) -> tuple[list[NamedModel], Prompts | None]:
+    """Run the remaining checks; return (models on the meta device, prompts).
+
+    There are no models if one is not on disk, and the prompts are `None` if loading them needs the
+    network.
+    """
     model, task, rl = settings.model, settings.task, settings.rl
     on_disk = _on_disk(names)
     models = check_models_of(settings) if on_disk else []
     tokenizer = tokenizer_of(model, list(names.values()), rl) if on_disk else None
     if needs_network(task):
         check_grading(task)
-        return None
+        return models, None
     rows = load_prompts(task, rl, tokenizer, WHY_ANSWERS)
     check_prompts(settings, rows.train)
     if on_disk:
         check_fit(settings, models, rows.train, rows.longest)
-    return rows
+    return models, rows
 
 
 def _on_disk(names: Mapping[str, str]) -> bool:
     return all(Path(name).is_dir() for name in names.values())
 
 
-def _run_rows(settings: RLRunSettings, names: Mapping[str, str], rows: Prompts | None) -> Iterator[tuple[str, str]]:
+def _run_rows(
+    settings: RLRunSettings, names: Mapping[str, str], rows: Prompts | None, sizes: RunSizes
+) -> Iterator[tuple[str, str]]:
     rl, task = settings.rl, settings.task
     yield "algorithm", f"{rl.algorithm}, {_penalty_text(settings)}"
     for flag, name in names.items():
-        yield "teacher" if "teacher" in flag else "model", f"{name}  {size_text(name, rl)}"
+        size = sizes.student if flag == STUDENT else sizes.frozen[flag]
+        yield "model" if flag == STUDENT else "teacher", f"{name}  {size_text(size)}"
     yield "task", f"{task.task}, {prompts_text(task, rl, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes

@@ -13,15 +13,24 @@ from effopd.distill.saving import check_generation_config
 from effopd.distill.teachers.loading import resolved_dtype
 from effopd.launch.adapters import check_adapter
 from effopd.launch.meta_model import check_positions, meta_model
+from effopd.launch.model_size import ModelSize, model_size, size_of_model
 from effopd.launch.preflight import check_models, load_tokenizer
 
 
 class NamedModel(NamedTuple):
-    """A model of a run: its flag, its folder or Hub id, and the model on the meta device."""
+    """A model of a run, on the meta device.
+
+    Attributes:
+        flag: the flag that names the model.
+        name: its folder or Hub id.
+        meta: the model. Checks and estimates share it, so it must not be modified.
+        trained: number of parameters that its adapter trains. `None`: no adapter.
+    """
 
     flag: str
     name: str
     meta: PreTrainedModel
+    trained: int | None = None
 
 
 def on_meta(flag: str, name: str, init: Mapping[str, Any], args: Any) -> NamedModel:
@@ -39,10 +48,72 @@ def on_meta(flag: str, name: str, init: Mapping[str, Any], args: Any) -> NamedMo
     return NamedModel(flag, name, meta_model(flag, name, init, **load))
 
 
-def check_student_adapter(model: ModelConfig, student: NamedModel, init: Mapping[str, Any], args: Any) -> None:
-    """Check the adapter's names on another copy of the student, because PEFT modifies the model."""
-    if model.use_peft:
-        check_adapter(model, on_meta(student.flag, student.name, init, args).meta)
+def frozen_on_meta(
+    names: Mapping[str, str], init: Mapping[str, Any], args: Any, student: NamedModel, student_init: Mapping[str, Any]
+) -> list[NamedModel]:
+    """The frozen models of a run. A folder that several flags name is built once.
+
+    Args:
+        names: flag → folder or Hub id.
+        init, student_init: loading arguments of the frozen models and of the student.
+
+    Raises:
+        CompatibilityError, ConfigError: as `meta_model`.
+    """
+    built = {student.name: student} if _same_model(init, student_init) else {}
+    for flag, name in names.items():
+        if name not in built:
+            built[name] = on_meta(flag, name, init, args)
+    return [NamedModel(flag, name, built[name].meta) for flag, name in names.items()]
+
+
+def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether loading arguments give the same model on the meta device, which ignores the dtype."""
+    drop = {"dtype", "torch_dtype"}
+    first, second = ({"revision": "main"} | {k: v for k, v in each.items() if k not in drop} for each in (one, other))
+    return first == second
+
+
+def with_adapter(model: ModelConfig, student: NamedModel, init: Mapping[str, Any], args: Any) -> NamedModel:
+    """The student with the size of its adapter, after checking the adapter's names.
+
+    PEFT modifies the model, so the check builds another one.
+    """
+    if not model.use_peft:
+        return student
+    return student._replace(trained=check_adapter(model, on_meta(student.flag, student.name, init, args).meta))
+
+
+class RunSizes(NamedTuple):
+    """Sizes of the models of a run; `None`: unknown.
+
+    Attributes:
+        student: size of the student.
+        frozen: flag → size of a teacher or reference.
+        trained: number of parameters that the student's adapter trains. `None`: no adapter, or not
+            counted yet.
+    """
+
+    student: ModelSize | None
+    frozen: dict[str, ModelSize | None]
+    trained: int | None = None
+
+
+def run_sizes(student: str, frozen: Mapping[str, str], args: Any, models: Sequence[NamedModel] = ()) -> RunSizes:
+    """Sizes of the models of a run.
+
+    Args:
+        student: folder or Hub id of the student.
+        frozen: flag → folder or Hub id of the frozen models.
+        models: models on the meta device, the student first. Models that are not among them are
+            measured by `model_size`, which never uses the network.
+    """
+    names = {STUDENT: student, **frozen}
+    built = {model.flag: size_of_model(model.meta) for model in models}
+    rest = {name for flag, name in names.items() if flag not in built}
+    known = {name: model_size(name, trust_remote_code=args.trust_remote_code) for name in rest}
+    sizes = {flag: built[flag] if flag in built else known[name] for flag, name in names.items()}
+    return RunSizes(sizes.pop(STUDENT), sizes, models[0].trained if models else None)
 
 
 def check_lengths(models: Sequence[NamedModel], longest: int | None, answer: int | None) -> None:
@@ -78,6 +149,8 @@ def loading_arguments(model: ModelConfig, args: Any) -> tuple[dict[str, Any], di
     return student, common | dtype | dict(getattr(args, "teacher_model_init_kwargs", None) or {})
 
 
+#: Flag of the student.
+STUDENT = "--model_name_or_path"
 #: Flag of the teachers of which one at a time is in memory.
 STAGES = "--curriculum_teachers"
 

@@ -201,11 +201,11 @@ def step_memory(
     activations = saved
     if shape.checkpointing:
         activations = FP32 * layers * shape.rows * shape.length * text.hidden_size + saved // layers
-    scored = (
-        saved_bytes(teacher, shape, attention=attention) // teacher.get_text_config().num_hidden_layers
-        if teacher
-        else 0
-    )
+    scored = 0
+    if teacher:
+        same = adapter is None and _settings(teacher) == _settings(config)
+        whole = saved if same else saved_bytes(teacher, shape, attention=attention)
+        scored = whole // teacher.get_text_config().num_hidden_layers
     tiles = _TILES_TRITON if shape.triton else _TILES
     head = FP32 * vocab * text.hidden_size if adapter is None else 0
     loss = max(scored, tiles * _tile(shape.rows * shape.answer, vocab) + head)
@@ -223,6 +223,11 @@ def step_memory(
         evaluation=max(per_row * shape.eval_rows, forward + measured if shape.eval_rows else 0),
         health=_HEALTH_COPIES * FP32 * min(shape.health_tokens, shape.rows * shape.answer) * vocab,
     )
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """All settings of a configuration, without the folder that it was read from."""
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
 def _tile(tokens: int, vocab: int) -> int:

@@ -20,7 +20,6 @@ from typing import Any
 from torch import nn
 
 from effopd.distill.teachers.sharding import decoder_layers
-from effopd.launch.meta_model import model_of
 from effopd.launch.model_size import ModelSize
 from effopd.launch.model_states import BF16, FP32
 
@@ -48,9 +47,9 @@ class TeacherSize:
     @classmethod
     def of(cls, size: ModelSize) -> TeacherSize:
         """From a model's configuration; without one, all parameters are counted as linear."""
-        if size.config is None:
+        model = size.model
+        if model is None:
             return cls(size.parameters, size.parameters, 0)
-        model = model_of("teacher", "", size.config)
         head = model.get_output_embeddings()
         shared = {id(p) for p in head.parameters()}
         linear = sum(
