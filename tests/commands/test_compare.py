@@ -93,6 +93,21 @@ def test_only_chooses_runs_by_their_folder_in_the_order_of_the_patterns(root):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["math:nowhere.jsonl"]}, "task 'math:nowhere.jsonl': no such file"),
+        ({"tasks": ["testbed:chain_smu"]}, "expected one of chain_sum"),
+        ({"strategies": {"plain": {}, "few": {"train_size": 4}}}, "strategy 'few', .* a step takes 8 prompts"),
+        ({"strategies": {"plain": {}, "far": {"teacher_model_name_or_path": "./no/such"}}}, "'far'.*no such folder"),
+    ],
+)
+def test_a_run_that_cannot_start_is_found_before_the_grid_starts(root, changes, message):
+    grid = load_grid(plan_of(root, output_dir=str(root / "dry"), **changes))
+    with pytest.raises(ConfigError, match=message):
+        raise next(error for _, error in faults(grid.runs()))
+
+
 def test_only_the_selected_runs_need_their_models(root, tmp_path, capsys, monkeypatch):
     """The dry run mentions what the others lack; without --only it is an error."""
     monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))

@@ -337,6 +337,24 @@ def test_settings_survive_the_yaml_round_trip(pair, tmp_path):
         assert getattr(again.opd, name) == getattr(settings.opd, name)
 
 
+def test_another_strategy_does_not_inherit_the_values_of_the_files_strategy(pair, tmp_path):
+    """A run's config.yaml holds all values of its strategy; only the chosen ones are kept."""
+    from effopd.launch.opd import to_yaml
+
+    file = tmp_path / "config.yaml"
+    flags = ["--config", str(file), "--effopd.strategy"]
+    file.write_text(to_yaml(parse_train(train_flags(pair, tmp_path / "run", "--effopd.strategy", "line_search"))))
+    for name in ("effopd", "newton_search", "relex"):
+        assert parse_train([*flags, name]).effopd == EffOPDConfig(name)
+    assert not parse_train([*flags, "none"]).effopd.enabled
+    assert parse_train([*flags, "line_search"]).effopd == EffOPDConfig("line_search")
+    own = parse_train([*flags, "effopd", "--effopd.gate", "significant", "--effopd.validation_size", "8"]).effopd
+    assert own == EffOPDConfig("effopd", gate="significant", validation_size=8)  # the gate is also the file's
+    chosen = ("--effopd.strategy", "line_search", "--effopd.score_rollouts", "4", "--effopd.seed", "3")
+    file.write_text(to_yaml(parse_train(train_flags(pair, tmp_path / "run", *chosen))))
+    assert parse_train([*flags, "effopd"]).effopd == EffOPDConfig("effopd", score_rollouts=4, seed=3)
+
+
 @pytest.mark.parametrize("command", ["train", "rl"])
 def test_the_precision_of_a_run_does_not_depend_on_the_machine_that_repeats_it(command, pair, tmp_path, monkeypatch):
     from effopd.commands.rl import parse_rl
