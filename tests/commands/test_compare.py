@@ -97,7 +97,6 @@ def test_only_chooses_runs_by_their_folder_in_the_order_of_the_patterns(root):
     ("changes", "message"),
     [
         ({"tasks": ["math:nowhere.jsonl"]}, "task 'math:nowhere.jsonl': no such file"),
-        ({"tasks": ["testbed:chain_smu"]}, "expected one of chain_sum"),
         ({"strategies": {"plain": {}, "few": {"train_size": 4}}}, "strategy 'few', .* a step takes 8 prompts"),
         ({"strategies": {"plain": {}, "far": {"teacher_model_name_or_path": "./no/such"}}}, "'far'.*no such folder"),
     ],

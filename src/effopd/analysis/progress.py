@@ -37,8 +37,8 @@ class Progress:
         settings: JSON-ready. An analysis is resumed only with equal settings.
 
     Raises:
-        ConfigError: `out` cannot be written, holds other files, or holds an analysis with other settings
-            (the message names them).
+        ConfigError: `out` cannot be written, holds other files, or holds an analysis with other
+            settings (the message names them).
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]):

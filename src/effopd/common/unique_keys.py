@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import yaml
@@ -39,8 +40,10 @@ def load_unique(text: str, name: str) -> Any:
         ConfigError: a mapping has the same key twice.
         yaml.YAMLError: the text is not YAML.
     """
+    stream = io.StringIO(text)
+    stream.name = name  # type: ignore[attr-defined]  # in PyYAML's messages
     try:
-        return yaml.load(text, Loader=_UniqueKeys)
+        return yaml.load(stream, Loader=_UniqueKeys)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 
