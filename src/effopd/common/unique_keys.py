@@ -41,7 +41,7 @@ def load_unique(text: str, name: str) -> Any:
         yaml.YAMLError: the text is not YAML.
     """
     stream = io.StringIO(text)
-    stream.name = name  # type: ignore[attr-defined]  # in PyYAML's messages
+    stream.name = name  # in PyYAML's messages
     try:
         return yaml.load(stream, Loader=_UniqueKeys)
     except ConfigError as error:
