@@ -245,10 +245,10 @@ def test_the_shipped_plans_pass_a_dry_run(recipe, capsys, tmp_path, monkeypatch)
         for name in ("source.json", "config.json", WEIGHTS):  # as if there; a dry run reads none of them
             (folder / name).write_text("{}")
     plan = yaml.safe_load((RECIPES / recipe).read_text())
-    monkeypatch.chdir(tmp_path)
     for name in ("model_name_or_path", "teacher_model_name_or_path"):
-        if plan["base"].get(name, "").startswith("runs/"):  # made by an earlier command
-            (tmp_path / plan["base"][name]).mkdir(parents=True)
+        if plan["base"].get(name, "").startswith("runs/"):  # an earlier command makes this model
+            (tmp_path / name).mkdir()
+            plan["base"][name] = str(tmp_path / name)
     lacking = {name for name, settings in plan["strategies"].items() if not importable(settings)}
     if lacking:  # optional optimizers that are not installed here
         assert main(["compare", str(RECIPES / recipe), "--dry_run"]) != 0
