@@ -98,6 +98,20 @@ def test_only_chooses_runs_by_their_folder_in_the_order_of_the_patterns(root):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["math:nowhere.jsonl"]}, "task 'math:nowhere.jsonl': no such file"),
+        ({"strategies": {"plain": {}, "few": {"train_size": 4}}}, "strategy 'few', .* a step takes 8 prompts"),
+        ({"strategies": {"plain": {}, "far": {"teacher_model_name_or_path": "./no/such"}}}, "'far'.*no such folder"),
+    ],
+)
+def test_a_run_that_cannot_start_is_found_before_the_grid_starts(root, changes, message):
+    grid = load_grid(plan_of(root, output_dir=str(root / "dry"), **changes))
+    with pytest.raises(ConfigError, match=message):
+        raise next(error for _, error in faults(grid.runs()))
+
+
 def test_only_the_selected_runs_need_their_models(root, tmp_path, capsys, monkeypatch):
     """The dry run mentions what the others lack; without --only it is an error."""
     monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))
@@ -268,6 +282,7 @@ def test_stored_rollouts_of_every_seed_must_be_there(tmp_path, monkeypatch):
     monkeypatch.setattr("effopd.launch.offline.check_sampling", lambda opd, header: None)
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / "math.jsonl").touch()
     ((run, error),) = faults(load_grid(plan).runs())
     assert (run.strategy, run.seed) == ("offline", 1) and checked == ["seed-0", "seed-1"]
     assert "seed 1: --rollouts cache/seed-1 is not a folder" in str(error)

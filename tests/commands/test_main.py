@@ -337,6 +337,38 @@ def test_settings_survive_the_yaml_round_trip(pair, tmp_path):
         assert getattr(again.opd, name) == getattr(settings.opd, name)
 
 
+def bare_flags(pair):
+    return [
+        "--model_name_or_path", str(pair / "student"), "--teacher_model_name_or_path", str(pair / "teacher"),
+        "--task", "testbed:chain_sum", "--use_cpu",
+    ]  # fmt: skip
+
+
+def test_a_strategy_of_another_package_is_a_choice(pair, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "mine", STRATEGIES["fixed"])
+    flags = [*bare_flags(pair), "--effopd.strategy", "mine", "--effopd.args", '{"k": 2}']
+    assert parse_train(flags).effopd == EffOPDConfig("mine", args={"k": 2})
+
+
+def test_another_strategy_does_not_inherit_the_values_of_the_files_strategy(pair, tmp_path):
+    """A run's config.yaml holds all values of its strategy; only the chosen ones are kept."""
+    from effopd.launch.opd import to_yaml
+
+    file, base = tmp_path / "config.yaml", bare_flags(pair)
+    flags = ["--config", str(file), "--effopd.strategy"]
+    file.write_text(to_yaml(parse_train([*base, "--effopd.strategy", "line_search"])))
+    for name in ("effopd", "newton_search", "relex", "line_search", "none"):
+        assert parse_train([*flags, name]).effopd == EffOPDConfig(name)
+    own = parse_train([*flags, "effopd", "--effopd.gate", "significant", "--effopd.validation_size", "8"]).effopd
+    assert own == EffOPDConfig("effopd", gate="significant", validation_size=8)  # the gate is also the file's
+    chosen = ("--effopd.strategy", "line_search", "--effopd.score_rollouts", "4", "--effopd.seed", "3")
+    file.write_text(to_yaml(parse_train([*base, *chosen])))
+    assert parse_train([*flags, "effopd"]).effopd == EffOPDConfig("effopd", score_rollouts=4, seed=3)
+    file.write_text(to_yaml(parse_train([*base, "--effopd.strategy", "fixed", "--effopd.args", '{"k": 3}'])))
+    with pytest.raises(ConfigError, match="would ignore k"):
+        parse_train([*flags, "noop"])
+
+
 @pytest.mark.parametrize("command", ["train", "rl"])
 def test_the_precision_of_a_run_does_not_depend_on_the_machine_that_repeats_it(command, pair, tmp_path, monkeypatch):
     from effopd.commands.rl import parse_rl

@@ -237,6 +237,9 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
             "'recipe.yaml' belongs to no flag: expected --FLAG VALUE; write --config before a YAML file.",
         ),
         (["--config"], "expected a YAML file after it"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config is given twice"),
+        (["--lr", "1"], "Did you mean --learning_rate?"),
+        (["--steps_per_generation", "4"], "Did you mean --updates_per_rollouts?"),
     ],
 )
 def test_an_unknown_flag_comes_back_with_what_was_meant(flags, message, capsys):
@@ -264,7 +267,7 @@ def test_yaml_blocks_and_dotted_keys(tmp_path, capsys):
     file.write_text("effopd: {strategi: line_search}\n")
     assert "c.yaml: unknown setting effopd.strategi. Did you mean effopd.strategy?" in said(capsys, "train", *flags)
     file.write_text("effopd: line_search\n")
-    assert "unknown setting effopd. Did you mean effopd.strategy: effopd?" in said(capsys, "train", *flags)
+    assert "c.yaml: effopd: expected a block, {strategy: …}, got 'line_search'" in said(capsys, "train", *flags)
     file.write_text("effopd: [\n")
     assert "c.yaml" in said(capsys, "train", *flags)
     for text in ("effopd: {strategy: line_search}", "effopd.strategy: line_search", "effopd_strategy: line_search"):
@@ -291,6 +294,11 @@ def test_yaml_blocks_and_dotted_keys(tmp_path, capsys):
         ("lora_target_modules: [1.5]\nuse_peft: true", "has no module '1.5'"),
         ("chat_template_kwargs: [1]", "--chat_template_kwargs: expected a JSON object"),
         ("- 1", "must contain a YAML mapping"),
+        ("seed: 1\nlearning_rate: 1\nseed: 2", "c.yaml: seed is set twice, in lines 1 and 3"),
+        ("effopd: {seed: 1, seed: 1}", "c.yaml: seed is set twice"),
+        ("effopd: {strategy: effopd}\neffopd.strategy: effopd", "c.yaml: effopd.strategy is set twice, in two"),
+        ("yes: 1", "c.yaml: YAML reads a key as True"),
+        ("learning-rate: 1", "unknown setting learning-rate. Did you mean learning_rate?"),
     ],
 )
 def test_a_bad_value_in_yaml_is_refused_like_one_of_a_flag(text, message, tmp_path, capsys):
@@ -304,9 +312,10 @@ def test_values_in_yaml_are_taken_as_written(tmp_path):
     file.write_text(
         "learning_rate: 1e-4\nmax_steps: 3\nuse_peft: true\nlora_target_modules: q_proj\ntrajectory: 8\n"
         "chat_template_kwargs: {enable_thinking: false}\neffopd: {strategy: effopd, args: "
-        "{scales: [2, 4]}}\nmodel_revision: 1\n"
+        "{scales: [2, 4]}}\nmodel_revision: 1\nsave_strategy: no\n"
     )
     settings = parse_train([*PAIR, *TESTBED, "--config", str(file)])
+    assert settings.opd.save_strategy == "no"
     assert (settings.opd.learning_rate, settings.opd.max_steps, settings.opd.trajectory) == (1e-4, 3, "8")
     assert settings.opd.chat_template_kwargs == {"enable_thinking": False} and settings.effopd.args["scales"] == [2, 4]
     assert adapter_config(settings.model).target_modules == {"q_proj"} and settings.model.model_revision == "1"
@@ -432,6 +441,43 @@ def test_eval_needs_a_task_of_some_kind(folder, capsys):
     assert "--task and --eval_task are missing" in message
     message = said(capsys, "eval", "--model", "testbed:student", "--eval_task", "math:noans.jsonl")
     assert """--eval_task_args '{"answer_column": "solution"}'""" in message
+
+
+def test_several_trackers(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("report_to: [tensorboard, trackio]\n")
+    for flags in (["--report_to", "tensorboard", "trackio"], ["--config", str(file)]):
+        assert parse_train([*PAIR, *TESTBED, *flags]).opd.report_to == ["tensorboard", "trackio"]
+    assert parse_train([*PAIR, *TESTBED, "--report_to", "none"]).opd.report_to == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval --model testbed:student --task testbed:chain_sum --output",
+        "report used --out",
+        "compare plan.yaml --out",
+        "analyze --base testbed:student --trained t=testbed:teacher --out",
+        "intervene alpha --base testbed:student --trained t=testbed:teacher --task testbed:chain_sum --out",
+        "intervene alpha --base testbed:student --trained t=testbed:teacher --save_dir",
+        "init --out",
+    ],
+)
+def test_results_that_could_not_be_written_are_refused_before_the_work(command, folder, capsys):
+    message = said(capsys, *command.split(), "test.jsonl/below.yaml")
+    assert "test.jsonl is a file: expected a folder" in message
+
+
+def test_a_grid_in_a_file_is_refused(folder, capsys):
+    (folder / "plan.yaml").write_text(
+        "{output_dir: test.jsonl, reference_learning_rate: 1.0e-4, tasks: [t], seeds: [0], base: {}, "
+        "strategies: {plain: {}}}"
+    )
+    assert "output_dir: " in said(capsys, "compare", "plan.yaml") and (folder / "test.jsonl").is_file()
+
+
+def test_a_page_is_no_folder(tmp_path, capsys):
+    assert f"Write --out {tmp_path}/report.html" in said(capsys, "report", str(tmp_path), "--out", str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["{}\n{}\n", "[]", '{"runs": []}'])

@@ -150,6 +150,12 @@ def test_no_plan_and_no_mapping(tmp_path):
         load_grid(tmp_path / "list.yaml")
 
 
+def test_a_name_occurs_once(tmp_path):
+    (tmp_path / "plan.yaml").write_text("strategies:\n  plain: {}\n  plain: {lr_scheduler_type: linear}\n")
+    with pytest.raises(ConfigError, match=r"plan\.yaml: plain is set twice, in lines 2 and 3"):
+        load_grid(tmp_path / "plan.yaml")
+
+
 def test_several_baselines_are_named_and_the_first_sets_the_targets(tmp_path):
     def load(**fields):
         path = tmp_path / "plan.yaml"

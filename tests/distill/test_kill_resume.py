@@ -163,6 +163,7 @@ def test_a_termination_signal_ends_with_a_checkpoint_that_resumes_bit_for_bit(tm
 
     trainer.training_step = step
     trainer.train()
+    assert trainer.terminated
     assert trainer.state.global_step == 5 and trainer.run_dir.last_checkpoint() == trainer.run_dir.checkpoint(5)
     assert signal.getsignal(signal.SIGTERM) is not handler  # the one before ours
     assert not list(tmp_path.glob("checkpoint-*"))

@@ -17,6 +17,7 @@ from effopd.common.files import read_rows
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.runs.ledger import CATEGORIES
 from effopd.runs.run_dir import in_trajectory
+from effopd.tasks.prompts import prompt_ids
 
 pytestmark = pytest.mark.slow
 
@@ -143,6 +144,12 @@ def test_evaluation_is_repeatable_and_seeded(tmp_path):
     first.pop("eval_runtime"), second.pop("eval_runtime")
     assert first == second
     assert trainer.model.training
+    trainer.eval_task, trainer.ledger.forward_tokens["eval"] = trainer.eval_task.sample(1, 0), 0
+    alone = trainer.evaluate()
+    assert alone["eval_kl"] > 0 and "eval_kl_se" not in alone  # one answer has no standard error
+    prompt = len(prompt_ids(make_tokenizer(), trainer.eval_task.examples[0].prompt))
+    forwarded = 2 * (prompt + alone["eval_response_length"])  # of student and teacher
+    assert trainer.ledger.forward_tokens["eval"] == forwarded
 
 
 def test_a_compiled_run_measures_and_looks_ahead_like_a_plain_one(tmp_path):

@@ -5,18 +5,24 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from helpers.tiny_models import contains, make_model, make_task, make_tokenizer
+from trl import DistillationConfig
 
 from effopd.distill.config import OPDConfig
-from effopd.distill.dataset import check_dataset
+from effopd.distill.dataset import check_dataset, check_eval_dataset, check_eval_task
+from effopd.distill.offline_trainer import OfflineOPDTrainer
+from effopd.distill.served.trainer import ServedOPDTrainer
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
 from effopd.launch.meta_model import meta_model
 from effopd.launch.preflight import check_disk, check_models, check_task
 from effopd.tasks.base import Example, Task
+
+ROWS = Dataset.from_dict({"prompt": ["a"] * 5})
 
 
 def save(folder, *, seed=0, vocab_size=64, tokenizer=None, eos=2):
@@ -114,6 +120,51 @@ def test_a_dataset_that_no_step_can_be_made_of(tmp_path):
                 make_model(0), make_model(1), OPDConfig(str(tmp_path), use_cpu=True, report_to="none"),
                 train_dataset=wrong, processing_class=make_tokenizer(),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fix"),
+    [
+        (make_task(4), r"got a Task. Pass task.to_dataset\(\)"),
+        (DatasetDict(train=ROWS, test=ROWS), "got a DatasetDict. Pass one of its parts: train, test"),
+        ("rows.jsonl", "got a str. Read it first"),
+        (Path("rows.jsonl"), "Read it first"),
+        (ROWS.to_pandas(), "got a DataFrame. Convert it"),
+    ],
+)
+def test_what_is_no_dataset_is_refused_with_its_fix(wrong, fix):
+    with pytest.raises(TaskError, match=f"train_dataset: expected a dataset.*{fix}"):
+        check_dataset(wrong, 1)
+    if not isinstance(wrong, DatasetDict):
+        with pytest.raises(TaskError, match="eval_dataset: expected a dataset"):
+            check_eval_dataset(wrong, None, "no")
+
+
+def test_data_of_evaluations():
+    task = make_task(4)
+    check_eval_dataset({"a": ROWS, "b": ROWS}, None, "steps")
+    check_eval_dataset(None, task, "steps")
+    check_eval_dataset(None, None, "no")
+    with pytest.raises(ConfigError, match="eval_strategy='steps' needs data: expected eval_task"):
+        check_eval_dataset(None, None, "steps")
+    check_eval_task(None)
+    check_eval_task(task)
+    for wrong, message in (
+        (ROWS, "eval_task: expected an effopd.Task, got Dataset"),
+        (Task("t", (), lambda text, example: 1.0), "has no examples"),
+        (Task("t", (Example("0", "a"),), lambda text, example: 1.0), "has no answer"),
+        (Task("t", (Example("0", "a", "b"),), lambda text, example: None), "expected a number"),
+        (Task("t", (Example("0", "a", "b"),), lambda text, example: 1 / 0), "raised ZeroDivisionError"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            check_eval_task(wrong)
+
+
+@pytest.mark.parametrize("trainer", [OPDTrainer, OfflineOPDTrainer, ServedOPDTrainer])
+def test_a_configuration_of_the_host_is_refused(trainer, tmp_path):
+    wrong = DistillationConfig(str(tmp_path), bf16=False, report_to="none")
+    with pytest.raises(ConfigError, match=f"{trainer.__name__}: expected args to be an OPDConfig, got Distillation"):
+        trainer("student", args=wrong)
 
 
 def test_disk(tmp_path, monkeypatch):

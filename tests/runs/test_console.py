@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from effopd import EffOPDConfig
-from effopd.commands.main import main
+from effopd.commands.main import _finish, main
 from effopd.common.files import append_row
 from effopd.runs.console import LinesAlone, LinesWithBar
 from effopd.runs.lines import closing_lines, duration, eval_line, number, step_line
@@ -115,6 +115,19 @@ def test_the_end_says_what_was_reached_and_what_to_do_next(tmp_path):
     (root / "config.yaml").write_text("seed: 1\ncost_clock: cpu\nlearning_rate: 1\n")
     assert "net 14 s of CPU (search 7 %)" in closing_lines(root, 12, Costs.from_row(ROW))
     assert closing_lines(tmp_path / "none", 3, Costs()).count("\n") == 1
+    text = closing_lines(root, 12, Costs.from_row(ROW), 60)
+    assert "Stopped by SIGTERM after step 12 of 60" in text and "Done" not in text
+    assert text.endswith("with --resume_from_checkpoint true")
+
+
+@pytest.mark.parametrize(("terminated", "status"), [(False, 0), (True, 143)])
+def test_a_run_that_sigterm_stopped_does_not_end_like_a_finished_one(tmp_path, capsys, terminated, status):
+    trainer = SimpleNamespace(
+        terminated=terminated, state=SimpleNamespace(global_step=4, max_steps=60), costs=Costs(),
+        run_dir=SimpleNamespace(root=tmp_path), is_world_process_zero=lambda: True,
+    )  # fmt: skip
+    assert _finish(trainer) == status
+    assert ("Stopped by SIGTERM after step 4 of 60" in capsys.readouterr().out) is terminated
 
 
 def test_values_are_those_of_the_steps_that_are_named(tmp_path):

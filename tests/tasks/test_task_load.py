@@ -8,7 +8,7 @@ import random
 import pytest
 
 from effopd.errors import TaskError
-from effopd.tasks import Example, Task, TaskConfig, check_verifier, load_task, needs_network
+from effopd.tasks import Example, Task, TaskConfig, check_sources, check_verifier, load_task, needs_network
 from effopd.tasks.rows import question_key
 
 GYM = "reasoning-gym:basic_arithmetic"
@@ -66,6 +66,20 @@ def test_eval_task_is_kept_out_of_training(tmp_path, math_file):
     config = TaskConfig(f"math:{math_file}", eval_task=f"math:{other}", eval_task_args={"prompt_column": "q"})
     assert len(load_task(config, "eval")) == 2 and load_task(config, "eval").name == f"math:{other}"
     assert len(load_task(config, "train")) == 49
+
+
+def test_sources_are_looked_for_without_reading_or_network(math_file, tmp_path):
+    (tmp_path / "rows.csv").touch()
+    check_sources(TaskConfig("math:org/set", eval_task=f"math:{math_file}"))
+    check_sources(TaskConfig("testbed:chain_sum"))
+    for config, message in (
+        (TaskConfig("testbed:chain_smu"), "expected one of chain_sum"),
+        (TaskConfig("math:nowhere.jsonl"), "no such file"),
+        (TaskConfig(GYM, eval_task="code:nowhere.parquet"), "no such file"),
+        (TaskConfig(f"math:{tmp_path / 'rows.csv'}"), "expected a file ending in"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            check_sources(config)
 
 
 def test_default_sizes(math_file):

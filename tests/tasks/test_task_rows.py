@@ -78,6 +78,20 @@ def test_answers_all_or_none_when_not_required(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ],
+)
+def test_chats_that_end_with_an_answer_are_no_prompts(row, tmp_path):
+    """The column must not be suggested as the prompt: its rows end with the assistant."""
+    source = write(tmp_path / "chats.jsonl", json.dumps(row))
+    with pytest.raises(TaskError, match=f"chats in '{next(iter(row))}' end with an answer.*before it to 'prompt'"):
+        read_math_rows(source, answers_required=False)
+
+
+@pytest.mark.parametrize(
     ("row", "args", "message"),
     [
         (

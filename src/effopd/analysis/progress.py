@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from effopd.common.files import append_row
+from effopd.common.files import append_row, check_writable
 from effopd.errors import CheckpointError, ConfigError
 
 FILE = "progress.jsonl"
@@ -37,15 +37,14 @@ class Progress:
         settings: JSON-ready. An analysis is resumed only with equal settings.
 
     Raises:
-        ConfigError: `out` is a file, holds other files, or holds an analysis with other settings
-            (the message names them).
+        ConfigError: `out` cannot be written, holds other files, or holds an analysis with other
+            settings (the message names them).
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]):
         self.path = out / FILE
         self._settings = json.loads(json.dumps(settings))
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"the output folder {out} is a file: expected a new or empty folder. Choose another.")
+        check_writable(out, "the output folder")
         header = self._header()
         if header is None:
             others = sorted(path.name for path in out.iterdir() if path.name != FILE) if out.is_dir() else []

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from effopd.common.files import write_atomically
+from effopd.common.files import check_writable, write_atomically
 from effopd.common.optional import is_available
 from effopd.common.progress import spoken_time, time_left
 from effopd.compare import grid as grid_module
@@ -119,6 +119,8 @@ def run_compare(argv: Sequence[str]) -> int:
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)  # a file would get 80 columns
     if arguments.plan is None and arguments.report is None:
         raise ConfigError("expected either a plan to run, or --report with a grid's folder or a results.json.")
+    if arguments.out is not None:
+        check_writable(arguments.out, "--out")
     prices = read_prices(arguments.prices)
     if arguments.join is not None and arguments.report is None:
         raise ConfigError(f"--join {arguments.join}: needs --report. Run the plan first, then join the other grid.")
@@ -130,6 +132,7 @@ def run_compare(argv: Sequence[str]) -> int:
         plan = None if arguments.plan is None else load_grid(arguments.plan)
         return _report(arguments.report, arguments.out, console, prices, plan, arguments.join)
     grid = load_grid(arguments.plan, workers=arguments.workers)
+    check_writable(Path(grid.output_dir), "output_dir")
     entries = read_entries(grid, arguments.runs_from) or saved_entries(grid)
     to_make = runs_to_make(grid, sources(grid, entries))
     runs = matching(grid, to_make, arguments.only)
@@ -202,8 +205,9 @@ _OF_A_SEED = ("seed", "task_seed", "output_dir")
 def faults(runs: Iterable[PlannedRun]) -> Iterator[tuple[PlannedRun, ConfigError]]:
     """Check each distinct configuration; yield the faulty runs, at most one per task and strategy.
 
-    A run is faulty if a setting is unknown or out of range, if a model folder, stored rollouts or a
-    package is missing, or if it does not evaluate at the start.
+    A run is faulty if a setting is unknown or out of range, if a model, a file of prompts, stored
+    rollouts or a package is missing, if a step takes more than `train_size` prompts, or if it does
+    not evaluate at the start.
     """
     passed: set[tuple[str, str]] = set()
     faulty: set[tuple[str, str]] = set()
@@ -230,21 +234,24 @@ def _fault(run: PlannedRun, path: Path) -> EffOPDError | None:
     from effopd.commands.train import parse_train
     from effopd.distill.offline_store import RolloutStore
     from effopd.launch.offline import check_offline_settings
-    from effopd.launch.opd import model_names
+    from effopd.launch.opd import check_step, model_names
     from effopd.launch.optimizer_checks import check_copies, check_optimizer
     from effopd.launch.preflight import check_model_name
-    from effopd.tasks import check_packages
+    from effopd.tasks import check_packages, check_sources
 
     path.write_text(yaml.safe_dump(run.settings))
     try:
         settings = parse_train(["--config", str(path)])
         check_packages(settings.task)
+        check_sources(settings.task)
         for flag, name in model_names(settings).items():
             check_model_name(flag, name)
         check_optimizer(settings.opd)
         if settings.effopd.enabled:
             check_copies(settings.opd, lora=settings.model.use_peft)
         check_offline_settings(settings.opd, settings.effopd)
+        if settings.task.train_size is not None and settings.opd.rollouts is None:
+            check_step(settings.opd, settings.task.train_size)
         if settings.opd.traces is not None:
             RolloutStore(settings.opd.traces).header()
     except EffOPDError as error:

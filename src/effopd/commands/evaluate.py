@@ -10,7 +10,7 @@ from typing import Any
 
 from effopd.commands.measuring_parser import MeasuringParser, parsed_as_trained
 from effopd.commands.parser import OneSpelling
-from effopd.common.files import write_atomically
+from effopd.common.files import check_writable, write_atomically
 from effopd.common.progress import Counted
 from effopd.errors import ConfigError
 from effopd.launch.meta_model import check_positions_of
@@ -40,8 +40,10 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
-        if self.output is not None and Path(self.output).exists():
-            raise ConfigError(f"--output {self.output} exists; choose another file. Nothing was changed.")
+        if self.output is not None:
+            if Path(self.output).exists():
+                raise ConfigError(f"--output {self.output} exists; choose another file. Nothing was changed.")
+            check_writable(Path(self.output).parent, "--output")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from effopd.analysis.plan import labeled
 from effopd.commands.measuring_parser import MeasuringParser, parsed_as_trained
 from effopd.commands.parser import OneSpelling
+from effopd.common.files import check_writable
 from effopd.errors import ConfigError
 from effopd.interventions.kinds import INTERVENTIONS
 from effopd.interventions.options import InterventionOptions
@@ -71,6 +72,9 @@ class InterveneArguments:
             raise ConfigError("--out is missing: expected a folder for the results. To only write, use --save_dir.")
         if self.save_dir is not None and self.out is not None and Path(self.save_dir) == Path(self.out):
             raise ConfigError(f"--save_dir and --out are both {self.out}: expected two different folders.")
+        for setting, folder in (("--out", self.out), ("--save_dir", self.save_dir)):
+            if folder is not None:
+                check_writable(Path(folder), setting)
 
     def runs(self) -> dict[str, list[str]]:
         """Label → folders, in the order of the flags.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +22,10 @@ from effopd.errors import EffOPDError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 2 after an `EffOPDError`, 130 after Ctrl-C."""
+    """Run a command and return its exit status.
+
+    It is 2 after an `EffOPDError`, 130 after Ctrl-C, and 143 after a clean stop by SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="effopd",
@@ -79,14 +83,20 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _finish(trainer: Any) -> int:
-    """Print the location of the results on rank 0 and end the process."""
+    """Print the location of the results on rank 0 and return the exit status of the run.
+
+    The status is that of a process ended by SIGTERM if this signal stopped the run before its last
+    step, so that scripts and `effopd compare` do not take the run for a finished one.
+    """
     from effopd.common.distributed import exit_gloo
     from effopd.runs.lines import closing_lines
 
+    state, status = trainer.state, 128 + signal.SIGTERM if trainer.terminated else 0
     if trainer.is_world_process_zero():
-        print(f"\n{closing_lines(trainer.run_dir.root, trainer.state.global_step, trainer.costs)}")
-    exit_gloo()
-    return 0
+        unfinished_of = state.max_steps if trainer.terminated else None
+        print(f"\n{closing_lines(trainer.run_dir.root, state.global_step, trainer.costs, unfinished_of)}")
+    exit_gloo(status)
+    return status
 
 
 # -- cache -----------------------------------------------------------------------------------------

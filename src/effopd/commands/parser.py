@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from effopd.common.unique_keys import check_keys
 from effopd.errors import ConfigError, EffOPDError
 
 #: Host flags in the first help section of both training commands → help; "": the host's help.
@@ -43,6 +44,9 @@ _FORMER = {
     "no_cuda": ("use_cpu", "true"),
     "student_model_name_or_path": ("model_name_or_path", ""),
     "dataset_name": ("task", ""),
+    "lr": ("learning_rate", ""),
+    "num_iterations": ("updates_per_rollouts", ""),
+    "steps_per_generation": ("updates_per_rollouts", ""),
 }
 _HOSTS = {"trl": "TRL's", "transformers": "transformers'"}
 #: Module of a dataclass in this package → its section of the help.
@@ -110,28 +114,52 @@ class CommandParser(TrlParser):
     """
 
     _file = "the YAML file"
+    _words: Sequence[str] = ()
 
     def parse_args_and_config(self, args: Sequence[str], **kwargs: Any) -> tuple[Any, ...]:
-        """Like TRL's; also checks that a file follows `--config`."""
-        words = list(args)
+        """Like TRL's; also checks that one file follows `--config` and that its keys are unique."""
+        self._words = words = list(args)
         if words[-1:] == ["--config"]:
             raise ConfigError("--config: expected a YAML file after it, got nothing.")
+        if words.count("--config") > 1:
+            raise ConfigError("--config is given twice: expected one YAML file. Merge the files.")
         if "--config" in words:
-            self._file = Path(words[words.index("--config") + 1]).name
+            path = Path(words[words.index("--config") + 1])
+            self._file = path.name
+            if path.is_file():  # otherwise TRL raises
+                check_keys(path.read_text(), self._file)
         return super().parse_args_and_config(words, **kwargs)
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
         """Like TRL's, after checking that all keys are known and converting their values."""
         names = {action.dest: action.dest for action in self._settable()}
         names |= {spelling(action).lstrip("-"): action.dest for action in self._settable()}
-        flat = dict(_flattened(settings, names))
-        unknown = [key for key in flat if key not in names]
+        flat = list(_flattened(settings, names))
+        for key, value in flat:
+            if f"{key}.strategy" in names:
+                raise ConfigError(f"{self._file}: {key}: expected a block, {{strategy: …}}, got {value!r}.")
+        unknown = [key for key, _ in flat if key not in names]
         if unknown:
             problems = " ".join(f"unknown setting {key}.{_question(self.close(key), '', ': ')}" for key in unknown)
             raise ConfigError(f"{self._file}: {problems} (`{self.prog} --help` lists all)")
         actions = {action.dest: action for action in self._settable()}
-        values = {names[key]: self._as_given(actions[names[key]], key, value) for key, value in flat.items()}
-        return super().set_defaults_with_config(**values)
+        values: dict[str, Any] = {}
+        for key, value in flat:
+            if names[key] in values:
+                raise ConfigError(f"{self._file}: {key} is set twice, in two spellings. Keep one of them.")
+            values[names[key]] = self._as_given(actions[names[key]], key, value)
+        return super().set_defaults_with_config(**self.adopted(values))
+
+    def adopted(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of the YAML file that become defaults, by field; all of them here."""
+        return values
+
+    def given(self, dest: str) -> str | None:
+        """Value of a field on the command line, as text; `None`: it is not given there."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        names = next(action.option_strings for action in self._actions if action.dest == dest)
+        first.add_argument(*names, dest="value")
+        return first.parse_known_args(self._words)[0].value
 
     def _as_given(self, action: argparse.Action, key: str, value: Any) -> Any:
         """Convert a YAML value as the command line does, because TRL does not check YAML values."""
@@ -147,6 +175,8 @@ class CommandParser(TrlParser):
         return converted if several else converted[0]
 
     def _one(self, action: argparse.Action, key: str, word: Any) -> Any:
+        if word is False and "no" in (action.choices or ()):
+            word = "no"  # YAML reads a bare no as false
         if action.type is str and isinstance(word, str | int | float) and not isinstance(word, bool):
             word = str(word)
         elif callable(action.type) and action.type is not str:
@@ -237,6 +267,8 @@ class CommandParser(TrlParser):
         """
         word = word.lstrip("-").replace("-", "_")
         actions = {spelling(action).lstrip("-"): action for action in self._settable()}
+        if word in actions:
+            return [(word, "")]
         if word in _FORMER and _FORMER[word][0] in actions:
             return [_FORMER[word]]
         offering = [name for name, action in actions.items() if word in (action.choices or ())]
@@ -316,6 +348,8 @@ def arrange(parser: argparse.ArgumentParser, dataclasses: Iterable[type], essent
         action.help = essentials[action.dest] or action.help
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const, action.metavar = "?", "true", "[FOLDER]"
+        if action.dest == "report_to":  # the host's help calls it a list, but its flag takes one name
+            action.nargs = "+"
     shown = list(first._group_actions)
     first.add_argument(
         "--config", metavar="FILE", type=_with_a_space, default=argparse.SUPPRESS,

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from effopd.common.files import check_writable
+from effopd.errors import ConfigError
 from effopd.report.run_page import write_run_page
 
 PAGE = "report.html"
@@ -35,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run_report(argv: Sequence[str]) -> int:
     """Run `effopd report`."""
     arguments = build_parser().parse_args(list(argv))
+    if arguments.out is not None and arguments.out.is_dir():
+        raise ConfigError(f"--out {arguments.out}: expected a file, got a folder. Write --out {arguments.out / PAGE}.")
     out = arguments.out or (arguments.runs[0] / PAGE if len(arguments.runs) == 1 else Path(PAGE))
+    check_writable(out.parent, "--out")
     print(write_run_page(arguments.runs, out))
     return 0

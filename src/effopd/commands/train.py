@@ -17,7 +17,8 @@ from effopd.commands.parser import DRY_RUN, RUN_ESSENTIALS, CommandParser, OneSp
 from effopd.distill.config import OPDConfig
 from effopd.distill.offline_store import RolloutStore
 from effopd.errors import ConfigError
-from effopd.extrapolate.config import EffOPDConfig
+from effopd.extrapolate.config import NONE, EffOPDConfig
+from effopd.extrapolate.strategy import PAPER, STRATEGIES
 from effopd.launch.opd import RunSettings
 from effopd.tasks import TaskConfig
 from effopd.tasks.builtin_models import resolve_model
@@ -47,10 +48,12 @@ def effopd_arguments() -> type:
     Its default strategy is 'none'.
     """
     types = typing.get_type_hints(EffOPDConfig) | {"args": str | None}  # JSON
-    defaults = {"strategy": "none", "args": None}
+    defaults = {"strategy": NONE, "args": None}
     fields = []
     for field in dataclasses.fields(EffOPDConfig):
         metadata = {**field.metadata, "aliases": [f"--effopd.{field.name}"]}
+        if field.name == "strategy":
+            metadata["choices"] = [NONE, *STRATEGIES]  # also those that were added since
         default = defaults.get(field.name, field.default)
         fields.append(
             (f"effopd_{field.name}", types[field.name], dataclasses.field(default=default, metadata=metadata))
@@ -70,6 +73,9 @@ def train_parser():
                 loss_type_of_rollouts(args, given)
                 task_of_rollouts(given)
             return given, rest
+
+        def adopted(self, values):
+            return without_own_values(values, self.given("effopd_strategy"))
 
         def optional(self, given):
             if given.rollouts:
@@ -97,6 +103,27 @@ def train_parser():
     require(parser, "model_name_or_path", "teacher_model_name_or_path")
     arrange(parser, configs, ESSENTIALS)
     return parser
+
+
+def without_own_values(values: dict[str, Any], strategy: str | None) -> dict[str, Any]:
+    """The settings of a YAML file, without those that the file's strategy sets itself.
+
+    A run's `config.yaml` holds all values of its strategy. They do not apply to another strategy;
+    settings that differ from the values of the file's strategy do.
+
+    Args:
+        values: by field, as in the file.
+        strategy: that of the command line; `None`, or the file's own: nothing changes.
+    """
+    start = "effopd_"
+    block = {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+    if strategy in (None, block.get("strategy")) or block.get("strategy", NONE) == NONE:
+        return values
+    config = EffOPDConfig(**block)
+    kept = {name: value for name, value in block.items() if name in config.changed or name not in PAPER}
+    kept["args"] = {name: value for name, value in config.args.items() if name in config.changed}
+    others = {name: value for name, value in values.items() if not name.startswith(start)}
+    return others | {start + name: value for name, value in kept.items() if name != "strategy"}
 
 
 def loss_type_of_rollouts(words: Sequence[str] | None, given: argparse.Namespace) -> None:

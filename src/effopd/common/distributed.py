@@ -125,7 +125,7 @@ def merge_from_ranks(parts: Sequence[Sequence[T]], count: int) -> list[T]:
     return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
 
 
-def exit_gloo() -> None:
+def exit_gloo(status: int = 0) -> None:
     """Exit a finished multi-process gloo run without destroying its process group.
 
     Does nothing in a single process or on another backend. Destroying the group can hang under
@@ -137,7 +137,7 @@ def exit_gloo() -> None:
         time.sleep(0.3)  # lets the other ranks leave the barrier
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 # -- sharded parameters (FSDP2) --------------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from effopd.errors import ConfigError
+
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that `path` holds either its old or its complete new content.
@@ -20,6 +22,22 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Check that files can be written into a folder, which need not exist. Nothing is written.
+
+    Args:
+        setting: name of the setting, for messages.
+
+    Raises:
+        ConfigError: the folder, or its nearest existing parent, is a file or is write-protected.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{setting}: {existing} is a file: expected a folder. Choose another path.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{setting}: {existing} is write-protected. Choose another path.")
 
 
 def fsync(path: Path) -> None:

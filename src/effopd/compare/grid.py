@@ -41,6 +41,7 @@ from typing import Any
 
 import yaml
 
+from effopd.common.unique_keys import load_unique
 from effopd.compare.roles import LISTS, VARIANT_OF, Roles, check_names, read_claims
 from effopd.errors import ConfigError
 
@@ -241,7 +242,7 @@ def load_grid(path: str | Path, **overrides: Any) -> Grid:
     if not path.is_file():
         raise ConfigError(f"no plan at {path}: expected a YAML file (recipes/compare-testbed.yaml is one).")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = load_unique(path.read_text(), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     known = {f.name: f for f in dataclasses.fields(Grid)}

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from effopd.common.unique_keys import load_unique
 from effopd.errors import ConfigError
 from effopd.runs.records import Costs
 
@@ -103,7 +104,7 @@ def read_prices(paths: Sequence[Path]) -> list[PriceList]:
 
 def _read(path: Path) -> PriceList:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = load_unique(path.read_text(), f"--prices {path}")
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--prices {path}: expected a YAML file such as recipes/prices/1.7b-8b-1xh100.yaml "

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from trl import DistillationConfig
@@ -330,3 +330,16 @@ class OPDConfig(
                 f"generation_kwargs sets {', '.join(sorted(limits))}, which overrides rollout_horizon="
                 f"{self.rollout_horizon!r}. Leave it out: max_completion_length sets the full length."
             )
+
+
+def require_config(args: Any, kind: type, trainer: str) -> None:
+    """Check that a trainer's `args` are a configuration of this package.
+
+    Raises:
+        ConfigError: they are something else, such as the host's own configuration.
+    """
+    if not isinstance(args, kind):
+        raise ConfigError(
+            f"{trainer}: expected args to be an {kind.__name__}, got {type(args).__name__}. Build an {kind.__name__} "
+            "with the same fields, and pass it as args=…."
+        )

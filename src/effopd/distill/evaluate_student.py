@@ -20,6 +20,7 @@ from effopd.distill.served.measure import AnswerKL, kl_of_completions
 from effopd.distill.served.teacher import ServedTeacher
 from effopd.distill.teachers.offload import in_use
 from effopd.distill.teachers.several import TeacherSet, kl_sums_by_teacher
+from effopd.runs.ledger import CostLedger
 from effopd.runs.missing_answers import AnswerWatch, Counts
 from effopd.tasks.base import Grading, Task, verdict_counts
 from effopd.tasks.evaluate import evaluate
@@ -51,6 +52,7 @@ def evaluate_trainer(
     return evaluate_task(
         unwrap(trainer.model), teacher, trainer.text_tokenizer, task,
         trainer.args, vocab_size=trainer.vocab_size, autocast=trainer.accelerator.autocast, watch=trainer.answer_watch,
+        ledger=trainer.ledger,
     )  # fmt: skip
 
 
@@ -64,6 +66,7 @@ def evaluate_task(
     vocab_size: int,
     autocast: Callable[[], AbstractContextManager],
     watch: AnswerWatch | None = None,
+    ledger: CostLedger | None = None,
 ) -> tuple[dict[str, float], int]:
     """Sample one answer per prompt and measure its KL to the teacher and its accuracy.
 
@@ -77,6 +80,7 @@ def evaluate_task(
             teacher: `kl` is that of its support (`effopd.distill.served.support`), and `tail_mass`
             and `tail_kl` are added.
         watch: warns on rank 0 if nearly no answer can be graded.
+        ledger: rank 0 adds the forward tokens of the KL to it, those of student and local teacher.
 
     Returns:
         Metrics without prefix, as `EvaluationRecord` describes them, and the number of tokens
@@ -91,6 +95,11 @@ def evaluate_task(
     if teacher is not None:
         kl, error = ratio_with_error([answer.kl for answer in sampled], [answer.tokens for answer in sampled])
         metrics = {"kl": kl, "kl_se": error, "loss": kl}
+        if ledger is not None and rank() == 0:
+            models = 1 if isinstance(teacher, ServedTeacher) else 2
+            ledger.count("eval", forward=models * sum(answer.prompt + answer.tokens for answer in sampled))
+        if len(sampled) < 2:
+            del metrics["kl_se"]  # one answer has no standard error
         if isinstance(teacher, OwnTeachers):
             metrics |= _kl_by_teacher(sampled, teacher.teachers.labels)
     if isinstance(teacher, ServedTeacher):
@@ -129,6 +138,7 @@ class _Answer(NamedTuple):
     tail_mass: float = 0.0  # of a served teacher outside its top k, sum over tokens
     tail_kl: float = 0.0  # estimate of what `kl` leaves out there, in nats
     teacher: int = 0  # index of its row's teacher, with several
+    prompt: int = 0  # tokens of its prompt
 
 
 def _kl_by_teacher(answers: Sequence[_Answer], labels: Sequence[str]) -> dict[str, float]:
@@ -218,6 +228,7 @@ class _Answers:
                 kl_sum.tail_mass,
                 kl_sum.tail_kl,
                 index,
+                len(c.prompt_ids),
             )
             for c, (correct,), (score,), kl_sum, to_grade, verdict, index in zip(
                 completions, result.correct, result.scores, kl, gradable, verdicts, own, strict=True

@@ -45,14 +45,22 @@ class TerminationCallback(TrainerCallback):
     The host alone saves before the step's look-ahead, or during it with the random state of the
     next step; such a checkpoint does not resume exactly. Must run after every callback that changes
     the weights.
+
+    Attributes:
+        stopped: whether the last training was stopped before its last step.
     """
 
     def __init__(self, manager: Any):
         self._manager = manager
+        self.stopped = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stopped = False
 
     def on_step_end(self, args, state, control, **kwargs):
         if any(all_gather_object(self._manager.is_checkpoint_requested)):
             control.should_save = control.should_training_stop = True
+            self.stopped = state.global_step < state.max_steps
             logger.warning("SIGTERM received: saving a checkpoint of step %d and stopping.", state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -24,7 +24,7 @@ from trl import DistillationTrainer
 
 from effopd.common.isolation import evaluating
 from effopd.distill.callback import EffOPDCallback
-from effopd.distill.config import OPDConfig
+from effopd.distill.config import OPDConfig, require_config
 from effopd.distill.dataset import check_dataset
 from effopd.distill.discord import normalized, support_weights
 from effopd.distill.divergence import Head, gathered, shared_vocab_size, token_logprobs
@@ -92,6 +92,7 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
         stored: tuple[Header, list[StoredRollout], CollectCosts] | None = None,
         **kwargs: Any,
     ):
+        require_config(args, OPDConfig, type(self).__name__)
         if args.rollouts is None:
             raise ConfigError("OfflineOPDTrainer needs OPDConfig(rollouts=FOLDER); use OPDTrainer to sample rollouts.")
         if stored is None:

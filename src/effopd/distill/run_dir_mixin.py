@@ -26,6 +26,7 @@ from effopd.common.files import write_atomically
 from effopd.distill.best_model_mixin import BestModelMixin
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import RunArguments
+from effopd.distill.dataset import check_eval_task
 from effopd.distill.eval_spacing import LogSpacedEvaluation
 from effopd.distill.exact_resume import EpochCallback, EpochSampler, TerminationCallback
 from effopd.distill.optimizers.mixin import AverageCallback, OptimizerMixin
@@ -71,6 +72,7 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
     """
 
     def _open_run(self, args: RunArguments, eval_task: Task | None) -> None:
+        check_eval_task(eval_task)
         self.eval_task, self.ledger = eval_task, CostLedger(CLOCKS[args.cost_clock])
         self.task_name: str | None = None if eval_task is None else eval_task.name
         self.run_dir = RunDir(args.output_dir)  # type: ignore[attr-defined]  # the host's config has it
@@ -129,6 +131,12 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
         super().add_callback(callback)
         last = (TerminationCallback, RunDirCallback, ManifestCallback)
         self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, last))
+
+    @property
+    def terminated(self) -> bool:
+        """Whether SIGTERM stopped the last training early (`enable_jit_checkpoint`)."""
+        callbacks = self.callback_handler.callbacks
+        return any(isinstance(callback, TerminationCallback) and callback.stopped for callback in callbacks)
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
         """Metrics of an evaluation, without prefix, and number of tokens generated."""

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DistillationTrainer
 
-from effopd.distill.config import OPDConfig
+from effopd.distill.config import OPDConfig, require_config
 from effopd.distill.curriculum_mixin import CurriculumCallback, CurriculumMixin
-from effopd.distill.dataset import check_dataset
+from effopd.distill.dataset import check_dataset, check_eval_dataset
 from effopd.distill.divergence import (
     Answers,
     Head,
@@ -89,10 +89,11 @@ class OPDTrainer(
     Raises:
         CompatibilityError: a model has fewer vocabulary rows than the tokenizer has tokens, is not
             causal, or has logits of a form that is not supported.
-        ConfigError: no teacher, or the teacher is the student object itself; several teachers
-            without labels, or with other labels than `args.teachers`; ExOPD's λ ≠ 1 without a
-            reference, or a reference with λ = 1; `lmbda` < 1 without answers.
-        TaskError: a row names none of several teachers.
+        ConfigError: `args` is no `OPDConfig`; no teacher, or the teacher is the student object
+            itself; several teachers without labels, or with other labels than `args.teachers`;
+            ExOPD's λ ≠ 1 without a reference, or a reference with λ = 1; `lmbda` < 1 without
+            answers; evaluations without data.
+        TaskError: a row names none of several teachers, or `eval_task` cannot be graded.
 
     Source: arXiv 2605.11739, section 2 (objective); 2602.12125 (ExOPD); 2604.13016 (health
         metrics).
@@ -113,10 +114,12 @@ class OPDTrainer(
         **kwargs: Any,
     ):
         args = args if args is not None else OPDConfig()
+        require_config(args, OPDConfig, type(self).__name__)
         teacher_model = self._named_teachers(teacher_model, model, args)
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
         check_dataset(train_dataset, rollouts_per_step(args))
+        check_eval_dataset(eval_dataset, eval_task, args.eval_strategy)
         self._open_run(args, eval_task)
         if eval_task is not None and eval_dataset is None:
             eval_dataset = eval_task.to_dataset()

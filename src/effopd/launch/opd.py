@@ -195,12 +195,8 @@ def check_prompts(
     Raises:
         ConfigError, TaskError: there are too few prompts.
     """
-    batch = rollouts_per_step(settings.opd)
-    if stored is None and len(train) < batch:
-        raise ConfigError(
-            f"a step takes {batch} prompts, but the task has only {len(train)}. Lower --per_device_train_batch_size "
-            "or --gradient_accumulation_steps, or raise --train_size."
-        )
+    if stored is None:
+        check_step(settings.opd, len(train))
     if settings.opd.teacher_sources:
         for task in (train, held_out):
             if task is not None:
@@ -209,6 +205,20 @@ def check_prompts(
         check_stages(settings.opd, [vars(example) for example in train.examples])
     if settings.effopd.validation_size is not None:
         check_validation_size(settings.effopd.validation_size, train)
+
+
+def check_step(opd: OPDConfig, prompts: int) -> None:
+    """Check that there are enough prompts for one step.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    batch = rollouts_per_step(opd)
+    if prompts < batch:
+        raise ConfigError(
+            f"a step takes {batch} prompts, but the task has only {prompts}. Lower --per_device_train_batch_size "
+            "or --gradient_accumulation_steps, or raise --train_size."
+        )
 
 
 def other_models(opd: OPDConfig) -> list[str]:

@@ -86,7 +86,8 @@ def check_space(
     if done < steps and args.save_strategy != SaveStrategy.NO:
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
         checkpoints = max(1, math.ceil(steps / every)) if args.save_strategy == SaveStrategy.STEPS else 1
-        checkpoints = 1 + min(checkpoints, args.save_total_limit or checkpoints)  # + 1 that is being written
+        limit = max(args.save_total_limit or checkpoints, 2 if args.load_best_model_at_end else 1)
+        checkpoints = 1 + min(checkpoints, limit)  # + 1 that is being written
     check_disk(
         args.output_dir,
         models[0].meta.num_parameters(),

@@ -5,7 +5,6 @@ The page is self-contained. Its text is in `templates/run.html.jinja`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -115,8 +114,8 @@ def _result(run: RunRecords) -> list[str]:
     if best is not None:
         steps += f" (saved model: step {best.step}, the best by {full_name(best.metric)})"
     if measured := [record for record in evaluations if record.kl is not None]:
-        error = math.nan if measured[-1].kl_se is None else measured[-1].kl_se
-        kl, late = f"{measured[-1].kl:.5f} ± {error:.5f}", f"{final_target(measured):.5f}"
+        error = "" if measured[-1].kl_se is None else f" ± {measured[-1].kl_se:.5f}"
+        kl, late = f"{measured[-1].kl:.5f}{error}", f"{final_target(measured):.5f}"
     if evaluations and evaluations[-1].accuracy is not None:
         last = evaluations[-1]
         interval = "" if last.accuracy_low is None else f" [{last.accuracy_low:.3f}, {last.accuracy_high:.3f}]"

@@ -154,11 +154,17 @@ def _joined(parts: Iterable[str]) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def closing_lines(root: Path, step: int, costs: Costs) -> str:
-    """Closing summary: folder of the model, first → last evaluation, cost, and the next command."""
+def closing_lines(root: Path, step: int, costs: Costs, unfinished_of: int | None = None) -> str:
+    """Closing summary: folder of the model, first → last evaluation, cost, and the next command.
+
+    Args:
+        unfinished_of: number of steps of a run that was stopped before its last one.
+    """
     evaluations, searches = read_evaluations(root), read_searches(root)
     rewards = [record.reward for record in read_steps(root) if record.reward is not None]
     done, kept = f"Done: step {step}.", read_kept(root)
+    if unfinished_of is not None:
+        done = f"Stopped by SIGTERM after step {step} of {unfinished_of}, with a checkpoint."
     if kept is not None:  # leave out evaluations of later models
         done += f" The model is that of {kept_text(kept)}."
         evaluations = [record for record in evaluations if record.step <= kept.step]
@@ -173,7 +179,10 @@ def closing_lines(root: Path, step: int, costs: Costs) -> str:
         lines.append(f"  {cost}")
     if searches:
         lines.append(f"  look-ahead: {searches_text(searches)}")
-    return "\n".join([*lines, f"Next: effopd report {shlex.quote(str(root))}"])
+    following = f"effopd report {shlex.quote(str(root))}"
+    if unfinished_of is not None:
+        following = "repeat the command with --resume_from_checkpoint true"
+    return "\n".join([*lines, f"Next: {following}"])
 
 
 def kept_text(kept: Kept) -> str:

@@ -158,11 +158,15 @@ class RunDir:
         shutil.rmtree(retired, ignore_errors=True)
 
     def rotate(self, limit: int | None, keep: Path | None) -> None:
-        """Delete the oldest checkpoints beyond `limit`, but never `keep`, the best one."""
-        if limit:
-            victims = [path for path in self.checkpoints()[:-limit] if keep is None or path != keep]
-            for path in victims:
-                shutil.rmtree(path)
+        """Delete the oldest checkpoints beyond `limit`, as the host does.
+
+        The newest one and `keep`, the best one, count but are never deleted, so `limit` 1 can leave
+        two.
+        """
+        checkpoints = self.checkpoints()
+        others = [path for path in checkpoints[:-1] if path != keep]
+        for path in others[: max(0, len(checkpoints) - limit)] if limit else []:
+            shutil.rmtree(path)
 
     def set_aside(self, step: int) -> Path | None:
         """Move an earlier run's folders beyond `step` to `superseded/N`, with copies of its rows.

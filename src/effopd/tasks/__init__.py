@@ -35,7 +35,7 @@ from __future__ import annotations
 from effopd.tasks.base import Example, Prompt, Task, Verifier
 from effopd.tasks.config import TaskConfig
 from effopd.tasks.gym_tasks import ReasoningGymVerifier
-from effopd.tasks.load import check_grading, check_packages, load_task, needs_network
+from effopd.tasks.load import check_grading, check_packages, check_sources, load_task, needs_network
 from effopd.tasks.math_grading import MathVerifier, extract_boxed
 from effopd.tasks.prompts import check_prompt_lengths
 from effopd.tasks.rows import read_math_rows
@@ -54,6 +54,7 @@ __all__ = [
     "check_packages",
     "check_prompt_lengths",
     "check_score",
+    "check_sources",
     "check_verifier",
     "extract_boxed",
     "load_task",

@@ -17,11 +17,10 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effopd.common.statistics import Interval, accuracy_interval
-from effopd.errors import TaskError
 from effopd.tasks.base import Example, Grading, Task, verdict_counts
 from effopd.tasks.generate import Completion, generate
 from effopd.tasks.sampling import Sampling
-from effopd.tasks.verify import check_score
+from effopd.tasks.verify import check_score, check_verifiable
 
 #: A verifier score at or above this counts as correct.
 CORRECT = 1.0 - 1e-9
@@ -185,13 +184,7 @@ def evaluate(
         >>> sampling = Sampling(n=4, max_new_tokens=64)
         >>> evaluate(model, tokenizer, task, sampling).accuracy  # doctest: +SKIP
     """
-    if not task.verifiable:
-        missing = next((example.id for example in task.examples if example.answer is None), None)
-        raise TaskError(
-            f"task '{task.name}' cannot be evaluated: "
-            + (f"example '{missing}' has no answer." if missing is not None else "it has no examples.")
-            + " Expected an answer in every example. Use another task or fill in the `answer` column."
-        )
+    check_verifiable(task)
     start, n = time.perf_counter(), sampling.n
     prompts = [example.prompt for example in task.examples]
     flat = generate(model, tokenizer, prompts, sampling, vocab_size=vocab_size, progress=progress, seen=seen)

@@ -22,10 +22,10 @@ from effopd.tasks.config import TaskConfig, split_task_name
 from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples
 from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
 from effopd.tasks.row_faults import ORIGIN
-from effopd.tasks.row_files import on_hub
+from effopd.tasks.row_files import local_file, on_hub
 from effopd.tasks.rows import question_key, read_math_rows
 from effopd.tasks.tagged_answers import render_tagged
-from effopd.tasks.testbed_families import family_task
+from effopd.tasks.testbed_families import check_family, family_task
 from effopd.tasks.verify import load_verifier
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,20 @@ def check_packages(config: TaskConfig) -> None:
     sources = [source for source in (config.task, config.eval_task) if source is not None]
     if any(split_task_name("task", source)[0] == "reasoning-gym" for source in sources):
         ensure("reasoning_gym")
+
+
+def check_sources(config: TaskConfig) -> None:
+    """Check that the files and families of a task exist. No row is read, and no network is used.
+
+    Raises:
+        TaskError: a file does not exist or has another type, or a family is unknown.
+    """
+    for source in (config.task, config.eval_task):
+        kind, name = ("", "") if source is None else split_task_name("task", source)
+        if kind == "testbed":
+            check_family(name)
+        elif kind in ("math", "code") and not on_hub(name):
+            local_file(name)
 
 
 def load_task(

@@ -33,6 +33,7 @@ class Columns:
     def __init__(self, source: str, columns: Mapping[str, str | None], setting: str) -> None:
         self._source, self._columns, self._setting = source, columns, setting
         self._seen: dict[str, None] = {}
+        self._chat: str | None = None
         self._rows = self._without_prompt = 0
 
     def add(self, row: Any, example: Example | BadRow) -> None:
@@ -41,6 +42,7 @@ class Columns:
         self._without_prompt += isinstance(example, NoPrompt)
         if isinstance(row, dict):
             self._seen |= dict.fromkeys(_names(row))
+            self._chat = self._chat or next((name for name, value in row.items() if _ends_with_answer(value)), None)
 
     def check_prompts(self) -> None:
         """Check that at least one row has exactly one prompt column.
@@ -52,6 +54,12 @@ class Columns:
         present = [name for name in names if name in self._seen]
         if not self._rows or self._without_prompt < self._rows:
             return
+        if not present and self._chat is not None:
+            raise TaskError(
+                f"no row of {self._source} has {' or '.join(map(repr, names))}; the chats in '{self._chat}' end with "
+                "an answer of the assistant. Write the messages before it to 'prompt' and, for accuracy, the final "
+                "answer to 'answer'."
+            )
         if not present:
             self._raise("prompt_column", f"no row of {self._source} has {' or '.join(map(repr, names))}", "")
         self._raise(
@@ -103,6 +111,13 @@ def field_of(row: Any, name: str) -> Any:
         else:
             return None
     return value
+
+
+def _ends_with_answer(value: Any) -> bool:
+    """Whether a value is a chat that ends with the assistant, as in data for fine-tuning."""
+    if not isinstance(value, list) or not value or not isinstance(value[-1], dict):
+        return False
+    return value[-1].get("role", value[-1].get("from")) in ("assistant", "gpt", "model")
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:

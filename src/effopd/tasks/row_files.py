@@ -27,25 +27,35 @@ def read_rows(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
     """Rows with their 1-based number in the file (the line number for JSON Lines)."""
     if on_hub(source):
         return _hub_rows(source, args)
-    path = Path(source).expanduser()
     if args:
         raise TaskError(
             f"task_args of the local file '{source}': expected only {' and '.join(COLUMN_ARGS)}, got "
             f"{', '.join(map(repr, sorted(args)))}. Remove the others; they are for Hub datasets."
         )
-    if not path.is_file():
-        raise TaskError(f"no such file: '{source}' (looked in '{Path.cwd()}'). Check the path, or write a Hub id.")
+    path = local_file(source)
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
         ".jsonl": _json_lines,
         ".json": _json_file,
         ".parquet": _parquet_rows,
     }
-    if path.suffix.lower() not in readers:
+    return readers[path.suffix.lower()](path)
+
+
+def local_file(source: str) -> Path:
+    """Path of a source that is not on the Hub.
+
+    Raises:
+        TaskError: there is no such file, or its type is not one of `FILE_TYPES`.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise TaskError(f"no such file: '{source}' (looked in '{Path.cwd()}'). Check the path, or write a Hub id.")
+    if path.suffix.lower() not in FILE_TYPES:
         raise TaskError(
             f"'{source}': expected a file ending in {', '.join(FILE_TYPES)}, got '{path.suffix}'. Convert it, e.g. "
             "with datasets.Dataset.to_json."
         )
-    return readers[path.suffix.lower()](path)
+    return path
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:

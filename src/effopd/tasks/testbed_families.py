@@ -61,6 +61,18 @@ _MAX_DRY_DRAWS = 5_000
 _CHUNK = 2_000
 
 
+def check_family(name: str) -> None:
+    """Check the name of a family.
+
+    Raises:
+        TaskError: there is no such family.
+    """
+    if name not in ALL_FAMILIES:
+        raise TaskError(
+            f"testbed family: expected one of {', '.join(ALL_FAMILIES)}, got {name!r}. Use one of these names."
+        )
+
+
 def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0) -> Task:
     """`size` distinct questions of a family; the same arguments give the same questions.
 
@@ -76,10 +88,7 @@ def family_task(name: str, split: str = "train", size: int = 1000, seed: int = 0
             questions.
     """
     split = "validation" if split == "eval" else split
-    if name not in ALL_FAMILIES:
-        raise TaskError(
-            f"testbed family: expected one of {', '.join(ALL_FAMILIES)}, got {name!r}. Use one of these names."
-        )
+    check_family(name)
     if split not in SPLITS:
         raise TaskError(
             f"split: expected one of {', '.join(SPLITS)} (or eval), got {split!r}. Use one of these names."

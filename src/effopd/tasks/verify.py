@@ -103,6 +103,34 @@ def check_score(value: Any, example: Example, task_name: str) -> float:
     return float(value)
 
 
+def check_verifiable(task: Task) -> None:
+    """Check that every example has the answer that the verifier needs.
+
+    Raises:
+        TaskError: one has none, or there are no examples.
+    """
+    if not task.verifiable:
+        missing = next((example.id for example in task.examples if example.answer is None), None)
+        raise TaskError(
+            f"task '{task.name}' cannot be evaluated: "
+            + (f"example '{missing}' has no answer." if missing is not None else "it has no examples.")
+            + " Expected an answer in every example. Use another task or fill in the `answer` column."
+        )
+
+
+def check_gradable(task: Task) -> None:
+    """Check the verifier of a task on the empty completion of the first example.
+
+    `check_verifier` also checks that right answers score higher, which needs their form.
+
+    Raises:
+        TaskError: there are no examples, an answer is missing, the verifier raises, or it returns
+            no score.
+    """
+    check_verifiable(task)
+    _score(task, "", task.examples[0])
+
+
 def check_verifier(task: Task, examples: int = 4) -> VerifierCheck:
     """Check on the first examples that the right answer scores higher than wrong ones.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effopd.common.distributed import raise_on_all_ranks
-from effopd.distill.config import OPDConfig
+from effopd.distill.config import OPDConfig, require_config
 from effopd.distill.divergence import Answers, Head, Predictions, interior_factor, token_logprobs, weighted_mean
 from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.policy_gradient import importance
@@ -70,6 +70,7 @@ class ServedOPDTrainer(OPDTrainer):
         served: ServedTeacher | None = None,
         **kwargs: Any,
     ):
+        require_config(args, OPDConfig, type(self).__name__)
         if not args.served:
             raise ConfigError("ServedOPDTrainer needs OPDConfig(teacher_server=URL); OPDTrainer loads a teacher.")
         self._given = served
