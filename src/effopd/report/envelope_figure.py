@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from effopd.compare.axes import axis_name
 from effopd.report.compare_envelope import Part, axes_with_data, curves, interval, parts, shown
 from effopd.report.compare_lookup import Lookup
-from effopd.report.style import MUTED, group_colors
+from effopd.report.style import MUTED, Look, looks
 
 _FLOOR, _CEILING = 0.1, 8.0
+#: Largest number of strategies that all have a band; of more, only the first one has.
+_BANDS = 2
 
 
 def axes_of_figures(lookup: Lookup) -> list[str]:
@@ -27,12 +28,13 @@ def draw_axis(plt: Any, lookup: Lookup, axis: str) -> Any:
         sharex=True, sharey=True, constrained_layout=True,
     )  # fmt: skip
     for part, line in zip(rows, panels, strict=True):
-        colors = group_colors(shown(lookup, part))
+        names = shown(lookup, part)
+        styles, bands = looks({name: name for name in names}), names if len(names) <= _BANDS else names[:1]
         for panel, task in zip(line, lookup.tasks, strict=True):
-            for strategy in shown(lookup, part):
-                _strategy(panel, lookup, part, task, axis, strategy, colors[strategy])
+            for strategy in names:
+                _strategy(panel, lookup, part, task, axis, strategy, styles[strategy], strategy in bands)
             _dress(panel, f"{task}: {opponents(part)}")
-        line[0].set_ylabel(f"speed-up in {axis_name(axis)}")
+        line[0].set_ylabel("speed-up")
         if line[0].get_legend_handles_labels()[0]:
             line[0].legend(loc="upper left", fontsize=7)
     for panel in panels[-1]:
@@ -46,9 +48,10 @@ def note(lookup: Lookup) -> str:
         (f"with {part['label']}: " if part["label"] else "") + interval(part) for part in parts(lookup)
     )
     return (
-        f"Thick: reference learning rate. Band: {methods}. Thin: the other learning rates, whose intervals are in the "
-        "table. The opponent is the best arm of the baselines for each target, chosen on the other seeds. “Never” "
-        "refers to the steps that were run; “only it”: the opponent does not arrive."
+        f"Thick: reference learning rate. Band, of the first strategy if there are many: {methods}. Thin: the other "
+        "learning rates, whose intervals are in the table. The opponent is the best arm of the baselines for each "
+        "target, chosen on the other seeds. “Never” refers to the steps that were run; “only it”: the opponent does "
+        "not arrive."
     )
 
 
@@ -57,7 +60,9 @@ def opponents(part: Part) -> str:
     return f"baselines of both grids, {len(part['seeds'])} seeds" if part["label"] else "baselines of this grid"
 
 
-def _strategy(panel: Any, lookup: Lookup, part: Part, task: str, axis: str, strategy: str, color: str) -> None:
+def _strategy(
+    panel: Any, lookup: Lookup, part: Part, task: str, axis: str, strategy: str, look: Look, band: bool
+) -> None:
     found = curves(part, task, axis, strategy)
     main = next((arm for arm, _ in found if arm[1] == lookup.reference), found[0][0] if found else None)
     for arm, row in found:
@@ -68,11 +73,13 @@ def _strategy(panel: Any, lookup: Lookup, part: Part, task: str, axis: str, stra
         if not points:
             continue
         shares, medians, lows, highs = zip(*points, strict=True)
+        line = {"color": look.light, "linestyle": look.linestyle}
         if arm == main:
-            panel.plot(shares, medians, color=color, linewidth=1.9, marker="o", markersize=3.2, label=strategy)
-            panel.fill_between(shares, lows, highs, color=color, alpha=0.15, linewidth=0)
+            panel.plot(shares, medians, linewidth=1.9, marker=look.marker, markersize=4.5, label=strategy, **line)
+            if band:
+                panel.fill_between(shares, lows, highs, color=look.light, alpha=0.15, linewidth=0)
         else:
-            panel.plot(shares, medians, color=color, linewidth=0.7, alpha=0.7)
+            panel.plot(shares, medians, linewidth=0.7, alpha=0.7, **line)
 
 
 def _inside(value: float | None) -> float:

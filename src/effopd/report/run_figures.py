@@ -111,9 +111,9 @@ def _curve(
 ) -> None:
     """One point per evaluation with its interval; a triangle at the first one after each jump."""
     x, y = [x_of(record) for record in evaluations], [getattr(record, key) for record in evaluations]
-    dash = (0, tuple(map(float, look.dash.split()))) if look.dash else "-"
     size = 3.5 if len(evaluations) <= 60 else 2
-    axis.plot(x, y, color=look.light, linestyle=dash, marker=look.marker, label=label, linewidth=1.1, markersize=size)
+    line = {"color": look.light, "linestyle": look.linestyle, "marker": look.marker}
+    axis.plot(x, y, label=label, linewidth=1.1, markersize=size, **line)
     if ends := interval(evaluations, key):
         axis.fill_between(x, *ends, color=look.light, alpha=0.12, linewidth=0)
     marked = after_jumps(evaluations, jumps)

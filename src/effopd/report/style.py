@@ -34,6 +34,11 @@ class Look:
     dash: str = ""
     marker: str = "o"
 
+    @property
+    def linestyle(self) -> Any:
+        """The dash as matplotlib's line style."""
+        return (0, tuple(map(float, self.dash.split()))) if self.dash else "-"
+
 
 #: Strategy → color on a light and on a dark ground. Same colors on every page and in every figure.
 STRATEGY_COLORS: dict[str, tuple[str, str]] = {
