@@ -26,6 +26,7 @@ from effopd.compare.prices import read_prices
 from effopd.compare.time_to_target import smooth
 from effopd.report.compare_envelope import TABLE_SHARES, curves
 from effopd.report.compare_lookup import Lookup, factor, one, table
+from effopd.runs.records import Costs
 
 #: Price list of the tables of the arm that is fastest in hindsight.
 PRICES = Path(__file__).parents[1] / "recipes/prices/1.7b-8b-1xh100.yaml"
@@ -37,21 +38,26 @@ FEW_SHARES = (0.5, 0.25, 0.1, 0.05, 0.025)
 Cost = Callable[[Mapping[str, Any]], Sequence[float]]
 
 
+def priced(curve: Mapping[str, Any]) -> Sequence[Any]:
+    """Seconds at every evaluation of a curve by the price list `PRICES`."""
+    (prices,) = read_prices([PRICES])
+    columns = (curve[name] for name in ("generated_tokens", "forward_tokens", "backward_tokens", "teacher_tokens"))
+    spent = [
+        Costs(
+            net_generated_tokens=sampled,
+            net_forward_tokens=forward,
+            update_forward_tokens=backward,
+            teacher_forward_tokens=teacher,  # those of searches included
+            search_teacher_tokens=0,
+        )
+        for sampled, forward, backward, teacher in zip(*columns, strict=True)
+    ]
+    return [prices.seconds(each) for each in spent]
+
+
 def costs() -> dict[str, Cost]:
     """Name → cost, in the tables of the arm that is fastest in hindsight."""
     (prices,) = read_prices([PRICES])
-
-    def priced(curve: Mapping[str, Any]) -> list[float]:
-        each = prices.seconds_per_token
-        columns = (curve[name] for name in ("generated_tokens", "forward_tokens", "backward_tokens", "teacher_tokens"))
-        return [
-            each["sampled"] * sampled
-            + each["student_forward"] * (forward - teacher)
-            + each["student_backward"] * backward
-            + each["teacher"] * teacher
-            for sampled, forward, backward, teacher in zip(*columns, strict=True)
-        ]
-
     return {
         "steps": lambda curve: curve["step"],
         "net seconds": lambda curve: curve["seconds"],
@@ -237,8 +243,7 @@ def hindsight_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_
 
 def readme_table(results: Mapping[str, Any]) -> str:
     """Table of the README: priced seconds of the fastest baseline, divided by the look-ahead's."""
-    _, cost = list(costs().items())[-1]
-    known, rows = Hindsight(results, cost), []
+    known, rows = Hindsight(results, priced), []
     for task in Lookup(results).tasks:
         for strategy, label in (
             ("newton_search", "AdamW"),
