@@ -44,7 +44,7 @@ def test_init_writes_checks_and_refuses_to_overwrite(place, tmp_path, capsys):
     settings, _ = parse_command(["--config", str(out)])
     assert settings.task.task == f"math:{place / 'rows: 1.jsonl'}"  # a space and a colon in the name
     assert settings.model.model_name_or_path == str(place / "student")
-    assert settings.effopd.strategy == "line_search" and settings.opd.output_dir == "runs/first"
+    assert settings.effopd.strategy == "newton_search" and settings.opd.output_dir == "runs/first"
     assert main(flags(place, out)) == 2
     assert "exists" in capsys.readouterr().err and out.read_text() == text
 
@@ -70,7 +70,7 @@ def test_every_line_is_a_setting_of_train_also_those_that_are_commented_out(stud
     (tmp_path / "all.yaml").write_text("\n".join([text, *commented]))
     settings, _ = parse_command(["--config", str(tmp_path / "all.yaml"), "--dry_run"])
     if student == "some/student":
-        assert settings.model.use_peft and settings.task.eval_task == "math:test.jsonl" and len(commented) == 8
+        assert settings.model.use_peft and settings.task.eval_task == "math:test.jsonl" and len(commented) == 11
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_mistakes_are_explained_before_any_work(pair, tmp_path, capsys, flag, va
 
 def test_lookahead_settings_without_a_strategy_are_refused(pair, tmp_path):
     base = train_flags(pair, tmp_path / "run")[:-4]
-    with pytest.raises(ConfigError, match=r"--effopd\.min_z: .* without a strategy.*--effopd\.strategy line_search"):
+    with pytest.raises(ConfigError, match=r"--effopd\.min_z: .* without a strategy.*--effopd\.strategy newton_search"):
         parse_train([*base, "--effopd.min_z", "3"])
     assert not parse_train([*base, "--effopd.seed", "2", "--effopd.strategy", "none"]).effopd.enabled
     (tmp_path / "c.yaml").write_text("effopd: {strategy: line_search}\n")

@@ -222,7 +222,12 @@ _SAME = {
         ("model_name_or_path", "", "the student, which is trained"),
         ("teacher_model_name_or_path", "", "scores every token of the student's answers; same tokenizer"),
     ),
-    "look-ahead": (("effopd", "{strategy: line_search}", "none: plain OPD; effopd: the paper's search"),),
+    "look-ahead": (
+        ("effopd", "{strategy: newton_search}", "none: plain OPD; effopd: the paper's search"),
+        ("# updates_per_rollouts", "3", "reuse saves sampling; with the next two lines, needs effopd[optimizers]"),
+        ("# optimizer_class", "schedulefree:AdamWScheduleFree", ""),
+        ("# optimizer_args", "'{\"betas\": [0.95, 0.99]}'", ""),
+    ),
 }
 #: Section → (setting, value, comment). A name that starts with "# " is commented out.
 _LARGE: _Settings = {
@@ -243,7 +248,7 @@ _LARGE: _Settings = {
         ("max_steps", "200", "optimizer steps; each trains on 8 × 16 answers per process"),
         ("per_device_train_batch_size", "8", "answers per forward pass: lower it if memory is short"),
         ("gradient_accumulation_steps", "16", "forward passes per step"),
-        ("# learning_rate", "1.0e-5", "the most important setting: compare a few values"),
+        ("# learning_rate", "1.0e-5", "a start: newton_search sets it by its first search; without it, compare a few"),
         ("seed", "42", ""),
     ),
     "look-ahead": _SAME["look-ahead"],

@@ -89,11 +89,11 @@ def train_parser():
         usage="effopd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
         "--task TASK [--FLAG VALUE …]",
         description="Distill a teacher into a student on the student's own rollouts: the student samples, the\n"
-        "teacher scores every token. With --effopd.strategy line_search, training also searches further along\n"
+        "teacher scores every token. With --effopd.strategy newton_search, training also searches further along\n"
         "the weight update and accepts candidates that are closer to the teacher.",
         epilog="Example:\n  effopd train --model_name_or_path STUDENT --teacher_model_name_or_path "
         "TEACHER --task math:train.jsonl \\\n"
-        "      --eval_strategy steps --eval_steps 10 --effopd.strategy line_search --output_dir runs/first\n"
+        "      --eval_strategy steps --eval_steps 10 --effopd.strategy newton_search --output_dir runs/first\n"
         "Add --dry_run to check the settings and estimate the memory per rank, or --resume_from_checkpoint true to\n"
         "resume the run.",
         formatter_class=OneSpelling,
@@ -173,7 +173,7 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
     given = [word.partition("=")[0] for word in argv if word.startswith("--effopd")]
     if effopd.effopd_strategy == "none" and not any(name.endswith("strategy") for name in given) and given:
         raise ConfigError(
-            f"{', '.join(given)}: the look-ahead is off without a strategy. Add --effopd.strategy line_search "
+            f"{', '.join(given)}: the look-ahead is off without a strategy. Add --effopd.strategy newton_search "
             "(or effopd, the paper's), or leave it out."
         )
     values = {field.name: getattr(effopd, f"effopd_{field.name}") for field in dataclasses.fields(EffOPDConfig)}

@@ -241,7 +241,7 @@ def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
         return ""
     return (
         f"Answers are needed because of {' and '.join(causes)}; "
-        "--effopd.strategy line_search without evaluation needs none."
+        "--effopd.strategy newton_search without evaluation needs none."
     )
 
 
