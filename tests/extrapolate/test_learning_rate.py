@@ -149,9 +149,13 @@ def test_the_first_search_sets_the_rate_wherever_it_started(rate, warmup):
     assert after == pytest.approx(best_length / 4, rel=1e-6)
 
 
-def test_later_searches_do_not_set_the_rate():
+def test_later_searches_raise_the_rate_only_if_it_is_far_too_low():
     trials = (TrialRecord(0.0, "start", 0.0), TrialRecord(1.0, "rejected", -1.0))
     earlier = SearchRecord(step=1, anchor_step=0, delta_norm=1.0, accepted_scale=0.0, best_scale=0.0, trials=trials)
-    assert one_search(1e-3, [earlier])[0] == 1.0
+    best_length = one_search(1e-3)[2]
+    for rate in (best_length / 4, best_length / 7.9):  # s = 3 and 6.9
+        assert one_search(rate, [earlier])[0] == 1.0
+    factor, after, length = one_search(1e-3, [earlier])
+    assert after == pytest.approx(length / 8) and factor > 4.0
     without_candidates = dataclasses.replace(earlier, trials=trials[:1])
     assert one_search(1e-3, [without_candidates])[0] > 4.0

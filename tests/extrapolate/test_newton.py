@@ -167,12 +167,12 @@ def test_the_gate_asks_forward_jumps_for_significance():
 
 
 @pytest.mark.parametrize("start", [1e-6, 1.0])
-def test_after_the_first_search_only_a_backward_jump_changes_the_rate_whatever_it_started_from(start):
+def test_later_searches_change_the_rate_after_a_backward_jump_or_a_very_long_one(start):
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([parameter], lr=start)
     update = OptimizerUpdate(EffOPDConfig("newton_search"), optimizer, lambda: True)
     history = []
-    for step, best in enumerate((39.0, 8.0, 8.0, 0.5, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5, 8.0, 8.0)):
+    for step, best in enumerate((39.0, 7.0, 3.0, 0.5, *[-0.5] * 8, 7.0, 31.0, -0.5)):
         result = SearchResult(best, (Trial(0.0, Score(0.0), "start"), Trial(best, Score(1.0), "accepted")))
         factor = update.after(result, history)
         history.append(
@@ -184,4 +184,9 @@ def test_after_the_first_search_only_a_backward_jump_changes_the_rate_whatever_i
         )  # fmt: skip
     totals = [record.learning_rate_factor_total for record in history]
     assert totals[:4] == [10.0] * 4 and totals[4] == pytest.approx(10 * 0.5**0.5)
-    assert totals[9:] == pytest.approx([10 / 8] * 5)  # the floor is a share of the calibrated rate
+    assert totals[9:13] == pytest.approx([10 / 8] * 4)  # the floor is a share of the calibrated rate
+    assert totals[13:] == pytest.approx([10 / 2, 10 / 2 * 0.5**0.5])  # (1 + 31) / 8
+    resumed = OptimizerUpdate(EffOPDConfig("newton_search"), torch.optim.AdamW([parameter], lr=start), lambda: True)
+    for past in (history, history[:5], history[:14]):
+        resumed.resume(past[-1].learning_rate_factor_total, 1.0, past)
+        assert resumed.rate.calibrated == pytest.approx(5.0 if len(past) > 13 else 10.0)

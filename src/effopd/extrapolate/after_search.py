@@ -9,7 +9,12 @@ import torch
 
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
-from effopd.extrapolate.learning_rate import LearningRateMultiplier, calibrated_factor, learning_rate_factor
+from effopd.extrapolate.learning_rate import (
+    LearningRateMultiplier,
+    calibrated_factor,
+    learning_rate_factor,
+    repeated_factor,
+)
 from effopd.extrapolate.search import SearchResult
 from effopd.extrapolate.weight_copies import Movable, carried, clear_state, evaluated, has_modes
 from effopd.runs.records import SearchRecord
@@ -111,23 +116,26 @@ class OptimizerUpdate:
             clear_state(self._optimizer)
         if self.rate is None:
             return None
-        factor = self._factor(self.rate, result.best_scale, history) if tried else 1.0
+        factor = self._factor(self.rate, result, history) if tried else 1.0
         self.rate.factor *= factor
-        if self._calibrates and tried and self.rate.calibrated is None:
+        if self._calibrates and tried and (self.rate.calibrated is None or factor > 1):
             self.rate.calibrated = self.rate.factor
         return factor
 
-    def _factor(self, rate: LearningRateMultiplier, best_scale: float, history: Sequence[SearchRecord]) -> float:
+    def _factor(self, rate: LearningRateMultiplier, result: SearchResult, history: Sequence[SearchRecord]) -> float:
+        best_scale = result.best_scale
         if self._calibrates:
+            averaged = has_modes(self._optimizer)
             if rate.calibrated is None:
-                averaged = has_modes(self._optimizer)
                 return calibrated_factor(best_scale, rate.share, averaged=averaged) * rate.applied / rate.factor
-            # never raised: after half a jump, the next search prefers s > 1 at any rate
+            if result.accepted_scale > 0:
+                return repeated_factor(best_scale, averaged=averaged)
             return learning_rate_factor(best_scale, total=rate.factor / rate.calibrated)
         previous = history[-1].best_scale if history else None
         return learning_rate_factor(best_scale, previous or 0.0, rate.factor)
 
     def _calibrated(self, history: Sequence[SearchRecord]) -> float | None:
-        """The factor that the first search set."""
+        """The factor that the first search set, or the last one that raised it."""
         searched = [search for search in history if search.searched] if self._calibrates else []
-        return (searched[0].learning_rate_factor_total or 1.0) if searched else None
+        raised = [i for i, search in enumerate(searched) if i == 0 or (search.learning_rate_factor or 1.0) > 1]
+        return (searched[raised[-1]].learning_rate_factor_total or 1.0) if searched else None

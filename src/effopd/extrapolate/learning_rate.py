@@ -83,6 +83,27 @@ def calibrated_factor(best_scale: float, share: float = 1.0, *, averaged: bool =
     return min(max(factor, _LOWEST_CALIBRATION), _HIGHEST_CALIBRATION)
 
 
+def repeated_factor(best_scale: float, *, averaged: bool = False) -> float:
+    """max(1, (1 + s) / 8), the learning-rate multiplier from the best scale s of a later jump.
+
+    A forward jump goes half of the way and clears the moments. At the rate that `calibrated_factor`
+    sets, the other half is two steps long, so the next search finds s = 1; it varies about that. An s
+    above 7 means that the first search found a rate that is far too low. An eighth of the best
+    length is half of the share that the first search takes. Under a schedule-free optimizer both
+    shares are double.
+
+    Args:
+        best_scale: s of a search that jumps forward.
+        averaged: whether the optimizer is schedule-free.
+
+    Example:
+        >>> repeated_factor(3.0), repeated_factor(15.0), repeated_factor(15.0, averaged=True)
+        (1.0, 2.0, 4.0)
+    """
+    share = SHARE_IF_AVERAGED if averaged else SHARE_OF_FIRST_STEP
+    return min(max(share * (1 + best_scale) / 2, 1.0), _HIGHEST_CALIBRATION)
+
+
 class LearningRateMultiplier:
     """Multiplies an optimizer's learning rates by `factor` during each step, by step hooks.
 
@@ -103,8 +124,8 @@ class LearningRateMultiplier:
         factor: the multiplier; initially 1.
         share: the schedule's rate in the last step, divided by its peak `initial_lr`; 1 without a
             scheduler.
-        calibrated: `factor` as the first search set it; `None` before. Below half of it, and
-            before, `by_slope` has no margin.
+        calibrated: `factor` as the first search set it, or the last later one that raised it;
+            `None` before the first. Below half of it, and before, `by_slope` has no margin.
         cosine: `slope_cosine` before the last step; `None`: not known, `by_slope` is
             off, or the examples were seen before.
 
