@@ -13,21 +13,19 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from effopd.commands.main import main as effopd
 from effopd.common.versions import code
-from effopd.compare.grid import Grid, PlannedRun, folder_name, load_grid
-from effopd.compare.grid_run import GridRun, read_run, to_row
-from effopd.compare.imported_runs import scaled
+from effopd.compare.collect import made_here
+from effopd.compare.grid import Grid, PlannedRun
+from effopd.compare.grid_run import GridRun, to_row
+from effopd.compare.imported_runs import key, merge_runs, saved_entries, scaled, sources
 from effopd.compare.runner import DONE, LOG, SETTINGS, is_done
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "compare-neighbours.yaml"
-#: Place of the stored answers below the working directory, as in the plan.
-TRACES = Path("runs/neighbour-traces")
-#: Stored answers per task and seed: each is used four times in 32 steps of 32.
+#: Stored answers per task and seed: each is used four times in 32 steps of 32, six times in 48.
 STORED = 256
 #: Arm that `effopd rl` trains, so the plan does not list it.
 DGRPO = "dgrpo"
@@ -37,30 +35,27 @@ def even_clock(runs: Sequence[GridRun]) -> list[GridRun]:
     """Runs with seconds scaled to the median pace of evaluation: seconds per sampled token.
 
     Every run evaluates the same prompts as often, so its pace shows how much other processes on the
-    machine slowed it down.
+    machine slowed it down. For runs read from their folders: a results.json has no such pace.
     """
     paces = [cost.eval_seconds / cost.eval_generated_tokens for cost in (run.evaluations[-1].costs for run in runs)]
     middle = statistics.median(paces) if paces else 1.0
     return [scaled(run, middle / pace) for run, pace in zip(runs, paces, strict=True)]
 
 
-def results_of(folder: Path) -> dict[str, Any]:
-    """The finished runs of the plan in a grid's folder, with the plan's settings."""
-    grid = load_grid(RECIPE, output_dir=str(folder))
+def results_of(grid: Grid) -> dict[str, Any]:
+    """The plan's runs that ended, with its settings: those of its folder, and imported ones.
+
+    Runs of the folder are brought to one clock first (`even_clock`). Imported runs were brought to
+    theirs when their results.json was written, and are then rescaled to this one (`merge_runs`).
+    """
+    rewards = reward_runs(grid)
     steps = {run.task: run.settings["max_steps"] for run in grid.runs()}
-    runs = [
-        first_steps(
-            read_run(
-                run.path, task=run.task, strategy=run.strategy, learning_rate=run.learning_rate, seed=run.seed,
-                code=json.loads((run.path / DONE).read_text())["code"],
-            ),
-            steps[run.task],
-        )
-        for run in [*grid.runs(), *reward_runs(grid)] if is_done(run)
-    ]  # fmt: skip
-    runs = even_clock(runs)
-    settings = {
-        "planned_runs": len(grid.runs()) + len(reward_runs(grid)),
+    made, _ = made_here([*grid.runs(), *rewards])
+    made = even_clock([first_steps(run, steps[run.task]) for run in made])
+    runs, merges = merge_runs(grid, made, sources(grid, saved_entries(grid), rewards), rewards)
+    settings = grid.roles.to_settings() | {
+        "planned_runs": len(grid.runs()) + len(rewards),
+        "merges": merges,
         "base": grid.base,
         "strategies": grid.strategies,
     }
@@ -87,11 +82,25 @@ def reward_runs(grid: Grid) -> list[PlannedRun]:
     return runs
 
 
-def reward(seeds: Sequence[int] | None, tasks: Sequence[str] | None, rates: Sequence[float] | None) -> None:
-    """Make the missing runs of dGRPO, one process each."""
-    for run in reward_runs(load_grid(RECIPE)):
-        wanted = ((seeds, run.seed), (tasks, run.task), (rates, run.learning_rate))
-        if (run.path / DONE).is_file() or any(chosen and value not in chosen for chosen, value in wanted):
+class Wanted(NamedTuple):
+    """Seeds, tasks and learning rates to make now; `None`: all."""
+
+    seeds: Sequence[int] | None = None
+    tasks: Sequence[str] | None = None
+    rates: Sequence[float] | None = None
+
+    def has(self, run: PlannedRun) -> bool:
+        """Whether a run is one of them."""
+        pairs = ((self.seeds, run.seed), (self.tasks, run.task), (self.rates, run.learning_rate))
+        return not any(chosen and value not in chosen for chosen, value in pairs)
+
+
+def reward(grid: Grid, wanted: Wanted) -> None:
+    """Make the runs of dGRPO that are neither finished nor imported, one process each."""
+    runs = reward_runs(grid)
+    imported = {key(run) for source in sources(grid, saved_entries(grid), runs) for run in source.runs}
+    for run in runs:
+        if is_done(run) or key(run) in imported or not wanted.has(run):
             continue
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path / SETTINGS).write_text(yaml.safe_dump(run.settings))
@@ -102,28 +111,35 @@ def reward(seeds: Sequence[int] | None, tasks: Sequence[str] | None, rates: Sequ
         print("done", run.name, flush=True)
 
 
-def collect(seeds: Sequence[int] | None, tasks: Sequence[str] | None) -> None:
-    """`effopd cache` for every task and seed of the plan: rollouts and traces."""
-    grid = load_grid(RECIPE)
+def collect(grid: Grid, wanted: Wanted) -> None:
+    """Make all that the plan's runs read: stored answers by `effopd cache`, and weak teachers."""
     base = grid.base
-    for task in tasks or list(grid.tasks):
-        for seed in seeds or grid.seeds:
-            for sampler in ("student", "teacher"):
-                status = effopd([
-                    "cache", "--model_name_or_path", base["model_name_or_path"], "--teacher_model_name_or_path",
-                    base["teacher_model_name_or_path"], "--task", task, "--train_size", str(STORED), "--task_seed",
-                    str(seed), "--seed", str(seed), "--max_completion_length", str(base["max_completion_length"]),
-                    "--batch_size", "128", "--sampled_by", sampler, "--output_dir",
-                    str(TRACES / folder_name(task) / f"seed-{seed}" / sampler),
-                ])  # fmt: skip
-                if status:
-                    raise SystemExit(status)
-        weak_teacher(base, task)
+    runs = [run for run in grid.runs() if wanted.has(run)]
+    for folder, run in stored_answers(runs).items():
+        status = effopd([
+            "cache", "--model_name_or_path", base["model_name_or_path"], "--teacher_model_name_or_path",
+            base["teacher_model_name_or_path"], "--task", run.task, "--train_size", str(STORED), "--task_seed",
+            str(run.seed), "--seed", str(run.seed), "--max_completion_length", str(base["max_completion_length"]),
+            "--batch_size", "128", "--sampled_by", folder.name, "--output_dir", str(folder),
+        ])  # fmt: skip
+        if status:
+            raise SystemExit(status)
+    for folder, run in weak_teachers(runs).items():
+        make_weak_teacher(base, run.task, folder)
 
 
-def weak_teacher(base: Mapping[str, Any], task: str) -> None:
+def stored_answers(runs: Sequence[PlannedRun]) -> dict[Path, PlannedRun]:
+    """Folder of stored answers → a run that reads it. The folder's name is that of the sampler."""
+    return {Path(run.settings[name]): run for run in runs for name in ("rollouts", "traces") if name in run.settings}
+
+
+def weak_teachers(runs: Sequence[PlannedRun]) -> dict[Path, PlannedRun]:
+    """Folder of CLPD's weak teacher → a run that reads it."""
+    return {Path(teachers[0]): run for run in runs if (teachers := run.settings.get("curriculum_teachers"))}
+
+
+def make_weak_teacher(base: Mapping[str, Any], task: str, folder: Path) -> None:
     """CLPD's weak teacher: the student after four steps of plain OPD at 3e-4, by seed 99."""
-    folder = TRACES / folder_name(task) / "weak-teacher"
     if (folder / "model.safetensors").is_file():
         return
     settings = {

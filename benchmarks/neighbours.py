@@ -5,11 +5,14 @@
     python benchmarks/neighbours.py rewards          # dGRPO, which `effopd rl` trains
     python benchmarks/neighbours.py page --runs runs/compare-neighbours --figure
 
-`page --runs` writes the finished runs to docs/neighbours/results.json, from which it makes tables
-and figure. Only the blocks between markers are generated (`pages.py`). A method is
-judged at its best learning rate, against plain OPD at its best learning rate, by the cost to reach
-the `TARGETS`. Best are the rates with the most seeds, and among these the one that reaches the
-target on the most seeds, then first. The rule is the same for plain OPD.
+`--plan recipes/compare-neighbours-wide.yaml` does the same with a teacher of another size.
+`page --runs` writes the plan's finished runs to its file in docs/neighbours (`PARTS`). `page` makes
+the tables from all files that exist, and the figure from the first. Only the blocks between markers
+are generated (`pages.py`).
+
+A method is judged at its best learning rate, against plain OPD at its best learning rate, by the
+cost to reach the `TARGETS`. Best are the rates with the most seeds, and among these the one that
+reaches the target on the most seeds, then first. The rule is the same for plain OPD.
 """
 
 from __future__ import annotations
@@ -23,19 +26,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neighbour_runs import DGRPO, collect, results_of, reward
+from neighbour_runs import DGRPO, Wanted, collect, results_of, reward
 from pages import DOCS, rewrite
 
 from effopd.common.files import write_atomically
 from effopd.compare.axes import axis_name, cost_on
 from effopd.compare.cross_targets import runs_of
 from effopd.compare.envelope import Envelope
+from effopd.compare.grid import load_grid
 from effopd.compare.grid_run import Arm, GridRun
 from effopd.compare.paired import SeedMedian, median_with_interval, ratio
 from effopd.report.compare_lookup import table, times
 from effopd.report.style import MUTED, group_colors, quiet_style, save
 
 PLACE = DOCS / "neighbours"
+RECIPES = Path(__file__).parents[1] / "recipes"
 #: Shares of the KL at step 0 that a method has to reach; verdicts and figure are for the first.
 TARGETS = (0.1, 0.05)
 #: Figure: ticks, and the place of a method that never reaches the target.
@@ -45,6 +50,31 @@ COLORS = group_colors(("plain", "newton_search"))
 #: Suffix of an arm with the look-ahead; plain OPD with it has a name of its own.
 NEWTON = "+newton"
 AXES = ("seconds", "generated_tokens", "teacher_tokens", "student_backward_tokens")
+
+
+class Part(NamedTuple):
+    """A part of the page: its plan, the file of its runs, and its generated blocks."""
+
+    plan: str
+    file: str
+    blocks: tuple[str, ...]
+    prefix: str = ""
+
+    def texts(self) -> dict[str, str]:
+        """Name of each block → its text; empty as long as the file does not exist."""
+        path = PLACE / self.file
+        if not path.is_file():
+            return {}
+        blocks = Page(json.loads(path.read_text())).blocks()
+        return {self.prefix + name: blocks[name] for name in self.blocks}
+
+
+PARTS = (
+    Part("compare-neighbours", "results.json", ("coverage", "methods", "costs", "final", "rates", "verdicts")),
+    Part(
+        "compare-neighbours-wide", "other_teacher.json", ("verdicts", "coverage", "costs", "final"), "other teacher, "
+    ),
+)
 
 
 class Method(NamedTuple):
@@ -66,6 +96,7 @@ METHODS = (
     Method("optimal_baseline", "optimal baseline", "", "as vOPD; smallest variance of the logit gradient"),
     Method("samples_8", "8 samples per prefix", "2606.24143", "the teacher scores chosen tokens cheaply"),
     Method("negative_advantage", "fixed negative advantage", "2608.31046", "a control: no teacher"),
+    Method("opsa", "OPSA", "2608.31046", "a control: no teacher; the advantage grows with the entropy"),
     Method(DGRPO, "dGRPO", "2605.12227", "answers are verified and reward matters as well as the teacher"),
     Method("esr", "ESR", "2605.27028", "sampling long answers dominates the cost"),
     Method("prune", "Prune-OPD", "2605.07804", "long answers leave the teacher's support"),
@@ -81,7 +112,7 @@ class Page:
     """Blocks of the page.
 
     Args:
-        results: content of results.json.
+        results: content of a part's file.
     """
 
     def __init__(self, results: Mapping[str, Any]):
@@ -341,27 +372,35 @@ def _end(run: GridRun) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["collect", "rewards", "page"])
-    parser.add_argument("--runs", type=Path, help="page: folder of the grid; default: docs/neighbours/results.json")
+    parts = {part.plan: part for part in PARTS}
+    parser.add_argument(
+        "--plan", type=Path, default=RECIPES / f"{PARTS[0].plan}.yaml",
+        help=f"recipes/NAME.yaml, where NAME is {' or '.join(parts)}; default: the first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs", type=Path, help="page: folder of the plan's grid, to write its runs to docs/neighbours"
+    )
     parser.add_argument("--figure", action="store_true", help="page: redraw docs/neighbours/costs.png")
     parser.add_argument("--seeds", type=int, nargs="+", help="collect, rewards: only these seeds")
     parser.add_argument("--tasks", nargs="+", help="collect, rewards: only these tasks")
     parser.add_argument("--rates", type=float, nargs="+", help="rewards: only these learning rates")
     arguments = parser.parse_args()
-    if arguments.what == "collect":
-        collect(arguments.seeds, arguments.tasks)
+    if arguments.plan.stem not in parts:
+        parser.error(
+            f"--plan {arguments.plan}: expected one of {', '.join(f'recipes/{name}.yaml' for name in parts)}."
+        )
+    if arguments.what != "page":
+        make = collect if arguments.what == "collect" else reward
+        make(load_grid(arguments.plan), Wanted(arguments.seeds, arguments.tasks, arguments.rates))
         return
-    if arguments.what == "rewards":
-        reward(arguments.seeds, arguments.tasks, arguments.rates)
-        return
-    file = PLACE / "results.json"
     if arguments.runs is not None:
-        results = results_of(arguments.runs)
-        PLACE.mkdir(exist_ok=True)
+        results = results_of(load_grid(arguments.plan, output_dir=str(arguments.runs)))
+        file = PLACE / parts[arguments.plan.stem].file
         write_atomically(file, lambda path: path.write_text(json.dumps(results) + "\n"))
-    page = Page(json.loads(file.read_text()))
-    rewrite(DOCS / "neighbours.md", page.blocks())
+    for part in PARTS:
+        rewrite(DOCS / "neighbours.md", part.texts())
     if arguments.figure:
-        page.draw()
+        Page(json.loads((PLACE / PARTS[0].file).read_text())).draw()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from effopd.tasks.builtin_models import OTHER_MODELS, WEIGHTS, other_models_path
 pytestmark = pytest.mark.slow
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-#: Folder of stored answers that recipes read.
+#: Beginning of the folders of stored answers that recipes read.
 STORED = "runs/neighbour-traces"
 
 

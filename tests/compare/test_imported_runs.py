@@ -13,6 +13,7 @@ from helpers.grid_runs import LR
 from helpers.grid_runs import planted_run as run
 
 from effopd.compare.grid import Grid
+from effopd.compare.grid_run import to_row
 from effopd.compare.imported_runs import (
     Source,
     key,
@@ -69,6 +70,26 @@ def test_what_is_known_is_not_made_again_but_one_run_of_each_task():
         ("t", "plain", 2), ("t", "twice", 2), ("u", "plain", 2), ("u", "twice", 2),
     ]  # fmt: skip
     assert runs_to_make(plan(), []) == plan().runs()
+
+
+def test_the_run_made_on_both_machines_is_one_that_the_source_has():
+    rates = {"strategies": {"plain": {"learning_rate_factors": [1, 3, 10]}}}
+    there = [run("plain", 3e-4, 1, task="t"), run("plain", 9e-5, 2, task="t")]
+    for more, first in (([], ("t", 3e-4, 1)), ([run("plain", LR, 2, task="t")], ("t", LR, 2))):
+        made = runs_to_make(plan(**rates), [Source("a.json", (*there, *more))])
+        assert [(r.task, r.learning_rate, r.seed) for r in made[:2]] == [first, ("u", LR, 0)]
+        assert len({r.path for r in made}) == len(made) == 18 - 2 - len(more) + 1
+
+
+def test_runs_of_another_command_are_imported_too():
+    the_plan = plan()
+    more = [replace(r, strategy="rewarded") for r in the_plan.runs() if r.strategy == "plain"]
+    there = [*grid(), *(run("rewarded", seed=seed, task="t") for seed in range(3))]
+    settings = the_plan.roles.to_settings() | {"base": the_plan.base, "strategies": the_plan.strategies}
+    entries = [{"path": "r.json", "settings": settings, "runs": [to_row(r) for r in there]}]
+    assert [len(found.runs) for found in (*sources(the_plan, entries), *sources(the_plan, entries, more))] == [12, 15]
+    read, (note,) = merge_runs(the_plan, [run(seed=0, task="t")], sources(the_plan, entries, more), more)
+    assert [r.strategy for r in read[-3:]] == ["rewarded"] * 3 and len(read) == 15 and note["runs"] == 14
 
 
 def test_a_slower_machine_changes_no_speedup():
@@ -148,7 +169,7 @@ def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
 
 
 def test_seconds_without_a_run_in_common_are_refused():
-    with pytest.raises(ConfigError, match="one seed"):
+    with pytest.raises(ConfigError, match=r"no finished run in common.*a run of plain that the file holds"):
         merge_runs(plan(), [run(seed=0, task="t")], [Source("a.json", (run(seed=1, task="t"),))])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ PLAN = "plan.yaml"
 def collect(folder: Path) -> dict[str, Any]:
     """Results of all finished runs of a grid.
 
-    A run that ended with a non-finite loss counts as never reaching its targets. Other failures
-    are listed in `settings.failed`.
+    Failures other than a non-finite loss are listed in `settings.failed`.
 
     Raises:
         ConfigError: the folder is not a grid, or no run is finished.
@@ -32,13 +31,10 @@ def collect(folder: Path) -> dict[str, Any]:
     if not (folder / PLAN).is_file():
         raise ConfigError(f"{folder} is not a grid of `effopd compare`: expected {PLAN} in it.")
     grid = load_grid(folder / PLAN, output_dir=str(folder))
-    finished = [run for run in grid.runs() if is_done(run)]
-    failed = {run.name: (run, error) for run in grid.runs() if not is_done(run) and (error := failure_of(run))}
-    diverged = {name: run for name, (run, error) in failed.items() if _has_diverged(run, error)}
-    if not finished:
+    if not any(is_done(run) for run in grid.runs()):
         raise ConfigError(f"no run of {folder} is finished yet. Start the grid with `effopd compare PLAN`.")
-    made_here = [_read(run) for run in finished] + [_read(run).diverged() for run in diverged.values()]
-    runs, merges = merge_runs(grid, made_here, sources(grid, saved_entries(grid)))
+    made, failed = made_here(grid.runs())
+    runs, merges = merge_runs(grid, made, sources(grid, saved_entries(grid)))
     results = analyze_runs(runs, grid.roles)
     results["settings"] |= {
         "clock": grid.base.get("cost_clock", "wall"),
@@ -46,11 +42,22 @@ def collect(folder: Path) -> dict[str, Any]:
         "threads": grid.threads,
         "planned_runs": len(grid.runs()),
         "merges": merges,
-        "failed": [f"{name}: {error}" for name, (_, error) in failed.items() if name not in diverged],
+        "failed": failed,
         "strategies": grid.strategies,
         "base": grid.base,
     }
     return results
+
+
+def made_here(planned: Sequence[PlannedRun]) -> tuple[list[GridRun], list[str]]:
+    """The runs that ended in their folders, and a line `NAME: ERROR` for each that failed.
+
+    A run that ended with a non-finite loss counts as never reaching its targets.
+    """
+    failed = [(run, error) for run in planned if not is_done(run) and (error := failure_of(run))]
+    diverged = [run for run, error in failed if _has_diverged(run, error)]
+    runs = [_read(run) for run in planned if is_done(run)] + [_read(run).diverged() for run in diverged]
+    return runs, [f"{run.name}: {error}" for run, error in failed if not _has_diverged(run, error)]
 
 
 def with_roles(results: Mapping[str, Any], grid: Grid, source: Path) -> dict[str, Any]:

@@ -7,8 +7,8 @@ factor taken from the runs made on both machines:
 
 The median is over runs of the same task and seed if there are any, otherwise over all runs made on
 both machines. A speed-up divides seconds of one task and seed. With the baseline made on both
-machines, it therefore equals the ratio measured on one machine. `runs_to_make` includes runs for
-this purpose: the baseline at the reference learning rate, for one seed per task.
+machines, it therefore equals the ratio measured on one machine. For this purpose `runs_to_make`
+includes a run of the baseline per task.
 
 A grid can move several times. Every run lists the merges that rescaled its seconds
 (`GridRun.merges`, indices into `settings.merges` of results.json). A run repeated on this machine
@@ -73,13 +73,16 @@ def saved_entries(grid: Grid) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def sources(grid: Grid, entries: Sequence[Mapping[str, Any]]) -> list[Source]:
+def sources(grid: Grid, entries: Sequence[Mapping[str, Any]], more: Sequence[PlannedRun] = ()) -> list[Source]:
     """Runs of each entry that belong to the plan.
+
+    Args:
+        more: runs that belong to it as well, made by another command than `effopd compare`.
 
     Raises:
         ConfigError: an entry's settings differ from the plan's.
     """
-    return [_source(grid, entry) for entry in entries]
+    return [_source(grid, entry, more) for entry in entries]
 
 
 def check_same_settings(grid: Grid, path: str | Path, settings: Mapping[str, Any]) -> None:
@@ -96,9 +99,9 @@ def check_same_settings(grid: Grid, path: str | Path, settings: Mapping[str, Any
         )
 
 
-def _source(grid: Grid, entry: Mapping[str, Any]) -> Source:
+def _source(grid: Grid, entry: Mapping[str, Any], more: Sequence[PlannedRun] = ()) -> Source:
     check_same_settings(grid, entry["path"], entry["settings"])
-    planned = {key(run) for run in grid.runs()}
+    planned = {key(run) for run in (*grid.runs(), *more)}
     runs = tuple(run for run in map(from_row, entry["runs"]) if key(run) in planned)
     return Source(entry["path"], runs, tuple(entry["settings"].get("merges", ())))
 
@@ -129,26 +132,37 @@ def key(run: GridRun | PlannedRun) -> tuple[str, str, float, int]:
 
 
 def runs_to_make(grid: Grid, imported: Sequence[Source]) -> list[PlannedRun]:
-    """Runs of the plan to make on this machine; those that set the rescaling factor come first."""
+    """Runs of the plan to make on this machine; those that set the rescaling factor come first.
+
+    These are, per task, a run of the baseline that a source has too, preferably at the reference
+    learning rate. For a task without such a run, it is the first one at the reference rate.
+    """
     runs = grid.runs()
     if not imported:
         return runs
     made_there = {key(run) for source in imported for run in source.runs}
-    reference = (grid.baseline, grid.reference_learning_rate)
-    first_seed = [
-        next(r for r in runs if r.task == task and (r.strategy, r.learning_rate) == reference) for task in grid.tasks
+
+    def unfit(run: PlannedRun) -> tuple[bool, bool]:
+        return key(run) not in made_there, run.learning_rate != grid.reference_learning_rate
+
+    shared = [
+        min((run for run in runs if (run.task, run.strategy) == (task, grid.baseline)), key=unfit)
+        for task in grid.tasks
     ]
-    return first_seed + [run for run in runs if key(run) not in made_there and run not in first_seed]
+    return shared + [run for run in runs if key(run) not in made_there and run not in shared]
 
 
 def merge_runs(
-    grid: Grid, made_here: Sequence[GridRun], imported: Sequence[Source]
+    grid: Grid, made_here: Sequence[GridRun], imported: Sequence[Source], more: Sequence[PlannedRun] = ()
 ) -> tuple[list[GridRun], list[dict[str, Any]]]:
     """All runs in the plan's order, with seconds of this machine, and the merges applied to them.
 
     A run available more than once counts once: the one made here, otherwise that of the first
     source. A source's factor for a task and seed uses all runs merged so far, including those of
     earlier sources.
+
+    Args:
+        more: as for `sources`; these runs come last.
 
     Returns:
         The runs, and one row per merge, oldest first; a source's own earlier merges precede its
@@ -168,9 +182,8 @@ def merge_runs(
         if not ratios:
             raise ConfigError(
                 f"{grid.output_dir} and {source.path} have no finished run in common, so seconds "
-                "cannot be compared yet. Let `effopd compare PLAN` finish "
-                f"{grid.baseline} at {grid.reference_learning_rate:.3g} for one seed, or remove "
-                f"{Path(grid.output_dir) / IMPORTED}."
+                f"cannot be compared yet. Let `effopd compare PLAN` finish a run of {grid.baseline} that the file "
+                f"holds, which it makes first, or remove {Path(grid.output_dir) / IMPORTED}."
             )
         by_place: dict[Place, list[float]] = {}
         for place, ratio in _pace_ratios(runs, source):
@@ -183,7 +196,7 @@ def merge_runs(
                 chain = (*(first + index for index in run.merges), len(merges))
                 runs[key(run)] = dataclasses.replace(scaled(run, factors.get(run.place, factor)), merges=chain)
         merges.append({"factor": factor, "low": min(ratios), "high": max(ratios), "n": len(ratios)})
-    ordered = [runs[place] for place in map(key, grid.runs()) if place in runs]
+    ordered = [runs[place] for place in map(key, (*grid.runs(), *more)) if place in runs]
     return ordered, [row | {"runs": sum(i in run.merges for run in ordered)} for i, row in enumerate(merges)]
 
 
