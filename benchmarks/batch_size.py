@@ -1,19 +1,50 @@
-"""Tables of docs/batch_size.md, small against large batches; `readme_results.py` writes them.
+"""Tables of docs/batch_size.md: small against large batches; `readme_results.py` writes them.
 
-Nothing is run. The runs in docs/results.json train on 256 prompts per step, those in
-docs/ablation/results.json on 32, with the same models, tasks, seeds and held-out prompts. The
-target is the final KL of plain OPD with the large batch at the reference learning rate. Speed-ups
-are over `line_search` with the large batch from the reference rate.
+Nothing is run. Two comparisons:
+
+- docs/batch_sizes/results.json: 8 to 64 prompts per batch of rollouts, with reuse
+  (recipes/compare-batch-sizes.yaml).
+- docs/results.json with 256 prompts per step against docs/ablation/results.json with 32: the same
+  models, tasks, seeds and held-out prompts. The target is the final KL of plain OPD with the large
+  batch at the reference learning rate. Speed-ups are over `line_search` with the large batch from
+  the reference rate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from rivals import FEW_SHARES, Hindsight, costs, heads
+
 from effopd.compare.cross_targets import across, runs_of
-from effopd.report.compare_lookup import AXIS_NAMES, factor, table, times
+from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, times
 
 STRATEGIES = ("plain", "line_search")
+#: Arm with reuse, and what precedes the number of prompts in the names of its plan.
+REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
+
+
+def reuse_tables(results: Mapping[str, Any]) -> dict[str, str]:
+    """Cost → table: fastest baselines of the same and of any batch size, over the look-ahead's cost."""
+    look, tables = Lookup(results), {}
+    known = sorted({int(name.split(PROMPTS)[1]) for name, _ in look.arms if name.startswith(REUSE)})
+    baselines = results["settings"]["baselines"]
+    for name, cost in costs().items():
+        rows = []
+        for task in look.tasks:
+            for prompts in known:
+                own, arm = f"{PROMPTS}{prompts}", f"{REUSE}{PROMPTS}{prompts}"
+                if not any(look.runs(task, each) for each in look.arms if each[0] == arm):
+                    continue
+                for against, rivals in (("same", [b for b in baselines if b.endswith(own)]), ("any", baselines)):
+                    found = Hindsight(results, cost, rivals)
+                    cells = (found.ratios(task, arm, share) for share in FEW_SHARES)
+                    rows.append([f"`{task.split(':')[1]}`", str(prompts), against, *cells])
+            anyone = Hindsight(results, cost)
+            rows.append([f"`{task.split(':')[1]}`", "", "fastest", *(anyone.opponent(task, s) for s in FEW_SHARES)])
+        tables[name] = table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
+    return tables
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +177,15 @@ class Hindsight:
     Args:
         results: results.json of the grid.
         cost: the cost to compare.
+        baselines: strategies that compete; default: the plan's baselines.
     """
 
     #: Seeds that an arm needs to compete.
     SEEDS = 2
 
-    def __init__(self, results: Mapping[str, Any], cost: Cost):
+    def __init__(self, results: Mapping[str, Any], cost: Cost, baselines: Collection[str] | None = None):
         self._look, self._cost = Lookup(results), cost
-        self._baselines = set(results["settings"]["baselines"])
+        self._baselines = results["settings"]["baselines"] if baselines is None else baselines
 
     def cost(self, task: str, arm: Arm, share: float) -> float:
         """Median cost over seeds; ∞: most runs never reach the target, or there are no runs."""
