@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,19 @@ def _check_end_tokens(student: str, teacher: str, tokenizer: PreTrainedTokenizer
 
 
 def check_task(
-    task: Task, tokenizer: PreTrainedTokenizerBase | None, max_prompt_length: int | None, **template: Any
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_prompt_length: int | None,
+    template: Mapping[str, Any] | None = None,
+    *,
+    graded: bool = True,
 ) -> int | None:
     """Check prompt lengths and, if there are answers, the verifier on right and wrong answers.
 
     Args:
         tokenizer: the student's. `None`: prompt lengths are not measured.
+        template: arguments of the chat template.
+        graded: whether completions are graded. If not, the verifier is not checked.
 
     Returns:
         Length of the longest prompt in tokens. `None`: not measured.
@@ -157,7 +165,7 @@ def check_task(
     if not task.examples:
         raise TaskError(f"task '{task.name}' has no examples: expected at least one prompt.")
     lengths = {} if tokenizer is None else check_prompt_lengths(task, tokenizer, max_prompt_length, template)
-    if task.verifiable:
+    if graded and task.verifiable:
         check_verifier(task)
     return max(lengths.values(), default=None)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from effopd.distill.rl_config import TaskDGRPOConfig
 from effopd.launch.dry_run import length_text, memory_table, prompts_text, run_table, size_text, unchecked_text
 from effopd.launch.memory_estimate import estimate_rl_memory
-from effopd.launch.prompts import Prompts, load_prompts
+from effopd.launch.prompts import Prompts, graded_splits, load_prompts
 from effopd.launch.rl import (
     WHY_ANSWERS,
     RLRunSettings,
@@ -53,7 +53,7 @@ def _checked(settings: RLRunSettings, names: Mapping[str, str]) -> tuple[list[Na
     models = check_models_of(settings) if on_disk else []
     tokenizer = tokenizer_of(model, list(names.values()), rl) if on_disk else None
     if needs_network(task):
-        check_grading(task)
+        check_grading(task, graded_splits(rl, WHY_ANSWERS))
         return models, None
     rows = load_prompts(task, rl, tokenizer, WHY_ANSWERS)
     check_prompts(settings, rows.train)

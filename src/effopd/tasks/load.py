@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,13 +90,22 @@ def load_task(
         raise TaskError(f"split: expected 'train' or 'eval', got {split!r}.")
     if split == "eval" and config.eval_size == 0:
         raise TaskError("eval_size=0: there is no eval split. Set eval_size to 1 or more, or leave it out.")
-    source = config.task if split == "train" or config.eval_task is None else config.eval_task
-    kind, _ = split_task_name("task", source)
+    kind, _ = split_task_name("task", _source(config, split)[0])
     return _finish(_load_bare(config, split, answers_required, why, tuple(keep)), config, kind)
 
 
-def check_grading(config: TaskConfig) -> None:
+def _source(config: TaskConfig, split: Split) -> tuple[str, Any]:
+    """(source of a split, its parameters)."""
+    if split == "train" or config.eval_task is None:
+        return config.task, config.task_args
+    return config.eval_task, config.eval_task_args
+
+
+def check_grading(config: TaskConfig, splits: Collection[Split]) -> None:
     """Check what grading needs besides the rows, for sources that cannot be read now.
+
+    Args:
+        splits: the splits whose completions are graded.
 
     Raises:
         TaskError: the user's verifier or a setting of a code task is unusable.
@@ -104,8 +113,9 @@ def check_grading(config: TaskConfig) -> None:
     """
     if config.verifier is not None:
         load_verifier(config.verifier)
-    for source, args in ((config.task, config.task_args), (config.eval_task, config.eval_task_args)):
-        if source is not None and split_task_name("task", source)[0] == "code":
+    sources = [_source(config, split) for split in splits]
+    for source, args in sources if config.eval_task is not None else sources[:1]:
+        if split_task_name("task", source)[0] == "code":
             verifier = _code_verifier(args if isinstance(args, dict) else {}, config.verify_timeout)
             if config.verifier is None:
                 verifier.check()
@@ -114,13 +124,13 @@ def check_grading(config: TaskConfig) -> None:
 
 def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: str, keep: tuple[str, ...] = ()) -> Task:
     """One split with bare questions as prompts."""
-    other = config.eval_task if split == "eval" else None
-    kind, name = split_task_name("task", other or config.task)
+    source, args = _source(config, split)
+    kind, name = split_task_name("task", source)
     excluded: frozenset[str] = frozenset()
     if split == "train" and config.eval_size != 0 and (kind != "testbed" or config.eval_task is not None):
-        held_out = _load_bare(config, "eval", answers_required, why)
+        # of another source, only the questions are read
+        held_out = _load_bare(config, "eval", answers_required and config.eval_task is None, why)
         excluded = frozenset(question_key(example.prompt) for example in held_out.examples)
-    args = config.task_args if other is None else config.eval_task_args
     request = Request(
         name=name,
         args=dict(args) if isinstance(args, dict) else {},
@@ -132,7 +142,7 @@ def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: st
         timeout=config.verify_timeout,
         answers_required=answers_required,
         why=why,
-        setting="task_args" if other is None else "eval_task_args",
+        setting="task_args" if split == "train" or config.eval_task is None else "eval_task_args",
         keep=keep,
     )
     task = replace(TASK_KINDS[kind].load(request), name=f"{kind}:{name}")
