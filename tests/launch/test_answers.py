@@ -120,6 +120,7 @@ def test_a_run_on_rows_without_answers_is_evaluated_on_others(rows):
     assert [set(row) >= {"eval_kl", "eval_accuracy"} for row in read_rows(rows / "run" / "evals.jsonl")] == [True] * 2
 
 
+@pytest.mark.slow
 def test_answers_of_the_student_are_collected_without_references(rows, capsys):
     cache = [
         "cache", *PAIR[:4], "--as_chat", "false", "--task", "math:bare.jsonl", "--prompt_suffix", "", "--eval_size",

@@ -187,21 +187,23 @@ def _checked(arguments: CacheArguments, config: TaskConfig, *, dry: bool) -> _Pl
     for flag, name in names.items():
         check_model_name(flag, name)
         check_whole_model(flag, name)
+    revisions = (arguments.model_revision, arguments.teacher_model_revision)
     store, load = RolloutStore(arguments.output_dir), {"trust_remote_code": arguments.trust_remote_code}
     if not store.started:
         store.check_new()
     if dry:
         _refuse_network(names, config)
     with quiet_hosts(bars=True):
-        tokenizer = load_tokenizer(arguments.model_name_or_path, revision=arguments.model_revision, **load)
-        check_models(arguments.model_name_or_path, arguments.teacher_model_name_or_path, tokenizer, **load)
+        tokenizer = load_tokenizer(arguments.model_name_or_path, revision=revisions[0], **load)
+        student, teacher = names.values()
+        check_models(student, teacher, tokenizer, revisions, trust_remote_code=arguments.trust_remote_code)
         graded = arguments.sampled_by == "teacher"
         why = "Answers are needed because of --sampled_by teacher: only correct traces are trained on."
         task = load_task(config, "train", answers_required=graded, why=why)
         longest = check_task(task, tokenizer, config.max_prompt_length, arguments.template, graded=graded)
-        for flag, name in names.items():
-            limit = arguments.max_completion_length
-            check_positions_of(flag, name, longest, limit, "--max_completion_length", **load)
+        limit = arguments.max_completion_length
+        for (flag, name), revision in zip(names.items(), revisions, strict=True):
+            check_positions_of(flag, name, longest, limit, "--max_completion_length", revision=revision, **load)
         header = _header(arguments, config, task, tokenizer)
     if store.started:
         store.check_same(header)

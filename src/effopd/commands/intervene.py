@@ -104,7 +104,8 @@ def _load_task(sources: Sources, request: Request) -> tuple[Task, Any]:
         check_positions_of(
             "--teacher", str(resolve_model(request.models.teacher)), longest, answer, "--max_new_tokens", **load
         )
-        check_models(str(sources.base.path), str(resolve_model(request.models.teacher)), tokenizer, **load)
+        teacher = str(resolve_model(request.models.teacher))
+        check_models(str(sources.base.path), teacher, tokenizer, trust_remote_code=load["trust_remote_code"])
     return task, tokenizer
 
 

@@ -30,7 +30,6 @@ from effopd.launch.opd import (
     check_models_of,
     check_prompts,
     check_settings,
-    other_models,
     why_answers,
 )
 from effopd.launch.prompts import Prompts, evaluates, graded_splits, load_prompts
@@ -90,7 +89,7 @@ def _checked(settings: RunSettings) -> _Checked:
     check_settings(settings)
     on_disk = _models_on_disk(settings)
     models = check_models_of(settings) if on_disk else []
-    tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
+    tokenizer = tokenizer_of(model, frozen_models(opd), opd) if on_disk else None
     stored = stored_rollouts(model, opd, tokenizer, network=False)
     given = check_answers(opd, tokenizer)
     if needs_network(task):
@@ -110,7 +109,7 @@ def _server(settings: RunSettings, tokenizer: Any, models: Sequence[NamedModel],
 
 
 def _models_on_disk(settings: RunSettings) -> bool:
-    names = [settings.model.model_name_or_path, *other_models(settings.opd)]
+    names = [settings.model.model_name_or_path, *frozen_models(settings.opd).values()]
     return all(Path(name).is_dir() for name in names)
 
 

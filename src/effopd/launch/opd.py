@@ -25,7 +25,6 @@ from effopd.errors import ConfigError
 from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
-from effopd.launch.adapters import adapter_config
 from effopd.launch.offline import Stored, check_answers, check_offline_settings, stored_rollouts
 from effopd.launch.optimizer_checks import check_copies
 from effopd.launch.prompts import evaluates, evaluation_flag, load_prompts
@@ -34,6 +33,7 @@ from effopd.launch.run_models import (
     STAGES,
     STUDENT,
     NamedModel,
+    adapter_of,
     check_lengths,
     frozen_models,
     frozen_on_meta,
@@ -72,7 +72,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     check_settings(settings)
     text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
     models = check_models_of(settings)
-    tokenizer = tokenizer_of(model, other_models(opd), opd)
+    tokenizer = tokenizer_of(model, frozen_models(opd), opd)
     stored = stored_rollouts(model, opd, tokenizer, network=True)
     given = check_answers(opd, tokenizer)
     train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(settings), keep=kept_columns(opd))
@@ -86,7 +86,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
         "processing_class": tokenizer,
         "eval_task": held_out,
         "quantization_config": get_quantization_config(model),
-        "peft_config": adapter_config(model),
+        "peft_config": adapter_of(model, opd),
     }
     trainer: OPDTrainer | OfflineOPDTrainer
     if served is not None:
@@ -220,11 +220,6 @@ def check_step(opd: OPDConfig, prompts: int) -> None:
             f"a step takes {batch} prompts, but the task has only {prompts}. Lower --per_device_train_batch_size "
             "or --gradient_accumulation_steps, or raise --train_size."
         )
-
-
-def other_models(opd: OPDConfig) -> list[str]:
-    """Names of the teachers and, if there is one, the reference, as far as they are loaded."""
-    return list(frozen_models(opd).values())
 
 
 def why_answers(settings: RunSettings) -> str:

@@ -203,7 +203,9 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
     lines += ["", f"path = {str(trainer.run_dir.root)!r}  # this folder, or the Hub id of its copy"]
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained(path{extra})")
     if adapter and student:
-        lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}{extra})")
+        revision = next(iter(_bare(trainer).peft_config.values())).revision
+        at = f", revision={revision!r}" if revision else ""
+        lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}{at}{extra})")
     elif adapter:
         lines.append("base = ...  # the model object passed to the trainer")
     lines += [
