@@ -232,7 +232,7 @@ def why_answers(settings: RunSettings) -> str:
     if effopd.scored:
         chosen = "validation_size" in effopd.changed
         cause = f"validation_size {effopd.validation_size}" if chosen else f"strategy {effopd.strategy}"
-        causes[f"--effopd.{cause}"] = "--effopd.strategy line_search"
+        causes[f"--effopd.{cause}"] = "--effopd.strategy newton_search"
     if opd.curriculum in OF_ANSWERS:
         causes[f"--curriculum {opd.curriculum}"] = "another curriculum"
     if evaluates(opd) and settings.task.eval_task is None:
