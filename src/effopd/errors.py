@@ -77,5 +77,9 @@ class CheckpointError(EffOPDError, OSError):
     """A checkpoint is missing, incomplete or from another run."""
 
 
+class PluginError(EffOPDError, ImportError):
+    """A plugin of another package cannot be imported."""
+
+
 class MissingDependencyError(EffOPDError, ImportError):
     """A feature needs an optional package. The message gives the `pip install` line."""

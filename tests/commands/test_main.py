@@ -17,7 +17,7 @@ from helpers.tiny_models import make_model, make_tokenizer, small_scores
 from safetensors.torch import load_file
 
 from effopd.commands.main import main
-from effopd.commands.train import parse_train
+from effopd.commands.train import effopd_arguments, parse_train
 from effopd.common import optional
 from effopd.common.files import read_rows
 from effopd.distill.config import OPDConfig
@@ -345,9 +345,12 @@ def bare_flags(pair):
 
 
 def test_a_strategy_of_another_package_is_a_choice(pair, monkeypatch):
-    monkeypatch.setitem(STRATEGIES, "mine", STRATEGIES["fixed"])
+    monkeypatch.setitem(STRATEGIES, "mine", dataclasses.replace(STRATEGIES["fixed"], help="jumps as I like"))
     flags = [*bare_flags(pair), "--effopd.strategy", "mine", "--effopd.args", '{"k": 2}']
     assert parse_train(flags).effopd == EffOPDConfig("mine", args={"k": 2})
+    help_texts = {field.name: field.metadata["help"] for field in dataclasses.fields(effopd_arguments())}
+    assert "'mine': jumps as I like." in help_texts["effopd_strategy"]
+    assert "fixed, mine: k (" in help_texts["effopd_args"]
 
 
 def test_another_strategy_does_not_inherit_the_values_of_the_files_strategy(pair, tmp_path):

@@ -67,10 +67,10 @@ REFUSED = [
         ["--task", "math:test.jsonl", "--per_device_train_batch_size", "64"],
         "a step takes 64 prompts, but the task has only 36",
     ),
-    (["--task", "math:noans.jsonl", "--effopd.strategy", "effopd"], "because of --effopd.strategy effopd;"),
+    (["--task", "math:noans.jsonl", "--effopd.strategy", "effopd"], "because of --effopd.strategy effopd."),
     (
         ["--task", "math:noans.jsonl", "--eval_strategy", "steps", "--eval_steps", "2"],
-        "because of --eval_strategy steps;",
+        "because of --eval_strategy steps.",
     ),
     (
         ["--task", "math:test.jsonl", "--effopd.strategy", "effopd"],

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import shutil
-from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -15,6 +14,7 @@ import pytest
 import torch
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 from helpers.tiny_run import make_trainer as online_trainer
+from trl import ModelConfig
 
 from effopd import EffOPDConfig, OPDConfig
 from effopd.commands.main import main
@@ -286,7 +286,7 @@ def test_rollouts_of_other_models_are_refused(folders, task, tmp_path, store, ca
             rollouts=str(rollouts.folder), use_cpu=True, per_device_train_batch_size=batch,
             teacher_model_name_or_path=teacher and str(folders / teacher),
         )  # fmt: skip
-        model = SimpleNamespace(model_name_or_path=str(folders / student), model_revision=None)
+        model = ModelConfig(str(folders / student))
         return stored_rollouts(model, opd, tokenizer or make_tokenizer(), network=False)
 
     assert len(check().rows) == ROWS and len(check(teacher="teacher").rows) == ROWS

@@ -24,7 +24,7 @@ from effopd.extrapolate.strategy import STRATEGIES
 pytestmark = pytest.mark.slow
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-strategy.md").read_text()
-FILE, LINE, USE, _SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+FILE, LINE, USE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 (NAME,) = re.findall(r"strategies/(\w+)\.py`, and add its line", PAGE)
 
 

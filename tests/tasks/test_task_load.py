@@ -7,8 +7,10 @@ import random
 
 import pytest
 
-from effopd.errors import TaskError
+from effopd.errors import ConfigError, TaskError
 from effopd.tasks import Example, Task, TaskConfig, check_sources, check_verifier, load_task, needs_network
+from effopd.tasks.kinds import TASK_KINDS, TaskKind
+from effopd.tasks.load import choose, instruction
 from effopd.tasks.rows import question_key
 
 GYM = "reasoning-gym:basic_arithmetic"
@@ -175,3 +177,33 @@ def test_testbed_is_delegated(monkeypatch):
     assert len(train) == 3 and train.name == "testbed:toy" and train.examples[0].prompt.startswith("train ")
     with pytest.raises(TaskError, match="task_args"):
         load_task(TaskConfig("testbed:toy", {"a": 1}), "train")
+
+
+def test_a_kind_of_another_package_has_splits_suffix_and_settings_of_every_task(monkeypatch):
+    """Its rows are split like those of files, and its prompts are written like theirs."""
+
+    def load(request):
+        examples = [Example(str(n), f"{request.args['word']} {n}?", str(n)) for n in range(30)]
+        chosen, available = choose(request, examples)
+        return Task(request.name, chosen, lambda text, example: float(text == example.answer), available=available)
+
+    monkeypatch.setitem(TASK_KINDS, "mine", TaskKind(load, "WORD", " In digits."))
+    config = TaskConfig("mine:x", {"word": "which"}, train_size=20, eval_size=10, as_chat=False)
+    train, held_out = load_task(config, "train"), load_task(config, "eval")
+    assert (len(train), len(held_out), train.name) == (20, 10, "mine:x")
+    assert not set(questions(train)) & set(questions(held_out))
+    assert all(example.prompt == f"which {example.answer}? In digits." for example in train.examples)
+    assert instruction("mine:x", None) == " In digits." and instruction("mine:x", "!") == "!"
+    with pytest.raises(ConfigError, match="or 'mine:WORD', got 'other:x'"):
+        TaskConfig("other:x")
+    monkeypatch.setitem(TASK_KINDS, "mine", TaskKind(load, suffix=None))
+    assert load_task(config, "train").examples[0].prompt.endswith("?")
+    with pytest.raises(ConfigError, match="prompt_suffix: expected none for a mine task"):
+        TaskConfig("mine:x", prompt_suffix="!")
+
+
+def test_a_kind_that_trains_on_questions_of_the_evaluation_is_refused(monkeypatch):
+    examples = tuple(Example(str(n), f"{n}?", str(n)) for n in range(4))
+    monkeypatch.setitem(TASK_KINDS, "mine", TaskKind(lambda request: Task("x", examples, lambda *_: 0.0)))
+    with pytest.raises(TaskError, match=r"mine:x.* got 4 that are.*Request\.excluded"):
+        load_task(TaskConfig("mine:x"), "train")

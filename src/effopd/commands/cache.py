@@ -22,7 +22,7 @@ from effopd.distill.offline_store import (
     RolloutStore,
     prompts_sha256,
 )
-from effopd.errors import ConfigError, TaskError
+from effopd.errors import ConfigError
 from effopd.launch.meta_model import check_positions_of
 from effopd.launch.offline import warn_of_teachers
 from effopd.launch.preflight import check_model_name, check_models, check_task, load_tokenizer
@@ -187,24 +187,23 @@ def _checked(arguments: CacheArguments, config: TaskConfig, *, dry: bool) -> _Pl
     for flag, name in names.items():
         check_model_name(flag, name)
         check_whole_model(flag, name)
+    revisions = (arguments.model_revision, arguments.teacher_model_revision)
     store, load = RolloutStore(arguments.output_dir), {"trust_remote_code": arguments.trust_remote_code}
     if not store.started:
         store.check_new()
     if dry:
         _refuse_network(names, config)
     with quiet_hosts(bars=True):
-        tokenizer = load_tokenizer(arguments.model_name_or_path, revision=arguments.model_revision, **load)
-        check_models(arguments.model_name_or_path, arguments.teacher_model_name_or_path, tokenizer, **load)
-        task = load_task(config, "train")
-        if arguments.sampled_by == "teacher" and not task.verifiable:
-            raise TaskError(
-                f"--sampled_by teacher: answers to {config.task} cannot be graded, because rows have no reference "
-                "answer. Only correct traces are trained on: add answers, or set --verifier."
-            )
-        longest = check_task(task, tokenizer, config.max_prompt_length, **arguments.template)
-        for flag, name in names.items():
-            limit = arguments.max_completion_length
-            check_positions_of(flag, name, longest, limit, "--max_completion_length", **load)
+        tokenizer = load_tokenizer(arguments.model_name_or_path, revision=revisions[0], **load)
+        student, teacher = names.values()
+        check_models(student, teacher, tokenizer, revisions, trust_remote_code=arguments.trust_remote_code)
+        graded = arguments.sampled_by == "teacher"
+        why = "Answers are needed because of --sampled_by teacher: only correct traces are trained on."
+        task = load_task(config, "train", answers_required=graded, why=why)
+        longest = check_task(task, tokenizer, config.max_prompt_length, arguments.template, graded=graded)
+        limit = arguments.max_completion_length
+        for (flag, name), revision in zip(names.items(), revisions, strict=True):
+            check_positions_of(flag, name, longest, limit, "--max_completion_length", revision=revision, **load)
         header = _header(arguments, config, task, tokenizer)
     if store.started:
         store.check_same(header)

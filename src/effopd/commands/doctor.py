@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from effopd.common import machine
 from effopd.common.optional import TRACKERS, is_available
+from effopd.common.plugins import load_plugin, package_of, plugins
 from effopd.common.versions import code, versions
 
 #: Seconds that a check can take.
@@ -73,7 +74,7 @@ def run_doctor(argv: Sequence[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """All findings: `versions`, `devices`, `extras`, `trackers`, `works` and `problems`."""
+    """All findings: `versions`, `devices`, `extras`, `trackers`, `plugins`, `works`, `problems`."""
     hub = _started(_hub)  # these wait for the network and a process while torch is imported
     sandbox = _started(_sandbox)
     devices = {
@@ -91,11 +92,14 @@ def examine() -> dict[str, Any]:
         "Hugging Face Hub": hub(),
     }
     found, problems = _required()
+    declared = {f"{plugin.name} ({package_of(plugin)})": tried(partial(load_plugin, plugin)) for plugin in plugins()}
+    problems += [f"plugin {name} {failure}" for name, failure in declared.items() if failure]
     return {
         "versions": {**_installed(), **found},
         "devices": devices,
         "extras": {name: _extra(extra) for name, extra in EXTRAS.items()},
         "trackers": [name for name in sorted(TRACKERS) if tried(partial(is_available, name)) is True],
+        "plugins": list(declared),
         "works": works,
         "problems": problems,
     }
@@ -220,6 +224,8 @@ def as_markdown(findings: dict[str, Any]) -> Iterable[str]:
     yield from _table(("extra", "installed", "brings", "works without it"), rows)
     if findings["trackers"]:
         yield f"Packages for `--report_to`: {', '.join(findings['trackers'])}"
+    if findings["plugins"]:
+        yield f"Plugins: {', '.join(findings['plugins'])}"
     for problem in findings["problems"]:
         yield f"**Problem**: {problem}"
     if not findings["problems"]:

@@ -98,7 +98,7 @@ def run_eval(argv: Sequence[str]) -> int:
     with quiet_hosts(bars=True):
         tokenizer = load_tokenizer("--model", arguments.model, **load)
         task = load_task(task_config, "eval", why="Answers are needed to tell right from wrong.")
-        longest = check_task(task, tokenizer, task_config.max_prompt_length, **sampling.template)
+        longest = check_task(task, tokenizer, task_config.max_prompt_length, sampling.template)
         check_positions_of("--model", arguments.model, longest, sampling.max_new_tokens, "--max_new_tokens", **load)
         model = load_model("--model", arguments.model, dtype=arguments.dtype, **load)
     if text := _part(task, task_config):

@@ -97,14 +97,15 @@ def _load_task(sources: Sources, request: Request) -> tuple[Task, Any]:
     graded = INTERVENTIONS[request.intervention].graded
     why = "Answers are needed to tell right from wrong."
     task = load_task(request.task, "eval", answers_required=graded, why=why)
-    longest = check_task(task, tokenizer, request.task.max_prompt_length, **request.sampling.template)
+    longest = check_task(task, tokenizer, request.task.max_prompt_length, request.sampling.template, graded=graded)
     answer = request.sampling.max_new_tokens
     check_positions_of("--base", str(sources.base.path), longest, answer, "--max_new_tokens", **load)
     if request.models.teacher is not None:
         check_positions_of(
             "--teacher", str(resolve_model(request.models.teacher)), longest, answer, "--max_new_tokens", **load
         )
-        check_models(str(sources.base.path), str(resolve_model(request.models.teacher)), tokenizer, **load)
+        teacher = str(resolve_model(request.models.teacher))
+        check_models(str(sources.base.path), teacher, tokenizer, trust_remote_code=load["trust_remote_code"])
     return task, tokenizer
 
 

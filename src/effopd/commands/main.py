@@ -18,6 +18,7 @@ from typing import Any
 
 from effopd import __version__
 from effopd.commands.help_cache import asks_for_help, help_text
+from effopd.common.plugins import load_plugins, plugins
 from effopd.errors import EffOPDError
 
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     It is 2 after an `EffOPDError`, 130 after Ctrl-C, and 143 after a clean stop by SIGTERM.
+    Plugins of other packages are imported first (`common.plugins`).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -51,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, argv: Sequence[str]) -> int:
     run = partial(COMMANDS[command][0], argv)
-    if command in _SLOW and asks_for_help(argv):
+    if command != "doctor":  # which reports faulty plugins
+        load_plugins()
+    if command in _SLOW and asks_for_help(argv) and not plugins():  # the source of plugins can change
         print(help_text((command, *argv), run), end="")
         sys.exit(0)  # as argparse does
     return run()

@@ -18,6 +18,7 @@ from effopd.distill.config import OPDConfig
 from effopd.distill.offline_store import RolloutStore
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import NONE, EffOPDConfig
+from effopd.extrapolate.setting_help import TEXTS, setting_help
 from effopd.extrapolate.strategy import PAPER, STRATEGIES
 from effopd.launch.opd import RunSettings
 from effopd.tasks import TaskConfig
@@ -52,8 +53,10 @@ def effopd_arguments() -> type:
     fields = []
     for field in dataclasses.fields(EffOPDConfig):
         metadata = {**field.metadata, "aliases": [f"--effopd.{field.name}"]}
+        if field.name in TEXTS:
+            metadata["help"] = setting_help(field.name)  # also of strategies that were added since
         if field.name == "strategy":
-            metadata["choices"] = [NONE, *STRATEGIES]  # also those that were added since
+            metadata["choices"] = [NONE, *STRATEGIES]
         default = defaults.get(field.name, field.default)
         fields.append(
             (f"effopd_{field.name}", types[field.name], dataclasses.field(default=default, metadata=metadata))

@@ -9,15 +9,18 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from effopd.common.plugins import plugin_packages
+
 #: Packages that affect a training run or an evaluation.
 TRAINING = ("effopd", "torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym", "math-verify")
 #: Packages that affect an analysis of weights.
 ANALYSIS = ("effopd", "torch", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
 
-def versions(packages: Sequence[str] = TRAINING) -> dict[str, str]:
-    """Versions of Python and of the packages."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+def versions(packages: Sequence[str] | None = None) -> dict[str, str]:
+    """Versions of Python and of the packages; default: `TRAINING`, and packages with plugins."""
+    found = {name: _version(name) for name in (TRAINING if packages is None else packages)}
+    return {"python": platform.python_version()} | found | (plugin_packages() if packages is None else {})
 
 
 @cache

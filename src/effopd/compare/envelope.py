@@ -23,9 +23,7 @@ from effopd.compare.grid_run import Arm, GridRun
 from effopd.compare.paired import SeedMedian, median_with_interval, ratio
 from effopd.compare.time_to_target import first_evaluation
 
-#: Targets of a table, as shares of the KL at step 0.
-SHARES = (0.5, 0.25, 0.1, 0.05)
-#: Targets of a curve.
+#: Targets, as shares of the KL at step 0.
 CURVE = (0.5, 0.35, 0.25, 0.17, 0.12, 0.1, 0.07, 0.05, 0.035, 0.025, 0.02, 0.014, 0.01)
 
 

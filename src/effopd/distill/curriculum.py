@@ -28,6 +28,8 @@ from effopd.tasks.row_columns import field_of
 
 #: Measures of difficulty; `column:NAME` reads a column or nested field, also of the metadata.
 MEASURES = ("prompt_length", "answer_length", "nll")
+#: Those of the reference answer.
+OF_ANSWERS = ("answer_length", "nll")
 COLUMN = "column:"
 ORDERS = ("easy_first", "hard_first", "shuffled")
 
@@ -107,7 +109,7 @@ def row_difficulty(measure: str, row: Mapping[str, Any]) -> float:
     if measure == "prompt_length":
         prompt = row["prompt"]
         return float(len(prompt if isinstance(prompt, str) else "".join(str(m["content"]) for m in prompt)))
-    if measure in ("answer_length", "nll"):
+    if measure in OF_ANSWERS:
         answer = row.get("answer")
         if answer is None or not str(answer):
             raise TaskError(

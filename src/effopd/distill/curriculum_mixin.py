@@ -21,6 +21,7 @@ from effopd.distill.curriculum import cut, row_difficulty, stage_batches, stage_
 from effopd.distill.divergence import gathered, shared_vocab_size, token_logprobs
 from effopd.distill.horizon import look_aheads
 from effopd.distill.scoring import rollouts_per_step
+from effopd.distill.teachers.loading import teacher_revision
 from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.models import release
@@ -72,8 +73,11 @@ class CurriculumMixin(DistillationHooks):
         if not self.args.curriculum_teachers:
             return vocab_size
         load = {"trust_remote_code": self.args.trust_remote_code}
+        revision = teacher_revision(self.args)
         configs = [
-            AutoConfig.from_pretrained(each, **load) if isinstance(each, str) else each.config
+            AutoConfig.from_pretrained(each, revision=revision if each == self._evaluated_by else None, **load)
+            if isinstance(each, str)
+            else each.config
             for each in (*self.args.curriculum_teachers, self._evaluated_by)
         ]
         return min(vocab_size, *(config.get_text_config().vocab_size for config in configs))

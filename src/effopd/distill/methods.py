@@ -42,7 +42,7 @@ class Method:
 
 _TEACHER, _SAMPLED = ("teacher logits",), ("teacher log-probs",)
 
-METHODS: tuple[Method, ...] = (
+METHODS: list[Method] = [
     # -- objectives
     Method(
         "full KL", "objective", "2604.00626", "--loss_type full --beta 1", "KL(student ‖ teacher) over the vocabulary",
@@ -166,4 +166,4 @@ METHODS: tuple[Method, ...] = (
     Method(
         "RELEX", "look-ahead", "2605.21468", "--effopd.strategy relex", "any", "any", "one predicted jump", True, (),
     ),
-)  # fmt: skip
+]  # fmt: skip

@@ -56,10 +56,10 @@ class ModelIdentity:
     sha256: str
 
     def is_same(self, other: ModelIdentity) -> bool:
-        """Whether both have the same weights; without both fingerprints, the same name."""
+        """Whether both have the same weights; without both, the same name and revision."""
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
-        return (self.name, self.revision) == (other.name, other.revision)
+        return (self.name, self.revision or "main") == (other.name, other.revision or "main")
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,6 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
 
     def _frozen_teacher(self, student: PreTrainedModel, name: str) -> Any:
         init = teacher_loading(self.args, self.args.teacher_model_init_kwargs or {})
-        if self.args.teacher_model_revision is not None:
-            init.setdefault("revision", self.args.teacher_model_revision)
         teacher = frozen(self, name, init)
         shared = shared_vocab_size(student, self.accelerator.unwrap_model(teacher), len(self.text_tokenizer))
         self.vocab_size = min(self.vocab_size, shared)

@@ -15,7 +15,7 @@ from effopd.extrapolate.parameter_rules import compile_rule
 from effopd.extrapolate.schedule import SCHEDULES
 from effopd.extrapolate.scorers.base import SCORERS
 from effopd.extrapolate.search import GATES
-from effopd.extrapolate.setting_help import args_help, setting_help
+from effopd.extrapolate.setting_help import setting_help
 from effopd.extrapolate.strategy import PAPER, STRATEGIES, Strategy
 
 #: Plain training; reads no settings.
@@ -51,85 +51,20 @@ class EffOPDConfig:
 
     strategy: str = field(
         default="effopd",
-        metadata={
-            "help": f"'{NONE}': plain OPD. "
-            + " ".join(f"'{name}': {rules.help}." for name, rules in STRATEGIES.items()),
-            "choices": [NONE, *STRATEGIES],
-        },
+        metadata={"help": setting_help("strategy"), "choices": [NONE, *STRATEGIES]},
     )
     args: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Settings of one strategy or scorer, as a JSON object. " + args_help()},
+        metadata={"help": setting_help("args")},
     )
-    schedule: str | None = field(
-        default=None,
-        metadata={"choices": list(SCHEDULES)}
-        | setting_help(
-            "schedule",
-            "Optimizer steps after which to search. 'powers_of_two': steps 1, 2, 4, 8, … "
-            "'every_step': every step. 'adaptive': one step after a jump of s >= 1; otherwise the "
-            "interval doubles, up to 8 steps (4 after a backward jump).",
-        ),
-    )
-    parameters: str | None = field(
-        default=None,
-        metadata=setting_help(
-            "parameters",
-            "Parameters that the search moves: 'attention+mlp', 'all', 'released-code', or a regular "
-            "expression searched in parameter names.",
-        ),
-    )
-    validation_size: int | None = field(
-        default=None,
-        metadata=setting_help(
-            "validation_size",
-            "Score candidates by accuracy on N training prompts, drawn once per run. Needs reference "
-            "answers and generates completions. Replaces score_rollouts.",
-        ),
-    )
-    score_rollouts: float | None = field(
-        default=None,
-        metadata=setting_help(
-            "score_rollouts",
-            "Score candidates by the training divergence from the teacher (by default the exact "
-            "reverse KL) on N of the next step's rollouts, before they are trained on. Needs neither "
-            "answers nor generation. A value below 1 is a share of the step's rollouts, clamped to "
-            "8–32. Replaces validation_size.",
-        ),
-    )
-    gate: str | None = field(
-        default=None,
-        metadata={"choices": list(GATES)}
-        | setting_help(
-            "gate",
-            "Condition for accepting a candidate. 'not_worse': score >= the reference. 'better': score > "
-            "the reference. 'significant': better by at least min_z standard errors of the paired "
-            "difference. The reference is the last accepted point, in line_search the start.",
-        ),
-    )
-    min_z: float | None = field(
-        default=None,
-        metadata=setting_help(
-            "min_z", "Standard errors by which a candidate must be better under gate 'significant'."
-        ),
-    )
-    reset_moments: bool | None = field(
-        default=None,
-        metadata=setting_help(
-            "reset_moments",
-            "Clear the optimizer's moments after a forward jump, because they average gradients at "
-            "the previous weights.",
-        ),
-    )
-    adapt_learning_rate: bool | None = field(
-        default=None,
-        metadata=setting_help(
-            "adapt_learning_rate",
-            "After each search, multiply the learning rate by √min(1+s, 4) if the best scales s of this "
-            "and s′ of the previous search exceed 1 (by ½√min(s, s′) if that is larger), and by 1/√2 "
-            "if s < 0. The rate stays at or above 1/8 of its schedule.",
-        ),
-    )
+    schedule: str | None = field(default=None, metadata={"help": setting_help("schedule"), "choices": list(SCHEDULES)})
+    parameters: str | None = field(default=None, metadata={"help": setting_help("parameters")})
+    validation_size: int | None = field(default=None, metadata={"help": setting_help("validation_size")})
+    score_rollouts: float | None = field(default=None, metadata={"help": setting_help("score_rollouts")})
+    gate: str | None = field(default=None, metadata={"help": setting_help("gate"), "choices": list(GATES)})
+    min_z: float | None = field(default=None, metadata={"help": setting_help("min_z")})
+    reset_moments: bool | None = field(default=None, metadata={"help": setting_help("reset_moments")})
+    adapt_learning_rate: bool | None = field(default=None, metadata={"help": setting_help("adapt_learning_rate")})
     seed: int = field(
         default=0,
         metadata={

@@ -30,10 +30,9 @@ from effopd.launch.opd import (
     check_models_of,
     check_prompts,
     check_settings,
-    other_models,
     why_answers,
 )
-from effopd.launch.prompts import Prompts, evaluates, load_prompts
+from effopd.launch.prompts import Prompts, evaluates, graded_splits, load_prompts
 from effopd.launch.run_checks import check_space
 from effopd.launch.run_models import NamedModel, RunSizes, check_lengths, frozen_models, kept_columns, tokenizer_of
 from effopd.launch.served import served_text
@@ -90,14 +89,13 @@ def _checked(settings: RunSettings) -> _Checked:
     check_settings(settings)
     on_disk = _models_on_disk(settings)
     models = check_models_of(settings) if on_disk else []
-    tokenizer = tokenizer_of(model, other_models(opd), opd) if on_disk else None
+    tokenizer = tokenizer_of(model, frozen_models(opd), opd) if on_disk else None
     stored = stored_rollouts(model, opd, tokenizer, network=False)
     given = check_answers(opd, tokenizer)
     if needs_network(task):
-        if why_answers(opd, effopd) or task.verifier is not None:
-            check_grading(task)
+        check_grading(task, graded_splits(opd, why_answers(settings)))
         return _Checked(models, None, stored, _server(settings, tokenizer, models, None))
-    rows = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
+    rows = load_prompts(task, opd, tokenizer, why_answers(settings), keep=kept_columns(opd))
     check_prompts(settings, rows.train, stored, rows.held_out)
     rows = rows._replace(longest=max(rows.longest or 0, given, 0 if stored is None else stored.longest) or None)
     if on_disk:
@@ -111,7 +109,7 @@ def _server(settings: RunSettings, tokenizer: Any, models: Sequence[NamedModel],
 
 
 def _models_on_disk(settings: RunSettings) -> bool:
-    names = [settings.model.model_name_or_path, *other_models(settings.opd)]
+    names = [settings.model.model_name_or_path, *frozen_models(settings.opd).values()]
     return all(Path(name).is_dir() for name in names)
 
 

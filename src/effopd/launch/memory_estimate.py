@@ -91,7 +91,7 @@ def sizes_of(settings: RunSettings, models: Sequence[NamedModel] = ()) -> RunSiz
     Args:
         models: those on the meta device, the student first; `model_size` measures the others.
     """
-    return run_sizes(str(settings.model.model_name_or_path), frozen_models(settings.opd), settings.opd, models)
+    return run_sizes(settings.model, frozen_models(settings.opd), settings.opd, models)
 
 
 def estimate_memory(
@@ -143,7 +143,7 @@ def estimate_rl_memory(
     """
     rl = settings.rl
     prompt, prompt_source = _prompt_length(settings, longest)
-    sizes = sizes or run_sizes(str(settings.model.model_name_or_path), teacher_of(rl), rl)
+    sizes = sizes or run_sizes(settings.model, teacher_of(rl), rl)
     student, teacher = sizes.student, next(iter(sizes.frozen.values()), None)
     student_init, teacher_init = loading_arguments(settings.model, rl)
     frozen = teacher if sizes.frozen else student if rl.beta and not settings.model.use_peft else None

@@ -57,6 +57,9 @@ def model_size(name: str, **load: Any) -> ModelSize | None:
     """Size of a model folder or of a Hub id in the local cache. The network is never used.
 
     Without a readable configuration the size comes from the name (…-1.7B-…). `None`: unknown.
+
+    Args:
+        load: passed to `AutoConfig.from_pretrained`: `revision`, `trust_remote_code`.
     """
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True, **load)

@@ -13,9 +13,11 @@ from effopd.distill.mixing import read_traces
 from effopd.distill.offline_store import CollectCosts, Header, ModelIdentity, RolloutStore, StoredRollout
 from effopd.distill.offline_trainer import check_look_ahead, check_sampling, trained_rows
 from effopd.distill.scoring import rollouts_per_step
+from effopd.distill.teachers.loading import teacher_revision
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.launch.prompts import evaluates
+from effopd.launch.run_models import loading_arguments
 from effopd.models.fingerprint import model_folder, tokenizer_sha256, weights_sha256
 
 logger = logging.getLogger(__name__)
@@ -118,7 +120,8 @@ def _check_student(model: ModelConfig, opd: OPDConfig, header: Header, *, networ
     name = str(model.model_name_or_path)
     if not Path(name).is_dir() and not network:
         return
-    found = weights_sha256(model_folder("--model_name_or_path", name, model.model_revision))
+    revision = loading_arguments(model, opd)[0]["revision"]
+    found = weights_sha256(model_folder("--model_name_or_path", name, revision))
     if found != header.student.sha256:
         raise CompatibilityError(
             f"--model_name_or_path {name} has other weights than the student that sampled --rollouts {opd.rollouts} "
@@ -128,17 +131,26 @@ def _check_student(model: ModelConfig, opd: OPDConfig, header: Header, *, networ
 
 
 def _check_teacher(opd: OPDConfig, header: Header) -> None:
-    """Compare `teacher_model_name_or_path`, which is not loaded, with the rollouts' teacher."""
+    """Compare `teacher_model_name_or_path` with the rollouts' teacher.
+
+    Its revision is compared if it is loaded, for evaluations.
+    """
     name = opd.teacher_model_name_or_path
     if name is None:
         return
     sha256 = weights_sha256(Path(name)) if Path(name).is_dir() else ""
-    if not ModelIdentity(name, header.teacher.revision, sha256).is_same(header.teacher):
+    revision = teacher_revision(opd) if opd.evaluation_teacher else header.teacher.revision
+    if not ModelIdentity(name, revision, sha256).is_same(header.teacher):
         raise CompatibilityError(
-            f"--teacher_model_name_or_path {name} is not the teacher that scored --rollouts {opd.rollouts} "
-            f"({header.teacher.name}, sha256 {header.teacher.sha256[:8]}…). Leave the flag out, or collect rollouts "
+            f"--teacher_model_name_or_path {name}{_at(revision)} is not the teacher that scored --rollouts "
+            f"{opd.rollouts} ({header.teacher.name}{_at(header.teacher.revision)}, sha256 "
+            f"{header.teacher.sha256[:8]}…). Leave the flag out, or collect rollouts "
             "scored by this teacher with effopd cache."
         )
+
+
+def _at(revision: str | None) -> str:
+    return "" if revision is None else f" at revision {revision}"
 
 
 def warn_of_teachers(header: Header) -> None:

@@ -12,6 +12,7 @@ from trl import ModelConfig, get_quantization_config
 
 from effopd.distill.callback import EffOPDCallback, check_deepspeed
 from effopd.distill.config import OPDConfig
+from effopd.distill.curriculum import OF_ANSWERS
 from effopd.distill.curriculum_mixin import check_stages
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
@@ -24,15 +25,15 @@ from effopd.errors import ConfigError
 from effopd.extrapolate.anchored import usable_device
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
-from effopd.launch.adapters import adapter_config
 from effopd.launch.offline import Stored, check_answers, check_offline_settings, stored_rollouts
 from effopd.launch.optimizer_checks import check_copies
-from effopd.launch.prompts import evaluates, load_prompts
+from effopd.launch.prompts import evaluates, evaluation_flag, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
     STAGES,
     STUDENT,
     NamedModel,
+    adapter_of,
     check_lengths,
     frozen_models,
     frozen_on_meta,
@@ -71,10 +72,10 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     check_settings(settings)
     text = to_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
     models = check_models_of(settings)
-    tokenizer = tokenizer_of(model, other_models(opd), opd)
+    tokenizer = tokenizer_of(model, frozen_models(opd), opd)
     stored = stored_rollouts(model, opd, tokenizer, network=True)
     given = check_answers(opd, tokenizer)
-    train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(opd, effopd), keep=kept_columns(opd))
+    train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(settings), keep=kept_columns(opd))
     check_prompts(settings, train, stored, held_out)
     longest = max(longest or 0, given, 0 if stored is None else stored.longest) or None
     check_lengths(models, longest, opd.max_completion_length)
@@ -85,7 +86,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
         "processing_class": tokenizer,
         "eval_task": held_out,
         "quantization_config": get_quantization_config(model),
-        "peft_config": adapter_config(model),
+        "peft_config": adapter_of(model, opd),
     }
     trainer: OPDTrainer | OfflineOPDTrainer
     if served is not None:
@@ -221,28 +222,24 @@ def check_step(opd: OPDConfig, prompts: int) -> None:
         )
 
 
-def other_models(opd: OPDConfig) -> list[str]:
-    """Names of the teachers and, if there is one, the reference, as far as they are loaded."""
-    return list(frozen_models(opd).values())
+def why_answers(settings: RunSettings) -> str:
+    """Sentence that names the settings that need reference answers to the training prompts.
 
-
-def why_answers(opd: OPDConfig, effopd: EffOPDConfig) -> str:
-    """Sentence that names the settings that need reference answers; "" if there are none."""
-    causes = []
+    "": none needs them. Evaluation does if its prompts are held out from the same source.
+    """
+    opd, effopd = settings.opd, settings.effopd
+    causes: dict[str, str] = {}  # cause → what needs no answers
     if effopd.scored:
         chosen = "validation_size" in effopd.changed
-        causes.append(
-            f"--effopd.validation_size {effopd.validation_size}" if chosen else f"--effopd.strategy {effopd.strategy}"
-        )
-    if evaluates(opd):
-        strategy = getattr(opd.eval_strategy, "value", opd.eval_strategy)
-        causes.append("--eval_on_start" if strategy == "no" else f"--eval_strategy {strategy}")
+        cause = f"validation_size {effopd.validation_size}" if chosen else f"strategy {effopd.strategy}"
+        causes[f"--effopd.{cause}"] = "--effopd.strategy newton_search"
+    if opd.curriculum in OF_ANSWERS:
+        causes[f"--curriculum {opd.curriculum}"] = "another curriculum"
+    if evaluates(opd) and settings.task.eval_task is None:
+        causes[evaluation_flag(opd)] = "an --eval_task with answers (or no evaluation)"
     if not causes:
         return ""
-    return (
-        f"Answers are needed because of {' and '.join(causes)}; "
-        "--effopd.strategy newton_search without evaluation needs none."
-    )
+    return f"Answers are needed because of {' and '.join(causes)}. Without them, use {' and '.join(causes.values())}."
 
 
 def run(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:

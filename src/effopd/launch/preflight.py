@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,18 @@ def load_tokenizer(student: str, **load: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase, **load: Any) -> None:
+def check_models(
+    student: str,
+    teacher: str,
+    tokenizer: PreTrainedTokenizerBase,
+    revisions: tuple[str | None, str | None] = (None, None),
+    **load: Any,
+) -> None:
     """Check that student and teacher agree on tokenizer, end tokens and vocabulary.
 
     Args:
         student, teacher: model folders or Hub ids.
+        revisions: revisions of the two on the Hub.
         load: passed to every `from_pretrained`, for example `trust_remote_code`.
 
     Raises:
@@ -70,25 +78,25 @@ def check_models(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase,
             vocabulary rows than the tokenizer has tokens.
     """
     configs = {}
-    for role, name in (("student", student), ("teacher", teacher)):
+    for role, name, revision in (("student", student, revisions[0]), ("teacher", teacher, revisions[1])):
         check_model_folder(f"the {role}", name)
         refuse_adapter(f"the {role}", name)
         with model_files.reading(f"the {role}", name):
-            configs[role] = AutoConfig.from_pretrained(name, **load)
+            configs[role] = AutoConfig.from_pretrained(name, revision=revision, **load)
             rows = configs[role].get_text_config().vocab_size
         if rows < len(tokenizer):
             raise CompatibilityError(
                 f"the {role} {name!r} has {rows} vocabulary rows, but the student's tokenizer has {len(tokenizer)} "
                 "tokens: expected one row per token. Use a student and a teacher of the same family."
             )
-    _check_tokenizers(teacher, tokenizer, load)
-    _check_end_tokens(student, teacher, tokenizer, configs)
+    _check_tokenizers(teacher, tokenizer, {"revision": revisions[1], **load})
+    _check_end_tokens(student, teacher, tokenizer, configs, revisions)
 
 
 def _check_tokenizers(teacher: str, tokenizer: PreTrainedTokenizerBase, load: dict[str, Any]) -> None:
     # without these files `AutoTokenizer` returns an empty tokenizer of the model's type
     if all(
-        cached_file(teacher, name, _raise_exceptions_for_missing_entries=False) is None
+        cached_file(teacher, name, revision=load["revision"], _raise_exceptions_for_missing_entries=False) is None
         for name in ("tokenizer_config.json", "tokenizer.json")
     ):
         logger.warning(
@@ -121,9 +129,15 @@ def _declared_end_tokens(name: str, config: Any, revision: str | None = None) ->
     return set(declared if isinstance(declared, list) else [declared]) - {None}
 
 
-def _check_end_tokens(student: str, teacher: str, tokenizer: PreTrainedTokenizerBase, configs: dict) -> None:
-    ours = _declared_end_tokens(student, configs["student"]) | {tokenizer.eos_token_id} - {None}
-    theirs = _declared_end_tokens(teacher, configs["teacher"]) or ours
+def _check_end_tokens(
+    student: str,
+    teacher: str,
+    tokenizer: PreTrainedTokenizerBase,
+    configs: Mapping[str, Any],
+    revisions: tuple[str | None, str | None],
+) -> None:
+    ours = _declared_end_tokens(student, configs["student"], revisions[0]) | {tokenizer.eos_token_id} - {None}
+    theirs = _declared_end_tokens(teacher, configs["teacher"], revisions[1]) or ours
     if not ours:
         raise CompatibilityError(
             f"the student {student!r} has no end token, so its answers never end: expected `eos_token_id` in its "
@@ -140,12 +154,19 @@ def _check_end_tokens(student: str, teacher: str, tokenizer: PreTrainedTokenizer
 
 
 def check_task(
-    task: Task, tokenizer: PreTrainedTokenizerBase | None, max_prompt_length: int | None, **template: Any
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_prompt_length: int | None,
+    template: Mapping[str, Any] | None = None,
+    *,
+    graded: bool = True,
 ) -> int | None:
     """Check prompt lengths and, if there are answers, the verifier on right and wrong answers.
 
     Args:
         tokenizer: the student's. `None`: prompt lengths are not measured.
+        template: arguments of the chat template.
+        graded: whether completions are graded. If not, the verifier is not checked.
 
     Returns:
         Length of the longest prompt in tokens. `None`: not measured.
@@ -157,7 +178,7 @@ def check_task(
     if not task.examples:
         raise TaskError(f"task '{task.name}' has no examples: expected at least one prompt.")
     lengths = {} if tokenizer is None else check_prompt_lengths(task, tokenizer, max_prompt_length, template)
-    if task.verifiable:
+    if graded and task.verifiable:
         check_verifier(task)
     return max(lengths.values(), default=None)
 

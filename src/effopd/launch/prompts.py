@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from effopd.launch.preflight import check_task
 from effopd.tasks import Task, TaskConfig, load_task
+from effopd.tasks.kinds import Split
 
 
 class Prompts(NamedTuple):
@@ -25,14 +26,17 @@ def load_prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str, *, keep:
 
     Args:
         tokenizer: the student's. `None`: prompt lengths are not measured.
-        why: sentence that names the settings that need reference answers; "" if there are none.
+        why: sentence that names the settings that need reference answers to the training prompts;
+            "": none does, so the rows can lack answers and their verifier is not checked.
         keep: as for `load_task`.
     """
     train = load_task(task, "train", answers_required=bool(why), why=why, keep=keep)
-    held_out = load_task(task, "eval", why=why, keep=keep) if evaluates(args) else None
+    held_out = None
+    if evaluates(args):
+        held_out = load_task(task, "eval", why=f"Answers are needed because of {evaluation_flag(args)}.", keep=keep)
     lengths = [
-        check_task(part, tokenizer, task.max_prompt_length, **(args.chat_template_kwargs or {}))
-        for part in (train, held_out)
+        check_task(part, tokenizer, task.max_prompt_length, args.chat_template_kwargs, graded=graded)
+        for part, graded in ((train, bool(why)), (held_out, True))
         if part is not None
     ]
     return Prompts(train, held_out, max((length for length in lengths if length is not None), default=None))
@@ -41,3 +45,15 @@ def load_prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str, *, keep:
 def evaluates(args: Any) -> bool:
     """Whether a run evaluates on held-out prompts."""
     return args.eval_strategy != "no" or bool(args.eval_on_start)
+
+
+def evaluation_flag(args: Any) -> str:
+    """The flag because of which a run evaluates."""
+    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+    return "--eval_on_start" if strategy == "no" else f"--eval_strategy {strategy}"
+
+
+def graded_splits(args: Any, why: str) -> list[Split]:
+    """The splits whose completions are graded; `why` is that of `load_prompts`."""
+    splits: list[Split] = ["train"] if why else []
+    return [*splits, "eval"] if evaluates(args) else splits

@@ -12,12 +12,12 @@ from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
 from effopd.distill.rl_config import PRESETS, TaskDGRPOConfig, TaskGRPOConfig, TaskRLOOConfig
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
-from effopd.launch.adapters import adapter_config
 from effopd.launch.prompts import load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
     STUDENT,
     NamedModel,
+    adapter_of,
     check_lengths,
     frozen_on_meta,
     loading_arguments,
@@ -57,7 +57,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
     text = rl_yaml(settings)  # before a trainer exists: another TrainingArguments resets accelerate's state
     init, other = loading_arguments(model, rl)
     models = check_models_of(settings)
-    tokenizer = tokenizer_of(model, list(names.values()), rl)
+    tokenizer = tokenizer_of(model, names, rl)
     train, held_out, longest = load_prompts(task, rl, tokenizer, WHY_ANSWERS)
     check_prompts(settings, train)
     check_fit(settings, models, train, longest)
@@ -75,7 +75,7 @@ def build_rl_trainer(settings: RLRunSettings) -> TaskGRPOTrainer | TaskRLOOTrain
         held_out,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model),
-        peft_config=adapter_config(model),
+        peft_config=adapter_of(model, rl),
     )
     trainer.run_dir.settings = text
     return trainer

@@ -13,7 +13,7 @@ from rich.table import Table
 from effopd.distill.rl_config import TaskDGRPOConfig
 from effopd.launch.dry_run import length_text, memory_table, prompts_text, run_table, size_text, unchecked_text
 from effopd.launch.memory_estimate import estimate_rl_memory
-from effopd.launch.prompts import Prompts, load_prompts
+from effopd.launch.prompts import Prompts, graded_splits, load_prompts
 from effopd.launch.rl import (
     WHY_ANSWERS,
     RLRunSettings,
@@ -37,7 +37,7 @@ def rl_plan_tables(settings: RLRunSettings) -> tuple[Table, Table]:
     """
     names = check_settings(settings)
     models, rows = _checked(settings, names)
-    sizes = run_sizes(names[STUDENT], teacher_of(settings.rl), settings.rl, models)
+    sizes = run_sizes(settings.model, teacher_of(settings.rl), settings.rl, models)
     estimate = estimate_rl_memory(settings, rows.longest if rows else None, sizes)
     return run_table(_run_rows(settings, names, rows, sizes)), memory_table(estimate)
 
@@ -51,9 +51,9 @@ def _checked(settings: RLRunSettings, names: Mapping[str, str]) -> tuple[list[Na
     model, task, rl = settings.model, settings.task, settings.rl
     on_disk = _on_disk(names)
     models = check_models_of(settings) if on_disk else []
-    tokenizer = tokenizer_of(model, list(names.values()), rl) if on_disk else None
+    tokenizer = tokenizer_of(model, names, rl) if on_disk else None
     if needs_network(task):
-        check_grading(task)
+        check_grading(task, graded_splits(rl, WHY_ANSWERS))
         return models, None
     rows = load_prompts(task, rl, tokenizer, WHY_ANSWERS)
     check_prompts(settings, rows.train)

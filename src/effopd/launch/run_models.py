@@ -10,8 +10,8 @@ from trl import ModelConfig
 
 from effopd.distill.curriculum import COLUMN
 from effopd.distill.saving import check_generation_config
-from effopd.distill.teachers.loading import resolved_dtype
-from effopd.launch.adapters import check_adapter
+from effopd.distill.teachers.loading import resolved_dtype, revision_argument
+from effopd.launch.adapters import adapter_config, check_adapter
 from effopd.launch.meta_model import check_positions, meta_model
 from effopd.launch.model_size import ModelSize, model_size, size_of_model
 from effopd.launch.preflight import check_models, load_tokenizer
@@ -42,16 +42,14 @@ def on_meta(flag: str, name: str, init: Mapping[str, Any], args: Any) -> NamedMo
     Raises:
         CompatibilityError, ConfigError: as `meta_model`.
     """
-    load = {"trust_remote_code": args.trust_remote_code} | (
-        {"revision": init["revision"]} if "revision" in init else {}
-    )
+    load = {"trust_remote_code": args.trust_remote_code, "revision": init.get("revision")}
     return NamedModel(flag, name, meta_model(flag, name, init, **load))
 
 
 def frozen_on_meta(
     names: Mapping[str, str], init: Mapping[str, Any], args: Any, student: NamedModel, student_init: Mapping[str, Any]
 ) -> list[NamedModel]:
-    """The frozen models of a run. A folder that several flags name is built once.
+    """The frozen models of a run. A model that several flags name is built once.
 
     Args:
         names: flag → folder or Hub id.
@@ -60,17 +58,21 @@ def frozen_on_meta(
     Raises:
         CompatibilityError, ConfigError: as `meta_model`.
     """
-    built = {student.name: student} if _same_model(init, student_init) else {}
+    built = {(student.name, revision_of(student_init)): student} if _same_model(init, student_init) else {}
+    models = []
     for flag, name in names.items():
-        if name not in built:
-            built[name] = on_meta(flag, name, init, args)
-    return [NamedModel(flag, name, built[name].meta) for flag, name in names.items()]
+        own = loading_of(flag, init)
+        key = (name, revision_of(own))
+        if key not in built:
+            built[key] = on_meta(flag, name, own, args)
+        models.append(NamedModel(flag, name, built[key].meta))
+    return models
 
 
 def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether loading arguments give the same model on the meta device, which ignores the dtype."""
-    drop = {"dtype", "torch_dtype"}
-    first, second = ({"revision": "main"} | {k: v for k, v in each.items() if k not in drop} for each in (one, other))
+    drop = {"dtype", "torch_dtype", "revision"}
+    first, second = ({k: v for k, v in each.items() if k not in drop} for each in (one, other))
     return first == second
 
 
@@ -99,20 +101,26 @@ class RunSizes(NamedTuple):
     trained: int | None = None
 
 
-def run_sizes(student: str, frozen: Mapping[str, str], args: Any, models: Sequence[NamedModel] = ()) -> RunSizes:
+def run_sizes(model: ModelConfig, frozen: Mapping[str, str], args: Any, models: Sequence[NamedModel] = ()) -> RunSizes:
     """Sizes of the models of a run.
 
     Args:
-        student: folder or Hub id of the student.
+        model: settings of the student.
         frozen: flag → folder or Hub id of the frozen models.
         models: models on the meta device, the student first. Models that are not among them are
             measured by `model_size`, which never uses the network.
     """
-    names = {STUDENT: student, **frozen}
-    built = {model.flag: size_of_model(model.meta) for model in models}
-    rest = {name for flag, name in names.items() if flag not in built}
-    known = {name: model_size(name, trust_remote_code=args.trust_remote_code) for name in rest}
-    sizes = {flag: built[flag] if flag in built else known[name] for flag, name in names.items()}
+    init, other = loading_arguments(model, args)
+    names = {STUDENT: str(model.model_name_or_path), **frozen}
+    keys = {
+        flag: (name, revision_of(init if flag == STUDENT else loading_of(flag, other))) for flag, name in names.items()
+    }
+    built = {each.flag: size_of_model(each.meta) for each in models}
+    known = {
+        key: model_size(key[0], revision=key[1], trust_remote_code=args.trust_remote_code)
+        for key in {keys[flag] for flag in names if flag not in built}
+    }
+    sizes = {flag: built[flag] if flag in built else known[keys[flag]] for flag in names}
     return RunSizes(sizes.pop(STUDENT), sizes, models[0].trained if models else None)
 
 
@@ -126,13 +134,20 @@ def check_lengths(models: Sequence[NamedModel], longest: int | None, answer: int
         check_positions(model.flag, model.name, model.meta, longest or 0, answer or 0, "--max_completion_length")
 
 
-def tokenizer_of(model: ModelConfig, others: Sequence[str], args: Any) -> Any:
-    """The student's tokenizer, after checking that the models `others` are compatible with it."""
-    name, load = model.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
-    tokenizer = load_tokenizer(name, revision=model.model_revision, **load)
-    check_generation_config(name, revision=model.model_revision)
-    for other in others:
-        check_models(name, other, tokenizer, **load)
+def tokenizer_of(model: ModelConfig, others: Mapping[str, str], args: Any) -> Any:
+    """The student's tokenizer, after checking that other models are compatible with it.
+
+    Args:
+        others: flag → folder or Hub id of the other models.
+    """
+    init, frozen = loading_arguments(model, args)
+    name, load = str(model.model_name_or_path), {"trust_remote_code": args.trust_remote_code}
+    own = revision_of(init)
+    tokenizer = load_tokenizer(name, revision=own, **load)
+    check_generation_config(name, revision=own)
+    for flag, other in others.items():
+        theirs = own if flag == STUDENT else revision_of(loading_of(flag, frozen))
+        check_models(name, other, tokenizer, revisions=(own, theirs), **load)
     return tokenizer
 
 
@@ -146,7 +161,36 @@ def loading_arguments(model: ModelConfig, args: Any) -> tuple[dict[str, Any], di
     common |= {"dtype": model.dtype} if model.dtype not in (None, "auto") else {}
     student = common | {"revision": model.model_revision} | dict(args.model_init_kwargs or {})
     dtype = {"dtype": resolved_dtype(args, model.dtype)} if hasattr(args, "teacher_dtype") else {}
-    return student, common | dtype | dict(getattr(args, "teacher_model_init_kwargs", None) or {})
+    return student, common | dtype | revision_argument(args) | dict(
+        getattr(args, "teacher_model_init_kwargs", None) or {}
+    )
+
+
+def adapter_of(model: ModelConfig, args: Any) -> Any:
+    """PEFT configuration of the student's adapter, with its base's revision; `None`: no adapter."""
+    config, revision = adapter_config(model), revision_of(loading_arguments(model, args)[0])
+    if config is not None and revision != "main":
+        config.revision = revision
+    return config
+
+
+def loading_of(flag: str, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Loading arguments of one frozen model.
+
+    A revision is that of the teacher of evaluations, so the reference and the other teachers of a
+    curriculum have none.
+
+    Args:
+        flag: the flag that names the model.
+        frozen: the loading arguments of the frozen models.
+    """
+    drop = "revision" if flag.startswith(("--reference", STAGES)) else ""
+    return {name: value for name, value in frozen.items() if name != drop}
+
+
+def revision_of(init: Mapping[str, Any]) -> str:
+    """Revision of a model on the Hub among its loading arguments."""
+    return init.get("revision") or "main"
 
 
 #: Flag of the student.

@@ -21,7 +21,7 @@ _ALWAYS = ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max
 def settings_yaml(
     model: ModelConfig, task: TaskConfig, args: Any, extra: dict[str, Any], preset: Collection[str] = ()
 ) -> str:
-    """Settings as YAML, with the versions of the libraries as comments.
+    """Settings as YAML, with the versions of libraries and plugins as comments.
 
     Contains all settings that differ from their defaults, all task settings that are set, and the
     settings in `_ALWAYS`, `preset` and `extra`.

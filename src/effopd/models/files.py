@@ -26,7 +26,15 @@ from transformers import (
 from transformers.utils import cached_file
 
 from effopd.errors import CompatibilityError, ConfigError, EffOPDError
-from effopd.models.folders import MODEL_CONFIG, adapter_base, check_model_folder, hint, is_on_hub, quoted
+from effopd.models.folders import (
+    MODEL_CONFIG,
+    adapter_base,
+    adapter_base_revision,
+    check_model_folder,
+    hint,
+    is_on_hub,
+    quoted,
+)
 
 #: A folder with a tokenizer has at least one of these.
 _TOKENIZER_FILES = (
@@ -79,11 +87,12 @@ def load_tokenizer(flag: str, name: str, **load: Any) -> PreTrainedTokenizerBase
     check_model_folder(flag, name)
     source = name
     if (base := adapter_base(flag, name)) and not _has_tokenizer(name):
-        source = base
+        source, load = base, load | {"revision": adapter_base_revision(flag, name)}
+    revision = load.get("revision")
     with reading(flag, name):
-        if not _has_tokenizer(source):
+        if not _has_tokenizer(source, revision):
             if not Path(source).is_dir():
-                cached_file(source, MODEL_CONFIG)  # raises if the repository does not exist
+                cached_file(source, MODEL_CONFIG, revision=revision)  # raises if there is no such repository
             raise CompatibilityError(
                 f"{flag} {source!r} has no tokenizer: expected tokenizer.json or tokenizer_config.json beside the "
                 "weights. Copy the tokenizer of the original model into the folder: "
@@ -107,6 +116,8 @@ def load_model(flag: str, name: str, **load: Any) -> PreTrainedModel:
         MissingDependencyError: see `check_model_folder`.
     """
     check_model_folder(flag, name)
+    if adapter_base(flag, name):
+        load["revision"] = adapter_base_revision(flag, name)  # that of the base: the adapter is a folder
     with reading(flag, name):
         model, info = _class_of(name, load).from_pretrained(name, output_loading_info=True, **load)
     if missing := sorted(info["missing_keys"]):
@@ -150,7 +161,7 @@ def absolute_base(model: Any) -> None:
             config.base_model_name_or_path = str(Path(base).resolve())
 
 
-def _has_tokenizer(name: str) -> bool:
+def _has_tokenizer(name: str, revision: str | None = None) -> bool:
     if Path(name).is_dir():
         return any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
-    return any(is_on_hub(name, file) for file in _TOKENIZER_FILES)
+    return any(is_on_hub(name, file, revision) for file in _TOKENIZER_FILES)

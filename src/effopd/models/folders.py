@@ -72,6 +72,15 @@ def adapter_base(flag: str, name: str) -> str | None:
     return str(_json(flag, file).get("base_model_name_or_path") or "") if file.is_file() else None
 
 
+def adapter_base_revision(flag: str, name: str) -> str | None:
+    """Revision, on the Hub, of the base of an adapter folder; `None`: its main branch.
+
+    Raises:
+        CompatibilityError: `adapter_config.json` cannot be read.
+    """
+    return _json(flag, Path(name) / ADAPTER).get("revision") or None
+
+
 def refuse_adapter(flag: str, name: str | None) -> None:
     """Refuse a folder that contains only an adapter, because training needs a full model.
 
@@ -138,10 +147,10 @@ def hint(name: str, error: Exception) -> str:
     return "" if Path(base).is_dir() else _missing_base(name, base)
 
 
-def is_on_hub(name: str, file: str) -> bool:
+def is_on_hub(name: str, file: str, revision: str | None = None) -> bool:
     """Whether a Hub repository has a file, according to the cache or the network."""
     try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
+        return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
     except (OSError, ValueError):
         return False
 

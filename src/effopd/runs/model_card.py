@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from effopd.common.versions import TRAINING, versions
+from effopd.common.versions import versions
 from effopd.runs.lines import first_to_last, kept_text, net_seconds, percent, searches_text
 from effopd.runs.records import CONFIG, read_evaluations, read_searches, read_steps
 from effopd.tasks.builtin_models import spoken_name
@@ -82,7 +82,8 @@ def model_card(
     taught = bool(stored or several or teacher is not None)
     named = getattr(trainer.args, "teacher_model_name_or_path", None)
     student, adapter = trainer.model_id(trainer.model), getattr(_bare(trainer), "peft_config", None)
-    packages = {k: v for k, v in versions((*TRAINING, *(["peft"] if adapter else []))).items() if v != "not installed"}
+    packages = versions() | (versions(("peft",)) if adapter else {})
+    packages = {name: version for name, version in packages.items() if version != "not installed"}
     tracked = _trackers(trainer)
     data = ModelCardData(
         base_model=student if is_hub_id(student) else None,
@@ -202,7 +203,9 @@ def snippet(trainer: Any, student: str, *, adapter: bool) -> str:
     lines += ["", f"path = {str(trainer.run_dir.root)!r}  # this folder, or the Hub id of its copy"]
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained(path{extra})")
     if adapter and student:
-        lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}{extra})")
+        revision = next(iter(_bare(trainer).peft_config.values())).revision
+        at = f", revision={revision!r}" if revision else ""
+        lines.append(f"base = AutoModelForCausalLM.from_pretrained({base}{at}{extra})")
     elif adapter:
         lines.append("base = ...  # the model object passed to the trainer")
     lines += [

@@ -3,6 +3,7 @@
 base.py             Example, Task and the verifier contract
 config.py           TaskConfig, for Python, the command line and YAML
 load.py             load_task: config → train or eval split
+kinds.py            TASK_KINDS: the kinds of source, and those of other packages
 rows.py             math rows as examples
 code/               code rows, and programs graded in a sandbox
 row_files.py        rows from JSON, Parquet or the Hub

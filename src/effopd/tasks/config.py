@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effopd.errors import ConfigError
-
-#: Kinds of source: the part of `task` before the colon.
-TASK_KINDS = ("reasoning-gym", "math", "code", "testbed")
+from effopd.tasks.kinds import TASK_KINDS
 
 _VERIFIER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -167,11 +165,12 @@ class TaskConfig:
             )
         if self.eval_task is not None and self.eval_size == 0:
             raise ConfigError("eval_size: expected at least 1 when eval_task is set, got 0. Remove one of the two.")
+        fixed = next((kind for kind in kinds if TASK_KINDS[kind].suffix is None), None)
         for name in ("prompt_suffix", "system_prompt"):
-            if "testbed" in kinds and getattr(self, name) is not None:
+            if fixed is not None and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}: expected none for a testbed task, got {getattr(self, name)!r}. Testbed models only know "
-                    f"their family's own prompts. Remove {name}."
+                    f"{name}: expected none for a {fixed} task, got {getattr(self, name)!r}. Its prompts are used as "
+                    f"they are. Remove {name}."
                 )
 
 
@@ -183,9 +182,9 @@ def split_task_name(field_name: str, value: Any) -> tuple[str, str]:
     """
     kind, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
     if kind not in TASK_KINDS or not colon or not name.strip():
+        *others, last = (f"'{known}:{of_kind.form}'" for known, of_kind in TASK_KINDS.items())
         raise ConfigError(
-            f"{field_name}: expected 'reasoning-gym:NAME', 'math:FILE_OR_HUB_ID', 'code:FILE_OR_HUB_ID' or "
-            f"'testbed:FAMILY', got {value!r}. "
+            f"{field_name}: expected {', '.join(others)} or {last}, got {value!r}. "
             "Write for example reasoning-gym:basic_arithmetic or math:data/train.jsonl."
         )
     return kind, name.strip()

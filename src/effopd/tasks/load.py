@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from effopd.common.optional import ensure
 from effopd.errors import TaskError
@@ -20,6 +20,7 @@ from effopd.tasks.code.rows import read_code_rows, render_program, with_template
 from effopd.tasks.code.verifier import SETTINGS, CodeVerifier
 from effopd.tasks.config import TaskConfig, split_task_name
 from effopd.tasks.gym_tasks import GYM_SUFFIX, ReasoningGymVerifier, gym_examples
+from effopd.tasks.kinds import TASK_KINDS, Request, Split, TaskKind
 from effopd.tasks.math_grading import MATH_SUFFIX, MathVerifier, render_boxed
 from effopd.tasks.row_faults import ORIGIN
 from effopd.tasks.row_files import local_file, on_hub
@@ -30,33 +31,10 @@ from effopd.tasks.verify import load_verifier
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "eval"]
-
 #: Default sizes of generated tasks.
 DEFAULT_TRAIN_SIZE, DEFAULT_EVAL_SIZE = 1000, 100
 #: Default share of a file's rows held out for evaluation, at most `DEFAULT_EVAL_SIZE` rows.
 HELD_OUT_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One split of one source.
-
-    `held_out`: the evaluation is held out from this source. `excluded`: questions to leave out.
-    """
-
-    name: str
-    args: dict[str, Any]
-    split: Split
-    size: int | None
-    held_out: bool
-    excluded: frozenset[str]
-    seed: int
-    timeout: float
-    answers_required: bool
-    why: str
-    setting: str
-    keep: tuple[str, ...] = ()
 
 
 def needs_network(config: TaskConfig) -> bool:
@@ -112,13 +90,22 @@ def load_task(
         raise TaskError(f"split: expected 'train' or 'eval', got {split!r}.")
     if split == "eval" and config.eval_size == 0:
         raise TaskError("eval_size=0: there is no eval split. Set eval_size to 1 or more, or leave it out.")
-    source = config.task if split == "train" or config.eval_task is None else config.eval_task
-    kind, _ = split_task_name("task", source)
+    kind, _ = split_task_name("task", _source(config, split)[0])
     return _finish(_load_bare(config, split, answers_required, why, tuple(keep)), config, kind)
 
 
-def check_grading(config: TaskConfig) -> None:
+def _source(config: TaskConfig, split: Split) -> tuple[str, Any]:
+    """(source of a split, its parameters)."""
+    if split == "train" or config.eval_task is None:
+        return config.task, config.task_args
+    return config.eval_task, config.eval_task_args
+
+
+def check_grading(config: TaskConfig, splits: Collection[Split]) -> None:
     """Check what grading needs besides the rows, for sources that cannot be read now.
+
+    Args:
+        splits: the splits whose completions are graded.
 
     Raises:
         TaskError: the user's verifier or a setting of a code task is unusable.
@@ -126,8 +113,9 @@ def check_grading(config: TaskConfig) -> None:
     """
     if config.verifier is not None:
         load_verifier(config.verifier)
-    for source, args in ((config.task, config.task_args), (config.eval_task, config.eval_task_args)):
-        if source is not None and split_task_name("task", source)[0] == "code":
+    sources = [_source(config, split) for split in splits]
+    for source, args in sources if config.eval_task is not None else sources[:1]:
+        if split_task_name("task", source)[0] == "code":
             verifier = _code_verifier(args if isinstance(args, dict) else {}, config.verify_timeout)
             if config.verifier is None:
                 verifier.check()
@@ -136,14 +124,14 @@ def check_grading(config: TaskConfig) -> None:
 
 def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: str, keep: tuple[str, ...] = ()) -> Task:
     """One split with bare questions as prompts."""
-    other = config.eval_task if split == "eval" else None
-    kind, name = split_task_name("task", other or config.task)
+    source, args = _source(config, split)
+    kind, name = split_task_name("task", source)
     excluded: frozenset[str] = frozenset()
     if split == "train" and config.eval_size != 0 and (kind != "testbed" or config.eval_task is not None):
-        held_out = _load_bare(config, "eval", answers_required, why)
+        # of another source, only the questions are read
+        held_out = _load_bare(config, "eval", answers_required and config.eval_task is None, why)
         excluded = frozenset(question_key(example.prompt) for example in held_out.examples)
-    args = config.task_args if other is None else config.eval_task_args
-    request = _Request(
+    request = Request(
         name=name,
         args=dict(args) if isinstance(args, dict) else {},
         split=split,
@@ -154,13 +142,19 @@ def _load_bare(config: TaskConfig, split: Split, answers_required: bool, why: st
         timeout=config.verify_timeout,
         answers_required=answers_required,
         why=why,
-        setting="task_args" if other is None else "eval_task_args",
+        setting="task_args" if split == "train" or config.eval_task is None else "eval_task_args",
         keep=keep,
     )
-    return replace(_LOADERS[kind](request), name=f"{kind}:{name}")
+    task = replace(TASK_KINDS[kind].load(request), name=f"{kind}:{name}")
+    if repeated := sum(question_key(example.prompt) in excluded for example in task.examples):
+        raise TaskError(
+            f"task '{task.name}': expected training questions that are not in the evaluation, got {repeated} that are."
+            " Its loader must leave out the questions in `Request.excluded`."
+        )
+    return task
 
 
-def _load_gym(request: _Request) -> Task:
+def _load_gym(request: Request) -> Task:
     examples = gym_examples(
         request.name,
         request.args,
@@ -173,7 +167,7 @@ def _load_gym(request: _Request) -> Task:
     return Task(request.name, examples, verifier, render_tagged, needs_answers=False)
 
 
-def _load_math(request: _Request) -> Task:
+def _load_math(request: Request) -> Task:
     rows = read_math_rows(
         request.name,
         request.args,
@@ -181,16 +175,16 @@ def _load_math(request: _Request) -> Task:
         why=request.why,
         setting=request.setting,
     )
-    chosen, available = _chosen(request, rows)
+    chosen, available = choose(request, rows)
     return Task(request.name, chosen, MathVerifier(request.timeout), render_boxed, available=available)
 
 
-def _load_code(request: _Request) -> Task:
+def _load_code(request: Request) -> Task:
     """Rows with tests. If nothing is graded, examples have no answers: no sandbox is needed."""
     verifier = _code_verifier(request.args, request.timeout)
     args = {name: value for name, value in request.args.items() if name not in SETTINGS}
     rows = read_code_rows(request.name, args, keep=request.keep)
-    chosen, available = _chosen(request, rows)
+    chosen, available = choose(request, rows)
     if not request.answers_required:
         chosen = tuple(replace(example, answer=None) for example in chosen)
     return Task(
@@ -198,12 +192,12 @@ def _load_code(request: _Request) -> Task:
     )
 
 
-def _code_verifier(args: dict[str, Any], timeout: float) -> CodeVerifier:
+def _code_verifier(args: Mapping[str, Any], timeout: float) -> CodeVerifier:
     return CodeVerifier({name: args[name] for name in SETTINGS if name in args}, timeout)
 
 
-def _chosen(request: _Request, examples: Sequence[Example]) -> tuple[tuple[Example, ...], int]:
-    """Examples of the split, and the number of rows that it could have.
+def choose(request: Request, examples: Sequence[Example]) -> tuple[tuple[Example, ...], int]:
+    """Examples of the split, chosen from the rows of a source, and the number it could have.
 
     Raises:
         TaskError: there are too few rows.
@@ -232,7 +226,7 @@ def _chosen(request: _Request, examples: Sequence[Example]) -> tuple[tuple[Examp
     return tuple(chosen[:size]), len(chosen)
 
 
-def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
+def _warn_left_out(request: Request, left_out: int, why: str) -> None:
     """Warn about rows in neither split; rows held out for evaluation are not counted."""
     if request.held_out:
         left_out = left_out - len(request.excluded) if request.split == "train" else 0
@@ -242,7 +236,7 @@ def _warn_left_out(request: _Request, left_out: int, why: str) -> None:
         )
 
 
-def _load_testbed(request: _Request) -> Task:
+def _load_testbed(request: Request) -> Task:
     if request.args:
         raise TaskError(
             f"task_args: expected none for testbed family '{request.name}', got {request.args}. Remove task_args."
@@ -258,15 +252,12 @@ def _load_testbed(request: _Request) -> Task:
     return task
 
 
-#: Kind of source → its loader.
-_LOADERS: dict[str, Callable[[_Request], Task]] = {
-    "reasoning-gym": _load_gym,
-    "math": _load_math,
-    "code": _load_code,
-    "testbed": _load_testbed,
-}
-#: Kind of source → instruction appended to every question; code rows have templates of their own.
-_SUFFIXES = {"reasoning-gym": GYM_SUFFIX, "math": MATH_SUFFIX, "code": ""}
+TASK_KINDS.update({
+    "reasoning-gym": TaskKind(_load_gym, suffix=GYM_SUFFIX),
+    "math": TaskKind(_load_math, "FILE_OR_HUB_ID", MATH_SUFFIX),
+    "code": TaskKind(_load_code, "FILE_OR_HUB_ID"),  # code rows have templates of their own
+    "testbed": TaskKind(_load_testbed, "FAMILY", None),
+})  # fmt: skip
 
 
 def instruction(task: str, prompt_suffix: str | None) -> str:
@@ -276,10 +267,10 @@ def instruction(task: str, prompt_suffix: str | None) -> str:
         task: "kind:name"; testbed tasks have no instruction.
         prompt_suffix: the user's text; `None`: the instruction of the kind.
     """
-    kind, _ = split_task_name("task", task)
-    if kind not in _SUFFIXES:
+    own = TASK_KINDS[split_task_name("task", task)[0]].suffix
+    if own is None:
         return ""
-    return _SUFFIXES[kind] if prompt_suffix is None else prompt_suffix
+    return own if prompt_suffix is None else prompt_suffix
 
 
 def _default_size(split: Split) -> int:
@@ -290,7 +281,7 @@ def _finish(task: Task, config: TaskConfig, kind: str) -> Task:
     """The task with complete prompts and the user's verifier, if there is one."""
     if config.verifier is not None:
         task = replace(task, verify=load_verifier(config.verifier), needs_answers=False)
-    if kind not in _SUFFIXES:
+    if TASK_KINDS[kind].suffix is None:
         return task
     if kind == "code" and config.prompt_suffix is None:
         task = task.subset([with_template(example, config.as_chat) for example in task.examples])

@@ -32,11 +32,23 @@ def resolved_dtype(args: Any, student_dtype: str | None = None) -> str:
 
 
 def teacher_loading(args: TeacherArguments, init: Mapping[str, Any]) -> dict[str, Any]:
-    """Loading arguments of the teacher: `init`, with the dtype and quantization that `args` set."""
-    load = {"dtype": resolved_dtype(args)} | dict(init)
+    """Loading arguments of the teacher: `init`, with what `args` sets beside it."""
+    load = {"dtype": resolved_dtype(args)} | revision_argument(args) | dict(init)
     if args.quantization is not None:
         load["quantization_config"] = quantization_config(args.quantization, load["dtype"])
     return load
+
+
+def teacher_revision(args: Any) -> str | None:
+    """Revision of the teacher on the Hub, from its loading arguments or its flag."""
+    init = getattr(args, "teacher_model_init_kwargs", None) or {}
+    return init.get("revision", getattr(args, "teacher_model_revision", None))
+
+
+def revision_argument(args: Any) -> dict[str, str]:
+    """The teacher's revision as a loading argument; empty without one."""
+    revision = teacher_revision(args)
+    return {} if revision is None else {"revision": revision}
 
 
 def quantization_config(kind: str, dtype: str) -> BitsAndBytesConfig:

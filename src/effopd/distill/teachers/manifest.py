@@ -62,29 +62,33 @@ def entry_of(label: str, source: Any, model: Any, revision: str | None = None) -
     """
     core = core_of(model)
     name = source if isinstance(source, str) else str(getattr(core.config, "_name_or_path", "") or "")
+    commit, sha256 = _commit_and_sha256(source, core, revision)
     eight, four = (getattr(core, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
     return TeacherEntry(
         label=label,
         name=name,
-        revision=getattr(core.config, "_commit_hash", None) or revision,
+        revision=commit or revision,
         dtype=str(core.dtype).removeprefix("torch."),
         quantization="8bit" if eight else "4bit" if four else None,
-        sha256=_sha256(source, core, revision),
+        sha256=sha256,
     )
 
 
-def _sha256(source: Any, core: Any, revision: str | None) -> str | None:
-    whole = is_whole(core)
+def _commit_and_sha256(source: Any, core: Any, revision: str | None) -> tuple[str | None, str | None]:
+    """(commit of a Hub repository, SHA-256 of the weights); `None`: not known."""
+    whole, commit = is_whole(core), None
     if not isinstance(source, str) and not whole:
-        return live_sha256(core)  # collective
+        return None, live_sha256(core)  # collective
     if rank() > 0:
-        return None
+        return None, None
     if isinstance(source, str):
+        folder = model_folder("the teacher", source, revision)
+        commit = None if Path(source).is_dir() else folder.name  # the cache has a folder per commit
         try:
-            return weights_sha256(model_folder("the teacher", source, revision))
+            return commit, weights_sha256(folder)
         except (CheckpointError, WeightsError):  # pickled or quantized files
             pass
-    return live_sha256(core) if whole else None
+    return commit, live_sha256(core) if whole else None
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from effopd.distill.divergence import Answers, Predictions, item_count, multimodal_inputs, shared_vocab_size
 from effopd.distill.scoring import token_batch
 from effopd.distill.teachers.kept import keep, kept_or_made
-from effopd.distill.teachers.loading import teacher_loading
+from effopd.distill.teachers.loading import teacher_loading, teacher_revision
 from effopd.distill.teachers.manifest import ONLY, TeacherEntry, entry_of
 from effopd.distill.teachers.offload import in_use, offload
 from effopd.distill.teachers.several import (
@@ -45,6 +45,7 @@ class TeachersMixin(DistillationHooks):
 
     teacher_model: Any
     teachers: TeacherSet | None = None
+    _evaluated_by: Any
 
     def _open_teachers(self, source: Source | Mapping[str, Source], train_dataset: Any, eval_task: Task | None) -> int:
         """Load and check the teacher or teachers; return the size of the vocabulary that all have.
@@ -92,9 +93,8 @@ class TeachersMixin(DistillationHooks):
     def _prepare_frozen(self, source: Source, role: str) -> Any:
         """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
         init = teacher_loading(self.args, self.args.teacher_model_init_kwargs or {})
-        named = self.args.teacher_model_name_or_path
-        if role == "reference" or (self.args.curriculum_teachers and source != named):
-            init.pop("revision", None)  # the named teacher's
+        if role == "reference" or (self.args.curriculum_teachers and source != self._evaluated_by):
+            init.pop("revision", None)  # of the teacher of evaluations
         elif self.args.teacher_model_init_kwargs is not None and not isinstance(source, str):
             raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
         elif not isinstance(source, str) and (changed := self.args.changed_loading()):
@@ -102,8 +102,6 @@ class TeachersMixin(DistillationHooks):
                 f"{', '.join(changed)}: read only for a teacher given by path; got a model object. Load it as "
                 "needed, or pass its path."
             )
-        elif self.args.teacher_model_revision is not None:
-            init.setdefault("revision", self.args.teacher_model_revision)
         if self.args.teacher_shard:
             check_sharding(self)
         model = frozen(self, source, init, shard_layers if self.args.teacher_shard else None)
@@ -112,11 +110,15 @@ class TeachersMixin(DistillationHooks):
     def _teacher_entries(self, source: Source | Mapping[str, Source]) -> list[TeacherEntry]:
         """The run's teachers for its manifest."""
         unwrap = self.accelerator.unwrap_model
+        revision = teacher_revision(self.args)
         if self.teachers is None:
             model = unwrap(self.teacher_model)
-            stages = [entry_of(stage, name, model) for stage, name in self.args.stage_teachers.items()]
-            return [entry_of(ONLY, source, model, self.args.teacher_model_revision), *stages]
-        return [entry_of(label, self.teachers.sources[label], unwrap(self.teachers.model(label)))
+            stages = [
+                entry_of(stage, name, model, revision if name == source else None)
+                for stage, name in self.args.stage_teachers.items()
+            ]
+            return [entry_of(ONLY, source, model, revision), *stages]
+        return [entry_of(label, self.teachers.sources[label], unwrap(self.teachers.model(label)), revision)
                 for label in self.teachers.labels]  # fmt: skip
 
     # -- before the loss ---------------------------------------------------------------------------
