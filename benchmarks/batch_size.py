@@ -26,7 +26,7 @@ REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
 
 
 def reuse_tables(results: Mapping[str, Any]) -> dict[str, str]:
-    """Cost → table: fastest baselines of the same and of any batch size, over the look-ahead's cost."""
+    """Cost → table: fastest baseline of the same and of any batch size / the look-ahead."""
     look, tables = Lookup(results), {}
     known = sorted({int(name.split(PROMPTS)[1]) for name, _ in look.arms if name.startswith(REUSE)})
     baselines = results["settings"]["baselines"]

@@ -87,10 +87,9 @@ def repeated_factor(best_scale: float, *, averaged: bool = False) -> float:
     """max(1, (1 + s) / 8), the learning-rate multiplier from the best scale s of a later jump.
 
     A forward jump goes half of the way and clears the moments. At the rate that `calibrated_factor`
-    sets, the other half is two steps long, so the next search finds s = 1; it varies about that. An s
-    above 7 means that the first search found a rate that is far too low. An eighth of the best
-    length is half of the share that the first search takes. Under a schedule-free optimizer both
-    shares are double.
+    sets, the other half is two steps long, so the next search finds about s = 1. An s above 7 means
+    that the first search found a rate that is far too low. An eighth of the best length is half of
+    the share that the first search takes. Under a schedule-free optimizer both shares are double.
 
     Args:
         best_scale: s of a search that jumps forward.
