@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rivals import FEW_SHARES, Hindsight, costs, heads
+from rivals import FEW_SHARES, Cost, Hindsight, costs, heads, steps_table
 
 from effopd.compare.cross_targets import across, runs_of
 from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, times
@@ -25,26 +25,31 @@ STRATEGIES = ("plain", "line_search")
 REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
 
 
-def reuse_tables(results: Mapping[str, Any]) -> dict[str, str]:
-    """Cost → table: fastest baseline of the same and of any batch size / the look-ahead."""
-    look, tables = Lookup(results), {}
-    known = sorted({int(name.split(PROMPTS)[1]) for name, _ in look.arms if name.startswith(REUSE)})
-    baselines = results["settings"]["baselines"]
-    for name, cost in costs().items():
-        rows = []
-        for task in look.tasks:
-            for prompts in known:
-                own, arm = f"{PROMPTS}{prompts}", f"{REUSE}{PROMPTS}{prompts}"
-                if not any(look.runs(task, each) for each in look.arms if each[0] == arm):
-                    continue
-                for against, rivals in (("same", [b for b in baselines if b.endswith(own)]), ("any", baselines)):
+def reuse_blocks(results: Mapping[str, Any]) -> dict[str, str]:
+    """Generated blocks of the comparison of batch sizes."""
+    by_cost = costs()
+    return {
+        "reuse": reuse_table(results, by_cost[list(by_cost)[-1]]),
+        "reuse, sampled tokens": reuse_table(results, by_cost["sampled tokens"]),
+        "reuse, steps": steps_table(results, FEW_SHARES),
+    }
+
+
+def reuse_table(results: Mapping[str, Any], cost: Cost) -> str:
+    """Cost of the fastest baseline of the same batch size and of any, over the look-ahead's."""
+    look, baselines, rows = Lookup(results), results["settings"]["baselines"], []
+    arms = dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE))
+    for task in look.tasks:
+        for arm in arms:
+            if any(look.runs(task, each) for each in look.arms if each[0] == arm):
+                own = arm.removeprefix(REUSE)
+                for label, rivals in (("the same", [b for b in baselines if b.endswith(own)]), ("any", baselines)):
                     found = Hindsight(results, cost, rivals)
                     cells = (found.ratios(task, arm, share) for share in FEW_SHARES)
-                    rows.append([f"`{task.split(':')[1]}`", str(prompts), against, *cells])
-            anyone = Hindsight(results, cost)
-            rows.append([f"`{task.split(':')[1]}`", "", "fastest", *(anyone.opponent(task, s) for s in FEW_SHARES)])
-        tables[name] = table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
-    return tables
+                    rows.append([f"`{task.split(':')[1]}`", own.removeprefix(PROMPTS), label, *cells])
+        fastest = Hindsight(results, cost)
+        rows.append([f"`{task.split(':')[1]}`", "", "fastest", *(fastest.opponent(task, s) for s in FEW_SHARES)])
+    return table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:

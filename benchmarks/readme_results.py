@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import rivals
-from batch_size import settings_table, speed_table
+from batch_size import reuse_blocks, settings_table, speed_table
 from pages import DOCS, rewrite
 from readme_figure import draw
 from rich.console import Console
@@ -289,6 +289,7 @@ def published(docs: Path = DOCS) -> dict[str, Any]:
         "results": "results.json", "final_quality": "final_quality.json", "ablation": "ablation/results.json",
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
         "rivals": "rivals/results.json", "other_teacher": "other_teacher/results.json",
+        "batch_sizes": "batch_sizes/results.json",
     }  # fmt: skip
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
 
@@ -297,11 +298,15 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
     """Page → generated blocks."""
     grids = docs["results"], docs["ablation"]
     return {
-        DOCS.parent / "README.md": {"rivals": rivals.readme_table(docs["rivals"])},
+        DOCS.parent / "README.md": {"rivals": rivals.readme_table(docs["rivals"], docs["batch_sizes"])},
         DOCS / "findings.md": findings(docs),
         DOCS / "rivals.md": rivals.blocks(docs["rivals"], docs["other_teacher"]),
         DOCS / "gate.md": {"gate": gate(docs)},
-        DOCS / "batch_size.md": {"settings": settings_table(*grids), "speed": speed_table(*grids)},
+        DOCS / "batch_size.md": {
+            "settings": settings_table(*grids),
+            "speed": speed_table(*grids),
+            **reuse_blocks(docs["batch_sizes"]),
+        },
         DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},
     }
 

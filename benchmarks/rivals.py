@@ -242,14 +242,17 @@ def hindsight_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_
     return table(["cost", "task", "strategy", *heads(shares)], rows)
 
 
-def readme_table(results: Mapping[str, Any]) -> str:
-    """Table of the README: priced seconds of the fastest baseline, divided by the look-ahead's."""
-    known, rows = Hindsight(results, priced), []
+def readme_table(results: Mapping[str, Any], batch_sizes: Mapping[str, Any]) -> str:
+    """Table of the README: priced seconds of the fastest baseline, divided by the look-ahead's.
+
+    With 32 prompts, baselines with 32 compete; with fewer, baselines of every batch size.
+    """
+    many, few, rows = Hindsight(results, priced), Hindsight(batch_sizes, priced), []
     for task in Lookup(results).tasks:
-        for strategy, label in (
-            ("newton_search", "AdamW"),
-            ("newton_search-schedule-free", "schedule-free AdamW"),
-            ("newton_search-schedule-free-3", "the same, 3 updates per batch of rollouts"),
+        for known, strategy, label in (
+            (many, "newton_search", "AdamW, 32 prompts"),
+            (many, "newton_search-schedule-free-3", "schedule-free AdamW, 3 updates, 32 prompts"),
+            (few, "newton_search-schedule-free-3-prompts-8", "the same with r = 2, 8 prompts"),
         ):
             rows.append([f"`{task.split(':')[1]}`", label, *(known.ratios(task, strategy, s) for s in FEW_SHARES)])
     return table(["task", "`newton_search` on", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
