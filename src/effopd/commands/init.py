@@ -226,7 +226,7 @@ _SAME = {
         ("effopd", "{strategy: newton_search}", "none: plain OPD; effopd: the paper's search"),
         ("# updates_per_rollouts", "3", "reuse saves sampling; with the next two lines, needs effopd[optimizers]"),
         ("# optimizer_class", "schedulefree:AdamWScheduleFree", ""),
-        ("# optimizer_args", "'{\"betas\": [0.95, 0.99], \"r\": 2}'", ""),
+        ("# optimizer_args", '\'{"betas": [0.95, 0.99], "r": 2}\'', ""),
     ),
 }
 #: Section → (setting, value, comment). A name that starts with "# " is commented out.
