@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from effopd.compare.axes import axis_name
 from effopd.compare.grid_run import Arm
-from effopd.compare.prices import read_prices
+from effopd.compare.prices import PriceList, read_prices
 from effopd.compare.time_to_target import smooth
 from effopd.report.compare_envelope import TABLE_SHARES, curves
 from effopd.report.compare_lookup import Lookup, factor, one, table
@@ -38,9 +39,15 @@ FEW_SHARES = (0.5, 0.25, 0.1, 0.05, 0.025)
 Cost = Callable[[Mapping[str, Any]], Sequence[float]]
 
 
+@cache
+def _prices() -> PriceList:
+    (prices,) = read_prices([PRICES])
+    return prices
+
+
 def priced(curve: Mapping[str, Any]) -> Sequence[Any]:
     """Seconds at every evaluation of a curve by the price list `PRICES`."""
-    (prices,) = read_prices([PRICES])
+    prices = _prices()
     columns = (curve[name] for name in ("generated_tokens", "forward_tokens", "backward_tokens", "teacher_tokens"))
     spent = [
         Costs(
@@ -57,12 +64,11 @@ def priced(curve: Mapping[str, Any]) -> Sequence[Any]:
 
 def costs() -> dict[str, Cost]:
     """Name → cost, in the tables of the arm that is fastest in hindsight."""
-    (prices,) = read_prices([PRICES])
     return {
         "steps": lambda curve: curve["step"],
         "net seconds": lambda curve: curve["seconds"],
         "sampled tokens": lambda curve: curve["generated_tokens"],
-        axis_name(f"priced:{prices.name}"): priced,
+        axis_name(f"priced:{_prices().name}"): priced,
     }
 
 
@@ -186,11 +192,15 @@ class Hindsight:
     def __init__(self, results: Mapping[str, Any], cost: Cost, baselines: Collection[str] | None = None):
         self._look, self._cost = Lookup(results), cost
         self._baselines = results["settings"]["baselines"] if baselines is None else baselines
+        self._known: dict[tuple[str, Arm, float], float] = {}
 
     def cost(self, task: str, arm: Arm, share: float) -> float:
         """Median cost over seeds; ∞: most runs never reach the target, or there are no runs."""
-        runs = self._look.runs(task, arm)
-        return statistics.median([_cost(run, share, self._cost) for run in runs]) if runs else math.inf
+        key = task, arm, share
+        if key not in self._known:
+            runs = self._look.runs(task, arm)
+            self._known[key] = statistics.median([_cost(run, share, self._cost) for run in runs]) if runs else math.inf
+        return self._known[key]
 
     def best(self, task: str, share: float) -> tuple[float, Arm | None]:
         """Smallest cost of a baseline, and its arm."""
