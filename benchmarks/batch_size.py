@@ -2,7 +2,7 @@
 
 Nothing is run. Two comparisons:
 
-- docs/batch_sizes/results.json: 8 to 64 prompts per batch of rollouts, with reuse
+- docs/batch_sizes/results.json: 8 to 32 prompts per batch of rollouts, with reuse
   (recipes/compare-batch-sizes.yaml).
 - docs/results.json with 256 prompts per step against docs/ablation/results.json with 32: the same
   models, tasks, seeds and held-out prompts. The target is the final KL of plain OPD with the large
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rivals import FEW_SHARES, Cost, Hindsight, costs, heads, steps_table
+from rivals import FEW_SHARES, Cost, Hindsight, costs, heads, priced, steps_table
 
 from effopd.compare.cross_targets import across, runs_of
 from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, times
@@ -27,10 +27,9 @@ REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
 
 def reuse_blocks(results: Mapping[str, Any]) -> dict[str, str]:
     """Generated blocks of the comparison of batch sizes."""
-    by_cost = costs()
     return {
-        "reuse": reuse_table(results, by_cost[list(by_cost)[-1]]),
-        "reuse, sampled tokens": reuse_table(results, by_cost["sampled tokens"]),
+        "reuse": reuse_table(results, priced),
+        "reuse, sampled tokens": reuse_table(results, costs()["sampled tokens"]),
         "reuse, steps": steps_table(results, FEW_SHARES),
     }
 
@@ -39,16 +38,16 @@ def reuse_table(results: Mapping[str, Any], cost: Cost) -> str:
     """Cost of the fastest baseline of the same batch size and of any, over the look-ahead's."""
     look, baselines, rows = Lookup(results), results["settings"]["baselines"], []
     arms = dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE))
+    sizes = {arm: arm.removeprefix(REUSE) for arm in arms}
+    same = {arm: Hindsight(results, cost, [b for b in baselines if b.endswith(size)]) for arm, size in sizes.items()}
+    any_size = Hindsight(results, cost)
     for task in look.tasks:
-        for arm in arms:
-            if any(look.runs(task, each) for each in look.arms if each[0] == arm):
-                own = arm.removeprefix(REUSE)
-                for label, rivals in (("the same", [b for b in baselines if b.endswith(own)]), ("any", baselines)):
-                    found = Hindsight(results, cost, rivals)
-                    cells = (found.ratios(task, arm, share) for share in FEW_SHARES)
-                    rows.append([f"`{task.split(':')[1]}`", own.removeprefix(PROMPTS), label, *cells])
-        fastest = Hindsight(results, cost)
-        rows.append([f"`{task.split(':')[1]}`", "", "fastest", *(fastest.opponent(task, s) for s in FEW_SHARES)])
+        name = f"`{task.split(':')[1]}`"
+        for arm, size in sizes.items():
+            for label, rivals in (("the same", same[arm]), ("any", any_size)):
+                cells = (rivals.ratios(task, arm, share) for share in FEW_SHARES)
+                rows.append([name, size.removeprefix(PROMPTS), label, *cells])
+        rows.append([name, "", "fastest", *(any_size.opponent(task, share) for share in FEW_SHARES)])
     return table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
 
 

@@ -137,5 +137,6 @@ class OptimizerUpdate:
     def _calibrated(self, history: Sequence[SearchRecord]) -> float | None:
         """The factor that the first search set, or the last one that raised it."""
         searched = [search for search in history if search.searched] if self._calibrates else []
-        raised = [i for i, search in enumerate(searched) if i == 0 or (search.learning_rate_factor or 1.0) > 1]
-        return (searched[raised[-1]].learning_rate_factor_total or 1.0) if searched else None
+        raised = [search for search in searched[1:] if (search.learning_rate_factor or 1.0) > 1]
+        setting = [*searched[:1], *raised]
+        return (setting[-1].learning_rate_factor_total or 1.0) if setting else None

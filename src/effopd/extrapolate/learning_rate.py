@@ -99,8 +99,7 @@ def repeated_factor(best_scale: float, *, averaged: bool = False) -> float:
         >>> repeated_factor(3.0), repeated_factor(15.0), repeated_factor(15.0, averaged=True)
         (1.0, 2.0, 4.0)
     """
-    share = SHARE_IF_AVERAGED if averaged else SHARE_OF_FIRST_STEP
-    return min(max(share * (1 + best_scale) / 2, 1.0), _HIGHEST_CALIBRATION)
+    return max(1.0, calibrated_factor(best_scale, 0.5, averaged=averaged))
 
 
 class LearningRateMultiplier:
