@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effopd.commands.main import main
 from effopd.errors import ConfigError
 from effopd.tasks.builtin_models import OTHER_MODELS, other_models_path, resolve_model, student_path
 from effopd.tasks.testbed_families import family_task, worked_reasoning
-from effopd.testbed import other_models
+from effopd.testbed import base_training, other_models
 from effopd.testbed.base_training import BaseSettings, ModelSettings
 from effopd.testbed.other_models import LONG_FAMILY, LONG_LIMIT, OtherBuild, OtherSettings, build_other
 from effopd.testbed.progress import Progress
@@ -84,6 +85,24 @@ def test_an_interrupted_training_continues_to_the_same_weights(built, monkeypatc
     assert steps[0] == 3
     made, expected = (AutoModelForCausalLM.from_pretrained(f / name).state_dict() for f in (build.out, built[0]))
     assert all(made[key].equal(value) for key, value in expected.items()) and card["models"][name]["sha256"]
+
+
+@pytest.mark.parametrize(("capability", "bound"), [("AVX2", 1e-5), ("AVX512", 0.05)])
+def test_muon_iterates_in_float32_without_bfloat16_instructions(monkeypatch, capability, bound):
+    """Against Newton–Schulz in float64; the gradient stays as it is."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(torch.zeros(6, 9))
+    weight.grad = gradient.clone()
+    optimizer = torch.optim.Muon([weight], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0)
+    with base_training._muon_precision():
+        optimizer.step()
+    expected = gradient.double() / gradient.double().norm()
+    for _ in range(5):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    error = (weight + expected).norm() / expected.norm()
+    assert error < bound and (capability == "AVX2" or error > 1e-4) and weight.grad.equal(gradient)
 
 
 def test_other_folders_are_refused(built, tmp_path):
