@@ -7,8 +7,8 @@
 
 `--plan recipes/compare-neighbours-wide.yaml` does the same with a teacher of another size.
 `page --runs` writes the plan's finished runs to its file in docs/neighbours (`PARTS`). `page` makes
-the tables from all files that exist, and the figure from the first. Only the blocks between markers
-are generated (`pages.py`).
+the tables and figures of all files that exist. Only the blocks between markers are generated
+(`pages.py`).
 
 A method is judged at its best learning rate, against plain OPD at its best learning rate, by the
 cost to reach the `TARGETS`. Best are the rates with the most seeds, and among these the one that
@@ -53,28 +53,36 @@ AXES = ("seconds", "generated_tokens", "teacher_tokens", "student_backward_token
 
 
 class Part(NamedTuple):
-    """A part of the page: its plan, the file of its runs, and its generated blocks."""
+    """A part of the page: its plan, the file of its runs, its figure, and its generated blocks."""
 
     plan: str
     file: str
+    figure: str
     blocks: tuple[str, ...]
     prefix: str = ""
 
-    def texts(self) -> dict[str, str]:
-        """Name of each block → its text; empty as long as the file does not exist."""
+    def page(self) -> Page | None:
+        """The part's tables and figure; `None` as long as the file of its runs does not exist."""
         path = PLACE / self.file
-        if not path.is_file():
-            return {}
-        blocks = Page(json.loads(path.read_text())).blocks()
-        return {self.prefix + name: blocks[name] for name in self.blocks}
+        return Page(json.loads(path.read_text())) if path.is_file() else None
+
+    def texts(self) -> dict[str, str]:
+        """Name of each block → its text."""
+        page = self.page()
+        blocks = page.blocks() if page else {}
+        return {self.prefix + name: blocks[name] for name in self.blocks if page}
 
 
 PARTS = (
-    Part("compare-neighbours", "results.json", ("coverage", "methods", "costs", "final", "rates", "verdicts")),
     Part(
-        "compare-neighbours-wide", "other_teacher.json", ("verdicts", "coverage", "costs", "final"), "other teacher, "
+        "compare-neighbours", "results.json", "costs.png",
+        ("coverage", "methods", "costs", "final", "rates", "verdicts"),
     ),
-)
+    Part(
+        "compare-neighbours-wide", "other_teacher.json", "costs-other-teacher.png",
+        ("verdicts", "coverage", "costs", "final", "rates"), "other teacher, ",
+    ),
+)  # fmt: skip
 
 
 class Method(NamedTuple):
@@ -119,6 +127,8 @@ class Page:
         self.runs = runs_of(results)
         self.tasks = list(dict.fromkeys(run.task for run in self.runs))
         self.planned = results["settings"].get("planned_runs")
+        names = {run.strategy for run in self.runs}
+        self.methods = [method for method in METHODS if names.intersection(_pair(method.arm))]
         self._envelopes: dict[tuple[str, str], Envelope] = {}
 
     def of(self, task: str, strategy: str) -> list[GridRun]:
@@ -291,14 +301,15 @@ class Page:
 
     # -- figure ------------------------------------------------------------------------------------
 
-    def draw(self) -> None:
+    def draw(self, path: Path) -> None:
         """Speed-up to the target by method: net seconds and teacher tokens, one row per task."""
         import matplotlib.pyplot as plt
 
         axes = ("seconds", "teacher_tokens")
+        height = 1.5 + (0.5 + 0.15 * len(self.methods)) * len(self.tasks)
         with quiet_style():
             figure, panels = plt.subplots(
-                len(self.tasks), len(axes), figsize=(11, 1.5 + 3.2 * len(self.tasks)), squeeze=False, sharey=True,
+                len(self.tasks), len(axes), figsize=(11, height), squeeze=False, sharey=True,
                 constrained_layout=True,
             )  # fmt: skip
             for row, task in zip(panels, self.tasks, strict=True):
@@ -307,13 +318,13 @@ class Page:
             panels[0][0].legend(loc="lower right")
             title = f"Cost to {TARGETS[0]:.0%} of the starting KL: tuned plain OPD / method"
             note = "Best of the learning rates that were run; median over seeds. A cross: the method never reaches it."
-            save(figure, PLACE / "costs.png", title, note)
+            save(figure, path, title, note)
 
     def _bars(self, panel: Any, task: str, axis: str) -> None:
-        names = [method.name for method in METHODS]
+        names = [method.name for method in self.methods]
         labels = ("without look-ahead", COLORS["plain"]), ("newton_search", COLORS["newton_search"])
         for offset, (label, color) in enumerate(labels):
-            for place, method in enumerate(METHODS):
+            for place, method in enumerate(self.methods):
                 found = self.speedup(task, _pair(method.arm)[offset], axis, TARGETS[0])
                 if found is None or not found.n:
                     continue
@@ -380,7 +391,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, help="page: folder of the plan's grid, to write its runs to docs/neighbours"
     )
-    parser.add_argument("--figure", action="store_true", help="page: redraw docs/neighbours/costs.png")
+    parser.add_argument("--figure", action="store_true", help="page: redraw the figures in docs/neighbours")
     parser.add_argument("--seeds", type=int, nargs="+", help="collect, rewards: only these seeds")
     parser.add_argument("--tasks", nargs="+", help="collect, rewards: only these tasks")
     parser.add_argument("--rates", type=float, nargs="+", help="rewards: only these learning rates")
@@ -399,8 +410,9 @@ def main() -> None:
         write_atomically(file, lambda path: path.write_text(json.dumps(results) + "\n"))
     for part in PARTS:
         rewrite(DOCS / "neighbours.md", part.texts())
-    if arguments.figure:
-        Page(json.loads((PLACE / PARTS[0].file).read_text())).draw()
+    for part in PARTS:
+        if arguments.figure and (page := part.page()):
+            page.draw(PLACE / part.figure)
 
 
 if __name__ == "__main__":

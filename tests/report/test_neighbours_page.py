@@ -130,9 +130,10 @@ def test_verdicts(seconds, tokens, text):
     assert neighbours.verdict([SeedMedian(*seconds), SeedMedian(*tokens), one, one]) == text
 
 
-def test_the_figure_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbours, "PLACE", tmp_path)
-    neighbours.Page(results(1)).draw()
+def test_the_figure_is_drawn(tmp_path):
+    page = neighbours.Page(results(1))
+    assert {method.arm for method in page.methods} == {"plain", "vopd", "sampled"}
+    page.draw(tmp_path / "costs.png")
     assert (tmp_path / "costs.png").stat().st_size > 20_000
 
 
