@@ -125,6 +125,7 @@ def test_traces_are_the_teachers_and_graded(store, task):
     ({"discord_temperature": 2.0}, "read only with loss_type='discord'"),
     ({"rollouts": "x", "loss_type": "discord", "max_drift": 0.2}, "max_drift=0.2 is not read"),
     ({"rollouts": "x", "loss_type": "discord", "advantage_clip": 2.0}, "advantage_clip=2.0 is not read"),
+    ({"rollouts": "x", "loss_type": "discord", "residualize": True}, "residualize=True is not read"),
     ({"rollouts": "x", "loss_type": "discord", "discord_temperature": 0.0}, "discord_temperature"),
     ({"rollouts": "x", "loss_type": "full", "beta": 0.5}, "beta"),
     ({"rollouts": "x", "loss_type": "teacher_top_k"}, "sampled or discord"),

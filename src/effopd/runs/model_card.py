@@ -157,6 +157,7 @@ def objective(args: Any, method: str) -> str:
         text += f", reference {_shown(args.reference_model_name_or_path or '')}"
     if getattr(args, "offline", False):
         text += f"; offline on stored rollouts, advantage clipped at {args.advantage_clip:g} nats"
+        text += ", without the mean bias of the teacher by token and place" if args.residualize else ""
     if getattr(args, "curriculum", "none") != "none":
         text += f"; {args.stages} stages by {args.curriculum}, {args.curriculum_order.replace('_', ' ')}"
         text += ", a teacher each" if args.curriculum_teachers else ""
