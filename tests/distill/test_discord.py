@@ -21,6 +21,7 @@ from effopd.distill.offline_store import Header, ModelIdentity, RolloutStore, pr
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.errors import CheckpointError, ConfigError
 from effopd.models.fingerprint import tokenizer_sha256
+from effopd.runs.model_card import objective
 from effopd.tasks.generate import encode_prompts
 
 LENGTH, PROMPTS = 6, 64
@@ -125,6 +126,7 @@ def test_traces_are_the_teachers_and_graded(store, task):
     ({"discord_temperature": 2.0}, "read only with loss_type='discord'"),
     ({"rollouts": "x", "loss_type": "discord", "max_drift": 0.2}, "max_drift=0.2 is not read"),
     ({"rollouts": "x", "loss_type": "discord", "advantage_clip": 2.0}, "advantage_clip=2.0 is not read"),
+    ({"rollouts": "x", "loss_type": "discord", "residualize": True}, "residualize=True is not read"),
     ({"rollouts": "x", "loss_type": "discord", "discord_temperature": 0.0}, "discord_temperature"),
     ({"rollouts": "x", "loss_type": "full", "beta": 0.5}, "beta"),
     ({"rollouts": "x", "loss_type": "teacher_top_k"}, "sampled or discord"),
@@ -226,6 +228,8 @@ def test_rows_costs_and_the_exact_kl(runs, store):
     costs = store.read()[1]
     assert rows[-1]["cost/rollout_generated_tokens"] == costs.generated_tokens
     assert rows[-1]["cost/teacher_forward_tokens"] == costs.teacher_forward_tokens
+    card = objective(trainer.args, trainer.method_name)
+    assert card.startswith("cross-entropy on correct answers") and not {"KL", "advantage"} & set(card.split())
     (evaluation,) = read_rows(trainer.run_dir.root / "evals.jsonl")
     assert evaluation["eval_kl"] > 0 and trainer.teacher_model is None
     teacher = dict(make_model(1).named_parameters())

@@ -25,12 +25,14 @@ from effopd.distill.offline_cache import collect, top_logprobs
 from effopd.distill.offline_drift import DriftGuard, DriftMonitor
 from effopd.distill.offline_loss import DriftSums, clipped_advantage, offline_loss, top_k_kl
 from effopd.distill.offline_store import HEADER_FILE, CollectCosts, Header, ModelIdentity, RolloutStore, prompts_sha256
-from effopd.distill.offline_trainer import OfflineOPDTrainer, check_look_ahead
+from effopd.distill.offline_trainer import OfflineOPDTrainer, check_look_ahead, trained_rows
+from effopd.distill.residuals import residualized
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError
 from effopd.extrapolate.search import Score, first_failure_search
 from effopd.launch.offline import stored_rollouts, warn_of_teachers
 from effopd.models.fingerprint import tokenizer_sha256, weights_sha256
 from effopd.models.token_batch import TokenBatch
+from effopd.runs.model_card import objective
 from effopd.tasks.generate import encode_prompts
 
 LENGTH, TOP, ROWS = 6, 4, 16
@@ -253,7 +255,7 @@ def test_settings_without_effect_are_refused(setting):
 
 def test_offline_settings():
     assert OPDConfig(rollouts="x", use_cpu=True).loss_type == "sampled" and OPDConfig(use_cpu=True).loss_type == "full"
-    for setting in ({"advantage_clip": 5.0}, {"max_drift": 0.2}):
+    for setting in ({"advantage_clip": 5.0}, {"max_drift": 0.2}, {"residualize": True}):
         with pytest.raises(ConfigError, match=f"{next(iter(setting))}=.* only with stored rollouts"):
             OPDConfig(use_cpu=True, **setting)
     for strategy in ("line_search", "fixed", "relex"):
@@ -307,6 +309,23 @@ def test_rollouts_of_other_models_are_refused(folders, task, tmp_path, store, ca
     assert "is not the model that wrote" in caplog.text
 
 
+def test_a_run_that_residualizes_is_not_warned_of_another_teacher(folders, task, tmp_path, store, caplog):
+    sha = weights_sha256(folders / "student")
+    student, other = ModelIdentity("student", None, sha), ModelIdentity("other", None, "c" * 64)
+    header = make_header(task, student=student, sft_teacher=other)
+    rollouts = RolloutStore(tmp_path / "r")
+    rollouts.open(header)
+    rows, costs = store.read()
+    for index in range(2):
+        rollouts.write(index, header, rows[8 * index : 8 * index + 8], costs)
+    for residualize in (True, False):
+        opd = OPDConfig(rollouts=str(rollouts.folder), use_cpu=True, residualize=residualize)
+        with caplog.at_level(logging.WARNING):
+            stored = stored_rollouts(ModelConfig(str(folders / "student")), opd, make_tokenizer(), network=False)
+        assert stored.rows == rows
+        assert ("or train with --residualize true" in caplog.text) is not residualize
+
+
 # -- whole runs ------------------------------------------------------------------------------------
 
 
@@ -325,12 +344,30 @@ def make_trainer(folder, store, task, look=False, **settings):
     return trainer
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, store, task, one_thread):
+def test_only_a_run_that_residualizes_changes_the_teachers_log_probabilities(store, task, tmp_path, capsys):
+    """b is a function of the whole store; every other input of a step is the stored one."""
+    rows, _ = store.read()
+    off = make_trainer(tmp_path / "off", store, task)
+    assert off._rows == rows and "bias of the teacher" not in capsys.readouterr().out
+    on = make_trainer(tmp_path / "on", store, task, residualize=True)
+    expected, bias = residualized(rows)
+    assert on._rows == expected and bias.text() in capsys.readouterr().out
+    plain, changed = off._batch(off._rows[:8]), on._batch(on._rows[:8])
+    assert [name for name, value in plain.items() if not torch.equal(value, changed[name])] == ["teacher_logps"]
+    assert float((plain["teacher_logps"] - changed["teacher_logps"]).abs().max()) > 0.1
+    assert ["mean bias" in objective(each.args, "opd") for each in (off, on)] == [False, True]
+    with pytest.raises(ConfigError, match=r"residualize=True.*one answer only"):
+        trained_rows(on.args, rows[:1])
+    assert trained_rows(off.args, rows[:1]) == rows[:1]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["as stored", "residualized"])
+def runs(request, tmp_path_factory, store, task, one_thread):
     """Plain; with a look-ahead that refuses every jump; the same, resumed at step 2."""
     root = tmp_path_factory.mktemp("runs")
-    strict = {"look": True, "max_drift": 1e-9, "save_strategy": "steps", "save_steps": 2}
-    settings = {"plain": {"eval_strategy": "steps", "eval_steps": 4}, "strict": strict}
+    residualize = {"residualize": request.param}
+    strict = {"look": True, "max_drift": 1e-9, "save_strategy": "steps", "save_steps": 2} | residualize
+    settings = {"plain": {"eval_strategy": "steps", "eval_steps": 4} | residualize, "strict": strict}
     trainers = {}
     for name, each in settings.items():  # one after another: a trainer seeds the random numbers when it is built
         trainers[name] = make_trainer(root / name, store, task, **each)
@@ -420,7 +457,9 @@ def test_cache_and_train_from_the_command_line(command, folders, tmp_path, capsy
         "--per_device_train_batch_size", "3", "--max_completion_length", "4", "--output_dir", "run", "--dry_run",
     ]  # fmt: skip
     status, out, _ = run(*train)
-    assert status == 0 and "none in memory" in out and "math:rows.jsonl" in out
+    assert status == 0 and "none in memory" in out and "math:rows.jsonl" in out and "bias" not in out
+    status, out, _ = run(*train, "--residualize", "true")
+    assert status == 0 and "bias of the teacher: mean |b|" in out
     for extra, message in (
         (["--loss_type", "full"], "loss_type='full' needs a live teacher"),
         (["--rollouts", "nope"], "--rollouts nope is not a folder"),

@@ -261,7 +261,8 @@ RUNS = {
     "served": (["served", "normalize", "lmbda", "topd", "muon", "completions"], {"seed": 0}),  # on-policy, then not
     "teachers": (["one_in_memory", "baseline", "popd", "dtype"], {"effopd": SCORED, "model": LORA}),
     "offline": (["rollouts", "by_answer", "k_step"], {
-        "evaluation_teacher": True, "charge_rollouts": True, "effopd": {"strategy": "effopd", "validation_size": 4},
+        "evaluation_teacher": True, "charge_rollouts": True, "residualize": True,
+        "effopd": {"strategy": "effopd", "validation_size": 4},
         "load_best_model_at_end": True, "metric_for_best_model": "kl", "save_steps": 2,
     }),
 }  # fmt: skip

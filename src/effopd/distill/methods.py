@@ -99,6 +99,11 @@ METHODS: list[Method] = [
         "drift of the student is watched", False, _SAMPLED,
     ),
     Method(
+        "Lightning OPD 2.0", "data", "2607.28449", "effopd cache, then --rollouts DIR --residualize true",
+        "reverse KL, policy gradient with a clipped advantage", "teacher, token, stored",
+        "the teacher's mean bias by token and place is subtracted", False, _SAMPLED,
+    ),
+    Method(
         "DisCorD", "data", "2605.14071", "effopd cache --sampled_by teacher, then --rollouts DIR --loss_type discord",
         "weighted cross-entropy on correct teacher answers", "teacher, token, stored",
         "sigmoid of the student/teacher ratio", False, ("teacher log-probs", "answers"),

@@ -62,6 +62,14 @@ class OfflineArguments:
         },
     )
 
+    residualize: bool = field(
+        default=False,
+        metadata={
+            "help": "With rollouts: subtract the teacher's mean bias by token and place, for a teacher that did not "
+            "write the student's supervised data (Lightning OPD 2.0, arXiv 2607.28449)."
+        },
+    )
+
     @property
     def offline(self) -> bool:
         """Whether the run trains on stored rollouts."""
@@ -87,7 +95,7 @@ class OfflineArguments:
         """
         defaults: dict[str, Any] = {f.name: f.default for f in fields(self)}  # of the whole config
         if not self.offline:
-            for name in ("advantage_clip", "max_drift", "evaluation_teacher", "charge_rollouts"):
+            for name in ("advantage_clip", "max_drift", "residualize", "evaluation_teacher", "charge_rollouts"):
                 if name == "charge_rollouts" and getattr(self, "traces", None) is not None:
                     continue
                 if getattr(self, name) != defaults[name]:
@@ -122,7 +130,7 @@ class OfflineArguments:
 
     def _check_discord(self, defaults: dict[str, Any]) -> None:
         """Refuse the settings of the policy gradient, which cross-entropy does not read."""
-        for name in ("advantage_clip", "max_drift"):
+        for name in ("advantage_clip", "max_drift", "residualize"):
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} is not read by loss_type='discord', which has no advantage and "

@@ -4,7 +4,8 @@
 
 Lightning OPD (arXiv 2604.13010): `effopd cache` samples once from the student at the start of
 training, π_ref, and stores the teacher's log-probabilities. DisCorD (2605.14071) trains on stored
-answers of the teacher instead, with the loss of `discord.py`. Run directory, resume, evaluation and
+answers of the teacher instead, with the loss of `discord.py`. With `residualize`, the teacher's
+log-probabilities are those of `residuals.py`. Run directory, resume, evaluation and
 look-ahead are those of `OPDTrainer`; without a teacher, an evaluation has the accuracy only.
 
 Left out: new rollouts during training. When the student drifts, collect them with `effopd cache`
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DistillationTrainer
 
+from effopd.common.distributed import rank
 from effopd.common.isolation import evaluating
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import OPDConfig, require_config
@@ -34,6 +36,7 @@ from effopd.distill.offline_cache import charge, correct_rows
 from effopd.distill.offline_drift import DriftGuard, DriftMonitor
 from effopd.distill.offline_loss import DriftSums, clipped_advantage, offline_loss, top_k_kl
 from effopd.distill.offline_store import CollectCosts, Header, RolloutStore, StoredRollout
+from effopd.distill.residuals import residualized
 from effopd.distill.run_dir_mixin import RunMixin
 from effopd.distill.scoring import rollouts_per_step, token_batch
 from effopd.distill.teachers.loading import teacher_loading
@@ -45,6 +48,7 @@ from effopd.extrapolate.config import EffOPDConfig
 from effopd.models.checks import check_models
 from effopd.models.logit_path import completion_hidden_states
 from effopd.models.token_batch import TokenBatch
+from effopd.runs.console import say
 from effopd.tasks.base import Task
 
 #: Inputs of a forward pass and of the token weights.
@@ -77,7 +81,7 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
     Raises:
         CheckpointError: the rollouts are missing, incomplete or damaged.
         ConfigError: `args` has no rollouts, another temperature, or a loss for answers of the other
-            model; or no stored answer is correct.
+            model; or no stored answer is correct; or there is one answer only to residualize.
         CompatibilityError: the student has fewer vocabulary rows than the rollouts.
     """
 
@@ -102,6 +106,10 @@ class OfflineOPDTrainer(RunMixin, DistillationHooks, DistillationTrainer):
         self.header, rows, self.collect_costs = stored
         check_sampling(args, self.header)
         self._rows = trained_rows(args, rows)
+        if args.residualize:
+            self._rows, bias = residualized(self._rows)
+            if rank() == 0:
+                say(bias.text())
         self.teacher_name = self.header.teacher.name
         dataset = Dataset.from_dict({"prompt": [""] * len(self._rows), "rollout": list(range(len(self._rows)))})
         check_dataset(dataset, rollouts_per_step(args))
@@ -332,13 +340,18 @@ def trained_rows(args: OPDConfig, rows: Sequence[StoredRollout]) -> list[StoredR
     """The stored rows that a run trains on: of traces, the correct ones.
 
     Raises:
-        ConfigError: none is correct.
+        ConfigError: none is correct, or the run residualizes and there is one row only.
     """
     chosen = correct_rows(rows)
     if not chosen:
         raise ConfigError(
             f"--rollouts {args.rollouts}: none of its {len(rows)} answers is correct, and only correct answers of a "
             "teacher are trained on. Collect more, or use a better teacher."
+        )
+    if args.residualize and len(chosen) < 2:
+        raise ConfigError(
+            f"residualize=True measures the teacher's bias on other answers, but --rollouts {args.rollouts} has one "
+            "answer only. Collect more, or leave out --residualize."
         )
     return chosen
 

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from effopd.distill.residuals import residualized
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
 from effopd.launch.memory_estimate import (
     NOT_COUNTED,
@@ -124,6 +125,8 @@ def _run_rows(settings: RunSettings, checked: _Checked, sizes: RunSizes) -> Iter
         yield "teacher's weights" if opd.teacher_sources == {} else "teachers' weights", choices
     if stored is not None:
         yield "rollouts", rollouts_text(stored, str(opd.rollouts))
+        if opd.residualize:
+            yield "residualized", residualized(stored.rows)[1].text()
         if not opd.holds_teacher:
             yield "teacher", "none in memory"
     if checked.served:

@@ -60,7 +60,8 @@ def check_offline_settings(opd: OPDConfig, effopd: EffOPDConfig) -> Header | Non
 def stored_rollouts(model: ModelConfig, opd: OPDConfig, tokenizer: Any, *, network: bool) -> Stored | None:
     """The run's rollouts, after all checks; `None`: the run samples its own.
 
-    Warns if the header names another teacher for the student's supervised data, or none.
+    Warns if the header names another model than the teacher for the student's supervised data,
+    unless the run residualizes.
 
     Args:
         tokenizer: the student's; `None`: not available, so not compared.
@@ -92,7 +93,8 @@ def stored_rollouts(model: ModelConfig, opd: OPDConfig, tokenizer: Any, *, netwo
             f"{' correct ones' if header.sampler == 'teacher' else ''}. Lower "
             "--per_device_train_batch_size or --gradient_accumulation_steps, or collect more."
         )
-    warn_of_teachers(header)
+    if not opd.residualize:
+        warn_of_teachers(header)
     return Stored(header, rows, costs)
 
 
@@ -162,7 +164,7 @@ def warn_of_teachers(header: Header) -> None:
         logger.warning(
             "The teacher %s is not the model that wrote the student's supervised data (%s). Offline distillation "
             "assumes that they are the same: with different ones, arXiv 2604.13010 loses about twice the accuracy "
-            "that online distillation loses. Score the rollouts with %s.",
+            "that online distillation loses. Score the rollouts with %s, or train with --residualize true.",
             header.teacher.name,
             header.sft_teacher.name,
             header.sft_teacher.name,

@@ -33,7 +33,7 @@ class _Lines(TrainerCallback):
             exact, averaged = _loss_is_kl(args), args.logging_strategy != "steps" or state.logging_steps > 1
             clock = getattr(args, "cost_clock", "wall")
             step = StepRecord.from_row({"step": state.global_step, **logs})
-            _print(step_line(step, state.max_steps, loss_is_kl=exact, averaged=averaged, clock=clock))
+            say(step_line(step, state.max_steps, loss_is_kl=exact, averaged=averaged, clock=clock))
         elif not any(
             key.endswith("_runtime") for key in logs
         ):  # `on_evaluate` prints evaluations, the command prints the end
@@ -42,7 +42,7 @@ class _Lines(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
         if state.is_world_process_zero and metrics:
-            _print(eval_line(EvaluationRecord.from_row({"step": state.global_step, **metrics})))
+            say(eval_line(EvaluationRecord.from_row({"step": state.global_step, **metrics})))
 
 
 class LinesAlone(_Lines, PrinterCallback):
@@ -104,6 +104,7 @@ def _loss_is_kl(args: Any) -> bool:
     return full and args.beta == 1 and args.lambda_extrapolation == 1
 
 
-def _print(line: str) -> None:
-    tqdm.write(line)  # above the bar, if there is one
+def say(line: str) -> None:
+    """Print a line to standard output, above the progress bar if there is one."""
+    tqdm.write(line)
     sys.stdout.flush()

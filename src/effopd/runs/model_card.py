@@ -156,7 +156,9 @@ def objective(args: Any, method: str) -> str:
         text += f"; to λ·teacher + (1−λ)·reference, λ = {args.lambda_extrapolation:g}"
         text += f", reference {_shown(args.reference_model_name_or_path or '')}"
     if getattr(args, "offline", False):
-        text += f"; offline on stored rollouts, advantage clipped at {args.advantage_clip:g} nats"
+        text += "; offline on stored answers"
+        text += f", advantage clipped at {args.advantage_clip:g} nats" if args.loss_type == "sampled" else ""
+        text += ", without the mean bias of the teacher by token and place" if args.residualize else ""
     if getattr(args, "curriculum", "none") != "none":
         text += f"; {args.stages} stages by {args.curriculum}, {args.curriculum_order.replace('_', ' ')}"
         text += ", a teacher each" if args.curriculum_teachers else ""
@@ -173,6 +175,11 @@ def _loss(args: Any) -> str:
             top = f" on the student's top {args.baseline_top_k}" if args.baseline_top_k else ""
             text += f", baseline '{args.baseline}'{top}"
         return text
+    if args.loss_type == "discord":
+        return (
+            "cross-entropy on correct answers of the teacher, token weights sigmoid of the log-ratio "
+            f"student/teacher, temperature {args.discord_temperature:g} (DisCorD)"
+        )
     if args.loss_type == "teacher_top_k":
         return f"reverse KL(student ‖ teacher), renormalized on the teacher's top {args.teacher_top_k} tokens"
     if args.loss_type == "negative_advantage":
