@@ -72,6 +72,7 @@ METHODS: dict[tuple[Any, str], list[Any]] = {
     (Trainer, "_save_optimizer_and_scheduler"): ["self", "output_dir"],
     (Trainer, "_save_scaler"): ["self", "output_dir"],
     (GenerationMixin, "_get_logits_processor"): ["self", ...],
+    (GenerationMixin, "_update_model_kwargs_for_generation"): ["self", "outputs", "model_kwargs", ...],
     (PreTrainedModel, "_from_config"): ["config", ...],
 }  # fmt: skip
 #: Attributes, and the class whose code sets or reads them.

@@ -20,6 +20,7 @@ from effopd.distill.policy_gradient import (
     baseline_of,
     entropy_factor,
     lowest_share,
+    mixture_weight,
     negative_advantage_loss,
     sampled_loss,
 )
@@ -222,6 +223,46 @@ def test_defaults_are_bit_for_bit_the_plain_loss_and_draw_nothing(setting):
     one = sampled_loss(h_s, h_t, s, t, ids, MASK, 1.0, None, baseline="value", baseline_top_k=1)
     assert all(torch.equal(a, b) for a, b in zip(plain, one, strict=True))  # a baseline of 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.9])
+@pytest.mark.parametrize("kind", ["none", "optimal"])
+def test_weights_of_the_mixed_sampler_give_the_exact_gradient(setting, alpha, kind):
+    """Σ_y (α q(y) + (1−α) p(y)) · gradient of the loss with y sampled, over all y at one prefix."""
+    h_s, h_t, s, t, _ = setting
+    own, other = (h[:1, :1].detach().expand(V, 1, H) for h in (h_s, h_t))
+    own = own.clone().requires_grad_()
+    every, mask = torch.arange(V)[:, None], torch.ones(V, 1)
+    p, q = (logits(h[:1, 0], head, 0.7).softmax(-1)[0] for h, head in ((own.detach(), s), (other, t)))
+    drawn_V1 = (alpha * q + (1 - alpha) * p).detach().float()[:, None]
+    made = sampled_loss(
+        own, other, s, t, every, mask, 0.7, 1, baseline=kind, weight_BT=drawn_V1,
+        teacher_share_B=torch.full((V,), alpha),
+    )[0]  # fmt: skip
+    exact = full_loss(own[:1], other[:1], s, t, mask[:1], 1.0, 0.7, 1)[0]
+    close(
+        torch.autograd.grad(made, (s.weight, s.bias), retain_graph=True),
+        torch.autograd.grad(exact, (s.weight, s.bias), retain_graph=True),
+    )
+    (h_made,) = torch.autograd.grad(made, own, retain_graph=True)
+    (h_exact,) = torch.autograd.grad(exact, own)
+    close([h_made.sum(0)], [h_exact.sum(0)])
+    if alpha == 0.2:  # without the weights, another gradient
+        wrong = sampled_loss(own, other, s, t, every, mask, 0.7, 1, baseline=kind, weight_BT=drawn_V1)[0]
+        away, right = (torch.autograd.grad(x, s.bias, retain_graph=True)[0] for x in (wrong, made))
+        assert float((away - right).norm()) > 0.05 * float(right.norm())
+
+
+def test_weights_of_the_mixed_sampler_are_bounded_and_1_without_a_teacher(setting):
+    logp = torch.tensor([-100.0, -1e-3, -3.0, -90.0])
+    logq = torch.tensor([-1e-3, -300.0, -3.0, -1e-6])
+    weight = mixture_weight(logp, logq, torch.full((4,), 0.2))
+    torch.testing.assert_close(weight, torch.tensor([0.0, 1.25, 1.0, 0.0]), rtol=1e-5, atol=1e-12)
+    assert torch.equal(mixture_weight(logp, logq, torch.zeros(4)), torch.ones(4))
+    h_s, h_t, s, t, ids = setting
+    plain = sampled_loss(h_s, h_t, s, t, ids, MASK, 1.0, None)
+    off = sampled_loss(h_s, h_t, s, t, ids, MASK, 1.0, None, teacher_share_B=torch.zeros(B))
+    assert all(torch.equal(a, b) for a, b in zip(plain, off, strict=True))
 
 
 def test_more_samples_per_prefix_come_closer_to_the_exact_gradient(setting):

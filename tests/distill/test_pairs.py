@@ -45,6 +45,7 @@ OPTIONS = {
     "discord": {"loss_type": "discord", "rollouts": "TRACES"},
     "rollouts": {"rollouts": "ROLLOUTS"},
     "lmbda": {"lmbda": 0.5, "traces": "TRACES"},
+    "mixed": {"teacher_mixed_alpha": 0.2},
     "beta": {"beta": 0.5},
     "normalize": {"normalize_beta": True, "beta": 0.5},
     "baseline": {"baseline": "value", "loss_type": "sampled"},
@@ -86,6 +87,7 @@ REFUSED = {
     "rollouts": "lmbda beta normalize baseline samples entropy mask exopd topd popd prune updates served teachers "
     "one_in_memory dtype offload shard curriculum stage_teachers top_p completions",
     "lmbda": "baseline samples prune teachers one_in_memory curriculum stage_teachers",
+    "mixed": "negative discord rollouts lmbda prune served teachers one_in_memory shard top_p",
     "beta": "baseline samples entropy exopd",
     "normalize": "baseline samples entropy exopd",
     "baseline": "updates served top_p",
@@ -259,6 +261,7 @@ RUNS = {
         "effopd": {"strategy": "effopd", "validation_size": 4},
     }),
     "served": (["served", "normalize", "lmbda", "topd", "muon", "completions"], {"seed": 0}),  # on-policy, then not
+    "mixed": (["mixed", "stage_teachers", "samples", "popd", "by_answer", "accumulate"], {"effopd": SCORED}),
     "teachers": (["one_in_memory", "baseline", "popd", "dtype"], {"effopd": SCORED, "model": LORA}),
     "offline": (["rollouts", "by_answer", "k_step"], {
         "evaluation_teacher": True, "charge_rollouts": True, "residualize": True,
@@ -305,7 +308,7 @@ def test_options_train_resume_and_evaluate_together(name, places, server, tmp_pa
             given = table["prompt"].str.contains("longer").tolist()
             assert given == [not row["rollouts/on_policy"]] * 4
     end = weights(trainer)
-    if name in ("stages", "teachers"):
+    if name in ("stages", "mixed", "teachers"):
         first = root / "checkpoints" / "step-000001"
         shutil.rmtree(root / "checkpoints" / "step-000002")
         more = more | {"resume_from_checkpoint": str(first)}

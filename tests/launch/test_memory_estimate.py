@@ -219,6 +219,15 @@ def test_checkpointing_keeps_less_and_more_tokens_take_more():
     assert longer.activations > whole.activations and longer.sampling > whole.sampling
 
 
+def test_a_teacher_that_samples_along_takes_as_much_as_a_student_of_its_size():
+    config = make_model(0).config
+    config.architectures = ["Qwen3ForCausalLM"]
+    alone, along = (
+        step_memory(config, config, StepShape(rows=8, prompt=20, answer=20, mixed=mixed)) for mixed in (False, True)
+    )
+    assert along.sampling == 2 * alone.sampling > 0 and along.loss == alone.loss
+
+
 @pytest.mark.parametrize(
     ("optim", "states"),
     [
@@ -299,6 +308,9 @@ def test_offload_lowers_the_peak_only_while_the_teacher_is_not_in_use():
     assert _peak(column, step, accumulates=False, visiting=3) == _peak(column, step, accumulates=False)
     large = _peak(column, step, accumulates=True, visiting=10_000)
     assert large == round(_ALLOCATOR * (10 + 10_000 + 5))
+    sampling = StepMemory(sampling=300, activations=100, loss=100, evaluation=0, health=0)
+    peaks = [_peak(column, sampling, accumulates=True, visiting=10_000, mixed=mixed) for mixed in (False, True)]
+    assert peaks == [large, round(_ALLOCATOR * (10 + 10_000 + 300))]
 
 
 @pytest.mark.parametrize("choice", [{}, {"teacher_dtype": "bfloat16"}, {"teacher_load_in_8bit": True}])

@@ -105,7 +105,9 @@ class CurriculumMixin(DistillationHooks):
             student, loaded = map(self.accelerator.unwrap_model, (self.model, self.teacher_model))
             shared_vocab_size(student, loaded, len(self.text_tokenizer))
             with in_use(self.teacher_model):
-                check_models(student, {"teacher": self.teacher_model}, generates=False)
+                check_models(
+                    student, {"teacher": self.teacher_model}, generates=False, decoding=self.args.decoding_roles
+                )
         self._present = teacher
 
     @contextmanager

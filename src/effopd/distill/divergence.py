@@ -68,12 +68,14 @@ class Answers(NamedTuple):
         mask_BT: nonzero for tokens that are trained on.
         sampler_logps_BT: log π_sampler(y) in nats, NaN if not recorded; `None`: none recorded.
         weight_BT: factors of the tokens' losses; `None`: 1.
+        teacher_share_B: α of answers that were sampled from α q + (1−α) p; `None`: 0.
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     sampler_logps_BT: Tensor | None = None
     weight_BT: Tensor | None = None
+    teacher_share_B: Tensor | None = None
 
     def to(self, device: torch.device) -> Answers:
         """Copy with all tensors on `device`."""

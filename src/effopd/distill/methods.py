@@ -112,6 +112,11 @@ METHODS: list[Method] = [
         "GKD mixing", "data", "2306.13649", "--lmbda 0.5 [--traces DIR]", "full KL or teacher top k",
         "teacher, token", "given answers in a share of the steps", False, _TEACHER,
     ),
+    Method(
+        "MiniLLM sampler", "data", "2306.08543", "--teacher_mixed_alpha 0.2", "full KL, teacher top k or sampled",
+        "teacher, token", "tokens drawn from α teacher + (1−α) student; bounded importance weights in sampled", False,
+        _TEACHER,
+    ),
     # -- schedules
     Method(
         "ESR", "schedule", "2605.27028", "--rollout_horizon esr --horizon_tokens 100", "any", "any",

@@ -1,12 +1,14 @@
-"""Mixing of on-policy rollouts and given answers: on-policy with probability λ per step (GKD).
+"""Training on prefixes that are not the student's alone: given answers (GKD), or a mixed sampler.
 
-    u(seed, step) < λ  →  the student's rollouts;  otherwise stored traces, or the dataset's answers
+    lmbda                u(seed, step) < λ  →  the student's rollouts; otherwise stored traces, or
+                         the dataset's answers
+    teacher_mixed_alpha  each token of a rollout is drawn from α q + (1−α) p
 
-Both kinds of steps have the same loss, because a divergence per prefix is defined on any prefix.
-The choice is a function of seed and step, so all processes agree and a resumed run repeats it. A
-step whose rollouts a look-ahead scores is always on-policy.
+All kinds of steps have the same loss, because a divergence per prefix is defined on any prefix. A
+step whose rollouts a look-ahead scores is always on-policy, and so is every evaluation. The choice
+of λ is a function of seed and step, so all processes agree and a resumed run repeats it.
 
-Source: arXiv 2306.13649 (GKD), algorithm 1; `lmbda` is TRL's name of λ.
+Source: arXiv 2306.13649 (GKD), algorithm 1; `lmbda` is TRL's name of λ. 2306.08543 (MiniLLM).
 
 Shapes: B answers, T tokens.
 """
@@ -17,22 +19,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from effopd.distill.callback import EffOPDCallback
+from effopd.distill.mixed_sampler import TeacherMixing, mixing, teacher_tokens
 from effopd.distill.offline_cache import charge, correct_rows
 from effopd.distill.offline_store import CollectCosts, RolloutStore
 from effopd.distill.scoring import rollouts_per_step
+from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.state import log_answers, log_metrics
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.models.fingerprint import tokenizer_sha256
+from effopd.models.logit_path import is_whole
 from effopd.models.token_batch import TokenBatch
 from effopd.runs.ledger import CostLedger
 from effopd.tasks.generate import encode_prompts
 
 #: Streams of random numbers: the choice of a step's kind, and of its answers.
 _KIND, _ROWS = 1, 2
+#: Key of a micro-batch: α [B] of the sampler of each answer, for the loss on sampled tokens.
+TEACHER_SHARE = "teacher_share"
 
 
 def on_policy(lmbda: float, seed: int, step: int) -> bool:
@@ -101,25 +109,36 @@ def given_answer(row: Mapping[str, Any], tokenizer: Any, limit: int, template: d
 
 
 class MixingMixin(DistillationHooks):
-    """Steps on given answers for `OPDTrainer`; does nothing at λ = 1."""
+    """Steps on given answers or mixed rollouts for `OPDTrainer`; does nothing at λ = 1, α = 0."""
 
+    teacher_model: Any
     vocab_size: int
     ledger: CostLedger
 
     def _open_mixing(self) -> None:
-        """Read the traces, or check the dataset's column; called once `vocab_size` is known.
+        """Check the run, and read the traces; called once `vocab_size` is known.
 
         Raises:
             CheckpointError, CompatibilityError, ConfigError: see `read_traces`; or the dataset has
-                no column `completion`; or the run has tools or images.
+                no column `completion`; or the run has tools or images; or the teacher that samples
+                along is sharded.
         """
         self._given_answers: list[Given] | None = None
         self._on_policy_now = True
+        self._kind = (-1, True)  # a step, and whether it is on-policy
         args = self.args
-        if args.lmbda == 1:
+        if not args.mixes:
             return
+        name = "lmbda" if args.lmbda < 1 else "teacher_mixed_alpha"
         if self.tools or self.reads_images:
-            raise ConfigError(f"lmbda={args.lmbda:g} supports neither tools nor images. Use --lmbda 1.")
+            raise ConfigError(f"{name}={getattr(args, name):g} supports neither tools nor images. Leave out --{name}.")
+        if args.teacher_mixed_alpha:
+            if not is_whole(self.accelerator.unwrap_model(self.teacher_model)):
+                raise ConfigError(
+                    f"teacher_mixed_alpha={args.teacher_mixed_alpha:g}: expected a teacher with all weights on every "
+                    "process, got a sharded one. Load it whole, or leave out --teacher_mixed_alpha."
+                )
+            return
         if args.traces is None:
             columns = getattr(self.train_dataset, "column_names", None) or ()
             if "completion" not in columns:
@@ -140,19 +159,63 @@ class MixingMixin(DistillationHooks):
 
     def make_rollouts(self, rows, sample):
         self._on_policy_now = not self.model.training or self._is_on_policy(self.state.global_step)
-        if self.args.lmbda < 1 and self.model.training:
-            log_metrics(self, {"rollouts/on_policy": float(self._on_policy_now)})
-        return super().make_rollouts(rows, sample) if self._on_policy_now else self._given_batch(rows)
+        if self._given_now:
+            return self._given_batch(rows)
+        output = super().make_rollouts(rows, sample)
+        if self._mixed_now and self.args.on_sampled_tokens:
+            ids_BT = output["completion_ids"]
+            output[TEACHER_SHARE] = torch.full((len(ids_BT),), self.args.teacher_mixed_alpha, device=ids_BT.device)
+        return output
+
+    @property
+    def _given_now(self) -> bool:
+        return not self._on_policy_now and self.args.lmbda < 1
+
+    @property
+    def _mixed_now(self) -> bool:
+        return not self._on_policy_now and self.args.teacher_mixed_alpha > 0
 
     def _is_on_policy(self, step: int) -> bool:
-        return on_policy(self.args.lmbda, self.args.seed, step) or any(
-            isinstance(each, EffOPDCallback) and each.scores_rollouts(step + 1)
-            for each in self.callback_handler.callbacks
-        )
+        """Whether a step is on-policy; it stays so if a jump drops its rollouts."""
+        args = self.args
+        if self._kind[0] != step:
+            chosen = on_policy(args.lmbda, args.seed, step) and not args.teacher_mixed_alpha
+            scored = any(
+                isinstance(each, EffOPDCallback) and each.scores_rollouts(step + 1)
+                for each in self.callback_handler.callbacks
+            )
+            self._kind = (step, chosen or scored)
+            if args.mixes:
+                log_metrics(self, {"rollouts/on_policy": float(chosen or scored)})
+        return self._kind[1]
+
+    def decoding_models(self) -> list[Any]:
+        """The student, and the teacher if it samples along."""
+        teacher = [self.accelerator.unwrap_model(self.teacher_model)] if self._mixed_now else []
+        return super().decoding_models() + teacher
+
+    def around_turn(self, generate, prompt_ids, *, multimodal):
+        if not self._mixed_now:
+            return super().around_turn(generate, prompt_ids, multimodal=multimodal)
+        student, teacher = map(self.accelerator.unwrap_model, (self.model, self.teacher_model))
+        teacher.eval()
+
+        def mixed(prompts: list[list[int]]) -> Any:
+            processor = TeacherMixing(
+                teacher, list(map(len, prompts)), self.args.teacher_mixed_alpha, self.temperature, self.vocab_size,
+                lambda: self.ledger.track("teacher"),
+            )  # fmt: skip
+            with mixing(student, processor):
+                answers = generate(prompts)
+            self.ledger.count("teacher", forward=teacher_tokens(prompts, answers))
+            return answers
+
+        with in_use(teacher):
+            return super().around_turn(mixed, prompt_ids, multimodal=multimodal)
 
     def sampled_tokens(self, rollouts) -> int:
         """Tokens sampled for a batch: none for given answers."""
-        return super().sampled_tokens(rollouts) if self._on_policy_now else 0
+        return 0 if self._given_now else super().sampled_tokens(rollouts)
 
     def _given_batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Padded ids and masks of this process's given answers, cut at the present horizon."""

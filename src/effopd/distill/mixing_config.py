@@ -1,4 +1,4 @@
-"""Settings of the mixing of on-policy rollouts and stored answers (GKD), and their checks."""
+"""Settings of steps on given answers (GKD) and of teacher-mixed sampling (MiniLLM), with checks."""
 
 from __future__ import annotations
 
@@ -27,12 +27,34 @@ class MixingArguments:
         },
     )
 
+    teacher_mixed_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "α of MiniLLM (arXiv 2306.08543), in [0, 1): draw each token of a rollout from α·teacher + "
+            "(1−α)·student. The paper uses 0.2; 0: the student samples alone. The teacher decodes along, so it must "
+            "be in memory, and sampling unfiltered and without vLLM."
+        },
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether some training steps have prefixes that are not the student's alone."""
+        return self.lmbda < 1 or self.teacher_mixed_alpha > 0
+
+    @property
+    def decoding_roles(self) -> tuple[str, ...]:
+        """Roles of the frozen models that decode rollouts token by token."""
+        return ("teacher",) if self.teacher_mixed_alpha else ()
+
     def check_mixing(self) -> None:
         """Check the combination of settings; `effopd.distill.values` checks their ranges.
 
         Raises:
-            ConfigError: `traces` is not read, or the loss needs rollouts of the present weights.
+            ConfigError: `traces` is not read, or the loss needs rollouts of the present weights; or
+                the sampler cannot be mixed with the teacher, or the loss cannot use it.
         """
+        if self.teacher_mixed_alpha:
+            self._check_teacher_mixed()
         host: Any = self
         if self.lmbda == 1:
             if self.traces is not None:
@@ -59,3 +81,32 @@ class MixingArguments:
             )
         if self.traces is not None and not str(self.traces).strip():
             raise ConfigError("--traces: expected a folder that effopd cache wrote, got nothing.")
+
+    def _check_teacher_mixed(self) -> None:
+        host: Any = self
+        unfiltered = "tokens are drawn from the whole mixture"
+        wrong = {
+            "use_vllm": (host.use_vllm, "a vLLM engine cannot ask the teacher before it draws a token"),
+            "top_p": (host.top_p < 1.0, unfiltered),
+            "top_k": (host.top_k > 0, unfiltered),
+            "min_p": (bool(host.min_p), unfiltered),
+            "repetition_penalty": (host.repetition_penalty != 1.0, unfiltered),
+            "generation_kwargs": (bool(host.generation_kwargs), unfiltered),
+            "loss_type": (
+                host.loss_type == "negative_advantage",
+                "this loss has no teacher, and is an estimate for tokens of the student",
+            ),
+            "lmbda": (self.lmbda < 1, "both replace the student's own prefixes, so their shares would not add up"),
+            "rollout_horizon": (
+                host.rollout_horizon == "prune",
+                "this horizon adapts the length to the student's own rollouts",
+            ),
+            "teachers": (bool(host.teachers), "one teacher samples along"),
+            "teacher_shard": (host.teacher_shard, "each process decodes its own number of tokens"),
+        }
+        for name, (given, why) in wrong.items():
+            if given:
+                raise ConfigError(
+                    f"teacher_mixed_alpha={self.teacher_mixed_alpha:g} does not work with {name}="
+                    f"{getattr(host, name)!r}: {why}. Leave out --{name}, or --teacher_mixed_alpha."
+                )

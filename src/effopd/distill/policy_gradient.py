@@ -66,6 +66,7 @@ def sampled_loss(
     baseline_top_k: int = 0,
     samples: int = 1,
     weight_BT: Tensor | None = None,
+    teacher_share_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The paper's policy-gradient form: $-\sum_t A_t \log π_θ(y_t)$, $A_t = \log π^*(y_t) − \log
     π_θ(y_t) − b$ detached.
@@ -86,12 +87,14 @@ def sampled_loss(
         samples: m, tokens per prefix: the answer's own, and m − 1 drawn here from π_θ with
             replacement. The loss is the mean over the m tokens.
         weight_BT: as for `full_loss`.
+        teacher_share_B: α of answers whose tokens were drawn from $α π^* + (1−α) π_θ$, at the same
+            weights. Every sampled token is then weighted by `mixture_weight`. `None`: 0.
 
     Returns:
         loss, Σ student entropy, number of valid tokens, like `full_loss`.
 
     Source: arXiv 2605.11739, section 2, and the cap 5 of its runs; ExOPD: 2602.12125; baseline:
-    2605.07865; several samples: 2606.24143.
+    2605.07865; several samples: 2606.24143; mixed sampling: 2306.08543.
     """
     valid = mask_BT != 0
     targets_N = completion_ids_BT[valid]
@@ -113,6 +116,9 @@ def sampled_loss(
         advantage, gap_NM = advantage - b_N, gap_NM - b_N[:, None]
     if sampler_logps_BT is not None:
         advantage = advantage * importance(logp_student, sampler_logps_BT[valid])
+    if teacher_share_B is not None:
+        share_N = teacher_share_B[:, None].expand_as(valid)[valid]
+        advantage = advantage * mixture_weight(logp_student, logp_teacher, share_N)
     value_N = -advantage * logp_student
     if samples > 1:
         assert drawn_NM is not None and gap_NM is not None
@@ -126,6 +132,18 @@ def sampled_loss(
 def importance(logp_N: Tensor, sampler_logps_N: Tensor) -> Tensor:
     """min(π_θ(y) / π_sampler(y), 5) [N], without gradient."""
     return (logp_N.detach() - sampler_logps_N).exp().clamp(max=_LARGEST_RATIO)
+
+
+def mixture_weight(logp_N: Tensor, logq_N: Tensor, share_N: Tensor) -> Tensor:
+    """p(y) / (α q(y) + (1−α) p(y)) [N], without gradient; at most 1/(1−α).
+
+    Its product with any f(y) has the mean E_p[f] over y ~ α q + (1−α) p.
+
+    Args:
+        share_N: α in [0, 1).
+    """
+    ratio_N = (logq_N - logp_N.detach()).clamp(max=80).exp()  # finite, so that α = 0 gives 1
+    return 1 / (1 + share_N * (ratio_N - 1))
 
 
 @torch.no_grad()

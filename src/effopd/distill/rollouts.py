@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,9 @@ class RolloutMixin(DistillationHooks):
         if self.use_vllm:
             return generate(prompt_ids)
         student = self.accelerator.unwrap_model(self.model)
-        groups = [list(range(len(prompt_ids)))] if multimodal else generate_groups(student, prompt_ids)
+        groups = [list(range(len(prompt_ids)))]
+        if not multimodal:  # of all prompts, of those of one length, or of one: the smallest groups fit all models
+            groups = max((generate_groups(model, prompt_ids) for model in self.decoding_models()), key=len)
         completions: dict[int, list[int]] = {}
         logps: dict[int, Sequence[float | None]] = {}
         for group in groups:
@@ -94,6 +97,10 @@ class RolloutMixin(DistillationHooks):
         if logps:
             self._sampler_rows = [logps.get(i) for i in range(len(prompt_ids))]
         return [completions[i] for i in range(len(prompt_ids))]
+
+    def decoding_models(self) -> list[Any]:
+        """Models that decode the rollouts token by token."""
+        return [self.accelerator.unwrap_model(self.model)]
 
     def _records(self) -> bool:
         """Whether this step's log-probabilities are recorded: logged, and one turn per answer."""

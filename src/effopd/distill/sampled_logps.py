@@ -1,7 +1,8 @@
 """log π_sampler(y) of sampled tokens, recorded during sampling by `generate` or vLLM.
 
-`generate`: log-softmax of its final scores, after temperature, top_p and similar settings, from the
-sampling forward itself; nothing is recomputed. vLLM: the engine's values, after the same settings.
+`generate`: log-softmax of the student's final scores, after temperature, top_p and similar
+settings, from the sampling forward itself; nothing is recomputed. vLLM: the engine's values, after
+the same settings.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from effopd.models.logit_path import core_of
 class LogProbRecorder(LogitsProcessor):
     """Records log softmax(scores)(y) of the first `rows` rows; leaves the scores unchanged.
 
-    Must be the last logits processor. The token of a score is known one call later, so one [rows,
-    V] tensor is held.
+    Must come after all processors of the student's scores; a mixed sampler comes after it, so the
+    values are the student's also there. The token of a score is known one call later, so one
+    [rows, V] tensor is held.
     """
 
     def __init__(self, rows: int):

@@ -41,7 +41,7 @@ from effopd.distill.divergence import (
 from effopd.distill.evaluate_student import evaluate_trainer
 from effopd.distill.health import HealthProbe
 from effopd.distill.horizon import HorizonCallback
-from effopd.distill.mixing import MixingMixin
+from effopd.distill.mixing import TEACHER_SHARE, MixingMixin
 from effopd.distill.policy_gradient import negative_advantage_loss, sampled_loss
 from effopd.distill.prune_callback import PruneCallback
 from effopd.distill.rollout_cycle import RolloutCycleCallback
@@ -141,6 +141,7 @@ class OPDTrainer(
                 student,
                 {"teacher": self.teacher_model, "reference": self.reference_model},
                 generates=not self.use_vllm,
+                decoding=args.decoding_roles,
             )
         self._open_rollouts()
         self._open_mixing()
@@ -219,7 +220,9 @@ class OPDTrainer(
         predictions = Predictions(h_student_BTH, head).to(head.weight.device)
         parts = [part._replace(teacher=part.teacher.to(head.weight.device)) for part in parts]
         mask_BT = batch.scored_BT & inputs["train_mask"] if training and "train_mask" in inputs else batch.scored_BT
-        answers = Answers(inputs["completion_ids"], mask_BT, inputs.get("sampler_logps")).to(head.weight.device)
+        answers = Answers(
+            inputs["completion_ids"], mask_BT, inputs.get("sampler_logps"), teacher_share_B=inputs.get(TEACHER_SHARE)
+        ).to(head.weight.device)
         if training:
             self.ledger.count("update", forward=batch.tokens)
             self.health.after_loss(student, predictions, self._measured_teacher(parts), answers, due=due)
@@ -265,7 +268,7 @@ class OPDTrainer(
                 student.hidden_BTH, teacher.hidden_BTH, student.head, teacher.head, answers.ids_BT, answers.mask_BT,
                 self.temperature, num_items, reference, args.lambda_extrapolation,
                 sampler_logps_BT=answers.sampler_logps_BT if self.use_vllm else None, by_answer=by_answer,
-                weight_BT=answers.weight_BT, **variance,
+                weight_BT=answers.weight_BT, teacher_share_B=answers.teacher_share_B, **variance,
             )  # fmt: skip
         if args.loss_type == "negative_advantage" and training:
             return negative_advantage_loss(

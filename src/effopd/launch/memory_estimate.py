@@ -219,7 +219,7 @@ def _estimated(
     whole = sampled_whole(student, args)
     steps = [step.sampled_with(whole) if setup.zero == 3 else step for setup in SETUPS]
     peaks = [
-        _peak(column, each, accumulates=accumulates, visiting=visiting)
+        _peak(column, each, accumulates=accumulates, visiting=visiting, mixed=shape.mixed)
         for column, each in zip(columns, steps, strict=True)
     ]
     shown = [_shown(each) | ({"teacher in use": visiting} if visiting else {}) for each in steps]
@@ -296,16 +296,19 @@ def teacher_choices(settings: RunSettings, sizes: RunSizes | None = None) -> str
     return f"{chosen / 1e9:,.3g} GB in {kind}. Choices, GB: {choices}"
 
 
-def _peak(column: Mapping[str, int], step: StepMemory, *, accumulates: bool, visiting: int = 0) -> int:
+def _peak(
+    column: Mapping[str, int], step: StepMemory, *, accumulates: bool, visiting: int = 0, mixed: bool = False
+) -> int:
     """Peak bytes: permanent memory plus the largest of a step, a search and an offloaded teacher's
     weights, × `_ALLOCATOR`.
 
-    Offloaded weights are in memory before the student's activations are saved.
+    Offloaded weights are in memory before the student's activations are saved, and while the
+    teacher samples along (`mixed`).
     """
     gradients, candidate = column["gradients"], column.get("candidate", 0)
     held = sum(column.values()) - gradients - candidate
     search = candidate + max(step.loss, step.sampling) if candidate else 0
-    in_use = visiting + gradients * accumulates + candidate
+    in_use = visiting + max(gradients * accumulates + candidate, step.sampling * mixed)
     return round(_ALLOCATOR * (held + max(step.peak(gradients, accumulates), search, in_use if visiting else 0)))
 
 
@@ -335,6 +338,7 @@ def step_shape(settings: RunSettings, prompt: int) -> StepShape:
         checkpointing=bool(opd.activation_checkpointing),
         bf16=bool(opd.bf16 or opd.fp16),
         triton=_triton(opd),
+        mixed=opd.teacher_mixed_alpha > 0,
     )
 
 

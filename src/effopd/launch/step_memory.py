@@ -12,7 +12,8 @@ B sequences of L tokens, of which T are the answer; N = B·T; V vocabulary size;
                  layer and the saved tensors of one layer
     loss         fp32 tiles of min(N, 4096) × min(V, 32768) logits, 3 with Triton and 11
                  without; plus the head's gradient, 4VH
-    sampling     keys and values of all positions, and six fp32 copies of the [B, V] logits
+    sampling     keys and values of all positions, and six fp32 copies of the [B, V] logits; of the
+                 teacher, too, if it samples along
     health       eight fp32 copies of [tokens, V] logits
 """
 
@@ -58,6 +59,7 @@ class StepShape:
         bf16: whether forward passes use 16-bit autocast.
         triton: whether the loss uses Triton kernels.
         sampled: sequences sampled at once; 0: `rows`.
+        mixed: whether the teacher samples along.
     """
 
     rows: int = 1
@@ -69,6 +71,7 @@ class StepShape:
     bf16: bool = False
     triton: bool = False
     sampled: int = 0
+    mixed: bool = False
 
     @property
     def length(self) -> int:
@@ -209,20 +212,26 @@ def step_memory(
     tiles = _TILES_TRITON if shape.triton else _TILES
     head = FP32 * vocab * text.hidden_size if adapter is None else 0
     loss = max(scored, tiles * _tile(shape.rows * shape.answer, vocab) + head)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_row = 2 * FP32 * layers * heads * size * shape.length + _LOGIT_COPIES * FP32 * vocab
+    per_row = _decoded_row(text, shape.length)
+    along = _decoded_row(teacher.get_text_config(), shape.length) if shape.mixed and teacher else 0
     forward = (_TILES_TRITON if shape.triton else _TILES_FORWARD) * _tile(shape.eval_rows * shape.answer, vocab)
     measured = 2 * width * shape.eval_rows * shape.length * text.hidden_size + saved * shape.eval_rows // (
         layers * shape.rows
     )
     return StepMemory(
-        sampling=per_row * (shape.sampled or shape.rows),
+        sampling=(per_row + along) * (shape.sampled or shape.rows),
         activations=activations,
         loss=loss,
         evaluation=max(per_row * shape.eval_rows, forward + measured if shape.eval_rows else 0),
         health=_HEALTH_COPIES * FP32 * min(shape.health_tokens, shape.rows * shape.answer) * vocab,
     )
+
+
+def _decoded_row(text: Any, length: int) -> int:
+    """Bytes per sequence while a model decodes it: keys, values and logits."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * FP32 * text.num_hidden_layers * heads * size * length + _LOGIT_COPIES * FP32 * text.vocab_size
 
 
 def _settings(config: Any) -> dict[str, Any]:

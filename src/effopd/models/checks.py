@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from effopd.models.logit_path import LogitPath, is_whole, logit_path, remember
 from effopd.models.sampler_check import Batching, batching, check_sampler, remember_batching
 
 
-def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) -> None:
+def check_models(student: Any, others: Mapping[str, Any], *, generates: bool, decoding: Collection[str] = ()) -> None:
     """Check that every model's logits follow from its hidden states, and check the sampler.
 
     `generate` must sample from the student's logits. Rank 0 measures for all ranks. A model whose
@@ -23,6 +23,8 @@ def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) ->
         student: the model to be trained.
         others: role → model; `None`: the run has no such model.
         generates: whether `generate` samples the rollouts.
+        decoding: roles of the others whose `generate` must match, too, because they decode rollouts
+            token by token.
 
     Raises:
         CompatibilityError: a model's logits or sampler do not match; the message names its role.
@@ -30,7 +32,7 @@ def check_models(student: Any, others: Mapping[str, Any], *, generates: bool) ->
     """
     for role, model in {"student": student, **others}.items():
         if model is not None:
-            sampled = generates and role == "student"
+            sampled = role in decoding or (generates and role == "student")
             measured = all_gather_or_raise(partial(_measured, model, role, sampled))[0]
             if measured is not None:
                 path, groups = measured

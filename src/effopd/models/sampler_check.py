@@ -197,7 +197,7 @@ def check_sampler(model: Any) -> float:
     if not gap <= allowed:
         raise CompatibilityError(
             f"{type(core).__name__}: `generate` samples from log-probabilities that differ by {gap:.3g} nats from "
-            f"those of a forward pass (expected at most {allowed:.2g}), so answers would not be on-policy. Use "
-            "another student."
+            f"those of a forward pass (expected at most {allowed:.2g}), so answers would be sampled from another "
+            "distribution than that of the loss. Use another model."
         )
     return gap

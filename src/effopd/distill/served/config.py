@@ -19,6 +19,7 @@ _UNREAD = {
     "lambda_extrapolation": "ExOPD needs the teacher's logits over the whole vocabulary",
     "baseline": "a baseline needs the teacher's logits over the whole vocabulary",
     "samples_per_prefix": "the server scores the answer's own tokens only",
+    "teacher_mixed_alpha": "the teacher's probabilities of every next token are needed while an answer is sampled",
     "temperature": "vLLM returns log-probabilities of a prompt at temperature 1",
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.integrations import deepspeed
 from trl.models.utils import _ForwardRedirection
@@ -93,8 +95,11 @@ def inside_forward(wrapper: Any, model: Any, work: Callable[..., T], *args: Any,
 
 @contextmanager
 def last_logits_processor(model: Any, processor: LogitsProcessor) -> Iterator[None]:
-    """In this block, `generate` on `model` applies `processor` after all other processors."""
-    processors = model._get_logits_processor
+    """In this block, `generate` on `model` applies `processor` after all other processors.
+
+    Blocks can be nested; the processor of the innermost one is the last.
+    """
+    processors, outer = model._get_logits_processor, vars(model).get("_get_logits_processor")
 
     def with_processor(*args: Any, **kwargs: Any) -> Any:
         chain = processors(*args, **kwargs)
@@ -105,4 +110,43 @@ def last_logits_processor(model: Any, processor: LogitsProcessor) -> Iterator[No
     try:
         yield
     finally:
-        del model._get_logits_processor
+        if outer is None:
+            del model._get_logits_processor
+        else:
+            model._get_logits_processor = outer
+
+
+class Decoder:
+    """Next-token logits of growing rows, with a cache of its own, computed as in `generate`.
+
+    Args:
+        model: causal LM without wrappers.
+        mask_BP: 1 at the tokens of the left-padded prompts, 0 at padding.
+    """
+
+    def __init__(self, model: Any, mask_BP: Tensor):
+        accepted = inspect.signature(model.forward).parameters
+        self._model, self._started = model, False
+        self._state: dict[str, Any] = {"attention_mask": mask_BP, "use_cache": True}
+        if "position_ids" in accepted:
+            self._state["position_ids"] = (mask_BP.long().cumsum(-1) - 1).clamp(min=0)
+        if "logits_to_keep" in accepted:
+            self._state["logits_to_keep"] = 1
+
+    @torch.no_grad()
+    def next_logits(self, ids_BL: Tensor) -> Tensor:
+        """Logits [B, V] of the next token.
+
+        Args:
+            ids_BL: the prompts at the first call, and one more column at each call after it.
+        """
+        inputs = self._model.prepare_inputs_for_generation(
+            ids_BL,
+            next_sequence_length=1 if self._started else None,
+            is_first_iteration=not self._started,
+            **self._state,
+        )
+        outputs = self._model(**inputs, return_dict=True)
+        self._state = self._model._update_model_kwargs_for_generation(outputs, self._state)
+        self._started = True
+        return outputs.logits[:, -1]
