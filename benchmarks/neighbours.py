@@ -111,6 +111,7 @@ METHODS = (
     Method("clpd", "CLPD", "2605.11260", "teachers of several strengths exist"),
     Method("easy_first", "CLPD, order of prompts alone", "2605.11260", "difficulty varies much within the prompts"),
     Method("lmbda_0.5", "GKD mixing, λ = 0.5", "2306.13649", "traces exist already and sampling is expensive"),
+    Method("mixed_0.2", "MiniLLM's sampling, α = 0.2", "2306.08543", "a weak student's own answers teach little"),
     Method("lightning", "Lightning OPD", "2604.13010", "the teacher does not fit beside the student"),
     Method("lightning_2", "Lightning OPD 2.0", "2607.28449", "another model wrote the supervised data of the student"),
     Method("discord", "DisCorD", "2605.14071", "a warm-up from a teacher that only sends text with log-probabilities"),
