@@ -132,7 +132,7 @@ def test_verdicts(seconds, tokens, text):
 
 def test_the_figure_is_drawn(tmp_path):
     page = neighbours.Page(results(1))
-    assert {method.arm for method in page.methods} == {"plain", "vopd", "sampled"}
+    assert {method.arm for method in page.methods} == {"plain", "teacher_top_k", "esr"}
     page.draw(tmp_path / "costs.png")
     assert (tmp_path / "costs.png").stat().st_size > 20_000
 
