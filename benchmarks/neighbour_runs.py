@@ -23,7 +23,7 @@ from effopd.compare.collect import made_here
 from effopd.compare.grid import Grid, PlannedRun
 from effopd.compare.grid_run import GridRun, to_row
 from effopd.compare.imported_runs import key, merge_runs, saved_entries, scaled, sources
-from effopd.compare.runner import DONE, LOG, SETTINGS, is_done
+from effopd.compare.runner import DONE, LOG, SETTINGS, is_done, prepare
 
 #: Stored answers per task and seed: each is used four times in 32 steps of 32, six times in 48.
 STORED = 256
@@ -102,8 +102,7 @@ def reward(grid: Grid, wanted: Wanted) -> None:
     for run in runs:
         if is_done(run) or key(run) in imported or not wanted.has(run):
             continue
-        run.path.mkdir(parents=True, exist_ok=True)
-        (run.path / SETTINGS).write_text(yaml.safe_dump(run.settings))
+        prepare(run)
         command = [sys.executable, "-m", "effopd.commands.main", "rl", "--config", str(run.path / SETTINGS)]
         with (run.path / LOG).open("wb") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log)
