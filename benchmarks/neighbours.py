@@ -361,7 +361,7 @@ def verdict(speeds: Sequence[SeedMedian]) -> str:
     elif (seconds.low if sure else seconds.median) > 1:
         text = "yes"
     elif gains:
-        text = f"for {' and '.join(gains)} only"
+        text = "for tokens only" if len(gains) == len(tokens) else f"for {' and '.join(gains)} only"
     else:
         text = "no difference shown" if sure and seconds.low <= 1 <= seconds.high else "no"
     return text if sure else f"{text} (few seeds)"

@@ -126,8 +126,10 @@ def test_imported_runs_are_brought_to_the_clock_of_the_runs_made_here(tmp_path, 
     ((math.nan, math.nan, math.nan, 0), (math.nan, math.nan, math.nan, 0), "neither reaches the target (few seeds)"),
 ])  # fmt: skip
 def test_verdicts(seconds, tokens, text):
-    one = SeedMedian(1.0, 1.0, 1.0, seconds[3])
+    one, gain = SeedMedian(1.0, 1.0, 1.0, seconds[3]), SeedMedian(2.0, 1.5, 3.0, seconds[3])
     assert neighbours.verdict([SeedMedian(*seconds), SeedMedian(*tokens), one, one]) == text
+    if "sampled tokens" in text:
+        assert neighbours.verdict([SeedMedian(*seconds), SeedMedian(*tokens), gain, gain]) == "for tokens only"
 
 
 def test_the_figure_is_drawn(tmp_path):
