@@ -67,10 +67,11 @@ class Part(NamedTuple):
         return Page(json.loads(path.read_text())) if path.is_file() else None
 
     def texts(self) -> dict[str, str]:
-        """Name of each block → its text."""
-        page = self.page()
-        blocks = page.blocks() if page else {}
-        return {self.prefix + name: blocks[name] for name in self.blocks if page}
+        """Name of each block → its text; empty without a file."""
+        if (page := self.page()) is None:
+            return {}
+        blocks = page.blocks()
+        return {self.prefix + name: blocks[name] for name in self.blocks}
 
 
 PARTS = (
@@ -412,7 +413,6 @@ def main() -> None:
         write_atomically(file, lambda path: path.write_text(json.dumps(results) + "\n"))
     for part in PARTS:
         rewrite(DOCS / "neighbours.md", part.texts())
-    for part in PARTS:
         if arguments.figure and (page := part.page()):
             page.draw(PLACE / part.figure)
 

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from helpers.tiny_models import make_model
+from helpers.tiny_models import make_model, of_type
 from helpers.tiny_run import make_trainer
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, TrainerCallback
+from transformers import Cache, TrainerCallback
 
 from effopd import EffOPDConfig, OPDConfig
 from effopd.common.files import read_rows
@@ -24,24 +24,13 @@ SETTINGS = {"eval_strategy": "no", "max_steps": 1, "save_strategy": "no", "healt
 PROMPTS = [[1, 9, 13], [1, 5, 7, 30, 21, 8, 12, 40], [1, 33], [1, 17, 18, 19, 20]]
 
 
-def of_type(kind, seed, **config):
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, **config)
-    )
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data.mul_(6)
-    return model.eval()
-
-
 def gpt2(seed, drop=0.0):
     rates = {"resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop}
-    return of_type("gpt2", seed, n_embd=32, n_layer=2, n_head=4, n_positions=128, **rates)
+    return of_type("gpt2", seed, n_embd=32, n_layer=2, n_head=4, n_positions=128, **rates).eval()
 
 
 def rwkv(seed):
-    return of_type("rwkv", seed, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2)
+    return of_type("rwkv", seed, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2).eval()
 
 
 # -- probabilities ---------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny_models import make_model, make_tokenizer
+from helpers.tiny_models import make_model, make_tokenizer, of_type
 from helpers.tiny_run import make_trainer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from effopd.common.files import read_rows
 from effopd.distill import rollouts
@@ -33,17 +32,6 @@ def uneven_task(size=32):
         tuple(Example(str(i), [{"role": "user", "content": text}], "a") for i, text in enumerate(prompts)),
         lambda completion, example: float("a" in completion),
     )
-
-
-def of_type(kind, seed, **config):
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, **config)
-    )
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data.mul_(6)
-    return model
 
 
 def gpt2(seed):

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads wo
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from effopd.tasks.base import Example, Task
 
@@ -83,3 +83,15 @@ def small_scores(strategy: str, size: int = 8) -> dict[str, int]:
 
     scorer = EffOPDConfig(strategy).scorer
     return {"accuracy": {"validation_size": size}, "teacher_kl": {"score_rollouts": size}}.get(scorer, {})
+
+
+def of_type(kind, seed, **config):
+    """A random model of a transformers type; large weights make its distributions uneven."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, **config)
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(6)
+    return model
