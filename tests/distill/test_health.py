@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from effopd.distill import token_rows
 from effopd.distill.divergence import Answers, Head, Predictions
 from effopd.distill.health import HealthProbe, health_metrics, spread_subset
 
@@ -45,6 +46,14 @@ def test_against_dense_definitions(logits):
     assert m["overlap_ratio"] == pytest.approx(sum(map(len, overlaps)) / (16 * N))
     mass = sum(float(p[i, list(o)].sum()) for i, o in enumerate(overlaps)) / N
     assert m["student_overlap_mass"] == pytest.approx(mass, rel=1e-5)
+
+
+def test_tiles_and_functions_of_rows_change_nothing(logits, monkeypatch):
+    student, teacher, targets = logits
+    whole = health_metrics(student, teacher, targets, POSITION)
+    monkeypatch.setattr(token_rows, "_TILE", 5 * V)
+    tiled = health_metrics(student.__getitem__, teacher.__getitem__, targets, POSITION)
+    assert tiled == pytest.approx(whole, rel=1e-6)
 
 
 def test_vocabulary_order_does_not_matter(logits):

@@ -16,8 +16,12 @@ from torch import Tensor
 from effopd.common.distributed import is_sharded
 from effopd.common.zero import is_zero
 from effopd.distill.divergence import Answers, Head, Predictions, token_logprobs
+from effopd.distill.token_rows import tiles
 
 TOP_K = 16
+
+#: Logits [N, V], or a function that returns those of a slice of the N positions.
+Logits = Tensor | Callable[[slice], Tensor]
 
 
 class HealthProbe:
@@ -106,8 +110,8 @@ class HealthProbe:
         rows, self._rows = self._rows, None
         if rows is not None:
             student, teacher = (None, None) if "logits" in rows else heads()
-            logits_NV = rows["logits"] if student is None else student.logits(rows["student"], self._temperature)
-            metrics = self._rows_measured(logits_NV, teacher, rows)
+            own = rows["logits"] if student is None else self._logits(student, rows["student"])
+            metrics = self._rows_measured(own, teacher, rows)
         (total, tokens), self._gap = self._gap, [0.0, 0.0]
         if tokens:
             metrics["sampler_logp_gap"] = total / tokens
@@ -117,19 +121,26 @@ class HealthProbe:
         """What the metrics need of the teacher, at positions with these indices into B·T."""
         return teacher.hidden_BTH.flatten(0, 1)[index_N] if isinstance(teacher, Predictions) else teacher(index_N)
 
-    def _rows_measured(self, logits_NV: Tensor, teacher: Any, rows: dict[str, Any]) -> dict[str, float]:
+    def _rows_measured(self, student: Logits, teacher: Head | None, rows: dict[str, Any]) -> dict[str, float]:
         """`health_metrics` of the kept rows; without a head, `rows['teacher']` are logits."""
-        other_NV = rows["teacher"] if teacher is None else teacher.logits(rows["teacher"], self._temperature)
-        return health_metrics(logits_NV, other_NV, rows["targets"], rows["position"])
+        other = rows["teacher"] if teacher is None else self._logits(teacher, rows["teacher"])
+        return health_metrics(student, other, rows["targets"], rows["position"])
+
+    def _logits(self, head: Head, hidden_NH: Tensor) -> Logits:
+        """The head's logits of a slice of the positions."""
+        whole = head.whole()  # collective: once, not per tile
+        return lambda rows: whole.logits(hidden_NH[rows], self._temperature)
 
 
 @torch.no_grad()
 def health_metrics(
-    student_logits_NV: Tensor, teacher_logits_NV: Tensor, targets_N: Tensor, position_N: Tensor, top_k: int = TOP_K
+    student: Logits, teacher: Logits, targets_N: Tensor, position_N: Tensor, top_k: int = TOP_K
 ) -> dict[str, float]:
-    """Health of N student-visited positions.
+    """Health of N student-visited positions, a tile of them at a time.
 
     Args:
+        student, teacher: float32 logits [N, V] at the sampling temperature, or a function that
+            returns the rows of a slice.
         position_N: relative position in the completion, in [0, 1); selects the quarter.
         top_k: size of the two top-k sets, at most V.
 
@@ -143,35 +154,57 @@ def health_metrics(
           mean over tokens with a nonempty intersection (NaN: none);
         - `student_entropy`, `teacher_entropy`, and `entropy_gap`, the mean |difference| per token.
     """
-    logp, logq = student_logits_NV.log_softmax(-1), teacher_logits_NV.log_softmax(-1)
-    p, q = logp.exp(), logq.exp()
-    sampled = (logp - logq).gather(1, targets_N[:, None])[:, 0]
-    exact = (p * (logp - logq)).sum(-1)
-    entropy_p, entropy_q = -(p * logp).sum(-1), -(q * logq).sum(-1)
-    k = min(top_k, logp.shape[-1])
-    in_p = torch.zeros_like(logp, dtype=torch.bool).scatter_(1, logp.topk(k).indices, True)
-    in_q = torch.zeros_like(in_p).scatter_(1, logq.topk(k).indices, True)
-    both = in_p & in_q
-    nonempty = both.any(-1)
-    logp_hat = logp.masked_fill(~both, -torch.inf).log_softmax(-1)[nonempty]
-    logq_hat = logq.masked_fill(~both, -torch.inf).log_softmax(-1)[nonempty]
-    advantage = torch.where(both[nonempty], logp_hat.exp() * (logq_hat - logp_hat), 0.0).sum(-1)
+    width = _rows(student, slice(0, 1)).shape[-1]
+    parts = [
+        _health_of_rows(_rows(student, rows), _rows(teacher, rows), targets_N[rows], min(top_k, width))
+        for rows in tiles(len(targets_N), width)
+    ]
+    of = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     metrics = {
-        "sampled_reverse_kl": sampled.mean(),
-        "sampled_reverse_kl_p95": sampled.quantile(0.95),
-        "reverse_kl": exact.mean(),
-        "overlap_ratio": both.sum(-1).float().mean() / k,
-        "student_overlap_mass": (p * both).sum(-1).mean(),
-        "teacher_overlap_mass": (q * both).sum(-1).mean(),
-        "overlap_advantage": advantage.mean(),
-        "student_entropy": entropy_p.mean(),
-        "teacher_entropy": entropy_q.mean(),
-        "entropy_gap": (entropy_p - entropy_q).abs().mean(),
+        "sampled_reverse_kl": of["sampled"].mean(),
+        "sampled_reverse_kl_p95": of["sampled"].quantile(0.95),
+        "reverse_kl": of["exact"].mean(),
+        "overlap_ratio": of["overlap"].mean(),
+        "student_overlap_mass": of["student_mass"].mean(),
+        "teacher_overlap_mass": of["teacher_mass"].mean(),
+        "overlap_advantage": of["advantage"][of["overlap"] > 0].mean(),
+        "student_entropy": of["student_entropy"].mean(),
+        "teacher_entropy": of["teacher_entropy"].mean(),
+        "entropy_gap": (of["student_entropy"] - of["teacher_entropy"]).abs().mean(),
     }
     quarter = (position_N * 4).long().clamp(0, 3)
     for index in range(4):
-        metrics[f"reverse_kl_q{index + 1}"] = exact[quarter == index].mean()
+        metrics[f"reverse_kl_q{index + 1}"] = of["exact"][quarter == index].mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _rows(logits: Logits, rows: slice) -> Tensor:
+    """The logits of these rows."""
+    return logits[rows] if isinstance(logits, Tensor) else logits(rows)
+
+
+def _health_of_rows(student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, k: int) -> dict[str, Tensor]:
+    """The values [N] that `health_metrics` averages; without overlap `advantage` is NaN."""
+    logp, logq = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
+    gap, p = logp - logq, logp.exp()
+    entropy_p = -(p * logp).sum(-1)
+    sampled, exact = gap.gather(1, targets_N[:, None])[:, 0], (p * gap).sum(-1)
+    del gap, p
+    top_NK, other_NK = logp.topk(k).indices, logq.topk(k).indices
+    both_NK = (top_NK[:, :, None] == other_NK[:, None, :]).any(-1)
+    logp_NK, logq_NK = (logs.gather(1, top_NK).masked_fill(~both_NK, -torch.inf) for logs in (logp, logq))
+    hat_NK = logp_NK.log_softmax(-1)
+    advantage_NK = hat_NK.exp() * (logq_NK.log_softmax(-1) - hat_NK)
+    return {
+        "sampled": sampled,
+        "exact": exact,
+        "overlap": both_NK.sum(-1) / k,
+        "student_mass": logp_NK.exp().sum(-1),
+        "teacher_mass": logq_NK.exp().sum(-1),
+        "advantage": advantage_NK.where(both_NK, 0.0).sum(-1).where(both_NK.any(-1), torch.nan),
+        "student_entropy": entropy_p,
+        "teacher_entropy": -(logq.exp() * logq).sum(-1),
+    }
 
 
 def spread_subset(mask_BT: Tensor, count: int) -> tuple[Tensor, Tensor]:

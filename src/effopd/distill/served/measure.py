@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effopd.distill.divergence import gathered
-from effopd.distill.health import TOP_K, HealthProbe, health_metrics
+from effopd.distill.health import TOP_K, HealthProbe, Logits, health_metrics
 from effopd.distill.served.support import FLOOR, Outcomes, Support, divergence, outcomes, tail_of, with_tails
 from effopd.distill.served.teacher import ServedTeacher, scored_support
 from effopd.models.head import Head
@@ -89,8 +89,9 @@ class ServedHealthProbe(HealthProbe):
     def _kept(self, teacher: Any, index_N: Tensor) -> Support:
         return teacher.at(index_N)
 
-    def _rows_measured(self, logits_NV: Tensor, teacher: Any, rows: dict[str, Any]) -> dict[str, float]:
+    def _rows_measured(self, student: Logits, teacher: Any, rows: dict[str, Any]) -> dict[str, float]:
         support, targets_N, position_N = rows["teacher"], rows["targets"], rows["position"]
+        logits_NV = student if isinstance(student, Tensor) else student(slice(None))
         logp_NV = logits_NV.log_softmax(-1)
         width = logits_NV.shape[1]
         sampled_N = logp_NV.gather(1, targets_N[:, None])[:, 0]
