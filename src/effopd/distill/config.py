@@ -236,6 +236,14 @@ class OPDConfig(
     horizon_growth: float = field(
         default=0.5, metadata={"help": "POPD: share of training after which rollouts have full length."}
     )
+    horizon_whole_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "TOPD, ESR, POPD: share of a step's answers sampled whole. Their tokens beyond the horizon weigh "
+            "1/share, so that the expected gradient is that of whole answers, and searches score them alone. "
+            "0: none, as published; what comes after the horizon is then not trained."
+        },
+    )
     health_tokens: int = field(
         default=256,
         metadata={"help": "Maximum number of tokens per logged step that the health metrics use. 0: no metrics."},
@@ -322,6 +330,7 @@ class OPDConfig(
         for name in ("horizon_fraction", "horizon_start", "horizon_growth"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share in (0, 1], got {getattr(self, name)}.")
+        self._check_whole_share()
         if self.horizon_stages < 1:
             raise ConfigError(f"horizon_stages must be at least 1, got {self.horizon_stages}.")
         limits = {"max_new_tokens", "max_tokens", "max_length"} & set(self.generation_kwargs or {})
@@ -330,6 +339,28 @@ class OPDConfig(
                 f"generation_kwargs sets {', '.join(sorted(limits))}, which overrides rollout_horizon="
                 f"{self.rollout_horizon!r}. Leave it out: max_completion_length sets the full length."
             )
+
+    def _check_whole_share(self) -> None:
+        share = self.horizon_whole_share
+        if not 0 <= share < 1:
+            raise ConfigError(f"horizon_whole_share is a share in [0, 1), got {share}.")
+        averaged = "an answer's mean over its tokens is not known for a cut one"
+        wrong = {
+            "rollout_horizon": (
+                self.rollout_horizon not in ("topd", "esr", "popd"), "it is read with topd, esr and popd only"
+            ),
+            "loss_weighting": (self.loss_weighting == "answer", averaged),
+            "highest_entropy_share": (self.highest_entropy_share < 1, "it takes a share of each answer's tokens"),
+            "loss_type": (self.loss_type == "negative_advantage", "this loss takes no token weights"),
+            "lmbda": (self.lmbda < 1, "given answers are not sampled"),
+            "teacher_mixed_alpha": (self.teacher_mixed_alpha > 0, "weights are for the student's own tokens"),
+        }  # fmt: skip
+        for name, (given, why) in wrong.items():
+            if share and given:
+                raise ConfigError(
+                    f"horizon_whole_share={share:g} with {name}={getattr(self, name)!r}: {why}. Change {name}, or "
+                    "leave horizon_whole_share out."
+                )
 
 
 def require_config(args: Any, kind: type, trainer: str) -> None:

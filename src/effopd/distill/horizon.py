@@ -4,7 +4,8 @@ Source: arXiv 2605.31490 (TOPD, POPD) and 2605.27028 (ESR).
 
 Late positions cost the most and teach the least, and OPD needs no final answer. Training therefore
 generates and learns only the first H tokens of an answer. Evaluations and validation answers have
-full length; the scorer `teacher_kl` reads the short training rollouts. H depends only on the step,
+full length; the scorer `teacher_kl` reads the short training rollouts. A divergence beyond H is not
+trained, and can grow: `whole_answers.py` removes this bias. H depends only on the step,
 so resuming needs no extra state. When H changes, the look-ahead takes a new anchor, because an
 update Δ must not span two objectives. Prune-OPD, whose H depends on the answers, is in `prune.py`.
 """
@@ -65,6 +66,14 @@ def popd(step: int, total_steps: int, max_length: int, start: float, stages: int
     return max(1, min(max_length, math.ceil(_exact(max_length * (start + (1 - start) * done / stages)))))
 
 
+def set_length(trainer: Any, length: int) -> None:
+    """Set the maximum number of tokens of the answers that a trainer samples."""
+    trainer.generation_config.max_new_tokens = length
+    trainer.max_completion_length = length  # bound over all turns of an answer with tool calls
+    if trainer.use_vllm:
+        trainer.vllm_generation.max_completion_length = length
+
+
 def look_aheads(trainer: Any) -> Iterator[EffOPD]:
     """The trainer's look-aheads while it trains."""
     for callback in trainer.callback_handler.callbacks:
@@ -112,7 +121,4 @@ class HorizonCallback(TrainerCallback):
         return self.length(step, total_steps) != self.length(step - 1, total_steps)
 
     def _set(self, length: int) -> None:
-        self._trainer.generation_config.max_new_tokens = length
-        self._trainer.max_completion_length = length  # bound over all turns of an answer with tool calls
-        if self._trainer.use_vllm:
-            self._trainer.vllm_generation.max_completion_length = length
+        set_length(self._trainer, length)

@@ -131,6 +131,11 @@ METHODS: list[Method] = [
         True, (),
     ),
     Method(
+        "Unbiased cut", "schedule", "1905.07006",
+        "--rollout_horizon esr|topd|popd --horizon_whole_share 0.25", "any but negative advantage", "any",
+        "cut rollouts and a share of whole ones, weighted to the gradient of whole answers", True, (),
+    ),
+    Method(
         "Prune-OPD", "schedule", "2605.07804", "--rollout_horizon prune", "any", "teacher, token",
         "token weights and rollout length follow the top-k overlap", True, ("teacher top-k",),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Bounds on the number of scored rollouts if `score_rollouts` is a share of the step's rollouts.
 FEWEST, MOST = 8, 32
+#: Column of a batch of rollouts [B], if some are cut at a horizon: whether a row is whole.
+WHOLE = "whole_answer"
 
 
 # -- accuracy --------------------------------------------------------------------------------------
@@ -109,6 +112,22 @@ def wanted_rollouts(args: Any, rollouts: float) -> int:
     return int(rollouts) if rollouts >= 1 else min(max(int(rollouts_per_step(args) * rollouts), FEWEST), MOST)
 
 
+def whole_count(answers: int, share: float) -> int:
+    """Number of whole answers among those of a process: `horizon_whole_share`, rounded up.
+
+    Example:
+        >>> whole_count(32, 0.25), whole_count(3, 0.25)
+        (8, 1)
+    """
+    return math.ceil(round(share * answers, 9))
+
+
+def comparable_rollouts(args: Any) -> int:
+    """Number of rollouts per step that a search can score: the whole ones, if some are cut."""
+    sampled, share = rollouts_per_step(args), getattr(args, "horizon_whole_share", 0.0)
+    return args.world_size * whole_count(sampled // args.world_size, share) if share else sampled
+
+
 def check_rollouts(args: Any, rollouts: float) -> None:
     """Check that the settings allow the scorer `teacher_kl`; needs no model.
 
@@ -125,11 +144,12 @@ def check_rollouts(args: Any, rollouts: float) -> None:
             "look-ahead's scorer 'teacher_kl' measures the divergence from the teacher. Score by answers, as "
             "strategy 'effopd' does (--effopd.validation_size), or use lambda_extrapolation=1."
         )
-    scored = min(rollouts_per_step(args), wanted_rollouts(args, rollouts))
+    scored = min(comparable_rollouts(args), wanted_rollouts(args, rollouts))
     if scored < 2:
+        share = " --horizon_whole_share," if getattr(args, "horizon_whole_share", 0.0) else ""
         raise ConfigError(
             "the scorer 'teacher_kl' needs at least 2 rollouts per step to estimate a standard error; this run, on "
-            f"{args.world_size} process(es), samples {rollouts_per_step(args)} and scores {scored}. Raise "
+            f"{args.world_size} process(es), samples {rollouts_per_step(args)} and scores {scored}. Raise{share} "
             "--per_device_train_batch_size, --gradient_accumulation_steps or --effopd.score_rollouts."
         )
 
@@ -295,7 +315,7 @@ def token_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
 
 
 def text_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
-    """`token_batch` for text-only rollouts.
+    """`token_batch` of the rollouts that a search can score: the whole ones, if some are cut.
 
     Raises:
         ConfigError: the rollouts have images or other non-text inputs.
@@ -305,4 +325,5 @@ def text_batch(rollouts: Mapping[str, Any]) -> TokenBatch:
             f"the scorer 'teacher_kl' reads text only, but the rollouts have {', '.join(seen)}. Score by answers "
             "(--effopd.validation_size), as strategy 'effopd' does."
         )
-    return token_batch(rollouts)
+    batch = token_batch(rollouts)
+    return batch.first(int(rollouts[WHOLE].sum())) if WHOLE in rollouts else batch

@@ -56,6 +56,7 @@ from effopd.distill.top_k import top_k_loss
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.models import inside_forward, loaded_whole
 from effopd.distill.trl_host.state import log_metrics
+from effopd.distill.whole_answers import TOKEN_WEIGHT, WholeAnswersMixin
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.models.checks import check_models
 from effopd.models.logit_path import completion_hidden_states
@@ -64,7 +65,14 @@ from effopd.tasks.base import Task
 
 
 class OPDTrainer(
-    CurriculumMixin, MixingMixin, RunMixin, RolloutMixin, TeachersMixin, DistillationHooks, DistillationTrainer
+    CurriculumMixin,
+    MixingMixin,
+    WholeAnswersMixin,
+    RunMixin,
+    RolloutMixin,
+    TeachersMixin,
+    DistillationHooks,
+    DistillationTrainer,
 ):
     """On-policy distillation: the student answers, the teacher grades every token.
 
@@ -145,6 +153,7 @@ class OPDTrainer(
             )
         self._open_rollouts()
         self._open_mixing()
+        self._open_whole_answers()
         self._attach_run()
         self.add_callback(ManifestCallback(self.run_dir.root, partial(self._teacher_entries, teacher_model)))
         self.prune = PruneCallback(self) if args.rollout_horizon == "prune" else None
@@ -221,8 +230,9 @@ class OPDTrainer(
         parts = [part._replace(teacher=part.teacher.to(head.weight.device)) for part in parts]
         mask_BT = batch.scored_BT & inputs["train_mask"] if training and "train_mask" in inputs else batch.scored_BT
         answers = Answers(
-            inputs["completion_ids"], mask_BT, inputs.get("sampler_logps"), teacher_share_B=inputs.get(TEACHER_SHARE)
-        ).to(head.weight.device)
+            inputs["completion_ids"], mask_BT, inputs.get("sampler_logps"), inputs.get(TOKEN_WEIGHT),
+            inputs.get(TEACHER_SHARE),
+        ).to(head.weight.device)  # fmt: skip
         if training:
             self.ledger.count("update", forward=batch.tokens)
             self.health.after_loss(student, predictions, self._measured_teacher(parts), answers, due=due)

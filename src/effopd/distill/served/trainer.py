@@ -137,7 +137,7 @@ class ServedOPDTrainer(OPDTrainer):
                 if args.loss_type == "teacher_top_k":
                     metrics |= {"health/support_mass": 1 - tail.student, "health/outside_support": tail.outside}
                 log_metrics(self, {name: float(value.float().mean()) for name, value in metrics.items()})
-        return weighted_mean(value_N, valid, num_items, by_answer), entropy_N.sum(), valid.sum()
+        return weighted_mean(value_N, valid, num_items, by_answer, answers.weight_BT), entropy_N.sum(), valid.sum()
 
     def _sampled(
         self, hidden_NH: Tensor, head: Head, targets_N: Tensor, support: Support, engine_N: Tensor | None

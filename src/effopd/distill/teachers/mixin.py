@@ -192,8 +192,10 @@ class TeachersMixin(DistillationHooks):
         sums: list[Tensor] = []
         for part in parts:
             own = Predictions(part.of(student.hidden_BTH), head)
-            logps_BT = None if answers.sampler_logps_BT is None else part.of(answers.sampler_logps_BT)
-            rows = Answers(part.of(answers.ids_BT), part.of(answers.mask_BT), logps_BT)
+            logps_BT, weight_BT = (
+                None if each is None else part.of(each) for each in (answers.sampler_logps_BT, answers.weight_BT)
+            )
+            rows = Answers(part.of(answers.ids_BT), part.of(answers.mask_BT), logps_BT, weight_BT)
             output = self._objective(own, part.teacher, None, rows, num_items)
             sums = list(output) if not sums else [a + b for a, b in zip(sums, output, strict=True)]
         return tuple(sums)

@@ -12,6 +12,7 @@ that W visits.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -78,6 +79,7 @@ class RolloutScorer:
     def __init__(self, divergence: TeacherDivergence, rollouts: int):
         self._divergence, self._rollouts = divergence, rollouts
         self._batches: list[TokenBatch] = []
+        self._places: list[int] = []  # their places among the step's micro-batches
         self._teacher: list[Any] | None = None
         self._line_head: Any | None = None
         self._hidden: dict[float, list[Tensor]] = {}
@@ -88,10 +90,12 @@ class RolloutScorer:
         Micro-batches are scored one at a time. The search therefore needs the memory of one
         micro-batch's forward pass, plus the teacher's last hidden states.
         """
-        self._batches, self._teacher, missing = [], None, self._rollouts
-        for batch in batches:
-            self._batches.append(batch.first(missing))
-            missing -= len(self._batches[-1].ids_BL)
+        self._batches, self._places, self._teacher, missing = [], [], None, self._rollouts
+        for place, batch in enumerate(batches):
+            if len(batch.ids_BL):  # else none of its rollouts can be scored
+                self._batches.append(batch.first(missing))
+                self._places.append(place)
+                missing -= len(self._batches[-1].ids_BL)
             if missing <= 0:
                 break
 
@@ -99,9 +103,10 @@ class RolloutScorer:
         """Score with these predictions of the teacher for the micro-batches; do not ask it again.
 
         Args:
-            predictions: one entry per micro-batch; read for as many as are scored.
+            predictions: one entry per micro-batch; read up to the last that is scored.
         """
-        made = [each for _, each in zip(self._batches, predictions, strict=False)]
+        read = itertools.islice(predictions, self._places[-1] + 1)
+        made = [each for place, each in enumerate(read) if place in self._places]
         self._teacher = self._divergence.from_predictions(self._batches, made)
 
     def drop(self) -> None:
