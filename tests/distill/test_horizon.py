@@ -14,7 +14,7 @@ from helpers.traces import parameters, same
 
 from effopd import EffOPDConfig, OPDConfig
 from effopd.common.files import read_rows
-from effopd.distill.divergence import reverse_kl_of_completions
+from effopd.distill.divergence import answer_kls, reverse_kl_of_completions
 from effopd.distill.horizon import HorizonCallback, esr, popd, topd
 from effopd.errors import ConfigError
 
@@ -73,6 +73,27 @@ def test_topd_rollouts_are_short_and_evaluations_are_not(tmp_path):
     tokens = [trial["generated_tokens"] for s in read_rows(tmp_path / "searches.jsonl") for trial in s["trials"]]
     assert max(tokens) > 2 * 12  # the gate answers at full length
     assert trainer.generation_config.max_new_tokens == 6
+    assert all(0 < row["eval_kl_beyond_horizon"] < 1 for row in evaluations)
+
+
+def test_the_kl_beyond_the_horizon_is_that_of_the_answer_without_its_start():
+    student, teacher = make_model(0), make_model(1)
+    prompts, answers, common = [[5, 6, 7], [8]], [[8, 9, 10, 11], [12]], {"vocab_size": 64, "pad_token_id": 0}
+    whole = answer_kls(student, teacher, prompts, answers, horizon=2, **common)
+    start = answer_kls(student, teacher, prompts, [answer[:2] for answer in answers], **common)
+    for each, first in zip(whole, start, strict=True):
+        assert each.late == pytest.approx(each.kl - first.kl, rel=1e-4, abs=1e-6)
+        assert first.late == first.kl  # without a horizon
+
+
+@pytest.mark.parametrize(("settings", "warns"), [({}, True), ({"horizon_whole_share": 0.5}, False)])
+def test_a_horizon_that_leaves_most_of_the_kl_out_is_named(caplog, settings, warns):
+    args = OPDConfig(rollout_horizon="esr", horizon_tokens=4, max_completion_length=8, use_cpu=True, **settings)
+    callback = HorizonCallback(SimpleNamespace(args=args, state=SimpleNamespace(global_step=0, max_steps=4)))
+    for share in (0.4, 0.6, 0.7):
+        callback.see(share)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warns and all("60 %" in text and "--horizon_tokens" in text for text in said)
 
 
 @pytest.mark.slow

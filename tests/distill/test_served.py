@@ -239,8 +239,12 @@ def test_divergences_with_k_of_v_are_the_local_ones(server, teacher, student):
     rows = [row[mask.bool()].tolist() for row, mask in zip(batch.ids_BL, batch.mask_BL, strict=True)]
     prompts, answers = [row[: 3 + i] for i, row in enumerate(rows)], [row[3 + i :] for i, row in enumerate(rows)]
     sums, _ = reverse_kl_of_completions(student, server.model, prompts, answers, vocab_size=64, pad_token_id=0)
-    ours = kl_of_completions(student, teacher, prompts, answers, pad_token_id=0, temperature=1.0, batch_size=2)
+    given = {"pad_token_id": 0, "temperature": 1.0, "batch_size": 2, "horizon": 1}
+    ours = kl_of_completions(student, teacher, prompts, answers, **given)
     assert [each.kl for each in ours] == pytest.approx(sums, rel=1e-5)
+    first = kl_of_completions(student, teacher, prompts, [answer[:1] for answer in answers], **given)
+    late = [each.kl - start.kl for each, start in zip(ours, first, strict=True)]
+    assert [each.late for each in ours] == pytest.approx(late, rel=1e-3, abs=1e-6)
     assert sum(sums) == pytest.approx(float(exact.sum()), rel=1e-5)
     assert [each.tail_mass for each in ours] == [0.0] * 3
 

@@ -210,12 +210,15 @@ def test_held_out_sums_keep_the_order_of_the_rows_and_load_each_teacher_once(tra
     common = {"vocab_size": 64, "pad_token_id": 0}
     model = trainer.model.eval()
     sums = kl_sums_by_teacher(
-        model, both, lambda each: each, [1, 0, 1, 0], prompts, answers, temperature=1.0, batch_size=2, **common
-    )
+        model, both, lambda each: each, [1, 0, 1, 0], prompts, answers, temperature=1.0, batch_size=2, horizon=1,
+        **common,
+    )  # fmt: skip
     assert loads == ["x", "y"]
     for row, seed in enumerate(["y", "x", "y", "x"]):
-        (expected,), _ = reverse_kl_of_completions(model, load(seed).eval(), [prompts[row]], [answers[row]], **common)
-        assert sums[row] == pytest.approx(expected, rel=1e-4)
+        twice, pair = [prompts[row]] * 2, [answers[row], answers[row][:1]]
+        (expected, first), _ = reverse_kl_of_completions(model, load(seed).eval(), twice, pair, **common)
+        assert sums[row].kl == pytest.approx(expected, rel=1e-4)
+        assert sums[row].late == pytest.approx(expected - first, rel=1e-3, abs=1e-6)
 
 
 # -- mistakes --------------------------------------------------------------------------------------

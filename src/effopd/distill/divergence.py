@@ -82,6 +82,22 @@ class Answers(NamedTuple):
         return Answers(*(None if each is None else each.to(device) for each in self))  # type: ignore[arg-type]
 
 
+class AnswerKL(NamedTuple):
+    """Sums over an answer's tokens, in nats.
+
+    Attributes:
+        kl: reverse KL; with a served teacher, on its support.
+        late: its part beyond a horizon; equal to `kl` without one.
+        tail_mass, tail_kl: of a served teacher outside its top k: probability, and an estimate of
+            what `kl` leaves out.
+    """
+
+    kl: float = 0.0
+    late: float = 0.0
+    tail_mass: float = 0.0
+    tail_kl: float = 0.0
+
+
 def gathered(model: Any, work: Callable[[], T]) -> T:
     """Run `work` with the weights of `model` gathered.
 
@@ -278,6 +294,31 @@ def reverse_kl_of_completions(
         per token.
 
     Raises:
+        CompatibilityError: as `answer_kls`.
+    """
+    sums = answer_kls(
+        student, teacher, prompt_ids, completion_ids, vocab_size=vocab_size, pad_token_id=pad_token_id,
+        temperature=temperature, batch_size=batch_size,
+    )  # fmt: skip
+    return [each.kl for each in sums], [len(answer) for answer in completion_ids]
+
+
+@torch.no_grad()
+def answer_kls(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+    *,
+    vocab_size: int,
+    pad_token_id: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    horizon: int = 0,
+) -> list[AnswerKL]:
+    """`reverse_kl_of_completions`, and its part beyond the first `horizon` tokens of each answer.
+
+    Raises:
         CompatibilityError: a token is outside the shared vocabulary, or a model's logits have a
             form that is not supported (`effopd.models.logit_path`).
     """
@@ -293,8 +334,11 @@ def reverse_kl_of_completions(
         TokenBatch.of(prompt_ids[i : i + batch_size], completion_ids[i : i + batch_size], pad_token_id) for i in starts
     ]
     values = divergences(student, teacher, batches, vocab_size=vocab_size, beta=1.0, temperature=temperature)
-    sums = [each for batch, value_N in zip(batches, values, strict=True) for each in batch.sums(value_N)]
-    return sums, [len(answer) for answer in completion_ids]
+    return [
+        AnswerKL(*each)
+        for batch, value_N in zip(batches, values, strict=True)
+        for each in zip(batch.sums(value_N), batch.sums(value_N, horizon), strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from effopd.common.distributed import all_gather_or_raise, merge_from_ranks, rank, split_between_ranks
 from effopd.common.isolation import evaluating
 from effopd.common.statistics import accuracy_interval, ratio_with_error
-from effopd.distill.divergence import reverse_kl_of_completions
-from effopd.distill.served.measure import AnswerKL, kl_of_completions
+from effopd.distill.divergence import AnswerKL, answer_kls
+from effopd.distill.served.measure import kl_of_completions
 from effopd.distill.served.teacher import ServedTeacher
 from effopd.distill.teachers.offload import in_use
 from effopd.distill.teachers.several import TeacherSet, kl_sums_by_teacher
@@ -44,16 +44,20 @@ def evaluate_trainer(
         trainer: an `OPDTrainer`, `OfflineOPDTrainer` or `TaskDGRPOTrainer`.
         teacher: the trainer's teacher or teachers as it holds them, or `None`.
     """
-    unwrap = trainer.accelerator.unwrap_model
+    unwrap, schedule = trainer.accelerator.unwrap_model, getattr(trainer, "horizon", None)
     if isinstance(teacher, TeacherSet):
         teacher = OwnTeachers(teacher, unwrap)
     elif teacher is not None and not isinstance(teacher, ServedTeacher):
         teacher = unwrap(teacher)
-    return evaluate_task(
+    metrics, tokens = evaluate_task(
         unwrap(trainer.model), teacher, trainer.text_tokenizer, task,
         trainer.args, vocab_size=trainer.vocab_size, autocast=trainer.accelerator.autocast, watch=trainer.answer_watch,
         ledger=trainer.ledger,
+        horizon=None if schedule is None else schedule.length(trainer.state.global_step, trainer.state.max_steps),
     )  # fmt: skip
+    if schedule is not None and rank() == 0:
+        schedule.see(metrics.get("kl_beyond_horizon", 0.0))
+    return metrics, tokens
 
 
 def evaluate_task(
@@ -67,6 +71,7 @@ def evaluate_task(
     autocast: Callable[[], AbstractContextManager],
     watch: AnswerWatch | None = None,
     ledger: CostLedger | None = None,
+    horizon: int | None = None,
 ) -> tuple[dict[str, float], int]:
     """Sample one answer per prompt and measure its KL to the teacher and its accuracy.
 
@@ -81,13 +86,15 @@ def evaluate_task(
             and `tail_kl` are added.
         watch: warns on rank 0 if nearly no answer can be graded.
         ledger: rank 0 adds the forward tokens of the KL to it, those of student and local teacher.
+        horizon: maximum length of the training rollouts; `kl_beyond_horizon` is added. `None`: not
+            shorter than the answers.
 
     Returns:
         Metrics without prefix, as `EvaluationRecord` describes them, and the number of tokens
         generated over all ranks. `answers_found` is there only if the verifier reports it.
     """
     start = time.perf_counter()
-    answers = _Answers(student, tokenizer, task, args, vocab_size, autocast)
+    answers = _Answers(student, tokenizer, task, args, vocab_size, autocast, horizon or 0)
     sampled = answers.at(args.eval_temperature, teacher)
     if watch is not None and rank() == 0:
         watch.see(task, _counts(sampled), f"the accuracy on {task.name} does not measure the student's ability")
@@ -98,6 +105,8 @@ def evaluate_task(
         if ledger is not None and rank() == 0:
             models = 1 if isinstance(teacher, ServedTeacher) else 2
             ledger.count("eval", forward=models * sum(answer.prompt + answer.tokens for answer in sampled))
+        if horizon is not None and (total := sum(answer.kl for answer in sampled)) > 0:
+            metrics["kl_beyond_horizon"] = sum(answer.late for answer in sampled) / total
         if len(sampled) < 2:
             del metrics["kl_se"]  # one answer has no standard error
         if isinstance(teacher, OwnTeachers):
@@ -135,6 +144,7 @@ class _Answer(NamedTuple):
     scored: bool  # has a verifier score above 0
     verdict: str | None  # of a verifier that runs programs
     example: str  # of one answer of each rank that has nothing to grade, the text
+    late: float = 0.0  # part of `kl` beyond the horizon
     tail_mass: float = 0.0  # of a served teacher outside its top k, sum over tokens
     tail_kl: float = 0.0  # estimate of what `kl` leaves out there, in nats
     teacher: int = 0  # index of its row's teacher, with several
@@ -183,6 +193,7 @@ class _Answers:
     args: Any
     vocab_size: int
     autocast: Callable[[], AbstractContextManager]
+    horizon: int
 
     def at(
         self, temperature: float, teacher: PreTrainedModel | OwnTeachers | ServedTeacher | None = None
@@ -225,6 +236,7 @@ class _Answers:
                 score > 0,
                 verdict,
                 "",
+                kl_sum.late,
                 kl_sum.tail_mass,
                 kl_sum.tail_kl,
                 index,
@@ -250,7 +262,7 @@ class _Answers:
         answers = [completion.completion_ids for completion in completions]
         ends: dict[str, Any] = {
             "pad_token_id": self.tokenizer.pad_token_id, "temperature": self.args.temperature,
-            "batch_size": self.args.per_device_eval_batch_size,
+            "batch_size": self.args.per_device_eval_batch_size, "horizon": self.horizon,
         }  # fmt: skip
         student, size = self.student, self.vocab_size
         with evaluating(student), self.autocast():
@@ -258,11 +270,9 @@ class _Answers:
                 return kl_of_completions(student, teacher, prompts, answers, **ends)
             if isinstance(teacher, OwnTeachers):
                 models, unwrap = teacher
-                sums = kl_sums_by_teacher(student, models, unwrap, own, prompts, answers, vocab_size=size, **ends)
-            else:
-                with evaluating(teacher), in_use(teacher):
-                    sums, _ = reverse_kl_of_completions(student, teacher, prompts, answers, vocab_size=size, **ends)
-        return [AnswerKL(each) for each in sums]
+                return kl_sums_by_teacher(student, models, unwrap, own, prompts, answers, vocab_size=size, **ends)
+            with evaluating(teacher), in_use(teacher):
+                return answer_kls(student, teacher, prompts, answers, vocab_size=size, **ends)
 
 
 def _sampling(args: Any, temperature: float) -> Sampling:

@@ -12,6 +12,7 @@ update Δ must not span two objectives. Prune-OPD, whose H depends on the answer
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,11 @@ from transformers import TrainerCallback
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.trl_host.state import log_metrics
 from effopd.extrapolate.effopd import EffOPD
+
+logger = logging.getLogger(__name__)
+
+#: Share of the held-out KL beyond the horizon above which `HorizonCallback` warns.
+MOST = 0.5
 
 
 def _exact(value: float) -> float:
@@ -90,6 +96,22 @@ class HorizonCallback(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self._trainer, self._args = trainer, trainer.args
+        self._warned = False
+
+    def see(self, share: float) -> None:
+        """Warn, once, if most of the held-out KL lies where training does not reach.
+
+        Args:
+            share: of the KL, beyond the horizon.
+        """
+        flag = {"topd": "horizon_fraction", "esr": "horizon_tokens"}.get(self._args.rollout_horizon)
+        if share > MOST and flag and not self._args.horizon_whole_share and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%.0f %% of the held-out KL lies beyond the %d tokens of the rollouts, where nothing is trained and "
+                "the KL can grow. Raise --%s, or set --horizon_whole_share, for example 0.25.",
+                100 * share, self.length(self._trainer.state.global_step, self._trainer.state.max_steps), flag,
+            )  # fmt: skip
 
     def length(self, step: int, total_steps: int) -> int:
         """Maximum number of tokens per rollout in the step after `step`."""

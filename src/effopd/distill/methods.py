@@ -131,9 +131,9 @@ METHODS: list[Method] = [
         True, (),
     ),
     Method(
-        "Unbiased cut", "schedule", "1905.07006",
-        "--rollout_horizon esr|topd|popd --horizon_whole_share 0.25", "any but negative advantage", "any",
-        "cut rollouts and a share of whole ones, weighted to the gradient of whole answers", True, (),
+        "Randomized horizon", "schedule", "1905.07006",
+        "--rollout_horizon esr --horizon_whole_share 0.25", "any but negative advantage", "any",
+        "ESR, TOPD or POPD with a share of whole answers, weighted: the gradient of whole answers", True, (),
     ),
     Method(
         "Prune-OPD", "schedule", "2605.07804", "--rollout_horizon prune", "any", "teacher, token",

@@ -157,8 +157,10 @@ class OPDTrainer(
         self._attach_run()
         self.add_callback(ManifestCallback(self.run_dir.root, partial(self._teacher_entries, teacher_model)))
         self.prune = PruneCallback(self) if args.rollout_horizon == "prune" else None
+        self.horizon: HorizonCallback | None = None
         if args.rollout_horizon != "full":
-            self.add_callback(self.prune or HorizonCallback(self))
+            self.horizon = self.prune or HorizonCallback(self)
+            self.add_callback(self.horizon)
         if args.curriculum != "none":
             self.add_callback(CurriculumCallback(self))
         if args.updates_per_rollouts > 1:

@@ -83,6 +83,6 @@ class TokenBatch:
         hidden_BTH = completion_hidden_states(model, ids_BL, mask_BL, self.scored_BT.shape[1])
         return hidden_BTH[self.scored_BT.to(hidden_BTH.device)]
 
-    def sums(self, value_N: Tensor) -> list[float]:
-        """Sums per sequence of values at the scored positions, in float64."""
-        return [float(value_T.sum()) for value_T in for_float64(value_N).double().split(self.lengths)]
+    def sums(self, value_N: Tensor, start: int = 0) -> list[float]:
+        """Sums per sequence of values at its scored positions from `start` on, in float64."""
+        return [float(value_T[start:].sum()) for value_T in for_float64(value_N).double().split(self.lengths)]

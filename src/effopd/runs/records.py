@@ -206,6 +206,9 @@ class EvaluationRecord(Record, prefix="eval_"):
     kl: Annotated[Number, Column("exact reverse KL to the teacher, mean over tokens", "nats per token")] = None
     kl_se: Annotated[Number, Column("standard error of `eval_kl` over prompts", "nats per token")] = None
     loss: Annotated[Number, Column("equal to `eval_kl`; without a task, the host's loss", "nats per token")] = None
+    kl_beyond_horizon: Annotated[
+        Number, Column("share of `eval_kl` on tokens beyond the horizon of the rollouts, with a rollout_horizon")
+    ] = None
     accuracy: Annotated[Number, Column("share of right answers, one sampled per prompt")] = None
     accuracy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from effopd.distill.divergence import gathered
+from effopd.distill.divergence import AnswerKL, gathered
 from effopd.distill.health import TOP_K, HealthProbe, Logits, health_metrics
 from effopd.distill.served.support import FLOOR, Outcomes, Support, divergence, outcomes, tail_of, with_tails
 from effopd.distill.served.teacher import ServedTeacher, scored_support
 from effopd.models.head import Head
 from effopd.models.token_batch import TokenBatch
-
-
-class AnswerKL(NamedTuple):
-    """Sums over an answer's tokens: reverse KL on the support, teacher's tail mass, `tail_kl`."""
-
-    kl: float = 0.0
-    tail_mass: float = 0.0
-    tail_kl: float = 0.0
 
 
 @torch.no_grad()
@@ -64,6 +56,7 @@ def kl_of_completions(
     pad_token_id: int,
     temperature: float,
     batch_size: int,
+    horizon: int = 0,
 ) -> list[AnswerKL]:
     """Reverse KL to a served teacher per answer; a lower bound of that over the vocabulary."""
     sums: list[AnswerKL] = []
@@ -74,7 +67,8 @@ def kl_of_completions(
         (at,) = outcomes_of(student, [batch], [asked], vocab_size=teacher.vocab_size, temperature=temperature)
         device = at.logp.device
         tail = tail_of(at, asked[0].to(device), asked[1].to(device))
-        parts = (batch.sums(value_N) for value_N in (divergence(at, 1.0), tail.teacher, tail.kl))
+        kl_N = divergence(at, 1.0)
+        parts = batch.sums(kl_N), batch.sums(kl_N, horizon), batch.sums(tail.teacher), batch.sums(tail.kl)
         sums += [AnswerKL(*each) for each in zip(*parts, strict=True)]
     return sums
 

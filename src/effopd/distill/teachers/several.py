@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from effopd.distill.divergence import gathered
+from effopd.distill.divergence import AnswerKL, gathered
 from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.kernels import divergence_kernel
 from effopd.errors import ConfigError, TaskError
@@ -290,15 +290,16 @@ def divergences_by_teacher(
 def kl_sums_by_teacher(
     student: Any, teachers: TeacherSet, unwrap: Callable, index: Sequence[int], prompts: Sequence[list[int]],
     answers: Sequence[list[int]], *, vocab_size: int, pad_token_id: int, temperature: float, batch_size: int,
-) -> list[float]:  # fmt: skip
-    """Reverse KL of each answer from its own teacher, in nats, summed over its tokens.
+    horizon: int = 0,
+) -> list[AnswerKL]:  # fmt: skip
+    """Reverse KL of each answer from its own teacher, and its part beyond `horizon` tokens.
 
     Args:
         index: indices of the rows' teachers. Rows are batched by teacher, so that few batches need
             several.
     """
     order = sorted(range(len(index)), key=lambda i: index[i])
-    sums = [0.0] * len(index)
+    sums = [AnswerKL()] * len(index)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = TokenBatch.of([prompts[i] for i in rows], [answers[i] for i in rows], pad_token_id)
@@ -307,6 +308,6 @@ def kl_sums_by_teacher(
         (value_N,) = divergences_by_teacher(
             student, [batch], targets, vocab_size=vocab_size, beta=1.0, temperature=temperature
         )
-        for i, value in zip(rows, batch.sums(value_N), strict=True):
-            sums[i] = value
+        for i, *each in zip(rows, batch.sums(value_N), batch.sums(value_N, horizon), strict=True):
+            sums[i] = AnswerKL(*each)
     return sums
