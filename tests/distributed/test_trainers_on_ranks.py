@@ -120,7 +120,13 @@ def test_rollouts_that_two_steps_share_survive_on_every_rank(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "more"), [("effopd", ()), ("line_search", ("--accumulate", 2)), ("line_search", ("--lora",))]
+    ("strategy", "more"),
+    [
+        ("effopd", ()),
+        ("line_search", ("--accumulate", 2)),
+        ("line_search", ("--lora",)),
+        ("line_search", ("--whole-share", 0.5)),
+    ],
 )
 def test_fsdp2_is_ddp_with_half_the_memory(strategy, more, shared):
     """Up to fp32 rounding: the gradient's norm, which it is clipped by, is summed shard by

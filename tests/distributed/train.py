@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of --rows prompts a step")
     parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
     parser.add_argument("--shard-teacher", action="store_true")
+    parser.add_argument("--whole-share", type=float, default=0, help="above 0: the other answers have 2 tokens")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = (
@@ -143,6 +144,8 @@ def main() -> None:
     if arguments.mode.startswith("zero"):
         deepspeed_without_kernels()
         host = {"deepspeed": zero_config(int(arguments.mode[-1]))}
+    if arguments.whole_share:
+        host |= {"rollout_horizon": "esr", "horizon_tokens": 2, "horizon_whole_share": arguments.whole_share}
     student = make_model(0)
     if arguments.by_path:
         folder = arguments.out / f"student-{rank()}-{os.getpid()}"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effopd.common.distributed import rank
+from effopd.common.distributed import all_gather_object, rank
 from effopd.distill.horizon import set_length
 from effopd.distill.scoring import WHOLE, token_batch, whole_count
 from effopd.distill.trl_host.hooks import DistillationHooks
@@ -61,19 +61,20 @@ class WholeAnswersMixin(DistillationHooks):
         ends = self.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         cut = [i for i in rows if len(answers[i]) == horizon and answers[i][-1] not in ends]
-        if not cut:
+        needed = max(all_gather_object(len(cut)))  # engines want as many prompts from every process
+        if not needed:
             return answers
-        logps = self._sampler_rows
+        logps, begun = self._sampler_rows, [prompt_ids[i] + answers[i] for i in (cut or rows[:1])]
         set_length(self, full - horizon)
         try:
-            rest = super().around_turn(generate, [prompt_ids[i] + answers[i] for i in cut], multimodal=multimodal)
+            rest = super().around_turn(generate, begun + begun[:1] * (needed - len(begun)), multimodal=multimodal)
         finally:
             set_length(self, horizon)
         answers = list(answers)
-        for i, more in zip(cut, rest, strict=True):
+        for i, more in zip(cut, rest, strict=False):
             answers[i] = answers[i] + more
         if logps is not None:
-            for i, more in zip(cut, self._sampler_rows or [None] * len(cut), strict=True):
+            for i, more in zip(cut, self._sampler_rows or [None] * len(cut), strict=False):
                 if (first := logps[i]) is not None:
                     logps[i] = [*first, *([] if more is None else more)]
             self._sampler_rows = logps
