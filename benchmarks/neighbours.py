@@ -108,6 +108,7 @@ METHODS = (
     Method("opsa", "OPSA", "2608.31046", "a control: no teacher; the advantage grows with the entropy"),
     Method(DGRPO, "dGRPO", "2605.12227", "answers are verified and reward matters as well as the teacher"),
     Method("esr", "ESR", "2605.27028", "sampling long answers dominates the cost"),
+    Method("esr_whole", "ESR, a quarter whole", "1905.07006", "as ESR, and the teacher differs late in the answer"),
     Method("prune", "Prune-OPD", "2605.07804", "long answers leave the teacher's support"),
     Method("clpd", "CLPD", "2605.11260", "teachers of several strengths exist"),
     Method("easy_first", "CLPD, order of prompts alone", "2605.11260", "difficulty varies much within the prompts"),
