@@ -107,8 +107,8 @@ METHODS = (
     Method("negative_advantage", "fixed negative advantage", "2608.31046", "a control: no teacher"),
     Method("opsa", "OPSA", "2608.31046", "a control: no teacher; the advantage grows with the entropy"),
     Method(DGRPO, "dGRPO", "2605.12227", "answers are verified and reward matters as well as the teacher"),
-    Method("esr", "ESR", "2605.27028", "sampling long answers dominates the cost"),
-    Method("esr_whole", "ESR, a quarter whole", "1905.07006", "as ESR, and the teacher differs late in the answer"),
+    Method("esr", "ESR", "2605.27028", "sampling dominates the cost, and the KL is in the first tokens"),
+    Method("esr_whole", "ESR, a quarter whole", "1905.07006", "as ESR, and part of the KL comes later"),
     Method("prune", "Prune-OPD", "2605.07804", "long answers leave the teacher's support"),
     Method("clpd", "CLPD", "2605.11260", "teachers of several strengths exist"),
     Method("easy_first", "CLPD, order of prompts alone", "2605.11260", "difficulty varies much within the prompts"),
@@ -131,6 +131,7 @@ class Page:
         self.runs = runs_of(results)
         self.tasks = list(dict.fromkeys(run.task for run in self.runs))
         self.planned = results["settings"].get("planned_runs")
+        self.teacher = results["settings"].get("base", {}).get("teacher_model_name_or_path")
         names = {run.strategy for run in self.runs}
         self.methods = [method for method in METHODS if names.intersection(_pair(method.arm))]
         self._envelopes: dict[tuple[str, str], Envelope] = {}
@@ -320,7 +321,7 @@ class Page:
                 for panel, axis in zip(row, axes, strict=True):
                     self._bars(panel, task, axis)
             panels[0][0].legend(loc="lower right")
-            title = f"Cost to {TARGETS[0]:.0%} of the starting KL: tuned plain OPD / method"
+            title = f"Cost to {TARGETS[0]:.0%} of the starting KL: tuned plain OPD / method, teacher {self.teacher}"
             note = "Best of the learning rates that were run; median over seeds. A cross: the method never reaches it."
             save(figure, path, title, note)
 

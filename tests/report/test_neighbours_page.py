@@ -218,7 +218,8 @@ def test_the_plan_of_the_other_teacher_has_the_settings_of_the_first():
     )
     rates = {f"{run.learning_rate:.2g}" for run in other.runs() if run.strategy != "plain"}
     assert rates == {"0.00015", "0.0003", "0.0006"}
-    own = ("rollouts", "curriculum_teachers", "learning_rate_factors")
+    assert other.strategies.keys() == first.strategies.keys()
+    own = ("rollouts", "traces", "curriculum_teachers", "learning_rate_factors")
     for name, settings in other.strategies.items():
         ours, theirs = ({k: v for k, v in s.items() if k not in own} for s in (settings, first.strategies[name]))
         assert ours == theirs, name
