@@ -27,7 +27,7 @@ class Sampler(DistillationHooks):
     """A host that answers every prompt with its entry of `ANSWERS`, up to the limit."""
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
-        self._sampler_rows = [[0.1] * 2 for _ in prompt_ids]
+        self.sampler_rows = [[0.1] * 2 for _ in prompt_ids]
         return [self._rest(prompt)[: self.max_completion_length] for prompt in prompt_ids]
 
     @staticmethod
@@ -83,7 +83,7 @@ def test_a_whole_row_is_its_answer_and_the_others_are_cut():
 def test_log_probabilities_continue_with_the_answer():
     host = Host(0.5)
     answers = host.around_turn(None, [[prompt] for prompt in ANSWERS], multimodal=False)
-    for answer, logps in zip(answers, host._sampler_rows, strict=True):
+    for answer, logps in zip(answers, host.sampler_rows, strict=True):
         assert len(logps) == (4 if len(answer) > HORIZON else 2)
 
 

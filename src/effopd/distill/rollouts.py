@@ -39,7 +39,7 @@ class RolloutMixin(DistillationHooks):
             CompatibilityError: vLLM is used and the student has rows that the teacher or reference
                 lacks.
         """
-        self._sampler_rows: list[Sequence[float | None] | None] | None = None
+        self.sampler_rows: list[Sequence[float | None] | None] | None = None
         if self.args.token_mask != "none":
             _ = self._special_groups  # raises
         unknown = tokens_beyond(self.accelerator.unwrap_model(self.model), self.vocab_size)
@@ -74,7 +74,7 @@ class RolloutMixin(DistillationHooks):
         if self._reads_engine:
             with engine_logps(self.vllm_generation) as rows:
                 answers = generate(prompt_ids)
-            self._sampler_rows = list(rows)
+            self.sampler_rows = list(rows)
             return answers
         if self.use_vllm:
             return generate(prompt_ids)
@@ -95,7 +95,7 @@ class RolloutMixin(DistillationHooks):
                 answers = generate(prompts)
             completions |= dict(zip(group, answers, strict=True))
         if logps:
-            self._sampler_rows = [logps.get(i) for i in range(len(prompt_ids))]
+            self.sampler_rows = [logps.get(i) for i in range(len(prompt_ids))]
         return [completions[i] for i in range(len(prompt_ids))]
 
     def decoding_models(self) -> list[Any]:
@@ -107,11 +107,11 @@ class RolloutMixin(DistillationHooks):
         return bool(self.model.training and self.health.due(self.state) and not self.tools)
 
     def around_rollouts(self, sample):
-        self._sampler_rows = None
+        self.sampler_rows = None
         output = sample()
-        if self._sampler_rows is not None:
-            output["sampler_logps"] = padded(self._sampler_rows, output["completion_ids"])
-        self._sampler_rows = None
+        if self.sampler_rows is not None:
+            output["sampler_logps"] = padded(self.sampler_rows, output["completion_ids"])
+        self.sampler_rows = None
         trained_BT = token_batch(output).scored_BT
         if self.args.token_mask == "first_special" and self.model.training:
             ids_BT = output["completion_ids"]

@@ -35,7 +35,7 @@ TOKEN_WEIGHT = "token_weight"
 class WholeAnswersMixin(DistillationHooks):
     """Mixed into `OPDTrainer`; does nothing at `horizon_whole_share` 0."""
 
-    _sampler_rows: list[Sequence[float | None] | None] | None
+    sampler_rows: list[Sequence[float | None] | None] | None
 
     def _open_whole_answers(self) -> None:
         """Check the run.
@@ -64,7 +64,7 @@ class WholeAnswersMixin(DistillationHooks):
         needed = max(all_gather_object(len(cut)))  # engines want as many prompts from every process
         if not needed:
             return answers
-        logps, begun = self._sampler_rows, [prompt_ids[i] + answers[i] for i in (cut or rows[:1])]
+        logps, begun = self.sampler_rows, [prompt_ids[i] + answers[i] for i in (cut or rows[:1])]
         set_length(self, full - horizon)
         try:
             rest = super().around_turn(generate, begun + begun[:1] * (needed - len(begun)), multimodal=multimodal)
@@ -74,10 +74,10 @@ class WholeAnswersMixin(DistillationHooks):
         for i, more in zip(cut, rest, strict=False):
             answers[i] = answers[i] + more
         if logps is not None:
-            for i, more in zip(cut, self._sampler_rows or [None] * len(cut), strict=False):
+            for i, more in zip(cut, self.sampler_rows or [None] * len(cut), strict=False):
                 if (first := logps[i]) is not None:
                     logps[i] = [*first, *([] if more is None else more)]
-            self._sampler_rows = logps
+        self.sampler_rows = logps
         return answers
 
     def around_rollouts(self, sample):

@@ -206,15 +206,15 @@ class EvaluationRecord(Record, prefix="eval_"):
     kl: Annotated[Number, Column("exact reverse KL to the teacher, mean over tokens", "nats per token")] = None
     kl_se: Annotated[Number, Column("standard error of `eval_kl` over prompts", "nats per token")] = None
     loss: Annotated[Number, Column("equal to `eval_kl`; without a task, the host's loss", "nats per token")] = None
-    kl_beyond_horizon: Annotated[
-        Number, Column("share of `eval_kl` on tokens beyond the horizon of the rollouts, with a rollout_horizon")
-    ] = None
     accuracy: Annotated[Number, Column("share of right answers, one sampled per prompt")] = None
     accuracy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
     accuracy_greedy: Annotated[Number, Column("share of right answers with greedy decoding (`--eval_greedy`)")] = None
     accuracy_greedy_low: Annotated[Number, Column("lower end of its 95 % interval")] = None
     accuracy_greedy_high: Annotated[Number, Column("upper end of its 95 % interval")] = None
+    kl_beyond_horizon: Annotated[
+        Number, Column("share of `eval_kl` on tokens beyond the horizon of the rollouts, with a rollout_horizon")
+    ] = None
     tail_mass: Annotated[
         Number, Column("`--teacher_server`, where `eval_kl` is a lower bound: the teacher's mass outside its top k")
     ] = None
