@@ -15,6 +15,8 @@ An interval over the matrices of one run describes how much the mean depends on 
 model happens to have. It does not describe another training run; that takes several seeds. The
 matrices of one model are not independent either.
 
+`share_of` rounds a share of a count up.
+
 Medians of speed-ups with runs that never reach the target are in `compare.paired`. The gate of a
 search is in `extrapolate.search`.
 """
@@ -224,3 +226,13 @@ def _without_nan(values: Iterable[float]) -> Values:
 
 def _mean(x: Values) -> float:
     return float(x.mean()) if len(x) else math.nan
+
+
+def share_of(count: int, share: float) -> int:
+    """⌈share · count⌉ without float error: 0.55 · 100 is 55.00000000000001.
+
+    Example:
+        >>> share_of(100, 0.55), share_of(3, 0.25)
+        (55, 1)
+    """
+    return math.ceil(round(share * count, 9))

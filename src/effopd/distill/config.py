@@ -344,12 +344,13 @@ class OPDConfig(
         share = self.horizon_whole_share
         if not 0 <= share < 1:
             raise ConfigError(f"horizon_whole_share is a share in [0, 1), got {share}.")
-        averaged = "an answer's mean over its tokens is not known for a cut one"
         wrong = {
             "rollout_horizon": (
                 self.rollout_horizon not in ("topd", "esr", "popd"), "it is read with topd, esr and popd only"
             ),
-            "loss_weighting": (self.loss_weighting == "answer", averaged),
+            "loss_weighting": (
+                self.loss_weighting == "answer", "an answer's mean over its tokens is not known for a cut one"
+            ),
             "highest_entropy_share": (self.highest_entropy_share < 1, "it takes a share of each answer's tokens"),
             "loss_type": (self.loss_type == "negative_advantage", "this loss takes no token weights"),
             "lmbda": (self.lmbda < 1, "given answers are not sampled"),

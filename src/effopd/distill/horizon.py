@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from effopd.common.statistics import share_of
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.trl_host.state import log_metrics
 from effopd.extrapolate.effopd import EffOPD
@@ -29,11 +30,6 @@ logger = logging.getLogger(__name__)
 MOST = 0.5
 
 
-def _exact(value: float) -> float:
-    """Round away float error: 0.55 · 100 is 55.00000000000001, and `ceil` makes that 56."""
-    return round(value, 9)
-
-
 def topd(max_length: int, fraction: float) -> int:
     """H = ⌈ρ · T_max⌉ tokens, at least 1.
 
@@ -41,7 +37,7 @@ def topd(max_length: int, fraction: float) -> int:
         >>> topd(24, 0.25)
         6
     """
-    return max(1, math.ceil(_exact(fraction * max_length)))
+    return max(1, share_of(max_length, fraction))
 
 
 def esr(max_length: int, tokens: int) -> int:
@@ -68,8 +64,8 @@ def popd(step: int, total_steps: int, max_length: int, start: float, stages: int
         >>> [popd(step, 16, 16, 0.5, 2, 0.5) for step in range(10)]
         [8, 8, 8, 8, 12, 12, 12, 12, 16, 16]
     """
-    done = min(stages, math.floor(_exact(stages * step / max(1.0, growth * total_steps))))
-    return max(1, min(max_length, math.ceil(_exact(max_length * (start + (1 - start) * done / stages)))))
+    done = min(stages, math.floor(round(stages * step / max(1.0, growth * total_steps), 9)))
+    return max(1, min(max_length, share_of(max_length, start + (1 - start) * done / stages)))
 
 
 def set_length(trainer: Any, length: int) -> None:
@@ -131,16 +127,13 @@ class HorizonCallback(TrainerCallback):
         if step > 0 and self._changed(step, last):
             for look_ahead in look_aheads(self._trainer):
                 look_ahead.reanchor(step)
-        self._set(length)
+        set_length(self._trainer, length)
         log_metrics(self._trainer, {"horizon": float(length)})
 
     def on_step_end(self, args, state, control, **kwargs):
         """Restore the full length for generation between steps."""
-        self._set(self._args.max_completion_length)
+        set_length(self._trainer, self._args.max_completion_length)
 
     def _changed(self, step: int, total_steps: int) -> bool:
         """Whether the length after `step` differs too much from that of the look-ahead's anchor."""
         return self.length(step, total_steps) != self.length(step - 1, total_steps)
-
-    def _set(self, length: int) -> None:
-        set_length(self._trainer, length)

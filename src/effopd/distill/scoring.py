@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from effopd.common.distributed import rank, world_size
+from effopd.common.statistics import share_of
 from effopd.distill.divergence import MULTIMODAL_KEYS, divergences, shared_vocab_size
 from effopd.distill.search_kl import Target, in_float32_on_cpu
 from effopd.distill.teachers.divergence import DivergenceByTeacher
@@ -112,20 +112,10 @@ def wanted_rollouts(args: Any, rollouts: float) -> int:
     return int(rollouts) if rollouts >= 1 else min(max(int(rollouts_per_step(args) * rollouts), FEWEST), MOST)
 
 
-def whole_count(answers: int, share: float) -> int:
-    """Number of whole answers among those of a process: `horizon_whole_share`, rounded up.
-
-    Example:
-        >>> whole_count(32, 0.25), whole_count(3, 0.25)
-        (8, 1)
-    """
-    return math.ceil(round(share * answers, 9))
-
-
 def comparable_rollouts(args: Any) -> int:
     """Number of rollouts per step that a search can score: the whole ones, if some are cut."""
     sampled, share = rollouts_per_step(args), getattr(args, "horizon_whole_share", 0.0)
-    return args.world_size * whole_count(sampled // args.world_size, share) if share else sampled
+    return args.world_size * share_of(sampled // args.world_size, share) if share else sampled
 
 
 def check_rollouts(args: Any, rollouts: float) -> None:

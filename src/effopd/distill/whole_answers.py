@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from effopd.common.distributed import all_gather_object, rank
+from effopd.common.statistics import share_of
 from effopd.distill.horizon import set_length
-from effopd.distill.scoring import WHOLE, token_batch, whole_count
+from effopd.distill.scoring import WHOLE, token_batch
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.errors import ConfigError
 
@@ -56,7 +57,7 @@ class WholeAnswersMixin(DistillationHooks):
         if not args.horizon_whole_share or not self.model.training or horizon >= full:
             return answers
         chosen = random.Random(f"{args.seed} {self.state.global_step} {rank()}")
-        rows = sorted(chosen.sample(range(len(answers)), whole_count(len(answers), args.horizon_whole_share)))
+        rows = sorted(chosen.sample(range(len(answers)), share_of(len(answers), args.horizon_whole_share)))
         self._whole = rows, horizon
         ends = self.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
