@@ -24,6 +24,7 @@ ANY_TEXT = {
     "reference_model_name_or_path",
     "model_revision",
     "teacher_model_revision",
+    "reference_model_revision",
     "run_name",
     "project",
     "trackio_space_id",

@@ -76,3 +76,13 @@ def test_the_plan_counts_the_models_as_they_are_loaded(built, tmp_path):
     rows = plan(flags, tmp_path)
     assert "(0.436 M parameters" in rows["student"] and "(0.83 M parameters" in rows["teacher"]
     assert built.count("meta") == 2
+
+
+def test_the_plan_gives_the_length_of_rollouts(tmp_path):
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 24}
+    batch = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    esr = ["--rollout_horizon", "esr", "--horizon_tokens", "6", "--horizon_whole_share", "0.3"]
+    text = plan([*PAIR, *batch, *esr], tmp_path)["rollout horizon"]
+    assert text == "esr: the first 6 of 24 tokens; whole answers: 3 of 8 per process"
+    popd = ["--rollout_horizon", "popd", "--horizon_start", "0.25"]
+    assert plan([*PAIR, *batch, *popd], tmp_path)["rollout horizon"] == "popd: the first 6 tokens, growing to 24"

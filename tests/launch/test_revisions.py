@@ -16,11 +16,12 @@ from helpers.tiny_models import make_model, make_tokenizer
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
+from effopd.commands.evaluate import run_eval
 from effopd.commands.main import main
 from effopd.commands.rl import parse_rl
 from effopd.commands.train import parse_train
 from effopd.common.files import read_rows
-from effopd.errors import CompatibilityError
+from effopd.errors import CompatibilityError, ConfigError
 from effopd.launch.dry_run import plan_tables
 from effopd.launch.memory_estimate import sizes_of
 from effopd.launch.model_size import model_size
@@ -101,6 +102,31 @@ def test_the_reference_and_other_teachers_of_a_curriculum_are_read_at_main(publi
     assert {entry.name: entry.revision for entry in entries} == {
         "org/teacher": commit("org/teacher", "v3"), "org/other": commit("org/other", "main")
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_reference_is_read_at_its_own_revision(publish):
+    publish("org/student", "v2")
+    publish("org/teacher", "v3", seed=1)
+    publish("org/other", "v4", seed=2)
+    reference = ["--reference_model_name_or_path", "org/other", "--lambda_extrapolation", "1.25"]
+    settings = parse_train([*STUDENT, *TEACHER, *RUN, *reference, "--reference_model_revision", "v4"])
+    check_models_of(settings)
+    trainer = build_trainer(settings)
+    read = trainer.accelerator.unwrap_model(trainer.reference_model).get_input_embeddings().weight
+    assert torch.equal(read, make_model(2).get_input_embeddings().weight)
+    with pytest.raises(ConfigError, match="reference_model_revision='v4' has no effect"):
+        parse_train([*STUDENT, *TEACHER, *RUN, "--reference_model_revision", "v4"])
+
+
+@pytest.mark.slow
+def test_accuracy_of_a_revision(publish, tmp_path):
+    publish("org/student", "v2")
+    flags = ["--model", "org/student", "--eval_task", "math:rows.jsonl", "--max_new_tokens", "4"]
+    assert main(["eval", *flags, "--model_revision", "v2", "--output", "answers.jsonl"]) == 0
+    assert json.loads((tmp_path / "answers.summary.json").read_text())["model_revision"] == "v2"
+    with pytest.raises(CompatibilityError):
+        run_eval(flags)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ class EvalArguments:
     model: str = field(
         metadata={"help": "Model folder or Hub id, or testbed:student, testbed:teacher or testbed:smollm2."}
     )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of a model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the weights: auto, float32, bfloat16, …"})
     trust_remote_code: bool = field(default=False, metadata={"help": "Allow code from the model's repository."})
     output: str | None = field(
@@ -94,7 +95,7 @@ def run_eval(argv: Sequence[str]) -> int:
     arguments, sampling, task_config = parsed_as_trained(eval_parser(), argv)
     arguments.model = resolve_model(arguments.model)
     check_model_name("--model", arguments.model)
-    load = {"trust_remote_code": arguments.trust_remote_code}
+    load = {"trust_remote_code": arguments.trust_remote_code, "revision": arguments.model_revision or "main"}
     with quiet_hosts(bars=True):
         tokenizer = load_tokenizer("--model", arguments.model, **load)
         task = load_task(task_config, "eval", why="Answers are needed to tell right from wrong.")
@@ -190,7 +191,8 @@ def _write(result: EvalResult, arguments: EvalArguments, task: str, temperature:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in result.rows())
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    summary = {"model": arguments.model, "task": task, "temperature": temperature, **result.summary()}
+    revision = {} if arguments.model_revision is None else {"model_revision": arguments.model_revision}
+    summary = {"model": arguments.model, **revision, "task": task, "temperature": temperature, **result.summary()}
     target = path.with_suffix(".summary.json")
     write_atomically(target, lambda temporary: temporary.write_text(json.dumps(summary, indent=2)))
     print(f"answers: {path}\nsummary: {target}")

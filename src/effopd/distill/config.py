@@ -210,6 +210,9 @@ class OPDConfig(
             "independent of the look-ahead's anchor."
         },
     )
+    reference_model_revision: str | None = field(
+        default=None, metadata={"help": "Revision of a reference model on the Hub."}
+    )
     rollout_horizon: str = field(
         default="full",
         metadata={
@@ -303,6 +306,11 @@ class OPDConfig(
 
     def _check_extrapolation(self) -> None:
         exopd, reference = self.lambda_extrapolation, self.reference_model_name_or_path
+        if exopd == 1 and self.reference_model_revision is not None:
+            raise ConfigError(
+                f"reference_model_revision={self.reference_model_revision!r} has no effect with "
+                "lambda_extrapolation=1, which reads no reference. Leave it out."
+            )
         if not 0 < exopd < float("inf"):
             raise ConfigError(f"lambda_extrapolation must be above 0 and finite, got {exopd}. 1 is plain OPD.")
         if exopd == 1 and reference is not None:

@@ -83,6 +83,21 @@ def look_aheads(trainer: Any) -> Iterator[EffOPD]:
             yield callback.look_ahead
 
 
+def horizon_length(args: Any, step: int, total_steps: int) -> int:
+    """Maximum number of tokens per rollout in the step after `step`.
+
+    Args:
+        args: an `OPDConfig` whose `rollout_horizon` is `topd`, `esr` or `popd`.
+    """
+    if args.rollout_horizon == "topd":
+        return topd(args.max_completion_length, args.horizon_fraction)
+    if args.rollout_horizon == "esr":
+        return esr(args.max_completion_length, args.horizon_tokens)
+    return popd(
+        step, total_steps, args.max_completion_length, args.horizon_start, args.horizon_stages, args.horizon_growth
+    )
+
+
 class HorizonCallback(TrainerCallback):
     """Sets the rollout length before each step; `OPDTrainer` adds it.
 
@@ -111,14 +126,7 @@ class HorizonCallback(TrainerCallback):
 
     def length(self, step: int, total_steps: int) -> int:
         """Maximum number of tokens per rollout in the step after `step`."""
-        args = self._args
-        if args.rollout_horizon == "topd":
-            return topd(args.max_completion_length, args.horizon_fraction)
-        if args.rollout_horizon == "esr":
-            return esr(args.max_completion_length, args.horizon_tokens)
-        return popd(
-            step, total_steps, args.max_completion_length, args.horizon_start, args.horizon_stages, args.horizon_growth
-        )
+        return horizon_length(self._args, step, total_steps)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Set the length before the rollouts of a step; take a new anchor if it changed."""

@@ -14,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from effopd.common.statistics import share_of
+from effopd.distill.horizon import horizon_length
 from effopd.distill.residuals import residualized
 from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
 from effopd.launch.memory_estimate import (
@@ -143,7 +145,7 @@ def _run_rows(settings: RunSettings, checked: _Checked, sizes: RunSizes) -> Iter
         f"answers up to {opd.max_completion_length} tokens",
     )
     if opd.rollout_horizon != "full":
-        yield "rollout horizon", opd.rollout_horizon
+        yield "rollout horizon", horizon_text(opd)
     if opd.curriculum != "none":
         yield "curriculum", _curriculum_text(opd)
     yield "length", length_text(opd)
@@ -151,6 +153,19 @@ def _run_rows(settings: RunSettings, checked: _Checked, sizes: RunSizes) -> Iter
     yield "written to", str(opd.output_dir)
     if unchecked := unchecked_text(rows, _models_on_disk(settings)):
         yield "not checked", unchecked
+
+
+def horizon_text(args: Any) -> str:
+    """Length of rollouts: `esr: the first 6 of 24 tokens; whole answers: 2 of 8 per process`."""
+    text, last = args.rollout_horizon, args.max_completion_length
+    if text in ("esr", "topd"):
+        text += f": the first {horizon_length(args, 0, 1)} of {last} tokens"
+    elif text == "popd":
+        text += f": the first {horizon_length(args, 0, 1)} tokens, growing to {last}"
+    if args.horizon_whole_share:
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        text += f"; whole answers: {share_of(rows, args.horizon_whole_share)} of {rows} per process"
+    return text
 
 
 def length_text(args: Any) -> str:

@@ -30,6 +30,7 @@ from effopd.launch.optimizer_checks import check_copies
 from effopd.launch.prompts import evaluates, evaluation_flag, load_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
+    REFERENCE,
     STAGES,
     STUDENT,
     NamedModel,
@@ -147,7 +148,7 @@ def model_names(settings: RunSettings) -> dict[str, str | None]:
     names |= {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
     names |= {f"{STAGES} ({stage})": name for stage, name in opd.stage_teachers.items()}
     if opd.reference_model_name_or_path is not None:
-        names["--reference_model_name_or_path"] = opd.reference_model_name_or_path
+        names[REFERENCE] = opd.reference_model_name_or_path
     return names
 
 

@@ -61,7 +61,7 @@ def frozen_on_meta(
     built = {(student.name, revision_of(student_init)): student} if _same_model(init, student_init) else {}
     models = []
     for flag, name in names.items():
-        own = loading_of(flag, init)
+        own = loading_of(flag, init, args)
         key = (name, revision_of(own))
         if key not in built:
             built[key] = on_meta(flag, name, own, args)
@@ -113,7 +113,8 @@ def run_sizes(model: ModelConfig, frozen: Mapping[str, str], args: Any, models: 
     init, other = loading_arguments(model, args)
     names = {STUDENT: str(model.model_name_or_path), **frozen}
     keys = {
-        flag: (name, revision_of(init if flag == STUDENT else loading_of(flag, other))) for flag, name in names.items()
+        flag: (name, revision_of(init if flag == STUDENT else loading_of(flag, other, args)))
+        for flag, name in names.items()
     }
     built = {each.flag: size_of_model(each.meta) for each in models}
     known = {
@@ -146,7 +147,7 @@ def tokenizer_of(model: ModelConfig, others: Mapping[str, str], args: Any) -> An
     tokenizer = load_tokenizer(name, revision=own, **load)
     check_generation_config(name, revision=own)
     for flag, other in others.items():
-        theirs = own if flag == STUDENT else revision_of(loading_of(flag, frozen))
+        theirs = own if flag == STUDENT else revision_of(loading_of(flag, frozen, args))
         check_models(name, other, tokenizer, revisions=(own, theirs), **load)
     return tokenizer
 
@@ -174,17 +175,19 @@ def adapter_of(model: ModelConfig, args: Any) -> Any:
     return config
 
 
-def loading_of(flag: str, frozen: Mapping[str, Any]) -> dict[str, Any]:
+def loading_of(flag: str, frozen: Mapping[str, Any], args: Any) -> dict[str, Any]:
     """Loading arguments of one frozen model.
 
-    A revision is that of the teacher of evaluations, so the reference and the other teachers of a
-    curriculum have none.
+    The teacher's revision is that of the teacher of evaluations. The reference has its own flag,
+    and the other teachers of a curriculum have none.
 
     Args:
         flag: the flag that names the model.
         frozen: the loading arguments of the frozen models.
     """
-    drop = "revision" if flag.startswith(("--reference", STAGES)) else ""
+    if flag.startswith(REFERENCE):
+        return {**frozen, "revision": args.reference_model_revision}
+    drop = "revision" if flag.startswith(STAGES) else ""
     return {name: value for name, value in frozen.items() if name != drop}
 
 
@@ -197,6 +200,8 @@ def revision_of(init: Mapping[str, Any]) -> str:
 STUDENT = "--model_name_or_path"
 #: Flag of the teachers of which one at a time is in memory.
 STAGES = "--curriculum_teachers"
+#: Flag of ExOPD's reference.
+REFERENCE = "--reference_model_name_or_path"
 
 
 def frozen_models(opd: Any) -> dict[str, str]:

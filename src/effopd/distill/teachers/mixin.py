@@ -93,7 +93,9 @@ class TeachersMixin(DistillationHooks):
     def _prepare_frozen(self, source: Source, role: str) -> Any:
         """Load, freeze and place the teacher or the reference, in eval mode and its own dtype."""
         init = teacher_loading(self.args, self.args.teacher_model_init_kwargs or {})
-        if role == "reference" or (self.args.curriculum_teachers and source != self._evaluated_by):
+        if role == "reference":
+            init["revision"] = self.args.reference_model_revision or "main"
+        elif self.args.curriculum_teachers and source != self._evaluated_by:
             init.pop("revision", None)  # of the teacher of evaluations
         elif self.args.teacher_model_init_kwargs is not None and not isinstance(source, str):
             raise ConfigError("teacher_model_init_kwargs is for a teacher given by path; got a model object.")
