@@ -12,10 +12,12 @@ Nothing is run. Two comparisons:
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from rivals import FEW_SHARES, Cost, Hindsight, costs, heads, priced, steps_table
+from rivals import FEW_SHARES, Cost, Hindsight, costs, heads, priced, run_cost, steps_table
 
 from effopd.compare.cross_targets import across, runs_of
 from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, times
@@ -30,8 +32,32 @@ def reuse_blocks(results: Mapping[str, Any]) -> dict[str, str]:
     return {
         "reuse": reuse_table(results, priced),
         "reuse, sampled tokens": reuse_table(results, costs()["sampled tokens"]),
+        "reuse, searches": searches_table(results),
         "reuse, steps": steps_table(results, FEW_SHARES),
     }
+
+
+def searches_table(results: Mapping[str, Any]) -> str:
+    """Share of the look-ahead's net seconds in searches, to every target; all rates and seeds."""
+    look, rows = Lookup(results), []
+    for task in look.tasks:
+        for arm in dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE)):
+            runs = [run for name, rate in look.arms if name == arm for run in look.runs(task, (name, rate))]
+            cells = []
+            for share in FEW_SHARES:
+                spent = [
+                    [
+                        run_cost(run, share, lambda curve, axis=axis: curve[axis])
+                        for axis in ("search_seconds", "seconds")
+                    ]
+                    for run in runs
+                ]
+                shares = [100 * search / net for search, net in spent if math.isfinite(net)]
+                cells.append(
+                    f"{statistics.median(shares):.0f} ({min(shares):.0f}–{max(shares):.0f})" if shares else "–"
+                )
+            rows.append([f"`{task.split(':')[1]}`", arm.removeprefix(REUSE + PROMPTS), str(len(runs)), *cells])
+    return table(["task", "prompts", "runs", *heads(FEW_SHARES)], rows)
 
 
 def reuse_table(results: Mapping[str, Any], cost: Cost) -> str:

@@ -121,7 +121,9 @@ def steps_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_SHAR
         for strategy, rate in look.arms:
             runs = look.runs(task, (strategy, rate))
             if runs:
-                cells = [_median([_cost(run, share, lambda curve: curve["step"]) for run in runs]) for share in shares]
+                cells = [
+                    _median([run_cost(run, share, lambda curve: curve["step"]) for run in runs]) for share in shares
+                ]
                 rows.append(
                     [f"`{task.split(':')[1]}`", f"`{strategy}`", factor(rate, look.reference), str(len(runs)), *cells]
                 )
@@ -199,7 +201,9 @@ class Hindsight:
         key = task, arm, share
         if key not in self._known:
             runs = self._look.runs(task, arm)
-            self._known[key] = statistics.median([_cost(run, share, self._cost) for run in runs]) if runs else math.inf
+            self._known[key] = (
+                statistics.median([run_cost(run, share, self._cost) for run in runs]) if runs else math.inf
+            )
         return self._known[key]
 
     def best(self, task: str, share: float) -> tuple[float, Arm | None]:
@@ -228,7 +232,8 @@ class Hindsight:
         return "none" if arm is None or math.isinf(cost) else f"`{arm[0]}` {factor(arm[1], self._look.reference)}"
 
 
-def _cost(run: Mapping[str, Any], share: float, cost: Cost) -> float:
+def run_cost(run: Mapping[str, Any], share: float, cost: Cost) -> float:
+    """Cost of a run to a share of its starting KL (trailing median of three); ∞: never reached."""
     curve = run["curve"]
     kl = smooth(curve["kl"])
     reached = (

@@ -234,3 +234,12 @@ def test_variants_have_a_table_of_their_own(results):
     assert cells[1:4] == ["`look`", "`brief`", "3e-05"]
     assert 0.4 < float(cells[4].split("×")[0]) < 0.6
     assert cells[-1].startswith("+0.0")
+
+
+@pytest.mark.parametrize(("error", "shown"), [(0.1, True), (0.0, False)])
+def test_the_precision_of_the_kl_is_that_of_the_evaluation_at_the_target(error, shown, results):
+    known = copy.deepcopy(results)
+    for each in known["runs"]:
+        each["curve"]["kl_se"] = [error * kl for kl in each["curve"]["kl"]]
+    page = render(known, {})
+    assert ("| sums | 10% (" in page) is shown and ("## Precision" in page) is shown

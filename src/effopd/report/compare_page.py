@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from effopd.compare.axes import axis_name
-from effopd.report import compare_answers, compare_envelope, compare_gate, compare_tables
+from effopd.report import compare_answers, compare_envelope, compare_gate, compare_precision, compare_tables
 from effopd.report.compare_lookup import ALL, Lookup, Results
 from effopd.report.compare_method import method
 from effopd.report.pages import markdown_template
@@ -42,6 +42,7 @@ def render(results: Results, figures: Mapping[str, str]) -> str:
         tables=compare_tables,
         gate=compare_gate,
         envelope=compare_envelope,
+        precision=compare_precision.precision_table(lookup),
         axis_name=axis_name,
         described=described,
         method=method(lookup),
