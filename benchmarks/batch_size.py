@@ -3,7 +3,8 @@
 Nothing is run. Two comparisons:
 
 - docs/batch_sizes/results.json: 8 to 32 prompts per batch of rollouts, with reuse
-  (recipes/compare-batch-sizes.yaml).
+  (recipes/compare-batch-sizes.yaml), and docs/tail/results.json: the same seeds with 1024 held-out
+  prompts (recipes/compare-tail.yaml).
 - docs/results.json with 256 prompts per step against docs/ablation/results.json with 32: the same
   models, tasks, seeds and held-out prompts. The target is the final KL of plain OPD with the large
   batch at the reference learning rate. Speed-ups are over `line_search` with the large batch from
@@ -25,6 +26,8 @@ from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, time
 STRATEGIES = ("plain", "line_search")
 #: Arm with reuse, and what precedes the number of prompts in the names of its plan.
 REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
+#: Targets of the comparison with more held-out prompts.
+TAIL_SHARES = (0.25, 0.1, 0.05, 0.025)
 
 
 def reuse_blocks(results: Mapping[str, Any]) -> dict[str, str]:
@@ -35,6 +38,33 @@ def reuse_blocks(results: Mapping[str, Any]) -> dict[str, str]:
         "reuse, searches": searches_table(results),
         "reuse, steps": steps_table(results, FEW_SHARES),
     }
+
+
+def tail_blocks(results: Mapping[str, Any], batch_sizes: Mapping[str, Any]) -> dict[str, str]:
+    """Blocks on the last targets: the same arms and seeds with more and fewer held-out prompts.
+
+    Args:
+        results: docs/tail/results.json.
+        batch_sizes: docs/batch_sizes/results.json.
+    """
+    made = {run_key(run) for run in results["runs"]}
+    few = {**batch_sizes, "runs": [run for run in batch_sizes["runs"] if run_key(run) in made]}
+    rows = []
+    for grid in (results, few):
+        prompts, known, look = grid["settings"]["base"]["eval_size"], Hindsight(grid, priced), Lookup(grid)
+        for task in look.tasks:
+            for arm in dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE)):
+                cells = (known.ratios(task, arm, share) for share in TAIL_SHARES)
+                rows.append([f"`{task.split(':')[1]}`", str(prompts), arm.removeprefix(REUSE + PROMPTS), *cells])
+            rows.append([f"`{task.split(':')[1]}`", str(prompts), "fastest",
+                         *(known.opponent(task, share) for share in TAIL_SHARES)])  # fmt: skip
+    head = ["task", "held-out prompts", "prompts per batch", *heads(TAIL_SHARES)]
+    return {"tail": table(head, rows), "tail, steps": steps_table(results, TAIL_SHARES)}
+
+
+def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What identifies a run in grids of the same arms."""
+    return run["task"], run["strategy"], run["learning_rate"], run["seed"]
 
 
 def searches_table(results: Mapping[str, Any]) -> str:

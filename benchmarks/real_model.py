@@ -1,6 +1,8 @@
-"""Tables and figure of docs/real_model.md, from the JSON files in docs/real_model/.
+"""Tables and figures of docs/real_model.md, from the JSON files in docs/real_model/.
 
     effopd compare --report runs/compare-smollm2 --out docs/real_model
+    effopd compare --report runs/compare-smollm2-tuned --out docs/real_model/tuned \\
+        --prices recipes/prices/1.7b-8b-1xh100.yaml
     cp runs/smollm2/chain_sum/sft/card.json docs/real_model/chain_sum-sft.json     # products, too
     .venv/bin/effopd eval --model runs/smollm2/chain_sum/teacher --eval_size 200 --batch_size 50 \\
         --output runs/smollm2/chain_sum/eval.jsonl
@@ -15,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pages import DOCS, rewrite
+from rivals import steps_table
 
 from effopd.compare.cross_targets import runs_of
 from effopd.compare.envelope import Envelope
@@ -31,6 +35,8 @@ from effopd.report.style import group_colors, quiet_style, save
 
 PLACE = DOCS / "real_model"
 STEPS = (6, 12, 18, 24)
+#: The same for the comparison with tuned rivals.
+TUNED_STEPS = (6, 12, 18, 24, 30)
 #: Targets of the tables, as shares of the KL at step 0.
 SHARES = (0.5, 0.25, 0.1, 0.05)
 #: Runs without look-ahead; the best-tuned of their arms is the opponent. A plan can name others.
@@ -44,9 +50,11 @@ class Page:
 
     Args:
         results: content of results.json.
+        steps: steps of the tables of the KL.
     """
 
-    def __init__(self, results: Mapping[str, Any]):
+    def __init__(self, results: Mapping[str, Any], steps: Sequence[int] = STEPS):
+        self.steps = steps
         self.runs = runs_of(results)
         self.baselines = results["settings"].get("baselines") or BASELINES
         self.tasks = list(dict.fromkeys(run.task for run in self.runs))
@@ -67,12 +75,12 @@ class Page:
                     ends = [run.evaluations[-1] for run in runs]
                     rows.append([
                         task.split(":")[1], *_names(arm), str(len(runs)),
-                        *(_spread([_kl(run, step) for run in runs], ".3f") for step in (0, *STEPS)),
+                        *(_spread([_kl(run, step) for run in runs], ".3f") for step in (0, *self.steps)),
                         _spread([end.accuracy for end in ends], ".2f"),
                         _spread([end.costs.net_seconds for end in ends], ".0f"),
                         _spread([100 * run.search_share() for run in runs], ".0f"),
                     ])  # fmt: skip
-        head = ["task", "strategy", "learning rate", "seeds", "start", *(f"step {step}" for step in STEPS)]
+        head = ["task", "strategy", "learning rate", "seeds", "start", *(f"step {step}" for step in self.steps)]
         return table([*head, "accuracy at the end", "net seconds", "search, %"], rows)
 
     def speed_table(self, axis: str) -> str:
@@ -153,6 +161,19 @@ class Page:
         )  # fmt: skip
 
 
+def tuned_blocks(results: Mapping[str, Any]) -> dict[str, str]:
+    """Blocks of the comparison with tuned rivals.
+
+    Args:
+        results: content of tuned/results.json.
+    """
+    blocks = {}
+    for seed in sorted({run["seed"] for run in results["runs"]}):
+        page = Page({**results, "runs": [run for run in results["runs"] if run["seed"] == seed]}, TUNED_STEPS)
+        blocks[f"tuned, seed {seed}"] = page.kl_table()
+    return {**blocks, "tuned, steps": steps_table(results, SHARES)}
+
+
 def pairs_table(cards: Mapping[str, Mapping[str, Any]], teachers: Mapping[str, Mapping[str, Any]]) -> str:
     """Sampled accuracies of the student, the supervised start and the GRPO teacher.
 
@@ -184,7 +205,9 @@ def _kl(run: GridRun, step: int) -> float:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """Median with the range over seeds: `0.52 (0.50–0.55)`."""
+    """Median with the range over seeds: `0.52 (0.50–0.55)`; – if one is missing."""
+    if any(map(math.isnan, values)):
+        return "–"
     texts = [f"{value:{form}}" for value in (statistics.median(values), min(values), max(values))]
     return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]}–{texts[2]})"
 
@@ -201,7 +224,10 @@ def main() -> None:
     tasks = ("chain_sum", "products")
     cards = {task: _json(f"{task}-sft.json") for task in tasks}
     teachers = {task: _json(f"{task}-teacher.json") for task in tasks if (PLACE / f"{task}-teacher.json").exists()}
-    rewrite(DOCS / "real_model.md", {"pairs": pairs_table(cards, teachers), **page.blocks()})
+    rewrite(
+        DOCS / "real_model.md",
+        {"pairs": pairs_table(cards, teachers), **page.blocks(), **tuned_blocks(_json("tuned/results.json"))},
+    )
     if arguments.figure:
         page.draw()
 
