@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from rivals import FEW_SHARES, Cost, Hindsight, costs, heads, priced, run_cost, steps_table
+from rivals import FEW_SHARES, Cost, Hindsight, costs, ends_table, heads, priced, run_cost, steps_table
 
 from effopd.compare.cross_targets import across, runs_of
 from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, times
@@ -59,7 +59,11 @@ def tail_blocks(results: Mapping[str, Any], batch_sizes: Mapping[str, Any]) -> d
             rows.append([f"`{task.split(':')[1]}`", str(prompts), "fastest",
                          *(known.opponent(task, share) for share in TAIL_SHARES)])  # fmt: skip
     head = ["task", "held-out prompts", "prompts per batch", *heads(TAIL_SHARES)]
-    return {"tail": table(head, rows), "tail, steps": steps_table(results, TAIL_SHARES)}
+    return {
+        "tail": table(head, rows),
+        "tail, steps": steps_table(results, TAIL_SHARES),
+        "tail, ends": ends_table(results),
+    }
 
 
 def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
