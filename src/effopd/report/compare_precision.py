@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -38,7 +39,8 @@ def errors_at(curve: Row, shares: Sequence[float]) -> list[float | None]:
 
 
 def _errors(curve: Row, share: float) -> Iterator[float | None]:
-    kls, errors = curve["kl"], curve.get("kl_se") or [None] * len(curve["kl"])
+    kls = [math.inf if kl is None else kl for kl in curve["kl"]]  # None: diverged
+    errors = curve.get("kl_se") or [None] * len(kls)
     for value, kl, error in list(zip(smooth(kls), kls, errors, strict=True))[1:]:
-        if value <= share * kls[0]:
+        if value <= share * kls[0] and math.isfinite(kl):
             yield error / kl if error and kl else None  # 0: not recorded
