@@ -71,6 +71,12 @@ def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
     return run["task"], run["strategy"], run["learning_rate"], run["seed"]
 
 
+def search_percent(curve: Mapping[str, Any]) -> list[float]:
+    """Share of the net seconds in searches at every evaluation of a curve, in %."""
+    pairs = zip(curve["search_seconds"], curve["seconds"], strict=True)
+    return [100 * search / net if net else 0.0 for search, net in pairs]
+
+
 def searches_table(results: Mapping[str, Any]) -> str:
     """Share of the look-ahead's net seconds in searches, to every target; all rates and seeds."""
     look, rows = Lookup(results), []
@@ -79,14 +85,7 @@ def searches_table(results: Mapping[str, Any]) -> str:
             runs = [run for name, rate in look.arms if name == arm for run in look.runs(task, (name, rate))]
             cells = []
             for share in FEW_SHARES:
-                spent = [
-                    [
-                        run_cost(run, share, lambda curve, axis=axis: curve[axis])
-                        for axis in ("search_seconds", "seconds")
-                    ]
-                    for run in runs
-                ]
-                shares = [100 * search / net for search, net in spent if math.isfinite(net)]
+                shares = [value for run in runs if math.isfinite(value := run_cost(run, share, search_percent))]
                 cells.append(
                     f"{statistics.median(shares):.0f} ({min(shares):.0f}–{max(shares):.0f})" if shares else "–"
                 )

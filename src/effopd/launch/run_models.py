@@ -184,6 +184,7 @@ def loading_of(flag: str, frozen: Mapping[str, Any], args: Any) -> dict[str, Any
     Args:
         flag: the flag that names the model.
         frozen: the loading arguments of the frozen models.
+        args: settings of the run, with the revision of the reference.
     """
     if flag.startswith(REFERENCE):
         return {**frozen, "revision": args.reference_model_revision}
