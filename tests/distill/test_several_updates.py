@@ -1,4 +1,4 @@
-"""Several optimizer steps per batch of rollouts: what is sampled, charged, refused and resumed."""
+"""Several optimizer steps per batch of rollouts: what is sampled, replayed, charged and resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from transformers import TrainerCallback
 
 from effopd import EffOPDCallback, EffOPDConfig, OPDConfig
 from effopd.common.files import read_rows
+from effopd.distill.divergence import Predictions
+from effopd.distill.replay import ReplayBuffer
+from effopd.distill.teachers.kept import kept_or_made, without_kept
+from effopd.distill.teachers.several import Part
 from effopd.errors import ConfigError
 
 SETTINGS = {
@@ -83,3 +87,95 @@ def test_a_look_ahead_searches_and_steers_on_new_rollouts_only(tmp_path):
 def test_refused():
     with pytest.raises(ConfigError, match="updates_per_rollouts=2: loss_type='sampled'"):
         OPDConfig(output_dir="unused", updates_per_rollouts=2, loss_type="sampled", use_cpu=True, report_to="none")
+
+
+REPLAY = SETTINGS | {"max_steps": 8, "replay_batches": 3}
+
+
+class Trained(TrainerCallback):
+    """Completions of the first micro-batch of every step."""
+
+    def __init__(self, trainer):
+        self.ids: list[torch.Tensor] = []
+        loss, seen = trainer.distillation_loss, set()
+
+        def recorded(student, inputs, num_items):
+            if trainer.state.global_step not in seen:
+                seen.add(trainer.state.global_step)
+                self.ids.append(inputs["completion_ids"].clone())
+            return loss(student, inputs, num_items)
+
+        trainer.distillation_loss = recorded
+
+
+@pytest.mark.slow
+def test_replay_trains_the_last_step_of_a_cycle_on_a_batch_of_the_last_three(tmp_path):
+    trainer = make_trainer(tmp_path / "a", **REPLAY)
+    whole, trained = Steps(trainer), Trained(trainer)
+    trainer.train()
+    sampled = [trained.ids[step] for step in (0, 2, 4, 6)]  # first steps of the cycles
+    ages = [row["replay/age"] for row in trainer.state.log_history if "replay/age" in row]
+    assert len(ages) == 4 and ages[0] == 0 and any(ages) and all(age <= min(i, 2) for i, age in enumerate(ages))
+    for cycle, age in enumerate(ages):
+        assert torch.equal(trained.ids[2 * cycle + 1], sampled[cycle - int(age)])
+    # the teacher is asked once per batch, also for those that are drawn later
+    assert [whole.teacher[i] - whole.teacher[i - 1] for i in (1, 3, 5, 7)] == [0] * 4
+
+    for checkpoint in ("step-000004", "step-000005"):  # between two cycles and inside one
+        again = make_trainer(tmp_path / checkpoint, **REPLAY)
+        resumed = Steps(again)
+        again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoints" / checkpoint))
+        assert torch.equal(resumed.weights[-1], whole.weights[-1])
+
+
+def test_a_draw_depends_on_seed_and_step_alone_and_reaches_every_batch():
+    def buffer(count):
+        made = ReplayBuffer(3, seed=5, device="cpu")
+        for index in range(count):
+            made.add([{"completion_ids": torch.tensor([index])}])
+        return made
+
+    first = [buffer(9).draw(step) for step in range(40)]
+    assert [age for age, _ in first] == [age for age, _ in (buffer(9).draw(step) for step in range(40))]
+    assert {int(batch[0]["completion_ids"]) for _, batch in first} == {6, 7, 8}
+    assert all(int(batch[0]["completion_ids"]) == 8 - age for age, batch in first)
+    full = buffer(2)
+    full.add(full.batches[-1])  # the next micro-step of the same optimizer step
+    assert len(full.batches) == 2
+
+
+def test_predictions_stay_with_a_batch_until_it_leaves_the_buffer():
+    made = []
+
+    def make():
+        made.append(Part("teacher", None, Predictions(torch.ones(1, 2, 3), None)))
+        return made[-1:]
+
+    buffer = ReplayBuffer(2, seed=0, device="cpu")
+    batches = [[{"completion_ids": torch.tensor([index])}] for index in range(3)]
+    for batch in batches:
+        buffer.add(batch)
+        for _ in range(3):
+            kept_or_made(buffer.batches[-1][0], make)
+    assert len(made) == 3
+    assert kept_or_made(buffer.batches[0][0], make)[0].teacher.hidden_BTH.equal(torch.ones(1, 2, 3)) and len(made) == 3
+    buffer.restore([list(map(without_kept, batch)) for batch in buffer.batches])
+    kept_or_made(buffer.batches[0][0], make)
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"replay_batches": 4}, "replay_batches=4 with updates_per_rollouts=1"),
+        ({"replay_batches": 1, "updates_per_rollouts": 2}, "replay_batches"),
+        (
+            {"replay_batches": 4, "updates_per_rollouts": 2, "curriculum": "prompt_length",
+             "curriculum_teachers": ["a", "b"]},
+            "replay_batches=4 trains on rollouts of earlier stages",
+        ),
+    ],
+)  # fmt: skip
+def test_replay_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OPDConfig(output_dir="unused", use_cpu=True, report_to="none", **settings)

@@ -232,6 +232,14 @@ class OPDConfig(
             "ones."
         },
     )
+    replay_batches: int = field(
+        default=0,
+        metadata={
+            "help": "With updates_per_rollouts above 1, the last step on a batch of rollouts trains on a random one "
+            "of the last N batches (dataset aggregation). The teacher's predictions for them are kept in host memory. "
+            "0: none."
+        },
+    )
     horizon_fraction: float = field(default=0.25, metadata={"help": "TOPD: share of max_completion_length."})
     horizon_tokens: int = field(default=100, metadata={"help": "ESR: number of tokens per rollout."})
     horizon_start: float = field(default=0.125, metadata={"help": "POPD: share of max_completion_length at step 0."})
@@ -269,9 +277,22 @@ class OPDConfig(
                 f"updates_per_rollouts={self.updates_per_rollouts}: loss_type={self.loss_type!r} is an estimate for "
                 "rollouts of the present weights. Use --loss_type full, or --updates_per_rollouts 1."
             )
+        self._check_replay()
         self._check_extrapolation()
         self._check_horizon()
         self._check_with_teachers()
+
+    def _check_replay(self) -> None:
+        if self.replay_batches and self.updates_per_rollouts == 1:
+            raise ConfigError(
+                f"replay_batches={self.replay_batches} with updates_per_rollouts=1: replay takes the last of several "
+                "steps per batch of rollouts. Set --updates_per_rollouts 3, or --replay_batches 0."
+            )
+        if self.replay_batches and self.curriculum_teachers:
+            raise ConfigError(
+                f"replay_batches={self.replay_batches} trains on rollouts of earlier stages, which another teacher of "
+                "curriculum_teachers graded. Set --replay_batches 0, or use one teacher."
+            )
 
     def _check_with_teachers(self) -> None:
         """Checks whose result depends on the number of teachers."""

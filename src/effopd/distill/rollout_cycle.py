@@ -2,8 +2,9 @@
 
 With `num_iterations` > 1, or `steps_per_generation` above the accumulation, TRL's reinforcement
 learning samples once per several steps: a cycle. So does distillation with `updates_per_rollouts`.
-A checkpoint inside a cycle needs the cycle's rollouts and the position in it. TRL saves neither: on
-resume it counts from 0 and samples again, while its data sampler continues in mid-cycle.
+A checkpoint inside a cycle needs the cycle's rollouts and the position in it, and with
+`replay_batches` every checkpoint needs the batches that later steps can draw. TRL saves none of
+these: on resume it counts from 0 and samples again, while its data sampler continues in mid-cycle.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from effopd.common.distributed import all_gather_object, rank, world_size
+from effopd.distill.replay import ReplayBuffer
 from effopd.distill.teachers.kept import without_kept
 from effopd.distill.trl_host.state import rollouts_in_use, use_rollouts
 
 logger = logging.getLogger(__name__)
+
+#: Key of the replay buffer's batches in the file.
+_REPLAY = "replay"
 
 
 def rollouts_file(part: int, parts: int) -> str:
@@ -63,6 +68,15 @@ class RolloutCycleCallback(TrainerCallback):
         position, _ = rollouts_in_use(trainer)
         return position % math.prod(self._factors) != 0
 
+    @property
+    def _replay(self) -> ReplayBuffer | None:
+        return getattr(self._trainer, "replay", None)
+
+    @property
+    def _needed(self) -> bool:
+        """Whether a later step trains on rollouts that exist."""
+        return self._inside or self._replay is not None
+
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Set TRL's position to the data sampler's: micro-batches done in this epoch.
 
@@ -72,18 +86,23 @@ class RolloutCycleCallback(TrainerCallback):
         steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
         position = state.global_step % steps * args.gradient_accumulation_steps
         use_rollouts(trainer, position, None)
-        if not self._inside:
+        if self._replay is not None:
+            self._replay.restore([])
+        if not self._needed or state.global_step == 0:
             return
         saved = self._saved(trainer.resumed_from / rollouts_file(rank(), world_size()))
         complete = all(all_gather_object(saved is not None))
         if saved is not None and complete:
-            use_rollouts(trainer, position, send_to_device(saved["rollouts"], trainer.accelerator.device))
+            if self._replay is not None:
+                self._replay.restore(saved[_REPLAY])
+            if self._inside:
+                use_rollouts(trainer, position, send_to_device(saved["rollouts"], trainer.accelerator.device))
         elif rank() == 0:
             logger.warning(
-                "Step %d is inside a group of steps that share rollouts, and %s has no rollouts for %d process(es) "
-                "and these batch sizes. The remaining steps sample new ones, so this run will differ from an "
-                "uninterrupted one.",
-                state.global_step,
+                "Step %d needs earlier rollouts, because steps share them (updates_per_rollouts, num_iterations or "
+                "replay_batches), and %s has none for %d process(es) and these batch sizes. New ones take their "
+                "place, so this run will differ from an uninterrupted one.",
+                state.global_step + 1,
                 trainer.resumed_from,
                 world_size(),
             )
@@ -92,11 +111,16 @@ class RolloutCycleCallback(TrainerCallback):
         if not path.is_file():
             return None
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return saved if saved["shape"] == self._shape else None
+        fits = saved["shape"] == self._shape and (self._replay is None or _REPLAY in saved)
+        return saved if fits else None
 
     def save_state(self, folder: Path) -> None:
-        """Write this process's rollouts into a checkpoint folder, if the next step needs them."""
+        """Write this process's rollouts into a checkpoint folder, if later steps need them."""
+        if not self._needed:
+            return
+        saved: dict[str, Any] = {"shape": self._shape}
         if self._inside:
-            rollouts = list(map(without_kept, rollouts_in_use(self._trainer)[1]))
-            saved = {"shape": self._shape, "rollouts": rollouts}
-            torch.save(saved, folder / rollouts_file(rank(), world_size()))
+            saved["rollouts"] = list(map(without_kept, rollouts_in_use(self._trainer)[1]))
+        if self._replay is not None:
+            saved[_REPLAY] = [list(map(without_kept, batch)) for batch in self._replay.batches]
+        torch.save(saved, folder / rollouts_file(rank(), world_size()))

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from effopd.distill.health import HealthProbe
 from effopd.distill.policy_gradient import share_sizes
+from effopd.distill.replay import ReplayBuffer
 from effopd.distill.sampled_logps import engine_logps, padded, recording
 from effopd.distill.scoring import token_batch
 from effopd.distill.teachers.kept import share
 from effopd.distill.trl_host.hooks import DistillationHooks
+from effopd.distill.trl_host.state import log_metrics
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.models.sampler_check import generate_groups
 from effopd.tasks.generate import tokens_beyond
@@ -31,6 +33,7 @@ class RolloutMixin(DistillationHooks):
 
     vocab_size: int
     health: HealthProbe
+    replay: ReplayBuffer | None
 
     def _open_rollouts(self) -> None:
         """Suppress tokens outside the shared vocabulary; called once `vocab_size` is known.
@@ -40,6 +43,8 @@ class RolloutMixin(DistillationHooks):
                 lacks.
         """
         self.sampler_rows: list[Sequence[float | None] | None] | None = None
+        size = self.args.replay_batches
+        self.replay = ReplayBuffer(size, self.args.seed, self.accelerator.device) if size else None
         if self.args.token_mask != "none":
             _ = self._special_groups  # raises
         unknown = tokens_beyond(self.accelerator.unwrap_model(self.model), self.vocab_size)
@@ -66,9 +71,20 @@ class RolloutMixin(DistillationHooks):
     def rollouts_sampled(self, rollouts):
         """Let the steps that share these rollouts share the teacher's predictions."""
         super().rollouts_sampled(rollouts)
-        if self.args.updates_per_rollouts > 1:
+        if self.replay is not None:
+            self.replay.add(rollouts)
+        elif self.args.updates_per_rollouts > 1:
             for micro_batch in rollouts:
                 share(micro_batch, self.args.updates_per_rollouts)
+
+    def reused_rollouts(self, rollouts):
+        """The last rollouts; in the last step of a cycle, with replay, one of the last batches."""
+        step = self.state.global_step
+        if self.replay is None or (step + 1) % self.args.updates_per_rollouts:
+            return rollouts
+        age, drawn = self.replay.draw(step)
+        log_metrics(self, {"replay/age": age})
+        return drawn
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
         if self._reads_engine:

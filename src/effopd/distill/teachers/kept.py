@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from effopd.distill.teachers.several import Part
 
 #: Key of a micro-batch's `Kept`.
@@ -18,24 +20,40 @@ class Kept:
     forward's arguments, so every loss gets the tensors that were made.
 
     Args:
-        reads: number of losses on this micro-batch.
+        reads: number of losses on this micro-batch. `None`: unknown, so that they are kept.
     """
 
-    def __init__(self, reads: int = 1):
+    def __init__(self, reads: int | None = 1):
         self._reads = reads
         self.parts: list[Part] | None = None
 
     def read(self, make: Callable[[], list[Part]]) -> list[Part]:
         """The predictions, made now if there are none."""
         parts = make() if self.parts is None else self.parts
-        self._reads -= 1
-        self.parts = parts if self._reads > 0 else None
+        if self._reads is not None:
+            self._reads -= 1
+        self.parts = parts if self._reads is None or self._reads > 0 else None
         return parts
 
+    def park(self) -> None:
+        """Move the predictions to host memory."""
+        if self.parts is not None:
+            self.parts = [part._replace(teacher=part.teacher.to(torch.device("cpu"))) for part in self.parts]
 
-def share(rollouts: dict[str, Any], reads: int) -> None:
-    """Let the first of several losses on a micro-batch keep its predictions for the others."""
+
+def share(rollouts: dict[str, Any], reads: int | None) -> None:
+    """Let the first of several losses on a micro-batch keep its predictions for the others.
+
+    Args:
+        reads: number of these losses. `None`: unknown.
+    """
     rollouts.setdefault(_KEY, Kept(reads))
+
+
+def park(rollouts: Mapping[str, Any]) -> None:
+    """Move the predictions kept for a micro-batch to host memory; losses move them back."""
+    if (kept := rollouts.get(_KEY)) is not None:
+        kept.park()
 
 
 def keep(rollouts: dict[str, Any], parts: list[Part]) -> None:
