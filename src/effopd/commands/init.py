@@ -224,7 +224,8 @@ _SAME = {
     ),
     "look-ahead": (
         ("effopd", "{strategy: newton_search}", "none: plain OPD; effopd: the paper's search"),
-        ("# updates_per_rollouts", "3", "reuse saves sampling; with the next two lines, needs effopd[optimizers]"),
+        ("# updates_per_rollouts", "3", "reuse saves sampling; with the next three lines, needs effopd[optimizers]"),
+        ("# replay_batches", "10", "the last of these updates on one of the last 10 batches"),
         ("# optimizer_class", "schedulefree:AdamWScheduleFree", ""),
         ("# optimizer_args", '\'{"betas": [0.95, 0.99], "r": 2}\'', ""),
     ),

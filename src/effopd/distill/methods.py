@@ -117,6 +117,11 @@ METHODS: list[Method] = [
         "teacher, token", "tokens drawn from α teacher + (1−α) student; bounded importance weights in sampled", False,
         _TEACHER,
     ),
+    Method(
+        "Replay", "data", "1011.0686", "--updates_per_rollouts 3 --replay_batches 10",
+        "full KL, f-divergence or teacher top k", "teacher, token",
+        "several updates per batch, the last on a random one of the last 10 (dataset aggregation)", False, _TEACHER,
+    ),
     # -- schedules
     Method(
         "ESR", "schedule", "2605.27028", "--rollout_horizon esr --horizon_tokens 100", "any", "any",
