@@ -3,8 +3,8 @@
 Nothing is run. Two comparisons:
 
 - docs/batch_sizes/results.json: 8 to 32 prompts per batch of rollouts, with reuse
-  (recipes/compare-batch-sizes.yaml), and docs/tail/results.json: the same seeds with 1024 held-out
-  prompts (recipes/compare-tail.yaml).
+  (recipes/compare-batch-sizes.yaml). The results.json in docs/tail and docs/tail_spell_backward:
+  the same with 1024 held-out prompts (recipes/compare-tail.yaml, compare-tail-spell-backward.yaml).
 - docs/results.json with 256 prompts per step against docs/ablation/results.json with 32: the same
   models, tasks, seeds and held-out prompts. The target is the final KL of plain OPD with the large
   batch at the reference learning rate. Speed-ups are over `line_search` with the large batch from
@@ -15,55 +15,127 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rivals import FEW_SHARES, Cost, Hindsight, costs, ends_table, heads, priced, run_cost, steps_table
 
 from effopd.compare.cross_targets import across, runs_of
+from effopd.compare.time_to_target import smooth
 from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, times
 
 STRATEGIES = ("plain", "line_search")
-#: Arm with reuse, and what precedes the number of prompts in the names of its plan.
+#: Start of the names of the arms with reuse, and what precedes the number of prompts.
 REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
-#: Targets of the comparison with more held-out prompts.
-TAIL_SHARES = (0.25, 0.1, 0.05, 0.025)
+#: Parts of a run.
+THIRDS = (1 / 3, 2 / 3, 1)
+#: Targets of the comparison with more held-out prompts, and of that with fewer.
+TAIL_SHARES, EARLY_SHARES = (0.25, 0.1, 0.05, 0.025), (0.5, 0.25, 0.1)
 
 
 def reuse_blocks(results: Mapping[str, Any]) -> dict[str, str]:
-    """Generated blocks of the comparison of batch sizes."""
+    """Generated blocks of the comparison of batch sizes on 128 held-out prompts.
+
+    Args:
+        results: docs/batch_sizes/results.json.
+    """
     return {
-        "reuse": reuse_table(results, priced),
-        "reuse, sampled tokens": reuse_table(results, costs()["sampled tokens"]),
+        "reuse": reuse_table([results], priced, EARLY_SHARES),
         "reuse, searches": searches_table(results),
         "reuse, steps": steps_table(results, FEW_SHARES),
     }
 
 
-def tail_blocks(results: Mapping[str, Any], batch_sizes: Mapping[str, Any]) -> dict[str, str]:
-    """Blocks on the last targets: the same arms and seeds with more and fewer held-out prompts.
+def tail_blocks(grids: Sequence[Mapping[str, Any]], batch_sizes: Mapping[str, Any]) -> dict[str, str]:
+    """Blocks on the last targets, measured on 1024 held-out prompts.
 
     Args:
-        results: docs/tail/results.json.
-        batch_sizes: docs/batch_sizes/results.json.
+        grids: results.json of the grids with more held-out prompts, one per task.
+        batch_sizes: docs/batch_sizes/results.json: the same seeds on fewer prompts.
     """
-    made = {run_key(run) for run in results["runs"]}
-    few = {**batch_sizes, "runs": [run for run in batch_sizes["runs"] if run_key(run) in made]}
-    rows = []
-    for grid in (results, few):
-        prompts, known, look = grid["settings"]["base"]["eval_size"], Hindsight(grid, priced), Lookup(grid)
-        for task in look.tasks:
-            for arm in dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE)):
-                cells = (known.ratios(task, arm, share) for share in TAIL_SHARES)
-                rows.append([f"`{task.split(':')[1]}`", str(prompts), arm.removeprefix(REUSE + PROMPTS), *cells])
-            rows.append([f"`{task.split(':')[1]}`", str(prompts), "fastest",
-                         *(known.opponent(task, share) for share in TAIL_SHARES)])  # fmt: skip
-    head = ["task", "held-out prompts", "prompts per batch", *heads(TAIL_SHARES)]
     return {
-        "tail": table(head, rows),
-        "tail, steps": steps_table(results, TAIL_SHARES),
-        "tail, ends": ends_table(results),
+        "tail": reuse_table(grids, priced, TAIL_SHARES),
+        "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"], TAIL_SHARES),
+        "replay": replay_table(grids),
+        "tail, held-out prompts": precision_table(grids, batch_sizes),
+        "tail, steps": stacked([steps_table(grid, TAIL_SHARES) for grid in grids]),
+        "tail, ends": stacked([ends_table(grid) for grid in grids]),
     }
+
+
+def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
+    """Table of the README: cost of the fastest baseline over that of 8 prompts with replay."""
+    arm, rows = REUSE + "-replay" + PROMPTS + "8", []
+    for results in grids:
+        baselines = results["settings"]["baselines"]
+        for label, names in (("8", [each for each in baselines if prompts_of(each) == "8"]), ("8 to 32", baselines)):
+            known = Hindsight(results, priced, names)
+            for task in Lookup(results).tasks:
+                rows.append([f"`{task.split(':')[1]}`", label, *(known.ratios(task, arm, s) for s in FEW_SHARES)])
+    return table(["task", "opponents' prompts per batch", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
+
+
+def replay_table(grids: Sequence[Mapping[str, Any]]) -> str:
+    """KL with replay over that of the same strategy, rate and seed without, during the run."""
+    rows = []
+    for results in grids:
+        curves = {run_key(run): run["curve"] for run in results["runs"]}
+        pairs: dict[tuple[str, str], list[list[float]]] = {}
+        for (task, arm, *others), curve in curves.items():
+            without = arm.replace("-replay", "")
+            if without != arm and (other := curves.get((task, without, *others))):
+                ratios = [ours / its for ours, its in zip(kl_at_parts(curve), kl_at_parts(other), strict=True)]
+                pairs.setdefault((task, without), []).append(ratios)
+        for (task, arm), each in pairs.items():
+            columns = zip(*each, strict=True)
+            cells = (f"{statistics.median(part):.2f} ({min(part):.2f}–{max(part):.2f})" for part in columns)
+            rows.append([f"`{task.split(':')[1]}`", f"`{arm}`", str(len(each)), *cells])
+    return table(["task", "arm", "pairs", "after a third of the steps", "two thirds", "all"], rows)
+
+
+def kl_at_parts(curve: Mapping[str, Any]) -> list[float]:
+    """Smoothed KL at the last evaluation within a third, two thirds and all of the steps."""
+    kl, steps = smooth(curve["kl"]), curve["step"]
+    return [kl[bisect_right(steps, part * steps[-1]) - 1] for part in THIRDS]
+
+
+def stacked(tables: Sequence[str]) -> str:
+    """Tables with the same head as one."""
+    first, *others = (each.splitlines() for each in tables)
+    assert all(other[:2] == first[:2] for other in others)
+    return "\n".join([*first, *(line for other in others for line in other[2:])])
+
+
+def precision_table(grids: Sequence[Mapping[str, Any]], batch_sizes: Mapping[str, Any]) -> str:
+    """The factors of the same arms and seeds, measured on more and on fewer held-out prompts."""
+    rows = []
+    for grid in grids:
+        made = {run_key(run) for run in grid["runs"]}
+        again = {**batch_sizes, "runs": [run for run in batch_sizes["runs"] if run_key(run) in made]}
+        both = {run_key(run) for run in again["runs"]}
+        for each in ({**grid, "runs": [run for run in grid["runs"] if run_key(run) in both]}, again):
+            prompts, known = each["settings"]["base"]["eval_size"], Hindsight(each, priced)
+            for task in Lookup(grid).tasks:
+                for arm in reuse_arms(Lookup(each)):
+                    cells = (known.ratios(task, arm, share) for share in TAIL_SHARES)
+                    rows.append([f"`{task.split(':')[1]}`", str(prompts), reuse_label(arm), *cells])
+    return table(["task", "held-out prompts", "prompts per batch", *heads(TAIL_SHARES)], rows)
+
+
+def prompts_of(strategy: str) -> str:
+    """Number of prompts per batch, from the end of a strategy's name."""
+    return strategy.rpartition(PROMPTS)[2]
+
+
+def reuse_arms(look: Lookup) -> list[str]:
+    """The look-aheads with reuse that ran, in the plan's order."""
+    return list(dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE)))
+
+
+def reuse_label(arm: str) -> str:
+    """`8`, or `8, replay`: prompts per batch of an arm with reuse."""
+    return prompts_of(arm) + (", replay" if arm.startswith(REUSE + "-replay") else "")
 
 
 def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -81,7 +153,7 @@ def searches_table(results: Mapping[str, Any]) -> str:
     """Share of the look-ahead's net seconds in searches, to every target; all rates and seeds."""
     look, rows = Lookup(results), []
     for task in look.tasks:
-        for arm in dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE)):
+        for arm in reuse_arms(look):
             runs = [run for name, rate in look.arms if name == arm for run in look.runs(task, (name, rate))]
             cells = []
             for share in FEW_SHARES:
@@ -89,25 +161,24 @@ def searches_table(results: Mapping[str, Any]) -> str:
                 cells.append(
                     f"{statistics.median(shares):.0f} ({min(shares):.0f}–{max(shares):.0f})" if shares else "–"
                 )
-            rows.append([f"`{task.split(':')[1]}`", arm.removeprefix(REUSE + PROMPTS), str(len(runs)), *cells])
+            rows.append([f"`{task.split(':')[1]}`", reuse_label(arm), str(len(runs)), *cells])
     return table(["task", "prompts", "runs", *heads(FEW_SHARES)], rows)
 
 
-def reuse_table(results: Mapping[str, Any], cost: Cost) -> str:
+def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost, shares: Sequence[float]) -> str:
     """Cost of the fastest baseline of the same batch size and of any, over the look-ahead's."""
-    look, baselines, rows = Lookup(results), results["settings"]["baselines"], []
-    arms = dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE))
-    sizes = {arm: arm.removeprefix(REUSE) for arm in arms}
-    same = {arm: Hindsight(results, cost, [b for b in baselines if b.endswith(size)]) for arm, size in sizes.items()}
-    any_size = Hindsight(results, cost)
-    for task in look.tasks:
-        name = f"`{task.split(':')[1]}`"
-        for arm, size in sizes.items():
-            for label, rivals in (("the same", same[arm]), ("any", any_size)):
-                cells = (rivals.ratios(task, arm, share) for share in FEW_SHARES)
-                rows.append([name, size.removeprefix(PROMPTS), label, *cells])
-        rows.append([name, "", "fastest", *(any_size.opponent(task, share) for share in FEW_SHARES)])
-    return table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
+    rows = []
+    for results in grids:
+        look, any_size = Lookup(results), Hindsight(results, cost)
+        for task in look.tasks:
+            name = f"`{task.split(':')[1]}`"
+            for arm in reuse_arms(look):
+                same = [each for each in results["settings"]["baselines"] if prompts_of(each) == prompts_of(arm)]
+                for label, rivals in (("the same", Hindsight(results, cost, same)), ("any", any_size)):
+                    cells = (rivals.ratios(task, arm, share) for share in shares)
+                    rows.append([name, reuse_label(arm), label, *cells])
+            rows.append([name, "", "fastest", *(any_size.opponent(task, share) for share in shares)])
+    return table(["task", "prompts", "opponent's prompts", *heads(shares)], rows)
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:

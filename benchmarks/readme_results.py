@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import rivals
-from batch_size import reuse_blocks, settings_table, speed_table, tail_blocks
+from batch_size import readme_table, reuse_blocks, settings_table, speed_table, tail_blocks
 from pages import DOCS, rewrite
 from readme_figure import draw
 from rich.console import Console
@@ -277,6 +277,8 @@ def demo(summary: dict[str, Any]) -> str:
 
 
 GRIDS = ("results", "ablation")
+#: Grids with 1024 held-out prompts, one per task.
+TAILS = ("tail", "tail_spell_backward")
 
 
 def _base(docs: Mapping[str, Any], grid: str) -> dict[str, Any]:
@@ -290,7 +292,7 @@ def published(docs: Path = DOCS) -> dict[str, Any]:
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
         "rivals": "rivals/results.json", "other_teacher": "other_teacher/results.json",
         "batch_sizes": "batch_sizes/results.json",
-        "tail": "tail/results.json",
+        "tail": "tail/results.json", "tail_spell_backward": "tail_spell_backward/results.json",
     }  # fmt: skip
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
 
@@ -299,7 +301,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
     """Page → generated blocks."""
     grids = docs["results"], docs["ablation"]
     return {
-        DOCS.parent / "README.md": {"rivals": rivals.readme_table(docs["rivals"], docs["batch_sizes"])},
+        DOCS.parent / "README.md": {"rivals": readme_table([docs[name] for name in TAILS])},
         DOCS / "findings.md": findings(docs),
         DOCS / "rivals.md": rivals.blocks(docs["rivals"], docs["other_teacher"]),
         DOCS / "gate.md": {"gate": gate(docs)},
@@ -307,7 +309,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
             "settings": settings_table(*grids),
             "speed": speed_table(*grids),
             **reuse_blocks(docs["batch_sizes"]),
-            **tail_blocks(docs["tail"], docs["batch_sizes"]),
+            **tail_blocks([docs[name] for name in TAILS], docs["batch_sizes"]),
         },
         DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},
     }
@@ -321,7 +323,7 @@ def main() -> None:
     for page, content in blocks(docs).items():
         rewrite(page, content)
     if arguments.figure:
-        draw(docs["rivals"], DOCS / "readme.png")
+        draw([docs[name] for name in TAILS], DOCS / "readme.png")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ class Hindsight:
         ]
         values = sorted(best / cost for cost in costs if not math.isinf(cost))
         if math.isinf(best):
-            return "> any" if values else "–"
+            reached = "" if len(values) == len(costs) else f" ({len(values)} of {len(costs)})"
+            return "> any" + reached if values else "–"
         ends = [f"{value:.2f}" for value in (values[:1] + values[-1:])]
         if len(values) < len(costs):
             ends = ["0", *ends[-1:]]
@@ -255,22 +256,6 @@ def hindsight_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_
                 rows.append([name, label, f"`{strategy}`", *(known.ratios(task, strategy, share) for share in shares)])
             rows.append([name, label, "opponent", *(known.opponent(task, share) for share in shares)])
     return table(["cost", "task", "strategy", *heads(shares)], rows)
-
-
-def readme_table(results: Mapping[str, Any], batch_sizes: Mapping[str, Any]) -> str:
-    """Table of the README: priced seconds of the fastest baseline, divided by the look-ahead's.
-
-    With 32 prompts, baselines with 32 compete; with fewer, baselines of every batch size.
-    """
-    many, few, rows = Hindsight(results, priced), Hindsight(batch_sizes, priced), []
-    for task in Lookup(results).tasks:
-        for known, strategy, label in (
-            (many, "newton_search", "AdamW, 32 prompts"),
-            (many, "newton_search-schedule-free-3", "schedule-free AdamW, 3 updates, 32 prompts"),
-            (few, "newton_search-schedule-free-3-prompts-8", "the same with r = 2, 8 prompts"),
-        ):
-            rows.append([f"`{task.split(':')[1]}`", label, *(known.ratios(task, strategy, s) for s in FEW_SHARES)])
-    return table(["task", "`newton_search` on", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
 
 
 def blocks(results: Mapping[str, Any], other_teacher: Mapping[str, Any]) -> dict[str, str]:
