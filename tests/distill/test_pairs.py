@@ -96,7 +96,7 @@ REFUSED = {
     "exopd": "served teachers one_in_memory",
     "prune": "served teachers one_in_memory",
     "served": "teachers one_in_memory dtype offload shard stage_teachers temperature",
-    "replay": "stage_teachers",
+    "replay": "stage_teachers one_in_memory",
     "teachers": "shard stage_teachers",
     "one_in_memory": "shard stage_teachers",
     "offload": "shard",

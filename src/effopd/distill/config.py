@@ -293,6 +293,12 @@ class OPDConfig(
                 f"replay_batches={self.replay_batches} trains on rollouts of earlier stages, which another teacher of "
                 "curriculum_teachers graded. Set --replay_batches 0, or use one teacher."
             )
+        if self.replay_batches and self.teachers_in_memory == "one":
+            raise ConfigError(
+                f"replay_batches={self.replay_batches} keeps predictions of every batch with their teachers' output "
+                "layers, and teachers_in_memory='one' loads a new one per batch. Set --replay_batches 0, or "
+                "--teachers_in_memory all."
+            )
 
     def _check_with_teachers(self) -> None:
         """Checks whose result depends on the number of teachers."""
