@@ -135,10 +135,10 @@ def test_a_draw_depends_on_seed_and_step_alone_and_reaches_every_batch():
             made.add([{"completion_ids": torch.tensor([index])}])
         return made
 
-    first = [buffer(9).draw(step) for step in range(40)]
-    assert [age for age, _ in first] == [age for age, _ in (buffer(9).draw(step) for step in range(40))]
-    assert {int(batch[0]["completion_ids"]) for _, batch in first} == {6, 7, 8}
-    assert all(int(batch[0]["completion_ids"]) == 8 - age for age, batch in first)
+    first = [buffer(9).draw(step, 0) for step in range(40)]
+    assert [age for age, _ in first] == [age for age, _ in (buffer(9).draw(step, 0) for step in range(40))]
+    assert {int(micro_batch["completion_ids"]) for _, micro_batch in first} == {6, 7, 8}
+    assert all(int(micro_batch["completion_ids"]) == 8 - age for age, micro_batch in first)
     full = buffer(2)
     full.add(full.batches[-1])  # the next micro-step of the same optimizer step
     assert len(full.batches) == 2

@@ -283,17 +283,19 @@ class OPDConfig(
         self._check_with_teachers()
 
     def _check_replay(self) -> None:
-        if self.replay_batches and self.updates_per_rollouts == 1:
+        if not self.replay_batches:
+            return
+        if self.updates_per_rollouts == 1:
             raise ConfigError(
                 f"replay_batches={self.replay_batches} with updates_per_rollouts=1: replay takes the last of several "
                 "steps per batch of rollouts. Set --updates_per_rollouts 3, or --replay_batches 0."
             )
-        if self.replay_batches and self.curriculum_teachers:
+        if self.curriculum_teachers:
             raise ConfigError(
                 f"replay_batches={self.replay_batches} trains on rollouts of earlier stages, which another teacher of "
                 "curriculum_teachers graded. Set --replay_batches 0, or use one teacher."
             )
-        if self.replay_batches and self.teachers_in_memory == "one":
+        if self.teachers_in_memory == "one":
             raise ConfigError(
                 f"replay_batches={self.replay_batches} keeps predictions of every batch with their teachers' output "
                 "layers, and teachers_in_memory='one' loads a new one per batch. Set --replay_batches 0, or "

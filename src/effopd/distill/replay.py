@@ -11,7 +11,6 @@ depends on the seed and the step alone, so all processes and a resumed run make 
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,53 +25,48 @@ Batch = Sequence[dict[str, Any]]
 class ReplayBuffer:
     """The last `size` batches of rollouts with the teacher's predictions.
 
-    All but the newest are in host memory.
+    All but the newest are in host memory, and so are their predictions, from the next `add` on.
 
     Args:
         size: number of batches, the newest included.
         seed: of the draws.
-        device: where a drawn batch is trained on.
+        device: where a drawn micro-batch is trained on.
+
+    Attributes:
+        batches: oldest first.
     """
 
     def __init__(self, size: int, seed: int, device: Any):
-        self._batches: deque[Batch] = deque(maxlen=size)
-        self._seed, self._device = seed, device
-
-    @property
-    def batches(self) -> list[Batch]:
-        """The batches, oldest first."""
-        return list(self._batches)
+        self.batches: list[Batch] = []
+        self._size, self._seed, self._device = size, seed, device
 
     def add(self, batch: Batch) -> None:
         """Add a new batch; the same object again, from the next micro-step, changes nothing."""
-        if self._batches and self._batches[-1] is batch:
+        if self.batches and self.batches[-1] is batch:
             return
-        if self._batches:
-            self._batches[-1] = [_parked(each) for each in self._batches[-1]]
         for micro_batch in batch:
             share(micro_batch, None)
-        self._batches.append(batch)
+        older = [[_parked(each) for each in one] for one in self.batches]
+        self.batches = [*older, batch][-self._size :]
 
     def restore(self, batches: Sequence[Batch]) -> None:
         """Replace all batches by those of a checkpoint.
 
         The teacher's predictions are made when a batch is drawn.
         """
-        self._batches.clear()
+        self.batches = []
         for batch in batches:
             self.add(batch)
 
-    def draw(self, step: int) -> tuple[int, Batch]:
-        """How many batches ago the batch for a step was sampled, and the batch.
+    def draw(self, step: int, index: int) -> tuple[int, dict[str, Any]]:
+        """How many batches ago the batch for a step was sampled, and one of its micro-batches.
 
         Args:
             step: completed optimizer steps.
+            index: of the micro-batch.
         """
-        for micro_batch in (each for batch in self.batches[:-1] for each in batch):
-            park(micro_batch)  # a restored batch got its predictions in a step
-        index = random.Random(f"{self._seed}:{step}").randrange(len(self._batches))
-        batch = [send_to_device(each, self._device) for each in self._batches[index]]
-        return len(self._batches) - 1 - index, batch
+        chosen = random.Random(f"{self._seed}:{step}").randrange(len(self.batches))
+        return len(self.batches) - 1 - chosen, send_to_device(self.batches[chosen][index], self._device)
 
 
 def _parked(micro_batch: dict[str, Any]) -> dict[str, Any]:

@@ -77,12 +77,12 @@ class RolloutMixin(DistillationHooks):
             for micro_batch in rollouts:
                 share(micro_batch, self.args.updates_per_rollouts)
 
-    def reused_rollouts(self, rollouts):
+    def reused_rollouts(self, rollouts, index):
         """The last rollouts; in the last step of a cycle, with replay, one of the last batches."""
         step = self.state.global_step
         if self.replay is None or (step + 1) % self.args.updates_per_rollouts:
-            return rollouts
-        age, drawn = self.replay.draw(step)
+            return super().reused_rollouts(rollouts, index)
+        age, drawn = self.replay.draw(step, index)
         log_metrics(self, {"replay/age": age})
         return drawn
 

@@ -203,14 +203,13 @@ class DistillationHooks(HostHooks):
     def rollouts_sampled(self, rollouts: Sequence[dict[str, Any]]) -> None:
         """Hook: the micro-batches of the optimizer steps to come, called before each of them."""
 
-    def reused_rollouts(self, rollouts: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        """Hook: the micro-batches of a step that samples none, given the last sampled ones."""
-        return rollouts
+    def reused_rollouts(self, rollouts: Sequence[dict[str, Any]], index: int) -> dict[str, Any]:
+        """Hook: a micro-batch of a step that samples none, given the last sampled ones."""
+        return rollouts[index]
 
     def _prepare_inputs(self, generation_batch):
         if self.model.training and self._buffered_inputs is not None and self.reuses_rollouts():
-            rollouts = self.reused_rollouts(self._buffered_inputs)
-            return rollouts[self._step % self.args.gradient_accumulation_steps]
+            return self.reused_rollouts(self._buffered_inputs, self._step % self.args.gradient_accumulation_steps)
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training:
             self.rollouts_sampled(self._buffered_inputs)
