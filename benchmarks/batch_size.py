@@ -14,12 +14,11 @@ Nothing is run. Two comparisons:
 from __future__ import annotations
 
 import math
-import statistics
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rivals import FEW_SHARES, Cost, Hindsight, costs, ends_table, heads, priced, run_cost, steps_table
+from rivals import FEW_SHARES, Cost, Hindsight, costs, ends_table, heads, priced, run_cost, spread, steps_table
 
 from effopd.compare.cross_targets import across, runs_of
 from effopd.compare.time_to_target import smooth
@@ -88,8 +87,7 @@ def replay_table(grids: Sequence[Mapping[str, Any]]) -> str:
                 ratios = [ours / its for ours, its in zip(kl_at_parts(curve), kl_at_parts(other), strict=True)]
                 pairs.setdefault((task, without), []).append(ratios)
         for (task, arm), each in pairs.items():
-            columns = zip(*each, strict=True)
-            cells = (f"{statistics.median(part):.2f} ({min(part):.2f}–{max(part):.2f})" for part in columns)
+            cells = (spread(part, ".2f") for part in zip(*each, strict=True))
             rows.append([f"`{task.split(':')[1]}`", f"`{arm}`", str(len(each)), *cells])
     return table(["task", "arm", "pairs", "after a third of the steps", "two thirds", "all"], rows)
 
@@ -158,9 +156,7 @@ def searches_table(results: Mapping[str, Any]) -> str:
             cells = []
             for share in FEW_SHARES:
                 shares = [value for run in runs if math.isfinite(value := run_cost(run, share, search_percent))]
-                cells.append(
-                    f"{statistics.median(shares):.0f} ({min(shares):.0f}–{max(shares):.0f})" if shares else "–"
-                )
+                cells.append(spread(shares, ".0f") if shares else "–")
             rows.append([f"`{task.split(':')[1]}`", reuse_label(arm), str(len(runs)), *cells])
     return table(["task", "prompts", "runs", *heads(FEW_SHARES)], rows)
 

@@ -139,7 +139,7 @@ def ends_table(results: Mapping[str, Any]) -> str:
             if len(runs) >= Hindsight.SEEDS:
                 ends, peaks = zip(*(_end(run["curve"]) for run in runs), strict=True)
                 arm = [f"`{task.split(':')[1]}`", f"`{strategy}`", factor(rate, look.reference), str(len(runs))]
-                rows.append([*arm, _range(ends), _range(peaks)])
+                rows.append([*arm, spread(ends, ".4f"), spread(peaks, ".4f")])
     return table(["task", "arm", "rate", "seeds", "KL at the end", "largest KL in the second half"], rows)
 
 
@@ -150,9 +150,9 @@ def _end(curve: Mapping[str, Any]) -> tuple[float, float]:
     return statistics.median(curve["kl"][-3:]), max(late)
 
 
-def _range(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], form: str) -> str:
     """`0.0014 (0.0012–0.0020)`: median and range."""
-    return f"{statistics.median(values):.4f} ({min(values):.4f}–{max(values):.4f})"
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
 def _median(values: Sequence[float]) -> str:
