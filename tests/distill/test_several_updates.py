@@ -14,6 +14,7 @@ from effopd.distill.replay import ReplayBuffer
 from effopd.distill.teachers.kept import kept_or_made, without_kept
 from effopd.distill.teachers.several import Part
 from effopd.errors import ConfigError
+from effopd.extrapolate.learning_rate import calibrated_factor
 
 SETTINGS = {
     "updates_per_rollouts": 2, "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
@@ -61,7 +62,7 @@ def test_two_steps_share_rollouts_and_resume_between_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_look_ahead_searches_and_steers_on_new_rollouts_only(tmp_path):
+def test_only_the_search_that_finds_the_rate_scores_rollouts_that_were_trained_on(tmp_path):
     settings = SETTINGS | {"max_steps": 6}
     every_step = EffOPDConfig("newton_search", schedule="every_step")
 
@@ -72,14 +73,16 @@ def test_a_look_ahead_searches_and_steers_on_new_rollouts_only(tmp_path):
         factors: list[float] = []
         steps.on_pre_optimizer_step = lambda *_, **__: factors.append(look.look_ahead.learning_rate_factor)
         trainer.train(**resume)
-        assert look.look_ahead._optimizer.rate._unseen() in (0, 2)  # two steps share rollouts
-        return steps, factors, read_rows(tmp_path / folder / "searches.jsonl")
+        return steps, factors, list(read_rows(tmp_path / folder / "searches.jsonl"))
 
     whole, factors, searches = train("a")
-    assert [row["step"] for row in searches] == [3, 5]  # the first steps of a batch of rollouts
+    assert [row["step"] for row in searches] == [2, 3, 5]  # 2: the rate; 3, 5: the first steps of a batch of rollouts
+    expected = calibrated_factor(searches[0]["best_scale"], updates=2)
+    assert searches[0]["learning_rate_factor_total"] == pytest.approx(expected)
+    assert whole.teacher[0] == whole.teacher[1]  # the search reads the predictions of the first loss
     assert whole.teacher[1] < whole.teacher[2] == whole.teacher[3]  # asked once, for search and losses
     assert factors[3] == factors[4]  # step 4 trained on the rollouts of step 3, so it steered nothing
-    for checkpoint in ("step-000002", "step-000003"):
+    for checkpoint in ("step-000001", "step-000002", "step-000003"):
         resumed, _, _ = train(checkpoint, resume_from_checkpoint=str(tmp_path / "a/checkpoints" / checkpoint))
         assert torch.equal(resumed.weights[-1], whole.weights[-1])
 

@@ -93,18 +93,19 @@ def test_the_margin_of_a_schedule_free_optimizer_is_its_own():
         assert changed == pytest.approx(steering_factor(cosine, margin))
 
 
-def test_a_gradient_that_several_steps_share_counts_that_often_and_only_the_first_time():
+def test_gradients_on_examples_that_were_trained_on_do_not_steer():
     x, loss = quadratic()
     optimizer = torch.optim.AdamW([x], lr=1e-4)
-    shared = iter([3, 0, 0, 3, 0, 0])
-    multiplier = LearningRateMultiplier(optimizer, by_slope=True, unseen=lambda: next(shared))
-    factors = []
+    shared = iter([False, True, True, False, True, True])
+    multiplier = LearningRateMultiplier(optimizer, by_slope=True, seen=lambda: next(shared))
+    factors, cosines = [], []
     for _ in range(6):
         gradient(optimizer, loss)
         optimizer.step()
         factors.append(multiplier.factor)
-    assert factors[:3] == [1.0] * 3 and factors[3] == factors[4] == factors[5] == LARGEST
-    assert steering_factor(-0.02, 0.0, 3) == pytest.approx(steering_factor(-0.02) ** 3)
+        cosines.append(multiplier.cosine)
+    assert [cosine is None for cosine in cosines] == [True, True, True, False, True, True]
+    assert factors[:3] == [1.0] * 3 and factors[3] == factors[4] == factors[5] == steering_factor(cosines[3])
 
 
 def test_clipping_does_not_change_it_and_cleared_or_foreign_states_give_none():

@@ -241,7 +241,8 @@ class EffOPDCallback(TrainerCallback):
             wanted=lambda: self._registered,
             host=self._host,
             score_timeout=self._score_timeout,
-            unseen=lambda: 0 if self._reused else getattr(self.trainer.args, "updates_per_rollouts", 1),
+            updates=getattr(self.trainer.args, "updates_per_rollouts", 1),
+            seen=lambda: self._reused,
             averages=[average] if (average := getattr(self.trainer, "weight_average", None)) is not None else [],
         )
         try:
@@ -269,14 +270,26 @@ class EffOPDCallback(TrainerCallback):
             self._search(args, state, state.global_step)
 
     def scores_rollouts(self, step: int) -> bool:
-        """Whether a search at this step scores its rollouts, which no step has trained on."""
+        """Whether a search scores the rollouts that are sampled for this step."""
         look = self.look_ahead
-        if look is None or not self.waits_for_rollouts or self._reused:
+        if look is None or self._searches(step):
+            return look is not None
+        shared = getattr(self.trainer.args, "updates_per_rollouts", 1) > 1 and not self._reused
+        return shared and look.finds_rate and look.due(step + 1)
+
+    def _searches(self, step: int) -> bool:
+        """Whether a search runs before this step, on its rollouts or batch.
+
+        No step has trained on them, except in the search that finds the learning rate. It follows
+        the first step at once, so that the other steps on the same rollouts have that rate.
+        """
+        look = self.look_ahead
+        if look is None or not self.waits_for_rollouts or step <= look.schedule_start + 1:
             return False
-        return step > look.schedule_start + 1 and look.due(step)
+        return look.due(step) and (look.finds_rate or not self._reused)
 
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
-        """Search on the next step's rollouts, before they are trained on.
+        """Search on the next step's rollouts, before that step.
 
         The search belongs to that next step, so it comes after the previous step's checkpoint.
         The teacher's forward pass on the scored micro-batches is that of their loss, made early.
@@ -284,12 +297,12 @@ class EffOPDCallback(TrainerCallback):
         scorer, trainer = self._rollouts, self.trainer
         assert scorer is not None
         scorer.take(map(text_batch, rollouts))
-        if getattr(trainer, "predicts_ahead", False) and self.scores_rollouts(trainer.state.global_step + 1):
+        if getattr(trainer, "predicts_ahead", False) and self._searches(trainer.state.global_step + 1):
             scorer.use_predictions(map(trainer.predict_ahead, rollouts))
         self._search_before_step(scorer)
 
     def _on_batch(self, micro_batches: Sequence[Mapping[str, Any]], num_items: Any) -> None:
-        """Search on the next step's batch, before it is trained on; see `_on_rollouts`."""
+        """Search on the next step's batch, before that step; see `_on_rollouts`."""
         scorer = self._next_batch
         assert scorer is not None
         scorer.take(micro_batches, num_items)
@@ -304,7 +317,7 @@ class EffOPDCallback(TrainerCallback):
     def _search_before_step(self, scorer: RolloutScorer | NextBatchLoss) -> None:
         state = self.trainer.state
         try:
-            if self.look_ahead is not None and state.global_step > self.look_ahead.schedule_start and not self._reused:
+            if self.look_ahead is None or self._searches(state.global_step + 1):
                 self._search(self.trainer.args, state, state.global_step + 1)
         finally:
             scorer.drop()

@@ -29,7 +29,8 @@ class OptimizerUpdate:
             `adapt_learning_rate` is set.
         wanted: called before every optimizer step; the rate is adapted while it returns true.
         averages: copies of the weights outside the optimizer, which follow a jump.
-        unseen: see `LearningRateMultiplier`.
+        updates: number of consecutive optimizer steps on the same examples.
+        seen: see `LearningRateMultiplier`; also called after a search, before the next gradient.
         lora: whether the parameters are LoRA factors.
 
     Attributes:
@@ -46,7 +47,8 @@ class OptimizerUpdate:
         wanted: Callable[[], bool],
         averages: Sequence[Movable] = (),
         *,
-        unseen: Callable[[], int] = lambda: 1,
+        updates: int = 1,
+        seen: Callable[[], bool] = lambda: False,
         lora: bool = False,
     ):
         if optimizer is None and (config.reset_moments or config.adapt_learning_rate):
@@ -57,8 +59,9 @@ class OptimizerUpdate:
         self._optimizer, self._averages, self._lora = optimizer, averages, lora
         self._resets = config.reset_moments
         self._calibrates = config.rules.calibrates_rate
+        self._updates, self._seen = updates, seen
         self.rate = (
-            LearningRateMultiplier(optimizer, wanted, by_slope=config.rules.steers_by_slope, unseen=unseen)
+            LearningRateMultiplier(optimizer, wanted, by_slope=config.rules.steers_by_slope, seen=seen)
             if config.adapt_learning_rate
             else None
         )
@@ -77,6 +80,11 @@ class OptimizerUpdate:
     def applied(self) -> float:
         """Multiplier of the schedule's learning rate in the last optimizer step."""
         return 1.0 if self.rate is None else self.rate.applied
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether the next search sets the learning rate, because none has yet."""
+        return self._calibrates and self.rate is not None and self.rate.calibrated is None
 
     def resume(self, factor: float, share: float, history: Sequence[SearchRecord]) -> None:
         """Continue with a saved factor, share and history."""
@@ -127,7 +135,9 @@ class OptimizerUpdate:
         if self._calibrates:
             averaged = has_modes(self._optimizer)
             if rate.calibrated is None:
-                return calibrated_factor(best_scale, rate.share, averaged=averaged) * rate.applied / rate.factor
+                updates = self._updates if self._seen() else 1  # otherwise the update is as long as k steps
+                found = calibrated_factor(best_scale, rate.share, averaged=averaged, updates=updates)
+                return found * rate.applied / rate.factor
             if result.accepted_scale > 0:
                 return repeated_factor(best_scale, averaged=averaged)
             return learning_rate_factor(best_scale, total=rate.factor / rate.calibrated)

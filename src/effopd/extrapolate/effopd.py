@@ -58,9 +58,9 @@ class EffOPD:
             during the optimizer step.
         wanted: called before every optimizer step; the learning rate is adapted while it returns
             true. Default: until `close`.
-        unseen: called before every optimizer step; number of steps that train on the examples of
-            its gradient, from this step on, or 0 if an earlier step trained on them (a Boolean is 1
-            or 0). Only gradients on new examples steer the learning rate.
+        updates: number of consecutive optimizer steps on the same examples.
+        seen: called before every optimizer step and after a search; whether an earlier step trained
+            on the examples of the next gradient. Only gradients on new ones steer the learning rate.
         host: values of settings that the host decides, compared on resume (see `fingerprint`).
         score_timeout: time limit for scoring one candidate, in seconds; `None`: no limit.
         averages: averages of the weights, which a jump moves too.
@@ -87,7 +87,8 @@ class EffOPD:
         on_move: Callable[[], None] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         wanted: Callable[[], bool] = lambda: True,
-        unseen: Callable[[], int] = lambda: 1,
+        updates: int = 1,
+        seen: Callable[[], bool] = lambda: False,
         host: Mapping[str, Any] | None = None,
         score_timeout: float | None = None,
         averages: Sequence[Movable] = (),
@@ -105,7 +106,7 @@ class EffOPD:
             else None
         )
         self._optimizer = OptimizerUpdate(
-            self.config, optimizer, wanted, averages, unseen=unseen, lora=has_adapters(model)
+            self.config, optimizer, wanted, averages, updates=updates, seen=seen, lora=has_adapters(model)
         )
         self.history: list[SearchRecord] = []
         self.anchor_step = 0
@@ -223,6 +224,11 @@ class EffOPD:
     def learning_rate_factor(self) -> float:
         """Current multiplier of the schedule's learning rate."""
         return self._optimizer.factor
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether the next search sets the learning rate, because none has yet."""
+        return self._optimizer.finds_rate
 
     @property
     def applied_learning_rate_factor(self) -> float:

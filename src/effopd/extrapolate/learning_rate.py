@@ -63,23 +63,28 @@ MARGIN_ABOVE = 0.5
 _LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
 
 
-def calibrated_factor(best_scale: float, share: float = 1.0, *, averaged: bool = False) -> float:
-    """(1 + s)·share / 4, the learning-rate multiplier from the best scale s along the first step.
+def calibrated_factor(best_scale: float, share: float = 1.0, *, averaged: bool = False, updates: int = 1) -> float:
+    """(1 + s)·share / (4√k), the learning-rate multiplier from the best scale s along the first step.
 
     Adam's first step is −η·sign(gradient). Its best length (1 + s)·η therefore does not depend on
     the rate η, and one search measures it. The next steps take a quarter of it each, because their
     gradients are noisy and their number is large. Under a schedule-free optimizer they take half.
+    Steps that share their examples with k − 1 others take 1/√k of that.
 
     Args:
         best_scale: s.
         share: rate of the first step as a share of the schedule's peak, for example 0.1 in the
             first of ten warm-up steps. The quarter is that of the peak.
+        averaged: whether the optimizer is schedule-free.
+        updates: k.
 
     Example:
         >>> calibrated_factor(39.0), calibrated_factor(3.0), calibrated_factor(-0.75)
         (10.0, 1.0, 0.0625)
+        >>> calibrated_factor(39.0, updates=4)
+        5.0
     """
-    factor = (SHARE_IF_AVERAGED if averaged else SHARE_OF_FIRST_STEP) * (1 + best_scale) * share
+    factor = (SHARE_IF_AVERAGED if averaged else SHARE_OF_FIRST_STEP) * (1 + best_scale) * share / updates**0.5
     return min(max(factor, _LOWEST_CALIBRATION), _HIGHEST_CALIBRATION)
 
 
@@ -114,9 +119,9 @@ class LearningRateMultiplier:
         optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate or DeepSpeed.
         wanted: called before every step; if it returns false, the step uses the schedule's rate.
         by_slope: multiply `factor` by `steering_factor` of `slope_cosine(optimizer)` before every
-            step for which `unseen` returns a positive number.
-        unseen: number of steps that train on the examples of this step's gradient, from this step
-            on; 0 if an earlier step trained on them. A Boolean is 1 or 0.
+            step for which `seen` is false.
+        seen: called before every step; whether an earlier step trained on the examples of its
+            gradient. They say nothing about the slope behind that step.
 
     Attributes:
         factor: the multiplier; initially 1.
@@ -149,7 +154,7 @@ class LearningRateMultiplier:
         wanted: Callable[[], bool] = lambda: True,
         *,
         by_slope: bool = False,
-        unseen: Callable[[], int] = lambda: 1,
+        seen: Callable[[], bool] = lambda: False,
     ):
         inner, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
         if not isinstance(inner, torch.optim.Optimizer):
@@ -169,7 +174,7 @@ class LearningRateMultiplier:
         self.calibrated: float | None = None
         self.cosine: float | None = None
         self._by_slope = by_slope and zero is None
-        self._unseen = unseen
+        self._seen = seen
         self._optimizer, self._wanted = inner, wanted
         self._schedule: list[Any] | None = None
         self._applied: float | None = None
@@ -211,12 +216,11 @@ class LearningRateMultiplier:
             _set(group, group["lr"] * self._applied)
 
     def _steer(self, optimizer: Any) -> None:
-        steps = int(self._unseen())
-        self.cosine = slope_cosine(optimizer) if steps else None
+        self.cosine = None if self._seen() else slope_cosine(optimizer)
         if self.cosine is not None:
             known = self.calibrated is not None and self.factor > MARGIN_ABOVE * self.calibrated
             margin = MARGIN_IF_AVERAGED if has_modes(self._optimizer) else MARGIN
-            self.factor *= steering_factor(self.cosine, margin if known else 0.0, steps)
+            self.factor *= steering_factor(self.cosine, margin if known else 0.0)
 
     def release(self) -> None:
         """Restore the schedule's rates if a step was interrupted."""

@@ -2,7 +2,7 @@ r"""Learning rate steered by the slope of the loss after each step, at no cost i
 
     c_t = cos(∇L_{t+1}(W_{t+1}), Δ_t)
     Δ_t = W_{t+1} − W_t ∝ −m_t / (√v_t + ε)      Adam's step, with bias-corrected moments
-    η ← η · min(max(exp(−2.3 k (c_t + m)), ½), 2)      k: steps on the same examples
+    η ← η · min(max(exp(−2.3 (c_t + m)), ½), 2)
     m = 0.1 · min(max(1 + c_t / 0.2, 0), 1)          or 0: no margin
 
 The gradient of step t+1 comes from rollouts that step t did not train on. Its product with Δ_t is
@@ -43,13 +43,12 @@ MARGIN, MARGIN_IF_AVERAGED, NO_MARGIN = 0.1, 0.03, -0.2
 LARGEST = 2.0
 
 
-def steering_factor(cosine: float, margin: float = 0.0, steps: int = 1) -> float:
+def steering_factor(cosine: float, margin: float = 0.0) -> float:
     """Learning-rate multiplier from the cosine of the new gradient and the last step.
 
     Args:
         cosine: c_t.
         margin: m at c_t ≥ 0.
-        steps: optimizer steps that train on the gradient's examples, k.
 
     Example:
         >>> steering_factor(0.0), steering_factor(-1.0), steering_factor(1.0)
@@ -58,7 +57,7 @@ def steering_factor(cosine: float, margin: float = 0.0, steps: int = 1) -> float
         [0.795, 1.0]
     """
     shift = margin * min(max(1 - cosine / NO_MARGIN, 0.0), 1.0)
-    return min(max(math.exp(-GAIN * steps * (cosine + shift)), 1 / LARGEST), LARGEST)
+    return min(max(math.exp(-GAIN * (cosine + shift)), 1 / LARGEST), LARGEST)
 
 
 @torch.no_grad()

@@ -52,8 +52,8 @@ def share(rollouts: dict[str, Any], reads: int | None) -> None:
 
 def park(rollouts: Mapping[str, Any]) -> None:
     """Move the predictions kept for a micro-batch to host memory; losses move them back."""
-    if (kept := rollouts.get(_KEY)) is not None:
-        kept.park()
+    if (held := rollouts.get(_KEY)) is not None:
+        held.park()
 
 
 def keep(rollouts: dict[str, Any], parts: list[Part]) -> None:
@@ -61,10 +61,16 @@ def keep(rollouts: dict[str, Any], parts: list[Part]) -> None:
     rollouts.setdefault(_KEY, Kept()).parts = parts
 
 
+def kept(rollouts: Mapping[str, Any]) -> list[Part] | None:
+    """The predictions that are kept for a micro-batch, without counting a read."""
+    held: Kept | None = rollouts.get(_KEY)
+    return None if held is None else held.parts
+
+
 def kept_or_made(rollouts: Mapping[str, Any], make: Callable[[], list[Part]]) -> list[Part]:
     """The predictions that are kept for a micro-batch, or new ones."""
-    kept: Kept | None = rollouts.get(_KEY)
-    return make() if kept is None else kept.read(make)
+    held: Kept | None = rollouts.get(_KEY)
+    return make() if held is None else held.read(make)
 
 
 def without_kept(rollouts: Mapping[str, Any]) -> dict[str, Any]:
