@@ -228,8 +228,8 @@ class OPDConfig(
         default=1,
         metadata={
             "help": "Optimizer steps per batch of rollouts. Above 1, all steps after the first train on rollouts of "
-            "earlier weights, which losses on sampled tokens refuse. A search scored on rollouts waits for new "
-            "ones."
+            "earlier weights, which losses on sampled tokens refuse. Searches scored on rollouts wait for new "
+            "ones, except the one that finds the learning rate."
         },
     )
     replay_batches: int = field(

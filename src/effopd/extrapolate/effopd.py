@@ -60,7 +60,7 @@ class EffOPD:
             true. Default: until `close`.
         updates: number of consecutive optimizer steps on the same examples.
         seen: called before every optimizer step and after a search; whether an earlier step trained
-            on the examples of the next gradient. Only gradients on new ones steer the learning rate.
+            on the examples of the next gradient. Only gradients on new ones steer the rate.
         host: values of settings that the host decides, compared on resume (see `fingerprint`).
         score_timeout: time limit for scoring one candidate, in seconds; `None`: no limit.
         averages: averages of the weights, which a jump moves too.

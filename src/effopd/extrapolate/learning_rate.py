@@ -64,7 +64,7 @@ _LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
 
 
 def calibrated_factor(best_scale: float, share: float = 1.0, *, averaged: bool = False, updates: int = 1) -> float:
-    """(1 + s)·share / (4√k), the learning-rate multiplier from the best scale s along the first step.
+    """(1 + s)·share / (4√k), the learning-rate multiplier from the best scale s of the first step.
 
     Adam's first step is −η·sign(gradient). Its best length (1 + s)·η therefore does not depend on
     the rate η, and one search measures it. The next steps take a quarter of it each, because their
