@@ -76,10 +76,14 @@ def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
 
 
 def replay_table(grids: Sequence[Mapping[str, Any]]) -> str:
-    """KL with replay over that of the same strategy, rate and seed without, during the run."""
+    """KL with replay over that of the same baseline, rate and seed without, during the run.
+
+    Runs of the look-ahead without replay follow an earlier rule, so they are no pairs.
+    """
     rows = []
     for results in grids:
-        curves = {run_key(run): run["curve"] for run in results["runs"]}
+        tuned = results["settings"]["baselines"]
+        curves = {run_key(run): run["curve"] for run in results["runs"] if run["strategy"] in tuned}
         pairs: dict[tuple[str, str], list[list[float]]] = {}
         for (task, arm, *others), curve in curves.items():
             without = arm.replace("-replay", "")
