@@ -155,6 +155,24 @@ def test_searches_score_on_policy_rollouts_only(runs, traces):
         assert all(row in stored for row in rows) != (step + 1 in searches)
 
 
+def test_the_search_that_finds_the_rate_scores_on_policy_rollouts(tmp_path, traces, one_thread):
+    """At λ = 0 with two steps per batch, the first batch is sampled, because step 2 scores it."""
+    search = EffOPDConfig("newton_search", score_rollouts=4)
+    trainer = make_trainer(
+        tmp_path,
+        **SETTINGS | {"max_steps": 2},
+        lmbda=0.0,
+        traces=str(traces.folder),
+        updates_per_rollouts=2,
+        effopd=search,
+    )
+    seen = Batches(trainer).seen
+    trainer.train()
+    stored = [list(row.completion_ids) for row in traces.read()[0]]
+    assert [row["step"] for row in read_rows(trainer.run_dir.root / "searches.jsonl")] == [2]
+    assert seen and not any(all(row in stored for row in rows) for _, rows in seen)
+
+
 def test_answers_of_the_dataset(tmp_path):
     """λ = 0 with a column `completion` is the same loss on these answers."""
     data = make_task(16).to_dataset().add_column("completion", ["ab"] * 16)

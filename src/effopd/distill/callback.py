@@ -272,10 +272,10 @@ class EffOPDCallback(TrainerCallback):
     def scores_rollouts(self, step: int) -> bool:
         """Whether a search scores the rollouts that are sampled for this step."""
         look = self.look_ahead
-        if look is None or self._searches(step):
-            return look is not None
+        if look is None or not self.waits_for_rollouts:
+            return False
         shared = getattr(self.trainer.args, "updates_per_rollouts", 1) > 1 and not self._reused
-        return shared and look.finds_rate and look.due(step + 1)
+        return self._searches(step) or (shared and look.finds_rate and look.due(step + 1))
 
     def _searches(self, step: int) -> bool:
         """Whether a search runs before this step, on its rollouts or batch.
