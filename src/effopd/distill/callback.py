@@ -317,7 +317,7 @@ class EffOPDCallback(TrainerCallback):
     def _search_before_step(self, scorer: RolloutScorer | NextBatchLoss) -> None:
         state = self.trainer.state
         try:
-            if self.look_ahead is None or self._searches(state.global_step + 1):
+            if self._searches(state.global_step + 1):
                 self._search(self.trainer.args, state, state.global_step + 1)
         finally:
             scorer.drop()

@@ -56,15 +56,12 @@ def park(rollouts: Mapping[str, Any]) -> None:
         held.park()
 
 
-def keep(rollouts: dict[str, Any], parts: list[Part]) -> None:
-    """Keep the teacher's predictions for a micro-batch in it."""
-    rollouts.setdefault(_KEY, Kept()).parts = parts
-
-
-def kept(rollouts: Mapping[str, Any]) -> list[Part] | None:
-    """The predictions that are kept for a micro-batch, without counting a read."""
-    held: Kept | None = rollouts.get(_KEY)
-    return None if held is None else held.parts
+def make_ahead(rollouts: dict[str, Any], make: Callable[[], list[Part]]) -> list[Part]:
+    """The predictions that are kept for a micro-batch, or new ones, kept for its losses."""
+    held: Kept = rollouts.setdefault(_KEY, Kept())
+    if held.parts is None:
+        held.parts = make()
+    return held.parts
 
 
 def kept_or_made(rollouts: Mapping[str, Any], make: Callable[[], list[Part]]) -> list[Part]:

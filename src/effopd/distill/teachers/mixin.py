@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from effopd.distill.divergence import Answers, Predictions, item_count, multimodal_inputs, shared_vocab_size
 from effopd.distill.scoring import token_batch
-from effopd.distill.teachers.kept import keep, kept, kept_or_made
+from effopd.distill.teachers.kept import kept_or_made, make_ahead
 from effopd.distill.teachers.loading import teacher_loading, teacher_revision
 from effopd.distill.teachers.manifest import ONLY, TeacherEntry, entry_of
 from effopd.distill.teachers.offload import in_use, offload
@@ -141,12 +141,12 @@ class TeachersMixin(DistillationHooks):
         bit. Memory until the loss: one hidden state per answer token and padding, or the top k of
         a served teacher. An earlier step on the same micro-batch may have made them.
         """
-        if (parts := kept(rollouts)) is not None:
-            return parts
-        with self.accelerator.autocast():
-            parts = self._teacher_parts(token_batch(rollouts), multimodal_inputs(rollouts))
-        keep(rollouts, parts)
-        return parts
+
+        def make() -> list[Part]:
+            with self.accelerator.autocast():
+                return self._teacher_parts(token_batch(rollouts), multimodal_inputs(rollouts))
+
+        return make_ahead(rollouts, make)
 
     def _taught(self, rollouts: Mapping[str, Any], batch: TokenBatch, multimodal: Mapping[str, Any]) -> list[Part]:
         """The teacher's predictions for a micro-batch, as kept by an earlier reader or made now."""
