@@ -10,7 +10,7 @@ from effopd.distill import search_kl
 from effopd.distill.search_kl import Target, in_float32_on_cpu, reverse_kl
 from effopd.distill.served.support import Support
 from effopd.distill.served.teacher import scored_part, scored_support
-from effopd.distill.teachers.kept import Kept, keep, kept_or_made, share, without_kept
+from effopd.distill.teachers.kept import Kept, kept_or_made, make_ahead, share, without_kept
 from effopd.distill.teachers.manifest import ONLY
 from effopd.distill.teachers.several import Part, TeacherSet, answered, answered_in, rows_by_teacher
 from effopd.models.head import Head
@@ -51,7 +51,7 @@ def test_logits_are_kept_up_to_a_size_where_the_loss_projects_in_float32(monkeyp
 def test_predictions_are_released_after_the_last_reader():
     parts, other, rollouts = [Part(ONLY, None, object())], [Part(ONLY, None, object())], {}
     assert kept_or_made(rollouts, lambda: other) is other
-    keep(rollouts, parts)
+    assert make_ahead(rollouts, lambda: parts) is parts and make_ahead(rollouts, lambda: other) is parts
     (kept,) = rollouts.values()
     assert isinstance(kept, Kept)  # no tensor, list or mapping, so that no wrapper copies or casts what is in it
     assert kept_or_made(rollouts, lambda: other) is parts and kept.parts is None
