@@ -392,9 +392,10 @@ def test_a_callback_belongs_to_the_trainer_it_was_built_with(tmp_path):
     assert left_behind(one) == left_behind(two) == []
 
 
-def test_a_callback_added_while_training_runs_is_refused(tmp_path):
+@pytest.mark.parametrize("scorer", [None, "next_batch_loss"])  # after a step, before the next one
+def test_a_callback_added_while_training_runs_is_refused(tmp_path, scorer):
     trainer = slope(tmp_path)
-    probe_of(trainer)._after = {2: lambda: add(trainer)}
+    probe_of(trainer)._after = {2: lambda: add(trainer, scorer=scorer)}
     with pytest.raises(ConfigError, match=r"before trainer\.train"):
         trainer.train()
 

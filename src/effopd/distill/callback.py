@@ -256,7 +256,16 @@ class EffOPDCallback(TrainerCallback):
             keep_rows(Path(args.output_dir) / SEARCHES, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Report the last search to trainers without TRL's metric buffer."""
+        """Report the last search to trainers without TRL's metric buffer.
+
+        Raises:
+            ConfigError: the callback was added while training was running.
+        """
+        if self.look_ahead is None:
+            raise ConfigError(
+                "this EffOPDCallback was added while training was running, too late to record the initial weights. "
+                "Add it before trainer.train()."
+            )
         self._flush()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -266,7 +275,7 @@ class EffOPDCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Search if this step is a trigger, unless the scorer waits for the next rollouts."""
-        if not self.waits_for_rollouts:
+        if self.look_ahead is not None and not self.waits_for_rollouts:
             self._search(args, state, state.global_step)
 
     def scores_rollouts(self, step: int) -> bool:
@@ -323,11 +332,7 @@ class EffOPDCallback(TrainerCallback):
             scorer.drop()
 
     def _search(self, args, state, step: int) -> None:
-        if self.look_ahead is None:
-            raise ConfigError(
-                "this EffOPDCallback was added while training was running, too late to record the initial weights. "
-                "Add it before trainer.train()."
-            )
+        assert self.look_ahead is not None  # `on_step_begin`
         ledger = getattr(self.trainer, "ledger", None)
         with ledger.track("search") if ledger is not None else nullcontext():
             record = self.look_ahead.step(step)
