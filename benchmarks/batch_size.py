@@ -67,12 +67,10 @@ def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
     """Table of the README: cost of the fastest baseline over that of 8 prompts with replay."""
     arm, rows = REUSE + "-replay" + PROMPTS + "8", []
     for results in grids:
-        baselines = results["settings"]["baselines"]
-        for label, names in (("8", [each for each in baselines if prompts_of(each) == "8"]), ("8 to 32", baselines)):
-            known = Hindsight(results, priced, names)
-            for task in Lookup(results).tasks:
-                rows.append([f"`{task.split(':')[1]}`", label, *(known.ratios(task, arm, s) for s in FEW_SHARES)])
-    return table(["task", "opponents' prompts per batch", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
+        known = Hindsight(results, priced)
+        for task in Lookup(results).tasks:
+            rows.append([f"`{task.split(':')[1]}`", *(known.ratios(task, arm, share) for share in FEW_SHARES)])
+    return table(["task", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
 
 
 def replay_table(grids: Sequence[Mapping[str, Any]]) -> str:

@@ -22,60 +22,59 @@ NOTE = (
     "speed-up is a shift to the left."
 )
 LOOK_AHEAD = "newton_search-schedule-free-3-replay-prompts-8"
-#: Curves: label → (strategy, learning rate, line width). `None`: the rate with most seeds.
-ARMS = {
-    "clipped AdamW, 8 prompts": ("clip-0.1-updates-3-prompts-8", None, 1.1),
-    "clipped AdamW, 8 prompts, replay": ("clip-0.1-updates-3-replay-prompts-8", None, 1.1),
-    "schedule-free AdamW, 8 prompts": ("schedule-free-tuned-3-prompts-8", None, 1.1),
-    "schedule-free AdamW, 16 prompts": ("schedule-free-tuned-3-prompts-16", None, 1.1),
-    "clipped AdamW, 32 prompts": ("clip-0.1-updates-3-prompts-32", None, 1.1),
-    "schedule-free AdamW, 32 prompts": ("schedule-free-tuned-3-prompts-32", None, 1.1),
-    "newton_search from 3e-05": (LOOK_AHEAD, 3e-5, 2.2),
-    "newton_search from 3e-06": (LOOK_AHEAD, 3e-6, 2.2),
-    "newton_search from 3e-04": (LOOK_AHEAD, 3e-4, 2.2),
-}
+RATES = (3e-5, 3e-6, 3e-4)
+#: Arms without a look-ahead, each at its rate with most seeds. They share one color and one label.
+TUNED = (
+    "clip-0.1-updates-3-prompts-8",
+    "clip-0.1-updates-3-replay-prompts-8",
+    "schedule-free-tuned-3-prompts-8",
+    "schedule-free-tuned-3-prompts-16",
+    "clip-0.1-updates-3-prompts-32",
+    "schedule-free-tuned-3-prompts-32",
+)
+TUNED_LABEL = "tuned runs: AdamW and schedule-free\nAdamW, 8 to 32 prompts per batch"
+GRAY = "#9a9aa6"
 
 
 def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw one panel per grid, each of one task."""
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")
-    styles = looks({label: "newton_search" if s == LOOK_AHEAD else s for label, (s, _, _) in ARMS.items()})
+    styles = looks({f"newton_search from {rate:.0e}": "newton_search" for rate in RATES})
     with quiet_style():
         figure, axes = plt.subplots(1, len(grids), figsize=(11, 4.4), constrained_layout=True, sharey=True)
         for axis, results in zip(axes, grids, strict=True):
             look = Lookup(results)
             (task,) = look.tasks
-            for label, (strategy, rate, width) in ARMS.items():
-                runs = [run["curve"] for run in look.runs(task, _arm(look, task, strategy, rate))]
-                if len(runs) < 2:  # one seed is no median
-                    continue
-                x, median, low, high = band(runs)
-                color = styles[label].light
-                dashes = styles[label].dash.split() and tuple(map(float, styles[label].dash.split()))
-                axis.plot(x, median, color=color, label=label, linewidth=width, dashes=dashes or (None, None))
-                if (strategy, rate) == (LOOK_AHEAD, look.reference):
-                    axis.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
+            for strategy in TUNED:
+                if curves := _curves(look, task, strategy, None):
+                    seconds, median, _, _ = band(curves)
+                    axis.plot(seconds, median, color=GRAY, linewidth=1, label=TUNED_LABEL)
+            for rate, (label, style) in zip(RATES, styles.items(), strict=True):
+                if curves := _curves(look, task, LOOK_AHEAD, rate):
+                    seconds, median, low, high = band(curves)
+                    dashes = tuple(map(float, style.dash.split())) or (None, None)
+                    axis.plot(seconds, median, color=style.light, label=label, linewidth=2.2, dashes=dashes)
+                    if rate == look.reference:
+                        axis.fill_between(seconds, low, high, color=style.light, alpha=0.13, linewidth=0)
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_xlabel("priced seconds")
             axis.set_title(task.split(":")[1], loc="left")
-        drawn = {}
-        for axis in axes:
-            drawn |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-        labels = {label: drawn[label] for label in ARMS if label in drawn}
-        axes[0].legend(labels.values(), labels.keys(), frameon=False, fontsize=8, loc="lower left")
+        handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+        axes[0].legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="lower left")
         axes[0].set_ylabel("held-out reverse KL\n(nats per token)")
-        save(figure, path, "newton_search from three learning rates, and tuned runs without it", NOTE)
+        save(figure, path, "newton_search from three learning rates (purple) against tuned runs (gray)", NOTE)
         plt.close(figure)
 
 
-def _arm(look: Lookup, task: str, strategy: str, rate: float | None) -> tuple[str, float]:
-    """The grid's arm with this rate up to rounding, or of this strategy with most seeds."""
+def _curves(look: Lookup, task: str, strategy: str, rate: float | None) -> list[Mapping[str, list[float]]]:
+    """Curves of a strategy at one rate, or at the rate with most seeds; none of a single seed."""
     arms = [arm for arm in look.arms if arm[0] == strategy]
     if rate is not None:
         arms = [arm for arm in arms if math.isclose(arm[1], rate, rel_tol=1e-6)]
-    return max(arms, key=lambda arm: len(look.runs(task, arm)), default=(strategy, rate or math.nan))
+    runs = max((look.runs(task, arm) for arm in arms), key=len, default=[])
+    return [run["curve"] for run in runs] if len(runs) > 1 else []
 
 
 def band(curves: Sequence[Mapping[str, list[float]]]) -> tuple[np.ndarray, ...]:
