@@ -179,6 +179,30 @@ def test_packages(name, copies, arguments):
     assert all(bool(each.isfinite().all()) for each in parameters)
 
 
+@pytest.mark.parametrize("jump", [False, True])
+@pytest.mark.parametrize("average", [False, True])  # the mode in which the search comes
+def test_a_search_returns_to_the_mode_that_it_found(jump, average):
+    pytest.importorskip("schedulefree")
+    optimizer, parameters = built("schedulefree:AdamWScheduleFree", 0.1)
+    trained = values(parameters)
+    if average:
+        optimizer.eval()
+    with carried(optimizer) as held:
+        if jump:
+            shifted(parameters)
+    assert held == 2 * sum(each.nbytes for each in parameters)  # the trained weights and the average
+    assert all(group["train_mode"] != average for group in optimizer.param_groups)
+    optimizer.train()
+    expected = [each + 1.0 * jump for each in trained]
+    if jump or average:  # the modes differ by rounding
+        torch.testing.assert_close(values(parameters), expected)
+    else:
+        assert all(map(torch.equal, parameters, expected))
+    with evaluated(optimizer):
+        pass
+    assert all(group["train_mode"] for group in optimizer.param_groups)
+
+
 # -- combined optimizers ---------------------------------------------------------------------------
 
 

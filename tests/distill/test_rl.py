@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from effopd import EffOPDCallback, EffOPDConfig
 from effopd.commands.main import main
 from effopd.commands.rl import parse_rl
 from effopd.common.files import read_rows
@@ -133,6 +134,35 @@ def test_a_resume_inside_rollouts_that_several_steps_share(tmp_path, kind, cycle
         again = make_trainer(tmp_path, *kind, **settings | {"save_strategy": saves})
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / f"step-{step:06d}"))
         assert again.state.global_step == 11 and same(parameters(whole), parameters(again)), step
+
+
+@pytest.mark.slow
+def test_a_jump_inside_a_cycle_drops_its_rollouts_and_the_run_resumes(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8, "num_iterations": 2}
+
+    def trainer(folder):
+        made = make_trainer(tmp_path / folder, **settings)
+        start = parameters(made)
+
+        def distance(model):
+            return sum(float((a.detach() - b).square().sum()) for a, b in zip(model.parameters(), start.values(), strict=True))
+
+        look_ahead = EffOPDConfig("effopd", args={"scales": [2.0]}, parameters="all", schedule="every_step")
+        made.add_callback(EffOPDCallback(made, look_ahead, scorer=distance))
+        sampled, real = [], made._generate_and_score_completions
+        made._generate_and_score_completions = lambda inputs: sampled.append(made.state.global_step + 1) or real(inputs)
+        return made, sampled
+
+    whole, sampled = trainer("whole")
+    whole.train()
+    jumps = [row["step"] for row in read_rows(tmp_path / "whole/searches.jsonl") if row["accepted_scale"]]
+    assert any(step % 2 for step in jumps)
+    # the ratios of the loss need rollouts of the present weights
+    assert sampled == [step for step in range(1, 9) if step % 2 or step - 1 in jumps]
+    for after in jumps:
+        again, later = trainer(f"from-{after}")
+        again.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoints/step-{after:06d}"))
+        assert later == [step for step in sampled if step > after] and same(parameters(whole), parameters(again)), after
 
 
 @pytest.mark.slow

@@ -87,6 +87,35 @@ def test_only_the_search_that_finds_the_rate_scores_rollouts_that_were_trained_o
         assert torch.equal(resumed.weights[-1], whole.weights[-1])
 
 
+@pytest.mark.slow
+def test_a_jump_between_steps_on_the_same_rollouts_keeps_them_and_resumes(tmp_path):
+    def train(folder, **resume):
+        look_ahead = EffOPDConfig("line_search", schedule="every_step", validation_size=12, gate="not_worse")
+        trainer = make_trainer(tmp_path / folder, effopd=look_ahead, **SETTINGS)
+        steps = Steps(trainer)
+        trainer.train(**resume)
+        return steps
+
+    whole = train("a")
+    accepted = [row["step"] for row in read_rows(tmp_path / "a/searches.jsonl") if row["accepted_scale"]]
+    assert accepted[0] == 1  # in mid-cycle
+    assert [step for step, _ in whole.prompts] == [0, 2]
+    for checkpoint in ("step-000001", "step-000003"):
+        resumed = train(checkpoint, resume_from_checkpoint=str(tmp_path / "a/checkpoints" / checkpoint))
+        assert torch.equal(resumed.weights[-1], whole.weights[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "searched"), [("effopd", [3, 5, 9]), ("newton_search", [2, 5, 9]), ("line_search", [3, 5, 9])]
+)
+def test_a_search_that_is_due_in_mid_cycle_waits_for_new_rollouts(tmp_path, strategy, searched):
+    look_ahead = EffOPDConfig(strategy, schedule="powers_of_two", score_rollouts=4)  # due at 2, 4 and 8
+    trainer = make_trainer(tmp_path, effopd=look_ahead, **SETTINGS | {"max_steps": 9, "save_strategy": "no"})
+    trainer.train()
+    assert [row["step"] for row in read_rows(tmp_path / "searches.jsonl")] == searched
+
+
 def test_refused():
     with pytest.raises(ConfigError, match="updates_per_rollouts=2: loss_type='sampled'"):
         OPDConfig(output_dir="unused", updates_per_rollouts=2, loss_type="sampled", use_cpu=True, report_to="none")

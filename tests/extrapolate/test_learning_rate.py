@@ -14,6 +14,7 @@ from effopd.errors import ConfigError
 from effopd.extrapolate.after_search import OptimizerUpdate
 from effopd.extrapolate.learning_rate import LearningRateMultiplier
 from effopd.extrapolate.search import Score, SearchResult, Trial
+from effopd.extrapolate.weight_copies import clear_state
 from effopd.runs.records import SearchRecord, TrialRecord
 
 SCHEDULES = {
@@ -147,6 +148,69 @@ def test_the_first_search_sets_the_rate_wherever_it_started(rate, warmup):
     _, after, best_length = one_search(rate, warmup=warmup)
     assert after == pytest.approx(one_search(0.01)[1], rel=1e-3)
     assert after == pytest.approx(best_length / 4, rel=1e-6)
+
+
+def test_the_share_is_that_of_the_peak_of_a_cycle():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    schedule, rate = schedulers.OneCycleLR(optimizer, 1.0, total_steps=10, pct_start=0.5), None
+    rate = LearningRateMultiplier(optimizer)
+    shares = []
+    for _ in range(10):
+        shares.append((optimizer.param_groups[0]["lr"], 0.0))
+        weight.grad = torch.ones(())
+        optimizer.step()
+        shares[-1] = (shares[-1][0], rate.share)
+        schedule.step()
+    assert max(share for _, share in shares) == pytest.approx(1.0)
+    assert [share for _, share in shares] == pytest.approx([used for used, _ in shares])  # the peak is 1
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
+def test_the_share_counts_the_warm_up_inside_a_schedule_free_step(name):
+    schedulefree = pytest.importorskip("schedulefree")
+    weight = torch.nn.Parameter(torch.ones(3))
+    warmup = {} if name.startswith("RAdam") else {"warmup_steps": 4}
+    optimizer = getattr(schedulefree, name)([weight], lr=0.5, **warmup)
+    optimizer.train()
+    rate, shares = LearningRateMultiplier(optimizer), []
+    rate.factor = 3.0
+    for _ in range(6):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        shares.append(rate.share)
+    if warmup:
+        assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    clear_state(optimizer)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert rate.share == pytest.approx(1.0) or not warmup  # a warm-up that is over does not start again
+
+
+def test_a_rate_that_the_optimizer_estimates_is_not_adapted(caplog):
+    prodigyopt = pytest.importorskip("prodigyopt")
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Linear(8, 1), torch.randn(64, 8)
+    wanted = inputs @ torch.arange(8.0)
+
+    def loss():
+        return (model(inputs)[:, 0] - wanted).square().mean()
+
+    optimizer = prodigyopt.Prodigy(model.parameters(), lr=1.0)
+    config = EffOPDConfig("newton_search", gate="better", parameters="all")
+    look = EffOPD(model, lambda _: -float(loss().detach()), config, optimizer=optimizer)
+    assert "does not adapt its learning rate" in caplog.text
+    losses = []
+    for step in range(1, 40):
+        optimizer.zero_grad()
+        losses.append(float(loss().detach()))
+        loss().backward()
+        optimizer.step()
+        look.step(step)
+    assert look.learning_rate_factor == 1.0
+    assert max(losses) == losses[0] > 10 * losses[-1]
+    assert any(search.accepted_scale for search in look.history)
 
 
 def test_later_searches_raise_the_rate_only_if_it_is_far_too_low():

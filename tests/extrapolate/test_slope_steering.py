@@ -40,6 +40,39 @@ def test_the_cosine_is_that_of_the_new_gradient_and_the_actual_step(make):
         assert slope_cosine(optimizer) == pytest.approx(float(expected), abs=1e-6)
 
 
+@pytest.mark.parametrize("rates", [(0.1, 0.0), (0.1, 0.003), (1e-5, 1e-4)])
+def test_groups_count_by_the_length_of_their_steps(rates):
+    torch.manual_seed(0)
+    parts = [torch.nn.Parameter(torch.randn(20, dtype=torch.float64)) for _ in rates]
+    optimizer = torch.optim.AdamW(
+        [{"params": [part], "lr": rate} for part, rate in zip(parts, rates, strict=True)], weight_decay=0.0
+    )
+    for _ in range(4):
+        before = torch.cat(parts).detach()
+        for part in parts:
+            part.grad = torch.randn(20, dtype=torch.float64)
+        optimizer.step()
+        moved = torch.cat(parts).detach() - before
+        for part in parts:
+            part.grad = torch.randn(20, dtype=torch.float64)
+        gradients = torch.cat([part.grad for part in parts])
+        expected = torch.nn.functional.cosine_similarity(gradients, moved, dim=0)
+        assert slope_cosine(optimizer) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_moments_of_a_projection_are_left_out():
+    weight, bias = torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(4))
+    optimizer = torch.optim.AdamW([weight, bias], lr=0.1)
+    for parameter in (weight, bias):
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    alone = torch.optim.AdamW([bias], lr=0.1)
+    alone.state[bias] = optimizer.state[bias]
+    for key in ("exp_avg", "exp_avg_sq"):  # as GaLore keeps them
+        optimizer.state[weight][key] = optimizer.state[weight][key][:2]
+    assert slope_cosine(optimizer) == slope_cosine(alone) is not None
+
+
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree"])
 def test_under_a_schedule_free_optimizer_the_direction_is_that_from_the_weights_to_the_base_sequence(name):
     schedulefree = pytest.importorskip("schedulefree")
@@ -71,6 +104,22 @@ def test_a_schedule_free_rate_far_too_low_rises_and_one_far_too_high_falls():
             gradient(optimizer, loss)
             optimizer.step()
         assert low <= multiplier.factor <= high, (start, multiplier.factor)
+
+
+@pytest.mark.parametrize("calibrated", [None, 0.1])
+def test_the_slope_alone_lowers_the_rate_to_a_64th_at_most(calibrated):
+    x = torch.nn.Parameter(torch.ones(20))
+    optimizer = torch.optim.AdamW([x], lr=1e-6, weight_decay=0.0)
+    rate = LearningRateMultiplier(optimizer, by_slope=True)
+    rate.calibrated = calibrated
+    rate.factor = calibrated or 1.0
+    x.grad = torch.ones_like(x)
+    optimizer.step()
+    for _ in range(40):
+        x.grad = -optimizer.state[x]["exp_avg"].clone()  # uphill along the last step
+        optimizer.step()
+        optimizer.state[x]["exp_avg"].fill_(1.0)
+    assert rate.factor == pytest.approx((calibrated or 1.0) / 64)
 
 
 def test_the_margin_of_a_schedule_free_optimizer_is_its_own():

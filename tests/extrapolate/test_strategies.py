@@ -191,6 +191,25 @@ def test_relex_lands_where_a_straight_line_leads():
     assert look_ahead.history[-1].fit["r2"] > 0.99
 
 
+def test_what_was_due_while_it_was_not_possible_is_done_at_the_next_call():
+    model = Drift()
+    look_ahead = look(model, Scorer(), config("effopd"))  # due at 1, 2, 4, 8
+    steps = range(1, 11, 3)
+    assert [step for step in steps if look_ahead.due(step, since=step - 3)] == [1, 4, 10]
+    for step in steps:
+        model.train_step()
+        look_ahead.step(step, since=step - 3)
+    assert [search.step for search in look_ahead.history] == [1, 4, 10]
+
+    model = Drift()
+    look_ahead = look(model, None, config("relex", {"every": 2, "until": 8}))
+    for step in steps:  # observations are due at 2, 4, 6 and 8
+        model.train_step()
+        look_ahead.step(step, since=step - 3)
+    assert [search.observation for search in look_ahead.history] == [1, 2, None]
+    assert [search.step for search in look_ahead.history] == [4, 7, 10]
+
+
 def test_alpha_opd_reports_what_its_fit_is_worth():
     torch.manual_seed(0)
     model = Drift()

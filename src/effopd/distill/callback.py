@@ -241,7 +241,7 @@ class EffOPDCallback(TrainerCallback):
             wanted=lambda: self._registered,
             host=self._host,
             score_timeout=self._score_timeout,
-            updates=getattr(self.trainer.args, "updates_per_rollouts", 1),
+            updates=self._updates,
             seen=lambda: self._reused,
             averages=[average] if (average := getattr(self.trainer, "weight_average", None)) is not None else [],
         )
@@ -283,7 +283,7 @@ class EffOPDCallback(TrainerCallback):
         look = self.look_ahead
         if look is None or not self.waits_for_rollouts:
             return False
-        shared = getattr(self.trainer.args, "updates_per_rollouts", 1) > 1 and not self._reused
+        shared = self._updates > 1 and not self._reused
         return self._searches(step) or (shared and look.finds_rate and look.due(step + 1))
 
     def _searches(self, step: int) -> bool:
@@ -295,7 +295,14 @@ class EffOPDCallback(TrainerCallback):
         look = self.look_ahead
         if look is None or not self.waits_for_rollouts or step <= look.schedule_start + 1:
             return False
-        return look.due(step) and (look.finds_rate or not self._reused)
+        if self._reused:
+            return look.finds_rate and look.due(step)
+        return look.due(step, self._since(step))
+
+    def _since(self, step: int) -> int:
+        """The last step before which a search could run; what was due later waited for `step`."""
+        assert self.look_ahead is not None
+        return max(step - self._updates, self.look_ahead.anchor_step, self.look_ahead.schedule_start + 1)
 
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Search on the next step's rollouts, before that step.
@@ -318,6 +325,11 @@ class EffOPDCallback(TrainerCallback):
         self._search_before_step(scorer)
 
     @property
+    def _updates(self) -> int:
+        """Optimizer steps per batch of rollouts."""
+        return getattr(self.trainer.args, "updates_per_rollouts", 1)
+
+    @property
     def _reused(self) -> bool:
         """Whether the next step trains on rollouts that earlier steps trained on."""
         reuses = getattr(self.trainer, "reuses_rollouts", None)
@@ -335,7 +347,7 @@ class EffOPDCallback(TrainerCallback):
         assert self.look_ahead is not None  # `on_step_begin`
         ledger = getattr(self.trainer, "ledger", None)
         with ledger.track("search") if ledger is not None else nullcontext():
-            record = self.look_ahead.step(step)
+            record = self.look_ahead.step(step, self._since(step) if self.waits_for_rollouts else None)
         if record is None:
             return
         if ledger is not None and state.is_world_process_zero:  # the record sums the tokens of all ranks
@@ -396,11 +408,12 @@ class EffOPDCallback(TrainerCallback):
     def _weights_moved(self) -> None:
         """Mark the engine stale and, if needed, drop rollouts that the old weights sampled.
 
-        Rollouts that were scored are kept for losses over the vocabulary, which stay valid
-        off-policy. Losses of the sampled tokens do not, so they are dropped.
+        Losses over the vocabulary stay valid off-policy, so their rollouts are kept. Losses of the
+        sampled tokens do not. Trainers that do not say which loss they have keep the rollouts that
+        were scored.
         """
         mark_engine_stale(self.trainer)
-        if not self.waits_for_rollouts or getattr(self.trainer.args, "on_sampled_tokens", False):
+        if getattr(self.trainer.args, "on_sampled_tokens", not self.waits_for_rollouts):
             drop_rollouts(self.trainer)
 
     def _log(self, record: SearchRecord) -> None:

@@ -120,7 +120,8 @@ class RolloutCycleCallback(TrainerCallback):
             return
         saved: dict[str, Any] = {"shape": self._shape}
         if self._inside:
-            saved["rollouts"] = list(map(without_kept, rollouts_in_use(self._trainer)[1]))
+            _, rollouts = rollouts_in_use(self._trainer)  # `None`: an accepted jump dropped them
+            saved["rollouts"] = rollouts and list(map(without_kept, rollouts))
         if self._replay is not None:
             saved[_REPLAY] = [list(map(without_kept, batch)) for batch in self._replay.batches]
         torch.save(saved, folder / rollouts_file(rank(), world_size()))

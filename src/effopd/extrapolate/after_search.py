@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from effopd.common.distributed import rank
+from effopd.common.zero import base_optimizer
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.learning_rate import (
@@ -16,8 +19,10 @@ from effopd.extrapolate.learning_rate import (
     repeated_factor,
 )
 from effopd.extrapolate.search import SearchResult
-from effopd.extrapolate.weight_copies import Movable, carried, clear_state, evaluated, has_modes
+from effopd.extrapolate.weight_copies import Movable, carried, clear_state, evaluated, has_modes, sizes_steps
 from effopd.runs.records import SearchRecord
+
+logger = logging.getLogger(__name__)
 
 
 class OptimizerUpdate:
@@ -34,7 +39,8 @@ class OptimizerUpdate:
         lora: whether the parameters are LoRA factors.
 
     Attributes:
-        rate: the multiplier; `None` if the learning rate is not adapted.
+        rate: the multiplier; `None` if the learning rate is not adapted. That of optimizers that
+            estimate the length of their steps never is: both corrections would multiply.
 
     Raises:
         ConfigError: the optimizer is missing, or another look-ahead adapts its learning rate.
@@ -60,9 +66,18 @@ class OptimizerUpdate:
         self._resets = config.reset_moments
         self._calibrates = config.rules.calibrates_rate
         self._updates, self._seen = updates, seen
+        adapts = config.adapt_learning_rate
+        if adapts and sizes_steps(optimizer):
+            adapts = False
+            if rank() == 0:
+                logger.warning(
+                    "%s estimates the length of its steps itself, so the look-ahead does not adapt its learning rate: "
+                    "the two corrections would multiply.",
+                    type(base_optimizer(optimizer)).__name__,
+                )
         self.rate = (
             LearningRateMultiplier(optimizer, wanted, by_slope=config.rules.steers_by_slope, seen=seen)
-            if config.adapt_learning_rate
+            if adapts
             else None
         )
 
@@ -97,8 +112,10 @@ class OptimizerUpdate:
         if self.rate is not None:
             self.rate.close()
 
-    def carried(self) -> AbstractContextManager[None]:
+    def carried(self) -> AbstractContextManager[int]:
         """Block of a search: it starts at the weights to evaluate, and all copies follow a jump.
+
+        Gives the memory that it holds, in bytes.
 
         Raises:
             ConfigError: the optimizer keeps copies that cannot follow.

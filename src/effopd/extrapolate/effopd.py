@@ -123,8 +123,11 @@ class EffOPD:
 
     # -- searching ---------------------------------------------------------------------------------
 
-    def due(self, step: int) -> bool:
-        """Whether `step(step)` would observe or search now."""
+    def due(self, step: int, since: int | None = None) -> bool:
+        """Whether `step(step, since)` would observe or search now."""
+        return any(self._due(each) for each in _steps(step, since))
+
+    def _due(self, step: int) -> bool:
         if self.predictor is not None:
             return self.predictor.observes(step) or self.predictor.predicts(step)
         start, past = self.schedule_start, self.history
@@ -132,11 +135,13 @@ class EffOPD:
             past = [dataclasses.replace(each, step=each.step - start) for each in past if each.step > start]
         return self.config.triggers(step - start, past)
 
-    def step(self, step: int) -> SearchRecord | None:
+    def step(self, step: int, since: int | None = None) -> SearchRecord | None:
         """Observe or search if due. Call after every optimizer step.
 
         Args:
             step: number of the optimizer step; the first is 1.
+            since: the last step after which this was possible, for loops that cannot search after
+                every step: what was due in between is done now. Default: `step` − 1.
 
         Returns:
             The search or observation, also appended to `history`; `None` if none was due.
@@ -147,9 +152,10 @@ class EffOPD:
         """
         self._check_open()
         if self.predictor is None:
-            return self.search(step) if self.due(step) else None
-        observed = self._observe(step, self.predictor) if self.predictor.observes(step) else None
-        if self.predictor.predicts(step):
+            return self.search(step) if self.due(step, since) else None
+        steps = _steps(step, since)
+        observed = self._observe(step, self.predictor) if any(map(self.predictor.observes, steps)) else None
+        if any(map(self.predictor.predicts, steps)):
             return self.search(step, observed)
         if observed is not None:
             self.history.append(observed)
@@ -163,10 +169,10 @@ class EffOPD:
                 is added to the search.
         """
         self._check_open()
-        with self._optimizer.carried():
-            return self._search(step, observed)
+        with self._optimizer.carried() as held:
+            return self._search(step, observed, held)
 
-    def _search(self, step: int, observed: SearchRecord | None) -> SearchRecord:
+    def _search(self, step: int, observed: SearchRecord | None, held: int) -> SearchRecord:
         start, config = time.perf_counter(), self.config
         self._assert_same(step)
         delta_norm = self.weights.displacement_norm()
@@ -192,7 +198,7 @@ class EffOPD:
             forward_tokens=result.forward_tokens + (observed.forward_tokens if observed else 0),
             teacher_tokens=result.teacher_tokens + ((observed.teacher_tokens or 0) if observed else 0),
             trials=(*(observed.trials if observed else trials[:1]), *trials[1:]),
-            memory_bytes=memory + (0 if self.predictor is None else self.predictor.observations.nbytes),
+            memory_bytes=memory + held + (0 if self.predictor is None else self.predictor.observations.nbytes),
             learning_rate_factor=factor,
             learning_rate_factor_total=None if factor is None else self.learning_rate_factor,
             lora_lost_share=self.weights.lost_share,
@@ -340,3 +346,8 @@ class EffOPD:
             CheckpointError: the folder has no complete look-ahead state, or the settings differ.
         """
         self.load_state_dict(load_state(Path(folder), self.weights.sharded))
+
+
+def _steps(step: int, since: int | None) -> range:
+    """The steps after `since` up to `step`."""
+    return range(step if since is None else since + 1, step + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ SHARE_OF_FIRST_STEP = 0.25
 SHARE_IF_AVERAGED = 0.5
 #: Share of the rate that the first search set, above which the slope steers with a margin.
 MARGIN_ABOVE = 0.5
+#: Lower bound of the rate, as a share of what a search set, when the slope lowers it.
+LOWEST_BY_SLOPE = 1 / 64
 #: Bounds of one `calibrated_factor`.
 _LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
 
@@ -119,14 +121,15 @@ class LearningRateMultiplier:
         optimizer: a `torch.optim.Optimizer`, bare or wrapped by accelerate or DeepSpeed.
         wanted: called before every step; if it returns false, the step uses the schedule's rate.
         by_slope: multiply `factor` by `steering_factor` of `slope_cosine(optimizer)` before every
-            step for which `seen` is false.
+            step for which `seen` is false. It lowers `factor` to 1/64 of `calibrated` at most, or
+            to 1/64 before the first search.
         seen: called before every step; whether an earlier step trained on the examples of its
             gradient. They say nothing about the slope behind that step.
 
     Attributes:
         factor: the multiplier; initially 1.
-        share: the schedule's rate in the last step, divided by its peak `initial_lr`; 1 without a
-            scheduler.
+        share: the rate in the last step without `factor`, divided by the peak of the schedule or of
+            the optimizer's own warm-up; 1 without both. Read in the first group with a rate.
         calibrated: `factor` as the first search set it, or the last later one that raised it;
             `None` before the first. Below half of it, and before, `by_slope` has no margin.
         cosine: `slope_cosine` before the last step; `None`: not known, `by_slope` is
@@ -186,6 +189,7 @@ class LearningRateMultiplier:
 
         def after(*_: Any) -> None:
             if (rate := me()) is not None:
+                rate._read_warmup()
                 rate.release()
 
         def before_zero() -> None:
@@ -210,17 +214,26 @@ class LearningRateMultiplier:
         self._applied = self.factor if self._wanted() else 1.0
         groups = self._optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]
-        if groups and (peak := float(groups[0].get("initial_lr", 0.0))) > 0:
-            self.share = float(groups[0]["lr"]) / peak
+        shares = (float(group["lr"]) / peak for group in groups if (peak := _peak(group)) > 0)
+        self.share = next(shares, 1.0)
         for group in groups:
             _set(group, group["lr"] * self._applied)
+
+    def _read_warmup(self) -> None:
+        """Count the warm-up inside a schedule-free optimizer's step, which `lr` does not show."""
+        for group in self._optimizer.param_groups:
+            if (rate := float(group["lr"])) > 0 and "scheduled_lr" in group:
+                self.share *= float(group["scheduled_lr"]) / rate
+                return
 
     def _steer(self, optimizer: Any) -> None:
         self.cosine = None if self._seen() else slope_cosine(optimizer)
         if self.cosine is not None:
             known = self.calibrated is not None and self.factor > MARGIN_ABOVE * self.calibrated
             margin = MARGIN_IF_AVERAGED if has_modes(self._optimizer) else MARGIN
-            self.factor *= steering_factor(self.cosine, margin if known else 0.0)
+            lowest = LOWEST_BY_SLOPE * (1.0 if self.calibrated is None else self.calibrated)
+            change = steering_factor(self.cosine, margin if known else 0.0)
+            self.factor = max(self.factor * change, min(self.factor, lowest))
 
     def release(self) -> None:
         """Restore the schedule's rates if a step was interrupted."""
@@ -245,6 +258,11 @@ def _take_off(hooks: Iterable[Any]) -> None:
 def _active(optimizer: torch.optim.Optimizer) -> LearningRateMultiplier | None:
     reference = _ACTIVE.get(optimizer)
     return reference() if reference is not None else None
+
+
+def _peak(group: Mapping[str, Any]) -> float:
+    """Highest rate of the schedule: `OneCycleLR` starts far below it."""
+    return float(group.get("max_lr", group.get("initial_lr", 0.0)))
 
 
 def _copy(rate: float | Tensor) -> float | Tensor:

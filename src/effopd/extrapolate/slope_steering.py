@@ -1,7 +1,7 @@
 r"""Learning rate steered by the slope of the loss after each step, at no cost in forward passes.
 
     c_t = cos(∇L_{t+1}(W_{t+1}), Δ_t)
-    Δ_t = W_{t+1} − W_t ∝ −m_t / (√v_t + ε)      Adam's step, with bias-corrected moments
+    Δ_t = W_{t+1} − W_t ∝ −η_g m_t / (√v_t + ε)  Adam's step, with bias-corrected moments, group g
     η ← η · min(max(exp(−2.3 (c_t + m)), ½), 2)
     m = 0.1 · min(max(1 + c_t / 0.2, 0), 1)          or 0: no margin
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from effopd.common.distributed import all_gather_object, local_shard
-from effopd.common.zero import zero_optimizer, zero_steps
+from effopd.common.zero import base_optimizer, zero_optimizer, zero_steps
 from effopd.extrapolate.weight_copies import has_modes
 
 #: −c · GAIN is the change of the logarithm of the learning rate; c = −0.3 doubles it.
@@ -87,9 +87,10 @@ def slope_cosine(optimizer: Any) -> float | None:
 
 def _moves(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """(gradient, last step up to a positive factor), fp32, of every parameter that has both."""
+    longest = max((float(group["lr"]) for group in base_optimizer(optimizer).param_groups), default=0.0)
     if zero_optimizer(optimizer) is not None:
         for grad, state, group in zero_steps(optimizer):
-            yield grad.float(), _adam_step(state, group)
+            yield grad.float(), _adam_step(state, group, longest)
         return
     averaged = has_modes(optimizer)
     for group in optimizer.param_groups:
@@ -98,7 +99,9 @@ def _moves(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
             if parameter.grad is None:
                 continue
             if "exp_avg" in state and "exp_avg_sq" in state and "betas" in group:
-                move = _adam_step(state, group)
+                if state["exp_avg"].shape != parameter.grad.shape:  # moments of a projection: GaLore, APOLLO
+                    continue
+                move = _adam_step(state, group, longest)
             elif averaged and "z" in state:
                 move = local_shard(state["z"]).float() - local_shard(parameter).float()
             else:
@@ -106,8 +109,12 @@ def _moves(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
             yield local_shard(parameter.grad).float(), move
 
 
-def _adam_step(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """−m / (√v + ε) with the bias-corrected v; the correction of m is a common factor."""
+def _adam_step(state: Mapping[str, Any], group: Mapping[str, Any], longest: float) -> Tensor:
+    """−η m / (√v + ε) with the bias-corrected v; the correction of m is a common factor.
+
+    η: the group's rate over the largest one, which is 1 if all groups have the same rate.
+    """
     first, second = (local_shard(state[name]).float() for name in ("exp_avg", "exp_avg_sq"))
     variance = second / (1 - group["betas"][1] ** float(state["step"]))
-    return first / variance.sqrt_().add_(group["eps"]).neg_()
+    move = first / variance.sqrt_().add_(group["eps"]).neg_()
+    return move if longest <= 0 else move.mul_(float(group["lr"]) / longest)

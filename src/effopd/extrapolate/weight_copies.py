@@ -8,6 +8,7 @@ moves part of the way back, or counts the jump as distance walked by the optimiz
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from effopd.common.distributed import local_shard
 from effopd.common.zero import base_optimizer, reset_adam, zero_optimizer
 from effopd.errors import ConfigError
 
@@ -37,21 +39,26 @@ class Family:
         groups: keys of a parameter group that hold a list of copies.
         counters: keys of a parameter group that start again when the state is cleared. Step-size
             estimates are not among them.
+        sizes_steps: whether the optimizers estimate the length of their steps. Their learning rate
+            multiplies that estimate.
     """
 
     state: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     counters: tuple[str, ...] = ()
+    sizes_steps: bool = False
 
 
 #: Package of an optimizer class → its family.
 FAMILIES: Mapping[str, Family] = {
     "schedulefree": Family(state=("z", "x", "y"), counters=("k", "weight_sum", "lr_max")),
-    "prodigyopt": Family(state=("p0",), counters=("k", "d_numerator")),
+    "prodigyopt": Family(state=("p0",), counters=("k", "d_numerator"), sizes_steps=True),
     "dadaptation": Family(
-        state=("x0", "z"), counters=("k", "numerator_weighted", "gsq_weighted", "sksq_weighted", "skl1")
+        state=("x0", "z"),
+        counters=("k", "numerator_weighted", "gsq_weighted", "sksq_weighted", "skl1"),
+        sizes_steps=True,
     ),
-    "dog": Family(groups=("init_buffer",)),
+    "dog": Family(groups=("init_buffer",), sizes_steps=True),
     "effopd": Family(state=("slow_weights",)),
 }
 
@@ -78,6 +85,11 @@ def _families(optimizer: Any) -> Iterator[Family]:
             yield family
     for part in getattr(optimizer, "optimizers", ()):  # a combination of optimizers
         yield from _families(part)
+
+
+def sizes_steps(optimizer: Any) -> bool:
+    """Whether an optimizer estimates the length of its steps: Prodigy, D-Adaptation, DoG."""
+    return any(family.sizes_steps for family in _families(base_optimizer(optimizer)))
 
 
 def _keys(optimizer: Any) -> Family:
@@ -204,18 +216,23 @@ def kept(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _at_average(inner: Any) -> Iterator[None]:
+    """In this block, the parameters are the average; afterwards the optimizer's mode returns."""
+    trains = all(group.get("train_mode", True) for group in inner.param_groups)
     inner.eval()
     _EVALUATED.add(inner)
     try:
         yield
     finally:
         _EVALUATED.discard(inner)
-        inner.train()
+        if trains:
+            inner.train()
 
 
 @contextmanager
-def carried(optimizer: Any, averages: Sequence[Movable] = (), *, lora: bool = False) -> Iterator[None]:
+def carried(optimizer: Any, averages: Sequence[Movable] = (), *, lora: bool = False) -> Iterator[int]:
     """In this block, a look-ahead moves the parameters, and all copies follow.
+
+    Yields the memory of its own copies of the parameters, in bytes.
 
     The block starts at the weights to evaluate. At its end, every copy is translated by the change
     of its parameter. If no parameter changed, the trained weights return bit for bit.
@@ -233,21 +250,22 @@ def carried(optimizer: Any, averages: Sequence[Movable] = (), *, lora: bool = Fa
     if inner is not None:
         refuse_unknown_copies(inner)
     if not (averages or (inner is not None and (has_modes(inner) or known_copies(inner)))):
-        yield
+        yield 0
         return
     if lora:
         raise lora_refused()
     assert inner is not None, "averages belong to a training loop with an optimizer"
     keys = _keys(inner)
     trained = _copies(parameters_of(inner))
+    size = sum(local_shard(copy).nbytes for _, copy in trained)
     try:
         if has_modes(inner):
             with _at_average(inner):
                 origin = _copies(parameters_of(inner))
-                yield
+                yield 2 * size
                 moved = _follow(inner, keys, averages, origin)
         else:
-            yield
+            yield size
             moved = _follow(inner, keys, averages, trained)
     except BaseException:
         _restore(trained)
@@ -302,7 +320,8 @@ def _translated(copy: Tensor, change: Tensor, every: int) -> Tensor:
 def clear_state(optimizer: Any) -> None:
     """Clear all moments, and start the counters of the optimizer's family again.
 
-    The next step copies the present weights again. Step-size estimates are kept.
+    The next step copies the present weights again. Step-size estimates are kept. A warm-up of a
+    schedule-free optimizer that is over does not start again.
     """
     inner = base_optimizer(optimizer)
     if zero_optimizer(optimizer) is not None:
@@ -312,4 +331,6 @@ def clear_state(optimizer: Any) -> None:
     inner.state.clear()
     for part in (inner, *getattr(inner, "optimizers", ())):
         for group in part.param_groups:
+            if group.get("k", 0) >= group.get("warmup_steps", math.inf):
+                group["warmup_steps"] = 0
             group.update({key: part.defaults[key] for key in counters if key in part.defaults})

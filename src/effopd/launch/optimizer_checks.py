@@ -16,7 +16,7 @@ from transformers.optimization import get_scheduler
 from effopd.distill.optimizers.build import build_optimizer, tried
 from effopd.distill.optimizers.mixin import average_refused
 from effopd.errors import ConfigError, MissingDependencyError
-from effopd.extrapolate.weight_copies import has_modes, known_copies, lora_refused, refuse_unknown_copies
+from effopd.extrapolate.weight_copies import FAMILIES, has_modes, known_copies, lora_refused, refuse_unknown_copies
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ OPTIMIZER_PACKAGES = {
 }  # fmt: skip
 #: Optimizers that need the loaded model, so only their flags are checked.
 _OF_A_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
-#: Packages of optimizers that estimate the step size. Their learning rate is a factor.
-_RATE_FREE = ("prodigyopt", "dadaptation", "dog")
 
 
 def check_optimizer(args: Any) -> None:
@@ -107,7 +105,7 @@ def _host_optimizer(args: Any, model: nn.Module) -> Optimizer:
 
 def _check_rate(args: Any) -> None:
     package = str(args.optimizer_class).partition(":")[0].partition(".")[0]
-    if package in _RATE_FREE and args.learning_rate < 0.01:
+    if package in FAMILIES and FAMILIES[package].sizes_steps and args.learning_rate < 0.01:
         logger.warning(
             "learning_rate=%g: %s estimates the step size itself and multiplies it by the learning rate. Its authors "
             "use --learning_rate 1.",
