@@ -207,11 +207,13 @@ def test_unsupported_hosts_are_refused(tmp_path, monkeypatch):
         EffOPDCallback(trainer, EffOPDConfig(), task=make_task(64))
 
 
-def test_engine_and_buffered_rollouts_are_invalidated_after_a_jump(tmp_path):
-    trainer = make_trainer(tmp_path, effopd=EFFOPD, **FAST)
+@pytest.mark.parametrize("loss", [{"loss_type": "full"}, {"loss_type": "sampled"}])
+def test_engine_and_rollouts_that_a_loss_cannot_use_are_invalidated_after_a_jump(tmp_path, loss):
+    trainer = make_trainer(tmp_path, effopd=EFFOPD, **FAST | loss)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback))
     trainer.use_vllm, trainer._last_loaded_step, trainer._buffered_inputs = True, 4, [{}]
     trainer._last_vllm_sync_step = 4  # as GOLD and IW-OPD count, with an interval
     callback._weights_moved()
-    assert trainer._last_loaded_step == -1 and trainer._buffered_inputs is None
+    assert trainer._last_loaded_step == -1
+    assert trainer._buffered_inputs == (None if loss["loss_type"] == "sampled" else [{}])
     assert trainer._last_vllm_sync_step + 1000 <= 4

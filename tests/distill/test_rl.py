@@ -145,12 +145,18 @@ def test_a_jump_inside_a_cycle_drops_its_rollouts_and_the_run_resumes(tmp_path):
         start = parameters(made)
 
         def distance(model):
-            return sum(float((a.detach() - b).square().sum()) for a, b in zip(model.parameters(), start.values(), strict=True))
+            moved = (a.detach() - b for a, b in zip(model.parameters(), start.values(), strict=True))
+            return sum(float(each.square().sum()) for each in moved)
 
         look_ahead = EffOPDConfig("effopd", args={"scales": [2.0]}, parameters="all", schedule="every_step")
         made.add_callback(EffOPDCallback(made, look_ahead, scorer=distance))
         sampled, real = [], made._generate_and_score_completions
-        made._generate_and_score_completions = lambda inputs: sampled.append(made.state.global_step + 1) or real(inputs)
+
+        def sample(inputs):
+            sampled.append(made.state.global_step + 1)
+            return real(inputs)
+
+        made._generate_and_score_completions = sample
         return made, sampled
 
     whole, sampled = trainer("whole")
@@ -162,7 +168,8 @@ def test_a_jump_inside_a_cycle_drops_its_rollouts_and_the_run_resumes(tmp_path):
     for after in jumps:
         again, later = trainer(f"from-{after}")
         again.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoints/step-{after:06d}"))
-        assert later == [step for step in sampled if step > after] and same(parameters(whole), parameters(again)), after
+        assert later == [step for step in sampled if step > after], after
+        assert same(parameters(whole), parameters(again)), after
 
 
 @pytest.mark.slow
