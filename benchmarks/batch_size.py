@@ -2,9 +2,8 @@
 
 Nothing is run. Two comparisons:
 
-- docs/batch_sizes/results.json: 8 to 32 prompts per batch of rollouts, with reuse
-  (recipes/compare-batch-sizes.yaml). The results.json in docs/tail and docs/tail_spell_backward:
-  the same with 1024 held-out prompts (recipes/compare-tail.yaml, compare-tail-spell-backward.yaml).
+- The results.json in docs/tail and docs/tail_spell_backward: 8 to 32 prompts per batch of rollouts,
+  with reuse (recipes/compare-tail.yaml, compare-tail-spell-backward.yaml).
 - docs/results.json with 256 prompts per step against docs/ablation/results.json with 32: the same
   models, tasks, seeds and held-out prompts. The target is the final KL of plain OPD with the large
   batch at the reference learning rate. Speed-ups are over `line_search` with the large batch from
@@ -29,36 +28,20 @@ STRATEGIES = ("plain", "line_search")
 REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
 #: Parts of a run.
 THIRDS = (1 / 3, 2 / 3, 1)
-#: Targets of the comparison with more held-out prompts, and of that with fewer.
-TAIL_SHARES, EARLY_SHARES = (0.25, 0.1, 0.05, 0.025), (0.5, 0.25, 0.1)
 
 
-def reuse_blocks(results: Mapping[str, Any]) -> dict[str, str]:
-    """Generated blocks of the comparison of batch sizes on 128 held-out prompts.
+def tail_blocks(grids: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Generated blocks of the comparison with reuse.
 
     Args:
-        results: docs/batch_sizes/results.json.
+        grids: results.json of the grids, one per task.
     """
     return {
-        "reuse": reuse_table([results], priced, EARLY_SHARES),
-        "reuse, searches": searches_table(results),
-        "reuse, steps": steps_table(results, FEW_SHARES),
-    }
-
-
-def tail_blocks(grids: Sequence[Mapping[str, Any]], batch_sizes: Mapping[str, Any]) -> dict[str, str]:
-    """Blocks on the last targets, measured on 1024 held-out prompts.
-
-    Args:
-        grids: results.json of the grids with more held-out prompts, one per task.
-        batch_sizes: docs/batch_sizes/results.json: the same seeds on fewer prompts.
-    """
-    return {
-        "tail": reuse_table(grids, priced, TAIL_SHARES),
-        "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"], TAIL_SHARES),
+        "tail": reuse_table(grids, priced),
+        "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"]),
+        "tail, searches": stacked([searches_table(grid) for grid in grids]),
         "replay": replay_table(grids),
-        "tail, held-out prompts": precision_table(grids, batch_sizes),
-        "tail, steps": stacked([steps_table(grid, TAIL_SHARES) for grid in grids]),
+        "tail, steps": stacked([steps_table(grid, FEW_SHARES) for grid in grids]),
         "tail, ends": stacked([ends_table(grid) for grid in grids]),
     }
 
@@ -74,14 +57,10 @@ def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
 
 
 def replay_table(grids: Sequence[Mapping[str, Any]]) -> str:
-    """KL with replay over that of the same baseline, rate and seed without, during the run.
-
-    Runs of the look-ahead without replay follow an earlier rule, so they are no pairs.
-    """
+    """KL with replay over that of the same strategy, rate and seed without, during the run."""
     rows = []
     for results in grids:
-        tuned = results["settings"]["baselines"]
-        curves = {run_key(run): run["curve"] for run in results["runs"] if run["strategy"] in tuned}
+        curves = {run_key(run): run["curve"] for run in results["runs"]}
         pairs: dict[tuple[str, str], list[list[float]]] = {}
         for (task, arm, *others), curve in curves.items():
             without = arm.replace("-replay", "")
@@ -105,22 +84,6 @@ def stacked(tables: Sequence[str]) -> str:
     first, *others = (each.splitlines() for each in tables)
     assert all(other[:2] == first[:2] for other in others)
     return "\n".join([*first, *(line for other in others for line in other[2:])])
-
-
-def precision_table(grids: Sequence[Mapping[str, Any]], batch_sizes: Mapping[str, Any]) -> str:
-    """The factors of the same arms and seeds, measured on more and on fewer held-out prompts."""
-    rows = []
-    for grid in grids:
-        made = {run_key(run) for run in grid["runs"]}
-        again = {**batch_sizes, "runs": [run for run in batch_sizes["runs"] if run_key(run) in made]}
-        both = {run_key(run) for run in again["runs"]}
-        for each in ({**grid, "runs": [run for run in grid["runs"] if run_key(run) in both]}, again):
-            prompts, known = each["settings"]["base"]["eval_size"], Hindsight(each, priced)
-            for task in Lookup(grid).tasks:
-                for arm in reuse_arms(Lookup(each)):
-                    cells = (known.ratios(task, arm, share) for share in TAIL_SHARES)
-                    rows.append([f"`{task.split(':')[1]}`", str(prompts), reuse_label(arm), *cells])
-    return table(["task", "held-out prompts", "prompts per batch", *heads(TAIL_SHARES)], rows)
 
 
 def prompts_of(strategy: str) -> str:
@@ -163,7 +126,7 @@ def searches_table(results: Mapping[str, Any]) -> str:
     return table(["task", "prompts", "runs", *heads(FEW_SHARES)], rows)
 
 
-def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost, shares: Sequence[float]) -> str:
+def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost) -> str:
     """Cost of the fastest baseline of the same batch size and of any, over the look-ahead's."""
     rows = []
     for results in grids:
@@ -173,10 +136,10 @@ def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost, shares: Sequence
             for arm in reuse_arms(look):
                 same = [each for each in results["settings"]["baselines"] if prompts_of(each) == prompts_of(arm)]
                 for label, rivals in (("the same", Hindsight(results, cost, same)), ("any", any_size)):
-                    cells = (rivals.ratios(task, arm, share) for share in shares)
+                    cells = (rivals.ratios(task, arm, share) for share in FEW_SHARES)
                     rows.append([name, reuse_label(arm), label, *cells])
-            rows.append([name, "", "fastest", *(any_size.opponent(task, share) for share in shares)])
-    return table(["task", "prompts", "opponent's prompts", *heads(shares)], rows)
+            rows.append([name, "", "fastest", *(any_size.opponent(task, share) for share in FEW_SHARES)])
+    return table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import rivals
-from batch_size import readme_table, reuse_blocks, settings_table, speed_table, tail_blocks
+from batch_size import readme_table, settings_table, speed_table, tail_blocks
 from pages import DOCS, rewrite
 from readme_figure import draw
 from rich.console import Console
@@ -291,7 +291,6 @@ def published(docs: Path = DOCS) -> dict[str, Any]:
         "results": "results.json", "final_quality": "final_quality.json", "ablation": "ablation/results.json",
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
         "rivals": "rivals/results.json", "other_teacher": "other_teacher/results.json",
-        "batch_sizes": "batch_sizes/results.json",
         "tail": "tail/results.json", "tail_spell_backward": "tail_spell_backward/results.json",
     }  # fmt: skip
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
@@ -308,8 +307,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
         DOCS / "batch_size.md": {
             "settings": settings_table(*grids),
             "speed": speed_table(*grids),
-            **reuse_blocks(docs["batch_sizes"]),
-            **tail_blocks([docs[name] for name in TAILS], docs["batch_sizes"]),
+            **tail_blocks([docs[name] for name in TAILS]),
         },
         DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},
     }
