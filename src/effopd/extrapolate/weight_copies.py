@@ -94,8 +94,11 @@ def sizes_steps(optimizer: Any) -> bool:
 
 def _keys(optimizer: Any) -> Family:
     families = list(_families(optimizer))
-    parts = ("state", "groups", "counters")
-    return Family(*(tuple({key: None for family in families for key in getattr(family, part)}) for part in parts))
+
+    def every(part: str) -> tuple[str, ...]:
+        return tuple({key: None for family in families for key in getattr(family, part)})
+
+    return Family(every("state"), every("groups"), every("counters"))
 
 
 def parameters_of(optimizer: Any) -> list[Tensor]:
