@@ -17,7 +17,7 @@ from effopd.report.style import looks, quiet_style, save
 
 NOTE = (
     "Three updates per batch of rollouts, 1024 held-out prompts. newton_search: 8 prompts, replay; shaded from 3e-05: "
-    "lowest to highest seed. Median over two to three seeds, trailing median of three evaluations. Priced seconds: "
+    "lowest to highest seed. Median over two to five seeds, trailing median of three evaluations. Priced seconds: "
     "tokens at the prices of a 1.7B student and an 8B teacher on one H100, searches included. Logarithmic axes: a "
     "speed-up is a shift to the left."
 )
