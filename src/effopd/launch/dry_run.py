@@ -35,6 +35,7 @@ from effopd.launch.opd import (
     check_models_of,
     check_prompts,
     check_settings,
+    lengths,
     why_answers,
 )
 from effopd.launch.plan_rows import (
@@ -114,7 +115,7 @@ def _checked(settings: RunSettings) -> _Checked:
     check_prompts(settings, rows.train, stored, rows.held_out)
     rows = rows._replace(longest=max(rows.longest or 0, given, 0 if stored is None else stored.longest) or None)
     if on_disk:
-        check_lengths(models, rows.longest, opd.max_completion_length)
+        check_lengths(models, *lengths(settings, rows.longest, stored))
         check_space(model, opd, models, len(rows.train), rollouts_per_step(opd), effopd=effopd.enabled)
     return _Checked(models, rows, stored, _server(settings, tokenizer, models, rows.longest))
 
