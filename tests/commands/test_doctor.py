@@ -46,7 +46,7 @@ def test_every_extra_has_a_row():
 
 def test_failing_checks_are_findings(no_sandbox, monkeypatch, capsys):
     def broken(*_):
-        raise OSError("no such thing\nsecond line")
+        raise OSError(f"no such thing{' and more' * 40} to the end\nsecond line")
 
     for name in ("cores", "memory", "accelerators", "bfloat16", "compiler", "cache_folder", "driver", "system"):
         monkeypatch.setattr(machine, name, broken)
@@ -55,6 +55,13 @@ def test_failing_checks_are_findings(no_sandbox, monkeypatch, capsys):
     assert main(["doctor"]) in (0, 1)
     printed = capsys.readouterr().out
     assert printed.count("failed: OSError: no such thing") >= 9 and "second line" not in printed
+    assert printed.count(" and more to the end") >= 9 and "No problem" not in printed
+
+
+def test_the_last_sentence_speaks_of_required_packages_only():
+    findings = {"versions": {}, "devices": {}, "works": {"sandbox": "failed: SandboxError"}, "extras": {}}
+    lines = list(doctor.as_markdown(findings | {"trackers": [], "plugins": [], "problems": []}))
+    assert lines[-1] == "All required packages are installed, in versions that were tested."
 
 
 def test_a_check_that_hangs_is_left_behind(monkeypatch):

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from effopd.commands.main import main
 from effopd.commands.rl import parse_rl
-from effopd.commands.train import parse_train
+from effopd.commands.train import parse_command, parse_train
 from effopd.common import optional
 from effopd.errors import ConfigError, EffOPDError, MissingDependencyError
 from effopd.extrapolate.config import EffOPDConfig
@@ -237,8 +237,17 @@ def test_a_model_that_is_nowhere(tmp_path, capsys, monkeypatch):
             "'recipe.yaml' belongs to no flag: expected --FLAG VALUE; write --config before a YAML file.",
         ),
         (["--config"], "expected a YAML file after it"),
+        (["--config", "gone.yaml"], "--config gone.yaml: no such file (working directory: /"),
+        (["--config", "/"], "--config /: is a folder. Expected the path of a YAML file."),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config is given twice"),
-        (["--lr", "1"], "Did you mean --learning_rate?"),
+        (["--lr", "1"], "ConfigError: unknown flag --lr. Did you mean --learning_rate? ("),
+        (["--eval_s", "1"], "unknown flag --eval_s. Did you mean --eval_size or --eval_strategy or --eval_steps? ("),
+        (["--effopd.strategy", "line_serach"], "'relex'). Did you mean line_search?"),
+        (["--loss_type", "xyz"], "'discord')\n"),
+        (
+            ["--teacher_server", "http://localhost:9"],
+            "Leave out --teacher_model_name_or_path, or leave out --teacher_server.",
+        ),
         (["--steps_per_generation", "4"], "Did you mean --updates_per_rollouts?"),
     ],
 )
@@ -364,6 +373,23 @@ def test_messages_about_the_lookahead_name_its_flags_in_one_spelling(capsys):
     assert "EffOPDConfig.min_z (--effopd.min_z) must be" in said(capsys, *flags, "line_search", "--effopd.min_z", "-1")
     message = said(capsys, *flags, "efopd")
     assert "argument --effopd.strategy: invalid choice" in message and "--effopd_strategy" not in message
+
+
+def test_an_unknown_command_comes_back_with_what_was_meant(capsys):
+    assert "unknown command 'tran'. Did you mean train? Expected one of quickstart" in said(capsys, "tran")
+    assert "unknown command 'xyz'. Expected one of" in said(capsys, "xyz")
+
+
+@pytest.mark.parametrize("words", [["report", "gone"], ["compare", "--report", "gone"]])
+def test_a_folder_that_does_not_exist_is_called_so(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert f"gone: no such folder (working directory: {tmp_path})" in said(capsys, *words)
+
+
+def test_a_dry_run_is_a_switch_like_those_of_fields():
+    base = [*PAIR, *TESTBED]
+    words = (["--dry_run"], ["--dry_run", "true"], ["--dry_run", "false"], [])
+    assert [parse_command([*base, *each])[1] for each in words] == [True, True, False, False]
 
 
 def test_resuming_needs_no_word():

@@ -298,7 +298,7 @@ def test_a_dry_run_shows_rows_and_memory_and_writes_nothing(tmp_path, capsys, mo
         "training prompts: 64, evaluated on: 8",
         "64 answers = 32 × 2 accumulated × 1 process(es); answers up to 12 tokens",
         "16 prompts × 4 answers, used for 2 forward pass(es) per process",
-        "3 steps, learning rate 1e-06 (constant)",
+        "3 steps, learning rate 1e-06",
         "longest prompt:",
     ):
         assert part in out

@@ -441,6 +441,8 @@ def test_the_recipe_dry_runs_with_and_without_its_server(server, tmp_path, capsy
     assert main([*small, *gone, "--dry_run"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "none in memory" in out and "no answer from the server" in out
+    *_, last = out.partition("Warning: ")
+    assert last.startswith("--teacher_server http://127.0.0.1:9 does not answer") and last.endswith("the dry run.")
     assert not list(tmp_path.iterdir())
     server.faults.clear()
     assert main([*small, "--dry_run", "--teacher_server", server.url]) == 2

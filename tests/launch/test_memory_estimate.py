@@ -277,7 +277,8 @@ def test_bytes_of_a_teacher_by_choice():
     assert size.layers == sum(p.numel() for p in model.model.layers.parameters())
     assert size.sharded("bfloat16", 2) == 2 * (whole - size.layers + math.ceil(size.layers / 2))
     unknown = TeacherSize.of(ModelSize(1_000, "name"))
-    assert unknown.weights("bfloat16", "4bit") == 560 and unknown.at_rest("bfloat16") == 0
+    assert unknown.weights("bfloat16", "4bit") == 560
+    assert unknown.at_rest("bfloat16") is None and unknown.sharded("bfloat16", 8) is None
 
 
 def test_a_dry_run_counts_the_teacher_that_is_chosen(tmp_path):

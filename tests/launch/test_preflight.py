@@ -6,20 +6,27 @@ import logging
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
 from helpers.tiny_models import contains, make_model, make_task, make_tokenizer
-from trl import DistillationConfig
+from trl import DistillationConfig, ModelConfig
 
+from effopd.common.files import check_writable
 from effopd.distill.config import OPDConfig
 from effopd.distill.dataset import check_dataset, check_eval_dataset, check_eval_task
 from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.served.trainer import ServedOPDTrainer
 from effopd.distill.trainer import OPDTrainer
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
+from effopd.extrapolate.config import EffOPDConfig
+from effopd.launch.adapters import check_adapter
 from effopd.launch.meta_model import meta_model
+from effopd.launch.opd import RunSettings, check_step, lengths
 from effopd.launch.preflight import check_disk, check_models, check_task
+from effopd.runs.run_dir import RunDir
+from effopd.tasks import TaskConfig
 from effopd.tasks.base import Example, Task
 
 ROWS = Dataset.from_dict({"prompt": ["a"] * 5})
@@ -177,3 +184,46 @@ def test_disk(tmp_path, monkeypatch):
     check_disk(tmp_path, 10**8, checkpoints=4, optimizer=False, effopd=True)  # and without the moments
     with pytest.raises(CheckpointError, match="--trajectory"):
         check_disk(tmp_path, 10**8, checkpoints=3, models=2, effopd=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**6))
+    with pytest.raises(CheckpointError, match=r"has 1\.0 MB free, but 2 checkpoints of 12\.0 MB"):
+        check_disk(tmp_path, 10**6, checkpoints=2, effopd=False)
+
+
+def test_a_file_system_that_takes_no_files():
+    """In /proc, permissions allow all to root."""
+    with pytest.raises(CheckpointError, match="/proc is write-protected"):
+        RunDir("/proc/nothing/run").refuse_unwritable()
+    with pytest.raises(ConfigError, match="--out: /proc is write-protected"):
+        check_writable(Path("/proc/nothing"), "--out")
+
+
+def test_what_gives_a_step_more_prompts(tmp_path):
+    opd = OPDConfig(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=8)
+    for available in (None, 100):
+        with pytest.raises(ConfigError, match=r"has only 4\..* or raise --train_size\."):
+            check_step(opd, 4, available)
+    with pytest.raises(ConfigError, match=r"has only 1\..* or add rows to the source; those held out for evaluation"):
+        check_step(opd, 1, 1)
+
+
+def test_a_run_that_samples_nothing_counts_its_stored_answers(tmp_path):
+    rows = [SimpleNamespace(prompt_ids=[0] * a, completion_ids=[0] * b) for a, b in ((9, 2), (3, 30), (5, 4))]
+    opd = OPDConfig(str(tmp_path), use_cpu=True, report_to="none", max_completion_length=512)
+    settings = RunSettings(ModelConfig(), TaskConfig(task="testbed:chain_sum"), opd, EffOPDConfig("none"))
+    stored = SimpleNamespace(rows=rows)
+    assert lengths(settings, 9, stored) == (3, 30) and lengths(settings, 9, None) == (9, 512)
+    settings.effopd = EffOPDConfig("effopd")  # scores sampled answers
+    assert lengths(settings, 9, stored) == (9, 512)
+    settings.effopd, opd.eval_strategy = EffOPDConfig("none"), "steps"
+    assert lengths(settings, 9, stored) == (9, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("nonsense", r"It has, for example, q_proj, k_proj, v_proj, o_proj, gate"), ("q_prj", r"Did you mean q_proj")],
+)
+def test_a_target_of_lora_that_the_model_lacks(name, hint):
+    model = ModelConfig(use_peft=True, lora_target_modules=[name])
+    with pytest.raises(ConfigError, match=rf"has no module '{name}'\. {hint}") as error:
+        check_adapter(model, make_model(0))
+    assert "embed" not in str(error.value)

@@ -223,3 +223,13 @@ def test_prompt_lengths_count_the_template_and_name_rows():
     plain.chat_template = None
     with pytest.raises(TaskError, match="chat template"):
         check_prompt_lengths(task, plain, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [("promt_column", "Did you mean prompt_column?"), ("split", "Remove the others; they are for Hub")],
+)
+def test_an_unknown_setting_of_a_file_comes_back_with_what_was_meant(given, fix, tmp_path):
+    with pytest.raises(TaskError) as error:
+        read_math_rows(str(tmp_path / "rows.jsonl"), {given: "x"})
+    assert f"got '{given}'. {fix}" in str(error.value)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from effopd.commands.parser import CommandParser, OneSpelling, parsed
+from effopd.commands.parser import CommandParser, OneSpelling, add_dry_run, parsed
 from effopd.common.progress import Counted
 from effopd.distill.divergence import shared_vocab_size
 from effopd.distill.offline_cache import collect, correct_rows
@@ -129,11 +129,7 @@ def cache_parser() -> CommandParser:
         "  effopd train --model_name_or_path STUDENT --rollouts rollouts --output_dir runs/offline",
         formatter_class=OneSpelling,
     )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="Check flags, models, prompts and the output folder, print the plan and write nothing.",
-    )
+    add_dry_run(parser, "Check flags, models, prompts and the output folder, print the plan and write nothing.")
     return parser
 
 

@@ -127,7 +127,7 @@ def _started(check: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _installed() -> dict[str, Any]:
@@ -229,7 +229,7 @@ def as_markdown(findings: dict[str, Any]) -> Iterable[str]:
     for problem in findings["problems"]:
         yield f"**Problem**: {problem}"
     if not findings["problems"]:
-        yield "No problem found."
+        yield "All required packages are installed, in versions that were tested."
 
 
 def _state(extra: dict[str, Any]) -> str:

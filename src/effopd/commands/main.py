@@ -9,6 +9,7 @@ needs, and `help_cache` stores rendered help texts, so `--help` is fast.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import signal
 import sys
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"effopd {arguments[0]}: interrupted", file=sys.stderr)
             return 130
+    if arguments and not arguments[0].startswith("-"):
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        parser.error(f"unknown command {arguments[0]!r}.{hint} Expected one of {', '.join(COMMANDS)}.")
     parser.parse_args(arguments)
     return 2
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from effopd.common.unique_keys import check_keys
@@ -59,6 +60,8 @@ _SECTIONS = {
     "distill.mixing_config": "stored answers",
 }
 _GENERAL = "runs, loss and evaluation"
+#: argparse's message about a value that is not among the choices.
+_WRONG_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ")
 #: All spellings of a flag, joined as in argparse's messages.
 _SPELLINGS = re.compile(r"--[\w.-]+(?:/--?[\w.-]+)+")
 
@@ -126,8 +129,10 @@ class CommandParser(TrlParser):
         if "--config" in words:
             path = Path(words[words.index("--config") + 1])
             self._file = path.name
-            if path.is_file():  # otherwise TRL raises
-                check_keys(path.read_text(), self._file)
+            if not path.is_file():
+                what = "is a folder" if path.is_dir() else f"no such file (working directory: {Path.cwd()})"
+                raise ConfigError(f"--config {path}: {what}. Expected the path of a YAML file.")
+            check_keys(path.read_text(), self._file)
         return super().parse_args_and_config(words, **kwargs)
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
@@ -252,18 +257,27 @@ class CommandParser(TrlParser):
         return ()
 
     def error(self, message: str) -> Any:
-        """Like argparse's, with one spelling per flag and suggestions for ambiguous flags."""
+        """Like argparse's, with one spelling per flag and suggestions for misspelled choices.
+
+        Raises:
+            ConfigError: a flag is ambiguous; the message is that for an unknown flag.
+        """
         if message.startswith("ambiguous option: "):
-            message = self._unknown([message.removeprefix("ambiguous option: ").partition(" could match ")[0]])
+            flag = message.removeprefix("ambiguous option: ").partition(" could match ")[0]
+            raise ConfigError(self._unknown([flag]))
         by_all = {"/".join(action.option_strings): spelling(action) for action in self._actions}
-        super().error(_SPELLINGS.sub(lambda match: by_all.get(match[0], match[0]), message))
+        message = _SPELLINGS.sub(lambda match: by_all.get(match[0], match[0]), message)
+        if wrong := _WRONG_CHOICE.search(message):
+            hint = did_you_mean(wrong[1], re.findall(r"'([^']*)'", message[wrong.end() :]))
+            message += f".{hint}" if hint else ""
+        super().error(message)
 
     def close(self, word: str) -> list[tuple[str, str]]:
         """Suggestions for an unknown name, as (name, value), likeliest first.
 
         If the word is a choice of exactly one flag, that flag comes first with the word as its
-        value. Then follow the names that end with the word or, if there are none, the most similar
-        name. All other values are "".
+        value. Then follow the names that end with the word or, if there are none, those that start
+        with it or, if there are none, the most similar name. All other values are "".
         """
         word = word.lstrip("-").replace("-", "_")
         actions = {spelling(action).lstrip("-"): action for action in self._settable()}
@@ -273,7 +287,8 @@ class CommandParser(TrlParser):
             return [_FORMER[word]]
         offering = [name for name, action in actions.items() if word in (action.choices or ())]
         ending = [name for name in actions if name.endswith((f"_{word}", f".{word}"))]
-        found = ending or difflib.get_close_matches(word, actions, n=1, cutoff=0.75)
+        longer = [name for name in actions if name.startswith(word)]
+        found = ending or longer or difflib.get_close_matches(word, actions, n=1, cutoff=0.75)
         names = [(name, "") for name in found if name not in offering or len(offering) > 1]
         return ([(offering[0], word)] if len(offering) == 1 else []) + names[:3]
 
@@ -311,6 +326,11 @@ def _flattened(settings: Mapping[str, Any], names: Iterable[str]) -> Iterator[tu
 def _question(close: Sequence[tuple[str, str]], dashes: str, between: str) -> str:
     options = [f"{dashes}{name}" + (f"{between}{value}" if value else "") for name, value in close]
     return f" Did you mean {' or '.join(options)}?" if options else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean NAME?` with the most similar name; "" if none is similar."""
+    return _question([(name, "") for name in difflib.get_close_matches(word, list(known), n=1)], "", "")
 
 
 class _Help(argparse.Action):
@@ -383,6 +403,15 @@ def _origin(name: str, dataclasses: Iterable[type]) -> str:
                     return f"{_HOSTS[library]} {cls.__name__.lstrip('_')}"
                 return next((title for start, title in _SECTIONS.items() if rest.startswith(start)), _GENERAL)
     return _GENERAL
+
+
+def add_dry_run(parser: argparse.ArgumentParser, text: str = DRY_RUN) -> None:
+    """Add the switch `--dry_run`, which also takes true or false, as the switches of fields do.
+
+    Args:
+        text: its help.
+    """
+    parser.add_argument("--dry_run", type=string_to_bool, nargs="?", const=True, default=False, help=text)
 
 
 def require(parser: argparse.ArgumentParser, *names: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from trl import ModelConfig
 
-from effopd.commands.parser import DRY_RUN, RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
+from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, add_dry_run, arrange, parsed, require
 from effopd.distill.rl_config import PRESETS, TaskDGRPOConfig, config_class
 from effopd.launch.rl import RLRunSettings
 from effopd.tasks import TaskConfig
@@ -35,7 +35,7 @@ def rl_parser(algorithm: str) -> CommandParser:
         add_help=False,
     )
     parser.set_defaults(**PRESETS[algorithm])
-    parser.add_argument("--dry_run", action="store_true", help=DRY_RUN)
+    add_dry_run(parser)
     names = (
         "algorithm",
         "model_name_or_path",

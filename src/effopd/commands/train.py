@@ -13,7 +13,7 @@ from typing import Any
 
 from trl import ModelConfig
 
-from effopd.commands.parser import DRY_RUN, RUN_ESSENTIALS, CommandParser, OneSpelling, arrange, parsed, require
+from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, add_dry_run, arrange, parsed, require
 from effopd.distill.config import OPDConfig
 from effopd.distill.offline_store import RolloutStore
 from effopd.errors import ConfigError
@@ -102,7 +102,7 @@ def train_parser():
         formatter_class=OneSpelling,
         add_help=False,
     )
-    parser.add_argument("--dry_run", action="store_true", help=DRY_RUN)
+    add_dry_run(parser)
     require(parser, "model_name_or_path", "teacher_model_name_or_path")
     arrange(parser, configs, ESSENTIALS)
     return parser

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,25 @@ def check_writable(folder: Path, setting: str) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"{setting}: {existing} is a file: expected a folder. Choose another path.")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not takes_files(existing):
         raise ConfigError(f"{setting}: {existing} is write-protected. Choose another path.")
+
+
+def takes_files(folder: Path) -> bool:
+    """Whether files can be written into an existing folder.
+
+    Nothing is written, except on file systems without a size: in /proc, permissions allow all to
+    root, but no file can be made.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    if shutil.disk_usage(folder).total:
+        return True
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def fsync(path: Path) -> None:

@@ -28,6 +28,11 @@ def collect(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the folder is not a grid, or no run is finished.
     """
+    if not folder.exists():
+        raise ConfigError(
+            f"{folder}: no such folder (working directory: {Path.cwd()}). Expected the folder of a grid, or a "
+            "results.json of `effopd compare`."
+        )
     if not (folder / PLAN).is_file():
         raise ConfigError(f"{folder} is not a grid of `effopd compare`: expected {PLAN} in it.")
     grid = load_grid(folder / PLAN, output_dir=str(folder))

@@ -62,12 +62,13 @@ def check_adapter(model: ModelConfig, student: PreTrainedModel) -> int | None:
         if names is not None and not isinstance(names, str):
             for name in names:
                 if not any(module == name or module.endswith(f".{name}") for module in modules):
-                    raise ConfigError(f"{flag}: the model has no module {name!r}.{_close(name, modules)}")
+                    hint = _close(name, modules, _adaptable(student))
+                    raise ConfigError(f"{flag}: the model has no module {name!r}. {hint}")
     parameters = [name for name, _ in student.named_parameters()]
     for name in config.target_parameters or ():
         if not any(parameter == name or parameter.endswith(f".{name}") for parameter in parameters):
             raise ConfigError(
-                f"--lora_target_parameters: the model has no parameter {name!r}.{_close(name, parameters)}"
+                f"--lora_target_parameters: the model has no parameter {name!r}. {_close(name, parameters)}"
             )
     return _trained(_checked_by_peft(config, student, modules))
 
@@ -125,7 +126,26 @@ def _last_names(modules: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(last) if last.count(name) > 1 and not name.isdecimal()]
 
 
-def _close(name: str, names: list[str]) -> str:
+def _adaptable(student: PreTrainedModel) -> list[str]:
+    """Distinct last parts of the names of modules with a matrix, without embeddings and head."""
+    head = student.get_output_embeddings()
+    found = [
+        name.rpartition(".")[2]
+        for name, module in student.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        and not isinstance(module, torch.nn.Embedding)
+        and module is not head
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _close(name: str, names: Iterable[str], usual: Iterable[str] = ()) -> str:
+    """Sentence with the names that are similar; if there are none, with the usual ones.
+
+    Args:
+        usual: last parts of names; empty: those of `names`.
+    """
     last = list(dict.fromkeys(part.rpartition(".")[2] for part in names if not part.rpartition(".")[2].isdecimal()))
-    close = difflib.get_close_matches(name.rpartition(".")[2], last, n=3, cutoff=0.4) or last[:6]
-    return f" Did you mean {' or '.join(close)}?"
+    if close := difflib.get_close_matches(name.rpartition(".")[2], last, n=3, cutoff=0.6):
+        return f"Did you mean {' or '.join(close)}?"
+    return f"It has, for example, {', '.join(list(usual or last)[:8])}."

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from effopd.common.statistics import share_of
 from effopd.distill.horizon import horizon_length
@@ -33,19 +35,28 @@ from effopd.launch.opd import (
     check_models_of,
     check_prompts,
     check_settings,
+    lengths,
     why_answers,
+)
+from effopd.launch.plan_rows import (
+    adapter_text,
+    objective_text,
+    optimizer_rows,
+    replay_bytes,
+    rollouts_used_text,
+    start_text,
 )
 from effopd.launch.prompts import Prompts, evaluates, graded_splits, load_prompts
 from effopd.launch.run_checks import check_space
 from effopd.launch.run_models import NamedModel, RunSizes, check_lengths, frozen_models, kept_columns, tokenizer_of
-from effopd.launch.served import served_text
+from effopd.launch.served import ServedText, served_text
 from effopd.tasks import check_grading, needs_network
 from effopd.tasks.code.rows import shapes_text
 from effopd.tasks.row_columns import field_of
 
 
-def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
-    """(plan of the run, estimated memory per rank).
+def plan_tables(settings: RunSettings) -> tuple[Table, Table, *tuple[Text, ...]]:
+    """(plan of the run, estimated memory per rank, warnings if there are any).
 
     Raises:
         EffOPDError: a check of the run fails.
@@ -53,19 +64,21 @@ def plan_tables(settings: RunSettings) -> tuple[Table, Table]:
     checked = _checked(settings)
     sizes = sizes_of(settings, checked.models)
     estimate = estimate_memory(settings, checked.rows.longest if checked.rows else None, sizes)
-    return run_table(_run_rows(settings, checked, sizes)), memory_table(estimate)
+    tables = run_table(_run_rows(settings, checked, sizes)), memory_table(estimate)
+    warning = checked.served.warning
+    return (*tables, Text(f"Warning: {warning}", style="bold yellow")) if warning else tables
 
 
 def run_table(rows: Iterable[tuple[str, str]]) -> Table:
     """Table of the plan, from (name, value) rows."""
     run = Table(title="the run", box=box.SIMPLE, pad_edge=False, show_header=False)
     for name, value in rows:
-        run.add_row(name, value)
+        run.add_row(name, escape(value))
     return run
 
 
-def print_plan(tables: Iterable[Table]) -> None:
-    """Print the tables, 140 columns wide if the output is not a terminal."""
+def print_plan(tables: Iterable[Table | Text]) -> None:
+    """Print tables and warnings, 140 columns wide if the output is not a terminal."""
     for table in tables:
         Console(width=None if sys.stdout.isatty() else 140).print(table)
 
@@ -77,13 +90,13 @@ class _Checked(NamedTuple):
         models: models on the meta device, the student first; empty if one is not on disk.
         rows: prompts. `None`: loading them needs the network.
         stored: stored rollouts.
-        served: line on the teacher's server; "" without one.
+        served: words on the teacher's server; empty without one.
     """
 
     models: list[NamedModel]
     rows: Prompts | None
     stored: Stored | None
-    served: str
+    served: ServedText
 
 
 def _checked(settings: RunSettings) -> _Checked:
@@ -102,13 +115,14 @@ def _checked(settings: RunSettings) -> _Checked:
     check_prompts(settings, rows.train, stored, rows.held_out)
     rows = rows._replace(longest=max(rows.longest or 0, given, 0 if stored is None else stored.longest) or None)
     if on_disk:
-        check_lengths(models, rows.longest, opd.max_completion_length)
+        check_lengths(models, *lengths(settings, rows.longest, stored))
         check_space(model, opd, models, len(rows.train), rollouts_per_step(opd), effopd=effopd.enabled)
     return _Checked(models, rows, stored, _server(settings, tokenizer, models, rows.longest))
 
 
-def _server(settings: RunSettings, tokenizer: Any, models: Sequence[NamedModel], longest: int | None) -> str:
-    return served_text(settings.opd, tokenizer, next(iter(models), None), longest) if settings.opd.served else ""
+def _server(settings: RunSettings, tokenizer: Any, models: Sequence[NamedModel], longest: int | None) -> ServedText:
+    student = next(iter(models), None)
+    return served_text(settings.opd, tokenizer, student, longest) if settings.opd.served else ServedText("")
 
 
 def _models_on_disk(settings: RunSettings) -> bool:
@@ -131,8 +145,8 @@ def _run_rows(settings: RunSettings, checked: _Checked, sizes: RunSizes) -> Iter
             yield "residualized", residualized(stored.rows)[1].text()
         if not opd.holds_teacher:
             yield "teacher", "none in memory"
-    if checked.served:
-        yield "teacher", checked.served
+    if checked.served.row:
+        yield "teacher", checked.served.row
     yield "task", f"{task.task}, {prompts_text(task, opd, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes
@@ -148,7 +162,14 @@ def _run_rows(settings: RunSettings, checked: _Checked, sizes: RunSizes) -> Iter
         yield "rollout horizon", horizon_text(opd)
     if opd.curriculum != "none":
         yield "curriculum", _curriculum_text(opd)
+    yield "objective", objective_text(opd)
+    if used := rollouts_used_text(opd, replay_bytes(settings.model, opd, sizes.frozen)):
+        yield "use of rollouts", used
+    yield from optimizer_rows(opd)
+    if adapter := adapter_text(settings.model, sizes.trained):
+        yield "adapter", adapter
     yield "length", length_text(opd)
+    yield "start", start_text(opd)
     yield "look-ahead", _look_text(effopd, opd)
     yield "written to", str(opd.output_dir)
     if unchecked := unchecked_text(rows, _models_on_disk(settings)):
@@ -171,8 +192,7 @@ def horizon_text(args: Any) -> str:
 def length_text(args: Any) -> str:
     """Number of steps or epochs, and the learning rate."""
     length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epoch(s)"
-    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    return f"{length}, learning rate {args.learning_rate:g} ({schedule})"
+    return f"{length}, learning rate {args.learning_rate:g}"
 
 
 def unchecked_text(rows: Prompts | None, on_disk: bool) -> str:

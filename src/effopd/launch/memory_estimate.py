@@ -112,6 +112,9 @@ def estimate_memory(
         return None
     frozen_init = loading_arguments(settings.model, opd)[1]
     measured = [TeacherSize.of(size) for size in others]
+    if (opd.teacher_offload or opd.teacher_shard) and any(each.layers is None for each in measured):
+        how = "offloaded" if opd.teacher_offload else "sharded"
+        prompt_source += f"; the {how} teacher counts as whole: its configuration is not on disk"
     return _estimated(
         settings,
         opd,
@@ -245,19 +248,25 @@ def _held(sizes: Mapping[str, ModelSize | None]) -> list[ModelSize | None]:
 def _frozen_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any], ranks: int = 1) -> tuple[int, int]:
     """(bytes of the frozen models at all times, further bytes while an offloaded one is in use).
 
+    Models whose configuration is not available count as whole and always in memory.
+
     Args:
         ranks: number of ranks that share the teacher's layers with `teacher_shard`.
     """
     dtype, quantization = dtype_of(init), quantization_of(opd, init)
     if opd.teacher_shard:
-        return sum(size.sharded(dtype, ranks) for size in sizes), 0
+        return sum(_known(size.sharded(dtype, ranks), size.weights(dtype)) for size in sizes), 0
     if opd.teacher_sources and opd.teachers_in_memory == "one":
         sizes = [max(sizes, key=lambda size: size.parameters)]  # several teachers and no reference
     each = [size.weights(dtype, quantization) for size in sizes]
     if not opd.teacher_offload:
         return sum(each), 0
-    rest = [size.at_rest(dtype) for size in sizes]
+    rest = [_known(size.at_rest(dtype), whole) for size, whole in zip(sizes, each, strict=True)]
     return sum(rest), max((whole - part for whole, part in zip(each, rest, strict=True)), default=0)
+
+
+def _known(part: int | None, whole: int) -> int:
+    return whole if part is None else part
 
 
 def _held_bytes(opd: Any, sizes: Sequence[TeacherSize], init: Mapping[str, Any], setup: Setup) -> int:
@@ -285,15 +294,17 @@ def teacher_choices(settings: RunSettings, sizes: RunSizes | None = None) -> str
     measured = [TeacherSize.of(size) for size in teachers if size is not None]
     weights = [each.weights(dtype, quantization) for each in measured]
     chosen = max(weights) if opd.stage_teachers or opd.teachers_in_memory == "one" else sum(weights)
-    totals: dict[str, int] = {}
-    for each in measured:
-        for name, value in each.choices(dtype).items():
-            totals[name] = totals.get(name, 0) + value
+    totals: dict[str, int | None] = {}
+    for name in measured[0].choices(dtype):
+        known = [value for each in measured if (value := each.choices(dtype)[name]) is not None]
+        totals[name] = sum(known) if len(known) == len(measured) else None
     if len(measured) > 1:
         totals["one in memory"] = max(weights)
     kind = f"{quantization.removesuffix('bit')} bits" if quantization else dtype
-    choices = ", ".join(f"{name} {value / 1e9:,.3g}" for name, value in totals.items())
-    return f"{chosen / 1e9:,.3g} GB in {kind}. Choices, GB: {choices}"
+    choices = ", ".join(f"{name}: {value / 1e9:,.3g}" for name, value in totals.items() if value is not None)
+    unknown = " and ".join(name for name, value in totals.items() if value is None)
+    unknown += ": unknown until the model's configuration is on disk" if unknown else ""
+    return f"{chosen / 1e9:,.3g} GB in {kind}. Choices, GB: {choices}" + (f". {unknown}" if unknown else "")
 
 
 def _peak(

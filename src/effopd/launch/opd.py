@@ -27,7 +27,7 @@ from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.parameter_rules import select
 from effopd.launch.offline import Stored, check_answers, check_offline_settings, stored_rollouts
 from effopd.launch.optimizer_checks import check_copies
-from effopd.launch.prompts import evaluates, evaluation_flag, load_prompts
+from effopd.launch.prompts import evaluates, evaluation_flag, load_prompts, more_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
     REFERENCE,
@@ -79,7 +79,7 @@ def build_trainer(settings: RunSettings) -> OPDTrainer | OfflineOPDTrainer:
     train, held_out, longest = load_prompts(task, opd, tokenizer, why_answers(settings), keep=kept_columns(opd))
     check_prompts(settings, train, stored, held_out)
     longest = max(longest or 0, given, 0 if stored is None else stored.longest) or None
-    check_lengths(models, longest, opd.max_completion_length)
+    check_lengths(models, *lengths(settings, longest, stored))
     check_space(model, opd, models, len(train), rollouts_per_step(opd), effopd=effopd.enabled)
     served = served_teacher(opd, tokenizer, models[0], longest)
     opd.model_init_kwargs, opd.teacher_model_init_kwargs = loading_arguments(model, opd)
@@ -198,7 +198,7 @@ def check_prompts(
         ConfigError, TaskError: there are too few prompts.
     """
     if stored is None:
-        check_step(settings.opd, len(train))
+        check_step(settings.opd, len(train), train.available)
     if settings.opd.teacher_sources:
         for task in (train, held_out):
             if task is not None:
@@ -209,8 +209,27 @@ def check_prompts(
         check_validation_size(settings.effopd.validation_size, train)
 
 
-def check_step(opd: OPDConfig, prompts: int) -> None:
+def lengths(settings: RunSettings, longest: int | None, stored: Stored | None) -> tuple[int | None, int | None]:
+    """Tokens of the longest prompt and of the longest answer that a run reads or samples.
+
+    A run on stored rollouts without evaluation and look-ahead samples nothing: its longest row
+    counts.
+
+    Args:
+        longest: tokens of the longest prompt.
+    """
+    opd = settings.opd
+    if stored is None or evaluates(opd) or settings.effopd.enabled:
+        return longest, opd.max_completion_length
+    row = max(stored.rows, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
+    return len(row.prompt_ids), len(row.completion_ids)
+
+
+def check_step(opd: OPDConfig, prompts: int, available: int | None = None) -> None:
     """Check that there are enough prompts for one step.
+
+    Args:
+        available: number of prompts that the source could give; `None`: any number.
 
     Raises:
         ConfigError: there are too few.
@@ -219,7 +238,7 @@ def check_step(opd: OPDConfig, prompts: int) -> None:
     if prompts < batch:
         raise ConfigError(
             f"a step takes {batch} prompts, but the task has only {prompts}. Lower --per_device_train_batch_size "
-            "or --gradient_accumulation_steps, or raise --train_size."
+            f"or --gradient_accumulation_steps, or {more_prompts(prompts, available)}."
         )
 
 

@@ -219,9 +219,14 @@ def check_disk(
     if rest > free:
         present = held.checkpoints + held.models
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.1f} GB free, but {checkpoints} checkpoints of {each / 1e9:.1f} GB (one of "
-            f"them being written) and {models} models of {model / 1e9:.1f} GB take {(rest + present) / 1e9:.1f} GB"
-            + (f", of which {present / 1e9:.1f} GB are already on disk" if present else "")
+            f"{folder} has {_size(free)} free, but {checkpoints} checkpoints of {_size(each)} (one of "
+            f"them being written) and {models} models of {_size(model)} take {_size(rest + present)}"
+            + (f", of which {_size(present)} are already on disk" if present else "")
             + ". Lower --save_total_limit, raise --save_steps, save less of --trajectory, or "
             "choose another --output_dir."
         )
+
+
+def _size(value: int) -> str:
+    """Bytes in GB, or in MB below 0.1 GB."""
+    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"

@@ -42,6 +42,18 @@ def load_prompts(task: TaskConfig, args: Any, tokenizer: Any, why: str, *, keep:
     return Prompts(train, held_out, max((length for length in lengths if length is not None), default=None))
 
 
+def more_prompts(prompts: int, available: int | None) -> str:
+    """What gives a task more training prompts, for messages.
+
+    Args:
+        prompts: number of training prompts.
+        available: number that the source could give; `None`: any number.
+    """
+    if available is None or available > prompts:
+        return "raise --train_size"
+    return "add rows to the source; those held out for evaluation (--eval_size) do not count"
+
+
 def evaluates(args: Any) -> bool:
     """Whether a run evaluates on held-out prompts."""
     return args.eval_strategy != "no" or bool(args.eval_on_start)

@@ -12,7 +12,7 @@ from effopd.distill.rl import TaskGRPOTrainer, TaskRLOOTrainer
 from effopd.distill.rl_config import PRESETS, TaskDGRPOConfig, TaskGRPOConfig, TaskRLOOConfig
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError
-from effopd.launch.prompts import load_prompts
+from effopd.launch.prompts import load_prompts, more_prompts
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
     STUDENT,
@@ -126,7 +126,8 @@ def check_prompts(settings: RLRunSettings, train: Task) -> None:
     if len(train) < batch:
         raise ConfigError(
             f"a generation batch takes {batch} prompts ({rl.generation_batch_size} answers, {rl.num_generations} per "
-            f"prompt), but the task has only {len(train)}. Lower --per_device_train_batch_size or raise --train_size."
+            f"prompt), but the task has only {len(train)}. Lower --per_device_train_batch_size, or "
+            f"{more_prompts(len(train), train.available)}."
         )
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from effopd.distill.rl_config import TaskDGRPOConfig
 from effopd.launch.dry_run import length_text, memory_table, prompts_text, run_table, size_text, unchecked_text
 from effopd.launch.memory_estimate import estimate_rl_memory
+from effopd.launch.plan_rows import adapter_text, optimizer_rows, start_text
 from effopd.launch.prompts import Prompts, graded_splits, load_prompts
 from effopd.launch.rl import (
     WHY_ANSWERS,
@@ -88,7 +89,11 @@ def _run_rows(
         f"{prompts_per_batch(rl):,} prompts × {rl.num_generations} answers, used for "
         f"{rl.steps_per_generation} forward pass(es) per process",
     )
+    yield from optimizer_rows(rl)
+    if adapter := adapter_text(settings.model, sizes.trained):
+        yield "adapter", adapter
     yield "length", length_text(rl)
+    yield "start", start_text(rl)
     yield "written to", str(rl.output_dir)
     if unchecked := unchecked_text(rows, _on_disk(names)):
         yield "not checked", unchecked

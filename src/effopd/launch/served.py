@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from effopd.distill.config import OPDConfig
 from effopd.distill.served.checks import open_teacher, reachable
@@ -25,8 +25,20 @@ def served_teacher(opd: OPDConfig, tokenizer: Any, student: NamedModel, longest:
     return open_teacher(opd, tokenizer, student.meta.config.get_text_config().vocab_size, prompt=longest)
 
 
-def served_text(opd: OPDConfig, tokenizer: Any, student: NamedModel | None, longest: int | None) -> str:
-    """One line for the plan of a run; the server is checked if it answers.
+class ServedText(NamedTuple):
+    """Words on a run's server for its plan.
+
+    Attributes:
+        row: the server, and whether it was checked.
+        warning: what stands below the plan; "": nothing.
+    """
+
+    row: str
+    warning: str = ""
+
+
+def served_text(opd: OPDConfig, tokenizer: Any, student: NamedModel | None, longest: int | None) -> ServedText:
+    """Row for the plan of a run; the server is checked if it answers.
 
     Args:
         tokenizer, student: `None`: not on disk, so the server is not checked.
@@ -36,9 +48,13 @@ def served_text(opd: OPDConfig, tokenizer: Any, student: NamedModel | None, long
     """
     place = f"{opd.teacher_server}, top {opd.teacher_top_k} tokens; none in memory"
     if tokenizer is None or student is None:
-        return f"{place}; not checked (the student is not in a local folder)"
+        return ServedText(f"{place}; not checked (the student is not in a local folder)")
     if not reachable(opd):
-        return f"{place}; not checked (no answer from the server)"
+        return ServedText(
+            f"{place}; not checked (no answer from the server)",
+            f"--teacher_server {opd.teacher_server} does not answer, so its model, tokenizer and maximum length were "
+            "not checked. Training would stop here. Start the server or correct the URL, then repeat the dry run.",
+        )
     rows = student.meta.config.get_text_config().vocab_size
     teacher = open_teacher(opd, tokenizer, rows, prompt=longest)
-    return f"{teacher.model} at {place}; tokenizer, vocabulary and length checked"
+    return ServedText(f"{teacher.model} at {place}; tokenizer, vocabulary and length checked")

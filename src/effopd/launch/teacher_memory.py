@@ -35,21 +35,21 @@ class TeacherSize:
     Attributes:
         parameters: all of them.
         linear: those that bitsandbytes quantizes.
-        head: those of the output layer.
-        layers: those of the decoder layers; 0: not known.
+        head: those of the output layer; `None`: not known.
+        layers: those of the decoder layers; `None`: not known.
     """
 
     parameters: int
     linear: int
-    head: int
-    layers: int = 0
+    head: int | None = None
+    layers: int | None = None
 
     @classmethod
     def of(cls, size: ModelSize) -> TeacherSize:
         """From a model's configuration; without one, all parameters are counted as linear."""
         model = size.model
         if model is None:
-            return cls(size.parameters, size.parameters, 0)
+            return cls(size.parameters, size.parameters)
         head = model.get_output_embeddings()
         shared = {id(p) for p in head.parameters()}
         linear = sum(
@@ -65,22 +65,24 @@ class TeacherSize:
             return each * self.parameters
         return math.ceil(QUANTIZED[quantization] * self.linear + each * (self.parameters - self.linear))
 
-    def at_rest(self, dtype: str) -> int:
-        """Bytes on the accelerator between the uses of an offloaded teacher."""
-        return DTYPE_BYTES[dtype] * self.head
+    def at_rest(self, dtype: str) -> int | None:
+        """Bytes on the accelerator between the uses of an offloaded teacher; `None`: not known."""
+        return None if self.head is None else DTYPE_BYTES[dtype] * self.head
 
-    def sharded(self, dtype: str, ranks: int) -> int:
-        """Bytes on each of `ranks` ranks that share the decoder layers."""
+    def sharded(self, dtype: str, ranks: int) -> int | None:
+        """Bytes on each of `ranks` ranks that share the decoder layers; `None`: not known."""
+        if self.layers is None:
+            return None
         return DTYPE_BYTES[dtype] * (self.parameters - self.layers + math.ceil(self.layers / ranks))
 
-    def choices(self, dtype: str) -> dict[str, int]:
-        """Bytes by choice of `--teacher_…`; the last ones are for weights of `dtype`."""
+    def choices(self, dtype: str) -> dict[str, int | None]:
+        """Bytes by choice of `--teacher_…`, `None` if not known; the last two are for `dtype`."""
         return {
             "float32": self.weights("float32"),
             "bfloat16": self.weights("bfloat16"),
             "8 bits": self.weights(dtype, "8bit"),
             "4 bits": self.weights(dtype, "4bit"),
-            f"offloaded {dtype}, between uses": self.at_rest(dtype),
+            f"{dtype} offloaded (between uses)": self.at_rest(dtype),
             f"{dtype} sharded over 8": self.sharded(dtype, 8),
         }
 

@@ -79,6 +79,11 @@ def read_runs(roots: Sequence[Path]) -> list[RunRecords]:
     above = paths[0].parent if len(paths) == 1 else Path(os.path.commonpath(paths))
     runs = []
     for root, path in zip(roots, paths, strict=True):
+        if not root.exists():
+            raise ConfigError(
+                f"{root}: no such folder (working directory: {Path.cwd()}). Expected the output directory of "
+                "`effopd train` or `effopd rl`."
+            )
         steps, evaluations = read_steps(root), read_evaluations(root)
         if not steps and not evaluations:
             raise ConfigError(

@@ -19,14 +19,13 @@ name is complete.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from effopd.common.files import fsync, write_atomically
+from effopd.common.files import fsync, takes_files, write_atomically
 from effopd.errors import CheckpointError, ConfigError
 from effopd.runs.best_model import Kept
 from effopd.runs.checkpoints import TRAINER_STATE, check_complete
@@ -199,7 +198,7 @@ class RunDir:
                 write-protected.
         """
         existing = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        if not existing.is_dir() or not takes_files(existing):
             why = "is write-protected" if existing.is_dir() else "is not a folder"
             raise CheckpointError(
                 f"nothing can be written to the run directory {self.root}: {existing} {why}. Choose another "

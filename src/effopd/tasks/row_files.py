@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,9 +29,12 @@ def read_rows(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
     if on_hub(source):
         return _hub_rows(source, args)
     if args:
+        names = sorted(args)
+        close = [match for name in names for match in difflib.get_close_matches(name, COLUMN_ARGS, n=1, cutoff=0.7)]
+        fix = f"Did you mean {' and '.join(close)}?" if close else "Remove the others; they are for Hub datasets."
         raise TaskError(
             f"task_args of the local file '{source}': expected only {' and '.join(COLUMN_ARGS)}, got "
-            f"{', '.join(map(repr, sorted(args)))}. Remove the others; they are for Hub datasets."
+            f"{', '.join(map(repr, names))}. {fix}"
         )
     path = local_file(source)
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {

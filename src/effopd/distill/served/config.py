@@ -74,7 +74,9 @@ class ServedArguments:
         for name, why in _UNREAD.items():
             value = getattr(self, name, None)
             if name in defaults and value not in (defaults[name], None):
+                other = "leave out --teacher_server"
+                if not name.startswith("teacher_model"):
+                    other = "load the teacher with --teacher_model_name_or_path"
                 raise ConfigError(
-                    f"{name}={value!r} is not supported with --teacher_server: {why}. Leave out --{name}, or load "
-                    "the teacher with --teacher_model_name_or_path."
+                    f"{name}={value!r} is not supported with --teacher_server: {why}. Leave out --{name}, or {other}."
                 )
