@@ -32,7 +32,7 @@ TEXTS = {
     "the previous weights.",
     "adapt_learning_rate": "After each search, multiply the learning rate by √min(1+s, 4) if the best scales s of "
     "this and s′ of the previous search exceed 1 (by ½√min(s, s′) if that is larger), and by 1/√2 "
-    "if s < 0. The rate stays at or above 1/8 of its schedule. Prodigy, D-Adaptation and DoG keep theirs.",
+    "if s < 0, down to 1/8 of its schedule. Not for Prodigy, D-Adaptation and DoG.",
 }
 
 
