@@ -327,7 +327,8 @@ def test_a_dry_run_refuses_a_rule_that_moves_nothing(pair, tmp_path, capsys):
 def test_settings_survive_the_yaml_round_trip(pair, tmp_path):
     from effopd.launch.opd import to_yaml
 
-    extra = ("--loss_type", "sampled", "--temperature", "0.9", "--warmup_steps", "3", "--eval_on_start", "true")
+    extra = ("--loss_type", "sampled", "--temperature", "0.9", "--warmup_steps", "3", "--eval_on_start", "true",
+             "--lr_scheduler_type", "cosine")  # fmt: skip
     settings = parse_train(train_flags(pair, tmp_path / "run", *extra))
     (tmp_path / "c.yaml").write_text(to_yaml(settings))
     again = parse_train(["--config", str(tmp_path / "c.yaml")])

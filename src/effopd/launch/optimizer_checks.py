@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.optimization import get_scheduler
 
+from effopd.common.schedules import name_of, reads_settings, reads_warm_up
 from effopd.distill.optimizers.build import build_optimizer, tried
 from effopd.distill.optimizers.mixin import average_refused
 from effopd.errors import ConfigError, MissingDependencyError
@@ -116,7 +118,14 @@ def _check_rate(args: Any) -> None:
 
 def _check_schedule(args: Any, optimizer: Any) -> None:
     steps = args.max_steps if args.max_steps > 0 else 100
-    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    name = name_of(args.lr_scheduler_type)
+    if args.warmup_steps and not reads_warm_up(args):
+        raise _no_warm_up(args, name, optimizer)
+    if args.lr_scheduler_kwargs and not reads_settings(args):
+        raise ConfigError(
+            f"--lr_scheduler_kwargs {json.dumps(args.lr_scheduler_kwargs)}: the schedule {name!r} has no settings. "
+            "Set another --lr_scheduler_type, or leave it out."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,3 +137,12 @@ def _check_schedule(args: Any, optimizer: Any) -> None:
             f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
         )
         raise ConfigError(f"{given}: {error}. Pass its settings as --lr_scheduler_kwargs '{{…}}'.") from error
+
+
+def _no_warm_up(args: Any, schedule: str, optimizer: Any) -> ConfigError:
+    steps = f"{args.warmup_steps:g}"
+    if args.optimizer_class is not None and "warmup_steps" in getattr(optimizer, "defaults", {}):
+        remedy = f"{type(optimizer).__name__} warms up by itself. Set --optimizer_args '{{\"warmup_steps\": {steps}}}'"
+    else:
+        remedy = "Set --lr_scheduler_type constant_with_warmup"
+    return ConfigError(f"--warmup_steps {steps}: the schedule {schedule!r} has no warm-up. {remedy}, or leave it out.")
