@@ -327,8 +327,8 @@ def test_wrong_flags(settings, message):
     [
         (
             {"warmup_steps": 2},
-            "--warmup_steps 2: the schedule 'constant' has no warm-up. Set --lr_scheduler_type constant_with_warmup, or "
-            "leave it out.",
+            "--warmup_steps 2: the schedule 'constant' has no warm-up. Set --lr_scheduler_type constant_with_warmup, "
+            "or leave it out.",
         ),
         ({"warmup_steps": 0.1}, "--warmup_steps 0.1: the schedule 'constant'"),
         ({"warmup_steps": 2, "optim": "schedule_free_radam"}, "--warmup_steps 2: the schedule 'constant'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -17,6 +18,7 @@ from transformers.optimization import get_scheduler
 from effopd.common.schedules import name_of, reads_settings, reads_warm_up
 from effopd.distill.optimizers.build import build_optimizer, tried
 from effopd.distill.optimizers.mixin import average_refused
+from effopd.distill.optimizers.settings import default_of
 from effopd.errors import ConfigError, MissingDependencyError
 from effopd.extrapolate.weight_copies import FAMILIES, has_modes, known_copies, lora_refused, refuse_unknown_copies
 
@@ -33,6 +35,7 @@ OPTIMIZER_PACKAGES = {
 }  # fmt: skip
 #: Optimizers that need the loaded model, so only their flags are checked.
 _OF_A_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def check_optimizer(args: Any) -> None:
@@ -96,6 +99,7 @@ def _host_optimizer(args: Any, model: nn.Module) -> Optimizer:
         )
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        _check_adam(args, optim, settings)
         return kind(list(model.parameters()), **settings)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         given = f"--optim {optim}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
@@ -103,6 +107,20 @@ def _host_optimizer(args: Any, model: nn.Module) -> Optimizer:
         raise ConfigError(f"{given}: {error}.{hint}") from error
     except ImportError as error:
         raise MissingDependencyError(f"--optim {optim}: {error}") from error
+
+
+def _check_adam(args: Any, optim: str, settings: dict[str, Any]) -> None:
+    """Refuse a coefficient of Adam that does not reach the optimizer of `--optim`.
+
+    Args:
+        settings: keyword arguments of the optimizer.
+    """
+    for name in _ADAM:
+        if getattr(args, name) != default_of(name):
+            other = copy.copy(args)
+            setattr(other, name, default_of(name))
+            if Trainer.get_optimizer_cls_and_kwargs(other)[1] == settings:
+                raise ConfigError(f"--{name} {getattr(args, name):g}: --optim {optim} does not read it. Leave it out.")
 
 
 def _check_rate(args: Any) -> None:
