@@ -124,7 +124,8 @@ class RunArguments(OptimizerArguments):
             raise ConfigError(
                 "push_to_hub=True uploads the whole run directory at every save, with optimizer states and "
                 "trajectory. Upload the finished model instead: "
-                "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' 'trajectory/*' 'superseded/*'."
+                "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' --exclude 'trajectory/*' "
+                "--exclude 'superseded/*' --exclude training_args.bin"
             )
         if getattr(self, "auto_find_batch_size", False):
             raise ConfigError(
