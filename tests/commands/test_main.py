@@ -17,6 +17,7 @@ from helpers.tiny_models import make_model, make_tokenizer, small_scores
 from safetensors.torch import load_file
 
 from effopd.commands.main import main
+from effopd.commands.rl import parse_rl
 from effopd.commands.train import effopd_arguments, parse_train
 from effopd.common import optional
 from effopd.common.files import read_rows
@@ -25,6 +26,7 @@ from effopd.distill.rl_config import config_class
 from effopd.errors import ConfigError
 from effopd.extrapolate.config import EffOPDConfig
 from effopd.extrapolate.strategy import STRATEGIES
+from effopd.tasks.builtin_models import student_path, teacher_path, with_spoken_names
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +329,8 @@ def test_a_dry_run_refuses_a_rule_that_moves_nothing(pair, tmp_path, capsys):
 def test_settings_survive_the_yaml_round_trip(pair, tmp_path):
     from effopd.launch.opd import to_yaml
 
-    extra = ("--loss_type", "sampled", "--temperature", "0.9", "--warmup_steps", "3", "--eval_on_start", "true")
+    extra = ("--loss_type", "sampled", "--temperature", "0.9", "--warmup_steps", "3", "--eval_on_start", "true",
+             "--lr_scheduler_type", "cosine")  # fmt: skip
     settings = parse_train(train_flags(pair, tmp_path / "run", *extra))
     (tmp_path / "c.yaml").write_text(to_yaml(settings))
     again = parse_train(["--config", str(tmp_path / "c.yaml")])
@@ -335,6 +338,42 @@ def test_settings_survive_the_yaml_round_trip(pair, tmp_path):
     assert again.task == settings.task and again.effopd == settings.effopd
     for name in ("loss_type", "temperature", "warmup_steps", "eval_on_start", "learning_rate", "eval_steps"):
         assert getattr(again.opd, name) == getattr(settings.opd, name)
+
+
+def test_built_in_models_keep_their_names_in_the_yaml(tmp_path):
+    """Their folder is another on the next machine. What is loaded stays a folder."""
+    from effopd.launch.opd import to_yaml
+    from effopd.launch.rl import rl_yaml
+
+    names = {"student": "testbed:student", "teacher": "testbed:teacher"}
+    base = ["--model_name_or_path", names["student"], "--task", "testbed:chain_sum", "--use_cpu"]
+    exopd = ["--lambda_extrapolation", "1.25", "--reference_model_name_or_path", names["student"]]
+    settings = parse_train([*base, "--teacher_model_name_or_path", names["teacher"], *exopd])
+    assert settings.model.model_name_or_path == str(student_path())
+    written = yaml.safe_load(to_yaml(settings))
+    assert written["model_name_or_path"] == written["reference_model_name_or_path"] == names["student"]
+    assert written["teacher_model_name_or_path"] == names["teacher"]
+    (tmp_path / "c.yaml").write_text(to_yaml(settings))
+    again = parse_train(["--config", str(tmp_path / "c.yaml")])
+    assert again.model == settings.model and to_yaml(again) == to_yaml(settings)
+
+    settings = parse_train([*base, "--teachers", "a=testbed:teacher", f"b={tmp_path}"])
+    assert settings.opd.teachers == [f"a={teacher_path()}", f"b={tmp_path}"]
+    assert yaml.safe_load(to_yaml(settings))["teachers"] == ["a=testbed:teacher", f"b={tmp_path}"]
+
+    settings = parse_rl([*base, "--algorithm", "dgrpo", "--teacher_model_name_or_path", names["teacher"]])
+    written = yaml.safe_load(rl_yaml(settings))
+    assert [written["model_name_or_path"], written["teacher_model_name_or_path"]] == list(names.values())
+
+
+def test_messages_have_the_name_of_a_built_in_model(tmp_path, monkeypatch):
+    student = student_path()
+    message = f"--model_name_or_path '{student}' is small. See {student}/config.json, {student}-2, x{student}."
+    assert with_spoken_names(message) == message.replace(f"'{student}'", "'testbed:student'")
+    assert with_spoken_names(f"{student}.") == "testbed:student."
+    monkeypatch.setenv("EFFOPD_CACHE", str(tmp_path))
+    missing = str(tmp_path / "testbed-other" / "long_teacher")
+    assert with_spoken_names(missing) == missing
 
 
 def bare_flags(pair):

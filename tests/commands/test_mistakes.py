@@ -5,6 +5,7 @@ command.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -185,6 +186,60 @@ def test_a_dry_run_goes_to_no_network_and_says_what_it_left_out(folder, capsys, 
     assert "not checked" in out and "a Hub dataset" in out and "tokenizers" in out
     message = said(capsys, "train", *flags, "--task", "math:org/set", "--dry_run", "--verifier", "nomod:f")
     assert "an importable module 'nomod'" in message
+
+
+# -- settings that nothing reads -------------------------------------------------------------------
+
+STUDENT, EVAL_BATCH = PAIR[:2], ["--per_device_eval_batch_size", "16"]
+UNREAD = [
+    (["--eval_steps", "5"], "--eval_steps: no effect without --eval_strategy steps. Add"),
+    (["--eval_strategy", "epoch", "--eval_steps", "5"], "--eval_steps: no effect without --eval_strategy steps"),
+    (["--eval_delay", "5"], "--eval_delay: no effect without --eval_strategy steps"),
+    (["--metric_for_best_model", "kl"], "--metric_for_best_model: no effect without --eval_strategy steps"),
+    (["--greater_is_better", "true"], "--greater_is_better: no effect without --eval_strategy steps"),
+    (["--vllm_mode", "server"], "--vllm_mode: no effect without --use_vllm true"),
+    (
+        ["--vllm_server_port", "8001", "--vllm_gpu_memory_utilization", "0.5"],
+        "--vllm_gpu_memory_utilization: no effect",
+    ),
+    (["--optim", "sgd", "--adam_beta1", "0.5"], "--adam_beta1 0.5: --optim sgd does not read it. Leave it out."),
+    (["--optim", "adafactor", "--adam_epsilon", "1e-6"], "--adam_epsilon 1e-06: --optim adafactor does not read it"),
+    (["--warmup_steps", "2"], "--warmup_steps 2: the schedule 'constant' has no warm-up"),
+]
+
+
+@pytest.mark.parametrize("parse", [parse_train, parse_rl])
+@pytest.mark.parametrize(("flags", "message"), UNREAD, ids=[" ".join(flags) for flags, _ in UNREAD])
+def test_a_setting_that_nothing_reads_is_refused(parse, flags, message):
+    settings = parse([*(PAIR if parse is parse_train else [*STUDENT, "--use_cpu", *EVAL_BATCH]), *TESTBED, *flags])
+    args = settings.opd if parse is parse_train else settings.rl
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        host_settings.check_host_settings(settings.model, args)
+
+
+def test_an_unread_setting_at_its_default_passes():
+    flags = ["--vllm_mode", "colocate", "--adam_beta1", "0.9", "--warmup_steps", "0", "--eval_delay", "0"]
+    settings = parse_train([*PAIR, *TESTBED, "--optim", "sgd", *flags])
+    host_settings.check_host_settings(settings.model, settings.opd)
+    settings = parse_train([*PAIR, *TESTBED, "--adam_beta1", "0.5"])
+    host_settings.check_host_settings(settings.model, settings.opd)
+
+
+def test_a_flag_that_turns_a_reader_off_replaces_what_the_file_sets_for_it(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "eval_strategy: steps\neval_steps: 5\nmetric_for_best_model: kl\nvllm_mode: server\nuse_vllm: true\n"
+        "effopd: {strategy: line_search}\n"
+    )
+    settings = parse_train([*PAIR, *TESTBED, "--config", str(file)])
+    assert (settings.opd.eval_steps, settings.opd.vllm_mode) == (5, "server")
+    off = ["--eval_strategy", "no", "--use_vllm", "false"]
+    settings = parse_train([*PAIR, *TESTBED, "--config", str(file), *off])
+    host_settings.check_host_settings(settings.model, settings.opd)
+    assert settings.effopd.strategy == "line_search"
+    settings = parse_train([*PAIR, *TESTBED, "--config", str(file), "--use_vllm", "--eval_strategy", "epoch"])
+    assert settings.opd.use_vllm and settings.opd.vllm_mode == "server" and settings.opd.eval_steps is None
+    assert settings.opd.metric_for_best_model == "kl"
 
 
 # -- models ----------------------------------------------------------------------------------------

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from helpers.optimizers import Averaging, Secret, SecretList
 from helpers.tiny_models import make_model
 from torch import nn
+from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from effopd import OPDConfig
+from effopd.common.schedules import reads_settings, reads_warm_up
 from effopd.distill.optimizers.build import SmallModel, build_optimizer, tried
 from effopd.distill.optimizers.combined import CombinedOptimizer, KStepLookahead, hidden_matrices
 from effopd.errors import ConfigError, MissingDependencyError
@@ -316,6 +320,70 @@ def test_lookahead_around_muon_resumes():
 def test_wrong_flags(settings, message):
     with pytest.raises(ConfigError, match=message):
         check_optimizer(config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"warmup_steps": 2},
+            "--warmup_steps 2: the schedule 'constant' has no warm-up. Set --lr_scheduler_type constant_with_warmup, "
+            "or leave it out.",
+        ),
+        ({"warmup_steps": 0.1}, "--warmup_steps 0.1: the schedule 'constant'"),
+        ({"warmup_steps": 2, "optim": "schedule_free_radam"}, "--warmup_steps 2: the schedule 'constant'"),
+        (
+            {"warmup_steps": 2, "optimizer_class": "schedulefree:AdamWScheduleFree"},
+            "AdamWScheduleFree warms up by itself. Set --optimizer_args '{\"warmup_steps\": 2}', or leave it out.",
+        ),
+        (
+            {"warmup_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+            "the schedule 'reduce_lr_on_plateau' has no warm-up",
+        ),
+        (
+            {"lr_scheduler_kwargs": {"a": 1}},
+            "--lr_scheduler_kwargs {\"a\": 1}: the schedule 'constant' has no settings. Set another "
+            "--lr_scheduler_type, or leave it out.",
+        ),
+        (
+            {"lr_scheduler_kwargs": {"a": 1}, "lr_scheduler_type": "constant_with_warmup"},
+            "'constant_with_warmup' has no settings",
+        ),
+    ],
+)
+def test_a_warm_up_or_setting_that_the_schedule_drops_is_refused(settings, message):
+    if "schedule" in str(settings.get("optim")) + str(settings.get("optimizer_class")):
+        pytest.importorskip("schedulefree")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_optimizer(config(**settings))
+
+
+@pytest.mark.parametrize("name", [each.value for each in SchedulerType])
+def test_which_schedules_warm_up_is_what_transformers_does(name):
+    args = config(
+        lr_scheduler_type=name, warmup_steps=4, eval_strategy="steps",
+        lr_scheduler_kwargs={"num_decay_steps": 1} if name == "warmup_stable_decay" else {"min_lr": 0.0}
+        if "min_lr" in name else None,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    get_scheduler(name, optimizer, args.get_warmup_steps(10), 10, args.lr_scheduler_kwargs)
+    assert (optimizer.param_groups[0]["lr"] < 1) == reads_warm_up(args)
+    if reads_warm_up(args):
+        check_optimizer(args)
+    try:
+        get_scheduler(name, optimizer, 4, 10, {"no_such": 1})
+        dropped = True
+    except TypeError:
+        dropped = False
+    assert dropped != reads_settings(args)
+
+
+@pytest.mark.parametrize("optim", ["schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam"])
+def test_which_schedule_free_optimizers_warm_up_is_what_transformers_does(optim):
+    pytest.importorskip("schedulefree")
+    args = config(optim=optim, warmup_steps=4)
+    _, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert ("warmup_steps" in settings) == reads_warm_up(args)
 
 
 @pytest.mark.parametrize(("name", "package"), [("dog_missing:DoG", "dog-missing"), ("no_such.part:Adam", "no-such")])

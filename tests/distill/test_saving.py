@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from helpers.tiny_models import make_model, make_task, make_tokenizer
 from helpers.tiny_run import EFFOPD, make_trainer
+from huggingface_hub import HfApi
+from huggingface_hub.cli.hf import app
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from effopd import OPDConfig
 from effopd.commands.main import main
 from effopd.distill import saving
 from effopd.distill.rl import TaskGRPOTrainer
@@ -403,3 +412,36 @@ def test_the_final_model_has_its_tokenizer(tmp_path):
     trainer.train()
     trainer.save_final()
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == make_tokenizer().chat_template
+
+
+# -- publishing ------------------------------------------------------------------------------------
+
+
+def _documented() -> str:
+    page = Path(__file__).parents[2] / "docs" / "tutorials" / "own-data.md"
+    (command,) = re.findall(r"^hf upload [^\\\n]*(?:\\\n[^\\\n]*)*", page.read_text(), re.MULTILINE)
+    return command.replace("\\\n", " ")
+
+
+def _of_the_error() -> str:
+    with pytest.raises(ConfigError) as refused:
+        OPDConfig(push_to_hub=True, use_cpu=True)
+    return str(refused.value)[str(refused.value).index("hf upload") :]
+
+
+@pytest.mark.parametrize("command", [_documented, _of_the_error])
+def test_the_command_that_publishes_a_run_leaves_its_checkpoints_out(command, tmp_path, monkeypatch):
+    """As `hf` itself reads the command; nothing is sent."""
+    given = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, **_: SimpleNamespace(repo_id="me/model"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **passed: given.update(passed))
+    program, *words = shlex.split(command().replace("REPO", "me/model"))
+    assert program == "hf"
+    run = {word: str(tmp_path) for word in ("runs/first", "OUTPUT_DIR")}
+    result = CliRunner().invoke(app, [run.get(word, word) for word in words])
+    assert result.exit_code == 0, result.output
+    whole = ["model.safetensors", "config.yaml", "metrics.jsonl"]
+    private = ["checkpoints/step-000002/optimizer.pt", "trajectory/step-000001/model.safetensors", "training_args.bin"]
+    names = [*whole, *private, "superseded/1/checkpoints/step-000008/model.safetensors"]
+    kept = filter_repo_objects(names, allow_patterns=given["allow_patterns"], ignore_patterns=given["ignore_patterns"])
+    assert given["repo_id"] == "me/model" and list(kept) == whole

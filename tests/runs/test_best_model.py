@@ -5,6 +5,7 @@ through a resume, and said so.
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -110,12 +111,37 @@ def test_the_direction_is_the_metrics(kind, name, greater):
             )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "setting", [{"save_strategy": "best"}, {"load_best_model_at_end": True, "save_strategy": "no"}]
-)
-def test_no_evaluation_no_best_model(setting):
+def test_no_evaluation_no_best_model():
     with pytest.raises(ConfigError, match="expected evaluations"):
-        config(**setting | {"eval_strategy": "no"})
+        config(save_strategy="best", eval_strategy="no")
+    for save in ("no", "steps", "best"):
+        with pytest.raises(ConfigError, match=r"^--load_best_model_at_end needs evaluations\. Add"):
+            config(load_best_model_at_end=True, save_strategy=save, eval_strategy="no")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_steps": 10, "save_steps": 15}, "--save_steps 15: expected a multiple of --eval_steps 10, because"),
+        (
+            {"eval_steps": None, "logging_steps": 4, "save_steps": 6},
+            "--save_steps 6: expected a multiple of --eval_steps 4, because",
+        ),
+        ({"eval_steps": 0.2, "save_steps": 0.5}, "--save_steps 0.5: expected a multiple of --eval_steps 0.2, because"),
+        ({"eval_steps": 0.2, "save_steps": 2}, "--save_steps 2: expected a share of training, as --eval_steps 0.2,"),
+        ({"eval_steps": 2, "save_steps": 0.5}, "--save_steps 0.5: expected a number of steps, as --eval_steps 2,"),
+        ({"save_strategy": "epoch"}, "--save_strategy epoch: expected steps, as --eval_strategy,"),
+        ({"save_strategy": "no"}, "--save_strategy no: expected steps, as --eval_strategy,"),
+        ({"eval_steps": 5, "save_steps": 15}, None),
+        ({"eval_steps": 0.1, "save_steps": 0.3}, None),
+        ({"eval_steps": 10, "save_steps": 15, "save_strategy": "best"}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_best_model_needs_an_evaluation_of_every_saved_step(kind, settings, message):
+    settings = {"load_best_model_at_end": True, "eval_strategy": "steps"} | settings
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=f"^{message}"):
+        config(kind, **settings)
 
 
 @pytest.mark.parametrize(

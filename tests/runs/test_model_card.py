@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from distill.test_rl import make_trainer as make_rl_trainer
@@ -14,9 +15,10 @@ from helpers.tiny_models import make_model, make_tokenizer
 from helpers.tiny_run import make_trainer
 from huggingface_hub import ModelCard
 
+from effopd import OPDConfig
 from effopd.commands.main import main
 from effopd.common.files import read_rows
-from effopd.runs.model_card import is_hub_id
+from effopd.runs.model_card import _learning_rate, is_hub_id
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +113,20 @@ def test_of_models_that_have_no_name(tmp_path):
     rl.save_model()
     text = (tmp_path / "rl" / "README.md").read_text()
     assert "None" not in text + "".join(cards) and "| task | `letters` |" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "3e-05, constant"),
+        ({"warmup_steps": 2}, "3e-05, constant"),
+        ({"warmup_steps": 2, "lr_scheduler_type": "linear"}, "3e-05, linear, warm-up 2"),
+        ({"warmup_steps": 2, "optim": "schedule_free_adamw"}, "3e-05, constant, warm-up 2"),
+    ],
+)
+def test_a_warm_up_is_named_only_if_it_is_made(settings, text):
+    args = OPDConfig(output_dir="unused", use_cpu=True, report_to="none", learning_rate=3e-5, **settings)
+    assert _learning_rate(SimpleNamespace(args=args), None) == text
 
 
 def test_the_base_model_is_named_if_it_is_on_the_hub(tmp_path):

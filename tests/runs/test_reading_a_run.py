@@ -4,6 +4,7 @@ exist.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -31,6 +32,28 @@ def test_every_column_of_every_file_is_in_a_table():
     fields = re.findall(r"^\| `([^`]+)` \|", PAGE.partition(run_tables.MARK)[2], re.MULTILINE)
     records = (StepRecord, EvaluationRecord, SearchRecord, TrialRecord)
     assert {key for record in records for key, _ in columns_of(record)} == set(fields)
+
+
+def logged_keys() -> set[str]:
+    """Keys of metrics in the trainers' source: literal ones, and `PREFIX/` of the others."""
+    found = set()
+    for path in (ROOT / "src" / "effopd" / "distill").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for key in node.keys if isinstance(node, ast.Dict) else ():
+                if isinstance(key, ast.Constant) and "/" in str(key.value):
+                    found.add(str(key.value))
+            if isinstance(node, ast.DictComp) and isinstance(node.key, ast.JoinedStr):
+                start = node.key.values[0]
+                if isinstance(start, ast.Constant) and str(start.value).endswith("/"):
+                    found.add(str(start.value))
+    return found
+
+
+def test_every_metric_that_the_trainers_log_is_a_column():
+    keys = {key for key, _ in columns_of(StepRecord)}
+    logged = logged_keys()
+    assert {"replay/age", "rollouts/on_policy", "offline/top_k_kl", "health/", "prune/"} <= logged
+    assert logged <= keys | {f"{key.partition('/')[0]}/" for key in keys if "/" in key}
 
 
 def test_the_prose_names_fields_that_exist():

@@ -233,6 +233,7 @@ def _fault(run: PlannedRun, path: Path) -> EffOPDError | None:
     """The error of a run's settings, which are written to `path`; `None` if they pass."""
     from effopd.commands.train import parse_train
     from effopd.distill.offline_store import RolloutStore
+    from effopd.launch.host_settings import check_unread
     from effopd.launch.offline import check_offline_settings
     from effopd.launch.opd import check_step, model_names
     from effopd.launch.optimizer_checks import check_copies, check_optimizer
@@ -246,6 +247,7 @@ def _fault(run: PlannedRun, path: Path) -> EffOPDError | None:
         check_sources(settings.task)
         for flag, name in model_names(settings).items():
             check_model_name(flag, name)
+        check_unread(settings.model, settings.opd)
         check_optimizer(settings.opd)
         if settings.effopd.enabled:
             check_copies(settings.opd, lora=settings.model.use_peft)

@@ -145,7 +145,7 @@ def _required() -> tuple[dict[str, str], list[str]]:
     try:
         lines = metadata.requires("effopd") or []
     except metadata.PackageNotFoundError:
-        lines, problems = [], ["effopd is not installed. Run: pip install effopd"]
+        lines, problems = [], ["effopd is not installed. Run in a clone: pip install ."]
     for line in lines:
         requirement, _, marker = line.partition(";")
         name = re.split(r"[^\w.-]", requirement.strip())[0]

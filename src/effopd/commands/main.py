@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments[0], arguments[1:])
         except EffOPDError as error:
-            print(f"effopd {arguments[0]}: {type(error).__name__}: {_with_flags(str(error))}", file=sys.stderr)
+            from effopd.tasks.builtin_models import with_spoken_names
+
+            message = with_spoken_names(_with_flags(str(error)))
+            print(f"effopd {arguments[0]}: {type(error).__name__}: {message}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"effopd {arguments[0]}: interrupted", file=sys.stderr)

@@ -156,14 +156,30 @@ class CommandParser(TrlParser):
         return super().set_defaults_with_config(**self.adopted(values))
 
     def adopted(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The values of the YAML file that become defaults, by field; all of them here."""
-        return values
+        """The values of the YAML file that become defaults, by field.
+
+        Without those that nothing reads because the command line turns their reader off.
+        """
+        unread: tuple[str, ...] = ()
+        strategy, vllm = self.given("eval_strategy"), self.given("use_vllm")
+        if strategy == "no":
+            unread += ("eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
+        elif strategy not in (None, "steps"):
+            unread += ("eval_steps",)
+        if vllm is not None and vllm.lower() in ("false", "no", "0"):
+            unread += ("vllm_",)
+        return {name: value for name, value in values.items() if not name.startswith(unread)}
 
     def given(self, dest: str) -> str | None:
-        """Value of a field on the command line, as text; `None`: it is not given there."""
+        """Value of a field on the command line, as text; `None`: it is not given there.
+
+        A flag without a value is "true".
+        """
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        names = next(action.option_strings for action in self._actions if action.dest == dest)
-        first.add_argument(*names, dest="value")
+        names = next((action.option_strings for action in self._settable() if action.dest == dest), None)
+        if names is None:
+            return None
+        first.add_argument(*names, dest="value", nargs="?", const="true")
         return first.parse_known_args(self._words)[0].value
 
     def _as_given(self, action: argparse.Action, key: str, value: Any) -> Any:

@@ -78,7 +78,7 @@ def train_parser():
             return given, rest
 
         def adopted(self, values):
-            return without_own_values(values, self.given("effopd_strategy"))
+            return without_own_values(super().adopted(values), self.given("effopd_strategy"))
 
         def optional(self, given):
             if given.rollouts:

@@ -23,7 +23,7 @@ from effopd.distill.served.config import ServedArguments
 from effopd.distill.teachers.settings import TeacherArguments
 from effopd.distill.values import check_values
 from effopd.errors import ConfigError, EffOPDError
-from effopd.runs.best_model import default_metric, settle_direction
+from effopd.runs.best_model import check_saved_steps, default_metric, settle_direction
 from effopd.runs.ledger import CLOCKS
 from effopd.runs.run_dir import in_trajectory
 
@@ -107,6 +107,7 @@ class RunArguments(OptimizerArguments):
             )
         if getattr(self, "deepspeed", None):
             ensure("deepspeed")  # the host imports it in its constructor
+        check_saved_steps(self)
         default_metric(self, self.best_metric)
         greater_is_better = getattr(self, "greater_is_better", None)  # as given; the host infers it from the name
         with warnings.catch_warnings():  # TRL itself sets the deprecated name
@@ -123,7 +124,8 @@ class RunArguments(OptimizerArguments):
             raise ConfigError(
                 "push_to_hub=True uploads the whole run directory at every save, with optimizer states and "
                 "trajectory. Upload the finished model instead: "
-                "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' 'trajectory/*' 'superseded/*'."
+                "hf upload REPO OUTPUT_DIR --exclude 'checkpoints/*' --exclude 'trajectory/*' "
+                "--exclude 'superseded/*' --exclude training_args.bin"
             )
         if getattr(self, "auto_find_batch_size", False):
             raise ConfigError(

@@ -51,6 +51,7 @@ from effopd.launch.run_checks import check_space
 from effopd.launch.run_models import NamedModel, RunSizes, check_lengths, frozen_models, kept_columns, tokenizer_of
 from effopd.launch.served import ServedText, served_text
 from effopd.tasks import check_grading, needs_network
+from effopd.tasks.builtin_models import spoken_name
 from effopd.tasks.code.rows import shapes_text
 from effopd.tasks.row_columns import field_of
 
@@ -133,10 +134,10 @@ def _models_on_disk(settings: RunSettings) -> bool:
 def _run_rows(settings: RunSettings, checked: _Checked, sizes: RunSizes) -> Iterator[tuple[str, str]]:
     opd, task, effopd = settings.opd, settings.task, settings.effopd
     rows, stored = checked.rows, checked.stored
-    yield "student", f"{settings.model.model_name_or_path}  {size_text(sizes.student)}"
+    yield "student", f"{spoken_name(str(settings.model.model_name_or_path))}  {size_text(sizes.student)}"
     for flag, name in frozen_models(opd).items():
         role = flag.removeprefix("--").removesuffix("_model_name_or_path").replace("teachers ", "teacher ")
-        yield role, f"{name}  {size_text(sizes.frozen[flag])}{_rows_text(opd, role, rows)}"
+        yield role, f"{spoken_name(name)}  {size_text(sizes.frozen[flag])}{_rows_text(opd, role, rows)}"
     if choices := teacher_choices(settings, sizes):
         yield "teacher's weights" if opd.teacher_sources == {} else "teachers' weights", choices
     if stored is not None:

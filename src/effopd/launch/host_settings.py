@@ -36,7 +36,7 @@ def check_host_settings(model: ModelConfig, args: Any) -> None:
         ConfigError: a value is out of range or rejected by a host library.
     """
     check_values(model)
-    _check_unread(model)
+    check_unread(model, args)
     if not str(args.output_dir).strip():
         raise ConfigError("--output_dir: expected a folder, got nothing.")
     if isinstance(args, TaskGRPOConfig):
@@ -94,17 +94,27 @@ def require_packages(model: ModelConfig, args: Any) -> None:
             ensure(tracker)
 
 
-def _check_unread(model: ModelConfig) -> None:
-    """Reject adapter and quantization settings that have no effect."""
-    for reader, wanted, start in (
-        ("--use_peft true", model.use_peft, ("lora_", "use_rslora", "use_dora")),
-        ("--load_in_4bit true", model.load_in_4bit, ("bnb_4bit_", "use_bnb_nested_quant")),
+def check_unread(model: ModelConfig, args: Any) -> None:
+    """Refuse settings that have no effect because another one is off.
+
+    Raises:
+        ConfigError: a setting differs from its default and is not read.
+    """
+    evaluates, by_steps = args.eval_strategy != "no", args.eval_strategy == "steps"
+    for reader, wanted, config, start in (
+        ("--use_peft true", model.use_peft, model, ("lora_", "use_rslora", "use_dora")),
+        ("--load_in_4bit true", model.load_in_4bit, model, ("bnb_4bit_", "use_bnb_nested_quant")),
+        ("--use_vllm true", args.use_vllm, args, ("vllm_",)),
+        ("--eval_strategy steps", by_steps, args, ("eval_steps",)),
+        ("--eval_strategy steps", evaluates, args, ("eval_delay", "metric_for_best_model", "greater_is_better")),
     ):
         given = [
             f"--{field.name}"
-            for field in fields(model)
-            if field.name.startswith(start) and getattr(model, field.name) != field.default
+            for field in fields(config)
+            if field.name.startswith(start) and getattr(config, field.name) != field.default
         ]
+        if "--metric_for_best_model" in given:  # which sets the other
+            given = [name for name in given if name != "--greater_is_better"]
         if given and not wanted:
             raise ConfigError(f"{', '.join(given)}: no effect without {reader}. Add {reader}, or leave it out.")
 

@@ -21,6 +21,7 @@ from effopd.distill.trl_host.models import build_model
 from effopd.distill.values import check_init_kwargs
 from effopd.errors import CompatibilityError, ConfigError, MissingDependencyError
 from effopd.models.files import reading
+from effopd.tasks.builtin_models import with_spoken_names
 
 logger = logging.getLogger(__name__)
 
@@ -185,4 +186,6 @@ def check_positions(flag: str, name: str, model: PreTrainedModel, prompt: int, a
     fix = f"Set {setting} to {limit - prompt} or less" if prompt < limit else "Shorten the prompts"
     if table:
         raise ConfigError(f"{text} It has no embeddings beyond these positions. {fix}, or use another model.")
-    logger.warning("%s It was not trained beyond these positions. %s, unless this is intended.", text, fix)
+    logger.warning(
+        "%s It was not trained beyond these positions. %s, unless this is intended.", with_spoken_names(text), fix
+    )

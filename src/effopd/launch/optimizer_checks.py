@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -13,8 +15,10 @@ from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.optimization import get_scheduler
 
+from effopd.common.schedules import name_of, reads_settings, reads_warm_up
 from effopd.distill.optimizers.build import build_optimizer, tried
 from effopd.distill.optimizers.mixin import average_refused
+from effopd.distill.optimizers.settings import default_of
 from effopd.errors import ConfigError, MissingDependencyError
 from effopd.extrapolate.weight_copies import FAMILIES, has_modes, known_copies, lora_refused, refuse_unknown_copies
 
@@ -31,6 +35,7 @@ OPTIMIZER_PACKAGES = {
 }  # fmt: skip
 #: Optimizers that need the loaded model, so only their flags are checked.
 _OF_A_MODEL = ("galore_", "apollo_", "lomo", "adalomo")
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def check_optimizer(args: Any) -> None:
@@ -94,6 +99,7 @@ def _host_optimizer(args: Any, model: nn.Module) -> Optimizer:
         )
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        _check_adam(args, optim, settings)
         return kind(list(model.parameters()), **settings)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         given = f"--optim {optim}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
@@ -101,6 +107,20 @@ def _host_optimizer(args: Any, model: nn.Module) -> Optimizer:
         raise ConfigError(f"{given}: {error}.{hint}") from error
     except ImportError as error:
         raise MissingDependencyError(f"--optim {optim}: {error}") from error
+
+
+def _check_adam(args: Any, optim: str, settings: dict[str, Any]) -> None:
+    """Refuse a coefficient of Adam that does not reach the optimizer of `--optim`.
+
+    Args:
+        settings: keyword arguments of the optimizer.
+    """
+    for name in _ADAM:
+        if getattr(args, name) != default_of(name):
+            other = copy.copy(args)
+            setattr(other, name, default_of(name))
+            if Trainer.get_optimizer_cls_and_kwargs(other)[1] == settings:
+                raise ConfigError(f"--{name} {getattr(args, name):g}: --optim {optim} does not read it. Leave it out.")
 
 
 def _check_rate(args: Any) -> None:
@@ -116,7 +136,14 @@ def _check_rate(args: Any) -> None:
 
 def _check_schedule(args: Any, optimizer: Any) -> None:
     steps = args.max_steps if args.max_steps > 0 else 100
-    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    name = name_of(args.lr_scheduler_type)
+    if args.warmup_steps and not reads_warm_up(args):
+        raise _no_warm_up(args, name, optimizer)
+    if args.lr_scheduler_kwargs and not reads_settings(args):
+        raise ConfigError(
+            f"--lr_scheduler_kwargs {json.dumps(args.lr_scheduler_kwargs)}: the schedule {name!r} has no settings. "
+            "Set another --lr_scheduler_type, or leave it out."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,3 +155,12 @@ def _check_schedule(args: Any, optimizer: Any) -> None:
             f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
         )
         raise ConfigError(f"{given}: {error}. Pass its settings as --lr_scheduler_kwargs '{{…}}'.") from error
+
+
+def _no_warm_up(args: Any, schedule: str, optimizer: Any) -> ConfigError:
+    steps = f"{args.warmup_steps:g}"
+    if args.optimizer_class is not None and "warmup_steps" in getattr(optimizer, "defaults", {}):
+        remedy = f"{type(optimizer).__name__} warms up by itself. Set --optimizer_args '{{\"warmup_steps\": {steps}}}'"
+    else:
+        remedy = "Set --lr_scheduler_type constant_with_warmup"
+    return ConfigError(f"--warmup_steps {steps}: the schedule {schedule!r} has no warm-up. {remedy}, or leave it out.")

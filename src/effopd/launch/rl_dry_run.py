@@ -27,6 +27,7 @@ from effopd.launch.rl import (
 )
 from effopd.launch.run_models import STUDENT, NamedModel, RunSizes, run_sizes, tokenizer_of
 from effopd.tasks import check_grading, needs_network
+from effopd.tasks.builtin_models import spoken_name
 from effopd.tasks.code.rows import shapes_text
 
 
@@ -74,7 +75,7 @@ def _run_rows(
     yield "algorithm", f"{rl.algorithm}, {_penalty_text(settings)}"
     for flag, name in names.items():
         size = sizes.student if flag == STUDENT else sizes.frozen[flag]
-        yield "model" if flag == STUDENT else "teacher", f"{name}  {size_text(size)}"
+        yield "model" if flag == STUDENT else "teacher", f"{spoken_name(name)}  {size_text(size)}"
     yield "task", f"{task.task}, {prompts_text(task, rl, rows)}"
     if rows is not None and (shapes := shapes_text(rows.train.examples)):
         yield "code rows", shapes

@@ -12,10 +12,16 @@ from trl import ModelConfig
 from effopd.common.versions import versions
 from effopd.distill.trl_host.state import accelerate_undisturbed
 from effopd.tasks import TaskConfig
+from effopd.tasks.builtin_models import spoken_name
 
 #: Always written, even at their defaults: the settings that readers look for first, and those whose
 #: defaults depend on the machine.
 _ALWAYS = ("output_dir", "seed", "learning_rate", "max_steps", "loss_type", "max_completion_length", "bf16", "fp16")
+#: Settings that name models.
+_MODELS = (
+    "model_name_or_path", "teacher_model_name_or_path", "reference_model_name_or_path", "teachers",
+    "curriculum_teachers",
+)  # fmt: skip
 
 
 def settings_yaml(
@@ -38,8 +44,20 @@ def settings_yaml(
     if getattr(args, "steps_per_generation", None) not in (None, args.gradient_accumulation_steps):  # TRL's default
         values["steps_per_generation"] = args.steps_per_generation
     values |= extra
+    values |= {name: spoken(values[name]) for name in _MODELS if name in values}
     lines = [f"# {name} {version}" for name, version in versions().items()]
     return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
+
+
+def spoken(model: Any) -> Any:
+    """The name of a built-in model in place of its folder; of LABEL=MODEL; of each of a list.
+
+    The folder is another on the next machine.
+    """
+    if isinstance(model, list):
+        return [spoken(each) for each in model]
+    label, equals, name = model.rpartition("=")
+    return f"{label}{equals}{spoken_name(name)}"
 
 
 def plain(config: Any) -> dict[str, Any]:

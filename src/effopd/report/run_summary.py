@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from effopd.compare.time_to_target import final_target, smoothed
 from effopd.report.run_data import RunRecords
 from effopd.runs.records import EvaluationRecord
+from effopd.tasks.builtin_models import spoken_name
 
 
 def sentences(runs: Sequence[RunRecords]) -> list[str]:
@@ -65,7 +66,9 @@ def _searches(run: RunRecords) -> str:
 
 def _speedups(runs: Sequence[RunRecords]) -> list[str]:
     """Cost of every other run to the first run's final KL, if they share task and teacher."""
-    same = {tuple(str(run.config.get(key)) for key in ("task", "teacher_model_name_or_path")) for run in runs}
+    same = {
+        (str(run.config.get("task")), spoken_name(str(run.config.get("teacher_model_name_or_path")))) for run in runs
+    }
     measured = {run.label: [record for record in run.evaluations if record.kl is not None] for run in runs}
     if len(runs) < 2 or len(same) > 1 or not all(measured.values()):
         return []

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from effopd.common.schedules import name_of
 from effopd.errors import ConfigError
 from effopd.runs.records import BEST, DIRECTIONS
 
@@ -78,6 +79,37 @@ def default_metric(args: Any, default: str) -> None:
     reads = args.load_best_model_at_end or args.save_strategy == "best" or _follows(args)
     if reads and args.metric_for_best_model is None:
         args.metric_for_best_model = default
+
+
+def check_saved_steps(args: Any) -> None:
+    """Check that `load_best_model_at_end` has an evaluation of every saved step.
+
+    Args:
+        args: training arguments, before the host's own checks, whose messages name another flag.
+
+    Raises:
+        ConfigError: a saved step would not be evaluated, or there are no evaluations.
+    """
+    if not args.load_best_model_at_end:
+        return
+    evaluated, saved = name_of(args.eval_strategy), name_of(args.save_strategy)
+    why = "because --load_best_model_at_end needs an evaluation of every saved step"
+    if evaluated == "no":
+        raise ConfigError("--load_best_model_at_end needs evaluations. Add --eval_strategy steps --eval_steps N.")
+    if saved == "best" or evaluated not in ("steps", "epoch"):
+        return
+    if saved != evaluated:
+        raise ConfigError(f"--save_strategy {saved}: expected {evaluated}, as --eval_strategy, {why}.")
+    steps, every = args.save_steps, args.eval_steps or args.logging_steps
+    if evaluated != "steps" or not every:
+        return
+    if (steps < 1) != (every < 1):
+        raise ConfigError(
+            f"--save_steps {steps:g}: expected a {'share of training' if every < 1 else 'number of steps'}, as "
+            f"--eval_steps {every:g}, {why}."
+        )
+    if round(steps * 10**6) % round(every * 10**6):
+        raise ConfigError(f"--save_steps {steps:g}: expected a multiple of --eval_steps {every:g}, {why}.")
 
 
 def settle_direction(args: Any, asked: bool | None) -> None:

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from effopd.common.schedules import name_of, reads_warm_up
 from effopd.common.versions import versions
 from effopd.runs.lines import first_to_last, kept_text, net_seconds, percent, searches_text
 from effopd.runs.records import CONFIG, read_evaluations, read_searches, read_steps
@@ -317,8 +318,9 @@ def _steps(trainer: Any) -> str:
 
 def _learning_rate(trainer: Any, look_ahead: LookAhead | None) -> str:
     args = trainer.args
-    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    text = f"{args.learning_rate:g}, {schedule}" + (f", warm-up {args.warmup_steps:g}" if args.warmup_steps else "")
+    text = f"{args.learning_rate:g}, {name_of(args.lr_scheduler_type)}"
+    if args.warmup_steps and reads_warm_up(args):
+        text += f", warm-up {args.warmup_steps:g}"
     if look_ahead is None or not look_ahead.adapts_learning_rate:
         return text
     rates = [record.learning_rate for record in read_steps(trainer.run_dir.root) if record.learning_rate]

@@ -138,6 +138,23 @@ class Served(Record, prefix="served/"):
 
 
 @dataclass(frozen=True)
+class Offline(Record, prefix="offline/"):
+    """With `--rollouts`: drift of the student from the stored answers.
+
+    r: probability of a stored token under the student, divided by that under its sampler.
+    """
+
+    ratio_mean: Annotated[Number, Column("mean r")] = None
+    ratio_std: Annotated[Number, Column("standard deviation of r")] = None
+    advantage_mean: Annotated[Number, Column("mean advantage", "nats")] = None
+    clipped_share: Annotated[Number, Column("share of tokens at `--advantage_clip`")] = None
+    weight_mean: Annotated[Number, Column("loss_type discord: mean token weight, before division by it")] = None
+    top_k_kl: Annotated[
+        Number, Column("KL to the teacher, both renormalized on the stored top-K tokens", "nats per token")
+    ] = None
+
+
+@dataclass(frozen=True)
 class Prune(Record, prefix="prune/"):
     """Prune-OPD: agreement of student and teacher on a step's answers, over all processes."""
 
@@ -190,9 +207,16 @@ class StepRecord(Record):
     ] = None
     horizon: Annotated[Number, Column("maximum length of the rollouts, with a rollout_horizon", "tokens")] = None
     stage: Annotated[Number, Column("stage of the curriculum, from 1", "", "curriculum/stage")] = None
+    replay_age: Annotated[
+        Number, Column("with replay_batches: batches sampled since the one that is trained on", "", "replay/age")
+    ] = None
+    on_policy: Annotated[
+        Number, Column("lmbda, teacher_mixed_alpha: 1 if the student sampled alone", "", "rollouts/on_policy")
+    ] = None
     prune: Annotated[Prune, Group(Prune)] = field(default_factory=Prune)
     health: Annotated[Health, Group(Health)] = field(default_factory=Health)
     served: Annotated[Served, Group(Served)] = field(default_factory=Served)
+    offline: Annotated[Offline, Group(Offline)] = field(default_factory=Offline)
     search: Annotated[SearchMetrics, Group(SearchMetrics)] = field(default_factory=SearchMetrics)
     #: Other values that the host logged, by key.
     extra: Mapping[str, Any] = field(default_factory=dict)

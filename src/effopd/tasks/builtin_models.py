@@ -18,7 +18,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ __all__ = [
     "student_path",
     "teacher_path",
     "verify",
+    "with_spoken_names",
 ]
 
 ASSETS = Path(__file__).parents[1] / "testbed" / "assets"
@@ -182,7 +185,24 @@ def _warn_of_its_tokenizer() -> None:
 
 def spoken_name(path: str) -> str:
     """Inverse of `resolve_model`: the user's name of the model in this folder."""
-    return next((name for name, place in _PATHS.items() if path == str(place())), path)
+    return next((name for name, place in _places() if path == str(place)), path)
+
+
+def with_spoken_names(message: str) -> str:
+    """A message with the user's names of models in place of their whole folders.
+
+    The folder of a model that is not there stays.
+    """
+    for name, place in _places():
+        if (place / WEIGHTS).is_file():
+            message = re.sub(rf"(?<![\w./-]){re.escape(str(place))}(?![\w/-]|\.\w)", name, message)
+    return message
+
+
+def _places() -> Iterator[tuple[str, Path]]:
+    for name, place in _PATHS.items():
+        with suppress(CheckpointError):  # installed without its assets
+            yield name, place()
 
 
 def card() -> dict[str, Any]:
