@@ -519,7 +519,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path, capsys, m
         monkeypatch.setattr("effopd.tasks.code.verifier.CodeVerifier.check", lambda self: None)
     assert main(["train", "--config", str(recipe), "--dry_run"]) == 0
     out = capsys.readouterr().out
-    assert "look-ahead" in out and "32 × FSDP2" in out and "optimizer" in out and "unknown" not in out
+    assert "look-ahead" in out and "32 × FSDP2" in out and "optimizer" in out
+    assert "unknown" not in out.replace("sharded over 8: unknown until", "")  # that alone needs a configuration
     assert not list(tmp_path.iterdir())
 
 
