@@ -13,7 +13,7 @@ from rivals import priced
 from effopd.common.optional import require
 from effopd.compare.time_to_target import smooth
 from effopd.report.compare_lookup import Lookup
-from effopd.report.style import looks, quiet_style, save
+from effopd.report.style import MUTED, looks, quiet_style, save
 
 NOTE = (
     "Three updates per batch of rollouts, 1024 held-out prompts. newton_search: 8 prompts, replay; shaded from 3e-05: "
@@ -33,7 +33,6 @@ TUNED = (
     "schedule-free-tuned-3-prompts-32",
 )
 TUNED_LABEL = "tuned runs: AdamW and schedule-free\nAdamW, 8 to 32 prompts per batch"
-GRAY = "#9a9aa6"
 
 
 def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -49,7 +48,7 @@ def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
             for strategy in TUNED:
                 if curves := _curves(look, task, strategy, None):
                     seconds, median, _, _ = band(curves)
-                    axis.plot(seconds, median, color=GRAY, linewidth=1, label=TUNED_LABEL)
+                    axis.plot(seconds, median, color=MUTED, alpha=0.6, linewidth=1, label=TUNED_LABEL)
             for rate, (label, style) in zip(RATES, styles.items(), strict=True):
                 if curves := _curves(look, task, LOOK_AHEAD, rate):
                     seconds, median, low, high = band(curves)

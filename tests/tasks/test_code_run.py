@@ -57,8 +57,9 @@ def flags(root, output: str, *more: str) -> list[str]:
 
 
 def trained(root, output: str, *more: str) -> int:
-    teacher = ["--teacher_model_name_or_path", str(root / "teacher"), "--save_steps", "2", "--eval_steps", "2"]
-    return main(["train", "--config", str(RECIPE), *flags(root, output, *teacher, *more)])
+    teacher = ["--teacher_model_name_or_path", str(root / "teacher"), "--save_steps", "2"]
+    evaluations = [] if "--eval_strategy" in more else ["--eval_steps", "2"]
+    return main(["train", "--config", str(RECIPE), *flags(root, output, *teacher, *evaluations, *more)])
 
 
 def test_the_recipe_dry_runs_with_rows_of_each_shape(root, capsys, sandboxed):
