@@ -10,6 +10,7 @@ import torch
 from transformers.utils import is_triton_available
 from trl import ModelConfig
 
+from effopd.common.schedules import name_of
 from effopd.launch.adapters import adapter_config, trained_parameters
 from effopd.launch.meta_model import model_of
 from effopd.launch.model_size import ModelSize
@@ -207,7 +208,7 @@ def _estimated(
         "anchor_here": anchor_here,
         "trained": trained,
         "weight_bytes": weight_bytes,
-        "optim": str(getattr(args.optim, "value", args.optim)),
+        "optim": name_of(args.optim),
     }
     half = bool(args.bf16 or args.fp16)
     columns = [

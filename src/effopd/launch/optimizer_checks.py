@@ -45,7 +45,7 @@ def check_optimizer(args: Any) -> None:
         MissingDependencyError: a package is missing.
         ConfigError: the optimizer or the schedule rejects a setting.
     """
-    optim = getattr(args.optim, "value", args.optim)
+    optim = name_of(args.optim)
     if args.optimizer_class is None and optim.startswith(_OF_A_MODEL):
         if optim.startswith(("galore_", "apollo_")) and not args.optim_target_modules:
             raise ConfigError(f"--optim {optim} needs --optim_target_modules: names of modules, or all-linear.")
@@ -79,7 +79,7 @@ def check_copies(args: Any, *, lora: bool) -> None:
 
 
 def _is_tried(args: Any) -> bool:
-    optim = getattr(args.optim, "value", args.optim)
+    optim = name_of(args.optim)
     return args.optimizer_class is not None or args.k_step_lookahead > 0 or optim.startswith("schedule_free_")
 
 
@@ -91,7 +91,7 @@ def _builder(args: Any) -> Callable[[nn.Module], Optimizer]:
 
 def _host_optimizer(args: Any, model: nn.Module) -> Optimizer:
     """The optimizer of `--optim`."""
-    optim = getattr(args.optim, "value", args.optim)
+    optim = name_of(args.optim)
     if optim.startswith("schedule_free_") and 0 < args.warmup_steps < 1:
         raise ConfigError(
             f"warmup_steps={args.warmup_steps}: --optim {optim} warms up by itself, over a whole number of steps. Set "

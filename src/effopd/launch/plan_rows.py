@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import ModelConfig
 
+from effopd.common.schedules import name_of
 from effopd.distill.optimizers.settings import default_of
 from effopd.launch.adapters import adapter_config
 from effopd.launch.model_size import ModelSize
@@ -45,11 +46,11 @@ def optimizer_rows(args: Any) -> Iterator[tuple[str, str]]:
     if args.optimizer_class is not None:
         name, arguments = args.optimizer_class, args.optimizer_args
     else:
-        name, arguments = getattr(args.optim, "value", args.optim), args.optim_args
+        name, arguments = name_of(args.optim), args.optim_args
     parts = [f"{name} {_shown(arguments)}" if arguments else str(name)]
     names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
     parts += [f"{each} {_shown(getattr(args, each))}" for each in names if getattr(args, each) != default_of(each)]
-    schedule = f"schedule {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}"
+    schedule = f"schedule {name_of(args.lr_scheduler_type)}"
     if args.lr_scheduler_kwargs:
         schedule += f" {_shown(args.lr_scheduler_kwargs)}"
     if 0 < args.warmup_steps < 1:

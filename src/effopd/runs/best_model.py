@@ -154,7 +154,7 @@ def settle_direction(args: Any, asked: bool | None) -> None:
 
 
 def _follows(args: Any) -> bool:
-    return getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type) in _FOLLOWING
+    return name_of(args.lr_scheduler_type) in _FOLLOWING
 
 
 def check_metric(args: Any, names: Collection[str]) -> None:
