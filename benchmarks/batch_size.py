@@ -15,9 +15,24 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
-from rivals import FEW_SHARES, Cost, Hindsight, costs, ends_table, heads, priced, run_cost, spread, steps_table
+from rivals import (
+    FEW_SHARES,
+    LARGE,
+    SMALL,
+    Cost,
+    Hindsight,
+    costs,
+    ends_table,
+    heads,
+    priced,
+    run_cost,
+    spread,
+    steps_table,
+)
 
 from effopd.compare.cross_targets import across, runs_of
 from effopd.compare.time_to_target import smooth
@@ -38,6 +53,7 @@ def tail_blocks(grids: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """
     return {
         "tail": reuse_table(grids, priced),
+        "tail, larger models": repriced(grids),
         "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"]),
         "tail, searches": stacked([searches_table(grid) for grid in grids]),
         "replay": replay_table(grids),
@@ -140,6 +156,21 @@ def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost) -> str:
                     rows.append([name, reuse_label(arm), label, *cells])
             rows.append([name, "", "fastest", *(any_size.opponent(task, share) for share in FEW_SHARES)])
     return table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
+
+
+def repriced(grids: Sequence[Mapping[str, Any]]) -> str:
+    """Largest change of a factor of `reuse_table` with the price list for larger models."""
+    changes = []
+    for results in grids:
+        look, lists = Lookup(results), [Hindsight(results, partial(priced, path=path)) for path in (SMALL, LARGE)]
+        for task, arm, share in product(look.tasks, reuse_arms(look), FEW_SHARES):
+            bests = [known.best(task, share)[0] for known in lists]
+            for costs_ in zip(*(known.costs(task, arm, share) for known in lists), strict=True):
+                if all(map(math.isfinite, (*bests, *costs_))):
+                    small, large = (best / cost for best, cost in zip(bests, costs_, strict=True))
+                    changes.append(abs(large / small - 1))
+    change = f"{100 * max(changes):.1f} %"
+    return f"With prices for a 4B student and a 32B teacher on eight H100, no factor changes by more than {change}."
 
 
 def compared(large: dict[str, Any], small: dict[str, Any]) -> list[dict[str, Any]]:

@@ -29,8 +29,10 @@ from effopd.report.compare_envelope import TABLE_SHARES, curves
 from effopd.report.compare_lookup import Lookup, factor, one, table
 from effopd.runs.records import Costs
 
-#: Price list of the tables of the arm that is fastest in hindsight.
-PRICES = Path(__file__).parents[1] / "recipes/prices/1.7b-8b-1xh100.yaml"
+#: Price list of the tables of the arm that is fastest in hindsight, and one for larger models.
+SMALL, LARGE = (
+    Path(__file__).parents[1] / "recipes" / "prices" / name for name in ("1.7b-8b-1xh100.yaml", "4b-32b-8xh100.yaml")
+)
 #: Targets of the README's table.
 FEW_SHARES = (0.5, 0.25, 0.1, 0.05, 0.025)
 
@@ -40,14 +42,14 @@ Cost = Callable[[Mapping[str, Any]], Sequence[float]]
 
 
 @cache
-def _prices() -> PriceList:
-    (prices,) = read_prices([PRICES])
+def _prices(path: Path) -> PriceList:
+    (prices,) = read_prices([path])
     return prices
 
 
-def priced(curve: Mapping[str, Any]) -> Sequence[Any]:
-    """Seconds at every evaluation of a curve by the price list `PRICES`."""
-    prices = _prices()
+def priced(curve: Mapping[str, Any], path: Path = SMALL) -> Sequence[Any]:
+    """Seconds at every evaluation of a curve by a price list."""
+    prices = _prices(path)
     columns = (curve[name] for name in ("generated_tokens", "forward_tokens", "backward_tokens", "teacher_tokens"))
     spent = [
         Costs(
@@ -68,7 +70,7 @@ def costs() -> dict[str, Cost]:
         "steps": lambda curve: curve["step"],
         "net seconds": lambda curve: curve["seconds"],
         "sampled tokens": lambda curve: curve["generated_tokens"],
-        axis_name(f"priced:{_prices().name}"): priced,
+        axis_name(f"priced:{_prices(SMALL).name}"): priced,
     }
 
 
@@ -212,12 +214,14 @@ class Hindsight:
         arms = [arm for arm in arms if len(self._look.runs(task, arm)) >= self.SEEDS]
         return min(((self.cost(task, arm, share), arm) for arm in arms), default=(math.inf, None))
 
+    def costs(self, task: str, strategy: str, share: float) -> list[float]:
+        """Median costs of a strategy, one per learning rate that ran."""
+        arms = [arm for arm in self._look.arms if arm[0] == strategy and self._look.runs(task, arm)]
+        return [self.cost(task, arm, share) for arm in arms]
+
     def ratios(self, task: str, strategy: str, share: float) -> str:
         """Cell `0.83–1.05×`: best baseline's cost / the strategy's, range over learning rates."""
-        best = self.best(task, share)[0]
-        costs = [
-            self.cost(task, arm, share) for arm in self._look.arms if arm[0] == strategy and self._look.runs(task, arm)
-        ]
+        best, costs = self.best(task, share)[0], self.costs(task, strategy, share)
         values = sorted(best / cost for cost in costs if not math.isinf(cost))
         if math.isinf(best):
             reached = "" if len(values) == len(costs) else f" ({len(values)} of {len(costs)})"

@@ -14,6 +14,7 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
+from effopd.common.host_values import EVALUATION_BY_STEPS_ONLY, EVALUATION_ONLY, VLLM_ONLY
 from effopd.common.unique_keys import check_keys
 from effopd.errors import ConfigError, EffOPDError
 
@@ -163,11 +164,11 @@ class CommandParser(TrlParser):
         unread: tuple[str, ...] = ()
         strategy, vllm = self.given("eval_strategy"), self.given("use_vllm")
         if strategy == "no":
-            unread += ("eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
+            unread += EVALUATION_BY_STEPS_ONLY + EVALUATION_ONLY
         elif strategy not in (None, "steps"):
-            unread += ("eval_steps",)
+            unread += EVALUATION_BY_STEPS_ONLY
         if vllm is not None and vllm.lower() in ("false", "no", "0"):
-            unread += ("vllm_",)
+            unread += VLLM_ONLY
         return {name: value for name, value in values.items() if not name.startswith(unread)}
 
     def given(self, dest: str) -> str | None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from effopd.common.host_values import name_of
+
 #: Schedules without a warm-up.
 _NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
 #: Schedules without settings.
 _NO_SETTINGS = ("constant", "constant_with_warmup")
 #: Values of `--optim` that warm up by themselves, over `warmup_steps`.
 _WARM_UP_THEMSELVES = ("schedule_free_adamw", "schedule_free_sgd")
-
-
-def name_of(value: Any) -> str:
-    """The text of an enum of transformers, or of its value."""
-    return str(getattr(value, "value", value))
 
 
 def reads_warm_up(args: Any) -> bool:

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from effopd.common.distributed import broadcast_from_rank0, world_size
 from effopd.common.files import append_row, keep_rows
+from effopd.common.host_values import name_of
 from effopd.distill.next_batch import NEXT_BATCH_LOSS, next_batch_scorer, wanted_examples
 from effopd.distill.scoring import accuracy_scorer, rollout_scorer, text_batch, wanted_rollouts
 from effopd.distill.teachers.offload import in_use
@@ -57,13 +58,12 @@ def check_deepspeed(args: Any, *, lora: bool) -> None:
     config = deepspeed_config(args)
     if config is not None:
         check_zero(config)
-        optim: Any = args.optim
         if getattr(args, "optimizer_class", None) is not None:
             raise optimizer_needs_whole_weights(f"optimizer_class={args.optimizer_class!r}")
         for name in ("k_step_lookahead", "average_weights"):
             if (value := getattr(args, name, None)) not in (None, 0, "none"):
                 raise optimizer_needs_whole_weights(f"{name}={value!r}")
-        check_zero_optimizer(getattr(optim, "value", optim), config)
+        check_zero_optimizer(name_of(args.optim), config)
         if lora:
             raise lora_under_deepspeed()
 

@@ -17,6 +17,7 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIB
 from trl import ModelConfig
 
 from effopd.common import optional
+from effopd.common.host_values import EVALUATION_BY_STEPS_ONLY, EVALUATION_ONLY, VLLM_ONLY, name_of
 from effopd.common.optional import TRACKERS, ensure
 from effopd.distill.rl_config import TaskGRPOConfig
 from effopd.distill.values import GRPO_LOSSES, check_name, check_values
@@ -77,11 +78,7 @@ def require_packages(model: ModelConfig, args: Any) -> None:
         ("bitsandbytes", model.load_in_4bit or model.load_in_8bit or bits or getattr(args, "quantization", None)),
         ("vllm", args.use_vllm),
         ("liger_kernel", args.use_liger_kernel),
-        *(
-            (module, optim.startswith(start))
-            for optim in [getattr(args.optim, "value", args.optim)]
-            for start, module in OPTIMIZER_PACKAGES.items()
-        ),
+        *((module, name_of(args.optim).startswith(start)) for start, module in OPTIMIZER_PACKAGES.items()),
     ):
         if wanted:
             ensure(module)
@@ -100,13 +97,14 @@ def check_unread(model: ModelConfig, args: Any) -> None:
     Raises:
         ConfigError: a setting differs from its default and is not read.
     """
-    evaluates, by_steps = args.eval_strategy != "no", args.eval_strategy == "steps"
+    evaluation = name_of(args.eval_strategy)
+    evaluates, by_steps = evaluation != "no", evaluation == "steps"
     for reader, wanted, config, start in (
         ("--use_peft true", model.use_peft, model, ("lora_", "use_rslora", "use_dora")),
         ("--load_in_4bit true", model.load_in_4bit, model, ("bnb_4bit_", "use_bnb_nested_quant")),
-        ("--use_vllm true", args.use_vllm, args, ("vllm_",)),
-        ("--eval_strategy steps", by_steps, args, ("eval_steps",)),
-        ("--eval_strategy steps", evaluates, args, ("eval_delay", "metric_for_best_model", "greater_is_better")),
+        ("--use_vllm true", args.use_vllm, args, VLLM_ONLY),
+        ("--eval_strategy steps", by_steps, args, EVALUATION_BY_STEPS_ONLY),
+        ("--eval_strategy steps", evaluates, args, EVALUATION_ONLY),
     ):
         given = [
             f"--{field.name}"

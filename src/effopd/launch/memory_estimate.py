@@ -10,7 +10,7 @@ import torch
 from transformers.utils import is_triton_available
 from trl import ModelConfig
 
-from effopd.common.schedules import name_of
+from effopd.common.host_values import name_of
 from effopd.launch.adapters import adapter_config, trained_parameters
 from effopd.launch.meta_model import model_of
 from effopd.launch.model_size import ModelSize

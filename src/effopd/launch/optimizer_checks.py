@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.optimization import get_scheduler
 
-from effopd.common.schedules import name_of, reads_settings, reads_warm_up
+from effopd.common.host_values import name_of
+from effopd.common.schedules import reads_settings, reads_warm_up
 from effopd.distill.optimizers.build import build_optimizer, tried
 from effopd.distill.optimizers.mixin import average_refused
 from effopd.distill.optimizers.settings import default_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import ModelConfig
 
-from effopd.common.schedules import name_of
+from effopd.common.host_values import name_of
 from effopd.distill.optimizers.settings import default_of
 from effopd.launch.adapters import adapter_config
 from effopd.launch.model_size import ModelSize

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from effopd.common.schedules import name_of
+from effopd.common.host_values import name_of
 from effopd.errors import ConfigError
 from effopd.runs.records import BEST, DIRECTIONS
 

@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from effopd.common.schedules import name_of, reads_warm_up
+from effopd.common.host_values import name_of
+from effopd.common.schedules import reads_warm_up
 from effopd.common.versions import versions
 from effopd.runs.lines import first_to_last, kept_text, net_seconds, percent, searches_text
 from effopd.runs.records import CONFIG, read_evaluations, read_searches, read_steps

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from effopd.common.host_values import name_of
 from effopd.errors import ConfigError
 
 AVERAGES = ("none", "ema", "bema")
@@ -125,9 +126,9 @@ def _check_class(args: Any) -> None:
         )
     for other in ("optim", "optim_args"):
         value = getattr(args, other)
-        if getattr(value, "value", value) != getattr(default_of(other), "value", default_of(other)):
+        if name_of(value) != name_of(default_of(other)):
             raise ConfigError(
-                f"{other}={getattr(value, 'value', value)!r} has no effect with optimizer_class="
+                f"{other}={name_of(value)!r} has no effect with optimizer_class="
                 f"{args.optimizer_class!r}. Leave out one of the two."
             )
     for key, flag in (("lr", "learning_rate"), ("weight_decay", "weight_decay"), ("params", None)):
