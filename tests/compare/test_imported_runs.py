@@ -57,7 +57,7 @@ def analyzed(runs):
 
 def results_json(path: Path, runs, the_plan: Grid, **settings) -> Path:
     found = analyzed(runs)
-    found["settings"] |= {"base": the_plan.base, "strategies": the_plan.strategies} | settings
+    found["settings"] |= {"base": the_plan.base, "strategies": the_plan.strategies, "tasks": the_plan.tasks} | settings
     path.write_text(json.dumps(found))
     return path
 
@@ -188,6 +188,8 @@ def test_a_source_comes_back_from_its_copy(tmp_path):
         ({"base": BASE | {"max_steps": 48}}, r"base.max_steps \(48 here, 96 there\)"),
         ({"strategies": {"plain": {}, "twice": {"effopd": {"strategy": "line_search"}}}}, "strategies.twice.effopd"),
         ({"reference_learning_rate": 1e-3}, "reference_learning_rate"),
+        ({"tasks": {"t": {"train_size": 9}, "u": {}}}, r"tasks.t.train_size \(9 here, None there\)"),
+        ({"tasks": {"t": {"max_steps": 9}}}, r"tasks.t.max_steps \(9 here, 96 there\)"),
     ],
 )
 def test_other_settings_are_refused_and_named(tmp_path, changes, message):
@@ -199,6 +201,7 @@ def test_other_settings_are_refused_and_named(tmp_path, changes, message):
 def test_more_rates_or_strategies_are_no_other_settings(tmp_path):
     path = results_json(tmp_path / "r.json", grid(), plan())
     more = {"plain": {"learning_rate_factors": [1, 3]}, "noop": {"effopd": {"strategy": "noop"}}}
+    assert read_entries(plan(tmp_path, tasks={"t": {"max_steps": 96}, "v": {"max_steps": 9}}), [path])  # as `base`
     (entry,) = read_entries(plan(tmp_path, strategies=more), [path])
     (source,) = sources(plan(tmp_path, strategies=more), [entry])
     assert {r.strategy for r in source.runs} == {"plain"}

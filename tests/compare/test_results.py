@@ -190,6 +190,18 @@ def test_area_is_the_mean_of_the_relative_kl():
     assert area(flat, "steps", 55) == pytest.approx(1.0)
 
 
+def test_the_area_counts_costs_before_step_1_and_a_divergence():
+    late = tuple(evaluation(step, 2.0, seconds=3 + step) for step in range(0, 11, 5))
+    flat = GridRun("t", "x", LR, 0, late)
+    for budget in (2, 4, 20):  # before, within and after the run's seconds
+        assert area(flat, "seconds", budget) == pytest.approx(1.0)
+    ended = flat.diverged()
+    assert area(ended, "steps", 20) == math.inf == area(ended, "steps", 10)
+    assert area(ended, "steps", 8) == pytest.approx(1.0)  # it diverges later
+    found = median_with_interval([0.3, 0.4, 0.5, area(ended, "steps", 20), math.inf], zero_is_never=False)
+    assert (found.median, found.high, found.n) == (0.5, math.inf, 5)
+
+
 @pytest.mark.slow
 def test_planted_speedups_over_many_grids():
     """Curves with a floor, noise at every evaluation; ratios of five seeds each."""

@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from effopd.commands.main import main
+from effopd.distill.config import OPDConfig
+from effopd.distill.resuming import settings_that_matter
 from effopd.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -176,6 +178,21 @@ def test_another_limit_counts_where_the_schedule_depends_on_it(tmp_path, caplog)
     interrupted(tmp_path, 3, **PAIR | linear)
     resume(tmp_path, max_steps=5, **linear)
     assert "max_steps 4 → 5" in caplog.text
+
+
+def test_another_limit_counts_where_the_warm_up_is_a_share_of_it(tmp_path):
+    settings = {"lr_scheduler_type": "constant_with_warmup", "output_dir": str(tmp_path), "report_to": "none"}
+    seen = {
+        (warmup, steps): settings_that_matter(OPDConfig(max_steps=steps, warmup_steps=warmup, **settings))
+        for warmup in (0.1, 10)
+        for steps in (100, 200)
+    }
+    assert seen[0.1, 100] != seen[0.1, 200] and seen[10, 100] == seen[10, 200]
+
+
+def test_another_clock_is_refused(root):
+    with pytest.raises(CheckpointError, match=r"seconds of the clock 'wall', got --cost_clock cpu.*--cost_clock wall"):
+        resume(root, cost_clock="cpu")
 
 
 def test_another_optimizer_is_refused(root):

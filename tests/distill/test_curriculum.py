@@ -253,6 +253,14 @@ def test_nll_is_that_of_the_answer(runs):
 
 
 @pytest.mark.slow
+def test_the_pass_over_all_rows_is_charged_once(runs):
+    _, whole, resumed, _ = runs
+    tokens = [trainer.ledger.forward_tokens["other"] for trainer in (whole, resumed)]
+    assert tokens[0] == tokens[1] > 8 * len(whole.train_dataset)
+    assert whole.ledger.seconds["other"] > 0
+
+
+@pytest.mark.slow
 def test_one_stage_is_plain_opd(tmp_path):
     flags = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
     plain = make_trainer(tmp_path / "plain", **flags)

@@ -14,9 +14,11 @@ from trl import DistillationConfig, DistillationTrainer
 
 from effopd import EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.common.files import read_rows
+from effopd.distill.teachers.manifest import ManifestCallback
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.runs.ledger import CATEGORIES
 from effopd.runs.run_dir import in_trajectory
+from effopd.runs.writer import RunDirCallback
 from effopd.tasks.prompts import prompt_ids
 
 pytestmark = pytest.mark.slow
@@ -284,3 +286,27 @@ def test_the_sampled_loss_needs_log_probs_at_its_own_temperature():
 def test_bad_settings_name_the_field(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         OPDConfig(**bad)
+
+
+def test_set_up_is_not_charged(tmp_path, monkeypatch):
+    """The clock stands still except in what callbacks do when training begins."""
+    now = [0.0]
+
+    class Slow(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            now[0] += 100
+
+    trainer = make_trainer(tmp_path, max_steps=1)
+    monkeypatch.setattr(trainer.ledger, "_clock", lambda: now[0])
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RunDirCallback | ManifestCallback):
+            begin = callback.on_train_begin
+
+            def slow(*arguments, begin=begin, **keywords):
+                now[0] += 100
+                begin(*arguments, **keywords)
+
+            monkeypatch.setattr(callback, "on_train_begin", slow)
+    trainer.add_callback(Slow())
+    trainer.train()
+    assert now[0] == 300 and sum(trainer.ledger.seconds.values()) == 0

@@ -54,6 +54,27 @@ def test_a_pause_is_charged_to_nobody():
     assert ledger.seconds["other"] == 3.0 == sum(ledger.seconds.values())
 
 
+def test_a_block_before_the_start_is_charged_and_the_set_up_around_it_is_not():
+    clock = iter([1.0, 2.0, 5.0, 5.0, 9.0, 10.0]).__next__
+    ledger = CostLedger(clock)
+    with ledger.charged("teacher"):  # from 2 to 5
+        pass
+    ledger.start()  # at 9
+    ledger.stop()
+    assert ledger.seconds["teacher"] == 3.0 and ledger.seconds["other"] == 1.0 + 1.0
+
+
+def test_reset_clears_what_was_charged_before_training():
+    ledger, other = CostLedger(Clock()), CostLedger(Clock())
+    for each in (ledger, other):
+        each.count("rollout", generated=10, forward=3)
+        each.seconds["rollout"] = 2.0
+    ledger.reset()
+    for state in (other.state_dict(), CostLedger(Clock()).state_dict()):
+        ledger.add(state, tokens=True)
+    assert ledger.state_dict() == other.state_dict()
+
+
 def test_tokens_and_net():
     ledger = CostLedger(Clock())
     ledger.count("rollout", generated=10)

@@ -50,6 +50,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "failed": failed,
         "strategies": grid.strategies,
         "base": grid.base,
+        "tasks": grid.tasks,
     }
     return results
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from effopd.common.files import write_atomically
-from effopd.compare.grid import Grid, PlannedRun, run_settings
+from effopd.compare.grid import Grid, PlannedRun, merge, run_settings
 from effopd.compare.grid_run import GridRun, Place, from_row
 from effopd.errors import ConfigError
 
@@ -117,6 +117,11 @@ def _differences(grid: Grid, settings: Mapping[str, Any]) -> Iterator[str]:
     for name in grid.strategies.keys() & settings.get("strategies", {}).keys():
         ours[f"strategies.{name}"] = run_settings(grid.strategies[name])
         theirs[f"strategies.{name}"] = run_settings(settings["strategies"][name])
+    here, there = _by_task(grid.tasks), _by_task(settings.get("tasks", ()))
+    for task in here.keys() & there.keys():
+        for side, own, base in ((ours, here, grid.base), (theirs, there, settings["base"])):
+            merged = merge(base, own[task])
+            side[f"tasks.{task}"] = {name: merged.get(name) for name in {*here[task], *there[task]}}
     for name, value in ours.items():
         other = theirs[name]
         if isinstance(value, dict) and isinstance(other, dict):
@@ -124,6 +129,11 @@ def _differences(grid: Grid, settings: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{name}.{f} ({value.get(f)!r} here, {other.get(f)!r} there)" for f in fields)
         elif value != other:
             yield f"{name} ({value!r} here, {other!r} there)"
+
+
+def _by_task(tasks: Sequence[str] | Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """A plan's settings of each task; files without `tasks` have none."""
+    return {task: tasks[task] or {} for task in tasks} if isinstance(tasks, Mapping) else {task: {} for task in tasks}
 
 
 def key(run: GridRun | PlannedRun) -> tuple[str, str, float, int]:

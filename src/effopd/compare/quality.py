@@ -84,7 +84,9 @@ def _differences(suffix: str, pairs: Sequence[tuple[GridRun, GridRun]]) -> dict[
 def area(run: GridRun, axis: str, budget: float) -> float:
     """Mean of smoothed KL / KL at step 0 over [0, budget] of a cost axis, by the trapezoid rule.
 
-    The last value is held if the run ends before the budget.
+    Costs before step 1, such as those of collecting rollouts, count at the KL of step 0. The last
+    value is held if the run ends before the budget. The area of a run that diverges within the
+    budget is ∞.
 
     Args:
         axis: `steps` or `seconds`.
@@ -92,6 +94,9 @@ def area(run: GridRun, axis: str, budget: float) -> float:
     x = np.array([e.step if axis == "steps" else e.costs.net_seconds for e in run.evaluations], dtype=np.float64)
     with np.errstate(invalid="ignore"):  # a run that diverged before its first evaluation
         y = np.array(smoothed(run.evaluations)) / np.float64(run.evaluations[0].kl)
+    if not np.isfinite(y[x <= budget]).all():
+        return float("inf")
+    x, y = np.insert(x, 0, 0.0), np.insert(y, 0, y[0])
     inside = x < budget
     x_in = np.append(x[inside], budget)
     y_in = np.append(y[inside], np.interp(budget, x, y))

@@ -164,6 +164,8 @@ class CurriculumMixin(DistillationHooks):
                 prompts = [prompt_ids(tokenizer, each, self.args.chat_template_kwargs) for each in rows["prompt"]]
                 answers = [tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in rows["answer"]]
                 batch = TokenBatch.of(prompts, answers, tokenizer.pad_token_id)
+                if rank() == 0:
+                    self.ledger.count("other", forward=sum(map(len, [*prompts, *answers])))
                 sums = gathered(student, partial(self._answer_nll, student, batch, answers))
                 values += [total / max(1, len(answer)) for total, answer in zip(sums, answers, strict=True)]
         return values
@@ -262,8 +264,9 @@ class CurriculumCallback(TrainerCallback):
                 )
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Measure the difficulty of every row."""
-        self._trainer.measure_difficulty(self._trainer.resumed_from)
+        """Measure the difficulty of every row; the student's passes are charged."""
+        with self._trainer.ledger.charged("other"):
+            self._trainer.measure_difficulty(self._trainer.resumed_from)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Enter the stage of the coming step."""

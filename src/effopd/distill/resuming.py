@@ -28,7 +28,7 @@ _HARMLESS = (
     "project", "trackio",
     "disable_tqdm", "load_best", "metric_for", "greater_is", "dataloader_num", "dataloader_pin",
     "dataloader_persistent",
-    "dataloader_prefetch", "resume_", "restore_", "skip_memory", "include_", "trajectory", "cost_clock", "ddp_",
+    "dataloader_prefetch", "resume_", "restore_", "skip_memory", "include_", "trajectory", "ddp_",
     "local_rank",
     "debug", "per_device_eval", "num_completions", "wandb", "health_tokens", "prediction_loss", "batch_eval",
     "enable_jit",
@@ -57,6 +57,7 @@ def settings_that_matter(args: Any) -> dict[str, Any]:
     """Training arguments that affect the trained weights, as JSON-ready values."""
     lasting = args.lr_scheduler_type in _ENDLESS and getattr(args, "rollout_horizon", "full") != "popd"
     lasting = lasting and getattr(args, "curriculum", "none") == "none"
+    lasting = lasting and not 0 < args.warmup_steps < 1  # a share of the steps
     values = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(args)
@@ -69,7 +70,8 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
     """Warn about settings that differ from the checkpoint's; no check if it has no settings file.
 
     Raises:
-        CheckpointError: the checkpoint has the state of a different optimizer.
+        CheckpointError: the checkpoint has the state of a different optimizer, or costs in seconds
+            of another clock.
     """
     if not (checkpoint / SETTINGS_FILE).is_file():
         return
@@ -83,6 +85,12 @@ def compare_settings(checkpoint: Path, args: Any) -> None:
             f"{checkpoint} has the state of {what} {old!r}, got --{name} {new}. "
             "Resume with the run's optimizer, or start a new run from its weights: "
             f"--model_name_or_path {checkpoint}."
+        )
+    if "cost_clock" in changed:
+        old, new = changed["cost_clock"]
+        raise CheckpointError(
+            f"{checkpoint} has costs in seconds of the clock {old!r}, got --cost_clock {new}. Their sum would mean "
+            f"nothing. Resume with --cost_clock {old}."
         )
     if not changed or rank() > 0:
         return
@@ -183,6 +191,7 @@ class ResumeMixin(HostHooks):
             if len(saved) == world_size():
                 self.ledger.load_state_dict(saved[rank()])
             else:  # another number of processes: rank 0 takes over all tokens
+                self.ledger.reset()  # the saved totals have what is charged before training
                 for state in saved:
                     self.ledger.add(state, tokens=rank() == 0)
 

@@ -127,10 +127,15 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
             )
 
     def add_callback(self, callback) -> None:
-        """Add a callback before those that write to the run directory, which stay last."""
+        """Add a callback before those that write to the run directory, and the clock's start.
+
+        These stay last, so that their set-up is not charged.
+        """
         super().add_callback(callback)
-        last = (TerminationCallback, RunDirCallback, ManifestCallback)
-        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, last))
+        writing = (TerminationCallback, RunDirCallback, ManifestCallback)
+        self.callback_handler.callbacks.sort(
+            key=lambda each: (isinstance(each, StartLedgerCallback), isinstance(each, writing))
+        )
 
     @property
     def terminated(self) -> bool:

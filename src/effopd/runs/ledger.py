@@ -53,11 +53,16 @@ class CostLedger:
         self._clock = clock
         self._open: list[str] = []
         self._since = 0.0
+        #: The teacher's part of `forward_tokens["search"]`; `None`: resumed from totals without it.
+        self.search_teacher_tokens: int | None = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Set all totals to 0."""
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         self.generated_tokens = dict.fromkeys(CATEGORIES, 0)
         self.forward_tokens = dict.fromkeys(CATEGORIES, 0)
-        #: The teacher's part of `forward_tokens["search"]`; `None`: resumed from totals without it.
-        self.search_teacher_tokens: int | None = 0
+        self.search_teacher_tokens = 0
 
     def start(self) -> None:
         """Start or restart the clock in category `other`; closes all open categories."""
@@ -102,6 +107,19 @@ class CostLedger:
             yield
         finally:
             self._since = self._clock()
+
+    @contextmanager
+    def charged(self, category: str) -> Iterator[None]:
+        """Charge this block to a category, also before `start()`."""
+        running = bool(self._open)
+        if not running:
+            self.start()
+        try:
+            with self.track(category):
+                yield
+        finally:
+            if not running:
+                self.stop()
 
     def count(self, category: str, *, generated: int = 0, forward: int = 0, search_teacher: int = 0) -> None:
         """Add sampled tokens (`generated`) and tokens of other forward passes (`forward`).
