@@ -12,10 +12,10 @@ from torch import nn
 from transformers import TrainerCallback
 from trl.trainer.callbacks import BEMACallback
 
-from effopd import EffOPDConfig
+from effopd import EffOPDConfig, OPDConfig
 from effopd.distill.optimizers.averages import WeightAverage
 from effopd.distill.optimizers.mixin import TRAINED_FILE
-from effopd.errors import CheckpointError
+from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate import weight_copies
 from effopd.extrapolate.weight_copies import Family
 
@@ -78,6 +78,17 @@ def test_in_place_translated_and_saved(tmp_path, bias_corrected):
         model.weight.add_(change)
     average.translate(model.weight, change)
     torch.testing.assert_close(average.value("weight"), mean + 1)
+
+
+def test_the_best_model_is_an_average():
+    settings = {
+        "output_dir": "unused", "average_weights": "ema", "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
+        "use_cpu": True, "report_to": "none",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"save_average=False with load_best_model_at_end=True: .*Leave out one"):
+        OPDConfig(**settings, save_average=False, load_best_model_at_end=True)
+    OPDConfig(**settings, load_best_model_at_end=True)
+    OPDConfig(**settings, save_average=False)
 
 
 # -- runs ------------------------------------------------------------------------------------------

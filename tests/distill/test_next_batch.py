@@ -11,11 +11,13 @@ from helpers.traces import Regression, parameters, same
 from helpers.trl_hosts import dpo, sft
 from transformers import Trainer, TrainingArguments
 
-from effopd import EffOPDCallback, EffOPDConfig
+from effopd import EffOPDCallback, EffOPDConfig, OPDTrainer
 from effopd.common.files import read_rows
 from effopd.distill.batch_examples import scored_tokens, split_examples
 from effopd.distill.host_rules import RULES, check_next_batch
 from effopd.distill.next_batch import TrainerLoss
+from effopd.distill.offline_trainer import OfflineOPDTrainer
+from effopd.distill.served.trainer import ServedOPDTrainer
 from effopd.errors import CheckpointError, ConfigError
 from effopd.runs.records import SEARCHES
 
@@ -172,6 +174,13 @@ SELF = {"distillation_mode": "full_logits", "teacher_model_kind": "base"}
         (stand_in("AsyncDistillationTrainer"), "another process"),
         (stand_in("OnlineDPOTrainer"), "inside training_step"),
         (stand_in("DistillationTrainer"), "default scorer 'teacher_kl'"),
+        (stand_in("OPDTrainer", lambda_extrapolation=1), "default scorer 'teacher_kl'"),
+        (stand_in("OPDTrainer", lambda_extrapolation=1.25), r"lambda_extrapolation=1.25 .*Score by answers"),
+        (
+            stand_in("Subclass", loss_type="sampled", on_sampled_tokens=True),
+            "loss_type='sampled' is a policy-gradient",
+        ),
+        (stand_in("Subclass", on_sampled_tokens=False, updates_per_rollouts=2), r"updates_per_rollouts=2 .*Set up"),
         (stand_in("SDFTTrainer", **SELF | {"distillation_mode": "sampled_token"}), "policy-gradient surrogate"),
         (stand_in("SDFTTrainer", **SELF | {"teacher_model_kind": "live"}), "no fixed target"),
         (stand_in("SDFTTrainer", **SELF, num_iterations=2), "num_iterations=2"),
@@ -185,8 +194,22 @@ def test_losses_that_rank_no_weights(trainer, why):
     assert type(trainer).__name__ in str(error.value)
 
 
+def test_this_packages_trainers_are_refused_without_a_teacher_in_memory():
+    """Several teachers, a teacher server and stored rollouts have no `teacher_model`."""
+    for kind, fix in (
+        (OPDTrainer, "Leave out scorer="),
+        (ServedOPDTrainer, "Leave out"),
+        (OfflineOPDTrainer, "answers"),
+    ):
+        trainer = object.__new__(kind)
+        trainer.args, trainer.teacher_model = SimpleNamespace(updates_per_rollouts=2), None
+        with pytest.raises(ConfigError, match=rf"does not work on {kind.__name__}: .*{fix}"):
+            check_next_batch(trainer)
+
+
 def test_losses_that_rank_weights():
     for trainer in (
+        stand_in("Subclass", loss_type="full", on_sampled_tokens=False, updates_per_rollouts=1),
         stand_in("SFTTrainer"),
         stand_in("SDFTTrainer", **SELF),
         stand_in("SDPOTrainer", **SELF, distillation_weight=1.0, num_iterations=1),

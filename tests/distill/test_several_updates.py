@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.tiny_run import make_trainer
 from transformers import TrainerCallback
 
-from effopd import EffOPDCallback, EffOPDConfig, OPDConfig
+from effopd import EffOPDCallback, EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.common.files import read_rows
+from effopd.distill.dataset import check_stream
 from effopd.distill.divergence import Predictions
 from effopd.distill.replay import ReplayBuffer
 from effopd.distill.teachers.kept import kept_or_made, without_kept
@@ -119,6 +121,15 @@ def test_a_search_that_is_due_in_mid_cycle_waits_for_new_rollouts(tmp_path, stra
 def test_refused():
     with pytest.raises(ConfigError, match="updates_per_rollouts=2: loss_type='sampled'"):
         OPDConfig(output_dir="unused", updates_per_rollouts=2, loss_type="sampled", use_cpu=True, report_to="none")
+
+
+def test_a_stream_is_refused_before_models_are_loaded(tmp_path):
+    """Several steps per batch need a sampler that repeats prompts, and a stream has none."""
+    args = OPDConfig(output_dir=str(tmp_path), updates_per_rollouts=2, max_steps=2, use_cpu=True, report_to="none")
+    stream = Dataset.from_dict({"prompt": ["a"] * 64}).to_iterable_dataset()
+    with pytest.raises(ConfigError, match=r"updates_per_rollouts=2 .*got an IterableDataset.*updates_per_rollouts=1"):
+        OPDTrainer("no-student", "no-teacher", args, train_dataset=stream)
+    check_stream(stream, 1)
 
 
 REPLAY = SETTINGS | {"max_steps": 8, "replay_batches": 3}

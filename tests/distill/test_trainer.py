@@ -223,6 +223,26 @@ def test_without_eval_task_evaluation_is_trls(tmp_path):
     assert row["eval_loss"] > 0 and "eval_accuracy" not in row
 
 
+@pytest.mark.parametrize("loss_type", ["full", "sampled"])
+def test_trls_evaluation_leaves_training_as_it_was(tmp_path, loss_type):
+    """Evaluations sample with random numbers of their own, the same at every step."""
+    data, ends = make_task(16).to_dataset(), []
+    for strategy in ("no", "steps"):
+        args = OPDConfig(
+            output_dir=str(tmp_path / strategy), max_steps=2, per_device_train_batch_size=8, max_completion_length=4,
+            use_cpu=True, report_to="none", disable_tqdm=True, eval_strategy=strategy, eval_steps=1,
+            save_strategy="no", learning_rate=1e-2, loss_type=loss_type,
+        )  # fmt: skip
+        trainer = OPDTrainer(
+            make_model(0), make_model(1), args, train_dataset=data, eval_dataset=data,
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        ends.append(parameters(trainer))
+    assert same(*ends)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
 def test_lora_students_train_and_evaluate(tmp_path):
     from peft import LoraConfig
 

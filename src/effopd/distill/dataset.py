@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import IterableDataset
+
 from effopd.errors import ConfigError, TaskError
 from effopd.tasks.base import Task
 from effopd.tasks.verify import check_gradable
@@ -39,6 +41,24 @@ def check_dataset(dataset: Any, batch: int) -> None:
         raise ConfigError(
             f"a step takes {batch} prompts but train_dataset has {rows}. Lower per_device_train_batch_size or "
             "gradient_accumulation_steps, or add rows."
+        )
+
+
+def check_stream(dataset: Any, updates: int) -> None:
+    """Check that the prompts of a stream are not to be repeated; only a sampler repeats them.
+
+    Args:
+        dataset: a trainer's `train_dataset`.
+        updates: optimizer steps per batch of rollouts.
+
+    Raises:
+        ConfigError: several steps per batch of rollouts, and the dataset is a stream.
+    """
+    if updates > 1 and isinstance(dataset, IterableDataset):
+        raise ConfigError(
+            f"updates_per_rollouts={updates} needs a train_dataset with a length, because a sampler repeats its "
+            "prompts: expected a Dataset, got an IterableDataset, of which later steps would skip prompts. Store the "
+            "rows with datasets.Dataset.from_list(list(stream.take(N))), or set updates_per_rollouts=1."
         )
 
 

@@ -1,4 +1,6 @@
-"""Trainers whose loss on the next batch cannot rank weights, with the reason and the fix.
+"""Trainers without the scorer `next_batch_loss`, with the reason and the fix.
+
+The loss of most of them cannot rank weights. The others have a cheaper scorer of the same quantity.
 
 Trainers are known by the names of their classes, so that TRL's experimental trainers need not be
 imported. A trainer without a rule is accepted. docs/hosts.md has the table for users.
@@ -63,13 +65,30 @@ def _own_step(trainer: Any) -> tuple[str, str]:
     return "it computes its loss inside training_step, not in compute_loss", "Pass a callable scorer"
 
 
-def _local_teacher(trainer: Any) -> tuple[str, str] | None:
-    if getattr(trainer, "teacher_model", None) is None:
-        return None
+def _by_teacher(trainer: Any) -> tuple[str, str]:
+    """Trainers that have the scorer `teacher_kl`, for any loss and wherever their teacher is."""
+    if (factor := getattr(trainer.args, "lambda_extrapolation", 1)) != 1:
+        return (
+            f"its scores on new rollouts are divergences from the teacher, and lambda_extrapolation={factor} trains "
+            "toward another target",
+            _BY_ANSWERS,
+        )
     return (
-        "its default scorer 'teacher_kl' measures the same divergence on the same rollouts and asks the teacher once "
-        "per search",
-        "Leave out scorer=…",
+        "its default scorer 'teacher_kl' measures the divergence from the teacher on the same rollouts and asks the "
+        "teacher at most once per search",
+        "Leave out scorer=…; a strategy that scores answers also needs EffOPDConfig(score_rollouts=…)",
+    )
+
+
+def _local_teacher(trainer: Any) -> tuple[str, str] | None:
+    return None if getattr(trainer, "teacher_model", None) is None else _by_teacher(trainer)
+
+
+def _stored(trainer: Any) -> tuple[str, str]:
+    return (
+        "its loss multiplies the log-probabilities of stored tokens by factors that depend on the student, so its "
+        "value does not rank other weights",
+        "Leave out scorer=… and score by answers: EffOPDConfig('effopd', validation_size=…)",
     )
 
 
@@ -80,6 +99,8 @@ RULES: dict[str, Rule] = {
     "DistillationTrainer": _local_teacher,
     "GRPOTrainer": _policy_gradient,
     "IWOPDTrainer": _iw_opd,
+    "OPDTrainer": _by_teacher,
+    "OfflineOPDTrainer": _stored,
     "OnlineDPOTrainer": _own_step,
     "RLOOTrainer": _policy_gradient,
     "SDFTTrainer": _self_distillation,
@@ -96,16 +117,23 @@ def check_next_batch(trainer: Any) -> None:
     """Check that the trainer's loss on the next batch can rank weights.
 
     Raises:
-        ConfigError: it cannot, or several optimizer steps train on the same batch.
+        ConfigError: it cannot; another scorer measures the same; or several optimizer steps train
+            on the same batch.
     """
     for name, rule in RULES.items():
         found = rule(trainer) if is_a(trainer, name) else None
         if found is not None:
             raise _refused(trainer, *found)
-    if (iterations := getattr(trainer.args, "num_iterations", 1)) > 1:
-        raise _refused(
-            trainer, f"num_iterations={iterations} trains several steps on the same rollouts", "Set num_iterations=1"
-        )
+    args = trainer.args
+    if getattr(args, "on_sampled_tokens", False):  # subclasses and other trainers with an `OPDConfig`
+        raise _refused(trainer, f"loss_type={args.loss_type!r} {_SURROGATE}", _BY_ANSWERS)
+    for name in ("num_iterations", "updates_per_rollouts"):
+        if (steps := getattr(args, name, 1)) > 1:
+            raise _refused(
+                trainer,
+                f"{name}={steps} trains several steps on the same rollouts",
+                f"Set {name}=1. {_BY_ANSWERS}",
+            )
 
 
 def _refused(trainer: Any, why: str, fix: str) -> ConfigError:

@@ -23,6 +23,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from effopd.common.distributed import all_gather_object, broadcast_from_rank0, raise_on_all_ranks
 from effopd.common.files import write_atomically
+from effopd.common.isolation import isolated_rng
 from effopd.distill.best_model_mixin import BestModelMixin
 from effopd.distill.callback import EffOPDCallback
 from effopd.distill.config import RunArguments
@@ -193,9 +194,13 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
         return totals
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluate `eval_task`; with no task or an explicit dataset, run the host's evaluation."""
+        """Evaluate `eval_task`; with no task or an explicit dataset, run the host's evaluation.
+
+        Both sample with `args.eval_seed` and leave the random numbers of training as they were.
+        """
         if self.eval_task is None or eval_dataset is not None:
-            with self.ledger.track("eval"), self.at_evaluated_weights():
+            seed = self.args.eval_seed + self.args.process_index  # ranks must not share sampling noise
+            with self.ledger.track("eval"), self.at_evaluated_weights(), isolated_rng(seed):
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self.ledger.track("eval"), self.at_evaluated_weights():
             metrics, generated = self._measure_task(self.eval_task)

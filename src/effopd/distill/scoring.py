@@ -164,7 +164,8 @@ def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
         raise ConfigError(
             "the scorer 'teacher_kl' measures the divergence from the teacher on new rollouts: expected an OPDTrainer "
             f"or a trl.DistillationTrainer with a teacher model, got {type(trainer).__name__}. Use one of them, "
-            "scorer='next_batch_loss' (the trainer's own loss), or a callable scorer."
+            "a strategy that scores answers (EffOPDConfig('effopd')), scorer='next_batch_loss' (the trainer's own "
+            "loss), or a callable scorer."
         )
     check_rollouts(trainer.args, rollouts)
     _warn_of_few(trainer.args, wanted_rollouts(trainer.args, rollouts))

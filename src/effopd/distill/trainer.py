@@ -25,7 +25,7 @@ from trl import DistillationTrainer
 
 from effopd.distill.config import OPDConfig, require_config
 from effopd.distill.curriculum_mixin import CurriculumCallback, CurriculumMixin
-from effopd.distill.dataset import check_dataset, check_eval_dataset
+from effopd.distill.dataset import check_dataset, check_eval_dataset, check_stream
 from effopd.distill.divergence import (
     Answers,
     Head,
@@ -127,6 +127,7 @@ class OPDTrainer(
         reference_model = reference_model if reference_model is not None else args.reference_model_name_or_path
         self._check_reference(reference_model, model, args)
         check_dataset(train_dataset, rollouts_per_step(args))
+        check_stream(train_dataset, args.updates_per_rollouts)
         check_eval_dataset(eval_dataset, eval_task, args.eval_strategy)
         self._open_run(args, eval_task)
         if eval_task is not None and eval_dataset is None:

@@ -73,7 +73,10 @@ class OptimizerArguments:
     average_lag: int = field(default=10, metadata={"help": "bema: lag of average_power and average_bias_power."})
     save_average: bool = field(
         default=True,
-        metadata={"help": "Whether the final model is the average. false: the trained weights of the last step."},
+        metadata={
+            "help": "Whether the final model is the average. false: the trained weights of the last step; not with "
+            "--load_best_model_at_end, which loads an average."
+        },
     )
 
 
@@ -100,6 +103,11 @@ def check_optimizer_settings(args: Any) -> None:
                 f"{name}={getattr(args, name)!r} is read only with {reader}={' or '.join(values)}, got "
                 f"{reader}={getattr(args, reader)!r}. Leave it out, or set --{reader}."
             )
+    if not args.save_average and args.load_best_model_at_end:
+        raise ConfigError(
+            "save_average=False with load_best_model_at_end=True: the first ends with the trained weights of the last "
+            "step, the second with the weights of the best evaluation, which are an average. Leave one out."
+        )
     if args.k_step_lookahead < 0 or args.k_step_lookahead == 1:
         raise ConfigError(f"k_step_lookahead={args.k_step_lookahead}: expected at least 2 steps, or 0 for off.")
     if args.k_step_lookahead_alpha != defaults["k_step_lookahead_alpha"] and not args.k_step_lookahead:
