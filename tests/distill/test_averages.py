@@ -85,7 +85,7 @@ def test_the_best_model_is_an_average():
         "output_dir": "unused", "average_weights": "ema", "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
         "use_cpu": True, "report_to": "none",
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"save_average=False with load_best_model_at_end=True: .*Leave out one"):
+    with pytest.raises(ConfigError, match=r"save_average=False with load_best_model_at_end=True: .*Leave one out"):
         OPDConfig(**settings, save_average=False, load_best_model_at_end=True)
     OPDConfig(**settings, load_best_model_at_end=True)
     OPDConfig(**settings, save_average=False)
