@@ -34,6 +34,7 @@ Runs are ordered by seed first, so a grid stopped half-way holds complete seeds.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +149,7 @@ class Grid:
             raise ConfigError(f"plan: '{name}' sets {', '.join(taken)}, which the grid sets itself. Remove it.")
         given = settings.get(FACTORS, [1.0])
         if factors and not (
-            isinstance(given, list) and given and all(isinstance(f, int | float) and f > 0 for f in given)
+            isinstance(given, list) and given and all(isinstance(f, int | float) and 0 < f < math.inf for f in given)
         ):
             raise ConfigError(f"plan: '{name}.{FACTORS}' must be a list of positive numbers, got {given!r}.")
 
@@ -278,9 +279,15 @@ def _check_types(path: Path, values: Mapping[str, Any]) -> None:
                     f"{path}: '{name}' must be a {kind.__name__}, got "
                     f"{type(values[name]).__name__} ({values[name]!r})."
                 )
-    for name in ("tasks", "strategies"):
-        for key in values[name]:
+    for name in ("tasks", "strategies", *LISTS):
+        for key in values.get(name) or ():
             if not isinstance(key, str):
                 raise ConfigError(
                     f"{path}: '{name}' has a name that YAML reads as {key!r}: expected text. Write it in quotes."
                 )
+    for name in values["strategies"]:
+        if "/" in name or name.startswith("."):
+            raise ConfigError(f"{path}: strategy {name!r}: expected a name of a folder, without '/' and dot in front.")
+    for seed in values["seeds"]:
+        if type(seed) is not int or seed < 0:
+            raise ConfigError(f"{path}: 'seeds' has {seed!r}: expected whole numbers of at least 0.")
