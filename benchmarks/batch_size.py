@@ -41,6 +41,8 @@ from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, time
 STRATEGIES = ("plain", "line_search")
 #: Start of the names of the arms with reuse, and what precedes the number of prompts.
 REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
+#: The task that has a student and a teacher of its own.
+LONG = "testbed:long_chain_sum"
 #: Parts of a run.
 THIRDS = (1 / 3, 2 / 3, 1)
 
@@ -66,9 +68,11 @@ def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
     """Table of the README: cost of the fastest baseline over that of 8 prompts with replay."""
     arm, rows = REUSE + "-replay" + PROMPTS + "8", []
     for results in grids:
-        known = Hindsight(results, priced)
+        known, base = Hindsight(results, priced), results["settings"]["base"]
+        teacher = ", wider teacher" if base["teacher_model_name_or_path"] == "testbed:wide_teacher" else ""
         for task in Lookup(results).tasks:
-            rows.append([f"`{task.split(':')[1]}`", *(known.ratios(task, arm, share) for share in FEW_SHARES)])
+            own = "" if task == LONG else teacher
+            rows.append([f"`{task.split(':')[1]}`{own}", *(known.ratios(task, arm, share) for share in FEW_SHARES)])
     return table(["task", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
 
 

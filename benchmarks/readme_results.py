@@ -300,7 +300,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
     """Page → generated blocks."""
     grids = docs["results"], docs["ablation"]
     return {
-        DOCS.parent / "README.md": {"rivals": readme_table([docs[name] for name in TAILS])},
+        DOCS.parent / "README.md": {"rivals": readme_table([docs[name] for name in (*TAILS, "other_teacher")])},
         DOCS / "findings.md": findings(docs),
         DOCS / "rivals.md": rivals.blocks(docs["rivals"], docs["other_teacher"]),
         DOCS / "gate.md": {"gate": gate(docs)},

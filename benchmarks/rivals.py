@@ -6,7 +6,8 @@
         --prices recipes/prices/1.7b-8b-1xh100.yaml --prices recipes/prices/4b-32b-8xh100.yaml
     effopd testbed other
     effopd compare recipes/compare-other-teacher.yaml
-    effopd compare --report runs/other-teacher --out docs/other_teacher
+    effopd compare --report runs/other-teacher --out docs/other_teacher \\
+        --prices recipes/prices/1.7b-8b-1xh100.yaml
     python benchmarks/readme_results.py --figure
 
 `readme_results.py` rewrites the blocks between the markers (`pages.py`).
@@ -277,4 +278,5 @@ def blocks(results: Mapping[str, Any], other_teacher: Mapping[str, Any]) -> dict
         "ends": ends_table(results),
         "other teacher": hindsight_table(other_teacher, FEW_SHARES),
         "other teacher, steps": steps_table(other_teacher, FEW_SHARES),
+        "other teacher, ends": ends_table(other_teacher),
     }

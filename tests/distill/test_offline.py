@@ -450,6 +450,10 @@ def test_cache_and_train_from_the_command_line(command, folders, tmp_path, capsy
     assert run(*command)[0] == 0
     status, out, _ = run(*command)  # everything is there
     assert status == 0 and "sampled 0 tokens" in out and "2 already written" in out
+    (tmp_path / "rollouts").rename(tmp_path / "my rollouts")
+    status, out, _ = run(*command, "--output_dir", "my rollouts")
+    assert status == 0 and "--rollouts 'my rollouts' --temperature" in out
+    (tmp_path / "my rollouts").rename(tmp_path / "rollouts")
     status, _, err = run(*command, "--seed", "5", "--dry_run")
     assert status == 2 and "other settings: seed 0 → 5" in err
     train = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from effopd.models.fingerprint import model_folder, tokenizer_sha256, weights_sh
 from effopd.models.folders import check_whole_model
 from effopd.runs.console import quiet_hosts
 from effopd.tasks import Task, TaskConfig, load_task, needs_network
-from effopd.tasks.builtin_models import resolve_model
+from effopd.tasks.builtin_models import resolve_model, spoken_name
 from effopd.tasks.config import json_object
 from effopd.tasks.generate import encode_prompts
 
@@ -152,7 +153,8 @@ def run_cache(argv: Sequence[str]) -> int:
         f"stored: {plan.header.prompts:,} answers in {plan.store.folder}; {correct}this call sampled "
         f"{costs.generated_tokens:,} tokens and ran {costs.teacher_forward_tokens:,} teacher tokens in "
         f"{costs.seconds:.1f} s\n"
-        f"train: effopd train --model_name_or_path {arguments.model_name_or_path} --rollouts {plan.store.folder} "
+        f"train: effopd train --model_name_or_path {shlex.quote(spoken_name(arguments.model_name_or_path))} "
+        f"--rollouts {shlex.quote(str(plan.store.folder))} "
         f"{'--loss_type discord ' if traces else ''}--temperature {arguments.temperature:g} --max_completion_length "
         f"{arguments.max_completion_length}"
     )
