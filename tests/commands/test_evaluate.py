@@ -256,6 +256,17 @@ def test_intervene_measures_on_the_runs_prompts_and_asks_where_runs_differ(model
     assert seen[1][0] == ids
 
 
+def test_every_answers_file_has_its_own_summary(models, tmp_path, capsys):
+    paths = [tmp_path / name for name in ("answers-0.5", "answers-0.7", "r.v1", "r.v2", "a.jsonl", "b.json")]
+    summaries = [evaluate_command.summary_path(path).name for path in paths]
+    assert summaries == [*(f"{path.name}.summary.json" for path in paths[:4]), "a.summary.json", "b.json.summary.json"]
+    (tmp_path / "a.summary.json").write_text("{}")
+    flags = ["eval", "--model", str(models / "student"), "--eval_task", f"math:{models / 'math.jsonl'}"]
+    assert main([*flags, "--output", str(tmp_path / "a.jsonl")]) == 2
+    assert "a.summary.json, which exists: expected a new file" in capsys.readouterr().err
+    assert (tmp_path / "a.summary.json").read_text() == "{}"
+
+
 # -- what was found in the answers -----------------------------------------------------------------
 
 

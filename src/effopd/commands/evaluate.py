@@ -25,6 +25,12 @@ from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
 
 
+def summary_path(answers: Path) -> Path:
+    """Path of the summary: `a.summary.json` for `a.jsonl`; else `.summary.json` is appended."""
+    stem = answers.stem if answers.suffix == ".jsonl" else answers.name
+    return answers.with_name(f"{stem}.summary.json")
+
+
 @dataclass
 class EvalArguments:
     """Flags of `effopd eval`, except those of sampling and task."""
@@ -44,6 +50,11 @@ class EvalArguments:
         if self.output is not None:
             if Path(self.output).exists():
                 raise ConfigError(f"--output {self.output} exists; choose another file. Nothing was changed.")
+            if (summary := summary_path(Path(self.output))).exists():
+                raise ConfigError(
+                    f"--output {self.output} needs its summary at {summary}, which exists: expected a new file. "
+                    "Choose another name for --output. Nothing was changed."
+                )
             check_writable(Path(self.output).parent, "--output")
 
 
@@ -193,6 +204,6 @@ def _write(result: EvalResult, arguments: EvalArguments, task: str, temperature:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     revision = {} if arguments.model_revision is None else {"model_revision": arguments.model_revision}
     summary = {"model": arguments.model, **revision, "task": task, "temperature": temperature, **result.summary()}
-    target = path.with_suffix(".summary.json")
+    target = summary_path(path)
     write_atomically(target, lambda temporary: temporary.write_text(json.dumps(summary, indent=2)))
     print(f"answers: {path}\nsummary: {target}")
