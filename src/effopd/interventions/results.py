@@ -39,14 +39,15 @@ class InterventionResults:
             each intervention to its options.
 
     Raises:
-        ConfigError: the folder holds results with other settings; the message names the first
-            difference.
+        ConfigError: the folder holds results with other settings, and the message names the first
+            difference; or it holds other files.
         CheckpointError: the folder holds results without settings.
     """
 
     def __init__(self, root: str | Path, settings: Mapping[str, Any]):
         self.root = Path(root)
         self._settings = merged_settings(self.root, settings)
+        _check_own(self.root)
         self.rows: dict[str, dict[str, Any]] = {row["id"]: row for row in read_rows(self.root / ROWS)}
         self._models = {row["model"]: row for row in self.rows.values() if _is_graded(row)}
 
@@ -138,6 +139,18 @@ def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mappi
             change = bonett_price(row["measured"]["accuracies"], reference["measured"]["accuracies"])
         flat |= {name: change.mean, f"{name}_low": change.low, f"{name}_high": change.high}
     return flat
+
+
+def _check_own(root: Path) -> None:
+    """Refuse a folder of other files, whose report would be replaced. Hidden files do not count."""
+    if (root / CONFIG).exists() or not root.is_dir():
+        return
+    others = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    if others:
+        raise ConfigError(
+            f"{root} holds other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}): expected a new or "
+            "empty folder, or earlier results of `effopd intervene`. Choose another folder (nothing was changed)."
+        )
 
 
 # -- settings --------------------------------------------------------------------------------------
