@@ -18,6 +18,7 @@ from effopd.launch.preflight import check_model_name, check_task
 from effopd.models.files import check_dtype, load_model, load_tokenizer
 from effopd.runs.console import quiet_hosts
 from effopd.runs.missing_answers import ENOUGH, AnswerWatch, Counts, missing_answers, mostly_missing
+from effopd.runs.run_prompts import run_of, splits_as
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks.builtin_models import resolve_model
 from effopd.tasks.evaluate import EvalResult, evaluate
@@ -113,7 +114,7 @@ def run_eval(argv: Sequence[str]) -> int:
         longest = check_task(task, tokenizer, task_config.max_prompt_length, sampling.template)
         check_positions_of("--model", arguments.model, longest, sampling.max_new_tokens, "--max_new_tokens", **load)
         model = load_model("--model", arguments.model, dtype=arguments.dtype, **load)
-    if text := _part(task, task_config):
+    if text := _part(task, task_config, arguments.model):
         print(text, flush=True)
     with Counted(len(task) * sampling.n, task.name, "answer") as bar:
         look = _FirstLook(task, sampling.max_new_tokens)
@@ -126,11 +127,17 @@ def run_eval(argv: Sequence[str]) -> int:
     return 0
 
 
-def _part(task: Task, config: TaskConfig) -> str:
+def _part(task: Task, config: TaskConfig, model: str) -> str:
     """Note that only part of a source is evaluated; "" if all rows are or if they are generated."""
     if task.available is None or len(task) == task.available:
         return ""
-    why = "held out as in training" if config.eval_task is None else f"--eval_size {config.eval_size}"
+    run = run_of(model)
+    if config.eval_task is not None:
+        why = f"--eval_size {config.eval_size}"
+    elif run is not None and splits_as(run[1], vars(config)):
+        why = "held out as in training"
+    else:
+        why = f"held out with --task_seed {config.task_seed}, perhaps not as in training"
     return f"{len(task)} of {task.available} rows ({why}; --eval_size {task.available} for all)"
 
 
