@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -198,6 +199,27 @@ def test_flags_and_files_win_over_the_run(models, tmp_path, measured):
     assert all(isinstance(e.prompt, str) for e in seen.task.examples)
 
 
+def test_a_relative_task_is_the_runs_file_from_any_folder(models, tmp_path, measured, monkeypatch, capsys):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "other").mkdir()
+    file = tmp_path / "home" / "p.jsonl"
+    shutil.copy(models / "math.jsonl", file)
+    shutil.copy(models / "other.jsonl", tmp_path / "other" / "p.jsonl")  # other rows by the same name
+    monkeypatch.chdir(tmp_path / "home")
+    ids = a_run(models, Path("runs/first"), "math:p.jsonl", "--task_seed", "3", "--eval_size", "7")
+    for folder, model in (("home", "runs/first"), ("other", "../home/runs/first")):
+        monkeypatch.chdir(tmp_path / folder)
+        for flags in ([], ["--task", "math:../home/p.jsonl"]):
+            assert measured("--model", model, *flags).ids == ids
+            assert "7 of 30 rows (held out as in training;" in capsys.readouterr().out
+    measured("--model", "../home/runs/first", "--task", f"math:{models / 'math.jsonl'}")
+    assert "(held out with --task_seed 0, perhaps not as in training;" in capsys.readouterr().out
+    file.unlink()
+    assert main(["eval", "--model", "../home/runs/first"]) == 2
+    error = capsys.readouterr().err
+    assert f"task of the run ../home/runs/first: expected the file '{file}', but there is none" in error
+
+
 def test_every_setting_of_a_task_is_taken_over_or_left_on_purpose():
     from dataclasses import fields
 
@@ -254,6 +276,17 @@ def test_intervene_measures_on_the_runs_prompts_and_asks_where_runs_differ(model
     assert "the runs differ in chat_template_kwargs" in error and "--chat_template_kwargs" in error
     assert main([*two, "--chat_template_kwargs", '{"enable_thinking": false}']) == 130
     assert seen[1][0] == ids
+
+
+def test_every_answers_file_has_its_own_summary(models, tmp_path, capsys):
+    paths = [tmp_path / name for name in ("answers-0.5", "answers-0.7", "r.v1", "r.v2", "a.jsonl", "b.json")]
+    summaries = [evaluate_command.summary_path(path).name for path in paths]
+    assert summaries == [*(f"{path.name}.summary.json" for path in paths[:4]), "a.summary.json", "b.json.summary.json"]
+    (tmp_path / "a.summary.json").write_text("{}")
+    flags = ["eval", "--model", str(models / "student"), "--eval_task", f"math:{models / 'math.jsonl'}"]
+    assert main([*flags, "--output", str(tmp_path / "a.jsonl")]) == 2
+    assert "a.summary.json, which exists: expected a new file" in capsys.readouterr().err
+    assert (tmp_path / "a.summary.json").read_text() == "{}"
 
 
 # -- what was found in the answers -----------------------------------------------------------------

@@ -147,6 +147,30 @@ def test_only_writing_checkpoints_needs_no_task_and_no_model(tmp_path, no_model,
         run_intervene([*flags, "--dtype", "bfloat16"])
 
 
+@pytest.mark.parametrize("changed", ["base", "run/trajectory/step-000002", "teacher"])
+def test_results_of_weights_that_have_changed_are_refused(tmp_path, tiny, monkeypatch, capsys, changed):
+    monkeypatch.setattr(intervene_command.Evaluator, "measure", fake_measure)
+    monkeypatch.setattr(intervene_command, "is_available", lambda module: False)
+    for name in ("base", "run"):
+        shutil.copytree(tiny / name, tmp_path / name)
+    shutil.copytree(tiny / "base", tmp_path / "teacher")
+    models = ["--base", str(tmp_path / "base"), "--trained", f"rl={tmp_path / 'run'}"]
+    flags = ["alpha", *models, "--alphas", "0.5"]
+    measure = [*flags, *TASK, "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path / "out")]
+    write = [*flags, "--save_dir", str(tmp_path / "models")]
+    for argv in (measure, write):
+        assert run_intervene(argv) == 0 and run_intervene(argv) == 0
+    assert "already in" in capsys.readouterr().out
+    make_model(9).save_pretrained(tmp_path / changed)
+    for argv in (measure, *([] if changed == "teacher" else [write])):
+        with pytest.raises(ConfigError, match=f"of other weights: the files in .*{changed} have changed"):
+            run_intervene(argv)
+    for config in (tmp_path / "out" / "config.yaml", tmp_path / "models" / "config.yaml"):  # as before the marks
+        settings = yaml.safe_load(config.read_text())
+        config.write_text(yaml.safe_dump({k: v for k, v in settings.items() if not k.endswith("files")}))
+    assert run_intervene(measure) == 0 and run_intervene(write) == 0
+
+
 def test_settings_from_yaml(tmp_path):
     file = tmp_path / "intervention.yaml"
     file.write_text("base: testbed:student\ntrained: [rl=testbed:teacher]\nsave_dir: x\nalphas: [0, 1]\n")

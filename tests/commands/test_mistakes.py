@@ -498,7 +498,11 @@ def test_either_tensorboard_will_do(present, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "prompts", "part"),
     [
-        (["--task", "math:test.jsonl"], 4, "4 of 40 rows (held out as in training; --eval_size 40 for all)"),
+        (
+            ["--task", "math:test.jsonl"],
+            4,
+            "4 of 40 rows (held out with --task_seed 0, perhaps not as in training; --eval_size 40 for all)",
+        ),
         (["--task", "math:test.jsonl", "--eval_size", "40"], 40, None),
         (["--eval_task", "math:test.jsonl"], 40, None),
         (

@@ -196,6 +196,17 @@ def test_the_command(folder, tmp_path, capsys):
     assert run_intervene(flags) == 0 and "already in" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("runs", [["teacher"], ["teacher", "opd"]])
+def test_a_checkpoint_without_a_step_has_a_figure_and_a_page(folder, tmp_path, runs):
+    flags = ["linearity", "--base", str(folder / "base"), "--teacher", str(folder / "teacher"), *TASK,
+             "--scales", "2", "--anchors", "base", "--out", str(tmp_path / "out")]  # fmt: skip
+    for name in runs:
+        flags += ["--trained", f"{name}={folder / name}"]
+    assert run_intervene(flags) == 0
+    assert (tmp_path / "out" / "figures" / "linearity.png").stat().st_size > 10_000
+    assert "teacher" in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -363,6 +363,16 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(live, sources
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / ".DS_Store").write_text("")
+    assert not InterventionResults(tmp_path, {"interventions": {}}).rows
+    for name in ("report.html", "progress.jsonl"):  # as `effopd analyze` writes them
+        (tmp_path / name).write_text("theirs")
+    with pytest.raises(ConfigError, match=r"holds other files \(progress\.jsonl, report\.html\): expected a new or"):
+        InterventionResults(tmp_path, {"interventions": {}})
+    assert (tmp_path / "report.html").read_text() == "theirs"
+
+
 # -- paired intervals ------------------------------------------------------------------------------
 
 

@@ -18,11 +18,18 @@ from effopd.launch.preflight import check_model_name, check_task
 from effopd.models.files import check_dtype, load_model, load_tokenizer
 from effopd.runs.console import quiet_hosts
 from effopd.runs.missing_answers import ENOUGH, AnswerWatch, Counts, missing_answers, mostly_missing
+from effopd.runs.run_prompts import run_of, splits_as
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks.builtin_models import resolve_model
 from effopd.tasks.evaluate import EvalResult, evaluate
 from effopd.tasks.generate import Completion
 from effopd.tasks.sampling import Sampling
+
+
+def summary_path(answers: Path) -> Path:
+    """Path of the summary: `a.summary.json` for `a.jsonl`; else `.summary.json` is appended."""
+    stem = answers.stem if answers.suffix == ".jsonl" else answers.name
+    return answers.with_name(f"{stem}.summary.json")
 
 
 @dataclass
@@ -44,6 +51,11 @@ class EvalArguments:
         if self.output is not None:
             if Path(self.output).exists():
                 raise ConfigError(f"--output {self.output} exists; choose another file. Nothing was changed.")
+            if (summary := summary_path(Path(self.output))).exists():
+                raise ConfigError(
+                    f"--output {self.output} needs its summary at {summary}, which exists: expected a new file. "
+                    "Choose another name for --output. Nothing was changed."
+                )
             check_writable(Path(self.output).parent, "--output")
 
 
@@ -102,7 +114,7 @@ def run_eval(argv: Sequence[str]) -> int:
         longest = check_task(task, tokenizer, task_config.max_prompt_length, sampling.template)
         check_positions_of("--model", arguments.model, longest, sampling.max_new_tokens, "--max_new_tokens", **load)
         model = load_model("--model", arguments.model, dtype=arguments.dtype, **load)
-    if text := _part(task, task_config):
+    if text := _part(task, task_config, arguments.model):
         print(text, flush=True)
     with Counted(len(task) * sampling.n, task.name, "answer") as bar:
         look = _FirstLook(task, sampling.max_new_tokens)
@@ -115,11 +127,17 @@ def run_eval(argv: Sequence[str]) -> int:
     return 0
 
 
-def _part(task: Task, config: TaskConfig) -> str:
+def _part(task: Task, config: TaskConfig, model: str) -> str:
     """Note that only part of a source is evaluated; "" if all rows are or if they are generated."""
     if task.available is None or len(task) == task.available:
         return ""
-    why = "held out as in training" if config.eval_task is None else f"--eval_size {config.eval_size}"
+    run = run_of(model)
+    if config.eval_task is not None:
+        why = f"--eval_size {config.eval_size}"
+    elif run is not None and splits_as(run[1], vars(config)):
+        why = "held out as in training"
+    else:
+        why = f"held out with --task_seed {config.task_seed}, perhaps not as in training"
     return f"{len(task)} of {task.available} rows ({why}; --eval_size {task.available} for all)"
 
 
@@ -193,6 +211,6 @@ def _write(result: EvalResult, arguments: EvalArguments, task: str, temperature:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     revision = {} if arguments.model_revision is None else {"model_revision": arguments.model_revision}
     summary = {"model": arguments.model, **revision, "task": task, "temperature": temperature, **result.summary()}
-    target = path.with_suffix(".summary.json")
+    target = summary_path(path)
     write_atomically(target, lambda temporary: temporary.write_text(json.dumps(summary, indent=2)))
     print(f"answers: {path}\nsummary: {target}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from effopd.analysis.progress import file_marks
 from effopd.commands.intervene_parser import Request, parse_intervene
 from effopd.common.optional import is_available
 from effopd.common.progress import Counted
@@ -69,9 +70,11 @@ def _model_settings(sources: Sources, request: Request) -> dict[str, Any]:
         run: [{"step": snapshot.step, "path": str(snapshot.path.resolve())} for snapshot in snapshots]
         for run, snapshots in sources.snapshots.items()
     }
+    paths = [sources.base.path, *(s.path for snapshots in sources.snapshots.values() for s in snapshots)]
     return {
         "base": str(sources.base.path.resolve()),
         "trained": trained,
+        "files": {str(path.resolve()): file_marks(path) for path in paths},
         "dtype": request.models.dtype,
         "interventions": {
             request.intervention: {
@@ -83,10 +86,13 @@ def _model_settings(sources: Sources, request: Request) -> dict[str, Any]:
 
 def _task_settings(request: Request) -> dict[str, Any]:
     """Settings that determine the measurement of the points."""
+    teacher = resolve_model(request.models.teacher)
+    folder = None if teacher is None else Path(teacher)
     return {
         "task": dataclasses.asdict(request.task),
         "sampling": dataclasses.asdict(request.sampling),
-        "teacher": resolve_model(request.models.teacher),
+        "teacher": teacher,
+        "teacher_files": {} if folder is None or not folder.is_dir() else {teacher: file_marks(folder)},
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from effopd.commands.parser import CommandParser, parsed
 from effopd.errors import ConfigError
-from effopd.runs.run_prompts import agreed, run_of, spoken, taken_over
+from effopd.runs.run_prompts import agreed, check_files, run_of, spoken, taken_over
 
 
 class MeasuringParser(CommandParser):
@@ -49,8 +49,8 @@ class MeasuringParser(CommandParser):
         """Like `CommandParser`'s, with the run's settings as defaults.
 
         Raises:
-            ConfigError: as for `CommandParser`, or the models' runs disagree on a setting that no
-                flag sets.
+            ConfigError: as for `CommandParser`, the models' runs disagree on a setting that no
+                flag sets, or the task file of the run does not exist.
         """
         given, rest = super().parse_known_args(args, namespace)
         runs = [run for run in map(run_of, self.models(given)) if run is not None]
@@ -63,6 +63,7 @@ class MeasuringParser(CommandParser):
         values = taken_over(common, vars(given), explicit, own_task=self.own_task)
         if not values:
             return given, rest
+        check_files(runs[0][0], values)
         self.note = f"as in {runs[0][0]}: {spoken(values)}"
         self.set_defaults(**values)
         return super().parse_known_args(args, namespace)

@@ -27,6 +27,8 @@ from effopd.interventions.points import BASE, Point
 CONFIG, ROWS, TABLE = "config.yaml", "results.jsonl", "results"
 #: Key of `config.yaml`: the options of each intervention in the folder.
 INTERVENTIONS = "interventions"
+#: Keys of `config.yaml`: checkpoint folder → sizes and times of its files. Old folders have none.
+MARKS = ("files", "teacher_files")
 
 
 class InterventionResults:
@@ -37,14 +39,15 @@ class InterventionResults:
             each intervention to its options.
 
     Raises:
-        ConfigError: the folder holds results with other settings; the message names the first
-            difference.
+        ConfigError: the folder holds results with other settings, and the message names the first
+            difference; or it holds other files.
         CheckpointError: the folder holds results without settings.
     """
 
     def __init__(self, root: str | Path, settings: Mapping[str, Any]):
         self.root = Path(root)
         self._settings = merged_settings(self.root, settings)
+        _check_own(self.root)
         self.rows: dict[str, dict[str, Any]] = {row["id"]: row for row in read_rows(self.root / ROWS)}
         self._models = {row["model"]: row for row in self.rows.values() if _is_graded(row)}
 
@@ -138,6 +141,18 @@ def _flat(row: Mapping[str, Any], base: Mapping[str, Any] | None, trained: Mappi
     return flat
 
 
+def _check_own(root: Path) -> None:
+    """Refuse a folder of other files, whose report would be replaced. Hidden files do not count."""
+    if (root / CONFIG).exists() or not root.is_dir():
+        return
+    others = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    if others:
+        raise ConfigError(
+            f"{root} holds other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}): expected a new or "
+            "empty folder, or earlier results of `effopd intervene`. Choose another folder (nothing was changed)."
+        )
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 
@@ -145,7 +160,7 @@ def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings`, extended by the other interventions in `root`. Nothing is written.
 
     Raises:
-        ConfigError: a setting differs from the one in `root`.
+        ConfigError: a setting differs from the one in `root`, or weights have changed on disk.
         CheckpointError: `root` holds results without settings.
     """
     path = root / CONFIG
@@ -162,19 +177,27 @@ def merged_settings(root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     before, now = old[INTERVENTIONS], settings[INTERVENTIONS]
     shared = before.keys() & now.keys()
+    apart = (INTERVENTIONS, *MARKS)
     for name, was, wanted in (
-        *_differences("", _without(old, INTERVENTIONS), _without(settings, INTERVENTIONS)),
+        *_differences("", _without(old, *apart), _without(settings, *apart)),
         *_differences("", {key: before[key] for key in shared}, {key: now[key] for key in shared}),
     ):
         raise ConfigError(
             f"{root} holds results with {name} = {was!r}, this run has {wanted!r}: expected equal settings, so that "
             "all points are comparable. Choose another folder, or use the old setting (nothing was changed)."
         )
+    for name in MARKS:
+        marks, then = settings.get(name, {}), old.get(name) or {}
+        if changed := [path for path in marks if path in then and then[path] != marks[path]]:
+            raise ConfigError(
+                f"{root} holds results of other weights: the files in {changed[0]} have changed since. Expected "
+                "unchanged checkpoints, so that points are comparable. Choose another folder (nothing was changed)."
+            )
     return {**settings, INTERVENTIONS: {**before, **now}}
 
 
-def _without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != name}
+def _without(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in names}
 
 
 def write_settings(root: Path, settings: Mapping[str, Any], comments: Sequence[str] = ()) -> None:

@@ -62,7 +62,7 @@ def summarized(rows: pd.DataFrame, key: str, metric: str, x: str | None = None) 
             low, high = (float(seeds[f"{metric}_{end}"].iloc[0]) for end in ("low", "high"))
         where = float(seeds[x].mean()) if x else float(value)
         out.append({"x": where, "mean": values.mean(), "low": low, "high": high})
-    return pd.DataFrame(out, columns=["x", "mean", "low", "high"])
+    return pd.DataFrame(out, columns=["x", "mean", "low", "high"], dtype=float)
 
 
 def draw_line(axis, summary: pd.DataFrame, color: str, label: str, **style: Any) -> None:

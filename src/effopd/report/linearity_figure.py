@@ -16,7 +16,10 @@ _TITLES = {"previous": "Δ from the previous saved step", "base": "Δ from the b
 
 
 def linearity_figure(plt, table: pd.DataFrame, metrics: list[str]):
-    """One row of panels per anchor: curves of every group, then error and best scale by step."""
+    """One row of panels per anchor: curves of every group, then error and best scale by step.
+
+    The last two are left out if no step is known.
+    """
     rows = table[table["intervention"] == "linearity"]
     groups = groups_of(rows)
     anchors = list(dict.fromkeys(rows["anchor"]))
@@ -32,6 +35,10 @@ def linearity_figure(plt, table: pd.DataFrame, metrics: list[str]):
             _plain_ticks(axes[i][j], *_limits(here))
         axes[i][0].set_ylabel("reverse KL to the teacher\non rollouts of W_t (nats per token)")
         error, best = axes[i][-2:]
+        if here["step"].isna().all():  # checkpoints without a step
+            for axis in (error, best):
+                axis.set_visible(False)
+            continue
         scale = min(here[here["known"] == 0]["scale"], key=lambda s: abs(s - _SCALE), default=None)
         for group, color in colors.items():
             of_group = here[here["group"] == group].dropna(subset=["step"])

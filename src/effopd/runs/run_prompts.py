@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
+from effopd.errors import ConfigError
 from effopd.runs.records import CONFIG
+from effopd.tasks.row_files import FILE_TYPES, on_hub
 
 #: Setting of a run → flag of `effopd eval` and `effopd intervene`, for the format of prompts.
 PROMPTS = {name: name for name in ("chat_template_kwargs", "system_prompt", "as_chat", "prompt_suffix")}
@@ -39,7 +41,7 @@ def run_of(model: str | Path) -> tuple[Path, dict[str, Any]] | None:
     for folder in (absolute, *absolute.parents[:_DEPTH]):
         config = _settings(folder / CONFIG)
         if isinstance(config.get("task"), str) and "output_dir" in config:
-            return _spoken(path, absolute, folder) / CONFIG, config
+            return _spoken(path, absolute, folder) / CONFIG, _anchored(config, folder)
         if isinstance(config.get("trained"), dict) and "interventions" in config:
             return _made_of(config["trained"], absolute.relative_to(folder).parts)
     return None
@@ -71,6 +73,29 @@ def taken_over(
         for name in ("prompt_suffix", "system_prompt"):  # such prompts are used as they come
             values.pop(name, None)
     return {flag: value for flag, value in values.items() if flag not in explicit and value != given.get(flag)}
+
+
+def check_files(run: Path, inherited: Mapping[str, Any]) -> None:
+    """Check that the task files taken over from a run exist.
+
+    Raises:
+        ConfigError: a file does not exist; the message names the run.
+    """
+    for name in ("task", "eval_task"):
+        kind, _, source = str(inherited.get(name) or "").partition(":")
+        if kind in ("math", "code") and not on_hub(source) and not Path(source).expanduser().is_file():
+            raise ConfigError(
+                f"{name} of the run {run.parent}: expected the file '{source}', but there is none (looked in "
+                f"'{Path.cwd()}'). Restore it, or give a task with --task or --eval_task {kind}:PATH. Another path "
+                "also needs the run's task settings, such as --task_seed."
+            )
+
+
+def splits_as(config: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether a task's settings hold out the same rows as a run's settings."""
+    names = ("task_args", "eval_size", "task_seed")
+    same = all((given.get(name) or None) == (config.get(name) or None) for name in names)
+    return same and _same_source(given["task"], config["task"])
 
 
 def agreed(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -109,6 +134,26 @@ def _settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
+
+
+def _anchored(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings with relative task files where the run was started, as far as its folder tells.
+
+    A run in /a/runs/first with the `output_dir` runs/first was started in /a.
+    """
+    out = Path(str(config["output_dir"])).parts
+    if not out or ".." in out or Path(*out).is_absolute() or folder.parts[-len(out) :] != out:
+        return config
+    home = Path(*folder.parts[: -len(out)])
+    if home == Path.cwd().resolve():
+        return config
+    config = dict(config)
+    for name in ("task", "eval_task"):
+        kind, _, source = str(config.get(name) or "").partition(":")
+        local = (home / source).is_file() or Path(source).suffix.lower() in FILE_TYPES
+        if kind in ("math", "code") and local and not source.startswith("~"):
+            config[name] = f"{kind}:{home / source}"  # an absolute source stays
+    return config
 
 
 def _same_source(one: Any, other: Any) -> bool:
