@@ -135,6 +135,17 @@ def test_panels_show_the_paired_gain_and_where_the_model_went():
     assert search_chart("x", "run", [SearchRecord.from_row(start_alone)], look) is None
 
 
+@pytest.mark.parametrize("examples", [((0.25,), (0.75,)), ((0.25, 0.25), (0.75,))])
+def test_a_gain_that_cannot_be_paired_has_no_error(make_run, examples):
+    rows = [search(1, 4.0, [trial(0.0, 0.25, examples[0]), trial(4.0, 0.75, examples[1])])]
+    records = [SearchRecord.from_row(row) for row in rows]
+    (panel,) = search_chart("x", "run", records, Look("#000000", "#ffffff")).drawn
+    (line,) = panel.series
+    assert list(line.y)[1] == 0.5 and list(line.low)[1] is None and list(line.high)[1] is None
+    root = make_run("run", EVALS, METRICS, rows)
+    Page(write_run_page([root], root / "page.html").read_text())
+
+
 @pytest.mark.slow
 def test_curves_have_a_point_an_evaluation_and_jumps_are_marked_after_they_happened():
     searches = [SearchRecord.from_row(SEARCHES[0] | {"step": 3})]
