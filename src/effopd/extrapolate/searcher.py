@@ -13,7 +13,7 @@ from effopd.common.distributed import assert_same_on_ranks, broadcast_from_rank0
 from effopd.common.isolation import evaluating, isolated_rng
 from effopd.errors import NonFiniteWeightsError
 from effopd.extrapolate.movable import Direction, MovableWeights
-from effopd.extrapolate.scorers.base import Scorer, SlopeScorer, ask
+from effopd.extrapolate.scorers.base import Scorer, SlopeScorer, as_score, ask
 from effopd.extrapolate.search import Score, SearchResult, Trial
 
 
@@ -115,7 +115,7 @@ class Searcher:
         assert score is not None, "check_model asks for a target"
         with isolated_rng(self.seed_at(step)), torch.no_grad():
             value = broadcast_from_rank0(raise_on_all_ranks(score))
-        return value if isinstance(value, Score) else Score(float(value))
+        return as_score(value)
 
     def seed_at(self, step: int) -> int:
         """Seed shared by all scores of one step."""
