@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -95,3 +96,17 @@ def keep_rows(path: Path, last_step: int) -> None:
         text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step)
         if text.encode() != path.read_bytes():
             write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def move_aside(path: Path) -> Path | None:
+    """Rename a non-empty file to `NAME-N.SUFFIX`, with the first free N.
+
+    Returns:
+        The new path; `None`: there is no file, or it is empty.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    aside = next(each for each in numbered if not each.exists())
+    path.rename(aside)
+    return aside
