@@ -253,3 +253,25 @@ def test_the_summary_compares_runs_of_one_task_and_names_the_strategy_of_each(ma
     assert text[5] == "c did not reach a's final KL (0.1, median of the last three) in 0 steps."
     other_task = make_run("d", EVALS, config="task: gsm8k\n")
     assert not [line for line in sentences(read_runs([roots[0], other_task])) if "reached" in line]
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [
+        ("task", "gsm8k"),
+        ("task_args", "{digits: 3}"),
+        ("eval_task", "math:test.jsonl"),
+        ("eval_task_args", "{digits: 3}"),
+        ("eval_size", "20"),
+        ("task_seed", "1"),
+        ("model_name_or_path", "other"),
+        ("teacher_model_name_or_path", "other"),
+        ("max_completion_length", "32"),
+        ("eval_temperature", "0.5"),
+    ],
+)
+def test_runs_with_different_models_or_evaluations_have_no_speed_ups(make_run, setting, other):
+    roots = [make_run("a", EVALS), make_run("b", EVALS, config=f"{setting}: {other}\n")]
+    text = sentences(read_runs(roots))
+    assert text[-1] == f"Times to a common KL are left out: the runs differ in {setting}."
+    assert not [line for line in text if "reached" in line or "ratios" in line]
