@@ -86,6 +86,22 @@ def test_a_score_without_numbers_is_refused(score, message):
         descend(model, 1, look_ahead)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_start_without_a_finite_score_is_warned_about_once(value, caplog):
+    model = Quadratic()
+    look_ahead = EffOPD(model, lambda m: value, EffOPDConfig(**CONFIG))
+    rows = descend(model, 4, look_ahead)
+    assert len(rows) > 1 and not any(row.accepted_scale for row in rows)
+    assert caplog.text.count(f"The scorer gave {value} for the current weights: expected a finite number") == 1
+
+
+def test_only_the_start_is_warned_about(caplog):
+    model = Quadratic()
+    at_start = iter([0.0] + [float("nan")] * 9)
+    descend(model, 1, EffOPD(model, lambda m: next(at_start), EffOPDConfig(**CONFIG)))
+    assert not caplog.text
+
+
 def test_exact_scores_never_make_it_worse():
     for lr in (0.001, 0.1, 1.0, 1.9):
         model = Quadratic()
