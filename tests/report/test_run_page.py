@@ -236,6 +236,37 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(make_run, capsys, tmp_
         read_runs([root, root])
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "metrics.jsonl",
+            b'{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n',
+            "metrics.jsonl, line 2: expected a JSON object",
+        ),
+        ("metrics.jsonl", b'{"step": 1}\n[2]\n', "metrics.jsonl, line 2: expected a JSON object, got a list"),
+        ("evals.jsonl", b'{"step": 1}\n\xff\xfe\n', "evals.jsonl, line 2: expected a JSON object"),
+        ("config.yaml", b"seed: 1\nargs: {a: 1", 'config.yaml", line 2'),
+        ("config.yaml", b"seed: 1\ntask: \xff\n", "config.yaml: expected text in utf-8, got the byte 0xff"),
+        ("config.yaml", b"- 1\n", "config.yaml, line 1: expected a mapping of settings, got a list"),
+        ("config.yaml", b"effopd: [1]\n", "config.yaml: effopd: expected a block, {strategy: \u2026}, got [1]"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_line(make_run, capsys, file, content, message):
+    root = make_run("run", EVALS)
+    (root / file).write_bytes(content)
+    assert main(["report", str(root)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (root / "report.html").exists()
+
+
+def test_a_file_is_no_run(make_run, capsys):
+    file = make_run("run", EVALS) / "evals.jsonl"
+    assert main(["report", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "evals.jsonl: is a file. Expected the output directory" in said and "--out" not in said
+
+
 def test_the_summary_compares_runs_of_one_task_and_names_the_strategy_of_each(make_run):
     searching = "effopd: {strategy: line_search}\n"
     fast = [cost(step, eval_kl=kl, eval_kl_se=0.001) for step, kl in ((0, 0.2), (1, 0.05), (2, 0.01), (3, 0.01))]

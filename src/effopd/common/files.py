@@ -79,12 +79,28 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the complete JSON lines of a file, without a last line cut short by a kill.
 
     A missing file yields nothing.
+
+    Raises:
+        ConfigError: another line is no JSON object.
     """
     if not path.exists():
         return
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            yield json.loads(line)
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also bytes that are no text
+            raise _broken(path, number, str(error)) from error
+        if not isinstance(row, dict):
+            raise _broken(path, number, f"a {type(row).__name__}")
+        yield row
+
+
+def _broken(path: Path, number: int, got: str) -> ConfigError:
+    return ConfigError(
+        f"{path}, line {number}: expected a JSON object, got {got}. Copy the file again, or delete this line."
+    )
 
 
 def keep_rows(path: Path, last_step: int) -> None:
