@@ -371,6 +371,20 @@ def test_a_bad_value_in_yaml_is_refused_like_one_of_a_flag(text, message, tmp_pa
     assert message in said(capsys, "train", *PAIR, *TESTBED, "--config", str(file), "--dry_run")
 
 
+@pytest.mark.parametrize("command", ["train", "rl", "eval", "cache"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1\nb: 2", '"c.yaml", line 2'),
+        ("output_dir: Läufe".encode("latin-1"), "c.yaml: expected text in utf-8, got the byte 0xe4 at position 13"),
+    ],
+)
+def test_a_settings_file_that_is_no_yaml_is_named(command, content, message, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    assert message in said(capsys, command, "--config", str(file))
+
+
 def test_values_in_yaml_are_taken_as_written(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(

@@ -560,3 +560,13 @@ def test_a_resume_that_spells_out_the_defaults_ends_where_the_run_does(tmp_path)
     other = make_trainer(tmp_path, effopd=EffOPDConfig("line_search", score_rollouts=7), **settings)
     with pytest.raises(CheckpointError, match=r"score_rollouts differ \(saved → now: score_rollouts 8 → 7\)"):
         other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_second_run_in_a_folder_keeps_the_searches_of_the_first(tmp_path, caplog):
+    for _ in range(3):
+        trainer = slope(tmp_path, max_steps=1)
+        add(trainer)
+        trainer.train()
+    kept = [tmp_path / name for name in (SEARCHES, "searches-1.jsonl", "searches-2.jsonl")]
+    assert [[row["step"] for row in read_rows(path)] for path in kept] == [[1], [1], [1]]
+    assert "held the searches of an earlier run; they are now in searches-2.jsonl" in caplog.text

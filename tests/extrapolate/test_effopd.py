@@ -54,6 +54,54 @@ def test_it_searches_at_powers_of_two_and_gets_ahead():
     assert ahead.loss() < 0.5 * plain.loss()
 
 
+def test_a_score_of_tensors_is_kept_as_numbers(tmp_path):
+    model = Quadratic()
+    look_ahead = EffOPD(
+        model,
+        lambda m: Score(-m.loss(), per_example=-(m.w - 1).square()),
+        EffOPDConfig(strategy="line_search", reset_moments=False, adapt_learning_rate=False, **CONFIG),
+    )
+    descend(model, 1, look_ahead)
+    look_ahead.save(tmp_path)
+    trials = [trial for record in look_ahead.history for trial in record.trials]
+    assert all(type(trial.score) is float and len(trial.per_example) == 4 for trial in trials)
+    assert {type(value) for trial in trials for value in trial.per_example} == {float}
+    assert {type(record.accepted_scale) for record in look_ahead.history} == {float}
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (Score(None), "whose mean is NoneType: expected a number"),
+        (Score(torch.zeros(2)), r"whose mean is Tensor of shape \(2,\): expected a number"),
+        (Score(0.5, (0.5, "x")), "whose per_example is tuple: expected one number per example"),
+        (Score(0.5, 0.5), "whose per_example is float: expected one number per example"),
+        (torch.zeros(2), r"returned Tensor of shape \(2,\): expected a number or an effopd Score"),
+    ],
+)
+def test_a_score_without_numbers_is_refused(score, message):
+    model = Quadratic()
+    look_ahead = EffOPD(model, lambda m: score, EffOPDConfig(**CONFIG))
+    with pytest.raises(ScorerError, match=message):
+        descend(model, 1, look_ahead)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_start_without_a_finite_score_is_warned_about_once(value, caplog):
+    model = Quadratic()
+    look_ahead = EffOPD(model, lambda m: value, EffOPDConfig(**CONFIG))
+    rows = descend(model, 4, look_ahead)
+    assert len(rows) > 1 and not any(row.accepted_scale for row in rows)
+    assert caplog.text.count(f"The scorer gave {value} for the current weights: expected a finite number") == 1
+
+
+def test_only_the_start_is_warned_about(caplog):
+    model = Quadratic()
+    at_start = iter([0.0] + [float("nan")] * 9)
+    descend(model, 1, EffOPD(model, lambda m: next(at_start), EffOPDConfig(**CONFIG)))
+    assert not caplog.text
+
+
 def test_exact_scores_never_make_it_worse():
     for lr in (0.001, 0.1, 1.0, 1.9):
         model = Quadratic()

@@ -135,6 +135,17 @@ def test_panels_show_the_paired_gain_and_where_the_model_went():
     assert search_chart("x", "run", [SearchRecord.from_row(start_alone)], look) is None
 
 
+@pytest.mark.parametrize("examples", [((0.25,), (0.75,)), ((0.25, 0.25), (0.75,))])
+def test_a_gain_that_cannot_be_paired_has_no_error(make_run, examples):
+    rows = [search(1, 4.0, [trial(0.0, 0.25, examples[0]), trial(4.0, 0.75, examples[1])])]
+    records = [SearchRecord.from_row(row) for row in rows]
+    (panel,) = search_chart("x", "run", records, Look("#000000", "#ffffff")).drawn
+    (line,) = panel.series
+    assert list(line.y)[1] == 0.5 and list(line.low)[1] is None and list(line.high)[1] is None
+    root = make_run("run", EVALS, METRICS, rows)
+    Page(write_run_page([root], root / "page.html").read_text())
+
+
 @pytest.mark.slow
 def test_curves_have_a_point_an_evaluation_and_jumps_are_marked_after_they_happened():
     searches = [SearchRecord.from_row(SEARCHES[0] | {"step": 3})]
@@ -225,6 +236,37 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(make_run, capsys, tmp_
         read_runs([root, root])
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "metrics.jsonl",
+            b'{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n',
+            "metrics.jsonl, line 2: expected a JSON object",
+        ),
+        ("metrics.jsonl", b'{"step": 1}\n[2]\n', "metrics.jsonl, line 2: expected a JSON object, got a list"),
+        ("evals.jsonl", b'{"step": 1}\n\xff\xfe\n', "evals.jsonl, line 2: expected a JSON object"),
+        ("config.yaml", b"seed: 1\nargs: {a: 1", 'config.yaml", line 2'),
+        ("config.yaml", b"seed: 1\ntask: \xff\n", "config.yaml: expected text in utf-8, got the byte 0xff"),
+        ("config.yaml", b"- 1\n", "config.yaml, line 1: expected a mapping of settings, got a list"),
+        ("config.yaml", b"effopd: [1]\n", "config.yaml: effopd: expected a block, {strategy: \u2026}, got [1]"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_line(make_run, capsys, file, content, message):
+    root = make_run("run", EVALS)
+    (root / file).write_bytes(content)
+    assert main(["report", str(root)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (root / "report.html").exists()
+
+
+def test_a_file_is_no_run(make_run, capsys):
+    file = make_run("run", EVALS) / "evals.jsonl"
+    assert main(["report", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "evals.jsonl: is a file. Expected the output directory" in said and "--out" not in said
+
+
 def test_the_summary_compares_runs_of_one_task_and_names_the_strategy_of_each(make_run):
     searching = "effopd: {strategy: line_search}\n"
     fast = [cost(step, eval_kl=kl, eval_kl_se=0.001) for step, kl in ((0, 0.2), (1, 0.05), (2, 0.01), (3, 0.01))]
@@ -242,3 +284,25 @@ def test_the_summary_compares_runs_of_one_task_and_names_the_strategy_of_each(ma
     assert text[5] == "c did not reach a's final KL (0.1, median of the last three) in 0 steps."
     other_task = make_run("d", EVALS, config="task: gsm8k\n")
     assert not [line for line in sentences(read_runs([roots[0], other_task])) if "reached" in line]
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [
+        ("task", "gsm8k"),
+        ("task_args", "{digits: 3}"),
+        ("eval_task", "math:test.jsonl"),
+        ("eval_task_args", "{digits: 3}"),
+        ("eval_size", "20"),
+        ("task_seed", "1"),
+        ("model_name_or_path", "other"),
+        ("teacher_model_name_or_path", "other"),
+        ("max_completion_length", "32"),
+        ("eval_temperature", "0.5"),
+    ],
+)
+def test_runs_with_different_models_or_evaluations_have_no_speed_ups(make_run, setting, other):
+    roots = [make_run("a", EVALS), make_run("b", EVALS, config=f"{setting}: {other}\n")]
+    text = sentences(read_runs(roots))
+    assert text[-1] == f"Times to a common KL are left out: the runs differ in {setting}."
+    assert not [line for line in text if "reached" in line or "ratios" in line]

@@ -15,7 +15,7 @@ from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from effopd.common.host_values import EVALUATION_BY_STEPS_ONLY, EVALUATION_ONLY, VLLM_ONLY
-from effopd.common.unique_keys import check_keys
+from effopd.common.unique_keys import check_keys, settings_text
 from effopd.errors import ConfigError, EffOPDError
 
 #: Host flags in the first help section of both training commands → help; "": the host's help.
@@ -133,7 +133,7 @@ class CommandParser(TrlParser):
             if not path.is_file():
                 what = "is a folder" if path.is_dir() else f"no such file (working directory: {Path.cwd()})"
                 raise ConfigError(f"--config {path}: {what}. Expected the path of a YAML file.")
-            check_keys(path.read_text(), self._file)
+            check_keys(settings_text(path), self._file)
         return super().parse_args_and_config(words, **kwargs)
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from effopd.common.files import check_writable
 from effopd.errors import ConfigError
+from effopd.report.run_data import check_is_folder
 from effopd.report.run_page import write_run_page
 
 PAGE = "report.html"
@@ -39,6 +40,8 @@ def run_report(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_args(list(argv))
     if arguments.out is not None and arguments.out.is_dir():
         raise ConfigError(f"--out {arguments.out}: expected a file, got a folder. Write --out {arguments.out / PAGE}.")
+    for root in arguments.runs:
+        check_is_folder(root)
     out = arguments.out or (arguments.runs[0] / PAGE if len(arguments.runs) == 1 else Path(PAGE))
     check_writable(out.parent, "--out")
     print(write_run_page(arguments.runs, out))

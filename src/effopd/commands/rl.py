@@ -10,7 +10,9 @@ import yaml
 from trl import ModelConfig
 
 from effopd.commands.parser import RUN_ESSENTIALS, CommandParser, OneSpelling, add_dry_run, arrange, parsed, require
+from effopd.common.unique_keys import load_unique, settings_text
 from effopd.distill.rl_config import PRESETS, TaskDGRPOConfig, config_class
+from effopd.errors import ConfigError
 from effopd.launch.rl import RLRunSettings
 from effopd.tasks import TaskConfig
 from effopd.tasks.builtin_models import resolve_model
@@ -87,6 +89,9 @@ def _algorithm(argv: list[str]) -> str:
     """`--algorithm` from the command line, otherwise from the YAML file, otherwise grpo.
 
     It must be known first because the set of flags depends on it.
+
+    Raises:
+        ConfigError: the file cannot be read as YAML.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algorithm")
@@ -94,6 +99,9 @@ def _algorithm(argv: list[str]) -> str:
     known, _ = first.parse_known_args(argv)
     if known.algorithm is None and known.config is not None:
         path = Path(known.config)
-        settings = yaml.safe_load(path.read_text()) if path.is_file() else None
+        try:
+            settings = load_unique(settings_text(path), path.name) if path.is_file() else None
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(str(error)) from error
         known.algorithm = settings.get("algorithm") if isinstance(settings, dict) else None
     return known.algorithm or "grpo"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -78,12 +79,28 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the complete JSON lines of a file, without a last line cut short by a kill.
 
     A missing file yields nothing.
+
+    Raises:
+        ConfigError: another line is no JSON object.
     """
     if not path.exists():
         return
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            yield json.loads(line)
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also bytes that are no text
+            raise _broken(path, number, str(error)) from error
+        if not isinstance(row, dict):
+            raise _broken(path, number, f"a {type(row).__name__}")
+        yield row
+
+
+def _broken(path: Path, number: int, got: str) -> ConfigError:
+    return ConfigError(
+        f"{path}, line {number}: expected a JSON object, got {got}. Copy the file again, or delete this line."
+    )
 
 
 def keep_rows(path: Path, last_step: int) -> None:
@@ -95,3 +112,17 @@ def keep_rows(path: Path, last_step: int) -> None:
         text = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step)
         if text.encode() != path.read_bytes():
             write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def move_aside(path: Path) -> Path | None:
+    """Rename a non-empty file to `NAME-N.SUFFIX`, with the first free N.
+
+    Returns:
+        The new path; `None`: there is no file, or it is empty.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    aside = next(each for each in numbered if not each.exists())
+    path.rename(aside)
+    return aside

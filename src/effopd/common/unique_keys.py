@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,6 +29,21 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             first[key.value] = line
         return node
+
+
+def settings_text(path: Path) -> str:
+    """Text of a file of settings.
+
+    Raises:
+        ConfigError: the file is in another encoding.
+    """
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected text in {error.encoding}, got the byte 0x{error.object[error.start]:02x} at position "
+            f"{error.start}. Save the file in {error.encoding}."
+        ) from error
 
 
 def load_unique(text: str, name: str) -> Any:

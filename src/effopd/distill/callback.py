@@ -8,6 +8,7 @@ at the start of the next step instead, on that step's rollouts or batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from effopd.common.distributed import broadcast_from_rank0, world_size
-from effopd.common.files import append_row, keep_rows
+from effopd.common.files import append_row, keep_rows, move_aside
 from effopd.common.host_values import name_of
 from effopd.distill.next_batch import NEXT_BATCH_LOSS, next_batch_scorer, wanted_examples
 from effopd.distill.scoring import accuracy_scorer, rollout_scorer, text_batch, wanted_rollouts
@@ -42,6 +43,8 @@ from effopd.extrapolate.zero_settings import (
 )
 from effopd.runs.records import SEARCHES, SearchRecord
 from effopd.tasks.base import Task, Verifier
+
+logger = logging.getLogger(__name__)
 
 
 def check_deepspeed(args: Any, *, lora: bool) -> None:
@@ -253,7 +256,10 @@ class EffOPDCallback(TrainerCallback):
             self._detach()
             raise
         if state.is_world_process_zero and not hasattr(self.trainer, "run_dir"):  # otherwise `RunDirCallback` does
-            keep_rows(Path(args.output_dir) / SEARCHES, state.global_step)
+            searches = Path(args.output_dir) / SEARCHES
+            if state.global_step == 0 and (aside := move_aside(searches)) is not None:
+                logger.warning("%s held the searches of an earlier run; they are now in %s.", searches, aside.name)
+            keep_rows(searches, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Report the last search to trainers without TRL's metric buffer.

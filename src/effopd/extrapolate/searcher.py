@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from effopd.common.distributed import assert_same_on_ranks, broadcast_from_rank0, raise_on_all_ranks, world_size
+from effopd.common.distributed import (
+    assert_same_on_ranks,
+    broadcast_from_rank0,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
 from effopd.common.isolation import evaluating, isolated_rng
 from effopd.errors import NonFiniteWeightsError
 from effopd.extrapolate.movable import Direction, MovableWeights
-from effopd.extrapolate.scorers.base import Scorer, SlopeScorer, ask
+from effopd.extrapolate.scorers.base import Scorer, SlopeScorer, as_score, ask
 from effopd.extrapolate.search import Score, SearchResult, Trial
+
+logger = logging.getLogger(__name__)
 
 
 class Along:
@@ -68,7 +78,7 @@ class Searcher:
     def __init__(self, model: Any, weights: MovableWeights, scorer: Scorer | None, seed: int, timeout: float | None):
         self.model, self.weights, self.scorer = model, weights, scorer
         self._seed, self._timeout = seed, timeout
-        self._untouched = False
+        self._untouched = self._warned = False
 
     def search(
         self, step: int, direction: Direction, decide: Callable[[Along], SearchResult]
@@ -115,7 +125,7 @@ class Searcher:
         assert score is not None, "check_model asks for a target"
         with isolated_rng(self.seed_at(step)), torch.no_grad():
             value = broadcast_from_rank0(raise_on_all_ranks(score))
-        return value if isinstance(value, Score) else Score(float(value))
+        return as_score(value)
 
     def seed_at(self, step: int) -> int:
         """Seed shared by all scores of one step."""
@@ -128,9 +138,23 @@ class Searcher:
         if scale != 0.0 or not self._untouched:  # a search starts at scale 0
             self.weights.move_to(scale)
         self._untouched = False
-        if isinstance(scorer, SlopeScorer):
-            return ask(lambda model: scorer(model, scale), self.model, scale, seed, self._timeout)
-        return ask(scorer, self.model, scale, seed, self._timeout)
+        asked: Scorer = (lambda model: scorer(model, scale)) if isinstance(scorer, SlopeScorer) else scorer
+        score = ask(asked, self.model, scale, seed, self._timeout)
+        if scale == 0.0:
+            self._warn_unless_finite(score)
+        return score
+
+    def _warn_unless_finite(self, start: Score) -> None:
+        """Warn once if the start of a search has no finite score."""
+        if math.isfinite(start.mean) or self._warned:
+            return
+        self._warned = True
+        if rank() == 0:
+            logger.warning(
+                "The scorer gave %s for the current weights: expected a finite number. Nothing can be compared with "
+                "it, so the weights stay. Check the scorer and the loss; later scores like this are not reported.",
+                start.mean,
+            )
 
     def _begin(self, *direction: Direction) -> None:
         self.weights.begin(*direction)

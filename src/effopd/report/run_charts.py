@@ -100,8 +100,8 @@ def _candidates(search: SearchRecord) -> str:
 def search_chart(name: str, label: str, searches: Sequence[SearchRecord], look: Look, most: int = 24) -> Chart | None:
     """One panel per search: paired gain of every scale over s = 0, ± 2 standard errors.
 
-    The accepted scale is a vertical line. Shows the first `most` searches with a scored candidate;
-    `None` if there is none.
+    A gain without two examples to pair has no error. The accepted scale is a vertical line. Shows
+    the first `most` searches with a scored candidate; `None` if there is none.
     """
     drawn = [search for search in searches if search.start_score is not None and len(_scored(search)) > 1][:most]
     if not drawn:
@@ -110,14 +110,14 @@ def search_chart(name: str, label: str, searches: Sequence[SearchRecord], look: 
     for search in drawn:
         start = _score(search.trials[0])
         points = sorted(_scored(search), key=attrgetter("scale"))
-        gains = [paired_gain(_score(trial), start) for trial in points]
+        gains = [_gain(_score(trial), start) for trial in points]
         line = Series(
             label,
             [trial.scale for trial in points],
             [mean for mean, _ in gains],
             look,
-            [mean - 2 * error for mean, error in gains],
-            [mean + 2 * error for mean, error in gains],
+            [None if error is None else mean - 2 * error for mean, error in gains],
+            [None if error is None else mean + 2 * error for mean, error in gains],
             bars=True,
             tips=[trial.verdict for trial in points],
         )
@@ -142,6 +142,14 @@ def _scored(search: SearchRecord) -> list[TrialRecord]:
 def _score(trial: TrialRecord) -> Score:
     assert trial.score is not None
     return Score(trial.score, trial.per_example or ())
+
+
+def _gain(candidate: Score, start: Score) -> tuple[float, float | None]:
+    """Gain and its standard error; `None` if there are no two examples to pair."""
+    counts = {len(candidate.per_example), len(start.per_example)}
+    if counts == {1} or len(counts) > 1:
+        return candidate.mean - start.mean, None
+    return paired_gain(candidate, start)
 
 
 def training_chart(runs: Sequence[RunRecords], styles: Mapping[str, Look]) -> Chart:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from effopd.common.unique_keys import load_unique, settings_text
 from effopd.errors import ConfigError
 from effopd.runs.records import (
     CONFIG,
@@ -71,7 +72,7 @@ def read_runs(roots: Sequence[Path]) -> list[RunRecords]:
     """The runs, labeled by their paths relative to the common parent folder.
 
     Raises:
-        ConfigError: a folder holds no rows of a run, or is given twice.
+        ConfigError: a folder holds no rows of a run, or is given twice, or a file is damaged.
     """
     paths = [root.absolute() for root in roots]
     if len(set(paths)) < len(paths):
@@ -79,20 +80,48 @@ def read_runs(roots: Sequence[Path]) -> list[RunRecords]:
     above = paths[0].parent if len(paths) == 1 else Path(os.path.commonpath(paths))
     runs = []
     for root, path in zip(roots, paths, strict=True):
-        if not root.exists():
-            raise ConfigError(
-                f"{root}: no such folder (working directory: {Path.cwd()}). Expected the output directory of "
-                "`effopd train` or `effopd rl`."
-            )
+        check_is_folder(root)
         steps, evaluations = read_steps(root), read_evaluations(root)
         if not steps and not evaluations:
             raise ConfigError(
                 f"{root} is not a run directory: expected rows in {METRICS} or {EVALS}. Pass the output directory of "
                 "`effopd train` or `effopd rl`."
             )
-        text = (root / CONFIG).read_text() if (root / CONFIG).is_file() else ""
+        text = settings_text(root / CONFIG) if (root / CONFIG).is_file() else ""
         versions = tuple(line[2:] for line in text.splitlines() if line.startswith("# "))
         label = str(path.relative_to(above)) if path != above else path.name
-        settings = yaml.safe_load(text) or {}
+        settings = _settings(text, root / CONFIG)
         runs.append(RunRecords(label, root, settings, versions, steps, read_searches(root), evaluations))
     return runs
+
+
+def check_is_folder(root: Path) -> None:
+    """Check that a run is a folder.
+
+    Raises:
+        ConfigError: it is a file, or there is nothing.
+    """
+    if not root.is_dir():
+        what = "is a file" if root.exists() else f"no such folder (working directory: {Path.cwd()})"
+        raise ConfigError(f"{root}: {what}. Expected the output directory of `effopd train` or `effopd rl`.")
+
+
+def _settings(text: str, path: Path) -> dict[str, Any]:
+    """The settings in the text of a `config.yaml`.
+
+    Raises:
+        ConfigError: the text is not YAML or holds no settings.
+    """
+    try:
+        settings = load_unique(text, str(path)) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}. Copy the file again.") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{path}, line 1: expected a mapping of settings, got a {type(settings).__name__}. Copy the file again."
+        )
+    if not isinstance(settings.get("effopd") or {}, dict):
+        raise ConfigError(
+            f"{path}: effopd: expected a block, {{strategy: …}}, got {settings['effopd']!r}. Copy the file again."
+        )
+    return settings

@@ -9,6 +9,21 @@ from effopd.report.run_data import RunRecords
 from effopd.runs.records import EvaluationRecord
 from effopd.tasks.builtin_models import spoken_name
 
+#: Settings of the models and of the held-out evaluation. Only runs that agree in all of them have
+#: comparable KLs.
+SAME = (
+    "task",
+    "task_args",
+    "eval_task",
+    "eval_task_args",
+    "eval_size",
+    "task_seed",
+    "model_name_or_path",
+    "teacher_model_name_or_path",
+    "max_completion_length",
+    "eval_temperature",
+)
+
 
 def sentences(runs: Sequence[RunRecords]) -> list[str]:
     """One or two sentences per run; for several runs of one task, the speed-ups over the first."""
@@ -65,13 +80,13 @@ def _searches(run: RunRecords) -> str:
 
 
 def _speedups(runs: Sequence[RunRecords]) -> list[str]:
-    """Cost of every other run to the first run's final KL, if they share task and teacher."""
-    same = {
-        (str(run.config.get("task")), spoken_name(str(run.config.get("teacher_model_name_or_path")))) for run in runs
-    }
+    """Cost of every other run to the first run's final KL, if they share models and evaluation."""
     measured = {run.label: [record for record in run.evaluations if record.kl is not None] for run in runs}
-    if len(runs) < 2 or len(same) > 1 or not all(measured.values()):
+    if len(runs) < 2 or not all(measured.values()):
         return []
+    different = [name for name in SAME if len({_setting(run, name) for run in runs}) > 1]
+    if different:
+        return [f"Times to a common KL are left out: the runs differ in {', '.join(different)}."]
     first = runs[0]
     target = final_target(measured[first.label])
     reference = _first_at(measured[first.label], target)
@@ -88,6 +103,11 @@ def _speedups(runs: Sequence[RunRecords]) -> list[str]:
             text += f", {theirs / ours:.2f}× as fast in net {run.clock}"
         found.append(f"{text}.")
     return [*found, "One run each: these ratios have no interval; `effopd compare` measures them over seeds."]
+
+
+def _setting(run: RunRecords, name: str) -> str:
+    """A setting as text; models by the user's name of them."""
+    return spoken_name(str(run.config.get(name)))
 
 
 def _first_at(evaluations: Sequence[EvaluationRecord], target: float) -> EvaluationRecord | None:

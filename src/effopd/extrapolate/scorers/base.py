@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -102,12 +102,47 @@ def _ask(scorer: Scorer, model: Any, scale: float, seed: int, timeout: float | N
             f"the scorer raised {type(error).__name__} at scale {scale}: {error}. The weights were restored. Fix "
             "the scorer and resume from the last checkpoint."
         ) from error
-    if isinstance(value, Score):
-        return value
+    return as_score(value, time.perf_counter() - start)
+
+
+def as_score(value: Any, seconds: float = 0.0) -> Score:
+    """What a scorer returned, as a `Score` of Python numbers.
+
+    Args:
+        seconds: wall-clock time of a scorer that returned only a number.
+
+    Raises:
+        ScorerError: the value is neither a number nor a `Score` of numbers.
+    """
+    if not isinstance(value, Score):
+        try:
+            return Score(float(value), seconds=seconds)
+        except _NO_NUMBER as error:
+            raise ScorerError(
+                f"the scorer returned {_what(value)}: expected a number or an effopd Score. The weights were restored."
+            ) from error
     try:
-        return Score(float(value), seconds=time.perf_counter() - start)
-    except (TypeError, ValueError) as error:
+        mean = float(value.mean)
+    except _NO_NUMBER as error:
         raise ScorerError(
-            f"the scorer returned {type(value).__name__}: expected a number or an effopd Score. The weights were "
-            "restored."
+            f"the scorer returned a Score whose mean is {_what(value.mean)}: expected a number. The weights were "
+            "restored. Fix the scorer and resume from the last checkpoint."
         ) from error
+    try:
+        examples = () if value.per_example is None else tuple(map(float, value.per_example))
+    except _NO_NUMBER as error:
+        raise ScorerError(
+            f"the scorer returned a Score whose per_example is {_what(value.per_example)}: expected one number per "
+            "example, or (). The weights were restored. Fix the scorer and resume from the last checkpoint."
+        ) from error
+    return replace(value, mean=mean, per_example=examples)
+
+
+#: What `float` raises; RuntimeError: a tensor of several elements.
+_NO_NUMBER = (TypeError, ValueError, OverflowError, RuntimeError)
+
+
+def _what(value: Any) -> str:
+    """Type of a value, and the shape of an array."""
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
