@@ -53,8 +53,6 @@ class CostLedger:
         self._clock = clock
         self._open: list[str] = []
         self._since = 0.0
-        #: The teacher's part of `forward_tokens["search"]`; `None`: resumed from totals without it.
-        self.search_teacher_tokens: int | None = 0
         self.reset()
 
     def reset(self) -> None:
@@ -62,7 +60,8 @@ class CostLedger:
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         self.generated_tokens = dict.fromkeys(CATEGORIES, 0)
         self.forward_tokens = dict.fromkeys(CATEGORIES, 0)
-        self.search_teacher_tokens = 0
+        #: The teacher's part of `forward_tokens["search"]`; `None`: resumed from totals without it.
+        self.search_teacher_tokens: int | None = 0
 
     def start(self) -> None:
         """Start or restart the clock in category `other`; closes all open categories."""
