@@ -81,6 +81,14 @@ def test_the_run_made_on_both_machines_is_one_that_the_source_has():
         assert len({r.path for r in made}) == len(made) == 18 - 2 - len(more) + 1
 
 
+def test_a_file_without_the_baseline_shares_another_run():
+    """Seconds are converted by any run of both machines; the baseline of the plan may not exist."""
+    there = [run("twice", LR, 1, task="t"), run("twice", LR, 2, task="t")]
+    made = runs_to_make(plan(), [Source("a.json", tuple(there))])
+    assert [(r.task, r.strategy, r.seed) for r in made[:2]] == [("t", "twice", 1), ("u", "plain", 0)]
+    assert len({r.path for r in made}) == len(made) == 12 - 2 + 1
+
+
 def test_runs_of_another_command_are_imported_too():
     the_plan = plan()
     more = [replace(r, strategy="rewarded") for r in the_plan.runs() if r.strategy == "plain"]
@@ -169,7 +177,7 @@ def test_a_speedup_is_the_one_measured_on_the_machine_that_made_its_runs():
 
 
 def test_seconds_without_a_run_in_common_are_refused():
-    with pytest.raises(ConfigError, match=r"no finished run in common.*a run of plain that the file holds"):
+    with pytest.raises(ConfigError, match=r"no finished run in common.*a run that the file holds"):
         merge_runs(plan(), [run(seed=0, task="t")], [Source("a.json", (run(seed=1, task="t"),))])
 
 
@@ -205,6 +213,14 @@ def test_more_rates_or_strategies_are_no_other_settings(tmp_path):
     (entry,) = read_entries(plan(tmp_path, strategies=more), [path])
     (source,) = sources(plan(tmp_path, strategies=more), [entry])
     assert {r.strategy for r in source.runs} == {"plain"}
+
+
+def test_settings_of_what_never_ran_are_no_other_settings(tmp_path):
+    """A strategy or task that a plan lists and no run of the file has can be planned anew."""
+    ran = [r for r in grid() if (r.task, r.strategy) == ("t", "plain")]
+    path = results_json(tmp_path / "r.json", ran, plan(tasks={"t": {}, "u": {"max_steps": 9}}))
+    changed = plan(tmp_path, strategies={"plain": {}, "twice": {"max_steps": 7}}, tasks={"t": {}, "u": {}})
+    assert [len(source.runs) for source in sources(changed, read_entries(changed, [path]))] == [len(ran)]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"settings": {}, "runs": [{"task": "t"}]}'])

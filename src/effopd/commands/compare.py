@@ -69,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RESULTS_JSON",
-        help="Import finished runs from the results.json of another machine; repeatable. The baseline is run "
-        "here for one seed per task to convert their seconds to this machine's.",
+        help="Import finished runs from the results.json of another machine; repeatable. One of them per task "
+        "is repeated here, to convert their seconds to this machine's.",
     )
     parser.add_argument(
         "--only",

@@ -72,7 +72,7 @@ def with_roles(results: Mapping[str, Any], grid: Grid, source: Path) -> dict[str
     Raises:
         ConfigError: the runs have other settings than the plan's.
     """
-    check_same_settings(grid, source, results["settings"])
+    check_same_settings(grid, source, results)
     again = analyze_runs(runs_of(results), grid.roles)
     stored = results["settings"].get("strategies", {})
     strategies = {name: grid.strategies.get(name, own) for name, own in stored.items()}

@@ -55,6 +55,8 @@ def read_entries(grid: Grid, paths: Sequence[Path]) -> list[dict[str, Any]]:
             results = json.loads(path.read_text())
             entries.append({"path": str(path), "settings": results["settings"], "runs": results["runs"]})
             _source(grid, entries[-1])
+        except ConfigError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"--runs_from {path}: expected a results.json of `effopd compare` ({type(error).__name__}: {error})."
@@ -85,13 +87,13 @@ def sources(grid: Grid, entries: Sequence[Mapping[str, Any]], more: Sequence[Pla
     return [_source(grid, entry, more) for entry in entries]
 
 
-def check_same_settings(grid: Grid, path: str | Path, settings: Mapping[str, Any]) -> None:
-    """Check the settings of a results.json against the plan's.
+def check_same_settings(grid: Grid, path: str | Path, results: Mapping[str, Any]) -> None:
+    """Check the settings of the runs in a results.json (`settings`, `runs`) against the plan's.
 
     Raises:
         ConfigError: settings that affect runs differ.
     """
-    differing = list(_differences(grid, settings))
+    differing = list(_differences(grid, results))
     if differing:
         raise ConfigError(
             f"the runs of {path} have other settings than the plan: {'; '.join(differing)}. "
@@ -100,25 +102,30 @@ def check_same_settings(grid: Grid, path: str | Path, settings: Mapping[str, Any
 
 
 def _source(grid: Grid, entry: Mapping[str, Any], more: Sequence[PlannedRun] = ()) -> Source:
-    check_same_settings(grid, entry["path"], entry["settings"])
+    check_same_settings(grid, entry["path"], entry)
     planned = {key(run) for run in (*grid.runs(), *more)}
     runs = tuple(run for run in map(from_row, entry["runs"]) if key(run) in planned)
     return Source(entry["path"], runs, tuple(entry["settings"].get("merges", ())))
 
 
-def _differences(grid: Grid, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that affect runs and differ, each as `name (value here, value there)`."""
+def _differences(grid: Grid, results: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that affect runs and differ, each as `name (value here, value there)`.
+
+    A strategy or task without runs in the file affects none.
+    """
+    settings = results["settings"]
+    ran = {name for run in results["runs"] for name in (run["strategy"], run["task"])}
     ours: dict[str, Any] = {
         "baseline": grid.baseline,
         "reference_learning_rate": grid.reference_learning_rate,
         "base": grid.base,
     }
     theirs: dict[str, Any] = {name: settings.get(name) for name in ours}
-    for name in grid.strategies.keys() & settings.get("strategies", {}).keys():
+    for name in grid.strategies.keys() & settings.get("strategies", {}).keys() & ran:
         ours[f"strategies.{name}"] = run_settings(grid.strategies[name])
         theirs[f"strategies.{name}"] = run_settings(settings["strategies"][name])
     here, there = _by_task(grid.tasks), _by_task(settings.get("tasks", ()))
-    for task in here.keys() & there.keys():
+    for task in here.keys() & there.keys() & ran:
         for side, own, base in ((ours, here, grid.base), (theirs, there, settings["base"])):
             merged = merge(base, own[task])
             side[f"tasks.{task}"] = {name: merged.get(name) for name in {*here[task], *there[task]}}
@@ -144,21 +151,20 @@ def key(run: GridRun | PlannedRun) -> tuple[str, str, float, int]:
 def runs_to_make(grid: Grid, imported: Sequence[Source]) -> list[PlannedRun]:
     """Runs of the plan to make on this machine; those that set the rescaling factor come first.
 
-    These are, per task, a run of the baseline that a source has too, preferably at the reference
-    learning rate. For a task without such a run, it is the first one at the reference rate.
+    These are, per task, a run that a source has too: of the baseline if possible, and at the
+    reference learning rate. For a task without such a run, it is the baseline's first one at that
+    rate.
     """
     runs = grid.runs()
     if not imported:
         return runs
     made_there = {key(run) for source in imported for run in source.runs}
 
-    def unfit(run: PlannedRun) -> tuple[bool, bool]:
-        return key(run) not in made_there, run.learning_rate != grid.reference_learning_rate
+    def unfit(run: PlannedRun) -> tuple[bool, ...]:
+        other_rate = run.learning_rate != grid.reference_learning_rate
+        return key(run) not in made_there, run.strategy != grid.baseline, other_rate
 
-    shared = [
-        min((run for run in runs if (run.task, run.strategy) == (task, grid.baseline)), key=unfit)
-        for task in grid.tasks
-    ]
+    shared = [min((run for run in runs if run.task == task), key=unfit) for task in grid.tasks]
     return shared + [run for run in runs if key(run) not in made_there and run not in shared]
 
 
@@ -192,8 +198,8 @@ def merge_runs(
         if not ratios:
             raise ConfigError(
                 f"{grid.output_dir} and {source.path} have no finished run in common, so seconds "
-                f"cannot be compared yet. Let `effopd compare PLAN` finish a run of {grid.baseline} that the file "
-                f"holds, which it makes first, or remove {Path(grid.output_dir) / IMPORTED}."
+                f"cannot be compared yet. Let `effopd compare PLAN`, without --only, finish a run that the file holds, "
+                f"too, which it makes first, or remove {Path(grid.output_dir) / IMPORTED}."
             )
         by_place: dict[Place, list[float]] = {}
         for place, ratio in _pace_ratios(runs, source):
