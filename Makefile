@@ -1,4 +1,4 @@
-# make demo  plain OPD, EffOPD and line_search on the built-in testbed: runs/demo/
+# make demo  plain OPD, EffOPD and newton_search on the built-in testbed: runs/demo/
 # make real-model  SmolLM2-135M: a teacher, plain OPD and newton_search on 2 cores: runs/compare-smollm2/
 # make test  the whole test suite, on WORKERS=2 cores
 # make test-fast  the inner loop: without the tests marked slow
@@ -20,7 +20,7 @@ demo: | say-demo $(READY)
 
 .PHONY: say-demo
 say-demo:
-	@echo "make demo: 1. Python packages in $(VENV) (once, some minutes, mostly torch)  2. effopd quickstart (about 8 minutes)"
+	@echo "make demo: 1. Python packages in $(VENV) (once, some minutes, mostly torch)  2. effopd quickstart (about 3 minutes)"
 
 TEACHER := runs/smollm2/chain_sum/teacher/model.safetensors
 

@@ -1,13 +1,11 @@
 """Summaries and figures in docs/demo/: the demo over several seeds.
 
     .venv/bin/python benchmarks/demo_seeds.py [--family chain_sum] [--seeds 0] [--keep docs/demo]
-    .venv/bin/python benchmarks/demo_seeds.py --grid docs/results.json
     .venv/bin/python benchmarks/readme_results.py
 
 Runs `effopd quickstart` once per seed into runs/demo-FAMILY-SEED; a finished seed is only redrawn.
-Copies the summaries and the first seed's figure to `--keep`, and prints a table with medians. With
-`--grid`, nothing is run: the same three runs per seed are read from the results.json of
-`recipes/compare-testbed.yaml`. Seconds are CPU seconds, so that other processes do not count.
+Copies the summaries and the first seed's figure to `--keep`, and prints a table with medians.
+Seconds are CPU seconds, so that other processes do not count.
 docs/tutorials/quickstart.md shows seed 0 of chain_sum; `readme_results.py` writes its output from
 docs/demo/chain_sum-seed-0.json.
 """
@@ -15,22 +13,16 @@ docs/demo/chain_sum-seed-0.json.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import statistics
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from effopd.commands import quickstart_results
 from effopd.commands.main import main as effopd
-from effopd.commands.quickstart_settings import AHEAD, ARMS, QuickstartArguments
-from effopd.common.files import append_row
-from effopd.common.statistics import accuracy_interval
-from effopd.compare.grid_run import from_row
-from effopd.runs.records import EVALS, SEARCHES, SearchRecord
+from effopd.commands.quickstart_settings import QuickstartArguments
 
 AXES = ("steps", "seconds", "generated_tokens")
 
@@ -40,11 +32,8 @@ def main() -> None:
     parser.add_argument("--family", default="chain_sum")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--keep", type=Path, default=Path("docs/demo"))
-    parser.add_argument("--max_steps", type=int, default=96)
+    parser.add_argument("--max_steps", type=int, default=48)
     parser.add_argument("--cost_clock", default="cpu", choices=["wall", "cpu"], help="as in `effopd quickstart`")
-    parser.add_argument(
-        "--grid", type=Path, metavar="RESULTS_JSON", help="read the runs from this file instead of running them"
-    )
     arguments = parser.parse_args()
     arguments.keep.mkdir(parents=True, exist_ok=True)
     summaries = {}
@@ -52,9 +41,7 @@ def main() -> None:
         root = Path("runs") / f"demo-{arguments.family}-{seed}"
         demo = QuickstartArguments(seed=seed, family=arguments.family, max_steps=arguments.max_steps,
                                    cost_clock=arguments.cost_clock)  # fmt: skip
-        if arguments.grid is not None:
-            of_grid(json.loads(arguments.grid.read_text()), demo, root)
-        elif (root / "summary.json").exists():
+        if (root / "summary.json").exists():
             quickstart_results.conclude(root, demo, Console(soft_wrap=True))  # redraw from the rows
         else:
             effopd(["quickstart", "--seed", str(seed), "--family", arguments.family, "--output_dir", str(root),
@@ -64,33 +51,6 @@ def main() -> None:
         if seed == arguments.seeds[0]:
             shutil.copy(root / "figure.png", arguments.keep / f"{arguments.family}.png")
     print(table(summaries))
-
-
-def of_grid(results: dict[str, Any], demo: QuickstartArguments, root: Path) -> None:
-    """Write the demo's summary and figure from the grid's runs at the reference learning rate."""
-    base, settings = results["settings"]["base"], results["settings"]
-    shutil.rmtree(root, ignore_errors=True)
-    for arm in ARMS:
-        place = (f"testbed:{demo.family}", arm, settings["reference_learning_rate"], demo.seed)
-        (row,) = (r for r in results["runs"] if (r["task"], r["strategy"], r["learning_rate"], r["seed"]) == place)
-        (root / arm).mkdir(parents=True)
-        for evaluation in from_row(row).evaluations:
-            right = round(evaluation.accuracy * base["eval_size"])
-            interval = accuracy_interval([[i < right] for i in range(base["eval_size"])])
-            between = dataclasses.replace(evaluation, accuracy_low=interval.low, accuracy_high=interval.high)
-            append_row(root / arm / EVALS, between.to_row())
-        for step, scale in row["accepted"]:
-            append_row(root / arm / SEARCHES, SearchRecord(step, accepted_scale=scale).to_row())
-    summary = quickstart_results.summarize(root, demo) | {
-        "versions": results["versions"],
-        "cost_clock": settings["clock"],
-    }
-    summary["runs_of"] = "docs/results.json"
-    for arm in AHEAD:  # results.json has no costs of single searches
-        for name in ("search_seconds", "search_generated_tokens"):
-            del summary[arm][name]
-    (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    quickstart_results.draw_figure(root, summary)
 
 
 def table(summaries: dict[int, dict]) -> str:

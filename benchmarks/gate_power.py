@@ -117,7 +117,9 @@ class Measuring:
 def measure_run(family: str, seed: int, count: int, steps: int) -> Measuring:
     """Train one `effopd` run on the testbed and measure its searches."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = QuickstartArguments(family=family, seed=seed, max_steps=steps, eval_steps=steps, eval_size=64)
+        arguments = QuickstartArguments(
+            family=family, seed=seed, max_steps=steps, eval_steps=steps, eval_size=64, prompts_per_step=256
+        )
         trainer = build_trainer(settings("effopd", arguments, Path(folder) / "run"))
         trainer.remove_callback(PrinterCallback)
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, EffOPDCallback))

@@ -23,11 +23,11 @@ def test_quickstart_end_to_end(tmp_path, capsys, monkeypatch):
     assert main(["quickstart", *flags]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((root / "summary.json").read_text())
-    for arm in ("plain", "effopd", "line_search"):
+    for arm in ("plain", "effopd", "newton_search"):
         assert {"steps", "seconds", "generated_tokens", "final_kl", "final_accuracy"} <= summary[arm].keys()
         assert summary[arm]["steps"] == 2 and summary[arm]["seconds"] > 0
     assert set(summary["effopd"]["accepted_scales"]) == {"1", "2"}
-    assert set(summary["line_search"]["accepted_scales"]) == {"2"}  # step 1 on the rollouts of step 2
+    assert set(summary["newton_search"]["accepted_scales"]) == {"2"}  # step 1 on the rollouts of step 2
     assert {"steps", "seconds", "generated_tokens"} <= summary["speedup"].keys()
     assert (root / "figure.png").stat().st_size > 10_000
     assert all(arm in (root / "report.html").read_text() for arm in ARMS)
@@ -89,7 +89,7 @@ def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, mo
     monkeypatch.setattr(quickstart, "_run_arm", lambda arm, arguments, folder, display: started.append(folder))
     monkeypatch.setattr(quickstart, "conclude", lambda *_: None)
     root = tmp_path / "demo"
-    for there in ([], ["plain"], ["plain", "effopd", "line_search", "summary.json", ".DS_Store"]):
+    for there in ([], ["plain"], ["plain", "effopd", "newton_search", "summary.json", ".DS_Store"]):
         for name in there:
             (root / name).mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
@@ -116,7 +116,7 @@ def test_an_earlier_demo_is_moved_aside_but_not_from_within(tmp_path, capsys, mo
     assert "is a file" in capsys.readouterr().err
     assert len(started) == 12
     assert main(["quickstart", "--output_dir", "demo/plain/.."]) == 0
-    assert not root.exists() and started[12:] == [root / arm for arm in ("plain", "effopd", "line_search")]
+    assert not root.exists() and started[12:] == [root / arm for arm in ("plain", "effopd", "newton_search")]
 
 
 def rows(root, arm, values, seconds):
@@ -136,14 +136,14 @@ def rows(root, arm, values, seconds):
 def test_summary_finds_a_planted_speedup_and_reports_never(tmp_path):
     rows(tmp_path / "a", "plain", [0.9**i for i in range(31)], 1.0)
     rows(tmp_path / "a", "effopd", [0.9 ** (3 * i) for i in range(31)], 1.5)
-    rows(tmp_path / "a", "line_search", [0.9 ** (6 * i) for i in range(31)], 1.5)
+    rows(tmp_path / "a", "newton_search", [0.9 ** (6 * i) for i in range(31)], 1.5)
     summary = summarize(tmp_path / "a", QuickstartArguments(max_steps=30))
-    for speedup, steps in ((summary["speedup"], 3.0), (summary["line_search"]["speedup"], 6.0)):
+    for speedup, steps in ((summary["speedup"], 3.0), (summary["newton_search"]["speedup"], 6.0)):
         assert speedup["steps"] == pytest.approx(steps, rel=0.2)
         assert speedup["seconds"] == pytest.approx(steps / 1.5, rel=0.2)
 
     rows(tmp_path / "b", "plain", [0.9**i for i in range(31)], 1.0)
-    for arm in ("effopd", "line_search"):
+    for arm in ("effopd", "newton_search"):
         rows(tmp_path / "b", arm, [0.99**i for i in range(31)], 1.0)
     speedup = summarize(tmp_path / "b", QuickstartArguments(max_steps=30))["speedup"]
     assert speedup["steps"] is None and speedup["seconds"] is None and "did not reach" in speedup["reason"]
@@ -161,13 +161,13 @@ def test_the_clock_reaches_the_runs_and_the_summary(tmp_path, clock):
 
 def test_fast_changes_what_is_not_given(tmp_path):
     full, fast = QuickstartArguments(), QuickstartArguments(fast=True)
-    assert full.max_steps == 96 and full.prompts_per_step == 256
-    assert quickstart.settings("plain", full, tmp_path).opd.per_device_train_batch_size == 256
-    assert (fast.max_steps, fast.eval_size, fast.prompts_per_step) == (12, 64, 64)
-    given = QuickstartArguments(fast=True, max_steps=96, eval_size=256)
-    assert (given.max_steps, given.eval_size, given.prompts_per_step) == (96, 256, 64)
+    assert full.max_steps == 48 and full.prompts_per_step == 64
+    assert quickstart.settings("plain", full, tmp_path).opd.per_device_train_batch_size == 64
+    assert (fast.max_steps, fast.eval_size, fast.prompts_per_step) == (12, 64, 32)
+    given = QuickstartArguments(fast=True, max_steps=48, eval_size=256)
+    assert (given.max_steps, given.eval_size, given.prompts_per_step) == (48, 256, 32)
     say = quickstart.introduction
-    assert "about 8 minutes" in say(full, tmp_path) and "under a minute" in say(fast, tmp_path)
+    assert "about 3 minutes" in say(full, tmp_path) and "under a minute" in say(fast, tmp_path)
     assert "minute" not in say(given, tmp_path) and "minute" not in say(QuickstartArguments(max_steps=7), tmp_path)
 
 

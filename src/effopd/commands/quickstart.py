@@ -1,4 +1,4 @@
-"""`effopd quickstart`: plain OPD, EffOPD and line_search compared on the built-in testbed.
+"""`effopd quickstart`: plain OPD, EffOPD and newton_search compared on the built-in testbed.
 
 All runs share seed and prompts and use the code of `effopd train`. `make demo` runs it.
 """
@@ -31,7 +31,7 @@ def run_quickstart(argv: Sequence[str]) -> int:
     parser = CommandParser(
         [QuickstartArguments],
         prog="effopd quickstart",
-        description="Run plain OPD, the paper's EffOPD and this package's line_search on the built-in testbed with "
+        description="Run plain OPD, the paper's EffOPD and this package's newton_search on the built-in testbed with "
         "the same seed and prompts. Print the net speed-ups.",
         formatter_class=OneSpelling,
     )
@@ -59,7 +59,7 @@ def run_quickstart(argv: Sequence[str]) -> int:
 def introduction(arguments: QuickstartArguments, root: Path) -> str:
     """What the demo does, how long it takes, and where the results go."""
     used = {name: getattr(arguments, name) for name in FULL}
-    duration = "about 8 minutes" if used == FULL else "under a minute" if used == FAST else ""
+    duration = "about 3 minutes" if used == FULL else "under a minute" if used == FAST else ""
     takes = f"This takes {duration} on 2 CPU cores and downloads" if duration else "This downloads"
     return (
         f"Trains the built-in student on testbed:{arguments.family} {len(ARMS)} times, {arguments.max_steps} steps "

@@ -107,7 +107,7 @@ def table_of(summary: dict[str, Any]) -> Table:
             str(values["steps"]),
             f"{values['seconds']:.1f}",
             f"{values['generated_tokens']:,}",
-            f"{values['start_kl']:.4f} → {values['final_kl']:.4f}",
+            f"{values['start_kl']:.3f} → {values['final_kl']:.4f}",
             f"{values['final_accuracy']:.3f} [{low:.3f}, {high:.3f}]",
         )
         if reached := values.get("cost_to_target"):

@@ -197,9 +197,9 @@ def merge_runs(
         ratios = [ratio for _, ratio in _pace_ratios(measured_here, source)]
         if not ratios:
             raise ConfigError(
-                f"{grid.output_dir} and {source.path} have no finished run in common, so seconds "
-                f"cannot be compared yet. Let `effopd compare PLAN`, without --only, finish a run that the file holds, "
-                f"too, which it makes first, or remove {Path(grid.output_dir) / IMPORTED}."
+                f"{grid.output_dir} and {source.path} have no finished run in common, so seconds cannot be compared "
+                "yet. Let `effopd compare PLAN`, without --only, finish a run that the file holds, too, which it "
+                f"makes first, or remove {Path(grid.output_dir) / IMPORTED}."
             )
         by_place: dict[Place, list[float]] = {}
         for place, ratio in _pace_ratios(runs, source):
