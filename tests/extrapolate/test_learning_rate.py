@@ -130,7 +130,7 @@ def one_search(rate: float, history=(), warmup: int = 0) -> tuple[float, float, 
     if warmup:
         schedulers.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
     update = OptimizerUpdate(EffOPDConfig(strategy="newton_search"), optimizer, lambda: True)
-    update.resume(1.0, 1.0, history)
+    update.resume({"learning_rate_factor": 1.0}, history)
     start = x.detach().clone()
     x.grad = (curvature * x).detach()
     optimizer.step()
@@ -164,6 +164,84 @@ def test_the_share_is_that_of_the_peak_of_a_cycle():
         schedule.step()
     assert max(share for _, share in shares) == pytest.approx(1.0)
     assert [share for _, share in shares] == pytest.approx([used for used, _ in shares])  # the peak is 1
+
+
+RISING = {
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 1e-3, 8e-3, 3, cycle_momentum=False),
+    "warm-up to a factor": lambda o: schedulers.LambdaLR(o, lambda step: min(1 + step, 8)),
+    "constant factor": lambda o: schedulers.LambdaLR(o, lambda step: 8.0),
+    "falling factor": lambda o: schedulers.LambdaLR(o, lambda step: 8.0 / (1 + step)),
+    "LinearLR": lambda o: schedulers.LinearLR(o, 1.0, 1.0, total_iters=4),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o,
+        [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.CyclicLR(o, 1e-3, 8e-3, 2, cycle_momentum=False)],
+        [3],
+    ),
+    "by hand": None,
+}
+
+
+def rates_after_a_search(schedule, searched=0, resume_at=None, scale=19.0):
+    """Best length that a search finds; rate of the schedule, and rate used, of every step."""
+    config = EffOPDConfig(strategy="newton_search")
+
+    def built():
+        weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+        optimizer = torch.optim.SGD([weight], lr=1e-3)
+        scheduler = RISING[schedule](optimizer) if RISING[schedule] else None
+        return weight, optimizer, scheduler, OptimizerUpdate(config, optimizer, lambda: True)
+
+    (weight, optimizer, scheduler, update), scheduled, used, history = built(), [], [], []
+    for step in range(10):
+        if step == resume_at:
+            states = [copy.deepcopy(each.state_dict()) for each in (optimizer, scheduler, update) if each]
+            weight, optimizer, scheduler, update = built()
+            optimizer.load_state_dict(states[0])
+            if scheduler:
+                scheduler.load_state_dict(states[1])
+            update.resume(states[-1], history)
+        scheduled.append(optimizer.param_groups[0]["lr"])
+        before, weight.grad = weight.item(), torch.ones_like(weight)
+        update.rate.cosine = None
+        optimizer.step()
+        used.append(before - weight.item())
+        if step == searched:
+            trials = (Trial(0.0, Score(0.0), "start"), Trial(scale, Score(1.0), "accepted"))
+            update.after(SearchResult(scale, trials), [])
+            history = [
+                SearchRecord(step=1, anchor_step=0, delta_norm=1.0, accepted_scale=scale, best_scale=scale,
+                             trials=tuple(trial.to_record() for trial in trials),
+                             learning_rate_factor=update.factor, learning_rate_factor_total=update.factor)
+            ]  # fmt: skip
+        if scheduler:
+            scheduler.step()
+        elif step < 8:
+            optimizer.param_groups[0]["lr"] = 1e-3 * (2 + step)
+    return (1 + scale) * used[searched], scheduled, used
+
+
+@pytest.fixture
+def without_steering(monkeypatch):
+    monkeypatch.setattr("effopd.extrapolate.learning_rate.slope_cosine", lambda optimizer: None)
+
+
+@pytest.mark.usefixtures("without_steering")
+@pytest.mark.parametrize(("searched", "resume_at"), [(0, None), (1, None), (0, 2)])
+@pytest.mark.parametrize("schedule", RISING)
+def test_a_schedule_that_rises_keeps_the_rate_that_the_search_found(schedule, searched, resume_at):
+    best_length, scheduled, used = rates_after_a_search(schedule, searched, resume_at)
+    highest = max(1e-3, *scheduled[: searched + 1]) if schedule != "by hand" else max(scheduled[: searched + 1])
+    for rate, step in zip(scheduled[searched + 1 :], used[searched + 1 :], strict=True):
+        highest = max(highest, rate)
+        assert step == pytest.approx(best_length / 4 * rate / highest)
+
+
+@pytest.mark.usefixtures("without_steering")
+def test_a_rise_is_reported_once(caplog):
+    caplog.set_level("INFO")
+    rates_after_a_search("warm-up to a factor")
+    rates_after_a_search("LinearLR")
+    assert caplog.text.count("rises above the peak") == 1
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])

@@ -188,5 +188,5 @@ def test_later_searches_change_the_rate_after_a_backward_jump_or_a_very_long_one
     assert totals[13:] == pytest.approx([10 / 2, 10 / 2 * 0.5**0.5])  # (1 + 31) / 8
     resumed = OptimizerUpdate(EffOPDConfig("newton_search"), torch.optim.AdamW([parameter], lr=start), lambda: True)
     for past in (history, history[:5], history[:14]):
-        resumed.resume(past[-1].learning_rate_factor_total, 1.0, past)
+        resumed.resume({"learning_rate_factor": past[-1].learning_rate_factor_total}, past)
         assert resumed.rate.calibrated == pytest.approx(5.0 if len(past) > 13 else 10.0)

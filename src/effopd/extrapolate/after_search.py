@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -87,11 +88,6 @@ class OptimizerUpdate:
         return 1.0 if self.rate is None else self.rate.factor
 
     @property
-    def share(self) -> float:
-        """Rate of the last step as a share of the schedule's peak."""
-        return 1.0 if self.rate is None else self.rate.share
-
-    @property
     def applied(self) -> float:
         """Multiplier of the schedule's learning rate in the last optimizer step."""
         return 1.0 if self.rate is None else self.rate.applied
@@ -101,11 +97,22 @@ class OptimizerUpdate:
         """Whether the next search sets the learning rate, because none has yet."""
         return self._calibrates and self.rate is not None and self.rate.calibrated is None
 
-    def resume(self, factor: float, share: float, history: Sequence[SearchRecord]) -> None:
-        """Continue with a saved factor, share and history."""
+    def state_dict(self) -> dict[str, float | None]:
+        """State of the learning rate."""
+        return {
+            "learning_rate_factor": self.factor,
+            "schedule_share": 1.0 if self.rate is None else self.rate.share,
+            "highest_rate": 0.0 if self.rate is None else self.rate.highest,
+            "calibrated_factor": None if self.rate is None else self.rate.calibrated,
+        }
+
+    def resume(self, state: Mapping[str, Any], history: Sequence[SearchRecord]) -> None:
+        """Continue with a saved state and history; states of older versions lack some values."""
         if self.rate is not None:
-            self.rate.factor, self.rate.share = factor, share
-            self.rate.calibrated = self._calibrated(history)
+            self.rate.factor = float(state["learning_rate_factor"])
+            self.rate.share = float(state.get("schedule_share", 1.0))
+            self.rate.highest = float(state.get("highest_rate", 0.0))
+            self.rate.calibrated = state.get("calibrated_factor") or self._calibrated(history)
 
     def close(self) -> None:
         """Remove all hooks from the optimizer. Safe to call twice."""

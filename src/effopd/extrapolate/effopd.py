@@ -307,8 +307,7 @@ class EffOPD:
             "anchor_step": self.anchor_step,
             "schedule_start": self.schedule_start,
             "history": [record.to_row() for record in self.history],
-            "learning_rate_factor": self.learning_rate_factor,
-            "schedule_share": self._optimizer.share,
+            **self._optimizer.state_dict(),
             "fingerprint": fingerprint(self.config, self.scorer, self._host),
         }
 
@@ -326,9 +325,7 @@ class EffOPD:
         self.anchor_step = int(state["anchor_step"])
         self._start_schedule(int(state.get("schedule_start", 0)))
         self.history = [SearchRecord.from_row(row) for row in state["history"]]
-        self._optimizer.resume(
-            float(state["learning_rate_factor"]), float(state.get("schedule_share", 1.0)), self.history
-        )
+        self._optimizer.resume(state, self.history)
 
     def save(self, folder: str | Path) -> None:
         """Write the state into a checkpoint folder.

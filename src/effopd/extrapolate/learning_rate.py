@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from effopd.common.zero import BeforeStep, base_optimizer, zero_optimizer
 from effopd.errors import ConfigError
 from effopd.extrapolate.slope_steering import MARGIN, MARGIN_IF_AVERAGED, slope_cosine, steering_factor
 from effopd.extrapolate.weight_copies import has_modes
+
+logger = logging.getLogger(__name__)
 
 #: Optimizer → its active `LearningRateMultiplier`; weak references on both sides.
 _ACTIVE: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[LearningRateMultiplier]] = (
@@ -63,6 +66,8 @@ MARGIN_ABOVE = 0.5
 LOWEST_BY_SLOPE = 1 / 64
 #: Bounds of one `calibrated_factor`.
 _LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
+#: Rates that differ by less than this share are equal: closed forms of schedules round.
+_ROUNDING = 1e-6
 
 
 def calibrated_factor(best_scale: float, share: float = 1.0, *, averaged: bool = False, updates: int = 1) -> float:
@@ -113,7 +118,12 @@ class LearningRateMultiplier:
     """Multiplies an optimizer's learning rates by `factor` during each step, by step hooks.
 
     The rates of all parameter groups are multiplied right before a step and restored right after
-    it. Schedulers therefore never see the factor, and a resumed run needs only the factor.
+    it. Schedulers therefore never see the factor.
+
+    A rate that `calibrated_factor` found is that of the schedule's peak. The peak is the group's
+    `max_lr` or `initial_lr`, or the highest rate of any step so far if that is higher or there is
+    no scheduler. If the schedule rises above it after the first search, `factor` and `calibrated`
+    fall in proportion, so no step is longer than the one that was found.
 
     An optimizer has at most one `LearningRateMultiplier`. Closing or deleting it removes its hooks.
 
@@ -129,7 +139,8 @@ class LearningRateMultiplier:
     Attributes:
         factor: the multiplier; initially 1.
         share: the rate in the last step without `factor`, divided by the peak of the schedule or of
-            the optimizer's own warm-up; 1 without both. Read in the first group with a rate.
+            the optimizer's own warm-up. Read in the first group with a rate.
+        highest: the highest rate so far without `factor`, if no group names a higher one; else 0.
         calibrated: `factor` as the first search set it, or the last later one that raised it;
             `None` before the first. Below half of it, and before, `by_slope` has no margin.
         cosine: `slope_cosine` before the last step; `None`: not known, `by_slope` is
@@ -174,6 +185,7 @@ class LearningRateMultiplier:
         if other is not None:
             other.close()
         self.factor = self.share = 1.0
+        self.highest = 0.0
         self.calibrated: float | None = None
         self.cosine: float | None = None
         self._by_slope = by_slope and zero is None
@@ -181,6 +193,7 @@ class LearningRateMultiplier:
         self._optimizer, self._wanted = inner, wanted
         self._schedule: list[Any] | None = None
         self._applied: float | None = None
+        self._told = False
         me = weakref.ref(self)  # the optimizer can outlive the look-ahead
 
         def before(*_: Any) -> None:
@@ -209,15 +222,39 @@ class LearningRateMultiplier:
 
     def _multiply(self) -> None:
         self.release()  # after a step that raised
+        self._read_schedule()
         if self._by_slope and self._wanted():
             self._steer(self._optimizer)
         self._applied = self.factor if self._wanted() else 1.0
         groups = self._optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]
-        shares = (float(group["lr"]) / peak for group in groups if (peak := _peak(group)) > 0)
-        self.share = next(shares, 1.0)
         for group in groups:
             _set(group, group["lr"] * self._applied)
+
+    def _read_schedule(self) -> None:
+        """Set `share`; lower `factor` if the schedule exceeds the peak that it was found for."""
+        groups = self._optimizer.param_groups
+        scheduled = (group for group in groups if _peak(group) > 0)
+        group = next(scheduled, None) or next((group for group in groups if float(group["lr"]) > 0), None)
+        if group is None:
+            self.share = 1.0
+            return
+        rate, peak = float(group["lr"]), max(_peak(group), self.highest)
+        if rate > peak * (1 + _ROUNDING):
+            if peak > 0 and self.calibrated is not None:
+                self._lower(peak / rate)
+            self.highest = peak = rate
+        self.share = rate / peak
+
+    def _lower(self, change: float) -> None:
+        self.factor *= change
+        self.calibrated = None if self.calibrated is None else self.calibrated * change
+        if not self._told:
+            logger.info(
+                "The schedule's learning rate rises above the peak that the first search assumed. The factor falls in "
+                "proportion, so that the rate stays at the one that the search found."
+            )
+        self._told = True
 
     def _read_warmup(self) -> None:
         """Count the warm-up inside a schedule-free optimizer's step, which `lr` does not show."""
@@ -261,7 +298,7 @@ def _active(optimizer: torch.optim.Optimizer) -> LearningRateMultiplier | None:
 
 
 def _peak(group: Mapping[str, Any]) -> float:
-    """Highest rate of the schedule: `OneCycleLR` starts far below it."""
+    """Rate that the schedule names as its highest, 0 if none: `OneCycleLR` starts far below it."""
     return float(group.get("max_lr", group.get("initial_lr", 0.0)))
 
 
