@@ -85,7 +85,7 @@ def test_teacher_without_tokenizer_and_other_template_only_warn(student_dir, tmp
 
 
 def test_unreadable_model(student_dir, tmp_path):
-    with pytest.raises(CompatibilityError, match=r"the teacher.*cannot be read"):
+    with pytest.raises(CompatibilityError, match=r"the teacher.*no such folder, and not a valid Hub id"):
         check_models(student_dir, str(tmp_path / "nothing"), make_tokenizer())
 
 

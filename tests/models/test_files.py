@@ -7,15 +7,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.tiny_models import make_model, make_tokenizer
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
 
 from effopd.commands.main import main
 from effopd.errors import CompatibilityError, ConfigError
+from effopd.launch.meta_model import read_config
+from effopd.launch.preflight import check_model_name
+from effopd.models import hub
 from effopd.models.files import absolute_base, load_model, load_tokenizer, reading
+from effopd.models.fingerprint import model_folder
 from effopd.models.folders import check_whole_model
 
 TASK = ["--task", "testbed:chain_sum", "--eval_size", "2", "--max_new_tokens", "2"]
@@ -205,3 +211,75 @@ def test_the_base_of_a_trained_adapter_is_found_from_anywhere(models, tmp_path, 
         absolute_base(model)
         assert config.base_model_name_or_path == kept
     absolute_base(make_model(0))  # no adapter, nothing to do
+
+
+# -- names that are no folder ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def requests_to_the_hub(monkeypatch):
+    """The URLs that are asked for; there is no network."""
+    asked = []
+
+    def refuse(url, **_):
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("effopd.models.hub.get_hf_file_metadata", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "no-cache")
+    hub._asked.cache_clear()
+    yield asked
+    hub._asked.cache_clear()
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_model, model_folder, read_config])
+def test_a_mistyped_hub_id_is_asked_for_once(tmp_path, monkeypatch, requests_to_the_hub, load):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        with pytest.raises(
+            CompatibilityError, match=r"the Hub cannot be reached \(ConnectionError: Name or service not"
+        ):
+            load("--model", "nosuch/model")
+    assert requests_to_the_hub == ["https://huggingface.co/nosuch/model/resolve/main/config.json"]
+
+
+def test_an_adapters_mistyped_base_is_asked_for_once(models, tmp_path, requests_to_the_hub):
+    shutil.copytree(models / "adapter", tmp_path / "model")
+    edit(tmp_path / "model" / "adapter_config.json", base_model_name_or_path="nosuch/model")
+    for load in (load_tokenizer, load_model):
+        with pytest.raises(CompatibilityError, match="names 'nosuch/model' as its base"):
+            load("--model", str(tmp_path / "model"))
+    assert len(requests_to_the_hub) == 1
+
+
+def test_a_repository_that_the_hub_lacks_is_asked_for_once(monkeypatch, requests_to_the_hub):
+    def lacks(url, **_):
+        requests_to_the_hub.append(url)
+        raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None, status_code=404))
+
+    monkeypatch.setattr("effopd.models.hub.get_hf_file_metadata", lacks)
+    with pytest.raises(CompatibilityError, match="the Hub has no such model"):
+        load_tokenizer("--model", "nosuch/model")
+    assert len(requests_to_the_hub) == 1
+
+
+def test_a_model_in_the_cache_needs_no_hub(tmp_path, monkeypatch, requests_to_the_hub):
+    (tmp_path / "models--runs--first" / "snapshots" / "1f").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    check_model_name("--model", "runs/first")
+    hub.check_reachable("--model", "runs/first")
+    assert requests_to_the_hub == []
+
+
+@pytest.mark.parametrize("name", ["runs/frist", "./runs/first", "../runs", "~/first", "/first", "a/b/c", "a b"])
+@pytest.mark.parametrize("check", [check_model_name, load_tokenizer, load_model])
+def test_a_name_that_cannot_be_a_hub_id_is_not_asked_for(tmp_path, monkeypatch, requests_to_the_hub, name, check):
+    (tmp_path / "runs" / "fist").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CompatibilityError, match=r"(?i)expected (the path of )?a model folder") as raised:
+        check("--model", name)
+    assert requests_to_the_hub == []
+    assert ("Did you mean runs/fist?" in str(raised.value)) == (name == "runs/frist")

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from effopd.errors import CheckpointError, CompatibilityError, ConfigError, TaskError
 from effopd.models import files as model_files
-from effopd.models.folders import check_model_folder, refuse_adapter
+from effopd.models.folders import check_hub_id, check_model_folder, refuse_adapter
 from effopd.runs.run_dir import Held
 from effopd.tasks import Task, check_prompt_lengths, check_verifier
 
@@ -33,14 +32,8 @@ def check_model_name(flag: str, name: str | None) -> None:
     """
     if not name:
         raise ConfigError(f"{flag} is missing: expected a model folder or a Hub id.")
-    if Path(name).exists():
-        return
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise CompatibilityError(
-            f"{flag} {name!r}: no such folder in {Path.cwd()}, and not a valid Hub id."
-        ) from error
+    if not Path(name).exists():
+        check_hub_id(flag, name)
 
 
 def load_tokenizer(student: str, **load: Any) -> PreTrainedTokenizerBase:

@@ -35,6 +35,7 @@ from effopd.models.folders import (
     is_on_hub,
     quoted,
 )
+from effopd.models.hub import check_reachable
 
 #: A folder with a tokenizer has at least one of these.
 _TOKENIZER_FILES = (
@@ -59,8 +60,10 @@ def reading(flag: str, name: str) -> Iterator[None]:
         name: model folder or Hub id.
 
     Raises:
-        CompatibilityError: any exception except `EffOPDError` and `OutOfMemoryError`.
+        CompatibilityError: any exception except `EffOPDError` and `OutOfMemoryError`; or the model
+            is neither a folder nor cached, and the Hub lacks it or cannot be reached.
     """
+    check_reachable(flag, name)
     try:
         yield
     except (EffOPDError, torch.OutOfMemoryError):

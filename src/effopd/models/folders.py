@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.utils import cached_file
 
@@ -24,13 +29,13 @@ _QUOTED = 300
 
 
 def check_model_folder(flag: str, name: str) -> None:
-    """Check that a name is a model folder, an adapter folder with its base, or not a local path.
+    """Check that a name is a model folder, an adapter folder with its base, or can be a Hub id.
 
     Only JSON files are read.
 
     Raises:
-        CompatibilityError: the name is a file, a folder without a valid `config.json`, or an
-            adapter whose base is missing.
+        CompatibilityError: the name is a file, a folder without a valid `config.json`, an adapter
+            whose base is missing, or neither a path nor a Hub id.
         MissingDependencyError: the folder is an adapter and peft is not installed.
     """
     path = Path(name)
@@ -40,6 +45,7 @@ def check_model_folder(flag: str, name: str) -> None:
             f"{MODEL_CONFIG} and the weights."
         )
     if not path.is_dir():
+        check_hub_id(flag, name)
         return
     base = adapter_base(flag, name)
     if base is not None:
@@ -60,6 +66,38 @@ def check_model_folder(flag: str, name: str) -> None:
             f"{flag} {name!r}: {config} has no model_type: expected a model's configuration, "
             "as save_pretrained writes it."
         )
+
+
+def check_hub_id(flag: str, name: str) -> None:
+    """Check that the name of no existing path can be a Hub id. Nothing is read.
+
+    `runs/opd-1` is a mistyped path if there is a folder `runs`, unless the cache has that model.
+
+    Raises:
+        CompatibilityError: it cannot.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        where = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
+        raise CompatibilityError(
+            f"{flag} {name!r}: no such folder{where}, and not a valid Hub id. Expected the path of a model folder, or "
+            "a Hub id such as Qwen/Qwen3-0.6B."
+        ) from error
+    folder, _, last = name.rpartition("/")
+    if folder and Path(folder).is_dir() and not is_cached(name):
+        close = difflib.get_close_matches(last, [each.name for each in Path(folder).iterdir()], n=1)
+        raise CompatibilityError(
+            f"{flag} {name!r}: the folder {folder} in {Path.cwd()} has no {last!r}: expected a model folder."
+            f"{f' Did you mean {folder}/{close[0]}?' if close else ''} If {name} is a Hub id, download it first "
+            f"(hf download {name}), or start in another folder."
+        )
+
+
+def is_cached(name: str) -> bool:
+    """Whether the local cache of the Hub has files of a model."""
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    return snapshots.is_dir() and any(snapshots.iterdir())
 
 
 def adapter_base(flag: str, name: str) -> str | None:
