@@ -98,11 +98,25 @@ def test_stored_log_probabilities_are_the_models(store):
 def test_an_interrupted_collection_continues_alike(copy, store, task):
     copy.part(1).unlink()
     header = copy.header()
-    assert copy.open(header) == 1
+    assert copy.open(header) == header.rows_per_file
     with pytest.raises(CheckpointError, match=r"incomplete: rollouts-00001\.parquet is missing, 1 of 2"):
         copy.read()
     collect(copy, header, make_model(0), make_model(1), make_tokenizer(), task)
     assert copy.read()[0] == store.read()[0]
+
+
+@pytest.mark.parametrize("left", [0, 4, 200, -1])
+def test_a_file_that_a_power_failure_cut_is_sampled_again(copy, store, task, left, caplog):
+    part, header = copy.part(0), copy.header()
+    part.write_bytes(part.read_bytes()[:left])
+    others = [(copy.part(i), copy.part(i).stat().st_mtime_ns) for i in range(1, header.files)]
+    with pytest.raises(CheckpointError, match=r"rollouts-00000\.parquet is damaged .*, 1 of 2 files"):
+        copy.read()
+    assert copy.open(header) == header.prompts - header.rows_per_file
+    assert f"{part} is empty or cut short" in caplog.text
+    collect(copy, header, make_model(0), make_model(1), make_tokenizer(), task)
+    assert copy.read()[0] == store.read()[0]
+    assert [path.stat().st_mtime_ns for path, _ in others] == [then for _, then in others]  # only this one
 
 
 def test_a_header_that_differs_is_refused(copy, task, tmp_path):

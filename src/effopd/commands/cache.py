@@ -276,7 +276,7 @@ def _lines(header: Header, store: RolloutStore) -> list[str]:
     tokens = header.prompts * header.max_completion_length
     size = tokens * (_BYTES_PER_TOKEN + _BYTES_PER_TOP * header.top_k)
     author = "not stated" if header.sft_teacher is None else header.sft_teacher.name
-    done = store.done(header) if store.started else 0
+    done = header.files - len(store.missing(header)) if store.started else 0
     return [
         f"student     {header.student.name} ({header.student.sha256[:8]})",
         f"teacher     {header.teacher.name} ({header.teacher.sha256[:8]}); supervised data by: {author}",
@@ -290,7 +290,7 @@ def _lines(header: Header, store: RolloutStore) -> list[str]:
 
 def _collect(arguments: CacheArguments, plan: _Plan) -> CollectCosts:
     done = plan.store.open(plan.header)
-    if done == plan.header.files:
+    if done == plan.header.prompts:
         return CollectCosts()
     load = {"dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
     with quiet_hosts(bars=True):
@@ -304,8 +304,7 @@ def _collect(arguments: CacheArguments, plan: _Plan) -> CollectCosts:
             **load,
         )
         check_logits(student, {"teacher": teacher}, generates=True)
-    before = min(done * plan.header.rows_per_file, plan.header.prompts)
-    with Counted(plan.header.prompts, "collect", "answer", done=before) as bar:
+    with Counted(plan.header.prompts, "collect", "answer", done=done) as bar:
         return collect(
             plan.store, plan.header, student, teacher, plan.tokenizer, plan.task,
             chat_template_kwargs=arguments.template, progress=bar.update,

@@ -62,7 +62,7 @@ def collect(
         NonFiniteLossError: a model's log-probabilities are not finite.
     """
     total = CollectCosts()
-    for index in range(store.done(header), header.files):
+    for index in store.missing(header):
         start, start_cpu = time.perf_counter(), time.process_time()
         part = task.examples[index * header.rows_per_file : (index + 1) * header.rows_per_file]
         seed = int(np.random.SeedSequence([header.seed, index]).generate_state(1)[0])

@@ -3,14 +3,15 @@
     DIR/header.json               what the rollouts are: models, tokenizer, task, sampling settings
     DIR/rollouts-00000.parquet    one row per prompt; the header is repeated in the file's metadata
 
-Files are written atomically, one after another, so an interrupted `effopd cache` continues with the
-first file that is missing.
+Files are written atomically, one after another. An interrupted `effopd cache` writes the files that
+are missing or have no readable footer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +23,8 @@ import pyarrow.parquet
 
 from effopd.common.files import write_atomically
 from effopd.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 HEADER_FILE = "header.json"
 #: Version of the format.
@@ -240,12 +243,22 @@ class RolloutStore:
         except OSError as error:
             raise error if isinstance(error, CheckpointError) else CheckpointError(f"{file}: {error}") from error
 
+    def missing(self, header: Header) -> list[int]:
+        """Numbers of the files that are not written, or whose footer cannot be read.
+
+        A power failure can leave an empty file or a part of one. Only footers are read.
+        """
+        return [index for index in range(header.files) if not _has_footer(self.part(index))]
+
     def done(self, header: Header) -> int:
-        """Number of files that are already written, from the first on."""
-        return next((i for i in range(header.files) if not self.part(i).is_file()), header.files)
+        """Number of rows in the files that are written."""
+        rows, missing = header.rows_per_file, set(self.missing(header))
+        return sum(min(rows, header.prompts - i * rows) for i in range(header.files) if i not in missing)
 
     def open(self, header: Header) -> int:
         """Create the folder, or continue in one with an equal header; return `done(header)`.
+
+        Files without a readable footer are reported; `write` replaces them.
 
         Raises:
             CheckpointError: the folder has rollouts with another header, or other files.
@@ -256,6 +269,9 @@ class RolloutStore:
             self.check_new()
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / HEADER_FILE, lambda path: path.write_text(header.to_json()))
+        for index in self.missing(header):
+            if self.part(index).is_file():
+                logger.warning("%s is empty or cut short, so its rollouts are sampled again.", self.part(index))
         return self.done(header)
 
     def check_new(self) -> None:
@@ -296,11 +312,12 @@ class RolloutStore:
             CheckpointError: files are missing or damaged, or rows do not fit the header.
         """
         header = header or self.header()
-        done = self.done(header)
-        if done < header.files:
+        if missing := self.missing(header):
+            first, there = self.part(missing[0]), header.files - len(missing)
+            fault = "is damaged (empty or cut short)" if first.is_file() else "is missing"
             raise CheckpointError(
-                f"--rollouts {self.folder} is incomplete: {self.part(done).name} is missing, {done} of {header.files} "
-                "files are there. Run the same effopd cache command again; it continues there."
+                f"--rollouts {self.folder} is incomplete: {first.name} {fault}, {there} of {header.files} files are "
+                "there. Run the same effopd cache command again; it writes the others."
             )
         rows: list[StoredRollout] = []
         costs = CollectCosts()
@@ -338,6 +355,15 @@ class RolloutStore:
             if fault := _fault(row, header):
                 raise CheckpointError(f"{file}, row {number}: {fault}. Collect the rollouts again.")
         return rows, costs
+
+
+def _has_footer(file: Path) -> bool:
+    """Whether a Parquet file has a readable footer, which is written last."""
+    try:
+        pyarrow.parquet.read_metadata(file)
+    except (pyarrow.ArrowException, OSError):
+        return False
+    return True
 
 
 def _fault(row: StoredRollout, header: Header) -> str:
