@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -83,6 +84,26 @@ def test_three_labels_get_sentences(folders, tmp_path, capsys, undrawn):
     assert "entries unchanged" not in printed
 
 
+def test_a_run_that_stopped_early_is_named(folders, tmp_path, capsys, undrawn):
+    runs = {name: shutil.copytree(folders / "opd-1", tmp_path / name) for name in ("stopped", "ended", "saved")}
+    for name, steps in (("stopped", 12), ("ended", 8), ("saved", -1)):
+        (runs[name] / "config.yaml").write_text(f"max_steps: {steps}\n")
+    state = runs["saved"] / "checkpoints" / "step-000008" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"global_step": 8, "max_steps": 20}')
+    shutil.copy(folders / "sft" / "model.safetensors", runs["saved"])
+    flags = ["--base", str(folders / "base"), "--out", str(tmp_path / "out"), "--metrics", "norms", "--steps", "8"]
+    for name, path in runs.items():
+        flags += ["--trained", f"{name}={path}"]
+    assert run_analyze(flags) == 0
+    notes = " ".join(json.loads((tmp_path / "out" / "summary.json").read_text())["notes"])
+    page, printed = (tmp_path / "out" / "report.html").read_text(), " ".join(capsys.readouterr().out.split())
+    for text in (notes, page, printed):
+        assert "stopped: the run stopped early, at step 8 of 12." in text
+        assert "saved: the last weights are those of step 8 of 20, although" in text
+        assert "ended: the" not in text
+
+
 def test_without_matplotlib_tables_are_written_and_the_way_out_is_named(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(analyze_command, "is_available", lambda module: False)
     monkeypatch.setattr(analyze_command, "draw", lambda out: pytest.fail("drew without matplotlib"))
@@ -105,6 +126,9 @@ def test_without_matplotlib_tables_are_written_and_the_way_out_is_named(folders,
         ({"--k": "0"}, "k must be at least 1"),
         ({"--metrics": "norms,spectra"}, "spectra"),
         ({"--device": "mps"}, "--device cpu"),
+        ({"--device": "meta"}, "'meta' cannot compute on this machine.*--device cpu"),
+        ({"--device": "hpu"}, "'hpu' cannot compute on this machine.*--device cpu"),
+        ({"--device": "xla"}, "'xla' cannot compute on this machine.*--device cpu"),
     ],
 )
 def test_mistakes_are_explained_before_any_work(folders, tmp_path, change, message):

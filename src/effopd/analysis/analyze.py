@@ -353,7 +353,12 @@ def _about(plan: AnalysisPlan) -> dict[str, Any]:
         "seed": plan.options.seed,
         "head_apart": plan.base.is_untied,
         "runs": {
-            run.name: {"group": run.group, "path": str(run.path), "steps": [s.step for s in run.snapshots]}
+            run.name: {
+                "group": run.group,
+                "path": str(run.path),
+                "steps": [s.step for s in run.snapshots],
+                "ending": None if run.ending is None else vars(run.ending),
+            }
             for run in plan.runs
         },
     }

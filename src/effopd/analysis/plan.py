@@ -19,8 +19,10 @@ from effopd.weights import (
     Adapter,
     Checkpoint,
     Difference,
+    Ending,
     Part,
     Snapshot,
+    ending_of,
     find_snapshots,
     open_checkpoint,
     open_differences,
@@ -33,13 +35,17 @@ _RESERVED = ("base", "final", "first")
 
 @dataclass(frozen=True)
 class AnalysisRun:
-    """One trained checkpoint or trajectory. Runs of one `group` (label) differ only in the seed."""
+    """One trained checkpoint or trajectory. Runs of one `group` (label) differ only in the seed.
+
+    `ending` is how far the run came; `None`: unknown, for example of a single checkpoint.
+    """
 
     name: str
     group: str
     path: Path
     snapshots: tuple[Snapshot, ...]
     differences: tuple[Difference, ...]
+    ending: Ending | None = None
 
 
 @dataclass(frozen=True)
@@ -169,9 +175,13 @@ def resolve_device(device: str | None) -> str:
             "Use --device cpu."
         )
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used on this machine ({error}). Use --device cpu.") from error
+        torch.ones(1, dtype=torch.float64, device=device).sum().item()  # 'meta' and others hold no numbers
+    except Exception as error:  # backends raise different types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"device {device!r} cannot compute on this machine ({reason}): expected cpu, or an accelerator such as "
+            "cuda. Use --device cpu."
+        ) from error
     return device
 
 
@@ -191,7 +201,7 @@ def _open_runs(
     snapshots = [tuple(find_snapshots(path, steps)) for _, _, path in named]
     differences = open_differences(base, [[snapshot.path for snapshot in of_run] for of_run in snapshots])
     return tuple(
-        AnalysisRun(name, group, path, of_run, of_run_differences)
+        AnalysisRun(name, group, path, of_run, of_run_differences, ending_of(path))
         for (name, group, path), of_run, of_run_differences in zip(named, snapshots, differences, strict=True)
     )
 

@@ -43,7 +43,7 @@ def summarize(out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         out: folder with the tables.
-        about: settings and runs (run → group, path, steps), copied into the summary.
+        about: settings and runs (run → group, path, steps, ending), copied into the summary.
     """
     matrices = table_queries.with_layer(read_table(out / "matrices"))
     runs, seed = about["runs"], about["seed"]
@@ -220,6 +220,14 @@ def _larger(a: str, b: str, estimates: Sequence[Interval | None]) -> str | None:
 def _notes(matrices: pd.DataFrame, last: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     notes = []
     for name, run in runs.items():
+        ending = run.get("ending")
+        if ending and ending["step"] < ending["planned"]:
+            steps = f"step {ending['step']} of {ending['planned']}"
+            notes.append(
+                f"{name}: the last weights are those of {steps}, although the run has a final model."
+                if ending["final_model"]
+                else f"{name}: the run stopped early, at {steps}. Its values are those of an unfinished run."
+            )
         if not _total(last, name) > 0:
             notes.append(
                 f"{name}: every tensor equals the base, so the update is zero. Its norms are 0; its ratios, ranks and "

@@ -5,7 +5,7 @@ from effopd.weights.difference import Difference, Update, open_differences
 from effopd.weights.naming import MODULES, Place
 from effopd.weights.parts import Part
 from effopd.weights.reader import Checkpoint, open_checkpoint
-from effopd.weights.trajectory import Snapshot, find_snapshots
+from effopd.weights.trajectory import Ending, Snapshot, ending_of, find_snapshots
 from effopd.weights.writer import write_checkpoint
 
 __all__ = [
@@ -13,10 +13,12 @@ __all__ = [
     "Adapter",
     "Checkpoint",
     "Difference",
+    "Ending",
     "Part",
     "Place",
     "Snapshot",
     "Update",
+    "ending_of",
     "find_snapshots",
     "open_checkpoint",
     "open_differences",

@@ -15,6 +15,7 @@ from effopd.errors import CheckpointError
 from effopd.weights.checkpoint_files import ADAPTER, INDEX, WEIGHTS, find_weights, read_json
 
 _STEP = re.compile(r"(?:step|checkpoint|global_step)[-_]?(\d+)$")
+_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,35 @@ class Snapshot:
 
     step: int | None
     path: Path
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How far a run came: its last step with weights, its planned number of steps, and whether its
+    final model exists.
+    """
+
+    step: int
+    planned: int
+    final_model: bool
+
+
+def ending_of(path: str | Path) -> Ending | None:
+    """How far the run in a folder came; `None`: its steps or their planned number are unknown.
+
+    The number is `max_steps` of the newest checkpoint's trainer state, or of `config.yaml`.
+    """
+    root = Path(path)
+    steps = _step_folders(root)
+    saved = {_step_of(p): p / _STATE for place in (root / "checkpoints", root) for p in _folders(place)}
+    states = [saved[step] for step in sorted(saved, reverse=True) if step >= 0 and saved[step].is_file()]
+    try:
+        planned = (read_json(states[0]) if states else _settings(root)).get("max_steps")
+    except CheckpointError:  # neither is needed for the weights
+        return None
+    if not steps or not isinstance(planned, int) or planned < 1:
+        return None
+    return Ending(max(steps), planned, _has_weights(root))
 
 
 def find_snapshots(path: str | Path, steps: Sequence[int] | None = None) -> list[Snapshot]:
@@ -78,6 +108,12 @@ def _folders(place: Path) -> Iterable[Path]:
     return (p for p in place.iterdir() if p.is_dir()) if place.is_dir() else ()
 
 
+def _step_of(folder: Path) -> int:
+    """The step of a step folder; of another folder, -1."""
+    match = _STEP.match(folder.name)
+    return int(match[1]) if match else -1
+
+
 def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (WEIGHTS, INDEX, ADAPTER))
 
@@ -85,7 +121,7 @@ def _has_weights(folder: Path) -> bool:
 def _single(root: Path, steps: Sequence[int] | None) -> list[Snapshot]:
     if not (root / ADAPTER).is_file():
         find_weights(root)
-    state, named = root / "trainer_state.json", _STEP.match(root.name)
+    state, named = root / _STATE, _STEP.match(root.name)
     step = int(read_json(state).get("global_step", 0)) if state.is_file() else int(named[1]) if named else None
     if steps is not None and step not in steps:
         raise CheckpointError(
@@ -116,15 +152,20 @@ def _expected(root: Path, have: set[int]) -> set[int]:
 
 def _rule(root: Path) -> str | None:
     """The `trajectory` setting of the run's `config.yaml`."""
+    value = _settings(root).get("trajectory")
+    return None if value is None else str(value)
+
+
+def _settings(root: Path) -> dict[str, Any]:
+    """The run's `config.yaml`; empty without it."""
     config = root / "config.yaml"
     if not config.is_file():
-        return None
+        return {}
     try:
         settings: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise CheckpointError(f"{config} cannot be read as YAML ({error}). Copy the file again.") from error
-    value = settings.get("trajectory") if isinstance(settings, dict) else None
-    return None if value is None else str(value)
+    return settings if isinstance(settings, dict) else {}
 
 
 def _list(steps: Sequence[int]) -> str:
