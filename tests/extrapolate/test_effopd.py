@@ -251,3 +251,77 @@ def test_without_a_displacement_nothing_is_scored():
 def test_scorer_must_be_callable():
     with pytest.raises(ConfigError, match="callable"):
         EffOPD(Quadratic(), 0.5)
+
+
+# -- parameters that are unfrozen later ------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """Loss ‖a − 1‖²/2 + ‖b − 1‖²/2; b is frozen at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def loss(self):
+        return 0.5 * ((self.a - 1).square().sum() + (self.b - 1).square().sum())
+
+
+def unfreeze_at(step, look_ahead, steps, *, tell=False, start=1):
+    """Descend, with b from `step` on; the share of the last update by which each search moved b."""
+    model, moved = look_ahead.model, {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for now in range(start, steps + 1):
+        if now == step:
+            model.b.requires_grad_(True)
+            if tell:
+                look_ahead.reanchor(now - 1)
+        optimizer.zero_grad()
+        model.loss().backward()
+        optimizer.step()
+        before, anchor = model.b.detach().clone(), look_ahead.weights.state_dict().get("b", model.b).clone()
+        if record := look_ahead.step(now):
+            assert record.accepted_scale != 0.0
+            torch.testing.assert_close(model.b - before, record.accepted_scale * (before - anchor))
+            moved[now] = bool((model.b != before).any())
+    return moved
+
+
+@pytest.mark.parametrize("tell", [False, True])
+def test_parameters_that_are_unfrozen_move_too(caplog, tell):
+    look_ahead = EffOPD(Halves(), negative_loss, EffOPDConfig(**CONFIG))
+    assert look_ahead.weights.names == ("a",) and look_ahead.weights.numel == 4
+    moved = unfreeze_at(3, look_ahead, 8, tell=tell)
+    assert moved == {1: False, 2: False, 4: tell, 8: True}  # the search after step 4 does not know b's start
+    assert look_ahead.weights.names == ("a", "b") and look_ahead.weights.numel == 8
+    assert caplog.text.count("1 parameters that the look-ahead moves were frozen when it was built (b)") == (not tell)
+
+
+def test_a_run_resumes_after_parameters_were_unfrozen():
+    look_ahead, again = (EffOPD(Halves(), negative_loss, EffOPDConfig(**CONFIG)) for _ in range(2))
+    unfreeze_at(3, look_ahead, 6, tell=True)
+    again.model.load_state_dict(look_ahead.model.state_dict())
+    again.model.b.requires_grad_(True)
+    again.load_state_dict(look_ahead.state_dict())
+    for each in (look_ahead, again):
+        assert unfreeze_at(None, each, 8, start=7) == {8: True}
+    torch.testing.assert_close(again.model.b, look_ahead.model.b, rtol=0, atol=0)
+
+
+def test_a_rule_still_decides_what_moves(caplog):
+    look_ahead = EffOPD(Halves(), negative_loss, EffOPDConfig(parameters="a"))
+    assert unfreeze_at(3, look_ahead, 8) == {1: False, 2: False, 4: False, 8: False}
+    assert look_ahead.weights.names == ("a",) and "unfreez" not in caplog.text.lower()
+
+
+def test_a_fit_warns_once_that_it_lacks_them(caplog):
+    model = nn.Linear(8, 8)
+    model.bias.requires_grad_(False)
+    look_ahead = EffOPD(model, lambda _: 0.5, EffOPDConfig("alpha_opd", **CONFIG), target=lambda: 1.0)
+    model.bias.requires_grad_(True)
+    for _ in range(2):
+        look_ahead._notice_unfrozen()
+    assert caplog.text.count("A fit of 'alpha_opd' lacks them, so they stay") == 1
+    assert look_ahead.weights.names == ("weight",)
+    look_ahead.reanchor(3)
+    assert look_ahead.weights.names == ("weight", "bias")

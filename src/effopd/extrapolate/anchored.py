@@ -110,6 +110,16 @@ class AnchoredParameters:
             return torch.empty(held.shape, dtype=torch.float32, pin_memory=True).copy_(held)
         return held.to(device=self._device, dtype=torch.float32, copy=True)
 
+    def add(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Move further parameters too; their present values become their anchor.
+
+        Not under DeepSpeed, whose masters are fixed.
+        """
+        self.numel += sum(shape_of(p).numel() for p in parameters.values())
+        self.parameters |= parameters
+        self.shares |= shard_specs(parameters)
+        self.anchor |= {name: self._anchored(p) for name, p in parameters.items()}
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters."""

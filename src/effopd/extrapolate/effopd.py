@@ -14,6 +14,7 @@ search multiplies the whole update since the start by up to 11.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effopd.common.distributed import assert_same_on_ranks, world_size
+from effopd.common.distributed import assert_same_on_ranks, rank, world_size
 from effopd.errors import ConfigError
 from effopd.extrapolate.after_search import OptimizerUpdate
 from effopd.extrapolate.checks import check_model, check_scorer, movable_weights, refuse_unread
@@ -36,6 +37,8 @@ from effopd.extrapolate.search import Score
 from effopd.extrapolate.searcher import NOWHERE, Searcher
 from effopd.extrapolate.weight_copies import Movable
 from effopd.runs.records import SearchRecord
+
+logger = logging.getLogger(__name__)
 
 
 class EffOPD:
@@ -108,6 +111,7 @@ class EffOPD:
         self._optimizer = OptimizerUpdate(
             self.config, optimizer, wanted, averages, updates=updates, seen=seen, lora=has_adapters(model)
         )
+        self._warned = False
         self.history: list[SearchRecord] = []
         self.anchor_step = 0
         self.schedule_start = 0
@@ -174,6 +178,7 @@ class EffOPD:
 
     def _search(self, step: int, observed: SearchRecord | None, held: int) -> SearchRecord:
         start, config = time.perf_counter(), self.config
+        self._notice_unfrozen()
         self._assert_same(step)
         delta_norm = self.weights.displacement_norm()
         direction, quality = self._direction(step)
@@ -207,6 +212,24 @@ class EffOPD:
         self.anchor_step = step
         self.history.append(record)
         return record
+
+    def _notice_unfrozen(self) -> None:
+        """Move the parameters that were unfrozen, or warn once if the strategy cannot."""
+        if self.predictor is None:
+            names = self.weights.take_unfrozen()
+            then = "They move from the next search on, without their update so far."
+        else:
+            names = () if self._warned else tuple(self.weights.unfrozen())
+            then = f"A fit of '{self.config.strategy}' lacks them, so they stay."
+            self._warned = self._warned or bool(names)
+        if names and rank() == 0:
+            logger.warning(
+                "%d parameters that the look-ahead moves were frozen when it was built (%s). %s Unfreeze parameters "
+                "before EffOPD is built, or call reanchor(step) right after unfreezing them.",
+                len(names),
+                ", ".join(names[:3]) + (", …" if len(names) > 3 else ""),
+                then,
+            )
 
     def _direction(self, step: int) -> tuple[Direction, Mapping[str, float] | None]:
         if self.predictor is not None:
@@ -261,8 +284,10 @@ class EffOPD:
         """Make the current weights the anchor, without a search, and drop a fit's observations.
 
         Call it when the training objective changes (loss, data or rollout length), because an
-        update must not span two objectives.
+        update must not span two objectives. Call it also after unfreezing parameters: they move
+        from then on.
         """
+        self.weights.take_unfrozen()
         with self._optimizer.evaluated():
             self.weights.begin()
             self.weights.commit()
@@ -319,6 +344,7 @@ class EffOPD:
             WeightsError: the anchor does not fit the model.
         """
         check_same(state["fingerprint"], self.config, self.scorer, self._host)
+        self.weights.take_unfrozen(state["anchor"])
         self.weights.load_state_dict(state["anchor"])
         if self.predictor is not None:
             self.predictor.observations.load_state_dict(state["observations"])

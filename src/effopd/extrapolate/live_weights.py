@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from effopd.common.distributed import ShardSpec, all_gather_object, local_shard, reshard, world_size
 from effopd.common.float64 import for_float64
-from effopd.common.zero import shape_of
+from effopd.common.zero import is_zero, shape_of
 from effopd.errors import WeightsError
 from effopd.extrapolate.anchored import AnchoredParameters, HoldsAnchored, usable_device
 from effopd.extrapolate.movable import Direction, displacement
-from effopd.extrapolate.parameter_rules import inside, select, trained_parameters
+from effopd.extrapolate.parameter_rules import compile_rule, inside, select, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,31 @@ class LiveWeights(HoldsAnchored):
                 ", ".join(low),
             )
         self._direction: Direction = displacement
+        self._model, self._rule = model, compile_rule(parameters)
+
+    def unfrozen(self) -> dict[str, nn.Parameter]:
+        """Parameters that the rule selects and that are trained only since the construction."""
+        held = set(self.names)
+        return {
+            name: p for name, p in trained_parameters(self._model).items() if name not in held and self._moves(name, p)
+        }
+
+    def _moves(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether an unfrozen parameter can move; optimizers of DeepSpeed do not train it."""
+        return bool(self._rule.search(name)) and parameter.is_floating_point() and not is_zero(parameter)
+
+    def take_unfrozen(self, only: Collection[str] | None = None) -> tuple[str, ...]:
+        """Move the unfrozen parameters from now on, with their present values as the anchor.
+
+        Args:
+            only: names of the parameters; `None`: all.
+        """
+        if not self.unfrozen():
+            return ()
+        reshard(self._model)  # it can replace the objects
+        new = {name: p for name, p in self.unfrozen().items() if only is None or name in only}
+        self._anchored.add(new)
+        return tuple(new)
 
     @property
     def sharded(self) -> dict[str, ShardSpec]:

@@ -128,6 +128,14 @@ class LoraWeights(HoldsAnchored):
         """Empty: the anchor of the factors is whole on every rank."""
         return {}
 
+    def unfrozen(self) -> dict[str, nn.Parameter]:
+        """Empty: all factors move, frozen or not, and nothing else does."""
+        return {}
+
+    def take_unfrozen(self, only: Collection[str] | None = None) -> tuple[str, ...]:
+        """Empty, see `unfrozen`."""
+        return ()
+
     def _factors(self, source: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
         device = self._anchored.parameters[f"{name}.A"].device
         a, b = (full_tensor(source[f"{name}.{factor}"].detach()).to(device, torch.float32) for factor in "AB")

@@ -49,6 +49,19 @@ class MovableWeights(Protocol):
         `None`: every point can be represented.
         """
 
+    def unfrozen(self) -> Mapping[str, Tensor]:
+        """Parameters that should move and do not, because they were frozen at construction."""
+
+    def take_unfrozen(self, only: Collection[str] | None = None) -> tuple[str, ...]:
+        """Move these parameters from now on, with their present values as the anchor.
+
+        Args:
+            only: names of the parameters; `None`: all.
+
+        Returns:
+            The names of those that move now.
+        """
+
     def displacement_norm(self) -> float:
         """‖W − anchor‖ (Frobenius) over the selected parameters, all ranks together."""
 
