@@ -179,3 +179,37 @@ def test_evaluations_rollouts_and_files_have_the_average(whole):
     if name == "schedule-free":
         look_ahead = next(each for each in trainer.callback_handler.callbacks if hasattr(each, "look_ahead"))
         assert any(record.accepted_scale for record in look_ahead.look_ahead.history)
+
+
+# -- a finished run that is resumed ----------------------------------------------------------------
+
+SHORT = {"max_steps": 2, "eval_strategy": "no"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only_model", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [RUNS["schedule-free"] | {"effopd": None}, RUNS["bema"], RUNS["bema"] | {"save_average": False}],
+    ids=["schedule-free", "bema", "bema, not saved"],
+)
+def test_a_finished_run_resumes_to_its_final_model(tmp_path, monkeypatch, settings, only_model):
+    monkeypatch.setitem(weight_copies.FAMILIES, "helpers", Family(state=("z",), counters=("k",)))
+    settings = SHORT | settings | {"save_only_model": only_model}
+    trainer, watch = run(tmp_path / "a", **settings)
+    ends_as_trained = torch.equal(watch.now(), watch.trained[-1])
+    assert ends_as_trained == (not settings.get("save_average", True))
+    for state in ("optimizer.pt", "nothing more"):  # with all that the checkpoint has, and without the optimizer's
+        again, resumed = run(tmp_path / "a", **settings, resume=True)
+        assert all(map(torch.equal, trainer.model.parameters(), again.model.parameters()))
+        assert not resumed.trained
+        (tmp_path / "a/checkpoints/step-000002" / state).unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_the_average_alone_is_refused(tmp_path):
+    settings = SHORT | RUNS["bema"] | {"save_only_model": True}
+    run(tmp_path / "a", **settings)
+    assert not (tmp_path / "a/checkpoints/step-000002" / TRAINED_FILE).exists()
+    with pytest.raises(CheckpointError, match=r"step-000002 has no trained_weights.*--save_average true"):
+        run(tmp_path / "a", **settings, save_average=False, resume=True)

@@ -25,7 +25,7 @@ from effopd.common.zero import base_optimizer
 from effopd.distill.optimizers.averages import WeightAverage, read_tensors, write_tensors
 from effopd.distill.optimizers.build import build_optimizer, wrapped
 from effopd.distill.trl_host.hooks import OPTIMIZER, HostHooks
-from effopd.errors import ConfigError
+from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate.weight_copies import evaluated, has_modes, kept
 
 #: Trained weights in a checkpoint whose model file holds the evaluated ones.
@@ -122,7 +122,7 @@ class OptimizerMixin(HostHooks):
         """Leave the model at the weights to save, after training."""
         if not self._settled and self.optimizer is not None:
             if self.weight_average is not None:
-                if self.args.save_average:
+                if self._ends_at_average:
                     self.weight_average.settle()
             elif has_modes(self.optimizer):
                 self.optimizer.eval()
@@ -142,11 +142,20 @@ class OptimizerMixin(HostHooks):
         """Whether the trained weights differ from those of a checkpoint's model file."""
         return self.weight_average is not None or (self.optimizer is not None and has_modes(self.optimizer))
 
+    @property
+    def _ends_at_average(self) -> bool:
+        """Whether the final model has the evaluated weights, as a checkpoint's model file does."""
+        return self.weight_average is None or self.args.save_average
+
     def save_trained(self, folder: Path) -> None:
-        """Write the trained weights and the average into a checkpoint, on the rank that saves."""
-        if self._differs and self.args.should_save and not self.args.save_only_model:
+        """Write the trained weights and the average into a checkpoint, on the rank that saves.
+
+        With `save_only_model`, only trained weights that can become the final model are written.
+        """
+        state = not self.args.save_only_model
+        if self._differs and self.args.should_save and (state or not self._ends_at_average):
             write_tensors(folder / TRAINED_FILE, self._trained(), {})
-            if self.weight_average is not None:
+            if state and self.weight_average is not None:
                 self.weight_average.save(folder)
 
     def around_load(self, part, checkpoint, load):
@@ -157,16 +166,27 @@ class OptimizerMixin(HostHooks):
     def _load_trained(self, checkpoint: Path) -> None:
         if not (checkpoint / OPTIMIZER_NAME).is_file():  # the last step of a finished run, saved without state
             self._settled = True
+            if not self._ends_at_average:
+                self._set_trained(checkpoint)
             return
-        parameters = self._trained()
-        tensors, _ = read_tensors(checkpoint / TRAINED_FILE, set(parameters))
         if self.weight_average is not None:
             self.weight_average.load(checkpoint)
         else:
             base_optimizer(self.optimizer).train()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+        self._set_trained(checkpoint)
+
+    @torch.no_grad()
+    def _set_trained(self, checkpoint: Path) -> None:
+        if not (checkpoint / TRAINED_FILE).is_file():
+            raise CheckpointError(
+                f"{checkpoint} has no {TRAINED_FILE}: expected the trained weights, which its model file does not "
+                "hold in a run with average_weights or a schedule-free optimizer. Resume from another checkpoint"
+                + ("." if self._ends_at_average else ", or with --save_average true to end with its average.")
+            )
+        parameters = self._trained()
+        tensors, _ = read_tensors(checkpoint / TRAINED_FILE, set(parameters))
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
 
 
 def average_refused(average: str, optimizer: str) -> ConfigError:
