@@ -46,6 +46,7 @@ TURN = ["self", "prompt_ids", "images", "multimodal_fields"]
 METHODS: dict[tuple[Any, str], list[Any]] = {
     (DistillationTrainer, "_compute_loss"): ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
     (RL, "_compute_loss"): ["self", "model", "inputs"],
+    (RL, "_get_per_token_logps_and_entropies"): ["self", "model", "input_ids", "attention_mask", ...],
     (DistillationTrainer, "_get_last_hidden_state"): [
         "self", "unwrapped_model", "input_ids", "attention_mask", "logits_to_keep", ...,
     ],

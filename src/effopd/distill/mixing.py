@@ -213,10 +213,6 @@ class MixingMixin(DistillationHooks):
         with in_use(teacher):
             return super().around_turn(mixed, prompt_ids, multimodal=multimodal)
 
-    def sampled_tokens(self, rollouts) -> int:
-        """Tokens sampled for a batch: none for given answers."""
-        return 0 if self._given_now else super().sampled_tokens(rollouts)
-
     def _given_batch(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Padded ids and masks of this process's given answers, cut at the present horizon."""
         limit = self.max_completion_length  # the horizon of this step

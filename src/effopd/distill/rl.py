@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedModel
 from trl import GRPOTrainer, RLOOTrainer
 from trl.rewards import get_soft_overlong_punishment
@@ -154,10 +156,37 @@ class TaskRLMixin(RunMixin, PolicyHooks):
         self._attach_run()
         self.add_callback(RolloutCycleCallback(self))
 
-    def around_policy_loss(self, inputs, compute):
-        if self.model.training:
-            self.ledger.count("update", forward=int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()))
-        return compute()
+    def around_rollouts(self, sample):
+        output = super().around_rollouts(sample)
+        if self._samples_itself:
+            mask_BT = output["completion_mask"] * output.get("tool_mask", 1)
+            super().answers_sampled([mask_BT[mask_BT > 0]])
+        return output
+
+    def answers_sampled(self, answers):
+        if not self._samples_itself:
+            super().answers_sampled(answers)
+
+    @property
+    def _samples_itself(self) -> bool:
+        """Whether the user's `rollout_func` samples; its `env_mask` tells which tokens."""
+        return getattr(self, "rollout_func", None) is not None
+
+    def around_log_probs(self, model, mask_BL, compute):
+        category = "eval" if not self.model.training else "update" if torch.is_grad_enabled() else "rollout"
+        if category == "rollout" and self._is_reference(model):
+            category = "teacher"
+        self.ledger.count(category, forward=int(mask_BL.sum()))
+        with self.ledger.track(category) if category == "teacher" else nullcontext():
+            return compute()
+
+    def _is_reference(self, model: Any) -> bool:
+        """Whether a model is the reference: a model of its own, or without the trained adapter."""
+        if model is self.ref_model:
+            return True
+        layers = (each for each in model.modules() if isinstance(getattr(each, "disable_adapters", None), bool))
+        adapted: Any = next(layers, None)  # PEFT switches all of them together
+        return adapted is not None and (adapted.disable_adapters or "ref" in adapted.active_adapters)
 
     def _measure_task(self, task: Task) -> tuple[dict[str, float], int]:
         return evaluate_task(

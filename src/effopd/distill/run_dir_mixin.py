@@ -168,13 +168,10 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
     def around_rollouts(self, sample):
         category = "rollout" if self.model.training else "eval"
         with self.ledger.track(category), finite_predictions(), self.at_sampling_weights():
-            output = super().around_rollouts(sample)
-        self.ledger.count(category, generated=self.sampled_tokens(output))
-        return output
+            return super().around_rollouts(sample)
 
-    def sampled_tokens(self, rollouts) -> int:
-        """Tokens that were sampled for a batch of rollouts."""
-        return int(rollouts["completion_mask"].sum())
+    def answers_sampled(self, answers):
+        self.ledger.count("rollout" if self.model.training else "eval", generated=sum(map(len, answers)))
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
         with ignore_sampling_defaults(self.accelerator.unwrap_model(self.model)):  # unset settings are off

@@ -53,11 +53,13 @@ class Costs(Record, prefix="cost/"):
     """Cumulative costs of a run: seconds on its `cost_clock`, and tokens of all processes.
 
     Seconds are those of the slowest process, per column. *Sampled* tokens are counted when they are
-    generated, *forward* tokens in all other forward passes.
+    generated, tool output not among them; *forward* tokens in all other forward passes.
     """
 
     rollout_seconds: Annotated[Number, Column("sampling the rollouts", "s")] = None
-    teacher_seconds: Annotated[Number, Column("the teacher's forward passes", "s")] = None
+    teacher_seconds: Annotated[
+        Number, Column("forward passes of the teacher, or of the reference in reinforcement learning", "s")
+    ] = None
     update_seconds: Annotated[Number, Column("loss, backward pass and optimizer", "s")] = None
     search_seconds: Annotated[Number, Column("the look-ahead", "s")] = None
     eval_seconds: Annotated[Number, Column("evaluation", "s")] = None
@@ -65,7 +67,9 @@ class Costs(Record, prefix="cost/"):
     rollout_generated_tokens: Annotated[Count, Column("sampled for rollouts", "tokens")] = None
     search_generated_tokens: Annotated[Count, Column("sampled by searches", "tokens")] = None
     eval_generated_tokens: Annotated[Count, Column("sampled by evaluations", "tokens")] = None
-    teacher_forward_tokens: Annotated[Count, Column("forward tokens of the teacher", "tokens")] = None
+    teacher_forward_tokens: Annotated[Count, Column("forward tokens of the teacher or that reference", "tokens")] = (
+        None
+    )
     update_forward_tokens: Annotated[Count, Column("forward tokens of the student's loss", "tokens")] = None
     search_forward_tokens: Annotated[Count, Column("forward tokens of searches", "tokens")] = None
     search_teacher_tokens: Annotated[Count, Column("the teacher's part of the searches' forward tokens", "tokens")] = (
@@ -74,7 +78,10 @@ class Costs(Record, prefix="cost/"):
     eval_forward_tokens: Annotated[Count, Column("forward tokens of evaluations", "tokens")] = None
     net_seconds: Annotated[Number, Column("all seconds except evaluation; search included", "s")] = None
     net_generated_tokens: Annotated[Count, Column("all sampled tokens except evaluation", "tokens")] = None
-    net_forward_tokens: Annotated[Count, Column("all forward tokens except evaluation", "tokens")] = None
+    net_forward_tokens: Annotated[
+        Count,
+        Column("all forward tokens except evaluation; also the student's before the loss, without a column", "tokens"),
+    ] = None
 
     @property
     def teacher_tokens(self) -> int | None:

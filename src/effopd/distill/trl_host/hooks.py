@@ -102,9 +102,14 @@ class HostHooks(_Host):
         host = super()._generate_single_turn
 
         def generate(prompts: list[list[int]]) -> Any:
-            return host(prompts, images, multimodal_fields, *args, **kwargs)
+            output = host(prompts, images, multimodal_fields, *args, **kwargs)
+            self.answers_sampled(output[0] if isinstance(output, tuple) else output)  # or with log-probabilities
+            return output
 
         return self.around_turn(generate, prompt_ids, multimodal=bool(multimodal_fields))
+
+    def answers_sampled(self, answers: Sequence[Sequence[int]]) -> None:
+        """Hook: the token ids that one call of `generate` sampled, per prompt."""
 
     # The loop.
 
@@ -228,3 +233,12 @@ class PolicyHooks(HostHooks):
 
     def _compute_loss(self, model, inputs):
         return self.around_policy_loss(inputs, partial(super()._compute_loss, model, inputs))
+
+    def around_log_probs(self, model: Any, mask_BL: Tensor, compute: Callable[[], T]) -> T:
+        """Hook: a forward pass of the policy or of its reference over prompts and answers."""
+        return compute()
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
+        host = super()._get_per_token_logps_and_entropies
+        compute = partial(host, model, input_ids, attention_mask, *args, **kwargs)
+        return self.around_log_probs(model, attention_mask, compute)
