@@ -275,7 +275,7 @@ def main() -> None:
             f"""--model_name_or_path testbed:student --teacher_model_name_or_path testbed:teacher
             --task testbed:{arguments.family} --train_size 4096 --eval_size 256 --max_steps {arguments.max_steps}
             --per_device_train_batch_size 256 --per_device_eval_batch_size 256 --max_completion_length 24
-            --activation_checkpointing false --eval_strategy no --eval_greedy false --save_strategy no
+            --activation_checkpointing false --eval_strategy no --save_strategy no
             --report_to none --disable_tqdm true --learning_rate {arguments.learning_rate} --seed {arguments.seed}
             --output_dir {arguments.runs / name} --effopd.strategy line_search""".split()
         )

@@ -197,6 +197,11 @@ UNREAD = [
     (["--eval_delay", "5"], "--eval_delay: no effect without --eval_strategy steps"),
     (["--metric_for_best_model", "kl"], "--metric_for_best_model: no effect without --eval_strategy steps"),
     (["--greater_is_better", "true"], "--greater_is_better: no effect without --eval_strategy steps"),
+    (["--eval_temperature", "0.7"], "--eval_temperature: no effect without --eval_strategy steps. Add"),
+    (["--eval_greedy", "false", "--eval_seed", "5"], "--eval_greedy, --eval_seed: no effect without --eval_strategy"),
+    (["--eval_accumulation_steps", "5"], "--eval_accumulation_steps: no effect without --eval_strategy steps"),
+    (["--bf16_full_eval", "true", "--use_cpu"], "--bf16_full_eval: no effect without --eval_strategy steps"),
+    (["--do_eval", "true"], "--do_eval: no effect without --eval_strategy steps"),
     (["--vllm_mode", "server"], "--vllm_mode: no effect without --use_vllm true"),
     (
         ["--vllm_server_port", "8001", "--vllm_gpu_memory_utilization", "0.5"],
@@ -225,6 +230,12 @@ def test_an_unread_setting_at_its_default_passes():
     host_settings.check_host_settings(settings.model, settings.opd)
 
 
+@pytest.mark.parametrize("reader", [["--eval_on_start", "true"], ["--eval_strategy", "epoch"]])
+def test_an_evaluation_before_the_first_step_reads_its_settings_too(reader):
+    settings = parse_train([*PAIR, *TESTBED, "--eval_temperature", "0.7", "--eval_greedy", "false", *reader])
+    host_settings.check_host_settings(settings.model, settings.opd)
+
+
 def test_a_flag_that_turns_a_reader_off_replaces_what_the_file_sets_for_it(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(
@@ -240,6 +251,25 @@ def test_a_flag_that_turns_a_reader_off_replaces_what_the_file_sets_for_it(tmp_p
     settings = parse_train([*PAIR, *TESTBED, "--config", str(file), "--use_vllm", "--eval_strategy", "epoch"])
     assert settings.opd.use_vllm and settings.opd.vllm_mode == "server" and settings.opd.eval_steps is None
     assert settings.opd.metric_for_best_model == "kl"
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "temperature"),
+    [
+        ("eval_strategy: steps\neval_steps: 5", [], 0.7),
+        ("eval_strategy: steps\neval_steps: 5", ["--eval_strategy", "no"], 1.0),
+        ("eval_strategy: steps\neval_steps: 5\neval_on_start: true", ["--eval_strategy", "no"], 0.7),
+        ("eval_strategy: 'no'\neval_on_start: true", ["--eval_on_start", "false"], 1.0),
+        ("eval_strategy: no\neval_on_start: true", ["--eval_strategy", "no", "--eval_on_start", "false"], 1.0),
+        ("eval_strategy: no", ["--eval_on_start", "true"], 0.7),
+    ],
+)
+def test_flags_that_end_all_evaluations_replace_the_files_evaluation_settings(tmp_path, file, flags, temperature):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{file}\neval_temperature: 0.7\n")
+    settings = parse_train([*PAIR, *TESTBED, "--config", str(path), *flags])
+    host_settings.check_host_settings(settings.model, settings.opd)
+    assert settings.opd.eval_temperature == temperature
 
 
 # -- models ----------------------------------------------------------------------------------------

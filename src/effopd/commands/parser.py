@@ -14,7 +14,7 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
-from effopd.common.host_values import EVALUATION_BY_STEPS_ONLY, EVALUATION_ONLY, VLLM_ONLY
+from effopd.common.host_values import turned_off
 from effopd.common.unique_keys import check_keys, settings_text
 from effopd.errors import ConfigError, EffOPDError
 
@@ -161,14 +161,7 @@ class CommandParser(TrlParser):
 
         Without those that nothing reads because the command line turns their reader off.
         """
-        unread: tuple[str, ...] = ()
-        strategy, vllm = self.given("eval_strategy"), self.given("use_vllm")
-        if strategy == "no":
-            unread += EVALUATION_BY_STEPS_ONLY + EVALUATION_ONLY
-        elif strategy not in (None, "steps"):
-            unread += EVALUATION_BY_STEPS_ONLY
-        if vllm is not None and vllm.lower() in ("false", "no", "0"):
-            unread += VLLM_ONLY
+        unread = turned_off(self.given, values)
         return {name: value for name, value in values.items() if not name.startswith(unread)}
 
     def given(self, dest: str) -> str | None:

@@ -17,7 +17,13 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIB
 from trl import ModelConfig
 
 from effopd.common import optional
-from effopd.common.host_values import EVALUATION_BY_STEPS_ONLY, EVALUATION_ONLY, VLLM_ONLY, name_of
+from effopd.common.host_values import (
+    ANY_EVALUATION_ONLY,
+    EVALUATION_BY_STEPS_ONLY,
+    EVALUATION_ONLY,
+    VLLM_ONLY,
+    name_of,
+)
 from effopd.common.optional import TRACKERS, ensure
 from effopd.distill.rl_config import TaskGRPOConfig
 from effopd.distill.values import GRPO_LOSSES, check_name, check_values
@@ -105,6 +111,7 @@ def check_unread(model: ModelConfig, args: Any) -> None:
         ("--use_vllm true", args.use_vllm, args, VLLM_ONLY),
         ("--eval_strategy steps", by_steps, args, EVALUATION_BY_STEPS_ONLY),
         ("--eval_strategy steps", evaluates, args, EVALUATION_ONLY),
+        ("--eval_strategy steps", evaluates or bool(args.eval_on_start), args, ANY_EVALUATION_ONLY),
     ):
         given = [
             f"--{field.name}"
