@@ -220,6 +220,15 @@ def test_a_relative_task_is_the_runs_file_from_any_folder(models, tmp_path, meas
     assert f"task of the run ../home/runs/first: expected the file '{file}', but there is none" in error
 
 
+def test_a_runs_settings_are_read_once(models, tmp_path, measured, monkeypatch, capsys):
+    a_run(models, tmp_path / "run", f"math:{models / 'math.jsonl'}", "--task_seed", "3", "--eval_size", "7")
+    read, settings = [], run_prompts._settings
+    monkeypatch.setattr(run_prompts, "_settings", lambda path: read.append(path) or settings(path))
+    measured("--model", tmp_path / "run")
+    assert "7 of 30 rows (held out as in training;" in capsys.readouterr().out
+    assert read == [(tmp_path / "run/config.yaml").resolve()]
+
+
 def test_every_setting_of_a_task_is_taken_over_or_left_on_purpose():
     from dataclasses import fields
 

@@ -18,7 +18,7 @@ from effopd.launch.preflight import check_model_name, check_task
 from effopd.models.files import check_dtype, load_model, load_tokenizer
 from effopd.runs.console import quiet_hosts
 from effopd.runs.missing_answers import ENOUGH, AnswerWatch, Counts, missing_answers, mostly_missing
-from effopd.runs.run_prompts import run_of, splits_as
+from effopd.runs.run_prompts import splits_as
 from effopd.tasks import Task, TaskConfig, load_task
 from effopd.tasks.builtin_models import resolve_model
 from effopd.tasks.evaluate import EvalResult, evaluate
@@ -104,7 +104,8 @@ def eval_parser() -> MeasuringParser:
 
 def run_eval(argv: Sequence[str]) -> int:
     """Run `effopd eval`: parse, check, evaluate and print."""
-    arguments, sampling, task_config = parsed_as_trained(eval_parser(), argv)
+    parser = eval_parser()
+    arguments, sampling, task_config = parsed_as_trained(parser, argv)
     arguments.model = resolve_model(arguments.model)
     check_model_name("--model", arguments.model)
     load = {"trust_remote_code": arguments.trust_remote_code, "revision": arguments.model_revision or "main"}
@@ -114,7 +115,7 @@ def run_eval(argv: Sequence[str]) -> int:
         longest = check_task(task, tokenizer, task_config.max_prompt_length, sampling.template)
         check_positions_of("--model", arguments.model, longest, sampling.max_new_tokens, "--max_new_tokens", **load)
         model = load_model("--model", arguments.model, dtype=arguments.dtype, **load)
-    if text := _part(task, task_config, arguments.model):
+    if text := _part(task, task_config, next((settings for _, settings in parser.runs), None)):
         print(text, flush=True)
     with Counted(len(task) * sampling.n, task.name, "answer") as bar:
         look = _FirstLook(task, sampling.max_new_tokens)
@@ -127,14 +128,17 @@ def run_eval(argv: Sequence[str]) -> int:
     return 0
 
 
-def _part(task: Task, config: TaskConfig, model: str) -> str:
-    """Note that only part of a source is evaluated; "" if all rows are or if they are generated."""
+def _part(task: Task, config: TaskConfig, run: Mapping[str, Any] | None) -> str:
+    """Note that only part of a source is evaluated; "" if all rows are or if they are generated.
+
+    Args:
+        run: settings of the model's run; `None`: no run.
+    """
     if task.available is None or len(task) == task.available:
         return ""
-    run = run_of(model)
     if config.eval_task is not None:
         why = f"--eval_size {config.eval_size}"
-    elif run is not None and splits_as(run[1], vars(config)):
+    elif run is not None and splits_as(run, vars(config)):
         why = "held out as in training"
     else:
         why = f"held out with --task_seed {config.task_seed}, perhaps not as in training"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from effopd.commands.parser import CommandParser, parsed
@@ -16,6 +17,7 @@ class MeasuringParser(CommandParser):
 
     Attributes:
         note: one line with the settings taken from a run; "" if there are none.
+        runs: `config.yaml` and settings of the models' runs; set by parsing.
     """
 
     #: Whether the task defaults to the run's task.
@@ -23,6 +25,7 @@ class MeasuringParser(CommandParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.note = ""
+        self.runs: list[tuple[Path, dict[str, Any]]] = []
         self._in_file: set[str] = set()
         super().__init__(*args, **kwargs)
 
@@ -53,7 +56,7 @@ class MeasuringParser(CommandParser):
                 flag sets, or the task file of the run does not exist.
         """
         given, rest = super().parse_known_args(args, namespace)
-        runs = [run for run in map(run_of, self.models(given)) if run is not None]
+        self.runs = runs = [run for run in map(run_of, self.models(given)) if run is not None]
         if not runs:
             return given, rest
         explicit = self._explicit(args) | self._in_file
