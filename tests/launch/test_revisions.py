@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from effopd.commands.main import main
 from effopd.commands.rl import parse_rl
 from effopd.commands.train import parse_train
 from effopd.common.files import read_rows
+from effopd.distill.teachers.manifest import live_sha256
+from effopd.distill.teachers.settings import given_teachers, split_revision
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.launch.dry_run import plan_tables
 from effopd.launch.memory_estimate import sizes_of
@@ -59,7 +62,7 @@ def publish(tmp_path, monkeypatch):
         snapshot = root / "snapshots" / commit(name, revision)
         make_model(seed, hidden=hidden).save_pretrained(snapshot)
         make_tokenizer().save_pretrained(snapshot)
-        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
         (root / "refs" / revision).write_text(commit(name, revision))
         if not (root / "refs" / "main").exists():
             config = make_model(0, vocab_size=8).config
@@ -102,6 +105,72 @@ def test_the_reference_and_other_teachers_of_a_curriculum_are_read_at_main(publi
     assert {entry.name: entry.revision for entry in entries} == {
         "org/teacher": commit("org/teacher", "v3"), "org/other": commit("org/other", "main")
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_each_of_several_teachers_is_read_at_its_own_revision(publish, tmp_path):
+    publish("org/student", "v2")
+    hashes = {v: weights_sha256(publish("org/teacher", v, seed=n)) for n, v in enumerate(("v3", "refs/pr/1"), start=1)}
+    rows = [{"problem": f"{n} + 1 =", "answer": str(n + 1), "teacher": "ab"[n % 2]} for n in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teachers = ["--teachers", "a=org/teacher@v3", "b=org/teacher@refs/pr/1"]
+    settings = parse_train([*STUDENT, *RUN, *teachers])
+    assert main(["train", *STUDENT, *RUN, *teachers]) == 0
+    entries = {each["label"]: each for each in json.loads((tmp_path / "run/teachers.json").read_text())["teachers"]}
+    for label, revision in (("a", "v3"), ("b", "refs/pr/1")):
+        found = entries[label]
+        assert (found["name"], found["revision"], found["sha256"]) == (
+            "org/teacher", commit("org/teacher", revision), hashes[revision]
+        )  # fmt: skip
+    again = parse_train(["--config", "run/config.yaml", "--output_dir", "other"])
+    assert again.opd.teacher_sources == settings.opd.teacher_sources
+    assert [each.name for each in check_models_of(again)] == ["org/student", "org/teacher", "org/teacher"]
+    plan_tables(again)
+    with pytest.raises(CompatibilityError, match="org/teacher"):  # the main branch, as before
+        build_trainer(
+            parse_train([*STUDENT, *RUN, "--teachers", "a=org/teacher@v3", "b=org/teacher", "--output_dir", "third"])
+        )
+
+
+@pytest.mark.slow
+def test_each_teacher_of_a_curriculum_is_read_at_its_own_revision(publish):
+    publish("org/student", "v2")
+    hashes = {v: weights_sha256(publish("org/teacher", v, seed=n)) for n, v in enumerate(("v3", "v4"), start=1)}
+    stages = ["--curriculum", "prompt_length", "--curriculum_teachers", "org/teacher@v4", "org/teacher"]
+    settings = parse_train([*STUDENT, *TEACHER, *RUN, *stages, "--max_steps", "2"])
+    assert len(check_models_of(settings)) == 3  # the second stage has the teacher of evaluations
+    trainer = build_trainer(settings)
+    entries = {entry.label: (entry.name, entry.sha256) for entry in trainer._teacher_entries("org/teacher")}
+    first, named = ("org/teacher", hashes["v4"]), ("org/teacher", hashes["v3"])
+    assert entries == {"teacher": named, "stage 1": first, "stage 2": named}
+    trainer.train()
+    assert live_sha256(trainer.teacher_model) == hashes["v3"]
+    trainer.use_teacher("org/teacher@v4")
+    assert live_sha256(trainer.teacher_model) == hashes["v4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--teachers", "a=org/teacher@"],
+            "--teachers 'org/teacher@': a part is missing; expected a folder, a Hub id",
+        ),
+        (["--teachers", "a=here@v1"], "--teachers 'here@v1': a folder has no revisions"),
+        (["--curriculum", "nll", "--curriculum_teachers", "@v1", "x"], "curriculum_teachers '@v1': a part is missing"),
+    ],
+)
+def test_a_wrong_revision_is_refused(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "at@home").mkdir()
+    assert split_revision("at@home") == ("at@home", None) and split_revision("./no@v1") == ("./no@v1", None)
+    assert split_revision("org/teacher@v1") == ("org/teacher", "v1")
+    teacher = TEACHER[:2] if "--curriculum" in flags else []
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_train([*STUDENT, *teacher, *RUN, *flags])
+    with pytest.raises(ConfigError, match=re.escape("teacher_model['a'] 'here@v1': a folder has no revisions")):
+        given_teachers({"a": "here@v1"})
 
 
 @pytest.mark.slow

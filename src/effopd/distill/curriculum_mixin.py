@@ -23,6 +23,7 @@ from effopd.distill.horizon import look_aheads
 from effopd.distill.scoring import rollouts_per_step
 from effopd.distill.teachers.loading import teacher_revision
 from effopd.distill.teachers.offload import in_use
+from effopd.distill.teachers.settings import split_revision
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.models import release
 from effopd.distill.trl_host.state import log_metrics
@@ -72,15 +73,17 @@ class CurriculumMixin(DistillationHooks):
         """`vocab_size`, or less if a later teacher has fewer rows."""
         if not self.args.curriculum_teachers:
             return vocab_size
-        load = {"trust_remote_code": self.args.trust_remote_code}
-        revision = teacher_revision(self.args)
-        configs = [
-            AutoConfig.from_pretrained(each, revision=revision if each == self._evaluated_by else None, **load)
-            if isinstance(each, str)
-            else each.config
-            for each in (*self.args.curriculum_teachers, self._evaluated_by)
-        ]
-        return min(vocab_size, *(config.get_text_config().vocab_size for config in configs))
+        teachers = (*self.args.curriculum_teachers, self._evaluated_by)
+        return min(vocab_size, *(self._config_of(each).get_text_config().vocab_size for each in teachers))
+
+    def _config_of(self, teacher: Any) -> Any:
+        if not isinstance(teacher, str):
+            return teacher.config
+        name, own = split_revision(teacher)
+        revision = teacher_revision(self.args) if teacher == self._evaluated_by else None
+        return AutoConfig.from_pretrained(
+            name, revision=own or revision, trust_remote_code=self.args.trust_remote_code
+        )
 
     # -- teachers ----------------------------------------------------------------------------------
 

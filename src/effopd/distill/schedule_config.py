@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effopd.distill.curriculum import COLUMN, MEASURES, ORDERS
+from effopd.distill.teachers.settings import split_revision
 from effopd.errors import ConfigError
 
 #: Flags that only rollout_horizon='prune' reads.
@@ -44,9 +45,9 @@ class ScheduleArguments:
     curriculum_teachers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Teacher of each stage, in order of training, one in memory at a time; default: "
-            "teacher_model_name_or_path. Evaluations use teacher_model_name_or_path in all stages, so that they can "
-            "be compared."
+            "help": "Teacher of each stage (a folder, HUB_ID or HUB_ID@REVISION), in order of training, one in memory "
+            "at a time; default: teacher_model_name_or_path. Evaluations use teacher_model_name_or_path in all "
+            "stages, so that they can be compared."
         },
     )
 
@@ -100,7 +101,9 @@ class ScheduleArguments:
 
     @property
     def stage_teachers(self) -> dict[str, str]:
-        """Stage, as "stage 1", …, → its teacher; empty without `curriculum_teachers`."""
+        """Stage, as "stage 1", …, → its teacher, as `split_revision` reads it; empty without
+        `curriculum_teachers`.
+        """
         return {f"stage {stage}": name for stage, name in enumerate(self.curriculum_teachers or (), start=1)}
 
     def _check_curriculum(self) -> None:
@@ -125,6 +128,8 @@ class ScheduleArguments:
                     )
             return
         teachers = self.curriculum_teachers
+        for each in teachers or ():
+            split_revision(each, "curriculum_teachers")
         if teachers is not None and len(teachers) != self.stages:
             raise ConfigError(
                 f"curriculum_teachers names {len(teachers)} teachers for curriculum_stages={self.stages}: expected "

@@ -18,6 +18,7 @@ from effopd.distill.offline_trainer import OfflineOPDTrainer
 from effopd.distill.scoring import check_rollouts, check_validation_size, rollouts_per_step
 from effopd.distill.served.trainer import ServedOPDTrainer
 from effopd.distill.teachers.manifest import ONLY, check_same_teachers, planned_entries, read_manifest
+from effopd.distill.teachers.settings import split_revision
 from effopd.distill.teachers.several import check_task_labels
 from effopd.distill.trainer import OPDTrainer
 from effopd.distill.values import check_values
@@ -31,7 +32,6 @@ from effopd.launch.prompts import evaluates, evaluation_flag, load_prompts, more
 from effopd.launch.run_checks import check_run, check_space, resume_argument
 from effopd.launch.run_models import (
     REFERENCE,
-    STAGES,
     STUDENT,
     NamedModel,
     adapter_of,
@@ -41,6 +41,7 @@ from effopd.launch.run_models import (
     kept_columns,
     loading_arguments,
     on_meta,
+    teachers_of,
     tokenizer_of,
     with_adapter,
 )
@@ -145,8 +146,7 @@ def model_names(settings: RunSettings) -> dict[str, str | None]:
     }
     if (opd.offline or opd.served or opd.teacher_sources) and opd.teacher_model_name_or_path is None:
         del names["--teacher_model_name_or_path"]
-    names |= {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
-    names |= {f"{STAGES} ({stage})": name for stage, name in opd.stage_teachers.items()}
+    names |= {flag: split_revision(source)[0] for flag, source in teachers_of(opd).items()}
     if opd.reference_model_name_or_path is not None:
         names[REFERENCE] = opd.reference_model_name_or_path
     return names
@@ -165,6 +165,7 @@ def _check_resumed_teachers(settings: RunSettings) -> None:
     if checkpoint is None or opd.offline or read_manifest(checkpoint) is None:
         return
     sources = opd.teacher_sources or {ONLY: str(opd.teacher_model_name_or_path)} | opd.stage_teachers
+    sources = {label: split_revision(source)[0] for label, source in sources.items()}
     init = loading_arguments(settings.model, opd)[1]
     check_same_teachers(checkpoint, planned_entries(sources, dtype_of(init), quantization_of(opd, init)))
 

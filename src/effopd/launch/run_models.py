@@ -11,6 +11,7 @@ from trl import ModelConfig
 from effopd.distill.curriculum import COLUMN
 from effopd.distill.saving import check_generation_config
 from effopd.distill.teachers.loading import resolved_dtype, revision_argument
+from effopd.distill.teachers.settings import split_revision
 from effopd.launch.adapters import adapter_config, check_adapter
 from effopd.launch.meta_model import check_positions, meta_model
 from effopd.launch.model_size import ModelSize, model_size, size_of_model
@@ -178,8 +179,8 @@ def adapter_of(model: ModelConfig, args: Any) -> Any:
 def loading_of(flag: str, frozen: Mapping[str, Any], args: Any) -> dict[str, Any]:
     """Loading arguments of one frozen model.
 
-    The teacher's revision is that of the teacher of evaluations. The reference has its own flag,
-    and the other teachers of a curriculum have none.
+    The teacher's revision is that of the teacher of evaluations. The reference has its own flag;
+    each of several teachers, and those of a curriculum, can name their own.
 
     Args:
         flag: the flag that names the model.
@@ -189,7 +190,9 @@ def loading_of(flag: str, frozen: Mapping[str, Any], args: Any) -> dict[str, Any
     if flag.startswith(REFERENCE):
         return {**frozen, "revision": args.reference_model_revision}
     drop = "revision" if flag.startswith(STAGES) else ""
-    return {name: value for name, value in frozen.items() if name != drop}
+    load = {name: value for name, value in frozen.items() if name != drop}
+    own = split_revision(sources[flag])[1] if flag in (sources := teachers_of(args)) else None
+    return load | ({} if own is None else {"revision": own})
 
 
 def revision_of(init: Mapping[str, Any]) -> str:
@@ -209,14 +212,22 @@ def frozen_models(opd: Any) -> dict[str, str]:
     """Flag → name of teachers and, if there is one, reference, as far as they are loaded."""
     if not opd.holds_teacher:
         return {}
-    models = {f"--teachers {label}": name for label, name in opd.teacher_sources.items()}
+    sources = teachers_of(opd)
+    models = {flag: source for flag, source in sources.items() if not flag.startswith(STAGES)}
     for role in ("teacher", "reference"):
         if name := getattr(opd, f"{role}_model_name_or_path"):
             models[f"--{role}_model_name_or_path"] = name
-    for stage, name in opd.stage_teachers.items():
-        if name not in models.values():
-            models[f"{STAGES} ({stage})"] = name
-    return models
+    for flag, source in sources.items():
+        if source not in models.values():
+            models[flag] = source
+    return {flag: split_revision(each)[0] if flag in sources else each for flag, each in models.items()}
+
+
+def teachers_of(args: Any) -> dict[str, str]:
+    """Flag → each of several teachers and of a curriculum's, as `split_revision` reads it."""
+    several = {f"--teachers {label}": source for label, source in getattr(args, "teacher_sources", {}).items()}
+    stages = {f"{STAGES} ({stage})": source for stage, source in getattr(args, "stage_teachers", {}).items()}
+    return several | stages
 
 
 def kept_columns(opd: Any) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from effopd.common.distributed import full_tensor, rank
 from effopd.common.files import write_atomically
+from effopd.distill.teachers.settings import split_revision
 from effopd.errors import CheckpointError, WeightsError
 from effopd.models.fingerprint import model_folder, weights_sha256
 from effopd.models.logit_path import core_of, is_whole
@@ -58,9 +59,12 @@ def entry_of(label: str, source: Any, model: Any, revision: str | None = None) -
 
     Args:
         source: the path, Hub id or model object that the run was given.
-        revision: the requested revision.
+        revision: the requested revision, unless the source names its own.
     """
     core = core_of(model)
+    if isinstance(source, str):
+        source, own = split_revision(source)
+        revision = own or revision
     name = source if isinstance(source, str) else str(getattr(core.config, "_name_or_path", "") or "")
     commit, sha256 = _commit_and_sha256(source, core, revision)
     eight, four = (getattr(core, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))

@@ -16,6 +16,7 @@ from effopd.distill.teachers.kept import kept_or_made, make_ahead
 from effopd.distill.teachers.loading import teacher_loading, teacher_revision
 from effopd.distill.teachers.manifest import ONLY, TeacherEntry, entry_of
 from effopd.distill.teachers.offload import in_use, offload
+from effopd.distill.teachers.settings import split_revision
 from effopd.distill.teachers.several import (
     TEACHER_INDEX,
     Part,
@@ -106,6 +107,9 @@ class TeachersMixin(DistillationHooks):
             )
         if self.args.teacher_shard:
             check_sharding(self)
+        if role == "teacher" and isinstance(source, str):
+            source, own = split_revision(source)
+            init |= {"revision": own} if own else {}
         model = frozen(self, source, init, shard_layers if self.args.teacher_shard else None)
         return offload(model, self.accelerator) if self.args.teacher_offload else model
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,26 @@ _LABEL = re.compile(r"[A-Za-z0-9_.-]+")
 LOADING = ("teacher_dtype", "teacher_load_in_8bit", "teacher_load_in_4bit")
 #: Settings that only a teacher in memory reads.
 LOCAL_ONLY = (*LOADING, "teacher_offload", "teacher_shard", "teachers")
+
+
+def split_revision(source: str, flag: str = "teacher_model") -> tuple[str, str | None]:
+    """(folder or Hub id, revision) of `MODEL` or `MODEL@REVISION`; `None`: no revision is named.
+
+    Args:
+        flag: the setting that names the model, for messages.
+
+    Raises:
+        ConfigError: the revision is empty, or is that of a folder.
+    """
+    name, sign, revision = source.partition("@")
+    if not sign or Path(source).exists() or source.startswith(("/", ".", "~")):
+        return source, None
+    if not name or not revision or Path(name).exists():
+        what = "a folder has no revisions" if revision and name else "a part is missing"
+        raise ConfigError(
+            f"{flag} {source!r}: {what}; expected a folder, a Hub id, or HUB_ID@REVISION. Correct the name."
+        )
+    return name, revision
 
 
 def given_teachers(teacher: Any) -> Any:
@@ -55,6 +76,8 @@ def _source(teacher: Any, name: str) -> Any:
             f"{name}: expected a path or a model, got {type(teacher).__name__}. Pass several teachers as "
             "{label: teacher, …}."
         )
+    if isinstance(teacher, str):
+        split_revision(teacher, name)
     return teacher
 
 
@@ -103,8 +126,8 @@ class TeacherArguments:
     teachers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Several teachers instead of --teacher_model_name_or_path, as LABEL=MODEL: math=DIR code=DIR. "
-            "The column --teacher_column names the teacher of each row."
+            "help": "Several teachers instead of --teacher_model_name_or_path, as LABEL=MODEL: math=DIR code=DIR, or "
+            "LABEL=HUB_ID@REVISION. The column --teacher_column names the teacher of each row."
         },
     )
     teacher_column: str = field(
@@ -194,10 +217,11 @@ class TeacherArguments:
 
     @property
     def teacher_sources(self) -> dict[str, str]:
-        """Label → model of `teachers`; empty with one teacher.
+        """Label → model of `teachers`, as `split_revision` reads it; empty with one teacher.
 
         Raises:
-            ConfigError: an entry is not LABEL=MODEL, or a label occurs twice.
+            ConfigError: an entry is not LABEL=MODEL, its revision is not valid, or a label occurs
+                twice.
         """
         given = self.teachers
         if isinstance(given, Mapping):  # in Python and YAML
@@ -213,6 +237,7 @@ class TeacherArguments:
             if label in sources:
                 raise ConfigError(f"--teachers: the label {label!r} occurs twice. Give each teacher its own label.")
             sources[label] = name.strip()
+            split_revision(sources[label], "--teachers")
         return sources
 
     def _init_kwargs(self) -> Mapping[str, Any]:
