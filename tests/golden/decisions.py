@@ -7,6 +7,7 @@ Record only after a change that is meant to change a decision, and say so in doc
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 import tempfile
@@ -34,8 +35,17 @@ STRATEGIES: dict[str, dict[str, object]] = {
 
 
 def machine() -> dict[str, str]:
-    """What the last digits of a forward pass depend on."""
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    """What the last digits of a forward pass depend on; `model` is that of the processor."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "cpu": capability, "model": _processor()}
+
+
+def _processor() -> str:
+    """Vendor, family and model number of the processor; empty without `/proc/cpuinfo`."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    return " ".join(found.get(name, "") for name in ("vendor_id", "cpu family", "model")).strip()
 
 
 def command(family: str, strategy: str, folder: Path) -> list[str]:

@@ -1,4 +1,6 @@
-"""The software decides today what it decided when `decisions.json` was recorded, to six digits."""
+"""The software decides today what it decided when `decisions.json` was recorded: to six digits on a
+processor of the same model, to 1 % on another one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ pytestmark = pytest.mark.slow
 
 
 GOLDEN = json.loads(FILE.read_text())
+#: With the same torch and vector instructions, two models of processor differed by up to 3e-4.
+PRECISION = 1e-6 if machine() == GOLDEN["machine"] else 1e-2
 
 
 def numbers(tree) -> list:
@@ -22,10 +26,13 @@ def numbers(tree) -> list:
     return [-1e9 if tree is None else tree]  # a candidate without a score
 
 
-@pytest.mark.skipif(machine() != GOLDEN["machine"], reason="another torch or CPU rounds otherwise")
+@pytest.mark.skipif(
+    machine() | {"model": ""} != GOLDEN["machine"] | {"model": ""},
+    reason="another torch, or other vector instructions, round otherwise",
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_decisions(family, strategy, tmp_path):
     now, then = decisions(family, strategy, tmp_path), GOLDEN["runs"][f"{family}/{strategy}"]
     assert {name: len(rows) for name, rows in now.items()} == {name: len(rows) for name, rows in then.items()}
-    assert numbers(now) == pytest.approx(numbers(then), rel=1e-6, abs=1e-6)
+    assert numbers(now) == pytest.approx(numbers(then), rel=PRECISION, abs=1e-6)

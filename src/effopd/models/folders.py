@@ -71,10 +71,9 @@ def check_model_folder(flag: str, name: str) -> None:
 def check_hub_id(flag: str, name: str) -> None:
     """Check that the name of no existing path can be a Hub id. Nothing is read.
 
-    `runs/opd-1` is a mistyped path if there is a folder `runs`, unless the cache has that model.
-
     Raises:
-        CompatibilityError: it cannot.
+        CompatibilityError: it cannot; or with HF_HUB_OFFLINE=1, the cache lacks it and it looks
+            like a mistyped path.
     """
     try:
         validate_repo_id(name)
@@ -84,14 +83,17 @@ def check_hub_id(flag: str, name: str) -> None:
             f"{flag} {name!r}: no such folder{where}, and not a valid Hub id. Expected the path of a model folder, or "
             "a Hub id such as Qwen/Qwen3-0.6B."
         ) from error
+    if constants.HF_HUB_OFFLINE and (near := near_path(name)) and not is_cached(name):
+        raise CompatibilityError(f"{flag} {name!r}: no such folder in {Path.cwd()}, nor in the local cache.{near}")
+
+
+def near_path(name: str) -> str:
+    """` Did you mean runs/first?` for `runs/frist` if there is a folder `runs`; else empty."""
     folder, _, last = name.rpartition("/")
-    if folder and Path(folder).is_dir() and not is_cached(name):
-        close = difflib.get_close_matches(last, [each.name for each in Path(folder).iterdir()], n=1)
-        raise CompatibilityError(
-            f"{flag} {name!r}: the folder {folder} in {Path.cwd()} has no {last!r}: expected a model folder."
-            f"{f' Did you mean {folder}/{close[0]}?' if close else ''} If {name} is a Hub id, download it first "
-            f"(hf download {name}), or start in another folder."
-        )
+    if not folder or not Path(folder).is_dir():
+        return ""
+    close = difflib.get_close_matches(last, [each.name for each in Path(folder).iterdir()], n=1)
+    return f" Did you mean {folder}/{close[0]}?" if close else f" The folder {folder} has no {last!r}."
 
 
 def is_cached(name: str) -> bool:

@@ -9,7 +9,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from effopd.errors import CompatibilityError
-from effopd.models.folders import MODEL_CONFIG, adapter_base, hint, is_cached, quoted
+from effopd.models.folders import MODEL_CONFIG, adapter_base, hint, is_cached, near_path, quoted
 
 
 def check_reachable(flag: str, name: str) -> None:
@@ -37,8 +37,8 @@ def check_reachable(flag: str, name: str) -> None:
     fault = "has no such model" if isinstance(error, RepositoryNotFoundError) else "cannot be reached"
     raise CompatibilityError(
         f"{flag} {name!r}: no such folder in {Path.cwd()}, and the Hub {fault} ({quoted(error)}). Expected a model "
-        "folder or a Hub id. Check the spelling, the connection and the login (hf auth login). With HF_HUB_OFFLINE=1, "
-        "only models in the local cache are used."
+        f"folder or a Hub id.{near_path(asked)} Check the spelling, the connection and the login (hf auth login). "
+        "With HF_HUB_OFFLINE=1, only models in the local cache are used."
     ) from error
 
 
@@ -54,5 +54,5 @@ def _asked(name: str) -> Exception | None:
     except HfHubHTTPError:  # no such file, or a fault that retries can mend
         return None
     except Exception as error:  # the HTTP client's own types
-        return error
+        return None if "Timeout" in type(error).__name__ else error
     return None
