@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 from trl.trainer.callbacks import BEMACallback
 
 from effopd import EffOPDConfig, OPDConfig
-from effopd.distill.optimizers.averages import WeightAverage
+from effopd.distill.optimizers.averages import AVERAGE_FILE, WeightAverage
 from effopd.distill.optimizers.mixin import TRAINED_FILE
+from effopd.distill.optimizers.settings import saved_copies
 from effopd.errors import CheckpointError, ConfigError
 from effopd.extrapolate import weight_copies
 from effopd.extrapolate.weight_copies import Family
@@ -197,6 +198,10 @@ def test_a_finished_run_resumes_to_its_final_model(tmp_path, monkeypatch, settin
     monkeypatch.setitem(weight_copies.FAMILIES, "helpers", Family(state=("z",), counters=("k",)))
     settings = SHORT | settings | {"save_only_model": only_model}
     trainer, watch = run(tmp_path / "a", **settings)
+    held = [tmp_path / "a/checkpoints/step-000002" / name for name in (TRAINED_FILE, AVERAGE_FILE)]
+    copies = sum(each.numel() for file in held if file.exists() for each in load_file(file).values())
+    if "average_weights" in settings:
+        assert copies == saved_copies(trainer.args) * watch.now().numel()
     ends_as_trained = torch.equal(watch.now(), watch.trained[-1])
     assert ends_as_trained == (not settings.get("save_average", True))
     for state in ("optimizer.pt", "nothing more"):  # with all that the checkpoint has, and without the optimizer's

@@ -182,6 +182,9 @@ def test_disk(tmp_path, monkeypatch):
         check_disk(tmp_path, 10**8, checkpoints=4, effopd=True)
     check_disk(tmp_path, 10**8, checkpoints=4, effopd=False)  # without the anchor it fits
     check_disk(tmp_path, 10**8, checkpoints=4, optimizer=False, effopd=True)  # and without the moments
+    check_disk(tmp_path, 10**8, checkpoints=3, copies=0, effopd=False)
+    with pytest.raises(CheckpointError, match=r"3 checkpoints of 2\.0 GB"):  # 4 + 8 bytes, and two copies of 4
+        check_disk(tmp_path, 10**8, checkpoints=3, copies=2, effopd=False)
     with pytest.raises(CheckpointError, match="--trajectory"):
         check_disk(tmp_path, 10**8, checkpoints=3, models=2, effopd=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**6))

@@ -183,6 +183,7 @@ def check_disk(
     checkpoints: int,
     models: int = 0,
     optimizer: bool = True,
+    copies: int = 0,
     effopd: bool,
     held: Held | None = None,
 ) -> None:
@@ -193,6 +194,7 @@ def check_disk(
         checkpoints: number of checkpoints on disk at the same time.
         models: number of copies of the weights alone: the trajectory and the final model.
         optimizer: whether checkpoints contain optimizer moments.
+        copies: number of further copies of the weights in a checkpoint.
         effopd: whether checkpoints contain an anchor.
         held: files that the run already has on disk.
 
@@ -202,7 +204,7 @@ def check_disk(
     folder = Path(output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    parts = ["weights"] + ["optimizer"] * optimizer + ["anchor"] * effopd
+    parts = ["weights"] * (1 + copies) + ["optimizer"] * optimizer + ["anchor"] * effopd
     each, model = (parameters * sum(_BYTES_PER_PARAMETER[part] for part in which) for which in (parts, ["weights"]))
     held = held or Held()
     free = shutil.disk_usage(folder).free + held.leftover

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
 
+from effopd.distill.optimizers.settings import saved_copies
 from effopd.errors import CheckpointError, ConfigError
 from effopd.launch.host_settings import check_host_settings
 from effopd.launch.preflight import check_disk, check_model_name
@@ -94,6 +95,7 @@ def check_space(
         checkpoints=checkpoints,
         models=1 + sum(in_trajectory(args.trajectory, step, steps) for step in range(steps + 1)),
         optimizer=not args.save_only_model,
+        copies=saved_copies(args),
         effopd=effopd,
         held=run_dir.held(done),
     )

@@ -144,3 +144,15 @@ def _check_class(args: Any) -> None:
             raise ConfigError(
                 f"optimizer_args sets {key!r}: " + (f"use --{flag}." if flag else "the trainer sets the parameters.")
             )
+
+
+def saved_copies(args: Any) -> int:
+    """fp32 copies of the trained weights in a checkpoint beside its model file: the trained weights
+    themselves if the model file holds their average, and that average's state.
+    """
+    state = not args.save_only_model
+    if args.average_weights == "none":
+        named = str(args.optimizer_class or ""), str(getattr(args.optim, "value", args.optim))
+        return int(state and (named[0].startswith("schedulefree:") or named[1].startswith("schedule_free_")))
+    trained = state or not args.save_average
+    return trained + state * (2 if args.average_weights == "bema" else 1)
