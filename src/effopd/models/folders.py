@@ -88,7 +88,7 @@ def check_hub_id(flag: str, name: str) -> None:
 
 
 def near_path(name: str) -> str:
-    """` Did you mean runs/first?` for `runs/frist` if there is a folder `runs`; else empty."""
+    """` Did you mean runs/opd-2?` for `runs/opd2` if there is a folder `runs`; else empty."""
     folder, _, last = name.rpartition("/")
     if not folder or not Path(folder).is_dir():
         return ""
