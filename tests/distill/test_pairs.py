@@ -200,7 +200,11 @@ SCORED = {"strategy": "line_search", "score_rollouts": 4}
     (["exopd"], {"effopd": SCORED}, "lambda_extrapolation=1.25"),
     (["rollouts"], {"effopd": SCORED}, "--rollouts loads no teacher"),
     (["discord"], {"effopd": {"strategy": "fixed"}}, "--rollouts loads no teacher"),
-    (["rollouts"], {"evaluation_teacher": True, "eval_strategy": "no", "eval_steps": None}, "evaluation_teacher=True"),
+    (
+        ["rollouts"],
+        {"evaluation_teacher": True, "eval_strategy": "no", "eval_steps": None, "eval_greedy": True},
+        "evaluation_teacher=True",
+    ),
     (["discord"], {"temperature": 0.7}, "temperature=0.7"),
     (["lmbda"], {"traces": None}, "lmbda=0.5"),
     (["lmbda"], {"max_completion_length": 5}, "max_completion_length=5"),

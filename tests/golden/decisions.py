@@ -34,6 +34,15 @@ STRATEGIES: dict[str, dict[str, object]] = {
 }
 
 
+#: Runs: all strategies on one family, those that search on rollouts of training on both.
+RUNS = [
+    (family, name)
+    for family in FAMILIES
+    for name in STRATEGIES
+    if family == FAMILIES[0] or name in ("line_search", "newton_search")
+]
+
+
 def machine() -> dict[str, str]:
     """What the last digits of a forward pass depend on; `model` is that of the processor."""
     capability = torch.backends.cpu.get_cpu_capability()
@@ -96,8 +105,8 @@ def main() -> None:
     named = sys.argv[1:] or list(STRATEGIES)
     found = json.loads(FILE.read_text())["runs"] if sys.argv[1:] else {}
     with tempfile.TemporaryDirectory() as folder:
-        for family in FAMILIES:
-            for strategy in named:
+        for family, strategy in RUNS:
+            if strategy in named:
                 found[f"{family}/{strategy}"] = decisions(family, strategy, Path(folder) / family / strategy)
     FILE.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
 

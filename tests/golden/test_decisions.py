@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from golden.decisions import FAMILIES, FILE, STRATEGIES, decisions, machine
+from golden.decisions import FILE, RUNS, decisions, machine
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +30,7 @@ def numbers(tree) -> list:
     machine() | {"model": ""} != GOLDEN["machine"] | {"model": ""},
     reason="another torch, or other vector instructions, round otherwise",
 )
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "strategy"), RUNS)
 def test_same_decisions(family, strategy, tmp_path):
     now, then = decisions(family, strategy, tmp_path), GOLDEN["runs"][f"{family}/{strategy}"]
     assert {name: len(rows) for name, rows in now.items()} == {name: len(rows) for name, rows in then.items()}
