@@ -2,8 +2,8 @@
 
 Nothing is run. Two comparisons:
 
-- The results.json in docs/tail and docs/tail_spell_backward: 8 to 32 prompts per batch of rollouts,
-  with reuse (recipes/compare-tail.yaml, compare-tail-spell-backward.yaml).
+- The results.json in docs/tail and docs/tail_spell_backward: 8 to 256 prompts per batch of
+  rollouts, with reuse (recipes/compare-tail.yaml, compare-tail-spell-backward.yaml).
 - docs/results.json with 256 prompts per step against docs/ablation/results.json with 32: the same
   models, tasks, seeds and held-out prompts. The target is the final KL of plain OPD with the large
   batch at the reference learning rate. Speed-ups are over `line_search` with the large batch from
@@ -66,13 +66,16 @@ def tail_blocks(grids: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
     """Table of the README: cost of the fastest baseline over that of 8 prompts with replay."""
-    arm, rows = REUSE + "-replay" + PROMPTS + "8", []
+    arms = {REUSE + "-replay-topd" + PROMPTS + "8": ", TOPD", REUSE + "-replay" + PROMPTS + "8": ""}
+    rows = []
     for results in grids:
         known, base = Hindsight(results, priced), results["settings"]["base"]
         teacher = ", wider teacher" if base["teacher_model_name_or_path"] == "testbed:wide_teacher" else ""
-        for task in Lookup(results).tasks:
-            own = "" if task == LONG else teacher
-            rows.append([f"`{task.split(':')[1]}`{own}", *(known.ratios(task, arm, share) for share in FEW_SHARES)])
+        for task, (arm, schedule) in product(Lookup(results).tasks, arms.items()):
+            if known.costs(task, arm, FEW_SHARES[0]):
+                own = schedule if task == LONG else teacher + schedule
+                cells = (known.ratios(task, arm, share) for share in FEW_SHARES)
+                rows.append([f"`{task.split(':')[1]}`{own}", *cells])
     return table(["task", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
 
 
@@ -117,8 +120,9 @@ def reuse_arms(look: Lookup) -> list[str]:
 
 
 def reuse_label(arm: str) -> str:
-    """`8`, or `8, replay`: prompts per batch of an arm with reuse."""
-    return prompts_of(arm) + (", replay" if arm.startswith(REUSE + "-replay") else "")
+    """`8`, `8, replay` or `8, replay, TOPD`: prompts per batch of an arm with reuse."""
+    marks = {"-replay": ", replay", "-topd": ", TOPD"}
+    return prompts_of(arm) + "".join(text for mark, text in marks.items() if mark in arm)
 
 
 def run_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
