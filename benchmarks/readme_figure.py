@@ -16,23 +16,26 @@ from effopd.report.compare_lookup import Lookup
 from effopd.report.style import MUTED, looks, quiet_style, save
 
 NOTE = (
-    "Three updates per batch of rollouts, 1024 held-out prompts. newton_search: 8 prompts, replay; shaded from 3e-05: "
-    "lowest to highest seed. Median over two to five seeds, trailing median of three evaluations. Priced seconds: "
-    "tokens at the prices of a 1.7B student and an 8B teacher on one H100, searches included. Logarithmic axes: a "
-    "speed-up is a shift to the left."
+    "Three updates per batch of rollouts, 1024 held-out prompts. newton_search: 8 prompts, replay, TOPD; shaded from "
+    "3e-05: lowest to highest seed. Median over two to five seeds, trailing median of three evaluations. Priced "
+    "seconds: tokens at the prices of a 1.7B student and an 8B teacher on one H100, searches included. Logarithmic "
+    "axes: a speed-up is a shift to the left."
 )
-LOOK_AHEAD = "newton_search-schedule-free-3-replay-prompts-8"
+LOOK_AHEAD = "newton_search-schedule-free-3-replay-topd-prompts-8"
 RATES = (3e-5, 3e-6, 3e-4)
-#: Arms without a look-ahead, each at its rate with most seeds. They share one color and one label.
+#: Arms without a look-ahead, each at all rates with several seeds. They share one color and label.
 TUNED = (
+    "clip-0.1-topd-updates-3-prompts-8",
     "clip-0.1-updates-3-prompts-8",
     "clip-0.1-updates-3-replay-prompts-8",
     "schedule-free-tuned-3-prompts-8",
     "schedule-free-tuned-3-prompts-16",
     "clip-0.1-updates-3-prompts-32",
     "schedule-free-tuned-3-prompts-32",
+    "clip-0.1-updates-3-prompts-64",
+    "schedule-free-tuned-3-prompts-64",
 )
-TUNED_LABEL = "tuned runs: AdamW and schedule-free\nAdamW, 8 to 32 prompts per batch"
+TUNED_LABEL = "tuned runs: AdamW and schedule-free\nAdamW, 8 to 64 prompts per batch"
 
 
 def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -46,7 +49,9 @@ def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
             look = Lookup(results)
             (task,) = look.tasks
             for strategy in TUNED:
-                if curves := _curves(look, task, strategy, None):
+                for rate in {arm[1] for arm in look.arms if arm[0] == strategy}:
+                    if not (curves := _curves(look, task, strategy, rate)):
+                        continue
                     seconds, median, _, _ = band(curves)
                     axis.plot(seconds, median, color=MUTED, alpha=0.6, linewidth=1, label=TUNED_LABEL)
             for rate, (label, style) in zip(RATES, styles.items(), strict=True):
@@ -67,11 +72,9 @@ def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
         plt.close(figure)
 
 
-def _curves(look: Lookup, task: str, strategy: str, rate: float | None) -> list[Mapping[str, list[float]]]:
-    """Curves of a strategy at one rate, or at the rate with most seeds; none of a single seed."""
-    arms = [arm for arm in look.arms if arm[0] == strategy]
-    if rate is not None:
-        arms = [arm for arm in arms if math.isclose(arm[1], rate, rel_tol=1e-6)]
+def _curves(look: Lookup, task: str, strategy: str, rate: float) -> list[Mapping[str, list[float]]]:
+    """Curves of a strategy at one rate; none of a single seed."""
+    arms = [arm for arm in look.arms if arm[0] == strategy and math.isclose(arm[1], rate, rel_tol=1e-6)]
     runs = max((look.runs(task, arm) for arm in arms), key=len, default=[])
     return [run["curve"] for run in runs] if len(runs) > 1 else []
 
