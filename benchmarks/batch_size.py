@@ -65,7 +65,9 @@ def tail_blocks(grids: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
-    """Table of the README: cost of the fastest baseline over that of 8 prompts with replay."""
+    """Table of the README: cost of the fastest baseline over that of 8 prompts with replay, with
+    and without TOPD.
+    """
     arms = {REUSE + "-replay-topd" + PROMPTS + "8": ", TOPD", REUSE + "-replay" + PROMPTS + "8": ""}
     rows = []
     for results in grids:

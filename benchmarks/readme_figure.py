@@ -49,11 +49,10 @@ def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
             look = Lookup(results)
             (task,) = look.tasks
             for strategy in TUNED:
-                for rate in {arm[1] for arm in look.arms if arm[0] == strategy}:
-                    if not (curves := _curves(look, task, strategy, rate)):
-                        continue
-                    seconds, median, _, _ = band(curves)
-                    axis.plot(seconds, median, color=MUTED, alpha=0.6, linewidth=1, label=TUNED_LABEL)
+                for rate in (arm[1] for arm in look.arms if arm[0] == strategy):
+                    if curves := _curves(look, task, strategy, rate):
+                        seconds, median, _, _ = band(curves)
+                        axis.plot(seconds, median, color=MUTED, alpha=0.6, linewidth=1, label=TUNED_LABEL)
             for rate, (label, style) in zip(RATES, styles.items(), strict=True):
                 if curves := _curves(look, task, LOOK_AHEAD, rate):
                     seconds, median, low, high = band(curves)

@@ -250,15 +250,13 @@ class RolloutStore:
         """
         return [index for index in range(header.files) if not _has_footer(self.part(index))]
 
-    def done(self, header: Header) -> int:
-        """Number of rows in the files that are written."""
-        rows, missing = header.rows_per_file, set(self.missing(header))
-        return sum(min(rows, header.prompts - i * rows) for i in range(header.files) if i not in missing)
-
     def open(self, header: Header) -> int:
-        """Create the folder, or continue in one with an equal header; return `done(header)`.
+        """Create the folder, or continue in one with an equal header.
 
         Files without a readable footer are reported; `write` replaces them.
+
+        Returns:
+            The number of rows in the files that are written.
 
         Raises:
             CheckpointError: the folder has rollouts with another header, or other files.
@@ -269,10 +267,10 @@ class RolloutStore:
             self.check_new()
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / HEADER_FILE, lambda path: path.write_text(header.to_json()))
-        for index in self.missing(header):
-            if self.part(index).is_file():
-                logger.warning("%s is empty or cut short, so its rollouts are sampled again.", self.part(index))
-        return self.done(header)
+        missing, rows = self.missing(header), header.rows_per_file
+        for file in filter(Path.is_file, map(self.part, missing)):
+            logger.warning("%s is empty or cut short, so its rollouts are sampled again.", file)
+        return header.prompts - sum(min(rows, header.prompts - index * rows) for index in missing)
 
     def check_new(self) -> None:
         """Check that the folder does not exist or is empty.

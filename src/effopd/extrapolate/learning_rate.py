@@ -123,7 +123,7 @@ class LearningRateMultiplier:
     A rate that `calibrated_factor` found is that of the schedule's peak. The peak is the group's
     `max_lr` or `initial_lr`, or the highest rate of any step so far if that is higher or there is
     no scheduler. If the schedule rises above it after the first search, `factor` and `calibrated`
-    fall in proportion, so no step is longer than the one that was found.
+    fall in proportion, which keeps the rate that the search found.
 
     An optimizer has at most one `LearningRateMultiplier`. Closing or deleting it removes its hooks.
 
@@ -242,13 +242,13 @@ class LearningRateMultiplier:
         rate, peak = float(group["lr"]), max(_peak(group), self.highest)
         if rate > peak * (1 + _ROUNDING):
             if peak > 0 and self.calibrated is not None:
-                self._lower(peak / rate)
+                self.calibrated *= peak / rate
+                self.factor *= peak / rate
+                self._tell()
             self.highest = peak = rate
         self.share = rate / peak
 
-    def _lower(self, change: float) -> None:
-        self.factor *= change
-        self.calibrated = None if self.calibrated is None else self.calibrated * change
+    def _tell(self) -> None:
         if not self._told:
             logger.info(
                 "The schedule's learning rate rises above the peak that the first search assumed. The factor falls in "

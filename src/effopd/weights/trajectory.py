@@ -44,10 +44,11 @@ def ending_of(path: str | Path) -> Ending | None:
     """
     root = Path(path)
     steps = _step_folders(root)
-    saved = {_step_of(p): p / _STATE for place in (root / "checkpoints", root) for p in _folders(place)}
-    states = [saved[step] for step in sorted(saved, reverse=True) if step >= 0 and saved[step].is_file()]
+    saved = _steps_in(root / "checkpoints") | _steps_in(root)
+    states = (saved[step] / _STATE for step in sorted(saved, reverse=True))
+    newest = next(filter(Path.is_file, states), None)
     try:
-        planned = (read_json(states[0]) if states else _settings(root)).get("max_steps")
+        planned = (read_json(newest) if newest else _settings(root)).get("max_steps")
     except CheckpointError:  # neither is needed for the weights
         return None
     if not steps or not isinstance(planned, int) or planned < 1:
@@ -98,20 +99,19 @@ def find_snapshots(path: str | Path, steps: Sequence[int] | None = None) -> list
 def _step_folders(root: Path) -> dict[int, Path]:
     """Step → folder, from the first place that has step folders."""
     for place in (root / "trajectory", root / "checkpoints", root):
-        folders = {int(m[1]): p for p in sorted(_folders(place)) if (m := _STEP.match(p.name))}
+        folders = _steps_in(place)
         if folders and (place != root or not _has_weights(root)):
             return folders
     return {}
 
 
+def _steps_in(place: Path) -> dict[int, Path]:
+    """Step → folder, of the step folders in one place."""
+    return {int(m[1]): p for p in sorted(_folders(place)) if (m := _STEP.match(p.name))}
+
+
 def _folders(place: Path) -> Iterable[Path]:
     return (p for p in place.iterdir() if p.is_dir()) if place.is_dir() else ()
-
-
-def _step_of(folder: Path) -> int:
-    """The step of a step folder; of another folder, -1."""
-    match = _STEP.match(folder.name)
-    return int(match[1]) if match else -1
 
 
 def _has_weights(folder: Path) -> bool:

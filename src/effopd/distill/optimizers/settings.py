@@ -152,7 +152,7 @@ def saved_copies(args: Any) -> int:
     """
     state = not args.save_only_model
     if args.average_weights == "none":
-        named = str(args.optimizer_class or ""), str(getattr(args.optim, "value", args.optim))
-        return int(state and (named[0].startswith("schedulefree:") or named[1].startswith("schedule_free_")))
+        named = args.optimizer_class or name_of(args.optim)
+        return int(state and named.startswith(("schedulefree:", "schedule_free_")))
     trained = state or not args.save_average
     return trained + state * (2 if args.average_weights == "bema" else 1)
