@@ -70,6 +70,22 @@ def test_eval_task_is_kept_out_of_training(tmp_path, math_file):
     assert len(load_task(config, "train")) == 49
 
 
+@pytest.mark.parametrize("other", ["3+3?", " 3+3?\n", [{"content": "3+3? ", "role": "user", "name": None}]])
+@pytest.mark.parametrize("own", ["3+3?", [{"role": "user", "content": "3+3?"}]])
+def test_an_evaluation_question_in_another_form_is_kept_out_of_training(tmp_path, own, other):
+    rows = [{"prompt": own, "answer": "6"}, {"prompt": "1+1?", "answer": "2"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": other, "answer": "6"}))
+    config = TaskConfig(f"math:{tmp_path / 'train.jsonl'}", eval_task=f"math:{tmp_path / 'test.jsonl'}")
+    assert [example.answer for example in load_task(config, "train").examples] == ["2"]
+
+
+def test_questions_of_chats_with_several_messages():
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "a"}
+    assert question_key([system, user]) == question_key([system | {"name": None}, user | {"content": " a"}])
+    assert question_key([system, user]) != question_key([user]) == question_key("a")
+
+
 def test_sources_are_looked_for_without_reading_or_network(math_file, tmp_path):
     (tmp_path / "rows.csv").touch()
     check_sources(TaskConfig("math:org/set", eval_task=f"math:{math_file}"))

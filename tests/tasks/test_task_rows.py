@@ -37,6 +37,9 @@ def write(path, *lines):
         ('{"prompt": "a", "answer": true}', "text or a number in 'answer'", "one string"),
         ('{"prompt": "a", "question": "b", "answer": "2"}', "one of the columns", "Keep one"),
         ('{"text": "a", "answer": "2"}', "one of the columns", "Rename"),
+        (r'{"prompt": "cut \ud83d", "answer": "2"}', "text of whole characters", "Correct the text"),
+        (r'{"prompt": [{"role": "user", "content": "\udc00"}], "answer": "2"}', "text of whole", "Correct the text"),
+        (r'{"prompt": "a", "answer": "\ud83d"}', "text of whole characters in 'answer'", "Correct the text"),
         ('{"prompt": "a", "answer": "2", "id": 1.5}', "'id'", "remove the column"),
         ('{"prompt": "a", "answer": "2", "id": "rows.jsonl:1"}', "a unique id", "its own id"),
     ],
@@ -176,6 +179,23 @@ def test_answer_forms_and_columns(tmp_path):
     assert (row.prompt, row.answer, row.metadata["prompt"]) == ("a", "1", "not this")
     with pytest.raises(TaskError, match="'split'"):
         read_math_rows(other, {"split": "test"})
+
+
+@pytest.mark.parametrize("name", ["prompt_column", "answer_column"])
+def test_names_of_columns_are_text(tmp_path, name):
+    file = write(tmp_path / "rows.jsonl", GOOD)
+    with pytest.raises(TaskError, match=rf"eval_task_args: {name}: expected the name .* as text, got list \['a'\]"):
+        read_math_rows(file, {name: ["a"]}, setting="eval_task_args")
+
+
+def test_several_splits_of_a_dataset_are_refused(monkeypatch):
+    import datasets
+
+    part = datasets.Dataset.from_list([{"question": "a", "answer": "1"}])
+    for parts in (datasets.DatasetDict({"train": part, "test": part}), [part, part]):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, parts=parts, **__: parts)
+        with pytest.raises(TaskError, match=r"expected one split, got 2.* Name one in task_args"):
+            read_math_rows("org/set", {"split": None})
 
 
 def test_hub_rows_and_their_failures(monkeypatch):

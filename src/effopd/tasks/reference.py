@@ -12,6 +12,9 @@ from typing import Any
 MAX_DIGITS = 4300
 _NOT_A_NUMBER = re.compile(r"\$?[+-]?(?:nan|inf|infinity)\$?", re.IGNORECASE)
 _TOO_LONG = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
+_HALF = re.compile("[\ud800-\udfff]")
+#: What is expected of a text, for messages.
+WHOLE = "text of whole characters"
 
 
 class UnusableAnswer(ValueError):
@@ -28,7 +31,8 @@ def reference_text(value: Any) -> str | None:
     `None`, NaN, infinities, empty text and the texts "nan", "inf" and "infinity" are no answer.
 
     Raises:
-        UnusableAnswer: a value of another type (a list, a bool, …), or more than 4300 digits.
+        UnusableAnswer: a value of another type (a list, a bool, …), more than 4300 digits, or half
+            of a character.
 
     Example:
         >>> [reference_text(value) for value in (0.00005, 1e20, 8, float("nan"))]
@@ -47,6 +51,8 @@ def reference_text(value: Any) -> str | None:
         return None
     else:
         text = format(value if isinstance(value, Decimal) else Decimal(repr(value)), "f")
+    if half_character(text) is not None:
+        raise UnusableAnswer(WHOLE, "Correct the text or remove the row.")
     if too_long(text):
         raise UnusableAnswer(f"a number of at most {MAX_DIGITS} digits", "Write it shorter, as a power or a product.")
     return None if not text or _NOT_A_NUMBER.fullmatch(text) else text
@@ -55,6 +61,15 @@ def reference_text(value: Any) -> str | None:
 def too_long(text: str) -> bool:
     """Whether a text contains a number with more digits than Python reads."""
     return _TOO_LONG.search(text) is not None
+
+
+def half_character(text: str) -> str | None:
+    r"""First half of a character outside the 16-bit plane, as JSON's `\ud83d`; `None`: none.
+
+    Such text, for example cut inside an emoji, can be neither tokenized nor stored.
+    """
+    half = _HALF.search(text)
+    return None if half is None else half.group()
 
 
 def single_precision(value: Any) -> Any:

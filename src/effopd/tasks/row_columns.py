@@ -93,6 +93,20 @@ class Columns:
         )
 
 
+def check_names(columns: Mapping[str, Any], setting: str = "task_args") -> None:
+    """Check that the user's names of columns are text.
+
+    Raises:
+        TaskError: one is not.
+    """
+    for which, name in columns.items():
+        if name is not None and not isinstance(name, str):
+            raise TaskError(
+                f"{setting}: {which}: expected the name of one column as text, got {type(name).__name__} {name!r}. "
+                f'Write for example \'{{"{which}": "{_LIKELY[which][2]}"}}\'.'
+            )
+
+
 def prompt_columns(columns: Mapping[str, str | None]) -> tuple[str, ...]:
     """Columns that can hold the question."""
     return (columns["prompt_column"],) if columns["prompt_column"] else PROMPT_COLUMNS

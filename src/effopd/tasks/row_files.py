@@ -126,6 +126,12 @@ def _hub_rows(source: str, args: dict[str, Any]) -> Iterator[tuple[int, Any]]:
             f"dataset id or a local {', '.join(FILE_TYPES)} file. Check the name, task_args (e.g. 'name', 'split'), "
             "the network and your access to the dataset."
         ) from error
+    if isinstance(dataset, dict | list):
+        parts = f" ({', '.join(map(str, dataset))})" if isinstance(dataset, dict) else ""
+        raise TaskError(
+            f"the dataset '{source}' with {args}: expected one split, got {len(dataset)}{parts}. Name one in "
+            'task_args, such as \'{"split": "train"}\', or join them: \'{"split": "train+test"}\'.'
+        )
     features = getattr(dataset, "features", None) or {}
     short = [name for name, feature in features.items() if getattr(feature, "dtype", "") in _SHORT_FLOATS]
     for number, row in enumerate(dataset, start=1):

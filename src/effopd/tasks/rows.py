@@ -21,8 +21,8 @@ from typing import Any
 from effopd.errors import TaskError
 from effopd.tasks.base import Example, Prompt
 from effopd.tasks.math_grading import extract_boxed, plain_answer
-from effopd.tasks.reference import UnusableAnswer, reference_text
-from effopd.tasks.row_columns import COLUMN_ARGS, Columns, field_of, prompt_columns
+from effopd.tasks.reference import WHOLE, UnusableAnswer, half_character, reference_text
+from effopd.tasks.row_columns import COLUMN_ARGS, Columns, check_names, field_of, prompt_columns
 from effopd.tasks.row_faults import ORIGIN, BadRow, Fault, NoPrompt, RowFaults, kind_of
 from effopd.tasks.row_files import read_rows
 
@@ -55,6 +55,7 @@ def read_math_rows(
     """
     args = dict(args or {})
     columns = {name: args.pop(name, None) for name in COLUMN_ARGS}
+    check_names(columns, setting)
     faults, table = RowFaults(source), Columns(source, columns, setting)
     examples: list[Example] = []
     first_row_of: dict[str, int] = {}
@@ -121,7 +122,9 @@ def _to_example(row: Any, source: str, number: int, columns: Mapping[str, str | 
 def prompt_fault(prompt: Any) -> Fault | None:
     """Fault of a prompt that is neither text nor chat messages; `None`: it is usable."""
     if isinstance(prompt, str):
-        return None if prompt.strip() else ("a prompt", f"the empty text {prompt!r}", "Fill it in or remove the row.")
+        if not prompt.strip():
+            return "a prompt", f"the empty text {prompt!r}", "Fill it in or remove the row."
+        return _halved(prompt)
     expected = "a prompt that is text or a list of chat messages"
     fix = 'Write text, or [{"role": "user", "content": "…"}] ending with the user.'
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
@@ -131,7 +134,13 @@ def prompt_fault(prompt: Any) -> Fault | None:
             return expected, f"the message {str(message)[:60]}", fix
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
         return expected, "a list that does not end with a user message with text", fix
-    return None
+    return next((fault for message in prompt if (fault := _halved(message["content"])) is not None), None)
+
+
+def _halved(text: str) -> Fault | None:
+    """Fault of a text with half of a character, which no tokenizer reads; `None`: it has none."""
+    half = half_character(text)
+    return None if half is None else (WHOLE, f"half of a character, {half!r}", "Correct the text or remove the row.")
 
 
 def _check_answers(
@@ -150,5 +159,17 @@ def _check_answers(
 
 
 def question_key(prompt: Prompt) -> str:
-    """Key of a prompt, equal for equal questions; ignores leading and trailing spaces of text."""
-    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    """Key of a prompt, equal for equal questions, whether text or a chat of one message.
+
+    Ignores leading and trailing spaces, and fields of messages that are `None`, as Parquet files
+    have them. Messages of the system are part of the question.
+    """
+    if isinstance(prompt, str):
+        return prompt.strip()
+    if len(prompt) == 1:
+        return prompt[0]["content"].strip()
+    chat = [
+        {name: text.strip() if isinstance(text, str) else text for name, text in message.items() if text is not None}
+        for message in prompt
+    ]
+    return json.dumps(chat, sort_keys=True)

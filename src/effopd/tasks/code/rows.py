@@ -12,7 +12,7 @@ from effopd.errors import TaskError
 from effopd.tasks.base import Example, Prompt
 from effopd.tasks.code.shapes import Unrecognized, problem_of
 from effopd.tasks.code.verifier import PROBLEM
-from effopd.tasks.row_columns import field_of
+from effopd.tasks.row_columns import check_names, field_of
 from effopd.tasks.row_faults import ORIGIN, BadRow, RowFaults, kind_of
 from effopd.tasks.row_files import read_rows
 from effopd.tasks.rows import prompt_fault
@@ -75,6 +75,7 @@ def read_code_rows(
     """
     args = dict(args or {})
     column = args.pop("prompt_column", None)
+    check_names({"prompt_column": column})
     faults = RowFaults(source)
     examples: list[Example] = []
     seen: dict[str, int] = {}
