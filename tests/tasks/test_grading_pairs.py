@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from effopd.tasks import Example, MathVerifier, extract_boxed
+from effopd.tasks.math_equality import grade_boxed
 from effopd.tasks.math_text import plain_latex
 
 LINES = (Path(__file__).parent / "grading_pairs.tsv").read_text(encoding="utf-8").splitlines()
@@ -40,6 +41,32 @@ def test_a_wrong_answer_stays_wrong_the_other_way_round(verifier):
     wrong = [(answer, gold) for verdict, gold, answer in PAIRS if verdict == "0" and answer.strip()]
     scores = verifier.verify_batch([f"\\boxed{{{gold}}}" for _, gold in wrong], [Example(a, "?", a) for a, _ in wrong])
     assert [pair for pair, score in zip(wrong, scores, strict=True) if score == 1.0] == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "score"),
+    [
+        ("100,000 dollars", "100000", 1.0),
+        ("1,000 km", "1000 km", 1.0),
+        ("10,000 cm", "100 m", 1.0),
+        ("1,000 km", "1 km", 0.0),
+        ("n = 12,345", "12345", 1.0),
+        (r"\frac{1,000}{3}", r"\frac{1000}{3}", 1.0),
+        (r"1,000 \times 10^{3}", "10^6", 1.0),
+        ("(1,100)", "1100", 0.0),
+        ("x = 1,20", "120", 0.0),
+        ("0,500", "500", 0.0),
+        (r"\boldsymbol{x+1}", "1+x", 1.0),
+        (r"\color{red}\frac{1}{2}", "0.5", 1.0),
+        (r"\textcolor{red}{5}", "5", 1.0),
+        (r"\underline{5}", "5", 1.0),
+        (r"\approx 5", "5", 1.0),
+        ("≈ 5", "-5", 0.0),
+        ("= 5", "5", 1.0),
+    ],
+)
+def test_separators_inside_answers_and_marks_around_them(answer, gold, score):
+    assert grade_boxed(answer, gold) == score
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ _SIGNS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/",
     "⁄": "/",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ",
-    "±": r"\pm ",
+    "±": r"\pm ", "≈": r"\approx ",
     "∈": r"\in ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ",
     "μ": r"\mu ", "φ": r"\phi ", "ω": r"\omega ", "σ": r"\sigma ", "°": r"^\circ ", "º": r"^\circ ", "％": "%",
     "，": ",",
@@ -41,7 +41,7 @@ _SAME_WORDS = {
 }  # fmt: skip
 #: Commands whose braces hold words, or math in another typeface.
 TEXT = (
-    r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox"
+    r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|hbox"
     r"|operatorname|rm|bf)\*?"
 )
 _TRIGONOMETRY = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")
@@ -52,6 +52,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\(?:displaystyle|textstyle|limits|nolimits|left|right|bigl?|bigr|Bigl?|Bigr)(?![a-zA-Z])\.?", ""),
+        (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|pmb)(?![a-zA-Z])|\\phantom\s*\{[^{}]*\}", ""),
         (r"\\(?:d|t|c)frac", r"\\frac"),
         (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
         (r"(\\frac\{\d+\})\s*(\d)", r"\1{\2}"),
@@ -62,6 +63,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         # thousands: 1{,}234 and 1\,234 and 1,\!234
         (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!|\\ |~)(?=\d{3}(?!\d))", ""),
         (r"\\!", ""),
+        (r"^\s*(?:=|\\approx(?![a-zA-Z]))\s*", ""),
         (r"(?<!\\)\\[,;: ]|~|\\quad|\\qquad|\\hspace\{[^{}]*\}|\\hfill|\s+", " "),
         (r"\\degree|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\{\s*\\circ\s*\}", r"^\\circ "),
         (r"\\(?:mathrm|text)\{\s*\^\\circ\s*\}", r"^\\circ "),
@@ -88,7 +90,10 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 _SCALE = re.compile(r"(?:\\|" + TEXT + r"\{\s*)(hundred|thousand|million|billion|trillion)s?(?:\s*\}|(?![a-zA-Z]))")
-_GROUPED = re.compile(r"([+-]?\d{1,3}(?:,\d{3})+|[+-]?\d{1,3}(?: \d{3})+)(\.\d+)?")
+_GROUPED = re.compile(r"([+-]?[1-9]\d{0,2}(?:,\d{3})+|[+-]?[1-9]\d{0,2}(?: \d{3})+)(\.\d+)?")
+#: A grouped number inside a longer answer, and signs of an answer with several values.
+_GROUPS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+_SEVERAL = re.compile(r"[(\[]|\\\{")
 _MIXED = re.compile(r"([+-]?)\s*(\d+)[ +]+(\d+)\s*/\s*(\d+)|([+-]?)\s*(\d+)\s*\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 _NUMBER = r"[+-]?\d+(?:\.\d+)?"
 _SET_OF = re.compile(
@@ -146,7 +151,7 @@ def plain_latex(text: str) -> str:
     text = _REPEATING.sub(lambda m: _repeating(*m.groups()), text)
     text = _SCALE.sub(lambda m: rf"\times 10^{{{_POWERS_OF_TEN[m.group(1)]}}} ", text)
     text = _stripped(re.sub(r" +", " ", text))
-    return _one_number(text)
+    return _one_number(_without_groups(text))
 
 
 def read_answer(text: str, *, unit_expected: bool = False) -> Answer:
@@ -177,6 +182,17 @@ def read_answer(text: str, *, unit_expected: bool = False) -> Answer:
         in_radians = r"\\left(\1\\cdot\\frac{\\pi}{180}\\right)" if _TRIGONOMETRY.search(value) else r"\1"
         value = re.sub(r"(\d+(?:\.\d+)?)\s*\^\\circ ?", in_radians, value).strip()
     return Answer(value, unit)
+
+
+def _without_groups(text: str) -> str:
+    """Text without thousands separators, unless brackets or other commas show several values.
+
+    Example:
+        >>> _without_groups("x = 1,000"), _without_groups("(1,000)"), _without_groups("1,000, 2")
+        ('x = 1000', '(1,000)', '1,000, 2')
+    """
+    joined = _GROUPS.sub(lambda match: match.group().replace(",", ""), text)
+    return text if "," in joined or _SEVERAL.search(text) else joined
 
 
 def _one_number(text: str) -> str:
