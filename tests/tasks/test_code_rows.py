@@ -167,7 +167,10 @@ def test_bad_rows_are_reported_together(tmp_path):
     ("~~~python\nx = '```'\n~~~", "x = '```'\n"),
     ("````python\n'''\n```\n'''\n````", "'''\n```\n'''\n"),
     ("use `x` and ```y``` inline\nx = 1", "use `x` and ```y``` inline\nx = 1"),
-    ("1. Code:\n   ```Python3 main.py\n   1\n   ```", "   1\n"),
+    ("1. Code:\n   ```Python3 main.py\n   1\n   ```", "1\n"),
+    ("- \n\t```python\n\tif x:\n\n\t    y\n\t```", "if x:\n\n    y\n"),
+    ("  ```python\nif x:\n    y\n  ```", "if x:\n    y\n"),
+    ("  ```python\n  a\n  ```python\n  b", "b"),
     ("```python\na\n```\n```python\nb\n```\n```python\n```", "b\n"),
 ])  # fmt: skip
 def test_program_of_an_answer(completion, program):

@@ -9,7 +9,7 @@ from effopd.tasks.reasoning import answer_part
 #: Longest program, in characters.
 MAX_PROGRAM = 200_000
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
-_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([\w+.#-]*)")
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([\w+.#-]*)")
 #: Labels of blocks with Python; a block without a label counts too.
 _PYTHON = ("", "python", "python3", "py", "python2", "pypy", "pypy3", "sage", "code")
 
@@ -35,27 +35,37 @@ def extract_program(completion: str) -> str | None:
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
-    """(label, content) of the fenced blocks, in order. Takes linear time."""
+    """(label, content) of the fenced blocks, in order. Takes linear time.
+
+    Lines lose the indentation of their fence, as in Markdown, where blocks are part of lists.
+    """
     blocks: list[tuple[str, str]] = []
-    opening: tuple[str, str] | None = None  # fence and label
+    opening: tuple[str, str, str] | None = None  # fence, label and indentation
     content: list[str] = []
     for line in _LINE.findall(text):
         match = _FENCE.match(line)
-        fence, label = (match[1], match[2]) if match and "`" not in line[match.end(1) :] else ("", "")
+        indent, fence, label = match.groups() if match and "`" not in line[match.end(2) :] else ("", "", "")
         if opening is None:
             if fence:
-                opening, content = (fence, label), []
+                opening, content = (fence, label, indent), []
             continue
         closes = fence[:1] == opening[0][0] and len(fence) >= len(opening[0]) and not label
         reopens = bool(label) and fence == opening[0]  # a new block where the last one was not closed
         if closes or reopens:
-            blocks.append((opening[1], "".join(content)))
-            opening, content = ((fence, label) if reopens else None), []
+            blocks.append((opening[1], _without(opening[2], content)))
+            opening, content = ((fence, label, indent) if reopens else None), []
         else:
             content.append(line)
     if opening is not None:
-        blocks.append((opening[1], "".join(content)))
+        blocks.append((opening[1], _without(opening[2], content)))
     return blocks
+
+
+def _without(indent: str, lines: list[str]) -> str:
+    """Text of the lines without the indentation, if all but blank ones have it."""
+    if not all(line.startswith(indent) or not line.strip() for line in lines):
+        return "".join(lines)
+    return "".join(line.removeprefix(indent) for line in lines)
 
 
 def completed(prompt: str, program: str, entry: str) -> str | None:
