@@ -235,6 +235,11 @@ def test_user_verifier_mistakes(user_module, name, text, message):
         load_verifier(f"{name}:grade")
 
 
+def test_a_function_that_a_module_without_a_file_lacks():
+    with pytest.raises(TaskError, match="expected a function 'grade' in the module sys, got none"):
+        load_verifier("sys:grade")
+
+
 def test_verifier_check_catches_what_does_not_discriminate():
     rows = (example("1", "a"), example("2", "b"))
 

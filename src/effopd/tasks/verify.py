@@ -80,8 +80,9 @@ def load_function(setting: str, name: str) -> Any:
     if function is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise TaskError(
-            f"{setting} '{name}': expected a function '{function_name}' in {module.__file__}, got none. Functions "
-            f"there: {', '.join(sorted(public)) or 'none'}."
+            f"{setting} '{name}': expected a function '{function_name}' in "
+            f"{getattr(module, '__file__', None) or f'the module {module_name}'}, got none. Functions there: "
+            f"{', '.join(sorted(public)) or 'none'}."
         )
     if not callable(function):
         raise TaskError(f"{setting} '{name}': expected a function, got {type(function).__name__} {function!r}.")
