@@ -71,7 +71,8 @@ def test_difficulty_of_a_row():
     assert row_difficulty("prompt_length", row) == 3 and row_difficulty("prompt_length", {"prompt": "ab"}) == 2
     assert row_difficulty("answer_length", row) == 2 and row_difficulty("nll", row) == 0
     assert row_difficulty("column:level", row) == 3
-    assert row_difficulty("column:level", {**row, "level": 5, "metadata": {}}) == 5
+    for metadata in ({}, "from the web", "7", ["x"], None):  # a column of that name can hold anything
+        assert row_difficulty("column:level", {**row, "level": 5, "metadata": metadata}) == 5
     for measure, bad in (
         ("answer_length", {"answer": None}), ("nll", {"answer": ""}), ("column:hard", {}),
         ("column:level", {"level": True}), ("column:level", {"level": float("nan")}), ("column:level", {"level": "x"}),

@@ -15,7 +15,7 @@ from effopd.common.files import read_rows
 from effopd.distill.mixing import chosen_rows, given_answer, on_policy, read_traces
 from effopd.distill.offline_cache import collect
 from effopd.distill.offline_store import Header, ModelIdentity, RolloutStore, prompts_sha256
-from effopd.errors import CompatibilityError, ConfigError
+from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.models.fingerprint import tokenizer_sha256
 from effopd.tasks.generate import encode_prompts
 
@@ -41,6 +41,14 @@ def test_answers_of_the_dataset_end_with_the_end_token():
     assert given.prompt_ids == encode_prompts(tokenizer, [row["prompt"]])[0]
     chat = given_answer(row | {"completion": [{"role": "assistant", "content": "2 is it"}]}, tokenizer, 3, None)
     assert chat.completion_ids == given.completion_ids[:3]
+    assert given_answer(row | {"completion": "2 is it" + tokenizer.eos_token}, tokenizer, 20, None) == given
+    assert given_answer(row | {"completion": ""}, tokenizer, 20, None).completion_ids == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("answer", [None, [], [{"role": "assistant", "content": None}], 3])
+def test_rows_without_an_answer_are_named(answer):
+    with pytest.raises(TaskError, match="expected text or chat messages that end with text in 'completion'"):
+        given_answer({"prompt": "1", "completion": answer}, make_tokenizer(), 20, None)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -190,3 +198,6 @@ def test_answers_of_the_dataset(tmp_path):
     tokenizer = make_tokenizer()
     expected = [*tokenizer("ab")["input_ids"][-2:], tokenizer.eos_token_id]
     assert [row for _, rows in seen for row in rows] == [expected] * 8
+    trainer.train_dataset = make_task(16).to_dataset().add_column("completion", ["ab"] * 15 + [None])
+    with pytest.raises(TaskError, match="row 15 of train_dataset: expected text"):
+        trainer._open_mixing()

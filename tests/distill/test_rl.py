@@ -219,6 +219,15 @@ def test_reward_is_verified_correctness():
     assert reward(completions=["a", "z"], id=["0", "0"]) == [1.0, 0.0]
 
 
+def test_an_answer_without_a_token_is_wrong_and_not_cut(tmp_path):
+    """A `rollout_func` can return one."""
+    trainer = make_trainer(tmp_path, save_strategy="no", max_steps=1)
+    seen = []
+    trainer.answer_watch.see = lambda task, counts, effect: seen.append(counts)
+    assert trainer.reward_funcs[0](completions=["", "c"], id=["0", "0"], completion_ids=[[], [7]]) == [0.0, 0.0]
+    assert (seen[0].answers, seen[0].empty, seen[0].cut) == (2, 1, 1)
+
+
 def test_overlong_answers_are_punished(tmp_path):
     trainer = make_trainer(tmp_path, overlong_cache=0.4, save_strategy="no", max_steps=1)
     assert len(trainer.reward_funcs) == 2

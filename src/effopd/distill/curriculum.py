@@ -118,8 +118,7 @@ def row_difficulty(measure: str, row: Mapping[str, Any]) -> float:
             )
         return float(len(str(answer))) if measure == "answer_length" else 0.0
     name = measure.removeprefix(COLUMN)
-    metadata = row.get("metadata") or {}
-    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    metadata = _metadata(row)
     value = field_of({**metadata, **row}, name)
     try:
         number = float(value)
@@ -132,3 +131,14 @@ def row_difficulty(measure: str, row: Mapping[str, Any]) -> float:
             f"{row.get('id', '?')} has {value!r}. The row has {', '.join(known) or 'no other columns'}."
         ) from None
     return number
+
+
+def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Columns in `metadata`, as `Task.to_dataset` writes them; none if it holds something else."""
+    metadata = row.get("metadata")
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except ValueError:
+            return {}
+    return metadata if isinstance(metadata, Mapping) else {}

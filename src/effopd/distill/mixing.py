@@ -30,12 +30,13 @@ from effopd.distill.scoring import rollouts_per_step
 from effopd.distill.teachers.offload import in_use
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.state import log_answers, log_metrics
-from effopd.errors import CompatibilityError, ConfigError
+from effopd.errors import CompatibilityError, ConfigError, TaskError
 from effopd.models.fingerprint import tokenizer_sha256
 from effopd.models.logit_path import is_whole
 from effopd.models.token_batch import TokenBatch
 from effopd.runs.ledger import CostLedger
 from effopd.tasks.generate import encode_prompts
+from effopd.tasks.row_faults import kind_of
 
 #: Streams of random numbers: the choice of a step's kind, and of its answers.
 _KIND, _ROWS = 1, 2
@@ -97,15 +98,34 @@ def read_traces(args: Any, tokenizer: Any) -> tuple[list[Given], CollectCosts]:
 
 
 def given_answer(row: Mapping[str, Any], tokenizer: Any, limit: int, template: dict[str, Any] | None) -> Given:
-    """The dataset's own answer, column `completion`: text or one chat message, with an end token.
+    """The dataset's own answer, column `completion`: text or one chat message, with one end token.
 
     Args:
         limit: maximum number of answer tokens; longer answers are cut, without an end token.
+
+    Raises:
+        TaskError: the row has no such answer.
     """
-    answer = row["completion"]
-    text = answer if isinstance(answer, str) else answer[-1]["content"]
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids, end = tokenizer(answer_text(row["completion"]), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+    ids = [*ids] if ids and ids[-1] == end else [*ids, end]
     return Given(encode_prompts(tokenizer, [row["prompt"]], template)[0], ids[:limit])
+
+
+def answer_text(answer: Any, origin: str = "a row of train_dataset") -> str:
+    """Text of a value of column `completion`.
+
+    Raises:
+        TaskError: it is neither text nor chat messages that end with text.
+    """
+    text = (
+        answer[-1].get("content") if isinstance(answer, list) and answer and isinstance(answer[-1], dict) else answer
+    )
+    if not isinstance(text, str):
+        raise TaskError(
+            f"{origin}: expected text or chat messages that end with text in 'completion', got {kind_of(answer)}. "
+            "Fill in the answer, or leave the row out: dataset.filter(lambda row: row['completion'])."
+        )
+    return text
 
 
 class MixingMixin(DistillationHooks):
@@ -122,6 +142,7 @@ class MixingMixin(DistillationHooks):
             CheckpointError, CompatibilityError, ConfigError: see `read_traces`; or the dataset has
                 no column `completion`; or the run has tools or images; or the teacher that samples
                 along is sharded.
+            TaskError: a row has no answer in its column `completion`.
         """
         self._given_answers: list[Given] | None = None
         self._on_policy_now = True
@@ -141,6 +162,9 @@ class MixingMixin(DistillationHooks):
             return
         if args.traces is None:
             columns = getattr(self.train_dataset, "column_names", None) or ()
+            if "completion" in columns and hasattr(self.train_dataset, "__len__"):
+                for number, answer in enumerate(self.train_dataset["completion"]):
+                    answer_text(answer, f"row {number} of train_dataset")
             if "completion" not in columns:
                 raise ConfigError(
                     f"lmbda={args.lmbda:g} needs answers for the steps that are not on-policy. Set --traces to a "

@@ -102,7 +102,7 @@ def correct_reward(task: Task, trainer: Any = None) -> Callable[..., list[float]
                 log_metric(f"verdicts/{verdict}", count / len(gradings))
         right = [float(score >= CORRECT) for score in scores]
         if trainer is not None and trainer.model.training and trainer.is_world_process_zero():
-            cut = [ids[-1] not in trainer.eos_token_ids for ids in completion_ids]
+            cut = [len(ids) > 0 and ids[-1] not in trainer.eos_token_ids for ids in completion_ids]
             watch = trainer.answer_watch
             watch.see(task, Counts.of(task, texts, cut, scores), "equal rewards, so they give no gradient")
             rewards.see(id, right, quiet=watch.said)
