@@ -176,3 +176,13 @@ def test_mistakes(capsys):
     assert "--max_steps: expected at least 1, got 0" in capsys.readouterr().err
     assert main(["quickstart", "--family", "poetry"]) == 2
     assert "--family: expected one of" in capsys.readouterr().err
+    assert main(["quickstart", "--prompts_per_step", "5000"]) == 2
+    assert "--prompts_per_step: expected at most 4096" in capsys.readouterr().err
+
+
+def test_a_wrong_setting_leaves_an_earlier_demo_where_it_is(tmp_path, capsys):
+    (tmp_path / "demo" / "plain").mkdir(parents=True)
+    assert main(["quickstart", "--seed", "-1", "--output_dir", str(tmp_path / "demo")]) == 2
+    printed = capsys.readouterr()
+    assert "--seed: expected a whole number" in printed.err and all(label in printed.out for label in ARMS.values())
+    assert tree(tmp_path) == ["demo", "demo/plain"]

@@ -222,7 +222,7 @@ def intervene(argv: Sequence[str]) -> int:
 def quickstart(argv: Sequence[str]) -> int:
     """Run `effopd quickstart`."""
     if not asks_for_help(argv):  # the import takes seconds
-        print("effopd quickstart: plain OPD, EffOPD and line_search on a small built-in model", flush=True)
+        print("effopd quickstart: plain OPD, EffOPD and newton_search on a small built-in model", flush=True)
     from effopd.commands.quickstart import run_quickstart
 
     return run_quickstart(argv)
@@ -238,7 +238,7 @@ def testbed(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "quickstart": (
         quickstart,
-        "run plain OPD, EffOPD and line_search on the built-in testbed; print net speed-ups",
+        "run plain OPD, EffOPD and newton_search on the built-in testbed; print net speed-ups",
     ),
     "init": (init, "write a commented YAML for your student, teacher and data, and dry-run it"),
     "train": (train, "distill a teacher into a student"),

@@ -40,6 +40,8 @@ def run_quickstart(argv: Sequence[str]) -> int:
     console = Console(soft_wrap=True)
     root = Path(arguments.output_dir)
     root = root.resolve() if ".." in root.parts else root  # its last part is its name
+    for arm in ARMS:
+        settings(arm, arguments, root / arm)  # wrong ones end here, before anything is renamed
     _move_aside(root, console)
     console.print(introduction(arguments, root), highlight=False, markup=False)
     if console.is_terminal:

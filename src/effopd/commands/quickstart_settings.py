@@ -72,6 +72,11 @@ class QuickstartArguments:
                 setattr(self, name, default)
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name}: expected at least 1, got {getattr(self, name)}.")
+        if self.prompts_per_step > TRAIN_SIZE:
+            raise ConfigError(
+                f"--prompts_per_step: expected at most {TRAIN_SIZE}, the number of training prompts, got "
+                f"{self.prompts_per_step}. Lower it."
+            )
 
 
 def settings(arm: str, arguments: QuickstartArguments, output_dir: Path) -> RunSettings:
