@@ -216,7 +216,8 @@ def speed_table(large: dict[str, Any], small: dict[str, Any]) -> str:
     for task in dict.fromkeys(arm[0] for arm in arms):
         for arm in (arm for arm in arms if arm[0] == task):
             by_axis = {row["axis"]: row for row in rows if (row["task"], row["strategy"], row["learning_rate"]) == arm}
-            reached = f"{by_axis['steps']['reached']} of {by_axis['steps']['n']}"
+            steps = by_axis["steps"]
+            reached = f"{steps['reached']} of {steps['n'] + steps['undefined']}"
             speeds = [times(by_axis[axis]) for axis in axes]
             lines.append([task, f"`{arm[1]}`", factor(arm[2], reference), reached, *speeds])
     return table(["task", "strategy", "learning rate", "reached", *axes.values()], lines)

@@ -49,6 +49,16 @@ def test_never_counts_and_rates_without_a_baseline_are_left_out():
     assert not [row for row in rows if row["strategy"] == "alone"]
 
 
+def test_a_baseline_that_diverged_sets_no_target():
+    plain = [run(seed=seed, noise=0.0) for seed in range(3)]
+    runs = [plain[0].diverged(), *plain[1:], *(run("stuck", seed=seed, floor=0.5, noise=0.0) for seed in range(3))]
+    rows = own_rate(runs, "plain")
+    assert steps(rows, "stuck")["reached"] == 0 and steps(rows, "stuck")["n"] == 2
+    assert steps(rows, "plain")["reached"] == steps(rows, "plain")["n"] == 2
+    assert steps(across(runs, ("plain", LR), ("stuck", LR), runs), "plain")["n"] == 2
+    assert own_rate([each.diverged() for each in runs], "plain") == []
+
+
 def test_another_grid_is_asked_for_the_target_of_this_one():
     home = [run(seed=seed, noise=0.0) for seed in range(3)] + [
         run("ours", seed=seed, speed=2.0, noise=0.0) for seed in range(3)

@@ -86,6 +86,23 @@ def test_a_diverged_run_does_not_stop_the_figures(tmp_path, figures):
     assert "curves" in draw(analyze_runs(runs, ROLES), tmp_path)
 
 
+@pytest.mark.parametrize("early", [(0,), (0, 1)])
+def test_a_run_that_ends_before_its_first_evaluation_has_no_curve(tmp_path, figures, early):
+    ended = [replace(run("effopd", seed), evaluations=run("effopd", seed).evaluations[:1]) for seed in range(2)]
+    runs = [run("plain", 0), run("plain", 1)]
+    runs += [ended[seed].diverged() if seed in early else run("effopd", seed) for seed in range(2)]
+    results = analyze_runs(runs, ROLES)
+    draw(results, tmp_path)
+    assert set(curves(figures["curves"].axes[0])) == {"plain"}
+    assert {series.label for panel in charts(Lookup(results))["curves"].drawn for series in panel.series} == {"plain"}
+
+
+def test_runs_with_a_single_evaluation_have_no_curves(tmp_path, figures):
+    results = analyze_runs([replace(run("plain", 0), evaluations=run("plain", 0).evaluations[:1])], ROLES)
+    draw(results, tmp_path)
+    assert "curves" not in charts(Lookup(results))
+
+
 def test_curves_begin_with_those_of_the_roles_and_figures_have_not_too_many(tmp_path, figures):
     others = [f"other-{i}" for i in range(12)]
     runs = [run(name, 0) for name in ("plain", *others, "noop", "effopd")]

@@ -17,6 +17,7 @@ from effopd.compare.roles import Claim, Roles
 from effopd.report.compare_gate import gate_results
 from effopd.report.compare_lookup import Lookup, number, times
 from effopd.report.compare_page import render
+from effopd.report.compare_tables import at_own_rate
 from effopd.report.compare_terminal import summary_tables
 
 ROLES = Roles(
@@ -155,6 +156,14 @@ def test_a_grid_without_effopd_or_with_one_task_or_seed():
         assert ("### all tasks" in page) == (len(tasks) > 1)
     only = analyze_runs([run("plain", 0)], ROLES)
     assert "| `plain` | 1.00×" in render(only, {})
+
+
+def test_at_the_same_rate_only_runs_with_a_baseline_can_reach_its_end():
+    arms = [(name, speed, rate) for name, speed in (("plain", 1), ("effopd", 2)) for rate in (LR, 9e-5)]
+    runs = [run(name, seed, rate, speed) for name, speed, rate in arms for seed in range(3)]
+    without = [each for each in runs if (each.arm, each.seed) != (("plain", 9e-5), 1)]
+    rows = at_own_rate(Lookup(analyze_runs(without, ROLES))).rows
+    assert [row[2:4] for row in rows] == [["3e-05", "3 of 3"], ["9e-05", "2 of 2"]]
 
 
 def test_what_the_gate_accepts_where_nothing_changes(results):

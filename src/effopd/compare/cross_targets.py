@@ -11,6 +11,7 @@ smoothed evaluation at the target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def own_rate(runs: Sequence[GridRun], baseline: str) -> list[dict[str, Any]]:
     Returns:
         One row per task, arm and axis (`AXES`): `task`, `strategy`, `learning_rate`, `axis`,
         `reached` (number of runs that reach the target) and the fields of `paired.SeedMedian`.
-        Arms without a baseline at their rate are left out.
+        Runs without a baseline at their rate, or whose baseline diverged, are left out.
     """
     baselines = {(run.task, run.seed, run.learning_rate): run for run in runs if run.strategy == baseline}
     rows = []
@@ -47,7 +48,7 @@ def own_rate(runs: Sequence[GridRun], baseline: str) -> list[dict[str, Any]]:
         for run in runs:
             against = baselines.get((run.task, run.seed, run.learning_rate))
             if run.task == task and run.arm == arm and against is not None:
-                pairs.append(_costs(against, run, final_target(against.evaluations)))
+                pairs += _costs(against, run, final_target(against.evaluations))
         rows += _rows(task, arm, pairs)
     return rows
 
@@ -69,8 +70,8 @@ def across(
         arms: arms of `other`; `None`: all.
 
     Returns:
-        Rows as in `own_rate`, over the seeds present in both grids. `last_steps` is the last step
-        of the shortest run.
+        Rows as in `own_rate`, over the seeds present in both grids at which the reference has not
+        diverged. `last_steps` is the last step of the shortest run.
 
     Raises:
         ConfigError: runs of the same task and seed start at different held-out KLs, so their
@@ -89,7 +90,7 @@ def across(
             if run.task != task or run.arm != arm or plain is None or against is None:
                 continue
             check_same_start(plain, run)
-            pairs.append(_costs(against, run, final_target(plain.evaluations)))
+            pairs += _costs(against, run, final_target(plain.evaluations))
             last.append(run.evaluations[-1].step)
         rows += [row | {"last_steps": min(last)} for row in _rows(task, arm, pairs)]
     return rows
@@ -99,9 +100,9 @@ def _arms(runs: Iterable[GridRun]) -> list[tuple[str, Arm]]:
     return list(dict.fromkeys((run.task, run.arm) for run in runs))
 
 
-def _costs(against: GridRun, run: GridRun, target: float) -> CostPair:
-    """Costs of both runs at a target KL."""
-    return against.cost(target, "kl", False), run.cost(target, "kl", False)
+def _costs(against: GridRun, run: GridRun, target: float) -> list[CostPair]:
+    """Costs of both runs at a target KL; empty if it is not finite, that of a diverged run."""
+    return [(against.cost(target, "kl", False), run.cost(target, "kl", False))] if math.isfinite(target) else []
 
 
 def check_same_start(first: GridRun, second: GridRun) -> None:

@@ -86,7 +86,7 @@ def area(run: GridRun, axis: str, budget: float) -> float:
 
     Costs before step 1, such as those of collecting rollouts, count at the KL of step 0. The last
     value is held if the run ends before the budget. The area of a run that diverges within the
-    budget is ∞.
+    budget is ∞; over a budget of 0 it is NaN.
 
     Args:
         axis: `steps` or `seconds`.
@@ -96,6 +96,8 @@ def area(run: GridRun, axis: str, budget: float) -> float:
         y = np.array(smoothed(run.evaluations)) / np.float64(run.evaluations[0].kl)
     if not np.isfinite(y[x <= budget]).all():
         return float("inf")
+    if budget == 0:
+        return float("nan")
     x, y = np.insert(x, 0, 0.0), np.insert(y, 0, y[0])
     inside = x < budget
     x_in = np.append(x[inside], budget)

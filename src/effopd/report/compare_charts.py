@@ -137,6 +137,8 @@ def _curves(lookup: Lookup, styles: Mapping[str, Look]) -> Chart:
                 runs = [run["curve"] for run in lookup.runs(task, (strategy, rates[strategy]))]
                 if runs:
                     x, median, low, high = band(runs, key)
+                    if not x:
+                        continue
                     same = rates[strategy] == lookup.reference
                     note = "" if same else f"learning rate {factor(rates[strategy], lookup.reference)}"
                     lines.append(Series(strategy, x, median, styles[strategy], low, high, points=False, note=note))
@@ -151,9 +153,15 @@ def _curves(lookup: Lookup, styles: Mapping[str, Look]) -> Chart:
 
 
 def band(curves: Sequence[Mapping[str, list[float]]], key: str, points: int = 60) -> tuple[list[float], ...]:
-    """Smoothed KL of several runs on a common grid: x, median, lowest, highest."""
-    start = max(curve[key][1] for curve in curves)  # the first evaluation after the start
-    x = np.geomspace(start, min(curve[key][-1] for curve in curves), points)
+    """Smoothed KL of several runs on a common grid: x, median, lowest, highest.
+
+    All are empty if a run ends before the first evaluation of another, or before its own.
+    """
+    later = [[x for step, x in zip(curve["step"], curve[key], strict=True) if step] for curve in curves]
+    start, end = max(xs[0] if xs else math.inf for xs in later), min(xs[-1] if xs else 0.0 for xs in later)
+    if start > end:
+        return [], [], [], []
+    x = np.geomspace(start, end, points)
     kl = [[math.inf if value is None else value for value in curve["kl"]] for curve in curves]
     y = np.array([np.interp(x, curve[key], smooth(values)) for curve, values in zip(curves, kl, strict=True)])
     return x.tolist(), np.median(y, axis=0).tolist(), y.min(axis=0).tolist(), y.max(axis=0).tolist()

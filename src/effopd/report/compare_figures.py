@@ -71,6 +71,8 @@ def _curves(plt, lookup: Lookup):
                 if not curves:
                     continue
                 x, median, low, high = band(curves, key, 200)
+                if not x:
+                    continue
                 # dashed and on top, because a no-op strategy coincides with it
                 base = {"linestyle": "--", "zorder": 5} if strategy == lookup.baseline else {}
                 label = strategy if rate == lookup.reference else f"{strategy}, {factor(rate, lookup.reference)}"
@@ -81,7 +83,8 @@ def _curves(plt, lookup: Lookup):
             axis.set_xlabel(costs)
             axis.set_title(task, loc="left")
         axes[row][0].set_ylabel("held-out reverse KL (nats per token)")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    if axes[0][0].get_legend_handles_labels()[0]:
+        axes[0][0].legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -118,7 +118,7 @@ def at_own_rate(lookup: Lookup) -> Table:
     rows = [
         [
             *cells,
-            f"{axes['steps']['reached']} of {len(lookup.runs(task, arm))}",
+            f"{axes['steps']['reached']} of {axes['steps']['n'] + axes['steps']['undefined']}",
             *(times(axes[axis]) for axis in AXIS_NAMES),
         ]
         for task, arm, cells in _swept(lookup)
