@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -14,6 +15,8 @@ from effopd.compare.prices import KINDS, PriceList
 from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Roles
 from effopd.errors import ConfigError
+from effopd.report.compare_envelope import opponent_table, range_table
+from effopd.report.compare_lookup import Lookup
 
 SEEDS = range(3)
 
@@ -81,6 +84,42 @@ def test_an_unknown_cost_is_no_pair_and_no_opponent():
     envelope = Envelope(runs, axis="teacher_tokens")
     assert envelope.opponent(0, 0.5) is None and envelope.speedup(("plain", LR), 0.5).n == 0
     assert envelope.without_costs() == [("plain", LR)] and envelope.tuning().cost is None
+
+
+def test_the_worst_seed_of_many_is_shown_with_its_own_speed_up():
+    """Of ten seeds, the interval leaves out the smallest and the largest value."""
+    runs = [run("plain", LR, seed, noise=0.0) for seed in range(10)]
+    runs += [run("ours", LR, seed, 0.5 if seed == 4 else 2.0, noise=0.0) for seed in range(10)]
+    results = analyze_runs(runs, Roles("plain", LR, headline=("ours",)))
+    results |= envelopes(results, ())
+    (ours,) = [row for row in results["envelope"]["speedups"] if (row["strategy"], row["axis"]) == ("ours", "seconds")]
+    assert ours["worst_seed"][0] == 4 and ours["worst"][0] < 1 < ours["low"][0]
+    (cells,) = [row for row in range_table(Lookup(results), results["envelope"]).rows if row[0] == "net seconds"]
+    assert f"worst {ours['worst'][0]:.2f} (seed 4, 3e-05)" in cells[3]
+
+
+def test_runs_on_stored_answers_have_no_speed_up_in_sampled_tokens():
+    def stored(seed):
+        whole = run("stored", LR, seed, 2.0, noise=0.0)
+        costs = [dataclasses.replace(e.costs, net_generated_tokens=0) for e in whole.evaluations]
+        pairs = zip(whole.evaluations, costs, strict=True)
+        return dataclasses.replace(whole, evaluations=tuple(dataclasses.replace(e, costs=c) for e, c in pairs))
+
+    runs = [each for seed in SEEDS for each in (run("plain", LR, seed, noise=0.0), stored(seed))]
+    for baseline in ("plain", "stored"):
+        results = analyze_runs(runs, Roles(baseline, LR))
+        rows = [row for row in results["speedups"] if row["strategy"] != row["against"] and row["target"] == "gap_90"]
+        known = {row["axis"]: (row["n"], row["undefined"], row["censored"]) for row in rows}
+        assert known["seconds"] == (3, 0, 0) and known["generated_tokens"] == (0, 3, 0)
+        rows = envelopes(results, ())["envelope"]["speedups"]
+        at_a_half = {(row["strategy"], row["axis"]): row["n"][0] for row in rows}
+        assert at_a_half["stored", "seconds"] == 3 and at_a_half["stored", "generated_tokens"] == 0
+
+
+def test_without_an_opponent_its_cost_is_unknown_and_not_never():
+    results = analyze_runs([run("plain", LR, 0), run("plain", 3 * LR, 1)], Roles("plain", LR))
+    rows = opponent_table(envelopes(results, ())["envelope"]).rows
+    assert {tuple(row[3:5]) for row in rows} == {("none", "–")}
 
 
 def test_a_joined_grid_competes_under_its_label_at_the_seeds_of_both():

@@ -216,7 +216,7 @@ def test_planted_speedups_over_many_grids():
                 other = run("x", seed=seed, noise=0.1, floor=floor, speed=speed, rng=rng)
                 costs = [r.cost(final_target(base.evaluations), "kl", False) for r in (base, other)]
                 ratios.append(ratio(*(cost.steps if cost else None for cost in costs)))
-            estimate = median_with_interval(ratios, draws=400, seed=repeat)
+            estimate = median_with_interval(ratios)
             called += not estimate.low <= 1.0 <= estimate.high
         return called / 60
 

@@ -2,14 +2,14 @@
 
     {"label": "", "baselines": […], "shares": […], "axes": […], "seeds": […],
      "speedups":  [{task, strategy, learning_rate, axis, and per share: median, low, high, n,
-                    reached, worst_seed}],
+                    reached, worst_seed, worst}],
      "opponents": [{task, axis, share, arms: {seed: [strategy, learning_rate]}, cost}],
      "tuning":    [{task, axis, cost, runs, seeds}],
      "without_costs": {axis: [strategies]}}
 
 `cost` is the median over seeds of the opponent's cost to the target, `worst_seed` the seed with the
-smallest speed-up. A second envelope joins the runs of another grid, for example with another batch
-size: its strategies get the grid's label, and all baselines compete.
+smallest speed-up, and `worst` this speed-up. A second envelope joins the runs of another grid, for
+example with another batch size: its strategies get the grid's label, and all baselines compete.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from effopd.compare.axes import axis_key, envelope_axes
@@ -62,15 +63,15 @@ def _curve(envelope: Envelope, arm: Arm) -> dict[str, Any] | None:
     if not any(by_share):
         return None
     medians = [envelope.speedup(arm, share).to_row() for share in CURVE]
+    known = [[each for each in ratios.items() if not math.isnan(each[1])] for ratios in by_share]
+    worst = [min(pairs, key=itemgetter(1), default=(None, math.nan)) for pairs in known]
     return {
         "strategy": arm[0],
         "learning_rate": arm[1],
         **{name: [_short(row[name]) for row in medians] for name in ("median", "low", "high", "n")},
         "reached": [sum(math.isfinite(envelope.cost(arm, seed, share)) for seed in envelope.seeds) for share in CURVE],
-        "worst_seed": [
-            min((seed for seed in ratios if not math.isnan(ratios[seed])), key=ratios.__getitem__, default=None)
-            for ratios in by_share
-        ],
+        "worst_seed": [seed for seed, _ in worst],
+        "worst": [_short(finite(value)) for _, value in worst],
     }
 
 

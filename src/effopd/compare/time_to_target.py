@@ -6,6 +6,7 @@ run's evaluations (`runs.records.read_evaluations`).
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,9 +39,9 @@ class Cost:
         )  # fmt: skip
 
     def ratio(self, other: Cost) -> dict[str, float]:
-        """self / other, per axis."""
-        costs, other_costs = asdict(self), asdict(other)
-        return {axis: costs[axis] / other_costs[axis] for axis in costs}
+        """self / other, per axis; NaN where one of them costs nothing."""
+        ours, theirs = asdict(self), asdict(other)
+        return {axis: ours[axis] / theirs[axis] if ours[axis] and theirs[axis] else math.nan for axis in ours}
 
 
 def _number(value: float | None) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from effopd.compare.axes import axis_name
 from effopd.compare.grid_run import Arm
+from effopd.compare.paired import coverage
 from effopd.report.compare_lookup import FEW, Lookup, Row, Table, one, times
 
 Part = Mapping[str, Any]
@@ -84,14 +85,15 @@ def range_table(lookup: Lookup, part: Part) -> Table:
 
 def _range(rows: list[tuple[float, Part]], index: int) -> str:
     """`1.02–1.20×, worst 0.87× (seed 3, 3e-05)`."""
-    points = [(rate, row, at(row, index)) for rate, row in rows if row["n"][index]]
+    points = [(rate, row) for rate, row in rows if row["n"][index]]
     if not points:
         return "–"
-    medians = sorted(_value(point["median"]) for _, _, point in points)
+    medians = sorted(_value(row["median"][index]) for _, row in points)
     ends = [one(_stored(value), "") for value in (medians[0], medians[-1])]
-    rate, row, point = min(points, key=lambda each: _value(each[2]["low"]))
+    worst = {rate: row.get("worst", row["low"])[index] for rate, row in points}  # older files: few seeds, their range
+    rate, row = min(points, key=lambda each: _value(worst[each[0]]))
     text = ends[0] if ends[0] == ends[1] else "–".join(ends)
-    return f"{text}, worst {one(point['low'], '')} (seed {row['worst_seed'][index]}, {rate:.3g})"
+    return f"{text}, worst {one(worst[rate], '')} (seed {row['worst_seed'][index]}, {rate:.3g})"
 
 
 def _value(value: float | None) -> float:
@@ -133,8 +135,9 @@ def _names(row: Part) -> str:
 
 def _costs(row: Part, tuning: Part) -> list[str]:
     cost, total = row["cost"], tuning["cost"]
+    none = all(arm is None for arm in row["arms"].values())
     return [
-        "never" if cost is None else f"{cost:,.4g}",
+        "–" if none else "never" if cost is None else f"{cost:,.4g}",
         "–" if total is None else f"{total:,.4g} ({tuning['runs']} runs)",
         "–" if total is None or not cost else f"{total / cost:.3g}×",
     ]
@@ -143,9 +146,5 @@ def _costs(row: Part, tuning: Part) -> list[str]:
 def interval(part: Part) -> str:
     """How the interval of the figures is made, by the number of seeds."""
     n = len(part["seeds"])
-    if n >= FEW:
-        return f"95 % percentile bootstrap interval of the median over {n} seeds, paired by seed" + (
-            "; with five seeds this is their range, which covers the median in 93.75 % of cases" if n == FEW else ""
-        )
-    cover = 100 * (1 - 2 * 0.5**n) if n > 1 else 0
-    return f"range over {n} seed(s), paired by seed, which covers the median in {cover:.4g} % of cases"
+    kind = f"interval of the median over {n} seeds" if n > FEW else f"range over {n} seed(s)"
+    return f"{kind}, paired by seed, which covers the median in {100 * coverage(n):.4g} % of cases"

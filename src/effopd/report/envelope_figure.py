@@ -47,11 +47,12 @@ def note(lookup: Lookup) -> str:
     methods = "; ".join(
         (f"with {part['label']}: " if part["label"] else "") + interval(part) for part in parts(lookup)
     )
+    alone = ", here on the only seed itself" if any(len(part["seeds"]) == 1 for part in parts(lookup)) else ""
     return (
         f"Thick: reference learning rate. Band, of the first strategy if there are many: {methods}. Thin: the other "
         "learning rates, whose intervals are in the table. The opponent is the best arm of the baselines for each "
-        "target, chosen on the other seeds. “Never” refers to the steps that were run; “only it”: the opponent does "
-        "not arrive."
+        f"target, chosen on the other seeds{alone}. “Never” refers to the steps that were run; “only it”: the "
+        "opponent does not arrive."
     )
 
 
