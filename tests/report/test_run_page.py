@@ -5,6 +5,7 @@ runs.
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -284,6 +285,19 @@ def test_the_summary_compares_runs_of_one_task_and_names_the_strategy_of_each(ma
     assert text[5] == "c did not reach a's final KL (0.1, median of the last three) in 0 steps."
     other_task = make_run("d", EVALS, config="task: gsm8k\n")
     assert not [line for line in sentences(read_runs([roots[0], other_task])) if "reached" in line]
+
+
+def test_step_0_reaches_no_target_and_a_target_is_finite(make_run):
+    def row(step, kl):
+        return cost(step, eval_kl=kl, eval_kl_se=0.001)
+
+    fast = make_run("b", [row(0, 0.2), row(1, 0.05), row(2, 0.01)])
+    worse = make_run("a", [row(0, 0.2), row(1, 0.3), row(2, 0.3)])
+    text = sentences(read_runs([worse, fast]))
+    assert any("after 1 steps instead of 1, 1.00× as fast" in line for line in text)
+    for name, rows in (("diverged", [row(0, 0.2), row(1, math.nan), row(2, math.nan)]), ("begun", [row(0, 0.2)])):
+        text = sentences(read_runs([make_run(name, rows), fast]))
+        assert text[-1] == f"Times to a common KL are left out: {name} has no finite KL after step 0."
 
 
 @pytest.mark.parametrize(

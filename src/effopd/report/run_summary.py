@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from effopd.compare.time_to_target import final_target, smoothed
+from effopd.compare.time_to_target import final_target, first_evaluation
 from effopd.report.run_data import RunRecords
 from effopd.runs.records import EvaluationRecord
 from effopd.tasks.builtin_models import spoken_name
@@ -89,12 +90,14 @@ def _speedups(runs: Sequence[RunRecords]) -> list[str]:
         return [f"Times to a common KL are left out: the runs differ in {', '.join(different)}."]
     first = runs[0]
     target = final_target(measured[first.label])
-    reference = _first_at(measured[first.label], target)
+    reference = first_evaluation(measured[first.label], target)
+    if reference is None or not math.isfinite(target):
+        return [f"Times to a common KL are left out: {first.label} has no finite KL after step 0."]
     found = []
     for run in runs[1:]:
-        reached = _first_at(measured[run.label], target)
+        reached = first_evaluation(measured[run.label], target)
         goal = f"{first.label}'s final KL ({target:.4g}, median of the last three)"
-        if reached is None or reference is None:
+        if reached is None:
             found.append(f"{run.label} did not reach {goal} in {run.last.step} steps.")
             continue
         text = f"{run.label} reached {goal} after {reached.step} steps instead of {reference.step}"
@@ -108,9 +111,3 @@ def _speedups(runs: Sequence[RunRecords]) -> list[str]:
 def _setting(run: RunRecords, name: str) -> str:
     """A setting as text; models by the user's name of them."""
     return spoken_name(str(run.config.get(name)))
-
-
-def _first_at(evaluations: Sequence[EvaluationRecord], target: float) -> EvaluationRecord | None:
-    """First evaluation whose smoothed KL is at or below the target."""
-    values = zip(evaluations, smoothed(evaluations), strict=True)
-    return next((record for record, value in values if value <= target), None)
