@@ -116,6 +116,16 @@ def test_runs_on_stored_answers_have_no_speed_up_in_sampled_tokens():
         assert at_a_half["stored", "seconds"] == 3 and at_a_half["stored", "generated_tokens"] == 0
 
 
+def test_shares_of_an_infinite_kl_at_the_start_are_no_targets():
+    def infinite(whole):
+        start, *later = whole.evaluations
+        return dataclasses.replace(whole, evaluations=(dataclasses.replace(start, kl=math.inf), *later))
+
+    runs = [infinite(run(name, LR, seed, speed)) for seed in SEEDS for name, speed in (("plain", 1.0), ("ours", 4.0))]
+    results = analyze_runs(runs, Roles("plain", LR))
+    assert {n for row in envelopes(results, ())["envelope"]["speedups"] for n in row["n"]} == {0}
+
+
 def test_without_an_opponent_its_cost_is_unknown_and_not_never():
     results = analyze_runs([run("plain", LR, 0), run("plain", 3 * LR, 1)], Roles("plain", LR))
     rows = opponent_table(envelopes(results, ())["envelope"]).rows

@@ -109,7 +109,12 @@ def first_reach(
 def first_evaluation(
     evaluations: Sequence[EvaluationRecord], target: float, metric: str = "kl", *, higher_is_better: bool = False
 ) -> EvaluationRecord | None:
-    """The first evaluation after step 0 whose smoothed metric reaches `target`; `None`: never."""
+    """The first evaluation after step 0 whose smoothed metric reaches `target`; `None`: never.
+
+    Nothing reaches a target that is not finite, which every value would meet.
+    """
+    if not math.isfinite(target):
+        return None
     sign = -1.0 if higher_is_better else 1.0
     for evaluation, value in zip(evaluations, smoothed(evaluations, metric), strict=True):
         if sign * value <= sign * target and evaluation.step > 0:
