@@ -75,6 +75,20 @@ def test_reset_clears_what_was_charged_before_training():
     assert ledger.state_dict() == other.state_dict()
 
 
+def test_net_seconds_of_several_processes_are_those_of_the_slowest():
+    """Of one that samples longer and one that trains longer, each waiting for the other."""
+    states = []
+    for rollout, update, evaluation in ((10.0, 1.0, 3.0), (1.0, 9.0, 4.0)):
+        ledger = CostLedger(Clock())
+        ledger.seconds |= {"rollout": rollout, "update": update, "eval": evaluation}
+        states.append(ledger.state_dict())
+    for order in (states, states[::-1]):
+        again = CostLedger(Clock())
+        for state in order:
+            again.add(state, tokens=True)
+        assert again.snapshot()["cost/net_seconds"] == 11.0 and again.seconds["eval"] == 4.0
+
+
 def test_tokens_and_net():
     ledger = CostLedger(Clock())
     ledger.count("rollout", generated=10)

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 CATEGORIES = ("rollout", "teacher", "update", "search", "eval", "other")
+_NET = tuple(category for category in CATEGORIES if category != "eval")
 _GENERATING = ("rollout", "search", "eval")
 _FORWARDING = ("teacher", "update", "search", "eval")
 
@@ -153,7 +154,7 @@ class CostLedger:
         if self.search_teacher_tokens is not None:
             flat["cost/search_teacher_tokens"] = self.search_teacher_tokens
         for unit, values, _ in tables:
-            flat[f"cost/net_{unit}"] = sum(value for category, value in values.items() if category != "eval")
+            flat[f"cost/net_{unit}"] = sum(values[category] for category in _NET)
         return flat
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,14 +175,20 @@ class CostLedger:
         self.search_teacher_tokens = _search_teacher_tokens(state)
 
     def add(self, state: Mapping[str, Any], *, tokens: bool) -> None:
-        """Merge the saved totals of another process: maximum of seconds, sum of tokens.
+        """Merge the saved totals of another process: seconds of the slower one, sum of tokens.
+
+        The slower one has more net seconds. The maximum of every category would add up to more than
+        any process took.
 
         Args:
             tokens: whether to add the tokens.
         """
-        for category in CATEGORIES:
-            self.seconds[category] = max(self.seconds[category], state["seconds"][category])
-            if tokens:
+        for part in (_NET, ("eval",)):
+            theirs = {category: state["seconds"][category] for category in part}
+            if sum(theirs.values()) > sum(self.seconds[category] for category in part):
+                self.seconds |= theirs
+        if tokens:
+            for category in CATEGORIES:
                 self.generated_tokens[category] += state["generated_tokens"][category]
                 self.forward_tokens[category] += state["forward_tokens"][category]
         if tokens:
