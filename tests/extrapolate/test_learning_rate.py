@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from torch.optim import lr_scheduler as schedulers
+from transformers import Adafactor
 
 from effopd import EffOPD, EffOPDConfig
 from effopd.errors import ConfigError
@@ -301,3 +302,45 @@ def test_later_searches_raise_the_rate_only_if_it_is_far_too_low():
     assert after == pytest.approx(length / 8) and factor > 4.0
     without_candidates = dataclasses.replace(earlier, trials=trials[:1])
     assert one_search(1e-3, [without_candidates])[0] > 4.0
+
+
+def test_groups_that_share_a_tensor_rate_get_the_factor_once():
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    optimizer = torch.optim.Adam([{"params": [weight]} for weight in weights], lr=torch.tensor(0.5))
+    rate, used = LearningRateMultiplier(optimizer), []
+    rate.factor = 2.0
+    optimizer.register_step_pre_hook(lambda *_: used.append([float(group["lr"]) for group in optimizer.param_groups]))
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones(2)
+        optimizer.step()
+    assert used == [[1.0] * 3] * 2
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5] * 3
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_share_is_that_of_a_group_that_moves(first):
+    """A group can wait at rate 0 while the others train."""
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=0.5)
+    rules = [lambda step: float(step >= 2), lambda step: 0.5]
+    schedulers.LambdaLR(optimizer, rules[first:] + rules[:first])
+    rate = LearningRateMultiplier(optimizer)
+    for weight in weights:
+        weight.grad = torch.ones(2)
+    optimizer.step()
+    assert rate.share == 0.5
+
+
+def test_an_optimizer_without_a_learning_rate_is_not_adapted(caplog):
+    model = torch.nn.Linear(4, 4)
+    optimizer = Adafactor(model.parameters())  # its default is lr=None
+    config = EffOPDConfig("newton_search", gate="better", parameters="all")
+    look = EffOPD(model, lambda m: -float(m.weight.square().sum()), config, optimizer=optimizer)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        model.weight.square().sum().backward()
+        optimizer.step()
+        look.step(step)
+    assert look.learning_rate_factor == 1.0 and any(search.accepted_scale for search in look.history)
+    assert "does not adapt its learning rate" in caplog.text

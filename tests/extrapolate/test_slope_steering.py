@@ -240,3 +240,31 @@ def test_while_it_is_not_wanted_the_rate_is_left_alone():
         gradient(optimizer, loss)
         optimizer.step()
     assert multiplier.factor == 1.0 and multiplier.cosine is None
+
+
+def test_the_cosine_of_an_ascent_is_that_of_the_descent():
+    found = []
+    for sign in (1, -1):
+        x, loss = quadratic()
+        optimizer = torch.optim.Adam([x], lr=0.01, maximize=sign < 0)
+        for _ in range(3):
+            gradient(optimizer, lambda: sign * loss())  # noqa: B023
+            found.append(slope_cosine(optimizer))
+            optimizer.step()
+    assert found[:3] == found[3:] and found[1] < 0
+
+
+@pytest.mark.parametrize("counted", ["per group", "not at all"])
+def test_an_adam_need_not_count_its_steps_per_parameter(counted):
+    x, loss = quadratic()
+    optimizer = torch.optim.Adam([x], lr=0.01)
+    for _ in range(3):
+        gradient(optimizer, loss)
+        optimizer.step()
+    gradient(optimizer, loss)
+    expected, step = slope_cosine(optimizer), optimizer.state[x].pop("step")
+    if counted == "per group":
+        optimizer.param_groups[0]["step"] = int(step)
+    moments = {name: value.clone() for name, value in optimizer.state[x].items()}
+    assert slope_cosine(optimizer) == pytest.approx(expected, abs=1e-5)  # a common factor, but for eps
+    assert all(torch.equal(optimizer.state[x][name], value) for name, value in moments.items())

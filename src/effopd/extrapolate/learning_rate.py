@@ -139,7 +139,7 @@ class LearningRateMultiplier:
     Attributes:
         factor: the multiplier; initially 1.
         share: the rate in the last step without `factor`, divided by the peak of the schedule or of
-            the optimizer's own warm-up. Read in the first group with a rate.
+            the optimizer's own warm-up. Read in the first group whose rate is not 0.
         highest: the highest rate so far without `factor`, if no group names a higher one; else 0.
         calibrated: `factor` as the first search set it, or the last later one that raised it;
             `None` before the first. Below half of it, and before, `by_slope` has no margin.
@@ -228,16 +228,17 @@ class LearningRateMultiplier:
         self._applied = self.factor if self._wanted() else 1.0
         groups = self._optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]
-        for group in groups:
-            _set(group, group["lr"] * self._applied)
+        for group, rate in zip(groups, self._schedule, strict=True):
+            _set(group, rate * self._applied)  # not `group["lr"]`: groups can share a tensor
 
     def _read_schedule(self) -> None:
         """Set `share`; lower `factor` if the schedule exceeds the peak that it was found for."""
         groups = self._optimizer.param_groups
-        scheduled = (group for group in groups if _peak(group) > 0)
-        group = next(scheduled, None) or next((group for group in groups if float(group["lr"]) > 0), None)
+        scheduled = [group for group in groups if _peak(group) > 0]
+        moving = (group for group in scheduled or groups if float(group["lr"]) > 0)
+        group = next(moving, None)
         if group is None:
-            self.share = 1.0
+            self.share = 0.0 if scheduled else 1.0
             return
         rate, peak = float(group["lr"]), max(_peak(group), self.highest)
         if rate > peak * (1 + _ROUNDING):

@@ -106,7 +106,8 @@ def _moves(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
                 move = local_shard(state["z"]).float() - local_shard(parameter).float()
             else:
                 continue
-            yield local_shard(parameter.grad).float(), move
+            grad = local_shard(parameter.grad).float()
+            yield -grad if group.get("maximize") else grad, move  # the moments are those of −gradient then
 
 
 def _adam_step(state: Mapping[str, Any], group: Mapping[str, Any], longest: float) -> Tensor:
@@ -115,6 +116,7 @@ def _adam_step(state: Mapping[str, Any], group: Mapping[str, Any], longest: floa
     η: the group's rate over the largest one, which is 1 if all groups have the same rate.
     """
     first, second = (local_shard(state[name]).float() for name in ("exp_avg", "exp_avg_sq"))
-    variance = second / (1 - group["betas"][1] ** float(state["step"]))
+    step = state.get("step", group.get("step"))  # some optimizers count per group, some not at all
+    variance = second / (1.0 if step is None else 1 - group["betas"][1] ** float(step))
     move = first / variance.sqrt_().add_(group["eps"]).neg_()
     return move if longest <= 0 else move.mul_(float(group["lr"]) / longest)

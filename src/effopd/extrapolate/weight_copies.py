@@ -88,8 +88,12 @@ def _families(optimizer: Any) -> Iterator[Family]:
 
 
 def sizes_steps(optimizer: Any) -> bool:
-    """Whether an optimizer estimates the length of its steps: Prodigy, D-Adaptation, DoG."""
-    return any(family.sizes_steps for family in _families(base_optimizer(optimizer)))
+    """Whether an optimizer estimates the length of its steps: Prodigy, D-Adaptation, DoG, and those
+    without a learning rate, such as transformers' Adafactor by default.
+    """
+    inner = base_optimizer(optimizer)
+    without = any(group.get("lr") is None for group in getattr(inner, "param_groups", ()))
+    return without or any(family.sizes_steps for family in _families(inner))
 
 
 def _keys(optimizer: Any) -> Family:
