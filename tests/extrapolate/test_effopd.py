@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -325,3 +326,67 @@ def test_a_fit_warns_once_that_it_lacks_them(caplog):
     assert look_ahead.weights.names == ("weight",)
     look_ahead.reanchor(3)
     assert look_ahead.weights.names == ("weight", "bias")
+
+
+@pytest.mark.parametrize("copy", [lambda p: p.detach().float().clone(), lambda p: p.detach().clone()])
+def test_an_optimizer_of_copies_of_the_weights_is_refused(copy):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    parameters = [*model[0].parameters(), *map(copy, model[1].parameters())]
+    with pytest.raises(ConfigError, match=r"optimizer=SGD: it steps a copy of the parameter '1\.weight'"):
+        EffOPD(model, lambda _: 0.0, EffOPDConfig(**CONFIG), optimizer=torch.optim.SGD(parameters, lr=0.1))
+
+
+def test_an_optimizer_can_have_parameters_of_other_models_and_lack_some():
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    nn.init.zeros_(model.bias)
+    nn.init.zeros_(other.bias)
+    optimizer = torch.optim.SGD([model.weight, *other.parameters()], lr=0.1)
+    EffOPD(model, lambda _: 0.0, EffOPDConfig(**CONFIG), optimizer=optimizer)
+
+
+def test_averages_need_an_optimizer_and_a_way_to_move_them():
+    model = Quadratic()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with pytest.raises(ConfigError, match="pass optimizer=… too"):
+        EffOPD(model, negative_loss, EffOPDConfig(**CONFIG), averages=[average])
+    with pytest.raises(ConfigError, match=r"AveragedModel has no method translate\(parameter, change\)"):
+        EffOPD(model, negative_loss, EffOPDConfig(**CONFIG), averages=[average], optimizer=optimizer)
+
+
+def test_numbers_of_numpy_and_torch_are_saved(tmp_path):
+    """JSON has none of them."""
+    config = EffOPDConfig(
+        min_z=np.float32(1.5), gate="significant", seed=np.int64(3), args={"scales": [np.float64(2)]}, **CONFIG
+    )
+    assert EffOPDConfig(gate="significant", min_z=1.5, seed=3, args={"scales": [2.0]}, **CONFIG) == config
+    cost = {"generated_tokens": torch.tensor(3), "forward_tokens": np.int64(5), "verdicts": {"passed": np.int64(2)}}
+    model = Quadratic()
+    look_ahead = EffOPD(model, lambda m: Score(negative_loss(m), (-1.0, -2.0), **cost), config)
+    descend(model, 1)
+    look_ahead.step(np.int64(1))
+    look_ahead.restart(np.int64(1))
+    look_ahead.save(tmp_path / "runs" / "step-1")  # the folder is new
+    again = EffOPD(model, negative_loss, config)
+    again.load(tmp_path / "runs" / "step-1")
+    assert again.history[0].generated_tokens == 3 * len(again.history[0].trials)
+
+
+def test_costs_that_are_no_numbers_are_an_error():
+    model = Quadratic()
+    look_ahead = EffOPD(model, lambda _: Score(0.0, generated_tokens=None), EffOPDConfig(**CONFIG))
+    with pytest.raises(ScorerError, match="a Score whose costs are not numbers"):
+        descend(model, 1, look_ahead)
+
+
+def test_a_time_limit_leaves_a_timer_outside_running():
+    model, rung = Quadratic(), []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 60.0)
+    try:
+        look_ahead = EffOPD(model, negative_loss, EffOPDConfig(**CONFIG), score_timeout=5.0)
+        descend(model, 1, look_ahead)
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

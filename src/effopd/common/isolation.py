@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,8 +63,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise `TimeoutError` inside the block once it has run for `seconds`.
 
-    Uses SIGALRM, so a call that hangs in native code is not interrupted. There is no limit if
-    `seconds` is `None`, outside the main thread, or on a system other than POSIX.
+    Uses SIGALRM, so a call that hangs in native code is not interrupted. A timer that runs outside
+    the block goes on after it. There is no limit if `seconds` is `None`, outside the main thread,
+    or on a system other than POSIX.
     """
     if (
         seconds is None
@@ -77,9 +79,11 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         raise TimeoutError(f"took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    start, (left, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left > 0:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), interval)

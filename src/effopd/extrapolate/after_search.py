@@ -44,7 +44,8 @@ class OptimizerUpdate:
             estimate the length of their steps never is: both corrections would multiply.
 
     Raises:
-        ConfigError: the optimizer is missing, or another look-ahead adapts its learning rate.
+        ConfigError: the optimizer is missing, another look-ahead adapts its learning rate, or an
+            average cannot be moved.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class OptimizerUpdate:
                 f"strategy '{config.strategy}' resets the optimizer's moments or adapts its learning rate: pass "
                 "optimizer=…, or set reset_moments=False and adapt_learning_rate=False."
             )
+        _check_averages(averages, optimizer)
         self._optimizer, self._averages, self._lora = optimizer, averages, lora
         self._resets = config.reset_moments
         self._calibrates = config.rules.calibrates_rate
@@ -174,3 +176,14 @@ class OptimizerUpdate:
         raised = [search for search in searched[1:] if (search.learning_rate_factor or 1.0) > 1]
         setting = [*searched[:1], *raised]
         return (setting[-1].learning_rate_factor_total or 1.0) if setting else None
+
+
+def _check_averages(averages: Sequence[Movable], optimizer: Any) -> None:
+    if averages and optimizer is None:
+        raise ConfigError("averages=… follow the parameters of an optimizer: pass optimizer=… too.")
+    for average in averages:
+        if not callable(getattr(average, "translate", None)):
+            raise ConfigError(
+                f"averages: {type(average).__name__} has no method translate(parameter, change), which adds the "
+                "change of a jump to the average of a parameter. Wrap it in a class that has one."
+            )

@@ -10,7 +10,7 @@ from typing import Any
 from effopd.errors import ConfigError
 from effopd.extrapolate import strategies as strategies  # each adds itself to STRATEGIES
 from effopd.extrapolate.anchored import named_device
-from effopd.extrapolate.kinds import build, check_kind, hints, mapping, plain
+from effopd.extrapolate.kinds import build, check_kind, hints, mapping, plain, without_numpy
 from effopd.extrapolate.parameter_rules import compile_rule
 from effopd.extrapolate.schedule import SCHEDULES
 from effopd.extrapolate.scorers.base import SCORERS
@@ -78,6 +78,8 @@ class EffOPDConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in hints(type(self)):
+            setattr(self, name, without_numpy(getattr(self, name)))
         self._check("strategy", self.strategy, (NONE, *STRATEGIES))
         self.args = mapping("EffOPDConfig.args", self.args)
         for name, hint in hints(type(self)).items():

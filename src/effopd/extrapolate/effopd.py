@@ -35,7 +35,7 @@ from effopd.extrapolate.saved_state import check_same, fingerprint, load_state, 
 from effopd.extrapolate.scorers.base import Scorer
 from effopd.extrapolate.search import Score
 from effopd.extrapolate.searcher import NOWHERE, Searcher
-from effopd.extrapolate.weight_copies import Movable
+from effopd.extrapolate.weight_copies import Movable, refuse_masters
 from effopd.runs.records import SearchRecord
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class EffOPD:
     Raises:
         ConfigError: the scorer is missing or not callable, the strategy is 'none', no parameter is
             selected, `config.anchor_device` cannot hold the anchor, a custom scorer does not read a
-            setting, or another look-ahead adapts this optimizer's learning rate.
+            setting, another look-ahead adapts this optimizer's learning rate, or the optimizer
+            steps copies of the parameters.
 
     Example:
         >>> look_ahead = EffOPD(model, scorer=my_score)  # doctest: +SKIP
@@ -102,6 +103,7 @@ class EffOPD:
         refuse_unread(self.config, scorer)
         self._target, self._on_move, self._host, self._closed = target, on_move, dict(host or {}), False
         self.model, self.weights = model, movable_weights(model, self.config, optimizer)
+        refuse_masters(optimizer, model)
         self._searcher = Searcher(model, self.weights, scorer, self.config.seed, score_timeout)
         self.predictor = (
             Predictor(fit, self.config.strategy_args, self.config.seed, self.config.anchor_device)
@@ -155,6 +157,7 @@ class EffOPD:
                 restored.
         """
         self._check_open()
+        step = int(step)  # also from NumPy, whose numbers JSON cannot hold
         if self.predictor is None:
             return self.search(step) if self.due(step, since) else None
         steps = _steps(step, since)
@@ -174,7 +177,7 @@ class EffOPD:
         """
         self._check_open()
         with self._optimizer.carried() as held:
-            return self._search(step, observed, held)
+            return self._search(int(step), observed, held)
 
     def _search(self, step: int, observed: SearchRecord | None, held: int) -> SearchRecord:
         start, config = time.perf_counter(), self.config
@@ -291,7 +294,7 @@ class EffOPD:
         with self._optimizer.evaluated():
             self.weights.begin()
             self.weights.commit()
-        self.anchor_step = step
+        self.anchor_step = int(step)
         if self.predictor is not None:
             self.predictor.forget()
 
@@ -305,7 +308,7 @@ class EffOPD:
         self._start_schedule(step)
 
     def _start_schedule(self, step: int) -> None:
-        self.schedule_start = step
+        self.schedule_start = step = int(step)
         if self.predictor is not None:
             self.predictor.start = step
 
@@ -354,12 +357,13 @@ class EffOPD:
         self._optimizer.resume(state, self.history)
 
     def save(self, folder: str | Path) -> None:
-        """Write the state into a checkpoint folder.
+        """Write the state into a checkpoint folder, which is created if it does not exist.
 
         The JSON file is written last and marks the state as complete.
 
         Call it on all ranks: each rank writes its shards, and rank 0 writes the rest.
         """
+        Path(folder).mkdir(parents=True, exist_ok=True)
         write_state(Path(folder), self.state_dict(), self.weights.sharded)
 
     def load(self, folder: str | Path) -> None:

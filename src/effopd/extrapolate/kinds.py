@@ -10,6 +10,8 @@ from dataclasses import asdict, fields
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from effopd.errors import ConfigError
 
 _KINDS: dict[Any, tuple[type, str]] = {
@@ -52,6 +54,15 @@ def check_kind(label: str, value: Any, hint: Any) -> None:
 def _is(value: Any, kind: type) -> bool:
     """`isinstance`, except that a boolean is not a number."""
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def without_numpy(value: Any) -> Any:
+    """The value with Python's numbers in the place of NumPy's, which JSON cannot hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: without_numpy(each) for key, each in value.items()}
+    return type(value)(map(without_numpy, value)) if type(value) in (list, tuple) else value
 
 
 def mapping(label: str, value: Any) -> dict[str, Any]:

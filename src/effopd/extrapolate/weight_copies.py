@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effopd.common.distributed import local_shard
 from effopd.common.zero import base_optimizer, reset_adam, zero_optimizer
@@ -188,6 +188,37 @@ def refuse_unknown_copies(optimizer: Any) -> None:
             f"without copies, or one of the packages {', '.join(sorted(set(FAMILIES) - {'effopd'}))}. Choose another "
             "optimizer, or train without a look-ahead."
         )
+
+
+@torch.no_grad()
+def refuse_masters(optimizer: Any, model: nn.Module) -> None:
+    """Check that the optimizer steps the model's parameters, not copies of them.
+
+    Optimizers of DeepSpeed are not checked: their masters move (`effopd.common.zero`).
+
+    Raises:
+        ConfigError: a parameter of the optimizer equals one of the model that it does not have.
+    """
+    inner = base_optimizer(optimizer)
+    if zero_optimizer(optimizer) is not None or not isinstance(inner, torch.optim.Optimizer):
+        return
+    held, own = {id(each) for each in parameters_of(inner)}, {id(each) for each in model.parameters()}
+    others = [each for each in parameters_of(inner) if id(each) not in own]
+    for name, parameter in model.named_parameters() if others else ():
+        if id(parameter) not in held and any(_holds(each, parameter) for each in others):
+            raise ConfigError(
+                f"optimizer={type(inner).__name__}: it steps a copy of the parameter '{name}', for example an fp32 "
+                "master, and the next step would copy it over a jump. Expected an optimizer of the parameters of this "
+                "model. Keep the trained weights in float32 and use torch.autocast, or train without a look-ahead."
+            )
+
+
+def _holds(copy: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor has the values of a parameter, up to its precision; not if all are equal."""
+    if copy.shape != parameter.shape or parameter.numel() < 2:
+        return False
+    varies = bool((parameter != parameter.flatten()[0]).any())
+    return varies and torch.equal(copy.to(parameter.device, parameter.dtype), parameter)
 
 
 # -- the weights to evaluate -----------------------------------------------------------------------

@@ -135,9 +135,21 @@ def as_score(value: Any, seconds: float = 0.0) -> Score:
             f"the scorer returned a Score whose per_example is {_what(value.per_example)}: expected one number per "
             "example, or (). The weights were restored. Fix the scorer and resume from the last checkpoint."
         ) from error
-    return replace(value, mean=mean, per_example=examples)
+    try:
+        counts = {name: int(getattr(value, name)) for name in _COUNTS}
+        verdicts = None if value.verdicts is None else {name: int(n) for name, n in value.verdicts.items()}
+        seconds = float(value.seconds)
+    except (*_NO_NUMBER, AttributeError) as error:
+        raise ScorerError(
+            f"the scorer returned a Score whose costs are not numbers ({error}): expected numbers in seconds, "
+            f"{', '.join(_COUNTS)} and verdicts. The weights were restored. Fix the scorer and resume from the last "
+            "checkpoint."
+        ) from error
+    return replace(value, mean=mean, per_example=examples, seconds=seconds, verdicts=verdicts, **counts)
 
 
+#: Token counts of a `Score`.
+_COUNTS = ("generated_tokens", "forward_tokens", "teacher_tokens")
 #: What `float` raises; RuntimeError: a tensor of several elements.
 _NO_NUMBER = (TypeError, ValueError, OverflowError, RuntimeError)
 
