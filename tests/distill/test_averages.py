@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.tiny_models import make_model, make_task, make_tokenizer
 from helpers.tiny_run import make_trainer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 from trl.trainer.callbacks import BEMACallback
 
-from effopd import EffOPDConfig, OPDConfig
+from effopd import EffOPDConfig, OPDConfig, OPDTrainer
 from effopd.distill.optimizers.averages import AVERAGE_FILE, WeightAverage
 from effopd.distill.optimizers.mixin import TRAINED_FILE
 from effopd.distill.optimizers.settings import saved_copies
@@ -218,3 +219,26 @@ def test_a_checkpoint_with_the_average_alone_is_refused(tmp_path):
     assert not (tmp_path / "a/checkpoints/step-000002" / TRAINED_FILE).exists()
     with pytest.raises(CheckpointError, match=r"step-000002 has no trained_weights.*--save_average true"):
         run(tmp_path / "a", **settings, save_average=False, resume=True)
+
+
+def test_a_trainer_that_was_given_an_optimizer_averages_too(tmp_path):
+    trainer = given_optimizer(tmp_path, average_weights="ema")
+    optimizer = trainer.create_optimizer()
+    average = trainer.weight_average
+    assert isinstance(optimizer, torch.optim.SGD) and isinstance(average, WeightAverage)
+    assert trainer.create_optimizer() is optimizer and trainer.weight_average is average  # as in a second `train`
+
+
+@pytest.mark.parametrize("setting", [{"k_step_lookahead": 2}, {"optimizer_class": "torch.optim:NAdam"}])
+def test_settings_that_a_given_optimizer_would_ignore_are_refused(tmp_path, setting):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))}=.* is not read, because the trainer was given"):
+        given_optimizer(tmp_path, **setting)
+
+
+def given_optimizer(folder, **settings):
+    model = make_model(0)
+    args = OPDConfig(output_dir=str(folder), report_to="none", use_cpu=True, eval_strategy="no", **settings)
+    return OPDTrainer(
+        model, make_model(1), args, make_task(16).to_dataset(), processing_class=make_tokenizer(),
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None),
+    )  # fmt: skip

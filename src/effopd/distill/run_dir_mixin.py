@@ -87,6 +87,7 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
 
     def _attach_run(self) -> None:
         self._check_prompting()
+        self._check_given_optimizer()
         check_metric(self.args, self.eval_metrics())
         train_end_tokens(self.accelerator.unwrap_model(self.model), self.eos_token_ids)
         tidy_generation_config(self.accelerator.unwrap_model(self.model))

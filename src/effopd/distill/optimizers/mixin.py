@@ -56,9 +56,15 @@ class OptimizerMixin(HostHooks):
     _settled = False
 
     def create_optimizer(self, model=None):
-        """Build the optimizer of the settings; `optim` is the host's."""
-        if self.optimizer is not None:
-            return self.optimizer
+        """Build the optimizer of the settings, unless the trainer was given one, and the average of
+        the weights; `optim` is the host's.
+        """
+        if self.optimizer is None:
+            self._build_optimizer(model)
+        self._open_average()
+        return self.optimizer
+
+    def _build_optimizer(self, model: Any) -> None:
         args: Any = self.args
         target = self.model if model is None else model
         if args.optimizer_class is None:
@@ -66,8 +72,10 @@ class OptimizerMixin(HostHooks):
         else:
             self._refuse_sharded(f"optimizer_class={args.optimizer_class!r}")
             self.optimizer = build_optimizer(args, target, set(self.get_decay_parameter_names(target)))
-        optimizer: Any = self.optimizer
-        self.optimizer = wrapped(optimizer, args)
+        self.optimizer = wrapped(self.optimizer, args)
+
+    def _open_average(self) -> None:
+        args: Any = self.args
         for given, name in (
             (args.k_step_lookahead, "k_step_lookahead"),
             (args.average_weights != "none", "average_weights"),
@@ -75,9 +83,21 @@ class OptimizerMixin(HostHooks):
         ):
             if given:
                 self._refuse_sharded(name)
-        if args.average_weights != "none":
+        if args.average_weights != "none" and self.weight_average is None:
             self.weight_average = self._new_average()
-        return self.optimizer
+
+    def _check_given_optimizer(self) -> None:
+        """Check the settings against an optimizer that was passed to the trainer.
+
+        Raises:
+            ConfigError: a setting builds or wraps an optimizer, and would not be read.
+        """
+        for name in ("optimizer_class", "k_step_lookahead") if self.optimizer is not None else ():
+            if value := getattr(self.args, name):
+                raise ConfigError(
+                    f"{name}={value!r} is not read, because the trainer was given an optimizer (optimizers=…). Leave "
+                    "out one of the two."
+                )
 
     def _new_average(self) -> WeightAverage:
         args = self.args
