@@ -214,3 +214,16 @@ def test_a_lora_student_through_the_trainer_resumed(strategy, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoints" / "step-000003"))
     one, other = (dict(made.model.named_parameters()) for made in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_module_counts_only_the_active_adapters_that_it_has():
+    model = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    names = [name for name, *_ in adapted(model)]
+    assert len(names) == 2 and all("q_proj" in name for name in names)
+    model.add_adapter("apart", LoraConfig(r=2, target_modules=["o_proj"]))
+    model.base_model.set_adapter(["default", "apart"])
+    assert len(list(adapted(model))) == 4
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ConfigError, match=r"q_proj' has 2: default, other\. Activate the one that is trained"):
+        list(adapted(model))

@@ -241,9 +241,14 @@ def adapted(model: Any) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]
         if not isinstance(module, LoraLayer):
             continue
         name, layer = plain_name(module_name).removeprefix("base_model.model."), cast(Any, module)
-        active = list(layer.active_adapters)
-        if len(active) != 1:
-            raise ConfigError(f"expected one active LoRA adapter, '{name}' has {len(active)}: {', '.join(active)}.")
+        active = [each for each in layer.active_adapters if each in layer.lora_A or each in layer.lora_embedding_A]
+        if not active:  # it has inactive adapters only
+            continue
+        if len(active) > 1:
+            raise ConfigError(
+                f"expected one active LoRA adapter, '{name}' has {len(active)}: {', '.join(active)}. Activate the one "
+                "that is trained: model.set_adapter(…)."
+            )
         (adapter,) = active
         if adapter not in layer.lora_A:
             raise ConfigError(
