@@ -70,7 +70,7 @@ def test_every_line_is_a_setting_of_train_also_those_that_are_commented_out(stud
     (tmp_path / "all.yaml").write_text("\n".join([text, *commented]))
     settings, _ = parse_command(["--config", str(tmp_path / "all.yaml"), "--dry_run"])
     if student == "some/student":
-        assert settings.model.use_peft and settings.task.eval_task == "math:test.jsonl" and len(commented) == 12
+        assert settings.model.use_peft and settings.task.eval_task == "math:test.jsonl" and len(commented) == 13
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ _SAME = {
         ("# replay_batches", "10", "the last of these updates on one of the last 10 batches"),
         ("# optimizer_class", "schedulefree:AdamWScheduleFree", ""),
         ("# optimizer_args", '\'{"betas": [0.95, 0.99], "r": 2}\'', ""),
+        ("# rollout_horizon", "topd", "short rollouts, cheaper early; eval_kl_beyond_horizon is what they miss"),
     ),
 }
 #: Section → (setting, value, comment). A name that starts with "# " is commented out.

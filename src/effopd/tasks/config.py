@@ -128,6 +128,7 @@ class TaskConfig:
             kinds.append(split_task_name("eval_task", self.eval_task)[0])
         self.task_args = json_object("task_args", self.task_args)
         self.eval_task_args = json_object("eval_task_args", self.eval_task_args)
+        self._check_kinds()
         if self.verifier is not None and not _VERIFIER.fullmatch(self.verifier):
             raise ConfigError(
                 f"verifier: expected 'module:function', got {self.verifier!r}. For a function 'grade' in "
@@ -135,6 +136,13 @@ class TaskConfig:
             )
         self._check_numbers()
         self._check_combinations(kinds)
+
+    def _check_kinds(self) -> None:
+        for name in ("verifier", "prompt_suffix", "system_prompt"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name}: expected text, got {getattr(self, name)!r}. Put it in quotes.")
+        if not isinstance(self.as_chat, bool):
+            raise ConfigError(f"as_chat: expected true or false, got {self.as_chat!r}.")
 
     def _check_numbers(self) -> None:
         for name, least in (("train_size", 1), ("eval_size", 0), ("task_seed", 0), ("max_prompt_length", 1)):
