@@ -3,18 +3,19 @@
     .venv/bin/python benchmarks/held_out_pair.py number_filtering
     .venv/bin/python benchmarks/held_out_pair.py letter_counting
         runs/held-out/TASK/student, …/teacher, …/card.json
-    effopd compare recipes/compare-number-filtering.yaml        # and compare-letter-counting.yaml
+    effopd compare recipes/compare-held-out.yaml
+    effopd compare --report runs/held-out-pairs --out docs/held_out
 
-Both tasks are reasoning-gym's. Training follows the testbed's recipe. Supervised training of the student
-uses worked answers with falsified steps: the most likely answer is correct, a sampled one rarely.
+Both tasks are reasoning-gym's. Training follows the testbed's recipe: supervised training of the
+student uses worked answers with falsified steps, so the most likely answer is correct, a sampled
+one rarely.
 
-    number_filtering   three to five one-digit numbers ("Remove all numbers smaller than 4 in this list:
-                       ['3', '8', '1']"); each decision to keep a number is falsified with probability
-                       0.22. Student: three layers, wider than the testbed's, 0.9M parameters. Teacher:
-                       the student after GRPO.
-    letter_counting    two words ('How many times does the letter "e" appear in the text: "these words"?');
-                       every running count is falsified with probability 0.1. Student: six narrow layers,
-                       0.7M parameters. Teacher: its own initialization, three times the parameters,
+    number_filtering   "Remove all numbers smaller than 4 in this list: ['3', '8', '1']", three to
+                       five numbers; each decision to keep one is falsified with probability 0.22.
+                       Student: three wide layers, 0.93M parameters. Teacher: it after GRPO.
+    letter_counting    "How many times does the letter "e" appear in the text: "these words"?", two
+                       words; each count is falsified with probability 0.1. Student: six narrow
+                       layers, 0.68M parameters. Teacher: its own initialization, 2.4M parameters,
                        supervised on correct answers.
 """
 
