@@ -41,8 +41,8 @@ from effopd.report.compare_lookup import AXIS_NAMES, Lookup, factor, table, time
 STRATEGIES = ("plain", "line_search")
 #: Start of the names of the arms with reuse, and what precedes the number of prompts.
 REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
-#: The task that has a student and a teacher of its own.
-LONG = "testbed:long_chain_sum"
+#: The look-ahead of the README's table and of `single_table`.
+HEADLINE = REUSE + "-replay-topd" + PROMPTS + "8"
 #: Parts of a run.
 THIRDS = (1 / 3, 2 / 3, 1)
 
@@ -57,6 +57,7 @@ def tail_blocks(grids: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "tail": reuse_table(grids, priced),
         "tail, larger models": repriced(grids),
         "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"]),
+        "tail, single": single_table(grids),
         "tail, searches": stacked([searches_table(grid) for grid in grids]),
         "replay": replay_table(grids),
         "tail, steps": stacked([steps_table(grid, FEW_SHARES) for grid in grids]),
@@ -64,20 +65,50 @@ def tail_blocks(grids: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
-    """Table of the README: cost of the fastest baseline over that of 8 prompts with replay, with
-    and without TOPD.
+def held_out_blocks(results: Mapping[str, Any]) -> dict[str, str]:
+    """Generated blocks of docs/held_out.md."""
+    return {
+        "priced": reuse_table([results], priced),
+        "single": single_table([results]),
+        "sampled tokens": reuse_table([results], costs()["sampled tokens"]),
+        "searches": searches_table(results),
+        "steps": steps_table(results, FEW_SHARES),
+        "ends": ends_table(results),
+    }
+
+
+def single_table(grids: Sequence[Mapping[str, Any]], cost: Cost = priced) -> str:
+    """Cost of each tuned run that is the fastest to some target, at all targets, over that of
+    `HEADLINE` from the reference rate.
     """
-    arms = {REUSE + "-replay-topd" + PROMPTS + "8": ", TOPD", REUSE + "-replay" + PROMPTS + "8": ""}
     rows = []
     for results in grids:
-        known, base = Hindsight(results, priced), results["settings"]["base"]
-        teacher = ", wider teacher" if base["teacher_model_name_or_path"] == "testbed:wide_teacher" else ""
-        for task, (arm, schedule) in product(Lookup(results).tasks, arms.items()):
-            if known.costs(task, arm, FEW_SHARES[0]):
-                own = schedule if task == LONG else teacher + schedule
-                cells = (known.ratios(task, arm, share) for share in FEW_SHARES)
-                rows.append([f"`{task.split(':')[1]}`{own}", *cells])
+        known, look = Hindsight(results, cost), Lookup(results)
+        for task in look.tasks:
+            own = HEADLINE, look.reference
+            fastest = [arm for share in FEW_SHARES for cost_, arm in [known.best(task, share)] if math.isfinite(cost_)]
+            for arm in dict.fromkeys(fastest):
+                pairs = [(known.cost(task, arm, share), known.cost(task, own, share)) for share in FEW_SHARES]
+                label = f"`{arm[0]}` {factor(arm[1], look.reference)}"
+                rows.append([f"`{task.split(':')[1]}`", label, *(one_ratio(*pair) for pair in pairs)])
+    return table(["task", "tuned run", *heads(FEW_SHARES)], rows)
+
+
+def one_ratio(other: float, own: float) -> str:
+    """`1.20×`: a tuned run's cost over the look-ahead's; "> any" if only the look-ahead arrives."""
+    if math.isinf(other):
+        return "–" if math.isinf(own) else "> any"
+    return f"{other / own:.2f}×" if math.isfinite(own) else "0×"
+
+
+def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
+    """Table of the README: cost of the fastest baseline over that of `HEADLINE`."""
+    rows = []
+    for results in grids:
+        known = Hindsight(results, priced)
+        for task in Lookup(results).tasks:
+            cells = (known.ratios(task, HEADLINE, share) for share in FEW_SHARES)
+            rows.append([f"`{task.split(':')[1]}`", *cells])
     return table(["task", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
 
 
@@ -122,8 +153,8 @@ def reuse_arms(look: Lookup) -> list[str]:
 
 
 def reuse_label(arm: str) -> str:
-    """`8`, `8, replay` or `8, replay, TOPD`: prompts per batch of an arm with reuse."""
-    marks = {"-replay": ", replay", "-topd": ", TOPD"}
+    """`8`, `8, replay` or `8, replay, TOPD, 4 scored`: prompts per batch of an arm with reuse."""
+    marks = {"-replay": ", replay", "-topd": ", TOPD", "-score-4": ", 4 scored"}
     return prompts_of(arm) + "".join(text for mark, text in marks.items() if mark in arm)
 
 
@@ -144,6 +175,8 @@ def searches_table(results: Mapping[str, Any]) -> str:
     for task in look.tasks:
         for arm in reuse_arms(look):
             runs = [run for name, rate in look.arms if name == arm for run in look.runs(task, (name, rate))]
+            if not runs:
+                continue
             cells = []
             for share in FEW_SHARES:
                 shares = [value for run in runs if math.isfinite(value := run_cost(run, share, search_percent))]
@@ -159,7 +192,7 @@ def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost) -> str:
         look, any_size = Lookup(results), Hindsight(results, cost)
         for task in look.tasks:
             name = f"`{task.split(':')[1]}`"
-            for arm in reuse_arms(look):
+            for arm in (each for each in reuse_arms(look) if any_size.costs(task, each, FEW_SHARES[0])):
                 same = [each for each in results["settings"]["baselines"] if prompts_of(each) == prompts_of(arm)]
                 for label, rivals in (("the same", Hindsight(results, cost, same)), ("any", any_size)):
                     cells = (rivals.ratios(task, arm, share) for share in FEW_SHARES)

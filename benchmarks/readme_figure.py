@@ -16,7 +16,7 @@ from effopd.report.compare_lookup import Lookup
 from effopd.report.style import MUTED, looks, quiet_style, save
 
 NOTE = (
-    "Three updates per batch of rollouts, 1024 held-out prompts. newton_search: 8 prompts, replay, TOPD; shaded from "
+    "Three updates per batch of rollouts, 1024 held-out prompts. newton_search: 8 prompts; shaded from "
     "3e-05: lowest to highest seed. Median over two to five seeds, trailing median of three evaluations. Priced "
     "seconds: tokens at the prices of a 1.7B student and an 8B teacher on one H100, searches included. Logarithmic "
     "axes: a speed-up is a shift to the left."
@@ -25,6 +25,8 @@ LOOK_AHEAD = "newton_search-schedule-free-3-replay-topd-prompts-8"
 RATES = (3e-5, 3e-6, 3e-4)
 #: Arms without a look-ahead, each at all rates with several seeds. They share one color and label.
 TUNED = (
+    "clip-0.1-topd-updates-3-replay-prompts-8",
+    "schedule-free-tuned-topd-3-replay-prompts-8",
     "clip-0.1-topd-updates-3-prompts-8",
     "clip-0.1-updates-3-prompts-8",
     "clip-0.1-updates-3-replay-prompts-8",

@@ -5,8 +5,8 @@
     .venv/bin/python benchmarks/readme_results.py            # rewrite the tables
     .venv/bin/python benchmarks/readme_results.py --figure   # redraw docs/readme.png too
 
-The pages are README.md and, in docs/, findings.md, rivals.md, gate.md, batch_size.md and
-tutorials/quickstart.md.
+The pages are README.md and, in docs/, findings.md, rivals.md, held_out.md, gate.md, batch_size.md
+and tutorials/quickstart.md.
 Only the blocks between markers are generated (`pages.py`); the rest is written by hand.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import rivals
-from batch_size import readme_table, settings_table, speed_table, tail_blocks
+from batch_size import held_out_blocks, readme_table, settings_table, speed_table, tail_blocks
 from pages import DOCS, rewrite
 from readme_figure import draw
 from rich.console import Console
@@ -292,6 +292,7 @@ def published(docs: Path = DOCS) -> dict[str, Any]:
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
         "rivals": "rivals/results.json", "other_teacher": "other_teacher/results.json",
         "tail": "tail/results.json", "tail_spell_backward": "tail_spell_backward/results.json",
+        "held_out": "held_out/results.json",
     }  # fmt: skip
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
 
@@ -300,9 +301,10 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
     """Page → generated blocks."""
     grids = docs["results"], docs["ablation"]
     return {
-        DOCS.parent / "README.md": {"rivals": readme_table([docs[name] for name in (*TAILS, "other_teacher")])},
+        DOCS.parent / "README.md": {"rivals": readme_table([docs[name] for name in (*TAILS, "held_out")])},
         DOCS / "findings.md": findings(docs),
         DOCS / "rivals.md": rivals.blocks(docs["rivals"], docs["other_teacher"]),
+        DOCS / "held_out.md": held_out_blocks(docs["held_out"]),
         DOCS / "gate.md": {"gate": gate(docs)},
         DOCS / "batch_size.md": {
             "settings": settings_table(*grids),

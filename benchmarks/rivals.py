@@ -223,6 +223,8 @@ class Hindsight:
     def ratios(self, task: str, strategy: str, share: float) -> str:
         """Cell `0.83–1.05×`: best baseline's cost / the strategy's, range over learning rates."""
         best, costs = self.best(task, share)[0], self.costs(task, strategy, share)
+        if not costs:
+            return "–"
         values = sorted(best / cost for cost in costs if not math.isinf(cost))
         if math.isinf(best):
             reached = "" if len(values) == len(costs) else f" ({len(values)} of {len(costs)})"
