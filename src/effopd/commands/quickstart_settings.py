@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl import ModelConfig
 
 from effopd.distill.config import OPDConfig
@@ -56,9 +57,10 @@ class QuickstartArguments:
         default=None, metadata={"help": "Default: the testbed's reference learning rate."}
     )
     cost_clock: str = field(
-        default="wall",
+        default=_UNSET,
         metadata={
-            "help": "Clock of the net seconds: wall time, or CPU time, which excludes other processes.",
+            "help": "Clock of the net seconds: wall time, or CPU time, which excludes other processes. Default: wall "
+            "with an accelerator, else cpu.",
             "choices": ["wall", "cpu"],
         },
     )
@@ -67,6 +69,7 @@ class QuickstartArguments:
         self.family = self.family or next(iter(testbed.FAMILIES))
         if self.family not in testbed.FAMILIES:
             raise ConfigError(f"--family: expected one of {', '.join(testbed.FAMILIES)}; got {self.family!r}.")
+        self.cost_clock = self.cost_clock or ("wall" if torch.accelerator.is_available() else "cpu")
         for name, default in (FAST if self.fast else FULL).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
