@@ -77,17 +77,17 @@ def held_out_blocks(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def single_table(grids: Sequence[Mapping[str, Any]], cost: Cost = priced) -> str:
-    """Cost of each tuned run that is the fastest to some target, at all targets, over that of
-    `HEADLINE` from the reference rate.
+def single_table(grids: Sequence[Mapping[str, Any]]) -> str:
+    """Priced cost of each tuned run that is the fastest to some target, at all targets, over that
+    of `HEADLINE` from the reference rate.
     """
     rows = []
     for results in grids:
-        known, look = Hindsight(results, cost), Lookup(results)
+        known, look = Hindsight(results, priced), Lookup(results)
+        own = HEADLINE, look.reference
         for task in look.tasks:
-            own = HEADLINE, look.reference
-            fastest = [arm for share in FEW_SHARES for cost_, arm in [known.best(task, share)] if math.isfinite(cost_)]
-            for arm in dict.fromkeys(fastest):
+            bests = [known.best(task, share) for share in FEW_SHARES]
+            for arm in dict.fromkeys(arm for cost, arm in bests if math.isfinite(cost)):
                 pairs = [(known.cost(task, arm, share), known.cost(task, own, share)) for share in FEW_SHARES]
                 label = f"`{arm[0]}` {factor(arm[1], look.reference)}"
                 rows.append([f"`{task.split(':')[1]}`", label, *(one_ratio(*pair) for pair in pairs)])
