@@ -64,7 +64,7 @@ def filtering(example: Example, rng: random.Random, corruption: float) -> str:
 
 def counting(example: Example, rng: random.Random, corruption: float) -> str:
     """Every letter with the count so far, then the last count."""
-    letter, text = re.fullmatch(r'.*letter "(.)".*text: "(.*)"\?', question(example)).groups()  # type: ignore[union-attr]
+    ((letter, text),) = re.findall(r'letter "(.)".*text: "(.*)"\?', question(example))
     count, steps = 0, []
     for character in text.replace(" ", ""):
         count += (character.lower() == letter.lower()) != (rng.random() < corruption)

@@ -162,15 +162,15 @@ class MixingMixin(DistillationHooks):
             return
         if args.traces is None:
             columns = getattr(self.train_dataset, "column_names", None) or ()
-            if "completion" in columns and hasattr(self.train_dataset, "__len__"):
-                for number, answer in enumerate(self.train_dataset["completion"]):
-                    answer_text(answer, f"row {number} of train_dataset")
             if "completion" not in columns:
                 raise ConfigError(
                     f"lmbda={args.lmbda:g} needs answers for the steps that are not on-policy. Set --traces to a "
                     "folder that effopd cache --sampled_by teacher wrote, or train on a dataset with a column "
                     f"'completion' (got {', '.join(columns) or 'none'})."
                 )
+            if hasattr(self.train_dataset, "__len__"):
+                for number, answer in enumerate(self.train_dataset["completion"]):
+                    answer_text(answer, f"row {number} of train_dataset")
             return
         self._given_answers, costs = read_traces(args, self.text_tokenizer)
         if (largest := max(max(each.completion_ids) for each in self._given_answers)) >= self.vocab_size:

@@ -191,7 +191,6 @@ class CostLedger:
             for category in CATEGORIES:
                 self.generated_tokens[category] += state["generated_tokens"][category]
                 self.forward_tokens[category] += state["forward_tokens"][category]
-        if tokens:
             both = (self.search_teacher_tokens, _search_teacher_tokens(state))
             self.search_teacher_tokens = None if None in both else sum(both)  # type: ignore[arg-type]
 
