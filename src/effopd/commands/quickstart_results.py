@@ -124,7 +124,8 @@ def table_of(summary: dict[str, Any]) -> Table:
 
 def speedup_text(summary: dict[str, Any]) -> str:
     """Lines with the net speed-ups and jumps of each run with a search."""
-    lines = ["net speed-up to plain OPD's final KL (one seed; includes searches, excludes evaluations):"]
+    clock = "CPU seconds" if summary["cost_clock"] == "cpu" else "wall seconds"
+    lines = [f"net speed-up to plain OPD's final KL (one seed, {clock}; includes searches, excludes evaluations):"]
     for arm in AHEAD:
         values = summary[arm]
         speedup, label = values["speedup"], f"{ARMS[arm]:<{LABEL_WIDTH}}"
