@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -17,6 +19,8 @@ from effopd.distill.teachers.kept import kept_or_made, without_kept
 from effopd.distill.teachers.several import Part
 from effopd.errors import ConfigError
 from effopd.extrapolate.learning_rate import calibrated_factor
+from effopd.extrapolate.newton import WAY_OF_ONE_STEP
+from effopd.extrapolate.saved_state import STATE_FILE
 
 SETTINGS = {
     "updates_per_rollouts": 2, "max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
@@ -79,8 +83,14 @@ def test_only_the_search_that_finds_the_rate_scores_rollouts_that_were_trained_o
 
     whole, factors, searches = train("a")
     assert [row["step"] for row in searches] == [2, 3, 5]  # 2: the rate; 3, 5: the first steps of a batch of rollouts
-    expected = calibrated_factor(searches[0]["best_scale"], updates=2)
-    assert searches[0]["learning_rate_factor_total"] == pytest.approx(expected)
+    scored = [len(row["trials"][0]["per_example"]) for row in searches]
+    assert scored == [8, 4, 4]  # all of the first batch, half of the others
+    best, accepted = (searches[0][name] for name in ("best_scale", "accepted_scale"))
+    assert searches[0]["learning_rate_factor_total"] == pytest.approx(calibrated_factor(best))
+    passing = [t["scale"] for t in searches[0]["trials"] if t["verdict"] == "accepted" and "score" in t]
+    assert accepted == WAY_OF_ONE_STEP * passing[-1] > 0
+    (state,) = (tmp_path / "a/checkpoints/step-000003").rglob(STATE_FILE)
+    assert json.loads(state.read_text())["settled_factor"] == pytest.approx(calibrated_factor(best) / 2**0.5)
     assert whole.teacher[0] == whole.teacher[1]  # the search reads the predictions of the first loss
     assert whole.teacher[1] < whole.teacher[2] == whole.teacher[3]  # asked once, for search and losses
     assert factors[3] == factors[4]  # step 4 trained on the rollouts of step 3, so it steered nothing

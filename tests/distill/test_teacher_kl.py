@@ -112,11 +112,12 @@ def dense_divergence(student, teacher, batch, beta, temperature):
 def test_a_score_is_the_divergence_that_is_trained(tmp_path, host, beta):
     """… so at the start it is the negative loss of the step; against whole distributions."""
     settings = {"max_steps": 3, "beta": beta, "temperature": 0.8, "logging_steps": 1}
+    whole_batch = EffOPDConfig("line_search", score_rollouts=8)
     if host == "ours":
-        trainer = make_trainer(tmp_path, effopd=EffOPDConfig("line_search"), **FAST | settings)
+        trainer = make_trainer(tmp_path, effopd=whole_batch, **FAST | settings)
     else:
         trainer = plain_host(tmp_path, **settings)
-        trainer.add_callback(EffOPDCallback(trainer, EffOPDConfig("line_search")))
+        trainer.add_callback(EffOPDCallback(trainer, whole_batch))
     scorer, seen = scorer_of(trainer), []
     take = scorer.take
 
@@ -325,12 +326,16 @@ def test_an_unmodified_trl_trainer_resumes_to_the_same_weights(tmp_path):
         (4, 16, 1, 0.25, 16),
         (8, 4, 2, 0.25, 16),
         (8, 4, 1, 0.25, 8),
-        (4, 1, 1, 0.25, 8),
+        (8, 1, 1, 0.25, 4),  # half of a small batch
+        (4, 3, 1, 0.25, 6),
+        (4, 1, 1, 0.25, 4),
+        (1, 1, 2, 0.25, 4),
+        (8, 1, 1, 0.75, 6),
         (8, 4, 1, 5, 5),
         (8, 4, 1, 128, 128),
     ],
 )
-def test_a_quarter_of_the_steps_rollouts_is_scored(micro_batch, accumulated, world_size, asked, wanted):
+def test_a_quarter_of_the_steps_rollouts_is_scored_and_half_of_a_small_batch(micro_batch, accumulated, world_size, asked, wanted):
     args = SimpleNamespace(
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulated, world_size=world_size
     )
@@ -359,9 +364,9 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
     make_trainer(tmp_path / "enough", effopd=by_default, gradient_accumulation_steps=1, **FAST)
     assert "noisier" not in caplog.text
     make_trainer(
-        tmp_path / "few", effopd=by_default, per_device_train_batch_size=3, gradient_accumulation_steps=2, **FAST
+        tmp_path / "few", effopd=by_default, per_device_train_batch_size=3, gradient_accumulation_steps=1, **FAST
     )
-    assert "set to score 8 rollouts per step (--effopd.score_rollouts) but a step samples 6" in caplog.text
+    assert "set to score 4 rollouts per step (--effopd.score_rollouts) but a step samples 3" in caplog.text
     caplog.clear()
     asked = EffOPDConfig("line_search", score_rollouts=32)
     make_trainer(tmp_path / "asked", effopd=asked, gradient_accumulation_steps=2, **FAST)

@@ -158,12 +158,41 @@ def test_points_that_are_not_finite_are_passed_over():
     assert bad.accepted_scale == 0.0 and len(bad.trials) == 1
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_after_one_of_several_steps_the_rate_starts_above_what_it_settles_at(seen):
+    """Full share of the best length first; 1/√k of it where the margin ends. Later rises move both."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
+    config = EffOPDConfig("newton_search")
+    update = OptimizerUpdate(config, optimizer, lambda: True, updates=4, seen=lambda: seen)
+    assert update.after_one_of_several is seen
+
+    def after(best):
+        update.after(SearchResult(best, (Trial(0.0, Score(0.0), "start"), Trial(best, Score(1.0), "accepted"))), [])
+        return update.factor, update.rate.settled
+
+    assert after(39.0) == (10.0, 5.0 if seen else None)
+    assert update.after_one_of_several is False
+    assert after(15.0) == (20.0, 10.0 if seen else None)
+    resumed = OptimizerUpdate(config, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]), lambda: True)
+    resumed.resume(update.state_dict(), [])
+    assert (resumed.factor, resumed.rate.settled) == (20.0, update.rate.settled)
+
+
 def test_the_gate_asks_forward_jumps_for_significance():
     gains = {0.0: (0.0, 0.0), 1.0: (1.0, -0.9), 2.0: (1.0, -0.9)}
     loud = newton_search(lambda s: Score(sum(gains[s]) / 2, gains[s]), lambda: (-2.0, 1.0), "significant", 2.0)
     assert loud.accepted_scale == 0.0
     any_gain = newton_search(lambda s: Score(sum(gains[s]) / 2, gains[s]), lambda: (-2.0, 1.0), "better", None)
     assert any_gain.accepted_scale in (0.5, 1.0)
+
+
+def test_the_way_of_a_forward_jump():
+    def loss(scale):
+        return (scale - 40.0) ** 2
+
+    for way in (0.5, 0.75):
+        result = newton_search(lambda s: Score(-loss(s)), lambda: (-80.0, 2.0), "better", None, way=way)
+        assert (result.best_scale, result.accepted_scale) == (40.0, way * 40.0)
 
 
 @pytest.mark.parametrize("start", [1e-6, 1.0])

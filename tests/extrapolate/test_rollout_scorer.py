@@ -42,6 +42,13 @@ def test_a_score_is_the_token_mean_over_the_first_rollouts():
     assert score.generated_tokens == 0
 
 
+def test_a_search_can_score_more_rollouts_than_the_others():
+    scorer = RolloutScorer(Divergence(), 1, 3)
+    for most, number in ((False, 1), (True, 3), (False, 1)):
+        scorer.take(batches(), most=most)
+        assert len(scorer(10.0).per_example) == number
+
+
 def test_the_teacher_is_charged_and_asked_once_per_step():
     divergence = Divergence()
     scorer = RolloutScorer(divergence, 3)

@@ -123,7 +123,7 @@ def test_the_slope_alone_lowers_the_rate_to_a_64th_at_most(calibrated):
 
 
 def test_the_margin_of_a_schedule_free_optimizer_is_its_own():
-    def factor(calibrated):
+    def factor(calibrated, settled=None):
         torch.manual_seed(0)
         x = torch.nn.Parameter(torch.zeros(50_000))
         optimizer = pytest.importorskip("schedulefree").AdamWScheduleFree([x], lr=1e-3)
@@ -132,13 +132,16 @@ def test_the_margin_of_a_schedule_free_optimizer_is_its_own():
         for _ in range(2):
             x.grad = torch.randn_like(x)
             optimizer.step()
-        multiplier.factor, multiplier.calibrated = 1.0, calibrated
+        multiplier.factor, multiplier.calibrated, multiplier.settled = 1.0, calibrated, settled
         x.grad = torch.randn_like(x)
         optimizer.step()
         return multiplier.factor, multiplier.cosine
 
-    for calibrated, margin in ((None, 0.0), (1.0, MARGIN_IF_AVERAGED), (4.0, 0.0)):
-        changed, cosine = factor(calibrated)
+    for calibrated, settled, margin in (
+        (None, None, 0.0), (1.0, None, MARGIN_IF_AVERAGED), (4.0, None, 0.0),
+        (1.7, 0.9, MARGIN), (1.7, 1.1, MARGIN_IF_AVERAGED),
+    ):  # fmt: skip
+        changed, cosine = factor(calibrated, settled)
         assert changed == pytest.approx(steering_factor(cosine, margin))
 
 

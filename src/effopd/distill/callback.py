@@ -316,9 +316,9 @@ class EffOPDCallback(TrainerCallback):
         The search belongs to that next step, so it comes after the previous step's checkpoint.
         The teacher's forward pass on the scored micro-batches is that of their loss, made early.
         """
-        scorer, trainer = self._rollouts, self.trainer
+        scorer, trainer, look = self._rollouts, self.trainer, self.look_ahead
         assert scorer is not None
-        scorer.take(map(text_batch, rollouts))
+        scorer.take(map(text_batch, rollouts), most=self._reused and look is not None and look.finds_rate)
         if getattr(trainer, "predicts_ahead", False) and self._searches(trainer.state.global_step + 1):
             scorer.use_predictions(map(trainer.predict_ahead, rollouts))
         self._search_before_step(scorer)

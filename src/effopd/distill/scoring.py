@@ -35,7 +35,9 @@ from effopd.tasks.sampling import Sampling
 logger = logging.getLogger(__name__)
 
 #: Bounds on the number of scored rollouts if `score_rollouts` is a share of the step's rollouts.
-FEWEST, MOST = 8, 32
+FEWEST, MOST = 4, 32
+#: Up to this number, the share is at least a half: a quarter of a small batch decides nothing.
+_HALF_UP_TO = 8
 #: Column of a batch of rollouts [B], if some are cut at a horizon: whether a row is whole.
 WHOLE = "whole_answer"
 
@@ -105,11 +107,21 @@ def wanted_rollouts(args: Any, rollouts: float) -> int:
 
     Args:
         args: an `OPDConfig` or `trl.DistillationConfig`.
-        rollouts: `EffOPDConfig.score_rollouts`; below 1: this share of the step's rollouts, clamped
-            to 8–32. At the default, a quarter, a search of about eight scores costs less than its
-            step.
+        rollouts: `EffOPDConfig.score_rollouts`; below 1: this share of the step's rollouts, at
+            least min(half of them, 8), clamped to 4–32. At the default, a quarter, a search of
+            about eight scores costs less than its step.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> sizes = dict(gradient_accumulation_steps=1, world_size=1)
+        >>> steps = [SimpleNamespace(per_device_train_batch_size=n, **sizes) for n in (4, 8, 16, 64, 256)]
+        >>> [wanted_rollouts(args, 0.25) for args in steps]
+        [4, 4, 8, 16, 32]
     """
-    return int(rollouts) if rollouts >= 1 else min(max(int(rollouts_per_step(args) * rollouts), FEWEST), MOST)
+    if rollouts >= 1:
+        return int(rollouts)
+    sampled = rollouts_per_step(args)
+    return min(max(int(sampled * rollouts), min(sampled // 2, _HALF_UP_TO), FEWEST), MOST)
 
 
 def comparable_rollouts(args: Any) -> int:
@@ -168,12 +180,14 @@ def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
             "loss), or a callable scorer."
         )
     check_rollouts(trainer.args, rollouts)
-    _warn_of_few(trainer.args, wanted_rollouts(trainer.args, rollouts))
+    wanted = wanted_rollouts(trainer.args, rollouts)
+    _warn_of_few(trainer.args, wanted)
     if own is not None:
         divergence = own()
     else:
         divergence = DivergenceByTeacher(trainer) if several else TrainedDivergence(trainer)
-    return RolloutScorer(divergence, -(-wanted_rollouts(trainer.args, rollouts) // world_size()))
+    most = wanted if rollouts >= 1 else MOST
+    return RolloutScorer(divergence, *(-(-number // world_size()) for number in (wanted, most)))
 
 
 def _warn_of_few(args: Any, wanted: int) -> None:

@@ -99,6 +99,11 @@ class OptimizerUpdate:
         """Whether the next search sets the learning rate, because none has yet."""
         return self._calibrates and self.rate is not None and self.rate.calibrated is None
 
+    @property
+    def after_one_of_several(self) -> bool:
+        """Whether the next search sets the learning rate after one of several steps on its examples."""
+        return self.finds_rate and self._updates > 1 and self._seen()
+
     def state_dict(self) -> dict[str, float | None]:
         """State of the learning rate."""
         return {
@@ -106,6 +111,7 @@ class OptimizerUpdate:
             "schedule_share": 1.0 if self.rate is None else self.rate.share,
             "highest_rate": 0.0 if self.rate is None else self.rate.highest,
             "calibrated_factor": None if self.rate is None else self.rate.calibrated,
+            "settled_factor": None if self.rate is None else self.rate.settled,
         }
 
     def resume(self, state: Mapping[str, Any], history: Sequence[SearchRecord]) -> None:
@@ -115,6 +121,7 @@ class OptimizerUpdate:
             self.rate.share = float(state.get("schedule_share", 1.0))
             self.rate.highest = float(state.get("highest_rate", 0.0))
             self.rate.calibrated = state.get("calibrated_factor") or self._calibrated(history)
+            self.rate.settled = state.get("settled_factor")
 
     def close(self) -> None:
         """Remove all hooks from the optimizer. Safe to call twice."""
@@ -150,10 +157,15 @@ class OptimizerUpdate:
             clear_state(self._optimizer)
         if self.rate is None:
             return None
+        shared = self.after_one_of_several
         factor = self._factor(self.rate, result, history) if tried else 1.0
         self.rate.factor *= factor
         if self._calibrates and tried and (self.rate.calibrated is None or factor > 1):
             self.rate.calibrated = self.rate.factor
+            if shared:
+                self.rate.settled = self.rate.factor / self._updates**0.5
+            elif self.rate.settled is not None:
+                self.rate.settled *= factor
         return factor
 
     def _factor(self, rate: LearningRateMultiplier, result: SearchResult, history: Sequence[SearchRecord]) -> float:
@@ -161,9 +173,7 @@ class OptimizerUpdate:
         if self._calibrates:
             averaged = has_modes(self._optimizer)
             if rate.calibrated is None:
-                updates = self._updates if self._seen() else 1  # otherwise the update is as long as k steps
-                found = calibrated_factor(best_scale, rate.share, averaged=averaged, updates=updates)
-                return found * rate.applied / rate.factor
+                return calibrated_factor(best_scale, rate.share, averaged=averaged) * rate.applied / rate.factor
             if result.accepted_scale > 0:
                 return repeated_factor(best_scale, averaged=averaged)
             return learning_rate_factor(best_scale, total=rate.factor / rate.calibrated)

@@ -190,6 +190,7 @@ class EffOPD:
             step,
             direction,
             lambda score: config.rules.search(score, config, config.strategy_args) if moved else NOWHERE,
+            self._optimizer.after_one_of_several,
         )
         if result.accepted_scale != 0.0 and self._on_move is not None:
             self._on_move()

@@ -70,28 +70,24 @@ _LOWEST_CALIBRATION, _HIGHEST_CALIBRATION = 2.0**-8, 2.0**14
 _ROUNDING = 1e-6
 
 
-def calibrated_factor(best_scale: float, share: float = 1.0, *, averaged: bool = False, updates: int = 1) -> float:
-    """(1 + s)·share / (4√k), the learning-rate multiplier from the best scale s of the first step.
+def calibrated_factor(best_scale: float, share: float = 1.0, *, averaged: bool = False) -> float:
+    """(1 + s)·share / 4, the learning-rate multiplier from the best scale s of the first step.
 
     Adam's first step is −η·sign(gradient). Its best length (1 + s)·η therefore does not depend on
     the rate η, and one search measures it. The next steps take a quarter of it each, because their
     gradients are noisy and their number is large. Under a schedule-free optimizer they take half.
-    Steps that share their examples with k − 1 others take 1/√k of that.
 
     Args:
         best_scale: s.
         share: rate of the first step as a share of the schedule's peak, for example 0.1 in the
             first of ten warm-up steps. The quarter is that of the peak.
         averaged: whether the optimizer is schedule-free.
-        updates: k.
 
     Example:
         >>> calibrated_factor(39.0), calibrated_factor(3.0), calibrated_factor(-0.75)
         (10.0, 1.0, 0.0625)
-        >>> calibrated_factor(39.0, updates=4)
-        5.0
     """
-    factor = (SHARE_IF_AVERAGED if averaged else SHARE_OF_FIRST_STEP) * (1 + best_scale) * share / updates**0.5
+    factor = (SHARE_IF_AVERAGED if averaged else SHARE_OF_FIRST_STEP) * (1 + best_scale) * share
     return min(max(factor, _LOWEST_CALIBRATION), _HIGHEST_CALIBRATION)
 
 
@@ -187,6 +183,7 @@ class LearningRateMultiplier:
         self.factor = self.share = 1.0
         self.highest = 0.0
         self.calibrated: float | None = None
+        self.settled: float | None = None
         self.cosine: float | None = None
         self._by_slope = by_slope and zero is None
         self._seen = seen
@@ -245,6 +242,8 @@ class LearningRateMultiplier:
             if peak > 0 and self.calibrated is not None:
                 self.calibrated *= peak / rate
                 self.factor *= peak / rate
+                if self.settled is not None:
+                    self.settled *= peak / rate
                 self._tell()
             self.highest = peak = rate
         self.share = rate / peak
@@ -268,7 +267,8 @@ class LearningRateMultiplier:
         self.cosine = None if self._seen() else slope_cosine(optimizer)
         if self.cosine is not None:
             known = self.calibrated is not None and self.factor > MARGIN_ABOVE * self.calibrated
-            margin = MARGIN_IF_AVERAGED if has_modes(self._optimizer) else MARGIN
+            high = self.settled is not None and self.factor > self.settled
+            margin = MARGIN_IF_AVERAGED if has_modes(self._optimizer) and not high else MARGIN
             lowest = LOWEST_BY_SLOPE * (1.0 if self.calibrated is None else self.calibrated)
             change = steering_factor(self.cosine, margin if known else 0.0)
             self.factor = max(self.factor * change, min(self.factor, lowest))

@@ -35,8 +35,9 @@ CLOSE = 0.15
 _FACTOR = 4.0
 #: Corrections after Newton's step of a forward search, and of one after a step that was too long.
 _CORRECTIONS, _CORRECTIONS_BACK = 2, 1
-#: Share of the way to the best scale that a forward jump takes.
-WAY = 0.5
+#: Share of the way to the best scale that a forward jump takes; of the first one if it follows one
+#: of several steps on its rollouts.
+WAY, WAY_OF_ONE_STEP = 0.5, 0.75
 #: Scales tried towards the anchor without a slope; the last one keeps 1/128 of Δ.
 _HALVINGS = 7
 #: After a step that was too long, slope and curvature are used up to this D″(0), in nats (twice the
@@ -52,11 +53,12 @@ def newton_search(
     gate: str = "significant",
     z: float | None = 2.0,
     longest: float = 65536.0,
+    way: float = WAY,
 ) -> SearchResult:
     """Score 0, 1, Newton's step and up to two corrections; jump towards the best that passes.
 
     Gate `significant` applies to forward jumps only, as in `line_search`. The accepted scale is
-    half of a passing scale s > 0. That point is not scored itself; its trial comes last.
+    `way` · s for a passing scale s > 0. That point is not scored itself; its trial comes last.
 
     Args:
         score: s → score of W + s·Δ, larger is better; −D.
@@ -65,6 +67,7 @@ def newton_search(
         gate: `not_worse`, `better` or `significant`, see `GATES`; against the start.
         z: threshold of `significant` in standard errors; `None` for the other gates.
         longest: largest scale tried.
+        way: share of the way to the best scale that a forward jump takes.
 
     Example:
         >>> loss = lambda s: (s - 40.0) ** 2
@@ -80,7 +83,7 @@ def newton_search(
     fall = line.known.get(1.0, -math.inf) - start  # D(0) − D(1)
     known = slope() if math.isfinite(fall) else None
     if known is None or not _is_local(fall, *known):
-        return _halfway(doubled(line, longest, halvings=_HALVINGS))
+        return _part(doubled(line, longest, halvings=_HALVINGS), way)
     first, second = known
     if fall > 0:
         _correct(line, first, -first / second, (0.0, longest), _CORRECTIONS)
@@ -88,7 +91,7 @@ def newton_search(
         _correct(line, first, -first / second, (_LOWEST, 0.0), _CORRECTIONS_BACK)
     else:
         _correct(line, first, _vertex(line, first, 1.0), (0.0, 1.0), _CORRECTIONS_BACK)
-    return _halfway(line.result())
+    return _part(line.result(), way)
 
 
 def _is_local(fall: float, first: float, second: float) -> bool:
@@ -127,7 +130,7 @@ def _vertex(line: Line, first: float, scale: float) -> float:
     return -first / (2 * bend) if bend > 0 else math.copysign(math.inf, scale)
 
 
-def _halfway(result: SearchResult) -> SearchResult:
-    """The result with half of its scale if it is a forward jump."""
-    scale = WAY * result.accepted_scale
+def _part(result: SearchResult, way: float) -> SearchResult:
+    """The result with `way` times its scale if it is a forward jump."""
+    scale = way * result.accepted_scale
     return SearchResult(scale, (*result.trials, Trial(scale, None, "accepted"))) if scale > 0 else result

@@ -33,10 +33,12 @@ class Along:
     Args:
         searcher: moves and scores the model.
         seed: seed of all scores.
+        after_one_of_several: whether it is the first search of a run, after one of several steps on
+            the scored examples.
     """
 
-    def __init__(self, searcher: Searcher, seed: int):
-        self._searcher, self._seed = searcher, seed
+    def __init__(self, searcher: Searcher, seed: int, after_one_of_several: bool = False):
+        self._searcher, self._seed, self.after_one_of_several = searcher, seed, after_one_of_several
 
     def __call__(self, scale: float) -> Score:
         return self._searcher.score_at(scale, self._seed)
@@ -81,12 +83,17 @@ class Searcher:
         self._untouched = self._warned = False
 
     def search(
-        self, step: int, direction: Direction, decide: Callable[[Along], SearchResult]
+        self,
+        step: int,
+        direction: Direction,
+        decide: Callable[[Along], SearchResult],
+        after_one_of_several: bool = False,
     ) -> tuple[SearchResult, int]:
         """Run `decide` on points along `direction` and move the model to the scale it accepts.
 
         Args:
             decide: (scores of W + s·D) → search result.
+            after_one_of_several: passed to `Along`.
 
         Returns:
             The search result, and the bytes held beside the model during the search.
@@ -99,7 +106,7 @@ class Searcher:
         nbytes = self.weights.nbytes
         try:
             with evaluating(self.model):
-                result = decide(Along(self, seed))
+                result = decide(Along(self, seed, after_one_of_several))
             result = self._move(result)
             if world_size() > 1:
                 assert_same_on_ranks(

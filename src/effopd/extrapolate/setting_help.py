@@ -22,8 +22,8 @@ TEXTS = {
     "answers and generates completions. Replaces score_rollouts.",
     "score_rollouts": "Score candidates by the training divergence from the teacher (by default the exact "
     "reverse KL) on N of the next step's rollouts, before they are trained on. Needs neither "
-    "answers nor generation. A value below 1 is a share of the step's rollouts, clamped to "
-    "8–32. Replaces validation_size.",
+    "answers nor generation. A value below 1 is a share of the step's rollouts, at least "
+    "8 of them or half, clamped to 4–32. Replaces validation_size.",
     "gate": "Condition for accepting a candidate. 'not_worse': score >= the reference. 'better': score > "
     "the reference. 'significant': better by at least min_z standard errors of the paired "
     "difference. The reference is the last accepted point, in line_search the start.",

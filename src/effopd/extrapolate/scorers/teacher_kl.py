@@ -71,26 +71,31 @@ class RolloutScorer:
     Args:
         divergence: D, bound to its teacher.
         rollouts: number of rollouts scored by this process; all if a step has fewer.
+        most: the same for `take(…, most=True)`; default: `rollouts`.
     """
 
     #: Settings of `EffOPDConfig` that this scorer is built from.
     reads = ("score_rollouts",)
 
-    def __init__(self, divergence: TeacherDivergence, rollouts: int):
-        self._divergence, self._rollouts = divergence, rollouts
+    def __init__(self, divergence: TeacherDivergence, rollouts: int, most: int | None = None):
+        self._divergence, self._rollouts, self._most = divergence, rollouts, rollouts if most is None else most
         self._batches: list[TokenBatch] = []
         self._places: list[int] = []  # their places among the step's micro-batches
         self._teacher: list[Any] | None = None
         self._line_head: Any | None = None
         self._hidden: dict[float, list[Tensor]] = {}
 
-    def take(self, batches: Iterable[TokenBatch]) -> None:
-        """Set the rollouts to score: the micro-batches of a new step, not yet trained on.
+    def take(self, batches: Iterable[TokenBatch], *, most: bool = False) -> None:
+        """Set the rollouts to score: the micro-batches of the next step.
 
         Micro-batches are scored one at a time. The search therefore needs the memory of one
         micro-batch's forward pass, plus the teacher's last hidden states.
+
+        Args:
+            most: whether to score `most` rollouts instead of `rollouts`.
         """
-        self._batches, self._places, self._teacher, missing = [], [], None, self._rollouts
+        self._batches, self._places, self._teacher = [], [], None
+        missing = self._most if most else self._rollouts
         for place, batch in enumerate(batches):
             if len(batch.ids_BL):  # else none of its rollouts can be scored
                 self._batches.append(batch.first(missing))
