@@ -153,8 +153,8 @@ def reuse_arms(look: Lookup) -> list[str]:
 
 
 def reuse_label(arm: str) -> str:
-    """`8`, `8, replay` or `8, replay, TOPD, 4 scored`: prompts per batch of an arm with reuse."""
-    marks = {"-replay": ", replay", "-topd": ", TOPD", "-score-4": ", 4 scored"}
+    """`8`, `8, replay` or `8, replay, TOPD`: prompts per batch of an arm with reuse."""
+    marks = {"-replay": ", replay", "-topd": ", TOPD"}
     return prompts_of(arm) + "".join(text for mark, text in marks.items() if mark in arm)
 
 

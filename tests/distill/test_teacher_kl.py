@@ -335,7 +335,7 @@ def test_an_unmodified_trl_trainer_resumes_to_the_same_weights(tmp_path):
         (8, 4, 1, 128, 128),
     ],
 )
-def test_a_quarter_of_the_steps_rollouts_is_scored_and_half_of_a_small_batch(micro_batch, accumulated, world_size, asked, wanted):
+def test_a_quarter_of_the_rollouts_is_scored_and_half_of_few(micro_batch, accumulated, world_size, asked, wanted):
     args = SimpleNamespace(
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulated, world_size=world_size
     )

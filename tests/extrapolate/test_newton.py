@@ -160,7 +160,7 @@ def test_points_that_are_not_finite_are_passed_over():
 
 @pytest.mark.parametrize("seen", [False, True])
 def test_after_one_of_several_steps_the_rate_starts_above_what_it_settles_at(seen):
-    """Full share of the best length first; 1/√k of it where the margin ends. Later rises move both."""
+    """The full share first; 1/√k of it where the large margin ends. Later rises move both."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
     config = EffOPDConfig("newton_search")
     update = OptimizerUpdate(config, optimizer, lambda: True, updates=4, seen=lambda: seen)
@@ -184,6 +184,25 @@ def test_the_gate_asks_forward_jumps_for_significance():
     assert loud.accepted_scale == 0.0
     any_gain = newton_search(lambda s: Score(sum(gains[s]) / 2, gains[s]), lambda: (-2.0, 1.0), "better", None)
     assert any_gain.accepted_scale in (0.5, 1.0)
+
+
+def test_candidates_that_are_all_too_long_are_corrected_until_one_is_better_than_scale_1():
+    """One of eight rollouts rises steeply beyond 10, as in a run whose first search stopped at 1."""
+
+    def score(scale):
+        losses = [(scale - 8) ** 2 / 100] * 7 + [0.64 + max(scale - 10, 0.0) ** 2]
+        return Score(-sum(losses) / 8, tuple(-loss for loss in losses))
+
+    result = newton_search(score, lambda: (-0.14, 0.0007), "better", None)
+    scales = [trial.scale for trial in result.trials[:-1]]
+    assert scales[:5] == pytest.approx([0.0, 1.0, 200.0, 50.0, 12.5])
+    assert result.best_scale == scales[5] == pytest.approx(8, abs=3) and len(scales) == 6
+
+    def steep(scale):
+        return Score(-abs(scale - 1.0))
+
+    scales = [trial.scale for trial in newton_search(steep, lambda: (-1.0, 1e-6), "better", None).trials[:-1]]
+    assert len(scales) <= 2 + 1 + 6 and max(scales[2:]) == 65536.0
 
 
 def test_the_way_of_a_forward_jump():

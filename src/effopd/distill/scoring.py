@@ -113,9 +113,11 @@ def wanted_rollouts(args: Any, rollouts: float) -> int:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> sizes = dict(gradient_accumulation_steps=1, world_size=1)
-        >>> steps = [SimpleNamespace(per_device_train_batch_size=n, **sizes) for n in (4, 8, 16, 64, 256)]
-        >>> [wanted_rollouts(args, 0.25) for args in steps]
+        >>> def args(n):
+        ...     return SimpleNamespace(
+        ...         per_device_train_batch_size=n, gradient_accumulation_steps=1, world_size=1
+        ...     )
+        >>> [wanted_rollouts(args(n), 0.25) for n in (4, 8, 16, 64, 256)]
         [4, 4, 8, 16, 32]
     """
     if rollouts >= 1:

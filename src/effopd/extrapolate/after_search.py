@@ -101,7 +101,7 @@ class OptimizerUpdate:
 
     @property
     def after_one_of_several(self) -> bool:
-        """Whether the next search sets the learning rate after one of several steps on its examples."""
+        """Whether the next search sets the rate, after one of several steps on its examples."""
         return self.finds_rate and self._updates > 1 and self._seen()
 
     def state_dict(self) -> dict[str, float | None]:

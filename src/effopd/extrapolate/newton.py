@@ -5,7 +5,9 @@ r"""`newton_search`: scale s of W + s·Δ from slope and curvature at W, then ch
 
 D″(0) is the Gauss–Newton curvature E var_π(δz), which is positive. Doubling the scale until the
 score falls takes about log₂ s + 4 scores. This search takes two to five for any distance.
-A correction that does not improve on the best score is the last one.
+A correction that does not improve on the best score is the last one. Only while all candidates are
+worse than scale 1 do corrections go on beyond the second: Newton's step can be far too long if one
+rollout's divergence rises steeply further out.
 
 If scale 1 is not better than the start, the step was too long. The minimum is then behind it
 (D′(0) > 0: s₁ as above, at least −127/128, which keeps 1/128 of Δ) or just ahead of it (D′(0) < 0:
@@ -35,6 +37,8 @@ CLOSE = 0.15
 _FACTOR = 4.0
 #: Corrections after Newton's step of a forward search, and of one after a step that was too long.
 _CORRECTIONS, _CORRECTIONS_BACK = 2, 1
+#: Corrections of a forward search at most, while all candidates are worse than scale 1.
+_CORRECTIONS_IF_TOO_LONG = 6
 #: Share of the way to the best scale that a forward jump takes; of the first one if it follows one
 #: of several steps on its rollouts.
 WAY, WAY_OF_ONE_STEP = 0.5, 0.75
@@ -106,12 +110,14 @@ def _is_local(fall: float, first: float, second: float) -> bool:
 def _correct(line: Line, first: float, scale: float, bounds: tuple[float, float], corrections: int) -> None:
     """Score `scale`, then corrected scales between the bounds while the score improves."""
     before, back = max(line.known.values()), line.known[1.0] <= line.known[0.0]
-    for _ in range(1 + corrections):
+    for done in range(1 + (corrections if back else _CORRECTIONS_IF_TOO_LONG)):
+        best = max(line.known.values())
+        if done > corrections and best > before:
+            return
         scale = min(max(scale, bounds[0]), bounds[1])
         close = (abs(scale - other) <= CLOSE * max(abs(scale), abs(other)) for other in line.scores)
         if (back and abs(scale) < _SMALLEST) or any(close):
             return
-        best = max(line.known.values())
         line.attempt(scale)
         value = line.known.get(scale)
         if value is not None and value <= best and best > before:
