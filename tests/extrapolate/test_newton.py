@@ -187,7 +187,7 @@ def test_the_gate_asks_forward_jumps_for_significance():
 
 
 def test_candidates_that_are_all_too_long_are_corrected_until_one_is_better_than_scale_1():
-    """One of eight rollouts rises steeply beyond 10, as in a run whose first search stopped at 1."""
+    """One of eight rollouts rises steeply beyond 10: a first search then stopped at scale 1."""
 
     def score(scale):
         losses = [(scale - 8) ** 2 / 100] * 7 + [0.64 + max(scale - 10, 0.0) ** 2]

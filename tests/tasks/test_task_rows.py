@@ -143,6 +143,17 @@ def test_unusable_files(tmp_path, name):
         read_math_rows(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_in_a_field_of_one_object_are_refused_with_the_field(tmp_path, indent):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"data": [json.loads(GOOD)] * 2}, indent=indent))
+    with pytest.raises(TaskError, match=r"got one object with the rows in 'data'.*\['data'\]"):
+        read_math_rows(str(file))
+    chat = {"prompt": [{"role": "user", "content": "1+1?"}], "answer": 2}
+    file.write_text(json.dumps(chat))
+    assert len(read_math_rows(str(file))) == 1
+
+
 def test_formats_read_alike(tmp_path):
     from datasets import Dataset
 

@@ -85,6 +85,7 @@ def _json_file(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if not is_array:
+        _refuse_nested(path)
         yield from _json_lines(path)
         return
     try:
@@ -94,6 +95,22 @@ def _json_file(path: Path) -> Iterator[tuple[int, Any]]:
             f"'{path}': expected a JSON array of objects, got invalid JSON ({error}). Correct the file."
         ) from error
     yield from enumerate(rows, start=1)
+
+
+def _refuse_nested(path: Path) -> None:
+    """Raise if the file is one object with the rows in a field, such as {"data": […]}."""
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+        whole = json.loads(text, parse_int=_whole_number)
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        return  # JSON Lines, or reported line by line
+    fields = whole.items() if isinstance(whole, dict) else ()
+    rows = [name for name, value in fields if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if rows and ("\n" in text or len(fields) == 1):  # else it can be a row
+        raise TaskError(
+            f"'{path}': expected a JSON array of objects or one object per line, got one object with the rows in "
+            f"{', '.join(map(repr, rows))}. Save that list itself, json.load(file)[{rows[0]!r}], as JSON."
+        )
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
