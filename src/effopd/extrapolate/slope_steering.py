@@ -17,7 +17,8 @@ falls when gradients are noise. A rate that is far too low (c ≤ −0.2) rises 
 The margin applies after the first search, above half of the rate which that search set.
 
 A schedule-free optimizer evaluates an average x of its base sequence z and takes gradients at y
-between both. There Δ_t is the direction z − y, and the margin 0.03 in the place of 0.1.
+between both. There Δ_t is the direction z − y, and the margin 0.03 in the place of 0.1, up to the
+rate that a run with several updates per batch settles at.
 
 Source: hypergradient descent (arXiv 1703.04782) with the cosine in the place of the product.
 """

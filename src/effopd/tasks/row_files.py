@@ -100,13 +100,15 @@ def _json_file(path: Path) -> Iterator[tuple[int, Any]]:
 def _refuse_nested(path: Path) -> None:
     """Raise if the file is one object with the rows in a field, such as {"data": […]}."""
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-        whole = json.loads(text, parse_int=_whole_number)
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.readline()
+        indented = not first.rstrip().endswith("}")
+        whole = json.loads(path.read_text(encoding="utf-8-sig") if indented else first, parse_int=_whole_number)
     except (UnicodeDecodeError, ValueError, RecursionError):
-        return  # JSON Lines, or reported line by line
-    fields = whole.items() if isinstance(whole, dict) else ()
-    rows = [name for name, value in fields if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if rows and ("\n" in text or len(fields) == 1):  # else it can be a row
+        return  # reported line by line
+    fields = whole if isinstance(whole, dict) else {}
+    rows = [name for name, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if rows and (indented or len(fields) == 1):  # else it can be a row
         raise TaskError(
             f"'{path}': expected a JSON array of objects or one object per line, got one object with the rows in "
             f"{', '.join(map(repr, rows))}. Save that list itself, json.load(file)[{rows[0]!r}], as JSON."
