@@ -163,7 +163,11 @@ def test_a_dry_run_counts_the_rows_of_a_file(folder, capsys):
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "training prompts: 36, evaluated on: 4" in out and "not checked" not in out
-    assert "scores 8 rollouts per candidate, samples nothing" in " ".join(out.split())
+    assert "scores 4 rollouts per candidate, samples nothing" in " ".join(out.split())
+    several = [*flags[:-1], "newton_search", "--updates_per_rollouts", "2"]
+    assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *several, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "scores 4 rollouts per candidate (8 in the first search), samples nothing" in " ".join(out.split())
     flags += ["--effopd.score_rollouts", "32"]
     assert main(["train", *PAIR, "--task", "math:test.jsonl", *PLAIN, *flags, "--dry_run"]) == 0
     out = capsys.readouterr().out

@@ -126,6 +126,14 @@ def wanted_rollouts(args: Any, rollouts: float) -> int:
     return min(max(int(sampled * rollouts), min(sampled // 2, _HALF_UP_TO), FEWEST), MOST)
 
 
+def first_rollouts(args: Any, rollouts: float) -> int:
+    """`wanted_rollouts` of the search that sets the rate, after one of several steps on them.
+
+    Up to 32 if `rollouts` is a share, because the rate of the whole run depends on this search.
+    """
+    return wanted_rollouts(args, rollouts) if rollouts >= 1 else MOST
+
+
 def comparable_rollouts(args: Any) -> int:
     """Number of rollouts per step that a search can score: the whole ones, if some are cut."""
     sampled, share = rollouts_per_step(args), getattr(args, "horizon_whole_share", 0.0)
@@ -182,14 +190,13 @@ def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
             "loss), or a callable scorer."
         )
     check_rollouts(trainer.args, rollouts)
-    wanted = wanted_rollouts(trainer.args, rollouts)
+    wanted, first = wanted_rollouts(trainer.args, rollouts), first_rollouts(trainer.args, rollouts)
     _warn_of_few(trainer.args, wanted)
     if own is not None:
         divergence = own()
     else:
         divergence = DivergenceByTeacher(trainer) if several else TrainedDivergence(trainer)
-    most = wanted if rollouts >= 1 else MOST
-    return RolloutScorer(divergence, *(-(-number // world_size()) for number in (wanted, most)))
+    return RolloutScorer(divergence, *(-(-number // world_size()) for number in (wanted, first)))
 
 
 def _warn_of_few(args: Any, wanted: int) -> None:

@@ -19,7 +19,7 @@ from rich.text import Text
 from effopd.common.statistics import share_of
 from effopd.distill.horizon import horizon_length
 from effopd.distill.residuals import residualized
-from effopd.distill.scoring import rollouts_per_step, wanted_rollouts
+from effopd.distill.scoring import first_rollouts, rollouts_per_step, wanted_rollouts
 from effopd.launch.memory_estimate import (
     NOT_COUNTED,
     SETUPS,
@@ -246,8 +246,15 @@ def _look_text(effopd: Any, opd: Any) -> str:
         wanted = wanted_rollouts(opd, effopd.score_rollouts)
         scored = min(wanted, rollouts_per_step(opd))
         fewer = f" (all of a step, instead of {wanted})" if scored < wanted else ""
-        parts.append(f"scores {scored} rollouts per candidate{fewer}, samples nothing")
+        first = min(first_rollouts(opd, effopd.score_rollouts), rollouts_per_step(opd))
+        more = f" ({first} in the first search)" if _sets_rate_early(effopd, opd) and first > scored else ""
+        parts.append(f"scores {scored} rollouts per candidate{fewer}{more}, samples nothing")
     return ", ".join(parts)
+
+
+def _sets_rate_early(effopd: Any, opd: Any) -> bool:
+    """Whether the first search follows one of several steps on its rollouts."""
+    return effopd.rules.calibrates_rate and effopd.adapt_learning_rate and opd.updates_per_rollouts > 1
 
 
 #: Number of held-out rows of an unread source without eval_size.
