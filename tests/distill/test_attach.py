@@ -483,7 +483,7 @@ def test_score_rollouts_reach_the_divergence_scorer(distilling):
     sizes = [
         EffOPDCallback(distilling, EffOPDConfig("line_search", score_rollouts=n)).scorer._rollouts for n in (0.25, 3)
     ]
-    assert sizes == [8, 3]
+    assert sizes == [4, 3]
     scorers = [
         EffOPDCallback(distilling, EffOPDConfig(**setting), task=make_task(32)).scorer
         for setting in ({"validation_size": 8}, {"score_rollouts": 8})
@@ -545,7 +545,7 @@ def test_a_resume_that_spells_out_the_defaults_ends_where_the_run_does(tmp_path)
     spelled = EffOPDConfig(
         "line_search",
         schedule="adaptive",
-        score_rollouts=8,
+        score_rollouts=4,
         reset_moments=True,
         adapt_learning_rate=True,
         gate="significant",
@@ -557,8 +557,8 @@ def test_a_resume_that_spells_out_the_defaults_ends_where_the_run_does(tmp_path)
     again.train(resume_from_checkpoint=checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     assert left_behind(again) == []
-    other = make_trainer(tmp_path, effopd=EffOPDConfig("line_search", score_rollouts=7), **settings)
-    with pytest.raises(CheckpointError, match=r"score_rollouts differ \(saved → now: score_rollouts 8 → 7\)"):
+    other = make_trainer(tmp_path, effopd=EffOPDConfig("line_search", score_rollouts=3), **settings)
+    with pytest.raises(CheckpointError, match=r"score_rollouts differ \(saved → now: score_rollouts 4 → 3\)"):
         other.train(resume_from_checkpoint=checkpoint)
 
 

@@ -21,13 +21,13 @@ def watched(monkeypatch):
     seen = []
     real = strategy.newton_search
 
-    def search(score, slope, gate, z):
+    def search(score, slope, gate, z, **way):
         def both():
             known = slope()
             seen.append((known, score(0.0).mean - score(1.0).mean))
             return known
 
-        return real(score, both, gate, z)
+        return real(score, both, gate, z, **way)
 
     monkeypatch.setattr(strategy, "newton_search", search)
     return seen
