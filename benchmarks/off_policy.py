@@ -61,9 +61,9 @@ class Watching(RolloutScorer):
             self.rows.append(self.measure(model))
         return super().__call__(model, scale)
 
-    def take(self, batches):
+    def take(self, batches, *, most=False):
         self.all_batches, self.fresh = list(batches), True
-        super().take(self.all_batches)
+        super().take(self.all_batches, most=most)
 
     def measure(self, model) -> dict:
         trainer = self._trainer

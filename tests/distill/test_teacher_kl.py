@@ -49,7 +49,7 @@ def test_a_score_is_the_exact_kl_of_the_steps_own_rollouts(tmp_path):
     scorer, seen = scorer_of(trainer), []
     take = scorer.take
 
-    def spy(batches):
+    def spy(batches, **_):
         (batch,) = batches = list(batches)
         take(batches)
         score = scorer(trainer.model)
@@ -121,7 +121,7 @@ def test_a_score_is_the_divergence_that_is_trained(tmp_path, host, beta):
     scorer, seen = scorer_of(trainer), []
     take = scorer.take
 
-    def spy(batches):
+    def spy(batches, **_):
         (batch,) = batches = list(batches)
         take(batches)
         score = scorer(trainer.model.eval())
@@ -202,7 +202,7 @@ def test_pieces_do_not_change_a_score(tmp_path, pieces):
     scorer, scores = scorer_of(trainer), []
     take = scorer.take
 
-    def spy(batches):
+    def spy(batches, **_):
         (whole,) = batches
         take([whole])
         scores.append(scorer(trainer.model))
