@@ -192,7 +192,7 @@ def test_summary_is_strict_json_and_says_what_it_averages(done):
     text = (done.out / "summary.json").read_text()
     summary = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in summary.json"))
     assert summary == done.summary
-    assert "split first" in summary["averaging"] and summary["versions"]["torch"] == torch.__version__
+    assert "split first" in summary["averaging"] and torch.__version__.startswith(summary["versions"]["torch"])
     frame = table(done, "matrices")
     rows = frame[(frame.run == "rl") & frame.module.isin(["attention", "mlp"]) & (frame.metric == "stable_rank")]
     rl = summary["runs"]["rl"]
