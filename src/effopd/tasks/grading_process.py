@@ -12,8 +12,10 @@ import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
-#: Address-space limit in bytes: a huge power raises MemoryError instead of exhausting the machine.
+#: Limit in bytes of the address space beyond what the libraries map: a huge power raises
+#: MemoryError instead of exhausting the machine. A CUDA build of torch alone can map more.
 _MEMORY_BYTES = 4 << 30
 
 
@@ -70,7 +72,16 @@ def _limit_memory() -> None:
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        soft = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
+        wanted = _mapped() + _MEMORY_BYTES
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     except (ImportError, OSError, ValueError):
         pass  # some systems lack this limit (macOS); the time limit still applies
+
+
+def _mapped() -> int:
+    """Address space of this process in bytes; 0 where /proc does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
