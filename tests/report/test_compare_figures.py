@@ -79,6 +79,24 @@ def test_what_there_is_no_data_for_is_left_out(tmp_path, figures):
     assert set(draw(only, tmp_path)) == {"curves"}
 
 
+def test_without_the_baseline_nothing_is_drawn_that_needs_it(tmp_path, figures):
+    runs = [run("effopd", seed, rate=rate) for seed in range(2) for rate in (LR, 3 * LR)]
+    results = analyze_runs(runs, ROLES)
+    assert Lookup(results).swept() == ["effopd"]
+    assert set(draw(results, tmp_path)) == set(charts(Lookup(results))) == {"curves"}
+
+
+def test_the_legend_hides_no_curve(tmp_path, figures):
+    names = [f"strategy-with-a-long-name-{i}" for i in range(6)]
+    draw(analyze_runs([run(name, 0) for name in ("plain", *names)], ROLES), tmp_path)
+    figure = figures["curves"]
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    left = legend.get_window_extent().x0
+    assert all(axis.get_window_extent().x1 < left for axis in figure.axes)
+    assert figure.axes[0].get_window_extent().width > 3 * figure.dpi
+
+
 def test_a_diverged_run_does_not_stop_the_figures(tmp_path, figures):
     whole = run("effopd", 0)
     evaluations = tuple(replace(e, kl=math.nan) if e.step > 20 else e for e in whole.evaluations)

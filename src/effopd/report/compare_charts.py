@@ -86,7 +86,7 @@ def _inside(value: float | None) -> float:
 
 def _speedups(lookup: Lookup, styles: Mapping[str, Look]) -> Chart | None:
     """Speed-ups of all strategies at the reference learning rate, one panel per task and cost."""
-    strategies = [s for s in lookup.at_reference() if s != lookup.baseline]
+    strategies = lookup.compared()
     if not strategies:
         return None
     panels = []
@@ -169,7 +169,7 @@ def band(curves: Sequence[Mapping[str, list[float]]], key: str, points: int = 60
 
 def _rates(lookup: Lookup, styles: Mapping[str, Look]) -> Chart | None:
     """Net seconds to the reference target by learning rate; runs that miss it are at the top."""
-    swept, panels = lookup.swept(), []
+    swept, panels = lookup.swept_to_target(), []
     for task in lookup.tasks:
         by_arm = {
             (strategy, rate): [

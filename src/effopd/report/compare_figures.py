@@ -13,7 +13,7 @@ from effopd.compare.axes import axis_name
 from effopd.report import envelope_figure
 from effopd.report.compare_charts import band, curve_strategies, strategy_looks
 from effopd.report.compare_lookup import FEW, Lookup, factor
-from effopd.report.style import MUTED, group_colors, quiet_style, save
+from effopd.report.style import MUTED, group_colors, legend_beside, quiet_style, save
 
 #: More curves than this hide each other.
 _MAX_CURVES = 8
@@ -83,14 +83,13 @@ def _curves(plt, lookup: Lookup):
             axis.set_xlabel(costs)
             axis.set_title(task, loc="left")
         axes[row][0].set_ylabel("held-out reverse KL (nats per token)")
-    if axes[0][0].get_legend_handles_labels()[0]:
-        axes[0][0].legend(frameon=False, fontsize=8)
+    legend_beside(figure, axes.flat)
     return figure
 
 
 def _forest(plt, lookup: Lookup):
     """Speed-ups of all strategies at the reference learning rate, one panel per cost axis."""
-    strategies = [s for s in lookup.at_reference() if s != lookup.baseline]
+    strategies = lookup.compared()
     if not strategies:
         return None
     colors = group_colors(lookup.tasks)
@@ -139,7 +138,7 @@ def _whisker(axis, row, y: float, color: str, floor: float, ceiling: float) -> N
 
 def _rates(plt, lookup: Lookup):
     """Net seconds to the reference target by learning rate; runs that miss it are at the top."""
-    swept = lookup.swept()
+    swept = lookup.swept_to_target()
     if not swept:
         return None
     colors, ticks = strategy_colors(lookup), require("matplotlib.ticker")
@@ -174,7 +173,7 @@ def _rates(plt, lookup: Lookup):
         axis.set_xlabel("learning rate")
         axis.set_title(task, loc="left")
     axes[0][0].set_ylabel("net seconds to the baseline's final KL\nat the reference learning rate")
-    axes[0][0].legend(frameon=False)
+    legend_beside(figure, axes.flat)
     return figure
 
 

@@ -54,9 +54,20 @@ class Lookup:
             rates.setdefault(strategy, set()).add(rate)
         return [strategy for strategy, of_strategy in rates.items() if len(of_strategy) > 1]
 
+    def swept_to_target(self, target: str = "reference_kl") -> list[str]:
+        """Those of `swept` that have runs with this target, so whose seed the baseline ran too."""
+        runs = [run for run in self.results["runs"] if target in run["targets"]]
+        return [strategy for strategy in self.swept() if any(run["strategy"] == strategy for run in runs)]
+
     def at_reference(self) -> list[str]:
         """Strategies that ran at the reference learning rate, in the plan's order."""
         return [strategy for strategy, rate in self.arms if rate == self.reference]
+
+    def compared(self) -> list[str]:
+        """Those of `at_reference` with a speed-up over the baseline at that rate."""
+        others = [strategy for strategy in self.at_reference() if strategy != self.baseline]
+        rows = {arm: [self.speedup(task, (arm, self.reference), "steps") for task in self.tasks] for arm in others}
+        return [strategy for strategy in others if any(row is not None and row["n"] for row in rows[strategy])]
 
     def nearest_rates(self) -> dict[str, float]:
         """Strategy → its learning rate that is nearest to the reference in log distance."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from effopd.report.compare_envelope import Part, axes_with_data, curves, interval, parts, shown
 from effopd.report.compare_lookup import Lookup
-from effopd.report.style import MUTED, Look, looks
+from effopd.report.style import MUTED, Look, legend_beside, looks
 
 _FLOOR, _CEILING = 0.1, 8.0
 #: Largest number of strategies that all have a band; of more, only the first one has.
@@ -35,8 +35,7 @@ def draw_axis(plt: Any, lookup: Lookup, axis: str) -> Any:
                 _strategy(panel, lookup, part, task, axis, strategy, styles[strategy], strategy in bands)
             _dress(panel, f"{task}: {opponents(part)}")
         line[0].set_ylabel("speed-up")
-        if line[0].get_legend_handles_labels()[0]:
-            line[0].legend(loc="upper left", fontsize=7)
+    legend_beside(figure, panels.flat)
     for panel in panels[-1]:
         panel.set_xlabel("target: held-out KL, share of its start")
     return figure

@@ -149,6 +149,14 @@ def quiet_style():
     return require("matplotlib").rc_context(_STYLE)
 
 
+def legend_beside(figure, axes: Iterable[Any]) -> None:
+    """One legend of all axes in a column of its own on the right; the figure widens for it."""
+    known = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if known:
+        figure.set_figwidth(figure.get_figwidth() + 0.8 + 0.066 * max(map(len, known)))  # inches, a letter of 8 pt
+        figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False, fontsize=8)
+
+
 def _mark_if_empty(axis) -> None:
     """Label a logarithmic panel without positive data, which matplotlib cannot draw."""
     empty = [
