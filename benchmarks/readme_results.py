@@ -3,7 +3,7 @@
     effopd compare --report runs/compare --out docs
     effopd compare --report runs/compare-ablation --out docs/ablation
     .venv/bin/python benchmarks/readme_results.py            # rewrite the tables
-    .venv/bin/python benchmarks/readme_results.py --figure   # redraw docs/readme.png too
+    .venv/bin/python benchmarks/readme_results.py --figure   # redraw both figures too
 
 The pages are README.md and, in docs/, findings.md, rivals.md, held_out.md, gate.md, batch_size.md
 and tutorials/quickstart.md.
@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import readme_figure
 import rivals
+import targets_figure
 from batch_size import held_out_blocks, readme_table, settings_table, speed_table, tail_blocks
 from pages import DOCS, rewrite
-from readme_figure import draw
 from rich.console import Console
 
 from effopd.commands import quickstart_results
@@ -317,13 +318,14 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figure", action="store_true", help="redraw docs/readme.png too (needs matplotlib)")
+    parser.add_argument("--figure", action="store_true", help="redraw docs/readme.png and docs/targets.png too (needs matplotlib)")
     arguments = parser.parse_args()
     docs = published()
     for page, content in blocks(docs).items():
         rewrite(page, content)
     if arguments.figure:
-        draw([docs[name] for name in TAILS], DOCS / "readme.png")
+        readme_figure.draw([docs[name] for name in TAILS], DOCS / "readme.png")
+        targets_figure.draw([docs[name] for name in (*TAILS, "held_out")], DOCS / "targets.png")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,15 @@ def test_a_dry_run_checks_and_shows_and_writes_nothing(root, capsys):
     assert not (root / "dry").exists()
 
 
+def test_strategies_that_evaluate_at_other_steps_are_named(root, capsys):
+    plan = yaml.safe_load(plan_of(root, output_dir=str(root / "dry")).read_text())
+    plan["strategies"]["effopd"]["eval_steps"] = plan["base"]["eval_steps"] + 1
+    path = root / "uneven.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    assert main(["compare", str(path), "--dry_run"]) == 0
+    assert "Not evaluated at the same steps" in capsys.readouterr().out
+
+
 def test_only_chooses_runs_by_their_folder_in_the_order_of_the_patterns(root):
     grid = load_grid(plan_of(root, output_dir=str(root / "dry"), seeds=[0, 1]))
     runs = grid.runs()

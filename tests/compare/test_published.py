@@ -13,7 +13,7 @@ from effopd.compare.cross_targets import runs_of
 from effopd.compare.grid import load_grid, run_settings
 from effopd.compare.results import analyze_runs
 from effopd.compare.roles import Roles
-from effopd.report import envelope_figure
+from effopd.report.compare_charts import charts
 from effopd.report.compare_lookup import Lookup
 from effopd.report.compare_page import render
 
@@ -63,8 +63,8 @@ def assert_close(made, stored, where):
 
 def test_the_page_is_drawn_from_the_results(published):
     folder, results, _ = published
-    names = [*envelope_figure.figures(Lookup(results)), "speedups", "curves", "learning_rates"]
-    figures = {name: f"results/{name}.png" for name in names}
+    figures = {name: f"results/{name}.png" for name in charts(Lookup(results))}
+    assert {path.stem for path in (folder / "results").glob("*.png")} == set(figures)
     assert render(results, figures) == (folder / "results.md").read_text()
 
 

@@ -64,8 +64,8 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise `TimeoutError` inside the block once it has run for `seconds`.
 
     Uses SIGALRM, so a call that hangs in native code is not interrupted. A timer that runs outside
-    the block goes on after it. There is no limit if `seconds` is `None`, outside the main thread,
-    or on a system other than POSIX.
+    the block goes on after it. A timer that the block itself sets replaces the limit. There is no
+    limit if `seconds` is `None`, outside the main thread, or on a system other than POSIX.
     """
     if (
         seconds is None
