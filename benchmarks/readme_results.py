@@ -318,7 +318,9 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figure", action="store_true", help="redraw docs/readme.png and docs/targets.png too (needs matplotlib)")
+    parser.add_argument(
+        "--figure", action="store_true", help="redraw docs/readme.png and docs/targets.png too (needs matplotlib)"
+    )
     arguments = parser.parse_args()
     docs = published()
     for page, content in blocks(docs).items():

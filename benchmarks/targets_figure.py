@@ -15,9 +15,9 @@ from effopd.report.compare_lookup import Lookup
 from effopd.report.style import MUTED, group_colors, legend_beside, quiet_style, save
 
 NOTE = (
-    "Priced cost of the fastest tuned run with the same number of prompts, chosen in hindsight for each target, divided "
-    "by that of newton_search; medians over seeds. Line: started from 3e-05. Band: all starting rates. Prices of a 1.7B "
-    "student and an 8B teacher on one H100, searches included."
+    "Priced cost of the fastest tuned run with the same number of prompts, chosen in hindsight for each target, "
+    "divided by that of newton_search; medians over seeds. Line: started from 3e-05. Band: all starting rates. Prices "
+    "of a 1.7B student and an 8B teacher on one H100, searches included."
 )
 #: Drawn in the place of 0 (most runs of newton_search do not arrive) and ∞ (no tuned run does).
 NEVER, ALONE = 0.4, 4.0
@@ -55,7 +55,7 @@ def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def shown_arms(results: Mapping[str, Any]) -> list[str]:
-    """The look-ahead of every number of prompts: with TOPD, if it ran, because its rivals have it too."""
+    """The look-ahead of every number of prompts; with TOPD if it ran, as its rivals have it."""
     arms: dict[str, str] = {}
     for arm in reuse_arms(Lookup(results)):
         if "-topd" in arm or prompts_of(arm) not in arms:
@@ -96,6 +96,8 @@ def dress(axis: Any, task: str) -> None:
     axis.axhline(1, color=MUTED, linewidth=1)
     axis.set(xscale="log", yscale="log", xlim=(0.56, 0.022), ylim=(NEVER * 0.95, ALONE * 1.06))
     axis.set_xticks(FEW_SHARES, [f"{100 * share:g} %" for share in FEW_SHARES])
-    axis.set_yticks([NEVER, 0.5, 0.7, 1, 1.5, 2, 3, ALONE], ["never", "0.5×", "0.7×", "1×", "1.5×", "2×", "3×", "only it"])
+    axis.set_yticks(
+        [NEVER, 0.5, 0.7, 1, 1.5, 2, 3, ALONE], ["never", "0.5×", "0.7×", "1×", "1.5×", "2×", "3×", "only it"]
+    )
     axis.minorticks_off()
     axis.set_title(task.split(":")[1], loc="left")

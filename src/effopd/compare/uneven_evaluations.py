@@ -1,4 +1,4 @@
-"""Arms of a plan whose costs to a target cannot be compared, because they evaluate at other steps."""
+"""Strategies of a plan whose costs to a target are not comparable: evaluated at other steps."""
 
 from __future__ import annotations
 
