@@ -43,21 +43,25 @@ STRATEGIES = ("plain", "line_search")
 REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
 #: The look-ahead of the README's table and of `single_table`.
 HEADLINE = REUSE + "-replay-topd" + PROMPTS + "8"
+#: Targets for which docs/early counts.
+EARLY_SHARES = tuple(share for share in FEW_SHARES if share >= Hindsight.EARLY)
 #: Parts of a run.
 THIRDS = (1 / 3, 2 / 3, 1)
 
 
-def tail_blocks(grids: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def tail_blocks(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) -> dict[str, str]:
     """Generated blocks of the comparison with reuse.
 
     Args:
         grids: results.json of the grids, one per task.
+        early: results.json of the arms with more evaluations in the first steps, see `Hindsight`.
     """
     return {
-        "tail": reuse_table(grids, priced),
-        "tail, larger models": repriced(grids),
-        "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"]),
-        "tail, single": single_table(grids),
+        "tail": reuse_table(grids, priced, early),
+        "tail, larger models": repriced(grids, early),
+        "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"], early),
+        "tail, single": single_table(grids, early),
+        "early, steps": steps_table(early, EARLY_SHARES),
         "tail, searches": stacked([searches_table(grid) for grid in grids]),
         "replay": replay_table(grids),
         "tail, steps": stacked([steps_table(grid, FEW_SHARES) for grid in grids]),
@@ -77,13 +81,13 @@ def held_out_blocks(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def single_table(grids: Sequence[Mapping[str, Any]]) -> str:
+def single_table(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any] | None = None) -> str:
     """Priced cost of each tuned run that is the fastest to some target, at all targets, over that
     of `HEADLINE` from the reference rate.
     """
     rows = []
     for results in grids:
-        known, look = Hindsight(results, priced), Lookup(results)
+        known, look = Hindsight(results, priced, early=early), Lookup(results)
         own = HEADLINE, look.reference
         for task in look.tasks:
             bests = [known.best(task, share) for share in FEW_SHARES]
@@ -101,11 +105,11 @@ def one_ratio(other: float, own: float) -> str:
     return f"{other / own:.2f}×" if math.isfinite(own) else "0×"
 
 
-def readme_table(grids: Sequence[Mapping[str, Any]]) -> str:
+def readme_table(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) -> str:
     """Table of the README: cost of the fastest baseline over that of `HEADLINE`."""
     rows = []
     for results in grids:
-        known = Hindsight(results, priced)
+        known = Hindsight(results, priced, early=early)
         for task in Lookup(results).tasks:
             cells = (known.ratios(task, HEADLINE, share) for share in FEW_SHARES)
             rows.append([f"`{task.split(':')[1]}`", *cells])
@@ -185,27 +189,28 @@ def searches_table(results: Mapping[str, Any]) -> str:
     return table(["task", "prompts", "runs", *heads(FEW_SHARES)], rows)
 
 
-def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost) -> str:
+def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost, early: Mapping[str, Any] | None = None) -> str:
     """Cost of the fastest baseline of the same batch size and of any, over the look-ahead's."""
     rows = []
     for results in grids:
-        look, any_size = Lookup(results), Hindsight(results, cost)
+        look, any_size = Lookup(results), Hindsight(results, cost, early=early)
         for task in look.tasks:
             name = f"`{task.split(':')[1]}`"
             for arm in (each for each in reuse_arms(look) if any_size.costs(task, each, FEW_SHARES[0])):
                 same = [each for each in results["settings"]["baselines"] if prompts_of(each) == prompts_of(arm)]
-                for label, rivals in (("the same", Hindsight(results, cost, same)), ("any", any_size)):
+                for label, rivals in (("the same", Hindsight(results, cost, same, early)), ("any", any_size)):
                     cells = (rivals.ratios(task, arm, share) for share in FEW_SHARES)
                     rows.append([name, reuse_label(arm), label, *cells])
             rows.append([name, "", "fastest", *(any_size.opponent(task, share) for share in FEW_SHARES)])
     return table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
 
 
-def repriced(grids: Sequence[Mapping[str, Any]]) -> str:
+def repriced(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) -> str:
     """Largest change of a factor of `reuse_table` with the price list for larger models."""
     changes = []
     for results in grids:
-        look, lists = Lookup(results), [Hindsight(results, partial(priced, path=path)) for path in (SMALL, LARGE)]
+        look = Lookup(results)
+        lists = [Hindsight(results, partial(priced, path=path), early=early) for path in (SMALL, LARGE)]
         for task, arm, share in product(look.tasks, reuse_arms(look), FEW_SHARES):
             bests = [known.best(task, share)[0] for known in lists]
             for costs_ in zip(*(known.costs(task, arm, share) for known in lists), strict=True):

@@ -293,7 +293,7 @@ def published(docs: Path = DOCS) -> dict[str, Any]:
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
         "rivals": "rivals/results.json", "other_teacher": "other_teacher/results.json",
         "tail": "tail/results.json", "tail_spell_backward": "tail_spell_backward/results.json",
-        "held_out": "held_out/results.json",
+        "held_out": "held_out/results.json", "early": "early/results.json",
     }  # fmt: skip
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
 
@@ -302,7 +302,9 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
     """Page → generated blocks."""
     grids = docs["results"], docs["ablation"]
     return {
-        DOCS.parent / "README.md": {"rivals": readme_table([docs[name] for name in (*TAILS, "held_out")])},
+        DOCS.parent / "README.md": {
+            "rivals": readme_table([docs[name] for name in (*TAILS, "held_out")], docs["early"])
+        },
         DOCS / "findings.md": findings(docs),
         DOCS / "rivals.md": rivals.blocks(docs["rivals"], docs["other_teacher"]),
         DOCS / "held_out.md": held_out_blocks(docs["held_out"]),
@@ -310,7 +312,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
         DOCS / "batch_size.md": {
             "settings": settings_table(*grids),
             "speed": speed_table(*grids),
-            **tail_blocks([docs[name] for name in TAILS]),
+            **tail_blocks([docs[name] for name in TAILS], docs["early"]),
         },
         DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},
     }
@@ -327,7 +329,8 @@ def main() -> None:
         rewrite(page, content)
     if arguments.figure:
         readme_figure.draw([docs[name] for name in TAILS], DOCS / "readme.png")
-        targets_figure.draw([docs[name] for name in (*TAILS, "held_out")], DOCS / "targets.png")
+        grids = [docs[name] for name in (*TAILS, "held_out")]
+        targets_figure.draw(grids, docs["early"], DOCS / "targets.png")
 
 
 if __name__ == "__main__":

@@ -189,13 +189,24 @@ class Hindsight:
         results: results.json of the grid.
         cost: the cost to compare.
         baselines: strategies that compete; default: the plan's baselines.
+        early: results.json of a grid with more evaluations in the first steps. Its runs take the
+            place of those of the same arm on the same task, down to `EARLY` of the starting KL.
     """
 
     #: Seeds that an arm needs to compete.
     SEEDS = 2
+    #: Lowest target for which `early` counts.
+    EARLY = 0.1
 
-    def __init__(self, results: Mapping[str, Any], cost: Cost, baselines: Collection[str] | None = None):
+    def __init__(
+        self,
+        results: Mapping[str, Any],
+        cost: Cost,
+        baselines: Collection[str] | None = None,
+        early: Mapping[str, Any] | None = None,
+    ):
         self._look, self._cost = Lookup(results), cost
+        self._early = None if early is None else Lookup(early)
         self._baselines = results["settings"]["baselines"] if baselines is None else baselines
         self._known: dict[tuple[str, Arm, float], float] = {}
 
@@ -203,7 +214,7 @@ class Hindsight:
         """Median cost over seeds; ∞: most runs never reach the target, or there are no runs."""
         key = task, arm, share
         if key not in self._known:
-            runs = self._look.runs(task, arm)
+            runs = self._runs(task, arm, share)
             self._known[key] = (
                 statistics.median([run_cost(run, share, self._cost) for run in runs]) if runs else math.inf
             )
@@ -211,14 +222,21 @@ class Hindsight:
 
     def best(self, task: str, share: float) -> tuple[float, Arm | None]:
         """Smallest cost of a baseline, and its arm."""
-        arms = [arm for arm in self._look.arms if arm[0] in self._baselines]
-        arms = [arm for arm in arms if len(self._look.runs(task, arm)) >= self.SEEDS]
+        arms = [arm for arm in self._arms() if arm[0] in self._baselines]
+        arms = [arm for arm in arms if len(self._runs(task, arm, share)) >= self.SEEDS]
         return min(((self.cost(task, arm, share), arm) for arm in arms), default=(math.inf, None))
 
     def costs(self, task: str, strategy: str, share: float) -> list[float]:
         """Median costs of a strategy, one per learning rate that ran."""
-        arms = [arm for arm in self._look.arms if arm[0] == strategy and self._look.runs(task, arm)]
+        arms = [arm for arm in self._arms() if arm[0] == strategy and self._runs(task, arm, share)]
         return [self.cost(task, arm, share) for arm in arms]
+
+    def _arms(self) -> list[Arm]:
+        return list(dict.fromkeys([*self._look.arms, *(self._early.arms if self._early else [])]))
+
+    def _runs(self, task: str, arm: Arm, share: float) -> list[dict[str, Any]]:
+        early = self._early.runs(task, arm) if self._early and share >= self.EARLY else []
+        return early or self._look.runs(task, arm)
 
     def ratios(self, task: str, strategy: str, share: float) -> str:
         """Cell `0.83–1.05×`: best baseline's cost / the strategy's, range over learning rates."""

@@ -25,8 +25,14 @@ NEVER, ALONE = 0.4, 4.0
 COLUMNS = 2
 
 
-def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per task of the grids, one color per number of prompts."""
+def draw(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any], path: Path) -> None:
+    """One panel per task of the grids, one color per number of prompts.
+
+    Args:
+        grids: results.json of the grids.
+        early: see `rivals.Hindsight`.
+        path: file of the figure.
+    """
     require("matplotlib").use("Agg")
     plt = require("matplotlib.pyplot")
     panels = [(results, task) for results in grids for task in Lookup(results).tasks]
@@ -40,7 +46,7 @@ def draw(grids: Sequence[Mapping[str, Any]], path: Path) -> None:
         )  # fmt: skip
         for axis, (results, task) in zip(axes.flat, panels, strict=True):
             for arm in (each for each in arms if each in shown_arms(results)):
-                if values := factors(results, task, arm):
+                if values := factors(results, early, task, arm):
                     color, (main, low, high) = colors[label_of(arm)], values
                     axis.plot(FEW_SHARES, main, color=color, marker="o", markersize=4, label=label_of(arm))
                     axis.fill_between(FEW_SHARES, low, high, color=color, alpha=0.15, linewidth=0)
@@ -68,11 +74,13 @@ def label_of(arm: str) -> str:
     return reuse_label(arm).replace(prompts_of(arm), f"{prompts_of(arm)} prompts", 1)
 
 
-def factors(results: Mapping[str, Any], task: str, arm: str) -> tuple[list[float], list[float], list[float]] | None:
+def factors(
+    results: Mapping[str, Any], early: Mapping[str, Any], task: str, arm: str
+) -> tuple[list[float], list[float], list[float]] | None:
     """From the reference rate, lowest and highest over the starting rates; one value per target."""
     look = Lookup(results)
     rivals = [name for name in results["settings"]["baselines"] if prompts_of(name) == prompts_of(arm)]
-    known = Hindsight(results, priced, rivals)
+    known = Hindsight(results, priced, rivals, early)
     if not look.runs(task, (arm, look.reference)):
         return None
     rows = []
