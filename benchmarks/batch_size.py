@@ -58,7 +58,7 @@ def tail_blocks(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) ->
     """
     return {
         "tail": reuse_table(grids, priced, early),
-        "tail, larger models": repriced(grids, early),
+        "tail, larger models": repriced(grids),
         "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"], early),
         "tail, single": single_table(grids, early),
         "early, steps": steps_table(early, EARLY_SHARES),
@@ -92,17 +92,16 @@ def single_table(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any] | 
         for task in look.tasks:
             bests = [known.best(task, share) for share in FEW_SHARES]
             for arm in dict.fromkeys(arm for cost, arm in bests if math.isfinite(cost)):
-                pairs = [(known.cost(task, arm, share), known.cost(task, own, share)) for share in FEW_SHARES]
-                label = f"`{arm[0]}` {factor(arm[1], look.reference)}"
-                rows.append([f"`{task.split(':')[1]}`", label, *(one_ratio(*pair) for pair in pairs)])
+                cells = (one_ratio(known.ratio(task, arm, own, share)) for share in FEW_SHARES)
+                rows.append([f"`{task.split(':')[1]}`", f"`{arm[0]}` {factor(arm[1], look.reference)}", *cells])
     return table(["task", "tuned run", *heads(FEW_SHARES)], rows)
 
 
-def one_ratio(other: float, own: float) -> str:
+def one_ratio(ratio: float) -> str:
     """`1.20×`: a tuned run's cost over the look-ahead's; "> any" if only the look-ahead arrives."""
-    if math.isinf(other):
-        return "–" if math.isinf(own) else "> any"
-    return f"{other / own:.2f}×" if math.isfinite(own) else "0×"
+    if math.isnan(ratio):
+        return "–"
+    return "> any" if math.isinf(ratio) else f"{ratio:.2f}×" if ratio else "0×"
 
 
 def readme_table(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) -> str:
@@ -196,7 +195,7 @@ def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost, early: Mapping[s
         look, any_size = Lookup(results), Hindsight(results, cost, early=early)
         for task in look.tasks:
             name = f"`{task.split(':')[1]}`"
-            for arm in (each for each in reuse_arms(look) if any_size.costs(task, each, FEW_SHARES[0])):
+            for arm in (each for each in reuse_arms(look) if any_size.ran(task, each)):
                 same = [each for each in results["settings"]["baselines"] if prompts_of(each) == prompts_of(arm)]
                 for label, rivals in (("the same", Hindsight(results, cost, same, early)), ("any", any_size)):
                     cells = (rivals.ratios(task, arm, share) for share in FEW_SHARES)
@@ -205,17 +204,15 @@ def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost, early: Mapping[s
     return table(["task", "prompts", "opponent's prompts", *heads(FEW_SHARES)], rows)
 
 
-def repriced(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) -> str:
+def repriced(grids: Sequence[Mapping[str, Any]]) -> str:
     """Largest change of a factor of `reuse_table` with the price list for larger models."""
     changes = []
     for results in grids:
-        look = Lookup(results)
-        lists = [Hindsight(results, partial(priced, path=path), early=early) for path in (SMALL, LARGE)]
-        for task, arm, share in product(look.tasks, reuse_arms(look), FEW_SHARES):
-            bests = [known.best(task, share)[0] for known in lists]
-            for costs_ in zip(*(known.costs(task, arm, share) for known in lists), strict=True):
-                if all(map(math.isfinite, (*bests, *costs_))):
-                    small, large = (best / cost for best, cost in zip(bests, costs_, strict=True))
+        look, lists = Lookup(results), [Hindsight(results, partial(priced, path=path)) for path in (SMALL, LARGE)]
+        for task, strategy, share in product(look.tasks, reuse_arms(look), FEW_SHARES):
+            for arm in lists[0].ran(task, strategy):
+                small, large = (known.lead(task, arm, share) for known in lists)
+                if 0 < small < math.inf and 0 < large < math.inf:
                     changes.append(abs(large / small - 1))
     change = f"{100 * max(changes):.1f} %"
     return f"With prices for a 4B student and a 32B teacher on eight H100, no factor changes by more than {change}."

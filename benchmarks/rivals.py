@@ -189,14 +189,14 @@ class Hindsight:
         results: results.json of the grid.
         cost: the cost to compare.
         baselines: strategies that compete; default: the plan's baselines.
-        early: results.json of a grid with more evaluations in the first steps. Its runs take the
-            place of those of the same arm on the same task, down to `EARLY` of the starting KL.
+        early: results.json of a grid with more evaluations in the first steps. Down to `EARLY` of
+            the starting KL, two arms that both ran there are compared there.
     """
 
     #: Seeds that an arm needs to compete.
     SEEDS = 2
     #: Lowest target for which `early` counts.
-    EARLY = 0.1
+    EARLY = 0.25
 
     def __init__(
         self,
@@ -206,15 +206,15 @@ class Hindsight:
         early: Mapping[str, Any] | None = None,
     ):
         self._look, self._cost = Lookup(results), cost
-        self._early = None if early is None else Lookup(early)
         self._baselines = results["settings"]["baselines"] if baselines is None else baselines
+        self._early = None if early is None else Hindsight(early, cost, self._baselines)
         self._known: dict[tuple[str, Arm, float], float] = {}
 
     def cost(self, task: str, arm: Arm, share: float) -> float:
         """Median cost over seeds; ∞: most runs never reach the target, or there are no runs."""
         key = task, arm, share
         if key not in self._known:
-            runs = self._runs(task, arm, share)
+            runs = self._look.runs(task, arm)
             self._known[key] = (
                 statistics.median([run_cost(run, share, self._cost) for run in runs]) if runs else math.inf
             )
@@ -222,33 +222,54 @@ class Hindsight:
 
     def best(self, task: str, share: float) -> tuple[float, Arm | None]:
         """Smallest cost of a baseline, and its arm."""
-        arms = [arm for arm in self._arms() if arm[0] in self._baselines]
-        arms = [arm for arm in arms if len(self._runs(task, arm, share)) >= self.SEEDS]
-        return min(((self.cost(task, arm, share), arm) for arm in arms), default=(math.inf, None))
+        early = self._grid(share)
+        if early is not self and early.competing(task):
+            return early.best(task, share)
+        return min(((self.cost(task, arm, share), arm) for arm in self.competing(task)), default=(math.inf, None))
 
-    def costs(self, task: str, strategy: str, share: float) -> list[float]:
-        """Median costs of a strategy, one per learning rate that ran."""
-        arms = [arm for arm in self._arms() if arm[0] == strategy and self._runs(task, arm, share)]
-        return [self.cost(task, arm, share) for arm in arms]
+    def competing(self, task: str) -> list[Arm]:
+        """Arms of the baselines that ran on enough seeds."""
+        arms = [arm for arm in self._look.arms if arm[0] in self._baselines]
+        return [arm for arm in arms if len(self._look.runs(task, arm)) >= self.SEEDS]
 
-    def _arms(self) -> list[Arm]:
-        return list(dict.fromkeys([*self._look.arms, *(self._early.arms if self._early else [])]))
+    def ran(self, task: str, strategy: str) -> list[Arm]:
+        """Arms of a strategy that ran, one per learning rate."""
+        return [arm for arm in self._look.arms if arm[0] == strategy and self._look.runs(task, arm)]
 
-    def _runs(self, task: str, arm: Arm, share: float) -> list[dict[str, Any]]:
-        early = self._early.runs(task, arm) if self._early and share >= self.EARLY else []
-        return early or self._look.runs(task, arm)
+    def ratio(self, task: str, rival: Arm, own: Arm, share: float) -> float:
+        """Cost of a baseline's arm / cost of another arm; NaN: neither reaches the target.
+
+        ∞: only `own` does; 0: only the baseline does.
+        """
+        early = self._grid(share)
+        both = rival in early.competing(task) and own in early.ran(task, own[0])
+        grid = early if both else self
+        other, mine = grid.cost(task, rival, share), grid.cost(task, own, share)
+        if math.isinf(mine):
+            return math.nan if math.isinf(other) else 0.0
+        return other / mine
+
+    def lead(self, task: str, own: Arm, share: float) -> float:
+        """Smallest `ratio` over the baselines' arms: that of the fastest one."""
+        early = self._grid(share)
+        rivals = dict.fromkeys([*self.competing(task), *early.competing(task)])
+        ratios = [self.ratio(task, rival, own, share) for rival in rivals]
+        known = [ratio for ratio in ratios if not math.isnan(ratio)]
+        return min(known, default=math.nan)
+
+    def _grid(self, share: float) -> Hindsight:
+        return self._early if self._early is not None and share >= self.EARLY else self
 
     def ratios(self, task: str, strategy: str, share: float) -> str:
         """Cell `0.83–1.05×`: best baseline's cost / the strategy's, range over learning rates."""
-        best, costs = self.best(task, share)[0], self.costs(task, strategy, share)
-        if not costs:
-            return "–"
-        values = sorted(best / cost for cost in costs if not math.isinf(cost))
-        if math.isinf(best):
-            reached = "" if len(values) == len(costs) else f" ({len(values)} of {len(costs)})"
-            return "> any" + reached if values else "–"
+        leads = [self.lead(task, arm, share) for arm in self.ran(task, strategy)]
+        values = sorted(lead for lead in leads if 0 < lead < math.inf)
+        alone = leads.count(math.inf)
+        if not values and 0 not in leads:
+            reached = "" if alone == len(leads) else f" ({alone} of {len(leads)})"
+            return "> any" + reached if alone else "–"
         ends = [f"{value:.2f}" for value in (values[:1] + values[-1:])]
-        if len(values) < len(costs):
+        if len(values) < len(leads):
             ends = ["0", *ends[-1:]]
         return "–".join(dict.fromkeys(ends)) + "×"
 

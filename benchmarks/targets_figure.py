@@ -85,18 +85,17 @@ def factors(
         return None
     rows = []
     for share in FEW_SHARES:
-        best, own = known.best(task, share)[0], known.cost(task, (arm, look.reference), share)
-        costs = known.costs(task, arm, share)
-        rows.append([shown(best, own), shown(best, max(costs)), shown(best, min(costs))])
+        leads = [known.lead(task, each, share) for each in known.ran(task, arm)]
+        arrived = [lead for lead in leads if not math.isnan(lead)]
+        ends = (min(arrived, default=math.nan), max(arrived, default=math.nan))
+        rows.append([inside(lead) for lead in (known.lead(task, (arm, look.reference), share), *ends)])
     main, low, high = map(list, zip(*rows, strict=True))
     return main, low, high
 
 
-def shown(best: float, own: float) -> float:
-    """best / own within the axis; neither arrives: no point."""
-    if math.isinf(own):
-        return math.nan if math.isinf(best) else NEVER
-    return min(max(best / own, NEVER), ALONE)
+def inside(lead: float) -> float:
+    """The factor within the axis; NaN, which draws nothing, stays."""
+    return lead if math.isnan(lead) else min(max(lead, NEVER), ALONE)
 
 
 def dress(axis: Any, task: str) -> None:
