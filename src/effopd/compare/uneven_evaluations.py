@@ -17,8 +17,8 @@ def uneven_evaluations(grid: Grid) -> list[str]:
     """One remark per group of strategies with steps of equal size that evaluate at other steps.
 
     A target counts from the second of `WINDOW` = 3 evaluations on that is below it. A run with an
-    evaluation every n steps can therefore seem 2n steps later than it is, and one with fewer of
-    them loses against an equal one.
+    evaluation every n steps can therefore seem up to 2n steps later than it is, and one with fewer
+    of them loses against an equal one.
     """
     groups: dict[tuple[Any, ...], dict[str, list[str]]] = {}
     for name, own in grid.strategies.items():
@@ -39,4 +39,6 @@ def _spacing(settings: Mapping[str, Any]) -> str:
     strategy, steps, log_spaced = (settings.get(key) for key in _SPACING)
     if strategy == "epoch":
         return "once per epoch"
-    return f"every {steps} steps" + (" at most, log-spaced" if log_spaced else "")
+    return f"every {'logging_steps' if steps is None else steps} steps" + (
+        " at most, log-spaced" if log_spaced else ""
+    )

@@ -65,9 +65,12 @@ class Lookup:
 
     def compared(self) -> list[str]:
         """Those of `at_reference` with a speed-up over the baseline at that rate."""
-        others = [strategy for strategy in self.at_reference() if strategy != self.baseline]
-        rows = {arm: [self.speedup(task, (arm, self.reference), "steps") for task in self.tasks] for arm in others}
-        return [strategy for strategy in others if any(row is not None and row["n"] for row in rows[strategy])]
+
+        def known(strategy: str) -> bool:
+            rows = (self.speedup(task, (strategy, self.reference), "steps") for task in self.tasks)
+            return any(row is not None and row["n"] for row in rows)
+
+        return [name for name in self.at_reference() if name != self.baseline and known(name)]
 
     def nearest_rates(self) -> dict[str, float]:
         """Strategy → its learning rate that is nearest to the reference in log distance."""
