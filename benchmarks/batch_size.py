@@ -150,6 +150,11 @@ def prompts_of(strategy: str) -> str:
     return strategy.rpartition(PROMPTS)[2]
 
 
+def same_prompts(results: Mapping[str, Any], arm: str) -> list[str]:
+    """The plan's baselines with as many prompts per batch as an arm."""
+    return [name for name in results["settings"]["baselines"] if prompts_of(name) == prompts_of(arm)]
+
+
 def reuse_arms(look: Lookup) -> list[str]:
     """The look-aheads with reuse that ran, in the plan's order."""
     return list(dict.fromkeys(name for name, _ in look.arms if name.startswith(REUSE)))
@@ -196,8 +201,8 @@ def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost, early: Mapping[s
         for task in look.tasks:
             name = f"`{task.split(':')[1]}`"
             for arm in (each for each in reuse_arms(look) if any_size.ran(task, each)):
-                same = [each for each in results["settings"]["baselines"] if prompts_of(each) == prompts_of(arm)]
-                for label, rivals in (("the same", Hindsight(results, cost, same, early)), ("any", any_size)):
+                same = Hindsight(results, cost, same_prompts(results, arm), early)
+                for label, rivals in (("the same", same), ("any", any_size)):
                     cells = (rivals.ratios(task, arm, share) for share in FEW_SHARES)
                     rows.append([name, reuse_label(arm), label, *cells])
             rows.append([name, "", "fastest", *(any_size.opponent(task, share) for share in FEW_SHARES)])

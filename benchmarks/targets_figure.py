@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batch_size import prompts_of, reuse_arms, reuse_label
+from batch_size import prompts_of, reuse_arms, reuse_label, same_prompts
 from rivals import FEW_SHARES, Hindsight, priced
 
 from effopd.common.optional import require
@@ -79,8 +79,7 @@ def factors(
 ) -> tuple[list[float], list[float], list[float]] | None:
     """From the reference rate, lowest and highest over the starting rates; one value per target."""
     look = Lookup(results)
-    rivals = [name for name in results["settings"]["baselines"] if prompts_of(name) == prompts_of(arm)]
-    known = Hindsight(results, priced, rivals, early)
+    known = Hindsight(results, priced, same_prompts(results, arm), early)
     if not look.runs(task, (arm, look.reference)):
         return None
     rows = []

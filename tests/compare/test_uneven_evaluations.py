@@ -40,6 +40,15 @@ def test_equal_evaluations_and_steps_of_another_size_need_no_remark(tmp_path, ow
     assert remarks(tmp_path, plain={}, other=own) == []
 
 
+def test_settings_of_a_task_count(tmp_path):
+    """They go between the base and the strategy, so a strategy can differ on one task only."""
+    tasks = {"testbed:chain_sum": {"eval_steps": 4}, "testbed:spell_backward": None}
+    plan = {**PLAN, "base": BASE, "tasks": tasks, "strategies": {"plain": {}, "rarely": {"eval_steps": 8}}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    (remark,) = uneven_evaluations(load_grid(tmp_path / "plan.yaml"))
+    assert "plain every 4 steps; rarely every 8 steps" in remark
+
+
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("compare-*.yaml")))
 def test_the_shipped_plans_need_none(recipe):
     assert uneven_evaluations(load_grid(RECIPES / recipe)) == []

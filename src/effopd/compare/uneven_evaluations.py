@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from effopd.compare.grid import Grid, run_settings
+from effopd.compare.grid import Grid
 from effopd.compare.time_to_target import WINDOW
 
 #: Settings that give a step the same size, and those that place the evaluations.
@@ -20,19 +20,19 @@ def uneven_evaluations(grid: Grid) -> list[str]:
     evaluation every n steps can therefore seem up to 2n steps later than it is, and one with fewer
     of them loses against an equal one.
     """
-    groups: dict[tuple[Any, ...], dict[str, list[str]]] = {}
-    for name, own in grid.strategies.items():
-        settings = {**grid.base, **run_settings(own)}
-        size = tuple(settings.get(key) for key in _SIZE)
-        groups.setdefault(size, {}).setdefault(_spacing(settings), []).append(name)
-    return [
+    groups: dict[tuple[Any, ...], dict[str, dict[str, None]]] = {}
+    for run in grid.runs():
+        size = run.task, *(run.settings.get(key) for key in _SIZE)
+        groups.setdefault(size, {}).setdefault(_spacing(run.settings), {})[run.strategy] = None
+    remarks = (
         "Not evaluated at the same steps: "
         + "; ".join(f"{', '.join(names)} {spacing}" for spacing, names in group.items())
         + f". A target counts from the second of {WINDOW} evaluations on that is below it, so rarer evaluations find "
         "it later. Give strategies that are compared with each other the same eval_steps."
         for group in groups.values()
         if len(group) > 1
-    ]
+    )
+    return list(dict.fromkeys(remarks))  # tasks mostly share their settings
 
 
 def _spacing(settings: Mapping[str, Any]) -> str:
