@@ -100,6 +100,9 @@ SET_BY = {
 #: no function.
 IMPORTS: dict[str, tuple[str, list[Any] | None]] = {
     "_ForwardRedirection": ("trl.models.utils", []),
+    "split_pixel_values_by_grid": ("trl.trainer.utils", ["batch"]),
+    "split_tensor_dict": ("trl.trainer.utils", ["tensor_dict", "num_chunks"]),
+    "unsplit_pixel_values_by_grid": ("trl.trainer.utils", ["batch"]),
     "_chunked_divergence_loss": (
         "trl.trainer.distillation_trainer",
         [

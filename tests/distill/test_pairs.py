@@ -62,6 +62,7 @@ OPTIONS = {
     },
     "updates": {"updates_per_rollouts": 2},
     "replay": {"updates_per_rollouts": 2, "replay_batches": 2},
+    "parts": {"updates_per_rollouts": 2, "num_mini_batches": 2},
     "served": {"teacher_server": "http://127.0.0.1:9", **NONE},
     "teachers": {"teachers": ["a=TEACHER", "b=OTHER"], **NONE},
     "one_in_memory": {"teachers_in_memory": "one", "teachers": ["a=TEACHER", "b=OTHER"], **NONE},
@@ -80,19 +81,19 @@ OPTIONS = {
 }  # fmt: skip
 #: Option → options that it refuses; each pair once.
 REFUSED = {
-    "sampled": "normalize beta updates replay lmbda top_p",
+    "sampled": "normalize beta updates parts replay lmbda top_p",
     "top_k": "beta normalize rollouts",
-    "negative": "rollouts lmbda beta normalize exopd prune updates replay",
-    "discord": "lmbda beta normalize mask exopd topd popd prune updates replay served teachers one_in_memory dtype "
-    "offload shard curriculum stage_teachers top_p completions",
-    "rollouts": "lmbda beta normalize baseline samples entropy mask exopd topd popd prune updates replay served "
+    "negative": "rollouts lmbda beta normalize exopd prune updates parts replay",
+    "discord": "lmbda beta normalize mask exopd topd popd prune updates parts replay served teachers one_in_memory "
+    "dtype offload shard curriculum stage_teachers top_p completions",
+    "rollouts": "lmbda beta normalize baseline samples entropy mask exopd topd popd prune updates parts replay served "
     "teachers one_in_memory dtype offload shard curriculum stage_teachers top_p completions",
     "lmbda": "baseline samples prune teachers one_in_memory curriculum stage_teachers",
     "mixed": "negative discord rollouts lmbda prune served teachers one_in_memory shard top_p",
     "beta": "baseline samples entropy exopd",
     "normalize": "baseline samples entropy exopd",
-    "baseline": "updates replay served top_p",
-    "samples": "updates replay served top_p",
+    "baseline": "updates parts replay served top_p",
+    "samples": "updates parts replay served top_p",
     "exopd": "served teachers one_in_memory",
     "prune": "served teachers one_in_memory",
     "served": "teachers one_in_memory dtype offload shard stage_teachers temperature",

@@ -188,8 +188,8 @@ def test_a_draw_depends_on_seed_and_step_alone_and_reaches_every_batch():
             made.add([{"completion_ids": torch.tensor([index])}])
         return made
 
-    first = [buffer(9).draw(step, 0) for step in range(40)]
-    assert [age for age, _ in first] == [age for age, _ in (buffer(9).draw(step, 0) for step in range(40))]
+    first = [buffer(9).draw(step, 0, 1) for step in range(40)]
+    assert [age for age, _ in first] == [age for age, _ in (buffer(9).draw(step, 0, 1) for step in range(40))]
     assert {int(micro_batch["completion_ids"]) for _, micro_batch in first} == {6, 7, 8}
     assert all(int(micro_batch["completion_ids"]) == 8 - age for age, micro_batch in first)
     full = buffer(2)

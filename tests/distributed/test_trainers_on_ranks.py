@@ -107,6 +107,20 @@ def test_a_run_goes_on_with_another_number_of_processes(mode, tmp_path):
     assert tokens == [row["num_tokens"] for row in metrics] == sorted(tokens)
 
 
+def test_parts_of_a_batch_on_two_processes(shared, tmp_path):
+    flags = ("--strategy", "newton_search", "--rows", 8, "--parts", 2)
+    folder, whole = shared(*flags)
+    searches, metrics = (list(read_rows(folder / f"{name}.jsonl")) for name in ("searches", "metrics"))
+    assert [row["step"] for row in searches] == [2, 3, 4]
+    assert [len(row["trials"][0]["per_example"]) for row in searches] == [8, 8, 8]  # 4 of each process
+    updated = [row["cost/update_forward_tokens"] for row in metrics]
+    assert updated[0] < updated[1] == metrics[0]["num_tokens"] and updated[3] == metrics[2]["num_tokens"]
+    shutil.copytree(folder, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-000004")
+    resumed = run(tmp_path / "part", *flags, "--resume")  # from step 2: the next batch
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_rollouts_that_two_steps_share_survive_on_every_rank(tmp_path):
     weights = []
     for flags in ((), ("--resume", tmp_path / "checkpoints" / "step-000003")):

@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--by-path", action="store_true", help="let the trainer load the student, as a command does")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of --rows prompts a step")
+    parser.add_argument("--parts", type=int, default=1, help="parts of a batch of rollouts, one per step")
     parser.add_argument("--kill-at", type=int, default=0, help="kill rank 1 in the first search after this step")
     parser.add_argument("--shard-teacher", action="store_true")
     parser.add_argument("--whole-share", type=float, default=0, help="above 0: the other answers have 2 tokens")
@@ -160,6 +161,8 @@ def main() -> None:
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.rows,
         gradient_accumulation_steps=arguments.accumulate,
+        updates_per_rollouts=arguments.parts,
+        num_mini_batches=arguments.parts,
         eval_steps=2,
         eval_on_start=True,
         eval_temperature=0.0,

@@ -19,6 +19,7 @@ from effopd.launch.memory_estimate import (
     _frozen_bytes,
     _peak,
     estimate_memory,
+    step_shape,
     teacher_choices,
 )
 from effopd.launch.model_size import ModelSize, model_size, size_of
@@ -239,6 +240,19 @@ def test_a_teacher_that_samples_along_takes_as_much_as_a_student_of_its_size():
         ("new", 8),
     ],
 )
+def test_a_step_samples_all_of_its_rollouts_at_once_and_trains_on_one_micro_batch_of_a_part(tmp_path):
+    def shape(**settings):
+        base = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 8}
+        opd = OPDConfig(**base | settings)
+        return step_shape(RunSettings(ModelConfig(), TaskConfig(), opd, EffOPDConfig("none")), prompt=5)
+
+    assert (shape().rows, shape().sampled) == (8, 8)
+    accumulated = shape(gradient_accumulation_steps=3)
+    assert (accumulated.rows, accumulated.sampled) == (8, 24)
+    parts = shape(updates_per_rollouts=4, num_mini_batches=4, gradient_accumulation_steps=3)
+    assert (parts.rows, parts.sampled) == (2, 24)
+
+
 def test_states_of_optimizers(optim, states):
     assert optimizer_state_bytes(optim) == states
     found = model_state_bytes(ModelSize(1000, "name"), 0, optim=optim, trained=100, weight_bytes=2)

@@ -49,6 +49,7 @@ _FORMER = {
     "lr": ("learning_rate", ""),
     "num_iterations": ("updates_per_rollouts", ""),
     "steps_per_generation": ("updates_per_rollouts", ""),
+    "num_ppo_epochs": ("updates_per_rollouts", ""),
 }
 _HOSTS = {"trl": "TRL's", "transformers": "transformers'"}
 #: Module of a dataclass in this package → its section of the help.

@@ -9,7 +9,10 @@ from effopd.compare.grid import Grid
 from effopd.compare.time_to_target import WINDOW
 
 #: Settings that give a step the same size, and those that place the evaluations.
-_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps", "updates_per_rollouts", "num_generations")
+_SIZE = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "updates_per_rollouts", "num_mini_batches",
+    "num_generations",
+)  # fmt: skip
 _SPACING = ("eval_strategy", "eval_steps", "eval_log_spacing")
 
 

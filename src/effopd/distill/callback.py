@@ -244,7 +244,7 @@ class EffOPDCallback(TrainerCallback):
             wanted=lambda: self._registered,
             host=self._host,
             score_timeout=self._score_timeout,
-            updates=self._updates,
+            updates=self._passes,
             seen=lambda: self._reused,
             averages=[average] if (average := getattr(self.trainer, "weight_average", None)) is not None else [],
         )
@@ -289,8 +289,10 @@ class EffOPDCallback(TrainerCallback):
         look = self.look_ahead
         if look is None or not self.waits_for_rollouts:
             return False
-        shared = self._updates > 1 and not self._reused
-        return self._searches(step) or (shared and look.finds_rate and look.due(step + 1))
+        if any(self._searches(each) for each in range(step, step + self._parts)):
+            return True
+        shared = self._passes > 1 and not self._reused
+        return shared and look.finds_rate and look.due(step + self._parts)
 
     def _searches(self, step: int) -> bool:
         """Whether a search runs before this step, on its rollouts or batch.
@@ -308,7 +310,10 @@ class EffOPDCallback(TrainerCallback):
     def _since(self, step: int) -> int:
         """The last step before which a search could run; what was due later waited for `step`."""
         assert self.look_ahead is not None
-        return max(step - self._updates, self.look_ahead.anchor_step, self.look_ahead.schedule_start + 1)
+        parts = self._parts
+        place = (step - 1) % (self._passes * parts)
+        waited = 1 if 0 < place < parts else (self._passes - 1) * parts + 1
+        return max(step - waited, self.look_ahead.anchor_step, self.look_ahead.schedule_start + 1)
 
     def _on_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Search on the next step's rollouts, before that step.
@@ -318,7 +323,8 @@ class EffOPDCallback(TrainerCallback):
         """
         scorer, trainer, look = self._rollouts, self.trainer, self.look_ahead
         assert scorer is not None
-        scorer.take(map(text_batch, rollouts), most=self._reused and look is not None and look.finds_rate)
+        many = self._reused or self._parts > 1
+        scorer.take(map(text_batch, rollouts), most=many and look is not None and look.finds_rate)
         if getattr(trainer, "predicts_ahead", False) and self._searches(trainer.state.global_step + 1):
             scorer.use_predictions(map(trainer.predict_ahead, rollouts))
         self._search_before_step(scorer)
@@ -331,15 +337,20 @@ class EffOPDCallback(TrainerCallback):
         self._search_before_step(scorer)
 
     @property
-    def _updates(self) -> int:
-        """Optimizer steps per batch of rollouts."""
-        return getattr(self.trainer.args, "updates_per_rollouts", 1)
+    def _parts(self) -> int:
+        """Parts of a batch of rollouts, one per optimizer step."""
+        return getattr(self.trainer.args, "num_mini_batches", 1)
+
+    @property
+    def _passes(self) -> int:
+        """Optimizer steps on each of these parts."""
+        return getattr(self.trainer.args, "updates_per_rollouts", 1) // self._parts
 
     @property
     def _reused(self) -> bool:
         """Whether the next step trains on rollouts that earlier steps trained on."""
-        reuses = getattr(self.trainer, "reuses_rollouts", None)
-        return reuses is not None and reuses()
+        repeats = getattr(self.trainer, "repeats_rollouts", None)
+        return repeats is not None and repeats()
 
     def _search_before_step(self, scorer: RolloutScorer | NextBatchLoss) -> None:
         state = self.trainer.state

@@ -234,6 +234,14 @@ class OPDConfig(
             "ones, except the one that finds the learning rate."
         },
     )
+    num_mini_batches: int = field(
+        default=1,
+        metadata={
+            "help": "Parts of a batch of rollouts: each optimizer step trains on one, all in turn. "
+            "updates_per_rollouts and per_device_train_batch_size are multiples of it. For large batches: with 8 and "
+            "updates_per_rollouts 8, a batch of 256 gives 8 steps on 32 rollouts."
+        },
+    )
     replay_batches: int = field(
         default=0,
         metadata={
@@ -279,10 +287,31 @@ class OPDConfig(
                 f"updates_per_rollouts={self.updates_per_rollouts}: loss_type={self.loss_type!r} is an estimate for "
                 "rollouts of the present weights. Use --loss_type full, or --updates_per_rollouts 1."
             )
+        self._check_parts()
         self._check_replay()
         self._check_extrapolation()
         self._check_horizon()
         self._check_with_teachers()
+
+    def _check_parts(self) -> None:
+        parts, updates, rows = self.num_mini_batches, self.updates_per_rollouts, self.per_device_train_batch_size
+        if updates % parts:
+            nearest = parts * max(1, round(updates / parts))
+            raise ConfigError(
+                f"num_mini_batches={parts} with updates_per_rollouts={updates}: every step trains on one part, and "
+                f"all parts equally often. Set --updates_per_rollouts to a multiple of {parts}, for example {nearest}."
+            )
+        if rows % parts:
+            raise ConfigError(
+                f"num_mini_batches={parts} with per_device_train_batch_size={rows}: the rows of every micro-batch are "
+                f"split. Set --per_device_train_batch_size to a multiple of {parts}, for example "
+                f"{parts * max(1, round(rows / parts))}."
+            )
+        if parts > 1 and self.horizon_whole_share:
+            raise ConfigError(
+                f"num_mini_batches={parts} with horizon_whole_share={self.horizon_whole_share}: a part can have no "
+                "whole answer to score. Set --horizon_whole_share 0, or --num_mini_batches 1."
+            )
 
     def _check_replay(self) -> None:
         if not self.replay_batches:

@@ -122,6 +122,11 @@ METHODS: list[Method] = [
         "full KL, f-divergence or teacher top k", "teacher, token",
         "several updates per batch, the last on a random one of the last 10 (dataset aggregation)", False, _TEACHER,
     ),
+    Method(
+        "Mini-batches", "data", "1707.06347", "--updates_per_rollouts 8 --num_mini_batches 8",
+        "full KL, f-divergence or teacher top k", "teacher, token",
+        "a large batch of rollouts in parts, one update on each (PPO)", False, _TEACHER,
+    ),
     # -- schedules
     Method(
         "ESR", "schedule", "2605.27028", "--rollout_horizon esr --horizon_tokens 100", "any", "any",

@@ -15,7 +15,7 @@ _UNREAD = (
     "top_p", "top_k", "min_p", "repetition_penalty",
     "generation_kwargs", "cache_implementation", "use_transformers_continuous_batching",
     "token_mask", "beta", "normalize_beta", "baseline", "samples_per_prefix", "updates_per_rollouts",
-    "replay_batches", "curriculum", "lmbda", "traces", "teacher_mixed_alpha",
+    "num_mini_batches", "replay_batches", "curriculum", "lmbda", "traces", "teacher_mixed_alpha",
 )  # fmt: skip
 #: Losses on stored answers: of the student, and of the teacher.
 OFFLINE_LOSSES = ("sampled", "discord")

@@ -58,15 +58,19 @@ class ReplayBuffer:
         for batch in batches:
             self.add(batch)
 
-    def draw(self, step: int, index: int) -> tuple[int, dict[str, Any]]:
+    def draw(self, step: int, index: int, size: int) -> tuple[int, dict[str, Any]]:
         """How many batches ago the batch for a step was sampled, and one of its micro-batches.
 
         Args:
             step: completed optimizer steps.
-            index: of the micro-batch.
+            index: of the micro-batch among those of the step.
+            size: micro-batches per step. Of a batch in several parts, one part is drawn.
         """
-        chosen = random.Random(f"{self._seed}:{step}").randrange(len(self.batches))
-        return len(self.batches) - 1 - chosen, send_to_device(self.batches[chosen][index], self._device)
+        draw = random.Random(f"{self._seed}:{step}")
+        chosen = draw.randrange(len(self.batches))
+        batch = self.batches[chosen]
+        part = draw.randrange(len(batch) // size)
+        return len(self.batches) - 1 - chosen, send_to_device(batch[part * size + index], self._device)
 
 
 def _parked(micro_batch: dict[str, Any]) -> dict[str, Any]:

@@ -48,10 +48,12 @@ class RolloutCycleCallback(TrainerCallback):
     def _shape(self) -> list[int]:
         """Settings that must match for saved rollouts to be usable."""
         args = self._trainer.args
+        parts = getattr(args, "num_mini_batches", 1)
         return [
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
             *self._factors,
+            *([parts] if parts > 1 else []),  # older checkpoints have none
         ]
 
     @property

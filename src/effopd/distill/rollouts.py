@@ -5,7 +5,7 @@ ids below `vocab_size` only  →  one `generate` call per exact group  →  log 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from effopd.distill.sampled_logps import engine_logps, padded, recording
 from effopd.distill.scoring import token_batch
 from effopd.distill.teachers.kept import share
 from effopd.distill.trl_host.hooks import DistillationHooks
-from effopd.distill.trl_host.state import log_metrics
+from effopd.distill.trl_host.state import log_metrics, split_rollouts
 from effopd.errors import CompatibilityError, ConfigError
 from effopd.models.sampler_check import generate_groups
 from effopd.tasks.generate import tokens_beyond
@@ -65,26 +65,54 @@ class RolloutMixin(DistillationHooks):
         """Whether the loss needs the engine's log-probability of every sampled token."""
         return self.use_vllm and self.args.loss_type == "sampled"
 
+    @property
+    def _place_in_cycle(self) -> int:
+        """Completed optimizer steps on the present rollouts."""
+        return self.state.global_step % self.args.updates_per_rollouts
+
     def reuses_rollouts(self) -> bool:
-        return self.state.global_step % self.args.updates_per_rollouts != 0
+        return self._place_in_cycle != 0
+
+    def repeats_rollouts(self) -> bool:
+        """Whether an earlier optimizer step trained on the rollouts of this one."""
+        return self._place_in_cycle >= self.args.num_mini_batches
+
+    def divided_rollouts(self, rollouts):
+        """The rows of all micro-batches in `num_mini_batches` parts, the first part first."""
+        parts = self.args.num_mini_batches
+        if parts == 1:
+            return super().divided_rollouts(rollouts)
+        by_part = list(zip(*(split_rollouts(micro_batch, parts) for micro_batch in rollouts), strict=True))
+        counts = torch.stack([torch.stack([self._item_count(each) for each in part]).sum() for part in by_part])
+        counts = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
+        for part, count in zip(by_part, counts, strict=True):
+            for micro_batch in part:
+                micro_batch["num_items_in_batch"] = count
+        return [micro_batch for part in by_part for micro_batch in part]
 
     def rollouts_sampled(self, rollouts):
         """Let the steps that share these rollouts share the teacher's predictions."""
         super().rollouts_sampled(rollouts)
+        passes = self.args.updates_per_rollouts // self.args.num_mini_batches
         if self.replay is not None:
             self.replay.add(rollouts)
-        elif self.args.updates_per_rollouts > 1:
+        elif passes > 1:
             for micro_batch in rollouts:
-                share(micro_batch, self.args.updates_per_rollouts)
+                share(micro_batch, passes)
 
     def reused_rollouts(self, rollouts, index):
-        """The last rollouts; in the last step of a cycle, with replay, one of the last batches."""
-        step = self.state.global_step
-        if self.replay is None or (step + 1) % self.args.updates_per_rollouts:
-            return super().reused_rollouts(rollouts, index)
-        age, drawn = self.replay.draw(step, index)
+        """This step's part; with replay, the last step of a cycle draws one of the last batches."""
+        size = self.args.gradient_accumulation_steps
+        if self.replay is None or self._place_in_cycle + 1 < self.args.updates_per_rollouts:
+            return super().reused_rollouts(rollouts, self._place_in_cycle % self.args.num_mini_batches * size + index)
+        age, drawn = self.replay.draw(self.state.global_step, index, size)
         log_metrics(self, {"replay/age": age})
         return drawn
+
+    def upcoming_rollouts(self, rollouts):
+        """In the first pass over the parts, those that no step has trained on yet."""
+        done = 0 if self.repeats_rollouts() else self._place_in_cycle
+        return rollouts[done * self.args.gradient_accumulation_steps :]
 
     def around_turn(self, generate, prompt_ids, *, multimodal):
         if self._reads_engine:
@@ -128,19 +156,21 @@ class RolloutMixin(DistillationHooks):
         if self.sampler_rows is not None:
             output["sampler_logps"] = padded(self.sampler_rows, output["completion_ids"])
         self.sampler_rows = None
-        trained_BT = token_batch(output).scored_BT
         if self.args.token_mask == "first_special" and self.model.training:
-            ids_BT = output["completion_ids"]
+            ids_BT, trained_BT = output["completion_ids"], token_batch(output).scored_BT
             output["train_mask"] = trained_BT & ~first_occurrences(ids_BT, trained_BT, self._special_groups)
-            trained_BT = output["train_mask"]
+        by_answer, share = self.args.loss_weighting == "answer", self.args.highest_entropy_share
+        if by_answer or "train_mask" in output or share < 1:  # otherwise the host counts the same
+            output["num_items_in_batch"] = self.accelerator.gather(self._item_count(output)).sum()
+        return output
+
+    def _item_count(self, rollouts: Mapping[str, Any]) -> Tensor:
+        """Tokens or answers that the loss sums over; the host divides by their number."""
+        trained_BT = rollouts["train_mask"] if "train_mask" in rollouts else token_batch(rollouts).scored_BT
         count_B = trained_BT.sum(1)
         if self.args.highest_entropy_share < 1 and self.model.training:
             count_B = share_sizes(trained_BT, self.args.highest_entropy_share)
-        if self.args.loss_weighting == "answer":  # the host divides the summed loss by this
-            output["num_items_in_batch"] = self.accelerator.gather((count_B > 0).sum()).sum()
-        elif "train_mask" in output or self.args.highest_entropy_share < 1:
-            output["num_items_in_batch"] = self.accelerator.gather(count_B.sum()).sum()
-        return output
+        return (count_B > 0).sum() if self.args.loss_weighting == "answer" else count_B.sum()
 
     @cached_property
     def _special_groups(self) -> list[list[int]]:

@@ -96,8 +96,13 @@ def _tokenizer(trainer: Any) -> Any:
 
 
 def rollouts_per_step(args: Any) -> int:
-    """Number of rollouts per optimizer step, over all processes."""
+    """Number of rollouts that are sampled at once, over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def rollouts_per_update(args: Any) -> int:
+    """Number of rollouts that an optimizer step trains on, over all processes."""
+    return rollouts_per_step(args) // getattr(args, "num_mini_batches", 1)
 
 
 def wanted_rollouts(args: Any, rollouts: float) -> int:
@@ -122,7 +127,7 @@ def wanted_rollouts(args: Any, rollouts: float) -> int:
     """
     if rollouts >= 1:
         return int(rollouts)
-    sampled = rollouts_per_step(args)
+    sampled = rollouts_per_update(args)
     return min(max(int(sampled * rollouts), min(sampled // 2, _HALF_UP_TO), FEWEST), MOST)
 
 
@@ -136,7 +141,7 @@ def first_rollouts(args: Any, rollouts: float) -> int:
 
 def comparable_rollouts(args: Any) -> int:
     """Number of rollouts per step that a search can score: the whole ones, if some are cut."""
-    sampled, share = rollouts_per_step(args), getattr(args, "horizon_whole_share", 0.0)
+    sampled, share = rollouts_per_update(args), getattr(args, "horizon_whole_share", 0.0)
     return args.world_size * share_of(sampled // args.world_size, share) if share else sampled
 
 
@@ -161,7 +166,7 @@ def check_rollouts(args: Any, rollouts: float) -> None:
         share = " --horizon_whole_share," if getattr(args, "horizon_whole_share", 0.0) else ""
         raise ConfigError(
             "the scorer 'teacher_kl' needs at least 2 rollouts per step to estimate a standard error; this run, on "
-            f"{args.world_size} process(es), samples {rollouts_per_step(args)} and scores {scored}. Raise{share} "
+            f"{args.world_size} process(es), trains on {rollouts_per_update(args)} and scores {scored}. Raise{share} "
             "--per_device_train_batch_size, --gradient_accumulation_steps or --effopd.score_rollouts."
         )
 
@@ -200,17 +205,18 @@ def rollout_scorer(trainer: Any, rollouts: float = 0.25) -> RolloutScorer:
 
 
 def _warn_of_few(args: Any, wanted: int) -> None:
-    sampled = rollouts_per_step(args)
+    sampled, parts = rollouts_per_update(args), getattr(args, "num_mini_batches", 1)
     if sampled < wanted and rank() == 0:
         logger.warning(
-            "The look-ahead is set to score %d rollouts per step (--effopd.score_rollouts) but a step samples %d "
-            "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d process(es)). All of them are "
-            "scored, which makes decisions noisier. Raise one of the two, or lower --effopd.score_rollouts.",
+            "The look-ahead is set to score %d rollouts per step (--effopd.score_rollouts) but a step has %d "
+            "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d process(es)%s). All of them "
+            "are scored, which makes decisions noisier. Raise one of the two, or lower --effopd.score_rollouts.",
             wanted,
             sampled,
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
             world_size(),
+            f" / --num_mini_batches {parts}" if parts > 1 else "",
         )
 
 

@@ -110,7 +110,7 @@ RANGES: dict[str, Range] = {
     "prune_start_length": _FROM_1, "prune_min_length": _FROM_1, "prune_step": _FROM_1, "prune_margin": _FROM_0,
     "curriculum_stages": _FROM_1, "prune_hit_share": _PART, "prune_patience": _FROM_1,
     "health_tokens": _FROM_0, "horizon_tokens": _FROM_1, "horizon_whole_share": _BELOW_1,
-    "updates_per_rollouts": _FROM_1, "replay_batches": Range(2, also=(0,)),
+    "updates_per_rollouts": _FROM_1, "num_mini_batches": _FROM_1, "replay_batches": Range(2, also=(0,)),
     "discord_temperature": _ABOVE_0, "lmbda": _SHARE, "teacher_mixed_alpha": _BELOW_1,
     "advantage_clip": _ABOVE_0, "max_drift": Range(0, 1, above=True, below=True),
     # this package's objectives

@@ -19,7 +19,7 @@ from rich.text import Text
 from effopd.common.statistics import share_of
 from effopd.distill.horizon import horizon_length
 from effopd.distill.residuals import residualized
-from effopd.distill.scoring import first_rollouts, rollouts_per_step, wanted_rollouts
+from effopd.distill.scoring import first_rollouts, rollouts_per_step, rollouts_per_update, wanted_rollouts
 from effopd.launch.memory_estimate import (
     NOT_COUNTED,
     SETUPS,
@@ -244,9 +244,10 @@ def _look_text(effopd: Any, opd: Any) -> str:
         parts.append(f"{effopd.validation_size} validation prompts: up to {each:,} sampled tokens per candidate")
     elif effopd.scorer == "teacher_kl":
         wanted = wanted_rollouts(opd, effopd.score_rollouts)
-        scored = min(wanted, rollouts_per_step(opd))
+        scored = min(wanted, rollouts_per_update(opd))
         fewer = f" (all of a step, instead of {wanted})" if scored < wanted else ""
-        first = min(first_rollouts(opd, effopd.score_rollouts), rollouts_per_step(opd))
+        new = rollouts_per_step(opd) - (rollouts_per_update(opd) if opd.num_mini_batches > 1 else 0)
+        first = min(first_rollouts(opd, effopd.score_rollouts), new)
         more = f" ({first} in the first search)" if _sets_rate_early(effopd, opd) and first > scored else ""
         parts.append(f"scores {scored} rollouts per candidate{fewer}{more}, samples nothing")
     return ", ".join(parts)

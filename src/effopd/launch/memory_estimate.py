@@ -342,9 +342,10 @@ def step_shape(settings: RunSettings, prompt: int) -> StepShape:
     """
     opd = settings.opd
     return StepShape(
-        rows=opd.per_device_train_batch_size,
+        rows=opd.per_device_train_batch_size // opd.num_mini_batches,
         prompt=prompt,
         answer=opd.max_completion_length or 0,
+        sampled=opd.per_device_train_batch_size * opd.gradient_accumulation_steps,
         eval_rows=opd.per_device_eval_batch_size if evaluates(opd) else 0,
         health_tokens=opd.health_tokens,
         checkpointing=bool(opd.activation_checkpointing),

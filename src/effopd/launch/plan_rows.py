@@ -10,6 +10,7 @@ from trl import ModelConfig
 
 from effopd.common.host_values import name_of
 from effopd.distill.optimizers.settings import default_of
+from effopd.distill.scoring import rollouts_per_update
 from effopd.launch.adapters import adapter_config
 from effopd.launch.model_size import ModelSize
 from effopd.launch.model_states import BF16, FP32
@@ -74,6 +75,8 @@ def rollouts_used_text(opd: Any, replay: int | None) -> str:
     if opd.updates_per_rollouts == 1:
         return ""
     text = f"{opd.updates_per_rollouts} updates per batch"
+    if opd.num_mini_batches > 1:
+        text += f", each on one of {opd.num_mini_batches} parts ({rollouts_per_update(opd):,} prompts)"
     if opd.replay_batches:
         text += f", the last one on one of the last {opd.replay_batches} batches (replay)"
         text += "" if replay is None else f"; up to {replay / 1e9:,.3g} GB of host memory per process"

@@ -89,8 +89,9 @@ class HostEvents:
             stopped: called after an epoch that raised, or after which `active` is False.
             rate_multiplier: factor on the logged learning rate; the host logs only the schedule's
                 rate.
-            rollouts_ready: called once per optimizer step with its micro-batches, before training
-                on any of them. If it calls `drop_rollouts`, the step samples again.
+            rollouts_ready: called once per optimizer step with the micro-batches that it and later
+                steps train on, its own first, before training on any of its own. If it calls
+                `drop_rollouts`, the step samples again.
             batch_ready: called once per optimizer step with its micro-batches, before training on
                 any of them, and with the number of items that the host divides the loss by. For
                 any trainer.
@@ -134,7 +135,8 @@ def _announced_inputs(trainer: Any, active: Callable[[], bool], ready: Callable[
         inputs = prepare(generation_batch)
         if trainer.model.training and trainer.state.global_step != announced[0] and active():
             announced[0] = trainer.state.global_step
-            ready(trainer._buffered_inputs)
+            upcoming = getattr(trainer, "upcoming_rollouts", None)
+            ready(trainer._buffered_inputs if upcoming is None else upcoming(trainer._buffered_inputs))
             if trainer._buffered_inputs is None:
                 inputs = prepare(generation_batch)
         return inputs

@@ -194,6 +194,8 @@ class HostHooks(_Host):
 class DistillationHooks(HostHooks):
     """`HostHooks` of `trl.DistillationTrainer`."""
 
+    _buffered_inputs: list[dict[str, Any]] | None
+
     def distillation_loss(self, student: Any, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Hook: loss of a micro-batch, Σ student entropy and number of positions.
 
@@ -205,6 +207,10 @@ class DistillationHooks(HostHooks):
         """Hook: whether this optimizer step trains on the rollouts of the last one."""
         return False
 
+    def divided_rollouts(self, rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Hook: the micro-batches to keep of those just sampled, the first step's first."""
+        return rollouts
+
     def rollouts_sampled(self, rollouts: Sequence[dict[str, Any]]) -> None:
         """Hook: the micro-batches of the optimizer steps to come, called before each of them."""
 
@@ -212,12 +218,21 @@ class DistillationHooks(HostHooks):
         """Hook: a micro-batch of a step that samples none, given the last sampled ones."""
         return rollouts[index]
 
+    def upcoming_rollouts(self, rollouts: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Hook: the kept micro-batches of the steps to come, the next step's first."""
+        return rollouts
+
     def _prepare_inputs(self, generation_batch):
-        if self.model.training and self._buffered_inputs is not None and self.reuses_rollouts():
-            return self.reused_rollouts(self._buffered_inputs, self._step % self.args.gradient_accumulation_steps)
+        held, place = self._buffered_inputs, self._step % self.args.gradient_accumulation_steps
+        if self.model.training and held is not None and self.reuses_rollouts():
+            return self.reused_rollouts(held, place)
         inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training:
-            self.rollouts_sampled(self._buffered_inputs)
+        rollouts = self._buffered_inputs
+        if self.model.training and rollouts is not None:
+            if rollouts is not held:
+                self._buffered_inputs = rollouts = self.divided_rollouts(rollouts)
+                inputs = rollouts[place]
+            self.rollouts_sampled(rollouts)
         return inputs
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object
 from transformers import Trainer
 from trl import DistillationTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 
 def resumed_checkpoint(trainer: Any) -> Path | None:
@@ -44,6 +45,12 @@ def rollouts_in_use(trainer: Any) -> tuple[int, Any]:
 def use_rollouts(trainer: Any, position: int, rollouts: Any) -> None:
     """Set position and buffered rollouts; `rollouts=None`: sample new ones."""
     trainer._step, trainer._buffered_inputs = position, rollouts
+
+
+def split_rollouts(rollouts: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
+    """A micro-batch in parts of equally many rows, in order; images stay with their rows."""
+    divided = split_tensor_dict(split_pixel_values_by_grid(rollouts), parts)
+    return [unsplit_pixel_values_by_grid(part) for part in divided]
 
 
 #: A step so far back that every interval since it has passed.
