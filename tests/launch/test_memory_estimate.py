@@ -229,17 +229,6 @@ def test_a_teacher_that_samples_along_takes_as_much_as_a_student_of_its_size():
     assert along.sampling == 2 * alone.sampling > 0 and along.loss == alone.loss
 
 
-@pytest.mark.parametrize(
-    ("optim", "states"),
-    [
-        ("adamw_torch_fused", 8),
-        ("sgd", 0),
-        ("paged_adamw_8bit", 2),
-        ("adamw_torch_4bit", 1),
-        ("adafactor", 0.1),
-        ("new", 8),
-    ],
-)
 def test_a_step_samples_all_of_its_rollouts_at_once_and_trains_on_one_micro_batch_of_a_part(tmp_path):
     def shape(**settings):
         base = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 8}
@@ -253,6 +242,17 @@ def test_a_step_samples_all_of_its_rollouts_at_once_and_trains_on_one_micro_batc
     assert (parts.rows, parts.sampled) == (2, 24)
 
 
+@pytest.mark.parametrize(
+    ("optim", "states"),
+    [
+        ("adamw_torch_fused", 8),
+        ("sgd", 0),
+        ("paged_adamw_8bit", 2),
+        ("adamw_torch_4bit", 1),
+        ("adafactor", 0.1),
+        ("new", 8),
+    ],
+)
 def test_states_of_optimizers(optim, states):
     assert optimizer_state_bytes(optim) == states
     found = model_state_bytes(ModelSize(1000, "name"), 0, optim=optim, trained=100, weight_bytes=2)
