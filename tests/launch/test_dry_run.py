@@ -115,11 +115,11 @@ def test_the_plan_names_objective_optimizer_and_use_of_rollouts(tmp_path):
         "schedule cosine after a warm-up of 5 step(s)"
     )
     assert rows["average of weights"] == "ema, decay 0.9; evaluated and saved"
-    parts = ["--updates_per_rollouts", "8", "--num_mini_batches", "4", "--per_device_train_batch_size", "64"]
-    rows = plan([*PAIR, *parts, "--effopd.strategy", "newton_search"], tmp_path)
-    assert rows["use of rollouts"] == "8 updates per batch, each on one of 4 parts (16 prompts)"
-    assert "scores 8 rollouts per candidate (32 in the first search)" in rows["look-ahead"]
     assert rows["k-step Lookahead"] == "every 5 steps, 0.5 of the way"
+    parts = ["--updates_per_rollouts", "8", "--num_mini_batches", "4", "--per_device_train_batch_size", "16"]
+    rows = plan([*PAIR, *parts, "--effopd.strategy", "newton_search"], tmp_path)
+    assert rows["use of rollouts"] == "8 updates per batch, each on one of 4 parts (4 prompts)"
+    assert "scores 4 rollouts per candidate (12 in the first search)" in rows["look-ahead"]
 
 
 def test_the_plan_names_adapter_and_resumed_step(tmp_path, monkeypatch):

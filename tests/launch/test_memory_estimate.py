@@ -233,7 +233,9 @@ def test_a_step_samples_all_of_its_rollouts_at_once_and_trains_on_one_micro_batc
     def shape(**settings):
         base = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 8}
         opd = OPDConfig(**base | settings)
-        return step_shape(RunSettings(ModelConfig(), TaskConfig(), opd, EffOPDConfig("none")), prompt=5)
+        return step_shape(
+            RunSettings(ModelConfig(), TaskConfig("testbed:chain_sum"), opd, EffOPDConfig("none")), prompt=5
+        )
 
     assert (shape().rows, shape().sampled) == (8, 8)
     accumulated = shape(gradient_accumulation_steps=3)
