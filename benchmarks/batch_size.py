@@ -1,9 +1,11 @@
 """Tables of docs/batch_size.md: small against large batches; `readme_results.py` writes them.
 
-Nothing is run. Two comparisons:
+Nothing is run. Three comparisons:
 
 - The results.json in docs/tail and docs/tail_spell_backward: 8 to 256 prompts per batch of
   rollouts, with reuse (recipes/compare-tail.yaml, compare-tail-spell-backward.yaml).
+- docs/mini_batches/results.json: 256 prompts per batch of rollouts, in parts
+  (recipes/compare-mini-batches.yaml).
 - docs/results.json with 256 prompts per step against docs/ablation/results.json with 32: the same
   models, tasks, seeds and held-out prompts. The target is the final KL of plain OPD with the large
   batch at the reference learning rate. Speed-ups are over `line_search` with the large batch from
@@ -28,7 +30,9 @@ from rivals import (
     costs,
     ends_table,
     heads,
+    hindsight_table,
     priced,
+    quotient,
     run_cost,
     spread,
     steps_table,
@@ -43,6 +47,8 @@ STRATEGIES = ("plain", "line_search")
 REUSE, PROMPTS = "newton_search-schedule-free-3", "-prompts-"
 #: The look-ahead of the README's table and of `single_table`.
 HEADLINE = REUSE + "-replay-topd" + PROMPTS + "8"
+#: The look-ahead with 256 prompts per batch of rollouts: whole, and in 8 parts.
+WHOLE, PARTS = REUSE + PROMPTS + "256", "newton_search-schedule-free-parts-8-passes-3-prompts-256"
 #: Targets for which docs/early counts.
 EARLY_SHARES = tuple(share for share in FEW_SHARES if share >= Hindsight.EARLY)
 #: Parts of a run.
@@ -67,6 +73,40 @@ def tail_blocks(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) ->
         "tail, steps": stacked([steps_table(grid, FEW_SHARES) for grid in grids]),
         "tail, ends": stacked([ends_table(grid) for grid in grids]),
     }
+
+
+def parts_blocks(parts: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Generated blocks of the comparison with batches of rollouts in parts.
+
+    Args:
+        parts: results.json of the grid with parts.
+        grids: results.json of the grids with whole batches, one per task.
+    """
+    return {
+        "parts": hindsight_table(parts, FEW_SHARES),
+        "parts, gain": parts_gain_table(parts, grids),
+        "parts, steps": steps_table(parts, FEW_SHARES),
+        "parts, ends": ends_table(parts),
+    }
+
+
+def parts_gain_table(parts: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> str:
+    """Priced cost with every step on the whole batch, over that with the batch in parts."""
+    rows, split, reference = [], Hindsight(parts, priced), Lookup(parts).reference
+    own = PARTS, reference
+    for results in grids:
+        whole = Hindsight(results, priced, same_prompts(results, WHOLE))
+        for task in Lookup(results).tasks:
+            pairs = {
+                "`newton_search`, from ×1": [
+                    (whole.cost(task, (WHOLE, reference), share), split.cost(task, own, share)) for share in FEW_SHARES
+                ],
+                "fastest tuned run": [(whole.best(task, share)[0], split.best(task, share)[0]) for share in FEW_SHARES],
+            }
+            for label, each in pairs.items():
+                cells = (one_ratio(quotient(*pair)) for pair in each)
+                rows.append([f"`{task.split(':')[1]}`", label, *cells])
+    return table(["task", "run", *heads(FEW_SHARES)], rows)
 
 
 def held_out_blocks(results: Mapping[str, Any]) -> dict[str, str]:

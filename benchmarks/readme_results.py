@@ -23,7 +23,7 @@ from typing import Any
 import readme_figure
 import rivals
 import targets_figure
-from batch_size import held_out_blocks, readme_table, settings_table, speed_table, tail_blocks
+from batch_size import held_out_blocks, parts_blocks, readme_table, settings_table, speed_table, tail_blocks
 from pages import DOCS, rewrite
 from rich.console import Console
 
@@ -293,7 +293,7 @@ def published(docs: Path = DOCS) -> dict[str, Any]:
         "gate_noise": "gate_noise.json", "gate_power": "gate_power.json", "demo": "demo/chain_sum-seed-0.json",
         "rivals": "rivals/results.json", "other_teacher": "other_teacher/results.json",
         "tail": "tail/results.json", "tail_spell_backward": "tail_spell_backward/results.json",
-        "held_out": "held_out/results.json", "early": "early/results.json",
+        "held_out": "held_out/results.json", "early": "early/results.json", "parts": "mini_batches/results.json",
     }  # fmt: skip
     return {name: json.loads((docs / path).read_text()) for name, path in files.items()}
 
@@ -313,6 +313,7 @@ def blocks(docs: Mapping[str, Any]) -> dict[Path, dict[str, str]]:
             "settings": settings_table(*grids),
             "speed": speed_table(*grids),
             **tail_blocks([docs[name] for name in TAILS], docs["early"]),
+            **parts_blocks(docs["parts"], [docs[name] for name in TAILS]),
         },
         DOCS / "tutorials" / "quickstart.md": {"demo": demo(docs["demo"])},
     }

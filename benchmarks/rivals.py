@@ -244,10 +244,7 @@ class Hindsight:
         early = self._grid(share)
         both = rival in early.competing(task) and own in early.ran(task, own[0])
         grid = early if both else self
-        other, mine = grid.cost(task, rival, share), grid.cost(task, own, share)
-        if math.isinf(mine):
-            return math.nan if math.isinf(other) else 0.0
-        return other / mine
+        return quotient(grid.cost(task, rival, share), grid.cost(task, own, share))
 
     def lead(self, task: str, own: Arm, share: float) -> float:
         """Smallest `ratio` over the baselines' arms: that of the fastest one."""
@@ -277,6 +274,13 @@ class Hindsight:
         """Name of the best baseline."""
         cost, arm = self.best(task, share)
         return "none" if arm is None or math.isinf(cost) else f"`{arm[0]}` {factor(arm[1], self._look.reference)}"
+
+
+def quotient(other: float, own: float) -> float:
+    """other / own; ∞: only `own` is finite, 0: only `other` is, NaN: neither is."""
+    if math.isinf(own):
+        return math.nan if math.isinf(other) else 0.0
+    return other / own
 
 
 def run_cost(run: Mapping[str, Any], share: float, cost: Cost) -> float:

@@ -180,6 +180,10 @@ def test_a_search_scores_a_share_of_what_a_step_trains_on():
             {"num_mini_batches": 2, "updates_per_rollouts": 2, "rollout_horizon": "topd", "horizon_whole_share": 0.5},
             "num_mini_batches=2 with horizon_whole_share=0.5",
         ),
+        (
+            {"num_mini_batches": 2, "updates_per_rollouts": 2, "rollout_horizon": "prune"},
+            "num_mini_batches=2 with rollout_horizon='prune'",
+        ),
         ({"num_mini_batches": 0}, "num_mini_batches"),
         ({"num_mini_batches": 2, "updates_per_rollouts": 2, "loss_type": "sampled"}, "updates_per_rollouts=2: loss"),
     ],

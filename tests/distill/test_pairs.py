@@ -95,7 +95,7 @@ REFUSED = {
     "baseline": "updates parts replay served top_p",
     "samples": "updates parts replay served top_p",
     "exopd": "served teachers one_in_memory",
-    "prune": "served teachers one_in_memory",
+    "prune": "parts served teachers one_in_memory",
     "served": "teachers one_in_memory dtype offload shard stage_teachers temperature",
     "replay": "stage_teachers one_in_memory",
     "teachers": "shard stage_teachers",

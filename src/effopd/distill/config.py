@@ -307,6 +307,11 @@ class OPDConfig(
                 f"split. Set --per_device_train_batch_size to a multiple of {parts}, for example "
                 f"{parts * max(1, round(rows / parts))}."
             )
+        if parts > 1 and self.rollout_horizon == "prune":
+            raise ConfigError(
+                f"num_mini_batches={parts} with rollout_horizon='prune': the length of the next rollouts follows all "
+                "answers of a step, and a part has some of them. Use another horizon, or --num_mini_batches 1."
+            )
         if parts > 1 and self.horizon_whole_share:
             raise ConfigError(
                 f"num_mini_batches={parts} with horizon_whole_share={self.horizon_whole_share}: a part can have no "

@@ -94,7 +94,7 @@ class PruneCallback(HorizonCallback):
         bad_BT[valid_BT] = overlap_N < args.prune_threshold
         reliability_BT = reliability(bad_BT, args.prune_drop)
         weight_BT = token_weights(reliability_BT, args.prune_base_weight, normalize=args.prune_normalize)
-        if not self._trainer.repeats_rollouts():
+        if not self._trainer.reuses_rollouts():
             reliable_B = reliable_lengths(reliability_BT, valid_BT)
             tally = self._tally
             tally.answers += len(reliable_B)

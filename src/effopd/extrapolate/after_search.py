@@ -157,12 +157,12 @@ class OptimizerUpdate:
             clear_state(self._optimizer)
         if self.rate is None:
             return None
-        shared = self.after_one_of_several
+        settles = self.finds_rate and self._updates > 1
         factor = self._factor(self.rate, result, history) if tried else 1.0
         self.rate.factor *= factor
         if self._calibrates and tried and (self.rate.calibrated is None or factor > 1):
             self.rate.calibrated = self.rate.factor
-            if shared:
+            if settles:
                 self.rate.settled = self.rate.factor / self._updates**0.5
             elif self.rate.settled is not None:
                 self.rate.settled *= factor
