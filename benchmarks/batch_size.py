@@ -101,7 +101,9 @@ def parts_gain_table(parts: Mapping[str, Any], grids: Sequence[Mapping[str, Any]
                 "`newton_search`, from ×1": [
                     (whole.cost(task, (WHOLE, reference), share), split.cost(task, own, share)) for share in FEW_SHARES
                 ],
-                "fastest tuned run": [(whole.best(task, share)[0], split.best(task, share)[0]) for share in FEW_SHARES],
+                "fastest tuned run": [
+                    (whole.best(task, share)[0], split.best(task, share)[0]) for share in FEW_SHARES
+                ],
             }
             for label, each in pairs.items():
                 cells = (one_ratio(quotient(*pair)) for pair in each)

@@ -344,3 +344,25 @@ def test_an_optimizer_without_a_learning_rate_is_not_adapted(caplog):
         look.step(step)
     assert look.learning_rate_factor == 1.0 and any(search.accepted_scale for search in look.history)
     assert "does not adapt its learning rate" in caplog.text
+
+
+def test_repeated_examples_take_at_most_the_rate_that_a_run_settles_at():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer, seen = torch.optim.SGD([weight], lr=1.0), False
+    rate = LearningRateMultiplier(optimizer, seen=lambda: seen)
+    rate.factor, rate.settled = 4.0, 2.0
+
+    def applied():
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        return rate.applied
+
+    assert applied() == 4.0
+    seen = True
+    assert applied() == 4.0  # the margin of the slope lowers it instead
+    rate.bounds_repeats = True
+    assert applied() == 2.0 and weight.item() == -10.0 and rate.factor == 4.0
+    rate.factor = 1.0
+    assert applied() == 1.0
+    rate.factor, seen = 4.0, False
+    assert applied() == 4.0

@@ -158,24 +158,29 @@ def test_points_that_are_not_finite_are_passed_over():
     assert bad.accepted_scale == 0.0 and len(bad.trials) == 1
 
 
-@pytest.mark.parametrize("seen", [False, True])
-def test_after_one_of_several_steps_the_rate_starts_above_what_it_settles_at(seen):
-    """The full share first; 1/√k of it where the large margin ends. Later rises move both."""
+@pytest.mark.parametrize(("seen", "updates"), [(False, 1), (False, 4), (True, 4)])
+def test_with_several_steps_on_a_rollout_the_rate_starts_above_what_it_settles_at(seen, updates):
+    """The full share first; 1/√k of it where the large margin ends. Later rises move both.
+
+    The first search is on rollouts that were trained on, or on other parts of their batch.
+    """
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
     config = EffOPDConfig("newton_search")
-    update = OptimizerUpdate(config, optimizer, lambda: True, updates=4, seen=lambda: seen)
+    update = OptimizerUpdate(config, optimizer, lambda: True, updates=updates, seen=lambda: seen)
     assert update.after_one_of_several is seen
+    settles = updates > 1
 
     def after(best):
         update.after(SearchResult(best, (Trial(0.0, Score(0.0), "start"), Trial(best, Score(1.0), "accepted"))), [])
         return update.factor, update.rate.settled
 
-    assert after(39.0) == (10.0, 5.0 if seen else None)
+    assert after(39.0) == (10.0, 5.0 if settles else None)
     assert update.after_one_of_several is False
-    assert after(15.0) == (20.0, 10.0 if seen else None)
+    assert after(15.0) == (20.0, 10.0 if settles else None)
     resumed = OptimizerUpdate(config, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]), lambda: True)
     resumed.resume(update.state_dict(), [])
     assert (resumed.factor, resumed.rate.settled) == (20.0, update.rate.settled)
+    assert resumed.rate.bounds_repeats is update.rate.bounds_repeats is (settles and not seen)
 
 
 def test_the_gate_asks_forward_jumps_for_significance():

@@ -112,6 +112,7 @@ class OptimizerUpdate:
             "highest_rate": 0.0 if self.rate is None else self.rate.highest,
             "calibrated_factor": None if self.rate is None else self.rate.calibrated,
             "settled_factor": None if self.rate is None else self.rate.settled,
+            "bounds_repeats": self.rate is not None and self.rate.bounds_repeats,
         }
 
     def resume(self, state: Mapping[str, Any], history: Sequence[SearchRecord]) -> None:
@@ -122,6 +123,7 @@ class OptimizerUpdate:
             self.rate.highest = float(state.get("highest_rate", 0.0))
             self.rate.calibrated = state.get("calibrated_factor") or self._calibrated(history)
             self.rate.settled = state.get("settled_factor")
+            self.rate.bounds_repeats = bool(state.get("bounds_repeats"))
 
     def close(self) -> None:
         """Remove all hooks from the optimizer. Safe to call twice."""
@@ -163,6 +165,7 @@ class OptimizerUpdate:
         if self._calibrates and tried and (self.rate.calibrated is None or factor > 1):
             self.rate.calibrated = self.rate.factor
             if settles:
+                self.rate.bounds_repeats = not self._seen()
                 self.rate.settled = self.rate.factor / self._updates**0.5
             elif self.rate.settled is not None:
                 self.rate.settled *= factor

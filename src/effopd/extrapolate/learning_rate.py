@@ -139,6 +139,9 @@ class LearningRateMultiplier:
         highest: the highest rate so far without `factor`, if no group names a higher one; else 0.
         calibrated: `factor` as the first search set it, or the last later one that raised it;
             `None` before the first. Below half of it, and before, `by_slope` has no margin.
+        settled: `factor` above which `by_slope` has the full margin under a schedule-free
+            optimizer; `None`: not set.
+        bounds_repeats: whether steps for which `seen` is true take at most `settled`.
         cosine: `slope_cosine` before the last step; `None`: not known, `by_slope` is
             off, or the examples were seen before.
 
@@ -184,6 +187,7 @@ class LearningRateMultiplier:
         self.highest = 0.0
         self.calibrated: float | None = None
         self.settled: float | None = None
+        self.bounds_repeats = False
         self.cosine: float | None = None
         self._by_slope = by_slope and zero is None
         self._seen = seen
@@ -222,11 +226,16 @@ class LearningRateMultiplier:
         self._read_schedule()
         if self._by_slope and self._wanted():
             self._steer(self._optimizer)
-        self._applied = self.factor if self._wanted() else 1.0
+        self._applied = self._factor_of_step() if self._wanted() else 1.0
         groups = self._optimizer.param_groups
         self._schedule = [_copy(group["lr"]) for group in groups]
         for group, rate in zip(groups, self._schedule, strict=True):
             _set(group, rate * self._applied)  # not `group["lr"]`: groups can share a tensor
+
+    def _factor_of_step(self) -> float:
+        if self.settled is not None and self.bounds_repeats and self._seen():
+            return min(self.factor, self.settled)
+        return self.factor
 
     def _read_schedule(self) -> None:
         """Set `share`; lower `factor` if the schedule exceeds the peak that it was found for."""
