@@ -339,7 +339,7 @@ class EffOPDCallback(TrainerCallback):
     @property
     def _parts(self) -> int:
         """Parts of a batch of rollouts, one per optimizer step."""
-        return getattr(self.trainer.args, "num_mini_batches", 1)
+        return self.trainer.args.num_mini_batches if hasattr(self.trainer, "repeats_rollouts") else 1
 
     @property
     def _passes(self) -> int:
