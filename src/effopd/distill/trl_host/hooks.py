@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
+from effopd.distill.trl_host.state import rollouts_in_use, use_rollouts
+
 T = TypeVar("T")
 
 #: Parts of a checkpoint, as `HostHooks.around_load` names them.
@@ -194,8 +196,6 @@ class HostHooks(_Host):
 class DistillationHooks(HostHooks):
     """`HostHooks` of `trl.DistillationTrainer`."""
 
-    _buffered_inputs: list[dict[str, Any]] | None
-
     def distillation_loss(self, student: Any, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Hook: loss of a micro-batch, Σ student entropy and number of positions.
 
@@ -223,14 +223,16 @@ class DistillationHooks(HostHooks):
         return rollouts
 
     def _prepare_inputs(self, generation_batch):
-        held, place = self._buffered_inputs, self._step % self.args.gradient_accumulation_steps
+        position, held = rollouts_in_use(self)
+        place = position % self.args.gradient_accumulation_steps
         if self.model.training and held is not None and self.reuses_rollouts():
             return self.reused_rollouts(held, place)
         inputs = super()._prepare_inputs(generation_batch)
-        rollouts = self._buffered_inputs
+        _, rollouts = rollouts_in_use(self)
         if self.model.training and rollouts is not None:
             if rollouts is not held:
-                self._buffered_inputs = rollouts = self.divided_rollouts(rollouts)
+                rollouts = self.divided_rollouts(rollouts)
+                use_rollouts(self, position, rollouts)
                 inputs = rollouts[place]
             self.rollouts_sampled(rollouts)
         return inputs
