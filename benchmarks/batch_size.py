@@ -93,21 +93,16 @@ def parts_blocks(parts: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -
 def parts_gain_table(parts: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> str:
     """Priced cost with every step on the whole batch, over that with the batch in parts."""
     rows, split, reference = [], Hindsight(parts, priced), Lookup(parts).reference
-    own = PARTS, reference
     for results in grids:
         whole = Hindsight(results, priced, same_prompts(results, WHOLE))
         for task in Lookup(results).tasks:
-            pairs = {
-                "`newton_search`, from ×1": [
-                    (whole.cost(task, (WHOLE, reference), share), split.cost(task, own, share)) for share in FEW_SHARES
-                ],
-                "fastest tuned run": [
-                    (whole.best(task, share)[0], split.best(task, share)[0]) for share in FEW_SHARES
-                ],
-            }
-            for label, each in pairs.items():
-                cells = (one_ratio(quotient(*pair)) for pair in each)
-                rows.append([f"`{task.split(':')[1]}`", label, *cells])
+            own = [
+                quotient(whole.cost(task, (WHOLE, reference), share), split.cost(task, (PARTS, reference), share))
+                for share in FEW_SHARES
+            ]
+            tuned = [quotient(whole.best(task, share)[0], split.best(task, share)[0]) for share in FEW_SHARES]
+            for label, ratios in (("`newton_search`, from ×1", own), ("fastest tuned run", tuned)):
+                rows.append([f"`{task.split(':')[1]}`", label, *map(one_ratio, ratios)])
     return table(["task", "run", *heads(FEW_SHARES)], rows)
 
 

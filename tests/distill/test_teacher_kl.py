@@ -366,11 +366,11 @@ def test_hosts_without_a_teacher_other_targets_few_rollouts_and_images(tmp_path,
     make_trainer(
         tmp_path / "few", effopd=by_default, per_device_train_batch_size=3, gradient_accumulation_steps=1, **FAST
     )
-    assert "set to score 4 rollouts per step (--effopd.score_rollouts) but a step has 3" in caplog.text
+    assert "set to score 4 rollouts per step (--effopd.score_rollouts) but a step samples 3" in caplog.text
     caplog.clear()
     asked = EffOPDConfig("line_search", score_rollouts=32)
     make_trainer(tmp_path / "asked", effopd=asked, gradient_accumulation_steps=2, **FAST)
-    assert "set to score 32 rollouts per step (--effopd.score_rollouts) but a step has 16" in caplog.text
+    assert "set to score 32 rollouts per step (--effopd.score_rollouts) but a step samples 16" in caplog.text
     assert "--per_device_train_batch_size 8 × --gradient_accumulation_steps 2 × 1 process(es)" in caplog.text
     with pytest.raises(ConfigError, match="rollouts have pixel_values"):
         text_batch({"pixel_values": torch.zeros(1), "completion_ids": torch.zeros(2, 3)})

@@ -208,10 +208,11 @@ def _warn_of_few(args: Any, wanted: int) -> None:
     sampled, parts = rollouts_per_update(args), getattr(args, "num_mini_batches", 1)
     if sampled < wanted and rank() == 0:
         logger.warning(
-            "The look-ahead is set to score %d rollouts per step (--effopd.score_rollouts) but a step has %d "
+            "The look-ahead is set to score %d rollouts per step (--effopd.score_rollouts) but a step %s %d "
             "(--per_device_train_batch_size %d × --gradient_accumulation_steps %d × %d process(es)%s). All of them "
             "are scored, which makes decisions noisier. Raise one of the two, or lower --effopd.score_rollouts.",
             wanted,
+            "trains on" if parts > 1 else "samples",
             sampled,
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
