@@ -17,6 +17,7 @@ from effopd.compare.roles import Roles
 from effopd.errors import ConfigError
 from effopd.report.compare_envelope import opponent_table, range_table
 from effopd.report.compare_lookup import Lookup
+from effopd.report.envelope_figure import note
 
 SEEDS = range(3)
 
@@ -146,3 +147,20 @@ def test_a_joined_grid_competes_under_its_label_at_the_seeds_of_both():
     assert all(value < 1 for value in ours["median"])
     with pytest.raises(ConfigError, match="--join small"):
         envelopes(here, (), ("small", results([run("plain", LR, 9)])))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "text"),
+    [
+        ((3, 3), "range over 3 seeds, paired by seed, which covers the median in 75 % of cases"),
+        ((2, 5), "range over 2 to 5 seeds, paired by seed, which covers the median in 50 to 93.75 % of cases"),
+        ((1, 6), "interval of the median or range over 1 to 6 seeds, paired by seed, which covers the median in 0 to"),
+        ((6, 6), "interval of the median over 6 seeds, paired by seed, which covers the median in 96.88 % of cases"),
+    ],
+)
+def test_the_note_of_the_figure_counts_the_seeds_of_the_arms_that_are_drawn(seeds, text):
+    runs = [run("plain", LR, seed) for seed in range(7)]
+    runs += [run(name, LR, seed, 2.0) for name, count in zip(("a", "b"), seeds, strict=True) for seed in range(count)]
+    roles = Roles("plain", LR, headline=("a", "b"))
+    results = analyze_runs(runs, roles)
+    assert text in note(Lookup(results | envelopes(results, ())))

@@ -131,12 +131,15 @@ def test_curves_begin_with_those_of_the_roles_and_figures_have_not_too_many(tmp_
     assert list(curves(figures["curves"].axes[0])) == ["plain", *others[1:6], "noop", "effopd"]
 
 
-def test_a_strategy_without_a_run_at_the_reference_rate_is_drawn_at_the_nearest():
+def test_a_strategy_without_a_run_at_the_reference_rate_is_drawn_at_the_nearest_with_the_most_runs():
     rate = ROLES.reference_learning_rate
     runs = [run("plain", 0), *(replace(run("effopd", 0), learning_rate=f * rate) for f in (0.01, 0.1, 30))]
     lookup = Lookup(analyze_runs(runs, ROLES))
-    assert lookup.nearest_rates() == {"plain": rate, "effopd": 0.1 * rate}
+    assert lookup.drawn_rates() == {"plain": rate, "effopd": 0.1 * rate}
     assert curve_strategies(lookup) == ["plain", "effopd"]
+    runs += [replace(run("effopd", 1), learning_rate=30 * rate), run("plain", 1)]
+    runs += [replace(run("plain", seed), learning_rate=3 * rate) for seed in range(3)]
+    assert Lookup(analyze_runs(runs, ROLES)).drawn_rates() == {"plain": rate, "effopd": 30 * rate}
 
 
 def test_charts_hold_the_values_of_the_figures():

@@ -121,7 +121,7 @@ def _one() -> Rule:
 
 def curve_strategies(lookup: Lookup) -> list[str]:
     """Drawing order: baseline, headline strategies, controls, then all others but variants."""
-    ran = list(lookup.nearest_rates())
+    ran = list(lookup.drawn_rates())
     wanted = [lookup.baseline, *lookup.roles.opening(ran), *lookup.roles.controls]
     wanted += [strategy for strategy in ran if strategy not in lookup.roles.variants]
     return [strategy for strategy in dict.fromkeys(wanted) if strategy in ran]
@@ -129,7 +129,7 @@ def curve_strategies(lookup: Lookup) -> list[str]:
 
 def _curves(lookup: Lookup, styles: Mapping[str, Look]) -> Chart:
     """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest."""
-    rates, panels = lookup.nearest_rates(), []
+    rates, panels = lookup.drawn_rates(), []
     for task in lookup.tasks:
         for key, costs in (("step", "optimizer steps"), ("seconds", "net seconds")):
             lines = []
@@ -145,9 +145,9 @@ def _curves(lookup: Lookup, styles: Mapping[str, Look]) -> Chart:
             y = Axis("held-out reverse KL, nats per token", "log")
             panels.append(Panel(f"{task}: {costs}", Axis(costs, "log"), y, lines))
     note = (
-        "Held-out KL at the reference learning rate, or at the nearest one that ran. Smoothed. Line: median over "
-        "seeds; shaded: lowest to highest. Curves end with the shortest run. Logarithmic axes: a speed-up is a shift "
-        "to the left."
+        "Held-out KL at the reference learning rate, or at the one nearest to it of those with the most runs. "
+        "Smoothed. Line: median over seeds; shaded: lowest to highest. Curves end with the shortest run. Logarithmic "
+        "axes: a speed-up is a shift to the left."
     )
     return Chart("curves", note, panels, note)
 

@@ -143,8 +143,12 @@ def _costs(row: Part, tuning: Part) -> list[str]:
     ]
 
 
-def interval(part: Part) -> str:
-    """How the interval of the figures is made, by the number of seeds."""
-    n = len(part["seeds"])
-    kind = f"interval of the median over {n} seeds" if n > FEW else f"range over {n} seed(s)"
-    return f"{kind}, paired by seed, which covers the median in {100 * coverage(n):.4g} % of cases"
+def interval(lookup: Lookup, part: Part) -> str:
+    """How the interval of the figures is made, by the numbers of seeds of the shown strategies."""
+    names = shown(lookup, part)
+    numbers = {max(row["n"]) for row in part["speedups"] if row["strategy"] in names and any(row["n"])}
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    seeds = f"{high} seed{'s' if high > 1 else ''}" if low == high else f"{low} to {high} seeds"
+    covers = list(dict.fromkeys(f"{100 * coverage(n):.4g}" for n in (low, high)))
+    kind = "range" if high <= FEW else "interval of the median" if low > FEW else "interval of the median or range"
+    return f"{kind} over {seeds}, paired by seed, which covers the median in {' to '.join(covers)} % of cases"

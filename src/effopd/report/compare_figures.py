@@ -53,9 +53,9 @@ def _curves(plt, lookup: Lookup):
     """Held-out KL against steps and net seconds: median over seeds, band from lowest to highest.
 
     The axes are logarithmic, so a speed-up is a shift to the left. A strategy that did not run at
-    the reference learning rate is drawn at the nearest one, which its label names.
+    the reference rate is drawn at another one (`Lookup.drawn_rates`), which its label names.
     """
-    rates = lookup.nearest_rates()
+    rates = lookup.drawn_rates()
     strategies = curve_strategies(lookup)[:_MAX_CURVES]
     strategies = [name for name in rates if name in strategies]
     colors = strategy_colors(lookup)

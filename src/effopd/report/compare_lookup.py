@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,12 +73,17 @@ class Lookup:
 
         return [name for name in self.at_reference() if name != self.baseline and known(name)]
 
-    def nearest_rates(self) -> dict[str, float]:
-        """Strategy → its learning rate that is nearest to the reference in log distance."""
-        rates: dict[str, float] = {}
-        for strategy, rate in sorted(self.arms, key=lambda arm: abs(math.log(arm[1] / self.reference)), reverse=True):
-            rates[strategy] = rate
-        return {strategy: rates[strategy] for strategy, _ in self.arms}
+    def drawn_rates(self) -> dict[str, float]:
+        """Strategy → the learning rate of its curve: the reference rate.
+
+        If it did not run there: of the rates with the most runs, the nearest in log distance.
+        """
+        runs = Counter((run["strategy"], run["learning_rate"]) for run in self.results["runs"])
+
+        def order(arm: Arm) -> tuple[bool, int, float]:
+            return arm[1] == self.reference, runs[arm], -abs(math.log(arm[1] / self.reference))
+
+        return {arm[0]: max((other for other in self.arms if other[0] == arm[0]), key=order)[1] for arm in self.arms}
 
     def speedup(
         self,

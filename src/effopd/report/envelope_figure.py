@@ -44,7 +44,7 @@ def draw_axis(plt: Any, lookup: Lookup, axis: str) -> Any:
 def note(lookup: Lookup) -> str:
     """Note below the figures."""
     methods = "; ".join(
-        (f"with {part['label']}: " if part["label"] else "") + interval(part) for part in parts(lookup)
+        (f"with {part['label']}: " if part["label"] else "") + interval(lookup, part) for part in parts(lookup)
     )
     alone = ", here on the only seed itself" if any(len(part["seeds"]) == 1 for part in parts(lookup)) else ""
     return (
