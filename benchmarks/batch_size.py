@@ -66,6 +66,7 @@ def tail_blocks(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) ->
         "tail": reuse_table(grids, priced, early),
         "tail, larger models": repriced(grids),
         "tail, sampled tokens": reuse_table(grids, costs()["sampled tokens"], early),
+        "tail, net seconds": reuse_table(grids, costs()["net seconds"], early),
         "tail, single": single_table(grids, early),
         "early, steps": steps_table(early, EARLY_SHARES),
         "tail, searches": stacked([searches_table(grid) for grid in grids]),
@@ -112,6 +113,7 @@ def held_out_blocks(results: Mapping[str, Any]) -> dict[str, str]:
         "priced": reuse_table([results], priced),
         "single": single_table([results]),
         "sampled tokens": reuse_table([results], costs()["sampled tokens"]),
+        "net seconds": reuse_table([results], costs()["net seconds"]),
         "searches": searches_table(results),
         "steps": steps_table(results, FEW_SHARES),
         "ends": ends_table(results),
@@ -142,14 +144,14 @@ def one_ratio(ratio: float) -> str:
 
 
 def readme_table(grids: Sequence[Mapping[str, Any]], early: Mapping[str, Any]) -> str:
-    """Table of the README: cost of the fastest baseline over that of `HEADLINE`."""
+    """README: number of tuned arms, cost of the fastest one over that of `HEADLINE`."""
     rows = []
     for results in grids:
         known = Hindsight(results, priced, early=early)
         for task in Lookup(results).tasks:
             cells = (known.ratios(task, HEADLINE, share) for share in FEW_SHARES)
-            rows.append([f"`{task.split(':')[1]}`", *cells])
-    return table(["task", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
+            rows.append([f"`{task.split(':')[1]}`", str(len(known.competing(task))), *cells])
+    return table(["task", "tuned arms", *(f"to {head}" for head in heads(FEW_SHARES))], rows)
 
 
 def replay_table(grids: Sequence[Mapping[str, Any]]) -> str:
