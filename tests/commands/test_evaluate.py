@@ -24,6 +24,7 @@ from effopd.launch import prompts as launch_prompts
 from effopd.launch.opd import to_yaml
 from effopd.launch.rl import rl_yaml
 from effopd.runs import run_prompts
+from effopd.runs.inputs import Inputs, prompt_set, write_inputs
 from effopd.runs.run_prompts import run_of
 from effopd.tasks import TaskConfig
 from effopd.tasks.generate import encode_prompts
@@ -211,7 +212,7 @@ def test_a_relative_task_is_the_runs_file_from_any_folder(models, tmp_path, meas
         monkeypatch.chdir(tmp_path / folder)
         for flags in ([], ["--task", "math:../home/p.jsonl"]):
             assert measured("--model", model, *flags).ids == ids
-            assert "7 of 30 rows (held out as in training;" in capsys.readouterr().out
+            assert "7 of 30 rows (held out with the settings of training;" in capsys.readouterr().out
     measured("--model", "../home/runs/first", "--task", f"math:{models / 'math.jsonl'}")
     assert "(held out with --task_seed 0, perhaps not as in training;" in capsys.readouterr().out
     file.unlink()
@@ -220,12 +221,32 @@ def test_a_relative_task_is_the_runs_file_from_any_folder(models, tmp_path, meas
     assert f"task of the run ../home/runs/first: expected the file '{file}', but there is none" in error
 
 
+def test_rows_count_as_held_out_in_training_only_if_they_are_those_of_the_runs_evaluations(
+    models, tmp_path, measured, capsys
+):
+    """A grown file keeps its name and settings, and its rows are split in another way."""
+    file = tmp_path / "p.jsonl"
+    rows = (models / "math.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(rows[:20]))
+    a_run(models, tmp_path / "run", f"math:{file}", "--task_seed", "3", "--eval_size", "7")
+    seen = measured("--model", tmp_path / "run")
+    prompts = [example.prompt for example in seen.task.examples]
+    write_inputs(tmp_path / "run", Inputs(held_out=prompt_set(prompts)))
+    capsys.readouterr()
+    measured("--model", tmp_path / "run")
+    assert "7 of 20 rows (held out as in training;" in capsys.readouterr().out
+    file.write_text("".join(rows))
+    grown = measured("--model", tmp_path / "run")
+    assert [example.prompt for example in grown.task.examples] != prompts
+    assert "7 of 30 rows (held out with --task_seed 3, perhaps not as in training;" in capsys.readouterr().out
+
+
 def test_a_runs_settings_are_read_once(models, tmp_path, measured, monkeypatch, capsys):
     a_run(models, tmp_path / "run", f"math:{models / 'math.jsonl'}", "--task_seed", "3", "--eval_size", "7")
     read, settings = [], run_prompts._settings
     monkeypatch.setattr(run_prompts, "_settings", lambda path: read.append(path) or settings(path))
     measured("--model", tmp_path / "run")
-    assert "7 of 30 rows (held out as in training;" in capsys.readouterr().out
+    assert "7 of 30 rows (held out with the settings of training;" in capsys.readouterr().out
     assert read == [(tmp_path / "run/config.yaml").resolve()]
 
 

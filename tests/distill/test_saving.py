@@ -259,6 +259,7 @@ def test_a_rehearsal_writes_no_tensor_and_leaves_nothing(tmp_path, monkeypatch, 
         "effopd_state.json",
         "effopd_observations.safetensors",
         "teachers.json",
+        "inputs.json",
     }
     assert not list(tmp_path.glob(".rehearsal-*"))
     assert torch.save is not saving.torch.save or torch.save.__module__ == "torch.serialization"

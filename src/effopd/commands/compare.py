@@ -32,6 +32,7 @@ from effopd.compare.grid import Grid, PlannedRun, load_grid, run_settings
 from effopd.compare.imported_runs import read_entries, runs_to_make, save_entries, saved_entries, sources
 from effopd.compare.prices import PriceList, read_prices
 from effopd.compare.runner import DONE, LOG, Runner, failure_of, is_done, only_one, progress_of
+from effopd.compare.same_inputs import check_same_inputs, check_same_teachers
 from effopd.compare.uneven_evaluations import uneven_evaluations
 from effopd.errors import ConfigError, EffOPDError
 from effopd.report.compare_gate import gate_results
@@ -139,6 +140,10 @@ def run_compare(argv: Sequence[str]) -> int:
     runs = matching(grid, to_make, arguments.only)
     for _, error in faults([run for run in runs if not is_done(run)]):
         raise error
+    finished = [run for run in grid.runs() if is_done(run)]
+    check_same_inputs(finished)
+    if len(finished) < len(grid.runs()):
+        check_same_teachers(finished)
     for remark in uneven_evaluations(grid):
         console.print(escape(remark), highlight=False)
     if arguments.dry_run:

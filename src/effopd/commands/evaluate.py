@@ -17,6 +17,7 @@ from effopd.launch.meta_model import check_positions_of
 from effopd.launch.preflight import check_model_name, check_task
 from effopd.models.files import check_dtype, load_model, load_tokenizer
 from effopd.runs.console import quiet_hosts
+from effopd.runs.inputs import prompt_set, read_inputs
 from effopd.runs.missing_answers import ENOUGH, AnswerWatch, Counts, missing_answers, mostly_missing
 from effopd.runs.run_prompts import splits_as
 from effopd.tasks import Task, TaskConfig, load_task
@@ -115,7 +116,7 @@ def run_eval(argv: Sequence[str]) -> int:
         longest = check_task(task, tokenizer, task_config.max_prompt_length, sampling.template)
         check_positions_of("--model", arguments.model, longest, sampling.max_new_tokens, "--max_new_tokens", **load)
         model = load_model("--model", arguments.model, dtype=arguments.dtype, **load)
-    if text := _part(task, task_config, next((settings for _, settings in parser.runs), None)):
+    if text := _part(task, task_config, next(iter(parser.runs), None)):
         print(text, flush=True)
     with Counted(len(task) * sampling.n, task.name, "answer") as bar:
         look = _FirstLook(task, sampling.max_new_tokens)
@@ -128,21 +129,30 @@ def run_eval(argv: Sequence[str]) -> int:
     return 0
 
 
-def _part(task: Task, config: TaskConfig, run: Mapping[str, Any] | None) -> str:
+def _part(task: Task, config: TaskConfig, run: tuple[Path, Mapping[str, Any]] | None) -> str:
     """Note that only part of a source is evaluated; "" if all rows are or if they are generated.
 
     Args:
-        run: settings of the model's run; `None`: no run.
+        run: `config.yaml` and settings of the model's run; `None`: no run.
     """
     if task.available is None or len(task) == task.available:
         return ""
     if config.eval_task is not None:
         why = f"--eval_size {config.eval_size}"
-    elif run is not None and splits_as(run, vars(config)):
-        why = "held out as in training"
+    elif run is not None and (how := _held_out(task, config, *run)):
+        why = how
     else:
         why = f"held out with --task_seed {config.task_seed}, perhaps not as in training"
     return f"{len(task)} of {task.available} rows ({why}; --eval_size {task.available} for all)"
+
+
+def _held_out(task: Task, config: TaskConfig, path: Path, settings: Mapping[str, Any]) -> str:
+    """How the rows agree with those that the run held out; "": perhaps not at all."""
+    inputs = read_inputs(path.parent)
+    if inputs is not None and inputs.held_out is not None:
+        same = prompt_set(example.prompt for example in task.examples) == inputs.held_out
+        return "held out as in training" if same else ""
+    return "held out with the settings of training" if splits_as(settings, vars(config)) else ""
 
 
 def _print(result: EvalResult, n: int) -> None:

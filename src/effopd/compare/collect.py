@@ -14,6 +14,7 @@ from effopd.compare.grid_run import GridRun, read_run
 from effopd.compare.imported_runs import check_same_settings, merge_runs, saved_entries, sources
 from effopd.compare.results import analyze_runs
 from effopd.compare.runner import DONE, failure_of, is_done
+from effopd.compare.same_inputs import check_same_inputs
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.runs.records import EVALS
 
@@ -59,7 +60,11 @@ def made_here(planned: Sequence[PlannedRun]) -> tuple[list[GridRun], list[str]]:
     """The runs that ended in their folders, and a line `NAME: ERROR` for each that failed.
 
     A run that ended with a non-finite loss counts as never reaching its targets.
+
+    Raises:
+        ConfigError: runs with the same settings read another teacher, student or data.
     """
+    check_same_inputs([run for run in planned if is_done(run)])
     failed = [(run, error) for run in planned if not is_done(run) and (error := failure_of(run))]
     diverged = [run for run, error in failed if _has_diverged(run, error)]
     runs = [_read(run) for run in planned if is_done(run)] + [_read(run).diverged() for run in diverged]

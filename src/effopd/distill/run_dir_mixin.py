@@ -32,8 +32,9 @@ from effopd.distill.eval_spacing import LogSpacedEvaluation
 from effopd.distill.exact_resume import EpochCallback, EpochSampler, TerminationCallback
 from effopd.distill.optimizers.mixin import AverageCallback, OptimizerMixin
 from effopd.distill.resuming import ResumeMixin, settings_that_matter
+from effopd.distill.run_inputs import InputsCallback
+from effopd.distill.run_record import RecordCallback
 from effopd.distill.saving import rehearse, save_failed, tidy_generation_config
-from effopd.distill.teachers.manifest import ManifestCallback
 from effopd.distill.trl_host.state import log_evaluation
 from effopd.errors import CompatibilityError, EffOPDError, finite_predictions
 from effopd.models.end_tokens import train_end_tokens
@@ -104,6 +105,7 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
             self.callback_handler.callbacks.insert(0, AverageCallback(self))
         self.callback_handler.callbacks.insert(0, LedgerCallback(self.ledger))
         self.add_callback(RunDirCallback(self.run_dir, self._rehearse))
+        self.add_callback(InputsCallback(self))
         self.add_callback(StartLedgerCallback(self.ledger))
 
     def _check_prompting(self) -> None:
@@ -134,7 +136,7 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
         These stay last, so that their set-up is not charged.
         """
         super().add_callback(callback)
-        writing = (TerminationCallback, RunDirCallback, ManifestCallback)
+        writing = (TerminationCallback, RunDirCallback, RecordCallback)
         self.callback_handler.callbacks.sort(
             key=lambda each: (isinstance(each, StartLedgerCallback), isinstance(each, writing))
         )

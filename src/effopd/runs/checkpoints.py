@@ -10,7 +10,7 @@ from pathlib import Path
 from effopd.errors import CheckpointError, EffOPDError
 
 LEDGER_FILE, SETTINGS_FILE = "effopd_ledger.json", "effopd_settings.json"
-TEACHERS_FILE = "teachers.json"
+TEACHERS_FILE, INPUTS_FILE = "teachers.json", "inputs.json"
 #: Files of transformers' checkpoints, whose own constants take seconds to import.
 TRAINER_STATE, SCHEDULER, OPTIMIZERS = "trainer_state.json", "scheduler.pt", ("optimizer.pt", "optimizer.bin")
 _ADAPTER = "adapter_model.*"

@@ -6,6 +6,7 @@
     evals.jsonl       one row per evaluation (`records.EvaluationRecord`)
     checkpoints/      step-000008/ … (HF format, with optimizer, RNG and look-ahead state)
     teachers.json     the teachers: name, revision, dtype, SHA-256; also in every checkpoint
+    inputs.json       SHA-256 of prompts and initial weights; also in every checkpoint
     trajectory/       step-000008/ … (weights only, for analysis)
     README.md         the model card, beside the final model
     best.json         with load_best_model_at_end: step and metric of the final model

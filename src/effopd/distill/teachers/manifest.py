@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from effopd.common.distributed import full_tensor, rank
 from effopd.common.files import write_atomically
+from effopd.distill.run_record import RecordCallback
 from effopd.distill.teachers.settings import split_revision
 from effopd.errors import CheckpointError, WeightsError
 from effopd.models.fingerprint import model_folder, weights_sha256
@@ -186,42 +186,13 @@ def planned_entries(sources: Mapping[str, str], dtype: str, quantization: str | 
     return [TeacherEntry(label, name, None, known, quantization) for label, name in sources.items()]
 
 
-class ManifestCallback(TrainerCallback):
+class ManifestCallback(RecordCallback[Sequence[TeacherEntry]]):
     """Writes `teachers.json` into the run directory and its checkpoints, and compares it on resume.
-
-    Runs after every other callback, so that the folder is unchanged if one of them raises.
 
     Args:
         root: the run directory.
-        entries: returns the run's teachers; called once, when training starts or resumes.
+        entries: returns the run's teachers.
     """
 
     def __init__(self, root: Path, entries: Callable[[], Sequence[TeacherEntry]]):
-        self._root, self._measure = root, entries
-        self._known: Sequence[TeacherEntry] | None = None
-
-    @property
-    def entries(self) -> Sequence[TeacherEntry]:
-        """The run's teachers; measured at the first access."""
-        if self._known is None:
-            self._known = self._measure()
-        return self._known
-
-    def check_resume(self, checkpoint: Path) -> None:
-        """Check that the checkpoint was written with the same teachers.
-
-        Raises:
-            CheckpointError: as `check_same_teachers`.
-        """
-        check_same_teachers(checkpoint, self.entries)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Write the manifest of a run that starts or goes on."""
-        entries = self.entries
-        if state.is_world_process_zero and state.global_step < state.max_steps:
-            write_manifest(self._root, entries)
-
-    def save_state(self, folder: Path) -> None:
-        """Write the manifest into a checkpoint; called on every rank."""
-        if rank() == 0:
-            write_manifest(folder, self.entries)
+        super().__init__(root, entries, write_manifest, check_same_teachers)
