@@ -50,6 +50,11 @@ class Recorder(TrainerCallback):
         return [row[f"cost/{name}"] for row in self.costs]
 
 
+def tokens(run):
+    """All token counts at the end: of every kind, as prices and comparisons read them."""
+    return {name: value for name, value in run.costs[-1].items() if name.endswith("_tokens")}
+
+
 def train(folder, effopd=None, resume=None, **more):
     trainer = make_trainer(folder, **SETTINGS | more, **({"effopd": effopd} if effopd else {}))
     recorder = Recorder(trainer)
@@ -91,6 +96,7 @@ def test_a_run_resumes_inside_a_pass(tmp_path, more):
         checkpoint = str(tmp_path / f"a/checkpoints/step-{step:06}")
         resumed = train(tmp_path / f"b{step}", look_ahead, checkpoint, **more)
         assert torch.equal(resumed.weights[-1], whole.weights[-1])
+        assert tokens(resumed) == tokens(whole)
 
 
 @pytest.mark.slow

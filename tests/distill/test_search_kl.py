@@ -10,7 +10,7 @@ from effopd.distill import search_kl
 from effopd.distill.search_kl import Target, in_float32_on_cpu, reverse_kl
 from effopd.distill.served.support import Support
 from effopd.distill.served.teacher import scored_part, scored_support
-from effopd.distill.teachers.kept import Kept, kept_or_made, make_ahead, share, without_kept
+from effopd.distill.teachers.kept import Kept, for_checkpoint, from_checkpoint, kept_or_made, make_ahead, share
 from effopd.distill.teachers.manifest import ONLY
 from effopd.distill.teachers.several import Part, TeacherSet, answered, answered_in, rows_by_teacher
 from effopd.models.head import Head
@@ -61,7 +61,11 @@ def test_predictions_are_released_after_the_last_reader():
     share(shared, 2)
     assert kept_or_made(shared, lambda: parts) is parts and kept_or_made(shared, lambda: other) is parts
     assert kept_or_made(shared, lambda: other) is other
-    assert without_kept(shared) == {"completion_ids": 1}
+    saved = for_checkpoint(shared)
+    assert saved == {"completion_ids": 1, "teacher_parts_made": True}
+    assert for_checkpoint({"completion_ids": 1}) == {"completion_ids": 1}
+    restored = from_checkpoint(saved, 2)
+    assert restored.keys() == {"completion_ids", *rollouts} and restored["completion_ids"] == 1
 
 
 def batch_of(rows: int) -> TokenBatch:

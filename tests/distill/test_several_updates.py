@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from effopd.common.files import read_rows
 from effopd.distill.dataset import check_stream
 from effopd.distill.divergence import Predictions
 from effopd.distill.replay import ReplayBuffer
-from effopd.distill.teachers.kept import kept_or_made, without_kept
+from effopd.distill.teachers.kept import for_checkpoint, kept_or_made
 from effopd.distill.teachers.several import Part
 from effopd.errors import ConfigError
 from effopd.extrapolate.learning_rate import calibrated_factor
@@ -65,6 +66,7 @@ def test_two_steps_share_rollouts_and_resume_between_them(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoints/step-000003"))
     assert resumed.prompts == []
     assert torch.equal(resumed.weights[-1], whole.weights[-1])
+    assert resumed.teacher[-1] == whole.teacher[-1]
 
 
 @pytest.mark.slow
@@ -179,6 +181,7 @@ def test_replay_trains_the_last_step_of_a_cycle_on_a_batch_of_the_last_three(tmp
         resumed = Steps(again)
         again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoints" / checkpoint))
         assert torch.equal(resumed.weights[-1], whole.weights[-1])
+        assert resumed.teacher[-1] == whole.teacher[-1]  # what the checkpoint lacks is made again without charge
 
 
 def test_a_draw_depends_on_seed_and_step_alone_and_reaches_every_batch():
@@ -212,9 +215,11 @@ def test_predictions_stay_with_a_batch_until_it_leaves_the_buffer():
             kept_or_made(buffer.batches[-1][0], make)
     assert len(made) == 3
     assert kept_or_made(buffer.batches[0][0], make)[0].teacher.hidden_BTH.equal(torch.ones(1, 2, 3)) and len(made) == 3
-    buffer.restore([list(map(without_kept, batch)) for batch in buffer.batches])
-    kept_or_made(buffer.batches[0][0], make)
-    assert len(made) == 4
+    buffer.restore([list(map(for_checkpoint, batch)) for batch in buffer.batches])
+    free = []  # they were charged before the checkpoint
+    for _ in range(2):
+        kept_or_made(buffer.batches[0][0], make, lambda: nullcontext(free.append(True)))
+    assert len(made) == 4 and len(free) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate.utils import send_to_device
 
-from effopd.distill.teachers.kept import park, share
+from effopd.distill.teachers.kept import from_checkpoint, park, share
 
 #: Micro-batches of one cycle.
 Batch = Sequence[dict[str, Any]]
@@ -52,11 +52,12 @@ class ReplayBuffer:
     def restore(self, batches: Sequence[Batch]) -> None:
         """Replace all batches by those of a checkpoint.
 
-        The teacher's predictions are made when a batch is drawn.
+        The teacher's predictions are made when a batch is drawn, without charge if they had been
+        made before.
         """
         self.batches = []
         for batch in batches:
-            self.add(batch)
+            self.add([from_checkpoint(each, None) for each in batch])
 
     def draw(self, step: int, index: int, size: int) -> tuple[int, dict[str, Any]]:
         """How many batches ago the batch for a step was sampled, and one of its micro-batches.

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from effopd.common.distributed import all_gather_object, rank, world_size
 from effopd.distill.replay import ReplayBuffer
-from effopd.distill.teachers.kept import without_kept
+from effopd.distill.teachers.kept import for_checkpoint
 from effopd.distill.trl_host.state import rollouts_in_use, use_rollouts
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,10 @@ class RolloutCycleCallback(TrainerCallback):
             if self._replay is not None:
                 self._replay.restore(saved[_REPLAY])
             if self._inside:
-                use_rollouts(trainer, position, send_to_device(saved["rollouts"], trainer.accelerator.device))
+                rollouts, restored = saved["rollouts"], getattr(trainer, "rollouts_restored", None)
+                if rollouts is not None and restored is not None:
+                    rollouts = restored(rollouts)
+                use_rollouts(trainer, position, send_to_device(rollouts, trainer.accelerator.device))
         elif rank() == 0:
             logger.warning(
                 "Step %d needs earlier rollouts, because steps share them (updates_per_rollouts, num_iterations or "
@@ -123,7 +126,7 @@ class RolloutCycleCallback(TrainerCallback):
         saved: dict[str, Any] = {"shape": self._shape}
         if self._inside:
             _, rollouts = rollouts_in_use(self._trainer)  # `None`: an accepted jump dropped them
-            saved["rollouts"] = rollouts and list(map(without_kept, rollouts))
+            saved["rollouts"] = rollouts and list(map(for_checkpoint, rollouts))
         if self._replay is not None:
-            saved[_REPLAY] = [list(map(without_kept, batch)) for batch in self._replay.batches]
+            saved[_REPLAY] = [list(map(for_checkpoint, batch)) for batch in self._replay.batches]
         torch.save(saved, folder / rollouts_file(rank(), world_size()))

@@ -17,7 +17,7 @@ from effopd.distill.policy_gradient import share_sizes
 from effopd.distill.replay import ReplayBuffer
 from effopd.distill.sampled_logps import engine_logps, padded, recording
 from effopd.distill.scoring import token_batch
-from effopd.distill.teachers.kept import share
+from effopd.distill.teachers.kept import from_checkpoint, share, shares
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.state import log_metrics, split_rollouts
 from effopd.errors import CompatibilityError, ConfigError
@@ -99,6 +99,18 @@ class RolloutMixin(DistillationHooks):
         elif passes > 1:
             for micro_batch in rollouts:
                 share(micro_batch, passes)
+
+    def rollouts_restored(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The rollouts of a checkpoint, which share the teacher's predictions as before it."""
+        if self.replay is not None:  # they are the buffer's newest batch
+            rollouts = [dict(each) for each in saved]
+            for micro_batch, same in zip(rollouts, self.replay.batches[-1], strict=True):
+                shares(micro_batch, same)
+            return rollouts
+        parts = self.args.num_mini_batches
+        passes, (whole, begun) = self.args.updates_per_rollouts // parts, divmod(self._place_in_cycle, parts)
+        size = len(saved) // parts  # micro-batches of a part
+        return [from_checkpoint(each, passes - whole - (i // size < begun)) for i, each in enumerate(saved)]
 
     def reused_rollouts(self, rollouts, index):
         """This step's part; with replay, the last step of a cycle draws one of the last batches."""

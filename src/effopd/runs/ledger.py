@@ -109,6 +109,16 @@ class CostLedger:
             self._since = self._clock()
 
     @contextmanager
+    def uncharged(self) -> Iterator[None]:
+        """In this block, charge neither seconds nor tokens, in whatever categories it opens."""
+        before = self.state_dict()
+        try:
+            yield
+        finally:
+            self.load_state_dict(before)
+            self._since = self._clock()
+
+    @contextmanager
     def charged(self, category: str) -> Iterator[None]:
         """Charge this block to a category, also before `start()`."""
         running = bool(self._open)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from effopd.distill.teachers.several import Part
 
-#: Key of a micro-batch's `Kept`.
-_KEY = "kept_teacher_parts"
+#: Key of a micro-batch's `Kept`, and of its `Kept.made` in a checkpoint.
+_KEY, _MADE = "kept_teacher_parts", "teacher_parts_made"
 
 
 class Kept:
@@ -21,15 +22,31 @@ class Kept:
 
     Args:
         reads: number of losses on this micro-batch. `None`: unknown, so that they are kept.
+        made: whether they were made and charged before the checkpoint that the run resumed from.
+
+    Attributes:
+        parts: the predictions; `None`: there are none now.
+        made: whether they have been made and charged.
     """
 
-    def __init__(self, reads: int | None = 1):
+    def __init__(self, reads: int | None = 1, *, made: bool = False):
         self._reads = reads
         self.parts: list[Part] | None = None
+        self.made = made
 
-    def read(self, make: Callable[[], list[Part]]) -> list[Part]:
-        """The predictions, made now if there are none."""
-        parts = make() if self.parts is None else self.parts
+    def get(self, make: Callable[[], list[Part]], uncharged: Callable[[], AbstractContextManager[None]]) -> list[Part]:
+        """The predictions, made now if there are none; without charge if they were made before."""
+        if self.parts is None:
+            with uncharged() if self.made else nullcontext():
+                self.parts = make()
+            self.made = True
+        return self.parts
+
+    def read(
+        self, make: Callable[[], list[Part]], uncharged: Callable[[], AbstractContextManager[None]]
+    ) -> list[Part]:
+        """`get` for one of the losses; the last one releases them."""
+        parts = self.get(make, uncharged)
         if self._reads is not None:
             self._reads -= 1
         self.parts = parts if self._reads is None or self._reads > 0 else None
@@ -56,20 +73,47 @@ def park(rollouts: Mapping[str, Any]) -> None:
         held.park()
 
 
-def make_ahead(rollouts: dict[str, Any], make: Callable[[], list[Part]]) -> list[Part]:
-    """The predictions that are kept for a micro-batch, or new ones, kept for its losses."""
+def make_ahead(
+    rollouts: dict[str, Any],
+    make: Callable[[], list[Part]],
+    uncharged: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[Part]:
+    """The predictions that are kept for a micro-batch, or new ones, kept for its losses.
+
+    Args:
+        uncharged: in its block, no costs are charged.
+    """
     held: Kept = rollouts.setdefault(_KEY, Kept())
-    if held.parts is None:
-        held.parts = make()
-    return held.parts
+    return held.get(make, uncharged)
 
 
-def kept_or_made(rollouts: Mapping[str, Any], make: Callable[[], list[Part]]) -> list[Part]:
-    """The predictions that are kept for a micro-batch, or new ones."""
+def kept_or_made(
+    rollouts: Mapping[str, Any],
+    make: Callable[[], list[Part]],
+    uncharged: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[Part]:
+    """The predictions that are kept for a micro-batch, or new ones, for a loss."""
     held: Kept | None = rollouts.get(_KEY)
-    return make() if held is None else held.read(make)
+    return make() if held is None else held.read(make, uncharged)
 
 
-def without_kept(rollouts: Mapping[str, Any]) -> dict[str, Any]:
-    """A micro-batch without predictions, for a checkpoint."""
-    return {key: value for key, value in rollouts.items() if key != _KEY}
+def for_checkpoint(rollouts: Mapping[str, Any]) -> dict[str, Any]:
+    """A micro-batch without predictions; they are made again after a resume."""
+    saved = {key: value for key, value in rollouts.items() if key != _KEY}
+    held: Kept | None = rollouts.get(_KEY)
+    return saved | ({_MADE: True} if held is not None and held.made else {})
+
+
+def from_checkpoint(saved: Mapping[str, Any], reads: int | None) -> dict[str, Any]:
+    """The micro-batch of `for_checkpoint`.
+
+    Args:
+        reads: number of losses to come on it, as for `share`.
+    """
+    rollouts = {key: value for key, value in saved.items() if key != _MADE}
+    return rollouts | {_KEY: Kept(reads, made=bool(saved.get(_MADE)))}
+
+
+def shares(rollouts: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Let a copy of a micro-batch share the predictions of the other one."""
+    rollouts[_KEY] = other[_KEY]

@@ -150,11 +150,11 @@ class TeachersMixin(DistillationHooks):
             with self.accelerator.autocast():
                 return self._teacher_parts(token_batch(rollouts), multimodal_inputs(rollouts))
 
-        return make_ahead(rollouts, make)
+        return make_ahead(rollouts, make, self.ledger.uncharged)
 
     def _taught(self, rollouts: Mapping[str, Any], batch: TokenBatch, multimodal: Mapping[str, Any]) -> list[Part]:
         """The teacher's predictions for a micro-batch, as kept by an earlier reader or made now."""
-        return kept_or_made(rollouts, lambda: self._teacher_parts(batch, multimodal))
+        return kept_or_made(rollouts, lambda: self._teacher_parts(batch, multimodal), self.ledger.uncharged)
 
     # -- rows of a batch ---------------------------------------------------------------------------
 
