@@ -149,6 +149,20 @@ def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
+def test_a_start_at_step_0_is_said_once_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_trainer("run", max_steps=2).train(resume_from_checkpoint=True)
+    said = capsys.readouterr().out
+    line = f"no checkpoint in {tmp_path / 'run'}: starting at step 0\n"
+    assert said.count(line) == 1 and said.index(line) < said.index("step 1/2")
+    make_trainer("run", max_steps=2).train(resume_from_checkpoint=True)  # the same command again
+    make_trainer("new", max_steps=1).train()
+    other_rank = make_trainer("other", max_steps=1)
+    monkeypatch.setattr(other_rank, "is_world_process_zero", lambda: False)
+    other_rank.train(resume_from_checkpoint=True)
+    assert "no checkpoint" not in capsys.readouterr().out
+
+
 def test_a_termination_signal_ends_with_a_checkpoint_that_resumes_bit_for_bit(tmp_path, whole):
     """`enable_jit_checkpoint`, with a signal during step 5."""
     trainer = make_trainer(tmp_path, effopd=EFFOPD, eval_on_start=True, enable_jit_checkpoint=True)

@@ -186,10 +186,11 @@ def test_a_resume_without_the_shared_rollouts_says_so_and_stays_in_phase(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
+def test_a_finished_run_is_left_as_it_is(tmp_path, caplog, capsys):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3, "num_iterations": 2}
     trainer = make_trainer(tmp_path, **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=True)  # as each time the command is queued
+    assert f"no checkpoint in {tmp_path}: starting at step 0" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for _ in range(2):
         again = make_trainer(tmp_path, **settings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import signal
 import sys
@@ -22,14 +23,59 @@ from effopd.commands.help_cache import asks_for_help, help_text
 from effopd.common.plugins import load_plugins, plugins
 from effopd.errors import EffOPDError
 
+#: Exit status if the reader of the output is gone: that of a process ended by SIGPIPE.
+_UNREAD = 141
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    It is 2 after an `EffOPDError`, 130 after Ctrl-C, and 143 after a clean stop by SIGTERM.
-    Plugins of other packages are imported first (`common.plugins`).
+    It is 2 after an `EffOPDError`, 130 after Ctrl-C, 141 if the reader of the output is gone, as
+    after `| head`, and 143 after a clean stop by SIGTERM. Plugins of other packages are imported
+    first (`common.plugins`).
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    status = 0
+    try:
+        try:
+            status = _main(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # rich has redirected the output and exits with 1
+                return _UNREAD
+            _flush()  # a help text of argparse
+            raise
+        _flush()
+        return status
+    except BrokenPipeError:
+        if not _redirect_unread():
+            raise
+        return status or _UNREAD
+
+
+def _flush() -> None:
+    """Write what is still buffered, because an error in the flush at exit cannot be handled."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _redirect_unread() -> bool:
+    """Redirect standard output and error to the null device if they are pipes without a reader.
+
+    Returns:
+        whether one of them is; otherwise another pipe is broken.
+    """
+    unread = False
+    for stream, probe in ((sys.stdout, "\n"), (sys.stderr, "")):  # a flush tells nothing if the buffer is empty
+        try:
+            print(end=probe, file=stream, flush=True)
+        except BrokenPipeError:
+            unread = True
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())  # for the flush at exit
+            os.close(null)
+    return unread
+
+
+def _main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="effopd",
         description="On-policy distillation with look-ahead along the weight update.",

@@ -118,6 +118,8 @@ class CommandParser(TrlParser):
             suggests similar names.
     """
 
+    #: The file after `--config`, if any.
+    config_path: Path | None = None
     _file = "the YAML file"
     _words: Sequence[str] = ()
 
@@ -129,7 +131,7 @@ class CommandParser(TrlParser):
         if words.count("--config") > 1:
             raise ConfigError("--config is given twice: expected one YAML file. Merge the files.")
         if "--config" in words:
-            path = Path(words[words.index("--config") + 1])
+            self.config_path = path = Path(words[words.index("--config") + 1])
             self._file = path.name
             if not path.is_file():
                 what = "is a folder" if path.is_dir() else f"no such file (working directory: {Path.cwd()})"

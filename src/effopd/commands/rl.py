@@ -14,6 +14,7 @@ from effopd.common.unique_keys import load_unique, settings_text
 from effopd.distill.rl_config import PRESETS, TaskDGRPOConfig, config_class
 from effopd.errors import ConfigError
 from effopd.launch.rl import RLRunSettings
+from effopd.launch.run_checks import check_folder_of_config
 from effopd.tasks import TaskConfig
 from effopd.tasks.builtin_models import resolve_model
 
@@ -75,9 +76,13 @@ def parse_command(argv: Sequence[str]) -> tuple[RLRunSettings, bool]:
     The algorithm's preset are the defaults.
 
     Raises:
-        ConfigError: the algorithm or a setting is unknown, or a value is out of range.
+        ConfigError: the algorithm or a setting is unknown, a value is out of range, or a resume
+            would leave the run in whose folder the YAML file lies.
     """
-    model, task, rl, command = parsed(rl_parser(_algorithm(list(argv))), argv)
+    parser = rl_parser(_algorithm(list(argv)))
+    model, task, rl, command = parsed(parser, argv)
+    if parser.given("output_dir") is None:
+        check_folder_of_config(parser.config_path, rl)
     network = not command.dry_run
     model.model_name_or_path = resolve_model(model.model_name_or_path, network=network)
     if isinstance(rl, TaskDGRPOConfig):

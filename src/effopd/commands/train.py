@@ -21,6 +21,7 @@ from effopd.extrapolate.config import NONE, EffOPDConfig
 from effopd.extrapolate.setting_help import TEXTS, setting_help
 from effopd.extrapolate.strategy import PAPER, STRATEGIES
 from effopd.launch.opd import RunSettings
+from effopd.launch.run_checks import check_folder_of_config
 from effopd.tasks import TaskConfig
 from effopd.tasks.builtin_models import resolve_model
 
@@ -158,9 +159,13 @@ def parse_command(argv: Sequence[str]) -> tuple[RunSettings, bool]:
     """Parse command line and YAML into (settings, whether `--dry_run` is given).
 
     Raises:
-        ConfigError: a setting is unknown, out of range, or contradicts another setting.
+        ConfigError: a setting is unknown, out of range, or contradicts another setting, or a resume
+            would leave the run in whose folder the YAML file lies.
     """
-    model, task, opd, effopd, command = parsed(train_parser(), argv)
+    parser = train_parser()
+    model, task, opd, effopd, command = parsed(parser, argv)
+    if parser.given("output_dir") is None:
+        check_folder_of_config(parser.config_path, opd)
     for settings, role in ((model, ""), (opd, "teacher_"), (opd, "reference_")):
         name = f"{role}model_name_or_path"
         setattr(settings, name, resolve_model(getattr(settings, name), network=not command.dry_run))

@@ -87,7 +87,8 @@ class EffOPDCallback(TrainerCallback):
         verify: verifier for answers of that dataset; default: `math-verify`.
         scorer: a callable `model → number` that replaces the configured scorer, or
             'next_batch_loss': the trainer's own loss on the next batch, before training on it. It
-            reads `score_rollouts`, the number of examples; default: a quarter of the step's.
+            reads `score_rollouts`, the number of examples; default: a quarter of the step's,
+            within the bounds of docs/hosts.md.
         score_timeout: seconds that scoring one candidate may take before training stops with an
             error; `None`: no limit.
         resume_from_checkpoint: folder with the look-ahead state for a resumed run; default: the

@@ -42,7 +42,7 @@ from effopd.models.files import absolute_base
 from effopd.models.sampler_check import ignore_sampling_defaults
 from effopd.runs.best_model import HOST_DIRECTIONS, Kept, check_metric
 from effopd.runs.checkpoints import LEDGER_FILE, SETTINGS_FILE
-from effopd.runs.console import end_bars, in_lines
+from effopd.runs.console import end_bars, in_lines, say
 from effopd.runs.ledger import CLOCKS, CostLedger, LedgerCallback, StartLedgerCallback
 from effopd.runs.missing_answers import AnswerWatch
 from effopd.runs.model_card import LookAhead, model_card
@@ -231,6 +231,8 @@ class RunMixin(OptimizerMixin, BestModelMixin, ResumeMixin):
         if checkpoint is not None:
             raise_on_all_ranks(partial(self._check_resume, checkpoint))
             self.args.eval_on_start = False  # the interrupted run has already evaluated
+        elif resume_from_checkpoint and self.is_world_process_zero():
+            say(f"no checkpoint in {self.run_dir.root.resolve()}: starting at step 0")
         self._settled = False
         try:
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)

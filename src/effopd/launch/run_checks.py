@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import SaveStrategy
@@ -17,7 +19,7 @@ from effopd.launch.run_models import NamedModel
 from effopd.models.folders import check_whole_model
 from effopd.runs.best_model import check_metric
 from effopd.runs.checkpoints import check_kind
-from effopd.runs.records import metric_names
+from effopd.runs.records import CONFIG, metric_names
 from effopd.runs.run_dir import RunDir, in_trajectory, step_of_checkpoint
 
 
@@ -45,6 +47,34 @@ def check_run(model: ModelConfig, args: Any, names: Mapping[str, str | None]) ->
     check_metric(args, metric_names(teacher=teacher, greedy=args.eval_greedy))
     if not resume:
         run_dir.refuse_overwrite()
+
+
+def check_folder_of_config(config: Path | None, args: Any) -> None:
+    """Check that a resume by a file in a run's folder resumes that run.
+
+    The `output_dir` in a run's `config.yaml` can be relative, and the run can have been moved.
+
+    Args:
+        config: the file after `--config`; `None`: there is none.
+        args: settings whose `output_dir` is that of the file.
+
+    Raises:
+        ConfigError: `resume_from_checkpoint` is true, the folder of the file holds a run, and
+            `output_dir` is another folder.
+    """
+    if config is None or resume_argument(args) is not True:
+        return
+    folder, output = config.parent.resolve(), Path(args.output_dir).resolve()
+    used = RunDir(folder).used() if (folder / CONFIG).is_file() else []
+    if not used or folder == output:
+        return
+    start = Path(*folder.parts[: len(folder.parts) - len(Path(args.output_dir).parts)])
+    first = f"`cd {shlex.quote(str(start))}` first, or " * (start / args.output_dir == folder)
+    raise ConfigError(
+        f"--resume_from_checkpoint true: {config} lies in the folder of a run, {folder} ({', '.join(used)}), but its "
+        f"output_dir {args.output_dir} is another folder, {output}. To resume the run, {first}add "
+        f"--output_dir {shlex.quote(str(folder))}. To start a run of its own, add --output_dir with another folder."
+    )
 
 
 def resume_argument(opd: Any) -> str | bool | None:

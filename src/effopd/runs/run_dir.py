@@ -206,16 +206,19 @@ class RunDir:
                 "--output_dir."
             )
 
+    def used(self) -> list[str]:
+        """Names of the rows, the newest checkpoint and the trajectory of a run that are here."""
+        used = [n for n in (METRICS, EVALS) if (self.root / n).exists() and (self.root / n).stat().st_size]
+        used += [path.name for path in self.checkpoints()[-1:]]
+        return used + (["trajectory"] if (self.root / "trajectory").exists() else [])
+
     def refuse_overwrite(self) -> None:
         """Check that the directory is unused, so that two runs cannot mix their rows.
 
         Raises:
             CheckpointError: it already has rows, checkpoints or a trajectory.
         """
-        used = [n for n in (METRICS, EVALS) if (self.root / n).exists() and (self.root / n).stat().st_size]
-        used += [path.name for path in self.checkpoints()[-1:]]
-        used += ["trajectory"] if (self.root / "trajectory").exists() else []
-        if used:
+        if used := self.used():
             raise CheckpointError(
                 f"{self.root} already holds a run ({', '.join(used)}). Resume it with --resume_from_checkpoint true, "
                 "or choose another --output_dir (nothing was changed)."
