@@ -216,20 +216,29 @@ def search_percent(curve: Mapping[str, Any]) -> list[float]:
     return [100 * search / net if net else 0.0 for search, net in pairs]
 
 
-def searches_table(results: Mapping[str, Any]) -> str:
-    """Share of the look-ahead's net seconds in searches, to every target; all rates and seeds."""
+def searches_table(
+    results: Mapping[str, Any], arms: Sequence[str] | None = None, shares: Sequence[float] = FEW_SHARES
+) -> str:
+    """Share of the look-ahead's net seconds in searches, to every target; all rates and seeds.
+
+    Args:
+        results: results.json of the grid.
+        arms: look-aheads; default: those with reuse, labelled by their number of prompts.
+        shares: targets.
+    """
     look, rows = Lookup(results), []
     for task in look.tasks:
-        for arm in reuse_arms(look):
+        for arm in reuse_arms(look) if arms is None else arms:
             runs = [run for name, rate in look.arms if name == arm for run in look.runs(task, (name, rate))]
             if not runs:
                 continue
             cells = []
-            for share in FEW_SHARES:
-                shares = [value for run in runs if math.isfinite(value := run_cost(run, share, search_percent))]
-                cells.append(spread(shares, ".0f") if shares else "–")
-            rows.append([f"`{task.split(':')[1]}`", reuse_label(arm), str(len(runs)), *cells])
-    return table(["task", "prompts", "runs", *heads(FEW_SHARES)], rows)
+            for share in shares:
+                percent = [value for run in runs if math.isfinite(value := run_cost(run, share, search_percent))]
+                cells.append(spread(percent, ".0f") if percent else "–")
+            label = reuse_label(arm) if arms is None else f"`{arm}`"
+            rows.append([f"`{task.split(':')[1]}`", label, str(len(runs)), *cells])
+    return table(["task", "prompts" if arms is None else "arm", "runs", *heads(shares)], rows)
 
 
 def reuse_table(grids: Sequence[Mapping[str, Any]], cost: Cost, early: Mapping[str, Any] | None = None) -> str:

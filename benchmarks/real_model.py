@@ -23,8 +23,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from batch_size import searches_table
 from pages import DOCS, rewrite
-from rivals import steps_table
+from rivals import costs, costs_table, hindsight_table, opening, steps_table
 
 from effopd.compare.cross_targets import runs_of
 from effopd.compare.envelope import Envelope
@@ -167,11 +168,16 @@ def tuned_blocks(results: Mapping[str, Any]) -> dict[str, str]:
     Args:
         results: content of tuned/results.json.
     """
-    blocks = {}
-    for seed in sorted({run["seed"] for run in results["runs"]}):
-        page = Page({**results, "runs": [run for run in results["runs"] if run["seed"] == seed]}, TUNED_STEPS)
-        blocks[f"tuned, seed {seed}"] = page.kl_table()
-    return {**blocks, "tuned, steps": steps_table(results, SHARES)}
+    blocks = {
+        "tuned, KL": Page(results, TUNED_STEPS).kl_table(),
+        "tuned, steps": steps_table(results, SHARES),
+        "tuned, seconds": costs_table(results, costs()["net seconds"], SHARES),
+        "tuned, searches": searches_table(results, opening(results), SHARES),
+    }
+    for rollouts, large in ((16, False), (32, True)):
+        runs = [run for run in results["runs"] if run["strategy"].endswith("-32") == large]
+        blocks[f"tuned, {rollouts} rollouts"] = hindsight_table({**results, "runs": runs}, SHARES)
+    return blocks
 
 
 def pairs_table(cards: Mapping[str, Mapping[str, Any]], teachers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -118,15 +118,18 @@ def opening(results: Mapping[str, Any]) -> list[str]:
 
 def steps_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_SHARES) -> str:
     """Steps of every arm to every target: median over seeds, with the number of seeds."""
+    return costs_table(results, costs()["steps"], shares)
+
+
+def costs_table(results: Mapping[str, Any], cost: Cost, shares: Sequence[float] = TABLE_SHARES) -> str:
+    """Cost of every arm to every target: median over seeds, with the number of seeds."""
     look = Lookup(results)
     rows = []
     for task in look.tasks:
         for strategy, rate in look.arms:
             runs = look.runs(task, (strategy, rate))
             if runs:
-                cells = [
-                    _median([run_cost(run, share, lambda curve: curve["step"]) for run in runs]) for share in shares
-                ]
+                cells = [_median([run_cost(run, share, cost) for run in runs]) for share in shares]
                 rows.append(
                     [f"`{task.split(':')[1]}`", f"`{strategy}`", factor(rate, look.reference), str(len(runs)), *cells]
                 )
@@ -160,7 +163,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def _median(values: Sequence[float]) -> str:
     middle = statistics.median(values)
-    return "–" if math.isinf(middle) else f"{middle:g}"
+    return "–" if math.isinf(middle) else f"{middle:.4g}"
 
 
 def coverage(results: Mapping[str, Any]) -> str:
@@ -302,7 +305,7 @@ def hindsight_table(results: Mapping[str, Any], shares: Sequence[float] = TABLE_
         known = Hindsight(results, cost)
         for task in Lookup(results).tasks:
             label = f"`{task.split(':')[1]}`"
-            for strategy in opening(results):
+            for strategy in (each for each in opening(results) if known.ran(task, each)):
                 rows.append([name, label, f"`{strategy}`", *(known.ratios(task, strategy, share) for share in shares)])
             rows.append([name, label, "opponent", *(known.opponent(task, share) for share in shares)])
     return table(["cost", "task", "strategy", *heads(shares)], rows)

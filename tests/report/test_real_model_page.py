@@ -8,7 +8,10 @@ import pages
 import real_model
 from helpers.grid_runs import planted_run
 
+from effopd.compare.envelope_rows import envelopes
 from effopd.compare.grid_run import SearchSummary, to_row
+from effopd.compare.results import analyze_runs
+from effopd.compare.roles import Roles
 
 
 def results():
@@ -32,6 +35,39 @@ def test_every_block_of_the_page_has_its_place_and_the_right_values():
     assert all(line.count("1.00× (1.00–1.00, n = 3)") == 4 for line in tuned) and len(tuned) == 2
     assert blocks["tuned rates"].count("`plain` 3e-05") == 2 * 4 * 3
     assert blocks["searches"].count("1: +16, 2: -0.5") == 6
+
+
+def test_the_comparison_with_tuned_rivals_has_an_opponent_per_number_of_rollouts():
+    def pace(seed):
+        return 0.01
+
+    def with_all_tokens(run):
+        """The run with the tokens of updates and of the teacher, which prices need."""
+        known = ("update_forward_tokens", "teacher_forward_tokens", "search_teacher_tokens")
+        costs = [dataclasses.replace(e.costs, **dict.fromkeys(known, e.step)) for e in run.evaluations]
+        pairs = zip(run.evaluations, costs, strict=True)
+        return dataclasses.replace(run, evaluations=tuple(dataclasses.replace(e, costs=each) for e, each in pairs))
+
+    roles = Roles("tuned", 3e-5, headline=("search", "search-32"), baselines=("tuned", "tuned-32"))
+    speeds = {("tuned", 3e-5): 1.0, ("tuned", 1e-4): 2.0, ("search", 3e-6): 3.0}
+    speeds |= {("tuned-32", 3e-5): 4.0, ("search-32", 3e-6): 2.0}
+    runs = [
+        with_all_tokens(planted_run(name, rate, seed, speed, task="gym:a", noise=0.0, pace=pace, steps=range(241)))
+        for (name, rate), speed in speeds.items() for seed in range(2)
+    ]  # fmt: skip
+    found = analyze_runs(runs, roles)
+    found["settings"] = {**roles.to_settings(), "strategies": dict.fromkeys(name for name, _ in speeds)}
+    blocks = real_model.tuned_blocks(found | envelopes(found, ()))
+    pages.with_blocks((pages.DOCS / "real_model.md").read_text(), blocks)
+    rows = {name: {tuple(row.split(" | ")[:3]): row for row in text.splitlines()} for name, text in blocks.items()}
+    # 25 % is met at ln 4 / (0.01 · speed) steps; the trailing median adds one
+    few, many = (rows[f"tuned, {rollouts} rollouts"] for rollouts in (16, 32))
+    assert few["| steps", "`a`", "opponent"].split(" | ")[4] == "`tuned` ×3.3"
+    assert few["| steps", "`a`", "`search`"].split(" | ")[4] == f"{71 / 48:.2f}×"
+    assert many["| steps", "`a`", "opponent"].split(" | ")[4] == "`tuned-32` ×1"
+    assert many["| steps", "`a`", "`search-32`"].split(" | ")[4] == f"{36 / 71:.2f}×"
+    assert rows["tuned, steps"]["| `a`", "`search`", "×0.1"].split(" | ")[5] == "48"
+    assert ("| steps", "`a`", "`search-32`") not in few and ("| steps", "`a`", "`search`") not in many
 
 
 def test_pairs_show_accuracies_with_intervals():
