@@ -100,6 +100,23 @@ def test_a_run_resumes_inside_a_pass(tmp_path, more):
 
 
 @pytest.mark.slow
+def test_a_search_is_charged_for_predictions_that_were_released_before_it(tmp_path):
+    """The first step has rate 0, so the search at 2 has no candidates; that at 4 finds the rate."""
+    look_ahead = EffOPDConfig("newton_search", schedule="powers_of_two")
+    warm = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "max_steps": 4}
+    whole = train(tmp_path / "a", look_ahead, **warm)
+    assert [row["step"] for row in read_rows(tmp_path / "a/searches.jsonl")] == [2, 4]
+    first = whole.charged("teacher_forward_tokens")
+    assert first[2] == whole.charged("update_forward_tokens")[1]  # both parts once, for search and losses
+    released = sum(len(row) for row in whole.rows(2))  # the last loss on the first part was that of step 3
+    assert first[3] == first[2] + released
+    for step in (1, 2, 3):
+        resumed = train(tmp_path / f"b{step}", look_ahead, str(tmp_path / f"a/checkpoints/step-{step:06}"), **warm)
+        assert torch.equal(resumed.weights[-1], whole.weights[-1])
+        assert tokens(resumed) == tokens(whole)
+
+
+@pytest.mark.slow
 def test_searches_and_slopes_read_parts_that_no_step_has_trained_on(tmp_path):
     settings = {"save_strategy": "no", "num_mini_batches": 4, "updates_per_rollouts": 8, "max_steps": 13}
     look_ahead = EffOPDConfig("newton_search", schedule="powers_of_two", score_rollouts=4)  # due at 2, 4 and 8

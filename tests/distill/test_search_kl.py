@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers.tiny_models import make_model
@@ -60,12 +62,18 @@ def test_predictions_are_released_after_the_last_reader():
     shared = {"completion_ids": 1}
     share(shared, 2)
     assert kept_or_made(shared, lambda: parts) is parts and kept_or_made(shared, lambda: other) is parts
-    assert kept_or_made(shared, lambda: other) is other
+    free = []  # released predictions have their price again
+    assert kept_or_made(shared, lambda: other, lambda: nullcontext(free.append(True))) is other and not free
+    assert for_checkpoint(shared) == {"completion_ids": 1}
+    make_ahead(shared, lambda: parts)
     saved = for_checkpoint(shared)
     assert saved == {"completion_ids": 1, "teacher_parts_made": True}
     assert for_checkpoint({"completion_ids": 1}) == {"completion_ids": 1}
     restored = from_checkpoint(saved, 2)
     assert restored.keys() == {"completion_ids", *rollouts} and restored["completion_ids"] == 1
+    for _ in range(3):  # the first two losses share those that were kept, the third is charged
+        kept_or_made(restored, lambda: parts, lambda: nullcontext(free.append(True)))
+    assert free == [True]
 
 
 def batch_of(rows: int) -> TokenBatch:

@@ -33,6 +33,7 @@ class Steps(TrainerCallback):
     def __init__(self, trainer):
         self.trainer, self.prompts, self.weights, self.rollouts = trainer, [], [], []
         self.teacher: list[int] = []
+        self.costs: list[dict] = []
         turn = trainer.around_turn
 
         def sampled(generate, prompts, *, multimodal):
@@ -45,6 +46,7 @@ class Steps(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.weights.append(torch.cat([each.detach().flatten().clone() for each in model.parameters()]))
         costs = self.trainer.ledger.snapshot()
+        self.costs.append(costs)
         self.rollouts.append(costs["cost/rollout_generated_tokens"])
         self.teacher.append(costs["cost/teacher_forward_tokens"])
 
@@ -182,6 +184,49 @@ def test_replay_trains_the_last_step_of_a_cycle_on_a_batch_of_the_last_three(tmp
         again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoints" / checkpoint))
         assert torch.equal(resumed.weights[-1], whole.weights[-1])
         assert resumed.teacher[-1] == whole.teacher[-1]  # what the checkpoint lacks is made again without charge
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 12:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"updates_per_rollouts": 3, "replay_batches": 2},
+        {"updates_per_rollouts": 4},
+        {"updates_per_rollouts": 4, "num_mini_batches": 2, "replay_batches": 3},
+    ],
+    ids=["replay", "cycle", "replay of parts"],
+)
+def test_a_killed_and_resumed_run_costs_what_an_uninterrupted_one_costs(tmp_path, settings):
+    """Killed at step 12 and resumed from step 10, in mid-cycle."""
+
+    def train(folder, *callbacks, **resume):
+        trainer = make_trainer(tmp_path / folder, **SETTINGS | settings | {"max_steps": 14, "save_steps": 5})
+        forward, passes = trainer._hidden_states, []
+
+        def hidden_states(*args, **kwargs):
+            passes.append(True)
+            return forward(*args, **kwargs)
+
+        trainer._hidden_states = hidden_states
+        trainer.ledger._clock = lambda: len(passes)  # a second per forward pass of student or teacher
+        steps = Steps(trainer)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train(**resume)
+        return steps
+
+    whole = train("a")
+    with pytest.raises(KeyboardInterrupt):
+        train("b", Kill())
+    resumed = train("b", resume_from_checkpoint=True)
+    assert len(resumed.weights) == 4 and torch.equal(resumed.weights[-1], whole.weights[-1])
+    assert resumed.costs[-1] == whole.costs[-1]  # tokens and seconds of every kind
 
 
 def test_a_draw_depends_on_seed_and_step_alone_and_reaches_every_batch():

@@ -54,6 +54,17 @@ def test_a_pause_is_charged_to_nobody():
     assert ledger.seconds["other"] == 3.0 == sum(ledger.seconds.values())
 
 
+def test_an_uncharged_block_leaves_all_totals_as_they_were():
+    clock = iter([0.0, 1.0, 2.0, 9.0, 10.0, 13.0]).__next__
+    ledger = CostLedger(clock)
+    ledger.start()
+    with ledger.uncharged(), ledger.track("teacher"):  # from 1 to 10
+        ledger.count("teacher", forward=5)
+    ledger.stop()
+    assert ledger.seconds["other"] == 4.0 == sum(ledger.seconds.values())
+    assert not sum(ledger.forward_tokens.values())
+
+
 def test_a_block_before_the_start_is_charged_and_the_set_up_around_it_is_not():
     clock = iter([1.0, 2.0, 5.0, 5.0, 9.0, 10.0]).__next__
     ledger = CostLedger(clock)

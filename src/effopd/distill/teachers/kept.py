@@ -22,11 +22,11 @@ class Kept:
 
     Args:
         reads: number of losses on this micro-batch. `None`: unknown, so that they are kept.
-        made: whether they were made and charged before the checkpoint that the run resumed from.
+        made: whether they were kept, and so charged, when the checkpoint was written.
 
     Attributes:
         parts: the predictions; `None`: there are none now.
-        made: whether they have been made and charged.
+        made: whether they are charged: made, before a resume or since, and not released.
     """
 
     def __init__(self, reads: int | None = 1, *, made: bool = False):
@@ -35,7 +35,7 @@ class Kept:
         self.made = made
 
     def get(self, make: Callable[[], list[Part]], uncharged: Callable[[], AbstractContextManager[None]]) -> list[Part]:
-        """The predictions, made now if there are none; without charge if they were made before."""
+        """The predictions, made now if there are none; without charge if kept before a resume."""
         if self.parts is None:
             with uncharged() if self.made else nullcontext():
                 self.parts = make()
@@ -49,7 +49,8 @@ class Kept:
         parts = self.get(make, uncharged)
         if self._reads is not None:
             self._reads -= 1
-        self.parts = parts if self._reads is None or self._reads > 0 else None
+        if self._reads is not None and self._reads <= 0:
+            self.parts, self.made = None, False  # a later search makes them again and is charged
         return parts
 
     def park(self) -> None:
