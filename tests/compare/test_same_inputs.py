@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny_models import make_model
 
 from effopd.compare.grid import PlannedRun
-from effopd.compare.same_inputs import check_same_inputs, check_same_teachers
+from effopd.compare.same_inputs import check_same_content, check_unchanged_teachers
 from effopd.distill.teachers.manifest import TeacherEntry, write_manifest
 from effopd.errors import ConfigError
 from effopd.models.fingerprint import weights_sha256
@@ -45,9 +45,9 @@ def changed(record, **values):
 )
 def test_other_content_behind_the_same_settings_is_refused(tmp_path, what, other):
     same = [a_run(tmp_path, "plain"), a_run(tmp_path, "fast", per_device_train_batch_size=4)]
-    check_same_inputs(same)
+    check_same_content(same)
     with pytest.raises(ConfigError, match=f"late and .*plain cannot be compared: {what} changed"):
-        check_same_inputs([*same, a_run(tmp_path, "late", **other)])
+        check_same_content([*same, a_run(tmp_path, "late", **other)])
 
 
 def test_other_settings_may_read_other_content(tmp_path):
@@ -60,7 +60,7 @@ def test_other_settings_may_read_other_content(tmp_path):
         a_run(tmp_path, "unmeasured", teacher=changed(TEACHER, sha256=None), inputs=Inputs()),
         a_run(tmp_path, "old", teacher=None, inputs=None),
     ]
-    check_same_inputs(runs)
+    check_same_content(runs)
 
 
 def test_a_teacher_that_has_changed_on_disk_is_refused_before_more_runs(tmp_path):
@@ -68,10 +68,10 @@ def test_a_teacher_that_has_changed_on_disk_is_refused_before_more_runs(tmp_path
     make_model(1).save_pretrained(folder)
     entry = changed(TEACHER, name=str(folder), sha256=weights_sha256(folder))
     finished = [a_run(tmp_path, "plain", teacher=entry), a_run(tmp_path, "hub")]
-    check_same_teachers(finished)
+    check_unchanged_teachers(finished)
     make_model(2).save_pretrained(folder)
     with pytest.raises(ConfigError, match=r"the teacher '.*teacher' has changed since .*plain was run"):
-        check_same_teachers(finished)
+        check_unchanged_teachers(finished)
     (folder / "model.safetensors").unlink()  # not readable: nothing to compare
-    check_same_teachers(finished)
+    check_unchanged_teachers(finished)
     assert json.loads((finished[0].path / "teachers.json").read_text())["teachers"][0]["name"] == str(folder)

@@ -32,7 +32,7 @@ from effopd.compare.grid import Grid, PlannedRun, load_grid, run_settings
 from effopd.compare.imported_runs import read_entries, runs_to_make, save_entries, saved_entries, sources
 from effopd.compare.prices import PriceList, read_prices
 from effopd.compare.runner import DONE, LOG, Runner, failure_of, is_done, only_one, progress_of
-from effopd.compare.same_inputs import check_same_inputs, check_same_teachers
+from effopd.compare.same_inputs import check_same_content, check_unchanged_teachers
 from effopd.compare.uneven_evaluations import uneven_evaluations
 from effopd.errors import ConfigError, EffOPDError
 from effopd.report.compare_gate import gate_results
@@ -138,12 +138,13 @@ def run_compare(argv: Sequence[str]) -> int:
     entries = read_entries(grid, arguments.runs_from) or saved_entries(grid)
     to_make = runs_to_make(grid, sources(grid, entries))
     runs = matching(grid, to_make, arguments.only)
-    for _, error in faults([run for run in runs if not is_done(run)]):
+    finished = {run.path: run for run in grid.runs() if is_done(run)}
+    pending = [run for run in runs if run.path not in finished]
+    for _, error in faults(pending):
         raise error
-    finished = [run for run in grid.runs() if is_done(run)]
-    check_same_inputs(finished)
-    if len(finished) < len(grid.runs()):
-        check_same_teachers(finished)
+    check_same_content(list(finished.values()))
+    if pending:
+        check_unchanged_teachers(list(finished.values()))
     for remark in uneven_evaluations(grid):
         console.print(escape(remark), highlight=False)
     if arguments.dry_run:

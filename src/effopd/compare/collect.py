@@ -14,7 +14,7 @@ from effopd.compare.grid_run import GridRun, read_run
 from effopd.compare.imported_runs import check_same_settings, merge_runs, saved_entries, sources
 from effopd.compare.results import analyze_runs
 from effopd.compare.runner import DONE, failure_of, is_done
-from effopd.compare.same_inputs import check_same_inputs
+from effopd.compare.same_inputs import check_same_content
 from effopd.errors import ConfigError, NonFiniteLossError
 from effopd.runs.records import EVALS
 
@@ -64,10 +64,11 @@ def made_here(planned: Sequence[PlannedRun]) -> tuple[list[GridRun], list[str]]:
     Raises:
         ConfigError: runs with the same settings read another teacher, student or data.
     """
-    check_same_inputs([run for run in planned if is_done(run)])
-    failed = [(run, error) for run in planned if not is_done(run) and (error := failure_of(run))]
+    done = {run.path: run for run in planned if is_done(run)}
+    check_same_content(list(done.values()))
+    failed = [(run, error) for run in planned if run.path not in done and (error := failure_of(run))]
     diverged = [run for run, error in failed if _has_diverged(run, error)]
-    runs = [_read(run) for run in planned if is_done(run)] + [_read(run).diverged() for run in diverged]
+    runs = [_read(run) for run in done.values()] + [_read(run).diverged() for run in diverged]
     return runs, [f"{run.name}: {error}" for run, error in failed if not _has_diverged(run, error)]
 
 

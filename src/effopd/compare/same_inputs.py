@@ -24,7 +24,7 @@ _PROMPTS = ("rollouts", "traces", "curriculum")
 _WEIGHTS = ("model_", "dtype", "load_in_", "bnb_", "bf16", "fp16", "use_peft", "lora_")
 
 
-def check_same_inputs(runs: Sequence[PlannedRun]) -> None:
+def check_same_content(runs: Sequence[PlannedRun]) -> None:
     """Compare what finished runs have recorded; runs without a record are not compared.
 
     Raises:
@@ -42,7 +42,7 @@ def check_same_inputs(runs: Sequence[PlannedRun]) -> None:
                 )
 
 
-def check_same_teachers(finished: Sequence[PlannedRun]) -> None:
+def check_unchanged_teachers(finished: Sequence[PlannedRun]) -> None:
     """Check that the teachers of finished runs are unchanged on disk, before more runs start.
 
     Raises:

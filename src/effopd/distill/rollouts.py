@@ -17,7 +17,7 @@ from effopd.distill.policy_gradient import share_sizes
 from effopd.distill.replay import ReplayBuffer
 from effopd.distill.sampled_logps import engine_logps, padded, recording
 from effopd.distill.scoring import token_batch
-from effopd.distill.teachers.kept import from_checkpoint, share, shares
+from effopd.distill.teachers.kept import from_checkpoint, share, share_with
 from effopd.distill.trl_host.hooks import DistillationHooks
 from effopd.distill.trl_host.state import log_metrics, split_rollouts
 from effopd.errors import CompatibilityError, ConfigError
@@ -105,7 +105,7 @@ class RolloutMixin(DistillationHooks):
         if self.replay is not None:  # they are the buffer's newest batch
             rollouts = [dict(each) for each in saved]
             for micro_batch, same in zip(rollouts, self.replay.batches[-1], strict=True):
-                shares(micro_batch, same)
+                share_with(micro_batch, same)
             return rollouts
         parts = self.args.num_mini_batches
         passes, (whole, begun) = self.args.updates_per_rollouts // parts, divmod(self._place_in_cycle, parts)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from effopd.common.distributed import rank
 from effopd.distill.run_record import RecordCallback
 from effopd.errors import CheckpointError
+from effopd.models.fingerprint import tensors_sha256
 from effopd.models.logit_path import is_whole
 from effopd.runs.inputs import Inputs, PromptSet, prompt_set, read_inputs, write_inputs
 
@@ -32,6 +31,7 @@ class InputsCallback(RecordCallback[Inputs]):
 
     def __init__(self, trainer: Any):
         super().__init__(trainer.run_dir.root, lambda: inputs_of(trainer), write_inputs, check_same_inputs)
+        self._trainer = trainer
 
     def check_resume(self, checkpoint: Path) -> None:
         """Compare with the checkpoint's inputs; without an adapter, keep its initial weights.
@@ -39,14 +39,18 @@ class InputsCallback(RecordCallback[Inputs]):
         Raises:
             CheckpointError: as `check_same_inputs`.
         """
-        super().check_resume(checkpoint)
         before = read_inputs(checkpoint)
-        if before is not None and self.record.adapter is None:
-            self.record = replace(self.record, weights=before.weights)
+        if before is not None and before.adapter is None:  # the present weights are replaced, so not measured
+            self.record = replace(inputs_of(self._trainer, weights=False), weights=before.weights)
+        super().check_resume(checkpoint)
 
 
-def inputs_of(trainer: Any) -> Inputs:
-    """Inputs of a trainer with its initial weights; only rank 0 measures prompts and weights."""
+def inputs_of(trainer: Any, *, weights: bool = True) -> Inputs:
+    """Inputs of a trainer with its initial weights; only rank 0 measures prompts and weights.
+
+    Args:
+        weights: whether to measure the weights.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = adapter_settings(model)
     if rank() > 0:
@@ -57,7 +61,7 @@ def inputs_of(trainer: Any) -> Inputs:
     return Inputs(
         train=None if train is None else prompt_set(train),
         held_out=None if held_out is None else prompt_set(held_out),
-        weights=initial_sha256(model, adapter=adapter is not None) if is_whole(model) else None,
+        weights=initial_sha256(model, adapter=adapter is not None) if weights and is_whole(model) else None,
         adapter=adapter,
     )
 
@@ -73,7 +77,6 @@ def adapter_settings(model: Any) -> dict[str, Any] | None:
     }
 
 
-@torch.no_grad()
 def initial_sha256(model: Any, *, adapter: bool) -> str:
     """SHA-256 of the parameters (name, dtype, shape, bytes); with an adapter, of the frozen ones.
 
@@ -84,11 +87,7 @@ def initial_sha256(model: Any, *, adapter: bool) -> str:
         for name, parameter in model.named_parameters()
         if not (adapter and parameter.requires_grad)
     }
-    digest = hashlib.sha256()
-    for name, parameter in sorted(named.items()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_sha256(sorted(named.items()))
 
 
 def check_same_inputs(checkpoint: Path, now: Inputs) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import Tensor
 
 from effopd.models.files import reading
 from effopd.weights.checkpoint_files import find_weights, stored_tensors
@@ -44,11 +46,17 @@ def weights_sha256(folder: Path) -> str:
         CheckpointError: the folder has no readable safetensors files.
         WeightsError: a tensor is not finite.
     """
+    stored = sorted(stored_tensors(find_weights(folder)).items())
+    return tensors_sha256((name, read_tensor(each, name)) for name, each in stored)
+
+
+@torch.no_grad()
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of tensors (name, dtype, shape, bytes) in the given order."""
     digest = hashlib.sha256()
-    for name, stored in sorted(stored_tensors(find_weights(folder)).items()):
-        digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-        tensor = read_tensor(stored, name)
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -10,6 +10,8 @@ import torch
 
 from effopd.distill.teachers.several import Part
 
+#: Opens a block in which no costs are charged.
+Uncharged = Callable[[], AbstractContextManager[None]]
 #: Key of a micro-batch's `Kept`, and of its `Kept.made` in a checkpoint.
 _KEY, _MADE = "kept_teacher_parts", "teacher_parts_made"
 
@@ -34,7 +36,7 @@ class Kept:
         self.parts: list[Part] | None = None
         self.made = made
 
-    def get(self, make: Callable[[], list[Part]], uncharged: Callable[[], AbstractContextManager[None]]) -> list[Part]:
+    def get(self, make: Callable[[], list[Part]], uncharged: Uncharged) -> list[Part]:
         """The predictions, made now if there are none; without charge if kept before a resume."""
         if self.parts is None:
             with uncharged() if self.made else nullcontext():
@@ -42,9 +44,7 @@ class Kept:
             self.made = True
         return self.parts
 
-    def read(
-        self, make: Callable[[], list[Part]], uncharged: Callable[[], AbstractContextManager[None]]
-    ) -> list[Part]:
+    def read(self, make: Callable[[], list[Part]], uncharged: Uncharged) -> list[Part]:
         """`get` for one of the losses; the last one releases them."""
         parts = self.get(make, uncharged)
         if self._reads is not None:
@@ -75,23 +75,15 @@ def park(rollouts: Mapping[str, Any]) -> None:
 
 
 def make_ahead(
-    rollouts: dict[str, Any],
-    make: Callable[[], list[Part]],
-    uncharged: Callable[[], AbstractContextManager[None]] = nullcontext,
+    rollouts: dict[str, Any], make: Callable[[], list[Part]], uncharged: Uncharged = nullcontext
 ) -> list[Part]:
-    """The predictions that are kept for a micro-batch, or new ones, kept for its losses.
-
-    Args:
-        uncharged: in its block, no costs are charged.
-    """
+    """The predictions that are kept for a micro-batch, or new ones, kept for its losses."""
     held: Kept = rollouts.setdefault(_KEY, Kept())
     return held.get(make, uncharged)
 
 
 def kept_or_made(
-    rollouts: Mapping[str, Any],
-    make: Callable[[], list[Part]],
-    uncharged: Callable[[], AbstractContextManager[None]] = nullcontext,
+    rollouts: Mapping[str, Any], make: Callable[[], list[Part]], uncharged: Uncharged = nullcontext
 ) -> list[Part]:
     """The predictions that are kept for a micro-batch, or new ones, for a loss."""
     held: Kept | None = rollouts.get(_KEY)
@@ -115,6 +107,6 @@ def from_checkpoint(saved: Mapping[str, Any], reads: int | None) -> dict[str, An
     return rollouts | {_KEY: Kept(reads, made=bool(saved.get(_MADE)))}
 
 
-def shares(rollouts: dict[str, Any], other: Mapping[str, Any]) -> None:
+def share_with(rollouts: dict[str, Any], other: Mapping[str, Any]) -> None:
     """Let a copy of a micro-batch share the predictions of the other one."""
     rollouts[_KEY] = other[_KEY]

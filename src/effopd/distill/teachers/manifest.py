@@ -7,7 +7,6 @@ the same.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from effopd.common.files import write_atomically
 from effopd.distill.run_record import RecordCallback
 from effopd.distill.teachers.settings import split_revision
 from effopd.errors import CheckpointError, WeightsError
-from effopd.models.fingerprint import model_folder, weights_sha256
+from effopd.models.fingerprint import model_folder, tensors_sha256, weights_sha256
 from effopd.models.logit_path import core_of, is_whole
 from effopd.runs.checkpoints import TEACHERS_FILE, reading
 
@@ -102,16 +101,13 @@ def live_sha256(model: Any) -> str:
     Equal to `weights_sha256` of the folder that the model was loaded from in the stored dtype.
     With sharded weights, every rank must call this.
     """
-    digest = hashlib.sha256()
     tensors = model.state_dict()
     embedding = model.get_input_embeddings().weight
     tied = {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
-    for name in sorted(tensors.keys() - set(sorted(tied, key=lambda each: "embed" not in each)[1:])):
-        if isinstance(tensor := tensors[name], torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            tensor = full_tensor(tensor)
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    names = sorted(tensors.keys() - set(sorted(tied, key=lambda each: "embed" not in each)[1:]))
+    return tensors_sha256(
+        (name, full_tensor(tensors[name])) for name in names if isinstance(tensors[name], torch.Tensor)
+    )
 
 
 def write_manifest(folder: Path, teachers: Sequence[TeacherEntry]) -> None:
